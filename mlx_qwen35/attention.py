@@ -1,0 +1,37 @@
+"""Gated full attention, every fourth layer."""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_qwen35.cache import KVCache, Span
+from mlx_qwen35.config import TextConfig
+from mlx_qwen35.layers import rotate
+
+
+class GatedAttention(nn.Module):
+    """Grouped-query attention with normed, partly rotated queries and keys, and an output gate per element.
+
+    q_proj holds, for each head, its query and then its gate: not all queries before all gates.
+    """
+
+    def __init__(self, config: TextConfig, weights):
+        super().__init__()
+        self.q_proj = weights.linear("q_proj")
+        self.k_proj = weights.linear("k_proj")
+        self.v_proj = weights.linear("v_proj")
+        self.q_norm = weights.norm("q_norm")
+        self.k_norm = weights.norm("k_norm")
+        self.o_proj = weights.linear("o_proj")
+        self.heads, self.head_dim = config.num_attention_heads, config.head_dim
+
+    def __call__(self, x: mx.array, span: Span, cache: KVCache) -> mx.array:
+        """x (B, T, D) normed -> (B, T, D); reads and extends the layer's cache."""
+        B, T, _ = x.shape
+        q, gate = mx.split(self.q_proj(x).reshape(B, T, self.heads, -1), 2, axis=-1)
+        k, v = (project(x).reshape(B, T, -1, self.head_dim).swapaxes(1, 2) for project in (self.k_proj, self.v_proj))
+        q = rotate(self.q_norm(q).swapaxes(1, 2), span.rotary)
+        k = rotate(self.k_norm(k), span.rotary)
+        keys, values = cache.extend(k, v, span.start)
+        out = mx.fast.scaled_dot_product_attention(q, keys, values, scale=self.head_dim**-0.5, mask=span.mask)
+        out = out.swapaxes(1, 2) * mx.sigmoid(gate)
+        return self.o_proj(out.reshape(B, T, -1))

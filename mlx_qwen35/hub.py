@@ -1,0 +1,53 @@
+"""A checkpoint's name -> a local folder: a path, a Hugging Face id, or `nano`, the model that comes with the package."""
+
+from importlib import resources
+from pathlib import Path
+
+from mlx_qwen35.errors import InputError
+
+NANO = "nano"
+CHOICES = (
+    "a local folder, a Hugging Face id such as Qwen/Qwen3.5-4B, or 'nano' (the small demonstration model that comes "
+    "with the package)"
+)
+# Weights, configuration, tokenizer, template, licence. Never Python code, never pickled weights.
+_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
+
+
+def resolve(name: str | Path, revision: str | None = None) -> Path:
+    """The folder of a checkpoint, downloaded with huggingface_hub when `name` is an id that is not a local folder.
+
+    Downloads show a progress bar, resume, and stay in huggingface_hub's cache; HF_HUB_OFFLINE=1 uses the cache alone.
+    Raises InputError when there is neither such a folder nor such a repository, or the hub cannot be reached.
+    """
+    if str(name) == NANO:
+        return Path(str(resources.files("mlx_qwen35") / NANO))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise InputError(f"--model must be {CHOICES}; {folder} is a file")
+    parts = str(name).split("/")
+    if len(parts) != 2 or not all(parts) or str(name).startswith((".", "~")):
+        raise InputError(f"there is no folder {name}, and it is no Hugging Face id; give {CHOICES}")
+    return _download(str(name), revision)
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    offline = f"'--model {NANO}' works without the network"
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(_FILES)))
+    except HFValidationError as error:
+        raise InputError(f"{repository!r} is no Hugging Face id: {error}; give {CHOICES}") from error
+    except RepositoryNotFoundError as error:
+        raise InputError(f"there is no folder {repository} and no public repository of that id; give {CHOICES}") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        at = f" at revision {revision!r}" if revision else ""
+        raise InputError(
+            f"could not get {repository}{at} from the Hugging Face hub ({type(error).__name__}: {reason}). Check the "
+            f"network and the id, or give a local folder; {offline}"
+        ) from error

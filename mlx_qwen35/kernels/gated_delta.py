@@ -1,0 +1,217 @@
+"""The core of a Gated DeltaNet layer: projections in, gated and normalised output out.
+
+    causal conv + silu -> l2 norms of q, k -> gates -> gated delta rule -> RMSNorm gated by silu(z)
+
+`gated_delta` is the one place where a fused kernel plugs in. Here it is composed of MLX operations, with the delta rule
+in three forms that agree up to rounding: `sequential_rule` is the definition, `step_rule` one token of it for decoding,
+`chunked_rule` the WY form for prompts. Everything inside is float32.
+
+Letters: B batch, T tokens, Hk/Hv key/value heads, r = Hv / Hk, Dk/Dv head sizes, C = 2 Hk Dk + Hv Dv channels,
+K conv taps, L chunk length, N chunks. Value head h reads key head h // r.
+"""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+L2_EPS = 1e-6  # added to the sum of squares, under the root (transformers, l2norm)
+CHUNK = 32  # fastest on a CPU with a good BLAS; longer chunks also lose digits
+
+
+class DeltaWeights(NamedTuple):
+    """The small parameters of one layer, all float32."""
+
+    conv: mx.array  # (K, C): tap K - 1 multiplies the newest token
+    A_log: mx.array  # (Hv,)
+    dt_bias: mx.array  # (Hv,)
+    norm: mx.array  # (Dv,): plain gamma, no one to add
+    eps: float  # of the gated RMSNorm
+
+
+class DeltaState(NamedTuple):
+    """What one layer remembers of the tokens it has read."""
+
+    window: mx.array  # (B, K - 1, C) the last projected tokens, before conv and silu, in the activation dtype
+    state: mx.array  # (B, Hv, Dv, Dk) float32
+
+
+def gated_delta(
+    qkv: mx.array,
+    z: mx.array,
+    b: mx.array,
+    a: mx.array,
+    weights: DeltaWeights,
+    memory: DeltaState,
+    lengths: mx.array | None = None,
+) -> tuple[mx.array, DeltaState]:
+    """Run the core over T tokens and return (B, T, Hv Dv) in qkv's dtype, and the new memory.
+
+    Args:
+        qkv: (B, T, C) projected tokens, q then k then v, head-major.
+        z: (B, T, Hv Dv) output gate before silu.
+        b, a: (B, T, Hv) write strength before the sigmoid, and the input of the decay.
+        lengths: (B,) int32. The first lengths[i] tokens of row i are real, the rest is padding: it changes neither
+            window nor state, and the outputs there mean nothing. None means that all are real.
+    """
+    B, T, _ = qkv.shape
+    _, Hv, Dv, Dk = memory.state.shape
+    valid = None if lengths is None else mx.arange(T) < lengths[:, None]
+    if valid is not None:  # whatever came of the padding, NaN included, must not meet the real tokens in a product
+        qkv = mx.where(valid[..., None], qkv, mx.zeros((), qkv.dtype))
+    tokens = mx.concatenate([memory.window, qkv], axis=1)
+    window = _last_tokens(tokens, memory.window.shape[1], lengths)
+    q, k, v = _convolve(tokens.astype(mx.float32), weights.conv, T, (Hv, Dv, Dk))
+    log_decay, beta = gates(b, a, weights, valid)
+    rule = step_rule if T == 1 else chunked_rule
+    out, state = rule(q, k, v, log_decay, beta, memory.state)
+    z = z.astype(mx.float32).reshape(B, T, Hv, Dv)
+    out = mx.fast.rms_norm(out, weights.norm, weights.eps) * (z * mx.sigmoid(z))
+    return out.reshape(B, T, Hv * Dv).astype(qkv.dtype), DeltaState(window, state)
+
+
+def gates(b: mx.array, a: mx.array, weights: DeltaWeights, valid: mx.array | None) -> tuple[mx.array, mx.array]:
+    """The logarithm of each token's decay, at most 0, and its write strength in 0..1; both (B, T, Hv) float32.
+
+    log decay = -exp(A_log) softplus(a + dt_bias), beta = sigmoid(b) (transformers, Qwen3_5GatedDeltaNet). A padded
+    token neither decays (0) nor writes (0).
+    """
+    log_decay = -mx.exp(weights.A_log) * mx.logaddexp(a.astype(mx.float32) + weights.dt_bias, 0.0)
+    beta = mx.sigmoid(b.astype(mx.float32))
+    if valid is None:
+        return log_decay, beta
+    return mx.where(valid[..., None], log_decay, 0.0), mx.where(valid[..., None], beta, 0.0)
+
+
+def _last_tokens(tokens: mx.array, count: int, lengths: mx.array | None) -> mx.array:
+    """The last `count` real tokens of each row of (B, count + T, C): the next window."""
+    if lengths is None:
+        return tokens[:, -count:]
+    return mx.take_along_axis(tokens, (lengths[:, None] + mx.arange(count))[..., None], axis=1)
+
+
+def _convolve(tokens: mx.array, conv: mx.array, T: int, sizes: tuple[int, int, int]) -> tuple[mx.array, ...]:
+    """Causal depthwise conv, silu, split, and l2 norms: q, k (B, T, Hk, Dk) and v (B, T, Hv, Dv)."""
+    Hv, Dv, Dk = sizes
+    mixed = sum(tokens[:, tap : tap + T] * conv[tap] for tap in range(conv.shape[0]))
+    mixed = mixed * mx.sigmoid(mixed)
+    key_dim = (mixed.shape[-1] - Hv * Dv) // 2
+    q, k, v = mx.split(mixed, [key_dim, 2 * key_dim], axis=-1)
+    q, k = (x.reshape(*x.shape[:2], -1, Dk) for x in (q, k))
+    q = q * (mx.rsqrt((q * q).sum(-1, keepdims=True) + L2_EPS) * Dk**-0.5)
+    k = k * mx.rsqrt((k * k).sum(-1, keepdims=True) + L2_EPS)
+    return q, k, v.reshape(*v.shape[:2], Hv, Dv)
+
+
+# --- the gated delta rule in three forms -----------------------------------------------------------------------------
+#
+# Each takes q, k (B, T, Hk, Dk), v (B, T, Hv, Dv), log_decay and beta (B, T, Hv), state (B, Hv, Dv, Dk), all float32,
+# and returns the outputs (B, T, Hv, Dv) and the new state.
+
+
+def sequential_rule(q, k, v, log_decay, beta, state):
+    """The definition, token by token: decay, predict, correct, then read (arXiv:2412.06464, eq. 10)."""
+    repeat = v.shape[2] // k.shape[2]
+    q, k = mx.repeat(q, repeat, axis=2), mx.repeat(k, repeat, axis=2)
+    outputs = []
+    for t in range(v.shape[1]):
+        state = state * mx.exp(log_decay[:, t])[..., None, None]
+        predicted = (state * k[:, t, :, None]).sum(-1)
+        change = beta[:, t, :, None] * (v[:, t] - predicted)
+        state = state + change[..., None] * k[:, t, :, None]
+        outputs.append((state * q[:, t, :, None]).sum(-1))
+    return mx.stack(outputs, axis=1), state
+
+
+def step_rule(q, k, v, log_decay, beta, state):
+    """One token (T = 1), reading the old state once: S' q = decay (S q) + (k . q) change."""
+    B, _, Hk, Dk = k.shape
+    _, Hv, Dv, _ = state.shape
+    old = state.reshape(B, Hk, -1, Dv, Dk)
+    decay = mx.exp(log_decay).reshape(B, Hk, -1, 1)
+    keys = mx.stack([k[:, 0], q[:, 0]], axis=-1)[:, :, None]  # (B, Hk, 1, Dk, 2)
+    read = old @ keys  # (B, Hk, r, Dv, 2)
+    change = beta.reshape(decay.shape) * (v.reshape(B, Hk, -1, Dv) - decay * read[..., 0])
+    new = old * decay[..., None] + change[..., None] * k[:, 0, :, None, None]
+    out = decay * read[..., 1] + change * (k * q).sum(-1).reshape(B, Hk, 1, 1)
+    return out.reshape(B, 1, Hv, Dv), new.reshape(state.shape)
+
+
+def chunked_rule(q, k, v, log_decay, beta, state, chunk: int = CHUNK):
+    """The WY form over chunks of `chunk` tokens (a power of two): matrix products, sequential only from chunk to chunk.
+
+    In a chunk with G the running sum of log_decay and S the state that enters it (arXiv:2412.06464, section 3.3):
+
+        A_ij = beta_i exp(G_i - G_j) k_i . k_j  (j < i)          [U, W] = (I + A)^-1 [beta v, beta exp(G) k]
+        V' = U - W S^T        O = exp(G) q S^T + (exp(G_i - G_j) q_i . k_j)_{j <= i} V'
+        S <- exp(G_L) S + V'^T (exp(G_L - G) k)
+
+    Every exponent is at most 0; those above the diagonal are masked before exp, where they could overflow.
+    """
+    B, T, Hk, Dk = k.shape
+    Hv, Dv = v.shape[2:]
+    padding = -T % chunk
+    if padding:  # no decay, no write
+        q, k, v = (mx.pad(x, [(0, 0), (0, padding), (0, 0), (0, 0)]) for x in (q, k, v))
+        log_decay, beta = (mx.pad(x, [(0, 0), (0, padding), (0, 0)]) for x in (log_decay, beta))
+    N = (T + padding) // chunk
+
+    def by_chunk(x: mx.array, heads: tuple[int, ...]) -> mx.array:  # (N, B, Hk, r, L, ...)
+        x = x.reshape(B, N, chunk, *heads, *x.shape[3:])
+        return mx.moveaxis(mx.moveaxis(x, 1, 0), 2, 4)
+
+    q, k = by_chunk(q, (Hk, 1)), by_chunk(k, (Hk, 1))
+    v, log_decay, beta = (by_chunk(x, (Hk, Hv // Hk)) for x in (v, log_decay, beta))
+
+    G = mx.cumsum(log_decay, axis=-1)
+    row = mx.arange(chunk)[:, None]
+    lower = row >= row.T
+    decay = mx.exp(mx.where(lower, G[..., :, None] - G[..., None, :], -mx.inf))
+    keys = mx.swapaxes(k, -1, -2)
+    A = mx.where(row > row.T, beta[..., None] * decay * (k @ keys), 0.0)
+    from_start, to_end = mx.exp(G)[..., None], mx.exp(G[..., -1:] - G)[..., None]
+    strength = beta[..., None]
+    UW = unit_lower_inverse(A) @ mx.concatenate([strength * v, (strength * from_start) * k], axis=-1)
+    U, W = mx.split(UW, [Dv], axis=-1)
+    reads = mx.concatenate([W, from_start * q], axis=-2)  # both meet the state that enters the chunk
+    inner = decay * (q @ keys)
+    writes = to_end * k
+    whole = mx.exp(G[..., -1])[..., None, None]
+
+    S = state.reshape(B, Hk, Hv // Hk, Dv, Dk)
+    outputs = []
+    for n in range(N):
+        WS, QS = mx.split(reads[n] @ mx.swapaxes(S, -1, -2), 2, axis=-2)
+        change = U[n] - WS
+        outputs.append(QS + inner[n] @ change)
+        S = whole[n] * S + mx.swapaxes(change, -1, -2) @ writes[n]
+    out = mx.stack(outputs, axis=1)  # (B, N, Hk, r, L, Dv)
+    out = mx.moveaxis(out, 4, 2).reshape(B, N * chunk, Hv, Dv)[:, :T]
+    return out, S.reshape(state.shape)
+
+
+def unit_lower_inverse(A: mx.array) -> mx.array:
+    """(I + A)^-1 for strictly lower triangular A (..., L, L), L a power of two.
+
+    LAPACK on the CPU, elsewhere by recursive doubling: with the inverses P, Q of two neighbouring diagonal blocks and R
+    the block below P, the block of the pair's inverse is -Q R P. Powers of A are never formed: their sum, the Neumann
+    series, cancels catastrophically when keys repeat (an error of 8e17 was measured at L = 64).
+    """
+    L = A.shape[-1]
+    if mx.default_device() == mx.cpu:
+        return mx.linalg.tri_inv(A + mx.eye(L))
+    return doubling_inverse(A)
+
+
+def doubling_inverse(A: mx.array) -> mx.array:
+    """unit_lower_inverse by recursive doubling, in log2(L) pairs of products."""
+    L = A.shape[-1]
+    index = mx.arange(L)
+    inverse = mx.broadcast_to(mx.eye(L), A.shape)
+    size = 1
+    while size < L:
+        block = index // size
+        below = (block[:, None] == block[None, :] + 1) & (block[:, None] % 2 == 1)
+        R = mx.where(below, A, 0.0)
+        inverse = inverse - (R if size == 1 else inverse @ R @ inverse)
+        size *= 2
+    return inverse

@@ -1,0 +1,29 @@
+"""x times the transpose of a packed matrix.
+
+Metal multiplies packed weights directly, for any number of rows. MLX's CPU backend does so at the speed of one row
+after the other, so there many rows meet the unpacked matrix, a slice of it at a time.
+"""
+
+import mlx.core as mx
+
+from mlx_qwen35.checkpoint import Quantization
+
+MANY_ROWS = 5  # from here on unpacking once is the faster way on the CPU
+SLICE = 1 << 25  # unpacked elements at a time: 134 MB in float32
+
+
+def quantized_linear(
+    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array | None, packing: Quantization
+) -> mx.array:
+    """(..., columns) floating point -> (..., rows) of the same dtype; weight (rows, columns bits / 32) uint32."""
+    form = {"group_size": packing.group_size, "bits": packing.bits, "mode": packing.mode}
+    columns = x.shape[-1]
+    if mx.default_device() != mx.cpu or x.size < MANY_ROWS * columns:
+        return mx.quantized_matmul(x, weight, scales, biases, transpose=True, **form)
+    step = max(1, SLICE // columns)
+    parts = []
+    for row in range(0, weight.shape[0], step):
+        rows = slice(row, row + step)
+        part = mx.dequantize(weight[rows], scales[rows], None if biases is None else biases[rows], **form)
+        parts.append(x @ part.astype(x.dtype).T)
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)

@@ -1,0 +1,107 @@
+"""The small parts that the layers share: linear maps, embedding, norms, MLP, rotary embedding."""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_qwen35.checkpoint import Quantization
+from mlx_qwen35.config import RopeConfig
+from mlx_qwen35.kernels.quantized_linear import quantized_linear
+
+
+class Linear(nn.Module):
+    """y = x W^T, with W (out, in) as it is or packed by MLX; no bias, as everywhere in the text model."""
+
+    def __init__(self, parts: dict[str, mx.array], packing: Quantization | None = None):
+        super().__init__()
+        self.weight = parts["weight"]
+        if packing:
+            self.scales, self.biases = parts["scales"], parts.get("biases")
+        self.packing = packing
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self.packing is None:
+            return x @ self.weight.T
+        return quantized_linear(x, self.weight, self.scales, self.biases, self.packing)
+
+
+class Embedding(Linear):
+    """A table over the vocabulary: looked up by token on the way in, and where it is tied, multiplied by on the way out."""
+
+    def __init__(self, parts: dict[str, mx.array], packing: Quantization | None, dtype: mx.Dtype):
+        super().__init__(parts, packing)
+        self.dtype = dtype
+
+    def look_up(self, tokens: mx.array) -> mx.array:
+        """tokens (B, T) integer -> (B, T, D) in the activation dtype."""
+        if self.packing is None:
+            return self.weight[tokens]
+        biases = None if self.biases is None else self.biases[tokens]
+        form = {"group_size": self.packing.group_size, "bits": self.packing.bits, "mode": self.packing.mode}
+        return mx.dequantize(self.weight[tokens], self.scales[tokens], biases, **form).astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * gamma, in float32, rounded once to x's dtype.
+
+    `weight` is gamma itself, 1 + w for the zero-centred norms, formed and kept in float32: rounded to bfloat16 the sum
+    would keep 8 bits and move logits by up to 0.18.
+    """
+
+    def __init__(self, weight: mx.array, eps: float):
+        super().__init__()
+        self.weight = weight
+        self.eps = eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.fast.rms_norm(x.astype(mx.float32), self.weight, self.eps).astype(x.dtype)
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))"""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.gate_proj = weights.linear("gate_proj")
+        self.up_proj = weights.linear("up_proj")
+        self.down_proj = weights.linear("down_proj")
+
+    def __call__(self, x: mx.array) -> mx.array:
+        gate = self.gate_proj(x)
+        return self.down_proj(gate * mx.sigmoid(gate) * self.up_proj(x))
+
+
+class Rotary:
+    """Interleaved M-RoPE: which of three position axes turns which pair of dims, and how fast.
+
+    Frequency i of dims / 2 follows the H axis for i = 1, 4, 7, ... and the W axis for i = 2, 5, 8, ..., as many as
+    their sections say, and the T axis otherwise (transformers, Qwen3_5TextRotaryEmbedding). For text the three axes are
+    equal and this is plain rotary embedding.
+    """
+
+    def __init__(self, config: RopeConfig):
+        half = config.dims // 2
+        self.dims = config.dims
+        self.frequencies = config.theta ** (-mx.arange(half, dtype=mx.float32) * 2 / config.dims)
+        axes = [0] * half
+        for axis in (1, 2):
+            for i in range(axis, 3 * config.sections[axis], 3):
+                axes[i] = axis
+        self.axes = mx.array(axes)
+
+    def table(self, positions: mx.array) -> tuple[mx.array, mx.array]:
+        """positions (B, T), or (3, B, T) for T, H, W -> cos, sin, each (B, 1, T, dims / 2) float32."""
+        if positions.ndim == 2:
+            angles = positions[..., None].astype(mx.float32) * self.frequencies
+        else:
+            angles = mx.moveaxis(positions[self.axes], 0, -1).astype(mx.float32) * self.frequencies
+        return mx.cos(angles)[:, None], mx.sin(angles)[:, None]
+
+
+def rotate(x: mx.array, table: tuple[mx.array, mx.array]) -> mx.array:
+    """Turn the first dims of x (B, H, T, D): dim j with dim j + dims / 2, the rest passes. In float32, then x's dtype."""
+    cos, sin = table
+    half = cos.shape[-1]
+    first, second, rest = mx.split(x, [half, 2 * half], axis=-1)
+    first, second = first.astype(mx.float32), second.astype(mx.float32)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return mx.concatenate([part.astype(x.dtype) for part in turned] + [rest], axis=-1)

@@ -1,0 +1,118 @@
+"""A checkpoint's name -> the model and its processor."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_qwen35.checkpoint import DTYPE_BYTES, TEXT, Checkpoint, is_zero_centred, open_checkpoint, text_shapes
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.hub import resolve
+from mlx_qwen35.memory import check_fits
+from mlx_qwen35.model import Model
+from mlx_qwen35.processor import Processor
+from mlx_qwen35.weights import Weights
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+_STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def load(model: str | Path, *, revision: str | None = None, dtype: str | None = None) -> tuple[Model, Processor]:
+    """Load a checkpoint and return the model and the processor that turns messages to tokens and tokens to text.
+
+    Args:
+        model: a local folder, a Hugging Face id, or "nano", the small model that comes with the package.
+        revision: branch, tag or commit of a Hugging Face id.
+        dtype: of the activations and the unpacked weights: float32, float16 or bfloat16. None follows the checkpoint
+            on a GPU, and is float32 on the CPU, where MLX's half types are 10 to 40 times slower.
+
+    Raises InputError when the checkpoint cannot be found, is broken, or does not fit into this machine's memory.
+    """
+    folder = resolve(model, revision)
+    checkpoint = open_checkpoint(folder)
+    processor = Processor.from_folder(folder, checkpoint.config)
+    return load_model(checkpoint, choose_dtype(checkpoint, dtype), str(model)), processor
+
+
+def choose_dtype(checkpoint: Checkpoint, dtype: str | None) -> mx.Dtype:
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        return DTYPES[dtype]
+    if mx.default_device() == mx.cpu:
+        return mx.float32
+    stored = checkpoint.entries[f"{TEXT}embed_tokens.weight"].dtype
+    if stored == "U32":  # packed: the scales tell, and where those are bytes, the first unpacked vector does
+        stored = checkpoint.entries[f"{TEXT}embed_tokens.scales"].dtype
+        stored = checkpoint.entries[f"{TEXT}norm.weight"].dtype if stored == "U8" else stored
+    return DTYPES[_stored_float(stored, "embed_tokens")]
+
+
+def _stored_float(dtype: str, name: str) -> str:
+    if dtype not in _STORED:
+        raise InputError(f"weights must be stored as {', '.join(_STORED)} or packed by MLX; {name} is {dtype}")
+    return _STORED[dtype]
+
+
+def load_model(checkpoint: Checkpoint, dtype: mx.Dtype, name: str) -> Model:
+    """Read the text tensors and build the model; vision and MTP tensors are left on disk."""
+    names = [stored for stored, _ in checkpoint.part(text_shapes(checkpoint.config.text))]
+    check_fits(name, loaded_bytes(checkpoint, names, dtype))
+    arrays = _lazy_arrays(checkpoint, names)
+    _check_finite(checkpoint, arrays)
+    config = checkpoint.config.text
+    model = Model(config, Weights(arrays, checkpoint.quantization, dtype, config.rms_norm_eps))
+    arrays.clear()  # each layer frees what it was cast from as soon as it is evaluated
+    mx.eval(model.embed_tokens.parameters())
+    for layer in model.layers:
+        mx.eval(layer.parameters())
+    mx.eval(model.parameters())
+    mx.clear_cache()
+    return model.eval()
+
+
+def loaded_bytes(checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype) -> int:
+    """Bytes of the text weights in memory: packed ones as on disk, the rest in `dtype`."""
+    total = 0
+    for name in names:
+        entry = checkpoint.entries[name]
+        integer = entry.dtype.startswith("U")
+        total += entry.nbytes if integer else entry.nbytes // DTYPE_BYTES[entry.dtype] * dtype.size
+    return total
+
+
+def _lazy_arrays(checkpoint: Checkpoint, names: list[str]) -> dict[str, mx.array]:
+    """Arrays that read themselves from disk when computed, in raw layout: conv1d [C, 1, K], norms gamma - 1."""
+    files: dict[Path, Mapping[str, mx.array]] = {}
+    arrays = {}
+    for name in names:
+        entry = checkpoint.exact.get(name, checkpoint.entries[name])
+        if entry.file not in files:
+            files[entry.file] = mx.load(str(entry.file))
+        if not entry.dtype.startswith("U"):
+            _stored_float(entry.dtype, name)
+        array = files[entry.file][entry.stored_name]
+        if not checkpoint.raw:
+            array = _to_raw(name, array)
+        arrays[name] = array
+    return arrays
+
+
+def _to_raw(name: str, array: mx.array) -> mx.array:
+    """Undo what an MLX program did: move conv1d's taps back, take the one off in float32, which is exact."""
+    if name.endswith("conv1d.weight"):
+        return array.swapaxes(1, 2)
+    return array.astype(mx.float32) - 1.0 if is_zero_centred(name) else array
+
+
+def _check_finite(checkpoint: Checkpoint, arrays: Mapping[str, mx.array]) -> None:
+    """Norms, scales and the other small tensors: a damaged one spoils every answer. Matrices are not scanned."""
+    small = {name: a for name, a in arrays.items() if a.ndim == 1 or name.endswith((".scales", ".biases", "conv1d.weight"))}
+    small = {name: a for name, a in small.items() if mx.issubdtype(a.dtype, mx.floating)}
+    counts = [(~mx.isfinite(a)).sum() for a in small.values()]
+    mx.eval(counts)
+    if bad := [f"{name} ({count.item()})" for name, count in zip(small, counts, strict=True) if count.item()]:
+        raise InputError(
+            f"{checkpoint.folder}: scales and norms must be finite; NaN or infinity in {', '.join(bad[:8])}. "
+            "The file is damaged or was converted wrongly; download or convert it again"
+        )

@@ -1,0 +1,80 @@
+"""The text model: embed -> layers -> norm -> logits."""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_qwen35.attention import GatedAttention
+from mlx_qwen35.cache import Cache, Span
+from mlx_qwen35.config import FULL, TextConfig
+from mlx_qwen35.delta_net import GatedDeltaNet
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.layers import MLP, Rotary
+
+
+class DecoderLayer(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)); the mixer is attention or DeltaNet."""
+
+    def __init__(self, config: TextConfig, kind: str, weights):
+        super().__init__()
+        self.input_layernorm = weights.norm("input_layernorm")
+        if kind == FULL:
+            self.self_attn = GatedAttention(config, weights.at("self_attn"))
+        else:
+            self.linear_attn = GatedDeltaNet(config, weights.at("linear_attn"))
+        self.post_attention_layernorm = weights.norm("post_attention_layernorm")
+        self.mlp = MLP(weights.at("mlp"))
+        self.mixer_name = "self_attn" if kind == FULL else "linear_attn"
+
+    def __call__(self, x: mx.array, span: Span, cache) -> mx.array:
+        x = x + self[self.mixer_name](self.input_layernorm(x), span, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Model(nn.Module):
+    """A Qwen3.5 text model. Holds weights only; a conversation's memory is its `Cache`."""
+
+    def __init__(self, config: TextConfig, weights):
+        super().__init__()
+        language = weights.at("model.language_model")
+        self.embed_tokens = language.embedding("embed_tokens")
+        self.layers = [
+            DecoderLayer(config, kind, language.at(f"layers.{i}")) for i, kind in enumerate(config.layer_types)
+        ]
+        self.norm = language.norm("norm")
+        if not config.tie_word_embeddings:
+            self.lm_head = weights.linear("lm_head")
+        self.config = config
+        self.rotary = Rotary(config.rope)
+        self.dtype = weights.dtype  # of activations
+
+    def make_cache(self, batch: int = 1) -> Cache:
+        """An empty memory for `batch` rows that are read together."""
+        return Cache(self.config, self.rotary, self.dtype, batch)
+
+    def __call__(self, tokens: mx.array, cache: Cache | None = None) -> mx.array:
+        """tokens (B, T) integer -> logits (B, T, V) in the activation dtype, extending the cache if there is one."""
+        return self.logits(self.hidden(tokens, cache))
+
+    def hidden(self, tokens: mx.array, cache: Cache | None = None, lengths: Sequence[int] | None = None) -> mx.array:
+        """tokens (B, T) -> (B, T, D) after the final norm.
+
+        lengths: of each row, how many of the T tokens are real; the outputs at the rest mean nothing. None: all.
+        Raises InputError when tokens is not (B, T), its ids are not integers, or B is not the cache's.
+        """
+        if tokens.ndim != 2 or not mx.issubdtype(tokens.dtype, mx.integer) or 0 in tokens.shape:
+            raise InputError(f"tokens must be (B, T) integers, B and T at least 1, got {tokens.shape} {tokens.dtype}")
+        cache = self.make_cache(tokens.shape[0]) if cache is None else cache
+        if cache.batch != tokens.shape[0]:
+            raise InputError(f"the cache is for {cache.batch} rows, tokens have {tokens.shape[0]}")
+        with cache.reading(tokens.shape[1], lengths) as span:
+            x = self.embed_tokens.look_up(tokens)
+            for layer, memory in zip(self.layers, cache.layers, strict=True):
+                x = layer(x, span, memory)
+            return self.norm(x)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """(..., D) after the final norm -> (..., V). Costly: 248,320 products a row, so ask for the rows you need."""
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return head(hidden)

@@ -1,0 +1,56 @@
+"""Tensors by name, handed to the parts of the model in the form that each computes with."""
+
+from collections.abc import Callable, Mapping
+
+import mlx.core as mx
+
+from mlx_qwen35.checkpoint import Quantization
+from mlx_qwen35.layers import Embedding, Linear, RMSNorm
+
+
+class Weights:
+    """A view of a checkpoint's tensors under one prefix.
+
+    Args:
+        arrays: Hugging Face name -> array, raw layout (conv1d [C, 1, K]) with gamma - 1 norms in float32 or narrower.
+        packing: name of a weight -> how it is packed, None when it is not.
+        dtype: of activations; matrices, or the scales of packed ones, are cast to it.
+        eps: of the RMS norms.
+    """
+
+    def __init__(
+        self,
+        arrays: Mapping[str, mx.array],
+        packing: Callable[[str], Quantization | None],
+        dtype: mx.Dtype,
+        eps: float,
+        prefix: str = "",
+    ):
+        self.arrays, self.packing, self.dtype, self.eps, self.prefix = arrays, packing, dtype, eps, prefix
+
+    def at(self, prefix: str) -> "Weights":
+        return Weights(self.arrays, self.packing, self.dtype, self.eps, f"{self.prefix}{prefix}.")
+
+    def float32(self, name: str) -> mx.array:
+        return self.arrays[self.prefix + name].astype(mx.float32)
+
+    def norm(self, name: str) -> RMSNorm:
+        """A zero-centred norm: the one is added here, in float32."""
+        return RMSNorm(1.0 + self.float32(f"{name}.weight"), self.eps)
+
+    def conv(self, name: str) -> mx.array:
+        """[C, 1, K] -> (K, C) float32, taps in rows."""
+        return mx.contiguous(self.float32(f"{name}.weight")[:, 0].T)
+
+    def _matrix(self, name: str) -> tuple[dict[str, mx.array], Quantization | None]:
+        path = f"{self.prefix}{name}."
+        packing = self.packing(f"{path}weight")
+        suffixes = packing.parts((1, packing.group_size)) if packing else ("weight",)
+        parts = {suffix: self.arrays[path + suffix] for suffix in suffixes}
+        return {k: a.astype(self.dtype) if mx.issubdtype(a.dtype, mx.floating) else a for k, a in parts.items()}, packing
+
+    def linear(self, name: str) -> Linear:
+        return Linear(*self._matrix(name))
+
+    def embedding(self, name: str) -> Embedding:
+        return Embedding(*self._matrix(name), self.dtype)
