@@ -1,1 +1,25 @@
+"""Qwen3.5 on MLX.
 
+    from mlx_qwen35 import load, generate
+
+    model, processor = load("nano")
+    print(generate(model, processor, prompt="What is 34 + 58?"))
+
+The way of the data: `load` finds the folder (hub), reads its headers (config, checkpoint) and builds the model. A
+prompt goes through the processor to tokens; `model` embeds them and runs its layers (attention, delta_net, with the
+heavy step in kernels), each with its part of the conversation's cache; sampling makes a token of the logits, and the
+processor text of the tokens. `generate` is the loop around it.
+"""
+
+from mlx_qwen35.cache import Cache, Snapshot
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.generate import Options, Result, batch_generate, generate, stream_generate
+from mlx_qwen35.load import load
+from mlx_qwen35.model import Model
+from mlx_qwen35.processor import Piece, Processor
+from mlx_qwen35.sampling import PRESETS, Sampling
+
+__all__ = [
+    "PRESETS", "Cache", "InputError", "Model", "Options", "Piece", "Processor", "Result", "Sampling", "Snapshot",
+    "batch_generate", "generate", "load", "stream_generate",
+]  # fmt: skip

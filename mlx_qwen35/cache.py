@@ -41,7 +41,10 @@ class KVCache:
         """Write (B, Hk, T, D) at column `start` and return all columns up to there."""
         end = start + keys.shape[2]
         if self.keys is None or end > self.keys.shape[2]:
-            self.keys, self.values = self._grown(self.keys, keys, start, end), self._grown(self.values, values, start, end)
+            self.keys, self.values = (
+                self._grown(self.keys, keys, start, end),
+                self._grown(self.values, values, start, end),
+            )
         self.keys[:, :, start:end] = keys
         self.values[:, :, start:end] = values
         return self.keys[:, :, :end], self.values[:, :, :end]
@@ -77,14 +80,17 @@ class Snapshot:
         """Copy out the columns from `start` on, which the cache is about to overwrite."""
         kept = [[layer.keys[:, :, start : self.intact], layer.values[:, :, start : self.intact]] for layer in layers]
         if self.tail:
-            kept = [[mx.concatenate(pair, 2) for pair in zip(new, old, strict=True)] for new, old in zip(kept, self.tail, strict=True)]
+            kept = [
+                [mx.concatenate(pair, 2) for pair in zip(new, old, strict=True)]
+                for new, old in zip(kept, self.tail, strict=True)
+            ]
         self.tail = [(_copy(keys), _copy(values)) for keys, values in kept]
         mx.eval(self.tail)
         self.intact = start
 
 
 def _copy(array: mx.array) -> mx.array:
-    """The array in memory of its own: a plain slice would keep the whole cache buffer shared, and so copied on write."""
+    """The array in memory of its own: a plain slice keeps the whole cache buffer shared, and so copied on write."""
     return mx.concatenate([array, array[:, :, :0]], axis=2)
 
 

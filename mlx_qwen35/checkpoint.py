@@ -123,7 +123,7 @@ _ZERO_CENTRED = (
 
 
 def is_zero_centred(name: str) -> bool:
-    """Whether the tensor of this Hugging Face name is a norm weight stored as gamma - 1 (qwen3_5 reference, RMSNorm)."""
+    """Whether the tensor of this Hugging Face name is a norm weight stored as gamma - 1 (transformers, Qwen3_5RMSNorm)."""
     return name.endswith(_ZERO_CENTRED) and not name.startswith(VISION)
 
 
@@ -133,7 +133,7 @@ def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def is_exact(name: str) -> bool:
-    """Whether a tensor stays in float32 whatever the model's dtype is: the decay rates, as the checkpoint stores them."""
+    """Whether a tensor stays in float32 whatever the model's dtype is: the decay rates, as checkpoints store them."""
     return name.endswith("A_log")
 
 
@@ -150,7 +150,7 @@ _PREFIXES = (
 
 
 def hugging_face_name(name: str) -> str:
-    """The name that Hugging Face's checkpoint gives to a tensor or module of any layout; unknown names stay as they are."""
+    """The name that Hugging Face gives to a tensor or module of any layout; unknown names stay as they are."""
     for prefix, own in _PREFIXES:
         if name.startswith(prefix):
             return own + name.removeprefix(prefix)
@@ -253,8 +253,9 @@ class Quantization:
 class Checkpoint:
     """A folder whose headers were read and found whole: every tensor there, of the right shape, in a known layout.
 
-    `entries` is keyed by Hugging Face names; `exact` holds the float32 originals of some of them. `raw` says that conv1d is [C, 1, K] and norm weights are gamma - 1, as
-    Hugging Face stores them; otherwise an MLX program moved the axis and added the one.
+    `entries` is keyed by Hugging Face names; `exact` holds the float32 originals of some of them. `raw` says that
+    conv1d is [C, 1, K] and norm weights are gamma - 1, as Hugging Face stores them; otherwise an MLX program moved the
+    axis and added the one.
     """
 
     folder: Path
@@ -324,7 +325,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         entries = {name: entry for name, entry in entries.items() if not name.startswith("lm_head.")}
     exact = {name.removeprefix(EXACT): entries.pop(name) for name in list(entries) if name.startswith(EXACT)}
     if stray := [name for name, entry in exact.items() if name not in entries or entries[name].shape != entry.shape]:
-        raise InputError(f"{folder}: {EXACT}* must repeat tensors of the folder in float32; these do not: {_shorten(stray)}")
+        raise InputError(
+            f"{folder}: {EXACT}* must repeat tensors of the folder in float32; these do not: {_shorten(stray)}"
+        )
     checkpoint = Checkpoint(folder, config, entries, exact, _is_raw(folder, config, entries))
     _check_tensors(checkpoint)
     return checkpoint

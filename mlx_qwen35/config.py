@@ -1,4 +1,4 @@
-"""config.json -> frozen dataclasses. No field that changes the computation has a default: absent or unknown is an error."""
+"""config.json -> frozen dataclasses. A field that changes the computation has no default: absent or unknown is an error."""
 
 import json
 from collections.abc import Mapping
@@ -176,7 +176,10 @@ def _text_config(values: Mapping[str, Any], where: str, tied: bool | None) -> Te
             "linear_conv_kernel_dim", "max_position_embeddings",
         )
     }  # fmt: skip
-    for many, few in (("num_attention_heads", "num_key_value_heads"), ("linear_num_value_heads", "linear_num_key_heads")):
+    for many, few in (
+        ("num_attention_heads", "num_key_value_heads"),
+        ("linear_num_value_heads", "linear_num_key_heads"),
+    ):
         if sizes[many] % sizes[few]:
             raise InputError(f"{where}: {many!r} ({sizes[many]}) must be a multiple of {few!r} ({sizes[few]})")
     if sizes["linear_conv_kernel_dim"] < 2:

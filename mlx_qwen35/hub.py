@@ -1,4 +1,4 @@
-"""A checkpoint's name -> a local folder: a path, a Hugging Face id, or `nano`, the model that comes with the package."""
+"""A checkpoint's name -> a local folder: a path, a Hugging Face id, or `nano`, which comes with the package."""
 
 from importlib import resources
 from pathlib import Path
@@ -35,7 +35,12 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
 
 def _download(repository: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     offline = f"'--model {NANO}' works without the network"
     try:
@@ -43,7 +48,9 @@ def _download(repository: str, revision: str | None) -> Path:
     except HFValidationError as error:
         raise InputError(f"{repository!r} is no Hugging Face id: {error}; give {CHOICES}") from error
     except RepositoryNotFoundError as error:
-        raise InputError(f"there is no folder {repository} and no public repository of that id; give {CHOICES}") from error
+        raise InputError(
+            f"there is no folder {repository} and no public repository of that id; give {CHOICES}"
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         at = f" at revision {revision!r}" if revision else ""

@@ -25,7 +25,7 @@ class Linear(nn.Module):
 
 
 class Embedding(Linear):
-    """A table over the vocabulary: looked up by token on the way in, and where it is tied, multiplied by on the way out."""
+    """A table over the vocabulary: looked up on the way in, and where it is tied, multiplied by on the way out."""
 
     def __init__(self, parts: dict[str, mx.array], packing: Quantization | None, dtype: mx.Dtype):
         super().__init__(parts, packing)
@@ -98,7 +98,7 @@ class Rotary:
 
 
 def rotate(x: mx.array, table: tuple[mx.array, mx.array]) -> mx.array:
-    """Turn the first dims of x (B, H, T, D): dim j with dim j + dims / 2, the rest passes. In float32, then x's dtype."""
+    """Turn the first dims of x (B, H, T, D), dim j with dim j + dims / 2; the rest passes. In float32, then x's dtype."""
     cos, sin = table
     half = cos.shape[-1]
     first, second, rest = mx.split(x, [half, 2 * half], axis=-1)

@@ -107,7 +107,9 @@ def _to_raw(name: str, array: mx.array) -> mx.array:
 
 def _check_finite(checkpoint: Checkpoint, arrays: Mapping[str, mx.array]) -> None:
     """Norms, scales and the other small tensors: a damaged one spoils every answer. Matrices are not scanned."""
-    small = {name: a for name, a in arrays.items() if a.ndim == 1 or name.endswith((".scales", ".biases", "conv1d.weight"))}
+    small = {
+        name: a for name, a in arrays.items() if a.ndim == 1 or name.endswith((".scales", ".biases", "conv1d.weight"))
+    }
     small = {name: a for name, a in small.items() if mx.issubdtype(a.dtype, mx.floating)}
     counts = [(~mx.isfinite(a)).sum() for a in small.values()]
     mx.eval(counts)

@@ -21,7 +21,7 @@ def check_fits(name: str, weight_bytes: int) -> None:
     limit = usable_bytes()
     if weight_bytes + RESERVE > limit:
         raise InputError(
-            f"{name} needs {weight_bytes / 1e9:.1f} GB for its text weights, this machine has {limit / 1e9:.1f} GB for a "
-            f"model. Convert it to 4 bit, about 3.5 times smaller:\n"
+            f"{name} needs {weight_bytes / 1e9:.1f} GB for its text weights, this machine has {limit / 1e9:.1f} GB for "
+            f"a model. Convert it to 4 bit, about 3.5 times smaller:\n"
             f"  mlx_qwen35.convert --hf-path {name} --mlx-path {name.rstrip('/').split('/')[-1]}-4bit -q --q-bits 4"
         )

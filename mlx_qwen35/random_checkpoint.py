@@ -1,6 +1,6 @@
-"""Random checkpoints in the exact Hugging Face layout, for tests and for the bench: the text is noise, the sizes are real.
+"""Random checkpoints in the exact Hugging Face layout, for tests and bench: the text is noise, the sizes are real.
 
-    python -m mlx_qwen35.random_checkpoint OUT --geometry tiny|mid|0.8b|2b|4b|9b|27b [--seed 0]
+python -m mlx_qwen35.random_checkpoint OUT --geometry tiny|mid|0.8b|2b|4b|9b|27b [--seed 0]
 """
 
 import argparse

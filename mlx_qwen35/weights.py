@@ -47,7 +47,9 @@ class Weights:
         packing = self.packing(f"{path}weight")
         suffixes = packing.parts((1, packing.group_size)) if packing else ("weight",)
         parts = {suffix: self.arrays[path + suffix] for suffix in suffixes}
-        return {k: a.astype(self.dtype) if mx.issubdtype(a.dtype, mx.floating) else a for k, a in parts.items()}, packing
+        return {
+            k: a.astype(self.dtype) if mx.issubdtype(a.dtype, mx.floating) else a for k, a in parts.items()
+        }, packing
 
     def linear(self, name: str) -> Linear:
         return Linear(*self._matrix(name))

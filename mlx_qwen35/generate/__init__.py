@@ -1,0 +1,182 @@
+"""Text from a model: generate, stream_generate, batch_generate. The loop is in loop.py, the command in __main__.py."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Unpack
+
+import mlx.core as mx
+
+from mlx_qwen35.cache import Cache
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.generate.loop import decode, read
+from mlx_qwen35.generate.options import Options, Plan, check_names, encode, plan
+from mlx_qwen35.model import Model
+from mlx_qwen35.processor import Messages, Piece, Processor, Prompt
+from mlx_qwen35.sampling import Sampler
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished generation; str() is the answer.
+
+    finish_reason: "stop" (an end token or a stop string), "length" (max_tokens or the end of the context), or
+    "interrupted". tokens are the generated ids, the end token included. Speeds are in tokens per second: prompt_tps to
+    the first token, generation_tps after it. peak_memory is in GB (10^9 bytes), since the program started.
+    """
+
+    text: str
+    reasoning: str
+    tokens: tuple[int, ...]
+    finish_reason: str
+    prompt_tokens: int
+    generation_tokens: int
+    prompt_tps: float
+    generation_tps: float
+    peak_memory: float
+    seed: int
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Generation:
+    """Several prompts being answered at once: iterate for (row, piece) as they come; `results()` any time.
+
+    Stopping early is fine: what was drawn until then is in the results, marked "interrupted".
+    """
+
+    def __init__(self, model: Model, processor: Processor, prompts: Sequence[Prompt], options: Options):
+        self.model, self.processor, self.prompts = model, processor, list(prompts)
+        self.cache: Cache = options.get("cache") or model.make_cache(len(self.prompts))
+        if self.cache.batch != len(self.prompts):
+            raise InputError(f"the cache is for {self.cache.batch} rows, there are {len(self.prompts)} prompts")
+        self.plan: Plan = plan(options, model.config, self.prompts, self.cache.row_lengths)
+        self.progress = options.get("progress", lambda done, total: None)
+        self._streams = [processor.text_stream(prompt.thinking, self.plan.stop) for prompt in self.prompts]
+        self._tokens: list[list[int]] = [[] for _ in self.prompts]
+        self._pieces: list[list[Piece]] = [[] for _ in self.prompts]
+        self._reasons = ["interrupted"] * len(self.prompts)
+        self._first = [0.0] * len(self.prompts)  # when each row's first and last tokens were there
+        self._last = [0.0] * len(self.prompts)
+        self._start = time.perf_counter()
+
+    def __iter__(self) -> Iterator[tuple[int, Piece]]:
+        """Run the loop, once."""
+        self._start = time.perf_counter()
+        total, done = sum(len(prompt.tokens) for prompt in self.prompts), 0
+
+        def count(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            self.progress(done, total)
+
+        positions = [n + len(prompt.tokens) for n, prompt in zip(self.cache.row_lengths, self.prompts, strict=True)]
+        rows = [prompt.tokens for prompt in self.prompts]
+        hidden = read(self.model, self.cache, rows, self.plan.prefill_step_size, count)
+        seeds = [self.plan.seed] * len(rows)
+        sampler = Sampler(self.plan.sampling, seeds, positions, self.processor.vocabulary)
+        steps = decode(
+            self.model, self.cache, hidden, sampler, self.plan.limits, self.processor.stop_ids,
+            finished=lambda row: self._streams[row].stopped,
+        )  # fmt: skip
+        for step in steps:
+            for row, token in enumerate(step):
+                if token is not None:
+                    yield from ((row, piece) for piece in self._take(row, token))
+
+    def _take(self, row: int, token: int) -> list[Piece]:
+        self._last[row] = time.perf_counter()
+        self._first[row] = self._first[row] or self._last[row]
+        self._tokens[row].append(token)
+        stream = self._streams[row]
+        ended = token in self.processor.stop_ids
+        pieces = [] if ended else stream.add(token)
+        if ended or stream.stopped:
+            self._reasons[row] = "stop"
+        elif len(self._tokens[row]) == self.plan.limits[row]:
+            self._reasons[row] = "length"
+        if self._reasons[row] != "interrupted":
+            pieces += stream.finish()
+        self._pieces[row] += pieces
+        return pieces
+
+    def results(self) -> list[Result]:
+        return [self._result(row) for row in range(len(self.prompts))]
+
+    def _result(self, row: int) -> Result:
+        tokens, prompt = self._tokens[row], len(self.prompts[row].tokens)
+        reading, writing = self._first[row] - self._start, self._last[row] - self._first[row]
+        return Result(
+            text="".join(piece.text for piece in self._pieces[row] if not piece.reasoning),
+            reasoning="".join(piece.text for piece in self._pieces[row] if piece.reasoning).strip(),
+            tokens=tuple(tokens),
+            finish_reason=self._reasons[row],
+            prompt_tokens=prompt,
+            generation_tokens=len(tokens),
+            prompt_tps=prompt / reading if tokens else 0.0,
+            generation_tps=(len(tokens) - 1) / writing if writing > 0 else 0.0,
+            peak_memory=mx.get_peak_memory() / 1e9,
+            seed=self.plan.seed,
+        )
+
+
+def start(
+    model: Model, processor: Processor, prompts: Sequence[str | Sequence[int] | Messages], **options: Unpack[Options]
+) -> Generation:
+    """A Generation of these prompts, nothing read yet: for callers that want pieces and the result."""
+    given = check_names(options)
+    return Generation(model, processor, [encode(processor, prompt, given) for prompt in prompts], given)
+
+
+def _one(prompt: str | Sequence[int] | None, messages: Messages | None) -> str | Sequence[int] | Messages:
+    if (prompt is None) == (messages is None):
+        raise TypeError("give either prompt or messages")
+    return messages if prompt is None else prompt
+
+
+def generate(
+    model: Model,
+    processor: Processor,
+    prompt: str | Sequence[int] | None = None,
+    *,
+    messages: Messages | None = None,
+    **options: Unpack[Options],
+) -> Result:
+    """Answer one prompt.
+
+    Args:
+        model, processor: from `load`.
+        prompt: one user message, put through the chat template; with ignore_chat_template=True raw text; or token ids.
+        messages: instead of prompt, a conversation: [{"role": "user", "content": "..."}, ...].
+        options: see `Options`.
+
+    Raises InputError for a prompt or an option that breaks a rule.
+    """
+    (result,) = batch_generate(model, processor, [_one(prompt, messages)], **options)
+    return result
+
+
+def stream_generate(
+    model: Model,
+    processor: Processor,
+    prompt: str | Sequence[int] | None = None,
+    *,
+    messages: Messages | None = None,
+    **options: Unpack[Options],
+) -> Iterator[Piece]:
+    """Like generate, but yields pieces of text as they come: str(piece) is the text, piece.reasoning tells the kind."""
+    for _, piece in start(model, processor, [_one(prompt, messages)], **options):
+        yield piece
+
+
+def batch_generate(
+    model: Model, processor: Processor, prompts: Sequence[str | Sequence[int] | Messages], **options: Unpack[Options]
+) -> list[Result]:
+    """Answer several prompts of any lengths together; each gets what it would get alone with the same seed."""
+    if not prompts:
+        return []
+    generation = start(model, processor, prompts, **options)
+    for _ in generation:
+        pass
+    return generation.results()

@@ -1,0 +1,166 @@
+"""Logits -> the processed distribution -> a token. One function each, used by everything that generates.
+
+The noise of a draw depends on (seed, position) alone, position being the token's place in its sequence. So the same
+seed gives the same text however the tokens are produced: alone, in a batch, or several at a time.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from mlx_qwen35.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw a token. Penalties count every generated token, and no prompt token."""
+
+    temp: float = 1.0  # 0: greedy, the most probable token
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1: off
+    min_p: float = 0.0  # 0: off
+    presence_penalty: float = 0.0  # taken off the logit of each token that was generated
+    frequency_penalty: float = 0.0  # taken off as often as it was
+    repetition_penalty: float = 1.0  # divides its positive logit, multiplies a negative one; 1: off
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logit of a token id
+
+    def __post_init__(self) -> None:
+        rules = {
+            "temp": (self.temp >= 0, "0 (greedy) or more"),
+            "top_k": (isinstance(self.top_k, int) and self.top_k >= 0, "a whole number, 0 (off) or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
+            "min_p": (0 <= self.min_p <= 1, "0 (off) to 1"),
+            "presence_penalty": (-2 <= self.presence_penalty <= 2, "-2 to 2"),
+            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "-2 to 2"),
+            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0; 1 is off"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise InputError(f"{name} must be {rule}, got {getattr(self, name)}")
+
+    @property
+    def penalises(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Published settings of one way to use the model (model card of Qwen3.5-4B)."""
+
+    sampling: Sampling
+    max_tokens: int  # published output length
+    use: str
+
+
+PRESETS = {
+    "thinking": Preset(Sampling(1.0, 20, 0.95, presence_penalty=1.5), 32768, "thinking, general"),
+    "coding": Preset(Sampling(0.6, 20, 0.95), 81920, "thinking, precise coding"),
+    "instruct": Preset(Sampling(0.7, 20, 0.8, presence_penalty=1.5), 32768, "no thinking, general"),
+    "reasoning": Preset(Sampling(1.0, 40, 1.0, presence_penalty=2.0), 32768, "no thinking, reasoning tasks"),
+}
+
+
+def process(logits: mx.array, sampling: Sampling, counts: mx.array | None = None, vocabulary: int = 0) -> mx.array:
+    """The distribution a token is drawn from: (B, V) logits -> (B, V) float32 log-probabilities, -inf where cut off.
+
+    Order, as in transformers: bias and penalties, temperature, top-k, top-p, min-p, each on what the one before left.
+
+    Args:
+        counts: (B, V) how often each token was generated; None while none was or nothing is penalised.
+        vocabulary: the tokenizer's size. The rows of the head beyond it are padding and never drawn; 0: none are.
+    """
+    logits = penalise(logits, sampling, counts, vocabulary)
+    if sampling.temp == 0:
+        best = mx.argmax(logits, axis=-1, keepdims=True)
+        return mx.where(mx.arange(logits.shape[-1]) == best, 0.0, -mx.inf)
+    logits = logits / sampling.temp
+    if not 0 < sampling.top_k < logits.shape[-1]:
+        return _cut(_normalise(logits), sampling)
+    ids = mx.argpartition(-logits, kth=sampling.top_k - 1, axis=-1)[..., : sampling.top_k]
+    kept = _cut(_normalise(mx.take_along_axis(logits, ids, axis=-1)), sampling)
+    return mx.put_along_axis(mx.full(logits.shape, -mx.inf), ids, kept, axis=-1)
+
+
+def penalise(logits: mx.array, sampling: Sampling, counts: mx.array | None, vocabulary: int) -> mx.array:
+    """Bias and penalties, in float32; padding rows of the vocabulary to -inf."""
+    logits = logits.astype(mx.float32)
+    if 0 < vocabulary < logits.shape[-1]:
+        logits = mx.where(mx.arange(logits.shape[-1]) < vocabulary, logits, -mx.inf)
+    if sampling.logit_bias:
+        ids = mx.array(list(sampling.logit_bias))
+        logits = logits.at[:, ids].add(mx.array(list(sampling.logit_bias.values()), mx.float32))
+    if counts is None or not sampling.penalises:
+        return logits
+    seen = counts > 0
+    factor = sampling.repetition_penalty
+    scaled = mx.where(logits < 0, logits * factor, logits / factor)
+    logits = mx.where(seen, scaled, logits)
+    return logits - sampling.presence_penalty * seen - sampling.frequency_penalty * counts
+
+
+def _normalise(logits: mx.array) -> mx.array:
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def _cut(logprobs: mx.array, sampling: Sampling) -> mx.array:
+    """Top-p, then min-p, normalised again after each."""
+    from mlx_lm.sample_utils import apply_min_p, apply_top_p
+
+    with _uncompiled_on_cpu():
+        if sampling.top_p < 1:
+            logprobs = _normalise(apply_top_p(logprobs, sampling.top_p))
+        if sampling.min_p > 0:
+            logprobs = _normalise(apply_min_p(logprobs, sampling.min_p))
+    return logprobs
+
+
+@contextmanager
+def _uncompiled_on_cpu() -> Iterator[None]:
+    """mlx-lm compiles its filters, which on the CPU backend runs a C++ compiler, seconds long."""
+    if mx.default_device() != mx.cpu or "MLX_DISABLE_COMPILE" in os.environ:
+        yield
+        return
+    mx.disable_compile()
+    try:
+        yield
+    finally:
+        mx.enable_compile()
+
+
+def noise(vocabulary: int, seed: int, position: int) -> mx.array:
+    """(V,) float32 standard Gumbel noise, a function of seed and position; both below 2**32."""
+    return mx.random.gumbel((vocabulary,), key=mx.random.key(seed << 32 | position))
+
+
+class Sampler:
+    """Draws the tokens of B sequences, one each a step, and counts them for the penalties.
+
+    Args:
+        seeds: one for each row, 0 to 2**32 - 1.
+        positions: the place of the next token in each row's sequence.
+    """
+
+    def __init__(self, sampling: Sampling, seeds: Sequence[int], positions: Sequence[int], vocabulary: int):
+        for seed in seeds:
+            if not 0 <= seed < 2**32:
+                raise InputError(f"seed must be 0 to {2**32 - 1}, got {seed}")
+        self.sampling, self.vocabulary = sampling, vocabulary
+        self.seeds, self.positions = list(seeds), list(positions)
+        self.counts: mx.array | None = None
+
+    def draw(self, logits: mx.array) -> mx.array:
+        """(B, V) -> (B,) the next tokens; nothing is computed yet."""
+        if self.sampling.temp == 0:
+            tokens = mx.argmax(penalise(logits, self.sampling, self.counts, self.vocabulary), axis=-1)
+        else:
+            keys = zip(self.seeds, self.positions, strict=True)
+            gumbel = mx.stack([noise(logits.shape[-1], seed, position) for seed, position in keys])
+            tokens = mx.argmax(process(logits, self.sampling, self.counts, self.vocabulary) + gumbel, axis=-1)
+        self.positions = [position + 1 for position in self.positions]
+        if self.sampling.penalises:
+            counts = mx.zeros(logits.shape) if self.counts is None else self.counts
+            self.counts = counts.at[mx.arange(logits.shape[0]), tokens].add(1.0)
+        return tokens
