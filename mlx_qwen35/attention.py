@@ -27,6 +27,8 @@ class GatedAttention(nn.Module):
     def __call__(self, x: mx.array, span: Span, cache: KVCache) -> mx.array:
         """x (B, T, D) normed -> (B, T, D); reads and extends the layer's cache."""
         B, T, _ = x.shape
+        if span.lengths is not None:  # NaN or infinity at a hole would survive its weight of 0 in the sum of values
+            x = mx.where((mx.arange(T) < span.lengths[:, None])[..., None], x, mx.zeros((), x.dtype))
         q, gate = mx.split(self.q_proj(x).reshape(B, T, self.heads, -1), 2, axis=-1)
         k, v = (project(x).reshape(B, T, -1, self.head_dim).swapaxes(1, 2) for project in (self.k_proj, self.v_proj))
         q = rotate(self.q_norm(q).swapaxes(1, 2), span.rotary)

@@ -123,7 +123,7 @@ _ZERO_CENTRED = (
 
 
 def is_zero_centred(name: str) -> bool:
-    """Whether the tensor of this Hugging Face name is a norm weight stored as gamma - 1 (transformers, Qwen3_5RMSNorm)."""
+    """Whether the tensor of this Hugging Face name is a norm weight stored as gamma - 1 (Qwen3_5RMSNorm)."""
     return name.endswith(_ZERO_CENTRED) and not name.startswith(VISION)
 
 

@@ -1,4 +1,4 @@
-"""config.json -> frozen dataclasses. A field that changes the computation has no default: absent or unknown is an error."""
+"""config.json -> frozen dataclasses. A field that changes the computation has no default: absent, it is an error."""
 
 import json
 from collections.abc import Mapping
@@ -80,13 +80,15 @@ class Config:
     """One checkpoint's configuration.
 
     `vision` is None for a text-only checkpoint. `eos_token_ids` are those that config.json and generation_config.json
-    name; the tokenizer adds its own. `quantization` is the "quantization" entry of a folder written by MLX programs:
-    the default {"group_size", "bits", "mode"} and overrides by module path.
+    name; the tokenizer adds its own. `greedy` says that generation_config.json has do_sample false. `quantization` is
+    the "quantization" entry of a folder written by MLX programs: the default {"group_size", "bits", "mode"} and
+    overrides by module path.
     """
 
     text: TextConfig
     vision: VisionConfig | None
     eos_token_ids: tuple[int, ...]
+    greedy: bool
     token_ids: Mapping[str, int]  # image, video, vision_start, vision_end; empty for a text-only checkpoint
     quantization: Mapping[str, Any]
     format_tag: Mapping[str, Any] | None  # the "mlx_qwen35" entry that our converter writes
@@ -250,6 +252,7 @@ def parse_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None
         text=text,
         vision=vision,
         eos_token_ids=tuple(dict.fromkeys(eos)),
+        greedy=(generation or {}).get("do_sample") is False,
         token_ids=token_ids,
         quantization=values.get("quantization") or {},
         format_tag=values.get("mlx_qwen35"),

@@ -81,7 +81,9 @@ class Rotary:
     def __init__(self, config: RopeConfig):
         half = config.dims // 2
         self.dims = config.dims
-        self.frequencies = config.theta ** (-mx.arange(half, dtype=mx.float32) * 2 / config.dims)
+        # In the reference's order, on the CPU: a frequency off by its last bit is 0.01 radians at position 262,144.
+        exponents = mx.arange(half, dtype=mx.float32) * 2 / config.dims
+        self.frequencies = mx.reciprocal(mx.power(config.theta, exponents, stream=mx.cpu), stream=mx.cpu)
         axes = [0] * half
         for axis in (1, 2):
             for i in range(axis, 3 * config.sections[axis], 3):
@@ -98,7 +100,7 @@ class Rotary:
 
 
 def rotate(x: mx.array, table: tuple[mx.array, mx.array]) -> mx.array:
-    """Turn the first dims of x (B, H, T, D), dim j with dim j + dims / 2; the rest passes. In float32, then x's dtype."""
+    """Turn the first dims of x (B, H, T, D), dim j with dim j + dims / 2; the rest passes. Computed in float32."""
     cos, sin = table
     half = cos.shape[-1]
     first, second, rest = mx.split(x, [half, 2 * half], axis=-1)

@@ -35,6 +35,7 @@ class Processor:
         ends = {known[token] for token in END_TOKENS if token in known}
         self.stop_ids = frozenset(ends | set(config.eos_token_ids) | set(tokenizer.eos_token_ids))
         self.vocabulary = max(known.values()) + 1
+        self.greedy = config.greedy
         self.think_start, self.think_end = known.get("<think>"), known.get("</think>")
 
     @classmethod
@@ -76,7 +77,7 @@ class Processor:
         options = {"add_generation_prompt": True, "tokenize": False} | given
         try:
             return hugging_face.apply_chat_template(list(messages), **options)
-        except (TemplateError, TypeError) as error:
+        except (TemplateError, TypeError, ValueError) as error:
             raise InputError(f"the chat template refuses these messages: {error}") from error
 
     def _prompt(self, text: str) -> Prompt:

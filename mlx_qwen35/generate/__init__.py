@@ -51,7 +51,7 @@ class Generation:
         self.cache: Cache = options.get("cache") or model.make_cache(len(self.prompts))
         if self.cache.batch != len(self.prompts):
             raise InputError(f"the cache is for {self.cache.batch} rows, there are {len(self.prompts)} prompts")
-        self.plan: Plan = plan(options, model.config, self.prompts, self.cache.row_lengths)
+        self.plan: Plan = plan(options, model.config, processor.greedy, self.prompts, self.cache.row_lengths)
         self.progress = options.get("progress", lambda done, total: None)
         self._streams = [processor.text_stream(prompt.thinking, self.plan.stop) for prompt in self.prompts]
         self._tokens: list[list[int]] = [[] for _ in self.prompts]

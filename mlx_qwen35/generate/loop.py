@@ -53,8 +53,8 @@ def decode(
     """Draw tokens after `read` and yield one for each row a step, None for rows that have ended.
 
     A row ends with a stop id, which is yielded, at its limit, or when finished(row) says so after its token was
-    yielded. The next step is under way while a token is looked at. So the cache has read every token that was yielded, except,
-    where all rows reached their limits, the last ones.
+    yielded. The next step is under way while a token is looked at. So the cache has read every token that was yielded,
+    except, where all rows reached their limits, the last ones.
 
     Raises InputError when the first logits are not finite.
     """

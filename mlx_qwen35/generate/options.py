@@ -19,7 +19,8 @@ class Options(TypedDict, total=False):
 
     max_tokens: most tokens to generate, reasoning included. Default: the preset's published length, or the space left.
     preset: "thinking", "coding", "instruct" or "reasoning", the published sampling settings. Default: thinking when the
-        prompt opens a thinking block, else instruct. Each value below overrides the preset's.
+        prompt opens a thinking block, else instruct. Each value below overrides the preset's; temp 0 without a preset
+        is plain greedy decoding, which is also the default of a checkpoint whose generation_config.json says so.
     temp, top_k, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty, logit_bias: see Sampling.
     seed: 0 to 2**32 - 1; the same seed gives the same text. Default: a random one, reported in the result.
     stop: strings that end the answer; they are not part of it.
@@ -75,9 +76,9 @@ def encode(processor: Processor, prompt: str | Sequence[int] | Messages, options
     if (not is_text and not len(prompt)) or (is_text and not prompt.strip()):
         raise InputError("the prompt must not be empty")
     if not is_text or raw:  # an option must not be without effect in silence
-        unused = {"system_prompt": system, "ignore_chat_template": not is_text and raw}
+        unused = {"system_prompt": system, "ignore_chat_template": (not is_text and raw) or None}
         unused |= template if raw or (not is_text and isinstance(prompt[0], int)) else {}
-        if names := [name for name, value in unused.items() if value not in (None, False)]:
+        if names := [name for name, value in unused.items() if value is not None]:
             kind = "raw text" if is_text else "tokens" if isinstance(prompt[0], int) else "messages"
             raise InputError(f"{', '.join(names)} must not be given with a prompt of {kind}: it would have no effect")
     if is_text and raw:
@@ -107,12 +108,15 @@ class Plan:
             raise InputError(f"prefill_step_size must be at least 1, got {self.prefill_step_size}")
 
 
-def plan(options: Options, config: TextConfig, prompts: Sequence[Prompt], already_read: Sequence[int]) -> Plan:
+def plan(
+    options: Options, config: TextConfig, greedy: bool, prompts: Sequence[Prompt], already_read: Sequence[int]
+) -> Plan:
     """Fill in the defaults for these prompts. InputError when a value breaks its rule or a prompt is too long."""
     name = options.get("preset", "thinking" if prompts[0].thinking else "instruct")
     if name not in PRESETS:
         raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
     preset = PRESETS[name]
+    plain = "preset" not in options and (options.get("temp") == 0 or greedy)
     given = {key: value for key, value in options.items() if key in _SAMPLING}
     most = options.get("max_tokens", preset.max_tokens)
     if most < 1:
@@ -127,7 +131,7 @@ def plan(options: Options, config: TextConfig, prompts: Sequence[Prompt], alread
             )
         limits.append(min(most, left))
     return Plan(
-        sampling=replace(preset.sampling, **given),
+        sampling=replace(Sampling(temp=0) if plain else preset.sampling, **given),
         seed=options.get("seed", secrets.randbits(32)),
         limits=tuple(limits),
         stop=tuple(_strings(options.get("stop", ()))),

@@ -1,0 +1,46 @@
+# make demo, make test: all the set-up is done here, in .venv, with the MLX backend of this machine.
+PYTHON ?= python3
+BIN := .venv/bin
+BACKEND := $(if $(filter Darwin,$(shell uname -s)),,cpu)
+comma := ,
+# $(call extras,a b) -> [a,b] with the backend's extra in front where this machine needs one
+empty :=
+space := $(empty) $(empty)
+extras = $(if $(strip $(BACKEND) $(1)),[$(subst $(space),$(comma),$(strip $(BACKEND) $(1)))])
+
+.PHONY: demo test test-all parity lint golden clean
+
+demo: .venv/ready
+	$(BIN)/mlx_qwen35.generate --model nano --prompt "What is 34 + 58?"
+
+test: .venv/ready-test
+	$(BIN)/python -m pytest -m "not full"
+
+test-all: .venv/ready-parity
+	$(BIN)/python -m pytest
+
+parity: .venv/ready-parity
+	$(BIN)/python -m pytest tests/parity
+
+lint: .venv/ready-test
+	$(BIN)/ruff check .
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version). Try: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/ready: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(call extras,)'
+	@touch $@
+
+.venv/ready-test: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(call extras,test)'
+	@touch $@
+
+.venv/ready-parity: .venv/ready-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(call extras,test parity)'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

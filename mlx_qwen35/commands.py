@@ -1,0 +1,116 @@
+"""What the commands share: options of a model and of sampling, errors without a traceback, a bar for long prompts."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.hub import CHOICES
+from mlx_qwen35.processor import Piece
+from mlx_qwen35.sampling import PRESETS
+
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", help=CHOICES)
+    group.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="of activations and unpacked weights (default: the checkpoint's on a GPU, float32 on a CPU)",
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling")
+    described = "; ".join(f"{name}: {preset.use}" for name, preset in PRESETS.items())
+    group.add_argument("--preset", choices=tuple(PRESETS), help=f"published settings ({described}; default: by mode)")
+    group.add_argument("--temp", type=float, help="temperature; 0 is greedy")
+    group.add_argument("--top-p", type=float, help="keep the smallest set of tokens with this much probability")
+    group.add_argument("--top-k", type=int, help="keep this many tokens; 0 is all")
+    group.add_argument("--min-p", type=float, help="drop tokens below this fraction of the best one's probability")
+    group.add_argument("--presence-penalty", type=float, help="taken off the logits of tokens generated before")
+    group.add_argument("--frequency-penalty", type=float, help="taken off as often as they were")
+    group.add_argument("--repetition-penalty", type=float, help="divides the logits of tokens generated before")
+    group.add_argument("--seed", type=int, help="the same seed gives the same text (default: a random one)")
+
+
+def add_generation_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("generation")
+    group.add_argument("--max-tokens", type=int, help="most tokens to generate, thinking included (default: by preset)")
+    group.add_argument("--system-prompt", help="system message put before the conversation")
+    group.add_argument(
+        "--enable-thinking",
+        action=argparse.BooleanOptionalAction,
+        help="think first, or answer at once (default: as the model's chat template has it)",
+    )
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text; repeatable")
+    group.add_argument("--prefill-step-size", type=int, help="tokens of the prompt read at a time")
+
+
+GENERATION_OPTIONS = (
+    "preset", "temp", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
+    "max_tokens", "system_prompt", "enable_thinking", "stop", "prefill_step_size",
+)  # fmt: skip
+
+
+def given_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of generate() that were given on the command line."""
+    return {name: getattr(args, name) for name in GENERATION_OPTIONS if getattr(args, name) is not None}
+
+
+def require_model(args: argparse.Namespace) -> str:
+    if not args.model:
+        raise InputError(f"--model must be given: {CHOICES}. To try at once: --model nano")
+    return args.model
+
+
+@contextmanager
+def clean_errors(command: str) -> Iterator[None]:
+    """Print what the user can mend in one message and exit with 2; a reader that closed our output is no error."""
+    try:
+        yield
+    except InputError as error:
+        print(f"{command}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+def print_pieces(pieces: Iterable[Piece]) -> None:
+    """Text as it comes; reasoning between the tags that the model itself uses."""
+    inside = False
+    for piece in pieces:
+        if piece.reasoning != inside:
+            print("<think>" if piece.reasoning else "</think>\n", flush=True)
+            inside = piece.reasoning
+        print(piece, end="", flush=True)
+    print()
+
+
+@contextmanager
+def prompt_bar(step: int) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr for prompts longer than one chunk."""
+    from tqdm import tqdm
+
+    bars: list[tqdm] = []
+
+    def progress(done: int, total: int) -> None:
+        if total > step and not bars:
+            bars.append(tqdm(total=total, desc="reading", unit=" tokens", leave=False))
+        if bars:
+            bars[0].update(done - bars[0].n)
+            if done == total:
+                bars[0].close()
+
+    try:
+        yield progress
+    finally:
+        if bars:
+            bars[0].close()

@@ -1,0 +1,100 @@
+"""The command mlx_qwen35.generate: one prompt in, text out as it comes, then the statistics."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from mlx_qwen35.commands import (
+    INTERRUPTED,
+    add_generation_options,
+    add_model_options,
+    add_sampling_options,
+    clean_errors,
+    given_options,
+    print_pieces,
+    prompt_bar,
+    require_model,
+)
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.generate import Result, start
+from mlx_qwen35.generate.options import PREFILL_STEP
+from mlx_qwen35.load import load
+
+COMMAND = "mlx_qwen35.generate"
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=COMMAND,
+        description="Answer one prompt. The text goes to standard output, statistics and progress to standard error.",
+    )
+    add_model_options(parser)
+    group = parser.add_argument_group("prompt")
+    source = group.add_mutually_exclusive_group()
+    source.add_argument("--prompt", "-p", help="the message; - reads standard input, as does giving none with a pipe")
+    source.add_argument("--prompt-file", type=Path, help="a text file that holds the message")
+    group.add_argument("--ignore-chat-template", action="store_true", help="complete the raw text instead of chatting")
+    add_generation_options(parser)
+    add_sampling_options(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text and statistics")
+    return parser
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    if args.prompt_file:
+        try:
+            return args.prompt_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--prompt-file must be a readable UTF-8 text file: {error}") from error
+    if args.prompt not in (None, "-"):
+        return args.prompt
+    if args.prompt is None and sys.stdin.isatty():
+        raise InputError("a prompt must be given: --prompt TEXT, --prompt-file FILE, or text on standard input")
+    return sys.stdin.read()
+
+
+def print_statistics(result: Result) -> None:
+    lines = (
+        "=" * 10,
+        f"Prompt: {result.prompt_tokens} tokens, {result.prompt_tps:.1f} tokens per second",
+        f"Generation: {result.generation_tokens} tokens, {result.generation_tps:.1f} tokens per second "
+        f"({result.finish_reason}, seed {result.seed})",
+        f"Peak memory: {result.peak_memory:.3f} GB",
+    )
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    name, prompt = require_model(args), read_prompt(args)
+    options = given_options(args) | {"ignore_chat_template": args.ignore_chat_template or None}
+    model, processor = load(name, revision=args.revision, dtype=args.dtype)
+    status = 0
+    with prompt_bar(args.prefill_step_size or PREFILL_STEP) as progress:
+        generation = start(model, processor, [prompt], progress=progress, **options)
+        try:
+            if args.json:
+                for _ in generation:
+                    pass
+            else:
+                print_pieces(piece for _, piece in generation)
+        except KeyboardInterrupt:
+            print(file=sys.stderr if args.json else sys.stdout)
+            status = INTERRUPTED
+    (result,) = generation.results()
+    if args.json:
+        print(json.dumps(dataclasses.asdict(result), ensure_ascii=False))
+    else:
+        print_statistics(result)
+    return status
+
+
+def main() -> None:
+    args = parser().parse_args()
+    with clean_errors(COMMAND):
+        sys.exit(run(args))
+
+
+if __name__ == "__main__":
+    main()

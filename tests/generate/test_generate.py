@@ -1,0 +1,314 @@
+"""generate, stream_generate, batch_generate on the bundled model."""
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_qwen35 import InputError, Model, Processor, batch_generate, generate, load, stream_generate
+from mlx_qwen35.generate import start
+from mlx_qwen35.generate.loop import decode, read
+from mlx_qwen35.sampling import Sampler, Sampling
+
+ASK = "What is 34 + 58?"
+
+
+@pytest.fixture(scope="module")
+def nano() -> tuple[Model, Processor]:
+    return load("nano")
+
+
+@pytest.fixture
+def calls(nano, monkeypatch) -> Iterator[list[tuple[int, ...]]]:
+    """Shapes of what the head was asked for."""
+    seen = []
+    logits = Model.logits
+
+    def spy(self, hidden):
+        seen.append(hidden.shape)
+        return logits(self, hidden)
+
+    monkeypatch.setattr(Model, "logits", spy)
+    return seen
+
+
+def test_the_result_is_its_answer_and_says_the_rest(nano):
+    result = generate(*nano, prompt=ASK)
+    assert str(result) == result.text
+    assert result.prompt_tokens == len(nano[1].encode_messages([{"role": "user", "content": ASK}]).tokens)
+    assert result.generation_tokens == len(result.tokens)
+    assert result.tokens[-1] in nano[1].stop_ids
+    assert result.finish_reason == "stop"
+    assert result.prompt_tps > 0 and result.generation_tps > 0 and result.peak_memory > 0
+
+
+def test_messages_and_prompt_mean_the_same(nano):
+    assert generate(*nano, messages=[{"role": "user", "content": ASK}]).tokens == generate(*nano, ASK).tokens
+
+
+def test_token_ids_are_taken_as_they_are(nano):
+    tokens = nano[1].encode_messages([{"role": "user", "content": ASK}]).tokens
+    result = generate(*nano, tokens)
+    assert (result.tokens, result.reasoning) == (generate(*nano, ASK).tokens, generate(*nano, ASK).reasoning)
+
+
+def test_the_stream_adds_up_to_the_result(nano):
+    pieces = list(stream_generate(*nano, ASK))
+    result = generate(*nano, ASK)
+    assert "".join(piece.text for piece in pieces if not piece.reasoning) == result.text
+    assert "".join(piece.text for piece in pieces if piece.reasoning).strip() == result.reasoning
+
+
+def test_thinking_on_and_off(nano):
+    assert generate(*nano, ASK, enable_thinking=True).reasoning
+    assert not generate(*nano, ASK, enable_thinking=False).reasoning
+
+
+def test_the_same_seed_gives_the_same_text_and_another_seed_another(nano):
+    options = {"temp": 1.5, "top_p": 1.0, "top_k": 0, "max_tokens": 30}
+    first, again, other = (generate(*nano, ASK, seed=seed, **options).tokens for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_a_random_seed_is_reported_and_reproduces(nano):
+    result = generate(*nano, ASK, temp=1.5, max_tokens=20)
+    assert generate(*nano, ASK, temp=1.5, max_tokens=20, seed=result.seed).tokens == result.tokens
+
+
+@pytest.mark.parametrize("step", [1, 7, 64])
+def test_the_prompt_may_be_read_in_chunks_of_any_length(nano, step):
+    assert generate(*nano, ASK, prefill_step_size=step).tokens == generate(*nano, ASK).tokens
+
+
+def test_progress_counts_every_prompt_token(nano):
+    told = []
+    result = generate(*nano, ASK, prefill_step_size=4, progress=lambda done, total: told.append((done, total)))
+    total = result.prompt_tokens
+    assert told == [(min(done, total), total) for done in range(4, total + 4, 4)]
+
+
+def test_max_tokens_ends_with_length_and_exactly_there(nano):
+    result = generate(*nano, ASK, max_tokens=3)
+    assert (len(result.tokens), result.finish_reason) == (3, "length")
+
+
+def test_a_stop_string_ends_the_answer(nano):
+    whole = generate(*nano, ASK, enable_thinking=False)
+    cut = generate(*nano, ASK, enable_thinking=False, stop=[whole.text[1:]])
+    assert (cut.text, cut.finish_reason) == (whole.text[:1], "stop")
+
+
+def test_the_system_prompt_is_the_system_message(nano):
+    asked = start(*nano, [ASK], system_prompt="Be brief.").prompts[0].tokens
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": ASK}]
+    assert asked == nano[1].encode_messages(messages).tokens
+
+
+def test_raw_completion_takes_the_text_as_it_is(nano):
+    assert (
+        start(*nano, ["2 + 2 ="], ignore_chat_template=True).prompts[0].tokens == nano[1].encode_text("2 + 2 =").tokens
+    )
+
+
+def test_the_head_sees_one_row_a_token(nano, calls):
+    generate(*nano, ASK, max_tokens=4, prefill_step_size=5)
+    assert [np.prod(shape[:-1]) for shape in calls] == [1] * 4
+
+
+def test_no_forward_pass_is_made_for_the_token_after_the_last(nano, calls):
+    generate(*nano, ASK, max_tokens=1)
+    assert len(calls) == 1
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+PROMPTS = [
+    ASK,
+    "Hello",
+    "Who are you?",
+    "The list says tom: 42, anna: 17, ben: 5, lena: 88. Which number has anna?",
+    "7+5=?",
+]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temp": 1.2, "seed": 5, "top_k": 20, "presence_penalty": 0.5}], ids=["greedy", "sampled"]
+)
+@pytest.mark.parametrize("step", [1024, 6])
+def test_a_batch_of_unequal_prompts_equals_the_single_runs(nano, options, step):
+    options = options | {"max_tokens": 40, "prefill_step_size": step}
+    together = batch_generate(*nano, PROMPTS, **options)
+    for prompt, result in zip(PROMPTS, together, strict=True):
+        alone = generate(*nano, prompt, **options)
+        assert (result.tokens, result.text, result.finish_reason) == (alone.tokens, alone.text, alone.finish_reason)
+
+
+def test_a_batch_takes_text_messages_and_ids(nano):
+    prompts = [
+        ASK,
+        [{"role": "user", "content": ASK}],
+        nano[1].encode_messages([{"role": "user", "content": ASK}]).tokens,
+    ]
+    assert len({result.tokens for result in batch_generate(*nano, prompts)}) == 1
+
+
+def test_an_empty_batch_is_empty(nano):
+    assert batch_generate(*nano, []) == []
+
+
+# --- conversations' caches -------------------------------------------------------------------------------------------
+
+
+def test_a_cache_continues_a_conversation(nano):
+    model, processor = nano
+    messages = [{"role": "user", "content": ASK}]
+    whole = processor.encode_messages(messages).tokens
+    cache = model.make_cache()
+    read(model, cache, [whole[:5]], 1024)
+    assert generate(model, processor, whole[5:], cache=cache).tokens == generate(model, processor, whole).tokens
+
+
+def test_the_noise_of_a_continued_conversation_is_that_of_the_whole(nano):
+    model, processor = nano
+    whole = processor.encode_messages([{"role": "user", "content": ASK}]).tokens
+    cache = model.make_cache()
+    read(model, cache, [whole[:5]], 1024)
+    options = {"temp": 1.5, "seed": 8, "max_tokens": 20}
+    assert (
+        generate(model, processor, whole[5:], cache=cache, **options).tokens == generate(*nano, whole, **options).tokens
+    )
+
+
+def test_two_generations_interleave_on_one_model(nano):
+    expected = [generate(*nano, prompt).tokens for prompt in PROMPTS[:2]]
+    running = [start(*nano, [prompt]) for prompt in PROMPTS[:2]]
+    streams = [iter(generation) for generation in running]
+    while streams:
+        streams = [stream for stream in streams if next(stream, None) is not None]
+    assert [generation.results()[0].tokens for generation in running] == expected
+
+
+def test_stopping_early_keeps_what_was_written(nano):
+    generation = start(*nano, [ASK])
+    for _ in generation:
+        break
+    (result,) = generation.results()
+    assert result.finish_reason == "interrupted"
+    assert len(result.tokens) >= 1
+
+
+def test_memory_stays_flat_over_a_long_generation(nano):
+    """Apart from the KV cache, which grows by what its own nbytes say, nothing may pile up over 1,100 steps."""
+    model, processor = nano
+    cache = model.make_cache()
+    hidden = read(model, cache, [processor.encode_text(ASK).tokens], 1024)
+    sampler = Sampler(Sampling(), [0], [0], processor.vocabulary)
+    held = []
+    for count, _ in enumerate(decode(model, cache, hidden, sampler, [1100], stop_ids=())):
+        if count in (200, 1098):
+            held.append(mx.get_active_memory() - cache.nbytes)
+    assert abs(held[1] - held[0]) < 1e5
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n", []])
+def test_an_empty_prompt_is_refused(nano, prompt):
+    with pytest.raises(InputError, match="prompt must not be empty"):
+        generate(*nano, prompt)
+
+
+def test_a_prompt_longer_than_the_context_is_refused(nano):
+    context = nano[0].config.max_position_embeddings
+    with pytest.raises(InputError, match=f"context of {context} tokens; this one has {context}"):
+        generate(*nano, [5] * context)
+
+
+def test_the_space_left_bounds_the_answer(nano):
+    model, processor = nano
+    context = model.config.max_position_embeddings
+    assert start(model, processor, [[5] * (context - 4)], max_tokens=100).plan.limits == (4,)
+    assert start(model, processor, [[5] * 10]).plan.limits == (min(32768, context - 10),)
+
+
+def test_both_or_neither_of_prompt_and_messages_is_a_type_error(nano):
+    for given in ({}, {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}):
+        with pytest.raises(TypeError, match="either prompt or messages"):
+            generate(*nano, **given)
+
+
+def test_an_unknown_option_is_a_type_error_that_lists_them(nano):
+    with pytest.raises(TypeError, match=r"max_tokens.*got temperature"):
+        generate(*nano, ASK, temperature=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        ({"preset": "fast"}, "preset must be one of thinking, coding, instruct, reasoning, got 'fast'"),
+        ({"prefill_step_size": 0}, "prefill_step_size must be at least 1, got 0"),
+        ({"stop": "END"}, "stop must be a list of strings"),
+        ({"temp": -1}, "temp must be"),
+        ({"seed": -4}, "seed must be"),
+        (
+            {"ignore_chat_template": True, "system_prompt": "S"},
+            "system_prompt must not be given with a prompt of raw text",
+        ),
+        (
+            {"ignore_chat_template": True, "enable_thinking": False},
+            "enable_thinking must not be given with a prompt of raw",
+        ),
+    ],
+)
+def test_a_bad_option_is_refused(nano, options, message):
+    with pytest.raises(InputError, match=message):
+        generate(*nano, ASK, **options)
+
+
+@pytest.mark.parametrize("tokens", [[5, -1], [5, 10**6], [5, "x"]])
+def test_bad_token_ids_are_refused(nano, tokens):
+    with pytest.raises(InputError, match="tokens must be integers from 0 to"):
+        generate(*nano, tokens)
+
+
+def test_a_cache_for_another_number_of_rows_is_refused(nano):
+    with pytest.raises(InputError, match="the cache is for 3 rows, there are 1 prompts"):
+        generate(*nano, ASK, cache=nano[0].make_cache(3))
+
+
+def test_logits_that_are_not_finite_stop_with_advice(nano, monkeypatch):
+    monkeypatch.setattr(Model, "logits", lambda self, hidden: mx.full((*hidden.shape[:-1], 1024), mx.nan))
+    with pytest.raises(InputError, match=r"not finite.*--dtype bfloat16"):
+        generate(*nano, ASK)
+
+
+# --- defaults --------------------------------------------------------------------------------------------------------
+
+
+def sampling(nano, **options):
+    return start(*nano, [ASK], **options).plan.sampling
+
+
+def test_the_preset_follows_the_mode_where_the_checkpoint_has_no_wish_of_its_own(nano, monkeypatch):
+    monkeypatch.setattr(nano[1], "greedy", False)
+    assert (sampling(nano).temp, sampling(nano).top_p) == (1.0, 0.95)
+    assert (sampling(nano, enable_thinking=False).temp, sampling(nano, enable_thinking=False).top_p) == (0.7, 0.8)
+
+
+def test_each_value_of_a_preset_can_be_overridden(nano):
+    chosen = sampling(nano, preset="coding", top_p=0.5)
+    assert (chosen.temp, chosen.top_k, chosen.top_p) == (0.6, 20, 0.5)
+
+
+def test_temperature_zero_is_plain_greedy_without_the_preset_s_penalties(nano, monkeypatch):
+    monkeypatch.setattr(nano[1], "greedy", False)
+    assert sampling(nano, temp=0).presence_penalty == 0
+    assert sampling(nano, temp=0, presence_penalty=0.5).presence_penalty == 0.5
+
+
+def test_a_checkpoint_whose_generation_config_says_so_is_greedy_by_default(nano):
+    assert nano[1].greedy and sampling(nano).temp == 0
+    assert sampling(nano, preset="thinking").temp == 1.0
