@@ -72,12 +72,14 @@ def require_model(args: argparse.Namespace) -> str:
 
 @contextmanager
 def clean_errors(command: str) -> Iterator[None]:
-    """Print what the user can mend in one message and exit with 2; a reader that closed our output is no error."""
+    """Print what the user can mend in one message and exit with 2. Ctrl-C and a reader that left end in silence."""
     try:
         yield
     except InputError as error:
         print(f"{command}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None

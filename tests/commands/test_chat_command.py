@@ -1,0 +1,164 @@
+"""mlx_qwen35.chat, and the Conversation behind it."""
+
+import io
+import sys
+
+import pytest
+
+from mlx_qwen35 import InputError, load
+from mlx_qwen35.chat import main
+from mlx_qwen35.conversation import Conversation
+from mlx_qwen35.generate import generate, loop
+
+TURNS = ["What is 34 + 58?", "Hello", "Who are you?"]
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return load("nano")
+
+
+@pytest.fixture
+def talk(monkeypatch, capsys):
+    def session(*lines: str, options: tuple[str, ...] = ("--model", "nano")) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["mlx_qwen35.chat", *options])
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
+        main()
+        out = capsys.readouterr()
+        return out.out, out.err
+
+    return session
+
+
+def said(conversation: Conversation, text: str) -> tuple[int, ...]:
+    for _ in conversation.send(text):
+        pass
+    return conversation.result.tokens
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_each_turn_answers_as_if_the_whole_conversation_were_read_anew(nano, thinking):
+    conversation = Conversation(*nano, enable_thinking=thinking, system_prompt="Be brief.", temp=1.1, seed=3)
+    messages = [{"role": "system", "content": "Be brief."}]
+    for text in TURNS:
+        messages.append({"role": "user", "content": text})
+        fresh = generate(*nano, messages=messages, enable_thinking=thinking, temp=1.1, seed=3)
+        assert said(conversation, text) == fresh.tokens
+        messages.append({"role": "assistant", "content": fresh.text})
+    assert conversation.messages == messages
+
+
+def test_only_the_last_answer_and_the_new_message_are_read(nano, monkeypatch):
+    read_tokens = []
+    hidden = type(nano[0]).hidden
+    monkeypatch.setattr(
+        type(nano[0]),
+        "hidden",
+        lambda self, tokens, *rest: read_tokens.append(tokens.shape[1]) or hidden(self, tokens, *rest),
+    )
+    conversation = Conversation(*nano, enable_thinking=False)
+    said(conversation, TURNS[0])
+    before = conversation.total
+    read_tokens.clear()
+    said(conversation, TURNS[1])
+    generated = conversation.result.generation_tokens
+    assert conversation.reused > 0
+    assert sum(read_tokens) - generated <= conversation.total - conversation.reused
+    assert conversation.reused > before - 8  # all but the generation prompt of the turn before
+
+
+def test_what_was_read_is_kept_and_read_once(nano):
+    conversation = Conversation(*nano)
+    for turn, text in enumerate(TURNS):
+        said(conversation, text)
+        assert (conversation.reused > 0) == (turn > 0)
+
+
+def test_an_interrupted_answer_stays_as_far_as_it_came(nano):
+    conversation = Conversation(*nano, enable_thinking=False)
+    pieces = conversation.send(TURNS[2])
+    first = next(pieces)
+    pieces.close()
+    assert conversation.messages[-1] == {"role": "assistant", "content": first.text}
+    assert said(conversation, TURNS[1])
+
+
+def test_an_interruption_while_reading_leaves_the_conversation_as_it_was(nano, monkeypatch):
+    conversation = Conversation(*nano)
+    said(conversation, TURNS[0])
+    messages = list(conversation.messages)
+
+    def interrupted(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(conversation.send(TURNS[1], interrupted))
+    assert conversation.messages == messages
+    other = Conversation(*nano)
+    said(other, TURNS[0])
+    assert said(conversation, TURNS[2]) == said(other, TURNS[2])
+
+
+def test_a_message_that_does_not_fit_is_refused_and_the_conversation_goes_on(nano):
+    conversation = Conversation(*nano)
+    with pytest.raises(InputError, match="fills its context; start a new one"):
+        list(conversation.send("a " * nano[0].config.max_position_embeddings))
+    with pytest.raises(InputError, match="must not be empty"):
+        list(conversation.send("  "))
+    assert conversation.messages == []
+    assert said(conversation, TURNS[0])
+
+
+def test_reset_forgets(nano):
+    conversation = Conversation(*nano, system_prompt="Be brief.")
+    first = said(conversation, TURNS[0])
+    conversation.reset()
+    assert conversation.messages == [{"role": "system", "content": "Be brief."}]
+    assert said(conversation, TURNS[0]) == first
+
+
+@pytest.mark.parametrize("option", ["cache", "ignore_chat_template", "progress"])
+def test_options_that_a_conversation_owns_are_refused(nano, option):
+    with pytest.raises(TypeError, match=f"a conversation takes no {option}"):
+        Conversation(*nano, **{option: object()})
+
+
+def test_a_session_shows_answers_and_how_much_was_reused(talk):
+    out, err = talk(TURNS[0], TURNS[1], "/exit", "never asked")
+    assert out.count(">> ") == 3
+    assert "0 reused" in err.splitlines()[0]
+    assert len(err.splitlines()) == 2 and " 0 reused" not in err.splitlines()[1]
+
+
+def test_reset_help_and_unknown_commands(talk):
+    out, err = talk(TURNS[0], "/reset", TURNS[0], "/help", "/fly")
+    assert all("0 reused" in line for line in err.splitlines()[:2])
+    assert "/reset" in out and "there is no command /fly; /help lists them" in err
+
+
+def test_an_error_in_a_turn_does_not_end_the_session(talk, nano):
+    _, err = talk("a " * nano[0].config.max_position_embeddings, TURNS[1])
+    assert "error: the conversation has" in err
+    assert "tokens at" in err
+
+
+def test_ctrl_c_in_an_answer_goes_back_to_the_prompt(talk, monkeypatch):
+    feed, calls = loop._feed, []
+
+    def interrupt_once(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return feed(*arguments)
+
+    monkeypatch.setattr(loop, "_feed", interrupt_once)
+    _, err = talk(TURNS[0], TURNS[1])
+    assert "interrupted" in err.splitlines()[0]
+    assert "stop" in err.splitlines()[1]
+
+
+def test_a_conversation_without_a_model_is_refused(talk, capsys):
+    with pytest.raises(SystemExit) as ended:
+        talk(options=())
+    assert ended.value.code == 2
+    assert "--model must be given" in capsys.readouterr().err

@@ -1,0 +1,165 @@
+"""mlx_qwen35.generate as a user runs it."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_qwen35.generate.__main__ import main
+
+ASK = "What is 34 + 58?"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """(arguments, standard input) -> (exit status, stdout, stderr), in this process."""
+
+    def command(*arguments: str, stdin: str | None = None) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mlx_qwen35.generate", *arguments])
+        stream = io.StringIO(stdin or "")
+        stream.isatty = lambda: stdin is None  # type: ignore[method-assign]
+        monkeypatch.setattr(sys, "stdin", stream)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out = capsys.readouterr()
+        return int(ended.value.code or 0), out.out, out.err
+
+    return command
+
+
+def test_text_on_stdout_statistics_on_stderr(run):
+    status, out, err = run("--model", "nano", "--prompt", ASK)
+    assert status == 0
+    assert out.startswith("<think>\n") and "</think>\n" in out
+    assert "Prompt: " in err and "tokens per second" in err and "Peak memory: " in err
+    assert "tokens per second" not in out
+
+
+def test_json_is_one_object_with_text_tokens_counts_and_speeds(run):
+    status, out, _ = run("--model", "nano", "--prompt", ASK, "--json")
+    result = json.loads(out)
+    assert status == 0
+    assert set(result) == {
+        "text", "reasoning", "tokens", "finish_reason", "prompt_tokens", "generation_tokens", "prompt_tps",
+        "generation_tps", "peak_memory", "seed",
+    }  # fmt: skip
+    assert len(result["tokens"]) == result["generation_tokens"]
+
+
+def test_the_prompt_comes_from_an_option_a_file_or_a_pipe(run, tmp_path: Path):
+    (tmp_path / "prompt.txt").write_text(ASK)
+    ways = [
+        run("--model", "nano", "--json", "--prompt", ASK),
+        run("--model", "nano", "--json", "--prompt-file", str(tmp_path / "prompt.txt")),
+        run("--model", "nano", "--json", stdin=ASK),
+        run("--model", "nano", "--json", "--prompt", "-", stdin=ASK),
+    ]
+    assert len({tuple(json.loads(out)["tokens"]) for _, out, _ in ways}) == 1
+
+
+def test_every_option_has_an_effect(run):
+    """Each changes what is generated, or how much of it, from this base."""
+    base = ("--model", "nano", "--json", "--prompt", ASK, "--seed", "3", "--preset", "reasoning", "--max-tokens", "25")
+
+    def tokens(*options: str) -> tuple[int, ...]:
+        return tuple(json.loads(run(*base, *options)[1])["tokens"])
+
+    plain = tokens()
+    assert plain == tokens()
+    for options in (
+        ("--temp", "2.5"), ("--top-k", "1"), ("--top-p", "0.05"), ("--min-p", "0.99"), ("--presence-penalty", "-2"),
+        ("--frequency-penalty", "2"), ("--repetition-penalty", "3"), ("--seed", "4"), ("--max-tokens", "2"),
+        ("--no-enable-thinking",), ("--system-prompt", "Be brief."), ("--ignore-chat-template",),
+    ):  # fmt: skip
+        assert tokens("--temp", "2", *options) != tokens("--temp", "2"), options
+
+
+def test_no_prompt_at_a_terminal_is_an_error(run):
+    status, _, err = run("--model", "nano")
+    assert status == 2 and "a prompt must be given: --prompt TEXT, --prompt-file FILE" in err
+
+
+def test_no_model_is_an_error_that_lists_the_choices(run):
+    status, _, err = run("--prompt", ASK)
+    assert status == 2
+    assert "--model must be given: a local folder, a Hugging Face id such as Qwen/Qwen3.5-4B, or 'nano'" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "nano", "--prompt", " "), "the prompt must not be empty"),
+        (("--model", "/nowhere/at/all", "--prompt", "x"), "there is no folder /nowhere/at/all"),
+        (("--model", "nano", "--prompt", "x", "--temp", "-1"), "temp must be 0"),
+        (("--model", "nano", "--prompt", "x", "--max-tokens", "0"), "max_tokens must be at least 1"),
+        (("--model", "nano", "--prompt-file", "/nowhere.txt"), "--prompt-file must be a readable UTF-8 text file"),
+        (
+            ("--model", "nano", "--prompt", "x", "--ignore-chat-template", "--system-prompt", "s"),
+            "would have no effect",
+        ),
+    ],
+)
+def test_an_error_is_one_message_without_a_traceback(run, arguments, message):
+    status, out, err = run(*arguments)
+    assert status == 2
+    assert message in err and "Traceback" not in err
+    assert out == ""
+
+
+def test_python_m_runs_it_without_a_warning():
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "error::RuntimeWarning",
+            "-m",
+            "mlx_qwen35.generate",
+            "--model",
+            "nano",
+            "--prompt",
+            ASK,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    assert "Generation: " in done.stderr
+
+
+SLOW = """
+import sys, time
+from mlx_qwen35.generate import __main__ as command, loop
+feed = loop._feed
+def slow(*arguments):
+    print("feeding", file=sys.stderr, flush=True)
+    time.sleep(0.5)
+    return feed(*arguments)
+loop._feed = slow
+sys.argv = ["mlx_qwen35.generate", "--model", "nano", "--prompt", "What is 34 + 58?", *sys.argv[1:]]
+command.main()
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_ctrl_c_ends_cleanly_with_what_was_written(options):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for _ in range(3):  # the third pass begins after the first token was written
+        assert process.stderr.readline() == "feeding\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    if options:
+        assert json.loads(out)["finish_reason"] == "interrupted"
+        assert json.loads(out)["tokens"]
+    else:
+        assert out.startswith("<think>\n")
+        assert "interrupted" in err and "Generation: " in err

@@ -1,0 +1,78 @@
+"""The package as it is installed and imported."""
+
+import itertools
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+IMPORTS = {
+    "package": "import mlx_qwen35",
+    "function": "from mlx_qwen35 import generate",
+    "module": "import mlx_qwen35.generate",
+    "inside": "from mlx_qwen35.generate.loop import decode",
+    "convert": "import mlx_qwen35.convert",
+}
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(["module", "inside", "convert"])), ids="-".join)
+def test_generate_is_the_function_after_any_order_of_imports(order):
+    lines = [IMPORTS[name] for name in order]
+    check = "from mlx_qwen35 import generate; import mlx_qwen35 as m, inspect"
+    both = "assert inspect.isfunction(generate) and m.generate is generate; print('yes')"
+    assert python("; ".join([*lines, check, both])) == "yes\n"
+
+
+def test_importing_the_package_brings_neither_transformers_nor_mlx_lm():
+    heavy = "import sys, mlx_qwen35; print(sorted({'transformers', 'mlx_lm', 'torch', 'PIL'} & set(sys.modules)))"
+    assert python(heavy) == "[]\n"
+
+
+def test_every_folder_with_python_is_listed_as_a_package():
+    listed = set(PROJECT["tool"]["setuptools"]["packages"])
+    folders = {".".join(file.parent.relative_to(ROOT).parts) for file in ROOT.glob("mlx_qwen35/**/*.py")}
+    folders |= {f"mlx_qwen35.{'.'.join(file.parent.relative_to(ROOT).parts)}" for file in ROOT.glob("convert/**/*.py")}
+    assert listed == folders | {"mlx_qwen35.nano"}
+
+
+def test_every_command_exists():
+    for name, target in PROJECT["project"]["scripts"].items():
+        module, function = target.split(":")
+        assert python(f"from {module} import {function}; print(callable({function}))") == "True\n", name
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "convert", "bench"])
+def test_python_m_shows_the_help_of_every_command_without_a_warning(command):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", f"mlx_qwen35.{command}", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: mlx_qwen35.{command}")
+
+
+@pytest.mark.full
+def test_a_wheel_holds_every_module_and_the_bundled_model(tmp_path: Path):
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, timeout=300)
+    (wheel,) = tmp_path.glob("*.whl")
+    import zipfile
+
+    names = set(zipfile.ZipFile(wheel).namelist())
+    expected = {str(file.relative_to(ROOT)) for file in ROOT.glob("mlx_qwen35/**/*.py")}
+    expected |= {f"mlx_qwen35/{file.relative_to(ROOT)}" for file in ROOT.glob("convert/*.py")}
+    expected |= {str(file.relative_to(ROOT)) for file in (ROOT / "mlx_qwen35" / "nano").iterdir() if file.is_file()}
+    assert expected <= names
