@@ -147,7 +147,10 @@ def _layer_types(text: _Fields) -> tuple[str, ...]:
 
 
 def _rope(text: _Fields, head_dim: int) -> RopeConfig:
-    rope = _Fields(text.get("rope_parameters", dict), f"{text.where}.rope_parameters")
+    values = text.get("rope_parameters", dict)
+    if "rope_type" not in values and "type" in values:  # mlx-lm renames it in what it writes
+        values = {**values, "rope_type": values["type"]}
+    rope = _Fields(values, f"{text.where}.rope_parameters")
     rope.only("rope_type", "default")
     rope.only("mrope_interleaved", True, required=False)
     dims = round(head_dim * rope.get("partial_rotary_factor", float))

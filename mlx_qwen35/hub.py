@@ -52,7 +52,7 @@ def _download(repository: str, revision: str | None) -> Path:
             f"there is no folder {repository} and no public repository of that id; give {CHOICES}"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or "no message").splitlines()[0]
         at = f" at revision {revision!r}" if revision else ""
         raise InputError(
             f"could not get {repository}{at} from the Hugging Face hub ({type(error).__name__}: {reason}). Check the "

@@ -1,0 +1,14 @@
+"""Two turns, the second about the first; only what is new is read."""
+
+import sys
+
+from mlx_qwen35 import load
+from mlx_qwen35.conversation import Conversation
+
+model, processor = load(sys.argv[1] if len(sys.argv) > 1 else "nano")
+conversation = Conversation(model, processor, enable_thinking=False)
+for question in ("What is 34 + 58?", "Add 10 to that."):
+    print(">>", question)
+    for piece in conversation.send(question):
+        print(piece, end="", flush=True)
+    print(f"\n   (prompt {conversation.total} tokens, {conversation.reused} of them reused)")
