@@ -1,0 +1,324 @@
+"""Broken or unsuitable checkpoints are refused before they are used: with the rule, what came, and what to do."""
+
+import json
+import re
+import shutil
+import struct
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import load_text_model
+
+from mlx_qwen35 import memory
+from mlx_qwen35.checkpoint import INDEX, open_checkpoint
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.load import load, load_model
+from mlx_qwen35.random_checkpoint import changed, geometry
+
+SMALL = changed(geometry("tiny"), num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
+NORM = "model.language_model.layers.0.input_layernorm.weight"
+CONV = "model.language_model.layers.0.linear_attn.conv1d.weight"
+
+
+@pytest.fixture
+def folder(checkpoint_copy) -> Path:
+    """A whole checkpoint in one shard, to break."""
+    return checkpoint_copy(SMALL, mtp=False, vision=False)
+
+
+def shard(folder: Path) -> Path:
+    (file,) = folder.glob("*.safetensors")
+    return file
+
+
+def rewrite(folder: Path, change) -> None:
+    """Let `change` alter the dict of tensors, and write them back without an index."""
+    arrays = dict(mx.load(str(shard(folder))))
+    change(arrays)
+    mx.eval(arrays)
+    (folder / INDEX).unlink(missing_ok=True)
+    target = shard(folder)
+    mx.save_safetensors(str(target.with_name("new.safetensors")), arrays)
+    target.with_name("new.safetensors").replace(target)
+
+
+def edit_config(folder: Path, **values) -> None:
+    config = json.loads((folder / "config.json").read_text()) | values
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def refused(folder: Path, *parts: str) -> str:
+    """Opening raises InputError, and its message has every one of these parts."""
+    with pytest.raises(InputError) as caught:
+        open_checkpoint(folder)
+    for part in parts:
+        assert part in str(caught.value)
+    return str(caught.value)
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    refused(
+        tmp_path / "absent",
+        "a checkpoint must be a folder, a Hugging Face id or 'nano'",
+        "there is no folder",
+        "absent",
+    )
+
+
+def test_a_folder_without_weights(folder):
+    shard(folder).unlink()
+    (folder / INDEX).unlink()
+    refused(folder, str(folder), "holds no *.safetensors file", "only safetensors weights are read")
+
+
+def test_a_shard_that_the_index_names_is_absent(checkpoint_copy):
+    folder = checkpoint_copy(SMALL, mtp=False, vision=False, shard_bytes=1e6)
+    name = sorted(folder.glob("*.safetensors"))[1].name
+    (folder / name).unlink()
+    refused(folder, INDEX, f"names files that are absent: {name}", "download them again")
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": {}}', '{"weight_map": [1]}'])
+def test_an_index_without_weight_map(content, folder):
+    (folder / INDEX).write_text(content)
+    refused(folder, INDEX, "must hold a 'weight_map' of tensor names to files")
+
+
+def test_an_index_that_is_not_json(folder):
+    (folder / INDEX).write_text("{")
+    refused(folder, INDEX, "must be JSON")
+
+
+# --- safetensors files ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [0, 4, 7, 8, 9, 100, "header", "data", "last byte"])
+def test_a_truncated_file(keep, folder):
+    file = shard(folder)
+    data = file.read_bytes()
+    header = 8 + struct.unpack("<Q", data[:8])[0]
+    count = {"header": header - 1, "data": header + 1000, "last byte": len(data) - 1}.get(keep, keep)
+    file.write_bytes(data[:count])
+    refused(folder, str(file), "truncated", f"{count}", "download it again")
+
+
+def test_a_file_with_bytes_after_its_tensors(folder):
+    file = shard(folder)
+    size = file.stat().st_size
+    with file.open("ab") as stream:
+        stream.write(b"more")
+    refused(folder, str(file), f"must have {size} bytes by its header, it has {size + 4}")
+
+
+@pytest.mark.parametrize("length", [0, 2**40, 2**64 - 1])
+def test_a_header_length_that_cannot_be(length, folder):
+    file = shard(folder)
+    file.write_bytes(struct.pack("<Q", length) + file.read_bytes()[8:])
+    refused(folder, str(file), "truncated or not a safetensors file", "download it again")
+
+
+def corrupt_header(folder: Path, change) -> Path:
+    """Replace the header by what `change` makes of its text."""
+    file = shard(folder)
+    data = file.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = change(data[8 : 8 + length])
+    file.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + length :])
+    return file
+
+
+def broken_entry(**values):
+    def change(header: bytes) -> bytes:
+        parsed = json.loads(header)
+        parsed[NORM] |= values
+        return json.dumps(parsed).encode()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: header.replace(b"{", b"[", 1),
+        lambda header: b"\xff" + header[1:],
+        lambda header: b"[1, 2]",
+        lambda header: b'{"a": 3}',
+        lambda header: header.replace(b"data_offsets", b"data_offset!"),
+        broken_entry(dtype="F12"),
+        broken_entry(shape=[3]),
+        broken_entry(shape=None),
+        broken_entry(data_offsets=[0]),
+    ],
+    ids=["brackets", "bytes", "list", "number", "key", "dtype", "size", "no shape", "one offset"],
+)
+def test_a_corrupted_header(change, folder):
+    file = corrupt_header(folder, change)
+    refused(folder, f"the header of {file} is corrupted (", "download it again")
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_tensor_of_another_shape(folder):
+    rewrite(folder, lambda arrays: arrays.update({NORM: mx.zeros((255,), mx.bfloat16)}))
+    refused(folder, "do not fit its config.json", f"1 misshapen: {NORM} [255] instead of [256]")
+
+
+def test_a_missing_tensor(folder):
+    rewrite(folder, lambda arrays: arrays.pop(NORM))
+    refused(folder, "do not fit its config.json", f"1 missing: {NORM}")
+
+
+def test_an_unexpected_tensor(folder):
+    rewrite(folder, lambda arrays: arrays.update({NORM.replace(".0.", ".2."): arrays[NORM]}))
+    refused(folder, "do not fit its config.json", f"1 unexpected: {NORM.replace('.0.', '.2.')}")
+
+
+def test_all_that_is_wrong_is_told_at_once_and_long_lists_are_cut(folder):
+    def change(arrays):
+        for name in [name for name in arrays if "layers.1." in name]:
+            arrays[name.replace("layers.1.", "layers.7.")] = arrays.pop(name)
+        arrays[NORM] = mx.zeros((1,))
+
+    rewrite(folder, change)
+    message = refused(folder, "11 missing: ", "11 unexpected: ", " and 3 more", "1 misshapen: ")
+    assert len(message.splitlines()) == 4
+
+
+def test_a_missing_head_of_an_untied_model(folder):
+    edit_config(folder, text_config=SMALL["text_config"] | {"tie_word_embeddings": False})
+    refused(folder, "1 missing: lm_head.weight")
+
+
+def test_an_incomplete_vision_tower(checkpoint_copy):
+    folder = checkpoint_copy(SMALL, mtp=False)
+    rewrite(folder, lambda arrays: arrays.pop("model.visual.blocks.1.attn.qkv.bias"))
+    refused(folder, "1 missing: model.visual.blocks.1.attn.qkv.bias")
+
+
+def test_an_incomplete_draft_head(checkpoint_copy):
+    folder = checkpoint_copy(SMALL, vision=False)
+    rewrite(folder, lambda arrays: arrays.pop("mtp.fc.weight"))
+    refused(folder, "1 missing: mtp.fc.weight")
+
+
+def test_a_tensor_under_two_names(folder):
+    other = NORM.replace("model.language_model.", "language_model.model.")
+    rewrite(folder, lambda arrays: arrays.update({other: arrays[NORM]}))
+    refused(folder, f"{NORM} is there twice")
+
+
+def test_a_float32_original_without_its_tensor(folder):
+    rewrite(folder, lambda arrays: arrays.update({"mtp.float32.model.language_model.x": mx.zeros((2,))}))
+    refused(folder, "mtp.float32.* must repeat tensors of the folder", "model.language_model.x")
+
+
+def test_scales_without_a_quantization_entry(folder):
+    rewrite(folder, lambda arrays: arrays.update({"model.language_model.embed_tokens.scales": mx.zeros((1024, 4))}))
+    refused(folder, "1 unexpected: model.language_model.embed_tokens.scales")
+
+
+@pytest.mark.parametrize("suffix", [".input_layernorm.weight", ".linear_attn.conv1d.weight", ".linear_attn.A_log"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_small_tensor_that_is_not_finite(value, suffix, folder):
+    name = f"model.language_model.layers.0{suffix}"
+
+    def change(arrays):
+        array = np.array(arrays[name].astype(mx.float32))
+        array.flat[5] = value
+        arrays[name] = mx.array(array).astype(arrays[name].dtype)
+
+    rewrite(folder, change)
+    checkpoint = open_checkpoint(folder)
+    with pytest.raises(InputError, match=re.escape(f"scales and norms must be finite; NaN or infinity in {name} (1)")):
+        load_model(checkpoint, mx.float32, "tiny")
+
+
+def test_a_scale_that_is_not_finite(folder):
+    name = "model.language_model.layers.1.mlp.up_proj."
+
+    def change(arrays):
+        for key in [key for key in arrays if key.endswith("proj.weight") and arrays[key].ndim == 2]:
+            parts = mx.quantize(arrays[key])
+            arrays |= dict(zip((key, key[:-6] + "scales", key[:-6] + "biases"), parts, strict=True))
+        arrays[f"{name}scales"] = mx.where(mx.arange(448)[:, None] == 9, mx.nan, arrays[f"{name}scales"])
+
+    rewrite(folder, change)
+    edit_config(folder, quantization={"group_size": 64, "bits": 4})
+    message = re.escape(f"{name}scales (4)") + ".*download or convert it again"
+    with pytest.raises(InputError, match=message):
+        load_text_model(folder)
+
+
+def test_matrices_of_integers_or_float64_are_refused(folder):
+    rewrite(folder, lambda arrays: arrays.update({NORM: mx.zeros((256,), mx.int16)}))
+    with pytest.raises(InputError, match=rf"weights must be stored as F32, F16, BF16 or packed by MLX; {NORM} is I16"):
+        load_text_model(folder)
+
+
+# --- layouts that contradict themselves -------------------------------------------------------------------------------
+
+
+def test_conv_weights_of_both_layouts(checkpoint_copy):
+    folder = checkpoint_copy(
+        changed(SMALL, num_hidden_layers=3, layer_types=["linear_attention"] * 3), mtp=False, vision=False
+    )
+    rewrite(folder, lambda arrays: arrays.update({CONV: arrays[CONV].swapaxes(1, 2)}))
+    refused(folder, "mixes conv1d weights of both layouts, [C, 1, 4] and [C, 4, 1]")
+
+
+def test_a_tag_of_ours_on_a_folder_that_another_program_rewrote(folder):
+    rewrite(folder, lambda arrays: arrays.update({CONV: mx.contiguous(arrays[CONV].swapaxes(1, 2))}))
+    edit_config(folder, mlx_qwen35={"format": 1, "norms": "zero-centred"})
+    refused(folder, "tag says that norms are zero-centred", "conv1d is [C, 4, 1]", "Convert the original again")
+
+
+def test_a_tag_of_ours_with_other_norms(folder):
+    edit_config(folder, mlx_qwen35={"format": 1, "norms": "shifted"})
+    refused(folder, "its mlx_qwen35 tag must say norms 'zero-centred', got 'shifted'")
+
+
+def test_a_tag_of_ours_that_is_true(folder):
+    edit_config(folder, mlx_qwen35={"format": 1, "norms": "zero-centred"})
+    assert open_checkpoint(folder).raw
+
+
+# --- this machine -----------------------------------------------------------------------------------------------------
+
+
+def test_a_model_too_big_for_the_machine_is_refused_with_the_command_that_makes_it_smaller(folder, monkeypatch):
+    monkeypatch.setattr(memory, "usable_bytes", lambda: 8_000_000)
+    with pytest.raises(InputError) as caught:
+        load_model(open_checkpoint(folder), mx.float32, "Qwen/Qwen3.5-4B")
+    for part in (
+        "Qwen/Qwen3.5-4B needs 0.0 GB for its text weights, this machine has 0.0 GB",
+        "mlx_qwen35.convert --hf-path Qwen/Qwen3.5-4B --mlx-path Qwen3.5-4B-4bit -q --q-bits 4",
+    ):
+        assert part in str(caught.value)
+
+
+def test_memory_is_reckoned_in_the_dtype_of_the_model(folder, monkeypatch):
+    checkpoint = open_checkpoint(folder)
+    count = checkpoint.nbytes() / 2
+    monkeypatch.setattr(
+        memory, "usable_bytes", lambda: int(memory.RESERVE + 3 * count)
+    )  # enough for two bytes, not four
+    load_model(checkpoint, mx.bfloat16, "tiny")
+    with pytest.raises(InputError, match="needs"):
+        load_model(checkpoint, mx.float32, "tiny")
+
+
+def test_the_machine_has_memory():
+    assert 1e9 < memory.usable_bytes() < 1e13
+
+
+def test_load_refuses_an_unknown_dtype(folder):
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(Path(memory.__file__).parent / "nano" / file, folder)
+    with pytest.raises(InputError, match=r"dtype must be one of float32, float16, bfloat16, got 'int4'"):
+        load(folder, dtype="int4")

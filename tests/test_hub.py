@@ -1,0 +1,128 @@
+"""Names of checkpoints: folders, Hugging Face ids, nano. Nothing here touches the network."""
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from mlx_qwen35.checkpoint import open_checkpoint
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.hub import resolve
+
+
+def hub_raises(monkeypatch, error: BaseException) -> None:
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+
+
+def refused(name, *parts: str, **options) -> None:
+    with pytest.raises(InputError) as caught:
+        resolve(name, **options)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_nano_comes_with_the_package():
+    folder = resolve("nano")
+    assert open_checkpoint(folder).raw
+    assert (folder / "tokenizer.json").is_file()
+
+
+def test_a_local_folder_is_itself(tmp_path):
+    assert resolve(tmp_path) == tmp_path
+    assert resolve(str(tmp_path)) == tmp_path
+
+
+def test_a_local_folder_is_found_before_an_id(tmp_path, monkeypatch):
+    hub_raises(monkeypatch, AssertionError("the hub was asked"))
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve("owner/name").samefile(tmp_path / "owner" / "name")
+
+
+def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    assert resolve("~/model") == tmp_path / "model"
+
+
+def test_an_id_is_downloaded_without_code_or_pickles(monkeypatch, tmp_path):
+    asked = {}
+
+    def download(repository, revision=None, allow_patterns=None):
+        asked.update(repository=repository, revision=revision, patterns=allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve("Qwen/Qwen3.5-4B", revision="abc") == tmp_path
+    assert (asked["repository"], asked["revision"]) == ("Qwen/Qwen3.5-4B", "abc")
+    assert not any(
+        pattern.endswith((".py", ".bin", ".pt", "*")) and pattern != "LICENSE*" for pattern in asked["patterns"]
+    )
+
+
+def test_a_file_is_refused(tmp_path):
+    (tmp_path / "weights.gguf").write_text("x")
+    refused(tmp_path / "weights.gguf", "--model must be a local folder", "'nano'", "weights.gguf is a file")
+
+
+@pytest.mark.parametrize("name", ["absent", "./absent/model", "a/b/c", "/absent/model", "~/absent", "owner/"])
+def test_what_is_neither_folder_nor_id_is_refused(name, tmp_path, monkeypatch):
+    hub_raises(monkeypatch, AssertionError("the hub was asked"))
+    monkeypatch.chdir(tmp_path)
+    refused(name, f"there is no folder {name}", "no Hugging Face id", "Qwen/Qwen3.5-4B", "'nano'")
+
+
+class Response:
+    """As much of an HTTP answer as huggingface_hub's exceptions look at."""
+
+    headers: dict = {}  # noqa: RUF012
+    status_code = 404
+    request = None
+    url = "https://huggingface.co"
+
+    def json(self):
+        return {}
+
+
+def test_an_unknown_repository_is_told(monkeypatch):
+    hub_raises(monkeypatch, errors.RepositoryNotFoundError("404 Client Error.", response=Response()))
+    refused("Qwen/Qwen9", "there is no folder Qwen/Qwen9 and no public repository of that id", "'nano'")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.LocalEntryNotFoundError("Cannot find an appropriate cached snapshot folder"),
+        errors.HfHubHTTPError("503 Server Error\nmore", response=Response()),
+        ConnectionError("Name or service not known"),
+        OSError("No space left on device"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_hub_that_cannot_be_reached_names_the_way_without_network(error, monkeypatch):
+    hub_raises(monkeypatch, error)
+    refused("Qwen/Qwen3.5-4B", "could not get Qwen/Qwen3.5-4B", type(error).__name__, "network", "'--model nano'")
+    refused("Qwen/Qwen3.5-4B", "could not get Qwen/Qwen3.5-4B at revision 'v9'", revision="v9")
+
+
+def test_an_error_without_a_message_is_still_told(monkeypatch):
+    hub_raises(monkeypatch, OSError())
+    refused("Qwen/Qwen3.5-4B", "could not get Qwen/Qwen3.5-4B", "OSError", "'--model nano'")
+
+
+def test_a_revision_that_is_not_there_is_named(monkeypatch):
+    hub_raises(monkeypatch, errors.RevisionNotFoundError("404 Client Error.", response=Response()))
+    refused("Qwen/Qwen3.5-4B", "at revision 'v9'", "RevisionNotFoundError", revision="v9")
+
+
+def test_an_id_that_the_hub_finds_invalid_is_told(monkeypatch):
+    hub_raises(monkeypatch, errors.HFValidationError("Repo id must use alphanumeric chars"))
+    refused("a--b/c..d", "'a--b/c..d' is no Hugging Face id", "alphanumeric", "'nano'")
+
+
+def test_offline_the_cache_alone_is_used(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
+    refused("Qwen/Qwen3.5-4B", "could not get Qwen/Qwen3.5-4B", "'--model nano'")
