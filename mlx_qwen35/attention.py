@@ -5,6 +5,8 @@ import mlx.nn as nn
 
 from mlx_qwen35.cache import KVCache, Span
 from mlx_qwen35.config import TextConfig
+from mlx_qwen35.kernels.attention import attention
+from mlx_qwen35.kernels.exponential import sigmoid
 from mlx_qwen35.layers import rotate
 
 
@@ -34,6 +36,6 @@ class GatedAttention(nn.Module):
         q = rotate(self.q_norm(q).swapaxes(1, 2), span.rotary)
         k = rotate(self.k_norm(k), span.rotary)
         keys, values = cache.extend(k, v, span.start)
-        out = mx.fast.scaled_dot_product_attention(q, keys, values, scale=self.head_dim**-0.5, mask=span.mask)
-        out = out.swapaxes(1, 2) * mx.sigmoid(gate)
+        out = attention(q, keys, values, self.head_dim**-0.5, span.mask)
+        out = out.swapaxes(1, 2) * sigmoid(gate)
         return self.o_proj(out.reshape(B, T, -1))

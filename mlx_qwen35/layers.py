@@ -5,6 +5,7 @@ import mlx.nn as nn
 
 from mlx_qwen35.checkpoint import Quantization
 from mlx_qwen35.config import RopeConfig
+from mlx_qwen35.kernels.exponential import silu
 from mlx_qwen35.kernels.quantized_linear import quantized_linear
 
 
@@ -66,8 +67,7 @@ class MLP(nn.Module):
         self.down_proj = weights.linear("down_proj")
 
     def __call__(self, x: mx.array) -> mx.array:
-        gate = self.gate_proj(x)
-        return self.down_proj(gate * mx.sigmoid(gate) * self.up_proj(x))
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Rotary:

@@ -290,7 +290,7 @@ def test_a_snapshot_copies_keys_only_when_their_columns_are_overwritten(model):
     assert [keys.shape[2] for keys, _ in s2.tail] == [10]
 
 
-def test_a_snapshot_costs_no_memory_of_a_long_cache():
+def test_a_step_does_not_copy_the_keys_of_a_long_cache():
     cache_keys = mx.zeros((1, 4, 4096, 128))  # 8 MB a buffer
     layer = KVCache()
     layer.extend(cache_keys, cache_keys, 0)

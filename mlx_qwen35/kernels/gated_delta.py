@@ -10,9 +10,13 @@ Letters: B batch, T tokens, Hk/Hv key/value heads, r = Hv / Hk, Dk/Dv head sizes
 K conv taps, L chunk length, N chunks. Value head h reads key head h // r.
 """
 
+import functools
+import operator
 from typing import NamedTuple
 
 import mlx.core as mx
+
+from mlx_qwen35.kernels.exponential import PIECE, exp, silu
 
 L2_EPS = 1e-6  # added to the sum of squares, under the root (transformers, l2norm)
 CHUNK = 32  # fastest on a CPU with a good BLAS; longer chunks also lose digits
@@ -65,7 +69,7 @@ def gated_delta(
     rule = step_rule if T == 1 else chunked_rule
     out, state = rule(q, k, v, log_decay, beta, memory.state)
     z = z.astype(mx.float32).reshape(B, T, Hv, Dv)
-    out = mx.fast.rms_norm(out, weights.norm, weights.eps) * (z * mx.sigmoid(z))
+    out = mx.fast.rms_norm(out, weights.norm, weights.eps) * silu(z)
     return out.reshape(B, T, Hv * Dv).astype(qkv.dtype), DeltaState(window, state)
 
 
@@ -92,14 +96,26 @@ def _last_tokens(tokens: mx.array, count: int, lengths: mx.array | None) -> mx.a
 def _convolve(tokens: mx.array, conv: mx.array, T: int, sizes: tuple[int, int, int]) -> tuple[mx.array, ...]:
     """Causal depthwise conv, silu, split, and l2 norms: q, k (B, T, Hk, Dk) and v (B, T, Hv, Dv)."""
     Hv, Dv, Dk = sizes
-    mixed = sum(tokens[:, tap : tap + T] * conv[tap] for tap in range(conv.shape[0]))
-    mixed = mixed * mx.sigmoid(mixed)
-    key_dim = (mixed.shape[-1] - Hv * Dv) // 2
-    q, k, v = mx.split(mixed, [key_dim, 2 * key_dim], axis=-1)
-    q, k = (x.reshape(*x.shape[:2], -1, Dk) for x in (q, k))
-    q = q * (mx.rsqrt((q * q).sum(-1, keepdims=True) + L2_EPS) * Dk**-0.5)
-    k = k * mx.rsqrt((k * k).sum(-1, keepdims=True) + L2_EPS)
-    return q, k, v.reshape(*v.shape[:2], Hv, Dv)
+    mixed = _causal_conv(tokens, conv, T)
+    B, _, C = mixed.shape
+    qk, v = mx.split(mixed, [C - Hv * Dv], axis=-1)
+    qk = qk.reshape(B, T, 2, -1, Dk)
+    qk = qk * mx.rsqrt((qk * qk).sum(-1, keepdims=True) + L2_EPS)
+    return qk[:, :, 0] * Dk**-0.5, qk[:, :, 1], v.reshape(B, T, Hv, Dv)
+
+
+def _causal_conv(tokens: mx.array, conv: mx.array, T: int) -> mx.array:
+    """(B, K - 1 + T, C) -> silu of the depthwise conv (B, T, C); on the CPU piece by piece, see exponential.py."""
+    K, C = conv.shape
+    if T == 1:
+        return silu((tokens * conv).sum(1, keepdims=True))
+    rows = max(1, PIECE // C) if mx.default_device() == mx.cpu else T
+    parts = []
+    for begin in range(0, T, rows):
+        end = min(begin + rows, T)
+        taps = [tokens[:, begin + tap : end + tap] * conv[tap] for tap in range(K)]
+        parts.append(silu(functools.reduce(operator.add, taps)))
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
 
 
 # --- the gated delta rule in three forms -----------------------------------------------------------------------------
@@ -131,7 +147,7 @@ def step_rule(q, k, v, log_decay, beta, state):
     keys = mx.stack([k[:, 0], q[:, 0]], axis=-1)[:, :, None]  # (B, Hk, 1, Dk, 2)
     read = old @ keys  # (B, Hk, r, Dv, 2)
     change = beta.reshape(decay.shape) * (v.reshape(B, Hk, -1, Dv) - decay * read[..., 0])
-    new = old * decay[..., None] + change[..., None] * k[:, 0, :, None, None]
+    new = mx.addmm(old * decay[..., None], change[..., None], k[:, 0, :, None, None])
     out = decay * read[..., 1] + change * (k * q).sum(-1).reshape(B, Hk, 1, 1)
     return out.reshape(B, 1, Hv, Dv), new.reshape(state.shape)
 
@@ -164,10 +180,10 @@ def chunked_rule(q, k, v, log_decay, beta, state, chunk: int = CHUNK):
 
     G = mx.cumsum(log_decay, axis=-1)
     row = mx.arange(chunk)[:, None]
-    lower = row >= row.T
-    decay = mx.exp(mx.where(lower, G[..., :, None] - G[..., None, :], -mx.inf))
+    above = mx.where(row < row.T, -mx.inf, 0.0)  # adding is faster than choosing on a CPU
+    decay = exp(G[..., :, None] - G[..., None, :] + above)
     keys = mx.swapaxes(k, -1, -2)
-    A = mx.where(row > row.T, beta[..., None] * decay * (k @ keys), 0.0)
+    A = (beta[..., None] * (row > row.T)) * decay * (k @ keys)
     from_start, to_end = mx.exp(G)[..., None], mx.exp(G[..., -1:] - G)[..., None]
     strength = beta[..., None]
     UW = unit_lower_inverse(A) @ mx.concatenate([strength * v, (strength * from_start) * k], axis=-1)
@@ -183,7 +199,7 @@ def chunked_rule(q, k, v, log_decay, beta, state, chunk: int = CHUNK):
         WS, QS = mx.split(reads[n] @ mx.swapaxes(S, -1, -2), 2, axis=-2)
         change = U[n] - WS
         outputs.append(QS + inner[n] @ change)
-        S = whole[n] * S + mx.swapaxes(change, -1, -2) @ writes[n]
+        S = mx.addmm(whole[n] * S, mx.swapaxes(change, -1, -2), writes[n])
     out = mx.stack(outputs, axis=1)  # (B, N, Hk, r, L, Dv)
     out = mx.moveaxis(out, 4, 2).reshape(B, N * chunk, Hv, Dv)[:, :T]
     return out, S.reshape(state.shape)

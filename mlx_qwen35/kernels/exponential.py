@@ -1,0 +1,59 @@
+"""exp, sigmoid and silu of many elements on the CPU.
+
+MLX's CPU backend computes exp one element after the other, about 20 ns each, so that in reading a prompt the sigmoids
+took longer than the matrix products. Sums, products and conversions it vectorises, 0.15 ns each: here exp is made of
+those. They go over a piece of the elements at a time: MLX takes each result's memory from the system, and large ones
+come in pages that the system clears first, which costs several times the arithmetic.
+"""
+
+import math
+from collections.abc import Callable
+
+import mlx.core as mx
+
+MANY = 1 << 14  # elements, from which a dozen passes of vectorised operations beat one of exp
+PIECE = 1 << 18
+_ROUND = 1.5 * 2.0**23  # x + _ROUND has no room for a fraction, and keeps the integer in its lowest bits
+_TERMS = (0.00132647272, 0.00967151281, 0.05550733745, 0.24022242083, 0.69314697760, 1.0)  # of 2^f, within 1e-7
+
+
+def exp(x: mx.array) -> mx.array:
+    """exp(x) of x's dtype. Of many float32 elements on the CPU within 4e-6 of itself, kept inside 2^-126..2^126."""
+    return _by_pieces(lambda x: _exp2(x * math.log2(math.e)), x) if _piecewise(x) else mx.exp(x)
+
+
+def sigmoid(x: mx.array) -> mx.array:
+    """1 / (1 + exp(-x)) of x's dtype, within 2e-7."""
+    return _by_pieces(lambda x: 1.0 / _one_plus_exp(x), x) if _piecewise(x) else mx.sigmoid(x)
+
+
+def silu(x: mx.array) -> mx.array:
+    """x sigmoid(x) of x's dtype."""
+    return _by_pieces(lambda x: x / _one_plus_exp(x), x) if _piecewise(x) else x * mx.sigmoid(x)
+
+
+def _piecewise(x: mx.array) -> bool:
+    return x.size >= MANY and x.dtype == mx.float32 and mx.default_device() == mx.cpu
+
+
+def _by_pieces(function: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+    if x.size <= PIECE:
+        return function(x)
+    pieces = mx.split(x.reshape(-1), range(PIECE, x.size, PIECE))
+    return mx.concatenate([function(piece) for piece in pieces]).reshape(x.shape)
+
+
+def _one_plus_exp(x: mx.array) -> mx.array:
+    """1 + exp(-x)"""
+    return 1.0 + _exp2(x * -math.log2(math.e))
+
+
+def _exp2(x: mx.array) -> mx.array:
+    """2^x as 2^n 2^f with n the nearest integer, which is added to the exponent's bits."""
+    x = mx.clip(x, -126.0, 126.0)
+    rounded = x + _ROUND
+    f = x - (rounded - _ROUND)
+    power = f * _TERMS[0] + _TERMS[1]
+    for term in _TERMS[2:]:
+        power = power * f + term
+    return (power.view(mx.int32) + (rounded.view(mx.int32) << 23)).view(mx.float32)
