@@ -1,0 +1,191 @@
+"""Programs in worker processes, run in turn, and the figures of their runs."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+OURS = "mlx_qwen35"
+PEERS = ("mlx-lm", "mlx-vlm", "transformers")
+
+
+class ProgramError(Exception):
+    """A program could not be loaded or run; the message is the reason."""
+
+    def __init__(self, program: str, reason: str):
+        super().__init__(reason)
+        self.program = program
+
+
+class Worker:
+    """One program, loaded in a process of its own that lives until `close`."""
+
+    def __init__(self, name: str, folder: Path, dtype: str):
+        """Raises ProgramError when the program is not installed or cannot load the checkpoint."""
+        self.name = name
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the worker)
+        command = [sys.executable, "-P", str(Path(__file__).with_name("worker.py")), name, str(folder), dtype]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, bufsize=1
+        )
+        self.environment = self._reply()
+
+    def ask(self, **request: int) -> dict[str, Any]:
+        """Send a request and wait for its answer. Raises ProgramError when the process ends instead."""
+        with suppress(BrokenPipeError):  # if the process has ended, the reply says why
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+        return self._reply()
+
+    def _reply(self) -> dict[str, Any]:
+        line = self._process.stdout.readline()
+        if line:
+            return json.loads(line)
+        code = self._process.wait()
+        self._errors.seek(0)
+        said = [text.strip() for text in self._errors if text.strip()]
+        reason = said[-1] if said else "it said nothing"
+        self.close()
+        raise ProgramError(self.name, f"{reason} (ended with code {code})")
+
+    def close(self) -> None:
+        """End the process. Closing twice is fine."""
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+
+@contextmanager
+def started(names: Sequence[str], folder: Path, dtype: str, failures: dict[str, str]) -> Iterator[list[Worker]]:
+    """Workers of those programs that load; the others go to `failures` with the reason."""
+    workers: list[Worker] = []
+    try:
+        for name in names:
+            try:
+                workers.append(Worker(name, folder, dtype))
+            except ProgramError as error:
+                failures[error.program] = str(error)
+        yield workers
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One program's run of one round. Times are in seconds."""
+
+    program: str
+    prompt: int
+    round: int
+    prefill: float  # for the whole prompt and its next token
+    token: float  # median over the decoded tokens
+    products: float  # median time of the bare products right after it
+    mlx_peak_bytes: int | None
+    max_rss_bytes: int  # the process's, so far
+
+    @property
+    def prefill_speed(self) -> float:
+        return self.prompt / self.prefill
+
+    @property
+    def decode_speed(self) -> float:
+        return 1 / self.token
+
+    @property
+    def beyond(self) -> float:
+        """Time of a token that is not spent in the bare products."""
+        return self.token - self.products
+
+
+@dataclass(frozen=True)
+class Settings:
+    prompt_lengths: tuple[int, ...]
+    decode_tokens: int
+    repeats: int
+    prefill_step_size: int
+    dtype: str
+
+
+def in_turn(names: Sequence[str], round: int) -> list[str]:
+    """The order of a round: as given in even rounds, backwards in odd ones, so that a drift favours none."""
+    return list(names) if round % 2 == 0 else list(reversed(names))
+
+
+def measure(
+    workers: Sequence[Worker], settings: Settings, failures: dict[str, str], progress: Callable[[str], None]
+) -> list[Run]:
+    """For each prompt length a warm-up of every program, then `repeats` rounds in which each runs once, in turn.
+
+    The bare products are timed after each run, as often as it decoded tokens. A program that fails goes to `failures`
+    and its runs are dropped; the others go on, unless it is ours that failed.
+    """
+    by_name = {worker.name: worker for worker in workers}
+    runs: list[Run] = []
+    for prompt in settings.prompt_lengths:
+        for round in range(-1, settings.repeats):
+            for name in in_turn([name for name in by_name if name not in failures], round):
+                progress(f"{prompt} tokens, {'warm-up' if round < 0 else f'round {round + 1}'}: {name}")
+                try:
+                    run = _run(by_name[name], by_name[OURS], prompt, round, settings)
+                except ProgramError as error:
+                    failures[error.program] = str(error)
+                    if OURS in failures:
+                        return []
+                else:
+                    runs += [run] if round >= 0 else []
+    return [run for run in runs if run.program not in failures]
+
+
+def _run(worker: Worker, ours: Worker, prompt: int, round: int, settings: Settings) -> Run:
+    decode = settings.decode_tokens if round >= 0 else 2
+    reply = worker.ask(prompt=prompt, decode=decode, step=settings.prefill_step_size)
+    products = median(ours.ask(products=decode)["products_s"])
+    peak, rss = reply["mlx_peak_bytes"], reply["max_rss_bytes"]
+    return Run(worker.name, prompt, round, reply["prefill_s"], median(reply["decode_s"]), products, peak, rss)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One program at one prompt length: medians over its rounds, and how we compare with it, round by round."""
+
+    program: str
+    prompt: int
+    prefill_speed: float  # tokens per second
+    decode_speed: float
+    beyond: float  # seconds a token beyond the bare products
+    mlx_peak_bytes: int | None
+    max_rss_bytes: int
+    ours_prefill: float  # our speed over its speed: above 1 we are faster
+    ours_decode: float
+    ours_beyond: float  # our time over its time: below 1 we lose less
+
+
+def summarize(runs: Sequence[Run]) -> list[Row]:
+    """Medians of each program and prompt length; the ratios are medians over the pairs of a round."""
+    rows = []
+    for prompt, name in dict.fromkeys((run.prompt, run.program) for run in runs):
+        own = [run for run in runs if (run.prompt, run.program) == (prompt, name)]
+        ours = [run for run in runs if (run.prompt, run.program) == (prompt, OURS)]
+        pairs = list(zip(ours, own, strict=True))
+        peaks = [run.mlx_peak_bytes for run in own if run.mlx_peak_bytes is not None]
+        rows.append(
+            Row(
+                program=name,
+                prompt=prompt,
+                prefill_speed=median(run.prefill_speed for run in own),
+                decode_speed=median(run.decode_speed for run in own),
+                beyond=median(run.beyond for run in own),
+                mlx_peak_bytes=max(peaks, default=None),
+                max_rss_bytes=max(run.max_rss_bytes for run in own),
+                ours_prefill=median(us.prefill_speed / it.prefill_speed for us, it in pairs),
+                ours_decode=median(us.decode_speed / it.decode_speed for us, it in pairs),
+                ours_beyond=median(us.beyond / it.beyond for us, it in pairs),
+            )
+        )
+    return rows

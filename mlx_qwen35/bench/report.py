@@ -1,0 +1,131 @@
+"""What was measured, as a table, as JSON and as a picture; and what it was measured on."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_qwen35.bench.measure import OURS, Row, Run, Settings
+from mlx_qwen35.memory import usable_bytes
+
+_PACKAGES = ("mlx", "mlx-lm", "mlx-vlm", "transformers", "torch")
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+_COLUMNS = (
+    "program", "prompt", "prefill tok/s", "decode tok/s", "beyond products", "MLX peak", "max RSS",
+    "ours: prefill", "decode", "beyond",
+)  # fmt: skip
+
+
+def chip() -> str:
+    if platform.system() == "Darwin":
+        return subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def describe_machine(environments: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Hardware, systems and versions. environments: program -> what its worker said of itself when it had loaded."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    on_gpu = mx.default_device() == mx.gpu
+    gpu = f"{mx.device_info().get('device_name', 'one')}, {usable_bytes() / 1e9:.1f} GB" if on_gpu else "none used"
+    threads = [f"{name}={os.environ[name]}" for name in _THREADS if name in os.environ]
+    threads += [f"torch {e['torch_threads']}" for e in environments.values() if e["torch_threads"]]
+    return {
+        "chip": f"{chip()}, {os.cpu_count()} cores, {memory / 1e9:.1f} GB memory",
+        "GPU": gpu,
+        "system": platform.platform(),
+        "threads": ", ".join(threads) or "as the libraries choose",
+        "BLAS": _blas(environments[OURS]["blas"]),
+        "versions": ", ".join([f"Python {platform.python_version()}", *map(_version, _PACKAGES)]),
+    }
+
+
+def _blas(found: Mapping[str, Sequence[str]]) -> str:
+    """Which BLAS our worker had in memory, and what came, or should have come, by LD_PRELOAD."""
+    text = ", ".join(found["loaded"]) or "of the system"
+    text += f"; preloaded: {', '.join(found['preloaded']) or 'none'}"
+    return text + (f"; NOT FOUND, so not preloaded: {', '.join(found['not_found'])}" if found["not_found"] else "")
+
+
+def _version(package: str) -> str:
+    try:
+        return f"{package} {metadata.version(package)}"
+    except metadata.PackageNotFoundError:
+        return f"{package} not installed"
+
+
+def format_table(
+    machine: Mapping[str, str], model: str, settings: Settings, rows: Sequence[Row], products: float
+) -> str:
+    """The text the command prints. products: seconds of the bare products of one token."""
+    lines = [f"{name + ':':10}{value}" for name, value in machine.items()]
+    lines += [
+        f"{'model:':10}{model}, {settings.dtype}; {settings.repeats} rounds of every program in turn, "
+        f"{settings.decode_tokens} tokens decoded, prompt read {settings.prefill_step_size} tokens at a time",
+        f"{'products:':10}{products * 1e3:.2f} ms a token for the bare matrix-vector products of the linear maps",
+        "",
+    ]
+    table = [_COLUMNS] + [_cells(row) for row in rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(_COLUMNS))]
+    for name, *figures in table:
+        padded = [figure.rjust(width) for figure, width in zip(figures, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *padded]))
+    lines += ["", "ours: our speed over the program's, our time over its time beyond the products; medians over rounds"]
+    return "\n".join(lines)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    peak = "-" if row.mlx_peak_bytes is None else f"{row.mlx_peak_bytes / 1e9:.2f} GB"
+    speeds = (f"{row.prefill_speed:.1f}", f"{row.decode_speed:.1f}", f"{row.beyond * 1e3:.2f} ms")
+    ratios = (f"{row.ours_prefill:.2f}x", f"{row.ours_decode:.2f}x", f"{row.ours_beyond:.2f}x")
+    ratios = ("", "", "") if row.program == OURS else ratios
+    return (row.program, str(row.prompt), *speeds, peak, f"{row.max_rss_bytes / 1e9:.2f} GB", *ratios)
+
+
+def write_json(
+    path: Path,
+    machine: Mapping[str, str],
+    model: str,
+    settings: Settings,
+    rows: Sequence[Row],
+    runs: Sequence[Run],
+    failures: Mapping[str, str],
+) -> None:
+    """Everything that was measured: every run, and the medians."""
+    content = {
+        "machine": dict(machine), "model": model, "settings": asdict(settings), "failures": dict(failures),
+        "rows": [asdict(row) for row in rows], "runs": [asdict(run) for run in runs],
+    }  # fmt: skip
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def draw(path: Path, title: str, rows: Sequence[Row]) -> None:
+    """Prefill and decode speed over the prompt length, a line for each program."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    lengths = sorted({row.prompt for row in rows})
+    for axes, name in zip(figure.subplots(1, 2), ("prefill", "decode"), strict=True):
+        for program in dict.fromkeys(row.program for row in rows):
+            points = sorted((row.prompt, getattr(row, f"{name}_speed")) for row in rows if row.program == program)
+            axes.plot(*zip(*points, strict=True), marker="o", label=program)
+        axes.set(xscale="log", xlabel="prompt tokens", ylabel=f"{name} tokens/s", ylim=(0, None))
+        axes.set_xticks(lengths, map(str, lengths))
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    axes.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
