@@ -22,11 +22,13 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
     """
     if str(name) == NANO:
         return Path(str(resources.files("mlx_qwen35") / NANO))
+    if not str(name).strip():
+        raise InputError(f"the name of a checkpoint must not be empty; give {CHOICES}")
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise InputError(f"--model must be {CHOICES}; {folder} is a file")
+        raise InputError(f"a checkpoint must be {CHOICES}; {folder} is a file")
     parts = str(name).split("/")
     if len(parts) != 2 or not all(parts) or str(name).startswith((".", "~")):
         raise InputError(f"there is no folder {name}, and it is no Hugging Face id; give {CHOICES}")

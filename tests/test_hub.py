@@ -64,7 +64,12 @@ def test_an_id_is_downloaded_without_code_or_pickles(monkeypatch, tmp_path):
 
 def test_a_file_is_refused(tmp_path):
     (tmp_path / "weights.gguf").write_text("x")
-    refused(tmp_path / "weights.gguf", "--model must be a local folder", "'nano'", "weights.gguf is a file")
+    refused(tmp_path / "weights.gguf", "a checkpoint must be a local folder", "'nano'", "weights.gguf is a file")
+
+
+def test_an_empty_name_is_refused():
+    for name in ("", " "):
+        refused(name, "must not be empty", "'nano'")
 
 
 @pytest.mark.parametrize("name", ["absent", "./absent/model", "a/b/c", "/absent/model", "~/absent", "owner/"])

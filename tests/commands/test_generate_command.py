@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mlx_qwen35.generate import __main__ as command
+from mlx_qwen35.generate import start
 from mlx_qwen35.generate.__main__ import main
 
 ASK = "What is 34 + 58?"
@@ -61,21 +63,26 @@ def test_the_prompt_comes_from_an_option_a_file_or_a_pipe(run, tmp_path: Path):
     assert len({tuple(json.loads(out)["tokens"]) for _, out, _ in ways}) == 1
 
 
-def test_every_option_has_an_effect(run):
-    """Each changes what is generated, or how much of it, from this base."""
-    base = ("--model", "nano", "--json", "--prompt", ASK, "--seed", "3", "--preset", "reasoning", "--max-tokens", "25")
+def test_every_option_has_an_effect(run, monkeypatch):
+    """Each changes the plan of the generation: its sampling, limits, stop strings, chunk length, or prompt."""
+    planned = []
 
-    def tokens(*options: str) -> tuple[int, ...]:
-        return tuple(json.loads(run(*base, *options)[1])["tokens"])
+    def spy(*arguments, **options):
+        generation = start(*arguments, **options)
+        planned.append((generation.plan, generation.prompts))
+        return generation
 
-    plain = tokens()
-    assert plain == tokens()
+    monkeypatch.setattr(command, "start", spy)
+    base = ("--model", "nano", "--json", "--prompt", ASK, "--seed", "3", "--preset", "reasoning", "--max-tokens", "9")
+    run(*base)
     for options in (
-        ("--temp", "2.5"), ("--top-k", "1"), ("--top-p", "0.05"), ("--min-p", "0.99"), ("--presence-penalty", "-2"),
+        ("--temp", "0"), ("--top-k", "1"), ("--top-p", "0.05"), ("--min-p", "0.99"), ("--presence-penalty", "-2"),
         ("--frequency-penalty", "2"), ("--repetition-penalty", "3"), ("--seed", "4"), ("--max-tokens", "2"),
+        ("--stop", "x"), ("--prefill-step-size", "3"), ("--preset", "coding"),
         ("--no-enable-thinking",), ("--system-prompt", "Be brief."), ("--ignore-chat-template",),
     ):  # fmt: skip
-        assert tokens("--temp", "2", *options) != tokens("--temp", "2"), options
+        run(*base, *options)
+        assert planned[-1] != planned[0], options
 
 
 def test_no_prompt_at_a_terminal_is_an_error(run):

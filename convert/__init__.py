@@ -1,0 +1,51 @@
+"""Raw Hugging Face checkpoint -> folder for MLX: plan.py decides what, stream.py writes it, target.py places it."""
+
+from pathlib import Path
+
+from mlx_qwen35.convert.plan import make_plan
+from mlx_qwen35.convert.stream import write
+from mlx_qwen35.convert.target import appearing_whole, check_apart, check_space, check_target
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.hub import resolve
+
+__all__ = ["convert"]
+
+
+def convert(
+    hf_path: str | Path,
+    mlx_path: str | Path,
+    *,
+    quantize: bool = False,
+    q_bits: int | None = None,
+    q_group_size: int | None = None,
+    q_mode: str | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Convert a raw Hugging Face checkpoint of the Qwen3.5 family, and return the folder written.
+
+    hf_path: local folder or Hugging Face id; `revision` is a branch, tag or commit of the id.
+    mlx_path: folder to write. It appears whole or not at all. A folder with content is refused, unless `overwrite`
+    is given: then it must hold a checkpoint, which is replaced once the new one is complete.
+    quantize: pack the text model's matrices with mx.quantize, embedding and head among them. q_mode is "affine"
+    (default; 4 bits in groups of 64 unless q_bits and q_group_size say otherwise), "mxfp4", "mxfp8" or "nvfp4" (whose
+    bits and group size are fixed). Vision tower and draft head are carried over unquantized.
+    dtype: "float16", "bfloat16" or "float32" for what is not packed; by default the one that config.json names. A_log
+    stays float32, and other float32 vectors of the text model are kept exactly beside their rounded form.
+
+    The folder keeps Hugging Face's names and layout: mlx-lm and mlx-vlm load it, and transformers too unless it is
+    quantized. The same source and options give the same bytes. Raises InputError when a rule is broken, before
+    anything is written wherever the headers show it.
+    """
+    if revision is not None and Path(hf_path).expanduser().is_dir():
+        raise InputError(f"--revision is for Hugging Face ids; {hf_path} is a local folder. Leave --revision out")
+    target = Path(mlx_path).expanduser().resolve()
+    check_target(target, overwrite)
+    source = resolve(hf_path, revision)
+    check_apart(source, target)
+    plan = make_plan(source, quantize=quantize, bits=q_bits, group_size=q_group_size, mode=q_mode, dtype=dtype)
+    with appearing_whole(target, overwrite) as folder:
+        check_space(plan.nbytes, target)
+        write(plan, folder)
+    return target

@@ -1,0 +1,377 @@
+"""Trains the nano model from nothing on two CPU cores.
+
+    python examples/nano/train.py --out DIR --minutes 60 --seed 0
+
+Two worker processes of one thread each compute gradients on packed rows of short conversations and average them.
+The matrices are updated with Muon (half of them by each worker), the rest with AdamW. The learning rate follows the
+clock: warm-up, flat, then linear to zero at the end of the minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from checkpoint import Nano, initialise, load, save
+from encoding import Encoded, Encoder, positions
+from forward import PRECISION, Batch, VisionGrid, hidden_states
+from tasks import draw_lesson
+from torch import Tensor
+
+WORKERS = 2
+MTP_WEIGHT = 0.2
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """How often a task is drawn, and how many further questions on the same matter may follow."""
+
+    weight: float
+    more: int = 0
+    thinking: float = 0.5
+    easy: float = 0.0  # share of the short form (few entries, one figure) throughout the run
+
+
+LESSONS = {
+    "add_1": Lesson(0.03),
+    "add_2": Lesson(0.08, thinking=0.25),
+    "add_3": Lesson(0.14, thinking=0.3),
+    "repeat": Lesson(0.10, more=1),
+    "recall": Lesson(0.12, more=6, easy=0.4),
+    "describe": Lesson(0.03, more=2),
+    "count": Lesson(0.02, more=2),
+    "colour": Lesson(0.03, more=2),
+    "shape": Lesson(0.08, more=3),
+    "which_picture": Lesson(0.05, more=2),
+    "same_pictures": Lesson(0.04, more=1),
+    "nth_picture": Lesson(0.03, more=2),
+    "digits": Lesson(0.12),
+    "direction": Lesson(0.08),
+    "tool_city": Lesson(0.02, more=3),
+    "tool_name": Lesson(0.05, more=4),
+    "tool_report": Lesson(0.02, more=1),
+    "then_add": Lesson(0.05),
+    "then_colour": Lesson(0.05),
+    "then_recall": Lesson(0.04, more=4, easy=0.4),
+    "identity": Lesson(0.015),
+    "greeting": Lesson(0.01),
+}
+
+
+EASY_FACTORS = {"add_1": 3.0, "add_3": 0.2, "tool_report": 0.0}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the result beside the code."""
+
+    minutes: float = 60.0
+    seed: int = 0
+    rows: int = 5  # per worker and step
+    tokens: int = 288  # of a row
+    rate: float = 4.5e-3
+    adam_ratio: float = 0.6
+    hold: float = 0.4  # part of the time at the full rate
+    warmup: int = 60  # steps
+    easy: float = 0.1  # part of the time with short lists and single figures
+    boost: tuple[tuple[str, float], ...] = ()  # tasks drawn more often: name and factor
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def draw_encoded(encoder: Encoder, rng: Random, settings: Settings, easy: bool) -> Encoded:
+    """One lesson of the mix that fits a row."""
+    boost = dict(settings.boost)
+    names = list(LESSONS)
+    weights = [LESSONS[name].weight * boost.get(name, 1.0) for name in names]
+    if easy:
+        weights = [w * EASY_FACTORS.get(name, 1.0) for name, w in zip(names, weights, strict=True)]
+    name = rng.choices(names, weights)[0]
+    lesson = LESSONS[name]
+    more = rng.randint((lesson.more + 1) // 2, lesson.more)
+    easy = easy or rng.random() < lesson.easy
+    while True:
+        thinking = rng.random() < lesson.thinking
+        encoded = encoder.lesson(*draw_lesson(name, rng, thinking=thinking, easy=easy, more=more))
+        if len(encoded.ids) <= settings.tokens:
+            return encoded
+        more = max(more - 1, 0)
+
+
+def batches(encoder: Encoder, settings: Settings, seed: int, progress: list[float]) -> Iterator[Batch]:
+    """Endless packed batches; `progress[0]` (0 to 1) is read to tell the easy beginning."""
+    rng = Random(seed)
+    waiting: list[Encoded] = []
+    while True:
+        rows, learn, patches = [], [], []
+        for _ in range(settings.rows):
+            ids: list[int] = []
+            flags: list[bool] = []
+            while True:
+                while len(waiting) < 12:
+                    waiting.append(draw_encoded(encoder, rng, settings, progress[0] < settings.easy))
+                fits = [i for i, e in enumerate(waiting) if len(ids) + len(e.ids) <= settings.tokens]
+                if not fits:
+                    break
+                chosen = waiting.pop(fits[0])
+                ids += chosen.ids
+                flags += chosen.learn
+                patches += chosen.patches
+            room = settings.tokens - len(ids)
+            rows.append(ids + [encoder.pad] * room)
+            learn.append(flags + [False] * room)
+        where = np.stack([positions(row, encoder.image_pad, encoder.video_pad) for row in rows], axis=1)
+        yield Batch(
+            torch.tensor(rows),
+            torch.from_numpy(where),
+            torch.tensor(learn),
+            torch.from_numpy(np.stack(patches)) if patches else torch.zeros(0, 16, 1536),
+        )
+
+
+# --- loss ------------------------------------------------------------------------------------------------------------
+
+
+def losses(nano: Nano, grid: VisionGrid, batch: Batch, picture_ids: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed cross entropy of the next token and of the one after it, and the number of MTP hits."""
+    main, draft = hidden_states(nano, grid, batch, picture_ids)
+    table = nano.main.model.language_model.embed_tokens.weight
+    first, second = batch.learn[:, 1:], batch.learn[:, 2:]
+    loss = F.cross_entropy(F.linear(main[:, :-1][first], table), batch.ids[:, 1:][first], reduction="sum")
+    logits, target = F.linear(draft[:, :-2][second], table), batch.ids[:, 2:][second]
+    return loss, F.cross_entropy(logits, target, reduction="sum"), (logits.argmax(-1) == target).sum()
+
+
+# --- optimisers ------------------------------------------------------------------------------------------------------
+
+
+def orthogonalise(x: Tensor) -> Tensor:
+    """Five Newton-Schulz steps towards the nearest orthogonal matrices; `x`: (n, rows, columns), rows <= columns."""
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) @ x
+    return x.float()
+
+
+class Optimiser:
+    """Muon for the matrices (Jordan 2024; each worker takes a share), AdamW for the rest, on flat buffers."""
+
+    def __init__(self, nano: Nano, rank: int):
+        named = {name: p for name, p in nano.named_parameters()}
+        wide = {n for n, p in named.items() if p.ndim >= 2 and min(p.shape[0], p[0].numel()) >= 16}
+        wide -= {n for n in named if "embed_tokens" in n or "pos_embed" in n}
+        self.matrices = [p for n, p in named.items() if n in wide]
+        self.others = [p for n, p in named.items() if n not in wide]
+        self.parameters = self.matrices + self.others
+        total = sum(p.numel() for p in self.parameters)
+        self.values, self.gradient = torch.empty(total), torch.zeros(total)
+        at = 0
+        for p in self.parameters:
+            view = self.values[at : at + p.numel()].view_as(p)
+            view.copy_(p.data)
+            p.data, p.grad = view, self.gradient[at : at + p.numel()].view_as(p)
+            at += p.numel()
+        self.split = sum(p.numel() for p in self.matrices)
+        self.momentum = torch.zeros(self.split)
+        self.update = torch.zeros(self.split)
+        self.mean, self.square = (torch.zeros(total - self.split) for _ in range(2))
+        self.steps = 0
+        self.rank = rank
+        self.shares = self._shares()
+
+    def _shares(self) -> list[list[list[tuple[int, tuple[int, int]]]]]:
+        """For each worker groups of (offset, shape) of equal shape, by about equal work."""
+        work = [0.0] * WORKERS
+        shares: list[dict[tuple[int, int], list[tuple[int, tuple[int, int]]]]] = [{} for _ in range(WORKERS)]
+        entries, at = [], 0
+        for p in self.matrices:
+            shape = (p.shape[0], p[0].numel())
+            entries.append((min(shape) ** 2 * (4 * max(shape) + 2 * min(shape)), at, shape))
+            at += p.numel()
+        for cost, offset, shape in sorted(entries, reverse=True):
+            worker = work.index(min(work))
+            work[worker] += cost
+            shares[worker].setdefault((min(shape), max(shape)), []).append((offset, shape))
+        return [list(share.values()) for share in shares]
+
+    def step(self, rate: float, adam_rate: float) -> None:
+        """One update from `self.gradient`, which all workers hold alike."""
+        self.steps += 1
+        norm = self.gradient.norm()
+        if norm > 1:
+            self.gradient.mul_(1 / norm)
+        g = self.gradient[: self.split]
+        self.momentum.lerp_(g, 0.05)
+        nesterov = g.lerp(self.momentum, 0.95)
+        self.update.zero_()
+        for group in self.shares[self.rank]:
+            views = [nesterov[at : at + r * c].view(r, c) for at, (r, c) in group]
+            flat = orthogonalise(torch.stack([x if x.shape[0] <= x.shape[1] else x.T for x in views]))
+            for x, (at, (r, c)) in zip(flat, group, strict=True):
+                self.update[at : at + r * c].view(r, c).copy_(x if r <= c else x.T).mul_(0.2 * max(r, c) ** 0.5)
+        if WORKERS > 1:
+            dist.all_reduce(self.update)
+        self.values[: self.split].sub_(self.update, alpha=rate)
+        g = self.gradient[self.split :]
+        self.mean.lerp_(g, 0.1)
+        self.square.mul_(0.98).addcmul_(g, g, value=0.02)
+        mean, square = self.mean / (1 - 0.9**self.steps), self.square / (1 - 0.98**self.steps)
+        self.values[self.split :].sub_(mean / (square.sqrt() + 1e-8), alpha=adam_rate)
+        self.gradient.zero_()
+
+    def state(self) -> dict[str, Tensor | int]:
+        names = ("values", "momentum", "mean", "square", "steps")
+        return {name: getattr(self, name) for name in names}
+
+    def restore(self, state: dict[str, Tensor | int]) -> None:
+        self.steps = int(state["steps"])
+        for name in ("values", "momentum", "mean", "square"):
+            getattr(self, name).copy_(state[name])
+
+
+def rate_at(progress: float, step: int, settings: Settings) -> float:
+    """The factor of the learning rate after `progress` (0 to 1) of the time."""
+    fall = min(1.0, max(0.0, (1 - progress) / (1 - settings.hold)))
+    return fall * min(1.0, (step + 1) / settings.warmup)
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def work(rank: int, settings: Settings, out: Path, start: Path | None, save_every: float) -> None:
+    """One worker process."""
+    torch.set_num_threads(1)
+    torch.manual_seed(settings.seed)
+    dist.init_process_group("gloo", init_method=f"file://{out.resolve()}/.workers", rank=rank, world_size=WORKERS)
+    encoder = Encoder()
+    if start:
+        nano = load(start)
+    else:
+        nano = Nano()
+        initialise(nano, settings.seed)
+    grid = VisionGrid(nano)
+    optimiser = Optimiser(nano, rank)
+    spent = 0.0
+    if (out / "resume.pt").exists():
+        state = torch.load(out / "resume.pt", weights_only=True)
+        optimiser.restore(state)
+        spent = float(state["seconds"])
+    progress = [spent / (60 * settings.minutes)]
+    stream = batches(encoder, settings, settings.seed * 1000 + rank + 7919 * optimiser.steps, progress)
+    begin, saved = time.monotonic() - spent, spent
+    totals = torch.zeros(5)
+    while True:
+        clock = torch.tensor([time.monotonic() - begin])
+        dist.broadcast(clock, 0)
+        seconds = float(clock)
+        progress[0] = seconds / (60 * settings.minutes)
+        if rank == 0 and (seconds - saved > 60 * save_every or progress[0] >= 1):
+            saved = seconds
+            save(nano, out)
+            torch.save({**optimiser.state(), "seconds": seconds}, out / "resume.part")
+            os.replace(out / "resume.part", out / "resume.pt")
+        if progress[0] >= 1:
+            break
+        batch = next(stream)
+        loss, draft_loss, hits = losses(nano, grid, batch, (encoder.image_pad, encoder.video_pad))
+        counts = torch.tensor([batch.learn[:, 1:].sum(), batch.learn[:, 2:].sum()])
+        ((loss + MTP_WEIGHT * draft_loss) / counts[0]).backward()
+        dist.all_reduce(optimiser.gradient)
+        optimiser.gradient.div_(WORKERS)
+        totals += torch.stack((loss.detach(), draft_loss.detach(), hits, *counts)).float()
+        factor = rate_at(progress[0], optimiser.steps, settings)
+        optimiser.step(factor * settings.rate, factor * settings.rate * settings.adam_ratio)
+        if optimiser.steps % 50 == 0:
+            dist.all_reduce(totals)
+            if rank == 0:
+                main, draft, hit = totals[0] / totals[3], totals[1] / totals[4], totals[2] / totals[4]
+                print(
+                    f"step {optimiser.steps:5d}  {seconds / 60:6.2f} min  rate x{factor:.2f}  loss {main:.4f}  "
+                    f"mtp {draft:.4f}  mtp top-1 {hit:.3f}",
+                    flush=True,
+                )
+            totals.zero_()
+    if rank == 0:
+        summary = {**asdict(settings), "steps": optimiser.steps, "start": start.name if start else None}
+        (out / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
+    dist.destroy_process_group()
+
+
+def check_forward() -> None:
+    """Compares the training forward pass with transformers' own on one item of each kind."""
+    PRECISION.product = torch.float32
+    encoder, nano = Encoder(), Nano()
+    initialise(nano, 1)
+    grid, pads = VisionGrid(nano), (encoder.image_pad, encoder.video_pad)
+    table = nano.main.model.language_model.embed_tokens.weight
+    for name in LESSONS:
+        encoded = encoder.lesson(*draw_lesson(name, Random(4), more=2))
+        ids = encoded.ids
+        kinds = [1 if i == pads[0] else 2 if i == pads[1] else 0 for i in ids]
+        patches = torch.from_numpy(np.stack(encoded.patches)) if encoded.patches else torch.zeros(0, 16, 1536)
+        where = torch.from_numpy(positions(ids, *pads))[:, None]
+        extra = {}
+        if len(patches):
+            key = ("pixel_values", "image_grid_thw") if 1 in kinds else ("pixel_values_videos", "video_grid_thw")
+            shape = torch.tensor([[1, 4, 4]] * len(patches)) if 1 in kinds else torch.tensor([[len(patches), 4, 4]])
+            extra = {key[0]: patches.reshape(-1, 1536), key[1]: shape, "mm_token_type_ids": torch.tensor([kinds])}
+            grids = {k: v for k, v in extra.items() if k.endswith("thw") or k.startswith("mm")}
+            theirs = nano.main.model.get_rope_index(torch.tensor([ids]), **grids)[0]
+            assert torch.equal(theirs, where), name
+        padded = F.pad(torch.tensor([ids]), (0, -len(ids) % 32), value=encoder.pad)
+        places = F.pad(where, (0, -len(ids) % 32))
+        with torch.no_grad():
+            ours, draft = hidden_states(nano, grid, Batch(padded, places, padded > 0, patches), pads)
+            theirs = nano.main(torch.tensor([ids]), **extra).logits
+            nano.main.model.rope_deltas = None
+            embedded = F.pad(ours, (0, 0, 0, 0))
+            error = (F.linear(ours[:, : len(ids)], table) - theirs).abs().max()
+            rotary = nano.main.model.language_model.rotary_emb(embedded, places)
+            text = nano.main.model.language_model.embed_tokens(padded)
+            following = F.pad(text[:, 1:], (0, 0, 0, 1))
+            reference = nano.mtp(ours, following, rotary)
+            head = (reference - draft).abs().max() if not len(patches) else torch.zeros(())
+        print(f"{name:14s} tokens {len(ids):3d}  logits {float(error):.1e}  draft {float(head):.1e}")
+        assert error < 1e-4 and head < 1e-4 and float(reference.abs().max()) > 0.1, name
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder of the checkpoint; resumes what lies there")
+    parser.add_argument("--minutes", type=float, default=Settings.minutes)
+    parser.add_argument("--seed", type=int, default=Settings.seed)
+    parser.add_argument("--rate", type=float, default=Settings.rate)
+    parser.add_argument("--hold", type=float, default=Settings.hold)
+    parser.add_argument("--easy", type=float, default=Settings.easy, help="part of the time with easy lessons")
+    parser.add_argument("--start", type=Path, help="folder of the weights to go on from (fine-tuning)")
+    parser.add_argument("--boost", nargs="*", default=[], metavar="TASK=FACTOR", help="draw a task more often")
+    parser.add_argument("--save-every", type=float, default=5.0, help="minutes between checkpoints")
+    parser.add_argument("--check", action="store_true", help="only compare the forward pass with transformers")
+    args = parser.parse_args()
+    if args.check:
+        check_forward()
+        return
+    boost = tuple((name, float(factor)) for name, factor in (text.split("=") for text in args.boost))
+    settings = Settings(minutes=args.minutes, seed=args.seed, rate=args.rate, hold=args.hold, easy=args.easy)
+    settings = replace(settings, boost=boost)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / ".workers").unlink(missing_ok=True)
+    mp.spawn(work, args=(settings, args.out, args.start, args.save_every), nprocs=WORKERS)
+    (args.out / ".workers").unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Each rule of source and options: what is refused, the message, and that nothing is written."""
+
+import json
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_qwen35.convert import convert, stream
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.random_checkpoint import _random_tensor, geometry, write_random_checkpoint
+
+DOWN = "model.language_model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """A function that runs a conversion, expects this InputError, and finds nothing written."""
+
+    def check(source, message, **options):
+        out = tmp_path / "outputs" / "out"
+        with pytest.raises(InputError, match=message):
+            convert(source, out, **options)
+        assert not out.parent.exists() or not any(out.parent.iterdir())
+
+    return check
+
+
+def source_with(folder, name, values, dtype=mx.bfloat16):
+    """A random checkpoint in which some values of one tensor are replaced: {index: value}."""
+
+    def tensor(key, shape):
+        array = np.array(_random_tensor(key, shape).astype(mx.float32))
+        if key == name:
+            for at, value in values.items():
+                array[at] = value
+        return mx.array(array)
+
+    return write_random_checkpoint(folder, geometry("tiny"), dtype=dtype, tensor=tensor)
+
+
+@pytest.mark.parametrize("option", [{"q_bits": 4}, {"q_group_size": 64}, {"q_mode": "affine"}])
+def test_quantization_option_without_quantize_is_refused(raw, refused, option):
+    refused(raw, "has no effect without --quantize", **option)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"q_bits": 7}, r"offers bits \(2, 3, 4, 5, 6, 8\), got 7"),
+        ({"q_bits": 0}, "got 0"),
+        ({"q_group_size": 16}, r"offers group_size \(32, 64, 128\), got 16"),
+        ({"q_mode": "mxfp4", "q_bits": 8}, "'mxfp4' offers bits"),
+        ({"q_mode": "nvfp4", "q_group_size": 64}, "'nvfp4' offers group_size"),
+        ({"q_mode": "gguf"}, "mode must be one of .*'gguf'"),
+    ],
+)
+def test_quantization_that_mlx_does_not_offer_is_refused(raw, refused, options, message):
+    refused(raw, message, quantize=True, **options)
+
+
+def test_matrix_narrower_than_its_groups_is_named(raw, refused):
+    message = r"layers\.0\.mlp\.down_proj\.weight is 448 wide and the group size is 128\. Choose another"
+    refused(raw, message, quantize=True, q_group_size=128)
+
+
+def test_unknown_dtype_is_refused(raw, refused):
+    refused(raw, "--dtype must be one of float16, bfloat16, float32, got 'int8'", dtype="int8")
+
+
+def test_unknown_dtype_of_the_config_asks_for_the_option(refused, tmp_path):
+    config = geometry("tiny")
+    config["text_config"]["dtype"] = "float64"
+    source = write_random_checkpoint(tmp_path / "raw", config)
+    refused(source, "names the dtype 'float64'; choose one of .* with --dtype")
+    convert(source, tmp_path / "out", dtype="float32")
+
+
+def test_revision_of_a_local_folder_is_refused(raw, refused):
+    refused(raw, "--revision is for Hugging Face ids", revision="main")
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("quantize", [False, True])
+def test_nan_and_infinity_are_counted_over_the_whole_tensor(refused, tmp_path, monkeypatch, quantize, threads):
+    values = {(0, 3): np.nan, (100, 0): np.inf, (255, 447): -np.inf}
+    source = source_with(tmp_path / "raw", DOWN, values)
+    monkeypatch.setattr(stream, "CHUNK_BYTES", 10_000)
+    monkeypatch.setattr(stream, "THREADS", threads)
+    refused(source, f"must be finite; 3 of the 114688 values of {DOWN} are NaN or infinite", quantize=quantize)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.visual.merger.norm.bias", "mtp.norm.weight", "model.language_model.layers.0.linear_attn.A_log"]
+)
+def test_nan_is_found_in_every_part_of_the_model(refused, tmp_path, name):
+    refused(source_with(tmp_path / "raw", name, {1: np.nan}), f"1 of the .* values of {name}")
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_value_that_overflows_float16_is_named(refused, tmp_path, monkeypatch, quantize):
+    monkeypatch.setattr(stream, "CHUNK_BYTES", 10_000)
+    source = source_with(tmp_path / "raw", DOWN, {(0, 0): 1e6, (99, 9): -65536.0, (100, 9): 65000.0})
+    message = f"2 of the 114688 values of {DOWN} overflow F16. Choose --dtype bfloat16"
+    refused(source, message, dtype="float16", quantize=quantize)
+    convert(source, tmp_path / "out", quantize=quantize)
+
+
+def test_float32_value_that_rounds_to_infinity_in_bfloat16_is_named(refused, tmp_path):
+    source = source_with(tmp_path / "raw", DOWN, {(0, 0): 3.4e38}, dtype=mx.float32)
+    refused(source, f"1 of the 114688 values of {DOWN} overflow BF16", dtype="bfloat16")
+
+
+@pytest.mark.parametrize("where", ["top", "text_config"])
+@pytest.mark.parametrize("field", ["quantization", "quantization_config"])
+def test_quantized_source_is_refused_with_advice(raw, refused, tmp_path, where, field):
+    source = shutil.copytree(raw, tmp_path / "raw")
+    config = json.loads((source / "config.json").read_text())
+    (config if where == "top" else config[where])[field] = {"quant_method": "fp8"}
+    (source / "config.json").write_text(json.dumps(config))
+    refused(source, "must not be quantized; .*fp8.*give the original checkpoint")
+
+
+def test_our_own_quantized_folder_is_no_source(raw, refused, tmp_path):
+    refused(convert(raw, tmp_path / "four", quantize=True), "must not be quantized; .*'bits': 4")
+
+
+def test_folder_that_an_mlx_program_converted_is_refused_with_advice(raw, refused, tmp_path):
+    source = tmp_path / "raw"
+    source.mkdir()
+    shutil.copyfile(raw / "config.json", source / "config.json")
+    weights = {name: array for file in raw.glob("*.safetensors") for name, array in mx.load(str(file)).items()}
+    for name in weights:
+        if name.endswith("conv1d.weight"):
+            weights[name] = mx.contiguous(weights[name].swapaxes(1, 2))
+        if name.endswith("patch_embed.proj.weight"):
+            weights[name] = mx.contiguous(mx.moveaxis(weights[name], 1, 4))
+    mx.save_safetensors(str(source / "model.safetensors"), weights)
+    refused(source, "an MLX program already converted .*give the original checkpoint")
+
+
+def test_weights_of_another_dtype_are_named(refused, tmp_path):
+    source = write_random_checkpoint(tmp_path / "raw", geometry("tiny"), vision=False, mtp=False, shard_bytes=1)
+    norm = "model.language_model.norm.weight"
+    file = next(file for file in source.glob("*.safetensors") if norm in mx.load(str(file)))
+    mx.save_safetensors(str(file), {norm: mx.zeros((256,), mx.int32)})
+    refused(source, f"must be float32, float16 or bfloat16; {norm} is I32")
+
+
+def test_source_that_shrinks_while_it_is_read_is_refused(refused, tmp_path, monkeypatch):
+    source = write_random_checkpoint(tmp_path / "raw", geometry("tiny"))
+    read = stream.os.pread
+    monkeypatch.setattr(stream.os, "pread", lambda *where: read(*where)[:-1])
+    refused(source, "it changed while it was read")
