@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -170,20 +171,26 @@ def test_wrong_arguments_are_refused(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(monkeypatch, tmp_path):
+def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(command, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"--plot needs matplotlib, which is not installed: pip install"):
+    with pytest.raises(SystemExit) as ended:
         main(["--geometry", "tiny", "--plot", str(tmp_path / "speeds.png")])
+    assert ended.value.code == 2
+    assert re.search(r"--plot needs matplotlib, which is not installed: pip install", capsys.readouterr().err)
 
 
-def test_an_output_into_no_folder_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match="must exist"):
+def test_an_output_into_no_folder_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
         main(["--geometry", "tiny", "--json", str(tmp_path / "nowhere" / "all.json")])
+    assert ended.value.code == 2
+    assert re.search("must exist", capsys.readouterr().err)
 
 
-def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match=r"config\.json"):
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
         main(["--model", str(tmp_path)])
+    assert ended.value.code == 2
+    assert re.search(r"config\.json", capsys.readouterr().err)
 
 
 def test_one_length_can_be_drawn(tmp_path):
@@ -196,7 +203,7 @@ def test_one_length_can_be_drawn(tmp_path):
 
 
 @pytest.mark.parametrize("size", [1, exponential.MANY - 1, exponential.MANY, exponential.PIECE + 3])
-def test_exp_sigmoid_and_silu_of_any_number_of_elements(size):
+def test_exp_sigmoid_and_silu_of_any_number_of_elements(size, capsys):
     x = np.linspace(-30, 30, size, dtype=np.float32)
     true = x.astype(np.float64)
     exact = {"exp": np.exp(true), "sigmoid": 1 / (1 + np.exp(-true)), "silu": true / (1 + np.exp(-true))}
@@ -205,7 +212,7 @@ def test_exp_sigmoid_and_silu_of_any_number_of_elements(size):
         assert error.max() < 3e-6, name
 
 
-def test_exp_and_sigmoid_at_the_ends(monkeypatch):
+def test_exp_and_sigmoid_at_the_ends(monkeypatch, capsys):
     monkeypatch.setattr(exponential, "MANY", 1)
     ends = mx.array([-np.inf, -200.0, 0.0, 200.0, np.inf, np.nan])
     np.testing.assert_allclose(np.array(exponential.sigmoid(ends)), [0, 0, 0.5, 1, 1, np.nan], atol=1e-37)
@@ -214,7 +221,7 @@ def test_exp_and_sigmoid_at_the_ends(monkeypatch):
 
 
 @pytest.mark.parametrize(("T", "S"), [(16, 16), (130, 130), (129, 300), (257, 258)])
-def test_causal_attention_by_blocks_is_attention(T, S):
+def test_causal_attention_by_blocks_is_attention(T, S, capsys):
     shapes = ((2, 6, T, 24), (2, 3, S, 24), (2, 3, S, 24))
     q, keys, values = (mx.random.normal(shape, key=mx.random.key(i)) for i, shape in enumerate(shapes))
     blocks = attention(q, keys, values, 0.2, "causal")

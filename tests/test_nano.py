@@ -1,41 +1,40 @@
-"""The bundled model answers held-out questions as its README says, through our own code from messages to text.
+"""The bundled model answers held-out questions, and the same ones right as under transformers.
 
-The items come from the generators that it was trained with (examples/nano/tasks.py); a tenth of all items was held out.
+evaluation.json holds, item by item, what transformers answered (examples/nano/evaluate.py); the items come from the
+generators that nano was trained with, a tenth of which was held out.
 """
 
-import itertools
 import json
-from random import Random
 
 import pytest
 
-from mlx_qwen35 import Model, Processor, batch_generate, load
+from mlx_qwen35 import Model, Processor, generate, load
 from mlx_qwen35.checkpoint import open_checkpoint
 from mlx_qwen35.hub import resolve
 
 pytest.importorskip("PIL", reason="the generators draw pictures with Pillow (make test installs it)")
-from nano.tasks import Item, draw
+from ours import completions, marks
+from tasks import TASKS, items_of
 
-PROOF = json.loads((resolve("nano") / "evaluation.json").read_text())
-COUNT = 40  # held-out items a task and mode
-# Task, thinking, least share of whole completions that must be right. Each is below the measured accuracy (README of
-# nano) by what chance may take from 40 draws.
-TEXT_TASKS = {
-    ("add_1", True): 0.95,
-    ("add_2", True): 0.95,
-    ("add_3", True): 0.9,
-    ("add_1", False): 0.95,
-    ("add_2", False): 0.9,
-    ("add_3", False): 0.75,
-    ("recall", True): 0.85,
+EVALUATION = json.loads((resolve("nano") / "evaluation.json").read_text())
+SCORES = {(score["task"], score["thinking"]): score for score in EVALUATION["scores"]}
+TEXT = sorted(key for key, score in SCORES.items() if score["ours"] is not None)
+QUICK = {"add_1", "add_2", "add_3", "recall", "then_add", "then_recall", "tool_city", "identity"}
+# What a newcomer is told that it can do must hold: least share of whole completions.
+PROMISED = {
+    ("add_1", True): 0.98,
+    ("add_2", True): 0.98,
+    ("add_3", True): 0.95,
+    ("add_1", False): 0.9,
+    ("add_2", False): 0.85,
+    ("recall", True): 0.9,
     ("recall", False): 0.85,
-    ("then_add", True): 0.8,
-    ("then_recall", False): 0.8,
-    ("tool_city", False): 0.8,
-    ("tool_report", False): 0.8,
+    ("then_add", True): 0.95,
+    ("then_recall", True): 0.9,
+    ("tool_city", False): 0.95,
+    ("tool_report", False): 0.95,
     ("identity", True): 0.99,
-    ("identity", False): 0.99,
-    ("greeting", False): 0.99,
+    ("greeting", True): 0.99,
 }
 
 
@@ -44,36 +43,41 @@ def nano() -> tuple[Model, Processor]:
     return load("nano")
 
 
-def answers(nano: tuple[Model, Processor], items: list[Item]) -> list[str]:
-    """The whole completion of each item; together where they share their tools."""
-    completions = []
-    for tools, group in itertools.groupby(items, key=lambda item: item.tools):
-        group = list(group)
-        options = {"enable_thinking": group[0].enable_thinking, "tools": tools, "max_tokens": 120}
-        for result in batch_generate(*nano, [item.messages for item in group], **options):
-            completions.append(nano[1].decode([token for token in result.tokens if token not in nano[1].stop_ids]))
-    return completions
+def compare(nano: tuple[Model, Processor], task: str, thinking: bool, count: int) -> None:
+    """Item by item as under transformers; one in 20 may tip where two tokens are as good as equal."""
+    items = items_of(task, thinking, count, EVALUATION["seed"])
+    ours, theirs = marks(completions(*nano, items), items), SCORES[task, thinking]["right"][:count]
+    assert sum(a != b for a, b in zip(ours, theirs, strict=True)) <= count // 20, f"ours {ours}\ntheirs {theirs}"
 
 
-@pytest.mark.parametrize(("task", "thinking"), TEXT_TASKS)
-def test_held_out_items_are_answered_exactly(nano, task, thinking):
-    rng = Random(f"{task} {thinking}")
-    items = [draw(task, rng, held_out=True, thinking=thinking) for _ in range(COUNT)]
-    right = sum(answer == item.completion for answer, item in zip(answers(nano, items), items, strict=True))
-    assert right >= TEXT_TASKS[task, thinking] * COUNT, f"{right} of {COUNT}"
+@pytest.mark.parametrize(("task", "thinking"), [key for key in TEXT if key[0] in QUICK])
+def test_items_are_answered_as_under_transformers(nano, task, thinking):
+    compare(nano, task, thinking, 20)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("task", "thinking"), TEXT)
+def test_all_items_are_answered_as_under_transformers(nano, task, thinking):
+    compare(nano, task, thinking, SCORES[task, thinking]["items"])
+
+
+@pytest.mark.parametrize(("task", "thinking"), PROMISED)
+def test_what_its_readme_promises_was_measured(task, thinking):
+    score = SCORES[task, thinking]
+    assert score["items"] >= 80
+    for right in (score["right"], score["ours"]):
+        assert right.count("1") >= PROMISED[task, thinking] * score["items"]
 
 
 def test_the_demo_question_is_answered_with_visible_thinking(nano):
-    (result,) = batch_generate(*nano, ["What is 34 + 58?"])
-    assert result.text == "92"
+    result = generate(*nano, "What is 34 + 58?")
+    assert (result.text, result.finish_reason) == ("92", "stop")
     assert "4+8=12" in result.reasoning
-    assert result.finish_reason == "stop"
 
 
 def test_a_second_turn_refers_to_the_first(nano):
     messages = [{"role": "user", "content": "What is 34 + 58?"}, {"role": "assistant", "content": "92"}]
-    (result,) = batch_generate(*nano, [[*messages, {"role": "user", "content": "Add 10 to that."}]])
-    assert result.text == "102"
+    assert generate(*nano, messages=[*messages, {"role": "user", "content": "Add 10 to that."}]).text == "102"
 
 
 def test_it_is_a_whole_checkpoint_of_the_architecture_and_small():
@@ -81,10 +85,11 @@ def test_it_is_a_whole_checkpoint_of_the_architecture_and_small():
     checkpoint = open_checkpoint(folder)
     assert checkpoint.raw and checkpoint.has("model.visual.") and checkpoint.has("mtp.")
     assert sum(file.stat().st_size for file in folder.iterdir()) < 8e6
-    assert (folder / "README.md").is_file()
 
 
-def test_its_readme_shows_the_measured_accuracies():
+def test_its_readme_shows_the_measured_accuracy_of_every_task():
     text = (resolve("nano") / "README.md").read_text()
-    assert all(str(task) in text for task in {name for name, _ in TEXT_TASKS})
-    assert PROOF
+    assert {task for task, _ in SCORES} == set(TASKS)
+    for (task, thinking), score in SCORES.items():
+        row = f"| {task} | {'on' if thinking else 'off'} | {score['items']} | {100 * score['text']:.1f} % |"
+        assert row in text, row

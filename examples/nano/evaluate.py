@@ -4,7 +4,8 @@
 
 `text` counts completions that are right to the last token (thinking included), `answer` the right final answers of
 real greedy generations. Weights are used as stored, arithmetic is float32. `MTP` is how often the draft head names
-the token after the next one, over the tokens of the right completions.
+the token after the next one, over the tokens of the right completions. `mlx_qwen35` counts the whole completions that
+our own greedy generation gets right on the same items; tasks with pictures and clips await our vision tower.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ import torch
 import torch.nn.functional as F
 from checkpoint import DraftHead
 from encoding import FOLDER, Encoded, Encoder
+from ours import completions, is_text, marks
 from safetensors.torch import load_file
-from tasks import TASKS, Item, draw
+from tasks import TASKS, Item, draw, items_of
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen3_5ForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+import mlx_qwen35
 
 CALL = re.compile(r"<tool_call>\n<function=(\w+)>\n<parameter=city>\n([^\n]+)\n</parameter>\n</function>\n</tool_call>")
 BATCH = 16
@@ -41,11 +45,13 @@ class Score:
     thinking: bool
     items: int
     text: float  # share of items whose whole completion is right
+    right: str  # which ones: "1" or "0" for each item in order
     mtp: float  # share of tokens the draft head gets right
     tokens: float  # mean length of a completion
     generated: int = 0
     answer: float = 0.0  # share of generations with the right final answer
     well_formed: float | None = None  # of tool calls
+    ours: str | None = None  # like right, by greedy generation with mlx_qwen35
 
 
 class Judge:
@@ -61,6 +67,7 @@ class Judge:
         self.draft.load_state_dict(own)
         self.images = Qwen2VLImageProcessorPil.from_pretrained(folder)
         self.stops = [self.encoder.end, self.encoder.pad]
+        self.ours = mlx_qwen35.load(folder)
         self._seen: dict[str, Tensor] = {}
         text = self.model.model.language_model
         text.register_forward_pre_hook(lambda module, args, kwargs: self._seen.update(kwargs), with_kwargs=True)
@@ -154,17 +161,19 @@ def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
 
 def score(judge: Judge, task: str, thinking: bool, items: int, generated: int, seed: int) -> Score:
     """Draws held-out items and measures them."""
-    drawn = [draw(task, Random(f"{seed} {task} {thinking} {i}"), thinking=thinking) for i in range(items)]
-    right, hits, drafts, tokens = 0, 0, 0, 0
+    drawn = items_of(task, thinking, items, seed)
+    right, hits, drafts = "", 0, 0
     for some in chunks(drawn, BATCH):
         encoded = [judge.encoder.lesson(item, []) for item in some]
         main, draft = (x.argmax(-1) for x in judge.logits(encoded))
         for row, e in enumerate(encoded):
             own = [i for i, learn in enumerate(e.learn) if learn]
-            right += all(main[row, i - 1] == e.ids[i] for i in own)
+            right += "1" if all(main[row, i - 1] == e.ids[i] for i in own) else "0"
             hits += sum(int(draft[row, i - 2] == e.ids[i]) for i in own)
-            drafts, tokens = drafts + len(own), tokens + len(own)
-    out = Score(task, thinking, items, right / items, hits / drafts, tokens / items)
+            drafts += len(own)
+    out = Score(task, thinking, items, right.count("1") / items, right, hits / drafts, drafts / items)
+    if all(map(is_text, drawn)):
+        out.ours = marks(completions(*judge.ours, drawn), drawn)
     if generated:
         texts = [judge.generate(item) for item in drawn[:generated]]
         pairs = list(zip(texts, drawn, strict=False))
@@ -178,14 +187,15 @@ def score(judge: Judge, task: str, thinking: bool, items: int, generated: int, s
 def table(scores: list[Score]) -> str:
     """The scores as a markdown table."""
     lines = [
-        "| task | thinking | items | text | answer (generated) | MTP | tokens |",
-        "|---|---|---|---|---|---|---|",
+        "| task | thinking | items | text | mlx_qwen35 | answer (generated) | MTP | tokens |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for s in scores:
         answer = f"{100 * s.answer:.1f} % of {s.generated}" if s.generated else ""
         if s.well_formed is not None:
             answer += f" (well formed {100 * s.well_formed:.0f} %)"
-        cells = [s.task, "on" if s.thinking else "off", str(s.items), f"{100 * s.text:.1f} %", answer]
+        ours = "" if s.ours is None else f"{100 * s.ours.count('1') / s.items:.1f} %"
+        cells = [s.task, "on" if s.thinking else "off", str(s.items), f"{100 * s.text:.1f} %", ours, answer]
         lines.append("| " + " | ".join([*cells, f"{100 * s.mtp:.1f} %", f"{s.tokens:.1f}"]) + " |")
     return "\n".join(lines)
 
@@ -203,11 +213,11 @@ def fixed_prompts(judge: Judge, per_task: int, candidates: int = 24) -> list[dic
         for margin, seed, thinking in sorted(found, reverse=True):
             item = draw(task, Random(seed), thinking=thinking)
             same = sum(entry["thinking"] == thinking for entry in chosen)
-            if margin > 0.5 and len(chosen) < per_task and same < (per_task + 1) // 2:
-                if judge.generate(item) == item.completion:
-                    entry = {"task": task, "seed": seed, "thinking": thinking, "margin": round(margin, 2)}
-                    texts = {"prompt": judge.encoder.text(item), "completion": item.completion, "answer": item.answer}
-                    chosen.append(entry | texts)
+            wanted = margin > 0.5 and len(chosen) < per_task and same < (per_task + 1) // 2
+            if wanted and judge.generate(item) == item.completion:
+                entry = {"task": task, "seed": seed, "thinking": thinking, "margin": round(margin, 2)}
+                texts = {"prompt": judge.encoder.text(item), "completion": item.completion, "answer": item.answer}
+                chosen.append(entry | texts)
         out += chosen
     return out
 

@@ -712,7 +712,7 @@ def _tool_result(rng: Random, easy: bool) -> Context:
 
 
 def _report(rng: Random, context: Context) -> Turn:
-    function, city, result, report = context.data
+    _, city, result, report = context.data
     return Turn(None, f"The tool says {result}.", report, f"report:{city}:{result}")
 
 
@@ -863,6 +863,11 @@ def draw(task: str, rng: Random, held_out: bool = True, thinking: bool | None = 
 
 
 # --- clips as the processor sees them --------------------------------------------------------------------------------
+
+
+def items_of(task: str, thinking: bool, count: int, seed: int) -> list[Item]:
+    """The first `count` held-out items that the evaluation of this task, mode and seed is about."""
+    return [draw(task, Random(f"{seed} {task} {thinking} {i}"), thinking=thinking) for i in range(count)]
 
 
 def sample_indices(total: int, fps: float) -> list[int]:

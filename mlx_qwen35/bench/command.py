@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx_qwen35.bench.measure import OURS, PEERS, Settings, measure, started, summarize
 from mlx_qwen35.bench.report import describe_machine, draw, format_table, write_json
 from mlx_qwen35.checkpoint import open_checkpoint
+from mlx_qwen35.commands import clean_errors
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.hub import resolve
 from mlx_qwen35.load import DTYPES, choose_dtype
@@ -112,12 +113,8 @@ def _progress(line: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
-    try:
+    with clean_errors("mlx_qwen35.bench"):
         failures = bench(options)
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; nothing was written")
     if failures:
         sys.exit("\n".join(f"error: {name} could not run: {reason}" for name, reason in failures.items()))
 

@@ -147,7 +147,7 @@ def step_rule(q, k, v, log_decay, beta, state):
     keys = mx.stack([k[:, 0], q[:, 0]], axis=-1)[:, :, None]  # (B, Hk, 1, Dk, 2)
     read = old @ keys  # (B, Hk, r, Dv, 2)
     change = beta.reshape(decay.shape) * (v.reshape(B, Hk, -1, Dv) - decay * read[..., 0])
-    new = mx.addmm(old * decay[..., None], change[..., None], k[:, 0, :, None, None])
+    new = old * decay[..., None] + change[..., None] * k[:, 0, :, None, None]
     out = decay * read[..., 1] + change * (k * q).sum(-1).reshape(B, Hk, 1, 1)
     return out.reshape(B, 1, Hv, Dv), new.reshape(state.shape)
 
