@@ -8,7 +8,7 @@ empty :=
 space := $(empty) $(empty)
 extras = $(if $(strip $(BACKEND) $(1)),[$(subst $(space),$(comma),$(strip $(BACKEND) $(1)))])
 
-.PHONY: demo test test-all parity lint golden clean
+.PHONY: demo test test-all parity lint clean
 
 demo: .venv/ready
 	$(BIN)/mlx_qwen35.generate --model nano --prompt "What is 34 + 58?"

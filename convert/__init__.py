@@ -5,7 +5,6 @@ from pathlib import Path
 from mlx_qwen35.convert.plan import make_plan
 from mlx_qwen35.convert.stream import write
 from mlx_qwen35.convert.target import appearing_whole, check_apart, check_space, check_target
-from mlx_qwen35.errors import InputError
 from mlx_qwen35.hub import resolve
 
 __all__ = ["convert"]
@@ -38,8 +37,6 @@ def convert(
     quantized. The same source and options give the same bytes. Raises InputError when a rule is broken, before
     anything is written wherever the headers show it.
     """
-    if revision is not None and Path(hf_path).expanduser().is_dir():
-        raise InputError(f"--revision is for Hugging Face ids; {hf_path} is a local folder. Leave --revision out")
     target = Path(mlx_path).expanduser().resolve()
     check_target(target, overwrite)
     source = resolve(hf_path, revision)

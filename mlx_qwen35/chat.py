@@ -61,6 +61,9 @@ def session(conversation: Conversation, step: int) -> None:
         except (EOFError, KeyboardInterrupt):
             print()
             return
+        except UnicodeDecodeError as error:
+            print(f"error: a line must be UTF-8 text: {error}", file=sys.stderr)
+            continue
         if line == "/exit":
             return
         if line == "/reset":

@@ -208,6 +208,8 @@ def safetensors_files(folder: Path) -> list[Path]:
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{folder / INDEX} must hold a 'weight_map' of tensor names to files")
+        if not all(isinstance(name, str) for name in weight_map.values()):
+            raise InputError(f"{folder / INDEX}: 'weight_map' must name files")
         files = [folder / name for name in sorted(set(weight_map.values()))]
         if absent := [file.name for file in files if not file.is_file()]:
             raise InputError(f"{folder / INDEX} names files that are absent: {', '.join(absent)}; download them again")
@@ -346,8 +348,11 @@ def _is_raw(folder: Path, config: Config, entries: Mapping[str, Entry]) -> bool:
     raw = layouts.pop() if layouts else True
     tag = config.format_tag
     if tag is not None:
-        if tag.get("norms") != "zero-centred":
-            raise InputError(f"{folder}: its mlx_qwen35 tag must say norms 'zero-centred', got {tag.get('norms')!r}")
+        if tag != {**tag, "format": 1, "norms": "zero-centred"}:
+            raise InputError(
+                f"{folder}: its mlx_qwen35 tag must say format 1 and norms 'zero-centred', got {tag}. A newer "
+                "version of this program may have written it: update"
+            )
         if not raw:
             raise InputError(
                 f"{folder}: its mlx_qwen35 tag says that norms are zero-centred and conv1d is [C, 1, {kernel}], but "

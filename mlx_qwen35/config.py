@@ -1,6 +1,7 @@
 """config.json -> frozen dataclasses. A field that changes the computation has no default: absent, it is an error."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,10 @@ class Config:
     format_tag: Mapping[str, Any] | None  # the "mlx_qwen35" entry that our converter writes
 
 
+# Fields that would change the computation and that no checkpoint of this family sets.
+_ABSENT = ("mlp_only_layers", "rope_scaling", "use_sliding_window", "sliding_window", "mlp_bias")
+
+
 class _Fields:
     """Typed reading of one JSON object that names the field, its place and the rule in every error."""
 
@@ -115,6 +120,12 @@ class _Fields:
         value = self.get(name, int)
         if value < 1:
             raise InputError(f"{self.where}: {name!r} must be at least 1, got {value}")
+        return value
+
+    def positive(self, name: str) -> float:
+        value = float(self.get(name, float))
+        if not 0 < value < math.inf:
+            raise InputError(f"{self.where}: {name!r} must be above 0 and finite, got {value}")
         return value
 
     def only(self, name: str, *supported: Any, required: bool = True) -> None:
@@ -160,7 +171,9 @@ def _rope(text: _Fields, head_dim: int) -> RopeConfig:
             f"{rope.where}: 'mrope_section' must be three counts that add up to half of the rotated dims "
             f"({dims} of head_dim {head_dim}), got {list(sections)}"
         )
-    return RopeConfig(float(rope.get("rope_theta", float)), dims, sections)
+    if any(axis + 3 * (sections[axis] - 1) >= dims // 2 for axis in (1, 2)):
+        raise InputError(f"{rope.where}: 'mrope_section' {list(sections)} does not interleave within {dims // 2} pairs")
+    return RopeConfig(rope.positive("rope_theta"), dims, sections)
 
 
 def _text_config(values: Mapping[str, Any], where: str, tied: bool | None) -> TextConfig:
@@ -171,8 +184,9 @@ def _text_config(values: Mapping[str, Any], where: str, tied: bool | None) -> Te
     text.only("mamba_ssm_dtype", "float32", required=False)
     text.only("output_gate_type", "swish", "silu", required=False)
     text.only("mtp_use_dedicated_embeddings", False, required=False)
-    if values.get("mlp_only_layers"):
-        raise InputError(f"{where}: 'mlp_only_layers' must be empty, got {values['mlp_only_layers']}")
+    for name in _ABSENT:
+        if values.get(name):
+            raise InputError(f"{where}: {name!r} must be absent or empty, got {values[name]!r}; it is not supported")
     sizes = {
         name: text.size(name)
         for name in (
@@ -195,7 +209,7 @@ def _text_config(values: Mapping[str, Any], where: str, tied: bool | None) -> Te
     return TextConfig(
         **sizes,
         layer_types=_layer_types(text),
-        rms_norm_eps=float(text.get("rms_norm_eps", float)),
+        rms_norm_eps=text.positive("rms_norm_eps"),
         rope=_rope(text, sizes["head_dim"]),
         tie_word_embeddings=text.check("tie_word_embeddings", tied if own is None else own, bool),
         mtp_num_hidden_layers=text.check("mtp_num_hidden_layers", values.get("mtp_num_hidden_layers") or 0, int),
@@ -215,7 +229,7 @@ def _vision_config(values: Mapping[str, Any]) -> VisionConfig:
 def _refuse_other_architectures(values: Mapping[str, Any]) -> None:
     kind = values.get("model_type")
     names = f"{kind} {values.get('architectures')}"
-    if "moe" in names.lower() or values.get("text_config", values).get("num_experts"):
+    if "moe" in names.lower() or (_object(values, "text_config") or values).get("num_experts"):
         raise InputError(
             f"this is a mixture-of-experts checkpoint (model_type {kind!r}); supported are the {SUPPORTED}. "
             "Use mlx-lm or mlx-vlm for the mixture-of-experts siblings"
@@ -224,8 +238,18 @@ def _refuse_other_architectures(values: Mapping[str, Any]) -> None:
         raise InputError(f"config.json: 'model_type' is {kind!r}; supported are the {SUPPORTED}")
 
 
-def _token_list(value: Any) -> tuple[int, ...]:
-    return () if value is None else tuple(value) if isinstance(value, list) else (value,)
+def _token_list(value: Any, where: str) -> tuple[int, ...]:
+    tokens = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+    if not all(type(token) is int for token in tokens):
+        raise InputError(f"{where}: 'eos_token_id' must be a token id or a list of them, got {value!r}")
+    return tokens
+
+
+def _object(values: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    value = values.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise InputError(f"config.json: {name!r} must be an object, got {value!r}")
+    return value
 
 
 def parse_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> Config:
@@ -235,11 +259,11 @@ def parse_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None
     """
     _refuse_other_architectures(values)
     nested = "text_config" in values
-    text_values = values["text_config"] if nested else values
+    text_values = (_object(values, "text_config") or {}) if nested else values
     where = "config.json: text_config" if nested else "config.json"
     text = _text_config(text_values, where, values.get("tie_word_embeddings"))
     vision, token_ids = None, {}
-    if nested and values.get("vision_config") is not None:
+    if nested and _object(values, "vision_config") is not None:
         vision = _vision_config(values["vision_config"])
         if vision.out_hidden_size != text.hidden_size:
             raise InputError(
@@ -249,16 +273,16 @@ def parse_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None
         top = _Fields(values, "config.json")
         names = ("image", "video", "vision_start", "vision_end")
         token_ids = {name: top.get(f"{name}_token_id", int) for name in names}
-    eos = _token_list(text_values.get("eos_token_id")) + _token_list(values.get("eos_token_id"))
-    eos += _token_list((generation or {}).get("eos_token_id"))
+    eos = _token_list(text_values.get("eos_token_id"), where) + _token_list(values.get("eos_token_id"), "config.json")
+    eos += _token_list((generation or {}).get("eos_token_id"), "generation_config.json")
     return Config(
         text=text,
         vision=vision,
         eos_token_ids=tuple(dict.fromkeys(eos)),
         greedy=(generation or {}).get("do_sample") is False,
         token_ids=token_ids,
-        quantization=values.get("quantization") or {},
-        format_tag=values.get("mlx_qwen35"),
+        quantization=_object(values, "quantization") or {},
+        format_tag=_object(values, "mlx_qwen35"),
     )
 
 

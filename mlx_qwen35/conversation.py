@@ -8,7 +8,7 @@ from mlx_qwen35.cache import Snapshot
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.generate import Generation, Result
 from mlx_qwen35.generate.loop import read
-from mlx_qwen35.generate.options import PREFILL_STEP, Options, check_names
+from mlx_qwen35.generate.options import PREFILL_STEP, Options, check_names, plan
 from mlx_qwen35.model import Model
 from mlx_qwen35.processor import Piece, Processor, Prompt
 
@@ -35,6 +35,7 @@ class Conversation:
         self._system = given.pop("system_prompt", None)
         self._step = given.get("prefill_step_size", PREFILL_STEP)
         self._options = given
+        plan(given, model.config, processor.greedy, [Prompt((0,), thinking=False)], [0])  # a bad option is told at once
         self.reset()
 
     def reset(self) -> None:
@@ -86,7 +87,8 @@ class Conversation:
                 yield piece
         finally:
             (self.result,) = generation.results()
-            self.messages = [*messages, {"role": "assistant", "content": self.result.text}]
+            if self.result.tokens:
+                self.messages = [*messages, {"role": "assistant", "content": self.result.text}]
 
     def _go_back(self, tokens: tuple[int, ...]) -> None:
         """To the remembered place if it begins this prompt, as it does unless the template rewrites earlier turns."""

@@ -20,6 +20,8 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
     Downloads show a progress bar, resume, and stay in huggingface_hub's cache; HF_HUB_OFFLINE=1 uses the cache alone.
     Raises InputError when there is neither such a folder nor such a repository, or the hub cannot be reached.
     """
+    if revision is not None and (str(name) == NANO or Path(name).expanduser().exists()):
+        raise InputError(f"a revision is for Hugging Face ids; {name} is local. Leave --revision out")
     if str(name) == NANO:
         return Path(str(resources.files("mlx_qwen35") / NANO))
     if not str(name).strip():

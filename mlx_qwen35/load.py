@@ -57,7 +57,8 @@ def _stored_float(dtype: str, name: str) -> str:
 def load_model(checkpoint: Checkpoint, dtype: mx.Dtype, name: str) -> Model:
     """Read the text tensors and build the model; vision and MTP tensors are left on disk."""
     names = [stored for stored, _ in checkpoint.part(text_shapes(checkpoint.config.text))]
-    check_fits(name, loaded_bytes(checkpoint, names, dtype))
+    convertible = checkpoint.raw and not checkpoint.config.quantization
+    check_fits(name, loaded_bytes(checkpoint, names, dtype), convertible)
     arrays = _lazy_arrays(checkpoint, names)
     _check_finite(checkpoint, arrays)
     config = checkpoint.config.text
@@ -66,7 +67,7 @@ def load_model(checkpoint: Checkpoint, dtype: mx.Dtype, name: str) -> Model:
     mx.eval(model.embed_tokens.parameters())
     for layer in model.layers:
         mx.eval(layer.parameters())
-    mx.eval(model.parameters())
+    mx.eval(model.parameters(), model.rotary.frequencies, model.rotary.axes)  # what is pending belongs to this thread
     mx.clear_cache()
     return model.eval()
 

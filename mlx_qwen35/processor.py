@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_qwen35.config import Config
+from mlx_qwen35.config import Config, read_json
 from mlx_qwen35.errors import InputError
 
 Messages = Sequence[Mapping[str, Any]]
@@ -45,9 +45,18 @@ class Processor:
             raise InputError(
                 f"a checkpoint folder must hold tokenizer.json; {folder} does not. Download it again, whole"
             )
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if (folder / name).is_file() and not read_json(folder / name):
+                raise InputError(f"{folder / name} must describe a tokenizer; it is empty. Download it again")
         from mlx_lm.tokenizer_utils import load  # brings transformers, which takes its time
 
-        return cls(load(folder, {"trust_remote_code": False}), config)
+        try:
+            return cls(load(folder, {"trust_remote_code": False}), config)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"the tokenizer files of {folder} could not be read ({type(error).__name__}: {error}). "
+                "Download them again"
+            ) from error
 
     # --- in ---
 
@@ -71,7 +80,10 @@ class Processor:
             self.tokenizer._tokenizer
         )  # the wrapper would switch thinking on where the template's default is off
         if hugging_face.chat_template is None:
-            raise InputError("this checkpoint has no chat template: it completes raw text. Use --ignore-chat-template")
+            raise InputError(
+                "this checkpoint has no chat template: it completes raw text, which is generate with "
+                "ignore_chat_template (--ignore-chat-template)"
+            )
         _refuse_vision(messages)
         given = {key: value for key, value in template.items() if value is not None}
         options = {"add_generation_prompt": True, "tokenize": False} | given
@@ -81,6 +93,12 @@ class Processor:
             raise InputError(f"the chat template refuses these messages: {error}") from error
 
     def _prompt(self, text: str) -> Prompt:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"a prompt must be valid Unicode text, in UTF-8 where it is typed or piped: {error}"
+            ) from error
         tokens = self.tokenizer.encode(text, add_special_tokens=False)
         if not tokens:
             raise InputError("the prompt must not be empty")

@@ -4,6 +4,7 @@ The noise of a draw depends on (seed, position) alone, position being the token'
 seed gives the same text however the tokens are produced: alone, in a batch, or several at a time.
 """
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         rules = {
-            "temp": (self.temp >= 0, "0 (greedy) or more"),
+            "temp": (self.temp == 0 or 1e-3 <= self.temp < math.inf, "0 (greedy) or more, at least 0.001 and finite"),
             "top_k": (isinstance(self.top_k, int) and self.top_k >= 0, "a whole number, 0 (off) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
             "min_p": (0 <= self.min_p <= 1, "0 (off) to 1"),
@@ -40,6 +41,9 @@ class Sampling:
         for name, (holds, rule) in rules.items():
             if not holds:
                 raise InputError(f"{name} must be {rule}, got {getattr(self, name)}")
+        for token, bias in self.logit_bias.items():
+            if type(token) is not int or token < 0 or not isinstance(bias, (int, float)) or not bias < math.inf:
+                raise InputError(f"logit_bias must map token ids to numbers below infinity, got {token!r}: {bias!r}")
 
     @property
     def penalises(self) -> bool:
@@ -139,28 +143,46 @@ class Sampler:
     """Draws the tokens of B sequences, one each a step, and counts them for the penalties.
 
     Args:
+        sampling: of all rows, or one for each.
         seeds: one for each row, 0 to 2**32 - 1.
         positions: the place of the next token in each row's sequence.
+        vocabulary: the tokenizer's size, see process.
     """
 
-    def __init__(self, sampling: Sampling, seeds: Sequence[int], positions: Sequence[int], vocabulary: int):
+    def __init__(
+        self, sampling: Sampling | Sequence[Sampling], seeds: Sequence[int], positions: Sequence[int], vocabulary: int
+    ):
         for seed in seeds:
-            if not 0 <= seed < 2**32:
-                raise InputError(f"seed must be 0 to {2**32 - 1}, got {seed}")
-        self.sampling, self.vocabulary = sampling, vocabulary
+            check_seed(seed)
+        self.sampling = [sampling] * len(seeds) if isinstance(sampling, Sampling) else list(sampling)
+        self.vocabulary = vocabulary
         self.seeds, self.positions = list(seeds), list(positions)
         self.counts: mx.array | None = None
 
     def draw(self, logits: mx.array) -> mx.array:
         """(B, V) -> (B,) the next tokens; nothing is computed yet."""
-        if self.sampling.temp == 0:
-            tokens = mx.argmax(penalise(logits, self.sampling, self.counts, self.vocabulary), axis=-1)
+        if all(sampling == self.sampling[0] for sampling in self.sampling):
+            tokens = self._draw(logits, slice(None))
         else:
-            keys = zip(self.seeds, self.positions, strict=True)
-            gumbel = mx.stack([noise(logits.shape[-1], seed, position) for seed, position in keys])
-            tokens = mx.argmax(process(logits, self.sampling, self.counts, self.vocabulary) + gumbel, axis=-1)
+            rows = [slice(row, row + 1) for row in range(logits.shape[0])]
+            tokens = mx.concatenate([self._draw(logits[row], row) for row in rows])
         self.positions = [position + 1 for position in self.positions]
-        if self.sampling.penalises:
+        if any(sampling.penalises for sampling in self.sampling):
             counts = mx.zeros(logits.shape) if self.counts is None else self.counts
             self.counts = counts.at[mx.arange(logits.shape[0]), tokens].add(1.0)
         return tokens
+
+    def _draw(self, logits: mx.array, rows: slice) -> mx.array:
+        """Rows that share their sampling."""
+        sampling = self.sampling[rows][0]
+        counts = None if self.counts is None else self.counts[rows]
+        if sampling.temp == 0:
+            return mx.argmax(penalise(logits, sampling, counts, self.vocabulary), axis=-1)
+        keys = zip(self.seeds[rows], self.positions[rows], strict=True)
+        gumbel = mx.stack([noise(logits.shape[-1], seed, position) for seed, position in keys])
+        return mx.argmax(process(logits, sampling, counts, self.vocabulary) + gumbel, axis=-1)
+
+
+def check_seed(seed: int) -> None:
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        raise InputError(f"seed must be 0 to {2**32 - 1}, got {seed}")

@@ -278,9 +278,16 @@ def test_a_tag_of_ours_on_a_folder_that_another_program_rewrote(folder):
     refused(folder, "tag says that norms are zero-centred", "conv1d is [C, 4, 1]", "Convert the original again")
 
 
-def test_a_tag_of_ours_with_other_norms(folder):
-    edit_config(folder, mlx_qwen35={"format": 1, "norms": "shifted"})
-    refused(folder, "its mlx_qwen35 tag must say norms 'zero-centred', got 'shifted'")
+@pytest.mark.parametrize("tag", [{"format": 1, "norms": "shifted"}, {"format": 2, "norms": "zero-centred"}, {}])
+def test_a_tag_of_ours_that_this_version_does_not_know(folder, tag):
+    edit_config(folder, mlx_qwen35=tag)
+    refused(folder, f"its mlx_qwen35 tag must say format 1 and norms 'zero-centred', got {tag}")
+
+
+def test_a_packed_folder_that_is_too_big_is_not_sent_to_the_converter(monkeypatch):
+    monkeypatch.setattr(memory, "usable_bytes", lambda: 8_000_000)
+    with pytest.raises(InputError, match="Choose a folder with fewer bits"):
+        memory.check_fits("packed", 10**9, convertible=False)
 
 
 def test_a_tag_of_ours_that_is_true(folder):

@@ -67,6 +67,12 @@ def test_a_file_is_refused(tmp_path):
     refused(tmp_path / "weights.gguf", "a checkpoint must be a local folder", "'nano'", "weights.gguf is a file")
 
 
+def test_a_revision_of_something_local_is_refused(tmp_path):
+    for name in ("nano", tmp_path):
+        with pytest.raises(InputError, match="a revision is for Hugging Face ids"):
+            resolve(name, revision="main")
+
+
 def test_an_empty_name_is_refused():
     for name in ("", " "):
         refused(name, "must not be empty", "'nano'")

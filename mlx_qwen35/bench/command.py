@@ -1,6 +1,7 @@
 """The command: mlx_qwen35.bench --model FOLDER_OR_ID | --geometry mid [--compare mlx-lm,mlx-vlm,transformers]"""
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -78,6 +79,10 @@ def _check_outputs(options: argparse.Namespace) -> None:
     for path in (options.json, options.plot):
         if path and not path.absolute().parent.is_dir():
             raise InputError(f"the folder of {path} must exist")
+        if path and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
+            raise InputError(f"{path} must be a file that can be written")
+    if options.revision and options.geometry:
+        raise InputError("--revision is for a Hugging Face id given with --model; with --geometry it has no effect")
 
 
 def bench(options: argparse.Namespace) -> dict[str, str]:

@@ -52,6 +52,9 @@ class Generation:
         if self.cache.batch != len(self.prompts):
             raise InputError(f"the cache is for {self.cache.batch} rows, there are {len(self.prompts)} prompts")
         self.plan: Plan = plan(options, model.config, processor.greedy, self.prompts, self.cache.row_lengths)
+        for token in self.plan.samplings[0].logit_bias:
+            if token >= processor.vocabulary:
+                raise InputError(f"logit_bias must name tokens from 0 to {processor.vocabulary - 1}, got {token}")
         self.progress = options.get("progress", lambda done, total: None)
         self._streams = [processor.text_stream(prompt.thinking, self.plan.stop) for prompt in self.prompts]
         self._tokens: list[list[int]] = [[] for _ in self.prompts]
@@ -75,7 +78,7 @@ class Generation:
         rows = [prompt.tokens for prompt in self.prompts]
         hidden = read(self.model, self.cache, rows, self.plan.prefill_step_size, count)
         seeds = [self.plan.seed] * len(rows)
-        sampler = Sampler(self.plan.sampling, seeds, positions, self.processor.vocabulary)
+        sampler = Sampler(self.plan.samplings, seeds, positions, self.processor.vocabulary)
         steps = decode(
             self.model, self.cache, hidden, sampler, self.plan.limits, self.processor.stop_ids,
             finished=lambda row: self._streams[row].stopped,
@@ -174,6 +177,8 @@ def batch_generate(
     model: Model, processor: Processor, prompts: Sequence[str | Sequence[int] | Messages], **options: Unpack[Options]
 ) -> list[Result]:
     """Answer several prompts of any lengths together; each gets what it would get alone with the same seed."""
+    if isinstance(prompts, str):
+        raise TypeError("prompts must be a list; for one prompt there is generate")
     if not prompts:
         return []
     generation = start(model, processor, prompts, **options)

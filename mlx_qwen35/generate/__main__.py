@@ -52,7 +52,10 @@ def read_prompt(args: argparse.Namespace) -> str:
         return args.prompt
     if args.prompt is None and sys.stdin.isatty():
         raise InputError("a prompt must be given: --prompt TEXT, --prompt-file FILE, or text on standard input")
-    return sys.stdin.read()
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input must be UTF-8 text: {error}") from error
 
 
 def print_statistics(result: Result) -> None:

@@ -66,6 +66,7 @@ def decode(
         )
     running = [limit > 0 for limit in limits]
     tokens = sampler.draw(logits)
+    mx.async_eval(tokens)
     for count in range(1, max(limits) + 1):
         following = None
         if count < max(limits):

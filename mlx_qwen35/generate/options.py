@@ -9,7 +9,7 @@ from mlx_qwen35.cache import Cache
 from mlx_qwen35.config import TextConfig
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.processor import Messages, Processor, Prompt
-from mlx_qwen35.sampling import PRESETS, Sampling
+from mlx_qwen35.sampling import PRESETS, Preset, Sampling, check_seed
 
 PREFILL_STEP = 1024  # tokens of the prompt read at a time
 
@@ -29,7 +29,8 @@ class Options(TypedDict, total=False):
     tools: function descriptions for the chat template.
     ignore_chat_template: take a string prompt as raw text to be completed.
     prefill_step_size: tokens of the prompt read at a time.
-    cache: continue this conversation (from model.make_cache()): the prompt is read after what is in it.
+    cache: continue this conversation (from model.make_cache()): the prompt is read after what is in it. Afterwards the
+        cache has read every generated token, except the last one where max_tokens ended the generation.
     progress: called as progress(tokens_read, tokens_in_all) while the prompt is read.
     """
 
@@ -97,14 +98,15 @@ def encode(processor: Processor, prompt: str | Sequence[int] | Messages, options
 class Plan:
     """The options of one generation, every default filled in."""
 
-    sampling: Sampling
+    samplings: tuple[Sampling, ...]  # of each row
     seed: int
     limits: tuple[int, ...]  # most tokens of each row
     stop: tuple[str, ...]
     prefill_step_size: int
 
     def __post_init__(self) -> None:
-        if self.prefill_step_size < 1:
+        check_seed(self.seed)
+        if type(self.prefill_step_size) is not int or self.prefill_step_size < 1:
             raise InputError(f"prefill_step_size must be at least 1, got {self.prefill_step_size}")
 
 
@@ -112,17 +114,14 @@ def plan(
     options: Options, config: TextConfig, greedy: bool, prompts: Sequence[Prompt], already_read: Sequence[int]
 ) -> Plan:
     """Fill in the defaults for these prompts. InputError when a value breaks its rule or a prompt is too long."""
-    name = options.get("preset", "thinking" if prompts[0].thinking else "instruct")
-    if name not in PRESETS:
-        raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-    preset = PRESETS[name]
-    plain = "preset" not in options and (options.get("temp") == 0 or greedy)
+    presets = [_preset(options, prompt) for prompt in prompts]
     given = {key: value for key, value in options.items() if key in _SAMPLING}
-    most = options.get("max_tokens", preset.max_tokens)
-    if most < 1:
-        raise InputError(f"max_tokens must be at least 1, got {most}")
+    plain = "preset" not in options and (options.get("temp") == 0 or (greedy and not given))
     limits = []
-    for prompt, before in zip(prompts, already_read, strict=True):
+    for preset, prompt, before in zip(presets, prompts, already_read, strict=True):
+        most = options.get("max_tokens", preset.max_tokens)
+        if type(most) is not int or most < 1:
+            raise InputError(f"max_tokens must be at least 1, got {most}")
         left = config.max_position_embeddings - before - len(prompt.tokens)
         if left < 1:
             raise InputError(
@@ -131,12 +130,19 @@ def plan(
             )
         limits.append(min(most, left))
     return Plan(
-        sampling=replace(Sampling(temp=0) if plain else preset.sampling, **given),
+        samplings=tuple(replace(Sampling(temp=0) if plain else preset.sampling, **given) for preset in presets),
         seed=options.get("seed", secrets.randbits(32)),
         limits=tuple(limits),
         stop=tuple(_strings(options.get("stop", ()))),
         prefill_step_size=options.get("prefill_step_size", PREFILL_STEP),
     )
+
+
+def _preset(options: Options, prompt: Prompt) -> Preset:
+    name = options.get("preset", "thinking" if prompt.thinking else "instruct")
+    if name not in PRESETS:
+        raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name]
 
 
 def _strings(stop: Any) -> Sequence[str]:

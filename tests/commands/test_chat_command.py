@@ -123,6 +123,14 @@ def test_options_that_a_conversation_owns_are_refused(nano, option):
         Conversation(*nano, **{option: object()})
 
 
+@pytest.mark.parametrize("options", [("--prefill-step-size", "0"), ("--temp", "-1"), ("--seed", "-1")])
+def test_a_bad_option_is_told_before_the_session_starts(talk, capsys, options):
+    with pytest.raises(SystemExit) as ended:
+        talk(TURNS[0], options=("--model", "nano", *options))
+    assert ended.value.code == 2
+    assert "must be" in capsys.readouterr().err
+
+
 def test_a_session_shows_answers_and_how_much_was_reused(talk):
     out, err = talk(TURNS[0], TURNS[1], "/exit", "never asked")
     assert out.count(">> ") == 3

@@ -78,7 +78,7 @@ def test_unknown_dtype_of_the_config_asks_for_the_option(refused, tmp_path):
 
 
 def test_revision_of_a_local_folder_is_refused(raw, refused):
-    refused(raw, "--revision is for Hugging Face ids", revision="main")
+    refused(raw, "a revision is for Hugging Face ids", revision="main")
 
 
 @pytest.mark.parametrize("threads", [1, 4])

@@ -1,5 +1,6 @@
 """generate, stream_generate, batch_generate on the bundled model."""
 
+import threading
 from collections.abc import Iterator
 
 import mlx.core as mx
@@ -144,6 +145,31 @@ def test_a_batch_of_unequal_prompts_equals_the_single_runs(nano, options, step):
         assert (result.tokens, result.text, result.finish_reason) == (alone.tokens, alone.text, alone.finish_reason)
 
 
+def test_rows_of_both_modes_get_the_preset_of_their_own_mode(nano, monkeypatch):
+    monkeypatch.setattr(nano[1], "greedy", False)
+    message = [{"role": "user", "content": ASK}]
+    prompts = [nano[1].encode_messages(message, enable_thinking=mode).tokens for mode in (True, False)]
+    for order in (prompts, prompts[::-1]):
+        together = batch_generate(*nano, order, seed=5)
+        assert [r.tokens for r in together] == [generate(*nano, prompt, seed=5).tokens for prompt in order]
+    plan = start(*nano, prompts).plan
+    assert [sampling.temp for sampling in plan.samplings] == [1.0, 0.7]
+
+
+def test_a_string_is_no_batch(nano):
+    with pytest.raises(TypeError, match="prompts must be a list"):
+        batch_generate(*nano, ASK)
+
+
+def test_a_model_works_in_another_thread_than_the_one_that_loaded_it(nano):
+    fresh = load("nano")
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(generate(*fresh, ASK).text))
+    thread.start()
+    thread.join()
+    assert answers == ["92"]
+
+
 def test_a_batch_takes_text_messages_and_ids(nano):
     prompts = [
         ASK,
@@ -253,6 +279,8 @@ def test_an_unknown_option_is_a_type_error_that_lists_them(nano):
         ({"stop": "END"}, "stop must be a list of strings"),
         ({"temp": -1}, "temp must be"),
         ({"seed": -4}, "seed must be"),
+        ({"max_tokens": 1.5}, "max_tokens must be at least 1, got 1.5"),
+        ({"logit_bias": {10**6: 1.0}}, "logit_bias must name tokens from 0 to 1023, got 1000000"),
         (
             {"ignore_chat_template": True, "system_prompt": "S"},
             "system_prompt must not be given with a prompt of raw text",
@@ -266,6 +294,11 @@ def test_an_unknown_option_is_a_type_error_that_lists_them(nano):
 def test_a_bad_option_is_refused(nano, options, message):
     with pytest.raises(InputError, match=message):
         generate(*nano, ASK, **options)
+
+
+def test_text_that_is_no_unicode_is_refused(nano):
+    with pytest.raises(InputError, match="a prompt must be valid Unicode text"):
+        generate(*nano, "\ud800 hi")
 
 
 @pytest.mark.parametrize("tokens", [[5, -1], [5, 10**6], [5, "x"]])
@@ -289,7 +322,7 @@ def test_logits_that_are_not_finite_stop_with_advice(nano, monkeypatch):
 
 
 def sampling(nano, **options):
-    return start(*nano, [ASK], **options).plan.sampling
+    return start(*nano, [ASK], **options).plan.samplings[0]
 
 
 def test_the_preset_follows_the_mode_where_the_checkpoint_has_no_wish_of_its_own(nano, monkeypatch):

@@ -148,6 +148,8 @@ def test_presets_are_the_published_ones():
     [
         ("temp", -0.1, "0 .greedy. or more"),
         ("temp", float("nan"), "0 .greedy. or more"),
+        ("temp", float("inf"), "finite"),
+        ("temp", 1e-40, "at least 0.001"),
         ("top_k", -1, "whole number"),
         ("top_k", 2.5, "whole number"),
         ("top_p", 0.0, "above 0"),
@@ -163,7 +165,21 @@ def test_a_bad_value_is_told_with_its_rule(name, value, rule):
         Sampling(**{name: value})
 
 
-@pytest.mark.parametrize("seed", [-1, 2**32])
+@pytest.mark.parametrize("bias", [{-1: 1.0}, {"17": 1.0}, {True: 1.0}, {3: float("nan")}, {3: float("inf")}, {3: "x"}])
+def test_a_bad_logit_bias_is_told(bias):
+    with pytest.raises(InputError, match="logit_bias must map token ids to numbers below infinity"):
+        Sampling(logit_bias=bias)
+
+
+def test_rows_may_have_samplings_of_their_own(logits):
+    samplings = [Sampling(temp=0), Sampling(temp=2.0, presence_penalty=1.0)]
+    both = Sampler(samplings, [1, 1], [5, 5], V)
+    alone = [Sampler(sampling, [1], [5], V) for sampling in samplings]
+    for _ in range(5):
+        assert both.draw(logits).tolist() == [one.draw(logits[i : i + 1]).item() for i, one in enumerate(alone)]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.5])
 def test_a_bad_seed_is_told(seed):
     with pytest.raises(InputError, match=f"seed must be 0 to 4294967295, got {seed}"):
         Sampler(Sampling(), [seed], [0], V)
