@@ -93,7 +93,7 @@ def print_pieces(pieces: Iterable[Piece]) -> None:
             print("<think>" if piece.reasoning else "</think>\n", flush=True)
             inside = piece.reasoning
         print(piece, end="", flush=True)
-    print()
+    print(flush=True)  # before what goes to standard error
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from mlx_qwen35.chat import main
 from mlx_qwen35.conversation import Conversation
 from mlx_qwen35.generate import generate, loop
 
-TURNS = ["What is 34 + 58?", "Hello", "Who are you?"]
+TURNS = ["What is 34 + 58?", "Add 10 to that.", "Who are you?"]
 
 
 @pytest.fixture(scope="module")

@@ -179,6 +179,16 @@ def test_a_batch_takes_text_messages_and_ids(nano):
     assert len({result.tokens for result in batch_generate(*nano, prompts)}) == 1
 
 
+def test_a_row_that_has_ended_reads_nothing_more(nano):
+    generation = start(*nano, PROMPTS)
+    for _ in generation:
+        pass
+    read_tokens = [r.prompt_tokens + r.generation_tokens for r in generation.results()]
+    last = max(range(len(PROMPTS)), key=lambda row: generation.results()[row].generation_tokens)
+    expected = [n for row, n in enumerate(read_tokens) if row != last]
+    assert [n for row, n in enumerate(generation.cache.row_lengths) if row != last] == expected
+
+
 def test_an_empty_batch_is_empty(nano):
     assert batch_generate(*nano, []) == []
 
