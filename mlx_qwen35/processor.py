@@ -149,13 +149,11 @@ class TextStream:
     def __init__(self, processor: Processor, thinking: bool, stop: Sequence[str]):
         from tokenizers.decoders import DecodeStream
 
-        if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
-            raise InputError(f"stop must be a list of strings that are not empty, got {stop!r}")
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._tokenizer = processor.tokenizer._tokenizer._tokenizer
         self._think_start, self._think_end = processor.think_start, processor.think_end
         self._reasoning = thinking
-        self._stop = tuple(stop)
+        self._stop = check_stop(stop)
         self._held = ""
         self._started = not thinking  # the blank lines between reasoning and answer belong to neither
         self.stopped = False  # a stop string came
@@ -191,6 +189,13 @@ class TextStream:
             keep = max(_overlap(text, stop) for stop in self._stop)
             text, self._held = text[: len(text) - keep], text[len(text) - keep :]
         return [Piece(text, False)] if text else []
+
+
+def check_stop(stop: Sequence[str]) -> tuple[str, ...]:
+    """The stop strings; InputError unless they are a list of strings that are not empty."""
+    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+        raise InputError(f"stop must be a list of strings that are not empty, got {stop!r}")
+    return tuple(stop)
 
 
 def _overlap(text: str, stop: str) -> int:

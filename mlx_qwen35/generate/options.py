@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 from mlx_qwen35.cache import Cache
 from mlx_qwen35.config import TextConfig
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.processor import Messages, Processor, Prompt
+from mlx_qwen35.processor import Messages, Processor, Prompt, check_stop
 from mlx_qwen35.sampling import PRESETS, Preset, Sampling, check_seed
 
 PREFILL_STEP = 1024  # tokens of the prompt read at a time
@@ -133,7 +133,7 @@ def plan(
         samplings=tuple(replace(Sampling(temp=0) if plain else preset.sampling, **given) for preset in presets),
         seed=options.get("seed", secrets.randbits(32)),
         limits=tuple(limits),
-        stop=tuple(_strings(options.get("stop", ()))),
+        stop=check_stop(options.get("stop", ())),
         prefill_step_size=options.get("prefill_step_size", PREFILL_STEP),
     )
 
@@ -143,9 +143,3 @@ def _preset(options: Options, prompt: Prompt) -> Preset:
     if name not in PRESETS:
         raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
     return PRESETS[name]
-
-
-def _strings(stop: Any) -> Sequence[str]:
-    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
-        raise InputError(f"stop must be a list of strings that are not empty, got {stop!r}")
-    return stop
