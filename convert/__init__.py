@@ -1,4 +1,7 @@
-"""Raw Hugging Face checkpoint -> folder for MLX: plan.py decides what, stream.py writes it, target.py places it."""
+"""Raw Hugging Face checkpoint -> folder for MLX.
+
+plan.py decides what is written, with packing.py for what is quantized; stream.py writes it, target.py places it.
+"""
 
 from pathlib import Path
 
@@ -18,6 +21,7 @@ def convert(
     q_bits: int | None = None,
     q_group_size: int | None = None,
     q_mode: str | None = None,
+    q_vision_bits: int | None = None,
     dtype: str | None = None,
     revision: str | None = None,
     overwrite: bool = False,
@@ -27,9 +31,12 @@ def convert(
     hf_path: local folder or Hugging Face id; `revision` is a branch, tag or commit of the id.
     mlx_path: folder to write. It appears whole or not at all. A folder with content is refused, unless `overwrite`
     is given: then it must hold a checkpoint, which is replaced once the new one is complete.
-    quantize: pack the text model's matrices with mx.quantize, embedding and head among them. q_mode is "affine"
+    quantize: pack matrices with mx.quantize. Those of the text model, embedding and head among them: q_mode is "affine"
     (default; 4 bits in groups of 64 unless q_bits and q_group_size say otherwise), "mxfp4", "mxfp8" or "nvfp4" (whose
-    bits and group size are fixed). Vision tower and draft head are carried over unquantized.
+    bits and group size are fixed). The vision tower's matrices are packed too, whatever the text's mode and bits:
+    affine in q_vision_bits (2, 3, 4, 5, 6 or 8; default 8; 0 leaves the tower unquantized), in groups of 64 where that
+    divides their width, else of 32; a matrix that neither divides stays unquantized. So do the tower's patch and
+    position embeddings, norms and biases, and the draft head.
     dtype: "float16", "bfloat16" or "float32" for what is not packed; by default the one that config.json names. A_log
     stays float32, and other float32 vectors of the text model are kept exactly beside their rounded form.
 
@@ -41,7 +48,15 @@ def convert(
     check_target(target, overwrite)
     source = resolve(hf_path, revision)
     check_apart(source, target)
-    plan = make_plan(source, quantize=quantize, bits=q_bits, group_size=q_group_size, mode=q_mode, dtype=dtype)
+    plan = make_plan(
+        source,
+        quantize=quantize,
+        bits=q_bits,
+        group_size=q_group_size,
+        mode=q_mode,
+        vision_bits=q_vision_bits,
+        dtype=dtype,
+    )
     with appearing_whole(target, overwrite) as folder:
         check_space(plan.nbytes, target)
         write(plan, folder)

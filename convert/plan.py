@@ -14,19 +14,20 @@ from typing import Any
 from mlx_qwen35.checkpoint import (
     DTYPE_BYTES,
     EXACT,
-    MODES,
     TEXT,
+    VISION,
     Checkpoint,
     Entry,
     Quantization,
+    hugging_face_name,
     is_exact,
-    is_matrix,
     mtp_shapes,
     open_checkpoint,
     text_shapes,
     vision_shapes,
 )
 from mlx_qwen35.config import Config, read_json
+from mlx_qwen35.convert.packing import Packing, brief, config_entry, read_options
 from mlx_qwen35.errors import InputError
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # option -> safetensors' name
@@ -35,7 +36,6 @@ TAG = {"format": 1, "norms": "zero-centred"}
 # Tokenizer, template, preprocessors, licence: all that belongs to a checkpoint beside weights and config.json.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
 _NOT_COPIED = ("config.json", "*.index.json", ".*")
-_AFFINE = {"bits": 4, "group_size": 64}  # mlx-lm's defaults; each other mode offers one choice
 _END_OF_TURN = "<|im_end|>"
 
 
@@ -106,6 +106,7 @@ def make_plan(
     bits: int | None = None,
     group_size: int | None = None,
     mode: str | None = None,
+    vision_bits: int | None = None,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Plan:
@@ -113,35 +114,44 @@ def make_plan(
 
     Options are those of `convert`. Raises InputError when the folder or the options break a rule.
     """
-    quantization = _quantization(quantize, bits, group_size, mode)
+    packing = read_options(quantize, bits, group_size, mode, vision_bits)
     checkpoint = _open_raw(folder)
+    if vision_bits is not None and not checkpoint.has(VISION):
+        raise InputError(
+            f"--q-vision-bits {vision_bits} has no effect on a checkpoint without a vision tower; {folder} has none. "
+            "Leave it out"
+        )
     values = read_json(folder / "config.json")
     stored = _output_dtype(values, checkpoint, dtype)
-    jobs = tuple(_jobs(checkpoint, quantization, stored))
+    jobs = tuple(_jobs(checkpoint, packing, stored))
     copied = tuple(file for file in sorted(folder.iterdir()) if file.is_file() and _is_copied(file.name))
     has_generation = any(file.name == "generation_config.json" for file in copied)
     return Plan(
         jobs=jobs,
         shards=_shards(jobs, shard_bytes),
-        config=_new_config(values, quantization, stored),
+        config=_new_config(values, packing, jobs, stored),
         generation=None if has_generation else _generation(folder, checkpoint.config),
         copied=copied,
     )
 
 
-# --- options ---------------------------------------------------------------------------------------------------------
+# --- source ----------------------------------------------------------------------------------------------------------
 
 
-def _quantization(quantize: bool, bits: int | None, group_size: int | None, mode: str | None) -> Quantization | None:
-    given = {"--q-bits": bits, "--q-group-size": group_size, "--q-mode": mode}
-    if not quantize:
-        if idle := [f"{option} {value}" for option, value in given.items() if value is not None]:
-            raise InputError(f"{', '.join(idle)} has no effect without --quantize; add -q or leave it out")
-        return None
-    mode = mode or "affine"
-    default = _AFFINE if mode == "affine" else {name: offered[0] for name, offered in MODES.get(mode, {}).items()}
-    given = {"bits": bits, "group_size": group_size}
-    return Quantization(mode=mode, **(_AFFINE | default | {k: v for k, v in given.items() if v is not None}))
+def _open_raw(folder: Path) -> Checkpoint:
+    advice = "This version converts raw Hugging Face folders: give the original checkpoint"
+    if (folder / "config.json").is_file():
+        values = read_json(folder / "config.json")
+        for part in (values, values.get("text_config") or {}):
+            if found := part.get("quantization") or part.get("quantization_config"):
+                raise InputError(f"the source must not be quantized; {folder} is ({brief(found)}). {advice}")
+    checkpoint, known = open_checkpoint(folder), DTYPES.values()
+    if not checkpoint.raw:
+        raise InputError(f"the source must be raw; an MLX program already converted {folder} (conv1d layout). {advice}")
+    if other := [(name, entry.dtype) for name, entry in checkpoint.entries.items() if entry.dtype not in known]:
+        name, found = other[0]
+        raise InputError(f"weights must be float32, float16 or bfloat16; {name} is {found}. {advice}")
+    return checkpoint
 
 
 def _output_dtype(values: Mapping[str, Any], checkpoint: Checkpoint, asked: str | None) -> str:
@@ -157,26 +167,7 @@ def _output_dtype(values: Mapping[str, Any], checkpoint: Checkpoint, asked: str 
     return DTYPES[named]
 
 
-# --- source ----------------------------------------------------------------------------------------------------------
-
-
-def _open_raw(folder: Path) -> Checkpoint:
-    advice = "This version converts raw Hugging Face folders: give the original checkpoint"
-    if (folder / "config.json").is_file():
-        values = read_json(folder / "config.json")
-        for part in (values, values.get("text_config") or {}):
-            if found := part.get("quantization") or part.get("quantization_config"):
-                raise InputError(f"the source must not be quantized; {folder} is ({found}). {advice}")
-    checkpoint, known = open_checkpoint(folder), DTYPES.values()
-    if not checkpoint.raw:
-        raise InputError(f"the source must be raw; an MLX program already converted {folder} (conv1d layout). {advice}")
-    if other := [(name, entry.dtype) for name, entry in checkpoint.entries.items() if entry.dtype not in known]:
-        name, found = other[0]
-        raise InputError(f"weights must be float32, float16 or bfloat16; {name} is {found}. {advice}")
-    return checkpoint
-
-
-def _jobs(checkpoint: Checkpoint, quantization: Quantization | None, dtype: str) -> list[Job]:
+def _jobs(checkpoint: Checkpoint, packing: Packing | None, dtype: str) -> list[Job]:
     """The jobs in the order of the data: text, vision, draft head."""
     config = checkpoint.config
     text = text_shapes(config.text)
@@ -187,8 +178,8 @@ def _jobs(checkpoint: Checkpoint, quantization: Quantization | None, dtype: str)
             continue
         stored_name = checkpoint.entries[name].stored_name
         source = checkpoint.exact.get(name, checkpoint.entries[name])
-        if quantization and name in text and is_matrix(name, shape):
-            jobs.append(_packing_job(source, stored_name, dtype, quantization))
+        if how := packing and packing.of(name, shape):
+            jobs.append(_packing_job(source, stored_name, dtype, how))
             continue
         own = "F32" if is_exact(name) else dtype
         jobs.append(Job(source, own, None, (Output(stored_name, own, shape),)))
@@ -252,17 +243,20 @@ def _shard(file: str, outputs: list[Output]) -> Shard:
     return Shard(file, struct.pack("<Q", len(text)) + text, offsets, first + position)
 
 
-def _new_config(values: Mapping[str, Any], quantization: Quantization | None, dtype: str) -> dict[str, Any]:
-    """The source's config.json with its dtype fields renewed, the quantization as mlx-lm writes it, and our tag."""
+def _new_config(
+    values: Mapping[str, Any], packing: Packing | None, jobs: tuple[Job, ...], dtype: str
+) -> dict[str, Any]:
+    """The source's config.json with its dtype fields renewed, the quantization as MLX programs read it, and our tag."""
     config = copy.deepcopy(dict(values))
     name = next(option for option, stored in DTYPES.items() if stored == dtype)
     parts = [part for part in (config, config.get("text_config"), config.get("vision_config")) if part]
     fields = [(part, field) for part in parts for field in ("dtype", "torch_dtype") if field in part]
     for part, field in fields or [(config.get("text_config", config), "dtype")]:
         part[field] = name
-    if quantization:
-        packed = {"group_size": quantization.group_size, "bits": quantization.bits, "mode": quantization.mode}
-        config |= {"quantization": packed, "quantization_config": packed}
+    if packing:
+        packed = {hugging_face_name(job.outputs[0].name): job.quantization for job in jobs if job.quantization}
+        entry = config_entry(packing, packed)
+        config |= {"quantization": entry, "quantization_config": entry}
     return config | {"mlx_qwen35": TAG}
 
 

@@ -78,7 +78,7 @@ def test_text_matrices_are_those_of_mx_quantize(raw, tmp_path, options):
         parts = mx.quantize(weight, group_size=how.group_size, bits=how.bits, mode=how.mode, stream=mx.cpu)
         for suffix, part in zip(("weight", "scales", "biases"), parts, strict=False):
             assert same(after[name.removesuffix("weight") + suffix], part), (name, suffix)
-    assert not any(name.endswith(".scales") and name.startswith(("model.visual.", "mtp.")) for name in after)
+    assert not any(name.endswith(".scales") and name.startswith("mtp.") for name in after)
 
 
 def test_untied_head_is_quantized_too(tmp_path):
@@ -141,10 +141,13 @@ def test_shards_stay_below_the_limit_and_the_index_names_them(raw, tmp_path):
 
 
 def test_config_is_the_sources_with_quantization_tag_and_dtype(raw, tmp_path):
-    out = convert(raw, tmp_path / "out", quantize=True, q_bits=8, dtype="float16")
+    out = convert(raw, tmp_path / "out", quantize=True, q_bits=8, q_vision_bits=4, dtype="float16")
     expected = read_json(raw / "config.json")
     expected["text_config"]["dtype"] = "float16"
     packed = {"group_size": 64, "bits": 8, "mode": "affine"}
+    linear = ("attn.qkv", "attn.proj", "mlp.linear_fc1", "mlp.linear_fc2")
+    tower = [f"blocks.{i}.{name}" for i in (0, 1) for name in linear] + ["merger.linear_fc1", "merger.linear_fc2"]
+    packed |= {f"vision_tower.{name}": {"group_size": 64, "bits": 4, "mode": "affine"} for name in tower}
     expected |= {"quantization": packed, "quantization_config": packed}
     expected["mlx_qwen35"] = {"format": 1, "norms": "zero-centred"}
     assert read_json(out / "config.json") == expected

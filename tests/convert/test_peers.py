@@ -1,16 +1,20 @@
 """A converted folder in the programs that load it: ours, transformers, mlx-lm, mlx-vlm."""
 
+import json
 import warnings
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
 from mlx_qwen35.checkpoint import open_checkpoint
+from mlx_qwen35.config import read_json
 from mlx_qwen35.convert import convert
 from mlx_qwen35.load import load_model
+from mlx_qwen35.random_checkpoint import changed, geometry, write_random_checkpoint
 
 IDS = np.random.default_rng(7).integers(0, 980, (1, 6))  # few: on the CPU MLX multiplies half types slowly
 SAME_DTYPE = [(dtype, bits) for dtype in ("float32", "bfloat16", "float16") for bits in (None, 4, 8)]
@@ -37,6 +41,16 @@ def mlx_lm():
     return theirs, lambda folder: load(folder)[0]
 
 
+@pytest.fixture(scope="module")
+def mlx_vlm():
+    """load_model of mlx-vlm."""
+    pytest.importorskip("mlx_vlm")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from mlx_vlm.utils import load_model as load
+    return load
+
+
 @pytest.fixture
 def both(mlx_lm, source_of, tmp_path):
     """(source dtype, output dtype, bits) -> mlx-lm's models of our folder and of the one that it converts itself."""
@@ -52,6 +66,10 @@ def both(mlx_lm, source_of, tmp_path):
 
 def largest(difference: mx.array) -> float:
     return mx.max(mx.abs(difference.astype(mx.float32))).item()
+
+
+def stored_in(folder: Path) -> dict[str, mx.array]:
+    return {name: array for file in folder.glob("*.safetensors") for name, array in mx.load(str(file)).items()}
 
 
 @pytest.mark.parametrize(("dtype", "bits"), SAME_DTYPE)
@@ -98,19 +116,88 @@ def test_other_modes_load_in_mlx_lm(mlx_lm, source_of, tmp_path, mode):
 
 
 @pytest.mark.parametrize("bits", [None, 4, 8])
-def test_mlx_vlm_loads_text_and_vision(mlx_lm, source_of, tmp_path, bits):
-    pytest.importorskip("mlx_vlm")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from mlx_vlm.utils import load_model as load
+def test_mlx_vlm_loads_text_and_vision(mlx_lm, mlx_vlm, source_of, tmp_path, bits):
     folder = convert(source_of("float32"), tmp_path / "out", **options("float32", bits))
-    model = load(folder)
+    model = mlx_vlm(folder)
     logits = model.language_model(mx.array(IDS)).logits
     assert largest(logits - mlx_lm[1](folder)(mx.array(IDS))) < TOLERANCE
-    stored = {name: a for file in folder.glob("*.safetensors") for name, a in mx.load(str(file)).items()}
-    for name in ("blocks.1.attn.qkv.weight", "merger.linear_fc2.bias", "pos_embed.weight"):
-        parameter = dict(tree_flatten(model.vision_tower.parameters()))[name]
-        assert mx.array_equal(parameter, stored[f"model.visual.{name}"])
+    parameters = dict(tree_flatten(model.vision_tower.parameters()))
+    stored = {name: a for name, a in stored_in(folder).items() if name.startswith("model.visual.")}
+    assert {f"model.visual.{name}" for name in parameters} == set(stored)
+    for name, array in stored.items():
+        if not name.endswith("patch_embed.proj.weight"):  # mlx-vlm moves its axes
+            assert mx.array_equal(parameters[name.removeprefix("model.visual.")], array), name
+
+
+# --- the packed vision tower ------------------------------------------------------------------------------------------
+
+
+def with_dequantized_tower(folder: Path, target: Path) -> Path:
+    """The same checkpoint, in which what the tower's packed matrices stand for takes their place."""
+    checkpoint, arrays = open_checkpoint(folder), stored_in(folder)
+    for name in [name for name in arrays if name.startswith("model.visual.") and name.endswith(".scales")]:
+        module = name.removesuffix("scales")
+        how = checkpoint.quantization(f"{module}weight")
+        parts = [arrays.pop(module + part) for part in ("weight", "scales", "biases")]
+        arrays[f"{module}weight"] = mx.dequantize(*parts, group_size=how.group_size, bits=how.bits)
+    config = read_json(folder / "config.json")
+    for entry in ("quantization", "quantization_config"):
+        config[entry] = {name: value for name, value in config[entry].items() if not name.startswith("vision_tower.")}
+    target.mkdir()
+    mx.save_safetensors(str(target / "model.safetensors"), arrays, metadata={"format": "pt"})
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def about_a_picture(model, config: dict, seed: int = 0) -> mx.array:
+    """Logits of mlx-vlm for six tokens after a picture of random pixels: (1, 12, vocabulary).
+
+    The picture has 4 x 6 patches of 16 x 16 pixels in 2 equal frames, which become 2 x 3 image tokens.
+    """
+    vision = config["vision_config"]
+    values = vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2
+    pixels = np.random.default_rng(seed).uniform(-1, 1, (24, values)).astype(np.float32)
+    picture = [config["vision_start_token_id"], *[config["image_token_id"]] * 6, config["vision_end_token_id"]]
+    tokens = mx.array([picture + IDS[0].tolist()])
+    return model(tokens, mx.array(pixels), image_grid_thw=mx.array([[1, 4, 6]])).logits
+
+
+def leaves(module: nn.Module) -> list[nn.Module]:
+    return [layer for _, layer in tree_flatten(module.leaf_modules(), is_leaf=nn.Module.is_module)]
+
+
+ODD_WIDTHS = {"hidden_size": 96, "intermediate_size": 208, "num_heads": 3}  # groups of 32, 64 and none
+
+
+@pytest.mark.parametrize("widths", [{}, ODD_WIDTHS], ids=["widths of 64", "odd widths"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_mlx_vlm_computes_with_the_packed_tower_what_it_computes_with_its_values(mlx_vlm, tmp_path, bits, widths):
+    config = changed(geometry("tiny"), dtype="float32")
+    config["vision_config"] |= widths
+    source = write_random_checkpoint(tmp_path / "raw", config, dtype=mx.float32, mtp=False)
+    folder = convert(source, tmp_path / "out", quantize=True, q_vision_bits=bits)
+    packed, unpacked = mlx_vlm(folder), mlx_vlm(with_dequantized_tower(folder, tmp_path / "unpacked"))
+    layers = [layer for layer in leaves(packed.vision_tower) if isinstance(layer, nn.QuantizedLinear)]
+    assert len(layers) == (8 if widths else 10) and {layer.bits for layer in layers} == {bits}
+    assert {layer.group_size for layer in layers} == ({32, 64} if widths else {64})
+    assert not any(isinstance(layer, nn.QuantizedLinear) for layer in leaves(unpacked.vision_tower))
+    logits = about_a_picture(packed, config)
+    assert largest(logits - about_a_picture(unpacked, config)) < TOLERANCE
+    assert largest(logits - about_a_picture(packed, config, seed=1)) > 100 * TOLERANCE  # the picture matters
+    plain = convert(source, tmp_path / "plain", quantize=True, q_vision_bits=0)
+    assert largest(logits - about_a_picture(mlx_vlm(plain), config)) > TOLERANCE  # so do the packed bits
+
+
+@pytest.mark.parametrize("vision_bits", [8, 0])
+def test_mlx_lm_computes_the_same_with_and_without_the_tower(mlx_lm, source_of, tmp_path, vision_bits):
+    config = changed(geometry("tiny"), dtype="float32")
+    bare = write_random_checkpoint(tmp_path / "bare", config, dtype=mx.float32, vision=False)  # the same text: one seed
+    convert(source_of("float32"), tmp_path / "with", quantize=True, q_vision_bits=vision_bits)
+    convert(bare, tmp_path / "without", quantize=True)
+    assert mx.array_equal(*(mlx_lm[1](tmp_path / name)(mx.array(IDS)) for name in ("with", "without")))
+
+
+# --- ours and transformers --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

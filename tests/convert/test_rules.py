@@ -40,7 +40,9 @@ def source_with(folder, name, values, dtype=mx.bfloat16):
     return write_random_checkpoint(folder, geometry("tiny"), dtype=dtype, tensor=tensor)
 
 
-@pytest.mark.parametrize("option", [{"q_bits": 4}, {"q_group_size": 64}, {"q_mode": "affine"}])
+@pytest.mark.parametrize(
+    "option", [{"q_bits": 4}, {"q_group_size": 64}, {"q_mode": "affine"}, {"q_vision_bits": 8}, {"q_vision_bits": 0}]
+)
 def test_quantization_option_without_quantize_is_refused(raw, refused, option):
     refused(raw, "has no effect without --quantize", **option)
 
@@ -58,6 +60,19 @@ def test_quantization_option_without_quantize_is_refused(raw, refused, option):
 )
 def test_quantization_that_mlx_does_not_offer_is_refused(raw, refused, options, message):
     refused(raw, message, quantize=True, **options)
+
+
+@pytest.mark.parametrize("bits", [7, 1, -1])
+def test_vision_bits_that_mlx_does_not_offer_are_refused(raw, refused, bits):
+    message = f"--q-vision-bits must be one of 0, 2, 3, 4, 5, 6, 8, got {bits}"
+    refused(raw, message, quantize=True, q_vision_bits=bits)
+
+
+@pytest.mark.parametrize("bits", [8, 0])
+def test_vision_bits_without_a_vision_tower_are_refused(refused, tmp_path, bits):
+    source = write_random_checkpoint(tmp_path / "raw", geometry("tiny"), vision=False)
+    message = f"--q-vision-bits {bits} has no effect on a checkpoint without a vision tower; .*raw has none. Leave it"
+    refused(source, message, quantize=True, q_vision_bits=bits)
 
 
 def test_matrix_narrower_than_its_groups_is_named(raw, refused):
@@ -123,7 +138,8 @@ def test_quantized_source_is_refused_with_advice(raw, refused, tmp_path, where, 
 
 
 def test_our_own_quantized_folder_is_no_source(raw, refused, tmp_path):
-    refused(convert(raw, tmp_path / "four", quantize=True), "must not be quantized; .*'bits': 4")
+    message = r"must not be quantized; .*four is \({'group_size': 64, 'bits': 4, 'mode': 'affine'}\)\. This"
+    refused(convert(raw, tmp_path / "four", quantize=True), message)
 
 
 def test_folder_that_an_mlx_program_converted_is_refused_with_advice(raw, refused, tmp_path):

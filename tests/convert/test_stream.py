@@ -11,7 +11,9 @@ def written(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-@pytest.mark.parametrize("options", [{}, {"q_bits": 3}, {"q_mode": "nvfp4"}, {"q_bits": 8, "dtype": "float16"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"q_bits": 3}, {"q_mode": "nvfp4"}, {"q_vision_bits": 6}, {"q_bits": 8, "dtype": "float16"}]
+)
 def test_chunked_result_is_that_of_whole_tensors(raw, tmp_path, monkeypatch, options):
     whole = written(convert(raw, tmp_path / "whole", quantize=True, **options))
     monkeypatch.setattr(stream, "CHUNK_BYTES", 3333)  # a few rows of a matrix, with a shorter last chunk
