@@ -1,0 +1,309 @@
+"""URLs -> bytes, with the limits of mlx_qwen35.fetch. The server is a local one in a thread."""
+
+import base64
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import quote
+
+import pytest
+
+from mlx_qwen35 import fetch as module
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.fetch import fetch, is_remote, name_of
+
+BODY = bytes(range(256)) * 5
+
+
+class Server(ThreadingHTTPServer):
+    """Answers each path with what `routes` says. `address` leads to it; `over` is set when the test is over."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        self.routes: dict[str, Callable[[BaseHTTPRequestHandler], object]] = {}
+        self.over = threading.Event()
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.address = f"http://127.0.0.1:{self.server_port}"
+
+    def sends(self, path: str, body: bytes = BODY, kind: str | None = "image/png", status: int = 200, **headers) -> str:
+        """A plain answer at `path`; a header of value None is left out. Returns the URL."""
+        headers = {"Content-Type": kind, "Content-Length": str(len(body))} | headers
+
+        def answer(handler: BaseHTTPRequestHandler) -> None:
+            start(handler, {name: value for name, value in headers.items() if value is not None}, status)
+            handler.wfile.write(body)
+
+        return self.does(path, answer)
+
+    def does(self, path: str, answer: Callable[[BaseHTTPRequestHandler], object]) -> str:
+        self.routes[path] = answer
+        return self.address + path
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.close_connection = True
+        self.server.routes[self.path](self)
+
+    def log_message(self, *args):
+        pass
+
+
+def start(handler: BaseHTTPRequestHandler, headers: dict[str, str], status: int = 200) -> None:
+    handler.send_response(status)
+    for name, value in headers.items():
+        handler.send_header(name, value)
+    handler.end_headers()
+    handler.wfile.flush()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with Server() as local:
+        thread = threading.Thread(target=local.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield local
+        local.over.set()
+        for late in threading.enumerate():
+            if late.name == "fetch":
+                late.join()
+        local.shutdown()
+        thread.join()
+
+
+def refused(source: str, *parts: str, kind: str = "image") -> None:
+    with pytest.raises(InputError) as caught:
+        fetch(source, kind)
+    for part in parts:
+        assert part in str(caught.value)
+    assert len(str(caught.value)) < 1000
+    assert ("must be reachable" in str(caught.value)) == ("must be reachable" in parts)
+
+
+# --- what is remote ---
+
+
+@pytest.mark.parametrize("source", ["http://a/b", "https://a/b", "HTTPS://a/b", "data:,x", "DATA:,x"])
+def test_http_https_and_data_are_remote(source):
+    assert is_remote(source)
+
+
+@pytest.mark.parametrize("source", ["picture.png", "/a/b.png", "~/a.png", "file:///a.png", "ftp://a/b", "http", ""])
+def test_everything_else_is_a_path(source):
+    assert not is_remote(source)
+
+
+def test_names_are_short_where_the_source_is_long():
+    assert name_of("https://host/a.png") == "https://host/a.png"
+    assert len(name_of("https://host/" + "a" * 5000)) < 250
+    name = name_of("data:image/png;base64," + "A" * 5000)
+    assert len(name) < 150 and "image/png;base64" in name and "5,022 characters" in name
+    assert len(name_of("data:" + "x" * 5000)) < 150
+
+
+# --- data: URIs ---
+
+
+def encoded(body: bytes = BODY) -> str:
+    return base64.b64encode(body).decode()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "image/png;base64",
+        "IMAGE/PNG;BASE64",
+        "image/jpeg;name=a.jpg;charset=utf-8;base64",
+        "application/octet-stream;base64",
+        ";base64",
+    ],
+)
+def test_base64_data_is_decoded(header):
+    assert fetch(f"data:{header},{encoded()}", "image") == BODY
+
+
+def test_percent_encoded_data_is_decoded():
+    assert fetch("data:image/png," + quote(BODY), "image") == BODY
+
+
+def test_plain_data_is_taken_as_it_is():
+    assert fetch("data:,GIF89a", "image") == b"GIF89a"
+
+
+def test_base64_may_be_percent_encoded_and_broken_into_lines():
+    body = b"\xff\xfe\xfb" * 40
+    text = encoded(body)
+    lines = "\r\n".join(text[i : i + 20] for i in range(0, len(text), 20))
+    assert fetch("data:image/png;base64," + lines.replace("+", "%2B").replace("/", "%2f"), "image") == body
+
+
+def test_base64_may_lack_its_padding():
+    assert fetch("data:image/png;base64,AAE", "image") == b"\0\1"
+
+
+@pytest.mark.parametrize("body", ["AAAAA", "AA=A", "A*==", "AAAA!!!!", "AÄÄA"])
+def test_broken_base64_is_refused(body):
+    refused(f"data:image/png;base64,{body}", "whole base64", "image/png;base64", "Encode it again")
+
+
+def test_a_data_uri_without_a_comma_is_refused():
+    refused("data:image/png;base64" + "A" * 4000, "no comma")
+
+
+def test_a_data_uri_of_another_type_is_refused():
+    refused(f"data:text/plain;base64,{encoded()}", "must be image/...", "text/plain")
+    refused(f"data:text/html,{quote('<p>')}", "web page")
+    refused(f"data:image/png;base64,{encoded()}", "must be video/...", "Give it as an image", kind="video")
+
+
+def test_a_data_uri_that_is_too_large_is_refused(monkeypatch):
+    monkeypatch.setitem(module.MAX_BYTES, "image", 1000)
+    refused(f"data:image/png;base64,{encoded()}", "at most 1,000 bytes", "MAX_BYTES", "1,280")
+
+
+# --- http ---
+
+
+def test_the_body_of_a_url_comes_back(server):
+    assert fetch(server.sends("/a.png"), "image") == BODY
+
+
+@pytest.mark.parametrize("kind", ["image/png", "IMAGE/PNG; charset=x", "application/octet-stream", None, ""])
+def test_fitting_and_unsaid_types_are_accepted(server, kind):
+    assert fetch(server.sends("/a", kind=kind), "image") == BODY
+
+
+@pytest.mark.parametrize("kind", ["video/mp4", "image/gif", "application/octet-stream"])
+def test_a_video_may_be_a_gif(server, kind):
+    assert fetch(server.sends("/a", kind=kind), "video") == BODY
+
+
+def test_a_web_page_is_not_a_picture(server):
+    url = server.sends("/page", b"<html>", kind="text/html; charset=utf-8")
+    refused(url, url, "is a web page (text/html) and not an image", "copy the address of the image")
+
+
+def test_a_clip_given_as_a_picture_is_refused(server):
+    refused(server.sends("/a.mp4", kind="video/mp4"), "must be image/...", "video/mp4", "Give it as a video")
+
+
+def test_another_type_is_refused(server):
+    refused(server.sends("/a.json", kind="application/json"), "must be image/...", "application/json", "Give the")
+
+
+def test_a_missing_page_is_an_error_with_its_status(server):
+    url = server.sends("/gone", status=404)
+    refused(url, url, "404 Not Found")
+
+
+def test_an_address_with_spaces_and_umlauts_is_encoded(server):
+    server.sends("/a%20%C3%BC.png?q=%20")
+    assert fetch(server.address + "/a ü.png?q=%20", "image") == BODY
+
+
+def test_chunks_are_put_together(server):
+    assert fetch(server.does("/chunks", chunks(BODY[:700], BODY[700:])), "image") == BODY
+
+
+def chunks(*pieces: bytes, end: bool = True) -> Callable[[BaseHTTPRequestHandler], object]:
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        start(handler, {"Content-Type": "image/png", "Transfer-Encoding": "chunked"})
+        for piece in pieces:
+            handler.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+        handler.wfile.write(b"0\r\n\r\n" if end else b"")
+
+    return answer
+
+
+# --- sizes ---
+
+
+def test_a_length_beyond_the_limit_is_refused_before_the_body(server, monkeypatch):
+    monkeypatch.setitem(module.MAX_BYTES, "image", 1000)
+    url = server.sends("/large", b"", **{"Content-Length": "1001"})  # the body never comes
+    refused(url, "at most 1,000 bytes", "MAX_BYTES", "has 1,001")
+
+
+def test_a_body_beyond_the_limit_is_refused_where_no_length_was_said(server, monkeypatch):
+    monkeypatch.setitem(module.MAX_BYTES, "image", 1000)
+    refused(server.does("/large", chunks(BODY, end=False)), "at most 1,000 bytes", "at least 1,280")
+
+
+def test_images_and_videos_have_their_own_limits(server, monkeypatch):
+    monkeypatch.setitem(module.MAX_BYTES, "image", 1000)
+    assert fetch(server.sends("/clip", kind="video/mp4"), "video") == BODY
+
+
+def test_a_body_shorter_than_its_length_is_refused(server):
+    url = server.sends("/short", BODY[:100], **{"Content-Length": "1280"})
+    refused(url, "must arrive whole", "100 bytes of 1,280")
+
+
+def test_chunks_that_break_off_are_refused(server):
+    refused(server.does("/short", chunks(BODY, end=False)), "must arrive whole", "broke off the connection")
+
+
+# --- times ---
+
+
+def silence(server: Server) -> Callable[[BaseHTTPRequestHandler], object]:
+    return lambda handler: server.over.wait(30)
+
+
+def test_a_server_that_stays_silent_is_given_up(server, monkeypatch):
+    monkeypatch.setattr(module, "CONNECT_SECONDS", 0.1)
+    monkeypatch.setitem(module.DEADLINE_SECONDS, "image", 3.0)
+    refused(server.does("/slow", silence(server)), "must send something every 0.1 seconds", "CONNECT_SECONDS")
+
+
+def test_the_deadline_counts_before_the_headers_come(server, monkeypatch):
+    monkeypatch.setitem(module.DEADLINE_SECONDS, "image", 0.1)
+    refused(server.does("/slow", silence(server)), "within 0.1 seconds", "DEADLINE_SECONDS")
+
+
+def test_the_deadline_ends_a_download_that_trickles(server):
+    url = server.does("/trickle", chunks(BODY, end=False))
+    with pytest.raises(InputError, match="must arrive within 60 seconds"):
+        module._download(url, "image", end=0.0)
+
+
+# --- hosts and redirects ---
+
+
+def test_a_port_without_a_server_is_unreachable():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    refused(f"http://127.0.0.1:{port}/a.png", "must be reachable", str(port))
+
+
+@pytest.mark.parametrize("url", ["http://nothing.invalid/a.png", "http:///a.png", "http://a:b/c", "http://[::1/a.png"])
+def test_a_host_that_cannot_be_is_unreachable(url, server):
+    refused(url, "must be reachable", url)
+
+
+def test_a_server_that_hangs_up_is_an_error(server):
+    refused(server.does("/", lambda handler: None), "must arrive whole", "broke off the connection")
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_followed(server, status):
+    server.sends("/there")
+    assert fetch(server.sends("/here", b"", status=status, Location="/there"), "image") == BODY
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("target", ["file:///etc/hostname", "ftp://host/a.png", "data:image/png,a"])
+def test_a_redirect_leads_to_http_alone(server, status, target):
+    url = server.sends("/here", b"", status=status, Location=target)
+    refused(url, "lead on to http and https alone", url, target.partition(":")[0])
+
+
+def test_redirects_in_a_circle_end(server):
+    refused(server.sends("/here", b"", status=302, Location="/here"), "answered 302", "infinite loop")
