@@ -1,0 +1,123 @@
+"""A video however it is given (file, URL, frames in a folder, list or array) -> sampled, resized frames, and times."""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.fetch import fetch, is_remote, name_of
+from mlx_qwen35.frames import Clip, Fit, Sampling, Timeline, check_rate, collect, resize
+from mlx_qwen35.image import read_image
+from mlx_qwen35.video_file import VideoFile
+from mlx_qwen35.video_frame import stored_size, upright_rgb
+
+__all__ = ["Clip", "Sampling", "read_video", "resize"]
+
+
+def read_video(source: Any, sampling: Sampling, fit: Fit, *, source_fps: float | None = None) -> Clip:
+    """Read the frames that `sampling` asks for, resized one by one, so that memory holds one source frame at a time.
+
+    Args:
+        source: a file (mp4, mov, webm, mkv, gif) as path, http(s) URL, data: URI or bytes; a folder of pictures, in
+            the natural order of their names; a list or tuple of frames, each anything that read_image takes; an
+            (n, H, W, 3) uint8 RGB array.
+        sampling: which frames are used.
+        fit: (number of sampled frames, height, width) -> (height, width) to resize to. Called once, with the upright
+            size of the source.
+        source_fps: frames a second of a folder, a list or an array. A file knows its own.
+
+    Raises InputError where the source is no video, is damaged anywhere, or does not suit source_fps.
+    """
+    if isinstance(source, np.ndarray):
+        return _read_frames("an array", _check_array(source), sampling, fit, source_fps)
+    if isinstance(source, (list, tuple)):
+        return _read_frames("a list of frames", source, sampling, fit, source_fps)
+    if isinstance(source, (str, os.PathLike)) and not is_remote(str(source)):
+        path, name = os.path.expanduser(source), name_of(os.fspath(source))
+        if os.path.isdir(path):
+            return _read_frames(f"the folder {name}", _pictures(Path(path), name), sampling, fit, source_fps)
+        if not os.path.isfile(path):
+            raise InputError(
+                f"a video must be a file, a folder of frames or a URL; there is none at {name}. Look at the path"
+            )
+        file = VideoFile(name, Path(path))
+    elif isinstance(source, str):
+        file = VideoFile(name_of(source), fetch(source, "video"))
+    elif isinstance(source, (bytes, bytearray, memoryview)):
+        file = VideoFile("the video", bytes(source))
+    else:
+        raise InputError(
+            "a video must be a path, a URL, bytes, a folder, a list of frames or an (n, H, W, 3) uint8 array, "
+            f"got {type(source).__name__}"
+        )
+    return _read_file(file, sampling, fit, source_fps)
+
+
+def _read_file(file: VideoFile, sampling: Sampling, fit: Fit, source_fps: float | None) -> Clip:
+    if source_fps is not None:
+        raise InputError(
+            f"source_fps is for frames without a container; {file.name} is a video file and has its own rate, "
+            f"so source_fps {source_fps!r} would have no effect. Leave it out"
+        )
+    timeline = file.timeline()
+    picks, times = timeline.pick(sampling)
+    # The last frame is always picked, so the file is read to its end, and every frame in it is checked on the way.
+    frames, size, count = collect(file.frames(timeline.total), picks, fit, stored_size, upright_rgb)
+    if count != timeline.total:
+        raise file.broken(count, timeline.total, "the rest cannot be decoded")
+    return Clip(frames, times, size, timeline.total, timeline.fps)
+
+
+def _read_frames(
+    name: str, frames: Sequence[Any] | np.ndarray, sampling: Sampling, fit: Fit, source_fps: float | None
+) -> Clip:
+    total = len(frames)
+    if not total:
+        raise InputError(f"a video must have frames; {name} has none")
+    if source_fps is None:
+        raise InputError(
+            f"frames without a container have no rate; {name} came without source_fps. Say how many are in a second"
+        )
+    check_rate("source_fps", source_fps)
+    picks, times = Timeline(total, float(source_fps), None).pick(sampling)
+    # Every frame is read, so that a broken one, or a stranger among them, is noticed whatever the sampling.
+    pictures = iter(frames) if isinstance(frames, np.ndarray) else _read_pictures(name, frames)
+    kept, size, _ = collect(pictures, picks, fit, lambda frame: frame.shape[:2], lambda frame: frame)
+    return Clip(kept, times, size, total, float(source_fps))
+
+
+def _read_pictures(name: str, frames: Sequence[Any]) -> Iterator[np.ndarray]:
+    for number, frame in enumerate(frames, start=1):
+        try:
+            yield read_image(frame)
+        except InputError as error:
+            raise InputError(f"frame {number} of {len(frames)} in {name} cannot be read: {error}") from error
+
+
+def _check_array(array: np.ndarray) -> np.ndarray:
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape[1:]:
+        raise InputError(
+            f"a video array must be (n, height, width, 3) uint8, RGB; got {array.shape} {array.dtype}. "
+            "Values from 0 to 1 must be multiplied by 255 and rounded"
+        )
+    return array
+
+
+def _pictures(folder: Path, name: str) -> list[Path]:
+    """The files of a folder, hidden ones left out, frame2 before frame10."""
+    try:
+        paths = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    except OSError as error:
+        raise InputError(
+            f"a folder of frames must be open to reading; {name} is not: {error.strerror}. Look at its rights"
+        ) from error
+    return sorted(paths, key=lambda path: _natural(path.name))
+
+
+def _natural(name: str) -> tuple[list[str | int], str]:
+    parts = re.split(r"(\d+)", name.lower())
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
