@@ -6,20 +6,25 @@
     print(generate(model, processor, prompt="What is 34 + 58?"))
 
 The way of the data: `load` finds the folder (hub), reads its headers (config, checkpoint) and builds the model. A
-prompt goes through the processor to tokens; `model` embeds them and runs its layers (attention, delta_net, with the
-heavy step in kernels), each with its part of the conversation's cache; sampling makes a token of the logits, and the
-processor text of the tokens. `generate` is the loop around it.
+prompt goes through the processor to tokens, its images and clips (image, video, preprocess) to pixels; vision makes
+embeddings of the pixels, positions says where each token stands; `model` embeds the tokens and runs its layers
+(attention, delta_net, with the heavy step in kernels), each with its part of the conversation's cache; sampling makes a
+token of the logits, and the processor text of the tokens. `generate` is the loop around it.
 """
 
 from mlx_qwen35.cache import Cache, Snapshot
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.generate import Options, Result, batch_generate, generate, stream_generate
+from mlx_qwen35.image import read_image
 from mlx_qwen35.load import load
 from mlx_qwen35.model import Model
+from mlx_qwen35.preprocess import Media, VisionOptions
 from mlx_qwen35.processor import Piece, Processor
+from mlx_qwen35.prompt import Prompt
 from mlx_qwen35.sampling import PRESETS, Sampling
+from mlx_qwen35.video import read_video
 
 __all__ = [
-    "PRESETS", "Cache", "InputError", "Model", "Options", "Piece", "Processor", "Result", "Sampling", "Snapshot",
-    "batch_generate", "generate", "load", "stream_generate",
+    "PRESETS", "Cache", "InputError", "Media", "Model", "Options", "Piece", "Processor", "Prompt", "Result", "Sampling",
+    "Snapshot", "VisionOptions", "batch_generate", "generate", "load", "read_image", "read_video", "stream_generate",
 ]  # fmt: skip

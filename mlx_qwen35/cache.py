@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_qwen35.config import FULL, TextConfig
 from mlx_qwen35.errors import InputError
@@ -72,6 +73,7 @@ class Snapshot:
 
     def __init__(self, cache: "Cache"):
         self.length, self.row_lengths, self.real = cache.length, tuple(cache.row_lengths), cache.real
+        self.next_positions = tuple(cache.next_positions)
         self.memories = cache.memories()
         self.intact = cache.length  # columns that still lie in the cache as they were
         self.tail: list[tuple[mx.array, mx.array]] | None = None  # the columns after those
@@ -106,33 +108,45 @@ class Cache:
         self.batch = batch
         self.length = 0  # columns: tokens and holes
         self.row_lengths = [0] * batch  # tokens each row has read
+        self.next_positions = [0] * batch  # of the next token of each row; an image takes fewer than it has tokens
         self.real: mx.array | None = None  # (B, length) boolean, False at holes; None while there are none
         self._kv = [layer for layer in self.layers if isinstance(layer, KVCache)]
         self._delta = [layer for layer in self.layers if isinstance(layer, DeltaCache)]
         self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
 
     @contextmanager
-    def reading(self, T: int, lengths: Sequence[int] | None = None) -> Iterator[Span]:
+    def reading(
+        self, T: int, lengths: Sequence[int] | None = None, positions: np.ndarray | None = None
+    ) -> Iterator[Span]:
         """Open the span of the next T columns; it counts once the block has ended, and leaves no trace if that raises.
 
-        lengths: real tokens of each row, 0 to T; None when all are real.
+        lengths: real tokens of each row, 0 to T; None when all are real. positions: (3, B, T) integers, where a row
+        holds an image; None goes on counting.
         """
         if lengths is not None and (len(lengths) != self.batch or not all(0 <= n <= T for n in lengths)):
             raise InputError(f"lengths must be {self.batch} counts of 0 to {T} tokens, got {list(lengths)}")
         self._protect(self.length)
         before = self.memories()
         real = self._real_after(T, lengths)
-        first = mx.array(self.row_lengths)[:, None]
+        counts = list(lengths or [T] * self.batch)
+        if positions is None:
+            places = mx.array(self.next_positions)[:, None] + mx.arange(T)
+            following = [first + n for first, n in zip(self.next_positions, counts, strict=True)]
+        else:
+            places = mx.array(positions)
+            highest = [positions[:, row, :n].max(initial=-1) + 1 for row, n in enumerate(counts)]
+            following = [max(first, int(high)) for first, high in zip(self.next_positions, highest, strict=True)]
         padded = None if lengths is None else mx.array(list(lengths), mx.int32)
         try:
-            yield Span(self.length, padded, self.rotary.table(first + mx.arange(T)), _mask(self.length, T, real))
+            yield Span(self.length, padded, self.rotary.table(places), _mask(self.length, T, real))
         except BaseException:
             for layer, memory in zip(self._delta, before, strict=True):
                 layer.memory = memory
             raise
         self.real = real
         self.length += T
-        self.row_lengths = [n + m for n, m in zip(self.row_lengths, lengths or [T] * self.batch, strict=True)]
+        self.row_lengths = [n + m for n, m in zip(self.row_lengths, counts, strict=True)]
+        self.next_positions = following
 
     def _real_after(self, T: int, lengths: Sequence[int] | None) -> mx.array | None:
         if self.real is None and (lengths is None or min(lengths) == T):
@@ -164,6 +178,7 @@ class Cache:
         for layer, memory in zip(self._delta, snapshot.memories, strict=True):
             layer.memory = memory
         self.length, self.row_lengths, self.real = snapshot.length, list(snapshot.row_lengths), snapshot.real
+        self.next_positions = list(snapshot.next_positions)
 
     def _protect(self, start: int, but: Snapshot | None = None) -> None:
         for snapshot in list(self._snapshots):

@@ -2,13 +2,16 @@
 
 import argparse
 import sys
+from typing import Any
 
 from mlx_qwen35.commands import (
     add_generation_options,
     add_model_options,
     add_sampling_options,
+    add_vision_options,
     clean_errors,
     given_options,
+    print_media,
     print_pieces,
     prompt_bar,
     require_model,
@@ -17,9 +20,12 @@ from mlx_qwen35.conversation import Conversation
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.generate.options import PREFILL_STEP
 from mlx_qwen35.load import load
+from mlx_qwen35.preprocess import VISION_OPTIONS
 
 COMMAND = "mlx_qwen35.chat"
 HELP = """\
+/image F show the image F (a file or URL) with the next message; again for more
+/video F show the clip F (a file, URL or folder of pictures)
 /reset   forget the conversation
 /exit    leave (so does Ctrl-D)
 /help    this list
@@ -32,13 +38,14 @@ def parser() -> argparse.ArgumentParser:
     add_model_options(parser)
     add_generation_options(parser)
     add_sampling_options(parser)
+    add_vision_options(parser)
     return parser
 
 
-def answer(conversation: Conversation, text: str, step: int) -> None:
+def answer(conversation: Conversation, content: str | list[dict[str, Any]], step: int) -> None:
     try:
         with prompt_bar(step) as progress:
-            print_pieces(conversation.send(text, progress))
+            print_pieces(conversation.send(content, progress))
     except KeyboardInterrupt:
         print()
     if conversation.result is None:
@@ -53,8 +60,19 @@ def answer(conversation: Conversation, text: str, step: int) -> None:
     )
 
 
+def look(conversation: Conversation, command: str, source: str) -> list[dict[str, Any]]:
+    """Read an image or a clip now, so that it is refused now if it must be; the part for the next message."""
+    kind = command.removeprefix("/")
+    if not source:
+        raise InputError(f"{command} must name a file or URL")
+    parts = conversation.processor.read_parts([{"type": kind, kind: source}], conversation.vision)
+    print_media([parts[0][kind]])
+    return parts
+
+
 def session(conversation: Conversation, step: int) -> None:
     """Read lines until /exit or the end of input; a message that cannot be read is told and the session goes on."""
+    shown: list[dict[str, Any]] = []  # goes with the next message
     while True:
         try:
             line = input(">> ").strip()
@@ -66,24 +84,39 @@ def session(conversation: Conversation, step: int) -> None:
             continue
         if line == "/exit":
             return
-        if line == "/reset":
-            conversation.reset()
-        elif line == "/help":
-            print(HELP)
-        elif line.startswith("/"):
-            print(f"there is no command {line.split()[0]}; /help lists them", file=sys.stderr)
-        elif line:
-            try:
-                answer(conversation, line, step)
-            except InputError as error:
-                print(f"error: {error}", file=sys.stderr)
+        try:
+            shown = _obey(conversation, line, step, shown)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+def _obey(
+    conversation: Conversation, line: str, step: int, shown: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Do what a line says, and return what goes with the next message."""
+    command, _, rest = line.partition(" ")
+    if command in ("/image", "/video"):
+        return shown + look(conversation, command, rest.strip())
+    if line == "/reset":
+        conversation.reset()
+        return []
+    if line == "/help":
+        print(HELP)
+    elif line.startswith("/"):
+        print(f"there is no command {command}; /help lists them", file=sys.stderr)
+    elif line:
+        answer(conversation, [*shown, {"type": "text", "text": line}] if shown else line, step)
+        return []
+    return shown
 
 
 def main() -> None:
     args = parser().parse_args()
     with clean_errors(COMMAND):
         name, options = require_model(args), given_options(args)
-        model, processor = load(name, revision=args.revision, dtype=args.dtype)
+        model, processor = load(name, revision=args.revision, dtype=args.dtype, keep_vision=args.keep_vision)
+        if model.vision is None and (idle := sorted(VISION_OPTIONS & set(options))):
+            raise InputError(f"{', '.join(idle)} must not be given: this checkpoint has no vision tower")
         if sys.stdin.isatty():
             import readline  # noqa: F401  line editing and history for input()
 

@@ -3,12 +3,13 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.hub import CHOICES
+from mlx_qwen35.preprocess import VISION_OPTIONS, Media
 from mlx_qwen35.processor import Piece
 from mlx_qwen35.sampling import PRESETS
 
@@ -23,6 +24,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         help="of activations and unpacked weights (default: the checkpoint's on a GPU, float32 on a CPU)",
+    )
+    group.add_argument(
+        "--keep-vision", action="store_true", help="hold the vision tower in memory between images, once it is there"
     )
 
 
@@ -53,9 +57,35 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prefill-step-size", type=int, help="tokens of the prompt read at a time")
 
 
+def add_vision_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("images and video")
+    group.add_argument("--min-pixels", type=int, help="least height x width of an image; smaller ones are enlarged")
+    group.add_argument("--max-pixels", type=int, help="most height x width of an image (default: by this machine)")
+    group.add_argument("--fps", type=float, help="frames of a clip to read a second (default 2)")
+    group.add_argument("--video-num-frames", type=int, help="frames of a clip to read in all, instead of --fps")
+    group.add_argument(
+        "--video-total-pixels",
+        type=int,
+        help="most pixels of all frames of a clip together, frames x height x width (default: by this machine)",
+    )
+    group.add_argument("--source-fps", type=float, help="frames a second of a clip that is a folder of pictures")
+    group.add_argument(
+        "--published-limits",
+        action="store_true",
+        default=None,
+        help="limit images and clips as the checkpoint does, not as this machine's memory suggests",
+    )
+    group.add_argument(
+        "--outer-vision-tags",
+        action="store_true",
+        default=None,
+        help="keep the vision tags around a whole clip, as transformers 5.10 and later do",
+    )
+
+
 GENERATION_OPTIONS = (
     "preset", "temp", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
-    "max_tokens", "system_prompt", "enable_thinking", "stop", "prefill_step_size",
+    "max_tokens", "system_prompt", "enable_thinking", "stop", "prefill_step_size", *sorted(VISION_OPTIONS),
 )  # fmt: skip
 
 
@@ -83,6 +113,15 @@ def clean_errors(command: str) -> Iterator[None]:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+
+
+def print_media(media: Sequence[Media]) -> None:
+    """What images and clips became, on stderr, one line each."""
+    counts = {"image": 0, "video": 0}
+    for item in media:
+        kind = "video" if item.is_clip else "image"
+        counts[kind] += 1
+        print(f"{kind} {counts[kind]}: {item}", file=sys.stderr, flush=True)
 
 
 def print_pieces(pieces: Iterable[Piece]) -> None:

@@ -99,7 +99,7 @@ class Config:
 _ABSENT = ("mlp_only_layers", "rope_scaling", "use_sliding_window", "sliding_window", "mlp_bias")
 
 
-class _Fields:
+class Fields:
     """Typed reading of one JSON object that names the field, its place and the rule in every error."""
 
     def __init__(self, values: Mapping[str, Any], where: str):
@@ -138,7 +138,7 @@ class _Fields:
             raise InputError(f"{self.where}: {name!r} is {value!r}; only {known} is supported")
 
 
-def _layer_types(text: _Fields) -> tuple[str, ...]:
+def _layer_types(text: Fields) -> tuple[str, ...]:
     count = text.size("num_hidden_layers")
     named, interval = text.values.get("layer_types"), text.values.get("full_attention_interval")
     if named is None and interval is None:
@@ -157,11 +157,11 @@ def _layer_types(text: _Fields) -> tuple[str, ...]:
     return kinds
 
 
-def _rope(text: _Fields, head_dim: int) -> RopeConfig:
+def _rope(text: Fields, head_dim: int) -> RopeConfig:
     values = text.get("rope_parameters", dict)
     if "rope_type" not in values and "type" in values:  # mlx-lm renames it in what it writes
         values = {**values, "rope_type": values["type"]}
-    rope = _Fields(values, f"{text.where}.rope_parameters")
+    rope = Fields(values, f"{text.where}.rope_parameters")
     rope.only("rope_type", "default")
     rope.only("mrope_interleaved", True, required=False)
     dims = round(head_dim * rope.get("partial_rotary_factor", float))
@@ -177,7 +177,7 @@ def _rope(text: _Fields, head_dim: int) -> RopeConfig:
 
 
 def _text_config(values: Mapping[str, Any], where: str, tied: bool | None) -> TextConfig:
-    text = _Fields(values, where)
+    text = Fields(values, where)
     text.only("hidden_act", "silu")
     text.only("attn_output_gate", True, required=False)
     text.only("attention_bias", False)
@@ -217,7 +217,7 @@ def _text_config(values: Mapping[str, Any], where: str, tied: bool | None) -> Te
 
 
 def _vision_config(values: Mapping[str, Any]) -> VisionConfig:
-    vision = _Fields(values, "config.json: vision_config")
+    vision = Fields(values, "config.json: vision_config")
     vision.only("hidden_act", "gelu_pytorch_tanh")
     if values.get("deepstack_visual_indexes"):
         raise InputError(
@@ -270,7 +270,7 @@ def parse_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None
                 f"config.json: vision out_hidden_size ({vision.out_hidden_size}) must equal the text hidden_size "
                 f"({text.hidden_size})"
             )
-        top = _Fields(values, "config.json")
+        top = Fields(values, "config.json")
         names = ("image", "video", "vision_start", "vision_end")
         token_ids = {name: top.get(f"{name}_token_id", int) for name in names}
     eos = _token_list(text_values.get("eos_token_id"), where) + _token_list(values.get("eos_token_id"), "config.json")

@@ -1,16 +1,20 @@
 """A conversation over several turns that reads each part of it once."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Unpack
 
 from mlx_qwen35.cache import Snapshot
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.generate import Generation, Result
+from mlx_qwen35.generate import Generation, Result, see
 from mlx_qwen35.generate.loop import read
-from mlx_qwen35.generate.options import PREFILL_STEP, Options, check_names, plan
+from mlx_qwen35.generate.options import PREFILL_STEP, Options, check_names, plan, vision_options
 from mlx_qwen35.model import Model
-from mlx_qwen35.processor import Piece, Processor, Prompt
+from mlx_qwen35.preprocess import VISION_OPTIONS
+from mlx_qwen35.processor import Piece, Processor
+from mlx_qwen35.prompt import Prompt
+
+_OF_ONE_PROMPT = {"cache", "ignore_chat_template", "progress", "images", "videos"}
 
 
 class Conversation:
@@ -18,69 +22,77 @@ class Conversation:
 
     The chat template rewrites the last assistant turn (its reasoning goes), and the DeltaNet state cannot be trimmed.
     So the memory is remembered just before each generation prompt: the next turn goes back there and reads only the
-    last answer and the new message.
+    last answer and the new message. An image or clip in what was read is not encoded again, and stays the one that
+    was sent, whatever becomes of its file.
 
     After each turn `reused` and `total` say how many tokens of its prompt were there already, and how many it has.
 
     Args:
-        options: of every turn, see `Options`; not cache, ignore_chat_template or progress.
+        options: of every turn, see `Options`; not cache, ignore_chat_template, progress, images or videos.
     """
 
     def __init__(self, model: Model, processor: Processor, **options: Unpack[Options]):
         given = check_names(options)
-        if refused := {"cache", "ignore_chat_template", "progress"} & set(given):
+        if refused := _OF_ONE_PROMPT & set(given):
             raise TypeError(f"a conversation takes no {', '.join(sorted(refused))}")
         self.model, self.processor = model, processor
         self._template = {name: given.pop(name, None) for name in ("enable_thinking", "tools")}
         self._system = given.pop("system_prompt", None)
         self._step = given.get("prefill_step_size", PREFILL_STEP)
-        self._options = given
-        plan(given, model.config, processor.greedy, [Prompt((0,), thinking=False)], [0])  # a bad option is told at once
+        self.vision = vision_options(given)  # how the images and clips of coming messages are read
+        self._options = {name: value for name, value in given.items() if name not in VISION_OPTIONS}
+        plan(self._options, model.config, processor.greedy, [Prompt((0,), thinking=False)], [0])  # tells a bad option
         self.reset()
 
     def reset(self) -> None:
         """Forget everything but the system prompt."""
         self.messages: list[dict[str, Any]] = [{"role": "system", "content": self._system}] if self._system else []
         self.cache = self.model.make_cache()
-        self._read: tuple[int, ...] = ()  # tokens up to the snapshot
+        self._read = Prompt((), thinking=False)  # up to the snapshot
         self._snapshot: Snapshot = self.cache.snapshot()
         self.reused = self.total = 0
         self.reading_seconds = 0.0
         self.result: Result | None = None
 
-    def send(self, text: str, progress: Callable[[int, int], None] = lambda done, total: None) -> Iterator[Piece]:
+    def send(
+        self, content: str | Sequence[Any], progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> Iterator[Piece]:
         """Say something and yield the answer as it comes; `result` is the whole of it.
+
+        content: text, or a list of parts with images and clips, see Processor.encode_messages.
 
         Stopping early keeps what was answered until then. When the message cannot be read, because it is empty or the
         context is full, InputError is raised and the conversation is as it was before.
         """
-        if not text.strip():
+        if not content or (isinstance(content, str) and not content.strip()):
             raise InputError("the message must not be empty")
         self.result = None
-        messages = [*self.messages, {"role": "user", "content": text}]
-        prompt = self.processor.encode_messages(messages, **self._template)
-        before = self.processor.encode_messages(messages, add_generation_prompt=False, **self._template).tokens
-        assert prompt.tokens[: len(before)] == before, "the generation prompt must come after the messages"
+        if not isinstance(content, str):
+            content = self.processor.read_parts(content, self.vision)
+        messages = [*self.messages, {"role": "user", "content": content}]
+        prompt = self.processor.encode_messages(messages, self.vision, **self._template)
+        before = self.processor.encode_messages(messages, self.vision, add_generation_prompt=False, **self._template)
+        assert prompt.identity(len(before.tokens)) == before.identity(), "the generation prompt must come last"
         self._go_back(before)
         start = time.perf_counter()
-        new = before[len(self._read) :]
+        new = before.after(len(self._read.tokens))
         room = self.model.config.max_position_embeddings - len(prompt.tokens)
         if room < 1:
             raise InputError(
                 f"the conversation has {len(prompt.tokens)} tokens, which fills its context; start a new one"
             )
-        self.reused, self.total = len(self._read), len(prompt.tokens)
+        self.reused, self.total = len(self._read.tokens), len(prompt.tokens)
         read_so_far = 0
 
         def count(tokens: int) -> None:
             nonlocal read_so_far
             read_so_far += tokens
-            progress(read_so_far, len(new))
+            progress(read_so_far, len(new.tokens))
 
-        read(self.model, self.cache, [new], self._step, count)
+        read(self.model, self.cache, see(self.model, [new]), self._step, count)
         self._read, self._snapshot = before, self.cache.snapshot()
         self.reading_seconds = time.perf_counter() - start
-        rest = Prompt(prompt.tokens[len(before) :], prompt.thinking)
+        rest = prompt.after(len(before.tokens))
         generation = Generation(self.model, self.processor, [rest], {**self._options, "cache": self.cache})
         try:
             for _, piece in generation:
@@ -90,10 +102,10 @@ class Conversation:
             if self.result.tokens:
                 self.messages = [*messages, {"role": "assistant", "content": self.result.text}]
 
-    def _go_back(self, tokens: tuple[int, ...]) -> None:
+    def _go_back(self, prompt: Prompt) -> None:
         """To the remembered place if it begins this prompt, as it does unless the template rewrites earlier turns."""
-        if tokens[: len(self._read)] == self._read:
+        if prompt.identity(len(self._read.tokens)) == self._read.identity():
             self.cache.restore(self._snapshot)
         else:
             self.cache = self.model.make_cache()
-            self._read, self._snapshot = (), self.cache.snapshot()
+            self._read, self._snapshot = Prompt((), thinking=False), self.cache.snapshot()

@@ -10,7 +10,7 @@ from mlx_qwen35.kernels.quantized_linear import quantized_linear
 
 
 class Linear(nn.Module):
-    """y = x W^T, with W (out, in) as it is or packed by MLX; no bias, as everywhere in the text model."""
+    """y = x W^T, with W (out, in) as it is or packed by MLX, plus a bias in the vision tower."""
 
     def __init__(self, parts: dict[str, mx.array], packing: Quantization | None = None):
         super().__init__()
@@ -18,11 +18,14 @@ class Linear(nn.Module):
         if packing:
             self.scales, self.biases = parts["scales"], parts.get("biases")
         self.packing = packing
+        self.bias = parts.get("bias")
 
     def __call__(self, x: mx.array) -> mx.array:
         if self.packing is None:
-            return x @ self.weight.T
-        return quantized_linear(x, self.weight, self.scales, self.biases, self.packing)
+            y = x @ self.weight.T
+        else:
+            y = quantized_linear(x, self.weight, self.scales, self.biases, self.packing)
+        return y if self.bias is None else y + self.bias
 
 
 class Embedding(Linear):

@@ -5,19 +5,31 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_qwen35.checkpoint import DTYPE_BYTES, TEXT, Checkpoint, is_zero_centred, open_checkpoint, text_shapes
+from mlx_qwen35.checkpoint import (
+    DTYPE_BYTES,
+    TEXT,
+    VISION,
+    Checkpoint,
+    is_zero_centred,
+    open_checkpoint,
+    text_shapes,
+    vision_shapes,
+)
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.hub import resolve
-from mlx_qwen35.memory import check_fits
+from mlx_qwen35.memory import check_fits, check_tower_fits
 from mlx_qwen35.model import Model
 from mlx_qwen35.processor import Processor
+from mlx_qwen35.vision import Tower, Vision
 from mlx_qwen35.weights import Weights
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def load(model: str | Path, *, revision: str | None = None, dtype: str | None = None) -> tuple[Model, Processor]:
+def load(
+    model: str | Path, *, revision: str | None = None, dtype: str | None = None, keep_vision: bool = False
+) -> tuple[Model, Processor]:
     """Load a checkpoint and return the model and the processor that turns messages to tokens and tokens to text.
 
     Args:
@@ -25,13 +37,22 @@ def load(model: str | Path, *, revision: str | None = None, dtype: str | None = 
         revision: branch, tag or commit of a Hugging Face id.
         dtype: of the activations and the unpacked weights: float32, float16 or bfloat16. None follows the checkpoint
             on a GPU, and is float32 on the CPU, where MLX's half types are 10 to 40 times slower.
+        keep_vision: the vision tower is read when the first image comes and given back once a prompt's images are
+            encoded; True keeps it in memory from then on.
 
     Raises InputError when the checkpoint cannot be found, is broken, or does not fit into this machine's memory.
     """
     folder = resolve(model, revision)
     checkpoint = open_checkpoint(folder)
-    processor = Processor.from_folder(folder, checkpoint.config)
-    return load_model(checkpoint, choose_dtype(checkpoint, dtype), str(model)), processor
+    processor = Processor.from_folder(folder, checkpoint.config, has_tower(checkpoint))
+    loaded = load_model(checkpoint, choose_dtype(checkpoint, dtype), str(model))
+    if loaded.vision:
+        loaded.vision.keep = keep_vision
+    return loaded, processor
+
+
+def has_tower(checkpoint: Checkpoint) -> bool:
+    return checkpoint.config.vision is not None and checkpoint.has(VISION)
 
 
 def choose_dtype(checkpoint: Checkpoint, dtype: str | None) -> mx.Dtype:
@@ -55,7 +76,7 @@ def _stored_float(dtype: str, name: str) -> str:
 
 
 def load_model(checkpoint: Checkpoint, dtype: mx.Dtype, name: str) -> Model:
-    """Read the text tensors and build the model; vision and MTP tensors are left on disk."""
+    """Read the text tensors and build the model; those of the vision tower stay on disk until an image comes."""
     names = [stored for stored, _ in checkpoint.part(text_shapes(checkpoint.config.text))]
     convertible = checkpoint.raw and not checkpoint.config.quantization
     check_fits(name, loaded_bytes(checkpoint, names, dtype), convertible)
@@ -69,11 +90,29 @@ def load_model(checkpoint: Checkpoint, dtype: mx.Dtype, name: str) -> Model:
         mx.eval(layer.parameters())
     mx.eval(model.parameters(), model.rotary.frequencies, model.rotary.axes)  # what is pending belongs to this thread
     mx.clear_cache()
+    if has_tower(checkpoint):
+        model.vision = Vision(lambda: load_tower(checkpoint, dtype))
     return model.eval()
 
 
+def load_tower(checkpoint: Checkpoint, dtype: mx.Dtype) -> Tower:
+    """Read the vision tensors and build the tower. InputError when they do not fit beside what is in memory."""
+    config = checkpoint.config.vision
+    names = [stored for stored, _ in checkpoint.part(vision_shapes(config))]
+    check_tower_fits(loaded_bytes(checkpoint, names, dtype))
+    arrays = _lazy_arrays(checkpoint, names)
+    _check_finite(checkpoint, arrays)
+    tower = Tower(config, Weights(arrays, checkpoint.quantization, dtype, checkpoint.config.text.rms_norm_eps))
+    arrays.clear()
+    for block in tower.blocks:
+        mx.eval(block.parameters())
+    mx.eval(tower.parameters())
+    mx.clear_cache()
+    return tower.eval()
+
+
 def loaded_bytes(checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype) -> int:
-    """Bytes of the text weights in memory: packed ones as on disk, the rest in `dtype`."""
+    """Bytes of these weights in memory: packed ones as on disk, the rest in `dtype`."""
     total = 0
     for name in names:
         entry = checkpoint.entries[name]
@@ -100,9 +139,11 @@ def _lazy_arrays(checkpoint: Checkpoint, names: list[str]) -> dict[str, mx.array
 
 
 def _to_raw(name: str, array: mx.array) -> mx.array:
-    """Undo what an MLX program did: move conv1d's taps back, take the one off in float32, which is exact."""
+    """Undo what an MLX program did: move the convolutions' axes back, take the one off in float32, which is exact."""
     if name.endswith("conv1d.weight"):
         return array.swapaxes(1, 2)
+    if name.endswith("patch_embed.proj.weight"):
+        return mx.moveaxis(array, -1, 1)
     return array.astype(mx.float32) - 1.0 if is_zero_centred(name) else array
 
 

@@ -34,3 +34,28 @@ def check_fits(name: str, weight_bytes: int, convertible: bool) -> None:
         f"a model. Convert it to 4 bit, about 3.5 times smaller:\n"
         f"  mlx_qwen35.convert --hf-path {name} --mlx-path {name.rstrip('/').split('/')[-1]}-4bit -q --q-bits 4"
     )
+
+
+def check_tower_fits(tower_bytes: int) -> None:
+    """Refuse to load the vision tower where it leaves no room beside the model, before anything is read."""
+    limit, used = usable_bytes(), mx.get_active_memory()
+    if used + tower_bytes + RESERVE > limit:
+        raise InputError(
+            f"the vision tower needs {tower_bytes / 1e9:.1f} GB; this machine has {limit / 1e9:.1f} GB for a model, of "
+            f"which {used / 1e9:.1f} GB are in use. Choose a folder with fewer bits, or shorten the conversation"
+        )
+
+
+# Up to this much usable memory, an image gets at most so many pixels, and a clip so many in all its frames: what a
+# prompt's tokens cost in KV cache and in time grows with them. A Mac with 8 GB has 5.7e9 usable bytes, one with 16 GB
+# 11.5e9. With more memory the checkpoint's published limits hold (16.8 million, and 25.2 million for a clip).
+_PIXELS = ((6e9, 1 << 20, 6 << 20), (12e9, 4 << 20, 12 << 20))
+
+
+def machine_pixels() -> tuple[float, float]:
+    """The most pixels of an image, and of all frames of a clip, that suit this machine's memory."""
+    usable = usable_bytes()
+    for limit, image, clip in _PIXELS:
+        if usable <= limit:
+            return image, clip
+    return float("inf"), float("inf")

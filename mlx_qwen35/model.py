@@ -1,9 +1,11 @@
-"""The text model: embed -> layers -> norm -> logits."""
+"""The model: embed, with image embeddings in their places -> layers -> norm -> logits."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_qwen35.attention import GatedAttention
 from mlx_qwen35.cache import Cache, Span
@@ -11,6 +13,15 @@ from mlx_qwen35.config import FULL, TextConfig
 from mlx_qwen35.delta_net import GatedDeltaNet
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.layers import MLP, Rotary
+from mlx_qwen35.vision import Vision
+
+
+class Visual(NamedTuple):
+    """What stands in the place of the placeholders of one pass."""
+
+    rows: mx.array  # (n,) integers: where they are
+    columns: mx.array
+    embeddings: mx.array  # (n, D)
 
 
 class DecoderLayer(nn.Module):
@@ -33,7 +44,10 @@ class DecoderLayer(nn.Module):
 
 
 class Model(nn.Module):
-    """A Qwen3.5 text model. Holds weights only; a conversation's memory is its `Cache`."""
+    """A Qwen3.5 model. Holds weights only; a conversation's memory is its `Cache`.
+
+    `vision` is the tower, which makes embeddings of images and clips; None for a checkpoint without one.
+    """
 
     def __init__(self, config: TextConfig, weights):
         super().__init__()
@@ -48,6 +62,7 @@ class Model(nn.Module):
         self.config = config
         self.rotary = Rotary(config.rope)
         self.dtype = weights.dtype  # of activations
+        self.vision: Vision | None = None
 
     def make_cache(self, batch: int = 1) -> Cache:
         """An empty memory for `batch` rows that are read together."""
@@ -57,10 +72,19 @@ class Model(nn.Module):
         """tokens (B, T) integer -> logits (B, T, V) in the activation dtype, extending the cache if there is one."""
         return self.logits(self.hidden(tokens, cache))
 
-    def hidden(self, tokens: mx.array, cache: Cache | None = None, lengths: Sequence[int] | None = None) -> mx.array:
+    def hidden(
+        self,
+        tokens: mx.array,
+        cache: Cache | None = None,
+        lengths: Sequence[int] | None = None,
+        visual: Visual | None = None,
+        positions: np.ndarray | None = None,
+    ) -> mx.array:
         """tokens (B, T) -> (B, T, D) after the final norm.
 
         lengths: of each row, how many of the T tokens are real; the outputs at the rest mean nothing. None: all.
+        visual: embeddings that replace those of some tokens. positions: (3, B, T) integers, see `positions`; None goes
+        on counting where the cache is.
         Raises InputError when tokens is not (B, T), its ids are not integers, or B is not the cache's.
         """
         if tokens.ndim != 2 or not mx.issubdtype(tokens.dtype, mx.integer) or 0 in tokens.shape:
@@ -68,11 +92,18 @@ class Model(nn.Module):
         cache = self.make_cache(tokens.shape[0]) if cache is None else cache
         if cache.batch != tokens.shape[0]:
             raise InputError(f"the cache is for {cache.batch} rows, tokens have {tokens.shape[0]}")
-        with cache.reading(tokens.shape[1], lengths) as span:
-            x = self.embed_tokens.look_up(tokens)
+        with cache.reading(tokens.shape[1], lengths, positions) as span:
+            x = self.embed(tokens, visual)
             for layer, memory in zip(self.layers, cache.layers, strict=True):
                 x = layer(x, span, memory)
             return self.norm(x)
+
+    def embed(self, tokens: mx.array, visual: Visual | None = None) -> mx.array:
+        """tokens (B, T) -> (B, T, D) in the activation dtype, image embeddings in their places."""
+        x = self.embed_tokens.look_up(tokens)
+        if visual is not None:
+            x[visual.rows, visual.columns] = visual.embeddings.astype(x.dtype)
+        return x
 
     def logits(self, hidden: mx.array) -> mx.array:
         """(..., D) after the final norm -> (..., V). Costly: 248,320 products a row, so ask for the rows you need."""

@@ -1,36 +1,33 @@
-"""What the user gives -> prompt tokens, and generated tokens -> text; with the checkpoint's template and tokenizer."""
+"""What the user gives -> a prompt, and generated tokens -> text; with the checkpoint's template and tokenizer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.config import Config, read_json
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.parts import escape, in_order, read_parts, spread_clips, take_media
+from mlx_qwen35.positions import Run
+from mlx_qwen35.preprocess import Media, Preprocessor, VisionOptions, read_preprocessors
+from mlx_qwen35.prompt import Placed, Prompt
 
 Messages = Sequence[Mapping[str, Any]]
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")  # the checkpoint's files name one each; both end a generation
-_VISION_KEYS = {"image", "image_url", "video"}
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Tokens to be read, and whether generation starts inside a thinking block."""
-
-    tokens: tuple[int, ...]
-    thinking: bool
 
 
 class Processor:
-    """Tokenizer and chat template of one checkpoint.
+    """Tokenizer, chat template and image settings of one checkpoint.
 
     Args:
         tokenizer: mlx-lm's wrapper around the checkpoint's tokenizer.
-        config: the checkpoint's configuration, for its end tokens.
+        config: the checkpoint's configuration, for its end tokens and its vision tower's sizes.
+        folder: where the checkpoint's preprocessor files are; None for a checkpoint without a vision tower.
     """
 
-    def __init__(self, tokenizer, config: Config):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer, config: Config, folder: Path | None = None):
+        self.tokenizer, self.config, self._folder = tokenizer, config, folder
         known = tokenizer.get_vocab()
         ends = {known[token] for token in END_TOKENS if token in known}
         self.stop_ids = frozenset(ends | set(config.eos_token_ids) | set(tokenizer.eos_token_ids))
@@ -39,8 +36,11 @@ class Processor:
         self.think_start, self.think_end = known.get("<think>"), known.get("</think>")
 
     @classmethod
-    def from_folder(cls, folder: Path, config: Config) -> "Processor":
-        """Read tokenizer.json and chat template of a checkpoint folder. No code from the folder is run."""
+    def from_folder(cls, folder: Path, config: Config, has_tower: bool = True) -> "Processor":
+        """Read tokenizer.json and chat template of a checkpoint folder. No code from the folder is run.
+
+        has_tower: whether the tensors of the vision tower are there; without them images are refused.
+        """
         if not (folder / "tokenizer.json").is_file():
             raise InputError(
                 f"a checkpoint folder must hold tokenizer.json; {folder} does not. Download it again, whole"
@@ -51,7 +51,8 @@ class Processor:
         from mlx_lm.tokenizer_utils import load  # brings transformers, which takes its time
 
         try:
-            return cls(load(folder, {"trust_remote_code": False}), config)
+            tokenizer = load(folder, {"trust_remote_code": False})
+            return cls(tokenizer, config, folder if has_tower and config.vision else None)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
                 f"the tokenizer files of {folder} could not be read ({type(error).__name__}: {error}). "
@@ -60,20 +61,63 @@ class Processor:
 
     # --- in ---
 
-    def encode_text(self, text: str) -> Prompt:
-        """A raw completion prompt: no template. Generation is taken to think if the text leaves a <think> open."""
-        return self._prompt(text)
+    def encode_text(
+        self,
+        text: str,
+        images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
+        vision: VisionOptions = VisionOptions(),  # noqa: B008 (frozen)
+    ) -> Prompt:
+        """A raw completion prompt: no template. Generation is taken to think if the text leaves a <think> open.
 
-    def encode_messages(self, messages: Messages, **template: Any) -> Prompt:
+        Images go where the text has <|image_pad|>, clips where it has <|video_pad|>, in order; as many as there are.
+        """
+        media = [self.read("image", source, vision) for source in images]
+        media += [self.read("video", source, vision) for source in videos]
+        return self._prompt(text, media, vision)
+
+    def encode_messages(
+        self,
+        messages: Messages,
+        vision: VisionOptions = VisionOptions(),  # noqa: B008
+        **template: Any,
+    ) -> Prompt:
         """Messages in the usual form, put through the checkpoint's chat template up to the assistant's turn.
+
+        The content of a message is text or a list of parts: {"type": "text", "text": ...}, {"type": "image", "image":
+        SOURCE} with min_pixels and max_pixels if wanted, {"type": "video", "video": SOURCE} with fps or num_frames,
+        total_pixels and source_fps; also {"type": "image_url", "image_url": {"url": ...}}. SOURCE is anything that
+        read_image or read_video takes.
 
         `template` goes to the template: enable_thinking True or False (absent: the checkpoint's default), tools, and
         add_generation_prompt. Raises InputError with the template's own words when it refuses the messages.
         """
-        return self._prompt(self.render(messages, **template))
+        bare, media = take_media(messages, self.read, vision)
+        (bare, template), mark = escape([bare, template])
+        return self._prompt(self.render(bare, **template), media, vision, mark)
+
+    def read(self, kind: str, source: Any, vision: VisionOptions) -> Media:
+        """An image or a clip (`kind`), read and resized as the checkpoint wants it."""
+        if isinstance(source, Media):
+            return source
+        if self._folder is None:
+            raise InputError(
+                f"this checkpoint reads text alone: it has no vision tower, so the {kind} cannot be read. Use the "
+                "original, or a folder that was converted with its tower"
+            )
+        image, video = self._preprocessors
+        return image.image(source, vision) if kind == "image" else video.video(source, vision)
+
+    def read_parts(self, parts: Sequence[Any], vision: VisionOptions) -> list[Any]:
+        """The parts of one message with their images and clips read now."""
+        return read_parts(parts, self.read, vision)
+
+    @cached_property
+    def _preprocessors(self) -> tuple[Preprocessor, Preprocessor]:
+        return read_preprocessors(self._folder, self.config.vision)
 
     def render(self, messages: Messages, **template: Any) -> str:
-        """The prompt text of messages; see encode_messages."""
+        """The prompt text of messages, each image and clip one placeholder; see encode_messages."""
         from jinja2.exceptions import TemplateError
 
         hugging_face = (
@@ -84,7 +128,6 @@ class Processor:
                 "this checkpoint has no chat template: it completes raw text, which is generate with "
                 "ignore_chat_template (--ignore-chat-template)"
             )
-        _refuse_vision(messages)
         given = {key: value for key, value in template.items() if value is not None}
         options = {"add_generation_prompt": True, "tokenize": False} | given
         try:
@@ -92,17 +135,46 @@ class Processor:
         except (TemplateError, TypeError, ValueError) as error:
             raise InputError(f"the chat template refuses these messages: {error}") from error
 
-    def _prompt(self, text: str) -> Prompt:
+    def _prompt(self, text: str, media: Sequence[Media], vision: VisionOptions, mark: str = "") -> Prompt:
+        """Text with one placeholder for each image and clip -> tokens with as many as each takes."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(
                 f"a prompt must be valid Unicode text, in UTF-8 where it is typed or piped: {error}"
             ) from error
-        tokens = self.tokenizer.encode(text, add_special_tokens=False)
+        if self.config.vision:
+            media = in_order(text, media)
+            text = spread_clips(text, media, vision.outer_vision_tags)
+        pieces = text.split(mark) if mark else [text]
+        tokens = [token for piece in pieces for token in self.tokenizer.encode(piece, add_special_tokens=False)]
         if not tokens:
             raise InputError("the prompt must not be empty")
-        return Prompt(tuple(tokens), self.opens_thinking(tokens))
+        tokens, placed = self._place(tokens, media)
+        return Prompt(tuple(tokens), self.opens_thinking(tokens), tuple(placed))
+
+    def _place(self, tokens: list[int], media: Sequence[Media]) -> tuple[list[int], list[Placed]]:
+        """Repeat each placeholder as often as its image, or pair of frames, has tokens."""
+        out: list[int] = []
+        merge = self.config.vision.spatial_merge_size if media else 1
+        pads = self.placeholders
+        groups = [(i, *(side // merge for side in m.grid[1:])) for i, m in enumerate(media) for _ in range(m.grid[0])]
+        runs: list[list[Run]] = [[] for _ in media]
+        queue = iter(groups)
+        for token in tokens:
+            if media and token in pads:
+                i, height, width = next(queue)
+                runs[i].append(Run(len(out), height, width))
+                out += [token] * (height * width)
+            else:
+                out.append(token)
+        assert next(queue, None) is None, "the tokenizer must know the placeholders"
+        return out, [Placed(m, tuple(own)) for m, own in zip(media, runs, strict=True)]
+
+    @property
+    def placeholders(self) -> frozenset[int]:
+        """The token ids that stand for images and clips."""
+        return frozenset(self.config.token_ids[name] for name in ("image", "video") if name in self.config.token_ids)
 
     def opens_thinking(self, tokens: Sequence[int]) -> bool:
         """Whether a prompt ends inside a thinking block."""
@@ -119,14 +191,6 @@ class Processor:
 
 def _last(tokens: Sequence[int], wanted: int | None) -> int:
     return max((i for i, token in enumerate(tokens) if token == wanted), default=-1)
-
-
-def _refuse_vision(messages: Messages) -> None:
-    for message in messages:
-        content = message.get("content")
-        for part in content if isinstance(content, Sequence) and not isinstance(content, str) else ():
-            if isinstance(part, Mapping) and (_VISION_KEYS & set(part) or part.get("type") in _VISION_KEYS):
-                raise InputError("messages must be text in this version: images and video are not read yet")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ class Weights:
         arrays: Hugging Face name -> array, raw layout (conv1d [C, 1, K]) with gamma - 1 norms in float32 or narrower.
         packing: name of a weight -> how it is packed, None when it is not.
         dtype: of activations; matrices, or the scales of packed ones, are cast to it.
-        eps: of the RMS norms.
+        eps: of the RMS norms; the vision tower has none.
     """
 
     def __init__(
@@ -34,6 +34,9 @@ class Weights:
     def float32(self, name: str) -> mx.array:
         return self.arrays[self.prefix + name].astype(mx.float32)
 
+    def vector(self, name: str) -> mx.array:
+        return self.arrays[self.prefix + name].astype(self.dtype)
+
     def norm(self, name: str) -> RMSNorm:
         """A zero-centred norm: the one is added here, in float32."""
         return RMSNorm(1.0 + self.float32(f"{name}.weight"), self.eps)
@@ -46,13 +49,16 @@ class Weights:
         path = f"{self.prefix}{name}."
         packing = self.packing(f"{path}weight")
         suffixes = packing.parts((1, packing.group_size)) if packing else ("weight",)
+        suffixes = (*suffixes, "bias") if f"{path}bias" in self.arrays else suffixes
         parts = {suffix: self.arrays[path + suffix] for suffix in suffixes}
         return {
             k: a.astype(self.dtype) if mx.issubdtype(a.dtype, mx.floating) else a for k, a in parts.items()
         }, packing
 
     def linear(self, name: str) -> Linear:
-        return Linear(*self._matrix(name))
+        """A matrix, its bias where there is one; a convolution over patches that do not overlap is a matrix too."""
+        parts, packing = self._matrix(name)
+        return Linear(parts | {"weight": parts["weight"].flatten(1)}, packing)
 
     def embedding(self, name: str) -> Embedding:
         return Embedding(*self._matrix(name), self.dtype)

@@ -16,6 +16,8 @@ from parity import cases
 from mlx_qwen35.checkpoint import INDEX, MODES, Quantization, is_matrix, is_zero_centred, open_checkpoint
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.hub import resolve
+from mlx_qwen35.load import load, load_tower
+from mlx_qwen35.preprocess import VisionOptions
 from mlx_qwen35.random_checkpoint import changed, geometry
 
 # One program and the same numbers: only products of differently laid out arrays may round differently.
@@ -41,6 +43,19 @@ def logits(folder: Path) -> mx.array:
     out = mx.concatenate(parts, axis=1)
     mx.eval(out)
     return out
+
+
+def seen(folder: Path) -> mx.array:
+    """The tower's embeddings of a random picture of 96 x 64."""
+    checkpoint = open_checkpoint(folder)
+    tower = load_tower(checkpoint, mx.float32)
+    out = tower([patches_of_a_picture()], (6, 4))
+    mx.eval(out)
+    return out
+
+
+def patches_of_a_picture() -> mx.array:
+    return mx.array(np.random.default_rng(7).uniform(-1, 1, (1, 24, 1536)).astype(np.float32))
 
 
 def difference(a: mx.array, b: mx.array) -> float:
@@ -145,6 +160,11 @@ def test_a_converted_folder_equals_the_raw_one(rename, tied, checkpoint_folder, 
     target = as_converted(folder, tmp_path / "converted", rename)
     assert open_checkpoint(folder).raw and not open_checkpoint(target).raw
     assert difference(logits(folder), logits(target)) < SAME
+
+
+def test_a_tower_in_the_layout_of_mlx_vlm_sees_the_same(raw, tmp_path):
+    target = as_converted(raw, tmp_path / "converted", mlx_vlm_name)
+    assert difference(seen(raw), seen(target)) == 0
 
 
 @pytest.mark.parametrize("vision", [True, False], ids=["vision", "no vision"])
@@ -331,6 +351,9 @@ def test_a_folder_written_by_mlx_vlm_gives_the_logits_of_mlx_vlm(form, with_toke
     peer = load_model(target)
     peer.set_dtype(mx.float32)
     assert open_checkpoint(target).has("model.visual.")
+    assert difference(seen(target), peer.vision_tower(patches_of_a_picture()[0], mx.array([[1, 6, 4]]))[0]) < TOLERANCE
+    media = load(target)[1].read("image", np.zeros((60, 70, 3), np.uint8), VisionOptions())
+    assert media.grid == (1, 4, 4)  # by its preprocessor files
     embeddings = peer.language_model.model.embed_tokens(prompt()).astype(mx.float32)  # bfloat16 in mode mxfp4
     assert difference(logits(target), peer.language_model(prompt(), inputs_embeds=embeddings).logits) < TOLERANCE
 

@@ -9,10 +9,11 @@ import mlx.core as mx
 
 from mlx_qwen35.cache import Cache
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.generate.loop import decode, read
-from mlx_qwen35.generate.options import Options, Plan, check_names, encode, plan
+from mlx_qwen35.generate.loop import Row, decode, read
+from mlx_qwen35.generate.options import Options, Plan, check_names, encode, plan, refuse_idle_vision
 from mlx_qwen35.model import Model
-from mlx_qwen35.processor import Messages, Piece, Processor, Prompt
+from mlx_qwen35.processor import Messages, Piece, Processor
+from mlx_qwen35.prompt import Prompt
 from mlx_qwen35.sampling import Sampler
 
 
@@ -21,8 +22,9 @@ class Result:
     """One finished generation; str() is the answer.
 
     finish_reason: "stop" (an end token or a stop string), "length" (max_tokens or the end of the context), or
-    "interrupted". tokens are the generated ids, the end token included. Speeds are in tokens per second: prompt_tps to
-    the first token, generation_tps after it. peak_memory is in GB (10^9 bytes), since the program started.
+    "interrupted". tokens are the generated ids, the end token included. vision_seconds is what images and clips took in
+    the vision tower. Speeds are in tokens per second: prompt_tps from there to the first token, generation_tps after
+    it. peak_memory is in GB (10^9 bytes), since the program started.
     """
 
     text: str
@@ -31,6 +33,7 @@ class Result:
     finish_reason: str
     prompt_tokens: int
     generation_tokens: int
+    vision_seconds: float
     prompt_tps: float
     generation_tps: float
     peak_memory: float
@@ -62,10 +65,12 @@ class Generation:
         self._reasons = ["interrupted"] * len(self.prompts)
         self._first = [0.0] * len(self.prompts)  # when each row's first and last tokens were there
         self._last = [0.0] * len(self.prompts)
-        self._start = time.perf_counter()
+        self._arrived = self._start = time.perf_counter()  # and when the tower was done
 
     def __iter__(self) -> Iterator[tuple[int, Piece]]:
         """Run the loop, once."""
+        self._arrived = self._start = time.perf_counter()
+        rows = see(self.model, self.prompts)
         self._start = time.perf_counter()
         total, done = sum(len(prompt.tokens) for prompt in self.prompts), 0
 
@@ -75,7 +80,6 @@ class Generation:
             self.progress(done, total)
 
         positions = [n + len(prompt.tokens) for n, prompt in zip(self.cache.row_lengths, self.prompts, strict=True)]
-        rows = [prompt.tokens for prompt in self.prompts]
         hidden = read(self.model, self.cache, rows, self.plan.prefill_step_size, count)
         seeds = [self.plan.seed] * len(rows)
         sampler = Sampler(self.plan.samplings, seeds, positions, self.processor.vocabulary)
@@ -117,6 +121,7 @@ class Generation:
             finish_reason=self._reasons[row],
             prompt_tokens=prompt,
             generation_tokens=len(tokens),
+            vision_seconds=self._start - self._arrived,
             prompt_tps=prompt / reading if tokens else 0.0,
             generation_tps=(len(tokens) - 1) / writing if writing > 0 else 0.0,
             peak_memory=mx.get_peak_memory() / 1e9,
@@ -124,12 +129,33 @@ class Generation:
         )
 
 
+def see(model: Model, prompts: Sequence[Prompt]) -> list[Row]:
+    """Encode what the prompts show, give the tower's memory back, and return the rows to be read."""
+    media = [placed.media for prompt in prompts for placed in prompt.media]
+    if not media:
+        return [Row(prompt.tokens) for prompt in prompts]
+    if model.vision is None:
+        raise InputError("this model has no vision tower: its prompts must be text")
+    try:
+        shown = iter(model.vision.encode(media))
+        rows = []
+        for prompt in prompts:
+            own = [next(shown) for _ in prompt.media]
+            rows.append(Row(prompt.tokens, prompt.runs, mx.concatenate(own) if own else None))
+        mx.eval([row.embeddings for row in rows if row.embeddings is not None])
+    finally:
+        model.vision.release()
+    return rows
+
+
 def start(
     model: Model, processor: Processor, prompts: Sequence[str | Sequence[int] | Messages], **options: Unpack[Options]
 ) -> Generation:
     """A Generation of these prompts, nothing read yet: for callers that want pieces and the result."""
     given = check_names(options)
-    return Generation(model, processor, [encode(processor, prompt, given) for prompt in prompts], given)
+    encoded = [encode(processor, prompt, given) for prompt in prompts]
+    refuse_idle_vision(given, encoded)
+    return Generation(model, processor, encoded, given)
 
 
 def _one(prompt: str | Sequence[int] | None, messages: Messages | None) -> str | Sequence[int] | Messages:
@@ -151,7 +177,8 @@ def generate(
     Args:
         model, processor: from `load`.
         prompt: one user message, put through the chat template; with ignore_chat_template=True raw text; or token ids.
-        messages: instead of prompt, a conversation: [{"role": "user", "content": "..."}, ...].
+        messages: instead of prompt, a conversation: [{"role": "user", "content": "..."}, ...]; with images and clips
+            see Processor.encode_messages.
         options: see `Options`.
 
     Raises InputError for a prompt or an option that breaks a rule.

@@ -4,15 +4,19 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mlx_qwen35.commands import (
     INTERRUPTED,
     add_generation_options,
     add_model_options,
     add_sampling_options,
+    add_vision_options,
     clean_errors,
     given_options,
+    print_media,
     print_pieces,
     prompt_bar,
     require_model,
@@ -21,6 +25,8 @@ from mlx_qwen35.errors import InputError
 from mlx_qwen35.generate import Result, start
 from mlx_qwen35.generate.options import PREFILL_STEP
 from mlx_qwen35.load import load
+from mlx_qwen35.preprocess import Media
+from mlx_qwen35.processor import Messages
 
 COMMAND = "mlx_qwen35.generate"
 
@@ -35,9 +41,20 @@ def parser() -> argparse.ArgumentParser:
     source = group.add_mutually_exclusive_group()
     source.add_argument("--prompt", "-p", help="the message; - reads standard input, as does giving none with a pipe")
     source.add_argument("--prompt-file", type=Path, help="a text file that holds the message")
+    for kind, source in (("image", "a file, URL or data: URI"), ("video", "a file, URL, or a folder of pictures")):
+        group.add_argument(
+            f"--{kind}",
+            dest="media",
+            action="append",
+            default=[],
+            type=lambda name, kind=kind: (kind, name),
+            metavar="FILE",
+            help=f"{source}, put before the message; images and videos may repeat and mix and keep their order",
+        )
     group.add_argument("--ignore-chat-template", action="store_true", help="complete the raw text instead of chatting")
     add_generation_options(parser)
     add_sampling_options(parser)
+    add_vision_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text and statistics")
     return parser
 
@@ -58,9 +75,25 @@ def read_prompt(args: argparse.Namespace) -> str:
         raise InputError(f"standard input must be UTF-8 text: {error}") from error
 
 
-def print_statistics(result: Result) -> None:
+def with_media(prompt: str, media: Sequence[tuple[str, str]], options: dict[str, Any]) -> str | Messages:
+    """The prompt, as a message with its images and clips where there are some; takes what it uses out of options."""
+    if options.get("ignore_chat_template"):
+        for kind, source in media:
+            options.setdefault(f"{kind}s", []).append(source)
+        return prompt
+    if not media:
+        return prompt
+    system = options.pop("system_prompt", None)
+    parts = [{"type": kind, kind: source} for kind, source in media]
+    message = {"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}
+    return [*([{"role": "system", "content": system}] if system else []), message]
+
+
+def print_statistics(result: Result, media: Sequence[Media]) -> None:
+    shown = sum(item.tokens for item in media)
     lines = (
         "=" * 10,
+        *([f"Vision: {shown:,} tokens in {result.vision_seconds:.2f} s"] if media else []),
         f"Prompt: {result.prompt_tokens} tokens, {result.prompt_tps:.1f} tokens per second",
         f"Generation: {result.generation_tokens} tokens, {result.generation_tps:.1f} tokens per second "
         f"({result.finish_reason}, seed {result.seed})",
@@ -72,10 +105,13 @@ def print_statistics(result: Result) -> None:
 def run(args: argparse.Namespace) -> int:
     name, prompt = require_model(args), read_prompt(args)
     options = given_options(args) | {"ignore_chat_template": args.ignore_chat_template or None}
-    model, processor = load(name, revision=args.revision, dtype=args.dtype)
+    prompt = with_media(prompt, args.media, options)
+    model, processor = load(name, revision=args.revision, dtype=args.dtype, keep_vision=args.keep_vision)
     status = 0
     with prompt_bar(args.prefill_step_size or PREFILL_STEP) as progress:
         generation = start(model, processor, [prompt], progress=progress, **options)
+        media = [placed.media for placed in generation.prompts[0].media]
+        print_media(media)
         try:
             if args.json:
                 for _ in generation:
@@ -89,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(dataclasses.asdict(result), ensure_ascii=False))
     else:
-        print_statistics(result)
+        print_statistics(result, media)
     return status
 
 

@@ -1,36 +1,49 @@
-"""The one loop: read the prompts in chunks, then draw, feed, draw. It knows ids and logits, never text."""
+"""The one loop: read the prompts in chunks, then draw, feed, draw. It knows ids and embeddings, never text."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_qwen35.cache import Cache
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.model import Model
+from mlx_qwen35.model import Model, Visual
+from mlx_qwen35.positions import Run, positions
 from mlx_qwen35.sampling import Sampler
 
 CLEAR_EVERY = 256  # steps between returning MLX's unused buffers to the system
 
 
+class Row(NamedTuple):
+    """One prompt as the model reads it."""
+
+    tokens: Sequence[int]
+    runs: Sequence[Run] = ()  # its placeholders
+    embeddings: mx.array | None = None  # (n, D): what stands in their place, in order
+
+
 def read(
     model: Model,
     cache: Cache,
-    prompts: Sequence[Sequence[int]],
+    rows: Sequence[Row],
     step: int,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> mx.array:
     """Feed prompts of any lengths, one a row, in chunks of `step` columns; (B, D), each row's last hidden.
 
-    progress is told the number of tokens after each chunk.
+    A chunk may end inside an image. progress is told the number of tokens after each chunk.
     """
-    longest = max(map(len, prompts))
+    longest = max(len(row.tokens) for row in rows)
+    places = [_Places(row, first) for row, first in zip(rows, cache.next_positions, strict=True)]
     last: mx.array | None = None
     for start in range(0, longest, step):
-        chunk = [row[start : start + step] for row in prompts]
+        chunk = [row.tokens[start : start + step] for row in rows]
         width = max(map(len, chunk))
-        lengths = [len(row) for row in chunk]
-        padded = mx.array([[*row, *[0] * (width - len(row))] for row in chunk])
-        hidden = model.hidden(padded, cache, None if min(lengths) == width else lengths)
+        lengths = [len(tokens) for tokens in chunk]
+        padded = mx.array([[*tokens, *[0] * (width - len(tokens))] for tokens in chunk])
+        visual, positions = _looks(places, start, width)
+        hidden = model.hidden(padded, cache, None if min(lengths) == width else lengths, visual, positions)
         ends = mx.array([max(0, n - 1) for n in lengths])[:, None, None]
         here = mx.take_along_axis(hidden, ends, axis=1)[:, 0]
         last = here if last is None else mx.where(mx.array([n > 0 for n in lengths])[:, None], here, last)
@@ -39,6 +52,39 @@ def read(
         mx.clear_cache()
         progress(sum(lengths))
     return last
+
+
+class _Places:
+    """Where one row's placeholders are, and all its positions."""
+
+    def __init__(self, row: Row, first: int):
+        self.columns = np.concatenate([np.arange(run.start, run.stop) for run in row.runs] or [np.zeros(0, int)])
+        count = 0 if row.embeddings is None else len(row.embeddings)
+        if count != len(self.columns):
+            raise InputError(
+                f"there must be one embedding for each placeholder; there are {count} for {len(self.columns)}"
+            )
+        self.embeddings, self.first = row.embeddings, first
+        self.positions = positions(len(row.tokens), row.runs, first)
+
+
+def _looks(places: Sequence[_Places], start: int, width: int) -> tuple[Visual | None, np.ndarray | None]:
+    """What a chunk of columns shows, and its positions; neither for prompts of text, which go on counting."""
+    if not any(len(row.columns) for row in places):
+        return None, None
+    table = np.zeros((3, len(places), width), np.int32)
+    rows, columns, embeddings = [], [], []
+    for i, row in enumerate(places):
+        own = row.positions[:, start : start + width]
+        table[:, i, : own.shape[1]] = own
+        low, high = np.searchsorted(row.columns, (start, start + width))
+        if low < high:
+            rows.append(np.full(high - low, i))
+            columns.append(row.columns[low:high] - start)
+            embeddings.append(row.embeddings[low:high])
+    if not rows:
+        return None, table
+    return Visual(*(mx.array(np.concatenate(part)) for part in (rows, columns)), mx.concatenate(embeddings)), table
 
 
 def decode(

@@ -8,7 +8,9 @@ from typing import Any, TypedDict
 from mlx_qwen35.cache import Cache
 from mlx_qwen35.config import TextConfig
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.processor import Messages, Processor, Prompt, check_stop
+from mlx_qwen35.preprocess import IMAGE_OPTIONS, VIDEO_OPTIONS, VISION_OPTIONS, VisionOptions
+from mlx_qwen35.processor import Messages, Processor, check_stop
+from mlx_qwen35.prompt import Prompt
 from mlx_qwen35.sampling import PRESETS, Preset, Sampling, check_seed
 
 PREFILL_STEP = 1024  # tokens of the prompt read at a time
@@ -27,6 +29,11 @@ class Options(TypedDict, total=False):
     enable_thinking: True or False as the chat template understands it. Default: the template's own.
     system_prompt: put in front of a string prompt as the system message.
     tools: function descriptions for the chat template.
+    images, videos: put in front of the text of a string prompt, images first; paths, URLs, PIL images, arrays, see
+        read_image and read_video. With ignore_chat_template they go where the text has <|image_pad|> or <|video_pad|>.
+        Messages hold theirs as parts, in any order, see Processor.encode_messages.
+    min_pixels, max_pixels, fps, video_num_frames, video_total_pixels, source_fps, published_limits, outer_vision_tags:
+        see VisionOptions; a part of a message may set its own.
     ignore_chat_template: take a string prompt as raw text to be completed.
     prefill_step_size: tokens of the prompt read at a time.
     cache: continue this conversation (from model.make_cache()): the prompt is read after what is in it. Afterwards the
@@ -49,6 +56,16 @@ class Options(TypedDict, total=False):
     enable_thinking: bool
     system_prompt: str
     tools: Sequence[Mapping[str, Any]]
+    images: Sequence[Any]
+    videos: Sequence[Any]
+    min_pixels: int
+    max_pixels: int
+    fps: float
+    video_num_frames: int
+    video_total_pixels: int
+    source_fps: float
+    published_limits: bool
+    outer_vision_tags: bool
     ignore_chat_template: bool
     prefill_step_size: int
     cache: Cache
@@ -66,32 +83,76 @@ def check_names(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def encode(processor: Processor, prompt: str | Sequence[int] | Messages, options: Options) -> Prompt:
-    """A prompt in any of its forms -> tokens.
+    """A prompt in any of its forms -> tokens, and the images and clips that they show.
 
     A string is one user message put through the chat template, or raw text with ignore_chat_template; a list of
     integers is tokens as they are; a list of mappings is messages.
     """
-    template = {"enable_thinking": options.get("enable_thinking"), "tools": options.get("tools")}
-    raw, system = options.get("ignore_chat_template"), options.get("system_prompt")
+    raw = options.get("ignore_chat_template")
     is_text = isinstance(prompt, str)
     if (not is_text and not len(prompt)) or (is_text and not prompt.strip()):
         raise InputError("the prompt must not be empty")
-    if not is_text or raw:  # an option must not be without effect in silence
-        unused = {"system_prompt": system, "ignore_chat_template": (not is_text and raw) or None}
-        unused |= template if raw or (not is_text and isinstance(prompt[0], int)) else {}
-        if names := [name for name, value in unused.items() if value is not None]:
-            kind = "raw text" if is_text else "tokens" if isinstance(prompt[0], int) else "messages"
-            raise InputError(f"{', '.join(names)} must not be given with a prompt of {kind}: it would have no effect")
-    if is_text and raw:
-        return processor.encode_text(prompt)
-    if is_text:
-        messages = [{"role": "system", "content": system}] if system else []
-        return processor.encode_messages([*messages, {"role": "user", "content": prompt}], **template)
-    if isinstance(prompt[0], Mapping):
-        return processor.encode_messages(prompt, **template)
+    kind = ("raw text" if raw else "text") if is_text else "tokens" if isinstance(prompt[0], int) else "messages"
+    _refuse_idle(kind, options)
+    template = {name: options.get(name) for name in ("enable_thinking", "tools")}
+    media = {name: options.get(name, ()) for name in ("images", "videos")}
+    vision = vision_options(options)
+    if kind == "raw text":
+        return processor.encode_text(prompt, **media, vision=vision)
+    if kind == "text":
+        return processor.encode_messages(_messages(prompt, options), vision, **template)
+    if kind == "messages":
+        return processor.encode_messages(prompt, vision, **template)
     if not all(isinstance(token, int) and 0 <= token < processor.vocabulary for token in prompt):
         raise InputError(f"tokens must be integers from 0 to {processor.vocabulary - 1}")
+    if found := sorted(processor.placeholders & set(prompt)):
+        raise InputError(f"tokens must not stand for images ({found}): there is no image with them. Give messages")
     return Prompt(tuple(prompt), processor.opens_thinking(prompt))
+
+
+def _messages(text: str, options: Options) -> Messages:
+    """One user message: images, clips, text."""
+    parts = [{"type": "image", "image": source} for source in options.get("images", ())]
+    parts += [{"type": "video", "video": source} for source in options.get("videos", ())]
+    system = [{"role": "system", "content": options["system_prompt"]}] if options.get("system_prompt") else []
+    return [*system, {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}]
+
+
+# Which options have an effect on a prompt of this kind, among those that have not on every kind.
+_EFFECTIVE = {
+    "text": {"system_prompt", "enable_thinking", "tools", "images", "videos"},
+    "raw text": {"ignore_chat_template", "images", "videos"},
+    "messages": {"enable_thinking", "tools"},
+    "tokens": set(),
+}
+
+
+def _refuse_idle(kind: str, options: Options) -> None:
+    """An option must not be without effect in silence."""
+    given = {name for name in set().union(*_EFFECTIVE.values()) if options.get(name) not in (None, ())}
+    if not options.get("ignore_chat_template") and kind != "raw text":
+        given.discard("ignore_chat_template")
+    if idle := sorted(given - _EFFECTIVE[kind]):
+        raise InputError(f"{', '.join(idle)} must not be given with a prompt of {kind}: it would have no effect")
+    for name in ("images", "videos"):
+        if isinstance(options.get(name), str | bytes):
+            raise InputError(f"{name} must be a list; for one there is [{name[:-1]}]")
+
+
+def vision_options(options: Mapping[str, Any]) -> VisionOptions:
+    return VisionOptions(**{name: options[name] for name in VISION_OPTIONS if name in options})
+
+
+def refuse_idle_vision(options: Options, prompts: Sequence[Prompt]) -> None:
+    """Options for images need an image among the prompts, those for clips a clip."""
+    clips = {placed.media.is_clip for prompt in prompts for placed in prompt.media}
+    for kind, names, present in (
+        ("image", IMAGE_OPTIONS, False in clips), ("video", VIDEO_OPTIONS, True in clips),
+        ("image or video", {"published_limits"}, bool(clips)),
+    ):  # fmt: skip
+        idle = sorted(names & set(options))
+        if idle and not present:
+            raise InputError(f"{', '.join(idle)} must not be given without {kind}: it would have no effect")
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,17 @@
-"""Causal attention of a prompt: MLX's own, except on the CPU, where that takes exp of every score one by one.
+"""Softmax attention whose scores never take more than a stated number of bytes, nor one launch more than a stated time.
 
-There it goes by blocks of queries, each with the keys up to its end, which also halves the work.
+MLX's own kernel does the work on a GPU, by tiles of queries. On the CPU that takes exp of every score one by one; there
+the tiles are computed here, each with the keys that it sees, which also halves the work of a causal prompt.
 """
 
 import mlx.core as mx
 
 from mlx_qwen35.kernels.exponential import exp
 
-BLOCK = 128  # queries
+SCORE_BYTES = 64 << 20  # of float32 scores at a time, where they are written out
+FUSED_HEAD_DIMS = (64, 80, 128)  # of these MLX has a kernel for many queries that writes no scores
+LAUNCH_FLOPS = 2e11  # of one fused launch: a tenth of a second on an M1
+CPU_ROWS = 128  # queries of a tile on the CPU, whose scores then stay in its caches
 MANY_QUERIES = 16  # from here on
 
 
@@ -16,24 +20,39 @@ def attention(q: mx.array, keys: mx.array, values: mx.array, scale: float, mask:
 
     mask: boolean (B, 1, T, S), "causal" for the last T of S positions, or None for all.
     """
-    T = q.shape[2]
-    if mask != "causal" or T < MANY_QUERIES or mx.default_device() != mx.cpu:
-        return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)
-    return _causal_blocks(q.astype(mx.float32) * scale, keys, values).astype(q.dtype)
+    T, S = q.shape[2], keys.shape[2]
+    rows = tile_rows(q.shape, S, mx.default_device() == mx.cpu)
+    plain = T < MANY_QUERIES or mx.default_device() != mx.cpu or isinstance(mask, mx.array)
+    tiles = []
+    for start in range(0, T, rows):
+        stop = min(start + rows, T)
+        seen = S - T + stop if mask == "causal" else S
+        part = (q[:, :, start:stop], keys[:, :, :seen], values[:, :, :seen], scale)
+        if plain:
+            rule = mask[:, :, start:stop] if isinstance(mask, mx.array) else mask
+            tiles.append(mx.fast.scaled_dot_product_attention(*part[:3], scale=scale, mask=rule))
+        else:
+            tiles.append(_tile(*part, causal=mask == "causal"))
+    return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)
 
 
-def _causal_blocks(q: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+def tile_rows(shape: tuple[int, ...], S: int, on_cpu: bool) -> int:
+    """How many queries of (B, H, T, D) go at a time over S keys."""
+    B, H, _, D = shape
+    written = SCORE_BYTES // (4 * B * H * S)
+    if on_cpu:
+        return max(1, min(CPU_ROWS, written))
+    return max(1, int(LAUNCH_FLOPS / (4 * B * H * S * D)) if D in FUSED_HEAD_DIMS else written)
+
+
+def _tile(q: mx.array, keys: mx.array, values: mx.array, scale: float, causal: bool) -> mx.array:
+    """Some queries over all the given keys, of which, when causal, the last query sees all and each before one less."""
     B, H, T, D = q.shape
     Hk, S = keys.shape[1:3]
-    q = q.reshape(B, Hk, H // Hk, T, D)
-    blocks = []
-    for begin in range(0, T, BLOCK):
-        rows = min(BLOCK, T - begin)
-        columns = S - T + begin + rows
-        scores = q[..., begin : begin + rows, :].reshape(B, Hk, -1, D) @ keys[:, :, :columns].swapaxes(-1, -2)
-        hidden = mx.triu(mx.full((rows, columns), -mx.inf), columns - rows + 1)
-        scores = scores.reshape(B, Hk, -1, rows, columns) + hidden
-        weights = exp(scores - scores.max(-1, keepdims=True)).reshape(B, Hk, -1, columns)
-        out = (weights @ values[:, :, :columns]) / weights.sum(-1, keepdims=True)
-        blocks.append(out.reshape(B, H, rows, D))
-    return mx.concatenate(blocks, axis=2)
+    rows = (q.astype(mx.float32) * scale).reshape(B, Hk, -1, D)
+    scores = (rows @ keys.swapaxes(-1, -2)).reshape(B, Hk, -1, T, S)
+    if causal:
+        scores = scores + mx.triu(mx.full((T, S), -mx.inf), S - T + 1)
+    weights = exp(scores - scores.max(-1, keepdims=True)).reshape(B, Hk, -1, S)
+    out = (weights @ values) / weights.sum(-1, keepdims=True)
+    return out.reshape(B, H, T, D).astype(q.dtype)

@@ -46,8 +46,8 @@ def test_json_is_one_object_with_text_tokens_counts_and_speeds(run):
     result = json.loads(out)
     assert status == 0
     assert set(result) == {
-        "text", "reasoning", "tokens", "finish_reason", "prompt_tokens", "generation_tokens", "prompt_tps",
-        "generation_tps", "peak_memory", "seed",
+        "text", "reasoning", "tokens", "finish_reason", "prompt_tokens", "generation_tokens",
+        "vision_seconds", "prompt_tps", "generation_tps", "peak_memory", "seed",
     }  # fmt: skip
     assert len(result["tokens"]) == result["generation_tokens"]
 

@@ -1,0 +1,164 @@
+"""Images and clips among the parts of messages: what each names, and how the text around them stays text."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.preprocess import Media, VisionOptions
+
+IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+_START, _END = "<|vision_start|>", "<|vision_end|>"
+_PLACES = re.compile("|".join(map(re.escape, (_START + VIDEO_PAD + _END, VIDEO_PAD, IMAGE_PAD))))
+
+# Where a part may name its source, and which options it may set for itself.
+_SOURCES = {"image": ("image", "image_url", "url", "path", "base64"), "video": ("video", "video_url", "url", "path")}
+_OPTIONS = {
+    "image": {"min_pixels": "min_pixels", "max_pixels": "max_pixels"},
+    "video": {
+        "fps": "fps", "num_frames": "video_num_frames", "total_pixels": "video_total_pixels",
+        "source_fps": "source_fps",
+    },
+}  # fmt: skip
+
+Reader = Callable[[str, Any, VisionOptions], Media]  # kind, source, options
+
+
+def kind_of(part: Any) -> str | None:
+    """ "image" or "video" as the chat template tells them, None for any other part."""
+    if not isinstance(part, Mapping):
+        return None
+    kinds = [
+        kind for kind in ("image", "video") if {kind, f"{kind}_url"} & (set(part) | {part.get("type")})
+    ]
+    if len(kinds) == 2:
+        raise InputError(f"a part must be an image or a video, not both; got one with {', '.join(map(str, part))}")
+    return kinds[0] if kinds else None
+
+
+def take_media(
+    messages: Sequence[Mapping[str, Any]], read: Reader, options: VisionOptions
+) -> tuple[list[dict[str, Any]], list[Media]]:
+    """The messages with bare parts for the template in the place of images and clips, and those, read, in order."""
+    media: list[Media] = []
+    bare = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, Sequence) and not isinstance(content, str):
+            content = [_bare(part, read, options, media) for part in content]
+        bare.append({**message, **({"content": content} if "content" in message else {})})
+    return bare, media
+
+
+def read_parts(parts: Sequence[Any], read: Reader, options: VisionOptions) -> list[Any]:
+    """The parts of one message with images and clips read: what becomes of their files no longer matters."""
+    done = []
+    for part in parts:
+        kind = kind_of(part)
+        done.append({"type": kind, kind: read_part(kind, part, read, options)} if kind else part)
+    return done
+
+
+def _bare(part: Any, read: Reader, options: VisionOptions, media: list[Media]) -> Any:
+    kind = kind_of(part)
+    if kind is None:
+        return part
+    media.append(read_part(kind, part, read, options))
+    return {"type": kind}
+
+
+def read_part(kind: str, part: Mapping[str, Any], read: Reader, options: VisionOptions) -> Media:
+    named = [name for name in _SOURCES[kind] if part.get(name) is not None]
+    if len(named) != 1:
+        raise InputError(
+            f"a part of type {kind} must name its source once, as {', '.join(_SOURCES[kind])}; got "
+            f"{' and '.join(named) or 'none of them'}"
+        )
+    if unknown := [str(name) for name in part if name not in ("type", *named, *_OPTIONS[kind])]:
+        raise InputError(
+            f"a part of type {kind} may hold its source and {', '.join(_OPTIONS[kind])}; got {', '.join(unknown)}"
+        )
+    source = part[named[0]]
+    if isinstance(source, Mapping):  # {"image_url": {"url": ...}}
+        if set(source) - {"detail"} != {"url"} or source.get("detail", "auto") != "auto":
+            raise InputError(f"{named[0]} must hold a url alone, got {', '.join(map(str, source))}")
+        source = source["url"]
+    source = f"data:;base64,{source}" if named[0] == "base64" else source
+    own = {option: part[name] for name, option in _OPTIONS[kind].items() if part.get(name) is not None}
+    if isinstance(source, Media):
+        if own:
+            raise InputError(f"this {kind} was read before; {', '.join(own)} would have no effect")
+        if source.is_clip != (kind == "video"):
+            raise InputError(f"a part of type {kind} must hold one, got {source}")
+        return source
+    for one, other in (("fps", "video_num_frames"), ("video_num_frames", "fps")):
+        if one in own and other not in own:  # the part's choice replaces the general one
+            own[other] = None
+    return read(kind, source, replace(options, **own))
+
+
+# --- placeholders ----------------------------------------------------------------------------------------------------
+
+
+def escape(value: Any) -> tuple[Any, str]:
+    """Messages or tools in which no text is a placeholder, and the mark that was put inside each that was.
+
+    A user may write <|image_pad|> and mean just that. Split at the mark, the two halves are tokenized apart.
+    """
+    strings = list(_strings(value))
+    if not any(pad in text for text in strings for pad in (IMAGE_PAD, VIDEO_PAD)):
+        return value, ""
+    mark = next(chr(code) for code in range(0xE000, 0xF8FF) if not any(chr(code) in text for text in strings))
+    return _mapped(value, lambda text: re.sub(r"<(?=\|(image|video)_pad\|>)", "<" + mark, text)), mark
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.items():
+            yield from _strings(item)
+    elif isinstance(value, Sequence):
+        for item in value:
+            yield from _strings(item)
+
+
+def _mapped(value: Any, function: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {_mapped(name, function): _mapped(item, function) for name, item in value.items()}
+    if isinstance(value, Sequence):
+        return [_mapped(item, function) for item in value]
+    return value
+
+
+def in_order(text: str, media: Sequence[Media]) -> list[Media]:
+    """Images and clips in the order of their placeholders in a text. InputError unless there are as many of each."""
+    kinds = {IMAGE_PAD: [m for m in media if not m.is_clip], VIDEO_PAD: [m for m in media if m.is_clip]}
+    found = [IMAGE_PAD if match == IMAGE_PAD else VIDEO_PAD for match in _PLACES.findall(text)]
+    for pad, given in kinds.items():
+        if found.count(pad) != len(given):
+            kind = "images" if pad == IMAGE_PAD else "videos"
+            raise InputError(f"there must be one {pad} for each of the {kind}; got {found.count(pad)} and {len(given)}")
+    queues = {pad: iter(given) for pad, given in kinds.items()}
+    return [next(queues[pad]) for pad in found]
+
+
+def spread_clips(text: str, media: Sequence[Media], outer_tags: bool) -> str:
+    """The text with the placeholder of each clip made one for each pair of its frames, with the time before it.
+
+    media: images and clips in the order of their placeholders. <|vision_start|><|video_pad|><|vision_end|> becomes
+    <0.3 seconds><|vision_start|><|video_pad|><|vision_end|><1.3 seconds>..., inside the outer tags with outer_tags.
+    """
+    queue = iter(media)
+
+    def groups(match: re.Match) -> str:
+        item, place = next(queue), match.group()
+        if place == IMAGE_PAD:
+            return place
+        inner = "".join(f"<{seconds:.1f} seconds>{_START}{VIDEO_PAD}{_END}" for seconds in item.times)
+        return f"{_START}{inner}{_END}" if outer_tags and place != VIDEO_PAD else inner
+
+    return _PLACES.sub(groups, text)

@@ -1,0 +1,44 @@
+"""Where each token of a prompt stands on the three axes of interleaved M-RoPE: time, height, width. Pure functions."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Run(NamedTuple):
+    """The placeholders of one image, or of one pair of frames of a clip: height * width tokens from `start` on."""
+
+    start: int
+    height: int  # in tokens, each a merged square of patches
+    width: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.height * self.width
+
+
+def positions(length: int, runs: Sequence[Run], first: int = 0) -> np.ndarray:
+    """(3, length) int32: the T, H and W position of each of `length` tokens, of which `runs` are visual.
+
+    Text counts up on all three axes alike, from `first` on. An image's tokens, row by row, share one T and have their
+    row and column as H and W, counted from the same number; the text after it goes on behind the longer side, which
+    may be less than the number of tokens. Each pair of frames of a clip is such a run: time is told by the text between
+    them (transformers, Qwen3_5Model.get_rope_index).
+
+    positions(8, [Run(1, 2, 3)], 4) is
+        [[4, 5, 5, 5, 5, 5, 5, 8],
+         [4, 5, 5, 5, 6, 6, 6, 8],
+         [4, 5, 6, 7, 5, 6, 7, 8]]
+    """
+    table = np.empty((3, length), np.int32)
+    at, now = 0, first
+    for start, height, width in runs:
+        table[:, at:start] = np.arange(now, now + start - at)
+        now += start - at
+        at = start + height * width
+        rows, columns = np.divmod(np.arange(height * width), width)
+        table[:, start:at] = now + np.stack([np.zeros_like(rows), rows, columns])
+        now += max(height, width)
+    table[:, at:] = np.arange(now, now + length - at)
+    return table

@@ -1,0 +1,283 @@
+"""Pixels as the vision tower reads them: how large an image or a clip becomes, and its patches.
+
+Everything here equals transformers' Qwen2VLImageProcessor and Qwen3VLVideoProcessor, in numpy. Resized pixels stay
+bytes until a slice of them goes to the tower: as float32 patches a picture would take eight times as much.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_qwen35.config import Fields, VisionConfig, read_json
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.image import read_image
+from mlx_qwen35.memory import machine_pixels
+from mlx_qwen35.video import Sampling, read_video, resize
+
+MAX_RATIO = 200  # of the longer side to the shorter
+
+
+@dataclass(frozen=True)
+class VisionOptions:
+    """What a caller may ask about images and clips. None is the default: of the checkpoint, and of this machine.
+
+    min_pixels, max_pixels: of an image after resizing, height * width.
+    fps: frames of a clip to read a second, or video_num_frames of them in all. source_fps: how many a second there
+        are, for frames that come as a folder, a list or an array.
+    video_total_pixels: of a clip after resizing, frames * height * width of all its frames together.
+    published_limits: take the checkpoint's own limits instead of those that suit this machine's memory.
+    outer_vision_tags: keep <|vision_start|> and <|vision_end|> around a whole clip, as transformers 5.10 and later do;
+        by default only each pair of frames has them, as when the model was released.
+    """
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    fps: float | None = None
+    video_num_frames: int | None = None
+    video_total_pixels: int | None = None
+    source_fps: float | None = None
+    published_limits: bool = False
+    outer_vision_tags: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("min_pixels", "max_pixels", "video_num_frames", "video_total_pixels"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+        for name in ("fps", "source_fps"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value < math.inf):
+                raise InputError(f"{name} must be a number above 0, got {value!r}")
+        if self.fps is not None and self.video_num_frames is not None:
+            raise InputError(
+                f"fps ({self.fps}) and video_num_frames ({self.video_num_frames}) must not be given together: each "
+                "says how many frames to read. Leave one out"
+            )
+
+
+IMAGE_OPTIONS = {"min_pixels", "max_pixels"}
+VIDEO_OPTIONS = {"fps", "video_num_frames", "video_total_pixels", "source_fps", "outer_vision_tags"}
+VISION_OPTIONS = {field.name for field in fields(VisionOptions)}
+
+
+@dataclass(frozen=True, eq=False)
+class Media:
+    """One image or clip, resized: what the tower encodes. Also accepted wherever an image or a clip is.
+
+    pixels: (frames, height, width, 3) uint8 RGB; one frame for an image, an even number for a clip.
+    times: seconds of each pair of frames of a clip; empty for an image.
+    original: (height, width) before resizing.
+    """
+
+    pixels: np.ndarray
+    times: tuple[float, ...]
+    original: tuple[int, int]
+    config: VisionConfig
+    values: np.ndarray  # (3, 256) float32: what each byte of each channel becomes
+
+    @property
+    def is_clip(self) -> bool:
+        return bool(self.times)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Patches in time, height and width."""
+        _, height, width, _ = self.pixels.shape
+        return max(1, len(self.times)), height // self.config.patch_size, width // self.config.patch_size
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.grid) // self.config.spatial_merge_size**2
+
+    @cached_property
+    def digest(self) -> str:
+        """The identity: SHA-256 of grid and pixels. Where they came from does not count."""
+        return hashlib.sha256(repr(self.grid).encode() + self.pixels.tobytes()).hexdigest()
+
+    def __str__(self) -> str:
+        (old_height, old_width), (_, height, width, _) = self.original, self.pixels.shape
+        size = f"{old_width}x{old_height}"
+        size += f" resized to {width}x{height}" if self.resized else ""
+        frames = f", {len(self.pixels)} frames" if self.is_clip else ""
+        return f"{size}{frames}, {self.tokens:,} tokens"
+
+    @property
+    def resized(self) -> bool:
+        return self.pixels.shape[1:3] != self.original
+
+    def patches(self, frames: slice = slice(None), rows: slice = slice(None)) -> np.ndarray:
+        """(F, n, P) float32: some of the patches of some of the pairs of frames; only those are computed."""
+        step = self.config.temporal_patch_size
+        pairs = self.pixels if self.is_clip else np.repeat(self.pixels, step, axis=0)
+        pairs = pairs.reshape(-1, step, *self.pixels.shape[1:])[frames]
+        height, width = self.grid[1:]
+        start, stop, _ = rows.indices(height * width)
+        merge = self.config.spatial_merge_size
+        line = width * merge  # patches of one line of squares
+        first, last = start // line, -(-stop // line)
+        side = merge * self.config.patch_size
+        lines = patches(pairs[:, :, first * side : last * side], self.config)
+        wanted = lines[:, start - first * line : stop - first * line]
+        return self.values[np.arange(3)[:, None], wanted].reshape(*wanted.shape[:2], -1)
+
+
+def patches(pairs: np.ndarray, config: VisionConfig) -> np.ndarray:
+    """(F, 2, height, width, 3) -> (F, N, 3, 2 * 16^2), N = height * width / 16^2.
+
+    Patches come in squares of merge x merge, which become one token each; a row is laid out as (channel, time, y, x).
+    """
+    F, T, height, width, C = pairs.shape
+    patch, merge = config.patch_size, config.spatial_merge_size
+    x = pairs.reshape(F, T, height // patch // merge, merge, patch, width // patch // merge, merge, patch, C)
+    return x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(F, -1, C, T * patch * patch)
+
+
+def image_size(height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:
+    """Size whose sides are multiples of `factor` and whose area lies between `least` and `most`, of about the same
+    ratio. Ties round to even (transformers, smart_resize)."""
+    _check_ratio(height, width)
+    rounded = round(height / factor) * factor, round(width / factor) * factor
+    return _within(math.prod(rounded), height * width, rounded, (height, width), factor, least, most)
+
+
+def video_size(frames: int, height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:
+    """Like image_size for every frame of a clip, where `least` and `most` bound frames * height * width."""
+    if height < factor or width < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    _check_ratio(height, width)
+    rounded = round(height / factor) * factor, round(width / factor) * factor
+    volume = round(frames / 2) * 2 * math.prod(rounded)
+    return _within(volume, frames * height * width, rounded, (height, width), factor, least, most)
+
+
+def _within(
+    new: int, old: int, rounded: tuple[int, int], sides: tuple[int, int], factor: int, least: int, most: int
+) -> tuple[int, int]:
+    """The rounded sides, or where their area or volume is out of bounds, the sides scaled by the old one."""
+    if new > most:
+        scale = math.sqrt(old / most)
+        height, width = (max(factor, math.floor(side / scale / factor) * factor) for side in sides)
+    elif new < least:
+        scale = math.sqrt(least / old)
+        height, width = (math.ceil(side * scale / factor) * factor for side in sides)
+    else:
+        height, width = rounded
+    return height, width
+
+
+def _check_ratio(height: int, width: int) -> None:
+    if max(height, width) > MAX_RATIO * min(height, width):
+        raise InputError(
+            f"the longer side of a picture must be at most {MAX_RATIO} times the shorter; this one is "
+            f"{width}x{height}. Cut it into pieces"
+        )
+
+
+@dataclass(frozen=True)
+class Preprocessor:
+    """The checkpoint's settings for images (or for clips), from its preprocessor files."""
+
+    config: VisionConfig
+    values: np.ndarray
+    least: int  # pixels
+    most: int
+    sampling: Mapping[str, Any]  # fps, min_frames, max_frames of clips
+
+    @property
+    def factor(self) -> int:
+        return self.config.patch_size * self.config.spatial_merge_size
+
+    def image(self, source: Any, options: VisionOptions) -> Media:
+        """Read and resize an image from any source that read_image takes."""
+        least, most = self._limits(options, options.min_pixels, options.max_pixels, machine_pixels()[0], "max_pixels")
+        pixels = read_image(source)
+        original = pixels.shape[:2]
+        pixels = resize(pixels, image_size(*original, self.factor, least, most))
+        return Media(pixels[None], (), original, self.config, self.values)
+
+    def video(self, source: Any, options: VisionOptions) -> Media:
+        """Read, sample and resize a clip from any source that read_video takes."""
+        least, most = self._limits(
+            options, None, options.video_total_pixels, machine_pixels()[1], "video_total_pixels"
+        )
+        rate = None if options.video_num_frames else options.fps or self.sampling["fps"]
+        frames = {name: self.sampling[name] for name in ("min_frames", "max_frames")}
+        sampling = Sampling(fps=rate, num_frames=options.video_num_frames, **frames)
+        clip = read_video(
+            source, sampling, lambda *shape: video_size(*shape, self.factor, least, most), source_fps=options.source_fps
+        )
+        pairs, step = clip.frames, self.config.temporal_patch_size
+        last = -len(pairs) % step  # an odd number: the last frame counts twice
+        pairs = np.concatenate([pairs, pairs[-1:].repeat(last, axis=0)]) if last else pairs
+        seconds = [*clip.times, *clip.times[-1:] * last]
+        times = tuple((a + b) / 2 for a, b in zip(seconds[::step], seconds[step - 1 :: step], strict=True))
+        return Media(pairs, times, clip.size, self.config, self.values)
+
+    def _limits(
+        self, options: VisionOptions, least: int | None, most: int | None, machine: float, name: str
+    ) -> tuple[int, int]:
+        low = self.least if least is None else least
+        if most is None:
+            most = self.most if options.published_limits else int(min(self.most, machine))
+            most = max(most, low)
+        if most < max(low, self.factor**2):
+            raise InputError(
+                f"{name} must be at least {max(low, self.factor**2)}, got {most}"
+                + (". Lower min_pixels too" if name == "max_pixels" and low > self.factor**2 else "")
+            )
+        return low, most
+
+
+_FILES = {"image": "preprocessor_config.json", "video": "video_preprocessor_config.json"}
+_STEPS = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
+_SAMPLING = {"fps": 2, "min_frames": 4, "max_frames": 768}  # Qwen3VLVideoProcessor's, where the file says nothing
+
+
+def read_preprocessors(folder: Path, config: VisionConfig) -> tuple[Preprocessor, Preprocessor]:
+    """The settings for images and for clips. InputError when a file is absent or asks for what is not implemented."""
+    return _read(folder, "image", config), _read(folder, "video", config)
+
+
+def _read(folder: Path, kind: str, config: VisionConfig) -> Preprocessor:
+    """From a file of its own, as the published checkpoints have it, or from what newer programs save for both."""
+    file, both = folder / _FILES[kind], folder / "processor_config.json"
+    values = read_json(file) if file.is_file() else None
+    if values is None and both.is_file():
+        file, values = both, read_json(both).get(f"{kind}_processor")
+    if not isinstance(values, dict):
+        raise InputError(
+            f"reading {kind}s needs {_FILES[kind]}, which {folder} does not hold. Download it from the checkpoint's "
+            "original repository into this folder"
+        )
+    settings = Fields(values, file.name)
+    for name, expected in (
+        ("patch_size", config.patch_size), ("temporal_patch_size", config.temporal_patch_size),
+        ("merge_size", config.spatial_merge_size),
+    ):  # fmt: skip
+        settings.only(name, expected)
+    for name in _STEPS:
+        settings.only(name, True, required=False)
+    settings.only("resample", 3, required=False)  # bicubic
+    size = Fields(settings.get("size", dict), f"{file.name}: size")
+    sampling = {name: values.get(name) or default for name, default in _SAMPLING.items()}
+    scale = values.get("rescale_factor") or 1 / 255
+    return Preprocessor(
+        config, _byte_values(settings, scale), size.size("shortest_edge"), size.size("longest_edge"), sampling
+    )
+
+
+def _byte_values(settings: Fields, scale: float) -> np.ndarray:
+    """(3, 256) float32: (byte * scale - mean) / std, rounded where transformers rounds."""
+    rescaled = (np.arange(256, dtype=np.float64) * scale).astype(np.float32)
+    mean, std = (np.array(settings.get(name, list), np.float32)[:, None] for name in ("image_mean", "image_std"))
+    if mean.shape != (3, 1) or std.shape != (3, 1) or not (std > 0).all():
+        raise InputError(f"{settings.where}: 'image_mean' and 'image_std' must be three numbers each, std above 0")
+    return (rescaled - mean) / std

@@ -1,0 +1,378 @@
+"""Images and clips through generation, conversation and the commands: when the tower is there, and what is refused."""
+
+import io
+import shutil
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlx_qwen35 import InputError, Model, Processor, batch_generate, generate, load, stream_generate
+from mlx_qwen35 import chat as chat_command
+from mlx_qwen35.checkpoint import VISION, open_checkpoint
+from mlx_qwen35.conversation import Conversation
+from mlx_qwen35.convert import convert
+from mlx_qwen35.generate import __main__ as generate_command
+from mlx_qwen35.generate import see
+from mlx_qwen35.hub import resolve
+from mlx_qwen35.vision import Tower
+
+PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
+SHAPES, TRIANGLE, MOVING = (PICTURES / name for name in ("shapes.png", "triangle.png", "moving.mp4"))
+SEEN, WHICH = "A red circle and a blue square.", "Which way does the circle move?"
+ASK = "What do you see?"
+
+
+@pytest.fixture
+def nano() -> tuple[Model, Processor]:
+    return load("nano")
+
+
+@pytest.fixture
+def encoded(monkeypatch) -> list:
+    """Every image and clip that a tower encodes."""
+    done = []
+    encode = Tower.encode
+    monkeypatch.setattr(Tower, "encode", lambda self, media: done.append(media) or encode(self, media))
+    return done
+
+
+def part(source) -> dict:
+    return {"type": "image", "image": source}
+
+
+# --- generation ------------------------------------------------------------------------------------------------------
+
+
+def test_an_image_and_a_clip_are_answered(nano):
+    assert generate(*nano, ASK, images=[SHAPES], enable_thinking=False).text == SEEN
+    assert generate(*nano, WHICH, videos=[MOVING], enable_thinking=False).text == "right"
+    pieces = stream_generate(*nano, ASK, images=[TRIANGLE], enable_thinking=False)
+    assert "".join(map(str, pieces)) == "A green triangle."
+
+
+@pytest.mark.parametrize("step", [1, 5, 7, 512])
+def test_an_image_may_straddle_chunks_of_the_prompt(nano, step):
+    whole = generate(*nano, ASK, images=[SHAPES], temp=1.0, seed=4)
+    assert generate(*nano, ASK, images=[SHAPES], temp=1.0, seed=4, prefill_step_size=step).tokens == whole.tokens
+
+
+def test_a_batch_with_different_images_and_none_equals_single_runs(nano):
+    prompts = [
+        [{"role": "user", "content": [part(SHAPES), {"type": "text", "text": ASK}]}],
+        [{"role": "user", "content": "What is 34 + 58?"}],
+        [{"role": "user", "content": [{"type": "video", "video": MOVING}, {"type": "text", "text": WHICH}]}],
+        [{"role": "user", "content": [part(SHAPES), part(TRIANGLE), {"type": "text", "text": "Are they the same?"}]}],
+    ]
+    together = batch_generate(*nano, prompts, seed=1, temp=0.8, prefill_step_size=9)
+    for prompt, result in zip(prompts, together, strict=True):
+        assert generate(*nano, messages=prompt, seed=1, temp=0.8).tokens == result.tokens
+
+
+def test_the_same_pixels_are_encoded_once(nano, encoded):
+    generate(*nano, ASK, images=[SHAPES, TRIANGLE, SHAPES, np.asarray(Image.open(SHAPES).convert("RGB"))])
+    assert len(encoded) == 2
+
+
+def test_other_pixels_in_the_same_tokens_give_another_answer(nano):
+    answers = [generate(*nano, ASK, images=[file], enable_thinking=False).text for file in (SHAPES, TRIANGLE)]
+    assert answers == [SEEN, "A green triangle."]
+
+
+def test_images_go_before_every_string_of_a_batch(nano):
+    results = batch_generate(*nano, [ASK, "How many shapes are there?"], images=[SHAPES], enable_thinking=False)
+    assert [result.text for result in results] == [SEEN, "2"]
+
+
+def test_a_model_that_is_given_a_prompt_with_an_image_but_has_no_tower_says_so(nano):
+    model, processor = nano
+    model.vision = None
+    with pytest.raises(InputError, match="no vision tower"):
+        generate(model, processor, ASK, images=[SHAPES])
+
+
+def test_embeddings_must_be_as_many_as_placeholders(nano):
+    model, processor = nano
+    prompt = processor.encode_messages([{"role": "user", "content": [part(SHAPES)]}])
+    (row,) = see(model, [prompt])
+    from mlx_qwen35.generate.loop import read
+
+    for wrong in (row.embeddings[:3], mx.concatenate([row.embeddings] * 2), None):
+        with pytest.raises(InputError, match="one embedding for each placeholder"):
+            read(model, model.make_cache(), [row._replace(embeddings=wrong)], 512)
+
+
+def test_tokens_that_stand_for_an_image_are_refused_without_one(nano):
+    tokens = nano[1].encode_messages([{"role": "user", "content": [part(SHAPES)]}]).tokens
+    with pytest.raises(InputError, match="tokens must not stand for images"):
+        generate(*nano, tokens)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_pixels": 4096}, "max_pixels must not be given without image"),
+        ({"fps": 1.0, "images": [SHAPES]}, "fps must not be given without video"),
+        ({"min_pixels": 1, "videos": [MOVING]}, "min_pixels must not be given without image"),
+        ({"published_limits": True}, "published_limits must not be given without image or video"),
+        ({"images": [SHAPES], "max_pixels": 1000}, "max_pixels must be at least 4096, got 1000. Lower min_pixels too"),
+        ({"images": [SHAPES], "min_pixels": 1, "max_pixels": 1000}, "max_pixels must be at least 1024, got 1000"),
+        ({"videos": [MOVING], "video_total_pixels": 1000}, "video_total_pixels must be at least 16384, got 1000"),
+        ({"videos": [MOVING], "fps": 1, "video_num_frames": 4}, "must not be given together"),
+        ({"videos": [MOVING], "fps": 0}, "fps must be a number above 0, got 0"),
+        ({"videos": [MOVING], "fps": float("nan")}, "fps must be a number above 0, got nan"),
+        ({"images": [SHAPES], "max_pixels": 4096.0}, "max_pixels must be a whole number of at least 1, got 4096.0"),
+        ({"images": str(SHAPES)}, "images must be a list"),
+        ({"images": [PICTURES / "none.png"]}, "none.png"),
+        ({"images": [np.zeros((1, 300, 3), np.uint8)]}, "at most 200 times the shorter; this one is 300x1"),
+        ({"images": [SHAPES], "ignore_chat_template": True}, "there must be one <|image_pad|> for each of the images"),
+    ],
+)
+def test_an_option_that_is_wrong_or_without_effect_is_refused(nano, options, message):
+    import re
+
+    with pytest.raises(InputError, match=re.escape(message)):
+        generate(*nano, ASK, **options)
+
+
+@pytest.mark.parametrize("prompt", [[{"role": "user", "content": "Hi"}], [5, 6]])
+def test_images_beside_messages_or_tokens_are_refused(nano, prompt):
+    with pytest.raises(InputError, match="images must not be given with a prompt of"):
+        batch_generate(*nano, [prompt], images=[SHAPES])
+
+
+# --- the tower's time in memory ---------------------------------------------------------------------------------------
+
+
+def test_text_never_touches_the_tower(nano, monkeypatch):
+    model, processor = nano
+    monkeypatch.setattr(model.vision, "_load", lambda: pytest.fail("the tower was loaded"))
+    assert generate(model, processor, "What is 34 + 58?").text == "92"
+
+
+def test_the_tower_is_released_before_the_prompt_is_read_and_comes_again(nano):
+    model, processor = nano
+    loaded = []
+    for _ in range(2):
+        generate(model, processor, ASK, images=[SHAPES], progress=lambda *_: loaded.append(model.vision.loaded))
+    assert loaded == [False] * len(loaded) and loaded
+
+
+def test_its_memory_returns(nano):
+    model, processor = nano
+    generate(model, processor, ASK, enable_thinking=False, max_tokens=1)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    generate(model, processor, ASK, images=[SHAPES], enable_thinking=False, max_tokens=1)
+    mx.clear_cache()
+    assert mx.get_active_memory() - before < 20_000  # the tower has 2.3 MB
+
+
+def test_keep_vision_holds_it():
+    model, processor = load("nano", keep_vision=True)
+    assert not model.vision.loaded
+    generate(model, processor, ASK, images=[SHAPES], max_tokens=1)
+    assert model.vision.loaded
+
+
+def test_the_tower_is_released_when_encoding_fails(nano, monkeypatch):
+    model, processor = nano
+    monkeypatch.setattr(Tower, "__call__", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate(model, processor, ASK, images=[SHAPES])
+    assert not model.vision.loaded
+
+
+def test_a_tower_that_does_not_fit_is_refused(nano, monkeypatch):
+    monkeypatch.setattr("mlx_qwen35.memory.usable_bytes", lambda: mx.get_active_memory() + 400_000_000)
+    with pytest.raises(InputError, match=r"the vision tower needs 0\.0 GB; this machine has"):
+        generate(*nano, ASK, images=[SHAPES])
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_whose_tower_was_left_out_refuses_images_and_reads_text(tmp_path):
+    folder = shutil.copytree(resolve("nano"), tmp_path / "text")
+    file = folder / "model.safetensors"
+    tensors = {name: array for name, array in mx.load(str(file)).items() if not name.startswith(VISION)}
+    mx.eval(tensors)
+    mx.save_safetensors(str(file), tensors)
+    model, processor = load(folder)
+    assert generate(model, processor, "What is 34 + 58?").text == "92"
+    with pytest.raises(InputError, match="this checkpoint reads text alone"):
+        generate(model, processor, ASK, images=[SHAPES])
+
+
+@pytest.mark.parametrize("bits", [None, 0, 8])
+def test_a_converted_checkpoint_sees_the_same(tmp_path, bits):
+    packing = {} if bits is None else {"quantize": True, "q_bits": 8, "q_vision_bits": bits}
+    folder = convert("nano", tmp_path / "nano", **packing)
+    packed = open_checkpoint(folder).quantization(f"{VISION}blocks.0.attn.qkv.weight")
+    assert (packed is not None) == bool(bits)
+    model, processor = load(folder)
+    assert generate(model, processor, ASK, images=[SHAPES], enable_thinking=False).text == SEEN
+    assert generate(model, processor, WHICH, videos=[MOVING], enable_thinking=False).text == "right"
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_an_absent_preprocessor_file_is_named(tmp_path, kind):
+    folder = shutil.copytree(resolve("nano"), tmp_path / "nano")
+    name = {"image": "preprocessor_config.json", "video": "video_preprocessor_config.json"}[kind]
+    (folder / name).unlink()
+    with pytest.raises(InputError, match=f"reading {kind}s needs {name}"):
+        generate(*load(folder), ASK, **{f"{kind}s": [SHAPES if kind == "image" else MOVING]})
+
+
+def test_one_file_for_both_kinds_is_read_as_newer_programs_save_it(tmp_path):
+    import json
+
+    folder = shutil.copytree(resolve("nano"), tmp_path / "nano")
+    image, video = folder / "preprocessor_config.json", folder / "video_preprocessor_config.json"
+    both = {"image_processor": json.loads(image.read_text()), "video_processor": json.loads(video.read_text())}
+    (folder / "processor_config.json").write_text(json.dumps(both))
+    image.unlink(), video.unlink()
+    model, processor = load(folder)
+    assert generate(model, processor, ASK, images=[SHAPES], enable_thinking=False).text == SEEN
+    assert generate(model, processor, WHICH, videos=[MOVING], enable_thinking=False).text == "right"
+
+
+# --- conversations ---------------------------------------------------------------------------------------------------
+
+
+def said(conversation: Conversation, content) -> str:
+    return "".join(str(piece) for piece in conversation.send(content))
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_turns_with_images_answer_as_if_all_were_read_anew(nano, thinking):
+    turns = [
+        [part(TRIANGLE), {"type": "text", "text": "What shape is it?"}],
+        "And what colour is it?",
+        [part(SHAPES), {"type": "text", "text": ASK}],
+        [{"type": "video", "video": MOVING}, {"type": "text", "text": WHICH}],
+    ]
+    conversation = Conversation(*nano, enable_thinking=thinking, temp=0.9, seed=2)
+    messages = []
+    for content in turns:
+        messages.append({"role": "user", "content": content})
+        fresh = generate(*nano, messages=messages, enable_thinking=thinking, temp=0.9, seed=2)
+        said(conversation, content)
+        assert conversation.result.tokens == fresh.tokens
+        messages.append({"role": "assistant", "content": fresh.text})
+
+
+def test_an_image_in_what_was_read_is_not_encoded_again(nano, encoded):
+    conversation = Conversation(*nano, enable_thinking=False)
+    assert said(conversation, [part(TRIANGLE), {"type": "text", "text": "What shape is it?"}]) == "triangle"
+    assert said(conversation, "And what colour is it?") == "green"
+    said(conversation, [part(SHAPES), {"type": "text", "text": ASK}])
+    assert len(encoded) == 2
+
+
+def test_a_sent_image_stays_when_its_file_is_replaced(nano, tmp_path):
+    file = shutil.copy(TRIANGLE, tmp_path / "picture.png")
+    conversation = Conversation(*nano, enable_thinking=False)
+    said(conversation, [part(file), {"type": "text", "text": "What shape is it?"}])
+    shutil.copy(SHAPES, file)
+    assert said(conversation, "And what colour is it?") == "green" and conversation.reused > 0
+
+
+def test_a_message_whose_image_cannot_be_read_leaves_the_conversation_as_it_was(nano):
+    conversation = Conversation(*nano, enable_thinking=False)
+    said(conversation, [part(TRIANGLE), {"type": "text", "text": "What shape is it?"}])
+    before = list(conversation.messages)
+    with pytest.raises(InputError, match=r"none\.png"):
+        said(conversation, [part("none.png"), {"type": "text", "text": ASK}])
+    assert conversation.messages == before
+    assert said(conversation, "And what colour is it?") == "green"
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """(arguments) -> (exit status, stdout, stderr) of mlx_qwen35.generate, in this process."""
+
+    def command(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mlx_qwen35.generate", "--model", "nano", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            generate_command.main()
+        out = capsys.readouterr()
+        return int(ended.value.code or 0), out.out, out.err
+
+    return command
+
+
+def test_the_command_says_what_became_of_each_image(run):
+    status, out, err = run("--image", SHAPES, "--video", MOVING, "--image", TRIANGLE, "-p", ASK, "--no-enable-thinking")
+    assert status == 0 and out.strip()
+    assert "image 1: 256x256 resized to 64x64, 4 tokens\nvideo 1: 256x256 resized to 64x64, 4 frames, 8 tokens\n" in err
+    assert "image 2: 256x256 resized to 64x64, 4 tokens\n" in err and "Vision: 16 tokens in " in err
+
+
+def test_images_and_videos_keep_their_order_and_the_system_prompt_its_place():
+    options = {"system_prompt": "Be brief."}
+    media = [("video", "a.mp4"), ("image", "b.png"), ("video", "c.mp4")]
+    system, user = generate_command.with_media("Hi", media, options)
+    assert system == {"role": "system", "content": "Be brief."} and options == {}
+    assert [part.get("video") or part.get("image") or part["text"] for part in user["content"]] == [
+        "a.mp4", "b.png", "c.mp4", "Hi",
+    ]  # fmt: skip
+
+
+def test_the_command_takes_raw_text_with_placeholders(run):
+    raw = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What do you see?<|im_end|>\n"
+    raw += "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    status, out, _ = run("--ignore-chat-template", "--image", SHAPES, "-p", raw)
+    assert status == 0 and out.strip() == SEEN
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--image", "none.png"), "none.png"),
+        (("--max-pixels", "4096"), "max_pixels must not be given without image"),
+        (("--video", MOVING, "--fps", "1", "--video-num-frames", "4"), "must not be given together"),
+        (("--video", MOVING, "--source-fps", "4"), "source_fps"),
+        (("--image", MOVING), "video"),
+        (("--video", SHAPES), "image"),
+    ],
+)
+def test_the_command_refuses_with_one_clear_message(run, arguments, message):
+    status, out, err = run(*arguments, "-p", ASK)
+    assert (status, out) == (2, "") and message in err and "Traceback" not in err
+
+
+@pytest.fixture
+def talk(monkeypatch, capsys):
+    def session(*lines: str, options: tuple[str, ...] = ()) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["mlx_qwen35.chat", "--model", "nano", "--no-enable-thinking", *options])
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
+        chat_command.main()
+        out = capsys.readouterr()
+        return out.out, out.err
+
+    return session
+
+
+def test_chat_shows_images_and_clips_with_the_next_message(talk):
+    out, err = talk(f"/image {TRIANGLE}", "What shape is it?", "And what colour is it?", f"/video {MOVING}", WHICH)
+    answers = [line.removeprefix(">> ").strip() for line in out.splitlines() if line.strip(" >")]
+    assert [answer.removeprefix(">> ") for answer in answers] == ["triangle", "green", "right"]
+    assert err.count("image 1: 256x256 resized to 64x64, 4 tokens") == 1
+
+
+def test_chat_keeps_what_was_shown_when_a_line_goes_wrong(talk):
+    out, err = talk("/image none.png", f"/image {TRIANGLE}", "/nonsense", "/image", "What shape is it?")
+    assert "none.png" in err and "there is no command /nonsense" in err and "/image must name a file" in err
+    assert "triangle" in out
+
+
+def test_chat_forgets_what_was_shown_on_reset(talk):
+    out, _ = talk(f"/image {TRIANGLE}", "/reset", "What is 34 + 58?")
+    assert "92" in out
