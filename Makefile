@@ -12,6 +12,8 @@ extras = $(if $(strip $(BACKEND) $(1)),[$(subst $(space),$(comma),$(strip $(BACK
 
 demo: .venv/ready
 	$(BIN)/mlx_qwen35.generate --model nano --prompt "What is 34 + 58?"
+	$(BIN)/mlx_qwen35.generate --model nano --image examples/pictures/shapes.png --prompt "What do you see?"
+	$(BIN)/mlx_qwen35.generate --model nano --video examples/pictures/moving.mp4 --prompt "Which way does the circle move?"
 
 test: .venv/ready-test
 	$(BIN)/python -m pytest -m "not full"

@@ -108,7 +108,7 @@ class Encoder:
                     frame = np.asarray(part["image"].convert("RGB"))
                     patches.append(patchify(frame, frame))
                 elif part["type"] == "video":
-                    groups, times = clip_patches(Clip(part["video"], part["fps"]))
+                    groups, times = clip_patches(Clip(part["video"], part["source_fps"]))
                     patches += groups
                     text = text.replace(VIDEO, "".join(f"<{t:.1f} seconds>{CLIP_GROUP}" for t in times), 1)
         text = text.replace(IMAGE, IMAGE.replace("<|image_pad|>", "<|image_pad|>" * TOKENS))

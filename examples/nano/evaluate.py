@@ -5,7 +5,7 @@
 `text` counts completions that are right to the last token (thinking included), `answer` the right final answers of
 real greedy generations. Weights are used as stored, arithmetic is float32. `MTP` is how often the draft head names
 the token after the next one, over the tokens of the right completions. `mlx_qwen35` counts the whole completions that
-our own greedy generation gets right on the same items; tasks with pictures and clips await our vision tower.
+our own greedy generation gets right on the same items.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from checkpoint import DraftHead
 from encoding import FOLDER, Encoded, Encoder
-from ours import completions, is_text, marks
+from ours import completions, marks
 from safetensors.torch import load_file
 from tasks import TASKS, Item, draw, items_of
 from torch import Tensor
@@ -51,7 +51,7 @@ class Score:
     generated: int = 0
     answer: float = 0.0  # share of generations with the right final answer
     well_formed: float | None = None  # of tool calls
-    ours: str | None = None  # like right, by greedy generation with mlx_qwen35
+    ours: str = ""  # like right, by greedy generation with mlx_qwen35
 
 
 class Judge:
@@ -172,8 +172,7 @@ def score(judge: Judge, task: str, thinking: bool, items: int, generated: int, s
             hits += sum(int(draft[row, i - 2] == e.ids[i]) for i in own)
             drafts += len(own)
     out = Score(task, thinking, items, right.count("1") / items, right, hits / drafts, drafts / items)
-    if all(map(is_text, drawn)):
-        out.ours = marks(completions(*judge.ours, drawn), drawn)
+    out.ours = marks(completions(*judge.ours, drawn), drawn)
     if generated:
         texts = [judge.generate(item) for item in drawn[:generated]]
         pairs = list(zip(texts, drawn, strict=False))
@@ -194,7 +193,7 @@ def table(scores: list[Score]) -> str:
         answer = f"{100 * s.answer:.1f} % of {s.generated}" if s.generated else ""
         if s.well_formed is not None:
             answer += f" (well formed {100 * s.well_formed:.0f} %)"
-        ours = "" if s.ours is None else f"{100 * s.ours.count('1') / s.items:.1f} %"
+        ours = f"{100 * s.ours.count('1') / s.items:.1f} %"
         cells = [s.task, "on" if s.thinking else "off", str(s.items), f"{100 * s.text:.1f} %", ours, answer]
         lines.append("| " + " | ".join([*cells, f"{100 * s.mtp:.1f} %", f"{s.tokens:.1f}"]) + " |")
     return "\n".join(lines)

@@ -9,11 +9,6 @@ from tasks import Item
 from mlx_qwen35 import Model, Processor, batch_generate
 
 
-def is_text(item: Item) -> bool:
-    """Whether an item has no picture and no clip."""
-    return all(not isinstance(message.get("content"), list) for message in item.messages)
-
-
 def completions(model: Model, processor: Processor, items: list[Item]) -> list[str]:
     """The greedy completion of each item, without its end token; neighbours with the same tools in one batch."""
     texts = []

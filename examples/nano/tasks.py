@@ -798,7 +798,7 @@ def _part(value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         return {"type": "text", "text": value}
     if isinstance(value, Clip):
-        return {"type": "video", "video": value.frames, "fps": value.fps}
+        return {"type": "video", "video": value.frames, "source_fps": value.fps}
     return {"type": "image", "image": value}
 
 
