@@ -171,9 +171,9 @@ def reference(parity_folder: Callable[[cases.Case], Path]) -> Callable[[cases.Ca
 
 
 def _live(case: cases.Case, folder: Path, golden: cases.Reference) -> cases.Reference:
-    from parity import reference
+    from parity import reference, vision_reference
 
-    answers = reference.answers(case, folder)
+    answers = (reference if case.vision is None else vision_reference).answers(case, folder)
     assert set(answers) == set(golden.arrays), f"{case.golden.name} holds other answers than now: {cases.REMEDY}"
     for name, array in answers.items():
         error = golden.error(name, array)

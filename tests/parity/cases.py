@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_qwen35.checkpoint import is_zero_centred, safetensors_files
+from mlx_qwen35.checkpoint import VISION, is_zero_centred, safetensors_files
 from mlx_qwen35.config import FULL, LINEAR
 from mlx_qwen35.random_checkpoint import changed, geometry, write_random_checkpoint
 
@@ -35,7 +35,7 @@ COLUMNS = 48  # of each golden row
 
 @dataclass(frozen=True)
 class Case:
-    """One random checkpoint. `prompt` is 0 where only single layers are compared."""
+    """One random checkpoint. `prompt` is 0 where only single layers, or the vision tower, are compared."""
 
     name: str
     seed: int
@@ -43,10 +43,13 @@ class Case:
     base: str = "tiny"
     prompt: int = PROMPT
     layer_tokens: int = LAYER_TOKENS
+    vision: dict[str, Any] | None = None  # what differs in the vision tower; None: its tensors are left out
 
     @property
     def config(self) -> dict[str, Any]:
-        return changed(geometry(self.base), **self.text)
+        config = changed(geometry(self.base), **self.text)
+        config["vision_config"] |= self.vision or {}
+        return config
 
     @property
     def golden(self) -> Path:
@@ -143,7 +146,9 @@ def _log_uniform(seed: int, name: str, even: tuple[float, float], odd: tuple[flo
 
 def _tensor(seed: int, name: str, shape: tuple[int, ...]) -> mx.array:
     """The ranges of random_checkpoint: even heads of a layer decay by 0.99 a token or slower, odd ones fast."""
-    if name.endswith("A_log"):
+    if name.startswith(VISION):
+        values = _vision_values(seed, name, shape)
+    elif name.endswith("A_log"):
         values = np.log(_log_uniform(seed, name, (0.05, 0.5), (1.0, 16.0), *shape))
     elif name.endswith("dt_bias"):
         values = np.log(np.expm1(_log_uniform(seed, name, (1e-3, 1e-2), (1e-2, 0.3), *shape)))
@@ -155,10 +160,19 @@ def _tensor(seed: int, name: str, shape: tuple[int, ...]) -> mx.array:
     return mx.array(values.astype(np.float32))
 
 
+def _vision_values(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Biases that matter, a position table of the patches' own size, and scores that tell keys apart."""
+    if len(shape) == 1:
+        return normal(seed, name, shape) * np.float32(0.3) + np.float32(0.0 if name.endswith("bias") else 1.0)
+    gain = 1.5 if "qkv" in name else 4.0 if "merger.linear_fc2" in name else 1.0
+    return normal(seed, name, shape) * np.float32(1.0 if "pos_embed" in name else gain * math.prod(shape[1:]) ** -0.5)
+
+
 def write(case: Case, folder: Path) -> Path:
-    """The checkpoint of a case: text tensors only, as Hugging Face stores them."""
+    """The checkpoint of a case as Hugging Face stores it; the tower is in it where the case says how it differs."""
+    vision = case.vision is not None
     return write_random_checkpoint(
-        folder, case.config, seed=case.seed, mtp=False, vision=False, tensor=lambda *a: _tensor(case.seed, *a)
+        folder, case.config, seed=case.seed, mtp=False, vision=vision, tensor=lambda *a: _tensor(case.seed, *a)
     )
 
 
