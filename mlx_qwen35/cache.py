@@ -37,6 +37,7 @@ class KVCache:
     def __init__(self) -> None:
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
+        self.reserved = 0  # columns that are known to come
 
     def extend(self, keys: mx.array, values: mx.array, start: int) -> tuple[mx.array, mx.array]:
         """Write (B, Hk, T, D) at column `start` and return all columns up to there."""
@@ -51,7 +52,7 @@ class KVCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def _grown(self, old: mx.array | None, like: mx.array, start: int, end: int) -> mx.array:
-        capacity = -(-end // self.STEP) * self.STEP
+        capacity = -(-max(end, self.reserved) // self.STEP) * self.STEP
         B, H, _, D = like.shape
         if old is None or start == 0:
             return mx.zeros((B, H, capacity, D), like.dtype)
@@ -113,6 +114,11 @@ class Cache:
         self._kv = [layer for layer in self.layers if isinstance(layer, KVCache)]
         self._delta = [layer for layer in self.layers if isinstance(layer, DeltaCache)]
         self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
+
+    def reserve(self, T: int) -> None:
+        """Say that T columns will come: room for all is made with the first, and nothing is copied on the way."""
+        for layer in self._kv:
+            layer.reserved = self.length + T
 
     @contextmanager
     def reading(

@@ -46,6 +46,16 @@ def check_tower_fits(tower_bytes: int) -> None:
         )
 
 
+def check_encoding_fits(what: str, working_bytes: int) -> None:
+    """Refuse an image whose encoding would not fit beside what is in memory."""
+    limit, used = usable_bytes(), mx.get_active_memory()
+    if used + working_bytes > limit:
+        raise InputError(
+            f"an image of {what} needs {working_bytes / 1e9:.1f} GB to be encoded; this machine has "
+            f"{limit / 1e9:.1f} GB for a model, of which {used / 1e9:.1f} GB are in use. Lower --max-pixels"
+        )
+
+
 # Up to this much usable memory, an image gets at most so many pixels, and a clip so many in all its frames: what a
 # prompt's tokens cost in KV cache and in time grows with them. A Mac with 8 GB has 5.7e9 usable bytes, one with 16 GB
 # 11.5e9. With more memory the checkpoint's published limits hold (16.8 million, and 25.2 million for a clip).

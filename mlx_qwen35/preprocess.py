@@ -99,7 +99,9 @@ class Media:
     @cached_property
     def digest(self) -> str:
         """The identity: SHA-256 of grid and pixels. Where they came from does not count."""
-        return hashlib.sha256(repr(self.grid).encode() + self.pixels.tobytes()).hexdigest()
+        digest = hashlib.sha256(repr(self.grid).encode())
+        digest.update(np.ascontiguousarray(self.pixels))
+        return digest.hexdigest()
 
     def __str__(self) -> str:
         (old_height, old_width), (_, height, width, _) = self.original, self.pixels.shape
@@ -115,8 +117,8 @@ class Media:
     def patches(self, frames: slice = slice(None), rows: slice = slice(None)) -> np.ndarray:
         """(F, n, P) float32: some of the patches of some of the pairs of frames; only those are computed."""
         step = self.config.temporal_patch_size
-        pairs = self.pixels if self.is_clip else np.repeat(self.pixels, step, axis=0)
-        pairs = pairs.reshape(-1, step, *self.pixels.shape[1:])[frames]
+        shape = (self.grid[0], step if self.is_clip else 1, *self.pixels.shape[1:])
+        pairs = np.broadcast_to(self.pixels.reshape(shape), (shape[0], step, *shape[2:]))[frames]
         height, width = self.grid[1:]
         start, stop, _ = rows.indices(height * width)
         merge = self.config.spatial_merge_size

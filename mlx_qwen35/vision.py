@@ -11,9 +11,11 @@ from mlx_qwen35.config import VisionConfig
 from mlx_qwen35.kernels.attention import attention
 from mlx_qwen35.kernels.exponential import sigmoid
 from mlx_qwen35.layers import rotate
+from mlx_qwen35.memory import check_encoding_fits
 from mlx_qwen35.preprocess import Media
 
-SLICE = 4096  # patches that are computed with at a time: frames of a clip, or a part of a large image
+SLICE = 1024  # patches that are computed with at a time: frames of a clip, or a part of a larger image
+SLICE_BYTES = 250_000_000  # what goes on within it, at the widths of the family
 EPS = 1e-6  # of the layer norms: a constant of the architecture, as is the base of the rotary embedding
 THETA = 10_000.0
 
@@ -75,11 +77,24 @@ class Block(nn.Module):
         self.mlp = MLP(weights.at("mlp"))
 
     def __call__(self, tiles: list[mx.array], rotary: list[tuple[mx.array, mx.array]]) -> list[mx.array]:
-        """tiles: (F, n, D) each, together all patches of F frames; rotary: the table of each tile."""
-        projected = [self.attn.project(self.norm1(x), table) for x, table in zip(tiles, rotary, strict=True)]
-        keys, values = (mx.concatenate([parts[i] for parts in projected], axis=2) for i in (1, 2))
-        tiles = [x + self.attn(parts[0], keys, values) for x, parts in zip(tiles, projected, strict=True)]
-        return [x + self.mlp(self.norm2(x)) for x in tiles]
+        """tiles: (F, n, D) each, together all patches of F frames; rotary: the table of each tile.
+
+        Returns them computed, one after the other: else MLX would hold what lies between for all of them.
+        """
+        queries, keys, values = [], [], []
+        for x, table in zip(tiles, rotary, strict=True):
+            parts = self.attn.project(self.norm1(x), table)
+            mx.eval(parts)
+            for all_parts, part in zip((queries, keys, values), parts, strict=True):
+                all_parts.append(part)
+        k, v = mx.concatenate(keys, axis=2), mx.concatenate(values, axis=2)
+        del keys, values
+        done = []
+        for x, q in zip(tiles, queries, strict=True):
+            x = x + self.attn(q, k, v)
+            done.append(x + self.mlp(self.norm2(x)))
+            mx.eval(done)
+        return done
 
 
 class Merger(nn.Module):
@@ -120,17 +135,18 @@ class Tower(nn.Module):
         than that is cut into tiles: only its keys, queries and values, and what the blocks pass on, are there whole.
         """
         count = math.prod(media.grid[1:])
-        step = max(1, SLICE // count)
-        done = []
+        check_encoding_fits(str(media), working_bytes(self.config, self.dtype, count))
+        out = mx.zeros((media.tokens, self.config.out_hidden_size), self.dtype)
+        step, at = max(1, SLICE // count), 0
         for first in range(0, media.grid[0], step):
             frames = slice(first, first + step)
             rows = (slice(start, start + SLICE) for start in range(0, count, SLICE))
             embeddings = self((mx.array(media.patches(frames, some)) for some in rows), media.grid[1:])
-            done.append(embeddings.reshape(-1, embeddings.shape[-1]))
-            mx.eval(done)
+            embeddings = embeddings.reshape(-1, embeddings.shape[-1])
+            out[at : at + len(embeddings)] = embeddings
+            at += len(embeddings)
+            mx.eval(out)
             mx.clear_cache()
-        out = mx.concatenate(done)
-        mx.eval(out)
         return out
 
     def __call__(self, tiles: Iterable[mx.array], grid: tuple[int, int]) -> mx.array:
@@ -146,8 +162,11 @@ class Tower(nn.Module):
             start = rows.stop
         for block in self.blocks:
             x = block(x, rotary)
-            mx.eval(x)  # one block a submission: with a large image more would keep the GPU from the screen too long
-        return mx.concatenate([self.merger(tile) for tile in x], axis=1)
+        merged = []
+        for tile in x:
+            merged.append(self.merger(tile))
+            mx.eval(merged)
+        return mx.concatenate(merged, axis=1)
 
     def _embed(self, patches: mx.array, indices: mx.array, weights: mx.array) -> mx.array:
         """Patch embedding plus the position table, interpolated in float32."""
@@ -160,6 +179,14 @@ class Tower(nn.Module):
         frequencies = mx.power(THETA, mx.arange(0, dims, 2, dtype=mx.float32) / -dims, stream=mx.cpu)
         angles = (places[:, :, None].astype(mx.float32) * frequencies).reshape(1, 1, -1, dims)
         return mx.cos(angles), mx.sin(angles)
+
+
+def working_bytes(config: VisionConfig, dtype: mx.Dtype, patches: int) -> int:
+    """The stated budget: what encoding frames of so many patches may take beside weights and embeddings.
+
+    Ten times the patches' hidden states, of which queries, keys and values are most, and SLICE_BYTES for a slice.
+    """
+    return 10 * max(patches, SLICE) * config.hidden_size * dtype.size + SLICE_BYTES
 
 
 def squares_order(height: int, width: int, merge: int) -> np.ndarray:

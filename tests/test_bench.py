@@ -12,10 +12,15 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
-from mlx_qwen35.bench import command, main
+from mlx_qwen35 import vision as tower
+from mlx_qwen35.bench import command, main, vision
 from mlx_qwen35.bench.measure import OURS, ProgramError, Run, Settings, in_turn, measure, started, summarize
 from mlx_qwen35.bench.report import draw, format_table
+from mlx_qwen35.bench.vision import Case, Memory, format_memory, measure_memory, spread
+from mlx_qwen35.bench.vision_program import VisionProgram, noise, prompt
+from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels import exponential
 from mlx_qwen35.kernels.attention import attention
 
@@ -197,6 +202,151 @@ def test_one_length_can_be_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     draw(tmp_path / "one.png", "one length", summarize([run_of(OURS, 0, 1.0, 0.5)]))
     assert (tmp_path / "one.png").stat().st_size > 1000
+
+
+# --- memory of images and clips ------------------------------------------------------------------------------------
+
+VISION = vision.Settings((0.01,), (4, 8), (64, 32), 16, "float32")
+SHOWN = {
+    "tokens": 1, "text_bytes": 100, "tower_bytes": 10, "embeddings_bytes": 5, "cache_bytes": 7, "budget_bytes": 50,
+    "encode_peak_bytes": 155, "read_peak_bytes": 132, "released_bytes": 105, "left_bytes": 100,
+    "max_rss_bytes": 900, "encode_s": 1.0, "read_s": 2.0,
+}  # fmt: skip
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command says of arguments that it refuses."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_memory_of_images_and_clips_is_measured_on_random_weights(temporary, tmp_path, capsys):
+    cases = ("--image-megapixels", "0.01,0.04", "--clip-frames", "4,8", "--clip-size", "64x32")
+    main(["--geometry", "tiny", "--vision", *cases, "--json", str(tmp_path / "all.json")])
+    written, printed = json.loads((tmp_path / "all.json").read_text()), capsys.readouterr().out
+    assert set(written) == {"machine", "model", "settings", "failures", "rows", "spread"}
+    shown = [(row["case"]["frames"], row["case"]["width"], row["case"]["height"]) for row in written["rows"]]
+    assert shown == [(1, 96, 96), (1, 192, 192), (4, 64, 32), (8, 64, 32)]
+    assert [row["tokens"] for row in written["rows"]] == [9 + 16, 36 + 16, 2 * (2 + 8) + 8, 4 * (2 + 8) + 8]
+    assert "image 96x96" in printed and "clip 64x32, 8 frames" in printed and "geometry tiny" in printed
+    assert f"mlx {importlib.metadata.version('mlx')}" in printed
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_prompt_with_a_clip_leaves_only_the_text_weights_in_memory(checkpoint_folder):
+    program = VisionProgram(checkpoint_folder(), "float32")
+    held = sum(array.nbytes for _, array in tree_flatten(program.model.parameters()))
+    shown = program.show(frames=4, height=32, width=64, step=16)
+    assert shown["embeddings_bytes"] == 4 * 4 * program.model.config.hidden_size
+    kept = shown["released_bytes"] - shown["text_bytes"]
+    assert shown["embeddings_bytes"] <= kept < 2 * shown["embeddings_bytes"]  # in a buffer that was at hand
+    assert shown["left_bytes"] == shown["text_bytes"] >= held
+    assert shown["tower_bytes"] > 0 and not program.model.vision.loaded
+
+
+def test_working_memory_does_not_grow_with_the_clip(checkpoint_folder, monkeypatch):
+    """MLX frees while it computes, so that a peak varies by some percent; held whole, the long clip would take 16
+    times as much."""
+    monkeypatch.setattr(tower, "SLICE", 48)  # patches, two pairs of these frames
+    monkeypatch.setattr("mlx_qwen35.kernels.attention.CPU_SCORE_BYTES", 1 << 16)
+    program = VisionProgram(checkpoint_folder(), "float32")
+
+    def working(frames: int) -> Memory:
+        return Memory(Case(frames, 64, 96), max_rss_bytes=0, **program.show(frames, height=64, width=96, step=56))
+
+    short, long = working(8), working(128)
+    assert long.encode_working_bytes < 1.3 * short.encode_working_bytes
+    assert long.read_working_bytes < 1.5 * short.read_working_bytes
+    assert long.encode_working_bytes < long.budget_bytes
+
+
+def test_working_memory_is_the_peak_less_what_its_phase_keeps():
+    row = Memory(Case(4, 32, 64), **SHOWN)
+    assert (row.encode_working_bytes, row.read_working_bytes) == (155 - 100 - 10 - 5, 132 - 100 - 5 - 7)
+
+
+def test_the_spread_is_of_the_clips_alone():
+    rows = [Memory(Case(frames, 32, 64), **SHOWN) for frames in (1, 4, 8)]
+    assert spread(rows) == {"encoding": 0, "reading": 0}
+    rows[0] = replace(rows[0], encode_peak_bytes=1000)
+    rows[2] = replace(rows[2], encode_peak_bytes=159, read_peak_bytes=142)
+    assert spread(rows) == pytest.approx({"encoding": 0.1, "reading": 0.5})
+    assert "exceeds the smallest by 10.0% in encoding, 50.0% in reading" in format_memory({}, "some", VISION, rows)
+    assert spread(rows[:2]) == {}
+
+
+def test_a_clip_that_cannot_be_measured_is_named_and_the_others_go_on(monkeypatch):
+    class Fake:
+        def __init__(self, *arguments):
+            self.environment = {"blas": {"loaded": [], "preloaded": [], "not_found": []}, "torch_threads": None}
+
+        def ask(self, frames: int, **request: int) -> dict:
+            if frames == 4:
+                raise ProgramError("vision", "out of paper")
+            return SHOWN
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(vision, "Worker", Fake)
+    cases, failures = [Case(4, 32, 64), Case(8, 32, 64)], {}
+    _, rows = measure_memory(Path(), cases, VISION, failures, lambda line: None)
+    assert [row.case.frames for row in rows] == [8] and failures == {"clip 64x32, 4 frames": "out of paper"}
+    with pytest.raises(InputError, match="clip 64x32, 4 frames could not be measured: out of paper"):
+        measure_memory(Path(), cases[:1], VISION, {}, lambda line: None)
+
+
+def test_a_prompt_has_text_around_the_placeholders_of_every_pair(checkpoint_folder):
+    program = VisionProgram(checkpoint_folder(), "float32")
+    media = noise(program.config, 4, 32, 64)
+    tokens, runs = prompt(media.grid, 2)
+    assert sum(run.stop - run.start for run in runs) == media.tokens == 4
+    assert [run.start for run in runs] == [8, 18] and len(tokens) == 28
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--compare", "mlx-lm"], "--compare is for speed; with --vision it has no effect"),
+        (["--prompt-lengths", "5"], "--prompt-lengths is for speed"),
+        (["--decode-tokens", "32"], "--decode-tokens is for speed"),  # the default value, yet given
+        (["--repeats", "5"], "--repeats is for speed"),
+        (["--plot", "speeds.png"], "--plot is for speed"),
+        (["--image-megapixels", "1", "--clip-size", "64x64"], "--clip-size has no effect without clips"),
+        (["--image-megapixels", "0"], "must be above 0, got 0"),
+        (["--clip-frames", "3"], "--clip-frames must be multiples of 2, got 3"),
+        (["--clip-size", "64x50"], "--clip-size must be two multiples of 32, got 64x50"),
+        (["--clip-size", "64"], "must be WIDTHxHEIGHT, got 64"),
+    ],
+)
+def test_wrong_arguments_with_vision_are_refused(given, message, capsys):
+    assert message in refused(["--geometry", "tiny", "--vision", *given], capsys)
+
+
+@pytest.mark.parametrize(
+    "given", [["--image-megapixels", "1"], ["--clip-frames", "8"], ["--clip-size", "512x512"]], ids=" ".join
+)
+def test_options_of_vision_alone_are_refused(given, capsys):
+    assert f"{given[0]} has no effect without --vision" in refused(["--geometry", "tiny", *given], capsys)
+
+
+def test_only_the_images_or_only_the_clips_can_be_measured():
+    def cases(*given: str) -> tuple:
+        options = command._parser().parse_args(["--geometry", "tiny", "--vision", *given])
+        command._choose_mode(options)
+        return options.image_megapixels, options.clip_frames
+
+    assert cases() == ((1, 4, 16), (8, 64, 512))
+    assert cases("--image-megapixels", "2") == ((2,), ())
+    assert cases("--clip-frames", "6") == ((), (6,))
+
+
+def test_a_checkpoint_without_a_tower_is_refused(checkpoint_folder, capsys):
+    folder = checkpoint_folder(vision=False)
+    said = refused(["--model", str(folder), "--vision"], capsys)
+    assert "--vision needs a checkpoint with a vision tower" in said and str(folder) in said
 
 
 # --- what the CPU does faster by other means -------------------------------------------------------------------------

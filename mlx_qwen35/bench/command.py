@@ -1,6 +1,10 @@
-"""The command: mlx_qwen35.bench --model FOLDER_OR_ID | --geometry mid [--compare mlx-lm,mlx-vlm,transformers]"""
+"""The command.
+
+mlx_qwen35.bench --model FOLDER_OR_ID | --geometry mid [--compare mlx-lm,mlx-vlm,transformers | --vision]
+"""
 
 import argparse
+import math
 import os
 import sys
 import tempfile
@@ -12,14 +16,19 @@ from statistics import median
 
 import mlx.core as mx
 
+from mlx_qwen35.bench import vision
 from mlx_qwen35.bench.measure import OURS, PEERS, Settings, measure, started, summarize
 from mlx_qwen35.bench.report import describe_machine, draw, format_table, write_json
-from mlx_qwen35.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.commands import clean_errors
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.hub import resolve
-from mlx_qwen35.load import DTYPES, choose_dtype
+from mlx_qwen35.load import DTYPES, choose_dtype, has_tower
 from mlx_qwen35.random_checkpoint import GEOMETRIES, geometry, write_random_checkpoint
+
+# The options of each of the two modes, and their defaults; None is no default.
+_SPEED = {"prompt_lengths": (128, 1024), "decode_tokens": 32, "repeats": 5, "compare": (), "plot": None}
+_VISION = {"image_megapixels": (1, 4, 16), "clip_frames": (8, 64, 512), "clip_size": (512, 512)}
 
 
 def _positive(text: str) -> int:
@@ -33,6 +42,20 @@ def _lengths(text: str) -> tuple[int, ...]:
     return tuple(_positive(part) for part in text.split(","))
 
 
+def _megapixels(text: str) -> tuple[float, ...]:
+    sizes = tuple(float(part) for part in text.split(","))
+    if wrong := [size for size in sizes if not 0 < size < math.inf]:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {wrong[0]:g}")
+    return sizes
+
+
+def _size(text: str) -> tuple[int, int]:
+    parts = text.split("x")
+    if len(parts) != 2:
+        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT, got {text}")
+    return _positive(parts[0]), _positive(parts[1])
+
+
 def _peers(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(text.split(",")))
     if unknown := [name for name in names if name not in PEERS]:
@@ -43,22 +66,57 @@ def _peers(text: str) -> tuple[str, ...]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mlx_qwen35.bench",
-        description="Measure prefill and decode speed on this machine, beside other programs on the same weights. Each "
-        "runs in a process of its own, all in turn. Ends with status 1 if one that was asked for could not run.",
+        description="Measure prefill and decode speed on this machine, beside other programs on the same weights, or "
+        "the memory that images and clips take. Each program, and each image or clip, has a process of its own, all in "
+        "turn. Ends with status 1 if one that was asked for could not run.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="local folder, Hugging Face id, or nano")
     source.add_argument("--geometry", choices=GEOMETRIES, help="random weights of this size, removed afterwards")
     parser.add_argument("--revision", help="branch, tag or commit of the Hugging Face id")
-    parser.add_argument("--prompt-lengths", type=_lengths, default=(128, 1024), help="default 128,1024")
-    parser.add_argument("--decode-tokens", type=_positive, default=32, help="tokens timed after the first; default 32")
-    parser.add_argument("--repeats", type=_positive, default=5, help="rounds, each program once in each; default 5")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: float32 on the CPU, else the checkpoint's")
     parser.add_argument("--prefill-step-size", type=_positive, default=1024, help="prompt tokens a pass; default 1024")
-    parser.add_argument("--compare", type=_peers, default=(), help=f"some of {','.join(PEERS)}")
-    parser.add_argument("--json", type=Path, help="file for every run and the medians")
-    parser.add_argument("--plot", type=Path, help="PNG file for the speeds over the prompt lengths; needs matplotlib")
+    parser.add_argument("--json", type=Path, help="file for everything that was measured")
+    speed = parser.add_argument_group("speed, which is measured without --vision")
+    speed.add_argument("--prompt-lengths", type=_lengths, help="default 128,1024")
+    speed.add_argument("--decode-tokens", type=_positive, help="tokens timed after the first; default 32")
+    speed.add_argument("--repeats", type=_positive, help="rounds, each program once in each; default 5")
+    speed.add_argument("--compare", type=_peers, help=f"some of {','.join(PEERS)}")
+    speed.add_argument("--plot", type=Path, help="PNG file for the speeds over the prompt lengths; needs matplotlib")
+    memory = parser.add_argument_group("memory of images and clips")
+    memory.add_argument("--vision", action="store_true", help="measure it, on random pixels; nothing is resized")
+    memory.add_argument(
+        "--image-megapixels",
+        type=_megapixels,
+        help="square images of so many times 2^20 pixels; default 1,4,16, and none where only --clip-frames is given",
+    )
+    memory.add_argument(
+        "--clip-frames", type=_lengths, help="default 8,64,512, and none where only --image-megapixels is given"
+    )
+    memory.add_argument(
+        "--clip-size",
+        type=_size,
+        help="of every clip; default 512x512, of which 8 frames fill a pass over the prompt",
+    )
     return parser
+
+
+def _choose_mode(options: argparse.Namespace) -> None:
+    """Refuse the other mode's options, and set the defaults of this one."""
+    mode, other = (_VISION, _SPEED) if options.vision else (_SPEED, _VISION)
+    if idle := [name for name in other if getattr(options, name) is not None]:
+        flag = f"--{idle[0].replace('_', '-')}"
+        raise InputError(
+            f"{flag} is for speed; with --vision it has no effect. Leave one of them out"
+            if options.vision
+            else f"{flag} has no effect without --vision. Add that, or leave it out"
+        )
+    shown = [name for name in ("image_megapixels", "clip_frames") if getattr(options, name, None) is not None]
+    if options.vision and shown == ["image_megapixels"] and options.clip_size:
+        raise InputError("--clip-size has no effect without clips. Add --clip-frames, or leave it out")
+    for name, default in mode.items():
+        if getattr(options, name) is None:
+            setattr(options, name, () if shown and name in ("image_megapixels", "clip_frames") else default)
 
 
 @contextmanager
@@ -86,28 +144,54 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 
 def bench(options: argparse.Namespace) -> dict[str, str]:
-    """Measure, print, write, and return the programs that could not run, each with the reason."""
+    """Measure, print, write, and return what could not run, each with the reason."""
+    _choose_mode(options)
     _check_outputs(options)
-    failures: dict[str, str] = {}
     with _checkpoint(options) as folder:
-        dtype = str(choose_dtype(open_checkpoint(folder), options.dtype)).removeprefix("mlx.core.")
-        settings = Settings(
-            options.prompt_lengths, options.decode_tokens, options.repeats, options.prefill_step_size, dtype
-        )
-        with started((OURS, *options.compare), folder, dtype, failures) as workers:
-            if OURS in failures:
-                raise InputError(f"{OURS} could not load {options.model or options.geometry}: {failures[OURS]}")
-            runs = measure(workers, settings, failures, _progress)
-            environments = {worker.name: worker.environment for worker in workers}
+        model = options.model or f"random weights of geometry {options.geometry}"
+        return (_vision if options.vision else _speed)(options, folder, model)
+
+
+def _dtype(options: argparse.Namespace, checkpoint: Checkpoint) -> str:
+    return str(choose_dtype(checkpoint, options.dtype)).removeprefix("mlx.core.")
+
+
+def _speed(options: argparse.Namespace, folder: Path, model: str) -> dict[str, str]:
+    failures: dict[str, str] = {}
+    dtype = _dtype(options, open_checkpoint(folder))
+    settings = Settings(
+        options.prompt_lengths, options.decode_tokens, options.repeats, options.prefill_step_size, dtype
+    )
+    with started((OURS, *options.compare), folder, dtype, failures) as workers:
+        if OURS in failures:
+            raise InputError(f"{OURS} could not load {options.model or options.geometry}: {failures[OURS]}")
+        runs = measure(workers, settings, failures, _progress)
+        environments = {worker.name: worker.environment for worker in workers}
     if OURS in failures:
         raise InputError(f"{OURS} could not run: {failures[OURS]}")
     machine, rows = describe_machine(environments), summarize(runs)
-    model = options.model or f"random weights of geometry {options.geometry}"
     print(format_table(machine, model, settings, rows, median(run.products for run in runs)))
     if options.json:
         write_json(options.json, machine, model, settings, rows, runs, failures)
     if options.plot:
         draw(options.plot, f"{model}, {dtype}\n{machine['chip']}", rows)
+    return failures
+
+
+def _vision(options: argparse.Namespace, folder: Path, model: str) -> dict[str, str]:
+    failures: dict[str, str] = {}
+    checkpoint = open_checkpoint(folder)
+    if not has_tower(checkpoint):
+        raise InputError(f"--vision needs a checkpoint with a vision tower; {model} holds text weights only")
+    settings = vision.Settings(
+        options.image_megapixels, options.clip_frames, options.clip_size, options.prefill_step_size,
+        _dtype(options, checkpoint),
+    )  # fmt: skip
+    cases = settings.cases(checkpoint.config.vision)
+    machine, rows = vision.measure_memory(folder, cases, settings, failures, _progress)
+    print(vision.format_memory(machine, model, settings, rows))
+    if options.json:
+        vision.write_memory(options.json, machine, model, settings, rows, failures)
     return failures
 
 

@@ -65,23 +65,34 @@ def _version(package: str) -> str:
         return f"{package} not installed"
 
 
+def header(machine: Mapping[str, str]) -> list[str]:
+    return [f"{name + ':':10}{value}" for name, value in machine.items()]
+
+
+def align(table: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: names to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for name, *figures in table:
+        padded = [figure.rjust(width) for figure, width in zip(figures, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *padded]))
+    return lines
+
+
 def format_table(
     machine: Mapping[str, str], model: str, settings: Settings, rows: Sequence[Row], products: float
 ) -> str:
     """The text the command prints. products: seconds of the bare products of one token."""
-    lines = [f"{name + ':':10}{value}" for name, value in machine.items()]
-    lines += [
+    lines = [
+        *header(machine),
         f"{'model:':10}{model}, {settings.dtype}; {settings.repeats} rounds of every program in turn, "
         f"{settings.decode_tokens} tokens decoded, prompt read {settings.prefill_step_size} tokens at a time",
         f"{'products:':10}{products * 1e3:.2f} ms a token for the bare matrix-vector products of the linear maps",
         "",
+        *align([_COLUMNS] + [_cells(row) for row in rows]),
+        "",
+        "ours: our speed over the program's, our time over its time beyond the products; medians over rounds",
     ]
-    table = [_COLUMNS] + [_cells(row) for row in rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(_COLUMNS))]
-    for name, *figures in table:
-        padded = [figure.rjust(width) for figure, width in zip(figures, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *padded]))
-    lines += ["", "ours: our speed over the program's, our time over its time beyond the products; medians over rounds"]
     return "\n".join(lines)
 
 

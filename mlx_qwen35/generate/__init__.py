@@ -141,7 +141,8 @@ def see(model: Model, prompts: Sequence[Prompt]) -> list[Row]:
         rows = []
         for prompt in prompts:
             own = [next(shown) for _ in prompt.media]
-            rows.append(Row(prompt.tokens, prompt.runs, mx.concatenate(own) if own else None))
+            embeddings = mx.concatenate(own) if len(own) > 1 else next(iter(own), None)
+            rows.append(Row(prompt.tokens, prompt.runs, embeddings))
         mx.eval([row.embeddings for row in rows if row.embeddings is not None])
     finally:
         model.vision.release()

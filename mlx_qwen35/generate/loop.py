@@ -35,6 +35,7 @@ def read(
     A chunk may end inside an image. progress is told the number of tokens after each chunk.
     """
     longest = max(len(row.tokens) for row in rows)
+    cache.reserve(longest)
     places = [_Places(row, first) for row, first in zip(rows, cache.next_positions, strict=True)]
     last: mx.array | None = None
     for start in range(0, longest, step):
@@ -84,7 +85,9 @@ def _looks(places: Sequence[_Places], start: int, width: int) -> tuple[Visual | 
             embeddings.append(row.embeddings[low:high])
     if not rows:
         return None, table
-    return Visual(*(mx.array(np.concatenate(part)) for part in (rows, columns)), mx.concatenate(embeddings)), table
+    indices = [np.concatenate(part) for part in (rows, columns)]
+    assert indices[1].max() < width, "MLX writes to wherever an index says"
+    return Visual(*map(mx.array, indices), mx.concatenate(embeddings)), table
 
 
 def decode(

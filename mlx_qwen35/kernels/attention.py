@@ -8,7 +8,8 @@ import mlx.core as mx
 
 from mlx_qwen35.kernels.exponential import exp
 
-SCORE_BYTES = 64 << 20  # of float32 scores at a time, where they are written out
+SCORE_BYTES = 64 << 20  # of float32 scores at a time, where MLX writes them out on a GPU
+CPU_SCORE_BYTES = 16 << 20  # and here, where what is made of them takes four times as much
 FUSED_HEAD_DIMS = (64, 80, 128)  # of these MLX has a kernel for many queries that writes no scores
 LAUNCH_FLOPS = 2e11  # of one fused launch: a tenth of a second on an M1
 CPU_ROWS = 128  # queries of a tile on the CPU, whose scores then stay in its caches
@@ -27,7 +28,9 @@ def attention(q: mx.array, keys: mx.array, values: mx.array, scale: float, mask:
     for start in range(0, T, rows):
         stop = min(start + rows, T)
         seen = S - T + stop if mask == "causal" else S
-        part = (q[:, :, start:stop], keys[:, :, :seen], values[:, :, :seen], scale)
+        # One after the other: MLX would compute all tiles side by side, and hold the scores of all.
+        queries = mx.depends(q[:, :, start:stop], tiles[-1:]) if tiles else q[:, :, start:stop]
+        part = (queries, keys[:, :, :seen], values[:, :, :seen], scale)
         if plain:
             rule = mask[:, :, start:stop] if isinstance(mask, mx.array) else mask
             tiles.append(mx.fast.scaled_dot_product_attention(*part[:3], scale=scale, mask=rule))
@@ -39,10 +42,14 @@ def attention(q: mx.array, keys: mx.array, values: mx.array, scale: float, mask:
 def tile_rows(shape: tuple[int, ...], S: int, on_cpu: bool) -> int:
     """How many queries of (B, H, T, D) go at a time over S keys."""
     B, H, _, D = shape
-    written = SCORE_BYTES // (4 * B * H * S)
+    row = 4 * B * H * S  # bytes of scores; and times D the operations on them
     if on_cpu:
-        return max(1, min(CPU_ROWS, written))
-    return max(1, int(LAUNCH_FLOPS / (4 * B * H * S * D)) if D in FUSED_HEAD_DIMS else written)
+        rows = min(CPU_ROWS, CPU_SCORE_BYTES // row)
+    elif D in FUSED_HEAD_DIMS:
+        rows = int(LAUNCH_FLOPS / (row * D))
+    else:
+        rows = SCORE_BYTES // row
+    return max(1, rows)
 
 
 def _tile(q: mx.array, keys: mx.array, values: mx.array, scale: float, causal: bool) -> mx.array:

@@ -39,8 +39,11 @@ def _piecewise(x: mx.array) -> bool:
 def _by_pieces(function: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
     if x.size <= PIECE:
         return function(x)
-    pieces = mx.split(x.reshape(-1), range(PIECE, x.size, PIECE))
-    return mx.concatenate([function(piece) for piece in pieces]).reshape(x.shape)
+    done: list[mx.array] = []
+    for piece in mx.split(x.reshape(-1), range(PIECE, x.size, PIECE)):
+        # One after the other: MLX would take the first step of all pieces, then the second, and lose what is at hand.
+        done.append(function(mx.depends(piece, done[-1]) if done else piece))
+    return mx.concatenate(done).reshape(x.shape)
 
 
 def _one_plus_exp(x: mx.array) -> mx.array:
