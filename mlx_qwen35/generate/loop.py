@@ -85,7 +85,7 @@ def _looks(places: Sequence[_Places], start: int, width: int) -> tuple[Visual | 
             embeddings.append(row.embeddings[low:high])
     if not rows:
         return None, table
-    indices = [np.concatenate(part) for part in (rows, columns)]
+    indices = [np.concatenate(part).astype(np.int32) for part in (rows, columns)]
     assert indices[1].max() < width, "MLX writes to wherever an index says"
     return Visual(*map(mx.array, indices), mx.concatenate(embeddings)), table
 
