@@ -38,8 +38,10 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(weights.at("mlp"))
         self.mixer_name = "self_attn" if kind == FULL else "linear_attn"
 
-    def __call__(self, x: mx.array, span: Span, cache) -> mx.array:
+    def __call__(self, x: mx.array, span: Span, cache, at: mx.array | None = None) -> mx.array:
+        """x (B, T, D) -> (B, T, D), or with at (B,), of each row only that column: (B, 1, D)."""
         x = x + self[self.mixer_name](self.input_layernorm(x), span, cache)
+        x = x if at is None else mx.take_along_axis(x, at[:, None, None], axis=1)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -79,12 +81,14 @@ class Model(nn.Module):
         lengths: Sequence[int] | None = None,
         visual: Visual | None = None,
         positions: np.ndarray | None = None,
+        at: mx.array | None = None,
     ) -> mx.array:
         """tokens (B, T) -> (B, T, D) after the final norm.
 
         lengths: of each row, how many of the T tokens are real; the outputs at the rest mean nothing. None: all.
         visual: embeddings that replace those of some tokens. positions: (3, B, T) integers, see `positions`; None goes
-        on counting where the cache is.
+        on counting where the cache is. at: (B,) integers, the one column wanted of each row; then (B, 1, D), and the
+        last layer's MLP and the norm compute no more than that.
         Raises InputError when tokens is not (B, T), its ids are not integers, or B is not the cache's.
         """
         if tokens.ndim != 2 or not mx.issubdtype(tokens.dtype, mx.integer) or 0 in tokens.shape:
@@ -94,9 +98,9 @@ class Model(nn.Module):
             raise InputError(f"the cache is for {cache.batch} rows, tokens have {tokens.shape[0]}")
         with cache.reading(tokens.shape[1], lengths, positions) as span:
             x = self.embed(tokens, visual)
-            for layer, memory in zip(self.layers, cache.layers, strict=True):
+            for layer, memory in zip(self.layers[:-1], cache.layers, strict=False):
                 x = layer(x, span, memory)
-            return self.norm(x)
+            return self.norm(self.layers[-1](x, span, cache.layers[-1], at))
 
     def embed(self, tokens: mx.array, visual: Visual | None = None) -> mx.array:
         """tokens (B, T) -> (B, T, D) in the activation dtype, image embeddings in their places."""

@@ -122,6 +122,18 @@ def test_nan_in_the_embedding_of_padding_spoils_nothing(model):
         assert difference(hidden[1][row], model.hidden(mx.array([[4 + row]]), alone)[0]) < 10 * SAME
 
 
+def test_one_wanted_column_of_each_row_is_that_of_all(model):
+    tokens, caches = mx.concatenate([ids(2, 20), ids(3, 20)]), [model.make_cache(2) for _ in range(2)]
+    lengths, columns = [20, 9], mx.array([19, 8])
+    every = model.hidden(tokens, caches[0], lengths)
+    wanted = model.hidden(tokens, caches[1], lengths, at=columns)
+    assert wanted.shape == (2, 1, every.shape[-1])
+    for row, column in enumerate((19, 8)):
+        assert difference(wanted[row, 0], every[row, column]) < SAME
+    for name, array in caches[0].arrays().items():
+        assert difference(array, caches[1].arrays()[name]) == 0, name
+
+
 @pytest.mark.parametrize("lengths", [[3], [3, -1], [3, 6], [1, 2, 3]])
 def test_lengths_that_do_not_fit_are_refused(lengths, model):
     with pytest.raises(InputError, match=r"lengths must be 2 counts of 0 to 5 tokens, got"):

@@ -44,9 +44,8 @@ def read(
         lengths = [len(tokens) for tokens in chunk]
         padded = mx.array([[*tokens, *[0] * (width - len(tokens))] for tokens in chunk])
         visual, positions = _looks(places, start, width)
-        hidden = model.hidden(padded, cache, None if min(lengths) == width else lengths, visual, positions)
-        ends = mx.array([max(0, n - 1) for n in lengths])[:, None, None]
-        here = mx.take_along_axis(hidden, ends, axis=1)[:, 0]
+        ends = mx.array([max(0, n - 1) for n in lengths])
+        here = model.hidden(padded, cache, None if min(lengths) == width else lengths, visual, positions, ends)[:, 0]
         last = here if last is None else mx.where(mx.array([n > 0 for n in lengths])[:, None], here, last)
         cache.evaluate()
         mx.eval(last)
