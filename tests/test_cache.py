@@ -129,9 +129,9 @@ def test_one_wanted_column_of_each_row_is_that_of_all(model):
     wanted = model.hidden(tokens, caches[1], lengths, at=columns)
     assert wanted.shape == (2, 1, every.shape[-1])
     for row, column in enumerate((19, 8)):
-        assert difference(wanted[row, 0], every[row, column]) < SAME
+        assert difference(wanted[row, 0], every[row, column]) < 10 * SAME  # before the head
     for name, array in caches[0].arrays().items():
-        assert difference(array, caches[1].arrays()[name]) == 0, name
+        assert mx.array_equal(array, caches[1].arrays()[name]), name
 
 
 @pytest.mark.parametrize("lengths", [[3], [3, -1], [3, 6], [1, 2, 3]])
