@@ -22,9 +22,8 @@ from mlx_qwen35.preprocess import Media, VisionOptions
 from mlx_qwen35.processor import Piece, Processor
 from mlx_qwen35.prompt import Prompt
 from mlx_qwen35.sampling import PRESETS, Sampling
-from mlx_qwen35.video import read_video
 
 __all__ = [
     "PRESETS", "Cache", "InputError", "Media", "Model", "Options", "Piece", "Processor", "Prompt", "Result", "Sampling",
-    "Snapshot", "VisionOptions", "batch_generate", "generate", "load", "read_image", "read_video", "stream_generate",
+    "Snapshot", "VisionOptions", "batch_generate", "generate", "load", "read_image", "stream_generate",
 ]  # fmt: skip

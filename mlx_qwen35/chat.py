@@ -1,6 +1,7 @@
 """The command mlx_qwen35.chat: an interactive conversation in the terminal."""
 
 import argparse
+import shlex
 import sys
 from typing import Any
 
@@ -20,12 +21,12 @@ from mlx_qwen35.conversation import Conversation
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.generate.options import PREFILL_STEP
 from mlx_qwen35.load import load
-from mlx_qwen35.preprocess import VISION_OPTIONS
 
 COMMAND = "mlx_qwen35.chat"
 HELP = """\
 /image F show the image F (a file or URL) with the next message; again for more
 /video F show the clip F (a file, URL or folder of pictures)
+/drop    show none of them after all
 /reset   forget the conversation
 /exit    leave (so does Ctrl-D)
 /help    this list
@@ -42,14 +43,15 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def answer(conversation: Conversation, content: str | list[dict[str, Any]], step: int) -> None:
+def answer(conversation: Conversation, content: str | list[dict[str, Any]], step: int) -> bool:
+    """Send a message and print the answer; False where it was interrupted before the message was taken."""
     try:
         with prompt_bar(step) as progress:
             print_pieces(conversation.send(content, progress))
     except KeyboardInterrupt:
         print()
     if conversation.result is None:
-        return
+        return False
     result = conversation.result
     new = conversation.total - conversation.reused
     print(
@@ -58,16 +60,26 @@ def answer(conversation: Conversation, content: str | list[dict[str, Any]], step
         f"second, {result.finish_reason}; {result.peak_memory:.3f} GB]",
         file=sys.stderr,
     )
+    return bool(result.tokens)
 
 
-def look(conversation: Conversation, command: str, source: str) -> list[dict[str, Any]]:
-    """Read an image or a clip now, so that it is refused now if it must be; the part for the next message."""
+def look(conversation: Conversation, command: str, name: str, shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Read an image or a clip now, so that it is refused now if it must be; what goes with the next message."""
     kind = command.removeprefix("/")
-    if not source:
+    if not name:
         raise InputError(f"{command} must name a file or URL")
-    parts = conversation.processor.read_parts([{"type": kind, kind: source}], conversation.vision)
-    print_media([parts[0][kind]])
-    return parts
+    parts = conversation.processor.read_parts([{"type": kind, kind: _unquoted(name)}], conversation.vision)
+    print_media([parts[0][kind]], [part[part["type"]] for part in shown])
+    return shown + parts
+
+
+def _unquoted(name: str) -> str:
+    """A file's name as it was typed, quoted, or dropped from the Finder, which escapes blanks."""
+    try:
+        words = shlex.split(name)
+    except ValueError:
+        return name
+    return words[0] if len(words) == 1 else name
 
 
 def session(conversation: Conversation, step: int) -> None:
@@ -88,25 +100,28 @@ def session(conversation: Conversation, step: int) -> None:
             shown = _obey(conversation, line, step, shown)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print()
 
 
 def _obey(
     conversation: Conversation, line: str, step: int, shown: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Do what a line says, and return what goes with the next message."""
-    command, _, rest = line.partition(" ")
+    command, *rest = line.split(None, 1) or [""]
     if command in ("/image", "/video"):
-        return shown + look(conversation, command, rest.strip())
-    if line == "/reset":
-        conversation.reset()
+        return look(conversation, command, "".join(rest), shown)
+    if line in ("/reset", "/drop"):
+        if line == "/reset":
+            conversation.reset()
         return []
     if line == "/help":
         print(HELP)
     elif line.startswith("/"):
         print(f"there is no command {command}; /help lists them", file=sys.stderr)
     elif line:
-        answer(conversation, [*shown, {"type": "text", "text": line}] if shown else line, step)
-        return []
+        taken = answer(conversation, [*shown, {"type": "text", "text": line}] if shown else line, step)
+        return [] if taken else shown
     return shown
 
 
@@ -115,8 +130,6 @@ def main() -> None:
     with clean_errors(COMMAND):
         name, options = require_model(args), given_options(args)
         model, processor = load(name, revision=args.revision, dtype=args.dtype, keep_vision=args.keep_vision)
-        if model.vision is None and (idle := sorted(VISION_OPTIONS & set(options))):
-            raise InputError(f"{', '.join(idle)} must not be given: this checkpoint has no vision tower")
         if sys.stdin.isatty():
             import readline  # noqa: F401  line editing and history for input()
 

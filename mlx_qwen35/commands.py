@@ -3,11 +3,14 @@
 import argparse
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.fetch import is_remote
 from mlx_qwen35.hub import CHOICES
 from mlx_qwen35.preprocess import VISION_OPTIONS, Media
 from mlx_qwen35.processor import Piece
@@ -115,13 +118,19 @@ def clean_errors(command: str) -> Iterator[None]:
         raise SystemExit(1) from None
 
 
-def print_media(media: Sequence[Media]) -> None:
-    """What images and clips became, on stderr, one line each."""
-    counts = {"image": 0, "video": 0}
+def check_there(media: Sequence[tuple[str, str]]) -> None:
+    """Refuse files that are not there, given as pairs of kind and name, before the model is loaded."""
+    for kind, name in media:
+        if not is_remote(name) and (not name or not Path(name).expanduser().exists()):
+            raise InputError(f"--{kind} must name a file or an http(s) URL; there is no file {name!r}")
+
+
+def print_media(media: Sequence[Media], before: Sequence[Media] = ()) -> None:
+    """What images and clips became, on stderr, one line each, counted behind those before."""
+    counts = Counter(item.kind for item in before)
     for item in media:
-        kind = "video" if item.is_clip else "image"
-        counts[kind] += 1
-        print(f"{kind} {counts[kind]}: {item}", file=sys.stderr, flush=True)
+        counts[item.kind] += 1
+        print(f"{item.kind} {counts[item.kind]}: {item}", file=sys.stderr, flush=True)
 
 
 def print_pieces(pieces: Iterable[Piece]) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Unpack
 
 from mlx_qwen35.cache import Snapshot
@@ -39,6 +40,9 @@ class Conversation:
         self._template = {name: given.pop(name, None) for name in ("enable_thinking", "tools")}
         self._system = given.pop("system_prompt", None)
         self._step = given.get("prefill_step_size", PREFILL_STEP)
+        idle = sorted(name for name in VISION_OPTIONS if given.get(name))
+        if idle and not processor.sees:
+            raise InputError(f"{', '.join(idle)} must not be given: this checkpoint has no vision tower")
         self.vision = vision_options(given)  # how the images and clips of coming messages are read
         self._options = {name: value for name, value in given.items() if name not in VISION_OPTIONS}
         plan(self._options, model.config, processor.greedy, [Prompt((0,), thinking=False)], [0])  # tells a bad option
@@ -64,11 +68,11 @@ class Conversation:
         Stopping early keeps what was answered until then. When the message cannot be read, because it is empty or the
         context is full, InputError is raised and the conversation is as it was before.
         """
-        if not content or (isinstance(content, str) and not content.strip()):
-            raise InputError("the message must not be empty")
-        self.result = None
         if not isinstance(content, str):
             content = self.processor.read_parts(content, self.vision)
+        if not (content.strip() if isinstance(content, str) else content):
+            raise InputError("the message must not be empty")
+        self.result = None
         messages = [*self.messages, {"role": "user", "content": content}]
         prompt = self.processor.encode_messages(messages, self.vision, **self._template)
         before = self.processor.encode_messages(messages, self.vision, add_generation_prompt=False, **self._template)
@@ -79,7 +83,8 @@ class Conversation:
         room = self.model.config.max_position_embeddings - len(prompt.tokens)
         if room < 1:
             raise InputError(
-                f"the conversation has {len(prompt.tokens)} tokens, which fills its context; start a new one"
+                f"the conversation has {len(prompt.tokens)} tokens, which fills its context; start a new one, or "
+                "show less of an image with a lower max_pixels"
             )
         self.reused, self.total = len(self._read.tokens), len(prompt.tokens)
         read_so_far = 0
@@ -89,16 +94,21 @@ class Conversation:
             read_so_far += tokens
             progress(read_so_far, len(new.tokens))
 
-        read(self.model, self.cache, see(self.model, [new]), self._step, count)
+        rows = see(self.model, [new])
+        seen = time.perf_counter()
+        read(self.model, self.cache, rows, self._step, count)
         self._read, self._snapshot = before, self.cache.snapshot()
         self.reading_seconds = time.perf_counter() - start
+        vision_seconds = seen - start if new.media else 0.0
+        del rows
         rest = prompt.after(len(before.tokens))
         generation = Generation(self.model, self.processor, [rest], {**self._options, "cache": self.cache})
         try:
             for _, piece in generation:
                 yield piece
         finally:
-            (self.result,) = generation.results()
+            (result,) = generation.results()
+            self.result = replace(result, vision_seconds=vision_seconds)
             if self.result.tokens:
                 self.messages = [*messages, {"role": "assistant", "content": self.result.text}]
 

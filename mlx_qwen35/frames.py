@@ -18,7 +18,7 @@ _Frame = TypeVar("_Frame")
 
 
 @dataclass(frozen=True)
-class Sampling:
+class FrameSampling:
     """How many frames of a clip are used; they are spread evenly from its first to its last.
 
     fps: frames a second of the clip, held between min_frames and max_frames and never more than there are.
@@ -87,7 +87,7 @@ class Timeline:
     fps: float
     times: np.ndarray | None
 
-    def pick(self, sampling: Sampling) -> tuple[list[int], tuple[float, ...]]:
+    def pick(self, sampling: FrameSampling) -> tuple[list[int], tuple[float, ...]]:
         """The frames to use, and their times. With a variable rate: those nearest to evenly spaced times, so that a
         frame that is shown for long may be picked more than once."""
         if self.times is None:

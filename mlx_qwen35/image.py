@@ -67,6 +67,8 @@ def read_image(source: "str | Path | bytes | bytearray | memoryview | Image.Imag
 
 
 def _from_path(source: str | Path) -> np.ndarray:
+    if not str(source) or str(source).startswith("file:"):
+        raise InputError(f"an image's path must be written plainly, without file:// before it; got {str(source)!r}")
     path, name = os.path.expanduser(source), name_of(str(source))
     if os.path.isdir(path):
         raise InputError(f"an image must be one file; {name} is a folder. A folder of frames is a video: give it so")

@@ -45,6 +45,8 @@ def load(
     folder = resolve(model, revision)
     checkpoint = open_checkpoint(folder)
     processor = Processor.from_folder(folder, checkpoint.config, has_tower(checkpoint))
+    if keep_vision and not has_tower(checkpoint):
+        raise InputError(f"keep_vision must not be given: {model} has no vision tower to keep")
     loaded = load_model(checkpoint, choose_dtype(checkpoint, dtype), str(model))
     if loaded.vision:
         loaded.vision.keep = keep_vision

@@ -46,13 +46,14 @@ def check_tower_fits(tower_bytes: int) -> None:
         )
 
 
-def check_encoding_fits(what: str, working_bytes: int) -> None:
-    """Refuse an image whose encoding would not fit beside what is in memory."""
+def check_encoding_fits(kind: str, size: str, working_bytes: int) -> None:
+    """Refuse an image or a video (`kind`) whose encoding would not fit beside what is in memory."""
     limit, used = usable_bytes(), mx.get_active_memory()
     if used + working_bytes > limit:
         raise InputError(
-            f"an image of {what} needs {working_bytes / 1e9:.1f} GB to be encoded; this machine has "
-            f"{limit / 1e9:.1f} GB for a model, of which {used / 1e9:.1f} GB are in use. Lower --max-pixels"
+            f"to be encoded, this {kind} ({size}) needs {working_bytes / 1e9:.1f} GB; the machine has "
+            f"{limit / 1e9:.1f} GB for a model, of which {used / 1e9:.1f} GB are in use. Lower "
+            + {"image": "max_pixels", "video": "video_total_pixels"}[kind]
         )
 
 

@@ -29,9 +29,8 @@ def kind_of(part: Any) -> str | None:
     """ "image" or "video" as the chat template tells them, None for any other part."""
     if not isinstance(part, Mapping):
         return None
-    kinds = [
-        kind for kind in ("image", "video") if {kind, f"{kind}_url"} & (set(part) | {part.get("type")})
-    ]
+    names = [*part, part.get("type")]
+    kinds = [kind for kind in ("image", "video") if kind in names or f"{kind}_url" in names]
     if len(kinds) == 2:
         raise InputError(f"a part must be an image or a video, not both; got one with {', '.join(map(str, part))}")
     return kinds[0] if kinds else None
@@ -43,16 +42,24 @@ def take_media(
     """The messages with bare parts for the template in the place of images and clips, and those, read, in order."""
     media: list[Media] = []
     bare = []
+    if not isinstance(messages, list | tuple):
+        raise InputError(f"messages must be a list, got {type(messages).__name__}")
     for message in messages:
+        if not isinstance(message, Mapping):
+            raise InputError(f'a message must be like {{"role": "user", "content": ...}}, got {message!r:.80}')
         content = message.get("content")
-        if isinstance(content, Sequence) and not isinstance(content, str):
+        if isinstance(content, list | tuple):
             content = [_bare(part, read, options, media) for part in content]
+        elif content is not None and not isinstance(content, str):
+            raise InputError(f"the content of a message must be text or a list of parts, got {type(content).__name__}")
         bare.append({**message, **({"content": content} if "content" in message else {})})
     return bare, media
 
 
 def read_parts(parts: Sequence[Any], read: Reader, options: VisionOptions) -> list[Any]:
     """The parts of one message with images and clips read: what becomes of their files no longer matters."""
+    if not isinstance(parts, list | tuple):
+        raise InputError(f"the content of a message must be text or a list of parts, got {type(parts).__name__}")
     done = []
     for part in parts:
         kind = kind_of(part)

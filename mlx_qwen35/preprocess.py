@@ -7,7 +7,7 @@ bytes until a slice of them goes to the tower: as float32 patches a picture woul
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ import numpy as np
 
 from mlx_qwen35.config import Fields, VisionConfig, read_json
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.image import read_image
+from mlx_qwen35.image import MAX_PIXELS, read_image
 from mlx_qwen35.memory import machine_pixels
-from mlx_qwen35.video import Sampling, read_video, resize
+from mlx_qwen35.video import FrameSampling, read_video, resize
 
 MAX_RATIO = 200  # of the longer side to the shorter
 
@@ -50,6 +50,12 @@ class VisionOptions:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+        for name in ("min_pixels", "max_pixels"):
+            if (getattr(self, name) or 0) > MAX_PIXELS:
+                raise InputError(f"{name} must be at most {MAX_PIXELS:,}, got {getattr(self, name):,}")
+        for name in ("published_limits", "outer_vision_tags"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("fps", "source_fps"):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -64,7 +70,7 @@ class VisionOptions:
 
 IMAGE_OPTIONS = {"min_pixels", "max_pixels"}
 VIDEO_OPTIONS = {"fps", "video_num_frames", "video_total_pixels", "source_fps", "outer_vision_tags"}
-VISION_OPTIONS = {field.name for field in fields(VisionOptions)}
+VISION_OPTIONS = {option.name for option in fields(VisionOptions)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,15 +82,19 @@ class Media:
     original: (height, width) before resizing.
     """
 
-    pixels: np.ndarray
+    pixels: np.ndarray = field(repr=False)
     times: tuple[float, ...]
     original: tuple[int, int]
-    config: VisionConfig
-    values: np.ndarray  # (3, 256) float32: what each byte of each channel becomes
+    config: VisionConfig = field(repr=False)
+    values: np.ndarray = field(repr=False)  # (3, 256) float32: what each byte of each channel becomes
 
     @property
     def is_clip(self) -> bool:
         return bool(self.times)
+
+    @property
+    def kind(self) -> str:
+        return "video" if self.is_clip else "image"
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -212,10 +222,17 @@ class Preprocessor:
         )
         rate = None if options.video_num_frames else options.fps or self.sampling["fps"]
         frames = {name: self.sampling[name] for name in ("min_frames", "max_frames")}
-        sampling = Sampling(fps=rate, num_frames=options.video_num_frames, **frames)
-        clip = read_video(
-            source, sampling, lambda *shape: video_size(*shape, self.factor, least, most), source_fps=options.source_fps
-        )
+        sampling = FrameSampling(fps=rate, num_frames=options.video_num_frames, **frames)
+
+        def fit(count: int, height: int, width: int) -> tuple[int, int]:
+            if count * self.factor**2 > most:
+                raise InputError(
+                    f"all frames of a clip must fit into {most:,} pixels, each of {self.factor}x{self.factor} or more; "
+                    f"{count:,} frames do not. Read fewer, or raise video_total_pixels"
+                )
+            return video_size(count, height, width, self.factor, least, most)
+
+        clip = read_video(source, sampling, fit, source_fps=options.source_fps)
         pairs, step = clip.frames, self.config.temporal_patch_size
         last = -len(pairs) % step  # an odd number: the last frame counts twice
         pairs = np.concatenate([pairs, pairs[-1:].repeat(last, axis=0)]) if last else pairs
@@ -227,6 +244,10 @@ class Preprocessor:
         self, options: VisionOptions, least: int | None, most: int | None, machine: float, name: str
     ) -> tuple[int, int]:
         low = self.least if least is None else least
+        if most is not None and options.published_limits:
+            raise InputError(
+                f"{name} ({most}) and published_limits must not be given together: each is a limit. Leave one out"
+            )
         if most is None:
             most = self.most if options.published_limits else int(min(self.most, machine))
             most = max(most, low)
@@ -243,13 +264,12 @@ _STEPS = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
 _SAMPLING = {"fps": 2, "min_frames": 4, "max_frames": 768}  # Qwen3VLVideoProcessor's, where the file says nothing
 
 
-def read_preprocessors(folder: Path, config: VisionConfig) -> tuple[Preprocessor, Preprocessor]:
-    """The settings for images and for clips. InputError when a file is absent or asks for what is not implemented."""
-    return _read(folder, "image", config), _read(folder, "video", config)
+def read_preprocessor(folder: Path, kind: str, config: VisionConfig) -> Preprocessor:
+    """The settings for images or for clips (`kind`): from a file of their own, as the published checkpoints have it, or
+    from what newer programs save for both.
 
-
-def _read(folder: Path, kind: str, config: VisionConfig) -> Preprocessor:
-    """From a file of its own, as the published checkpoints have it, or from what newer programs save for both."""
+    InputError when the file is absent or asks for what is not implemented.
+    """
     file, both = folder / _FILES[kind], folder / "processor_config.json"
     values = read_json(file) if file.is_file() else None
     if values is None and both.is_file():

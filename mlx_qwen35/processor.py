@@ -10,7 +10,7 @@ from mlx_qwen35.config import Config, read_json
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.parts import escape, in_order, read_parts, spread_clips, take_media
 from mlx_qwen35.positions import Run
-from mlx_qwen35.preprocess import Media, Preprocessor, VisionOptions, read_preprocessors
+from mlx_qwen35.preprocess import Media, Preprocessor, VisionOptions, read_preprocessor
 from mlx_qwen35.prompt import Placed, Prompt
 
 Messages = Sequence[Mapping[str, Any]]
@@ -105,16 +105,24 @@ class Processor:
                 f"this checkpoint reads text alone: it has no vision tower, so the {kind} cannot be read. Use the "
                 "original, or a folder that was converted with its tower"
             )
-        image, video = self._preprocessors
-        return image.image(source, vision) if kind == "image" else video.video(source, vision)
+        return self._images.image(source, vision) if kind == "image" else self._videos.video(source, vision)
 
     def read_parts(self, parts: Sequence[Any], vision: VisionOptions) -> list[Any]:
         """The parts of one message with their images and clips read now."""
         return read_parts(parts, self.read, vision)
 
+    @property
+    def sees(self) -> bool:
+        """Whether images and clips can be read."""
+        return self._folder is not None
+
     @cached_property
-    def _preprocessors(self) -> tuple[Preprocessor, Preprocessor]:
-        return read_preprocessors(self._folder, self.config.vision)
+    def _images(self) -> Preprocessor:
+        return read_preprocessor(self._folder, "image", self.config.vision)
+
+    @cached_property
+    def _videos(self) -> Preprocessor:
+        return read_preprocessor(self._folder, "video", self.config.vision)
 
     def render(self, messages: Messages, **template: Any) -> str:
         """The prompt text of messages, each image and clip one placeholder; see encode_messages."""

@@ -10,15 +10,15 @@ import numpy as np
 
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fetch import fetch, is_remote, name_of
-from mlx_qwen35.frames import Clip, Fit, Sampling, Timeline, check_rate, collect, resize
+from mlx_qwen35.frames import Clip, Fit, FrameSampling, Timeline, check_rate, collect, resize
 from mlx_qwen35.image import read_image
 from mlx_qwen35.video_file import VideoFile
 from mlx_qwen35.video_frame import stored_size, upright_rgb
 
-__all__ = ["Clip", "Sampling", "read_video", "resize"]
+__all__ = ["Clip", "FrameSampling", "read_video", "resize"]
 
 
-def read_video(source: Any, sampling: Sampling, fit: Fit, *, source_fps: float | None = None) -> Clip:
+def read_video(source: Any, sampling: FrameSampling, fit: Fit, *, source_fps: float | None = None) -> Clip:
     """Read the frames that `sampling` asks for, resized one by one, so that memory holds one source frame at a time.
 
     Args:
@@ -57,7 +57,7 @@ def read_video(source: Any, sampling: Sampling, fit: Fit, *, source_fps: float |
     return _read_file(file, sampling, fit, source_fps)
 
 
-def _read_file(file: VideoFile, sampling: Sampling, fit: Fit, source_fps: float | None) -> Clip:
+def _read_file(file: VideoFile, sampling: FrameSampling, fit: Fit, source_fps: float | None) -> Clip:
     if source_fps is not None:
         raise InputError(
             f"source_fps is for frames without a container; {file.name} is a video file and has its own rate, "
@@ -73,7 +73,7 @@ def _read_file(file: VideoFile, sampling: Sampling, fit: Fit, source_fps: float 
 
 
 def _read_frames(
-    name: str, frames: Sequence[Any] | np.ndarray, sampling: Sampling, fit: Fit, source_fps: float | None
+    name: str, frames: Sequence[Any] | np.ndarray, sampling: FrameSampling, fit: Fit, source_fps: float | None
 ) -> Clip:
     total = len(frames)
     if not total:

@@ -135,7 +135,7 @@ class Tower(nn.Module):
         than that is cut into tiles: only its keys, queries and values, and what the blocks pass on, are there whole.
         """
         count = math.prod(media.grid[1:])
-        check_encoding_fits(str(media), working_bytes(self.config, self.dtype, count))
+        check_encoding_fits(media.kind, str(media), working_bytes(self.config, self.dtype, count))
         out = mx.zeros((media.tokens, self.config.out_hidden_size), self.dtype)
         step, at = max(1, SLICE // count), 0
         for first in range(0, media.grid[0], step):

@@ -118,7 +118,7 @@ def spread(rows: Sequence[Memory]) -> dict[str, float]:
         "encoding": [row.encode_working_bytes for row in clips],
         "reading": [row.read_working_bytes for row in clips],
     }
-    return {phase: max(figures) / min(figures) - 1 for phase, figures in working.items()}
+    return {phase: max(figures) / max(1, min(figures)) - 1 for phase, figures in working.items()}
 
 
 def format_memory(machine: Mapping[str, str], model: str, settings: Settings, rows: Sequence[Memory]) -> str:

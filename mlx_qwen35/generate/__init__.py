@@ -65,13 +65,15 @@ class Generation:
         self._reasons = ["interrupted"] * len(self.prompts)
         self._first = [0.0] * len(self.prompts)  # when each row's first and last tokens were there
         self._last = [0.0] * len(self.prompts)
-        self._arrived = self._start = time.perf_counter()  # and when the tower was done
+        self._start = time.perf_counter()
+        self._vision_seconds = 0.0
 
     def __iter__(self) -> Iterator[tuple[int, Piece]]:
         """Run the loop, once."""
-        self._arrived = self._start = time.perf_counter()
+        arrived = time.perf_counter()
         rows = see(self.model, self.prompts)
         self._start = time.perf_counter()
+        self._vision_seconds = self._start - arrived if any(prompt.media for prompt in self.prompts) else 0.0
         total, done = sum(len(prompt.tokens) for prompt in self.prompts), 0
 
         def count(tokens: int) -> None:
@@ -81,7 +83,8 @@ class Generation:
 
         positions = [n + len(prompt.tokens) for n, prompt in zip(self.cache.row_lengths, self.prompts, strict=True)]
         hidden = read(self.model, self.cache, rows, self.plan.prefill_step_size, count)
-        seeds = [self.plan.seed] * len(rows)
+        del rows  # and with them the embeddings
+        seeds = [self.plan.seed] * len(self.prompts)
         sampler = Sampler(self.plan.samplings, seeds, positions, self.processor.vocabulary)
         steps = decode(
             self.model, self.cache, hidden, sampler, self.plan.limits, self.processor.stop_ids,
@@ -121,7 +124,7 @@ class Generation:
             finish_reason=self._reasons[row],
             prompt_tokens=prompt,
             generation_tokens=len(tokens),
-            vision_seconds=self._start - self._arrived,
+            vision_seconds=self._vision_seconds,
             prompt_tps=prompt / reading if tokens else 0.0,
             generation_tps=(len(tokens) - 1) / writing if writing > 0 else 0.0,
             peak_memory=mx.get_peak_memory() / 1e9,

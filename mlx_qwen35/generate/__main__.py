@@ -14,6 +14,7 @@ from mlx_qwen35.commands import (
     add_model_options,
     add_sampling_options,
     add_vision_options,
+    check_there,
     clean_errors,
     given_options,
     print_media,
@@ -23,7 +24,7 @@ from mlx_qwen35.commands import (
 )
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.generate import Result, start
-from mlx_qwen35.generate.options import PREFILL_STEP
+from mlx_qwen35.generate.options import PREFILL_STEP, one_message
 from mlx_qwen35.load import load
 from mlx_qwen35.preprocess import Media
 from mlx_qwen35.processor import Messages
@@ -83,17 +84,14 @@ def with_media(prompt: str, media: Sequence[tuple[str, str]], options: dict[str,
         return prompt
     if not media:
         return prompt
-    system = options.pop("system_prompt", None)
-    parts = [{"type": kind, kind: source} for kind, source in media]
-    message = {"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}
-    return [*([{"role": "system", "content": system}] if system else []), message]
+    return one_message(prompt, media, options.pop("system_prompt", None))
 
 
 def print_statistics(result: Result, media: Sequence[Media]) -> None:
     shown = sum(item.tokens for item in media)
     lines = (
         "=" * 10,
-        *([f"Vision: {shown:,} tokens in {result.vision_seconds:.2f} s"] if media else []),
+        *([f"Vision: {shown:,} tokens in {result.vision_seconds:.2f} s"] if result.vision_seconds else []),
         f"Prompt: {result.prompt_tokens} tokens, {result.prompt_tps:.1f} tokens per second",
         f"Generation: {result.generation_tokens} tokens, {result.generation_tps:.1f} tokens per second "
         f"({result.finish_reason}, seed {result.seed})",
@@ -105,6 +103,7 @@ def print_statistics(result: Result, media: Sequence[Media]) -> None:
 def run(args: argparse.Namespace) -> int:
     name, prompt = require_model(args), read_prompt(args)
     options = given_options(args) | {"ignore_chat_template": args.ignore_chat_template or None}
+    check_there(args.media)
     prompt = with_media(prompt, args.media, options)
     model, processor = load(name, revision=args.revision, dtype=args.dtype, keep_vision=args.keep_vision)
     status = 0

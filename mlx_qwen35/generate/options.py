@@ -90,9 +90,12 @@ def encode(processor: Processor, prompt: str | Sequence[int] | Messages, options
     """
     raw = options.get("ignore_chat_template")
     is_text = isinstance(prompt, str)
+    if not isinstance(prompt, str | list | tuple):
+        raise InputError(f"a prompt must be text, a list of tokens or a list of messages, got {type(prompt).__name__}")
     if (not is_text and not len(prompt)) or (is_text and not prompt.strip()):
         raise InputError("the prompt must not be empty")
-    kind = ("raw text" if raw else "text") if is_text else "tokens" if isinstance(prompt[0], int) else "messages"
+    kind = "text" if is_text else "messages" if isinstance(prompt[0], Mapping) else "tokens"
+    kind = "raw text" if is_text and raw else kind
     _refuse_idle(kind, options)
     template = {name: options.get(name) for name in ("enable_thinking", "tools")}
     media = {name: options.get(name, ()) for name in ("images", "videos")}
@@ -103,7 +106,7 @@ def encode(processor: Processor, prompt: str | Sequence[int] | Messages, options
         return processor.encode_messages(_messages(prompt, options), vision, **template)
     if kind == "messages":
         return processor.encode_messages(prompt, vision, **template)
-    if not all(isinstance(token, int) and 0 <= token < processor.vocabulary for token in prompt):
+    if not all(type(token) is int and 0 <= token < processor.vocabulary for token in prompt):
         raise InputError(f"tokens must be integers from 0 to {processor.vocabulary - 1}")
     if found := sorted(processor.placeholders & set(prompt)):
         raise InputError(f"tokens must not stand for images ({found}): there is no image with them. Give messages")
@@ -111,11 +114,16 @@ def encode(processor: Processor, prompt: str | Sequence[int] | Messages, options
 
 
 def _messages(text: str, options: Options) -> Messages:
-    """One user message: images, clips, text."""
-    parts = [{"type": "image", "image": source} for source in options.get("images", ())]
-    parts += [{"type": "video", "video": source} for source in options.get("videos", ())]
-    system = [{"role": "system", "content": options["system_prompt"]}] if options.get("system_prompt") else []
-    return [*system, {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}]
+    media = [("image", source) for source in options.get("images", ())]
+    media += [("video", source) for source in options.get("videos", ())]
+    return one_message(text, media, options.get("system_prompt"))
+
+
+def one_message(text: str, media: Sequence[tuple[str, Any]], system: str | None) -> Messages:
+    """One user message of images and clips, as pairs of kind and source, and text; behind the system's, if any."""
+    parts = [{"type": kind, kind: source} for kind, source in media]
+    before = [{"role": "system", "content": system}] if system else []
+    return [*before, {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}]
 
 
 # Which options have an effect on a prompt of this kind, among those that have not on every kind.
@@ -129,14 +137,15 @@ _EFFECTIVE = {
 
 def _refuse_idle(kind: str, options: Options) -> None:
     """An option must not be without effect in silence."""
-    given = {name for name in set().union(*_EFFECTIVE.values()) if options.get(name) not in (None, ())}
-    if not options.get("ignore_chat_template") and kind != "raw text":
-        given.discard("ignore_chat_template")
+    for name in ("images", "videos"):
+        if not isinstance(options.get(name, ()), list | tuple):
+            raise InputError(
+                f"{name} must be a list, got {type(options[name]).__name__}; for one write {name}=[{name[:-1]}]"
+            )
+    given = {name for name in set().union(*_EFFECTIVE.values()) if name in options}
+    given -= {name for name in ("ignore_chat_template", "images", "videos") if not options.get(name)}
     if idle := sorted(given - _EFFECTIVE[kind]):
         raise InputError(f"{', '.join(idle)} must not be given with a prompt of {kind}: it would have no effect")
-    for name in ("images", "videos"):
-        if isinstance(options.get(name), str | bytes):
-            raise InputError(f"{name} must be a list; for one there is [{name[:-1]}]")
 
 
 def vision_options(options: Mapping[str, Any]) -> VisionOptions:
@@ -150,7 +159,7 @@ def refuse_idle_vision(options: Options, prompts: Sequence[Prompt]) -> None:
         ("image", IMAGE_OPTIONS, False in clips), ("video", VIDEO_OPTIONS, True in clips),
         ("image or video", {"published_limits"}, bool(clips)),
     ):  # fmt: skip
-        idle = sorted(names & set(options))
+        idle = sorted(name for name in names if options.get(name))
         if idle and not present:
             raise InputError(f"{', '.join(idle)} must not be given without {kind}: it would have no effect")
 

@@ -9,7 +9,8 @@ import mlx.core as mx
 from mlx_qwen35.kernels.exponential import exp
 
 SCORE_BYTES = 64 << 20  # of float32 scores at a time, where MLX writes them out on a GPU
-CPU_SCORE_BYTES = 16 << 20  # and here, where what is made of them takes four times as much
+LEAST_ROWS = 16  # of such a tile: each reads all keys and values again
+CPU_SCORE_BYTES = 8 << 20  # and here, where what is made of them takes four times as much
 FUSED_HEAD_DIMS = (64, 80, 128)  # of these MLX has a kernel for many queries that writes no scores
 LAUNCH_FLOPS = 2e11  # of one fused launch: a tenth of a second on an M1
 CPU_ROWS = 128  # queries of a tile on the CPU, whose scores then stay in its caches
@@ -48,7 +49,7 @@ def tile_rows(shape: tuple[int, ...], S: int, on_cpu: bool) -> int:
     elif D in FUSED_HEAD_DIMS:
         rows = int(LAUNCH_FLOPS / (row * D))
     else:
-        rows = SCORE_BYTES // row
+        rows = max(LEAST_ROWS, SCORE_BYTES // row)
     return max(1, rows)
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from mlx_qwen35.checkpoint import open_checkpoint
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.hub import resolve
-from mlx_qwen35.preprocess import VisionOptions, image_size, read_preprocessors, video_size
+from mlx_qwen35.preprocess import VisionOptions, image_size, read_preprocessor, video_size
 from mlx_qwen35.processor import Processor
 
 pillow_processor = pytest.importorskip(
@@ -52,11 +52,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def preprocessors(folder):
-    return read_preprocessors(folder, vision_cases.vision_config(vision_cases.TINY))
+    config = vision_cases.vision_config(vision_cases.TINY)
+    return read_preprocessor(folder, "image", config), read_preprocessor(folder, "video", config)
 
 
 def published(**options) -> VisionOptions:
-    return VisionOptions(published_limits=True, **options)
+    return VisionOptions(published_limits=not {"max_pixels", "video_total_pixels"} & set(options), **options)
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------

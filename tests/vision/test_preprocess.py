@@ -9,7 +9,7 @@ import pytest
 from mlx_qwen35 import InputError, VisionOptions
 from mlx_qwen35.config import parse_config
 from mlx_qwen35.memory import machine_pixels
-from mlx_qwen35.preprocess import Media, Preprocessor, read_preprocessors
+from mlx_qwen35.preprocess import Media, Preprocessor, read_preprocessor
 from mlx_qwen35.random_checkpoint import geometry
 
 COMMON = {
@@ -22,7 +22,8 @@ VIDEO = COMMON | {"size": {"shortest_edge": 4096, "longest_edge": 25165824}}
 def preprocessors(folder: Path, image: dict = IMAGE, video: dict = VIDEO) -> tuple[Preprocessor, Preprocessor]:
     (folder / "preprocessor_config.json").write_text(json.dumps(image))
     (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
-    return read_preprocessors(folder, parse_config(geometry("tiny")).vision)
+    config = parse_config(geometry("tiny")).vision
+    return read_preprocessor(folder, "image", config), read_preprocessor(folder, "video", config)
 
 
 def size(media: Media) -> tuple[int, int]:
@@ -126,3 +127,37 @@ def test_what_became_of_an_image_is_told(tmp_path):
     )
     clip = video.video(np.zeros((4, 64, 64, 3), np.uint8), VisionOptions(source_fps=2))
     assert str(clip) == "64x64, 4 frames, 8 tokens" and not clip.resized
+
+
+def test_a_shown_image_has_a_short_repr(tmp_path):
+    image, _ = preprocessors(tmp_path)
+    assert len(repr(image.image(np.zeros((500, 300, 3), np.uint8), VisionOptions()))) < 100
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_pixels": 2_000_000_000}, "min_pixels must be at most 178,956,970, got 2,000,000,000"),
+        ({"published_limits": "no"}, "published_limits must be True or False, got 'no'"),
+        ({"outer_vision_tags": 1}, "outer_vision_tags must be True or False, got 1"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        VisionOptions(**options)
+
+
+def test_more_frames_than_the_limit_has_room_for_are_refused_before_they_are_read(tmp_path):
+    _, video = preprocessors(tmp_path)
+    frames = np.zeros((4, 64, 64, 3), np.uint8)
+    with pytest.raises(InputError, match=r"must fit into [\d,]+ pixels, .* of 32x32 or more; 5,000,000 frames do not"):
+        video.video(frames, VisionOptions(source_fps=2, video_num_frames=5_000_000))
+
+
+def test_two_limits_at_once_are_refused(tmp_path):
+    image, video = preprocessors(tmp_path)
+    picture = np.zeros((64, 64, 3), np.uint8)
+    with pytest.raises(InputError, match=r"max_pixels \(65536\) and published_limits must not be given together"):
+        image.image(picture, VisionOptions(max_pixels=65536, published_limits=True))
+    with pytest.raises(InputError, match=r"video_total_pixels \(65536\) and published_limits must not be"):
+        video.video(picture[None], VisionOptions(video_total_pixels=65536, published_limits=True))

@@ -94,6 +94,35 @@ def test_a_placeholder_in_a_tool_call_or_a_tool_stays_text(processor):
     assert "no <|video_pad|> found" in processor.decode(prompt.tokens)
 
 
+def test_a_placeholder_that_is_a_name_in_a_tool_call_stays_text(processor):
+    call = {"name": "find", "arguments": {"<|image_pad|>": "a"}}
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
+        {"role": "tool", "content": "none"},
+    ]
+    prompt = processor.encode_messages(messages)
+    assert not processor.placeholders & set(prompt.tokens)
+    assert "<parameter=<|image_pad|>>" in processor.decode(prompt.tokens)
+
+
+def test_the_mark_of_an_escape_is_a_character_that_the_text_does_not_have(processor):
+    plain = "\ue000 <|image_pad|> \ue001"
+    prompt = encode(processor, {"type": "text", "text": plain})
+    assert plain in processor.decode(prompt.tokens)
+
+
+def test_outer_tags_are_kept_and_not_made(processor):
+    options = VisionOptions(source_fps=2, outer_vision_tags=True)
+    prompt = processor.encode_text("a<|video_pad|>b", videos=[CLIP], vision=options)
+    assert processor.decode(prompt.tokens) == f"a<0.2 seconds>{GROUP}<1.2 seconds>{GROUP}b"
+
+
+def test_raw_text_takes_an_image_that_was_read(processor):
+    media = encode(processor, image()).media[0].media
+    assert processor.encode_text("<|image_pad|>", images=[media]).media[0].media is media
+
+
 def test_raw_text_says_itself_where_its_images_and_clips_go(processor):
     text = "a<|vision_start|><|video_pad|><|vision_end|>b<|image_pad|>c"
     prompt = processor.encode_text(text, images=[RED], videos=[CLIP], vision=VisionOptions(source_fps=2))
@@ -128,6 +157,13 @@ def test_every_way_to_name_an_image_gives_the_same_prompt(processor, tmp_path):
     ]  # fmt: skip
     prompts = [encode(processor, way, WHAT) for way in ways]
     assert len({prompt.identity() for prompt in prompts}) == 1
+
+
+def test_a_clip_may_be_named_as_a_url_part(processor, tmp_path):
+    for i, frame in enumerate(CLIP):
+        Image.fromarray(frame).save(tmp_path / f"{i}.png")
+    way = {"type": "video_url", "video_url": {"url": str(tmp_path)}, "source_fps": 2}
+    assert encode(processor, {**way, "type": "video"}).identity() == encode(processor, clip()).identity()
 
 
 def test_other_pixels_are_another_identity_with_the_same_tokens(processor):
@@ -166,6 +202,7 @@ def test_a_part_sets_its_own_limits(processor):
         ({"type": "image_url", "image_url": {"link": "x"}}, "must hold a url alone"),
         ({"type": "image_url", "image_url": {"url": "x", "detail": "low"}}, "must hold a url alone"),
         ({"type": "video", "video": CLIP, "source_fps": 2, "fps": 1, "num_frames": 4}, "must not be given together"),
+        ({"type": ["image"]}, "the chat template refuses"),
     ],
 )
 def test_a_part_that_is_not_understood_is_refused(processor, part, message):
@@ -179,6 +216,22 @@ def test_an_image_that_was_read_takes_no_options_and_is_no_clip(processor):
         encode(processor, image(media, max_pixels=4096))
     with pytest.raises(InputError, match="a part of type video must hold one"):
         encode(processor, {"type": "video", "video": media})
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "user", "content": (part for part in [image(), WHAT])}], "must be text or a list of parts, got gen"),
+        ([{"role": "user", "content": {"image": RED}.values()}], "must be text or a list of parts, got dict_values"),
+        ([{"role": "user", "content": np.array([1])}], "must be text or a list of parts, got ndarray"),
+        ({"role": "user", "content": "Hi"}, "messages must be a list, got dict"),
+        (["Hi"], "a message must be like"),
+        ([None], "a message must be like"),
+    ],
+)
+def test_what_is_no_message_is_refused_and_never_written_out(processor, messages, message):
+    with pytest.raises(InputError, match=message):
+        processor.encode_messages(messages)
 
 
 def test_an_image_in_the_system_message_is_refused_in_the_template_s_words(processor):

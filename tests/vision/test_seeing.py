@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_qwen35 import InputError, Model, Processor, batch_generate, generate, load, stream_generate
+from mlx_qwen35 import InputError, Model, Processor, VisionOptions, batch_generate, generate, load, stream_generate
 from mlx_qwen35 import chat as chat_command
 from mlx_qwen35.checkpoint import VISION, open_checkpoint
 from mlx_qwen35.conversation import Conversation
 from mlx_qwen35.convert import convert
 from mlx_qwen35.generate import __main__ as generate_command
-from mlx_qwen35.generate import see
+from mlx_qwen35.generate import see, start
 from mlx_qwen35.hub import resolve
 from mlx_qwen35.vision import Tower
 
@@ -125,7 +125,11 @@ def test_tokens_that_stand_for_an_image_are_refused_without_one(nano):
         ({"videos": [MOVING], "fps": 0}, "fps must be a number above 0, got 0"),
         ({"videos": [MOVING], "fps": float("nan")}, "fps must be a number above 0, got nan"),
         ({"images": [SHAPES], "max_pixels": 4096.0}, "max_pixels must be a whole number of at least 1, got 4096.0"),
-        ({"images": str(SHAPES)}, "images must be a list"),
+        ({"images": str(SHAPES)}, "images must be a list, got str; for one write images=[image]"),
+        ({"images": np.zeros((64, 64, 3), np.uint8)}, "images must be a list, got ndarray"),
+        ({"videos": MOVING}, "videos must be a list, got PosixPath"),
+        ({"images": [SHAPES], "ignore_chat_template": True, "system_prompt": "x"}, "system_prompt must not be given"),
+        ({"images": [SHAPES], "ignore_chat_template": True, "tools": [{}]}, "tools must not be given"),
         ({"images": [PICTURES / "none.png"]}, "none.png"),
         ({"images": [np.zeros((1, 300, 3), np.uint8)]}, "at most 200 times the shorter; this one is 300x1"),
         ({"images": [SHAPES], "ignore_chat_template": True}, "there must be one <|image_pad|> for each of the images"),
@@ -136,6 +140,36 @@ def test_an_option_that_is_wrong_or_without_effect_is_refused(nano, options, mes
 
     with pytest.raises(InputError, match=re.escape(message)):
         generate(*nano, ASK, **options)
+
+
+def test_options_at_their_defaults_and_empty_lists_are_none(nano):
+    messages = [{"role": "user", "content": "What is 34 + 58?"}]
+    options = {"images": [], "videos": (), "published_limits": False, "outer_vision_tags": False}
+    assert generate(*nano, messages=messages, **options).text == "92"
+
+
+@pytest.mark.parametrize("prompt", ["hello", 1.5, True, None])
+def test_a_list_that_is_neither_messages_nor_tokens_is_refused(nano, prompt):
+    with pytest.raises(InputError, match="tokens must be integers"):
+        generate(*nano, [prompt])
+
+
+@pytest.mark.parametrize("prompt", [np.array([1, 2, 3]), {"role": "user"}, 5])
+def test_a_prompt_of_another_kind_is_refused(nano, prompt):
+    with pytest.raises(InputError, match="a prompt must be text, a list of tokens or a list of messages"):
+        generate(*nano, prompt)
+
+
+def test_the_tower_s_time_is_told_and_is_none_without_an_image(nano):
+    assert generate(*nano, ASK, images=[SHAPES], max_tokens=1).vision_seconds > 0
+    assert generate(*nano, ASK, max_tokens=1).vision_seconds == 0
+
+
+def test_embeddings_are_let_go_when_the_prompt_is_read(nano):
+    generation = start(*nano, [ASK], images=[SHAPES])
+    steps = iter(generation)
+    next(steps)
+    assert "rows" not in steps.gi_frame.f_locals
 
 
 @pytest.mark.parametrize("prompt", [[{"role": "user", "content": "Hi"}], [5, 6]])
@@ -192,6 +226,16 @@ def test_a_tower_that_does_not_fit_is_refused(nano, monkeypatch):
         generate(*nano, ASK, images=[SHAPES])
 
 
+@pytest.mark.parametrize(("kind", "option"), [("image", "max_pixels"), ("video", "video_total_pixels")])
+def test_what_cannot_be_encoded_in_this_memory_is_refused_with_the_option_that_helps(nano, monkeypatch, kind, option):
+    model, processor = nano
+    media = processor.read(kind, SHAPES if kind == "image" else MOVING, VisionOptions())
+    monkeypatch.setattr("mlx_qwen35.memory.RESERVE", 0)
+    monkeypatch.setattr("mlx_qwen35.memory.usable_bytes", lambda: mx.get_active_memory() + 20_000_000)
+    with pytest.raises(InputError, match=f"this {kind} .* needs 0.3 GB; the machine has .* Lower {option}"):
+        model.vision.encode([media])
+
+
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
@@ -205,6 +249,10 @@ def test_a_checkpoint_whose_tower_was_left_out_refuses_images_and_reads_text(tmp
     assert generate(model, processor, "What is 34 + 58?").text == "92"
     with pytest.raises(InputError, match="this checkpoint reads text alone"):
         generate(model, processor, ASK, images=[SHAPES])
+    with pytest.raises(InputError, match="fps must not be given: this checkpoint has no vision tower"):
+        Conversation(model, processor, fps=2.0)
+    with pytest.raises(InputError, match="keep_vision must not be given"):
+        load(folder, keep_vision=True)
 
 
 @pytest.mark.parametrize("bits", [None, 0, 8])
@@ -223,8 +271,11 @@ def test_an_absent_preprocessor_file_is_named(tmp_path, kind):
     folder = shutil.copytree(resolve("nano"), tmp_path / "nano")
     name = {"image": "preprocessor_config.json", "video": "video_preprocessor_config.json"}[kind]
     (folder / name).unlink()
+    both = {"image": {"images": [SHAPES]}, "video": {"videos": [MOVING]}}
+    model, processor = load(folder)
     with pytest.raises(InputError, match=f"reading {kind}s needs {name}"):
-        generate(*load(folder), ASK, **{f"{kind}s": [SHAPES if kind == "image" else MOVING]})
+        generate(model, processor, ASK, **both.pop(kind))
+    assert generate(model, processor, ASK, **both.popitem()[1], max_tokens=1).tokens  # the other kind needs its own
 
 
 def test_one_file_for_both_kinds_is_read_as_newer_programs_save_it(tmp_path):
@@ -241,6 +292,16 @@ def test_one_file_for_both_kinds_is_read_as_newer_programs_save_it(tmp_path):
 
 
 # --- conversations ---------------------------------------------------------------------------------------------------
+
+
+def next_position(nano, messages) -> list[int]:
+    """Where the tokens of a conversation stand when it is read at once."""
+    prompt = nano[1].encode_messages(messages, add_generation_prompt=False, enable_thinking=False)
+    cache = nano[0].make_cache()
+    from mlx_qwen35.generate.loop import read
+
+    read(nano[0], cache, see(nano[0], [prompt]), 512)
+    return cache.next_positions
 
 
 def said(conversation: Conversation, content) -> str:
@@ -271,6 +332,45 @@ def test_an_image_in_what_was_read_is_not_encoded_again(nano, encoded):
     assert said(conversation, "And what colour is it?") == "green"
     said(conversation, [part(SHAPES), {"type": "text", "text": ASK}])
     assert len(encoded) == 2
+
+
+def test_positions_go_on_behind_images_of_earlier_turns(nano):
+    conversation = Conversation(*nano, enable_thinking=False, max_tokens=1)
+    large = {"type": "image", "image": SHAPES, "max_pixels": 65536, "min_pixels": 65536}  # 64 tokens, 8 positions
+    for content in ([large, {"type": "text", "text": ASK}], "And what colour is it?"):
+        said(conversation, content)
+        conversation.cache.restore(conversation._snapshot)
+        assert conversation.cache.next_positions == next_position(nano, conversation.messages[:-1])
+        assert conversation.cache.next_positions[0] < conversation.cache.row_lengths[0] - 50
+
+
+def test_other_pixels_put_into_an_earlier_turn_are_read_anew(nano):
+    conversation = Conversation(*nano, enable_thinking=False)
+    said(conversation, [part(TRIANGLE), {"type": "text", "text": "What shape is it?"}])
+    other = nano[1].read("image", SHAPES, VisionOptions())
+    conversation.messages[0] = {"role": "user", "content": [part(other), {"type": "text", "text": "What shape is it?"}]}
+    said(conversation, "And what colour is it?")
+    assert conversation.reused == 0
+
+
+@pytest.mark.parametrize("option", ["images", "videos"])
+def test_a_conversation_takes_its_images_with_the_messages(nano, option):
+    with pytest.raises(TypeError, match=f"a conversation takes no {option}"):
+        Conversation(*nano, **{option: [SHAPES]})
+
+
+@pytest.mark.parametrize("content", [5, np.zeros((4, 4, 3), np.uint8)])
+def test_a_message_of_another_kind_is_refused(nano, content):
+    with pytest.raises(InputError, match="must be text or a list of parts"):
+        said(Conversation(*nano), content)
+
+
+def test_a_turn_with_an_image_tells_the_tower_s_time(nano):
+    conversation = Conversation(*nano, max_tokens=1)
+    said(conversation, [part(SHAPES), {"type": "text", "text": ASK}])
+    assert conversation.result.vision_seconds > 0
+    said(conversation, ASK)
+    assert conversation.result.vision_seconds == 0
 
 
 def test_a_sent_image_stays_when_its_file_is_replaced(nano, tmp_path):
@@ -339,6 +439,8 @@ def test_the_command_takes_raw_text_with_placeholders(run):
         (("--max-pixels", "4096"), "max_pixels must not be given without image"),
         (("--video", MOVING, "--fps", "1", "--video-num-frames", "4"), "must not be given together"),
         (("--video", MOVING, "--source-fps", "4"), "source_fps"),
+        (("--image", ""), "--image must name a file or an http(s) URL; there is no file ''"),
+        (("--image", "file:///tmp/a.png"), "--image must name a file"),
         (("--image", MOVING), "video"),
         (("--video", SHAPES), "image"),
     ],
@@ -373,6 +475,58 @@ def test_chat_keeps_what_was_shown_when_a_line_goes_wrong(talk):
     assert "triangle" in out
 
 
-def test_chat_forgets_what_was_shown_on_reset(talk):
-    out, _ = talk(f"/image {TRIANGLE}", "/reset", "What is 34 + 58?")
+@pytest.mark.parametrize("command", ["/reset", "/drop"])
+def test_chat_forgets_what_was_shown(talk, encoded, command):
+    out, _ = talk(f"/image {TRIANGLE}", command, "What is 34 + 58?")
+    assert "92" in out and not encoded
+
+
+def test_chat_shows_several_images_at_once_and_counts_them(talk, encoded):
+    _, err = talk(f"/image {SHAPES}", f"/video {MOVING}", f"/image\t{TRIANGLE}", "Are they the same?")
+    assert len(encoded) == 3 and "image 1: " in err and "video 1: " in err and "image 2: " in err
+
+
+def test_chat_takes_names_as_they_are_quoted_or_dropped(talk, tmp_path):
+    shutil.copy(TRIANGLE, tmp_path / "my picture.png")
+    for name in ("my picture.png", r"my\ picture.png"):
+        out, _ = talk(f"/image {tmp_path / name}", "What shape is it?")
+        assert "triangle" in out
+    out, _ = talk(f"/image '{tmp_path / 'my picture.png'}'", "What shape is it?")
+    assert "triangle" in out
+
+
+def test_chat_keeps_an_image_when_the_message_is_interrupted_before_it_is_taken(talk, monkeypatch):
+    from mlx_qwen35 import conversation
+
+    reads = iter([KeyboardInterrupt()])
+    read = conversation.read
+
+    def once(*arguments):
+        for interrupt in reads:
+            raise interrupt
+        return read(*arguments)
+
+    monkeypatch.setattr(conversation, "read", once)
+    out, _ = talk(f"/image {TRIANGLE}", "What shape is it?", "What shape is it?")
+    assert "triangle" in out
+
+
+def test_chat_goes_on_when_the_reading_of_an_image_is_interrupted(talk, monkeypatch):
+    def interrupted(self, parts, vision):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Processor, "read_parts", interrupted)
+    out, _ = talk(f"/image {TRIANGLE}", "What is 34 + 58?")
     assert "92" in out
+
+
+@pytest.mark.parametrize("command", [chat_command, generate_command])
+def test_keep_vision_reaches_the_loader(monkeypatch, command):
+    given = []
+    monkeypatch.setattr(command, "load", lambda *_, **options: given.append(options["keep_vision"]) or sys.exit(0))
+    prompt = ["-p", ASK] if command is generate_command else []
+    for flags in ([], ["--keep-vision"]):
+        monkeypatch.setattr(sys, "argv", ["command", "--model", "nano", *prompt, *flags])
+        with pytest.raises(SystemExit):
+            command.main()
+    assert given == [False, True]

@@ -18,10 +18,10 @@ from vision import clips
 from mlx_qwen35 import video_file
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.structure import find_damage
-from mlx_qwen35.video import Clip, Sampling, read_video
+from mlx_qwen35.video import Clip, FrameSampling, read_video
 from mlx_qwen35.video_file import Packets, VideoFile
 
-TWO_A_SECOND = Sampling(2, None, 2, 768)
+TWO_A_SECOND = FrameSampling(2, None, 2, 768)
 FIRST = {"movflags": "faststart"}  # the index before the frames, as in files made for the web
 
 

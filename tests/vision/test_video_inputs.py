@@ -15,11 +15,11 @@ from vision import clips
 
 from mlx_qwen35 import video as module
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.video import Clip, Sampling, read_video, resize
+from mlx_qwen35.video import Clip, FrameSampling, read_video, resize
 from mlx_qwen35.video_file import VideoFile
 from mlx_qwen35.video_frame import upright_rgb
 
-ALL = Sampling(None, None, 2, 1000)
+ALL = FrameSampling(None, None, 2, 1000)
 CONTAINERS = {
     "mp4": ("libx264", "yuv420p"),
     "mov": ("mpeg4", "yuv420p"),
@@ -29,19 +29,19 @@ CONTAINERS = {
 }
 
 
-def per_second(fps: float, least: int = 4, most: int = 768) -> Sampling:
-    return Sampling(fps, None, least, most)
+def per_second(fps: float, least: int = 4, most: int = 768) -> FrameSampling:
+    return FrameSampling(fps, None, least, most)
 
 
-def exactly(count: int) -> Sampling:
-    return Sampling(None, count, 4, 768)
+def exactly(count: int) -> FrameSampling:
+    return FrameSampling(None, count, 4, 768)
 
 
 def same(frames: int, height: int, width: int) -> tuple[int, int]:
     return height, width
 
 
-def read(source, sampling: Sampling = ALL, **options) -> Clip:
+def read(source, sampling: FrameSampling = ALL, **options) -> Clip:
     return read_video(source, sampling, same, **options)
 
 
@@ -49,7 +49,7 @@ def read(source, sampling: Sampling = ALL, **options) -> Clip:
 
 
 def test_ten_seconds_give_the_published_indices():
-    indices = Sampling(2, None, 4, 768).indices(300, 30)
+    indices = FrameSampling(2, None, 4, 768).indices(300, 30)
     assert len(indices) == 20
     assert indices[:8] == [0, 16, 31, 47, 63, 79, 94, 110]
     assert indices[-2:] == [283, 299]
@@ -61,19 +61,19 @@ def test_halfway_indices_round_to_even():
 
 
 def test_two_frames_are_both_used():
-    assert Sampling(2, None, 4, 768).indices(2, 30) == [0, 1]
+    assert FrameSampling(2, None, 4, 768).indices(2, 30) == [0, 1]
 
 
 def test_few_frames_a_second_are_held_at_the_minimum():
-    assert len(Sampling(0.1, None, 4, 768).indices(300, 30)) == 4
+    assert len(FrameSampling(0.1, None, 4, 768).indices(300, 30)) == 4
 
 
 def test_many_frames_a_second_are_held_at_the_maximum():
-    assert len(Sampling(30, None, 4, 50).indices(300, 30)) == 50
+    assert len(FrameSampling(30, None, 4, 50).indices(300, 30)) == 50
 
 
 def test_no_more_frames_are_used_than_there_are():
-    assert Sampling(60, None, 4, 768).indices(9, 30) == list(range(9))
+    assert FrameSampling(60, None, 4, 768).indices(9, 30) == list(range(9))
 
 
 def test_num_frames_is_exact_and_repeats_frames_of_a_short_clip():
@@ -82,8 +82,10 @@ def test_num_frames_is_exact_and_repeats_frames_of_a_short_clip():
 
 @pytest.mark.parametrize("total", [2, 3, 4, 5, 31, 100, 299, 4001])
 @pytest.mark.parametrize("rate", [5.0, 24000 / 1001, 25.0, 60.0])
-@pytest.mark.parametrize("sampling", [per_second(2), per_second(0.7, 2, 20), exactly(7), Sampling(None, None, 4, 90)])
-def test_indices_equal_those_of_transformers(total: int, rate: float, sampling: Sampling):
+@pytest.mark.parametrize(
+    "sampling", [per_second(2), per_second(0.7, 2, 20), exactly(7), FrameSampling(None, None, 4, 90)]
+)
+def test_indices_equal_those_of_transformers(total: int, rate: float, sampling: FrameSampling):
     pytest.importorskip("torch")
     theirs = pytest.importorskip("transformers.models.qwen3_vl.video_processing_qwen3_vl").Qwen3VLVideoProcessor
     settings = SimpleNamespace(fps=None, min_frames=sampling.min_frames, max_frames=sampling.max_frames)
@@ -106,13 +108,13 @@ def test_indices_equal_those_of_transformers(total: int, rate: float, sampling: 
 )
 def test_sampling_refuses(values: tuple, message: str):
     with pytest.raises(InputError, match=message):
-        Sampling(*values)
+        FrameSampling(*values)
 
 
 @pytest.mark.parametrize("total, message", [(0, "it has none"), (1, "it has one. Give it as an image")])
 def test_sampling_refuses_a_clip_without_two_frames(total: int, message: str):
     with pytest.raises(InputError, match=message):
-        Sampling(2, None, 4, 768).indices(total, 30)
+        FrameSampling(2, None, 4, 768).indices(total, 30)
 
 
 # --- files ---
