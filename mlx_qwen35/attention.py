@@ -7,6 +7,7 @@ from mlx_qwen35.cache import KVCache, Span
 from mlx_qwen35.config import TextConfig
 from mlx_qwen35.kernels.attention import attention
 from mlx_qwen35.kernels.exponential import sigmoid
+from mlx_qwen35.kernels.metal import fused
 from mlx_qwen35.layers import rotate
 
 
@@ -18,9 +19,7 @@ class GatedAttention(nn.Module):
 
     def __init__(self, config: TextConfig, weights):
         super().__init__()
-        self.q_proj = weights.linear("q_proj")
-        self.k_proj = weights.linear("k_proj")
-        self.v_proj = weights.linear("v_proj")
+        self.qkv_proj = weights.joined("q_proj", "k_proj", "v_proj")
         self.q_norm = weights.norm("q_norm")
         self.k_norm = weights.norm("k_norm")
         self.o_proj = weights.linear("o_proj")
@@ -31,11 +30,17 @@ class GatedAttention(nn.Module):
         B, T, _ = x.shape
         if span.lengths is not None:  # NaN or infinity at a hole would survive its weight of 0 in the sum of values
             x = mx.where((mx.arange(T) < span.lengths[:, None])[..., None], x, mx.zeros((), x.dtype))
-        q, gate = mx.split(self.q_proj(x).reshape(B, T, self.heads, -1), 2, axis=-1)
-        k, v = (project(x).reshape(B, T, -1, self.head_dim).swapaxes(1, 2) for project in (self.k_proj, self.v_proj))
+        q, k, v = self.qkv_proj(x)
+        q, gate = mx.split(q.reshape(B, T, self.heads, -1), 2, axis=-1)
+        k, v = (y.reshape(B, T, -1, self.head_dim).swapaxes(1, 2) for y in (k, v))
         q = rotate(self.q_norm(q).swapaxes(1, 2), span.rotary)
         k = rotate(self.k_norm(k), span.rotary)
         keys, values = cache.extend(k, v, span.start)
         out = attention(q, keys, values, self.head_dim**-0.5, span.mask)
-        out = out.swapaxes(1, 2) * sigmoid(gate)
+        out = _opened(out.swapaxes(1, 2), gate)
         return self.o_proj(out.reshape(B, T, -1))
+
+
+@fused
+def _opened(out: mx.array, gate: mx.array) -> mx.array:
+    return out * sigmoid(gate)

@@ -57,6 +57,14 @@ class TextConfig:
         return self.linear_num_value_heads * self.linear_value_head_dim
 
     @property
+    def delta_heads(self) -> tuple[int, int, int, int, int]:
+        """Hk, Hv, Dk, Dv of a DeltaNet layer, and its conv taps."""
+        return (
+            self.linear_num_key_heads, self.linear_num_value_heads, self.linear_key_head_dim,
+            self.linear_value_head_dim, self.linear_conv_kernel_dim,
+        )  # fmt: skip
+
+    @property
     def conv_dim(self) -> int:
         """Channels of the causal convolution: q, k and v side by side."""
         return 2 * self.key_dim + self.value_dim

@@ -5,18 +5,16 @@ import mlx.nn as nn
 
 from mlx_qwen35.cache import DeltaCache, Span
 from mlx_qwen35.config import TextConfig
-from mlx_qwen35.kernels.gated_delta import DeltaWeights, gated_delta
+from mlx_qwen35.kernels.fused_delta import delta_core
+from mlx_qwen35.kernels.gated_delta import DeltaWeights
 
 
 class GatedDeltaNet(nn.Module):
-    """Four projections, the core (`kernels.gated_delta`), and the projection back."""
+    """Four projections, the core (`kernels.fused_delta`), and the projection back."""
 
     def __init__(self, config: TextConfig, weights):
         super().__init__()
-        self.in_proj_qkv = weights.linear("in_proj_qkv")
-        self.in_proj_z = weights.linear("in_proj_z")
-        self.in_proj_b = weights.linear("in_proj_b")
-        self.in_proj_a = weights.linear("in_proj_a")
+        self.in_proj = weights.joined("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
         self.conv1d = weights.conv("conv1d")
         self.A_log = weights.float32("A_log")
         self.dt_bias = weights.float32("dt_bias")
@@ -27,6 +25,6 @@ class GatedDeltaNet(nn.Module):
     def __call__(self, x: mx.array, span: Span, cache: DeltaCache) -> mx.array:
         """x (B, T, D) normed -> (B, T, D); reads and replaces the layer's memory."""
         core = DeltaWeights(self.conv1d, self.A_log, self.dt_bias, self.norm, self.eps)
-        projected = (self.in_proj_qkv(x), self.in_proj_z(x), self.in_proj_b(x), self.in_proj_a(x))
-        out, cache.memory = gated_delta(*projected, core, cache.memory, span.lengths)
+        projected = self.in_proj.whole(x)
+        out, cache.memory = delta_core(projected, self.in_proj.split, core, cache.memory, span.lengths)
         return self.out_proj(out)

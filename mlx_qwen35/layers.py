@@ -1,11 +1,14 @@
 """The small parts that the layers share: linear maps, embedding, norms, MLP, rotary embedding."""
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_qwen35.checkpoint import Quantization
 from mlx_qwen35.config import RopeConfig
 from mlx_qwen35.kernels.exponential import silu
+from mlx_qwen35.kernels.metal import fused
 from mlx_qwen35.kernels.quantized_linear import quantized_linear
 
 
@@ -26,6 +29,30 @@ class Linear(nn.Module):
         else:
             y = quantized_linear(x, self.weight, self.scales, self.biases, self.packing)
         return y if self.bias is None else y + self.bias
+
+
+class Joined(nn.Module):
+    """Linear maps that read the same input, those packed alike as one product: their rows stand in one matrix.
+
+    Each row of a packed matrix is packed by itself, so joining changes no value. A map packed otherwise is a product of
+    its own.
+    """
+
+    def __init__(self, products: list[Linear], places: list[tuple[int, slice]]):
+        super().__init__()
+        self.products = products
+        self.places = places  # of each map: which product, and which of its outputs
+
+    def __call__(self, x: mx.array) -> list[mx.array]:
+        """x (..., D) -> the output of each map, in the order in which they were named."""
+        return self.split(self.whole(x))
+
+    def whole(self, x: mx.array) -> list[mx.array]:
+        """The products as they come, each with the outputs of several maps side by side."""
+        return [product(x) for product in self.products]
+
+    def split(self, products: Sequence[mx.array]) -> list[mx.array]:
+        return [products[product][..., outputs] for product, outputs in self.places]
 
 
 class Embedding(Linear):
@@ -65,12 +92,17 @@ class MLP(nn.Module):
 
     def __init__(self, weights):
         super().__init__()
-        self.gate_proj = weights.linear("gate_proj")
-        self.up_proj = weights.linear("up_proj")
+        self.gate_up = weights.joined("gate_proj", "up_proj")
         self.down_proj = weights.linear("down_proj")
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up(x)
+        return self.down_proj(_gated(gate, up))
+
+
+@fused
+def _gated(gate: mx.array, up: mx.array) -> mx.array:
+    return silu(gate) * up
 
 
 class Rotary:
@@ -107,6 +139,11 @@ def rotate(x: mx.array, table: tuple[mx.array, mx.array]) -> mx.array:
     cos, sin = table
     half = cos.shape[-1]
     first, second, rest = mx.split(x, [half, 2 * half], axis=-1)
+    return mx.concatenate([*_turned(first, second, cos, sin), rest], axis=-1)
+
+
+@fused
+def _turned(first: mx.array, second: mx.array, cos: mx.array, sin: mx.array) -> tuple[mx.array, mx.array]:
+    dtype = first.dtype
     first, second = first.astype(mx.float32), second.astype(mx.float32)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return mx.concatenate([part.astype(x.dtype) for part in turned] + [rest], axis=-1)
+    return (first * cos - second * sin).astype(dtype), (second * cos + first * sin).astype(dtype)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import mlx.core as mx
 
 from mlx_qwen35.checkpoint import Quantization
-from mlx_qwen35.layers import Embedding, Linear, RMSNorm
+from mlx_qwen35.layers import Embedding, Joined, Linear, RMSNorm
 
 
 class Weights:
@@ -60,5 +60,26 @@ class Weights:
         parts, packing = self._matrix(name)
         return Linear(parts | {"weight": parts["weight"].flatten(1)}, packing)
 
+    def joined(self, *names: str) -> Joined:
+        """Several matrices of the same width, in as few products as their packings allow."""
+        groups: dict[tuple, list[dict[str, mx.array]]] = {}
+        places = []
+        for name in names:
+            parts, packing = self._matrix(name)
+            alike = (packing, *(array.dtype for array in parts.values()))
+            group = groups.setdefault(alike, [])
+            start = sum(len(other["weight"]) for other in group)
+            places.append((list(groups).index(alike), slice(start, start + len(parts["weight"]))))
+            group.append(parts)
+        products = [
+            Linear({suffix: _stacked([parts[suffix] for parts in group]) for suffix in group[0]}, key[0])
+            for key, group in groups.items()
+        ]
+        return Joined(products, places)
+
     def embedding(self, name: str) -> Embedding:
         return Embedding(*self._matrix(name), self.dtype)
+
+
+def _stacked(parts: list[mx.array]) -> mx.array:
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=0)

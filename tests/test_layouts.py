@@ -278,6 +278,21 @@ def test_a_model_of_mixed_packings_equals_the_unpacked_one(tied, rename, checkpo
     assert difference(logits(target), logits(dequantized(folder, tmp_path / "unpacked", mixed))) < TOLERANCE
 
 
+def test_matrices_that_read_the_same_input_are_one_where_they_are_packed_alike(checkpoint_folder, tmp_path):
+    folder = checkpoint_folder(SMALL, 3, mtp=False, vision=False)
+    alike = load_text_model(as_converted(folder, tmp_path / "alike", mlx_lm_name, uniform(64, 4)))
+    unlike = load_text_model(as_converted(folder, tmp_path / "unlike", mlx_lm_name, mixed))
+    joined = [[layer.linear_attn.in_proj for layer in (model.layers[0],)] for model in (alike, unlike)]
+    assert [len(part.products) for (part,) in joined] == [1, 3]  # qkv in 3 bits, a unpacked, z and b
+    assert [len(model.layers[1].self_attn.qkv_proj.products) for model in (alike, unlike)] == [1, 2]
+    x = mx.array(np.random.default_rng(1).standard_normal((2, 256)).astype(np.float32))
+    stored = tensors(tmp_path / "alike")
+    name = "language_model.model.layers.0.mlp.up_proj."
+    weight, *others = (stored[name + part] for part in ("weight", "scales", "biases"))
+    alone = mx.dequantize(weight, *(part.astype(mx.float32) for part in others), group_size=64, bits=4)
+    assert difference(alike.layers[0].mlp.gate_up(x)[1], x @ alone.T) < SAME
+
+
 def test_a_packing_that_mlx_does_not_offer_is_refused(raw, tmp_path):
     folder = as_converted(raw, tmp_path / "packed", mlx_lm_name, uniform(64, 4))
     for field, value, message in (

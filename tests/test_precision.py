@@ -5,6 +5,7 @@ import re
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_qwen35.checkpoint import open_checkpoint
 from mlx_qwen35.errors import InputError
@@ -48,12 +49,9 @@ def test_gates_are_computed_in_float32_from_half_inputs(dtype, text_model):
 
 @half
 def test_norms_and_decay_parameters_are_float32_and_matrices_are_not(dtype, text_model):
-    for name, array in text_model(dtype=dtype).parameters()["layers"][0].items():
-        flat = dict([("", array)]) if isinstance(array, mx.array) else array
-        for part, value in flat.items():
-            value = value.get("weight") if isinstance(value, dict) else value
-            small = value.ndim == 1 or part == "conv1d"
-            assert value.dtype == (mx.float32 if small else dtype), f"{name}.{part}"
+    for name, array in tree_flatten(text_model(dtype=dtype).layers[0].parameters()):
+        small = array.ndim == 1 or name.endswith("conv1d")
+        assert array.dtype == (mx.float32 if small else dtype), name
 
 
 # Rounding activations to 8 (bfloat16) or 11 bits (float16) some 40 times in a row moves logits, whose deviation here is

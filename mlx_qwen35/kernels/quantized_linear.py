@@ -21,11 +21,15 @@ def quantized_linear(
     form = {"group_size": packing.group_size, "bits": packing.bits, "mode": packing.mode}
     columns = x.shape[-1]
     if mx.default_device() != mx.cpu or x.size < MANY_ROWS * columns:
-        return mx.quantized_matmul(x, weight, scales, biases, transpose=True, **form)
+        # As rows: one row that is part of a longer one keeps its stride otherwise, and MLX copies it first.
+        rows = mx.quantized_matmul(x.reshape(-1, columns), weight, scales, biases, transpose=True, **form)
+        return rows.reshape(*x.shape[:-1], -1)
     step = max(1, SLICE // columns)
     parts = []
     for row in range(0, weight.shape[0], step):
         rows = slice(row, row + step)
         part = mx.dequantize(weight[rows], scales[rows], None if biases is None else biases[rows], **form)
+        if parts:  # one after the other, or MLX unpacks all first
+            x = mx.depends(x, parts[-1])
         parts.append(x @ part.astype(x.dtype).T)
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)

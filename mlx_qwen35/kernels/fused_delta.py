@@ -1,0 +1,234 @@
+"""The core of a Gated DeltaNet layer as one launch of gated_delta.metal; gated_delta.py holds the definition.
+
+`delta_core` chooses between the two: the kernel runs on a Mac's GPU, once `verdict` has seen it agree there with the
+operations on a small case of the same geometry and dtype.
+
+Letters as there: B batch, T tokens, Hk/Hv key/value heads, Dk/Dv head sizes, C = 2 Hk Dk + Hv Dv channels, K taps.
+"""
+
+import functools
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_qwen35.kernels import metal
+from mlx_qwen35.kernels.gated_delta import DeltaState, DeltaWeights, gated_delta
+
+THREADS = 512  # of a threadgroup at most: with more a thread has too few registers for its part of the state
+MEMORY = 32 << 10  # bytes of threadgroup memory at most
+SIMD = 32
+STAGED = 16  # tokens at a time where there is more than one
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The geometry of a layer's core."""
+
+    Hk: int
+    Hv: int
+    Dk: int
+    Dv: int
+    K: int  # conv taps
+
+    @property
+    def C(self) -> int:
+        return 2 * self.Hk * self.Dk + self.Hv * self.Dv
+
+    @classmethod
+    def of(cls, conv: mx.array, state: mx.array) -> "Heads":
+        """From conv (K, C) and state (B, Hv, Dv, Dk)."""
+        (K, C), (_, Hv, Dv, Dk) = conv.shape, state.shape
+        return cls((C - Hv * Dv) // (2 * Dk), Hv, Dk, Dv, K)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the threads of a threadgroup share the state of a head. No choice but `parts` shows in the results' bits."""
+
+    lanes: int  # threads that share a row
+    rows: int  # rows that a thread has a share of
+    parts: int  # sums that the product of a row is put together from: of Dk only
+    staged: int  # tokens whose q, k, v lie in threadgroup memory at a time
+
+    def threads(self, heads: Heads) -> int:
+        return heads.Dv // self.rows * self.lanes
+
+    def memory(self, heads: Heads) -> int:
+        """Bytes of threadgroup memory: q, k, v of the staged tokens, five scalars each, and the conv taps for many."""
+        numbers = 2 * heads.Dk + heads.Dv
+        return 4 * (self.staged * (numbers + 5) + (heads.K * numbers if self.staged > 1 else 4))
+
+
+def plan(heads: Heads, T: int, lanes: int | None = None, staged: int | None = None) -> Plan | None:
+    """The plan for T tokens, or None where this geometry does not fit; `lanes` and `staged` override the choice.
+
+    One token: 4 lanes a row, the fewest exchanges between lanes. More: 8 lanes with two rows each, which halves what
+    is read from threadgroup memory.
+    """
+    parts = next((parts for parts in (8, 4, 2, 1) if heads.Dk % (4 * parts) == 0), 0)
+    if not parts or heads.Dv % 4 or heads.K < 2:
+        return None
+    first = (4, 8, 2, 1) if T == 1 else (8, 4, 2, 1)
+    choice = [lanes for lanes in first if lanes <= parts] if lanes is None else [min(lanes, parts)]
+    for lanes, rows in itertools.product(choice, (1, 2, 4, 8)):
+        made = Plan(lanes, rows, parts, staged or (1 if T == 1 else STAGED))
+        if heads.Dv % rows == 0 and made.threads(heads) % SIMD == 0 and made.threads(heads) <= THREADS:
+            while made.memory(heads) > MEMORY and made.staged > 1:
+                made = replace(made, staged=made.staged // 2)
+            return made if made.memory(heads) <= MEMORY else None
+    return None
+
+
+def fused_gated_delta(
+    projected: Sequence[mx.array],
+    weights: DeltaWeights,
+    memory: DeltaState,
+    lengths: mx.array | None = None,
+    snapshots: bool = False,
+    lanes: int | None = None,
+    staged: int | None = None,
+) -> tuple[mx.array, DeltaState]:
+    """Run the core over T tokens and return (B, T, Hv Dv) in the dtype of the projections, and the new memory.
+
+    Args:
+        projected: the tokens, whole: [q k v z b a] (B, T, C + Hv Dv + 2 Hv), or [q k v z] (B, T, C + Hv Dv) and
+            [b a] (B, T, 2 Hv). A slice of a larger array would be copied. The window has the first's dtype.
+        lengths: (B,) int32. The first lengths[i] tokens of row i are real, the rest is padding: it changes neither
+            window nor state, and its output is 0. None means that all are real.
+        snapshots: return the memory after each token: window (B, T, K - 1, C), state (B, T, Hv, Dv, Dk). Padding
+            repeats the last.
+        lanes, staged: see `plan`, which must not be None.
+    """
+    B, T, _ = projected[0].shape
+    heads = Heads.of(weights.conv, memory.state)
+    chosen = plan(heads, T, lanes, staged)
+    assert chosen is not None, f"no plan for {heads}"
+    assert memory.window.dtype == projected[0].dtype, "the window is kept in the dtype of the projected tokens"
+    width = projected[0].shape[-1]
+    assert width == heads.C + heads.Hv * heads.Dv + (2 * heads.Hv if len(projected) == 1 else 0), f"{width} for {heads}"
+    inputs: dict[str, mx.array | int | float] = {
+        "projected": projected[0],
+        "gates": projected[-1],
+        "window": memory.window,
+        "conv": weights.conv,
+        "A_log": weights.A_log,
+        "dt_bias": weights.dt_bias,
+        "norm": weights.norm,
+        "state": memory.state,
+        "lengths": mx.array([T] * B, mx.int32) if lengths is None else lengths,  # from the host: no launch
+        "tokens": T,
+        "epsilon": weights.eps,
+    }
+    P = T if snapshots else 1
+    outputs = {
+        "y": ((B, T, heads.Hv * heads.Dv), projected[0].dtype),
+        "new_window": ((B, P, *memory.window.shape[1:]), projected[0].dtype),
+        "new_state": ((B, P, *memory.state.shape[1:]), mx.float32),
+    }
+    template = {
+        "Element": projected[0].dtype,
+        "ALIGNED": width % 4 == 0,  # so that four channels of any token can be read at once
+        "GATES_APART": len(projected) == 2,
+        "SNAPSHOTS": snapshots,
+        **_constants(heads, chosen),
+    }
+    threads = chosen.threads(heads)
+    y, window, state = metal.launch("gated_delta", inputs, outputs, template, (threads, heads.Hv, B), (threads, 1, 1))
+    memory = DeltaState(window, state)
+    return y, memory if snapshots else DeltaState(*(array.squeeze(1) for array in memory))
+
+
+def _constants(heads: Heads, chosen: Plan) -> dict[str, Any]:
+    return {
+        "KEY_HEADS": heads.Hk,
+        "VALUE_HEADS": heads.Hv,
+        "KEY_DIM": heads.Dk,
+        "VALUE_DIM": heads.Dv,
+        "TAPS": heads.K,
+        "LANES": chosen.lanes,
+        "ROWS": chosen.rows,
+        "PARTS": chosen.parts,
+        "STAGED": chosen.staged,
+    }
+
+
+# --- the choice ------------------------------------------------------------------------------------------------------
+
+
+def delta_core(
+    projected: Sequence[mx.array],
+    split: Callable[[Sequence[mx.array]], Sequence[mx.array]],
+    weights: DeltaWeights,
+    memory: DeltaState,
+    lengths: mx.array | None = None,
+) -> tuple[mx.array, DeltaState]:
+    """Projections to gated output: by the kernel where it is engaged, else by operations.
+
+    projected: the products of the projections as they come; `split` makes q k v, z, b, a of them.
+    """
+    heads = Heads.of(weights.conv, memory.state)
+    if metal.available() and _fits(projected, heads) and verdict(heads, projected[0].dtype):
+        return fused_gated_delta(projected, weights, memory, lengths)
+    return gated_delta(*split(projected), weights, memory, lengths)
+
+
+def _fits(projected: Sequence[mx.array], heads: Heads) -> bool:
+    """Whether the products are [q k v z b a], or [q k v z] and [b a]."""
+    qkvz, ba = heads.C + heads.Hv * heads.Dv, 2 * heads.Hv
+    return [array.shape[-1] for array in projected] in ([qkvz + ba], [qkvz, ba])
+
+
+@functools.cache
+def verdict(heads: Heads, dtype: mx.Dtype) -> bool:
+    """Whether the kernel agrees with the operations on this machine; if not, a warning says so, once.
+
+    Called at load, so that a kernel that the machine's compiler refuses, or that computes something else, costs a
+    warning and speed and never an answer.
+    """
+    try:
+        reason = _disagreement(heads, dtype)
+    except (RuntimeError, ValueError) as error:  # what MLX raises when it cannot compile or launch
+        reason = str(error).strip().splitlines()[0]
+    if reason:
+        warnings.warn(
+            f"the Metal kernel gated_delta is switched off: {reason}. MLX operations take its place, which is slower. "
+            "Please report this with your chip and versions",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return not reason
+
+
+def _disagreement(heads: Heads, dtype: mx.Dtype) -> str:
+    """What is wrong with the kernel on a prompt of 19 tokens and one token after it; "" when nothing is."""
+    if plan(heads, 1) is None or plan(heads, 2) is None:
+        return f"it has no plan for {heads}"
+    key = mx.random.key(0)
+    draws = iter(mx.random.split(key, 8))
+    normal = functools.partial(mx.random.normal, stream=mx.cpu)
+    width = heads.C + heads.Hv * (heads.Dv + 2)
+    tokens = normal((1, 20, width), key=next(draws)).astype(dtype)
+    weights = DeltaWeights(
+        normal((heads.K, heads.C), key=next(draws)) / 2, normal((heads.Hv,), key=next(draws)) - 1,
+        normal((heads.Hv,), key=next(draws)) - 2, 1 + normal((heads.Dv,), key=next(draws)) / 10, 1e-6,
+    )  # fmt: skip
+    state = normal((1, heads.Hv, heads.Dv, heads.Dk), key=next(draws)) / 10
+    memory = other = DeltaState(normal((1, heads.K - 1, heads.C), key=next(draws)).astype(dtype), state)
+    cuts = [heads.C, heads.C + heads.Hv * heads.Dv, heads.C + heads.Hv * (heads.Dv + 1)]
+    for part in (tokens[:, :19], tokens[:, 19:]):
+        ours, memory = fused_gated_delta([part], weights, memory)
+        theirs, other = gated_delta(*mx.split(part, cuts, axis=-1), weights, other)
+        step = {mx.float32: 1e-4, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}[dtype]
+        for name, a, b, most in (
+            ("output", ours, theirs, step), ("state", memory.state, other.state, 1e-4),
+            ("window", memory.window, other.window, 0.0),
+        ):  # fmt: skip
+            a, b = a.astype(mx.float32), b.astype(mx.float32)
+            error, scale = mx.abs(a - b).max().item(), mx.abs(b).max().item()
+            if not error <= most * max(1.0, scale):  # NaN too
+                return f"its {name} differs from that of operations by {error:.1e} at {scale:.1e}"
+    return ""
