@@ -1,6 +1,7 @@
 """The command.
 
 mlx_qwen35.bench --model FOLDER_OR_ID | --geometry mid [--compare mlx-lm,mlx-vlm,transformers | --vision]
+mlx_qwen35.bench --geometry 4b --dispatches [--compare mlx-lm,mlx-vlm]
 """
 
 import argparse
@@ -8,7 +9,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,8 +17,8 @@ from statistics import median
 
 import mlx.core as mx
 
-from mlx_qwen35.bench import vision
-from mlx_qwen35.bench.measure import OURS, PEERS, Settings, measure, started, summarize
+from mlx_qwen35.bench import dispatches, vision
+from mlx_qwen35.bench.measure import OURS, PEERS, ProgramError, Settings, measure, started, summarize
 from mlx_qwen35.bench.report import describe_machine, draw, format_table, write_json
 from mlx_qwen35.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.commands import clean_errors
@@ -26,9 +27,11 @@ from mlx_qwen35.hub import resolve
 from mlx_qwen35.load import DTYPES, choose_dtype, has_tower
 from mlx_qwen35.random_checkpoint import GEOMETRIES, geometry, write_random_checkpoint
 
-# The options of each of the two modes, and their defaults; None is no default.
+# The options of each of the three modes, and their defaults; None is no default.
 _SPEED = {"prompt_lengths": (128, 1024), "decode_tokens": 32, "repeats": 5, "compare": (), "plot": None}
 _VISION = {"image_megapixels": (1, 4, 16), "clip_frames": (8, 64, 512), "clip_size": (512, 512)}
+_DISPATCHES = {"compare": ()}
+_WITH_WEIGHTS = {"revision": None, "dtype": None, "prefill_step_size": 1024}  # of the first two
 
 
 def _positive(text: str) -> int:
@@ -67,15 +70,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mlx_qwen35.bench",
         description="Measure prefill and decode speed on this machine, beside other programs on the same weights, or "
-        "the memory that images and clips take. Each program, and each image or clip, has a process of its own, all in "
-        "turn. Ends with status 1 if one that was asked for could not run.",
+        "the memory that images and clips take; or count GPU launches. Each program, and each image or clip, has a "
+        "process of its own, all in turn. Ends with status 1 if one that was asked for could not run.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="local folder, Hugging Face id, or nano")
     source.add_argument("--geometry", choices=GEOMETRIES, help="random weights of this size, removed afterwards")
     parser.add_argument("--revision", help="branch, tag or commit of the Hugging Face id")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: float32 on the CPU, else the checkpoint's")
-    parser.add_argument("--prefill-step-size", type=_positive, default=1024, help="prompt tokens a pass; default 1024")
+    parser.add_argument("--prefill-step-size", type=_positive, help="prompt tokens a pass; default 1024")
     parser.add_argument("--json", type=Path, help="file for everything that was measured")
     speed = parser.add_argument_group("speed, which is measured without --vision")
     speed.add_argument("--prompt-lengths", type=_lengths, help="default 128,1024")
@@ -98,25 +101,49 @@ def _parser() -> argparse.ArgumentParser:
         type=_size,
         help="of every clip; default 512x512, of which 8 frames fill a pass over the prompt",
     )
+    graph = parser.add_argument_group("GPU launches")
+    graph.add_argument(
+        "--dispatches", action="store_true", help="count those of one decoded token, by --geometry, on any machine"
+    )
     return parser
 
 
 def _choose_mode(options: argparse.Namespace) -> None:
-    """Refuse the other mode's options, and set the defaults of this one."""
-    mode, other = (_VISION, _SPEED) if options.vision else (_SPEED, _VISION)
-    if idle := [name for name in other if getattr(options, name) is not None]:
-        flag = f"--{idle[0].replace('_', '-')}"
-        raise InputError(
-            f"{flag} is for speed; with --vision it has no effect. Leave one of them out"
-            if options.vision
-            else f"{flag} has no effect without --vision. Add that, or leave it out"
-        )
+    """Refuse the other modes' options, and set the defaults of this one."""
+    if options.dispatches:
+        _check_dispatches(options)
+        mode = _DISPATCHES
+    else:
+        mode, other = (_VISION, _SPEED) if options.vision else (_SPEED, _VISION)
+        if idle := _given(options, other):
+            raise InputError(
+                f"{idle} is for speed; with --vision it has no effect. Leave one of them out"
+                if options.vision
+                else f"{idle} has no effect without --vision. Add that, or leave it out"
+            )
+        mode = mode | _WITH_WEIGHTS
     shown = [name for name in ("image_megapixels", "clip_frames") if getattr(options, name, None) is not None]
     if options.vision and shown == ["image_megapixels"] and options.clip_size:
         raise InputError("--clip-size has no effect without clips. Add --clip-frames, or leave it out")
     for name, default in mode.items():
         if getattr(options, name) is None:
             setattr(options, name, () if shown and name in ("image_megapixels", "clip_frames") else default)
+
+
+def _given(options: argparse.Namespace, names: Iterable[str]) -> str | None:
+    """The first of these options that was given, as it is written."""
+    given = [name for name in names if getattr(options, name) not in (None, False)]
+    return f"--{given[0].replace('_', '-')}" if given else None
+
+
+def _check_dispatches(options: argparse.Namespace) -> None:
+    if options.model:
+        raise InputError("--dispatches counts for a geometry, without weights; give --geometry in the place of --model")
+    others = [name for name in ("vision", *_SPEED, *_VISION, *_WITH_WEIGHTS) if name not in _DISPATCHES]
+    if idle := _given(options, others):
+        raise InputError(f"{idle} has no effect with --dispatches. Leave one of them out")
+    if wrong := [name for name in options.compare or () if name not in dispatches.COUNTED]:
+        raise InputError(f"--dispatches can compare with {', '.join(dispatches.COUNTED)}, got {', '.join(wrong)}")
 
 
 @contextmanager
@@ -147,6 +174,8 @@ def bench(options: argparse.Namespace) -> dict[str, str]:
     """Measure, print, write, and return what could not run, each with the reason."""
     _choose_mode(options)
     _check_outputs(options)
+    if options.dispatches:
+        return _dispatches(options)
     with _checkpoint(options) as folder:
         model = options.model or f"random weights of geometry {options.geometry}"
         return (_vision if options.vision else _speed)(options, folder, model)
@@ -192,6 +221,22 @@ def _vision(options: argparse.Namespace, folder: Path, model: str) -> dict[str, 
     print(vision.format_memory(machine, model, settings, rows))
     if options.json:
         vision.write_memory(options.json, machine, model, settings, rows, failures)
+    return failures
+
+
+def _dispatches(options: argparse.Namespace) -> dict[str, str]:
+    counts: dict[str, dispatches.Dispatches] = {}
+    failures: dict[str, str] = {}
+    for program in (OURS, *options.compare):
+        try:
+            counts[program] = dispatches.count_program(program, geometry(options.geometry))
+        except ProgramError as error:
+            failures[program] = str(error)
+    if OURS in failures:
+        raise InputError(f"{OURS} could not be counted: {failures[OURS]}")
+    print(dispatches.format_dispatches(f"dispatches of one decoded token, geometry {options.geometry}", counts))
+    if options.json:
+        dispatches.write_dispatches(options.json, counts)
     return failures
 
 

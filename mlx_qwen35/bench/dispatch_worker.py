@@ -1,0 +1,188 @@
+"""The graph of one decoded token: python dispatch_worker.py PROGRAM, config.json on stdin, nodes as JSON on stdout.
+
+The program believes that it has a GPU, so that it takes its Metal path, and MLX records what it asks for. Nothing is
+computed and no weight is in memory: every matrix is one zero, broadcast. Started as a script, not as a module: each
+program is imported after MLX has been prepared (markers.py), and meets nothing of the others.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple, TextIO
+
+import mlx.core as mx
+from mlx.utils import tree_map, tree_map_with_path
+
+QUANTIZED = {"group_size": 64, "bits": 4}
+READ = 3  # tokens in the cache
+BOUNDARY = "boundary"  # a marker that says which layer begins
+
+
+def _load_markers() -> ModuleType:
+    """The file beside this one, without its package, which would import mlx.nn."""
+    name = "mlx_qwen35.bench.markers"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("markers.py"))
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+markers = _load_markers()
+blank = markers.blank
+
+
+class _Layer:
+    """A layer that says where it begins."""
+
+    def __init__(self, layer: Any):
+        self._layer = layer
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._layer(markers.marked(BOUNDARY, x, x), *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+
+class Network(NamedTuple):
+    holder: Any  # what has the list of layers, as `layers`
+    make_cache: Callable[[], Any]
+    forward: Callable[[mx.array, Any], mx.array]  # tokens (1, T), cache -> logits
+    norm: str = "norm"  # the holder's final norm
+
+
+def one_token(network: Network) -> dict[str, Any]:
+    """Record the pass over one token, with a cache that holds READ tokens, to the logits and the written cache."""
+    holder = network.holder
+    holder.layers = [_Layer(layer) for layer in holder.layers]
+    setattr(holder, network.norm, _Layer(getattr(holder, network.norm)))
+    cache = network.make_cache()
+
+    def step(tokens: mx.array) -> list[mx.array]:
+        logits = network.forward(tokens, cache)
+        return [logits, *markers.arrays(cache)]
+
+    markers.record(step, mx.zeros((1, READ), mx.int32))
+    _forget(cache)
+    return markers.record(step, mx.zeros((1, 1), mx.int32))
+
+
+def _forget(cache: Any) -> None:
+    """Put zeros in the place of all arrays of a cache, which were only recorded."""
+    seen: set[int] = set()
+
+    def visit(value: Any) -> Any:
+        if isinstance(value, mx.array):
+            return blank(value.shape, value.dtype)
+        if isinstance(value, tuple):
+            items = map(visit, value)
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        if id(value) in seen:
+            return value
+        seen.add(id(value))
+        if isinstance(value, list):
+            value[:] = map(visit, value)
+        elif isinstance(value, dict):
+            value.update({name: visit(item) for name, item in value.items()})
+        else:
+            for name, item in getattr(value, "__dict__", {}).items():
+                value.__dict__[name] = visit(item)
+        return value
+
+    visit(cache)
+
+
+# --- programs --------------------------------------------------------------------------------------------------------
+
+
+def _hollow(model: Any) -> Any:
+    """The model with zeros for weights, not one of them computed."""
+    model.update(tree_map(lambda a: blank(a.shape, a.dtype), model.parameters()))
+    return model.eval()
+
+
+def _hollow_peer(model: Any) -> Any:
+    """A peer's fresh model, quantized, with bfloat16 for the rest and float32 A_log, as it loads a checkpoint."""
+    from mlx.nn import quantize
+
+    quantize(model, **QUANTIZED)
+
+    def cast(path: str, a: mx.array) -> mx.array:
+        narrow = mx.issubdtype(a.dtype, mx.floating) and not path.endswith("A_log")
+        return blank(a.shape, mx.bfloat16 if narrow else a.dtype)
+
+    model.update(tree_map_with_path(cast, model.parameters()))
+    return model.eval()
+
+
+def build_mlx_qwen35(config: dict[str, Any]) -> Network:
+    sys.path.append(str(Path(__file__).parents[2]))  # for a checkout that is not installed
+    from mlx_qwen35.checkpoint import Quantization, is_zero_centred, text_shapes
+    from mlx_qwen35.config import parse_config
+    from mlx_qwen35.kernels import fused_delta
+    from mlx_qwen35.model import Model
+    from mlx_qwen35.weights import Weights
+
+    fused_delta.verdict = lambda heads, dtype: True  # as on a Mac where the kernel agrees; nothing is computed here
+    text, packing = parse_config(config).text, Quantization(**QUANTIZED, mode="affine")
+    arrays = {}
+    for name, shape in text_shapes(text).items():
+        if len(shape) == 2:
+            parts = packing.parts(shape).items()
+            stem = name.removesuffix("weight")
+            arrays |= {stem + part: blank(s, mx.uint32 if part == "weight" else mx.bfloat16) for part, s in parts}
+        else:
+            narrow = len(shape) > 1 or is_zero_centred(name) or name.endswith("dt_bias")
+            arrays[name] = blank(shape, mx.bfloat16 if narrow else mx.float32)
+    model = _hollow(Model(text, Weights(arrays, lambda name: packing, mx.bfloat16, text.rms_norm_eps)))
+    mx.eval(model.rotary.frequencies, model.rotary.axes)
+    return Network(model, model.make_cache, model)
+
+
+def build_mlx_lm(config: dict[str, Any]) -> Network:
+    from mlx_lm.models.qwen3_5 import Model, ModelArgs
+
+    model = _hollow_peer(Model(ModelArgs.from_dict(config)))
+    text = model.language_model
+    return Network(text.model, text.make_cache, lambda tokens, cache: text(tokens, cache=cache))
+
+
+def build_mlx_vlm(config: dict[str, Any]) -> Network:
+    from mlx_vlm.models.qwen3_5 import LanguageModel, ModelConfig, TextConfig
+
+    settings = ModelConfig.from_dict(config)
+    text = config["text_config"]
+    text = _hollow_peer(LanguageModel(TextConfig.from_dict(text), settings))
+
+    def forward(tokens: mx.array, cache: Any) -> mx.array:
+        logits = text(tokens, cache=cache).logits
+        for name in ("_position_ids", "_rope_deltas"):
+            value = getattr(text, name)
+            setattr(text, name, None if value is None else blank(value.shape, value.dtype))
+        return logits
+
+    return Network(text.model, text.make_cache, forward)
+
+
+BUILDERS = {"mlx_qwen35": build_mlx_qwen35, "mlx-lm": build_mlx_lm, "mlx-vlm": build_mlx_vlm}
+
+
+def serve(name: str, config: TextIO, replies: TextIO) -> None:
+    markers.prepare()
+    json.dump(one_token(BUILDERS[name](json.load(config))), replies)
+
+
+def main() -> None:
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints must not come between
+    serve(sys.argv[1], sys.stdin, replies)
+    replies.close()
+
+
+if __name__ == "__main__":
+    main()
