@@ -136,7 +136,7 @@ class Cache:
         real = self._real_after(T, lengths)
         counts = list(lengths or [T] * self.batch)
         if positions is None:
-            places = mx.array(self.next_positions)[:, None] + mx.arange(T)
+            places = mx.array(np.array(self.next_positions, np.int32)[:, None] + np.arange(T, dtype=np.int32))
             following = [first + n for first, n in zip(self.next_positions, counts, strict=True)]
         else:
             places = mx.array(positions)

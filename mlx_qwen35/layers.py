@@ -7,6 +7,7 @@ import mlx.nn as nn
 
 from mlx_qwen35.checkpoint import Quantization
 from mlx_qwen35.config import RopeConfig
+from mlx_qwen35.kernels.add_norm import add_norm
 from mlx_qwen35.kernels.exponential import silu
 from mlx_qwen35.kernels.metal import fused
 from mlx_qwen35.kernels.quantized_linear import quantized_linear
@@ -86,6 +87,10 @@ class RMSNorm(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         return mx.fast.rms_norm(x.astype(mx.float32), self.weight, self.eps).astype(x.dtype)
 
+    def of_sum(self, x: mx.array, added: mx.array) -> tuple[mx.array, mx.array]:
+        """x + added, and its norm."""
+        return add_norm(x, added, self.weight, self.eps)
+
 
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x))"""
@@ -127,11 +132,15 @@ class Rotary:
 
     def table(self, positions: mx.array) -> tuple[mx.array, mx.array]:
         """positions (B, T), or (3, B, T) for T, H, W -> cos, sin, each (B, 1, T, dims / 2) float32."""
-        if positions.ndim == 2:
-            angles = positions[..., None].astype(mx.float32) * self.frequencies
-        else:
-            angles = mx.moveaxis(positions[self.axes], 0, -1).astype(mx.float32) * self.frequencies
-        return mx.cos(angles)[:, None], mx.sin(angles)[:, None]
+        positions = positions[..., None] if positions.ndim == 2 else mx.moveaxis(positions[self.axes], 0, -1)
+        cos, sin = _circle(positions, self.frequencies)
+        return cos[:, None], sin[:, None]
+
+
+@fused
+def _circle(positions: mx.array, frequencies: mx.array) -> tuple[mx.array, mx.array]:
+    angles = positions.astype(mx.float32) * frequencies
+    return mx.cos(angles), mx.sin(angles)
 
 
 def rotate(x: mx.array, table: tuple[mx.array, mx.array]) -> mx.array:

@@ -17,8 +17,8 @@ from mlx_qwen35.checkpoint import (
 )
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.hub import resolve
-from mlx_qwen35.kernels import metal
-from mlx_qwen35.kernels.fused_delta import Heads, verdict
+from mlx_qwen35.kernels import add_norm, fused_delta, metal
+from mlx_qwen35.kernels.fused_delta import Heads
 from mlx_qwen35.memory import check_fits, check_tower_fits
 from mlx_qwen35.model import Model
 from mlx_qwen35.processor import Processor
@@ -94,8 +94,9 @@ def load_model(checkpoint: Checkpoint, dtype: mx.Dtype, name: str) -> Model:
         mx.eval(layer.parameters())
     mx.eval(model.parameters(), model.rotary.frequencies, model.rotary.axes)  # what is pending belongs to this thread
     mx.clear_cache()
-    if metal.available():
-        verdict(Heads(*config.delta_heads), dtype)
+    if metal.available():  # now, and not in the middle of an answer
+        fused_delta.verdict(Heads(*config.delta_heads), dtype)
+        add_norm.verdict(config.hidden_size, dtype)
     if has_tower(checkpoint):
         model.vision = Vision(lambda: load_tower(checkpoint, dtype))
     return model.eval()

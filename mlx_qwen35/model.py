@@ -12,7 +12,7 @@ from mlx_qwen35.cache import Cache, Span
 from mlx_qwen35.config import FULL, TextConfig
 from mlx_qwen35.delta_net import GatedDeltaNet
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.layers import MLP, Rotary
+from mlx_qwen35.layers import MLP, RMSNorm, Rotary
 from mlx_qwen35.vision import Vision
 
 
@@ -25,7 +25,10 @@ class Visual(NamedTuple):
 
 
 class DecoderLayer(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)); the mixer is attention or DeltaNet."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)); the mixer is attention or DeltaNet.
+
+    Each sum is formed together with the norm that follows it, the last one with the norm of what comes after the layer.
+    """
 
     def __init__(self, config: TextConfig, kind: str, weights):
         super().__init__()
@@ -38,11 +41,18 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(weights.at("mlp"))
         self.mixer_name = "self_attn" if kind == FULL else "linear_attn"
 
-    def __call__(self, x: mx.array, span: Span, cache, at: mx.array | None = None) -> mx.array:
-        """x (B, T, D) -> (B, T, D), or with at (B,), of each row only that column: (B, 1, D)."""
-        x = x + self[self.mixer_name](self.input_layernorm(x), span, cache)
-        x = x if at is None else mx.take_along_axis(x, at[:, None, None], axis=1)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def __call__(
+        self, x: mx.array, normed: mx.array, span: Span, cache, following: RMSNorm, at: mx.array | None = None
+    ) -> tuple[mx.array, mx.array]:
+        """x and input_layernorm(x), each (B, T, D) -> the next x, and `following` of it.
+
+        at: (B,), the only column of each row that is wanted; then (B, 1, D) come out.
+        """
+        mixed = self[self.mixer_name](normed, span, cache)
+        if at is not None:
+            x, mixed = (mx.take_along_axis(array, at[:, None, None], axis=1) for array in (x, mixed))
+        x, normed = self.post_attention_layernorm.of_sum(x, mixed)
+        return following.of_sum(x, self.mlp(normed))
 
 
 class Model(nn.Module):
@@ -98,9 +108,11 @@ class Model(nn.Module):
             raise InputError(f"the cache is for {cache.batch} rows, tokens have {tokens.shape[0]}")
         with cache.reading(tokens.shape[1], lengths, positions) as span:
             x = self.embed(tokens, visual)
-            for layer, memory in zip(self.layers[:-1], cache.layers, strict=False):
-                x = layer(x, span, memory)
-            return self.norm(self.layers[-1](x, span, cache.layers[-1], at))
+            normed = self.layers[0].input_layernorm(x)
+            after = [*(layer.input_layernorm for layer in self.layers[1:]), self.norm]
+            for layer, memory, following in zip(self.layers, cache.layers, after, strict=True):
+                x, normed = layer(x, normed, span, memory, following, at if following is self.norm else None)
+            return normed
 
     def embed(self, tokens: mx.array, visual: Visual | None = None) -> mx.array:
         """tokens (B, T) -> (B, T, D) in the activation dtype, image embeddings in their places."""

@@ -19,7 +19,7 @@ from mlx_qwen35.bench.measure import ProgramError
 from mlx_qwen35.config import FULL, LINEAR
 from mlx_qwen35.random_checkpoint import geometry
 
-OURS_4B = {LINEAR: 14, FULL: 33, AROUND: 14}  # of one layer
+OURS_4B = {LINEAR: 8, FULL: 27, AROUND: 10}  # of one layer
 
 
 @pytest.fixture
@@ -349,7 +349,7 @@ def test_mlx_vlm_takes_831_within_a_percent():
 
 
 def test_ours_takes_what_is_pinned(ours):
-    assert by_place(ours) == OURS_4B and ours.not_counted == {"compiled _turned": 32}
+    assert by_place(ours) == OURS_4B and ours.not_counted == {"compiled _turned": 32, "compiled _circle": 1}
     assert ours.places[LINEAR].operations["kernel gated_delta"] == 24  # one launch a DeltaNet layer
 
 
@@ -363,15 +363,16 @@ def test_the_embedding_is_around_the_layers_and_the_cache_write_in_them(ours):
     assert ours.places[FULL].operations["SliceUpdate"] == 16
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_matrix_is_in_memory():
-    code = (
-        "import resource, runpy, sys; sys.argv = ['dispatch_worker.py', 'mlx_qwen35'];"
+    code = (  # VmHWM, since ru_maxrss starts with what the process had that started this one
+        "import runpy, sys; sys.argv = ['dispatch_worker.py', 'mlx_qwen35'];"
         f"runpy.run_path({dispatches.__file__.replace('dispatches.py', 'dispatch_worker.py')!r}, run_name='__main__');"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+        "print(next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')), file=sys.stderr)"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, input=json.dumps(geometry("4b")), capture_output=True, text=True, check=True)
-    peak = int(done.stderr.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
+    peak = int(done.stderr.split()[-1]) * 1024
     assert peak < 600e6  # the weights would be 2.4 GB
 
 

@@ -43,7 +43,15 @@ class _Layer:
         self._layer = layer
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(self._layer, "mixer_name"):  # ours gets the residual stream, and that normed
+            normed, *args = args
+            return self._layer(x, markers.marked(BOUNDARY, normed, normed), *args, **kwargs)
         return self._layer(markers.marked(BOUNDARY, x, x), *args, **kwargs)
+
+    def of_sum(self, x: mx.array, added: mx.array) -> tuple[mx.array, mx.array]:
+        """Our final norm, which belongs to the last layer's sum: what is around the layers begins behind it."""
+        x, normed = self._layer.of_sum(x, added)
+        return x, markers.marked(BOUNDARY, normed, normed)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
@@ -124,11 +132,11 @@ def build_mlx_qwen35(config: dict[str, Any]) -> Network:
     sys.path.append(str(Path(__file__).parents[2]))  # for a checkout that is not installed
     from mlx_qwen35.checkpoint import Quantization, is_zero_centred, text_shapes
     from mlx_qwen35.config import parse_config
-    from mlx_qwen35.kernels import fused_delta
+    from mlx_qwen35.kernels import metal
     from mlx_qwen35.model import Model
     from mlx_qwen35.weights import Weights
 
-    fused_delta.verdict = lambda heads, dtype: True  # as on a Mac where the kernel agrees; nothing is computed here
+    metal.check = lambda name, disagreement: True  # as on a Mac where the kernels agree; nothing is computed here
     text, packing = parse_config(config).text, Quantization(**QUANTIZED, mode="affine")
     arrays = {}
     for name, shape in text_shapes(text).items():

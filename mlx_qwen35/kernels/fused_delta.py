@@ -8,7 +8,6 @@ Letters as there: B batch, T tokens, Hk/Hv key/value heads, Dk/Dv head sizes, C 
 
 import functools
 import itertools
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -189,18 +188,7 @@ def verdict(heads: Heads, dtype: mx.Dtype) -> bool:
     Called at load, so that a kernel that the machine's compiler refuses, or that computes something else, costs a
     warning and speed and never an answer.
     """
-    try:
-        reason = _disagreement(heads, dtype)
-    except (RuntimeError, ValueError) as error:  # what MLX raises when it cannot compile or launch
-        reason = str(error).strip().splitlines()[0]
-    if reason:
-        warnings.warn(
-            f"the Metal kernel gated_delta is switched off: {reason}. MLX operations take its place, which is slower. "
-            "Please report this with your chip and versions",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return not reason
+    return metal.check("gated_delta", lambda: _disagreement(heads, dtype))
 
 
 def _disagreement(heads: Heads, dtype: mx.Dtype) -> str:

@@ -1,6 +1,7 @@
 """Launch the Metal kernels of this folder: `<name>.metal` is the body of a kernel, MLX writes its signature."""
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from importlib.resources import files
 from typing import Any
@@ -25,6 +26,26 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
 def available() -> bool:
     """Whether kernels can run: on the GPU of a Mac, where that is the default device."""
     return mx.metal.is_available() and mx.default_device() == mx.gpu
+
+
+def check(name: str, disagreement: Callable[[], str]) -> bool:
+    """Whether a kernel may be used: `disagreement` runs it on a small case and says what is wrong, "" for nothing.
+
+    A kernel that the machine's compiler refuses, or that computes something else, costs a warning and speed and never
+    an answer.
+    """
+    try:
+        reason = disagreement()
+    except (RuntimeError, ValueError) as error:  # what MLX raises when it cannot compile or launch
+        reason = str(error).strip().splitlines()[0]
+    if reason:
+        warnings.warn(
+            f"the Metal kernel {name} is switched off: {reason}. MLX operations take its place, which is slower. "
+            "Please report this with your chip and versions",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return not reason
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The fused core in the model: when it is engaged, and that it generates what the operations generate."""
+"""The kernels in the model: when they are engaged, and that they generate what the operations generate."""
 
 import warnings
 from pathlib import Path
@@ -9,7 +9,7 @@ from kernels.emulator import emulated, missing
 
 from mlx_qwen35 import batch_generate, load
 from mlx_qwen35.generate.loop import Row, read
-from mlx_qwen35.kernels import fused_delta, metal
+from mlx_qwen35.kernels import add_norm, fused_delta, metal
 from mlx_qwen35.kernels.fused_delta import Heads, verdict
 from mlx_qwen35.random_checkpoint import geometry
 
@@ -22,10 +22,13 @@ NANO = Heads(Hk=2, Hv=4, Dk=32, Dv=32, K=4)
 def as_on_a_mac(monkeypatch):
     """Kernels are taken to be available, and are emulated; the report of their launches."""
     monkeypatch.setattr(metal, "available", lambda: True)
-    verdict.cache_clear()
+    verdicts = (verdict, add_norm.verdict)
+    for known in verdicts:
+        known.cache_clear()
     with emulated("forward", False) as report:
         yield report
-    verdict.cache_clear()
+    for known in verdicts:
+        known.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
@@ -56,8 +59,9 @@ def test_a_kernel_that_does_not_compile_is_switched_off_with_a_warning(as_on_a_m
     monkeypatch.setattr(metal, "launch", refused)
     with pytest.warns(RuntimeWarning, match="is switched off: .* Unable to build metal library from source. MLX"):
         assert not verdict(NANO, mx.float32)
-    model, _ = load("nano")  # the verdict is remembered, and the operations run
-    mx.eval(model(mx.array([[1, 2, 3]])))
+    with pytest.warns(RuntimeWarning, match="the Metal kernel add_norm is switched off"):
+        model, _ = load("nano")
+    mx.eval(model(mx.array([[1, 2, 3]])))  # the verdicts are remembered, and the operations run
 
 
 def test_off_a_mac_the_operations_run(monkeypatch):

@@ -19,7 +19,9 @@ def layer_outputs(model, x: mx.array):
     with cache.reading(x.shape[1]) as span:
         for i, layer in enumerate(model.layers):
             mixer = layer[layer.mixer_name](x, span, model.make_cache().layers[i])
-            yield i, layer(x, span, cache.layers[i])[0], mixer[0]
+            whole, normed = layer(x, layer.input_layernorm(x), span, cache.layers[i], model.norm)
+            assert mx.array_equal(normed, model.norm(whole))
+            yield i, whole[0], mixer[0]
 
 
 @every_case
