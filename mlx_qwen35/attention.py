@@ -8,7 +8,7 @@ from mlx_qwen35.config import TextConfig
 from mlx_qwen35.kernels.attention import attention
 from mlx_qwen35.kernels.exponential import sigmoid
 from mlx_qwen35.kernels.metal import fused
-from mlx_qwen35.layers import rotate
+from mlx_qwen35.kernels.norm_rotary import queries_and_keys
 
 
 class GatedAttention(nn.Module):
@@ -30,11 +30,14 @@ class GatedAttention(nn.Module):
         B, T, _ = x.shape
         if span.lengths is not None:  # NaN or infinity at a hole would survive its weight of 0 in the sum of values
             x = mx.where((mx.arange(T) < span.lengths[:, None])[..., None], x, mx.zeros((), x.dtype))
-        q, k, v = self.qkv_proj(x)
-        q, gate = mx.split(q.reshape(B, T, self.heads, -1), 2, axis=-1)
-        k, v = (y.reshape(B, T, -1, self.head_dim).swapaxes(1, 2) for y in (k, v))
-        q = rotate(self.q_norm(q).swapaxes(1, 2), span.rotary)
-        k = rotate(self.k_norm(k), span.rotary)
+        products = self.qkv_proj.whole(x)
+        queries, _, v = self.qkv_proj.split(products)
+        gate = queries.reshape(B, T, self.heads, -1)[..., self.head_dim :]
+        v = v.reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
+        q, k = queries_and_keys(
+            products, self.qkv_proj.split, span.rotary, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps,
+            self.heads, v.shape[1],
+        )  # fmt: skip
         keys, values = cache.extend(k, v, span.start)
         out = attention(q, keys, values, self.head_dim**-0.5, span.mask)
         out = _opened(out.swapaxes(1, 2), gate)

@@ -65,6 +65,11 @@ class TextConfig:
         )  # fmt: skip
 
     @property
+    def attention_heads(self) -> tuple[int, int, int, int]:
+        """H, Hk and D of an attention layer, and how many of the D turn."""
+        return self.num_attention_heads, self.num_key_value_heads, self.head_dim, self.rope.dims
+
+    @property
     def conv_dim(self) -> int:
         """Channels of the causal convolution: q, k and v side by side."""
         return 2 * self.key_dim + self.value_dim

@@ -141,18 +141,3 @@ class Rotary:
 def _circle(positions: mx.array, frequencies: mx.array) -> tuple[mx.array, mx.array]:
     angles = positions.astype(mx.float32) * frequencies
     return mx.cos(angles), mx.sin(angles)
-
-
-def rotate(x: mx.array, table: tuple[mx.array, mx.array]) -> mx.array:
-    """Turn the first dims of x (B, H, T, D), dim j with dim j + dims / 2; the rest passes. Computed in float32."""
-    cos, sin = table
-    half = cos.shape[-1]
-    first, second, rest = mx.split(x, [half, 2 * half], axis=-1)
-    return mx.concatenate([*_turned(first, second, cos, sin), rest], axis=-1)
-
-
-@fused
-def _turned(first: mx.array, second: mx.array, cos: mx.array, sin: mx.array) -> tuple[mx.array, mx.array]:
-    dtype = first.dtype
-    first, second = first.astype(mx.float32), second.astype(mx.float32)
-    return (first * cos - second * sin).astype(dtype), (second * cos + first * sin).astype(dtype)

@@ -17,8 +17,9 @@ from mlx_qwen35.checkpoint import (
 )
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.hub import resolve
-from mlx_qwen35.kernels import add_norm, fused_delta, metal
+from mlx_qwen35.kernels import add_norm, fused_delta, metal, norm_rotary
 from mlx_qwen35.kernels.fused_delta import Heads
+from mlx_qwen35.kernels.norm_rotary import Geometry
 from mlx_qwen35.memory import check_fits, check_tower_fits
 from mlx_qwen35.model import Model
 from mlx_qwen35.processor import Processor
@@ -97,6 +98,8 @@ def load_model(checkpoint: Checkpoint, dtype: mx.Dtype, name: str) -> Model:
     if metal.available():  # now, and not in the middle of an answer
         fused_delta.verdict(Heads(*config.delta_heads), dtype)
         add_norm.verdict(config.hidden_size, dtype)
+        if (heads := Geometry(*config.attention_heads)).planned:
+            norm_rotary.verdict(heads, dtype)
     if has_tower(checkpoint):
         model.vision = Vision(lambda: load_tower(checkpoint, dtype))
     return model.eval()

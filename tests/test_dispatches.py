@@ -19,7 +19,7 @@ from mlx_qwen35.bench.measure import ProgramError
 from mlx_qwen35.config import FULL, LINEAR
 from mlx_qwen35.random_checkpoint import geometry
 
-OURS_4B = {LINEAR: 8, FULL: 27, AROUND: 10}  # of one layer
+OURS_4B = {LINEAR: 8, FULL: 12, AROUND: 10}  # of one layer; 298 in all
 
 
 @pytest.fixture
@@ -349,7 +349,7 @@ def test_mlx_vlm_takes_831_within_a_percent():
 
 
 def test_ours_takes_what_is_pinned(ours):
-    assert by_place(ours) == OURS_4B and ours.not_counted == {"compiled _turned": 32, "compiled _circle": 1}
+    assert by_place(ours) == OURS_4B and ours.not_counted == {"compiled _circle": 1}
     assert ours.places[LINEAR].operations["kernel gated_delta"] == 24  # one launch a DeltaNet layer
 
 

@@ -9,7 +9,7 @@ from kernels.emulator import emulated, missing
 
 from mlx_qwen35 import batch_generate, load
 from mlx_qwen35.generate.loop import Row, read
-from mlx_qwen35.kernels import add_norm, fused_delta, metal
+from mlx_qwen35.kernels import add_norm, fused_delta, metal, norm_rotary
 from mlx_qwen35.kernels.fused_delta import Heads, verdict
 from mlx_qwen35.random_checkpoint import geometry
 
@@ -22,7 +22,7 @@ NANO = Heads(Hk=2, Hv=4, Dk=32, Dv=32, K=4)
 def as_on_a_mac(monkeypatch):
     """Kernels are taken to be available, and are emulated; the report of their launches."""
     monkeypatch.setattr(metal, "available", lambda: True)
-    verdicts = (verdict, add_norm.verdict)
+    verdicts = (verdict, add_norm.verdict, norm_rotary.verdict)
     for known in verdicts:
         known.cache_clear()
     with emulated("forward", False) as report:
@@ -59,7 +59,7 @@ def test_a_kernel_that_does_not_compile_is_switched_off_with_a_warning(as_on_a_m
     monkeypatch.setattr(metal, "launch", refused)
     with pytest.warns(RuntimeWarning, match="is switched off: .* Unable to build metal library from source. MLX"):
         assert not verdict(NANO, mx.float32)
-    with pytest.warns(RuntimeWarning, match="the Metal kernel add_norm is switched off"):
+    with pytest.warns(RuntimeWarning, match=r"the Metal kernel (add_norm|norm_rotary) is switched off"):
         model, _ = load("nano")
     mx.eval(model(mx.array([[1, 2, 3]])))  # the verdicts are remembered, and the operations run
 

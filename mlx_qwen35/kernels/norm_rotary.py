@@ -1,0 +1,183 @@
+"""Norm and rotary embedding of an attention layer's queries and keys, in one launch of norm_rotary.metal.
+
+`plain_norm_rotary` is the definition, in MLX operations. `queries_and_keys` chooses between the two: the kernel runs on
+a Mac's GPU, once `verdict` has seen it agree there with the operations on a small case of the same geometry and dtype.
+
+Letters: B batch, T tokens, H/Hk query/key heads, D head size, dims of a head that turn. A projected token is, joined:
+for each head its query and then its gate (2 H D numbers), k (Hk D), v (Hk D).
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_qwen35.kernels import metal
+from mlx_qwen35.kernels.metal import fused
+
+SIMD = 32
+ROWS = 4  # of a threadgroup, each a simdgroup: a head of a token
+Table = tuple[mx.array, mx.array]  # cos, sin of the angles, each (B or 1, 1, T, dims / 2) float32
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of a layer's queries and keys."""
+
+    H: int
+    Hk: int
+    D: int
+    dims: int
+
+    @property
+    def width(self) -> int:
+        """Numbers of a projected token."""
+        return 2 * (self.H + self.Hk) * self.D
+
+    @property
+    def planned(self) -> bool:
+        """Whether the kernel can do it: heads of whole multiples of 32, of which an even number of dims turn."""
+        return self.D % SIMD == 0 and self.dims % 2 == 0 and 0 < self.dims <= self.D
+
+    @classmethod
+    def of(cls, rotary: Table, q_norm: mx.array, H: int, Hk: int) -> "Geometry":
+        return cls(H, Hk, q_norm.shape[0], 2 * rotary[0].shape[-1])
+
+
+def norm_rotary(
+    projected: mx.array, rotary: Table, q_norm: mx.array, k_norm: mx.array, eps: float, H: int, Hk: int
+) -> tuple[mx.array, mx.array]:
+    """Run the kernel over T tokens and return q (B, H, T, D) and k (B, Hk, T, D) in the dtype of the projections.
+
+    Args:
+        projected: (B, T, 2 H D + 2 Hk D), whole: a slice of a larger array would be copied.
+        rotary: cos and sin of each batch row, or of one for all.
+        q_norm, k_norm: gamma, (D,) float32.
+        eps: of both norms.
+        H, Hk: query and key heads; with D and dims they must have a plan (`Geometry.planned`).
+    """
+    B, T, width = projected.shape
+    sizes = Geometry.of(rotary, q_norm, H, Hk)
+    assert sizes.planned, f"no plan for {sizes}"
+    assert width == sizes.width, f"{width} for {sizes}"
+    cos, sin = rotary
+    assert cos.shape == sin.shape and cos.shape[0] in (1, B) and cos.shape[2] == T, f"table {cos.shape} for {B} x {T}"
+    inputs: dict[str, mx.array | int | float] = {
+        "projected": projected,
+        "cosines": cos,
+        "sines": sin,
+        "q_norm": q_norm,
+        "k_norm": k_norm,
+        "tokens": T,
+        "tables": cos.shape[0],
+        "epsilon": eps,
+    }
+    outputs = {
+        "queries": ((B, H, T, sizes.D), projected.dtype),
+        "keys": ((B, Hk, T, sizes.D), projected.dtype),
+    }
+    template = {
+        "Element": projected.dtype,
+        "QUERY_HEADS": H,
+        "KEY_HEADS": Hk,
+        "HEAD_DIM": sizes.D,
+        "DIMS": sizes.dims,
+    }
+    q, k = metal.launch("norm_rotary", inputs, outputs, template, (SIMD, H + Hk, B * T), (SIMD, ROWS, 1))
+    return q, k
+
+
+def plain_norm_rotary(
+    projected: mx.array, rotary: Table, q_norm: mx.array, k_norm: mx.array, eps: float, H: int, Hk: int
+) -> tuple[mx.array, mx.array]:
+    """The same by MLX operations, for any sizes."""
+    D = q_norm.shape[0]
+    q, k, _ = mx.split(projected, [2 * H * D, (2 * H + Hk) * D], axis=-1)
+    return _apart(q, k, rotary, q_norm, k_norm, eps)
+
+
+def _apart(
+    q: mx.array, k: mx.array, rotary: Table, q_norm: mx.array, k_norm: mx.array, eps: float
+) -> tuple[mx.array, mx.array]:
+    """q (B, T, 2 H D) with gates, k (B, T, Hk D)."""
+    B, T, _ = q.shape
+    D = q_norm.shape[0]
+    q = q.reshape(B, T, -1, 2 * D)[..., :D]
+    k = k.reshape(B, T, -1, D).swapaxes(1, 2)
+    return rotate(_normed(q, q_norm, eps).swapaxes(1, 2), rotary), rotate(_normed(k, k_norm, eps), rotary)
+
+
+def _normed(x: mx.array, gamma: mx.array, eps: float) -> mx.array:
+    return mx.fast.rms_norm(x.astype(mx.float32), gamma, eps).astype(x.dtype)
+
+
+def rotate(x: mx.array, table: Table) -> mx.array:
+    """Turn the first dims of x (B, H, T, D), dim j with dim j + dims / 2; the rest passes. Computed in float32."""
+    cos, sin = table
+    half = cos.shape[-1]
+    first, second, rest = mx.split(x, [half, 2 * half], axis=-1)
+    return mx.concatenate([*_turned(first, second, cos, sin), rest], axis=-1)
+
+
+@fused
+def _turned(first: mx.array, second: mx.array, cos: mx.array, sin: mx.array) -> tuple[mx.array, mx.array]:
+    dtype = first.dtype
+    first, second = first.astype(mx.float32), second.astype(mx.float32)
+    return (first * cos - second * sin).astype(dtype), (second * cos + first * sin).astype(dtype)
+
+
+# --- the choice ------------------------------------------------------------------------------------------------------
+
+
+def queries_and_keys(
+    products: Sequence[mx.array],
+    split: Callable[[Sequence[mx.array]], Sequence[mx.array]],
+    rotary: Table,
+    q_norm: mx.array,
+    k_norm: mx.array,
+    eps: float,
+    H: int,
+    Hk: int,
+) -> tuple[mx.array, mx.array]:
+    """Projections to q (B, H, T, D) and k (B, Hk, T, D): by the kernel where it is engaged, else by operations.
+
+    products: what the projections give, as it comes; `split` makes q with gates, k, v of it.
+    """
+    sizes = Geometry.of(rotary, q_norm, H, Hk)
+    if metal.available() and _fits(products, sizes) and verdict(sizes, products[0].dtype):
+        return norm_rotary(products[0], rotary, q_norm, k_norm, eps, H, Hk)
+    q, k, _ = split(products)
+    return _apart(q, k, rotary, q_norm, k_norm, eps)
+
+
+def _fits(products: Sequence[mx.array], sizes: Geometry) -> bool:
+    """Whether the kernel has a plan and q, k, v come as one product: it reads whole tokens."""
+    return sizes.planned and len(products) == 1 and products[0].shape[-1] == sizes.width
+
+
+@functools.cache
+def verdict(sizes: Geometry, dtype: mx.Dtype) -> bool:
+    """Whether the kernel agrees with the operations on this machine; if not, a warning says so. Called at load."""
+    return metal.check("norm_rotary", lambda: _disagreement(sizes, dtype))
+
+
+def _disagreement(sizes: Geometry, dtype: mx.Dtype) -> str:
+    """What is wrong with the kernel on two rows of 3 tokens, and on one token; "" when nothing is."""
+    if not sizes.planned:
+        return f"it has no plan for {sizes}"
+    draws = iter(mx.random.split(mx.random.key(0), 4))
+    normal = functools.partial(mx.random.normal, stream=mx.cpu)
+    tokens = normal((2, 3, sizes.width), key=next(draws)).astype(dtype)
+    norms = [1 + normal((sizes.D,), key=next(draws)) / 10 for _ in range(2)]
+    angles = 3 * normal((2, 1, 3, sizes.dims // 2), key=next(draws))
+    step = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}[dtype]
+    for B, T in ((2, 3), (1, 1)):
+        rotary = mx.cos(angles[:B, :, :T]), mx.sin(angles[:B, :, :T])
+        call = (tokens[:B, :T], rotary, *norms, 1e-6, sizes.H, sizes.Hk)
+        for name, a, b in zip("qk", norm_rotary(*call), plain_norm_rotary(*call), strict=True):
+            a, b = a.astype(mx.float32), b.astype(mx.float32)
+            error, scale = mx.abs(a - b).max().item(), mx.abs(b).max().item()
+            if not error <= step * max(1.0, scale):  # NaN too
+                return f"its {name} differs from that of operations by {error:.1e} at {scale:.1e}"
+    return ""
