@@ -53,7 +53,8 @@ class Joined(nn.Module):
         return [product(x) for product in self.products]
 
     def split(self, products: Sequence[mx.array]) -> list[mx.array]:
-        return [products[product][..., outputs] for product, outputs in self.places]
+        whole = len(self.products) == len(self.places)  # then there is nothing to cut
+        return [products[product] if whole else products[product][..., outputs] for product, outputs in self.places]
 
 
 class Embedding(Linear):

@@ -15,6 +15,7 @@ from mlx_qwen35.checkpoint import (
     text_shapes,
     vision_shapes,
 )
+from mlx_qwen35.config import TextConfig
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.hub import resolve
 from mlx_qwen35.kernels import add_norm, fused_delta, metal, norm_rotary
@@ -95,14 +96,19 @@ def load_model(checkpoint: Checkpoint, dtype: mx.Dtype, name: str) -> Model:
         mx.eval(layer.parameters())
     mx.eval(model.parameters(), model.rotary.frequencies, model.rotary.axes)  # what is pending belongs to this thread
     mx.clear_cache()
-    if metal.available():  # now, and not in the middle of an answer
+    check_kernels(config, dtype)
+    if has_tower(checkpoint):
+        model.vision = Vision(lambda: load_tower(checkpoint, dtype))
+    return model.eval()
+
+
+def check_kernels(config: TextConfig, dtype: mx.Dtype) -> None:
+    """On a Mac, see now, and not in the middle of an answer, which kernels may be used."""
+    if metal.available():
         fused_delta.verdict(Heads(*config.delta_heads), dtype)
         add_norm.verdict(config.hidden_size, dtype)
         if (heads := Geometry(*config.attention_heads)).planned:
             norm_rotary.verdict(heads, dtype)
-    if has_tower(checkpoint):
-        model.vision = Vision(lambda: load_tower(checkpoint, dtype))
-    return model.eval()
 
 
 def load_tower(checkpoint: Checkpoint, dtype: mx.Dtype) -> Tower:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from conftest import load_text_model
 from kernels.emulator import emulated, missing
 
 from mlx_qwen35 import batch_generate, load
@@ -87,8 +88,9 @@ def test_nano_generates_the_same_tokens_with_the_kernel(as_on_a_mac, monkeypatch
 
 
 @pytest.mark.parametrize("step", [7, 64])
-def test_a_tiny_checkpoint_reads_the_same_with_the_kernel(as_on_a_mac, monkeypatch, text_model, step):
-    model = text_model(geometry("tiny"))
+def test_a_tiny_checkpoint_reads_the_same_with_the_kernels(as_on_a_mac, monkeypatch, checkpoint_folder, step):
+    model = load_text_model(checkpoint_folder(geometry("tiny")))
+    assert len(model.layers[0].linear_attn.in_proj.products) == 1
     rows = [Row(list(range(5, 45))), Row(list(range(100, 109)))]
 
     def hidden() -> mx.array:
@@ -96,7 +98,9 @@ def test_a_tiny_checkpoint_reads_the_same_with_the_kernel(as_on_a_mac, monkeypat
         out = read(model, cache, rows, step)
         return mx.concatenate([out, model.hidden(mx.array([[7], [8]]), cache)[:, 0]])
 
+    before = len(as_on_a_mac.launches)
     fused = hidden()
-    assert as_on_a_mac.launches
+    passes = -(-40 // step) + 1
+    assert len(as_on_a_mac.launches) - before == passes * (3 + 1 + 8)  # three DeltaNet layers, one other, eight sums
     monkeypatch.setattr(metal, "available", lambda: False)
     assert mx.abs(fused - hidden()).max().item() < 1e-4
