@@ -7,7 +7,7 @@ import mlx.nn as nn
 
 from mlx_qwen35.checkpoint import Quantization
 from mlx_qwen35.config import RopeConfig
-from mlx_qwen35.kernels.add_norm import add_norm
+from mlx_qwen35.kernels.add_norm import add_norm, rms_norm
 from mlx_qwen35.kernels.exponential import silu
 from mlx_qwen35.kernels.metal import fused
 from mlx_qwen35.kernels.quantized_linear import quantized_linear
@@ -86,7 +86,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def __call__(self, x: mx.array) -> mx.array:
-        return mx.fast.rms_norm(x.astype(mx.float32), self.weight, self.eps).astype(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
     def of_sum(self, x: mx.array, added: mx.array) -> tuple[mx.array, mx.array]:
         """x + added, and its norm."""

@@ -18,9 +18,14 @@ def add_norm(stream: mx.array, added: mx.array, gamma: mx.array, eps: float) -> 
     return (fused_add_norm if engaged else plain_add_norm)(stream, added, gamma, eps)
 
 
+def rms_norm(x: mx.array, gamma: mx.array, eps: float) -> mx.array:
+    """x / rms(x) * gamma over the last axis, in float32, rounded once to x's dtype. gamma: float32."""
+    return mx.fast.rms_norm(x.astype(mx.float32), gamma, eps).astype(x.dtype)
+
+
 def plain_add_norm(stream: mx.array, added: mx.array, gamma: mx.array, eps: float) -> tuple[mx.array, mx.array]:
     total = stream + added
-    return total, mx.fast.rms_norm(total.astype(mx.float32), gamma, eps).astype(total.dtype)
+    return total, rms_norm(total, gamma, eps)
 
 
 def fused_add_norm(stream: mx.array, added: mx.array, gamma: mx.array, eps: float) -> tuple[mx.array, mx.array]:

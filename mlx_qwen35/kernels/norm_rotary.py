@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_qwen35.kernels import metal
+from mlx_qwen35.kernels.add_norm import rms_norm
 from mlx_qwen35.kernels.metal import fused
 
 SIMD = 32
@@ -105,11 +106,7 @@ def _apart(
     D = q_norm.shape[0]
     q = q.reshape(B, T, -1, 2 * D)[..., :D]
     k = k.reshape(B, T, -1, D).swapaxes(1, 2)
-    return rotate(_normed(q, q_norm, eps).swapaxes(1, 2), rotary), rotate(_normed(k, k_norm, eps), rotary)
-
-
-def _normed(x: mx.array, gamma: mx.array, eps: float) -> mx.array:
-    return mx.fast.rms_norm(x.astype(mx.float32), gamma, eps).astype(x.dtype)
+    return rotate(rms_norm(q, q_norm, eps).swapaxes(1, 2), rotary), rotate(rms_norm(k, k_norm, eps), rotary)
 
 
 def rotate(x: mx.array, table: Table) -> mx.array:
