@@ -1,7 +1,7 @@
 """The command.
 
 mlx_qwen35.bench --model FOLDER_OR_ID | --geometry mid [--compare mlx-lm,mlx-vlm,transformers | --vision]
-mlx_qwen35.bench --geometry 4b --dispatches [--compare mlx-lm,mlx-vlm]
+mlx_qwen35.bench --geometry 4b --dispatches [--recipe mixed] [--compare mlx-lm,mlx-vlm]
 """
 
 import argparse
@@ -21,7 +21,7 @@ from mlx_qwen35.bench import dispatches, vision
 from mlx_qwen35.bench.measure import OURS, PEERS, ProgramError, Settings, measure, started, summarize
 from mlx_qwen35.bench.report import describe_machine, draw, format_table, write_json
 from mlx_qwen35.checkpoint import Checkpoint, open_checkpoint
-from mlx_qwen35.commands import clean_errors
+from mlx_qwen35.commands import as_command
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.hub import resolve
 from mlx_qwen35.load import DTYPES, choose_dtype, has_tower
@@ -30,7 +30,7 @@ from mlx_qwen35.random_checkpoint import GEOMETRIES, geometry, write_random_chec
 # The options of each of the three modes, and their defaults; None is no default.
 _SPEED = {"prompt_lengths": (128, 1024), "decode_tokens": 32, "repeats": 5, "compare": (), "plot": None}
 _VISION = {"image_megapixels": (1, 4, 16), "clip_frames": (8, 64, 512), "clip_size": (512, 512)}
-_DISPATCHES = {"compare": ()}
+_DISPATCHES = {"compare": (), "recipe": "uniform"}
 _WITH_WEIGHTS = {"revision": None, "dtype": None, "prefill_step_size": 1024}  # of the first two
 
 
@@ -70,8 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mlx_qwen35.bench",
         description="Measure prefill and decode speed on this machine, beside other programs on the same weights, or "
-        "the memory that images and clips take; or count GPU launches. Each program, and each image or clip, has a "
-        "process of its own, all in turn. Ends with status 1 if one that was asked for could not run.",
+        "the memory that images and clips take; or count GPU launches and the bytes that they move. Each program, and "
+        "each image or clip, has a process of its own, all in turn. Ends with status 1 if one that was asked for could "
+        "not run.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="local folder, Hugging Face id, or nano")
@@ -105,6 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     graph.add_argument(
         "--dispatches", action="store_true", help="count those of one decoded token, by --geometry, on any machine"
     )
+    graph.add_argument(
+        "--recipe",
+        choices=tuple(dispatches.RECIPES),
+        help="uniform, the default: every matrix in 4 bits by groups of 64; mixed: attention's o_proj and DeltaNet's "
+        "out_proj in 8 bits, DeltaNet's in_proj_a and in_proj_b not packed",
+    )
     return parser
 
 
@@ -114,6 +121,8 @@ def _choose_mode(options: argparse.Namespace) -> None:
         _check_dispatches(options)
         mode = _DISPATCHES
     else:
+        if idle := _given(options, [name for name in _DISPATCHES if name not in _SPEED]):
+            raise InputError(f"{idle} has no effect without --dispatches. Add that, or leave it out")
         mode, other = (_VISION, _SPEED) if options.vision else (_SPEED, _VISION)
         if idle := _given(options, other):
             raise InputError(
@@ -229,14 +238,15 @@ def _dispatches(options: argparse.Namespace) -> dict[str, str]:
     failures: dict[str, str] = {}
     for program in (OURS, *options.compare):
         try:
-            counts[program] = dispatches.count_program(program, geometry(options.geometry))
+            counts[program] = dispatches.count_program(program, geometry(options.geometry), options.recipe)
         except ProgramError as error:
             failures[program] = str(error)
     if OURS in failures:
         raise InputError(f"{OURS} could not be counted: {failures[OURS]}")
-    print(dispatches.format_dispatches(f"dispatches of one decoded token, geometry {options.geometry}", counts))
+    title = f"dispatches of one decoded token, geometry {options.geometry}, {options.recipe} recipe"
+    print(dispatches.format_dispatches(title, counts))
     if options.json:
-        dispatches.write_dispatches(options.json, counts)
+        dispatches.write_dispatches(options.json, options.recipe, counts)
     return failures
 
 
@@ -247,7 +257,7 @@ def _progress(line: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
-    with clean_errors("mlx_qwen35.bench"):
+    with as_command("mlx_qwen35.bench"):
         failures = bench(options)
     if failures:
         sys.exit("\n".join(f"error: {name} could not run: {reason}" for name, reason in failures.items()))

@@ -30,13 +30,15 @@ gives what is known of mlx-lm 0.32.2 (814) and mlx-vlm 0.7.10 (831); `left_out` 
 
 Not seen: MLX simplifies what it records, so that an operation asked for twice with the same inputs is there once; and
 it does not say that a kernel was made with init_value, which is a launch more for each output.
+
+How many bytes those launches move is the matter of byte_rule.py.
 """
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlx_qwen35.bench.layout import Layout, fresh, reshaped
 
@@ -46,24 +48,30 @@ _EXTRA_BYTES = 16384  # of Contiguous::eval_gpu
 
 @dataclass
 class Node:
-    """One operation. layouts: of its inputs. sizes: bytes of an element of each input."""
+    """One operation. Sizes are bytes of an element."""
 
     name: str
     arguments: list[Any]
-    layouts: list[Layout]
-    shapes: list[tuple[int, ...]]  # of its outputs
+    inputs: list[str]  # which arrays: the same one may come twice
+    layouts: list[Layout]  # of the inputs
     sizes: list[int]
+    given: list[bool]  # which inputs no launch has made: weights, what a cache held, and views of these
     shared: bool  # another operation reads its first input too
+    shapes: list[tuple[int, ...]]  # of its outputs
+    output_sizes: list[int]
 
 
-Result = tuple[int, list[Layout]]  # launches, outputs
+class Result(NamedTuple):
+    launches: int
+    outputs: list[Layout]
+    copied: Sequence[int] = ()  # inputs that are first copied to lie in order
 
 
 # --- views -----------------------------------------------------------------------------------------------------------
 
 
 def _view(node: Node, strides: Sequence[int]) -> Result:
-    return 0, [Layout(node.shapes[0], tuple(strides), node.layouts[0].buffer)]
+    return Result(0, [Layout(node.shapes[0], tuple(strides), node.layouts[0].buffer)])
 
 
 def _transpose(node: Node) -> Result:
@@ -92,29 +100,27 @@ def _slice(node: Node) -> Result:
 
 
 def _same(node: Node) -> Result:
-    return 0, [
-        Layout(shape, layout.strides, layout.buffer) for shape, layout in zip(node.shapes, node.layouts, strict=False)
-    ]
+    pairs = zip(node.shapes, node.layouts, strict=False)
+    return Result(0, [Layout(shape, layout.strides, layout.buffer) for shape, layout in pairs])
 
 
 def _custom(node: Node) -> Result:
     """A function with a gradient of its own: its results are its last inputs."""
-    layouts = node.layouts[len(node.layouts) - len(node.shapes) :]
-    return 0, layouts
+    return Result(0, node.layouts[len(node.layouts) - len(node.shapes) :])
 
 
 def _split(node: Node) -> Result:
     source = node.layouts[0]
-    return 0, [Layout(shape, source.strides, source.buffer) for shape in node.shapes]
+    return Result(0, [Layout(shape, source.strides, source.buffer) for shape in node.shapes])
 
 
 def _bits(node: Node) -> Result:
-    return (0, [node.layouts[0]]) if node.shapes[0] == node.layouts[0].shape else (0, [fresh(node.shapes[0])])
+    return Result(0, [node.layouts[0]]) if node.shapes[0] == node.layouts[0].shape else _new(node, 0)
 
 
 def _reshape(node: Node) -> Result:
     strides = reshaped(node.layouts[0], node.shapes[0])
-    return (1, [fresh(node.shapes[0])]) if strides is None else _view(node, strides)
+    return _new(node, 1) if strides is None else _view(node, strides)
 
 
 # --- launches --------------------------------------------------------------------------------------------------------
@@ -126,12 +132,18 @@ def _plain(node: Node) -> Result:
     fits = bool(full) and all(layout.shape == node.shapes[0] for layout in full)
     alone = len(full) == 1 and full[0].dense
     if fits and (alone or all(x.in_order for x in full) or all(x.in_reverse for x in full)):
-        return 1, [Layout(shape, full[0].strides, math.prod(shape)) for shape in node.shapes]
-    return 1, [fresh(shape) for shape in node.shapes]
+        return Result(1, [Layout(shape, full[0].strides, math.prod(shape)) for shape in node.shapes])
+    return _new(node, 1)
 
 
 def _new(node: Node, launches: int) -> Result:
-    return launches, [fresh(shape) for shape in node.shapes]
+    return Result(launches, [fresh(shape) for shape in node.shapes])
+
+
+def _reading(node: Node, ready: Iterable[bool]) -> Result:
+    """One launch, and a copy of each input (ready: of the first ones) that cannot be read as it lies."""
+    copied = [index for index, fine in enumerate(ready) if not fine]
+    return Result(1 + len(copied), [fresh(shape) for shape in node.shapes], copied)
 
 
 def _concatenate(node: Node) -> Result:
@@ -152,7 +164,7 @@ def _matrix_in_order(layout: Layout) -> bool:
 
 
 def _quantized(node: Node) -> Result:
-    return _new(node, 1 + sum(not _matrix_in_order(layout) for layout in node.layouts))
+    return _reading(node, map(_matrix_in_order, node.layouts))
 
 
 def _product(node: Node) -> Result:
@@ -162,21 +174,21 @@ def _product(node: Node) -> Result:
         (rows, columns), (row, column) = layout.shape[-2:], layout.strides[-2:]
         return (column == 1 and (not vector or row == columns)) or (row == 1 and (not vector or column == rows))
 
-    return _new(node, 1 + (not readable(left, left.shape[-2] == 1)) + (not readable(right, right.shape[-1] == 1)))
+    return _reading(node, [readable(left, left.shape[-2] == 1), readable(right, right.shape[-1] == 1)])
 
 
 def _kernel(node: Node) -> Result:
     if label := stands_for(node.name, node.arguments):
         return _marker(label, node)
     wants_order = node.arguments[9]
-    return _new(node, 1 + (sum(not layout.in_order for layout in node.layouts) if wants_order else 0))
+    return _reading(node, [layout.in_order or not wants_order for layout in node.layouts])
 
 
 def _norm(node: Node) -> Result:
     x = node.layouts[0]
     rows = len(x.shape) < 2 or x.shape[-2] == 1 or x.strides[-2] in (0, x.shape[-1])
     ready = x.dense and x.strides[-1] == 1 and rows
-    return (1, [x]) if ready else _new(node, 2)
+    return Result(1, [x]) if ready else _reading(node, [False])
 
 
 def _swapped(layout: Layout) -> bool:
@@ -188,23 +200,23 @@ def _swapped(layout: Layout) -> bool:
 def _rope(node: Node) -> Result:
     x = node.layouts[0]
     single = math.prod(x.shape[:-3]) == 1
-    return _new(node, 1 + (not x.in_order and not single and not _swapped(x)))
+    return _reading(node, [x.in_order or single or _swapped(x)])
 
 
 def _attention(node: Node) -> Result:
     q, keys, values = node.layouts[:3]
     swapped = q.shape[0] == 1 and _swapped(q)
-    return _new(node, 1 + (not q.in_order and not swapped) + (keys.strides[-1] != 1) + (values.strides[-1] != 1))
+    return _reading(node, [q.in_order or swapped, keys.strides[-1] == 1, values.strides[-1] == 1])
 
 
 def _contiguous(node: Node) -> Result:
     source, size = node.layouts[0], node.sizes[0]
     spare = (source.buffer - math.prod(source.shape)) * size
-    return (0, [source]) if source.in_order and spare <= _EXTRA_BYTES else _new(node, 1)
+    return Result(0, [source]) if source.in_order and spare <= _EXTRA_BYTES else _new(node, 1)
 
 
 def _dequantize(node: Node) -> Result:
-    return _new(node, 1 + sum(not layout.in_order for layout in node.layouts))
+    return _reading(node, [layout.in_order for layout in node.layouts])
 
 
 _MARKERS: Mapping[str, Callable[[Node], Result]] = {
@@ -232,8 +244,7 @@ def _marker(label: str, node: Node) -> Result:
     if label == BOUNDARY:
         return _same(node)
     if label.startswith("compiled_"):
-        _, layouts = _plain(node)
-        return int(label.split("_")[1]), layouts
+        return _plain(node)._replace(launches=int(label.split("_")[1]))
     return _MARKERS[label](node)
 
 

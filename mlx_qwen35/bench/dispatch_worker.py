@@ -1,4 +1,7 @@
-"""The graph of one decoded token: python dispatch_worker.py PROGRAM, config.json on stdin, nodes as JSON on stdout.
+"""The graph of one decoded token: python dispatch_worker.py PROGRAM BITS, config.json on stdin, nodes on stdout.
+
+BITS and nodes are JSON. BITS says how matrices are packed whose name ends so, those not named have 4 bits:
+{"linear_attn.out_proj": 8, "linear_attn.in_proj_a": null} is 8 bits, and not packed.
 
 The program believes that it has a GPU, so that it takes its Metal path, and MLX records what it asks for. Nothing is
 computed and no weight is in memory: every matrix is one zero, broadcast. Started as a script, not as a module: each
@@ -17,7 +20,8 @@ from typing import Any, NamedTuple, TextIO
 import mlx.core as mx
 from mlx.utils import tree_map, tree_map_with_path
 
-QUANTIZED = {"group_size": 64, "bits": 4}
+GROUP_SIZE = 64
+BITS = 4  # where no other number is given
 READ = 3  # tokens in the cache
 BOUNDARY = "boundary"  # a marker that says which layer begins
 
@@ -105,6 +109,15 @@ def _forget(cache: Any) -> None:
     visit(cache)
 
 
+# --- how matrices are packed -----------------------------------------------------------------------------------------
+
+Bits = dict[str, int | None]  # end of a matrix's name -> bits, None for not packed
+
+
+def bits_of(name: str, bits: Bits) -> int | None:
+    return next((number for end, number in bits.items() if name.endswith(f".{end}")), BITS)
+
+
 # --- programs --------------------------------------------------------------------------------------------------------
 
 
@@ -114,11 +127,15 @@ def _hollow(model: Any) -> Any:
     return model.eval()
 
 
-def _hollow_peer(model: Any) -> Any:
+def _hollow_peer(model: Any, bits: Bits) -> Any:
     """A peer's fresh model, quantized, with bfloat16 for the rest and float32 A_log, as it loads a checkpoint."""
     from mlx.nn import quantize
 
-    quantize(model, **QUANTIZED)
+    def packing(path: str, module: Any) -> dict[str, int] | bool:
+        number = bits_of(path, bits) if hasattr(module, "to_quantized") else None
+        return {"group_size": GROUP_SIZE, "bits": number} if number else False
+
+    quantize(model, class_predicate=packing)
 
     def cast(path: str, a: mx.array) -> mx.array:
         narrow = mx.issubdtype(a.dtype, mx.floating) and not path.endswith("A_log")
@@ -128,7 +145,7 @@ def _hollow_peer(model: Any) -> Any:
     return model.eval()
 
 
-def build_mlx_qwen35(config: dict[str, Any]) -> Network:
+def build_mlx_qwen35(config: dict[str, Any], bits: Bits) -> Network:
     sys.path.append(str(Path(__file__).parents[2]))  # for a checkout that is not installed
     from mlx_qwen35.checkpoint import Quantization, is_zero_centred, text_shapes
     from mlx_qwen35.config import parse_config
@@ -137,35 +154,40 @@ def build_mlx_qwen35(config: dict[str, Any]) -> Network:
     from mlx_qwen35.weights import Weights
 
     metal.check = lambda name, disagreement: True  # as on a Mac where the kernels agree; nothing is computed here
-    text, packing = parse_config(config).text, Quantization(**QUANTIZED, mode="affine")
+    text = parse_config(config).text
+
+    def packing(name: str) -> Quantization | None:
+        number = bits_of(name.removesuffix(".weight"), bits)
+        return Quantization(GROUP_SIZE, number, "affine") if number else None
+
     arrays = {}
     for name, shape in text_shapes(text).items():
-        if len(shape) == 2:
-            parts = packing.parts(shape).items()
+        if len(shape) == 2 and (packed := packing(name)):
+            parts = packed.parts(shape).items()
             stem = name.removesuffix("weight")
             arrays |= {stem + part: blank(s, mx.uint32 if part == "weight" else mx.bfloat16) for part, s in parts}
         else:
             narrow = len(shape) > 1 or is_zero_centred(name) or name.endswith("dt_bias")
             arrays[name] = blank(shape, mx.bfloat16 if narrow else mx.float32)
-    model = _hollow(Model(text, Weights(arrays, lambda name: packing, mx.bfloat16, text.rms_norm_eps)))
+    model = _hollow(Model(text, Weights(arrays, packing, mx.bfloat16, text.rms_norm_eps)))
     mx.eval(model.rotary.frequencies, model.rotary.axes)
     return Network(model, model.make_cache, model)
 
 
-def build_mlx_lm(config: dict[str, Any]) -> Network:
+def build_mlx_lm(config: dict[str, Any], bits: Bits) -> Network:
     from mlx_lm.models.qwen3_5 import Model, ModelArgs
 
-    model = _hollow_peer(Model(ModelArgs.from_dict(config)))
+    model = _hollow_peer(Model(ModelArgs.from_dict(config)), bits)
     text = model.language_model
     return Network(text.model, text.make_cache, lambda tokens, cache: text(tokens, cache=cache))
 
 
-def build_mlx_vlm(config: dict[str, Any]) -> Network:
+def build_mlx_vlm(config: dict[str, Any], bits: Bits) -> Network:
     from mlx_vlm.models.qwen3_5 import LanguageModel, ModelConfig, TextConfig
 
     settings = ModelConfig.from_dict(config)
     text = config["text_config"]
-    text = _hollow_peer(LanguageModel(TextConfig.from_dict(text), settings))
+    text = _hollow_peer(LanguageModel(TextConfig.from_dict(text), settings), bits)
 
     def forward(tokens: mx.array, cache: Any) -> mx.array:
         logits = text(tokens, cache=cache).logits
@@ -180,15 +202,15 @@ def build_mlx_vlm(config: dict[str, Any]) -> Network:
 BUILDERS = {"mlx_qwen35": build_mlx_qwen35, "mlx-lm": build_mlx_lm, "mlx-vlm": build_mlx_vlm}
 
 
-def serve(name: str, config: TextIO, replies: TextIO) -> None:
+def serve(name: str, bits: Bits, config: TextIO, replies: TextIO) -> None:
     markers.prepare()
-    json.dump(one_token(BUILDERS[name](json.load(config))), replies)
+    json.dump(one_token(BUILDERS[name](json.load(config), bits)), replies)
 
 
 def main() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not come between
-    serve(sys.argv[1], sys.stdin, replies)
+    serve(sys.argv[1], json.loads(sys.argv[2]), sys.stdin, replies)
     replies.close()
 
 

@@ -1,8 +1,9 @@
-"""mlx_qwen35.bench --dispatches: how many kernels a program launches on Metal to decode one token.
+"""mlx_qwen35.bench --dispatches: how many kernels a program launches on Metal to decode one token, and what they move.
 
-From the token to the logits, batch 1, with a cache that holds some tokens; every matrix in 4 bits by groups of 64, the
-rest bfloat16. Counted from the graph that MLX records, on any machine: each program records its own in a process of its
-own (dispatch_worker.py), and what counts how much is written in dispatch_rule.py.
+From the token to the logits, batch 1, with a cache that holds some tokens; matrices are packed by one of RECIPES, the
+rest is bfloat16. Counted from the graph that MLX records, on any machine: each program records its own in a process of
+its own (dispatch_worker.py). What counts how many launches is written in dispatch_rule.py, how many bytes in
+byte_rule.py.
 """
 
 import json
@@ -11,10 +12,11 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_qwen35.bench.byte_rule import Bytes, moved
 from mlx_qwen35.bench.dispatch_rule import BOUNDARY, Node, launches, left_out, stands_for
 from mlx_qwen35.bench.layout import Layout, fresh
 from mlx_qwen35.bench.measure import ProgramError
@@ -22,22 +24,26 @@ from mlx_qwen35.bench.report import align
 from mlx_qwen35.config import parse_config
 
 COUNTED = ("mlx-lm", "mlx-vlm")  # what --compare may name here
+# Matrices whose name ends so have other bits than 4, None for not packed; groups are of 64.
+RECIPES: Mapping[str, Mapping[str, int | None]] = {
+    "uniform": {},
+    "mixed": {
+        "linear_attn.out_proj": 8, "self_attn.o_proj": 8, "linear_attn.in_proj_a": None, "linear_attn.in_proj_b": None
+    },
+}  # fmt: skip
 AROUND = "around"  # before the first layer, after the last, or shared by several
 
 
 @dataclass
 class Count:
-    """Launches by place and operation. Places are the indices of layers, and AROUND.
+    """Launches by place and operation, and the bytes that they move. Places are the indices of layers, and AROUND.
 
     not_counted: launches that the rule leaves out though MLX makes them, by operation.
     """
 
     places: dict[int | str, Counter[str]] = field(default_factory=dict)
+    bytes: dict[int | str, Bytes] = field(default_factory=dict)
     not_counted: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def total(self) -> int:
-        return sum(counter.total() for counter in self.places.values())
 
 
 def count(nodes: Sequence[Mapping[str, Any]], layers: int = 0) -> Count:
@@ -45,20 +51,30 @@ def count(nodes: Sequence[Mapping[str, Any]], layers: int = 0) -> Count:
     readers: Counter[str] = Counter(array[0] for node in nodes for array in node["inputs"])
     places = _places(nodes, layers)
     layouts: dict[str, Layout] = {}
+    made: set[str] = set()  # arrays that a launch has written, and views of them
     result = Count()
-    for index, raw in enumerate(nodes):
-        inputs = [layouts.setdefault(name, fresh(shape)) for name, shape, _ in raw["inputs"]]
-        shapes = [tuple(shape) for _, shape, _ in raw["outputs"]]
-        sizes = [size for _, _, size in raw["inputs"]]
-        shared = bool(inputs) and readers[raw["inputs"][0][0]] > 1
-        node = Node(raw["name"], raw["arguments"], inputs, shapes, sizes, shared)
-        number, outputs = launches(node)
-        layouts |= {output[0]: layout for output, layout in zip(raw["outputs"], outputs, strict=True)}
-        if number:
-            result.places.setdefault(places[index], Counter())[operation(raw)] += number
+    for place, raw in zip(places, nodes, strict=True):
+        inputs, shapes, sizes = _columns(raw["inputs"])
+        outputs, output_shapes, output_sizes = _columns(raw["outputs"])
+        lying = [layouts.setdefault(name, fresh(shape)) for name, shape in zip(inputs, shapes, strict=True)]
+        given = [name not in made for name in inputs]
+        shared = bool(inputs) and readers[inputs[0]] > 1
+        node = Node(raw["name"], raw["arguments"], inputs, lying, sizes, given, shared, output_shapes, output_sizes)
+        found = launches(node)
+        layouts |= zip(outputs, found.outputs, strict=True)
+        if found.launches or not all(given):
+            made.update(outputs)
+        if found.launches:
+            result.places.setdefault(place, Counter())[operation(raw)] += found.launches
+            result.bytes[place] = result.bytes.get(place, Bytes()) + moved(node, found)
         if omitted := left_out(node.name, node.arguments):
             result.not_counted[operation(raw)] += omitted
     return result
+
+
+def _columns(ends: Sequence[Any]) -> tuple[list[str], list[tuple[int, ...]], list[int]]:
+    """Names, shapes and bytes of an element, of the inputs or outputs of a recorded node."""
+    return [name for name, _, _ in ends], [tuple(shape) for _, shape, _ in ends], [size for _, _, size in ends]
 
 
 _KINDS = {
@@ -118,6 +134,7 @@ class Place:
 
     layers: int  # 1 of what is around
     operations: Counter[str]
+    bytes: Bytes
 
     @property
     def dispatches(self) -> int:
@@ -135,10 +152,15 @@ class Dispatches:
     def total(self) -> int:
         return sum(place.dispatches for place in self.places.values())
 
+    @property
+    def bytes(self) -> Bytes:
+        return sum((place.bytes for place in self.places.values()), Bytes())
 
-def count_program(program: str, config: Mapping[str, Any]) -> Dispatches:
+
+def count_program(program: str, config: Mapping[str, Any], recipe: str = "uniform") -> Dispatches:
     """Count one token of a model with this config.json. ProgramError where the program cannot record it."""
-    command = [sys.executable, "-P", str(Path(__file__).with_name("dispatch_worker.py")), program]
+    worker = str(Path(__file__).with_name("dispatch_worker.py"))
+    command = [sys.executable, "-P", worker, program, json.dumps(RECIPES[recipe])]
     done = subprocess.run(command, input=json.dumps(config), capture_output=True, text=True)
     if done.returncode:
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
@@ -152,21 +174,24 @@ def by_kind(nodes: Sequence[Mapping[str, Any]], layer_types: Sequence[str]) -> D
     kinds = (*dict.fromkeys(layer_types), AROUND)
     of_layer = {AROUND: AROUND} | dict(enumerate(layer_types))
     operations = {kind: Counter() for kind in kinds}
+    amounts = {kind: Bytes() for kind in kinds}
     for place, counter in counted.places.items():
         operations[of_layer[place]].update(counter)
+        amounts[of_layer[place]] += counted.bytes[place]
     layers = Counter(layer_types) | {AROUND: 1}
-    return Dispatches({kind: Place(layers[kind], operations[kind]) for kind in kinds}, counted.not_counted)
+    places = {kind: Place(layers[kind], operations[kind], amounts[kind]) for kind in kinds}
+    return Dispatches(places, counted.not_counted)
 
 
 def format_dispatches(title: str, counts: Mapping[str, Dispatches]) -> str:
-    """A table of all programs, then one of each by operation; figures of layers are of one layer."""
+    """Two tables of all programs, launches and bytes, then one of each by operation; figures of layers are of one."""
     kinds = list(next(iter(counts.values())).places)
     heads = [kind if kind == AROUND else f"{kind} layer" for kind in kinds]
     rows = [("program", *heads, "token", "not counted")]
     for program, found in counts.items():
         cells = [_each(place, place.dispatches) for place in found.places.values()]
         rows.append((program, *cells, str(found.total), str(found.not_counted.total())))
-    lines = [title, "", *align(rows)]
+    lines = [title, "", *align(rows), "", *align([("MB of device memory", *heads, "token"), *_megabytes(counts)])]
     for program, found in counts.items():
         lines += ["", *align([(program, *heads, "token"), *_operations(found)])]
     for program, found in counts.items():
@@ -181,6 +206,19 @@ def _each(place: Place, number: int) -> str:
     return f"{number / place.layers:.4g}" if number else ""
 
 
+def _megabytes(counts: Mapping[str, Dispatches]) -> list[tuple[str, ...]]:
+    """Four rows for each program."""
+    rows = []
+    for program, found in counts.items():
+        columns = [
+            [f"{number / layers / 1e6:.3f}" for number in (amount.total, amount.read, amount.written, amount.rest)]
+            for amount, layers in [*((place.bytes, place.layers) for place in found.places.values()), (found.bytes, 1)]
+        ]
+        names = (program, "  read", "  written", "  beside matrices")
+        rows += [(name, *cells) for name, *cells in zip(names, *columns, strict=True)]
+    return rows
+
+
 def _operations(found: Dispatches) -> list[tuple[str, ...]]:
     """A row for each operation, the most frequent first."""
     every = sum((place.operations for place in found.places.values()), Counter())
@@ -190,13 +228,21 @@ def _operations(found: Dispatches) -> list[tuple[str, ...]]:
     ]
 
 
-def write_dispatches(path: Path, counts: Mapping[str, Dispatches]) -> None:
+def write_dispatches(path: Path, recipe: str, counts: Mapping[str, Dispatches]) -> None:
     """Everything counted, as JSON by program; figures of layers are of all layers of the kind."""
     content = {
         program: {
             "dispatches_per_token": found.total,
+            "device_bytes_per_token": found.bytes.total,
+            "recipe": recipe,
+            "device_bytes": asdict(found.bytes),
             "places": {
-                kind: {"layers": place.layers, "dispatches": place.dispatches, "operations": dict(place.operations)}
+                kind: {
+                    "layers": place.layers,
+                    "dispatches": place.dispatches,
+                    "device_bytes": asdict(place.bytes),
+                    "operations": dict(place.operations),
+                }
                 for kind, place in found.places.items()
             },
             "not_counted": dict(found.not_counted),

@@ -37,6 +37,11 @@ class Layout:
         return True
 
     @property
+    def elements(self) -> int:
+        """How many it shows, each once: a broadcast axis adds none, a part of an array holds only its own."""
+        return math.prod(n if s else 1 for n, s in zip(self.shape, self.strides, strict=True))
+
+    @property
     def scalar(self) -> bool:
         """One element in memory."""
         return not any(n > 1 and s for n, s in zip(self.shape, self.strides, strict=True))
