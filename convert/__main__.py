@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mlx_qwen35.checkpoint import MODES, VISION, Checkpoint, is_matrix, open_checkpoint, text_shapes, vision_shapes
-from mlx_qwen35.commands import clean_errors
+from mlx_qwen35.commands import as_command
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.plan import DTYPES
 
@@ -70,7 +70,7 @@ def _summary(folder: Path, seconds: float) -> str:
 def main() -> None:
     options = vars(_parser().parse_args())
     start = time.perf_counter()
-    with clean_errors(COMMAND):
+    with as_command(COMMAND):
         folder = convert(options.pop("hf_path"), options.pop("mlx_path"), **options)
         print(_summary(folder, time.perf_counter() - start))
 

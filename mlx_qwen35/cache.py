@@ -51,6 +51,9 @@ class KVCache:
         self.values[:, :, start:end] = values
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def arrays(self) -> list[mx.array]:
+        return [] if self.keys is None else [self.keys, self.values]
+
     def _grown(self, old: mx.array | None, like: mx.array, start: int, end: int) -> mx.array:
         capacity = -(-max(end, self.reserved) // self.STEP) * self.STEP
         B, H, _, D = like.shape
@@ -64,6 +67,9 @@ class DeltaCache:
 
     def __init__(self, memory: DeltaState):
         self.memory = memory
+
+    def arrays(self) -> list[mx.array]:
+        return list(self.memory)
 
 
 class Snapshot:
@@ -206,13 +212,24 @@ class Cache:
 
     def evaluate(self) -> None:
         """Compute what is pending, so that no graph is held."""
-        mx.eval([[layer.keys, layer.values] for layer in self._kv if layer.keys is not None], self.memories())
+        mx.eval([layer.arrays() for layer in self.layers])
+
+    def first_not_finite(self, row: int) -> int | None:
+        """The first layer whose memory of this row holds NaN or infinity. Columns that are holes do not count."""
+        for i, layer in enumerate(self.layers):
+            arrays = [array[row] for array in layer.arrays()]
+            if isinstance(layer, KVCache):
+                arrays = [array[:, : self.length] for array in arrays]
+                if self.real is not None:
+                    arrays = [mx.where(self.real[row, :, None], array, 0) for array in arrays]
+            if not all(mx.isfinite(array).all().item() for array in arrays):
+                return i
+        return None
 
     @property
     def nbytes(self) -> int:
         """Bytes in memory, unused capacity included."""
-        kv = sum(layer.keys.nbytes + layer.values.nbytes for layer in self._kv if layer.keys is not None)
-        return kv + sum(array.nbytes for memory in self.memories() for array in memory)
+        return sum(array.nbytes for layer in self.layers for array in layer.arrays())
 
 
 def _mask(start: int, T: int, real: mx.array | None) -> mx.array | str | None:

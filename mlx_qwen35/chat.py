@@ -10,7 +10,7 @@ from mlx_qwen35.commands import (
     add_model_options,
     add_sampling_options,
     add_vision_options,
-    clean_errors,
+    as_command,
     given_options,
     print_media,
     print_pieces,
@@ -19,7 +19,6 @@ from mlx_qwen35.commands import (
 )
 from mlx_qwen35.conversation import Conversation
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.generate.options import PREFILL_STEP
 from mlx_qwen35.load import load
 
 COMMAND = "mlx_qwen35.chat"
@@ -43,10 +42,10 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def answer(conversation: Conversation, content: str | list[dict[str, Any]], step: int) -> bool:
+def answer(conversation: Conversation, content: str | list[dict[str, Any]]) -> bool:
     """Send a message and print the answer; False where it was interrupted before the message was taken."""
     try:
-        with prompt_bar(step) as progress:
+        with prompt_bar() as progress:
             print_pieces(conversation.send(content, progress))
     except KeyboardInterrupt:
         print()
@@ -82,7 +81,7 @@ def _unquoted(name: str) -> str:
     return words[0] if len(words) == 1 else name
 
 
-def session(conversation: Conversation, step: int) -> None:
+def session(conversation: Conversation) -> None:
     """Read lines until /exit or the end of input; a message that cannot be read is told and the session goes on."""
     shown: list[dict[str, Any]] = []  # goes with the next message
     while True:
@@ -97,16 +96,14 @@ def session(conversation: Conversation, step: int) -> None:
         if line == "/exit":
             return
         try:
-            shown = _obey(conversation, line, step, shown)
+            shown = _obey(conversation, line, shown)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
         except KeyboardInterrupt:
             print()
 
 
-def _obey(
-    conversation: Conversation, line: str, step: int, shown: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+def _obey(conversation: Conversation, line: str, shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Do what a line says, and return what goes with the next message."""
     command, *rest = line.split(None, 1) or [""]
     if command in ("/image", "/video"):
@@ -120,21 +117,21 @@ def _obey(
     elif line.startswith("/"):
         print(f"there is no command {command}; /help lists them", file=sys.stderr)
     elif line:
-        taken = answer(conversation, [*shown, {"type": "text", "text": line}] if shown else line, step)
+        taken = answer(conversation, [*shown, {"type": "text", "text": line}] if shown else line)
         return [] if taken else shown
     return shown
 
 
 def main() -> None:
     args = parser().parse_args()
-    with clean_errors(COMMAND):
+    with as_command(COMMAND):
         name, options = require_model(args), given_options(args)
         model, processor = load(name, revision=args.revision, dtype=args.dtype, keep_vision=args.keep_vision)
         if sys.stdin.isatty():
             import readline  # noqa: F401  line editing and history for input()
 
             print(f"{name}. /help lists the commands.")
-        session(Conversation(model, processor, **options), options.get("prefill_step_size", PREFILL_STEP))
+        session(Conversation(model, processor, **options))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fetch import is_remote
 from mlx_qwen35.hub import CHOICES
+from mlx_qwen35.machine import tune
 from mlx_qwen35.preprocess import VISION_OPTIONS, Media
 from mlx_qwen35.processor import Piece
 from mlx_qwen35.sampling import PRESETS
@@ -26,10 +28,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
-        help="of activations and unpacked weights (default: the checkpoint's on a GPU, float32 on a CPU)",
-    )
-    group.add_argument(
-        "--keep-vision", action="store_true", help="hold the vision tower in memory between images, once it is there"
+        help="of activations and unpacked weights (default: the checkpoint's on a GPU, but float16 for bfloat16 on M1 "
+        "and M2; float32 on a CPU)",
     )
 
 
@@ -79,6 +79,9 @@ def add_vision_options(parser: argparse.ArgumentParser) -> None:
         help="limit images and clips as the checkpoint does, not as this machine's memory suggests",
     )
     group.add_argument(
+        "--keep-vision", action="store_true", help="hold the vision tower in memory between images, once it is there"
+    )
+    group.add_argument(
         "--outer-vision-tags",
         action="store_true",
         default=None,
@@ -104,18 +107,34 @@ def require_model(args: argparse.Namespace) -> str:
 
 
 @contextmanager
-def clean_errors(command: str) -> Iterator[None]:
-    """Print what the user can mend in one message and exit with 2. Ctrl-C and a reader that left end in silence."""
+def as_command(name: str) -> Iterator[None]:
+    """What a command runs in: settings of MLX that suit the machine, and messages in place of tracebacks.
+
+    What the user can mend is printed in one message, and ends with 2; a warning is printed and ends nothing. Ctrl-C and
+    a reader that left end in silence.
+    """
+    tune()
     try:
-        yield
+        with _clean_warnings(name):
+            yield
     except InputError as error:
-        print(f"{command}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+
+
+@contextmanager
+def _clean_warnings(name: str) -> Iterator[None]:
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"{name}: warning: {message}", file=sys.stderr, flush=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def check_there(media: Sequence[tuple[str, str]]) -> None:
@@ -145,14 +164,14 @@ def print_pieces(pieces: Iterable[Piece]) -> None:
 
 
 @contextmanager
-def prompt_bar(step: int) -> Iterator[Callable[[int, int], None]]:
+def prompt_bar() -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr for prompts longer than one chunk."""
     from tqdm import tqdm
 
     bars: list[tqdm] = []
 
     def progress(done: int, total: int) -> None:
-        if total > step and not bars:
+        if done < total and not bars:
             bars.append(tqdm(total=total, desc="reading", unit=" tokens", leave=False))
         if bars:
             bars[0].update(done - bars[0].n)

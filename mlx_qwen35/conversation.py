@@ -9,7 +9,7 @@ from mlx_qwen35.cache import Snapshot
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.generate import Generation, Result, see
 from mlx_qwen35.generate.loop import read
-from mlx_qwen35.generate.options import PREFILL_STEP, Options, check_names, plan, vision_options
+from mlx_qwen35.generate.options import Options, check_names, plan, reading_step, vision_options
 from mlx_qwen35.model import Model
 from mlx_qwen35.preprocess import VISION_OPTIONS
 from mlx_qwen35.processor import Piece, Processor
@@ -39,13 +39,12 @@ class Conversation:
         self.model, self.processor = model, processor
         self._template = {name: given.pop(name, None) for name in ("enable_thinking", "tools")}
         self._system = given.pop("system_prompt", None)
-        self._step = given.get("prefill_step_size", PREFILL_STEP)
         idle = sorted(name for name in VISION_OPTIONS if given.get(name))
         if idle and not processor.sees:
             raise InputError(f"{', '.join(idle)} must not be given: this checkpoint has no vision tower")
         self.vision = vision_options(given)  # how the images and clips of coming messages are read
         self._options = {name: value for name, value in given.items() if name not in VISION_OPTIONS}
-        plan(self._options, model.config, processor.greedy, [Prompt((0,), thinking=False)], [0])  # tells a bad option
+        plan(self._options, model, processor.greedy, [Prompt((0,), thinking=False)], [0])  # tells a bad option
         self.reset()
 
     def reset(self) -> None:
@@ -94,9 +93,10 @@ class Conversation:
             read_so_far += tokens
             progress(read_so_far, len(new.tokens))
 
+        step = reading_step(self._options, self.model, [len(prompt.tokens)])
         rows = see(self.model, [new])
         seen = time.perf_counter()
-        read(self.model, self.cache, rows, self._step, count)
+        read(self.model, self.cache, rows, step, count)
         self._read, self._snapshot = before, self.cache.snapshot()
         self.reading_seconds = time.perf_counter() - start
         vision_seconds = seen - start if new.media else 0.0

@@ -29,7 +29,8 @@ class Linear(nn.Module):
             y = x @ self.weight.T
         else:
             y = quantized_linear(x, self.weight, self.scales, self.biases, self.packing)
-        return y if self.bias is None else y + self.bias
+        y = y if self.bias is None else y + self.bias
+        return y.astype(x.dtype)  # weights that were kept in float32 give float32
 
 
 class Joined(nn.Module):
@@ -67,7 +68,7 @@ class Embedding(Linear):
     def look_up(self, tokens: mx.array) -> mx.array:
         """tokens (B, T) integer -> (B, T, D) in the activation dtype."""
         if self.packing is None:
-            return self.weight[tokens]
+            return self.weight[tokens].astype(self.dtype)
         biases = None if self.biases is None else self.biases[tokens]
         form = {"group_size": self.packing.group_size, "bits": self.packing.bits, "mode": self.packing.mode}
         return mx.dequantize(self.weight[tokens], self.scales[tokens], biases, **form).astype(self.dtype)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_qwen35 import half
 from mlx_qwen35.checkpoint import (
     DTYPE_BYTES,
     TEXT,
@@ -15,12 +16,10 @@ from mlx_qwen35.checkpoint import (
     text_shapes,
     vision_shapes,
 )
-from mlx_qwen35.config import TextConfig
+from mlx_qwen35.engaged import engaged, tell_unfit
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.hub import resolve
-from mlx_qwen35.kernels import add_norm, fused_delta, metal, norm_rotary
-from mlx_qwen35.kernels.fused_delta import Heads
-from mlx_qwen35.kernels.norm_rotary import Geometry
+from mlx_qwen35.machine import this_chip
 from mlx_qwen35.memory import check_fits, check_tower_fits
 from mlx_qwen35.model import Model
 from mlx_qwen35.processor import Processor
@@ -40,7 +39,8 @@ def load(
         model: a local folder, a Hugging Face id, or "nano", the small model that comes with the package.
         revision: branch, tag or commit of a Hugging Face id.
         dtype: of the activations and the unpacked weights: float32, float16 or bfloat16. None follows the checkpoint
-            on a GPU, and is float32 on the CPU, where MLX's half types are 10 to 40 times slower.
+            on a GPU, but takes float16 for bfloat16 on M1 and M2, which have no arithmetic for it; and is float32 on
+            the CPU, where MLX's half types are 10 to 40 times slower.
         keep_vision: the vision tower is read when the first image comes and given back once a prompt's images are
             encoded; True keeps it in memory from then on.
 
@@ -62,17 +62,29 @@ def has_tower(checkpoint: Checkpoint) -> bool:
 
 
 def choose_dtype(checkpoint: Checkpoint, dtype: str | None) -> mx.Dtype:
+    """The dtype of this name, or what suits this checkpoint on this machine."""
     if dtype is not None:
         if dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         return DTYPES[dtype]
-    if mx.default_device() == mx.cpu:
-        return mx.float32
+    return default_dtype(stored_dtype(checkpoint))
+
+
+def stored_dtype(checkpoint: Checkpoint) -> mx.Dtype:
+    """What a checkpoint's activations are meant to be in: the dtype of its embedding, or of the scales of that."""
     stored = checkpoint.entries[f"{TEXT}embed_tokens.weight"].dtype
     if stored == "U32":  # packed: the scales tell, and where those are bytes, the first unpacked vector does
         stored = checkpoint.entries[f"{TEXT}embed_tokens.scales"].dtype
         stored = checkpoint.entries[f"{TEXT}norm.weight"].dtype if stored == "U8" else stored
     return DTYPES[_stored_float(stored, "embed_tokens")]
+
+
+def default_dtype(stored: mx.Dtype) -> mx.Dtype:
+    """What suits this machine: float32 on a CPU, and float16 in the place of bfloat16 on M1 and M2."""
+    if mx.default_device() == mx.cpu:
+        return mx.float32
+    chip = this_chip()
+    return mx.float16 if stored == mx.bfloat16 and chip and not chip.native_bfloat16 else stored
 
 
 def _stored_float(dtype: str, name: str) -> str:
@@ -86,29 +98,19 @@ def load_model(checkpoint: Checkpoint, dtype: mx.Dtype, name: str) -> Model:
     names = [stored for stored, _ in checkpoint.part(text_shapes(checkpoint.config.text))]
     convertible = checkpoint.raw and not checkpoint.config.quantization
     check_fits(name, loaded_bytes(checkpoint, names, dtype), convertible)
-    arrays = _lazy_arrays(checkpoint, names)
-    _check_finite(checkpoint, arrays)
     config = checkpoint.config.text
-    model = Model(config, Weights(arrays, checkpoint.quantization, dtype, config.rms_norm_eps))
-    arrays.clear()  # each layer frees what it was cast from as soon as it is evaluated
-    mx.eval(model.embed_tokens.parameters())
-    for layer in model.layers:
-        mx.eval(layer.parameters())
+    weights = _weights(checkpoint, names, dtype)
+    model = Model(config, weights)
+    weights.arrays.clear()  # each layer frees what it was cast from as soon as it is evaluated
+    for part in (model.embed_tokens, *([] if config.tie_word_embeddings else [model.lm_head]), *model.layers):
+        mx.eval(part.parameters())
     mx.eval(model.parameters(), model.rotary.frequencies, model.rotary.axes)  # what is pending belongs to this thread
     mx.clear_cache()
-    check_kernels(config, dtype)
+    engaged(model)  # on a Mac, see now and not in the middle of an answer which kernels may be used
+    tell_unfit(model)
     if has_tower(checkpoint):
         model.vision = Vision(lambda: load_tower(checkpoint, dtype))
     return model.eval()
-
-
-def check_kernels(config: TextConfig, dtype: mx.Dtype) -> None:
-    """On a Mac, see now, and not in the middle of an answer, which kernels may be used."""
-    if metal.available():
-        fused_delta.verdict(Heads(*config.delta_heads), dtype)
-        add_norm.verdict(config.hidden_size, dtype)
-        if (heads := Geometry(*config.attention_heads)).planned:
-            norm_rotary.verdict(heads, dtype)
 
 
 def load_tower(checkpoint: Checkpoint, dtype: mx.Dtype) -> Tower:
@@ -116,10 +118,9 @@ def load_tower(checkpoint: Checkpoint, dtype: mx.Dtype) -> Tower:
     config = checkpoint.config.vision
     names = [stored for stored, _ in checkpoint.part(vision_shapes(config))]
     check_tower_fits(loaded_bytes(checkpoint, names, dtype))
-    arrays = _lazy_arrays(checkpoint, names)
-    _check_finite(checkpoint, arrays)
-    tower = Tower(config, Weights(arrays, checkpoint.quantization, dtype, checkpoint.config.text.rms_norm_eps))
-    arrays.clear()
+    weights = _weights(checkpoint, names, dtype)
+    tower = Tower(config, weights)
+    weights.arrays.clear()
     for block in tower.blocks:
         mx.eval(block.parameters())
     mx.eval(tower.parameters())
@@ -135,6 +136,25 @@ def loaded_bytes(checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype) -> i
         integer = entry.dtype.startswith("U")
         total += entry.nbytes if integer else entry.nbytes // DTYPE_BYTES[entry.dtype] * dtype.size
     return total
+
+
+def _weights(checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype) -> Weights:
+    """The tensors of these names, still on disk, with those that float16 cannot hold marked to stay in float32."""
+    _check_finite(checkpoint, _lazy_arrays(checkpoint, names))
+    kept: dict[str, str] = {}
+    if dtype == mx.float16:
+        cast = [name for name in names if checkpoint.entries[name].dtype in ("BF16", "F32") and _takes_dtype(name)]
+        # Each array is read, looked at and let go: with those that are computed with, all would stay.
+        kept = half.unfit((name, _lazy_arrays(checkpoint, [name])[name]) for name in cast)
+        if kept:
+            half.tell(kept)
+    arrays = _lazy_arrays(checkpoint, names)
+    return Weights(arrays, checkpoint.quantization, dtype, checkpoint.config.text.rms_norm_eps, kept)
+
+
+def _takes_dtype(name: str) -> bool:
+    """Whether a tensor is cast to the model's dtype: matrices are, norms, convolutions and gates are float32 anyway."""
+    return not name.endswith(("norm.weight", "layernorm.weight", "conv1d.weight", "A_log", "dt_bias"))
 
 
 def _lazy_arrays(checkpoint: Checkpoint, names: list[str]) -> dict[str, mx.array]:

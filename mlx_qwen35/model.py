@@ -1,6 +1,6 @@
 """The model: embed, with image embeddings in their places -> layers -> norm -> logits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -92,13 +92,15 @@ class Model(nn.Module):
         visual: Visual | None = None,
         positions: np.ndarray | None = None,
         at: mx.array | None = None,
+        pace: Callable[[list[mx.array]], None] = lambda arrays: None,
     ) -> mx.array:
         """tokens (B, T) -> (B, T, D) after the final norm.
 
         lengths: of each row, how many of the T tokens are real; the outputs at the rest mean nothing. None: all.
         visual: embeddings that replace those of some tokens. positions: (3, B, T) integers, see `positions`; None goes
         on counting where the cache is. at: (B,) integers, the one column wanted of each row; then (B, 1, D), and the
-        last layer's MLP and the norm compute no more than that.
+        last layer's MLP and the norm compute no more than that. pace: called with what each layer gives, its memory
+        included, and may have it computed.
         Raises InputError when tokens is not (B, T), its ids are not integers, or B is not the cache's.
         """
         if tokens.ndim != 2 or not mx.issubdtype(tokens.dtype, mx.integer) or 0 in tokens.shape:
@@ -112,6 +114,7 @@ class Model(nn.Module):
             after = [*(layer.input_layernorm for layer in self.layers[1:]), self.norm]
             for layer, memory, following in zip(self.layers, cache.layers, after, strict=True):
                 x, normed = layer(x, normed, span, memory, following, at if following is self.norm else None)
+                pace([x, normed, *memory.arrays()])
             return normed
 
     def embed(self, tokens: mx.array, visual: Visual | None = None) -> mx.array:

@@ -1,6 +1,6 @@
 """Tensors by name, handed to the parts of the model in the form that each computes with."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +18,7 @@ class Weights:
         packing: name of a weight -> how it is packed, None when it is not.
         dtype: of activations; matrices, or the scales of packed ones, are cast to it.
         eps: of the RMS norms; the vision tower has none.
+        kept: names of tensors that stay in float32, for `dtype` cannot hold them.
     """
 
     def __init__(
@@ -26,12 +27,14 @@ class Weights:
         packing: Callable[[str], Quantization | None],
         dtype: mx.Dtype,
         eps: float,
+        kept: Collection[str] = (),
         prefix: str = "",
     ):
-        self.arrays, self.packing, self.dtype, self.eps, self.prefix = arrays, packing, dtype, eps, prefix
+        self.arrays, self.packing, self.dtype, self.eps, self.kept = arrays, packing, dtype, eps, kept
+        self.prefix = prefix
 
     def at(self, prefix: str) -> "Weights":
-        return Weights(self.arrays, self.packing, self.dtype, self.eps, f"{self.prefix}{prefix}.")
+        return Weights(self.arrays, self.packing, self.dtype, self.eps, self.kept, f"{self.prefix}{prefix}.")
 
     def float32(self, name: str) -> mx.array:
         return self.arrays[self.prefix + name].astype(mx.float32)
@@ -53,9 +56,8 @@ class Weights:
         suffixes = packing.parts((1, packing.group_size)) if packing else ("weight",)
         suffixes = (*suffixes, "bias") if f"{path}bias" in self.arrays else suffixes
         parts = {suffix: self.arrays[path + suffix] for suffix in suffixes}
-        return {
-            k: a.astype(self.dtype) if mx.issubdtype(a.dtype, mx.floating) else a for k, a in parts.items()
-        }, packing
+        dtype = mx.float32 if any(path + suffix in self.kept for suffix in suffixes) else self.dtype
+        return {k: a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a for k, a in parts.items()}, packing
 
     def linear(self, name: str) -> Linear:
         """A matrix, its bias where there is one; a convolution over patches that do not overlap is a matrix too."""

@@ -7,7 +7,7 @@ from typing import Unpack
 
 import mlx.core as mx
 
-from mlx_qwen35.cache import Cache
+from mlx_qwen35.cache import Cache, Snapshot
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.generate.loop import Row, decode, read
 from mlx_qwen35.generate.options import Options, Plan, check_names, encode, plan, refuse_idle_vision
@@ -54,7 +54,7 @@ class Generation:
         self.cache: Cache = options.get("cache") or model.make_cache(len(self.prompts))
         if self.cache.batch != len(self.prompts):
             raise InputError(f"the cache is for {self.cache.batch} rows, there are {len(self.prompts)} prompts")
-        self.plan: Plan = plan(options, model.config, processor.greedy, self.prompts, self.cache.row_lengths)
+        self.plan: Plan = plan(options, model, processor.greedy, self.prompts, self.cache.row_lengths)
         for token in self.plan.samplings[0].logit_bias:
             if token >= processor.vocabulary:
                 raise InputError(f"logit_bias must name tokens from 0 to {processor.vocabulary - 1}, got {token}")
@@ -67,9 +67,18 @@ class Generation:
         self._last = [0.0] * len(self.prompts)
         self._start = time.perf_counter()
         self._vision_seconds = 0.0
+        self.before: Snapshot | None = None  # where a cache that the caller goes on with returns to on an error
 
     def __iter__(self) -> Iterator[tuple[int, Piece]]:
         """Run the loop, once."""
+        try:
+            yield from self._run()
+        except InputError:
+            if self.before is not None:
+                self.cache.restore(self.before)
+            raise
+
+    def _run(self) -> Iterator[tuple[int, Piece]]:
         arrived = time.perf_counter()
         rows = see(self.model, self.prompts)
         self._start = time.perf_counter()
@@ -159,7 +168,10 @@ def start(
     given = check_names(options)
     encoded = [encode(processor, prompt, given) for prompt in prompts]
     refuse_idle_vision(given, encoded)
-    return Generation(model, processor, encoded, given)
+    generation = Generation(model, processor, encoded, given)
+    if "cache" in given:
+        generation.before = generation.cache.snapshot()
+    return generation
 
 
 def _one(prompt: str | Sequence[int] | None, messages: Messages | None) -> str | Sequence[int] | Messages:

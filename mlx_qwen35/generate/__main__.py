@@ -14,8 +14,8 @@ from mlx_qwen35.commands import (
     add_model_options,
     add_sampling_options,
     add_vision_options,
+    as_command,
     check_there,
-    clean_errors,
     given_options,
     print_media,
     print_pieces,
@@ -24,7 +24,7 @@ from mlx_qwen35.commands import (
 )
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.generate import Result, start
-from mlx_qwen35.generate.options import PREFILL_STEP, one_message
+from mlx_qwen35.generate.options import one_message
 from mlx_qwen35.load import load
 from mlx_qwen35.preprocess import Media
 from mlx_qwen35.processor import Messages
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     prompt = with_media(prompt, args.media, options)
     model, processor = load(name, revision=args.revision, dtype=args.dtype, keep_vision=args.keep_vision)
     status = 0
-    with prompt_bar(args.prefill_step_size or PREFILL_STEP) as progress:
+    with prompt_bar() as progress:
         generation = start(model, processor, [prompt], progress=progress, **options)
         media = [placed.media for placed in generation.prompts[0].media]
         print_media(media)
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main() -> None:
     args = parser().parse_args()
-    with clean_errors(COMMAND):
+    with as_command(COMMAND):
         sys.exit(run(args))
 
 

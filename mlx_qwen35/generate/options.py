@@ -6,14 +6,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
 
 from mlx_qwen35.cache import Cache
-from mlx_qwen35.config import TextConfig
+from mlx_qwen35.chunk import suitable_chunk
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.model import Model
 from mlx_qwen35.preprocess import IMAGE_OPTIONS, VIDEO_OPTIONS, VISION_OPTIONS, VisionOptions
 from mlx_qwen35.processor import Messages, Processor, check_stop
 from mlx_qwen35.prompt import Prompt
 from mlx_qwen35.sampling import PRESETS, Preset, Sampling, check_seed
-
-PREFILL_STEP = 1024  # tokens of the prompt read at a time
 
 
 class Options(TypedDict, total=False):
@@ -35,7 +34,7 @@ class Options(TypedDict, total=False):
     min_pixels, max_pixels, fps, video_num_frames, video_total_pixels, source_fps, published_limits, outer_vision_tags:
         see VisionOptions; a part of a message may set its own.
     ignore_chat_template: take a string prompt as raw text to be completed.
-    prefill_step_size: tokens of the prompt read at a time.
+    prefill_step_size: tokens of the prompt read at a time. Default: what suits memory, context and chip, see chunk.py.
     cache: continue this conversation (from model.make_cache()): the prompt is read after what is in it. Afterwards the
         cache has read every generated token, except the last one where max_tokens ended the generation.
     progress: called as progress(tokens_read, tokens_in_all) while the prompt is read.
@@ -176,27 +175,26 @@ class Plan:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
-        if type(self.prefill_step_size) is not int or self.prefill_step_size < 1:
-            raise InputError(f"prefill_step_size must be at least 1, got {self.prefill_step_size}")
 
 
 def plan(
-    options: Options, config: TextConfig, greedy: bool, prompts: Sequence[Prompt], already_read: Sequence[int]
+    options: Options, model: Model, greedy: bool, prompts: Sequence[Prompt], already_read: Sequence[int]
 ) -> Plan:
     """Fill in the defaults for these prompts. InputError when a value breaks its rule or a prompt is too long."""
     presets = [_preset(options, prompt) for prompt in prompts]
     given = {key: value for key, value in options.items() if key in _SAMPLING}
     plain = "preset" not in options and (options.get("temp") == 0 or (greedy and not given))
+    contexts = [before + len(prompt.tokens) for prompt, before in zip(prompts, already_read, strict=True)]
     limits = []
-    for preset, prompt, before in zip(presets, prompts, already_read, strict=True):
+    for preset, context in zip(presets, contexts, strict=True):
         most = options.get("max_tokens", preset.max_tokens)
         if type(most) is not int or most < 1:
             raise InputError(f"max_tokens must be at least 1, got {most}")
-        left = config.max_position_embeddings - before - len(prompt.tokens)
+        left = model.config.max_position_embeddings - context
         if left < 1:
             raise InputError(
-                f"a prompt must leave room for an answer in the context of {config.max_position_embeddings} tokens; "
-                f"this one has {before + len(prompt.tokens)}. Shorten it"
+                "a prompt must leave room for an answer in the context of "
+                f"{model.config.max_position_embeddings} tokens; this one has {context}. Shorten it"
             )
         limits.append(min(most, left))
     return Plan(
@@ -204,8 +202,18 @@ def plan(
         seed=options.get("seed", secrets.randbits(32)),
         limits=tuple(limits),
         stop=check_stop(options.get("stop", ())),
-        prefill_step_size=options.get("prefill_step_size", PREFILL_STEP),
+        prefill_step_size=reading_step(options, model, contexts),
     )
+
+
+def reading_step(options: Options, model: Model, contexts: Sequence[int]) -> int:
+    """How many tokens of the prompts to read at a time, where each row will have a context of so many."""
+    given = options.get("prefill_step_size")
+    if given is None:
+        return suitable_chunk(model.config, model.dtype, max(contexts), len(contexts))
+    if type(given) is not int or given < 1:
+        raise InputError(f"prefill_step_size must be at least 1, got {given}")
+    return given
 
 
 def _preset(options: Options, prompt: Prompt) -> Preset:

@@ -1,18 +1,25 @@
 """Softmax attention whose scores never take more than a stated number of bytes, nor one launch more than a stated time.
 
-MLX's own kernel does the work on a GPU, by tiles of queries. On the CPU that takes exp of every score one by one; there
-the tiles are computed here, each with the keys that it sees, which also halves the work of a causal prompt.
+MLX's own kernels do the work on a GPU. For many queries of heads of 256 it writes the scores out unless told not to:
+that is done where they take few bytes, being faster (so its authors); where they would take many, the kernel that keeps
+them on the chip is asked for, or where there is none, tiles of queries are taken. On the CPU MLX takes exp of every
+score one by one; there the tiles are computed here, each with the keys that it sees, which also halves the work of a
+causal prompt.
 """
+
+import functools
 
 import mlx.core as mx
 
+from mlx_qwen35.kernels import metal
 from mlx_qwen35.kernels.exponential import exp
 
 SCORE_BYTES = 64 << 20  # of float32 scores at a time, where MLX writes them out on a GPU
 LEAST_ROWS = 16  # of such a tile: each reads all keys and values again
 CPU_SCORE_BYTES = 8 << 20  # and here, where what is made of them takes four times as much
-FUSED_HEAD_DIMS = (64, 80, 128)  # of these MLX has a kernel for many queries that writes no scores
-LAUNCH_FLOPS = 2e11  # of one fused launch: a tenth of a second on an M1
+FUSED_HEAD_DIMS = (64, 80, 128)  # of these MLX by itself writes no scores, however many queries
+LAUNCH_FLOPS = 2e11  # of one launch that writes no scores: a tenth of a second on an M1
+FEW_QUERIES = 8  # up to here it writes none for any heads
 CPU_ROWS = 128  # queries of a tile on the CPU, whose scores then stay in its caches
 MANY_QUERIES = 16  # from here on
 
@@ -23,8 +30,10 @@ def attention(q: mx.array, keys: mx.array, values: mx.array, scale: float, mask:
     mask: boolean (B, 1, T, S), "causal" for the last T of S positions, or None for all.
     """
     T, S = q.shape[2], keys.shape[2]
-    rows = tile_rows(q.shape, S, mx.default_device() == mx.cpu)
-    plain = T < MANY_QUERIES or mx.default_device() != mx.cpu or isinstance(mask, mx.array)
+    on_cpu = mx.default_device() == mx.cpu
+    forced = not on_cpu and _worth_forcing(q, S) and fused_verdict(q.shape[3], q.dtype)
+    rows = cpu_tile_rows(q.shape, S) if on_cpu else tile_rows(q.shape, S, forced)
+    plain = T < MANY_QUERIES or not on_cpu or isinstance(mask, mx.array)
     tiles = []
     for start in range(0, T, rows):
         stop = min(start + rows, T)
@@ -34,23 +43,76 @@ def attention(q: mx.array, keys: mx.array, values: mx.array, scale: float, mask:
         part = (queries, keys[:, :, :seen], values[:, :, :seen], scale)
         if plain:
             rule = mask[:, :, start:stop] if isinstance(mask, mx.array) else mask
-            tiles.append(mx.fast.scaled_dot_product_attention(*part[:3], scale=scale, mask=rule))
+            force = {"force_fused": True} if forced and stop - start > FEW_QUERIES else {}
+            tiles.append(mx.fast.scaled_dot_product_attention(*part[:3], scale=scale, mask=rule, **force))
         else:
             tiles.append(_tile(*part, causal=mask == "causal"))
     return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)
 
 
-def tile_rows(shape: tuple[int, ...], S: int, on_cpu: bool) -> int:
-    """How many queries of (B, H, T, D) go at a time over S keys."""
+def _worth_forcing(q: mx.array, S: int) -> bool:
+    """Whether MLX would write out so many scores that the kernel without them is worth its lower speed."""
+    B, H, T, D = q.shape
+    return D not in FUSED_HEAD_DIMS and T > FEW_QUERIES and 4 * B * H * T * S > SCORE_BYTES
+
+
+def tile_rows(shape: tuple[int, ...], S: int, fused: bool) -> int:
+    """How many queries of (B, H, T, D) go at a time over S keys on a GPU; fused: no scores are written, by force."""
     B, H, _, D = shape
     row = 4 * B * H * S  # bytes of scores; and times D the operations on them
-    if on_cpu:
-        rows = min(CPU_ROWS, CPU_SCORE_BYTES // row)
-    elif D in FUSED_HEAD_DIMS:
-        rows = int(LAUNCH_FLOPS / (row * D))
-    else:
-        rows = max(LEAST_ROWS, SCORE_BYTES // row)
-    return max(1, rows)
+    if fused or D in FUSED_HEAD_DIMS:
+        return max(1, int(LAUNCH_FLOPS / (row * D)))
+    return max(LEAST_ROWS, SCORE_BYTES // row)
+
+
+def cpu_tile_rows(shape: tuple[int, ...], S: int) -> int:
+    """How many queries of (B, H, T, D) go at a time over S keys on the CPU."""
+    B, H, _, _ = shape
+    return max(1, min(CPU_ROWS, CPU_SCORE_BYTES // (4 * B * H * S)))
+
+
+def score_bytes(shape: tuple[int, ...], S: int, itemsize: int, way: str) -> int:
+    """Bytes that the scores of (B, H, T, D) over S keys, and what is made of them, take at a time.
+
+    way: "cpu", "fused" where `fused_verdict` holds, or "tiles".
+    """
+    B, H, T, _ = shape
+    if way == "cpu":
+        return 16 * B * H * S * min(T, cpu_tile_rows(shape, S))
+    if way == "fused" and 4 * B * H * T * S > SCORE_BYTES:
+        return 0
+    return 3 * itemsize * B * H * S * min(T, tile_rows(shape, S, fused=False))
+
+
+def attention_way(D: int, dtype: mx.Dtype) -> str:
+    """How many queries over many keys are computed here: "cpu", "fused" or "tiles"."""
+    if mx.default_device() == mx.cpu:
+        return "cpu"
+    return "fused" if fused_verdict(D, dtype) else "tiles"
+
+
+@functools.cache
+def fused_verdict(D: int, dtype: mx.Dtype) -> bool:
+    """Whether MLX has a kernel for many queries of heads of D that writes no scores, and it agrees with the plain way.
+
+    Where there is none, tiles are taken, and nothing is lost but some speed; one that disagrees is told of.
+    """
+    if not metal.available():
+        return False
+    draw = functools.partial(mx.random.normal, stream=mx.cpu)
+    q, k, v = (draw((1, heads, 40, D), key=mx.random.key(i)).astype(dtype) for i, heads in enumerate((4, 2, 2)))
+    attend = functools.partial(mx.fast.scaled_dot_product_attention, q, k, v, scale=D**-0.5, mask="causal")
+    try:
+        fused = attend(force_fused=True)
+    except ValueError:  # there is none for these heads on this machine
+        return False
+    return metal.check("of attention without scores (force_fused)", lambda: _disagreement(fused, attend()))
+
+
+def _disagreement(ours: mx.array, theirs: mx.array) -> str:
+    step = {mx.float32: 1e-4, mx.float16: 4e-3, mx.bfloat16: 3.2e-2}[ours.dtype]
+    error = mx.abs(ours.astype(mx.float32) - theirs.astype(mx.float32)).max().item()
+    return "" if error <= step else f"it differs from the plain way by {error:.1e}"  # NaN too
 
 
 def _tile(q: mx.array, keys: mx.array, values: mx.array, scale: float, causal: bool) -> mx.array:

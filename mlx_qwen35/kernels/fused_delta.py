@@ -170,15 +170,16 @@ def delta_core(
     projected: the products of the projections as they come; `split` makes q k v, z, b, a of them.
     """
     heads = Heads.of(weights.conv, memory.state)
-    if metal.available() and _fits(projected, heads) and verdict(heads, projected[0].dtype):
+    widths = [array.shape[-1] for array in projected]
+    if metal.available() and fits(widths, heads) and verdict(heads, projected[0].dtype):
         return fused_gated_delta(projected, weights, memory, lengths)
     return gated_delta(*split(projected), weights, memory, lengths)
 
 
-def _fits(projected: Sequence[mx.array], heads: Heads) -> bool:
-    """Whether the products are [q k v z b a], or [q k v z] and [b a]."""
+def fits(widths: Sequence[int], heads: Heads) -> bool:
+    """Whether products of these widths are [q k v z b a], or [q k v z] and [b a]."""
     qkvz, ba = heads.C + heads.Hv * heads.Dv, 2 * heads.Hv
-    return [array.shape[-1] for array in projected] in ([qkvz + ba], [qkvz, ba])
+    return list(widths) in ([qkvz + ba], [qkvz, ba])
 
 
 @functools.cache

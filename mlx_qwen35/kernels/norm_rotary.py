@@ -142,15 +142,15 @@ def queries_and_keys(
     products: what the projections give, as it comes; `split` makes q with gates, k, v of it.
     """
     sizes = Geometry.of(rotary, q_norm, H, Hk)
-    if metal.available() and _fits(products, sizes) and verdict(sizes, products[0].dtype):
+    if metal.available() and fits([array.shape[-1] for array in products], sizes) and verdict(sizes, products[0].dtype):
         return norm_rotary(products[0], rotary, q_norm, k_norm, eps, H, Hk)
     q, k, _ = split(products)
     return _apart(q, k, rotary, q_norm, k_norm, eps)
 
 
-def _fits(products: Sequence[mx.array], sizes: Geometry) -> bool:
-    """Whether the kernel has a plan and q, k, v come as one product: it reads whole tokens."""
-    return sizes.planned and len(products) == 1 and products[0].shape[-1] == sizes.width
+def fits(widths: Sequence[int], sizes: Geometry) -> bool:
+    """Whether the kernel has a plan and products of these widths are q, k, v as one: it reads whole tokens."""
+    return sizes.planned and list(widths) == [sizes.width]
 
 
 @functools.cache

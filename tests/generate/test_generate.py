@@ -324,7 +324,7 @@ def test_a_cache_for_another_number_of_rows_is_refused(nano):
 
 def test_logits_that_are_not_finite_stop_with_advice(nano, monkeypatch):
     monkeypatch.setattr(Model, "logits", lambda self, hidden: mx.full((*hidden.shape[:-1], 1024), mx.nan))
-    with pytest.raises(InputError, match=r"not finite.*--dtype bfloat16"):
+    with pytest.raises(InputError, match=r"must be finite.*--dtype bfloat16"):
         generate(*nano, ASK)
 
 

@@ -1,0 +1,45 @@
+"""Weights in float16: which tensors it cannot hold, told by name and kept in float32.
+
+float16 has more digits than bfloat16 and a smaller range: above 65,504 it has infinity, below 6.1e-5 fewer and fewer
+digits, below 3e-8 nothing. M1 and M2 compute in it natively and not in bfloat16.
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping
+
+import mlx.core as mx
+
+LARGEST = 65504.0
+# Rounding to float16 is at most 2**-25 off below its normal range, rounding to bfloat16 at most 2**-9 of the value.
+# Where the largest number of a row is smaller than this, float16 holds it with fewer digits than bfloat16 does.
+SMALLEST = 2.0**-16
+
+
+def unfit(arrays: Iterable[tuple[str, mx.array]]) -> dict[str, str]:
+    """Name -> what float16 cannot hold of it, for the floating point arrays that it cannot hold.
+
+    A row of a matrix (one output; one row of scales) vanishes when its largest magnitude, not 0, is below SMALLEST: the
+    smaller numbers beside larger ones lose nothing that counts. A vector is one row.
+    """
+    found = {}
+    for name, array in arrays:
+        high, low = array.max(-1), array.min(-1)
+        largest = mx.maximum(high, -low).astype(mx.float32)
+        top, vanishing = largest.max().item(), ((largest > 0) & (largest < SMALLEST)).sum().item()
+        if not top <= LARGEST:  # NaN too
+            found[name] = f"holds {top:.3g}"
+        elif vanishing:
+            found[name] = f"{vanishing} of {largest.size} rows are below {SMALLEST:.1e}"
+    return found
+
+
+def tell(found: Mapping[str, str], most: int = 8) -> None:
+    """Warn of the tensors that stay in float32."""
+    named = "; ".join(f"{name} ({why})" for name, why in list(found.items())[:most])
+    more = f"; and {len(found) - most} more" if len(found) > most else ""
+    warnings.warn(
+        f"{len(found)} tensors stay in float32, for float16 cannot hold them: {named}{more}. "
+        "With --dtype bfloat16 nothing is kept apart",
+        RuntimeWarning,
+        stacklevel=2,
+    )

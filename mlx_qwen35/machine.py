@@ -1,0 +1,98 @@
+"""The machine: which Apple chip it has, and the settings of MLX that suit it.
+
+Speeds of chips are their makers' figures for the smallest one sold under a name, so that an estimate made of them is
+rather too slow than too fast. An unknown chip is taken for the slowest.
+"""
+
+import functools
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+_PEAK = {1: 2.3e12, 2: 2.9e12, 3: 2.8e12, 4: 3.4e12}  # operations a second of the plain chip of a generation
+_TIMES = {"": 1, "Pro": 2, "Max": 3.4, "Ultra": 6.8}  # and of the larger ones, as many times that
+_BANDWIDTH = {"": 68e9, "Pro": 150e9, "Max": 300e9, "Ultra": 800e9}  # bytes a second
+TUNED_UP_TO = 4  # generations for which larger command buffers were published to pay
+_NATIVE_BFLOAT16 = 3  # from this generation on
+
+
+@dataclass(frozen=True)
+class Chip:
+    """An Apple chip: name "Apple M1 Pro", generation 1, tier "" (plain), "Pro", "Max" or "Ultra"."""
+
+    name: str
+    generation: int
+    tier: str
+
+    @property
+    def native_bfloat16(self) -> bool:
+        """Whether it computes in bfloat16; M1 and M2 do so by converting every number."""
+        return self.generation >= _NATIVE_BFLOAT16
+
+    @property
+    def flops(self) -> float:
+        """Peak 16-bit operations a second."""
+        return _PEAK.get(self.generation, min(_PEAK.values())) * _TIMES[self.tier]
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second between memory and chip."""
+        return _BANDWIDTH[self.tier]
+
+
+def parse_chip(brand: str) -> Chip:
+    """The chip of a brand string such as "Apple M2 Max"; an unknown one counts as new, and as slow as the slowest."""
+    found = re.match(r"Apple M(\d+)\b(?: (Pro|Max|Ultra))?", brand)
+    return Chip(brand, int(found[1]), found[2] or "") if found else Chip(brand, TUNED_UP_TO + 1, "")
+
+
+@functools.cache
+def this_chip() -> Chip | None:
+    """The chip of this Mac, asked of the system and not of MLX, which must not start for it; None where it is none."""
+    if (platform.system(), platform.machine()) != ("Darwin", "arm64"):
+        return None
+    asked = subprocess.run(["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
+    return parse_chip(asked.stdout.strip() or "Apple, unknown")
+
+
+# --- command buffers -------------------------------------------------------------------------------------------------
+
+# MLX hands work to the GPU in command buffers, and ends one at so many operations or so many MB of arrays (by its
+# sources it counts their elements). Published: on M1 to M4 larger ones decode 5 to 13 % faster; on M5 they change
+# nothing. Reading a prompt ends one with each layer, whatever these say.
+OPERATIONS, MEGABYTES = "MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER"
+TUNED = {OPERATIONS: 1000, MEGABYTES: 200}
+
+
+@dataclass(frozen=True)
+class CommandBuffers:
+    """Where MLX ends a command buffer."""
+
+    operations: int
+    megabytes: int
+
+
+def tune() -> None:
+    """Set the command buffers that suit this chip; the user's values win. For commands, before MLX's first array."""
+    chip = this_chip()
+    if chip is not None and chip.generation <= TUNED_UP_TO:
+        for name, value in TUNED.items():
+            os.environ.setdefault(name, str(value))
+
+
+def command_buffers(chip: Chip, environ: Mapping[str, str] | None = None) -> CommandBuffers:
+    """What MLX goes by on this chip: the environment's values, else its own (mlx/backend/metal/device.cpp)."""
+    given = os.environ if environ is None else environ
+    own = 50 if chip.tier in ("Max", "Ultra") else 40
+    return CommandBuffers(*(_number(given.get(name), own) for name in (OPERATIONS, MEGABYTES)))
+
+
+def _number(text: str | None, otherwise: int) -> int:
+    """As MLX reads it: the digits at the beginning, 0 where there are none."""
+    if text is None:
+        return otherwise
+    found = re.match(r"\s*[+-]?\d+", text)
+    return int(found[0]) if found else 0
