@@ -1,0 +1,88 @@
+"""Speed and memory of a model in half a minute: a prompt as long as the time allows, then tokens one by one."""
+
+import itertools
+import time
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+
+from mlx_qwen35.checkpoint import Quantization, is_matrix, is_zero_centred, text_shapes
+from mlx_qwen35.config import TextConfig
+from mlx_qwen35.generate.loop import Row, read
+from mlx_qwen35.model import Model
+from mlx_qwen35.weights import Weights
+
+SECONDS = 10.0  # for each of the two
+PROMPTS = (32, 64, 128, 256, 512, 1024)
+SAMPLE_LAYERS = 4  # of a model made up for the check: one group of three DeltaNet layers and one of attention
+_PACKING = Quantization(64, 4, "affine")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds for a prompt of so many tokens and for a decoded token, each without and with the head; and bytes."""
+
+    prompt: int
+    prompt_seconds: float
+    layers_seconds: float  # of a decoded token
+    head_seconds: float
+    peak_bytes: int
+
+    def per_second(self, layers: float = 1.0) -> tuple[float, float]:
+        """Tokens a second, of the prompt and decoded, of a model with so many times the layers."""
+        prompt = self.prompt_seconds * layers + self.head_seconds
+        return self.prompt / prompt, 1 / (self.layers_seconds * layers + self.head_seconds)
+
+
+def sample_model(config: TextConfig, dtype: mx.Dtype) -> Model:
+    """The first layers of a model of this shape and its whole head, packed in 4 bit, with random weights."""
+    small = replace(config, layer_types=config.layer_types[:SAMPLE_LAYERS])
+    keys = iter(mx.random.split(mx.random.key(0), 4 * len(text_shapes(small))))
+    arrays = {}
+    for name, shape in text_shapes(small).items():
+        if is_matrix(name, shape):
+            parts, stem = _PACKING.parts(shape), name.removesuffix("weight")
+            arrays[name] = mx.random.randint(0, 1 << 32, parts["weight"], mx.uint32, key=next(keys))
+            arrays[f"{stem}scales"] = mx.random.uniform(0.0, 0.004, parts["scales"], dtype, key=next(keys))
+            arrays[f"{stem}biases"] = -7.5 * arrays[f"{stem}scales"]
+        else:
+            centre = 0.0 if is_zero_centred(name) else 1.0
+            arrays[name] = (centre + 0.1 * mx.random.normal(shape, key=next(keys))).astype(mx.float32)
+
+    def packing(name: str) -> Quantization | None:
+        return _PACKING if name.removesuffix("weight") + "scales" in arrays else None
+
+    model = Model(small, Weights(arrays, packing, dtype, small.rms_norm_eps))
+    mx.eval(model.parameters(), model.rotary.frequencies, model.rotary.axes)
+    return model.eval()
+
+
+def measure(model: Model, seconds: float = SECONDS) -> Speed:
+    """Read ever longer prompts, then decode, for about `seconds` each."""
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    start, prompt, elapsed, cache = time.perf_counter(), 0, 0.0, None
+    for length in PROMPTS:
+        cache = model.make_cache()
+        begin = time.perf_counter()
+        read(model, cache, [Row([i % model.config.vocab_size for i in range(length)])], 512)
+        prompt, elapsed = length, time.perf_counter() - begin
+        if time.perf_counter() - start + 2 * elapsed > seconds:
+            break
+    layers, head = _decode(model, cache, seconds)
+    return Speed(prompt, elapsed, layers, head, mx.get_peak_memory())
+
+
+def _decode(model: Model, cache, seconds: float) -> tuple[float, float]:
+    """Median seconds of a token's layers, and of its head."""
+    layers, heads = [], []
+    start, token = time.perf_counter(), mx.array([[1]])
+    for _ in itertools.takewhile(lambda n: n < 64 and time.perf_counter() - start < seconds, itertools.count()):
+        begin = time.perf_counter()
+        hidden = model.hidden(token, cache)[:, 0]
+        mx.eval(hidden)
+        middle = time.perf_counter()
+        mx.eval(model.logits(hidden))
+        layers.append(middle - begin)
+        heads.append(time.perf_counter() - middle)
+    return sorted(layers)[len(layers) // 2], sorted(heads)[len(heads) // 2]

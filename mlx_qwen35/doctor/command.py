@@ -1,0 +1,95 @@
+"""The command mlx_qwen35.doctor."""
+
+import argparse
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_qwen35.checkpoint import open_checkpoint
+from mlx_qwen35.commands import add_model_options, as_command
+from mlx_qwen35.config import parse_config
+from mlx_qwen35.doctor import check, facts, probe
+from mlx_qwen35.doctor.facts import Facts
+from mlx_qwen35.engaged import engaged
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.hub import resolve
+from mlx_qwen35.load import DTYPES, default_dtype, load, stored_dtype
+from mlx_qwen35.random_checkpoint import geometry
+
+COMMAND = "mlx_qwen35.doctor"
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=COMMAND,
+        description="Tell what this machine is, which kernels run on it, the dtype and chunk lengths that are chosen, "
+        "and how fast it is: text to paste into an issue. Without --model the figures are those of layers with the "
+        "4B's sizes and random weights in 4 bit.",
+    )
+    add_model_options(parser)
+    parser.add_argument("--probe", action="store_true", help="show the largest activation of each layer of --model")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="a text for --probe (default: a short one)")
+    parser.add_argument("--no-check", action="store_true", help="leave out the half minute that measures speed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to this file too")
+    return parser
+
+
+def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Facts]:
+    """Section -> facts. given: the environment as it was before this command set anything."""
+    if args.text and not args.probe:
+        raise InputError("--text has no effect without --probe; add that or leave it out")
+    if not args.model and (idle := [f"--{name}" for name in ("probe", "revision") if getattr(args, name)]):
+        raise InputError(f"{', '.join(idle)} must be given with --model: there is no other model to look at")
+    report = {"machine": facts.machine(), "settings of MLX": facts.settings(given)}
+    if args.model:
+        checkpoint = open_checkpoint(resolve(args.model, args.revision))
+        model, processor = load(args.model, revision=args.revision, dtype=args.dtype)
+        title, stored = str(args.model), stored_dtype(checkpoint)
+    else:
+        text, stored = parse_config(geometry("4b")).text, mx.bfloat16
+        model = check.sample_model(text, DTYPES[args.dtype] if args.dtype else default_dtype(stored))
+        title = f"{check.SAMPLE_LAYERS} layers and the head of the 4B, random weights in 4 bit"
+    report[title] = {"dtype": facts.dtype(model.dtype, stored, args.dtype)}
+    report[title] |= facts.reading(model.config, model.dtype)
+    report["kernels"] = facts.kernels(engaged(model))
+    if args.probe:
+        tokens = processor.encode_text(_read_text(args.text)).tokens
+        maxima = probe.residual_maxima(model, tokens)
+        report["residual stream"] = {
+            f"largest over {len(tokens)} tokens": probe.describe(maxima),
+            "after each layer": " ".join(f"{value:.4g}" for value in maxima),
+        }
+    if not args.no_check:
+        scale = 1 if args.model else len(text.layer_types) / check.SAMPLE_LAYERS
+        report["check"] = facts.speed(check.measure(model), scale)
+    return report
+
+
+def _read_text(file: Path | None) -> str:
+    if file is None:
+        return probe.TEXT
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--text must be a readable UTF-8 text file: {error}") from error
+
+
+def show(report: Mapping[str, Facts]) -> None:
+    print(f"{COMMAND}, paste from here\n")
+    for title, section in report.items():
+        print(f"{title}")
+        for name, text in section.items():
+            print(f"  {name}: {text}")
+        print()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    given, args = dict(os.environ), parser().parse_args(arguments)
+    with as_command(COMMAND):
+        report = examine(args, given)
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        show(report)

@@ -1,0 +1,105 @@
+"""Facts of the machine and of a model on it, each a name and a line of text."""
+
+import os
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+
+import mlx.core as mx
+
+from mlx_qwen35.chunk import suitable_chunk
+from mlx_qwen35.config import TextConfig
+from mlx_qwen35.doctor.check import Speed
+from mlx_qwen35.engaged import Engaged
+from mlx_qwen35.kernels import metal
+from mlx_qwen35.kernels.attention import attention_way
+from mlx_qwen35.machine import TUNED, TUNED_UP_TO, this_chip
+from mlx_qwen35.memory import usable_bytes
+
+Facts = dict[str, str]
+PACKAGES = ("mlx-qwen35", "mlx", "mlx-lm", "numpy", "tokenizers", "transformers", "pillow", "av")
+CONTEXTS = (4096, 32768, 131072, 262144)
+
+
+def machine() -> Facts:
+    chip, memory = this_chip(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "chip": f"{chip.name if chip else _processor()}, {os.cpu_count()} cores",
+        "memory": f"{memory / 1e9:.1f} GB, of which a model may use {usable_bytes() / 1e9:.1f} GB",
+        "system": platform.platform(),
+        "MLX computes on": "the GPU" if mx.default_device() == mx.gpu else "the CPU",
+        "versions": ", ".join([f"Python {platform.python_version()}", *map(_version, PACKAGES)]),
+    }
+
+
+def _processor() -> str:
+    return str(mx.device_info(mx.cpu).get("device_name", platform.machine()))
+
+
+def _version(package: str) -> str:
+    try:
+        return f"{package} {metadata.version(package)}"
+    except metadata.PackageNotFoundError:
+        return f"{package} not installed"
+
+
+def settings(given: Mapping[str, str]) -> Facts:
+    """What MLX reads when it starts. given: the environment as it was before this command set anything."""
+    chip = this_chip()
+    if chip is None:
+        return {name: "does not apply: there is no Apple GPU" for name in TUNED}
+    ours = f"set by mlx_qwen35's commands on M1 to M{TUNED_UP_TO}"
+    return {
+        name: f"{os.environ[name]}, {'set by you' if name in given else ours}" if name in os.environ else "MLX's own"
+        for name in TUNED
+    }
+
+
+def dtype(chosen: mx.Dtype, stored: mx.Dtype, asked: str | None) -> str:
+    """The dtype of activations and unpacked weights, and why."""
+    name = str(chosen).removeprefix("mlx.core.")
+    if asked:
+        return f"{name}, as asked for"
+    if mx.default_device() == mx.cpu:
+        return f"{name}: the CPU computes in the half types 10 to 40 times slower"
+    if chosen != stored:
+        return f"{name}: this chip has no arithmetic for bfloat16"
+    return f"{name}, as the weights are stored"
+
+
+def speed(found: Speed, scale: float) -> Facts:
+    """scale: how many times the measured layers the whole model has."""
+    prompt, decode = found.per_second(scale)
+    whole = "" if scale == 1 else f" for a model of {scale:g} times these layers, which is an estimate"
+    return {
+        "reading": f"{prompt:.1f} tokens a second, {found.prompt} at once{whole}",
+        "writing": f"{decode:.1f} tokens a second{whole}",
+        "peak memory": f"{found.peak_bytes / 1e9:.3f} GB by MLX's count",
+    }
+
+
+def kernels(engaged: dict[str, Engaged]) -> Facts:
+    """In how many layers each kernel runs, and why none does."""
+    if not metal.available():
+        why = "the GPU is not the default device" if mx.metal.is_available() else "there is no Metal here"
+        return dict.fromkeys(engaged, f"does not apply: {why}; MLX operations run in its place")
+    return {name: _engaged(found) for name, found in engaged.items()}
+
+
+def _engaged(found: Engaged) -> str:
+    return f"agrees with its reference; runs in {found}" if found.layers else f"switched off; runs in {found}"
+
+
+def reading(config: TextConfig, dtype: mx.Dtype) -> Facts:
+    """How prompts are read: tokens at a time for some contexts, and how attention goes over them."""
+    contexts = [S for S in CONTEXTS if config.max_position_embeddings >= S]
+    lengths = [f"{suitable_chunk(config, dtype, S):,} up to a context of {S:,}" for S in contexts]
+    ways = {
+        "cpu": "in tiles of queries, by our own code",
+        "fused": "without writing scores out where they would be many",
+        "tiles": "in tiles of queries, whose scores are written out",
+    }
+    return {
+        "tokens read at a time": "; ".join(lengths),
+        "attention over many queries": ways[attention_way(config.head_dim, dtype)],
+    }

@@ -1,0 +1,40 @@
+"""How large the residual stream grows: whether float16, which ends at 65,504, is enough for a checkpoint."""
+
+import math
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from mlx_qwen35.half import LARGEST
+from mlx_qwen35.model import Model
+
+# Words, figures, code, another script: what a prompt is made of. A text of one's own tells more (--text).
+TEXT = (
+    "The lighthouse keeper wrote down 4,096 ships, and counted them again: 12 + 84 = 96.\n\n"
+    "```python\ndef area(r: float) -> float:\n    return 3.14159 * r ** 2  # of a circle\n```\n"
+    "Das Wetter war am 3. März kälter als üblich. 今天的天气很好，我们去公园散步。 $\\int_0^1 x^2 dx = 1/3$ "
+    '{"name": "Ada", "age": 36, "tags": ["math", "engines"]}\n'
+)
+
+
+def residual_maxima(model: Model, tokens: Sequence[int]) -> list[float]:
+    """The largest magnitude of the residual stream after each layer, over these tokens read at once."""
+    maxima: list[mx.array] = []
+    cache = model.make_cache()
+    mx.eval(
+        model.hidden(mx.array([list(tokens)]), cache, pace=lambda arrays: maxima.append(mx.abs(arrays[0]).max())),
+        maxima,
+    )
+    return [array.astype(mx.float32).item() for array in maxima]
+
+
+def describe(maxima: Sequence[float], most: int = 4) -> str:
+    """The largest, where it is, and what part of float16's range that is."""
+    bad = [i for i, value in enumerate(maxima) if not math.isfinite(value)]
+    if bad:
+        return f"not finite from layer {bad[0]} on: take --dtype bfloat16 or float32"
+    order = sorted(range(len(maxima)), key=lambda i: -maxima[i])[:most]
+    listed = ", ".join(f"{maxima[i]:.4g} after layer {i}" for i in order)
+    part = max(maxima) / LARGEST
+    verdict = "float16 has room" if part < 0.25 else "float16 is close to its end: prefer --dtype bfloat16 or float32"
+    return f"{listed}; {100 * part:.2g} % of float16's range: {verdict}"
