@@ -1,0 +1,204 @@
+"""The kernels on the GPU of a Mac, at the sizes of the 4B and at small ones, against MLX operations on the same GPU.
+
+Each test runs twice over: launched for real where it is marked `metal`, and in one case or two by the emulator, so that
+the test's own code is known to work before it reaches a Mac.
+
+What is not known until these have run on one: whether Apple's compiler takes the texts; whether a pipeline may have as
+many threads as it is launched with (gated_delta's state fills the registers; MLX does not ask); what Metal's exp, log
+and rsqrt, its flushing of denormal numbers, and products and sums that the compiler joins cost in digits; that the
+lanes of a simdgroup see each other's writes to threadgroup memory behind nothing but a shuffle, as the emulator has it;
+whether float32 products of the operations, the yardstick, are exact on chips that shorten them (M5); and all speeds.
+"""
+
+import itertools
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import mlx.core as mx
+import pytest
+from kernels import delta_cases, norm_cases, rotary_cases
+from kernels.emulator import emulated, missing
+
+from mlx_qwen35 import load
+from mlx_qwen35.generate import generate
+from mlx_qwen35.kernels import add_norm, fused_delta, metal, norm_rotary
+from mlx_qwen35.kernels.gated_delta import DeltaState
+
+DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+LENGTHS = (1, 2, 17, 130)
+HEADS = (delta_cases.ODD, delta_cases.WHOLE)
+WIDTHS = (136, norm_cases.WHOLE)
+ATTENTION = (rotary_cases.ODD, rotary_cases.WHOLE)
+Run = Callable[[Callable[[], Any]], Any]  # evaluates what a function of no arguments gives, its kernels launched
+
+
+def on_the_gpu(function: Callable[[], Any]) -> Any:
+    outputs = function()
+    mx.eval(outputs)
+    return outputs
+
+
+def in_the_emulator(function: Callable[[], Any]) -> Any:
+    with mock.patch.object(metal, "available", lambda: True), emulated():
+        forget_verdicts()
+        try:
+            return on_the_gpu(function)
+        finally:
+            forget_verdicts()
+
+
+def forget_verdicts() -> None:
+    for module in (fused_delta, add_norm, norm_rotary):
+        module.verdict.cache_clear()
+
+
+def runs(names: str, on_a_mac: Iterable[tuple], here: Iterable[tuple]) -> pytest.MarkDecorator:
+    """Parametrizes a test by `run` and names: on a Mac all the first cases, in the emulator the others."""
+    off = pytest.mark.skipif(bool(missing()), reason=missing())
+    cases = [pytest.param(on_the_gpu, *case, marks=pytest.mark.metal) for case in on_a_mac]
+    cases += [pytest.param(in_the_emulator, *case, marks=off) for case in here]
+    return pytest.mark.parametrize(f"run, {names}", cases, ids=label)
+
+
+def label(value: Any) -> str | None:
+    """The part of a test's name that stands for a value; None leaves it to pytest."""
+    if isinstance(value, fused_delta.Heads | norm_rotary.Geometry):
+        return "4B" if value in (HEADS[1], ATTENTION[1]) else "small"
+    return str(value) if isinstance(value, mx.Dtype) else None
+
+
+def none(found: list[str]) -> None:
+    assert not found, found
+
+
+# --- the answers -----------------------------------------------------------------------------------------------------
+
+
+@runs("heads, dtype, T", itertools.product(HEADS, DTYPES, LENGTHS), [(HEADS[0], mx.float16, 17)])
+def test_gated_delta_gives_what_the_operations_give(run: Run, heads, dtype, T):
+    given, lengths = delta_cases.case(heads, T, dtype, B=2), [T, T // 2]
+    out, window, state = run(lambda: given.launch(lengths))
+    want, want_window, want_state = given.plain(lengths)
+    none(delta_cases.differences(out, want, state, want_state))
+    assert delta_cases.same([window], [want_window])
+
+
+@runs("heads, dtype, T", itertools.product(HEADS, DTYPES, LENGTHS[1:]), [(HEADS[0], mx.float16, 17)])
+def test_a_token_has_the_same_bits_among_others_and_alone(run: Run, heads, dtype, T):
+    given = delta_cases.case(heads, T, dtype)
+
+    def one_by_one() -> tuple[mx.array, ...]:
+        outputs, memory = [], given.memory
+        for t in range(T):
+            token = replace(given, projected=given.projected[:, t : t + 1], memory=memory)
+            out, *memory = token.launch()
+            outputs, memory = [*outputs, out], DeltaState(*memory)
+        return mx.concatenate(outputs, axis=1), *memory
+
+    assert delta_cases.same(run(one_by_one), run(given.launch))
+
+
+@runs("heads, T", itertools.product(HEADS, LENGTHS), [(HEADS[0], 2)])
+def test_memory_after_each_token_ends_in_that_of_the_whole(run: Run, heads, T):
+    given = delta_cases.case(heads, T, mx.float16)
+    out, windows, states = run(lambda: given.launch(snapshots=True))
+    assert delta_cases.same((out, windows[:, -1], states[:, -1]), run(given.launch))
+
+
+@runs("width, dtype, T", itertools.product(WIDTHS, DTYPES, LENGTHS), [(WIDTHS[0], mx.bfloat16, 17)])
+def test_sum_and_norm_equal_those_of_operations(run: Run, width, dtype, T):
+    given = norm_cases.case((2, T, width), dtype)
+    ours, want = run(lambda: add_norm.fused_add_norm(*given)), add_norm.plain_add_norm(*given)
+    none(norm_cases.differences(ours, want))
+    assert dtype == mx.float32 or norm_cases.unequal(ours, want) < 1e-2
+
+
+@runs("sizes, dtype, T", itertools.product(ATTENTION, DTYPES, LENGTHS), [(ATTENTION[0], mx.bfloat16, 17)])
+def test_queries_and_keys_equal_those_of_operations(run: Run, sizes, dtype, T):
+    given = rotary_cases.case(sizes, T, dtype, B=2)
+    ours, want = run(given.launch), given.plain()
+    none(rotary_cases.differences(ours, want, sizes.dims))
+    assert dtype == mx.float32 or rotary_cases.unequal(ours, want) < 1e-2
+
+
+# --- the choice ------------------------------------------------------------------------------------------------------
+
+VERDICTS = [
+    *((fused_delta.verdict, heads) for heads in HEADS),
+    *((add_norm.verdict, width) for width in WIDTHS),
+    *((norm_rotary.verdict, sizes) for sizes in ATTENTION),
+]  # small, 4B, small, 4B, small, 4B
+
+
+@runs("verdict, sizes, dtype", [(*v, d) for v in VERDICTS for d in DTYPES], [(*v, mx.float16) for v in VERDICTS[::2]])
+def test_each_kernel_passes_its_check_at_load_without_a_warning(run: Run, verdict, sizes, dtype):
+    forget_verdicts()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run(lambda: verdict(sizes, dtype)) is True
+
+
+@runs("T", [(T,) for T in LENGTHS], [(1,), (2,)])
+def test_no_threadgroup_has_more_threads_than_a_pipeline_may_have(run: Run, T):
+    launches = []
+
+    def spy(name: str, inputs, outputs, template, grid, threadgroup):
+        launches.append((name, threadgroup[0] * threadgroup[1] * threadgroup[2]))
+        return launch(name, inputs, outputs, template, grid, threadgroup)
+
+    launch = metal.launch
+    given = norm_cases.case((1, T, norm_cases.WHOLE), mx.float16)
+    with mock.patch.object(metal, "launch", spy):
+        for heads in (*HEADS, delta_cases.REAL, delta_cases.DIFFERENT):
+            run(delta_cases.case(heads, T, mx.float16).launch)
+        run(lambda: add_norm.fused_add_norm(*given))
+        run(rotary_cases.case(rotary_cases.WHOLE, T, mx.float16).launch)
+    assert [name for name, _ in launches] == ["gated_delta"] * 4 + ["add_norm", "norm_rotary"]
+    assert all(threads <= (512 if name == "gated_delta" else 1024) for name, threads in launches)
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+CLOSE = {mx.float32: 1e-4, mx.float16: 1e-2, mx.bfloat16: 8e-2}  # of logits, relative to the largest
+
+
+def nano(dtype: mx.Dtype, use: Callable[..., Any]) -> Callable[[], Any]:
+    """use(model, processor) of nano loaded in a dtype."""
+    return lambda: use(*load("nano", dtype=str(dtype).removeprefix("mlx.core.")))
+
+
+def both(run: Run, function: Callable[[], Any]) -> tuple[Any, Any]:
+    """What it gives with the kernels, of which each must have been launched beyond its check, and with operations."""
+    with mock.patch.object(metal, "launch", wraps=metal.launch) as launch:
+        fused = run(function)
+        launches = Counter(call.args[0] for call in launch.call_args_list)
+        assert all(launches[name] > 2 for name in ("gated_delta", "add_norm", "norm_rotary"))
+        launch.reset_mock()
+        with mock.patch.object(metal, "available", lambda: False):
+            plain = on_the_gpu(function)
+        launch.assert_not_called()
+    return fused, plain
+
+
+@runs("question", [("What is 34 + 58?",), ("Who are you?",)], [("What is 34 + 58?",)])
+def test_nano_generates_the_same_tokens_with_kernels_and_with_operations(run: Run, question):
+    def tokens(model, processor) -> list[int]:
+        return generate(model, processor, question, max_tokens=24, prefill_step_size=13).tokens
+
+    fused, plain = both(run, nano(mx.float32, tokens))
+    assert fused == plain and len(fused) > 3
+
+
+@runs("dtype", [(dtype,) for dtype in DTYPES], [(mx.float16,)])
+def test_logits_of_nano_are_close_with_kernels_and_with_operations(run: Run, dtype):
+    def logits(model, _) -> mx.array:
+        cache = model.make_cache(2)
+        prompt = model(mx.arange(2 * 21).reshape(2, 21) + 100, cache)
+        return mx.concatenate([prompt, model(mx.array([[7], [8]]), cache)], axis=1).astype(mx.float32)
+
+    fused, plain = both(run, nano(dtype, logits))
+    assert mx.abs(fused - plain).max().item() <= CLOSE[dtype] * mx.abs(plain).max().item()
