@@ -17,6 +17,7 @@ def convert(
     hf_path: str | Path,
     mlx_path: str | Path,
     *,
+    recipe: str | None = None,
     quantize: bool = False,
     q_bits: int | None = None,
     q_group_size: int | None = None,
@@ -31,12 +32,13 @@ def convert(
     hf_path: local folder or Hugging Face id; `revision` is a branch, tag or commit of the id.
     mlx_path: folder to write. It appears whole or not at all. A folder with content is refused, unless `overwrite`
     is given: then it must hold a checkpoint, which is replaced once the new one is complete.
-    quantize: pack matrices with mx.quantize. Those of the text model, embedding and head among them: q_mode is "affine"
+    recipe: "4bit" (the usual one), "5bit", "6bit", "8bit", "mxfp4", "nvfp4", "bf16" or "fp16", see recipes.py; or
+    quantize: pack all matrices of text model and draft head alike, embedding and head among them: q_mode is "affine"
     (default; 4 bits in groups of 64 unless q_bits and q_group_size say otherwise), "mxfp4", "mxfp8" or "nvfp4" (whose
-    bits and group size are fixed). The vision tower's matrices are packed too, whatever the text's mode and bits:
-    affine in q_vision_bits (2, 3, 4, 5, 6 or 8; default 8; 0 leaves the tower unquantized), in groups of 64 where that
-    divides their width, else of 32; a matrix that neither divides stays unquantized. So do the tower's patch and
-    position embeddings, norms and biases, and the draft head.
+    bits and group size are fixed). With either the vision tower's matrices are packed too, whatever the text's mode and
+    bits: affine in q_vision_bits (2, 3, 4, 5, 6 or 8; default 8; 0 leaves the tower unquantized), in groups of 64 where
+    that divides their width, else of 32; a matrix that neither divides stays unquantized. So do the tower's patch and
+    position embeddings, norms, convolutions and biases.
     dtype: "float16", "bfloat16" or "float32" for what is not packed; by default the one that config.json names. A_log
     stays float32, and other float32 vectors of the text model are kept exactly beside their rounded form.
 
@@ -50,6 +52,7 @@ def convert(
     check_apart(source, target)
     plan = make_plan(
         source,
+        recipe=recipe,
         quantize=quantize,
         bits=q_bits,
         group_size=q_group_size,

@@ -10,6 +10,7 @@ from mlx_qwen35.checkpoint import MODES, VISION, Checkpoint, is_matrix, open_che
 from mlx_qwen35.commands import as_command
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.plan import DTYPES
+from mlx_qwen35.convert.recipes import RECIPES
 
 COMMAND = "mlx_qwen35.convert"
 
@@ -22,7 +23,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--hf-path", required=True, help="local folder or Hugging Face id of the source")
     parser.add_argument("--mlx-path", required=True, help="folder to write; appears whole or not at all")
-    parser.add_argument("-q", "--quantize", action="store_true", help="quantize text model and vision tower")
+    uses = "; ".join(f"{name}: {recipe.use}" for name, recipe in RECIPES.items())
+    parser.add_argument("--recipe", choices=tuple(RECIPES), help=f"how everything is stored ({uses})")
+    parser.add_argument("-q", "--quantize", action="store_true", help="pack everything alike, by hand")
     parser.add_argument("--q-bits", type=int, help="bits per text weight (affine: 2, 3, 4, 5, 6 or 8; default 4)")
     parser.add_argument("--q-group-size", type=int, help="text weights per scale (affine: 32, 64 or 128; default 64)")
     parser.add_argument("--q-mode", choices=tuple(MODES), help="of the text model; default affine")

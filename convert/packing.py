@@ -1,26 +1,27 @@
-"""How each matrix is packed: the options, the rule for a tensor, and what config.json says of it."""
+"""How each tensor is stored: the options, the rule for a tensor, and what config.json says of it."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from mlx_qwen35.checkpoint import MODES, MTP, VISION, Quantization, is_matrix
+from mlx_qwen35.checkpoint import MODES, MTP, VISION, Quantization, hugging_face_name, is_matrix
+from mlx_qwen35.convert.recipes import RECIPES, Recipe
 from mlx_qwen35.errors import InputError
 
 _AFFINE = {"bits": 4, "group_size": 64}  # mlx-lm's defaults; each other mode offers one choice
-_VISION_BITS = 8
 _VISION_GROUPS = (64, 32)  # the first that divides a matrix's width is taken
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How a checkpoint is packed: the text model's matrices all alike, the vision tower's affine in `vision_bits`.
+    """How a checkpoint is packed: text model by `bulk` and its exceptions, draft head by `bulk`, tower affine.
 
-    vision_bits 0 leaves the tower unquantized.
+    exceptions: end of a weight's name -> how, None for unquantized. vision_bits 0 leaves the tower unquantized.
     """
 
-    text: Quantization
-    vision_bits: int
+    bulk: Quantization
+    exceptions: Mapping[str, Quantization | None] = field(default_factory=dict)
+    vision_bits: int = 8
 
     def __post_init__(self) -> None:
         offered = (0, *MODES["affine"]["bits"])
@@ -30,43 +31,92 @@ class Packing:
     def of(self, name: str, shape: tuple[int, ...]) -> Quantization | None:
         """How the tensor of this Hugging Face name is packed, None when it stays unquantized.
 
-        Text matrices that the group size does not divide are for the caller to refuse.
+        Matrices of text model and draft head that the group size does not divide are for the caller to refuse.
         """
-        if not is_matrix(name, shape) or name.startswith(MTP):
+        if not is_matrix(name, shape):
             return None
-        if not name.startswith(VISION):
-            return self.text
-        group_size = next((size for size in _VISION_GROUPS if shape[1] % size == 0), None)
-        return Quantization(group_size, self.vision_bits, "affine") if self.vision_bits and group_size else None
+        if name.startswith(VISION):
+            group_size = next((size for size in _VISION_GROUPS if shape[1] % size == 0), None)
+            return Quantization(group_size, self.vision_bits, "affine") if self.vision_bits and group_size else None
+        exceptions = {} if name.startswith(MTP) else self.exceptions
+        return next((how for end, how in exceptions.items() if name.endswith(end)), self.bulk)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the options for packing come to. packing: None when nothing is packed."""
+
+    recipe: Recipe | None
+    packing: Packing | None
+    dtype: str | None
 
 
 def read_options(
-    quantize: bool, bits: int | None, group_size: int | None, mode: str | None, vision_bits: int | None
-) -> Packing | None:
-    """The packing that the options ask for, with the defaults of those not given; None when nothing is packed."""
-    given = {"--q-bits": bits, "--q-group-size": group_size, "--q-mode": mode, "--q-vision-bits": vision_bits}
+    recipe: str | None = None,
+    quantize: bool = False,
+    bits: int | None = None,
+    group_size: int | None = None,
+    mode: str | None = None,
+    vision_bits: int | None = None,
+    dtype: str | None = None,
+) -> Options:
+    """A recipe, a packing by hand, or nothing packed, with the defaults of what is not given."""
+    by_hand = {"--q-bits": bits, "--q-group-size": group_size, "--q-mode": mode}
+    given = [f"{option} {value}" for option, value in by_hand.items() if value is not None]
+    if recipe is not None:
+        return _by_recipe(recipe, (["--quantize"] if quantize else []) + given, vision_bits, dtype)
     if not quantize:
-        if idle := [f"{option} {value}" for option, value in given.items() if value is not None]:
-            raise InputError(f"{', '.join(idle)} has no effect without --quantize; add -q or leave it out")
-        return None
+        given += [f"--q-vision-bits {vision_bits}"] if vision_bits is not None else []
+        if given:
+            raise InputError(f"{', '.join(given)} has no effect without --quantize; add -q or leave it out")
+        return Options(None, None, dtype)
     mode = mode or "affine"
     default = _AFFINE if mode == "affine" else {name: offered[0] for name, offered in MODES.get(mode, {}).items()}
-    given = {"bits": bits, "group_size": group_size}
-    text = Quantization(mode=mode, **(_AFFINE | default | {k: v for k, v in given.items() if v is not None}))
-    return Packing(text, _VISION_BITS if vision_bits is None else vision_bits)
+    sizes = {"bits": bits, "group_size": group_size}
+    bulk = Quantization(mode=mode, **(_AFFINE | default | {k: v for k, v in sizes.items() if v is not None}))
+    return Options(None, Packing(bulk, vision_bits=8 if vision_bits is None else vision_bits), dtype)
+
+
+def _by_recipe(name: str, given: list[str], vision_bits: int | None, dtype: str | None) -> Options:
+    if name not in RECIPES:
+        raise InputError(f"--recipe must be one of {', '.join(RECIPES)}, got {name!r}")
+    if given:
+        raise InputError(
+            f"--recipe {name} says how everything is packed; {', '.join(given)} must not be given with it. Choose one"
+        )
+    recipe = RECIPES[name]
+    if recipe.bulk is None:
+        if vision_bits is not None:
+            raise InputError(f"--q-vision-bits has no effect with --recipe {name}, which packs nothing; leave it out")
+        if dtype not in (None, recipe.dtype):
+            raise InputError(f"--recipe {name} stores {recipe.dtype}; --dtype {dtype} contradicts it. Choose one")
+        return Options(recipe, None, recipe.dtype)
+    if vision_bits is not None:
+        recipe = replace(recipe, vision_bits=vision_bits)
+    return Options(recipe, Packing(recipe.bulk, recipe.exceptions, recipe.vision_bits), dtype)
 
 
 def config_entry(packing: Packing, packed: Mapping[str, Quantization]) -> dict[str, Any]:
-    """The `quantization` of config.json, as mlx-lm and mlx-vlm read it: the text's, and each of the vision tower's.
+    """The `quantization` of config.json, as mlx-lm and mlx-vlm read it: the bulk's, and that of each other matrix.
 
-    packed: Hugging Face name of a weight -> how it is packed. The tower's modules have mlx-vlm's names.
+    packed: Hugging Face name of a weight -> how it is packed. Modules have the names of those programs.
     """
-    tower = {
-        "vision_tower." + name.removeprefix(VISION).removesuffix(".weight"): asdict(how)
+    others = {
+        peer_module(name): asdict(how)
         for name, how in packed.items()
-        if name.startswith(VISION)
+        if how != packing.bulk or name.startswith(VISION)  # mlx-vlm leaves a tower alone that is not named
     }
-    return asdict(packing.text) | tower
+    return asdict(packing.bulk) | others
+
+
+def peer_module(name: str) -> str:
+    """The module that mlx-lm and mlx-vlm make of a weight of this Hugging Face name."""
+    module = hugging_face_name(name).removesuffix(".weight")
+    if name.startswith(VISION):
+        return "vision_tower." + module.removeprefix(VISION)
+    if module.startswith("model.language_model."):
+        return "language_model.model." + module.removeprefix("model.language_model.")
+    return f"language_model.{module}"
 
 
 def brief(entry: Any) -> Any:

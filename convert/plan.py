@@ -102,6 +102,7 @@ class Plan:
 def make_plan(
     folder: Path,
     *,
+    recipe: str | None = None,
     quantize: bool = False,
     bits: int | None = None,
     group_size: int | None = None,
@@ -114,7 +115,8 @@ def make_plan(
 
     Options are those of `convert`. Raises InputError when the folder or the options break a rule.
     """
-    packing = read_options(quantize, bits, group_size, mode, vision_bits)
+    options = read_options(recipe, quantize, bits, group_size, mode, vision_bits, dtype)
+    packing, dtype = options.packing, options.dtype
     checkpoint = _open_raw(folder)
     if vision_bits is not None and not checkpoint.has(VISION):
         raise InputError(
