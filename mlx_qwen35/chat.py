@@ -12,6 +12,7 @@ from mlx_qwen35.commands import (
     add_vision_options,
     as_command,
     given_options,
+    load_options,
     print_media,
     print_pieces,
     prompt_bar,
@@ -126,7 +127,7 @@ def main() -> None:
     args = parser().parse_args()
     with as_command(COMMAND):
         name, options = require_model(args), given_options(args)
-        model, processor = load(name, revision=args.revision, dtype=args.dtype, keep_vision=args.keep_vision)
+        model, processor = load(name, **load_options(args), keep_vision=args.keep_vision)
         if sys.stdin.isatty():
             import readline  # noqa: F401  line editing and history for input()
 

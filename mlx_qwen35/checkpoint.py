@@ -6,7 +6,7 @@ Everything here works from the safetensors headers; no tensor is read before it 
 import json
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -18,6 +18,7 @@ TEXT, VISION, MTP = "model.language_model.", "model.visual.", "mtp."
 # Our converter rounds a float32 tensor in place, where other programs read it, and keeps the exact one under this
 # prefix, which they pass over (everything named mtp.* is dropped by transformers, mlx-lm and mlx-vlm alike).
 EXACT = "mtp.float32."
+BLOCK_SCALES = "_scale_inv"  # after the name of an FP8 weight: one factor for each block of it
 
 DTYPE_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
@@ -255,9 +256,9 @@ class Quantization:
 class Checkpoint:
     """A folder whose headers were read and found whole: every tensor there, of the right shape, in a known layout.
 
-    `entries` is keyed by Hugging Face names; `exact` holds the float32 originals of some of them. `raw` says that
-    conv1d is [C, 1, K] and norm weights are gamma - 1, as Hugging Face stores them; otherwise an MLX program moved the
-    axis and added the one.
+    `entries` is keyed by Hugging Face names; `exact` holds the float32 originals of some of them, `block_scales` the
+    factors of FP8 weights. `raw` says that conv1d is [C, 1, K] and norm weights are gamma - 1, as Hugging Face stores
+    them; otherwise an MLX program moved the axis and added the one.
     """
 
     folder: Path
@@ -265,6 +266,7 @@ class Checkpoint:
     entries: Mapping[str, Entry]
     exact: Mapping[str, Entry]
     raw: bool
+    block_scales: Mapping[str, Entry] = field(default_factory=dict)
 
     @cached_property
     def _quantization(self) -> dict[str, Quantization]:
@@ -307,10 +309,11 @@ class Checkpoint:
         return sum(entry.nbytes for name, entry in self.entries.items() if name.startswith(prefixes))
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, *, fp8: bool = False) -> Checkpoint:
     """Read config and headers of a checkpoint folder and check them against each other; no weights are read.
 
-    Raises InputError that lists what is missing, unexpected or misshapen, or says which rule the folder breaks.
+    fp8: accept FP8 weights with block scales, which can only be converted. Raises InputError that lists what is
+    missing, unexpected or misshapen, or says which rule the folder breaks.
     """
     if not folder.is_dir():
         raise InputError(f"a checkpoint must be a folder, a Hugging Face id or 'nano'; there is no folder {folder}")
@@ -330,7 +333,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise InputError(
             f"{folder}: {EXACT}* must repeat tensors of the folder in float32; these do not: {_shorten(stray)}"
         )
-    checkpoint = Checkpoint(folder, config, entries, exact, _is_raw(folder, config, entries))
+    scales = {name: entries.pop(name) for name in list(entries) if name.endswith(BLOCK_SCALES)}
+    if scales and not fp8:
+        raise InputError(
+            f"{folder} holds FP8 weights with block scales, which MLX does not compute with. Convert it first: "
+            f"mlx_qwen35.convert --hf-path {folder} --mlx-path OUT"
+        )
+    scales = {name.removesuffix(BLOCK_SCALES): entry for name, entry in scales.items()}
+    checkpoint = Checkpoint(folder, config, entries, exact, _is_raw(folder, config, entries), scales)
     _check_tensors(checkpoint)
     return checkpoint
 

@@ -5,6 +5,7 @@ at a time (generate/loop.py), so a command buffer holds at most one layer, and w
 of two. Both are estimated here, from the launches of a layer and the speed of the chip.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,13 +14,12 @@ import mlx.core as mx
 from mlx_qwen35.config import FULL, LINEAR, TextConfig
 from mlx_qwen35.kernels.attention import attention_way, score_bytes, tile_rows
 from mlx_qwen35.machine import Chip, CommandBuffers, command_buffers, this_chip
-from mlx_qwen35.memory import usable_bytes
+from mlx_qwen35.memory import reading_room, usable_bytes
 
 LENGTHS = (1024, 512, 256, 128, 64, 32)  # longer ones gain nothing: the weights are read once for 1,024 tokens as it is
 SUBMISSION_SECONDS = 1.0  # most that a command buffer may take by the estimate
 SUSTAINED = 0.4  # of a chip's peak operations, and of its bandwidth: prompts of 4B models are read at 0.5 to 0.7
 LAYERS_IN_FLIGHT = 2  # handed over and not yet finished
-MEMORY_SHARE = 25  # reading takes at most one part in so many of the memory for a model
 
 
 class Launch(NamedTuple):
@@ -131,14 +131,25 @@ def chunk_length(
 ) -> int:
     """How many tokens to read at a time, up to a context of S: the most of LENGTHS that suit memory and GPU.
 
+    Not S alone must suit but all that comes before it, where MLX may end command buffers later, or write scores out
+    that it does not at S. So it is never more for a longer context.
+
     room: bytes that reading may take. itemsize, way: as for reading_bytes. chip, buffers: of a Mac; None where no
     watchdog looks on.
     """
-    for T in LENGTHS:
+
+    def suits(T: int, S: int) -> bool:
         fits = reading_bytes(config, T, S, itemsize, way) <= room
-        if fits and (chip is None or longest_submission(config, T, S, chip, buffers) <= SUBMISSION_SECONDS):
-            return T
-    return LENGTHS[-1]
+        return fits and (chip is None or longest_submission(config, T, S, chip, buffers) <= SUBMISSION_SECONDS)
+
+    contexts = contexts_up_to(S)
+    return next((T for T in LENGTHS if all(suits(T, context) for context in contexts)), LENGTHS[-1])
+
+
+def contexts_up_to(S: int) -> list[int]:
+    """From the longest chunk to S or a little more, each a fifth longer than the one before; the same for every S."""
+    steps = max(0, math.ceil(4 * math.log2(S / LENGTHS[0])))
+    return [round(LENGTHS[0] * 2 ** (step / 4)) for step in range(steps + 1)]
 
 
 def suitable_chunk(config: TextConfig, dtype: mx.Dtype, S: int, batch: int = 1) -> int:
@@ -147,7 +158,7 @@ def suitable_chunk(config: TextConfig, dtype: mx.Dtype, S: int, batch: int = 1) 
     Rows share the tokens of a submission: two rows of 512 take what one of 1,024 does.
     """
     limit, on_cpu = usable_bytes(), mx.default_device() == mx.cpu
-    room = min(limit / MEMORY_SHARE, max(0, limit - mx.get_active_memory()))
+    room = min(reading_room(limit), max(0, limit - mx.get_active_memory()))
     chip = None if on_cpu else this_chip()
     buffers = command_buffers(chip) if chip else None
     way = attention_way(config.head_dim, dtype)

@@ -31,6 +31,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="of activations and unpacked weights (default: the checkpoint's on a GPU, but float16 for bfloat16 on M1 "
         "and M2; float32 on a CPU)",
     )
+    group.add_argument(
+        "--memory-limit",
+        type=float,
+        metavar="GB",
+        help="memory that the model may take, in GB (10^9 bytes; default: what suits the machine)",
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -100,6 +106,11 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in GENERATION_OPTIONS if getattr(args, name) is not None}
 
 
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the options of add_model_options say to load()."""
+    return {"revision": args.revision, "dtype": args.dtype, "memory_limit": args.memory_limit}
+
+
 def require_model(args: argparse.Namespace) -> str:
     if not args.model:
         raise InputError(f"--model must be given: {CHOICES}. To try at once: --model nano")
@@ -107,13 +118,14 @@ def require_model(args: argparse.Namespace) -> str:
 
 
 @contextmanager
-def as_command(name: str) -> Iterator[None]:
-    """What a command runs in: settings of MLX that suit the machine, and messages in place of tracebacks.
+def as_command(name: str, tuned: bool = True) -> Iterator[None]:
+    """What a command runs in: settings of MLX that suit the machine, if `tuned`, and messages in place of tracebacks.
 
     What the user can mend is printed in one message, and ends with 2; a warning is printed and ends nothing. Ctrl-C and
     a reader that left end in silence.
     """
-    tune()
+    if tuned:
+        tune()
     try:
         with _clean_warnings(name):
             yield

@@ -4,10 +4,13 @@ float16 has more digits than bfloat16 and a smaller range: above 65,504 it has i
 digits, below 3e-8 nothing. M1 and M2 compute in it natively and not in bfloat16.
 """
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 
 import mlx.core as mx
+
+from mlx_qwen35.errors import InputError
 
 LARGEST = 65504.0
 # Rounding to float16 is at most 2**-25 off below its normal range, rounding to bfloat16 at most 2**-9 of the value.
@@ -25,8 +28,10 @@ def unfit(arrays: Iterable[tuple[str, mx.array]]) -> dict[str, str]:
     for name, array in arrays:
         high, low = array.max(-1), array.min(-1)
         largest = mx.maximum(high, -low).astype(mx.float32)
-        top, vanishing = largest.max().item(), ((largest > 0) & (largest < SMALLEST)).sum().item()
-        if not top <= LARGEST:  # NaN too
+        top, vanishing = largest.max().item(), int(((largest > 0) & (largest < SMALLEST)).sum().item())
+        if not math.isfinite(top):
+            raise InputError(f"weights must be finite; {name} holds NaN or infinity. Download or convert it again")
+        if top > LARGEST:
             found[name] = f"holds {top:.3g}"
         elif vanishing:
             found[name] = f"{vanishing} of {largest.size} rows are below {SMALLEST:.1e}"
@@ -38,7 +43,7 @@ def tell(found: Mapping[str, str], most: int = 8) -> None:
     named = "; ".join(f"{name} ({why})" for name, why in list(found.items())[:most])
     more = f"; and {len(found) - most} more" if len(found) > most else ""
     warnings.warn(
-        f"{len(found)} tensors stay in float32, for float16 cannot hold them: {named}{more}. "
+        f"{len(found)} tensor{'s'[: len(found) > 1]} kept in float32, for float16 cannot hold them: {named}{more}. "
         "With --dtype bfloat16 nothing is kept apart",
         RuntimeWarning,
         stacklevel=2,

@@ -51,7 +51,12 @@ class Joined(nn.Module):
 
     def whole(self, x: mx.array) -> list[mx.array]:
         """The products as they come, each with the outputs of several maps side by side."""
-        return [product(x) for product in self.products]
+        products: list[mx.array] = []
+        for product in self.products:
+            if products and mx.default_device() == mx.cpu:  # else the CPU unpacks the matrices of all before the first
+                x = mx.depends(x, products[-1:])
+            products.append(product(x))
+        return products
 
     def split(self, products: Sequence[mx.array]) -> list[mx.array]:
         whole = len(self.products) == len(self.places)  # then there is nothing to cut

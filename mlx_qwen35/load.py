@@ -7,7 +7,6 @@ import mlx.core as mx
 
 from mlx_qwen35 import half
 from mlx_qwen35.checkpoint import (
-    DTYPE_BYTES,
     TEXT,
     VISION,
     Checkpoint,
@@ -20,7 +19,8 @@ from mlx_qwen35.engaged import engaged, tell_unfit
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.hub import resolve
 from mlx_qwen35.machine import this_chip
-from mlx_qwen35.memory import check_fits, check_tower_fits
+from mlx_qwen35.memory import limit_memory, set_limits
+from mlx_qwen35.memory_plan import check_model_fits, check_tower_fits, loaded_bytes, takes_dtype
 from mlx_qwen35.model import Model
 from mlx_qwen35.processor import Processor
 from mlx_qwen35.vision import Tower, Vision
@@ -31,7 +31,12 @@ _STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def load(
-    model: str | Path, *, revision: str | None = None, dtype: str | None = None, keep_vision: bool = False
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    keep_vision: bool = False,
+    memory_limit: float | None = None,
 ) -> tuple[Model, Processor]:
     """Load a checkpoint and return the model and the processor that turns messages to tokens and tokens to text.
 
@@ -43,9 +48,12 @@ def load(
             the CPU, where MLX's half types are 10 to 40 times slower.
         keep_vision: the vision tower is read when the first image comes and given back once a prompt's images are
             encoded; True keeps it in memory from then on.
+        memory_limit: GB (10^9 bytes) that models may take in this process; None is what suits the machine. What does
+            not fit is refused before it is read, and a model reads its prompts in smaller chunks.
 
     Raises InputError when the checkpoint cannot be found, is broken, or does not fit into this machine's memory.
     """
+    limit_memory(memory_limit)
     folder = resolve(model, revision)
     checkpoint = open_checkpoint(folder)
     processor = Processor.from_folder(folder, checkpoint.config, has_tower(checkpoint))
@@ -96,8 +104,8 @@ def _stored_float(dtype: str, name: str) -> str:
 def load_model(checkpoint: Checkpoint, dtype: mx.Dtype, name: str) -> Model:
     """Read the text tensors and build the model; those of the vision tower stay on disk until an image comes."""
     names = [stored for stored, _ in checkpoint.part(text_shapes(checkpoint.config.text))]
-    convertible = checkpoint.raw and not checkpoint.config.quantization
-    check_fits(name, loaded_bytes(checkpoint, names, dtype), convertible)
+    check_model_fits(checkpoint, dtype, name)
+    set_limits()
     config = checkpoint.config.text
     weights = _weights(checkpoint, names, dtype)
     model = Model(config, weights)
@@ -117,7 +125,7 @@ def load_tower(checkpoint: Checkpoint, dtype: mx.Dtype) -> Tower:
     """Read the vision tensors and build the tower. InputError when they do not fit beside what is in memory."""
     config = checkpoint.config.vision
     names = [stored for stored, _ in checkpoint.part(vision_shapes(config))]
-    check_tower_fits(loaded_bytes(checkpoint, names, dtype))
+    check_tower_fits(checkpoint.config.text, dtype, loaded_bytes(checkpoint, names, dtype))
     weights = _weights(checkpoint, names, dtype)
     tower = Tower(config, weights)
     weights.arrays.clear()
@@ -128,33 +136,18 @@ def load_tower(checkpoint: Checkpoint, dtype: mx.Dtype) -> Tower:
     return tower.eval()
 
 
-def loaded_bytes(checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype) -> int:
-    """Bytes of these weights in memory: packed ones as on disk, the rest in `dtype`."""
-    total = 0
-    for name in names:
-        entry = checkpoint.entries[name]
-        integer = entry.dtype.startswith("U")
-        total += entry.nbytes if integer else entry.nbytes // DTYPE_BYTES[entry.dtype] * dtype.size
-    return total
-
-
 def _weights(checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype) -> Weights:
     """The tensors of these names, still on disk, with those that float16 cannot hold marked to stay in float32."""
     _check_finite(checkpoint, _lazy_arrays(checkpoint, names))
     kept: dict[str, str] = {}
     if dtype == mx.float16:
-        cast = [name for name in names if checkpoint.entries[name].dtype in ("BF16", "F32") and _takes_dtype(name)]
+        cast = [name for name in names if checkpoint.entries[name].dtype in ("BF16", "F32") and takes_dtype(name)]
         # Each array is read, looked at and let go: with those that are computed with, all would stay.
         kept = half.unfit((name, _lazy_arrays(checkpoint, [name])[name]) for name in cast)
         if kept:
             half.tell(kept)
     arrays = _lazy_arrays(checkpoint, names)
     return Weights(arrays, checkpoint.quantization, dtype, checkpoint.config.text.rms_norm_eps, kept)
-
-
-def _takes_dtype(name: str) -> bool:
-    """Whether a tensor is cast to the model's dtype: matrices are, norms, convolutions and gates are float32 anyway."""
-    return not name.endswith(("norm.weight", "layernorm.weight", "conv1d.weight", "A_log", "dt_bias"))
 
 
 def _lazy_arrays(checkpoint: Checkpoint, names: list[str]) -> dict[str, mx.array]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 _PEAK = {1: 2.3e12, 2: 2.9e12, 3: 2.8e12, 4: 3.4e12}  # operations a second of the plain chip of a generation
-_TIMES = {"": 1, "Pro": 2, "Max": 3.4, "Ultra": 6.8}  # and of the larger ones, as many times that
+_TIMES = {"": 1, "Pro": 1.75, "Max": 3.4, "Ultra": 6.8}  # and of the larger ones, as many times that
 _BANDWIDTH = {"": 68e9, "Pro": 150e9, "Max": 300e9, "Ultra": 800e9}  # bytes a second
 TUNED_UP_TO = 4  # generations for which larger command buffers were published to pay
 _NATIVE_BFLOAT16 = 3  # from this generation on

@@ -6,44 +6,50 @@ import mlx.core as mx
 
 from mlx_qwen35.errors import InputError
 
-RESERVE = 0.4e9  # bytes for activations, a short context and MLX's own buffers
+_limit: int | None = None  # set by hand
+
+
+def limit_memory(gigabytes: float | None) -> None:
+    """Let a model take so many GB (10^9 bytes), whatever the machine has; None: as much as suits the machine."""
+    global _limit
+    if gigabytes is not None and not 0 < gigabytes < float("inf"):
+        raise InputError(f"memory_limit must be a number of GB above 0, got {gigabytes}")
+    _limit = None if gigabytes is None else int(gigabytes * 1e9)
 
 
 def usable_bytes() -> int:
-    """What a model may take: on a Mac the GPU's recommended working set, elsewhere the machine's memory."""
+    """What a model may take: as set by hand, else on a Mac the GPU's recommended working set, else all memory."""
+    if _limit is not None:
+        return _limit
     if mx.metal.is_available():
         return int(mx.device_info(mx.gpu)["max_recommended_working_set_size"])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def check_fits(name: str, weight_bytes: int, convertible: bool) -> None:
-    """Refuse a model whose weights leave no room on this machine, before anything is read.
+# Bytes that reading a prompt may take at a time, and half as much for the buffers that MLX keeps for reuse, with up to
+# so much usable memory. A Mac with 8 GB has 5.7e9 usable bytes, one with 16 GB 11.5e9.
+_READING = ((6e9, 80e6), (12e9, 200e6), (float("inf"), 400e6))
 
-    convertible: whether our converter can make it smaller, which is then the advice.
+
+def reading_room(limit: float) -> int:
+    """Bytes that reading a prompt may take on top of weights and caches, where a model may take `limit`."""
+    return int(next(room for most, room in _READING if limit <= most))
+
+
+def buffer_bytes(limit: float) -> int:
+    """Bytes of freed buffers that MLX may keep."""
+    return reading_room(limit) // 2
+
+
+def set_limits() -> None:
+    """Tell MLX how many freed buffers to keep, and from where on to wait before it allocates.
+
+    The wired limit is never raised: that has ended in kernel panics.
     """
     limit = usable_bytes()
-    if weight_bytes + RESERVE <= limit:
-        return
-    if not convertible:
-        raise InputError(
-            f"{name} needs {weight_bytes / 1e9:.1f} GB for its text weights, this machine has {limit / 1e9:.1f} GB for "
-            "a model. Choose a folder with fewer bits, or a smaller model of the family"
-        )
-    raise InputError(
-        f"{name} needs {weight_bytes / 1e9:.1f} GB for its text weights, this machine has {limit / 1e9:.1f} GB for "
-        f"a model. Convert it to 4 bit, about 3.5 times smaller:\n"
-        f"  mlx_qwen35.convert --hf-path {name} --mlx-path {name.rstrip('/').split('/')[-1]}-4bit -q --q-bits 4"
-    )
-
-
-def check_tower_fits(tower_bytes: int) -> None:
-    """Refuse to load the vision tower where it leaves no room beside the model, before anything is read."""
-    limit, used = usable_bytes(), mx.get_active_memory()
-    if used + tower_bytes + RESERVE > limit:
-        raise InputError(
-            f"the vision tower needs {tower_bytes / 1e9:.1f} GB; this machine has {limit / 1e9:.1f} GB for a model, of "
-            f"which {used / 1e9:.1f} GB are in use. Choose a folder with fewer bits, or shorten the conversation"
-        )
+    mx.set_cache_limit(buffer_bytes(limit))
+    if _limit is not None or mx.metal.is_available():
+        mx.set_memory_limit(limit)
 
 
 def check_encoding_fits(kind: str, size: str, working_bytes: int) -> None:
@@ -51,15 +57,15 @@ def check_encoding_fits(kind: str, size: str, working_bytes: int) -> None:
     limit, used = usable_bytes(), mx.get_active_memory()
     if used + working_bytes > limit:
         raise InputError(
-            f"to be encoded, this {kind} ({size}) needs {working_bytes / 1e9:.1f} GB; the machine has "
-            f"{limit / 1e9:.1f} GB for a model, of which {used / 1e9:.1f} GB are in use. Lower "
+            f"to be encoded, this {kind} ({size}) needs {working_bytes / 1e9:.1f} GB; a model may take "
+            f"{limit / 1e9:.1f} GB, of which {used / 1e9:.1f} GB are in use. Lower "
             + {"image": "max_pixels", "video": "video_total_pixels"}[kind]
         )
 
 
 # Up to this much usable memory, an image gets at most so many pixels, and a clip so many in all its frames: what a
-# prompt's tokens cost in KV cache and in time grows with them. A Mac with 8 GB has 5.7e9 usable bytes, one with 16 GB
-# 11.5e9. With more memory the checkpoint's published limits hold (16.8 million, and 25.2 million for a clip).
+# prompt's tokens cost in KV cache and in time grows with them. With more memory the checkpoint's published limits hold
+# (16.8 million, and 25.2 million for a clip).
 _PIXELS = ((6e9, 1 << 20, 6 << 20), (12e9, 4 << 20, 12 << 20))
 
 

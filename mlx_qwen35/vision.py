@@ -8,14 +8,13 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_qwen35.config import VisionConfig
-from mlx_qwen35.kernels.attention import attention
+from mlx_qwen35.kernels.attention import attention, attention_way, score_bytes
 from mlx_qwen35.kernels.exponential import sigmoid
 from mlx_qwen35.kernels.norm_rotary import rotate
 from mlx_qwen35.memory import check_encoding_fits
 from mlx_qwen35.preprocess import Media
 
 SLICE = 1024  # patches that are computed with at a time: frames of a clip, or a part of a larger image
-SLICE_BYTES = 250_000_000  # what goes on within it, at the widths of the family
 EPS = 1e-6  # of the layer norms: a constant of the architecture, as is the base of the rotary embedding
 THETA = 10_000.0
 
@@ -28,7 +27,7 @@ class LayerNorm(nn.Module):
         self.weight, self.bias = weights.vector(f"{name}.weight"), weights.vector(f"{name}.bias")
 
     def __call__(self, x: mx.array) -> mx.array:
-        return mx.fast.layer_norm(x, self.weight, self.bias, EPS)
+        return mx.fast.layer_norm(x, self.weight, self.bias, EPS).astype(x.dtype)  # float32 where weights were kept so
 
 
 class Attention(nn.Module):
@@ -135,7 +134,8 @@ class Tower(nn.Module):
         than that is cut into tiles: only its keys, queries and values, and what the blocks pass on, are there whole.
         """
         count = math.prod(media.grid[1:])
-        check_encoding_fits(media.kind, str(media), working_bytes(self.config, self.dtype, count))
+        way = attention_way(self.config.hidden_size // self.config.num_heads, self.dtype)
+        check_encoding_fits(media.kind, str(media), working_bytes(self.config, self.dtype, count, way))
         out = mx.zeros((media.tokens, self.config.out_hidden_size), self.dtype)
         step, at = max(1, SLICE // count), 0
         for first in range(0, media.grid[0], step):
@@ -181,12 +181,17 @@ class Tower(nn.Module):
         return mx.cos(angles), mx.sin(angles)
 
 
-def working_bytes(config: VisionConfig, dtype: mx.Dtype, patches: int) -> int:
+def working_bytes(config: VisionConfig, dtype: mx.Dtype, patches: int, way: str) -> int:
     """The stated budget: what encoding frames of so many patches may take beside weights and embeddings.
 
-    Ten times the patches' hidden states, of which queries, keys and values are most, and SLICE_BYTES for a slice.
+    Ten times the patches' hidden states, of which queries, keys and values are most, and for a slice of them six times
+    what goes through the MLP, and the scores. On the CPU packed matrices are unpacked besides. way: see attention_way.
     """
-    return 10 * max(patches, SLICE) * config.hidden_size * dtype.size + SLICE_BYTES
+    heads, most = config.num_heads, max(patches, SLICE)
+    scores = score_bytes((1, heads, SLICE, config.hidden_size // heads), patches, dtype.size, way)
+    within = 6 * SLICE * config.intermediate_size * dtype.size
+    unpacked = 4 * 4 * config.hidden_size * config.intermediate_size if way == "cpu" else 0
+    return 10 * most * config.hidden_size * dtype.size + within + scores + unpacked
 
 
 def squares_order(height: int, width: int, merge: int) -> np.ndarray:

@@ -40,7 +40,8 @@ class Weights:
         return self.arrays[self.prefix + name].astype(mx.float32)
 
     def vector(self, name: str) -> mx.array:
-        return self.arrays[self.prefix + name].astype(self.dtype)
+        path = self.prefix + name
+        return self.arrays[path].astype(mx.float32 if path in self.kept else self.dtype)
 
     def norm(self, name: str) -> RMSNorm:
         """A zero-centred norm: the one is added here, in float32."""

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from parity import cases
 
+from mlx_qwen35 import memory
 from mlx_qwen35.checkpoint import open_checkpoint
 from mlx_qwen35.load import load_model
 from mlx_qwen35.model import Model
@@ -122,6 +123,13 @@ def text_model(checkpoint_folder: Callable[..., Path]) -> Callable[..., Model]:
         return loaded[key]
 
     return model
+
+
+@pytest.fixture
+def memory_limit() -> Iterator[Callable[[float], None]]:
+    """Sets the bytes that a model may take, until the test ends."""
+    yield lambda nbytes: memory.limit_memory(nbytes / 1e9)
+    memory.limit_memory(None)
 
 
 # --- parity with transformers ----------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def error(a: mx.array, b: np.ndarray) -> float:
 @pytest.mark.parametrize(("H", "Hk", "T", "S", "D"), [(6, 2, 33, 33, 24), (5, 5, 40, 95, 16), (4, 1, 17, 60, 72)])
 @pytest.mark.parametrize("mask", [None, "causal", "given"])
 def test_tiles_of_any_size_equal_the_definition(monkeypatch, rows, H, Hk, T, S, D, mask):
-    monkeypatch.setattr(kernel, "tile_rows", lambda *_: rows)
+    monkeypatch.setattr(kernel, "cpu_tile_rows", lambda *_: rows)
     q, k, v = inputs(H, Hk, T, S, D)
     visible = np.tril(np.ones((T, S), bool), S - T)
     if mask == "given":
@@ -56,8 +56,8 @@ def test_few_queries_and_many_take_ways_that_agree(T):
 def test_a_tile_keeps_to_its_budget(H, D, S):
     shape = (1, H, 4096, D)
     row = 4 * H * S
-    assert kernel.tile_rows(shape, S, on_cpu=True) * row <= max(kernel.CPU_SCORE_BYTES, row)
-    rows = kernel.tile_rows(shape, S, on_cpu=False)
+    assert kernel.cpu_tile_rows(shape, S) * row <= max(kernel.CPU_SCORE_BYTES, row)
+    rows = kernel.tile_rows(shape, S, fused=False)
     if D in kernel.FUSED_HEAD_DIMS:
         assert rows * row * D <= max(kernel.LAUNCH_FLOPS, row * D)
     else:
@@ -79,3 +79,150 @@ def test_tiles_are_computed_one_after_the_other(monkeypatch):
     mx.eval(q, k, v)
     whole = 4 * 2 * 4 * 1024 * 2048  # bytes of all scores
     assert peak(whole // 64) < whole / 4
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Attention believes that it has a GPU. The calls of MLX's own: queries, keys, and whether it was forced."""
+    calls = []
+    attend = mx.fast.scaled_dot_product_attention
+
+    def recorded(q, k, v, *, scale, mask=None, force_fused=False):
+        calls.append((q.shape[2], k.shape[2], force_fused))
+        return attend(q, k, v, scale=scale, mask=mask)
+
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", recorded)
+    return calls
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Budgets in proportion to the arrays of these tests."""
+    monkeypatch.setattr(kernel, "SCORE_BYTES", 64 << 10)
+    monkeypatch.setattr(kernel, "LAUNCH_FLOPS", 2e8)
+
+
+GPU_CASES = [  # H, T, S, D; one batch row: are scores many?
+    (4, 100, 100, 256, True), (4, 64, 64, 256, False), (4, 65, 64, 256, True), (4, 9, 5000, 256, True),
+    (4, 8, 5000, 256, False), (4, 1, 9000, 256, False), (4, 300, 400, 128, False), (4, 300, 400, 64, False),
+    (4, 300, 400, 72, True), (16, 100, 2000, 256, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("holds", [True, False])
+@pytest.mark.parametrize(("H", "T", "S", "D", "many"), GPU_CASES)
+def test_scores_that_would_be_many_are_not_written_where_mlx_has_a_kernel(
+    on_a_gpu, small, monkeypatch, H, T, S, D, many, holds
+):
+    monkeypatch.setattr(kernel, "fused_verdict", lambda *_: holds)
+    q, k, v = (x[:1] for x in inputs(H, 2, T, S, D))
+    kernel.attention(q, k, v, D**-0.5, "causal" if 1 < T <= S else None)
+    assert sum(rows for rows, _, _ in on_a_gpu) == T
+    for rows, seen, forced in on_a_gpu:
+        assert forced == (holds and many and rows > kernel.FEW_QUERIES)
+        written = not forced and rows > kernel.FEW_QUERIES and D not in kernel.FUSED_HEAD_DIMS
+        if written:
+            assert 4 * H * rows * seen <= max(kernel.SCORE_BYTES, 4 * H * kernel.LEAST_ROWS * S)
+        elif rows > 1:
+            assert 4 * H * rows * seen * D <= kernel.LAUNCH_FLOPS
+
+
+@pytest.mark.parametrize("holds", [True, False])
+@pytest.mark.parametrize(("H", "D"), [(4, 256), (5, 72), (6, 64)])
+@pytest.mark.parametrize("mask", [None, "causal", "given"])
+def test_tiles_on_a_gpu_equal_the_definition(on_a_gpu, small, monkeypatch, H, D, mask, holds):
+    monkeypatch.setattr(kernel, "fused_verdict", lambda *_: holds)
+    monkeypatch.setattr(kernel, "LAUNCH_FLOPS", 4e7)
+    T, S = 150, 260
+    q, k, v = inputs(H, 1, T, S, D)
+    visible = np.tril(np.ones((T, S), bool), S - T)
+    if mask == "given":
+        visible = np.random.default_rng(1).random((2, 1, T, S)) < 0.5
+        visible[..., 0] = True
+    out = kernel.attention(q, k, v, D**-0.5, mx.array(visible) if mask == "given" else mask)
+    assert error(out, plain(q, k, v, D**-0.5, None if mask is None else visible)) < TOLERANCE
+    assert len(on_a_gpu) > 1
+
+
+@pytest.mark.parametrize("S", [4096, 65_536, 262_144, 1_048_576])
+def test_a_forced_launch_of_the_4b_keeps_to_its_operations(S):
+    shape = (1, 16, 1024, 256)
+    rows = kernel.tile_rows(shape, S, fused=True)
+    assert 4 * 16 * S * rows * 256 <= kernel.LAUNCH_FLOPS < 4 * 16 * S * (rows + 1) * 256
+
+
+@pytest.mark.parametrize("S", [1000, 262_144])
+@pytest.mark.parametrize("T", [4, 32, 1024])
+def test_bytes_of_scores_are_those_of_the_largest_tile(T, S):
+    shape, row = (1, 16, T, 256), 16 * S
+    assert kernel.score_bytes(shape, S, 4, "cpu") == 4 * 4 * row * min(T, kernel.cpu_tile_rows(shape, S))
+    tiles = kernel.score_bytes(shape, S, 2, "tiles")
+    assert tiles == 3 * 2 * row * min(T, kernel.tile_rows(shape, S, False))
+    many = 4 * T * row > kernel.SCORE_BYTES
+    assert kernel.score_bytes(shape, S, 2, "fused") == (0 if many else tiles)
+
+
+# --- whether MLX's kernel may be asked for ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def verdict(monkeypatch):
+    """(what MLX does when it is forced) -> the verdict of heads of 256, on a Mac."""
+    attend = mx.fast.scaled_dot_product_attention
+
+    def of(forced):
+        def call(*arrays, force_fused=False, **options):
+            return forced(attend, *arrays, **options) if force_fused else attend(*arrays, **options)
+
+        monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", call)
+        monkeypatch.setattr(kernel.metal, "available", lambda: True)
+        return kernel.fused_verdict.__wrapped__(256, mx.float16)
+
+    return of
+
+
+def test_where_mlx_has_no_such_kernel_nothing_is_said(verdict):
+    def refuse(*_, **__):
+        raise ValueError("[scaled_dot_product_attention] force_fused: no fused kernel for these inputs")
+
+    assert verdict(refuse) is False  # a warning would be an error
+
+
+def test_mlx_itself_refuses_to_be_forced_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(kernel.metal, "available", lambda: True)
+    assert kernel.fused_verdict.__wrapped__(256, mx.float32) is False
+
+
+def test_a_kernel_of_mlx_that_agrees_is_used(verdict):
+    assert verdict(lambda attend, *arrays, **options: attend(*arrays, **options)) is True
+
+
+@pytest.mark.parametrize("wrong", [1.05, float("nan")])
+def test_a_kernel_of_mlx_that_disagrees_is_told_of_and_not_used(verdict, wrong):
+    with pytest.warns(RuntimeWarning, match=r"attention without scores \(force_fused\) is switched off: it differs"):
+        assert verdict(lambda attend, *arrays, **options: wrong * attend(*arrays, **options)) is False
+
+
+def test_a_kernel_of_mlx_that_does_not_compile_is_told_of(verdict, monkeypatch):
+    def broken(*_):  # MLX compiles when something is computed
+        raise RuntimeError("[metal::Device] Unable to load kernel steel_attention")
+
+    monkeypatch.setattr(kernel, "_disagreement", broken)
+    with pytest.warns(RuntimeWarning, match="is switched off: .* Unable to load kernel"):
+        assert verdict(lambda attend, *arrays, **options: attend(*arrays, **options)) is False
+
+
+def test_off_a_mac_nothing_is_tried(monkeypatch):
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", lambda *_, **__: pytest.fail("it was called"))
+    assert kernel.fused_verdict.__wrapped__(256, mx.float16) is False
+
+
+@pytest.mark.parametrize(("device", "holds", "way"), [("cpu", 1, "cpu"), ("gpu", 1, "fused"), ("gpu", 0, "tiles")])
+def test_the_way_follows_device_and_verdict(monkeypatch, device, holds, way):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(getattr(mx, device)))
+    monkeypatch.setattr(kernel, "fused_verdict", lambda *_: bool(holds))
+    assert kernel.attention_way(256, mx.float16) == way

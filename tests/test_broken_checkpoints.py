@@ -284,44 +284,12 @@ def test_a_tag_of_ours_that_this_version_does_not_know(folder, tag):
     refused(folder, f"its mlx_qwen35 tag must say format 1 and norms 'zero-centred', got {tag}")
 
 
-def test_a_packed_folder_that_is_too_big_is_not_sent_to_the_converter(monkeypatch):
-    monkeypatch.setattr(memory, "usable_bytes", lambda: 8_000_000)
-    with pytest.raises(InputError, match="Choose a folder with fewer bits"):
-        memory.check_fits("packed", 10**9, convertible=False)
-
-
 def test_a_tag_of_ours_that_is_true(folder):
     edit_config(folder, mlx_qwen35={"format": 1, "norms": "zero-centred"})
     assert open_checkpoint(folder).raw
 
 
-# --- this machine -----------------------------------------------------------------------------------------------------
-
-
-def test_a_model_too_big_for_the_machine_is_refused_with_the_command_that_makes_it_smaller(folder, monkeypatch):
-    monkeypatch.setattr(memory, "usable_bytes", lambda: 8_000_000)
-    with pytest.raises(InputError) as caught:
-        load_model(open_checkpoint(folder), mx.float32, "Qwen/Qwen3.5-4B")
-    for part in (
-        "Qwen/Qwen3.5-4B needs 0.0 GB for its text weights, this machine has 0.0 GB",
-        "mlx_qwen35.convert --hf-path Qwen/Qwen3.5-4B --mlx-path Qwen3.5-4B-4bit -q --q-bits 4",
-    ):
-        assert part in str(caught.value)
-
-
-def test_memory_is_reckoned_in_the_dtype_of_the_model(folder, monkeypatch):
-    checkpoint = open_checkpoint(folder)
-    count = checkpoint.nbytes() / 2
-    monkeypatch.setattr(
-        memory, "usable_bytes", lambda: int(memory.RESERVE + 3 * count)
-    )  # enough for two bytes, not four
-    load_model(checkpoint, mx.bfloat16, "tiny")
-    with pytest.raises(InputError, match="needs"):
-        load_model(checkpoint, mx.float32, "tiny")
-
-
-def test_the_machine_has_memory():
-    assert 1e9 < memory.usable_bytes() < 1e13
+# --- options ----------------------------------------------------------------------------------------------------------
 
 
 def test_load_refuses_an_unknown_dtype(folder):

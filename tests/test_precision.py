@@ -1,6 +1,7 @@
 """What is kept in float32 whatever the model's dtype is, and what the narrow types cost."""
 
 import re
+from importlib import import_module
 
 import mlx.core as mx
 import numpy as np
@@ -12,8 +13,10 @@ from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.gated_delta import gates
 from mlx_qwen35.layers import RMSNorm
 from mlx_qwen35.load import DTYPES, choose_dtype, load_model
+from mlx_qwen35.machine import parse_chip
 from mlx_qwen35.random_checkpoint import changed, geometry
 
+loading = import_module("mlx_qwen35.load")  # `mlx_qwen35.load` is the function
 HALVES = [mx.float16, mx.bfloat16]
 half = pytest.mark.parametrize("dtype", HALVES, ids=["float16", "bfloat16"])
 
@@ -120,11 +123,45 @@ def test_an_unknown_dtype_is_refused(checkpoint_folder):
         choose_dtype(open_checkpoint(checkpoint_folder()), "float8")
 
 
-@pytest.mark.parametrize("stored", HALVES, ids=["float16", "bfloat16"])
-def test_the_default_dtype_is_float32_on_the_cpu_and_the_stored_one_elsewhere(stored, checkpoint_folder, monkeypatch):
+@pytest.fixture
+def stored_as(checkpoint_folder):
+    """A dtype -> a checkpoint whose tensors are stored in it."""
     config = changed(geometry("tiny"), num_hidden_layers=1, layer_types=["linear_attention"])
-    checkpoint = open_checkpoint(checkpoint_folder(config, dtype=stored, mtp=False, vision=False))
-    monkeypatch.setattr(mx, "default_device", lambda: mx.cpu)
-    assert choose_dtype(checkpoint, None) == mx.float32
-    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
-    assert choose_dtype(checkpoint, None) == stored
+    return lambda dtype: open_checkpoint(checkpoint_folder(config, dtype=dtype, mtp=False, vision=False))
+
+
+@pytest.mark.parametrize("stored", [*HALVES, mx.float32], ids=str)
+def test_the_default_dtype_is_float32_on_the_cpu(stored, stored_as, monkeypatch):
+    monkeypatch.setattr(loading, "this_chip", lambda: pytest.fail("which chip it is does not matter"))
+    assert choose_dtype(stored_as(stored), None) == mx.float32
+
+
+@pytest.mark.parametrize(
+    ("chip", "of_bfloat16"),
+    [
+        ("Apple M1", mx.float16), ("Apple M1 Ultra", mx.float16), ("Apple M2 Pro", mx.float16),
+        ("Apple M3", mx.bfloat16), ("Apple M4 Max", mx.bfloat16), ("Apple M5", mx.bfloat16),
+        ("Apple processor", mx.bfloat16), (None, mx.bfloat16),
+    ],
+)  # fmt: skip
+def test_the_default_dtype_on_a_gpu_is_the_stored_one_but_float16_for_bfloat16_on_m1_and_m2(
+    chip, of_bfloat16, stored_as, monkeypatch
+):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(loading, "this_chip", lambda: parse_chip(chip) if chip else None)
+    for stored, expected in ((mx.bfloat16, of_bfloat16), (mx.float16, mx.float16), (mx.float32, mx.float32)):
+        assert choose_dtype(stored_as(stored), None) == expected
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_a_dtype_that_is_asked_for_wins_on_every_chip(name, stored_as, monkeypatch):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(loading, "this_chip", lambda: parse_chip("Apple M1"))
+    assert choose_dtype(stored_as(mx.bfloat16), name) == DTYPES[name]
+
+
+def test_a_bfloat16_checkpoint_is_loaded_in_the_dtype_that_suits_the_machine(stored_as, monkeypatch):
+    checkpoint = stored_as(mx.bfloat16)
+    monkeypatch.setattr(loading, "default_dtype", lambda stored: mx.float16 if stored == mx.bfloat16 else None)
+    model = load_model(checkpoint, choose_dtype(checkpoint, None), "it")
+    assert model.dtype == model.embed_tokens.weight.dtype == model(prompt()).dtype == mx.float16

@@ -257,7 +257,7 @@ def _progress(line: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
-    with as_command("mlx_qwen35.bench"):
+    with as_command("mlx_qwen35.bench", tuned=False):
         failures = bench(options)
     if failures:
         sys.exit("\n".join(f"error: {name} could not run: {reason}" for name, reason in failures.items()))

@@ -11,6 +11,7 @@ import numpy as np
 from mlx_qwen35.checkpoint import open_checkpoint
 from mlx_qwen35.config import VisionConfig
 from mlx_qwen35.generate.loop import Row, read
+from mlx_qwen35.kernels.attention import attention_way
 from mlx_qwen35.load import DTYPES, load_model
 from mlx_qwen35.positions import Run
 from mlx_qwen35.preprocess import Media
@@ -44,11 +45,14 @@ class VisionProgram:
         figures = {
             "tokens": len(row.tokens), "text_bytes": text, "tower_bytes": encoded - released,
             "embeddings_bytes": embeddings.nbytes, "encode_peak_bytes": encode_peak, "released_bytes": released,
-            "budget_bytes": working_bytes(self.config, self.model.dtype, math.prod(media.grid[1:])),
+            "budget_bytes": working_bytes(self.config, self.model.dtype, math.prod(media.grid[1:]), self._way()),
             "encode_s": encode_s, **self._read(row, step),
         }  # fmt: skip
         del row, embeddings
         return figures | {"left_bytes": _held()}
+
+    def _way(self) -> str:
+        return attention_way(self.config.hidden_size // self.config.num_heads, self.model.dtype)
 
     def _read(self, row: Row, step: int) -> dict[str, Any]:
         cache, start = self.model.make_cache(), time.perf_counter()

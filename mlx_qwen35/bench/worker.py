@@ -126,10 +126,17 @@ def load_vision(folder: Path, dtype: str) -> Any:
 def load_mlx_qwen35(folder: Path, dtype: str) -> MLXProgram:
     find_us()
     from mlx_qwen35.checkpoint import open_checkpoint
+    from mlx_qwen35.generate.loop import Pace
     from mlx_qwen35.load import DTYPES, load_model
+    from mlx_qwen35.machine import tune
 
+    tune()  # as our commands do, and in this process alone
     model = load_model(open_checkpoint(folder), DTYPES[dtype], str(folder))
-    return MLXProgram(Network(model.make_cache, model.hidden, model.logits, lambda cache: cache.evaluate()), model)
+
+    def hidden(tokens: Any, cache: Any) -> Any:
+        return model.hidden(tokens, cache, pace=Pace()) if tokens.shape[1] > 1 else model.hidden(tokens, cache)
+
+    return MLXProgram(Network(model.make_cache, hidden, model.logits, lambda cache: cache.evaluate()), model)
 
 
 def load_mlx_lm(folder: Path, dtype: str) -> MLXProgram:

@@ -1,12 +1,12 @@
 """Speed and memory of a model in half a minute: a prompt as long as the time allows, then tokens one by one."""
 
-import itertools
 import time
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
 from mlx_qwen35.checkpoint import Quantization, is_matrix, is_zero_centred, text_shapes
+from mlx_qwen35.chunk import suitable_chunk
 from mlx_qwen35.config import TextConfig
 from mlx_qwen35.generate.loop import Row, read
 from mlx_qwen35.model import Model
@@ -65,7 +65,8 @@ def measure(model: Model, seconds: float = SECONDS) -> Speed:
     for length in PROMPTS:
         cache = model.make_cache()
         begin = time.perf_counter()
-        read(model, cache, [Row([i % model.config.vocab_size for i in range(length)])], 512)
+        step = suitable_chunk(model.config, model.dtype, length)
+        read(model, cache, [Row([i % model.config.vocab_size for i in range(length)])], step)
         prompt, elapsed = length, time.perf_counter() - begin
         if time.perf_counter() - start + 2 * elapsed > seconds:
             break
@@ -77,7 +78,7 @@ def _decode(model: Model, cache, seconds: float) -> tuple[float, float]:
     """Median seconds of a token's layers, and of its head."""
     layers, heads = [], []
     start, token = time.perf_counter(), mx.array([[1]])
-    for _ in itertools.takewhile(lambda n: n < 64 and time.perf_counter() - start < seconds, itertools.count()):
+    while not layers or (len(layers) < 64 and time.perf_counter() - start < seconds):
         begin = time.perf_counter()
         hidden = model.hidden(token, cache)[:, 0]
         mx.eval(hidden)

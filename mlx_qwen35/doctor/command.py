@@ -9,14 +9,16 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_qwen35.checkpoint import open_checkpoint
-from mlx_qwen35.commands import add_model_options, as_command
+from mlx_qwen35.commands import add_model_options, as_command, load_options
 from mlx_qwen35.config import parse_config
 from mlx_qwen35.doctor import check, facts, probe
 from mlx_qwen35.doctor.facts import Facts
+from mlx_qwen35.doctor.plan import format_plans, plans
 from mlx_qwen35.engaged import engaged
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.hub import resolve
 from mlx_qwen35.load import DTYPES, default_dtype, load, stored_dtype
+from mlx_qwen35.memory import limit_memory
 from mlx_qwen35.random_checkpoint import geometry
 
 COMMAND = "mlx_qwen35.doctor"
@@ -30,6 +32,11 @@ def parser() -> argparse.ArgumentParser:
         "4B's sizes and random weights in 4 bit.",
     )
     add_model_options(parser)
+    parser.add_argument(
+        "--plan", metavar="MODEL", help="only show what this model would take of memory, here and on Macs"
+    )
+    parser.add_argument("--context", type=int, help="tokens that --plan plans for (default 8192)")
+    parser.add_argument("--mtp", action="store_true", help="plan with the draft head")
     parser.add_argument("--probe", action="store_true", help="show the largest activation of each layer of --model")
     parser.add_argument("--text", type=Path, metavar="FILE", help="a text for --probe (default: a short one)")
     parser.add_argument("--no-check", action="store_true", help="leave out the half minute that measures speed")
@@ -37,8 +44,23 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def show_plan(args: argparse.Namespace) -> None:
+    """The tables of --plan, from headers alone."""
+    others = [name for name in ("model", "probe", "text", "no_check", "json") if getattr(args, name)]
+    if others:
+        listed = ", ".join("--" + name.replace("_", "-") for name in others)
+        raise InputError(f"{listed} must not be given with --plan, which loads nothing. Choose one")
+    if args.context is not None and args.context < 1:
+        raise InputError(f"--context must be at least 1 token, got {args.context}")
+    limit_memory(args.memory_limit)
+    checkpoint = open_checkpoint(resolve(args.plan, args.revision))
+    print(format_plans(args.plan, plans(checkpoint, args.context or 8192, args.dtype, args.mtp)))
+
+
 def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Facts]:
     """Section -> facts. given: the environment as it was before this command set anything."""
+    if idle := [f"--{name}" for name in ("context", "mtp") if getattr(args, name)]:
+        raise InputError(f"{', '.join(idle)} has no effect without --plan; add that or leave it out")
     if args.text and not args.probe:
         raise InputError("--text has no effect without --probe; add that or leave it out")
     if not args.model and (idle := [f"--{name}" for name in ("probe", "revision") if getattr(args, name)]):
@@ -46,12 +68,12 @@ def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Fac
     report = {"machine": facts.machine(), "settings of MLX": facts.settings(given)}
     if args.model:
         checkpoint = open_checkpoint(resolve(args.model, args.revision))
-        model, processor = load(args.model, revision=args.revision, dtype=args.dtype)
-        title, stored = str(args.model), stored_dtype(checkpoint)
+        model, processor = load(args.model, **load_options(args))
+        title, stored = f"model {args.model}", stored_dtype(checkpoint)
     else:
         text, stored = parse_config(geometry("4b")).text, mx.bfloat16
         model = check.sample_model(text, DTYPES[args.dtype] if args.dtype else default_dtype(stored))
-        title = f"{check.SAMPLE_LAYERS} layers and the head of the 4B, random weights in 4 bit"
+        title = f"no --model: {check.SAMPLE_LAYERS} layers and the head of the 4B, random weights in 4 bit"
     report[title] = {"dtype": facts.dtype(model.dtype, stored, args.dtype)}
     report[title] |= facts.reading(model.config, model.dtype)
     report["kernels"] = facts.kernels(engaged(model))
@@ -89,6 +111,11 @@ def show(report: Mapping[str, Facts]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     given, args = dict(os.environ), parser().parse_args(arguments)
     with as_command(COMMAND):
+        if args.plan:
+            show_plan(args)
+            return
+        if args.json and not (args.json.parent.is_dir() and os.access(args.json.parent, os.W_OK)):
+            raise InputError(f"--json must name a file in a folder that can be written; {args.json.parent} is none")
         report = examine(args, given)
         if args.json:
             args.json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -72,7 +72,7 @@ def speed(found: Speed, scale: float) -> Facts:
     prompt, decode = found.per_second(scale)
     whole = "" if scale == 1 else f" for a model of {scale:g} times these layers, which is an estimate"
     return {
-        "reading": f"{prompt:.1f} tokens a second, {found.prompt} at once{whole}",
+        "reading": f"{prompt:.1f} tokens a second, of a prompt of {found.prompt}{whole}",
         "writing": f"{decode:.1f} tokens a second{whole}",
         "peak memory": f"{found.peak_bytes / 1e9:.3f} GB by MLX's count",
     }

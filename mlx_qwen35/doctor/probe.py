@@ -5,8 +5,11 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from mlx_qwen35.cache import Cache
 from mlx_qwen35.half import LARGEST
 from mlx_qwen35.model import Model
+
+CHUNK = 256  # tokens read at a time
 
 # Words, figures, code, another script: what a prompt is made of. A text of one's own tells more (--text).
 TEXT = (
@@ -18,14 +21,20 @@ TEXT = (
 
 
 def residual_maxima(model: Model, tokens: Sequence[int]) -> list[float]:
-    """The largest magnitude of the residual stream after each layer, over these tokens read at once."""
-    maxima: list[mx.array] = []
+    """The largest magnitude of the residual stream after each layer, over these tokens; NaN where there is one."""
     cache = model.make_cache()
-    mx.eval(
-        model.hidden(mx.array([list(tokens)]), cache, pace=lambda arrays: maxima.append(mx.abs(arrays[0]).max())),
-        maxima,
-    )
-    return [array.astype(mx.float32).item() for array in maxima]
+    chunks = [_maxima(model, cache, tokens[start : start + CHUNK]) for start in range(0, len(tokens), CHUNK)]
+    return mx.stack(chunks).max(0).tolist()
+
+
+def _maxima(model: Model, cache: Cache, tokens: Sequence[int]) -> mx.array:
+    """(layers,) float32, computed."""
+    maxima: list[mx.array] = []
+    model.hidden(mx.array([list(tokens)]), cache, pace=lambda arrays: maxima.append(mx.abs(arrays[0]).max()))
+    found = mx.stack(maxima).astype(mx.float32)
+    mx.eval(found)
+    cache.evaluate()
+    return found
 
 
 def describe(maxima: Sequence[float], most: int = 4) -> str:

@@ -17,6 +17,7 @@ from mlx_qwen35.commands import (
     as_command,
     check_there,
     given_options,
+    load_options,
     print_media,
     print_pieces,
     prompt_bar,
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     options = given_options(args) | {"ignore_chat_template": args.ignore_chat_template or None}
     check_there(args.media)
     prompt = with_media(prompt, args.media, options)
-    model, processor = load(name, revision=args.revision, dtype=args.dtype, keep_vision=args.keep_vision)
+    model, processor = load(name, **load_options(args), keep_vision=args.keep_vision)
     status = 0
     with prompt_bar() as progress:
         generation = start(model, processor, [prompt], progress=progress, **options)

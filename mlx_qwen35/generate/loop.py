@@ -48,7 +48,7 @@ def read(
         visual, positions = _looks(places, start, width)
         ends = mx.array([max(0, n - 1) for n in lengths])
         uneven = None if min(lengths) == width else lengths
-        here = model.hidden(padded, cache, uneven, visual, positions, ends, _Pace())[:, 0]
+        here = model.hidden(padded, cache, uneven, visual, positions, ends, Pace())[:, 0]
         last = here if last is None else mx.where(mx.array([n > 0 for n in lengths])[:, None], here, last)
         cache.evaluate()
         mx.eval(last)
@@ -57,7 +57,7 @@ def read(
     return last
 
 
-class _Pace:
+class Pace:
     """Hands layers over to the GPU as their graphs are made, and waits so that at most LAYERS_IN_FLIGHT are under way.
 
     Else MLX runs ahead, up to ten command buffers, and what they name stays in memory until they end. On the CPU it

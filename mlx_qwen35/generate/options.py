@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 from mlx_qwen35.cache import Cache
 from mlx_qwen35.chunk import suitable_chunk
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.memory_plan import most_tokens
 from mlx_qwen35.model import Model
 from mlx_qwen35.preprocess import IMAGE_OPTIONS, VIDEO_OPTIONS, VISION_OPTIONS, VisionOptions
 from mlx_qwen35.processor import Messages, Processor, check_stop
@@ -18,7 +19,8 @@ from mlx_qwen35.sampling import PRESETS, Preset, Sampling, check_seed
 class Options(TypedDict, total=False):
     """Keyword options of generate, stream_generate and batch_generate; every one may be left out.
 
-    max_tokens: most tokens to generate, reasoning included. Default: the preset's published length, or the space left.
+    max_tokens: most tokens to generate, reasoning included. Default: the preset's published length, or what context and
+        memory have room for.
     preset: "thinking", "coding", "instruct" or "reasoning", the published sampling settings. Default: thinking when the
         prompt opens a thinking block, else instruct. Each value below overrides the preset's; temp 0 without a preset
         is plain greedy decoding, which is also the default of a checkpoint whose generation_config.json says so.
@@ -185,6 +187,9 @@ def plan(
     given = {key: value for key, value in options.items() if key in _SAMPLING}
     plain = "preset" not in options and (options.get("temp") == 0 or (greedy and not given))
     contexts = [before + len(prompt.tokens) for prompt, before in zip(prompts, already_read, strict=True)]
+    step = reading_step(options, model, contexts)
+    room = most_tokens(model.config, model.dtype, step, max(already_read), len(prompts))
+    _check_room(options, room, contexts)
     limits = []
     for preset, context in zip(presets, contexts, strict=True):
         most = options.get("max_tokens", preset.max_tokens)
@@ -196,14 +201,26 @@ def plan(
                 "a prompt must leave room for an answer in the context of "
                 f"{model.config.max_position_embeddings} tokens; this one has {context}. Shorten it"
             )
-        limits.append(min(most, left))
+        limits.append(max(1, min(most, left, room - max(contexts))))
     return Plan(
         samplings=tuple(replace(Sampling(temp=0) if plain else preset.sampling, **given) for preset in presets),
         seed=options.get("seed", secrets.randbits(32)),
         limits=tuple(limits),
         stop=check_stop(options.get("stop", ())),
-        prefill_step_size=reading_step(options, model, contexts),
+        prefill_step_size=step,
     )
+
+
+def _check_room(options: Options, room: int, contexts: Sequence[int]) -> None:
+    """Refuse a prompt, or an answer whose length was asked for, whose keys and values memory has no room for."""
+    rows = f" for each of {len(contexts)} prompts" if len(contexts) > 1 else ""
+    wanted = max(contexts) + options.get("max_tokens", 1)
+    if room < wanted:
+        raise InputError(
+            f"memory has room for a context of {room:,} tokens{rows}; prompt and answer have {wanted:,}. Shorten the "
+            "prompt, lower max_tokens, answer fewer prompts at once, choose a folder with fewer bits, or raise "
+            "memory_limit"
+        )
 
 
 def reading_step(options: Options, model: Model, contexts: Sequence[int]) -> int:

@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_qwen35.kernels import metal
 from mlx_qwen35.kernels.exponential import exp
 
-SCORE_BYTES = 64 << 20  # of float32 scores at a time, where MLX writes them out on a GPU
+SCORE_BYTES = 16 << 20  # of float32 scores at a time, where MLX writes them out on a GPU
 LEAST_ROWS = 16  # of such a tile: each reads all keys and values again
 CPU_SCORE_BYTES = 8 << 20  # and here, where what is made of them takes four times as much
 FUSED_HEAD_DIMS = (64, 80, 128)  # of these MLX by itself writes no scores, however many queries
@@ -76,10 +76,10 @@ def score_bytes(shape: tuple[int, ...], S: int, itemsize: int, way: str) -> int:
 
     way: "cpu", "fused" where `fused_verdict` holds, or "tiles".
     """
-    B, H, T, _ = shape
+    B, H, T, D = shape
     if way == "cpu":
         return 16 * B * H * S * min(T, cpu_tile_rows(shape, S))
-    if way == "fused" and 4 * B * H * T * S > SCORE_BYTES:
+    if D in FUSED_HEAD_DIMS or (way == "fused" and 4 * B * H * T * S > SCORE_BYTES):
         return 0
     return 3 * itemsize * B * H * S * min(T, tile_rows(shape, S, fused=False))
 

@@ -17,19 +17,22 @@ SLICE = 1 << 25  # unpacked elements at a time: 134 MB in float32
 def quantized_linear(
     x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array | None, packing: Quantization
 ) -> mx.array:
-    """(..., columns) floating point -> (..., rows) of the same dtype; weight (rows, columns bits / 32) uint32."""
+    """(..., columns) floating point -> (..., rows) of the same dtype; weight (rows, columns bits / 32) uint32.
+
+    Scales in float32, which were kept so beside x in a half type, give float32.
+    """
     form = {"group_size": packing.group_size, "bits": packing.bits, "mode": packing.mode}
     columns = x.shape[-1]
     if mx.default_device() != mx.cpu or x.size < MANY_ROWS * columns:
         # As rows: one row that is part of a longer one keeps its stride otherwise, and MLX copies it first.
         rows = mx.quantized_matmul(x.reshape(-1, columns), weight, scales, biases, transpose=True, **form)
         return rows.reshape(*x.shape[:-1], -1)
-    step = max(1, SLICE // columns)
+    step, dtype = max(1, SLICE // columns), mx.float32 if scales.dtype == mx.float32 else x.dtype
     parts = []
     for row in range(0, weight.shape[0], step):
         rows = slice(row, row + step)
-        part = mx.dequantize(weight[rows], scales[rows], None if biases is None else biases[rows], **form)
-        if parts:  # one after the other, or MLX unpacks all first
-            x = mx.depends(x, parts[-1])
-        parts.append(x @ part.astype(x.dtype).T)
+        # Behind its input and the part before, or MLX unpacks all of them first, and those of the layers to come.
+        packed = mx.depends([weight[rows], scales[rows]], [x, *parts[-1:]])
+        part = mx.dequantize(*packed, None if biases is None else biases[rows], **form)
+        parts.append(x @ part.astype(dtype).T)
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)

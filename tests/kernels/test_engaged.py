@@ -1,6 +1,7 @@
 """The kernels in the model: when they are engaged, and that they generate what the operations generate."""
 
 import warnings
+from importlib import import_module
 from pathlib import Path
 
 import mlx.core as mx
@@ -9,13 +10,19 @@ from conftest import load_text_model
 from kernels.emulator import emulated, missing
 
 from mlx_qwen35 import batch_generate, load
+from mlx_qwen35.checkpoint import Quantization, is_matrix, text_shapes
+from mlx_qwen35.config import parse_config
+from mlx_qwen35.engaged import Engaged, engaged, tell_unfit
 from mlx_qwen35.generate.loop import Row, read
-from mlx_qwen35.kernels import add_norm, fused_delta, metal, norm_rotary
+from mlx_qwen35.kernels import add_norm, attention, fused_delta, metal, norm_rotary
 from mlx_qwen35.kernels.fused_delta import Heads, verdict
-from mlx_qwen35.random_checkpoint import geometry
+from mlx_qwen35.model import Model
+from mlx_qwen35.random_checkpoint import changed, geometry
+from mlx_qwen35.weights import Weights
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 SHAPES = Path(__file__).parents[2] / "examples" / "pictures" / "shapes.png"
+loading = import_module("mlx_qwen35.load")  # `mlx_qwen35.load` is the function
 NANO = Heads(Hk=2, Hv=4, Dk=32, Dv=32, K=4)
 
 
@@ -23,7 +30,7 @@ NANO = Heads(Hk=2, Hv=4, Dk=32, Dv=32, K=4)
 def as_on_a_mac(monkeypatch):
     """Kernels are taken to be available, and are emulated; the report of their launches."""
     monkeypatch.setattr(metal, "available", lambda: True)
-    verdicts = (verdict, add_norm.verdict, norm_rotary.verdict)
+    verdicts = (verdict, add_norm.verdict, norm_rotary.verdict, attention.fused_verdict)
     for known in verdicts:
         known.cache_clear()
     with emulated("forward", False) as report:
@@ -104,3 +111,90 @@ def test_a_tiny_checkpoint_reads_the_same_with_the_kernels(as_on_a_mac, monkeypa
     assert len(as_on_a_mac.launches) - before == passes * (3 + 1 + 8)  # three DeltaNet layers, one other, eight sums
     monkeypatch.setattr(metal, "available", lambda: False)
     assert mx.abs(fused - hidden()).max().item() < 1e-4
+
+
+# --- in how many layers ----------------------------------------------------------------------------------------------
+
+MIXER = "linear_attn.in_proj_"
+
+
+def packed_model(unpacked: tuple[str, ...] = (), bits: dict[str, int] | None = None, kind: str = "tiny") -> Model:
+    """A model of zeros, packed in 4 bit; names that end so are not packed, or in other bits."""
+    config = parse_config(geometry(kind)).text
+    arrays, packings = {}, {}
+    for name, shape in text_shapes(config).items():
+        stem = name.removesuffix(".weight")
+        if not is_matrix(name, shape) or stem.endswith(unpacked):
+            arrays[name] = mx.zeros(shape, mx.float32)
+            continue
+        number = next((n for end, n in (bits or {}).items() if stem.endswith(end)), 4)
+        packings[name] = Quantization(64, number, "affine")
+        for suffix, size in packings[name].parts(shape).items():
+            arrays[f"{stem}.{suffix}"] = mx.zeros(size, mx.uint32 if suffix == "weight" else mx.float32)
+    return Model(config, Weights(arrays, packings.get, mx.float32, 1e-6))
+
+
+def layers(found: dict[str, Engaged]) -> dict[str, tuple[int, int]]:
+    return {name: tuple(count) for name, count in found.items()}
+
+
+ALL = {"gated_delta": (3, 3), "norm_rotary": (1, 1), "add_norm": (4, 4), "attention without scores": (0, 1)}
+
+
+@pytest.mark.parametrize("unpacked", [(), (f"{MIXER}b", f"{MIXER}a")], ids=["all packed", "b and a are not packed"])
+def test_each_kernel_runs_in_every_layer_that_it_is_made_for(as_on_a_mac, unpacked):
+    model = packed_model(unpacked)
+    assert layers(engaged(model)) == ALL
+    tell_unfit(model)  # a warning would be an error
+    assert str(Engaged(3, 4)) == "3 of 4 layers"
+
+
+@pytest.mark.parametrize(
+    ("bits", "name", "fewer"),
+    [
+        ({f"layers.1.{MIXER}z": 8}, r"gated_delta does not run in 1 of 3 layers \(1\)", {"gated_delta": (2, 3)}),
+        ({f"{MIXER}z": 8}, r"gated_delta does not run in 3 of 3 layers \(0, 1, 2\)", {"gated_delta": (0, 3)}),
+        ({f"{MIXER}b": 8}, r"gated_delta does not run in 3 of 3", {"gated_delta": (0, 3)}),
+        ({"self_attn.v_proj": 6}, r"norm_rotary does not run in 1 of 1 layers \(3\)", {"norm_rotary": (0, 1)}),
+        ({"mlp.up_proj": 8, "self_attn.o_proj": 8}, None, {}),
+    ],
+)
+def test_layers_whose_projections_are_packed_in_other_bits_are_named_and_not_counted(as_on_a_mac, bits, name, fewer):
+    model = packed_model(bits=bits)
+    assert layers(engaged(model)) == ALL | fewer
+    with pytest.warns(RuntimeWarning, match=name) if name else warnings.catch_warnings():
+        tell_unfit(model)
+
+
+def test_many_layers_are_named_by_the_first_eight(as_on_a_mac, monkeypatch):
+    monkeypatch.setattr(fused_delta, "verdict", lambda *_: True)
+    monkeypatch.setattr(norm_rotary, "verdict", lambda *_: True)
+    monkeypatch.setattr(add_norm, "verdict", lambda *_: True)
+    twelve = changed(geometry("tiny"), num_hidden_layers=12)
+    monkeypatch.setitem(packed_model.__globals__, "geometry", lambda kind: twelve)
+    with pytest.warns(RuntimeWarning, match=r"in 9 of 9 layers \(0, 1, 2, 4, 5, 6, 8, 9 \.\.\.\)"):
+        tell_unfit(packed_model(bits={f"{MIXER}z": 8}))
+
+
+def test_a_kernel_that_is_switched_off_runs_in_no_layer(as_on_a_mac, monkeypatch):
+    monkeypatch.setattr(add_norm, "_disagreement", lambda *_: "it is wrong")
+    with pytest.warns(RuntimeWarning, match="add_norm is switched off: it is wrong"):
+        assert layers(engaged(packed_model())) == ALL | {"add_norm": (0, 4)}
+
+
+def test_attention_without_scores_is_counted_where_mlx_has_a_kernel(as_on_a_mac, monkeypatch):
+    monkeypatch.setattr(attention, "fused_verdict", lambda *_: True)
+    assert layers(engaged(packed_model())) == ALL | {"attention without scores": (1, 1)}
+
+
+def test_off_a_mac_no_kernel_runs_and_nothing_is_told():
+    model = packed_model(bits={f"{MIXER}z": 8})
+    tell_unfit(model)
+    assert layers(engaged(model)) == {name: (0, of) for name, (_, of) in ALL.items()}
+
+
+def test_a_model_is_loaded_with_its_kernels_checked_and_misfits_told(as_on_a_mac, monkeypatch, checkpoint_folder):
+    told = []
+    monkeypatch.setattr(loading, "tell_unfit", told.append)
+    model = load_text_model(checkpoint_folder())
+    assert told == [model] and as_on_a_mac.launches

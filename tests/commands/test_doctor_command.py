@@ -1,0 +1,257 @@
+"""mlx_qwen35.doctor: every section is there on any machine, and says what does not apply."""
+
+import functools
+import json
+import re
+import sys
+import warnings
+
+import mlx.core as mx
+import pytest
+
+from mlx_qwen35 import machine
+from mlx_qwen35.commands import as_command
+from mlx_qwen35.config import parse_config
+from mlx_qwen35.doctor import check, command, facts, main
+from mlx_qwen35.doctor.check import PROMPTS, SAMPLE_LAYERS, Speed, measure, sample_model
+from mlx_qwen35.engaged import Engaged
+from mlx_qwen35.hub import resolve
+from mlx_qwen35.machine import MEGABYTES, OPERATIONS, parse_chip
+from mlx_qwen35.random_checkpoint import changed, geometry
+
+TINY = parse_config(geometry("tiny")).text
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """(arguments) -> (exit status, stdout, stderr), in this process; without --model a tiny model stands for the 4B."""
+    monkeypatch.setattr(command, "geometry", lambda name: geometry("tiny"))
+    monkeypatch.setattr(check, "measure", functools.partial(measure, seconds=0.0))
+
+    def doctor(*arguments: str) -> tuple[int, str, str]:
+        try:
+            main(arguments)
+            status = 0
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        out = capsys.readouterr()
+        return status, out.out, out.err
+
+    return doctor
+
+
+@pytest.fixture
+def on_an_m1(monkeypatch):
+    """The chip is an M1; MLX itself goes on computing on the CPU."""
+    for module in (machine, facts):
+        monkeypatch.setattr(module, "this_chip", lambda: parse_chip("Apple M1"))
+    for name in (OPERATIONS, MEGABYTES):
+        monkeypatch.setenv(name, "")  # put back afterwards, whatever the command sets
+        monkeypatch.delenv(name)
+
+
+def sections(out: str) -> dict[str, dict[str, str]]:
+    """The printed report, read back."""
+    begin, *blocks = out.strip().split("\n\n")
+    assert begin == "mlx_qwen35.doctor, paste from here"
+    parts = [block.split("\n") for block in blocks]
+    return {title: dict(re.fullmatch(r"  (.+?): (.*)", line).groups() for line in rest) for title, *rest in parts}
+
+
+SAMPLE = "no --model: 4 layers and the head of the 4B, random weights in 4 bit"
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="says what does not apply off a Mac")
+def test_off_a_mac_every_section_is_there_and_says_what_does_not_apply(run):
+    status, out, err = run()
+    assert (status, err) == (0, "")
+    report = sections(out)
+    assert list(report) == ["machine", "settings of MLX", SAMPLE, "kernels", "check"]
+    assert list(report["machine"]) == ["chip", "memory", "system", "MLX computes on", "versions"]
+    assert report["machine"]["MLX computes on"] == "the CPU"
+    assert f"mlx {mx.__version__}" in report["machine"]["versions"]
+    assert report["settings of MLX"] == dict.fromkeys(
+        (OPERATIONS, MEGABYTES), "does not apply: there is no Apple GPU"
+    )
+    assert report[SAMPLE]["dtype"].startswith("float32: the CPU computes in the half types 10 to 40 times slower")
+    assert "up to a context of 4,096; " in report[SAMPLE]["tokens read at a time"]
+    assert "262,144" in report[SAMPLE]["tokens read at a time"]
+    assert report[SAMPLE]["attention over many queries"] == "in tiles of queries, by our own code"
+    assert list(report["kernels"]) == ["gated_delta", "norm_rotary", "add_norm", "attention without scores"]
+    assert set(report["kernels"].values()) == {
+        "does not apply: there is no Metal here; MLX operations run in its place"
+    }
+    assert list(report["check"]) == ["reading", "writing", "peak memory"]
+
+
+def test_of_a_model_its_own_dtype_and_contexts_are_shown_and_its_own_speed(run):
+    status, out, _ = run("--model", "nano", "--dtype", "float16")
+    report = sections(out)
+    assert status == 0 and list(report)[2] == "model nano"
+    assert report["model nano"]["dtype"] == "float16, as asked for"
+    assert "estimate" not in out
+
+
+def test_the_file_holds_what_is_printed(run, tmp_path):
+    _, out, _ = run("--no-check", "--json", str(tmp_path / "report.json"))
+    assert json.loads((tmp_path / "report.json").read_text()) == sections(out)
+    assert "check" not in sections(out)
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("on_an_m1")
+def test_on_an_m1_the_settings_and_who_set_them_are_shown(run, monkeypatch):
+    monkeypatch.setenv(MEGABYTES, "77")
+    report = sections(run("--no-check")[1])
+    assert report["machine"]["chip"].startswith("Apple M1, ")
+    assert report["settings of MLX"] == {
+        OPERATIONS: "1000, set by mlx_qwen35's commands on M1 to M4", MEGABYTES: "77, set by you",
+    }  # fmt: skip
+
+
+@pytest.mark.usefixtures("on_an_m1")
+def test_where_nothing_is_set_mlx_s_own_settings_hold(run, monkeypatch):
+    for module in (machine, facts):
+        monkeypatch.setattr(module, "this_chip", lambda: parse_chip("Apple M5"))
+    assert set(sections(run("--no-check")[1])["settings of MLX"].values()) == {"MLX's own"}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "stored", "asked", "text"),
+    [
+        (mx.float16, mx.bfloat16, None, "float16: this chip has no arithmetic for bfloat16"),
+        (mx.bfloat16, mx.bfloat16, None, "bfloat16, as the weights are stored"),
+        (mx.bfloat16, mx.bfloat16, "bfloat16", "bfloat16, as asked for"),
+    ],
+)
+def test_the_dtype_is_shown_with_its_reason(monkeypatch, chosen, stored, asked, text):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert facts.dtype(chosen, stored, asked) == text
+
+
+def test_kernels_are_shown_with_their_verdicts_and_layers(monkeypatch):
+    monkeypatch.setattr(facts.metal, "available", lambda: True)
+    assert facts.kernels({"a": Engaged(24, 24), "b": Engaged(0, 8), "c": Engaged(7, 8)}) == {
+        "a": "agrees with its reference; runs in 24 of 24 layers", "b": "switched off; runs in 0 of 8 layers",
+        "c": "agrees with its reference; runs in 7 of 8 layers",
+    }  # fmt: skip
+
+
+def test_a_package_that_is_not_there_is_said_to_be_missing():
+    assert facts._version("no-such-package-anywhere") == "no-such-package-anywhere not installed"
+
+
+def test_a_warning_is_one_line_on_standard_error_and_ends_nothing(capsys):
+    with as_command("a command"), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("the kernel is off", RuntimeWarning, stacklevel=1)
+    assert capsys.readouterr().err == "a command: warning: the kernel is off\n"
+
+
+# --- the probe -------------------------------------------------------------------------------------------------------
+
+
+def test_the_probe_shows_the_largest_activation_of_each_layer(run, tmp_path):
+    (tmp_path / "text.txt").write_text("Grüße! 1 + 1 = 2", encoding="utf-8")
+    status, out, _ = run("--model", "nano", "--no-check", "--probe", "--text", str(tmp_path / "text.txt"))
+    stream = sections(out)["residual stream"]
+    layers = parse_config(json.loads((resolve("nano") / "config.json").read_text())).text.num_hidden_layers
+    (summary,) = (text for name, text in stream.items() if re.fullmatch(r"largest over \d+ tokens", name))
+    assert status == 0 and len(stream["after each layer"].split()) == layers
+    assert "float16 has room" in summary
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--text", "a.txt"], "--text has no effect without --probe; add that or leave it out"),
+        (["--model", "nano", "--text", "a.txt"], "--text has no effect without --probe"),
+        (["--probe"], "--probe must be given with --model: there is no other model to look at"),
+        (["--revision", "main"], "--revision must be given with --model"),
+        (["--probe", "--revision", "main"], "--probe, --revision must be given with --model"),
+        (["--model", "nano", "--probe", "--text", "no/such.txt"], "--text must be a readable UTF-8 text file"),
+        (["--model", "no/such/folder"], "there is no"),
+    ],
+)
+def test_what_has_no_effect_or_cannot_be_read_is_refused(run, arguments, message):
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "") and err.startswith("mlx_qwen35.doctor: error: ") and message in err
+
+
+def test_a_text_that_is_not_utf_8_is_refused(run, tmp_path):
+    (tmp_path / "text.txt").write_bytes(b"\xff\xfe")
+    status, _, err = run("--model", "nano", "--no-check", "--probe", "--text", str(tmp_path / "text.txt"))
+    assert status == 2 and "--text must be a readable UTF-8 text file" in err
+
+
+# --- the check -------------------------------------------------------------------------------------------------------
+
+
+def test_the_sample_is_the_first_layers_and_the_whole_head_of_a_model_of_finite_activations():
+    model = sample_model(TINY, mx.float16)
+    assert len(model.layers) == SAMPLE_LAYERS and model.dtype == mx.float16
+    assert model.config.vocab_size == TINY.vocab_size
+    packed = [p for layer in model.layers for p in layer.mlp.gate_up.products] + [model.embed_tokens]
+    assert all((p.packing.bits, p.scales.dtype) == (4, mx.float16) for p in packed)
+    logits = model(mx.array([list(range(40))]))
+    assert logits.dtype == mx.float16 and mx.isfinite(logits).all().item()
+    assert logits.astype(mx.float32).var().item() > 0
+
+
+class Clock:
+    """A clock that a model's passes advance: a second for each 64 tokens read, and a quarter for each decoded."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.read = 0.0, []
+        monkeypatch.setattr(check.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(check, "read", self._read)
+
+    def _read(self, model, cache, rows, step):
+        (row,) = rows
+        self.read.append(len(row.tokens))
+        self.now += len(row.tokens) / 64
+
+
+@pytest.mark.parametrize(
+    ("seconds", "longest"),
+    [(0.0, 32), (1.4, 32), (2.5, 64), (10.0, 256), (1000.0, PROMPTS[-1])],  # each takes twice as long as the one before
+)
+def test_prompts_grow_as_long_as_the_time_allows(monkeypatch, seconds, longest):
+    model, clock = sample_model(TINY, mx.float32), Clock(monkeypatch)
+    monkeypatch.setattr(check, "_decode", lambda *_: (0.2, 0.05))
+    speed = measure(model, seconds)
+    assert clock.read == [n for n in PROMPTS if n <= longest]
+    assert (speed.prompt, speed.prompt_seconds) == (longest, longest / 64)
+    assert (speed.layers_seconds, speed.head_seconds) == (0.2, 0.05)
+    assert clock.now <= max(seconds, 0.5)
+
+
+def test_a_measured_model_has_all_figures():
+    speed = measure(sample_model(TINY, mx.float32), seconds=0.0)
+    assert speed.prompt == 32 and min(speed.prompt_seconds, speed.layers_seconds, speed.head_seconds) > 0
+    assert speed.peak_bytes >= mx.get_active_memory() > 0
+
+
+def test_a_whole_model_takes_as_many_times_the_layers_and_one_head():
+    speed = Speed(prompt=100, prompt_seconds=1.5, layers_seconds=0.02, head_seconds=0.5, peak_bytes=3_000_000_000)
+    assert speed.per_second() == pytest.approx((100 / 2, 1 / 0.52))
+    assert speed.per_second(8) == pytest.approx((100 / 12.5, 1 / 0.66))
+    assert facts.speed(speed, 1) == {
+        "reading": "50.0 tokens a second, of a prompt of 100", "writing": "1.9 tokens a second",
+        "peak memory": "3.000 GB by MLX's count",
+    }  # fmt: skip
+    scaled = facts.speed(speed, 8)
+    assert scaled["reading"].startswith("8.0 tokens a second, of a prompt of 100 for a model of 8 times these layers")
+    assert scaled["writing"].startswith("1.5 tokens a second for a model of 8 times")
+
+
+def test_only_the_sample_is_scaled_to_the_whole_model(run, monkeypatch):
+    scales = []
+    monkeypatch.setattr(facts, "speed", lambda found, scale: scales.append(scale) or {})
+    run()
+    monkeypatch.setattr(command, "geometry", lambda name: changed(geometry("tiny"), num_hidden_layers=32))
+    run()
+    run("--model", "nano")
+    assert scales == [1, 8, 1]

@@ -1,0 +1,88 @@
+"""Graphs of one decoded token of our model, with the dtype of every array: JSON on standard output.
+
+For float16 and bfloat16, packed uniformly and mixed, with the kernels and with the operations that stand in for them,
+and with a cast left out here or there. As the counter of launches does it (mlx_qwen35/bench/dispatch_worker.py): the
+program believes that it has a GPU, and no matrix is in memory. Started as a script.
+"""
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+
+WORKER = Path(__file__).parents[2] / "mlx_qwen35" / "bench" / "dispatch_worker.py"
+HALVES = {"float16": mx.float16, "bfloat16": mx.bfloat16}
+MIXED = {"linear_attn.out_proj": 8, "linear_attn.in_proj_a": None, "linear_attn.in_proj_b": None}
+
+
+def name_dtypes() -> None:
+    """Have MLX tell a recorder the name of each dtype where it asks for its size."""
+    export = mx.export_function
+
+    def named(keep: Callable[[dict[str, Any]], None], *function: Any) -> None:
+        def rename(event: dict[str, Any]) -> None:
+            if event["type"] == "primitive":
+                sides = {side: [_named(*a) for a in event[side]] for side in ("inputs", "outputs")}
+                event = event | sides
+            keep(event)
+
+        export(rename, *function)
+
+    mx.export_function = named
+
+
+def _named(number: int, shape: Any, dtype: mx.Dtype) -> tuple[int, Any, SimpleNamespace]:
+    return number, shape, SimpleNamespace(size=str(dtype).removeprefix("mlx.core."))
+
+
+def without_a_cast(place: str) -> Callable[[], None]:
+    """Leave a cast out of the program, and return what puts it back."""
+    from mlx_qwen35 import attention, layers
+    from mlx_qwen35.kernels import add_norm, metal
+
+    broken = {
+        "norm": (add_norm, "rms_norm", lambda x, gamma, eps: mx.fast.rms_norm(x.astype(mx.float32), gamma, eps)),
+        "gate": (attention, "_opened", metal.fused(lambda out, gate: out * mx.sigmoid(gate.astype(mx.float32)))),
+        "mlp": (layers, "_gated", metal.fused(lambda gate, up: (gate.astype(mx.float32) * up))),
+        "": (layers, "_gated", layers._gated),
+    }
+    module, name, function = broken[place]
+    right = getattr(module, name)
+    setattr(module, name, function)
+    return lambda: setattr(module, name, right)
+
+
+def record(worker: dict[str, Any], config: dict, dtype: str, recipe: str, path: str, broken: str) -> dict[str, Any]:
+    right, real = without_a_cast(broken), mx.bfloat16
+    mx.bfloat16 = HALVES[dtype]  # which the worker builds with
+    try:
+        network = worker["build_mlx_qwen35"](config, MIXED if recipe == "mixed" else {})
+        from mlx_qwen35.kernels import add_norm, fused_delta, metal, norm_rotary
+
+        for module in (add_norm, fused_delta, norm_rotary):
+            module.verdict.cache_clear()
+        metal.check = lambda name, disagreement: path == "kernels"
+        return worker["one_token"](network)
+    finally:
+        right()
+        mx.bfloat16 = real
+
+
+def main() -> None:
+    name_dtypes()
+    worker = runpy.run_path(str(WORKER))
+    worker["markers"].prepare()
+    config = json.load(sys.stdin)
+    cases = [(d, r, p, "") for d in HALVES for r in ("uniform", "mixed") for p in ("kernels", "operations")]
+    broken = (("operations", "norm"), ("kernels", "gate"), ("kernels", "mlp"))
+    cases += [("float16", "uniform", path, place) for path, place in broken]
+    json.dump({" ".join(case).strip(): record(worker, config, *case)["nodes"] for case in cases}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""The memory plan: what it counts, what it refuses, and that MLX's own count of a run agrees with it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_qwen35 import generate, load, memory
+from mlx_qwen35.bench.vision_program import noise, prompt
+from mlx_qwen35.checkpoint import (
+    Checkpoint,
+    Entry,
+    Quantization,
+    is_matrix,
+    mtp_shapes,
+    open_checkpoint,
+    text_shapes,
+    vision_shapes,
+)
+from mlx_qwen35.config import parse_config
+from mlx_qwen35.convert.packing import read_options
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.generate.loop import Row, decode, read
+from mlx_qwen35.load import load_model
+from mlx_qwen35.memory_plan import kv_bytes, mac, most_tokens, plan_memory, state_bytes, this_machine
+from mlx_qwen35.random_checkpoint import geometry
+from mlx_qwen35.sampling import Sampler, Sampling
+
+
+def headers(name: str, recipe: str | None) -> Checkpoint:
+    """A checkpoint of this geometry and recipe that exists only as headers."""
+    config = parse_config(geometry(name) | ({} if recipe is None else {"quantization": {"group_size": 64, "bits": 4}}))
+    packing = recipe and read_options(recipe).packing
+    entries, hows = {}, {}
+    shapes = text_shapes(config.text) | vision_shapes(config.vision) | mtp_shapes(config.text)
+    for tensor, shape in shapes.items():
+        how: Quantization | None = packing.of(tensor, shape) if packing and is_matrix(tensor, shape) else None
+        parts = {tensor: (shape, "BF16")}
+        if how:
+            stem = tensor.removesuffix("weight")
+            hows[stem] = how
+            parts = {stem + s: (size, "U32" if s == "weight" else "BF16") for s, size in how.parts(shape).items()}
+        for part, (size, dtype) in parts.items():
+            count = 1
+            for side in size:
+                count *= side
+            entries[part] = Entry(Path("none"), part, dtype, size, 0, count * (4 if dtype == "U32" else 2))
+    checkpoint = Checkpoint(Path("none"), config, entries, {}, True)
+    checkpoint.__dict__["_quantization"] = hows
+    return checkpoint
+
+
+@pytest.mark.parametrize(("context", "most"), [(4096, 2.9e9), (8192, 3.05e9)])
+def test_the_4b_in_4_bit_reads_text_on_a_mac_of_8_gb_in_about_3(context, most):
+    plan = plan_memory(headers("4b", "4bit"), mac(8), context)
+    assert plan.text <= most and plan.fits
+
+
+def test_a_turn_with_an_image_on_a_mac_of_8_gb_takes_at_most_3_2_and_then_what_text_takes():
+    plan = plan_memory(headers("4b", "4bit"), mac(8), 2048, pixels=1 << 20)
+    assert plan.text < plan.image <= 3.2e9
+    assert plan.text == plan_memory(headers("4b", "4bit"), mac(8), 2048).text
+
+
+def test_a_larger_mac_reads_more_at_a_time_and_a_longer_context_takes_its_keys_and_values():
+    checkpoint = headers("4b", "4bit")
+    chunks = [plan_memory(checkpoint, mac(gigabytes), 8192).chunk for gigabytes in (8, 16, 32)]
+    assert chunks == sorted(set(chunks))
+    short, long = (plan_memory(checkpoint, mac(8), context) for context in (4096, 8192))
+    assert long.kv - short.kv == 4096 * 8 * 2 * 4 * 256 * 2
+    assert long.state == 2 * 24 * (4 * 32 * 128 * 128 + 3 * 8192 * 2)
+
+
+def test_the_draft_head_counts_where_it_is_on():
+    checkpoint = headers("4b", "4bit")
+    off, on = (plan_memory(checkpoint, mac(8), 4096, mtp=mtp) for mtp in (False, True))
+    assert off.drafts == 0 and on.text - off.text == on.drafts
+    matrices = [shape for shape in mtp_shapes(checkpoint.config.text).values() if len(shape) == 2]
+    packed = sum(rows * columns for rows, columns in matrices) * 4.5 / 8
+    assert abs(on.drafts / packed - 1) < 0.01
+
+
+def test_the_4b_in_16_bit_does_not_fit_a_mac_of_8_gb_and_does_one_of_16():
+    checkpoint = headers("4b", None)
+    assert not plan_memory(checkpoint, mac(8), 4096).fits and plan_memory(checkpoint, mac(16), 4096).fits
+
+
+# --- against MLX's count ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mid(checkpoint_folder) -> Checkpoint:
+    return open_checkpoint(checkpoint_folder(geometry("mid")))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "image"),
+    [
+        (60, None),
+        (0, (256, 256)),
+        *(pytest.param(n, None, marks=pytest.mark.full) for n in (256, 1100, 4000)),
+        *(pytest.param(0, (n, n), marks=pytest.mark.full) for n in (1024, 2048)),
+    ],
+    ids=str,
+)
+def test_a_run_takes_what_the_plan_says_within_a_tenth(mid, tokens, image):
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    model = load_model(mid, mx.float32, "mid")
+    mx.reset_peak_memory()
+    row = Row([5] * tokens)
+    if image:
+        media = noise(mid.config.vision, 1, *image)
+        (embeddings,) = model.vision.encode([media])
+        model.vision.release()
+        row = Row(*prompt(media.grid, mid.config.vision.spatial_merge_size), embeddings)
+        del embeddings
+    pixels = image[0] * image[1] if image else 0
+    plan = plan_memory(mid, this_machine(model.config, mx.float32), len(row.tokens) + 4, pixels=pixels)
+    cache = model.make_cache()
+    hidden = read(model, cache, [row], plan.chunk)
+    sampler = Sampler(Sampling(), [0], [len(row.tokens)], model.config.vocab_size)
+    for _ in decode(model, cache, hidden, sampler, [4], ()):
+        pass
+    measured = mx.get_peak_memory() - before
+    assert abs((plan.image if image else plan.text) / measured - 1) < 0.1
+
+
+def test_weights_state_and_keys_are_counted_to_the_byte(mid):
+    before = mx.get_active_memory()
+    model = load_model(mid, mx.float32, "mid")
+    plan = plan_memory(mid, this_machine(model.config, mx.float32), 40)
+    assert abs(mx.get_active_memory() - before - plan.weights) < 200_000  # tables of rotary embedding, and the like
+    cache = model.make_cache()
+    read(model, cache, [Row([5] * 40)], 40)
+    assert cache.nbytes == kv_bytes(model.config, 40, 4) + state_bytes(model.config, 4)
+    assert plan.kv + plan.state // 2 == cache.nbytes
+
+
+# --- the guard -------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_too_big_is_refused_with_the_command_that_makes_it_smaller(checkpoint_folder, memory_limit):
+    memory_limit(4e6)
+    with pytest.raises(InputError) as caught:
+        load_model(open_checkpoint(checkpoint_folder()), mx.float32, "Qwen/Qwen3.5-4B")
+    said = str(caught.value)
+    assert "Qwen/Qwen3.5-4B needs 0.0 GB, of which 0.0 GB are its text weights; a model may take 0.0 GB" in said
+    assert "mlx_qwen35.convert --hf-path Qwen/Qwen3.5-4B --mlx-path Qwen3.5-4B-4bit --recipe 4bit" in said
+
+
+def test_a_packed_model_too_big_is_not_sent_to_the_converter(checkpoint_folder, memory_limit, tmp_path):
+    from mlx_qwen35.convert import convert
+
+    folder = convert(checkpoint_folder(), tmp_path / "packed", recipe="4bit")
+    memory_limit(1e6)
+    with pytest.raises(InputError, match="Choose a folder with fewer bits, or a smaller model"):
+        load_model(open_checkpoint(folder), mx.float32, "packed")
+
+
+def test_memory_is_reckoned_in_the_dtype_of_the_model(checkpoint_folder, memory_limit):
+    checkpoint = open_checkpoint(checkpoint_folder())
+    machines = [this_machine(checkpoint.config.text, dtype) for dtype in (mx.float16, mx.float32)]
+    memory_limit(sum(plan_memory(checkpoint, machine, 256).text for machine in machines) / 2)
+    load_model(checkpoint, mx.float16, "tiny")
+    with pytest.raises(InputError, match="needs"):
+        load_model(checkpoint, mx.float32, "tiny")
+
+
+def test_a_prompt_without_room_is_refused_before_anything_is_read(memory_limit):
+    model, processor = load("nano")
+    memory_limit(mx.get_active_memory() + 3e6)
+    room = most_tokens(model.config, model.dtype, 32, 0, 1)
+    with pytest.raises(InputError, match=rf"memory has room for a context of {room:,} tokens; prompt and answer have"):
+        generate(model, processor, list(range(5, 400)) * 10)
+
+
+def test_an_answer_as_long_as_asked_for_must_have_room(memory_limit):
+    model, processor = load("nano")
+    memory_limit(mx.get_active_memory() + 4e6)
+    with pytest.raises(InputError, match="lower max_tokens"):
+        generate(model, processor, "What is 34 + 58?", max_tokens=20_000)
+
+
+def test_an_answer_of_no_stated_length_is_as_long_as_there_is_room(memory_limit):
+    model, processor = load("nano")
+    memory_limit(mx.get_active_memory() + 4e6)
+    assert generate(model, processor, "What is 34 + 58?").text == "92"
+
+
+def test_memory_that_is_set_by_hand_holds_for_the_process(memory_limit):
+    load("nano", memory_limit=1.5)
+    assert memory.usable_bytes() == 1_500_000_000
+    load("nano")
+    assert memory.usable_bytes() > 1_500_000_000
+
+
+@pytest.mark.parametrize("wrong", [0, -1, float("inf"), float("nan")])
+def test_a_limit_that_is_none_is_refused(wrong):
+    with pytest.raises(InputError, match=re.escape(f"memory_limit must be a number of GB above 0, got {wrong}")):
+        load("nano", memory_limit=wrong)
+
+
+def test_the_wired_limit_is_never_touched(monkeypatch):
+    monkeypatch.setattr(mx, "set_wired_limit", lambda *_: pytest.fail("the wired limit was set"))
+    model, processor = load("nano")
+    generate(model, processor, "What is 1 + 1?", max_tokens=2)
+
+
+def test_the_machine_has_memory():
+    assert 1e9 < memory.usable_bytes() < 1e13
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def planned(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "mlx_qwen35.doctor", *arguments], capture_output=True, text=True)
+
+
+def test_the_command_shows_this_machine_and_three_macs(checkpoint_folder):
+    folder = checkpoint_folder()
+    done = planned("--plan", str(folder), "--context", "5000")
+    assert done.returncode == 0, done.stderr
+    for part in ("a context of 5,000 tokens", "M1, 8 GB", "M1, 16 GB", "M1, 32 GB", "text, at most", "vision tower"):
+        assert part in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--plan", "nano", "--model", "nano"), "--model must not be given with --plan"),
+        (("--plan", "nano", "--context", "0"), "--context must be at least 1 token, got 0"),
+        (("--context", "5"), "--context has no effect without --plan"),
+    ],
+)
+def test_options_without_effect_are_refused(arguments, message):
+    done = planned(*arguments)
+    assert done.returncode == 2 and message in done.stderr
