@@ -1,42 +1,29 @@
 """What a conversion will write, from the source's headers alone: a plan is a list of jobs, one for each tensor."""
 
-import copy
 import fnmatch
 import json
 import math
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mlx_qwen35.checkpoint import (
-    DTYPE_BYTES,
-    EXACT,
-    TEXT,
-    VISION,
-    Checkpoint,
-    Entry,
-    Quantization,
-    hugging_face_name,
-    is_exact,
-    mtp_shapes,
-    open_checkpoint,
-    text_shapes,
-    vision_shapes,
-)
-from mlx_qwen35.config import Config, read_json
-from mlx_qwen35.convert.packing import Packing, brief, config_entry, read_options
+import numpy as np
+
+from mlx_qwen35.checkpoint import DTYPE_BYTES, EXACT, TEXT, VISION, Quantization, is_exact
+from mlx_qwen35.convert.files import DTYPES, generation_config, new_config
+from mlx_qwen35.convert.packing import Packing, read_options
+from mlx_qwen35.convert.source import Found, Source, Tensor, open_source
 from mlx_qwen35.errors import InputError
 
-DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # option -> safetensors' name
+ROUNDINGS = ("search", "nearest")
 SHARD_BYTES = 5_000_000_000
-TAG = {"format": 1, "norms": "zero-centred"}
 # Tokenizer, template, preprocessors, licence: all that belongs to a checkpoint beside weights and config.json.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
 _NOT_COPIED = ("config.json", "*.index.json", ".*")
-_END_OF_TURN = "<|im_end|>"
 
 
 @dataclass(frozen=True)
@@ -54,16 +41,25 @@ class Output:
 
 @dataclass(frozen=True)
 class Job:
-    """One tensor of the source and what stands for it: itself in `dtype`, or its parts packed from that dtype."""
+    """One tensor of the source and what stands for it: itself in `dtype`, or its parts packed from that dtype.
 
-    source: Entry
+    rounding: "search" or "nearest", of what is packed here. Parts that are already packed as asked are copied, with
+    scales and biases in `dtype`.
+    """
+
+    source: Tensor
     dtype: str
     quantization: Quantization | None
     outputs: tuple[Output, ...]
+    rounding: str = "nearest"
 
     @property
     def nbytes(self) -> int:
         return sum(output.nbytes for output in self.outputs)
+
+    @property
+    def copies_parts(self) -> bool:
+        return self.quantization is not None and self.quantization == self.source.how
 
 
 @dataclass(frozen=True)
@@ -78,13 +74,21 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that will be written. `copied` are files of the source, generation_config.json perhaps among them."""
+    """Everything that will be written.
+
+    copied: files of the source, generation_config.json perhaps among them. sources: the files read, as they were when
+    the plan was made. statistics: Hugging Face name of a weight -> (columns,) float32, what an error in each input
+    column counts. shard_bytes: of a file, at most.
+    """
 
     jobs: tuple[Job, ...]
     shards: tuple[Shard, ...]
     config: Mapping[str, Any]
     generation: Mapping[str, Any] | None
     copied: tuple[Path, ...]
+    sources: tuple[Found, ...] = ()
+    statistics: Mapping[str, np.ndarray] = field(default_factory=dict)
+    shard_bytes: int = SHARD_BYTES
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -98,6 +102,21 @@ class Plan:
         """Bytes that the folder takes, but for the few of config.json and index."""
         return sum(shard.nbytes for shard in self.shards) + sum(file.stat().st_size for file in self.copied)
 
+    def keeping(self, names: Collection[str]) -> "Plan":
+        """The same plan with the tensors of these Hugging Face names in a dtype that holds what float16 does not.
+
+        Packed ones have scales in bfloat16; others stay as the source has them, and need no exact copy beside.
+        """
+        jobs = []
+        for job in self.jobs:
+            name = job.outputs[0].name
+            if job.source.name not in names:
+                jobs.append(job)
+            elif not name.startswith(EXACT):
+                dtype = "BF16" if job.quantization else job.source.dtype
+                jobs.append(_job(job.source, name, dtype, job.quantization, job.rounding))
+        return replace(self, jobs=tuple(jobs), shards=_shards(tuple(jobs), self.shard_bytes))
+
 
 def make_plan(
     folder: Path,
@@ -109,100 +128,112 @@ def make_plan(
     mode: str | None = None,
     vision_bits: int | None = None,
     dtype: str | None = None,
+    rounding: str = "search",
+    statistics: Mapping[str, np.ndarray] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Plan:
-    """Plan the conversion of a raw Hugging Face folder; reads headers and configuration, no weights.
+    """Plan the conversion of a folder; reads headers and configuration, no weights.
 
-    Options are those of `convert`. Raises InputError when the folder or the options break a rule.
+    Options are those of `convert`; with neither recipe nor quantize, what is packed stays packed as it is. statistics:
+    see Plan; weights that it does not name count all columns alike. Raises InputError when the folder or the options
+    break a rule. Warns when packed weights are packed in another way.
     """
     options = read_options(recipe, quantize, bits, group_size, mode, vision_bits, dtype)
-    packing, dtype = options.packing, options.dtype
-    checkpoint = _open_raw(folder)
-    if vision_bits is not None and not checkpoint.has(VISION):
+    if rounding not in ROUNDINGS:
+        raise InputError(f"--rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+    source = open_source(folder)
+    if vision_bits is not None and not source.checkpoint.has(VISION):
         raise InputError(
             f"--q-vision-bits {vision_bits} has no effect on a checkpoint without a vision tower; {folder} has none. "
             "Leave it out"
         )
-    values = read_json(folder / "config.json")
-    stored = _output_dtype(values, checkpoint, dtype)
-    jobs = tuple(_jobs(checkpoint, packing, stored))
+    stored = _output_dtype(source, options.dtype)
+    keep = options.recipe is None and options.packing is None
+    jobs = tuple(_jobs(source, options.packing, keep, stored, options.dtype is not None, rounding))
+    _warn_of_packing_anew(folder, jobs)
+    packed = {job.source.name: job.quantization for job in jobs if job.quantization}
     copied = tuple(file for file in sorted(folder.iterdir()) if file.is_file() and _is_copied(file.name))
     has_generation = any(file.name == "generation_config.json" for file in copied)
     return Plan(
         jobs=jobs,
         shards=_shards(jobs, shard_bytes),
-        config=_new_config(values, packing, jobs, stored),
-        generation=None if has_generation else _generation(folder, checkpoint.config),
+        config=new_config(source.config, options.packing, keep, packed, stored),
+        generation=None if has_generation else generation_config(folder, source.checkpoint.config),
         copied=copied,
+        sources=source.files + tuple(Found.at(file) for file in (folder / "config.json", *copied)),
+        statistics=statistics or {},
+        shard_bytes=shard_bytes,
     )
 
 
-# --- source ----------------------------------------------------------------------------------------------------------
+# --- jobs ------------------------------------------------------------------------------------------------------------
 
 
-def _open_raw(folder: Path) -> Checkpoint:
-    advice = "This version converts raw Hugging Face folders: give the original checkpoint"
-    if (folder / "config.json").is_file():
-        values = read_json(folder / "config.json")
-        for part in (values, values.get("text_config") or {}):
-            if found := part.get("quantization") or part.get("quantization_config"):
-                raise InputError(f"the source must not be quantized; {folder} is ({brief(found)}). {advice}")
-    checkpoint, known = open_checkpoint(folder), DTYPES.values()
-    if not checkpoint.raw:
-        raise InputError(f"the source must be raw; an MLX program already converted {folder} (conv1d layout). {advice}")
-    if other := [(name, entry.dtype) for name, entry in checkpoint.entries.items() if entry.dtype not in known]:
-        name, found = other[0]
-        raise InputError(f"weights must be float32, float16 or bfloat16; {name} is {found}. {advice}")
-    return checkpoint
-
-
-def _output_dtype(values: Mapping[str, Any], checkpoint: Checkpoint, asked: str | None) -> str:
+def _output_dtype(source: Source, asked: str | None) -> str:
     """The option, else what config.json names, else what the embedding is stored in; as safetensors calls it."""
     if asked is not None and asked not in DTYPES:
         raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, got {asked!r}")
-    text = values.get("text_config", {})
+    values, text = source.config, source.config.get("text_config", {})
     named = asked or values.get("torch_dtype") or values.get("dtype") or text.get("torch_dtype") or text.get("dtype")
     if named is None:
-        return checkpoint.entries[f"{TEXT}embed_tokens.weight"].dtype
+        tensors = (source.tensors[TEXT + name] for name in ("embed_tokens.weight", "norm.weight"))
+        parts = (part.dtype for tensor in tensors if not tensor.block for part in tensor.parts)
+        return next((part for part in parts if part in DTYPES.values()), "BF16")
     if named not in DTYPES:
         raise InputError(f"config.json names the dtype {named!r}; choose one of {', '.join(DTYPES)} with --dtype")
     return DTYPES[named]
 
 
-def _jobs(checkpoint: Checkpoint, packing: Packing | None, dtype: str) -> list[Job]:
-    """The jobs in the order of the data: text, vision, draft head."""
-    config = checkpoint.config
-    text = text_shapes(config.text)
-    vision = vision_shapes(config.vision) if config.vision else {}
-    jobs = []
-    for name, shape in (text | vision | mtp_shapes(config.text)).items():
-        if name not in checkpoint.entries:  # vision tower and draft head may be absent, as a whole
-            continue
-        stored_name = checkpoint.entries[name].stored_name
-        source = checkpoint.exact.get(name, checkpoint.entries[name])
-        if how := packing and packing.of(name, shape):
-            jobs.append(_packing_job(source, stored_name, dtype, how))
+def _jobs(
+    source: Source, packing: Packing | None, keep: bool, dtype: str, asked: bool, rounding: str
+) -> Iterator[Job]:
+    """The jobs in the order of the data: text, vision, draft head. Names of MLX programs become Hugging Face's.
+
+    keep: what is packed stays so. asked: the dtype was, so that scales which are copied get it too.
+    """
+    for name, tensor in source.tensors.items():
+        stored_name = source.checkpoint.entries[name].stored_name if source.checkpoint.raw else name
+        how = tensor.how if keep else packing and packing.of(name, tensor.shape)
+        if how:
+            scales = tensor.parts[1].dtype if how == tensor.how and not asked and how.mode == "affine" else dtype
+            yield _job(tensor, stored_name, scales, how, rounding)
             continue
         own = "F32" if is_exact(name) else dtype
-        jobs.append(Job(source, own, None, (Output(stored_name, own, shape),)))
-        if name in text and len(shape) == 1 and source.dtype == "F32" and own != "F32":
-            jobs.append(Job(source, "F32", None, (Output(EXACT + name, "F32", shape),)))
-    return jobs
+        yield _job(tensor, stored_name, own, None)
+        is_text = name.startswith((TEXT, "lm_head."))
+        if is_text and len(tensor.shape) == 1 and tensor.dtype == "F32" and own != "F32":
+            yield _job(tensor, EXACT + name, "F32", None)
 
 
-def _packing_job(source: Entry, name: str, dtype: str, quantization: Quantization) -> Job:
+def _job(source: Tensor, name: str, dtype: str, how: Quantization | None, rounding: str = "nearest") -> Job:
+    if how is None:
+        return Job(source, dtype, None, (Output(name, dtype, source.shape),))
     columns = source.shape[1]
-    if columns % quantization.group_size:
+    if columns % how.group_size:
         raise InputError(
             f"the width of every matrix must be a multiple of the group size; {name} is {columns} wide and the group "
-            f"size is {quantization.group_size}. Choose another --q-group-size"
+            f"size is {how.group_size}. Choose another --q-group-size"
         )
-    scales = dtype if quantization.mode == "affine" else "U8"
+    scales = dtype if how.mode == "affine" else "U8"
     outputs = tuple(
         Output(name.removesuffix("weight") + suffix, "U32" if suffix == "weight" else scales, shape)
-        for suffix, shape in quantization.parts(source.shape).items()
+        for suffix, shape in how.parts(source.shape).items()
     )
-    return Job(source, dtype, quantization, outputs)
+    return Job(source, dtype, how, outputs, "nearest" if how == source.how else rounding)
+
+
+def _warn_of_packing_anew(folder: Path, jobs: tuple[Job, ...]) -> None:
+    anew = [job for job in jobs if job.quantization and job.source.how and not job.copies_parts]
+    if not anew:
+        return
+    kinds = sorted({(job.source.how.bits, job.source.how.mode) for job in anew})
+    warnings.warn(
+        f"{folder} is already quantized ({', '.join(f'{bits}-bit {mode}' for bits, mode in kinds)}) and "
+        f"{len(anew)} of its matrices are packed anew: the new errors add to those that it has, and the errors "
+        "measured are against it. Convert the original where you can",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def _is_copied(name: str) -> bool:
@@ -243,39 +274,3 @@ def _shard(file: str, outputs: list[Output]) -> Shard:
     first = 8 + len(text)
     offsets = {output.name: first + header[output.name]["data_offsets"][0] for output in outputs}
     return Shard(file, struct.pack("<Q", len(text)) + text, offsets, first + position)
-
-
-def _new_config(
-    values: Mapping[str, Any], packing: Packing | None, jobs: tuple[Job, ...], dtype: str
-) -> dict[str, Any]:
-    """The source's config.json with its dtype fields renewed, the quantization as MLX programs read it, and our tag."""
-    config = copy.deepcopy(dict(values))
-    name = next(option for option, stored in DTYPES.items() if stored == dtype)
-    parts = [part for part in (config, config.get("text_config"), config.get("vision_config")) if part]
-    fields = [(part, field) for part in parts for field in ("dtype", "torch_dtype") if field in part]
-    for part, field in fields or [(config.get("text_config", config), "dtype")]:
-        part[field] = name
-    if packing:
-        packed = {hugging_face_name(job.outputs[0].name): job.quantization for job in jobs if job.quantization}
-        entry = config_entry(packing, packed)
-        config |= {"quantization": entry, "quantization_config": entry}
-    return config | {"mlx_qwen35": TAG}
-
-
-def _generation(folder: Path, config: Config) -> dict[str, Any] | None:
-    """A generation_config.json with the end-of-turn token and those that config.json names; None when there is none."""
-    turn = _end_of_turn(folder)
-    ends = list(dict.fromkeys(([] if turn is None else [turn]) + list(config.eos_token_ids)))
-    return {"eos_token_id": ends} if ends else None
-
-
-def _end_of_turn(folder: Path) -> int | None:
-    if (folder / "tokenizer_config.json").is_file():
-        for number, token in (read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}).items():
-            if token.get("content") == _END_OF_TURN:
-                return int(number)
-    if (folder / "tokenizer.json").is_file():
-        for token in read_json(folder / "tokenizer.json").get("added_tokens") or []:
-            if token.get("content") == _END_OF_TURN:
-                return token["id"]
-    return None

@@ -1,50 +1,90 @@
 """Carries out a plan: every tensor is read, checked, converted and written in chunks of rows, on a few threads.
 
 Sizes are known in advance, so each chunk goes to its own place in the file and memory does not grow with the model.
-mx.quantize packs each row by itself: the bytes do not depend on the chunks.
+Each row is packed by itself: the bytes do not depend on the chunks.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import local
+from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from tqdm import tqdm
 
-from mlx_qwen35.checkpoint import DTYPE_BYTES, INDEX, Entry, open_checkpoint
+from mlx_qwen35.checkpoint import EXACT, INDEX, open_checkpoint
+from mlx_qwen35.convert import float16
+from mlx_qwen35.convert.journal import Done, Journal, identity
 from mlx_qwen35.convert.plan import Job, Plan
-from mlx_qwen35.errors import InputError
+from mlx_qwen35.convert.rows import convert_rows, difference_of, extents_of, refusal
+from mlx_qwen35.convert.source import check_unchanged
+from mlx_qwen35.convert.verify import Error, Piece, check_copy, check_file, checksum, totals
 
 CHUNK_BYTES = 4 << 20  # of the source; a thread holds about four times as much
+BATCH_BYTES = 256 << 20  # of the source; what is done is noted for --resume after each
 THREADS = min(4, os.cpu_count() or 1)
 
-_ARRAY_DTYPE = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}
-_BITS_DTYPE = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32}
-_EXPONENT = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}  # all ones in infinities and NaN, and only there
 _thread = local()
 
 
-def write(plan: Plan, folder: Path) -> None:
-    """Write the planned checkpoint into an existing empty folder, config.json last: without it nothing loads."""
-    _write_weights(plan, folder)
+@dataclass(frozen=True)
+class Report:
+    """What a conversion tells of what it wrote.
+
+    errors: Hugging Face name of a tensor -> its error; sha256: name of a file -> its hash; both empty where it was not
+    to verify. kept: Hugging Face name -> why float16 cannot hold the tensor.
+    """
+
+    errors: Mapping[str, Error]
+    sha256: Mapping[str, str]
+    kept: Mapping[str, str]
+
+
+def write(plan: Plan, folder: Path, *, verify: bool = True) -> Report:
+    """Write the planned checkpoint into an existing folder, config.json last: without it nothing loads.
+
+    verify: measure errors, and read again what was written. A folder with a journal of the same plan is gone on with;
+    otherwise it is empty. Raises InputError when the source changes or holds what cannot be written, when the folder
+    does not read back as written, or when its journal is another plan's.
+    """
+    check_unchanged(plan.sources)
+    with Journal(folder, identity(plan, verify=verify, chunk=CHUNK_BYTES)) as journal:
+        if journal.kept is None:
+            journal.keep(_unfit(plan))
+        if journal.kept:
+            float16.warn(journal.kept)
+            plan = plan.keeping(journal.kept)
+        done = _write_weights(plan, folder, journal, verify)
+        check_unchanged(plan.sources)
+        chunks = _chunks(plan)
+        sha256 = _check_shards(plan, folder, chunks, done) if verify else {}
+        sha256 |= _write_others(plan, folder, verify)
+        open_checkpoint(folder)
+        journal.remove()
+    return Report(_errors(chunks, done) if verify else {}, sha256, journal.kept)
+
+
+def _write_others(plan: Plan, folder: Path, verify: bool) -> dict[str, str]:
+    """Copied files, index and configuration. Their hashes where they are to be verified."""
+    sha256 = {}
     for file in plan.copied:
         shutil.copyfile(file, folder / file.name)
-    _write_json(folder / INDEX, plan.index)
-    if plan.generation is not None:
-        _write_json(folder / "generation_config.json", plan.generation)
-    _write_json(folder / "config.json", plan.config)
-    open_checkpoint(folder)
-
-
-def _write_json(file: Path, values: Mapping) -> None:
-    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if verify:
+            sha256[file.name] = check_copy(folder / file.name, file)
+    generation = {} if plan.generation is None else {"generation_config.json": plan.generation}
+    for name, values in {INDEX: plan.index, **generation, "config.json": plan.config}.items():
+        text = (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+        (folder / name).write_bytes(text)
+        if verify:
+            sha256[name] = check_file(folder / name, [Piece(0, len(text), checksum(text), "its text")])
+    return sha256
 
 
 # --- chunks ----------------------------------------------------------------------------------------------------------
@@ -60,119 +100,171 @@ class _Chunk:
 
     @property
     def nbytes(self) -> int:
-        return (self.stop - self.start) * (self.job.source.nbytes // self.job.source.shape[0])
+        return (self.stop - self.start) * self.job.source.nbytes // self.job.source.shape[0]
 
 
-def _chunks(job: Job) -> Iterator[_Chunk]:
-    rows = job.source.shape[0]
-    step = max(1, CHUNK_BYTES // (job.source.nbytes // rows))
+def _chunks(plan: Plan) -> list[_Chunk]:
+    return [chunk for job in plan.jobs for chunk in _chunks_of(job)]
+
+
+def _chunks_of(job: Job) -> Iterator[_Chunk]:
+    """Chunks of at most CHUNK_BYTES, counting two bytes a value at least: that is what they become."""
+    source = job.source
+    rows = source.shape[0]
+    step = max(1, CHUNK_BYTES // max(source.parts[0].nbytes // rows, 2 * source.width))
     for start in range(0, rows, step):
         yield _Chunk(job, start, min(start + step, rows))
 
 
-def _read(chunk: _Chunk, sources: Mapping[Path, int]) -> np.ndarray:
-    """The chunk's values as unsigned integers of their size: (rows, the other axes as one)."""
-    source = chunk.job.source
-    first = source.start + chunk.start * (source.nbytes // source.shape[0])
-    data = os.pread(sources[source.file], chunk.nbytes, first)
-    if len(data) != chunk.nbytes:
-        raise InputError(f"{source.file} ended in the middle of {source.stored_name}: it changed while it was read")
-    return np.frombuffer(data, _BITS_DTYPE[source.dtype]).reshape(chunk.stop - chunk.start, -1)
+def _stream() -> mx.Stream:
+    """Of this thread: each evaluates on one of its own, else they take turns."""
+    if not hasattr(_thread, "stream"):
+        _thread.stream = mx.new_stream(mx.cpu)
+    return _thread.stream
 
 
-def _not_finite(bits: np.ndarray, dtype: str) -> int:
-    mask = _BITS_DTYPE[dtype](_EXPONENT[dtype])
-    return np.count_nonzero(bits & mask == mask)
+@contextmanager
+def _opened(plan: Plan) -> Iterator[dict[Path, int]]:
+    """Descriptors of the source's files."""
+    with ExitStack() as stack:
+        files = {part.file for job in plan.jobs for part in job.source.parts}
+        yield {file: stack.enter_context(file.open("rb")).fileno() for file in files}
 
 
-def _cast(bits: np.ndarray, source: Entry, dtype: str, stream: mx.Stream) -> mx.array:
-    array = mx.view(mx.array(bits), _ARRAY_DTYPE[source.dtype], stream=stream)
-    return array.astype(_ARRAY_DTYPE[dtype], stream=stream)
+def _each(chunks: list[_Chunk], function: Callable[[_Chunk], Any]) -> Generator[tuple[_Chunk, Any]]:
+    """Chunks with what the function gives, computed on a few threads, which end when the generator is closed.
+
+    In order: of several faults the first counts.
+    """
+    pool = ThreadPoolExecutor(THREADS)
+    bar = tqdm(total=sum(chunk.nbytes for chunk in chunks), unit="B", unit_scale=True)
+    with pool, bar:
+        try:
+            results = [pool.submit(function, chunk) for chunk in chunks]
+            for chunk, result in zip(chunks, results, strict=True):
+                bar.set_description(chunk.job.source.stored_name, refresh=False)
+                yield chunk, result.result()
+                bar.update(chunk.nbytes)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
-def _as_bits(array: mx.array, stream: mx.Stream) -> np.ndarray:
-    """The array's bytes without a copy; numpy has no bfloat16."""
-    return np.asarray(mx.view(array, {2: mx.uint16, 4: mx.uint32}[array.itemsize], stream=stream))
+def _unfit(plan: Plan) -> dict[str, str]:
+    """Hugging Face name -> why float16 cannot hold the tensor that is to become float16."""
+    chunks = [chunk for chunk in _chunks(plan) if float16.takes_float16(chunk.job)]
+    if not chunks:
+        return {}
+    extents: dict[str, list] = {}
+    with _opened(plan) as sources:
 
+        def look(chunk: _Chunk) -> list:
+            return extents_of(chunk.job, chunk.start, chunk.stop, sources, _stream())
 
-def _convert(bits: np.ndarray, job: Job, stream: mx.Stream) -> list[np.ndarray] | None:
-    """What is written for the rows, one array for each output; None when a value is not finite or does not fit."""
-    if _not_finite(bits, job.source.dtype):
-        return None
-    if job.dtype == job.source.dtype and job.quantization is None:
-        return [bits]
-    array = _cast(bits, job.source, job.dtype, stream)
-    if job.dtype != job.source.dtype and _not_finite(_as_bits(array, stream), job.dtype):
-        return None
-    if job.quantization is None:
-        return [_as_bits(array, stream)]
-    how = job.quantization
-    packed = mx.quantize(array, group_size=how.group_size, bits=how.bits, mode=how.mode, stream=stream)
-    mx.eval(packed)
-    return [np.asarray(part) if part.dtype == mx.uint8 else _as_bits(part, stream) for part in packed]
-
-
-def _refusal(job: Job, sources: Mapping[Path, int], stream: mx.Stream) -> InputError:
-    """The error for a tensor that holds values that cannot be written, counted over the whole tensor."""
-    name, bad, over = job.source.stored_name, 0, 0
-    values = job.source.nbytes // DTYPE_BYTES[job.source.dtype]
-    for chunk in _chunks(job):
-        bits = _read(chunk, sources)
-        bad += _not_finite(bits, job.source.dtype)
-        over += _not_finite(_as_bits(_cast(bits, job.source, job.dtype, stream), stream), job.dtype)
-    if bad:
-        return InputError(
-            f"weights must be finite; {bad} of the {values} values of {name} are NaN or infinite. Download or make the "
-            "source again"
-        )
-    return InputError(
-        f"weights must fit the output dtype; {over} of the {values} values of {name} overflow {job.dtype}. Choose "
-        "--dtype bfloat16 or float32"
-    )
+        with closing(_each(chunks, look)) as results:
+            for chunk, found in results:
+                extents.setdefault(chunk.job.source.name, []).extend(found)
+    reasons = {name: float16.reason(found) for name, found in extents.items()}
+    return {name: why for name, why in reasons.items() if why}
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _write_at(file: int, data: np.ndarray, position: int) -> None:
-    rest = memoryview(np.ascontiguousarray(data)).cast("B")
-    while rest:
-        written = os.pwrite(file, rest, position)
-        rest, position = rest[written:], position + written
+def _write_at(file: int, data: memoryview, position: int) -> None:
+    while data:
+        written = os.pwrite(file, data, position)
+        data, position = data[written:], position + written
 
 
-def _carry_out(chunk: _Chunk, sources: Mapping[Path, int], places: Mapping[str, tuple[int, int]]) -> None:
+def _carry_out(
+    chunk: _Chunk, plan: Plan, sources: Mapping[Path, int], places: Mapping[str, tuple[int, int]], verify: bool
+) -> Done:
     """Convert one chunk. `places`: file descriptor and first byte of each output tensor."""
-    if not hasattr(_thread, "stream"):  # each thread evaluates on a stream of its own, else they take turns
-        _thread.stream = mx.new_stream(mx.cpu)
-    parts = _convert(_read(chunk, sources), chunk.job, _thread.stream)
+    job, stream = chunk.job, _stream()
+    parts = convert_rows(job, chunk.start, chunk.stop, sources, plan.statistics.get(job.source.name), stream)
     if parts is None:
-        raise _refusal(chunk.job, sources, _thread.stream)
-    for output, part in zip(chunk.job.outputs, parts, strict=True):
+        raise refusal(job, [(other.start, other.stop) for other in _chunks_of(job)], sources, stream)
+    checksums = []
+    for output, part in zip(job.outputs, parts, strict=True):
         file, offset = places[output.name]
-        _write_at(file, part, offset + chunk.start * (output.nbytes // output.shape[0]))
+        data = memoryview(part).cast("B")
+        _write_at(file, data, offset + chunk.start * (output.nbytes // output.shape[0]))
+        checksums += [checksum(data)] if verify else []
+    if not verify:
+        return Done()
+    return Done(tuple(checksums), difference_of(job, chunk.start, chunk.stop, parts, sources, stream))
 
 
-def _write_weights(plan: Plan, folder: Path) -> None:
+@contextmanager
+def _shards(plan: Plan, folder: Path) -> Iterator[tuple[list[int], dict[str, tuple[int, int]]]]:
+    """The output files at their full size, with what they hold of an earlier run: descriptors, and place of tensors."""
     with ExitStack() as stack:
-        sources = {
-            file: stack.enter_context(file.open("rb")).fileno() for file in {job.source.file for job in plan.jobs}
-        }
-        places = {}
+        files, places = [], {}
         for shard in plan.shards:
-            file = stack.enter_context((folder / shard.file).open("wb", buffering=0))
-            file.write(shard.header)
-            file.truncate(shard.nbytes)
-            places |= {name: (file.fileno(), offset) for name, offset in shard.offsets.items()}
-        chunks = [chunk for job in plan.jobs for chunk in _chunks(job)]
-        pool = stack.enter_context(ThreadPoolExecutor(THREADS))
-        bar = stack.enter_context(tqdm(total=sum(chunk.nbytes for chunk in chunks), unit="B", unit_scale=True))
-        try:
-            done = [pool.submit(_carry_out, chunk, sources, places) for chunk in chunks]
-            for chunk, result in zip(chunks, done, strict=True):  # in order: of several faults the first is reported
-                bar.set_description(chunk.job.source.stored_name, refresh=False)
-                result.result()
-                bar.update(chunk.nbytes)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+            path = folder / shard.file
+            file = stack.enter_context(path.open("r+b" if path.is_file() else "w+b", buffering=0)).fileno()
+            _write_at(file, memoryview(shard.header), 0)
+            os.ftruncate(file, shard.nbytes)
+            files.append(file)
+            places |= {name: (file, offset) for name, offset in shard.offsets.items()}
+        yield files, places
+
+
+def _write_weights(plan: Plan, folder: Path, journal: Journal, verify: bool) -> dict[int, Done]:
+    """Write the chunks that the journal does not have; returns all by number."""
+    sizes = {folder / shard.file: shard.nbytes for shard in plan.shards}
+    there = all(file.is_file() and file.stat().st_size == nbytes for file, nbytes in sizes.items())
+    done = dict(journal.done) if there else {}
+    left = {number: chunk for number, chunk in enumerate(_chunks(plan)) if number not in done}
+    if done:
+        print(f"resuming: {len(done)} of {len(done) + len(left)} chunks are there", file=sys.stderr)
+    new: dict[int, Done] = {}
+    with _opened(plan) as sources, _shards(plan, folder) as (files, places):
+
+        def note() -> None:
+            for file in files:
+                os.fsync(file)
+            journal.append(new)
+            done.update(new)
+            new.clear()
+
+        read = 0
+        results = _each(list(left.values()), lambda chunk: _carry_out(chunk, plan, sources, places, verify))
+        with closing(results):  # the threads end before the files are closed
+            for number, (chunk, result) in zip(left, results, strict=True):
+                new[number] = result
+                read += chunk.nbytes
+                if read >= BATCH_BYTES:
+                    note()
+                    read = 0
+        note()
+    return done
+
+
+# --- what was written ------------------------------------------------------------------------------------------------
+
+
+def _check_shards(plan: Plan, folder: Path, chunks: list[_Chunk], done: Mapping[int, Done]) -> dict[str, str]:
+    """sha256 of the output files, read again and compared with the checksums of what was written."""
+    pieces: dict[str, list[Piece]] = {name: [] for name in plan.index["weight_map"]}
+    for number, chunk in enumerate(chunks):
+        for output, known in zip(chunk.job.outputs, done[number].checksums, strict=True):
+            row = output.nbytes // output.shape[0]
+            pieces[output.name].append(Piece(chunk.start * row, (chunk.stop - chunk.start) * row, known, output.name))
+    sha256 = {}
+    for shard in plan.shards:
+        parts = [Piece(0, len(shard.header), checksum(shard.header), "its header")]
+        for name, offset in shard.offsets.items():
+            parts += [Piece(offset + piece.start, piece.nbytes, piece.checksum, name) for piece in pieces[name]]
+        sha256[shard.file] = check_file(folder / shard.file, parts)
+    return sha256
+
+
+def _errors(chunks: list[_Chunk], done: Mapping[int, Done]) -> dict[str, Error]:
+    """Of every tensor where other programs read it; exact copies have none."""
+    differences: dict[str, list] = {}
+    for number, chunk in enumerate(chunks):
+        if not chunk.job.outputs[0].name.startswith(EXACT):
+            differences.setdefault(chunk.job.source.name, []).append(done[number].difference)
+    return totals(differences)

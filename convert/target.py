@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mlx_qwen35.convert.journal import JOURNAL, OtherConversion
 from mlx_qwen35.errors import InputError
 
 
@@ -41,9 +42,13 @@ def check_apart(source: Path, target: Path) -> None:
 
 
 def check_space(nbytes: int, target: Path) -> None:
-    """InputError unless the disk of `target`, whose parent exists, has room for `nbytes`."""
+    """InputError unless the disk of `target`, whose parent exists, has room for `nbytes`.
+
+    What a conversion that is resumed has written already is room too.
+    """
     free = shutil.disk_usage(target.parent).free
-    if free < nbytes:
+    there = sum(512 * path.stat().st_blocks for path in _hidden(target, "converting").glob("*.safetensors"))
+    if free + there < nbytes:
         raise InputError(
             f"{target} needs {nbytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free. Make room, or choose "
             "another disk or fewer bits"
@@ -73,18 +78,19 @@ def _claim(work: Path, target: Path) -> int:
     return lock
 
 
-def _clean(work: Path, replaced: Path, target: Path) -> None:
-    """Remove what a killed conversion left; a checkpoint that it was about to replace goes back to its place."""
+def _clean(work: Path, resume: bool) -> None:
+    """Remove what a killed conversion left."""
+    if resume:
+        print(f"nothing to resume in {work}: converting from the start", file=sys.stderr)
     left = list(work.iterdir())
     for path in left:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     if left:
-        print(f"removed the unfinished conversion in {work}", file=sys.stderr)
-    _restore(replaced, target)
-    shutil.rmtree(replaced, ignore_errors=True)
+        print(f"removed the unfinished conversion in {work} (--resume would have gone on with it)", file=sys.stderr)
 
 
 def _restore(replaced: Path, target: Path) -> None:
+    """A checkpoint that was about to be replaced goes back to its place."""
     if replaced.exists() and not target.exists():
         os.rename(replaced, target)
 
@@ -104,19 +110,25 @@ def _put_in_place(work: Path, replaced: Path, target: Path) -> None:
 
 
 @contextmanager
-def appearing_whole(target: Path, overwrite: bool) -> Iterator[Path]:
+def appearing_whole(target: Path, overwrite: bool, resume: bool = False) -> Iterator[Path]:
     """A hidden folder beside `target` to write into, which takes its name when the block ends well and goes otherwise.
 
-    A killed process leaves the hidden folder; the next conversion to the same target removes it.
+    A killed process leaves the hidden folder; the next conversion to the same target removes it, or with `resume` finds
+    in it what there was. It stays as it is when that turns out to be of another conversion.
     """
     work, replaced = _hidden(target, "converting"), _hidden(target, "replaced")
     try:
         lock = _claim(work, target)
         try:
-            _clean(work, replaced, target)
+            if not (resume and (work / JOURNAL).is_file()):
+                _clean(work, resume)
+            _restore(replaced, target)  # a killed conversion was about to replace it
+            shutil.rmtree(replaced, ignore_errors=True)
             check_target(target, overwrite)
             yield work
             _put_in_place(work, replaced, target)
+        except OtherConversion:
+            raise
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise

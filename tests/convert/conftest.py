@@ -1,8 +1,11 @@
 """Small raw checkpoints in Hugging Face's layout, written once for all tests of the converter."""
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent))  # last: the conftest above is the one to import
 
 import mlx.core as mx
 import pytest

@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from converting import nearest
 from mlx.utils import tree_flatten
 
 from mlx_qwen35.checkpoint import open_checkpoint
@@ -57,7 +58,7 @@ def both(mlx_lm, source_of, tmp_path):
 
     def models(source: str, dtype: str, bits: int | None):
         theirs, load = mlx_lm
-        ours = convert(source_of(source), tmp_path / "ours", **options(dtype, bits))
+        ours = nearest(source_of(source), tmp_path / "ours", **options(dtype, bits))
         theirs(str(source_of(source)), str(tmp_path / "theirs"), **options(dtype, bits))
         return load(ours), load(tmp_path / "theirs")
 
@@ -99,9 +100,9 @@ def test_mlx_lm_differs_only_by_its_own_rounding_of_norms(both, dtype, bits):
     assert mx.array_equal(ours(mx.array(IDS)), theirs(mx.array(IDS)))
 
 
-def test_default_options_are_mlx_lms(mlx_lm, raw, tmp_path):
+def test_default_options_rounded_to_nearest_are_mlx_lms(mlx_lm, raw, tmp_path):
     theirs, load = mlx_lm
-    convert(raw, tmp_path / "ours", quantize=True)
+    nearest(raw, tmp_path / "ours", quantize=True)
     theirs(str(raw), str(tmp_path / "theirs"), quantize=True)
     ours, theirs = (load(tmp_path / name)(mx.array(IDS)) for name in ("ours", "theirs"))
     assert ours.dtype == theirs.dtype == mx.bfloat16 and mx.array_equal(ours, theirs)
@@ -110,7 +111,7 @@ def test_default_options_are_mlx_lms(mlx_lm, raw, tmp_path):
 @pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
 def test_other_modes_load_in_mlx_lm(mlx_lm, source_of, tmp_path, mode):
     theirs, load = mlx_lm
-    convert(source_of("float32"), tmp_path / "ours", quantize=True, q_mode=mode)
+    nearest(source_of("float32"), tmp_path / "ours", quantize=True, q_mode=mode)
     theirs(str(source_of("float32")), str(tmp_path / "theirs"), quantize=True, q_mode=mode)
     assert mx.array_equal(*(load(tmp_path / name)(mx.array(IDS)) for name in ("ours", "theirs")))
 

@@ -6,8 +6,10 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
+from converting import mlx_layout
 
 from mlx_qwen35.convert import convert, stream
+from mlx_qwen35.convert import source as rows
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.random_checkpoint import _random_tensor, geometry, write_random_checkpoint
 
@@ -113,15 +115,6 @@ def test_nan_is_found_in_every_part_of_the_model(refused, tmp_path, name):
     refused(source_with(tmp_path / "raw", name, {1: np.nan}), f"1 of the .* values of {name}")
 
 
-@pytest.mark.parametrize("quantize", [False, True])
-def test_value_that_overflows_float16_is_named(refused, tmp_path, monkeypatch, quantize):
-    monkeypatch.setattr(stream, "CHUNK_BYTES", 10_000)
-    source = source_with(tmp_path / "raw", DOWN, {(0, 0): 1e6, (99, 9): -65536.0, (100, 9): 65000.0})
-    message = f"2 of the 114688 values of {DOWN} overflow F16. Choose --dtype bfloat16"
-    refused(source, message, dtype="float16", quantize=quantize)
-    convert(source, tmp_path / "out", quantize=quantize)
-
-
 def test_float32_value_that_rounds_to_infinity_in_bfloat16_is_named(refused, tmp_path):
     source = source_with(tmp_path / "raw", DOWN, {(0, 0): 3.4e38}, dtype=mx.float32)
     refused(source, f"1 of the 114688 values of {DOWN} overflow BF16", dtype="bfloat16")
@@ -129,31 +122,20 @@ def test_float32_value_that_rounds_to_infinity_in_bfloat16_is_named(refused, tmp
 
 @pytest.mark.parametrize("where", ["top", "text_config"])
 @pytest.mark.parametrize("field", ["quantization", "quantization_config"])
-def test_quantized_source_is_refused_with_advice(raw, refused, tmp_path, where, field):
+@pytest.mark.parametrize("claim", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "fp8"}, {"bits": 4}])
+def test_config_that_claims_a_quantization_of_plain_tensors_is_refused(raw, refused, tmp_path, where, field, claim):
     source = shutil.copytree(raw, tmp_path / "raw")
     config = json.loads((source / "config.json").read_text())
-    (config if where == "top" else config[where])[field] = {"quant_method": "fp8"}
+    (config if where == "top" else config[where])[field] = claim
     (source / "config.json").write_text(json.dumps(config))
-    refused(source, "must not be quantized; .*fp8.*give the original checkpoint")
+    refused(source, "must tell how; .*raw says .*its tensors are not quantized in a way that is read here")
 
 
-def test_our_own_quantized_folder_is_no_source(raw, refused, tmp_path):
-    message = r"must not be quantized; .*four is \({'group_size': 64, 'bits': 4, 'mode': 'affine'}\)\. This"
-    refused(convert(raw, tmp_path / "four", quantize=True), message)
-
-
-def test_folder_that_an_mlx_program_converted_is_refused_with_advice(raw, refused, tmp_path):
-    source = tmp_path / "raw"
-    source.mkdir()
-    shutil.copyfile(raw / "config.json", source / "config.json")
-    weights = {name: array for file in raw.glob("*.safetensors") for name, array in mx.load(str(file)).items()}
-    for name in weights:
-        if name.endswith("conv1d.weight"):
-            weights[name] = mx.contiguous(weights[name].swapaxes(1, 2))
-        if name.endswith("patch_embed.proj.weight"):
-            weights[name] = mx.contiguous(mx.moveaxis(weights[name], 1, 4))
-    mx.save_safetensors(str(source / "model.safetensors"), weights)
-    refused(source, "an MLX program already converted .*give the original checkpoint")
+def test_format_tag_that_contradicts_the_layout_is_refused(raw, refused, tmp_path):
+    source = mlx_layout(raw, tmp_path / "mlx")
+    values = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(values | {"mlx_qwen35": {"format": 1, "norms": "zero-centred"}}))
+    refused(source, r"tag says that norms are zero-centred .* but conv1d is \[C, 4, 1\].*Convert the original again")
 
 
 def test_weights_of_another_dtype_are_named(refused, tmp_path):
@@ -161,11 +143,12 @@ def test_weights_of_another_dtype_are_named(refused, tmp_path):
     norm = "model.language_model.norm.weight"
     file = next(file for file in source.glob("*.safetensors") if norm in mx.load(str(file)))
     mx.save_safetensors(str(file), {norm: mx.zeros((256,), mx.int32)})
-    refused(source, f"must be float32, float16 or bfloat16; {norm} is I32")
+    message = f"must be float32, float16 or bfloat16, FP8 .*{norm} is I32 and should be F16 or BF16 or F32"
+    refused(source, message)
 
 
 def test_source_that_shrinks_while_it_is_read_is_refused(refused, tmp_path, monkeypatch):
     source = write_random_checkpoint(tmp_path / "raw", geometry("tiny"))
-    read = stream.os.pread
-    monkeypatch.setattr(stream.os, "pread", lambda *where: read(*where)[:-1])
+    read = rows.os.pread
+    monkeypatch.setattr(rows.os, "pread", lambda *where: read(*where)[:-1])
     refused(source, "it changed while it was read")

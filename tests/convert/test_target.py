@@ -23,7 +23,7 @@ from mlx_qwen35.convert import __main__ as command, stream
 plain = stream._carry_out
 def slow(chunk, *rest):
     time.sleep(0.05)
-    plain(chunk, *rest)
+    return plain(chunk, *rest)
 stream._carry_out = slow
 sys.argv = ["convert", "--hf-path", sys.argv[1], "--mlx-path", sys.argv[2], *sys.argv[3:]]
 command.main()
@@ -79,7 +79,7 @@ def test_keyboard_interrupt_of_the_function_leaves_nothing(raw, tmp_path, monkey
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stream, "_as_bits", interrupt)
+    monkeypatch.setattr(stream, "convert_rows", interrupt)
     with pytest.raises(KeyboardInterrupt):
         convert(raw, tmp_path / "here" / "out", quantize=True)
     assert not any((tmp_path / "here").iterdir())
@@ -118,16 +118,17 @@ def test_rename_that_fails_puts_the_old_checkpoint_back(raw, tmp_path, finished,
     assert [path.name for path in tmp_path.glob(".out*")] == []
 
 
-def test_configuration_is_written_after_the_weights(raw, tmp_path, monkeypatch):
+def test_configuration_is_written_after_the_weights_were_checked(raw, tmp_path, monkeypatch):
     seen = []
 
-    def look(plan, folder):
-        seen.append(sorted(path.name for path in folder.iterdir()))
+    def look(*_):
+        seen.append(sorted(path.suffix for path in (tmp_path / ".out.converting").iterdir()))
+        raise InputError("not the same")
 
-    monkeypatch.setattr(stream, "_write_weights", look)
-    with pytest.raises(InputError):
+    monkeypatch.setattr(stream, "check_file", look)
+    with pytest.raises(InputError, match="not the same"):
         convert(raw, tmp_path / "out")
-    assert seen == [[]]
+    assert seen == [[".jsonl", ".safetensors"]]
 
 
 def test_second_conversion_to_the_same_target_waits_for_the_first(raw, tmp_path):
@@ -186,6 +187,15 @@ def test_left_over_of_a_killed_run_does_not_count_as_used_space(raw, tmp_path, m
     (tmp_path / ".out.converting" / "model-00001-of-00001.safetensors").write_bytes(b"half")
     monkeypatch.setattr(shutil, "disk_usage", free)
     convert(raw, tmp_path / "out")
+
+
+def test_what_a_resumed_run_has_written_counts_as_room(tmp_path, monkeypatch):
+    (tmp_path / ".out.converting").mkdir()
+    (tmp_path / ".out.converting" / "model-00001-of-00001.safetensors").write_bytes(os.urandom(1_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1e9, 1e9, 500_000))
+    target.check_space(1_400_000, tmp_path / "out")
+    with pytest.raises(InputError, match="free"):
+        target.check_space(1_600_000, tmp_path / "out")
 
 
 def test_empty_folder_is_a_good_target(raw, tmp_path, finished):

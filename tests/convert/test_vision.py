@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from converting import nearest
 
 from mlx_qwen35.checkpoint import INDEX, Quantization, open_checkpoint
 from mlx_qwen35.config import read_json
@@ -67,7 +68,7 @@ def test_matrices_are_packed_and_all_else_is_the_sources(raw, tmp_path):
     ],
 )
 def test_packed_matrices_are_those_of_mx_quantize(raw, tmp_path, options, bits):
-    before, after = tower(raw), tower(convert(raw, tmp_path / "out", quantize=True, **options))
+    before, after = tower(raw), tower(nearest(raw, tmp_path / "out", quantize=True, **options))
     for name in MATRICES:
         weight = before[f"{name}.weight"].astype(getattr(mx, options.get("dtype", "bfloat16")))
         parts = mx.quantize(weight, group_size=64, bits=bits, stream=mx.cpu)

@@ -1,0 +1,194 @@
+"""A killed conversion goes on, and its bytes are those of one that was not disturbed."""
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from converting import converted, files_of
+
+from mlx_qwen35.convert import stream
+from mlx_qwen35.convert.journal import JOURNAL, Journal, identity
+from mlx_qwen35.convert.plan import make_plan
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.random_checkpoint import geometry, write_random_checkpoint
+
+OPTIONS = {"quantize": True, "rounding": "nearest"}
+CHUNK, BATCH = 30_000, 200_000
+# Chunks take a while, so that a kill finds some written, some noted and some neither.
+CONVERT = """
+import json, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from converting import converted
+from mlx_qwen35.convert import stream
+stream.CHUNK_BYTES, stream.BATCH_BYTES = json.loads(sys.argv[4])
+plain = stream._carry_out
+def slow(*rest):
+    time.sleep(0.003)
+    return plain(*rest)
+stream._carry_out = slow
+report = converted(Path(sys.argv[2]), Path(sys.argv[3]), resume=True, **json.loads(sys.argv[5]))
+print(json.dumps({name: [error.relative, error.largest] for name, error in report.errors.items()}))
+"""
+
+
+def start(source, out, options=OPTIONS):
+    tests = str(Path(__file__).parent)
+    command = [sys.executable, "-c", CONVERT, tests, str(source), str(out), json.dumps([CHUNK, BATCH])]
+    return subprocess.Popen([*command, json.dumps(options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def noted(work: Path) -> int:
+    """How many chunks the journal has; 0 when there is none."""
+    file = work / JOURNAL
+    return file.read_text().count('"chunk"') if file.is_file() else 0
+
+
+def kill_after(process, work, chunks):
+    """Kill a conversion once it has noted so many chunks more."""
+    first, deadline = noted(work), time.monotonic() + 60
+    while noted(work) < first + chunks:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Chunks and batches of the size that the killed conversions have."""
+    monkeypatch.setattr(stream, "CHUNK_BYTES", CHUNK)
+    monkeypatch.setattr(stream, "BATCH_BYTES", BATCH)
+
+
+@pytest.fixture
+def broken_off(raw, tmp_path, small):
+    """The hidden folder of a conversion to tmp_path / "out" that was killed."""
+    work = tmp_path / ".out.converting"
+    kill_after(start(raw, tmp_path / "out"), work, 100)
+    return work
+
+
+@pytest.mark.parametrize("options", [OPTIONS, {"dtype": "float16"}], ids=["packed", "float16"])
+def test_run_killed_at_random_moments_ends_with_the_bytes_of_an_undisturbed_one(raw, tmp_path, small, options):
+    out, work, moments = tmp_path / "out", tmp_path / ".out.converting", random.Random(1)
+    counts = []
+    for _ in range(4):
+        process = start(raw, out, options)
+        kill_after(process, work, 1)
+        process = start(raw, out, options)
+        kill_after(process, work, moments.randrange(10, 60))
+        counts.append(noted(work))
+    assert counts == sorted(set(counts))  # each went on from where the last one was
+    process = start(raw, out, options)
+    printed, messages = process.communicate(timeout=120)
+    assert process.returncode == 0 and "resuming:" in messages
+    report = converted(raw, tmp_path / "whole", **options)
+    assert files_of(out) == files_of(tmp_path / "whole")
+    errors = {name: [error.relative, error.largest] for name, error in report.errors.items()}
+    assert json.loads(printed) == errors and any(relative for relative, _ in errors.values())
+
+
+def test_resumed_run_writes_only_what_is_not_noted(raw, tmp_path, broken_off, monkeypatch):
+    before, carried = noted(broken_off), []
+    plain = stream._carry_out
+    monkeypatch.setattr(stream, "_carry_out", lambda chunk, *rest: (carried.append(chunk), plain(chunk, *rest))[1])
+    converted(raw, tmp_path / "out", resume=True, **OPTIONS)
+    assert len(carried) == len(stream._chunks(make_plan(raw, **OPTIONS))) - before
+    assert not (tmp_path / "out" / JOURNAL).exists()
+
+
+def test_line_that_was_cut_off_does_not_count(raw, tmp_path, broken_off):
+    journal = broken_off / JOURNAL
+    text = journal.read_bytes()
+    journal.write_bytes(text[:-7])
+    with Journal(broken_off, identity(make_plan(raw, **OPTIONS), verify=True, chunk=CHUNK)) as opened:
+        assert len(opened.done) == text.count(b'"chunk"') - 1
+    assert journal.read_bytes() == text[: text[:-1].rindex(b"\n") + 1]
+    converted(raw, tmp_path / "out", resume=True, **OPTIONS)
+    converted(raw, tmp_path / "whole", **OPTIONS)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"q_bits": 8}, "the options differ"),
+        ({"rounding": "search"}, "the options differ"),
+        ({"verify": False}, "the options differ"),
+        ({"dtype": "float32"}, "the options differ"),
+    ],
+)
+def test_other_options_are_refused_and_the_leftovers_stay(raw, tmp_path, broken_off, options, message):
+    before = files_of(broken_off)
+    with pytest.raises(InputError, match=rf"--resume goes on with the same conversion only; .*{message}\. Start again"):
+        converted(raw, tmp_path / "out", resume=True, **OPTIONS | options)
+    assert files_of(broken_off) == before and not (tmp_path / "out").exists()
+
+
+def test_changed_source_is_refused(tmp_path, small):
+    source = write_random_checkpoint(tmp_path / "raw", geometry("tiny"))
+    work = tmp_path / ".out.converting"
+    kill_after(start(source, tmp_path / "out"), work, 20)
+    file = next(source.glob("*.safetensors"))
+    os.utime(file, ns=(1, file.stat().st_mtime_ns + 1))
+    with pytest.raises(InputError, match="the source changed"):
+        converted(source, tmp_path / "out", resume=True, **OPTIONS)
+    assert noted(work) >= 20
+
+
+def test_other_version_is_refused_by_its_number(raw, tmp_path, broken_off, monkeypatch):
+    monkeypatch.setattr("mlx_qwen35.convert.journal.version", lambda name: "9.9")
+    with pytest.raises(InputError, match=r"the versions differ \(mlx-qwen35 .*; now mlx-qwen35 9\.9"):
+        converted(raw, tmp_path / "out", resume=True, **OPTIONS)
+
+
+def test_data_that_was_lost_is_found(raw, tmp_path, broken_off):
+    """What the journal notes and the disk does not hold: found when the file is read again."""
+    file = next(broken_off.glob("*.safetensors"))
+    with file.open("r+b") as shard:
+        shard.seek(200_000)
+        shard.write(bytes(100_000))
+    with pytest.raises(InputError, match=r"must read back the same; in model-00001-of-00001\.safetensors .*gate_proj"):
+        converted(raw, tmp_path / "out", resume=True, **OPTIONS)
+    assert not (tmp_path / "out").exists() and not broken_off.exists()
+
+
+def test_missing_file_starts_from_the_beginning(raw, tmp_path, broken_off):
+    next(broken_off.glob("*.safetensors")).unlink()
+    converted(raw, tmp_path / "out", resume=True, **OPTIONS)
+    converted(raw, tmp_path / "whole", **OPTIONS)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_without_resume_the_leftovers_go_and_the_message_names_the_option(raw, tmp_path, broken_off, capfd):
+    converted(raw, tmp_path / "out", **OPTIONS)
+    text = capfd.readouterr().err
+    assert "removed the unfinished conversion in" in text and "(--resume would have gone on with it)" in text
+
+
+def test_nothing_to_resume_is_told(raw, tmp_path, capfd):
+    converted(raw, tmp_path / "out", resume=True)
+    assert "nothing to resume in" in capfd.readouterr().err
+
+
+def test_line_is_written_after_the_data_is_on_disk(raw, tmp_path, small, monkeypatch):
+    events, write, sync, note = [], stream._write_at, os.fsync, stream.Journal.append
+
+    def seen(name, function):
+        return lambda *rest: (events.append(name), function(*rest))[1]
+
+    monkeypatch.setattr(stream, "_each", lambda chunks, function: ((chunk, function(chunk)) for chunk in chunks))
+    monkeypatch.setattr(stream, "_write_at", seen("data", write))
+    monkeypatch.setattr(stream.os, "fsync", seen("disk", sync))
+    monkeypatch.setattr(stream.Journal, "append", seen("line", note))
+    converted(raw, tmp_path / "out", verify=False)
+    assert events.count("line") > 20
+    assert {before for before, event in itertools.pairwise(events) if event == "line"} == {"disk"}
