@@ -1,44 +1,114 @@
-"""The command: mlx_qwen35.convert --hf-path FOLDER_OR_ID --mlx-path OUT [-q --q-bits 4 --q-group-size 64]"""
+"""The command mlx_qwen35.convert: --hf-path FOLDER_OR_ID --mlx-path OUT --recipe 4bit"""
 
 import argparse
+import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from mlx_qwen35.checkpoint import MODES, VISION, Checkpoint, is_matrix, open_checkpoint, text_shapes, vision_shapes
 from mlx_qwen35.commands import as_command
-from mlx_qwen35.convert import convert
-from mlx_qwen35.convert.plan import DTYPES
+from mlx_qwen35.convert import convert, read_text
+from mlx_qwen35.convert.card import QUALITY
+from mlx_qwen35.convert.dry_run import describe
+from mlx_qwen35.convert.evaluate import windows
+from mlx_qwen35.convert.plan import DTYPES, ROUNDINGS, make_plan
 from mlx_qwen35.convert.recipes import RECIPES
+from mlx_qwen35.convert.sensitivity import propose, sensitivity, table
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.hub import resolve, upload
 
 COMMAND = "mlx_qwen35.convert"
+# Of how the folder is packed, those that make_plan has by the same or by a shorter name.
+_PLAN = {
+    "recipe": "recipe", "quantize": "quantize", "q_bits": "bits", "q_group_size": "group_size", "q_mode": "mode",
+    "q_vision_bits": "vision_bits", "dtype": "dtype", "rounding": "rounding",
+}  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=COMMAND,
-        description="Convert a raw Hugging Face checkpoint of the Qwen3.5 family to a folder that mlx_qwen35, mlx-lm "
-        "and mlx-vlm load. Works in chunks: 1 GB of memory is enough for any size.",
+        description="Convert a checkpoint of the Qwen3.5 family to a folder that mlx_qwen35, mlx-lm and mlx-vlm load. "
+        "Works in chunks: 1 GB of memory is enough for any size.",
     )
     parser.add_argument("--hf-path", required=True, help="local folder or Hugging Face id of the source")
-    parser.add_argument("--mlx-path", required=True, help="folder to write; appears whole or not at all")
+    parser.add_argument("--mlx-path", help="folder to write; appears whole or not at all")
+    parser.add_argument("--revision", help="branch, tag or commit of the Hugging Face id")
+    group = parser.add_argument_group("how it is stored")
     uses = "; ".join(f"{name}: {recipe.use}" for name, recipe in RECIPES.items())
-    parser.add_argument("--recipe", choices=tuple(RECIPES), help=f"how everything is stored ({uses})")
-    parser.add_argument("-q", "--quantize", action="store_true", help="pack everything alike, by hand")
-    parser.add_argument("--q-bits", type=int, help="bits per text weight (affine: 2, 3, 4, 5, 6 or 8; default 4)")
-    parser.add_argument("--q-group-size", type=int, help="text weights per scale (affine: 32, 64 or 128; default 64)")
-    parser.add_argument("--q-mode", choices=tuple(MODES), help="of the text model; default affine")
-    parser.add_argument(
+    group.add_argument("--recipe", choices=tuple(RECIPES), help=uses)
+    group.add_argument("-q", "--quantize", action="store_true", help="pack everything alike, by hand")
+    group.add_argument("--q-bits", type=int, help="bits per weight (affine: 2, 3, 4, 5, 6 or 8; default 4)")
+    group.add_argument("--q-group-size", type=int, help="weights per scale (affine: 32, 64 or 128; default 64)")
+    group.add_argument("--q-mode", choices=tuple(MODES), help="default affine")
+    group.add_argument(
         "--q-vision-bits",
         type=int,
         help="bits per weight of the vision tower, always affine (2, 3, 4, 5, 6 or 8; default 8; 0: unquantized); a "
         "matrix whose width is no multiple of 32 stays unquantized",
     )
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of what is not quantized; default: the source's")
-    parser.add_argument("--revision", help="branch, tag or commit of the Hugging Face id")
-    parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint at --mlx-path when done")
+    group.add_argument("--dtype", choices=tuple(DTYPES), help="of what is not quantized; default: the source's")
+    group.add_argument("--rounding", choices=ROUNDINGS, default="search", help="how packed groups are rounded")
+    group.add_argument("--calibration", metavar="TEXT", help="weigh the errors by what is computed on this text file")
+    group = parser.add_argument_group("writing and checking")
+    group.add_argument("--overwrite", action="store_true", help="replace the checkpoint at --mlx-path when done")
+    group.add_argument("--resume", action="store_true", help="go on where a killed conversion to --mlx-path stopped")
+    group.add_argument("--no-verify", dest="verify", action="store_false", help="measure no errors, read nothing again")
+    group.add_argument(
+        "--eval", dest="evaluation", metavar="TEXT",
+        help="compare with the source on this text file: perplexity, KL divergence, top-1 agreement",
+    )  # fmt: skip
+    group.add_argument("--upload-repo", metavar="ID", help="publish the folder on Hugging Face under this id")
+    group = parser.add_argument_group("only look")
+    group.add_argument("--dry-run", action="store_true", help="print what would be written, from the headers alone")
+    group.add_argument("--sensitivity", metavar="TEXT", help="measure on this text what packing a group costs")
+    group.add_argument("--cap", type=float, metavar="GB", help="with --sensitivity: propose a recipe of at most this")
     return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = vars(_parser().parse_args(arguments))
+    start = time.perf_counter()
+    with as_command(COMMAND):
+        look = {name: options.pop(name) for name in ("dry_run", "sensitivity", "cap")}
+        if look["cap"] is not None and not look["sensitivity"]:
+            raise InputError("--cap has no effect without --sensitivity; add that or leave it out")
+        if look["dry_run"] or look["sensitivity"]:
+            print(_look(options, **look))
+            return
+        if not options["mlx_path"]:
+            raise InputError("--mlx-path must be given: the folder to write")
+        repository = options.pop("upload_repo")
+        folder = convert(options.pop("hf_path"), options.pop("mlx_path"), **options)
+        print(_summary(folder, time.perf_counter() - start))
+        if repository:
+            print(f"published: {upload(folder, repository)}")
+
+
+def _look(options: dict[str, Any], dry_run: bool, sensitivity: str | None, cap: float | None) -> str:
+    """The text of --dry-run or --sensitivity."""
+    if dry_run and sensitivity:
+        raise InputError("--dry-run reads headers alone and --sensitivity all weights. Choose one")
+    source = resolve(options["hf_path"], options["revision"])
+    if dry_run:
+        return describe(make_plan(source, **{name: options[option] for option, name in _PLAN.items()}))
+    given = [option for option in _PLAN if options[option] not in (None, False, "search")]
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise InputError(f"{names} must not be given with --sensitivity, which tries its own. Leave it out")
+    return _sensitivity(open_checkpoint(source), read_text(sensitivity), cap)
+
+
+def _sensitivity(checkpoint: Checkpoint, text: str, cap: float | None) -> str:
+    rows = sensitivity(checkpoint, windows(checkpoint, text))
+    if cap is None:
+        return table(rows)
+    matrices = sum(row.nbytes for row in rows if row.how is None)
+    other = sum(entry.nbytes for entry in checkpoint.entries.values()) - matrices
+    return table(rows, propose(rows, int(cap * 1e9), other))
 
 
 def _size(nbytes: int, shapes: Iterable[tuple[int, ...]]) -> str:
@@ -57,6 +127,16 @@ def _vision_line(checkpoint: Checkpoint) -> str:
     return f"vision tower: {_size(checkpoint.nbytes((VISION,)), shapes.values())}{note}\n"
 
 
+def _evaluation_line(folder: Path) -> str:
+    found = json.loads((folder / QUALITY).read_text(encoding="utf-8")).get("evaluation")
+    if not found:
+        return ""
+    return (
+        f"against the source on {found['positions']} tokens: KL divergence {found['kl']:.5f}, same most likely token "
+        f"{found['top1']:.2%}, perplexity {found['perplexity']:.4f} (source {found['source_perplexity']:.4f})\n"
+    )
+
+
 def _summary(folder: Path, seconds: float) -> str:
     checkpoint = open_checkpoint(folder)
     tensors = [*checkpoint.entries.values(), *checkpoint.exact.values()]
@@ -65,17 +145,9 @@ def _summary(folder: Path, seconds: float) -> str:
         f"wrote {folder}: {len(tensors)} tensors in {len(files)} file{'s' if len(files) > 1 else ''}, "
         f"{sum(entry.nbytes for entry in tensors) / 1e9:.3f} GB\n"
         f"text model: {_size(checkpoint.nbytes(), text_shapes(checkpoint.config.text).values())}\n"
-        f"{_vision_line(checkpoint)}"
+        f"{_vision_line(checkpoint)}{_evaluation_line(folder)}"
         f"time: {seconds:.1f} s"
     )
-
-
-def main() -> None:
-    options = vars(_parser().parse_args())
-    start = time.perf_counter()
-    with as_command(COMMAND):
-        folder = convert(options.pop("hf_path"), options.pop("mlx_path"), **options)
-        print(_summary(folder, time.perf_counter() - start))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ ROUNDINGS = ("search", "nearest")
 SHARD_BYTES = 5_000_000_000
 # Tokenizer, template, preprocessors, licence: all that belongs to a checkpoint beside weights and config.json.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
-_NOT_COPIED = ("config.json", "*.index.json", ".*")
+_NOT_COPIED = ("config.json", "quality.json", "*.index.json", ".*")
 
 
 @dataclass(frozen=True)

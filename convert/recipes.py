@@ -14,7 +14,10 @@ _OUT_IN_8 = (
     "out_proj and o_proj in 8 bit: of all tensors packing harms out_proj most, and what enters both comes from behind "
     "a gate, so that no scale can be moved out of it"
 )
-_GATES_PLAIN = "in_proj_a and in_proj_b unquantized: 8 MB that decide how long every state is kept"
+_GATES_PLAIN = (
+    "in_proj_a and in_proj_b unquantized: 8 MB that decide how long every state is kept; in 4 bit they cost nano 3 % "
+    "more KL divergence, and would save the 4B 24 of 322 launches a token"
+)
 
 
 @dataclass(frozen=True)

@@ -62,3 +62,26 @@ def _download(repository: str, revision: str | None) -> Path:
             f"could not get {repository}{at} from the Hugging Face hub ({type(error).__name__}: {reason}). Check the "
             f"network and the id, or give a local folder; {offline}"
         ) from error
+
+
+def upload(folder: Path, repository: str) -> str:
+    """Publish a folder as a model repository of this id, made if it is not there; return its address.
+
+    Raises InputError when the id is none, the hub cannot be reached, or nobody is logged in.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    api = HfApi()
+    try:
+        api.create_repo(repository, repo_type="model", exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=str(folder), repo_type="model")
+    except HFValidationError as error:
+        raise InputError(f"--upload-repo must be an id such as name/model, got {repository!r}: {error}") from error
+    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+        reason = (str(error).strip() or "no message").splitlines()[0]
+        raise InputError(
+            f"{folder} is whole, but could not be published as {repository} ({type(error).__name__}: {reason}). Log in "
+            f"with `hf auth login`, check the network and the id, or upload the folder with `hf upload {repository}`"
+        ) from error
+    return f"https://huggingface.co/{repository}"

@@ -107,7 +107,7 @@ def load_model(checkpoint: Checkpoint, dtype: mx.Dtype, name: str) -> Model:
     check_model_fits(checkpoint, dtype, name)
     set_limits()
     config = checkpoint.config.text
-    weights = _weights(checkpoint, names, dtype)
+    weights = read_weights(checkpoint, names, dtype)
     model = Model(config, weights)
     weights.arrays.clear()  # each layer frees what it was cast from as soon as it is evaluated
     for part in (model.embed_tokens, *([] if config.tie_word_embeddings else [model.lm_head]), *model.layers):
@@ -126,7 +126,7 @@ def load_tower(checkpoint: Checkpoint, dtype: mx.Dtype) -> Tower:
     config = checkpoint.config.vision
     names = [stored for stored, _ in checkpoint.part(vision_shapes(config))]
     check_tower_fits(checkpoint.config.text, dtype, loaded_bytes(checkpoint, names, dtype))
-    weights = _weights(checkpoint, names, dtype)
+    weights = read_weights(checkpoint, names, dtype)
     tower = Tower(config, weights)
     weights.arrays.clear()
     for block in tower.blocks:
@@ -136,7 +136,7 @@ def load_tower(checkpoint: Checkpoint, dtype: mx.Dtype) -> Tower:
     return tower.eval()
 
 
-def _weights(checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype) -> Weights:
+def read_weights(checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype) -> Weights:
     """The tensors of these names, still on disk, with those that float16 cannot hold marked to stay in float32."""
     _check_finite(checkpoint, _lazy_arrays(checkpoint, names))
     kept: dict[str, str] = {}

@@ -1,12 +1,15 @@
 """The command: options, messages, exit codes, imports."""
 
+import json
 import re
 import subprocess
 import sys
 
+import mlx.core as mx
 import pytest
 
 from mlx_qwen35.checkpoint import Quantization, open_checkpoint
+from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.__main__ import main
 from mlx_qwen35.random_checkpoint import geometry, write_random_checkpoint
 
@@ -100,3 +103,98 @@ def test_module_runs_without_mlx_lm_and_transformers(raw, tmp_path):
 def test_module_is_a_command():
     command = [sys.executable, "-m", "mlx_qwen35.convert", "--help"]
     assert "--q-group-size" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_dry_run_tells_every_tensor_and_writes_nothing(raw, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, "--hf-path", raw, "--dry-run", "--recipe", "4bit")
+    told = capsys.readouterr().out
+    written = open_checkpoint(convert(raw, tmp_path / "out", recipe="4bit"))
+    for name, entry in written.entries.items():
+        if name.endswith("weight"):
+            assert entry.stored_name in told, name
+    out = next(line for line in told.splitlines() if "layers.0.linear_attn.out_proj.weight" in line)
+    assert out.split()[1:5] == ["256", "x", "384", "BF16"] and out.split()[5:10] == ["8", "bit,", "groups", "of", "64"]
+    total = sum(entry.nbytes for entry in [*written.entries.values(), *written.exact.values()])
+    in_all = float(re.search(r"(\S+) GB in all, nothing was written", told)[1])
+    assert abs(in_all - total / 1e9) < 0.002  # the header, the files that are copied, and three digits
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_dry_run_of_a_real_size_reads_headers_alone(raw, monkeypatch, capsys):
+    monkeypatch.setattr("os.pread", lambda *_: pytest.fail("weights were read"))
+    run(monkeypatch, "--hf-path", raw, "--dry-run", "-q")
+    assert "nothing was written" in capsys.readouterr().out
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("What is 34 + 58? 34 + 58 = 92. The circle is red, and the square is blue. " * 3)
+    return file
+
+
+def test_a_conversion_that_is_evaluated_tells_how_far_it_is_from_the_source(text, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    run(monkeypatch, "--hf-path", "nano", "--mlx-path", out, "--recipe", "4bit", "--eval", text)
+    line = re.search(r"against the source on (\d+) tokens: KL divergence (\S+), same", capsys.readouterr().out)
+    quality = json.loads((out / "quality.json").read_text())
+    assert quality["recipe"] == "4bit" and quality["evaluation"]["positions"] == int(line[1]) > 50
+    assert 0 < quality["evaluation"]["kl"] < 0.5
+    assert "KL divergence" in (out / "README.md").read_text() and (out / "error_by_layer.svg").is_file()
+
+
+def test_calibration_changes_what_is_written_and_the_rest_stays(text, tmp_path):
+    plain = convert("nano", tmp_path / "plain", recipe="4bit")
+    tuned = convert("nano", tmp_path / "tuned", recipe="4bit", calibration=text)
+    name = "model.language_model.layers.0.mlp.gate_proj."
+    ours, theirs = (mx.load(str(next(folder.glob("*.safetensors")))) for folder in (plain, tuned))
+    assert not mx.array_equal(ours[f"{name}scales"], theirs[f"{name}scales"])
+    tower = "model.visual.blocks.0.attn.qkv.scales"
+    assert mx.array_equal(ours[tower], theirs[tower])
+
+
+def test_sensitivity_prints_what_each_group_costs_and_a_recipe_under_a_cap(text, monkeypatch, capsys):
+    run(monkeypatch, "--hf-path", "nano", "--sensitivity", text, "--cap", "0.0042")
+    told = capsys.readouterr().out
+    assert "| DeltaNet out | 4 bit, groups of 64 |" in told and "proposed: 0.004 GB" in told
+
+
+def test_a_finished_folder_is_published(raw, tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, *a, **k: calls.append((a, k)))
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **k: calls.append(k))
+    run(monkeypatch, "--hf-path", raw, "--mlx-path", tmp_path / "out", "-q", "--upload-repo", "name/model")
+    assert calls[0][0] == ("name/model",) and calls[1]["folder_path"] == str(tmp_path / "out")
+    assert "published: https://huggingface.co/name/model" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_published_is_whole(raw, tmp_path, monkeypatch, capsys):
+    def refused(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refused)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--hf-path", raw, "--mlx-path", tmp_path / "out", "--upload-repo", "name/model")
+    assert "is whole, but could not be published as name/model (OSError: no network)" in capsys.readouterr().err
+    open_checkpoint(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "--mlx-path must be given"),
+        (("--cap", "3"), "--cap has no effect without --sensitivity"),
+        (("--dry-run", "--sensitivity", "x"), "--dry-run reads headers alone and --sensitivity all weights"),
+        (("--sensitivity", "x", "--recipe", "4bit"), "--recipe must not be given with --sensitivity"),
+        (("--sensitivity", "absent.txt"), "a text must be a readable UTF-8 file"),
+        (("--mlx-path", "out", "--calibration", "x"), "--calibration weighs the errors of a search"),
+        (("--mlx-path", "out", "-q", "--rounding", "nearest", "--calibration", "x"), "--calibration weighs the errors"),
+        (("--mlx-path", "out", "--eval", "absent.txt"), "a text must be a readable UTF-8 file"),
+    ],
+)
+def test_options_that_break_a_rule_are_refused_in_one_line(raw, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "--hf-path", raw, *options)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

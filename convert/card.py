@@ -1,0 +1,308 @@
+"""README.md, the model card, and quality.json of a converted folder, and a plot of its errors: all from measured data.
+
+The same conversion gives the same bytes: nothing here knows the time or where folders lie.
+"""
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mlx_qwen35.checkpoint import (
+    MTP,
+    TEXT,
+    VISION,
+    Checkpoint,
+    Quantization,
+    is_matrix,
+    mtp_shapes,
+    open_checkpoint,
+    text_shapes,
+    vision_shapes,
+)
+from mlx_qwen35.convert.evaluate import Evaluation
+from mlx_qwen35.convert.sensitivity import form
+from mlx_qwen35.convert.verify import Error
+from mlx_qwen35.load import has_tower
+
+CARD, QUALITY, PLOT = "README.md", "quality.json", "error_by_layer.svg"
+_PROGRAMS = ("mlx", "mlx-qwen35")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card tells beyond what the folder holds.
+
+    name: what the folder is called. source: the source as it was named, an id or a path; of a path only the last part
+    is told. recipe: its name, or the options by hand. errors: Hugging Face name -> the error of that tensor. text: what
+    the evaluation was made on, in a few words. license: as Hugging Face writes it, see `find_license`.
+    """
+
+    name: str
+    source: str
+    recipe: str
+    reasons: tuple[str, ...] = ()
+    rounding: str = "nearest"
+    errors: Mapping[str, Error] = field(default_factory=dict)
+    evaluation: Evaluation | None = None
+    text: str = ""
+    license: str | None = None
+
+
+def write_card(folder: Path, facts: Facts) -> None:
+    """Write README.md, quality.json and, where errors are known, the plot into a converted folder."""
+    checkpoint = open_checkpoint(folder)
+    (folder / CARD).write_text(card(checkpoint, facts), encoding="utf-8")
+    text = json.dumps(quality(checkpoint, facts), indent=2, ensure_ascii=False)
+    (folder / QUALITY).write_text(text + "\n", encoding="utf-8")
+    if series := _series(checkpoint, facts):
+        (folder / PLOT).write_text(plot(series), encoding="utf-8")
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Size:
+    """A part of a folder."""
+
+    parameters: int
+    nbytes: int
+
+    @property
+    def bits(self) -> float:
+        """Per weight, with everything that is stored for it."""
+        return 8 * self.nbytes / self.parameters
+
+
+def sizes(checkpoint: Checkpoint) -> dict[str, Size]:
+    """`all`, and the parts that are there: `text`, `vision`, `MTP`. Exact copies count with what they are copies of."""
+    config = checkpoint.config
+    parts = {"text": (text_shapes(config.text), (TEXT, "lm_head."))}
+    if has_tower(checkpoint):
+        parts["vision"] = (vision_shapes(config.vision), (VISION,))
+    if checkpoint.has(MTP):
+        parts["MTP"] = (mtp_shapes(config.text), (MTP,))
+    found = {}
+    for part, (shapes, prefixes) in parts.items():
+        exact = sum(entry.nbytes for name, entry in checkpoint.exact.items() if name.startswith(prefixes))
+        found[part] = Size(sum(map(math.prod, shapes.values())), checkpoint.nbytes(prefixes) + exact)
+    whole = Size(sum(size.parameters for size in found.values()), sum(size.nbytes for size in found.values()))
+    return {"all": whole} | found
+
+
+def quality(checkpoint: Checkpoint, facts: Facts) -> dict[str, Any]:
+    """Everything that was measured, for programs: what stands in quality.json."""
+    values: dict[str, Any] = {
+        "source": _last(facts.source),
+        "recipe": facts.recipe,
+        "rounding": facts.rounding,
+        "versions": {program: version(program) for program in _PROGRAMS},
+        "sizes": {part: asdict(size) | {"bits_per_weight": size.bits} for part, size in sizes(checkpoint).items()},
+        "tensors": {name: _tensor(checkpoint, facts, name) for name in _matrices(checkpoint)},
+    }
+    if facts.evaluation:
+        values["evaluation"] = {"text": facts.text} | asdict(facts.evaluation)
+    return values
+
+
+def _tensor(checkpoint: Checkpoint, facts: Facts, name: str) -> dict[str, Any]:
+    how, error = checkpoint.quantization(name), facts.errors.get(name)
+    measured = {"relative_squared_error": error.relative, "largest_error": error.largest} if error else {}
+    return {"quantization": how and asdict(how)} | measured
+
+
+def _matrices(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Hugging Face name -> shape of every matrix that the folder holds."""
+    config = checkpoint.config
+    shapes = text_shapes(config.text) | (vision_shapes(config.vision) if config.vision else {})
+    shapes |= mtp_shapes(config.text)
+    return {name: shape for name, shape in shapes.items() if is_matrix(name, shape) and name in checkpoint.entries}
+
+
+# --- the plot --------------------------------------------------------------------------------------------------------
+
+
+def _series(checkpoint: Checkpoint, facts: Facts) -> dict[str, list[float]]:
+    """Name of a line -> its relative error at each layer; {} where nothing was measured."""
+    lines: dict[str, list[float]] = {}
+    squares: dict[int, float] = defaultdict(float)
+    counts: dict[int, int] = defaultdict(int)
+    for name, shape in text_shapes(checkpoint.config.text).items():
+        if name in facts.errors and name.startswith(f"{TEXT}layers.") and is_matrix(name, shape):
+            layer = int(name.removeprefix(f"{TEXT}layers.").split(".")[0])
+            squares[layer] += facts.errors[name].relative * math.prod(shape)
+            counts[layer] += math.prod(shape)
+    layers = range(checkpoint.config.text.num_hidden_layers)
+    if all(layer in counts for layer in layers):
+        lines["weights of the layer"] = [math.sqrt(squares[layer] / counts[layer]) for layer in layers]
+    if facts.evaluation and facts.evaluation.layers:
+        lines["residual stream after it"] = list(facts.evaluation.layers)
+    return lines
+
+
+def plot(lines: Mapping[str, Iterable[float]], width: int = 640, height: int = 320) -> str:
+    """An SVG of relative errors by layer, in percent, the axis from 0: name of a line -> its values."""
+    values = {name: [100 * value for value in line] for name, line in lines.items()}
+    most = max(max(line) for line in values.values()) or 1.0
+    count = max(len(line) for line in values.values())
+    left, top, right, bottom = 60, 24, width - 16, height - 44
+
+    def at(i: int, value: float) -> tuple[float, float]:
+        return left + (right - left) * i / max(1, count - 1), bottom - (bottom - top) * value / most
+
+    def label(x: float, y: float, text: str, anchor: str = "middle", colour: str = "#444") -> str:
+        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{text}</text>'
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans" font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="#fff"/>',
+        label((left + right) / 2, height - 8, "layer"),
+        label(left - 6, 14, "error, %", "start"),
+    ]
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        _, y = at(0, share * most)
+        parts.append(f'<path d="M{left} {y:.1f}H{right}" stroke="#ddd"/>')
+        parts.append(label(left - 6, y + 4, f"{share * most:.3g}", "end"))
+    parts += [label(at(i, 0)[0], bottom + 18, str(i)) for i in range(0, count, -(-count // 8))]
+    for number, (name, line) in enumerate(values.items()):
+        colour = ("#0b62a4", "#c44e00", "#2d7d2d")[number % 3]
+        points = " ".join("{:.1f},{:.1f}".format(*at(i, value)) for i, value in enumerate(line))
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts.append(label(right, 14 + 16 * number, name, "end", colour))
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+# --- the card --------------------------------------------------------------------------------------------------------
+
+
+def card(checkpoint: Checkpoint, facts: Facts) -> str:
+    """The model card: front matter as Hugging Face reads it, then what was done and measured, then how to use it."""
+    sections = [
+        _front_matter(checkpoint, facts),
+        f"# {facts.name}\n\n{_opening(facts)}",
+        _sizes(checkpoint),
+        _settings(checkpoint, facts),
+        _measured(checkpoint, facts),
+        _use(checkpoint, facts),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _front_matter(checkpoint: Checkpoint, facts: Facts) -> str:
+    task = "image-text-to-text" if has_tower(checkpoint) else "text-generation"
+    bits = checkpoint.config.quantization.get("bits")
+    base = facts.source if _is_hub_id(facts.source) else None
+    lines = ["---"]
+    lines += [f"license: {facts.license}"] if facts.license else []
+    lines += [f"base_model: {base}"] if base else []
+    lines += ["base_model_relation: quantized"] if base and bits else []
+    lines += ["library_name: mlx", f"pipeline_tag: {task}", "tags:"]
+    return "\n".join([*lines, "- mlx", "- qwen3_5", *([f"- {bits}-bit"] if bits else []), "---"])
+
+
+def _opening(facts: Facts) -> str:
+    versions = " with ".join(f"{program} {version(program)}" for program in reversed(_PROGRAMS))
+    made = f"{_last(facts.source)} for MLX, converted by {versions}"
+    lines = [f"{made}: recipe `{facts.recipe}`, rounding `{facts.rounding}`.", ""]
+    return "\n".join([*lines, *(f"- {reason}" for reason in facts.reasons)]).rstrip()
+
+
+def _sizes(checkpoint: Checkpoint) -> str:
+    rows = [
+        [part, f"{size.parameters / 1e6:,.1f} M", f"{size.nbytes / 1e9:#.4g}", f"{size.bits:.3f}"]
+        for part, size in sizes(checkpoint).items()
+    ]
+    return "## Size\n\nGB is 10^9 bytes.\n\n" + _table(["part", "weights", "GB", "bits per weight"], rows)
+
+
+def _settings(checkpoint: Checkpoint, facts: Facts) -> str:
+    """Matrices of one kind and one form in a row, with the layers that they are in where those are not all."""
+    kinds: dict[str, dict[Quantization | None, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name in _matrices(checkpoint):
+        kinds[re.sub(r"\.\d+\.", ".N.", name.removesuffix(".weight"))][checkpoint.quantization(name)].append(name)
+    rows = []
+    for kind, forms in kinds.items():
+        for how, names in forms.items():
+            found = [n for name in names for n in re.findall(r"\.(\d+)\.", name)]
+            layers = "all" if found and len(forms) == 1 else ", ".join(found)
+            squares = [facts.errors[name].relative for name in names if name in facts.errors]
+            error = [f"{100 * math.sqrt(sum(squares) / len(squares)):.2f} %"] if squares else [""]
+            stored = form(how) if how else checkpoint.entries[names[0]].dtype.replace("F", "float").lower()
+            rows.append([f"`{kind}`", layers, stored, str(len(names)), *(error if facts.errors else [])])
+    note = " `error` is the root of the relative squared error, over the matrices of a row." if facts.errors else ""
+    header = ["matrices", "N", "stored as", "count", *(["error"] if facts.errors else [])]
+    opening = f"Norms, convolutions, `A_log`, `dt_bias` and biases are not packed.{note}"
+    return f"## How it is stored\n\n{opening}\n\n{_table(header, rows)}"
+
+
+def _measured(checkpoint: Checkpoint, facts: Facts) -> str:
+    e, parts = facts.evaluation, []
+    if e:
+        rows = [
+            ["perplexity of the source", f"{e.source_perplexity:.4f}"],
+            ["perplexity", f"{e.perplexity:.4f}"],
+            ["KL divergence from the source, mean, nats", f"{e.kl:.5f}{_plus_minus(e.kl_error, 5)}"],
+            ["KL divergence, 99th percentile", f"{e.kl_99:.5f}"],
+            ["same most likely token", f"{100 * e.top1:.2f} %" + _plus_minus(e.top1_error and 100 * e.top1_error, 2)],
+        ]
+        error = "; ± is one standard error" if e.kl_error is not None else ""
+        told = f"{e.positions} tokens of {facts.text or 'a text'} in {e.sequences} pieces, against the source{error}."
+        parts.append(f"{told}\n\n{_table(['figure', ''], rows)}")
+    if _series(checkpoint, facts):
+        parts.append(f"Error, root of its mean square as a share of the source's, layer by layer:\n\n![]({PLOT})")
+    if not parts:
+        return ""
+    return "## Measured\n\n" + "\n\n".join([*parts, f"All figures, tensor by tensor, are in `{QUALITY}`."])
+
+
+def _plus_minus(error: float | None, digits: int) -> str:
+    return "" if error is None else f" ± {error:.{digits}f}"
+
+
+def _use(checkpoint: Checkpoint, facts: Facts) -> str:
+    sees = has_tower(checkpoint)
+    image = ' --image photo.jpg --prompt "What do you see?"' if sees else ' --prompt "Hello"'
+    lines = [
+        f"mlx_qwen35.generate --model {facts.name}{image}",
+        f'mlx_lm.generate --model {facts.name} --prompt "Hello"',
+        *([f"mlx_vlm.generate --model {facts.name}{image}"] if sees else []),
+    ]
+    return "## Use\n\n```\n" + "\n".join(lines) + "\n```"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _last(source: str) -> str:
+    return source if _is_hub_id(source) else Path(source).name
+
+
+def _is_hub_id(source: str) -> bool:
+    return bool(_HUB_ID.fullmatch(source)) and not Path(source).expanduser().exists()
+
+
+
+_LICENSES = {"apache-2.0": ("Apache License", "Version 2.0"), "mit": ("MIT License", "Permission is hereby granted")}
+
+
+def find_license(source: Path) -> str | None:
+    """The licence as Hugging Face writes it: by the source's card, else by its LICENSE; None when neither says so."""
+    if (source / CARD).is_file():
+        front = re.match(r"---\n(.*?)\n---\n", (source / CARD).read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+        if found := front and re.search(r"^license:[ \t]*['\"]?([\w.-]+)['\"]?[ \t]*$", front[1], re.MULTILINE):
+            return found[1]
+    for file in sorted(source.glob("LICENSE*")):
+        text = file.read_text(encoding="utf-8", errors="replace")
+        for name, marks in _LICENSES.items():
+            if all(mark in text for mark in marks):
+                return name
+    return None

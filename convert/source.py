@@ -1,0 +1,249 @@
+"""What may be converted: raw Hugging Face folders, FP8 ones, and folders of MLX programs, quantized or not.
+
+A Tensor is one weight in Hugging Face's layout, whatever stands for it in the files. Those that are stored as such are
+read as they are; packed, FP8 and folded ones are computed, rows by rows, in float32.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_qwen35.checkpoint import (
+    Checkpoint,
+    Entry,
+    Quantization,
+    is_matrix,
+    is_zero_centred,
+    mtp_shapes,
+    open_checkpoint,
+    safetensors_files,
+    text_shapes,
+    vision_shapes,
+)
+from mlx_qwen35.config import read_json
+from mlx_qwen35.convert.packing import brief
+from mlx_qwen35.errors import InputError
+
+FLOATS = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}
+BITS = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32, "U32": np.uint32, "U8": np.uint8, "F8_E4M3": np.uint8}
+CLAIMS = ("quantization", "quantization_config")  # where config.json says that weights are quantized
+_BLOCK = (128, 128)  # weights that share a factor in FP8 folders, unless config.json says otherwise
+
+
+def e4m3() -> np.ndarray:
+    """(256,) float32: the value of every FP8 code of sign, 4 bits of exponent, 3 of mantissa. The last one is NaN."""
+    codes = np.arange(128)
+    exponent, mantissa = codes >> 3, codes & 7
+    values = np.ldexp(mantissa + 8.0 * (exponent > 0), np.maximum(exponent, 1) - 10)
+    values[127] = np.nan
+    return np.concatenate([values, -values]).astype(np.float32)
+
+
+_E4M3 = e4m3()
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One weight of the source, in Hugging Face's layout.
+
+    parts: the weight alone; with the scales, and the biases of affine mode, when it is packed; with the factors of its
+    blocks when it is FP8. how: of a packed one. block: (rows, columns) of an FP8 one. folded: a norm to which the one
+    was added. last: a convolution with its input channels on the last axis.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Entry, ...]
+    how: Quantization | None = None
+    block: tuple[int, int] | None = None
+    folded: bool = False
+    last: bool = False
+
+    @property
+    def stored_name(self) -> str:
+        return self.parts[0].stored_name
+
+    @property
+    def dtype(self) -> str:
+        """Of the values as they are read."""
+        return "F32" if self.how or self.block or self.folded else self.parts[0].dtype
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def width(self) -> int:
+        """Values of a row, which is all that one index of the first axis stands for."""
+        return math.prod(self.shape[1:])
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder to convert: its tensors by Hugging Face names in the order of the data, and its files as found."""
+
+    checkpoint: Checkpoint
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    files: tuple["Found", ...]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file as it was when the plan was made."""
+
+    path: Path
+    nbytes: int
+    time: int  # of the last change of its content: nanoseconds
+
+    @classmethod
+    def at(cls, path: Path) -> "Found":
+        status = path.stat()
+        return cls(path, status.st_size, status.st_mtime_ns)
+
+
+def check_unchanged(files: tuple[Found, ...]) -> None:
+    """InputError when a file of the source is not what it was when the plan was made."""
+    for file in files:
+        if not file.path.is_file() or Found.at(file.path) != file:
+            raise InputError(
+                f"the source must stay as it is until the conversion ends; {file.path} changed meanwhile. Convert again"
+            )
+
+
+# --- opening ---------------------------------------------------------------------------------------------------------
+
+
+def open_source(folder: Path) -> Source:
+    """Read headers and configuration. InputError when the folder is broken or of a kind that is not converted."""
+    files = tuple(Found.at(file) for file in safetensors_files(folder)) if folder.is_dir() else ()
+    checkpoint = open_checkpoint(folder, fp8=True)
+    config = read_json(folder / "config.json")
+    claims = [part.get(key) for part in (config, config.get("text_config") or {}) for key in CLAIMS]
+    claim = next((found for found in claims if found), None)
+    block = _block(folder, claim, checkpoint) if checkpoint.block_scales else None
+    text = checkpoint.config
+    shapes = text_shapes(text.text) | (vision_shapes(text.vision) if text.vision else {}) | mtp_shapes(text.text)
+    present = {name: shape for name, shape in shapes.items() if name in checkpoint.entries}
+    tensors = {name: _tensor(checkpoint, name, shape, block) for name, shape in present.items()}
+    if claim and not any(tensor.how or tensor.block for tensor in tensors.values()):
+        raise InputError(
+            f"config.json of a quantized source must tell how; {folder} says {brief(claim)} and its tensors are not "
+            "quantized in a way that is read here (FP8 with block scales, or packed by an MLX program). Give the "
+            "original checkpoint"
+        )
+    return Source(checkpoint, config, tensors, files)
+
+
+def _block(folder: Path, claim: Any, checkpoint: Checkpoint) -> tuple[int, int]:
+    """Rows and columns of a block, once config.json and the shapes of the factors agree."""
+    if not isinstance(claim, dict) or claim.get("quant_method") != "fp8":
+        raise InputError(
+            f"FP8 weights need a quantization_config of quant_method 'fp8' in config.json; {folder} has {brief(claim)}"
+        )
+    size = claim.get("weight_block_size", _BLOCK)
+    if not (isinstance(size, (list, tuple)) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
+        raise InputError(f"weight_block_size must be [rows, columns]; config.json of {folder} has {size!r}")
+    for name, scales in checkpoint.block_scales.items():
+        weight = checkpoint.entries.get(name)
+        shape = tuple(-(-n // block) for n, block in zip(weight.shape, size, strict=False)) if weight else None
+        if weight is None or len(weight.shape) != 2 or weight.dtype != "F8_E4M3" or scales.shape != shape:
+            raise InputError(
+                f"factors of FP8 blocks must be one for each {size[0]} x {size[1]} of an F8_E4M3 matrix; "
+                f"{scales.stored_name} is {list(scales.shape)} and its weight is "
+                f"{f'{weight.dtype} {list(weight.shape)}' if weight else 'absent'}. Download the source again"
+            )
+    return tuple(size)
+
+
+def _tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], block: tuple[int, int] | None) -> Tensor:
+    entry, how = checkpoint.exact.get(name, checkpoint.entries[name]), checkpoint.quantization(name)
+    if is_matrix(name, shape) and how:
+        stem = name.removesuffix("weight")
+        parts = tuple(checkpoint.entries[stem + suffix] for suffix in how.parts(shape))
+        for part, offered in zip(parts, [("U32",), how.scale_dtypes, how.scale_dtypes], strict=False):
+            _check_dtype(part, offered)
+        return Tensor(name, shape, parts, how)
+    if name in checkpoint.block_scales:
+        scales = checkpoint.block_scales[name]
+        _check_dtype(scales, tuple(FLOATS))
+        return Tensor(name, shape, (entry, scales), block=block)
+    _check_dtype(entry, tuple(FLOATS))
+    if checkpoint.raw:
+        return Tensor(name, shape, (entry,))
+    last = name.endswith("patch_embed.proj.weight")
+    return Tensor(name, shape, (entry,), folded=is_zero_centred(name), last=last)
+
+
+def _check_dtype(entry: Entry, offered: tuple[str, ...]) -> None:
+    if entry.dtype not in offered:
+        raise InputError(
+            f"weights must be float32, float16 or bfloat16, FP8 with block scales, or packed by an MLX program; "
+            f"{entry.stored_name} is {entry.dtype} and should be {' or '.join(offered)}. Give the original checkpoint"
+        )
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_rows(part: Entry, start: int, stop: int, files: Mapping[Path, int]) -> np.ndarray:
+    """Rows start <= row < stop of a stored tensor as unsigned integers of its width: (rows, the other axes as one)."""
+    row = part.nbytes // part.shape[0]
+    data = os.pread(files[part.file], (stop - start) * row, part.start + start * row)
+    if len(data) != (stop - start) * row:
+        raise InputError(f"{part.file} ended in the middle of {part.stored_name}: it changed while it was read")
+    return np.frombuffer(data, BITS[part.dtype]).reshape(stop - start, -1)
+
+
+def as_float32(bits: np.ndarray, dtype: str) -> np.ndarray:
+    """The float32 values of bits read from a tensor of this dtype: F32, F16 or BF16."""
+    if dtype == "F32":
+        return bits.view(np.float32)
+    if dtype == "F16":
+        return bits.view(np.float16).astype(np.float32)
+    wide = bits.astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
+
+
+def unpack(parts: list[np.ndarray], dtypes: list[str], how: Quantization, stream: mx.Stream) -> np.ndarray:
+    """(rows, columns) float32: what packed rows stand for, in float32 arithmetic on what is stored."""
+    numbers = [
+        mx.array(part if dtype in ("U8", "U32") else as_float32(part, dtype))
+        for part, dtype in zip(parts, dtypes, strict=True)
+    ]
+    options = {"group_size": how.group_size, "bits": how.bits, "mode": how.mode, "stream": stream}
+    return np.asarray(mx.dequantize(*numbers, dtype=mx.float32, **options))
+
+
+def read_values(tensor: Tensor, start: int, stop: int, files: Mapping[Path, int], stream: mx.Stream) -> np.ndarray:
+    """Rows of a tensor as bits of tensor.dtype, in Hugging Face's layout: (rows, the other axes as one)."""
+    parts = [read_rows(part, start, stop, files) for part in tensor.parts if not tensor.block]
+    if tensor.block:
+        return _fp8(tensor, start, stop, files).view(np.uint32)
+    if tensor.how:
+        return unpack(parts, [part.dtype for part in tensor.parts], tensor.how, stream).view(np.uint32)
+    bits = parts[0]
+    if tensor.last:
+        channels = tensor.shape[1]
+        bits = np.ascontiguousarray(bits.reshape(len(bits), -1, channels).swapaxes(1, 2)).reshape(len(bits), -1)
+    if tensor.folded:
+        return (as_float32(bits, tensor.parts[0].dtype) - np.float32(1)).view(np.uint32)
+    return bits
+
+
+def _fp8(tensor: Tensor, start: int, stop: int, files: Mapping[Path, int]) -> np.ndarray:
+    weight, scales = tensor.parts
+    high, wide = tensor.block
+    first = start // high
+    factors = as_float32(read_rows(scales, first, -(-stop // high), files), scales.dtype)
+    values = _E4M3[read_rows(weight, start, stop, files)]
+    rows = np.repeat(factors[np.arange(start, stop) // high - first], wide, axis=1)
+    values *= rows[:, : values.shape[1]]
+    return values
