@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_qwen35.checkpoint import hugging_face_name, is_zero_centred
+from mlx_qwen35.convert.card import CARD, PLOT, QUALITY
 from mlx_qwen35.convert.plan import make_plan
 from mlx_qwen35.convert.stream import Report, write
 from mlx_qwen35.convert.target import appearing_whole, check_space
@@ -99,4 +100,5 @@ def fp8_folder(source: Path, target: Path, scales: mx.Dtype = mx.float32, block:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    """What a folder holds but for its card, which names the folder."""
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name not in (CARD, QUALITY, PLOT)}

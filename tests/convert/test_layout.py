@@ -12,6 +12,7 @@ from safetensors import safe_open
 from mlx_qwen35.checkpoint import EXACT, INDEX, is_matrix, mtp_shapes, open_checkpoint, text_shapes
 from mlx_qwen35.config import read_json
 from mlx_qwen35.convert import convert
+from mlx_qwen35.convert.card import CARD, PLOT, QUALITY
 from mlx_qwen35.convert.plan import make_plan
 from mlx_qwen35.convert.stream import write
 from mlx_qwen35.random_checkpoint import changed, geometry, is_float32, write_random_checkpoint
@@ -185,7 +186,8 @@ def test_tokenizer_template_and_licence_are_copied_and_code_is_not(raw, tmp_path
     copied = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE"}
     assert all((out / name).read_bytes() == (raw / name).read_bytes() for name in copied)
     made = {"config.json", "generation_config.json", INDEX, "model-00001-of-00001.safetensors"}
-    assert {file.name for file in out.iterdir()} == copied | made
+    assert {file.name for file in out.iterdir()} == copied | made | {CARD, QUALITY, PLOT}
+    assert "not ours" not in (out / CARD).read_text()
 
 
 @pytest.mark.parametrize("holder", ["tokenizer_config.json", "tokenizer.json"])

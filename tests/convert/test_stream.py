@@ -1,36 +1,31 @@
 """The bytes depend on the source and the options alone, not on chunks, threads or time."""
 
-from pathlib import Path
-
 import pytest
+from converting import files_of
 
 from mlx_qwen35.convert import convert, stream
-
-
-def written(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"q_bits": 3}, {"q_mode": "nvfp4"}, {"q_vision_bits": 6}, {"q_bits": 8, "dtype": "float16"}]
 )
 def test_chunked_result_is_that_of_whole_tensors(raw, tmp_path, monkeypatch, options):
-    whole = written(convert(raw, tmp_path / "whole", quantize=True, **options))
+    whole = files_of(convert(raw, tmp_path / "whole", quantize=True, **options))
     monkeypatch.setattr(stream, "CHUNK_BYTES", 3333)  # a few rows of a matrix, with a shorter last chunk
-    assert written(convert(raw, tmp_path / "chunked", quantize=True, **options)) == whole
+    assert files_of(convert(raw, tmp_path / "chunked", quantize=True, **options)) == whole
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_unquantized_chunks_join_to_the_whole(raw, tmp_path, monkeypatch, dtype):
-    whole = written(convert(raw, tmp_path / "whole", dtype=dtype))
+    whole = files_of(convert(raw, tmp_path / "whole", dtype=dtype))
     monkeypatch.setattr(stream, "CHUNK_BYTES", 5000)
-    assert written(convert(raw, tmp_path / "chunked", dtype=dtype)) == whole
+    assert files_of(convert(raw, tmp_path / "chunked", dtype=dtype)) == whole
 
 
 def test_second_run_with_other_threads_gives_the_same_bytes(raw, tmp_path, monkeypatch):
-    first = written(convert(raw, tmp_path / "first", quantize=True))
+    first = files_of(convert(raw, tmp_path / "first", quantize=True))
     monkeypatch.setattr(stream, "THREADS", 5)
-    assert written(convert(raw, tmp_path / "second", quantize=True)) == first
+    assert files_of(convert(raw, tmp_path / "second", quantize=True)) == first
 
 
 def test_progress_names_the_tensors_on_stderr(raw, tmp_path, capfd):
