@@ -11,8 +11,9 @@ from typing import Any
 
 from mlx_qwen35.checkpoint import open_checkpoint
 from mlx_qwen35.convert.calibrate import statistics
-from mlx_qwen35.convert.card import Facts, find_license, write_card
+from mlx_qwen35.convert.card import Facts, write_card
 from mlx_qwen35.convert.evaluate import evaluate, windows
+from mlx_qwen35.convert.files import find_license
 from mlx_qwen35.convert.plan import make_plan
 from mlx_qwen35.convert.recipes import RECIPES
 from mlx_qwen35.convert.stream import Report, write
@@ -85,14 +86,13 @@ def convert(
         checkpoint = open_checkpoint(source)
         importance = statistics(checkpoint, windows(checkpoint, read_text(calibration)))
         plan = make_plan(source, **options, statistics=importance)
-    text = None if evaluation is None else read_text(evaluation)
+    tokens = None if evaluation is None else windows(open_checkpoint(source), read_text(evaluation))
     with appearing_whole(target, overwrite, resume) as folder:
         check_space(plan.nbytes, target)
         report = write(plan, folder, verify=verify)
         facts = _facts(target, hf_path, source, options, report)
-        if text is not None:
-            checkpoint = open_checkpoint(source)
-            found = evaluate(checkpoint, open_checkpoint(folder), windows(checkpoint, text))
+        if tokens is not None:
+            found = evaluate(open_checkpoint(source), open_checkpoint(folder), tokens)
             facts = {**facts, "evaluation": found, "text": Path(evaluation).name}
         write_card(folder, Facts(**facts))
     return target

@@ -41,7 +41,7 @@ class Facts:
 
     name: what the folder is called. source: the source as it was named, an id or a path; of a path only the last part
     is told. recipe: its name, or the options by hand. errors: Hugging Face name -> the error of that tensor. text: what
-    the evaluation was made on, in a few words. license: as Hugging Face writes it, see `find_license`.
+    the evaluation was made on, in a few words. license: as Hugging Face writes it, see files.py.
     """
 
     name: str
@@ -152,7 +152,7 @@ def plot(lines: Mapping[str, Iterable[float]], width: int = 640, height: int = 3
     values = {name: [100 * value for value in line] for name, line in lines.items()}
     most = max(max(line) for line in values.values()) or 1.0
     count = max(len(line) for line in values.values())
-    left, top, right, bottom = 60, 24, width - 16, height - 44
+    left, top, right, bottom = 60, 8 + 16 * len(values), width - 16, height - 44  # the names stand above
 
     def at(i: int, value: float) -> tuple[float, float]:
         return left + (right - left) * i / max(1, count - 1), bottom - (bottom - top) * value / most
@@ -288,21 +288,3 @@ def _last(source: str) -> str:
 
 def _is_hub_id(source: str) -> bool:
     return bool(_HUB_ID.fullmatch(source)) and not Path(source).expanduser().exists()
-
-
-
-_LICENSES = {"apache-2.0": ("Apache License", "Version 2.0"), "mit": ("MIT License", "Permission is hereby granted")}
-
-
-def find_license(source: Path) -> str | None:
-    """The licence as Hugging Face writes it: by the source's card, else by its LICENSE; None when neither says so."""
-    if (source / CARD).is_file():
-        front = re.match(r"---\n(.*?)\n---\n", (source / CARD).read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-        if found := front and re.search(r"^license:[ \t]*['\"]?([\w.-]+)['\"]?[ \t]*$", front[1], re.MULTILINE):
-            return found[1]
-    for file in sorted(source.glob("LICENSE*")):
-        text = file.read_text(encoding="utf-8", errors="replace")
-        for name, marks in _LICENSES.items():
-            if all(mark in text for mark in marks):
-                return name
-    return None

@@ -224,5 +224,5 @@ def windows(checkpoint: Checkpoint, text: str, length: int = WINDOW, most: int =
     cut = [tokens[start : start + length] for start in range(0, len(tokens), length)]
     cut = [window for window in cut if len(window) > 1]
     if not cut:
-        raise InputError(f"the text to evaluate on must be at least 2 tokens long, got {len(tokens)}")
+        raise InputError(f"the text must be at least 2 tokens long, got {len(tokens)}")
     return cut

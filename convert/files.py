@@ -1,7 +1,8 @@
-"""What stands beside the weights in the folder to be written: config.json and generation_config.json."""
+"""What stands beside the weights: config.json and generation_config.json as they are written, and the licence."""
 
 import copy
 import itertools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from mlx_qwen35.convert.source import CLAIMS
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # option -> safetensors' name
 TAG = {"format": 1, "norms": "zero-centred"}
 _END_OF_TURN = "<|im_end|>"
+_LICENSES = {"apache-2.0": ("Apache License", "Version 2.0"), "mit": ("MIT License", "Permission is hereby granted")}
 
 
 def new_config(
@@ -55,4 +57,19 @@ def _end_of_turn(folder: Path) -> int | None:
         for token in read_json(folder / "tokenizer.json").get("added_tokens") or []:
             if token.get("content") == _END_OF_TURN:
                 return token["id"]
+    return None
+
+
+def find_license(source: Path) -> str | None:
+    """The licence as Hugging Face writes it: by the source's card, else by its LICENSE; None when neither says so."""
+    card = source / "README.md"
+    if card.is_file():
+        front = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+        if found := front and re.search(r"^license:[ \t]*['\"]?([\w.-]+)['\"]?[ \t]*$", front[1], re.MULTILINE):
+            return found[1]
+    for file in sorted(source.glob("LICENSE*")):
+        text = file.read_text(encoding="utf-8", errors="replace")
+        for name, marks in _LICENSES.items():
+            if all(mark in text for mark in marks):
+                return name
     return None

@@ -89,10 +89,6 @@ class Journal:
             lines.append(line)
         self._append(lines)
 
-    def remove(self) -> None:
-        """The conversion is whole."""
-        self.file.unlink()
-
     def _append(self, lines: list[dict]) -> None:
         self.stream.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
         self.stream.flush()

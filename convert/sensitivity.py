@@ -191,7 +191,7 @@ def propose(rows: Sequence[Row], cap_bytes: int, other_bytes: int = 0) -> Propos
     used = other_bytes + sum(row.nbytes for row in chosen.values())
     if used > cap_bytes:
         raise InputError(
-            f"the cap must be at least {used / 1e9:.3f} GB for these candidates, got {cap_bytes / 1e9:.3f} GB; give "
+            f"the cap must be at least {used / 1e9:.6g} GB for these candidates, got {cap_bytes / 1e9:.6g} GB; give "
             "candidates of fewer bits or a higher cap"
         )
     while steps := [

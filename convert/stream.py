@@ -51,8 +51,9 @@ def write(plan: Plan, folder: Path, *, verify: bool = True) -> Report:
     """Write the planned checkpoint into an existing folder, config.json last: without it nothing loads.
 
     verify: measure errors, and read again what was written. A folder with a journal of the same plan is gone on with;
-    otherwise it is empty. Raises InputError when the source changes or holds what cannot be written, when the folder
-    does not read back as written, or when its journal is another plan's.
+    otherwise it is empty. The journal stays until the folder is put in place: what follows may be killed too. Raises
+    InputError when the source changes or holds what cannot be written, when the folder does not read back as written,
+    or when its journal is another plan's.
     """
     check_unchanged(plan.sources)
     with Journal(folder, identity(plan, verify=verify, chunk=CHUNK_BYTES)) as journal:
@@ -67,7 +68,6 @@ def write(plan: Plan, folder: Path, *, verify: bool = True) -> Report:
         sha256 = _check_shards(plan, folder, chunks, done) if verify else {}
         sha256 |= _write_others(plan, folder, verify)
         open_checkpoint(folder)
-        journal.remove()
     return Report(_errors(chunks, done) if verify else {}, sha256, journal.kept)
 
 

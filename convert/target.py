@@ -96,6 +96,7 @@ def _restore(replaced: Path, target: Path) -> None:
 
 
 def _put_in_place(work: Path, replaced: Path, target: Path) -> None:
+    (work / JOURNAL).unlink(missing_ok=True)  # the conversion is whole
     for path in (*work.iterdir(), work):
         _sync(path)
     try:

@@ -48,8 +48,7 @@ def set_limits() -> None:
     """
     limit = usable_bytes()
     mx.set_cache_limit(buffer_bytes(limit))
-    if _limit is not None or mx.metal.is_available():
-        mx.set_memory_limit(limit)
+    mx.set_memory_limit(limit)
 
 
 def check_encoding_fits(kind: str, size: str, working_bytes: int) -> None:

@@ -20,6 +20,7 @@ from mlx_qwen35.vision import working_bytes
 
 SAMPLING_ARRAYS = 8  # float32, of the vocabulary's size, while a token is drawn
 WORKING_SET = 2 / 3  # of a Mac's memory: what macOS recommends for the GPU up to 32 GB
+PACKED = 1 / 3.3  # of the bytes of 16-bit weights: what the recipe 4bit leaves of them
 SHORT = 256  # tokens of a context without which a model is of no use
 
 
@@ -50,10 +51,10 @@ def this_machine(config: TextConfig, dtype: mx.Dtype) -> Machine:
     return Machine("this machine", usable_bytes(), dtype, attention_way(config.head_dim, dtype), chip, buffers)
 
 
-def mac(gigabytes: int) -> Machine:
+def mac(gigabytes: int, dtype: mx.Dtype = mx.float16) -> Machine:
     """A Mac with an M1 and so much memory."""
     return Machine(
-        f"M1, {gigabytes} GB", int(WORKING_SET * gigabytes * 2**30), mx.float16, "fused", parse_chip("Apple M1"),
+        f"M1, {gigabytes} GB", int(WORKING_SET * gigabytes * 2**30), dtype, "fused", parse_chip("Apple M1"),
         CommandBuffers(*TUNED.values()),
     )  # fmt: skip
 
@@ -186,14 +187,20 @@ def check_model_fits(checkpoint: Checkpoint, dtype: mx.Dtype, name: str) -> None
     plan = plan_memory(checkpoint, this_machine(text, dtype), SHORT)
     if plan.fits:
         return
-    need = f"{name} needs {plan.text / 1e9:.1f} GB, of which {plan.weights / 1e9:.1f} GB are its text weights"
-    has = f"a model may take {plan.machine.limit / 1e9:.1f} GB"
-    if checkpoint.raw and not checkpoint.config.quantization:
+    need = f"{name} needs {_gb(plan.text)}, of which {_gb(plan.weights)} are its text weights"
+    has = f"a model may take {_gb(plan.machine.limit)}"
+    fits_packed = plan.text - plan.weights * (1 - PACKED) <= plan.machine.limit
+    if checkpoint.raw and not checkpoint.config.quantization and fits_packed:
         raise InputError(
-            f"{need}; {has}. Convert it to 4 bit, about 3.5 times smaller:\n  mlx_qwen35.convert --hf-path {name} "
+            f"{need}; {has}. Convert it to 4 bit, about 3 times smaller:\n  mlx_qwen35.convert --hf-path {name} "
             f"--mlx-path {name.rstrip('/').split('/')[-1]}-4bit --recipe 4bit"
         )
     raise InputError(f"{need}; {has}. Choose a folder with fewer bits, or a smaller model of the family")
+
+
+def _gb(count: float) -> str:
+    """Bytes as one reads them: 3.1 GB, of small models 0.0031 GB."""
+    return f"{count / 1e9:.{1 if count >= 1e8 else 4}f} GB"
 
 
 def check_tower_fits(config: TextConfig, dtype: mx.Dtype, tower_bytes: int) -> None:
@@ -202,8 +209,8 @@ def check_tower_fits(config: TextConfig, dtype: mx.Dtype, tower_bytes: int) -> N
     limit = machine.limit
     if used + tower_bytes + machine.kept > limit:
         raise InputError(
-            f"the vision tower needs {tower_bytes / 1e9:.1f} GB; a model may take {limit / 1e9:.1f} GB, of "
-            f"which {used / 1e9:.1f} GB are in use. Choose a folder with fewer bits, or shorten the conversation"
+            f"the vision tower needs {_gb(tower_bytes)}; a model may take {_gb(limit)}, of "
+            f"which {_gb(used)} are in use. Choose a folder with fewer bits, or shorten the conversation"
         )
 
 

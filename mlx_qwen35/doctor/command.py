@@ -22,6 +22,7 @@ from mlx_qwen35.memory import limit_memory
 from mlx_qwen35.random_checkpoint import geometry
 
 COMMAND = "mlx_qwen35.doctor"
+CONTEXT = 8192  # tokens that --plan plans for where nothing is said
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--plan", metavar="MODEL", help="only show what this model would take of memory, here and on Macs"
     )
-    parser.add_argument("--context", type=int, help="tokens that --plan plans for (default 8192)")
+    parser.add_argument("--context", type=int, help=f"tokens that --plan plans for (default {CONTEXT})")
     parser.add_argument("--mtp", action="store_true", help="plan with the draft head")
     parser.add_argument("--probe", action="store_true", help="show the largest activation of each layer of --model")
     parser.add_argument("--text", type=Path, metavar="FILE", help="a text for --probe (default: a short one)")
@@ -49,22 +50,25 @@ def show_plan(args: argparse.Namespace) -> None:
     others = [name for name in ("model", "probe", "text", "no_check", "json") if getattr(args, name)]
     if others:
         listed = ", ".join("--" + name.replace("_", "-") for name in others)
-        raise InputError(f"{listed} must not be given with --plan, which loads nothing. Choose one")
-    if args.context is not None and args.context < 1:
-        raise InputError(f"--context must be at least 1 token, got {args.context}")
+        raise InputError(f"{listed} must not be given with --plan, which loads nothing and prints a table. Choose one")
     limit_memory(args.memory_limit)
     checkpoint = open_checkpoint(resolve(args.plan, args.revision))
-    print(format_plans(args.plan, plans(checkpoint, args.context or 8192, args.dtype, args.mtp)))
+    context = args.context
+    if context is None:
+        context = min(CONTEXT, checkpoint.config.text.max_position_embeddings)
+    print(format_plans(args.plan, plans(checkpoint, context, args.dtype, args.mtp)))
 
 
 def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Facts]:
     """Section -> facts. given: the environment as it was before this command set anything."""
-    if idle := [f"--{name}" for name in ("context", "mtp") if getattr(args, name)]:
+    if idle := ["--context"] * (args.context is not None) + ["--mtp"] * args.mtp:
         raise InputError(f"{', '.join(idle)} has no effect without --plan; add that or leave it out")
     if args.text and not args.probe:
         raise InputError("--text has no effect without --probe; add that or leave it out")
     if not args.model and (idle := [f"--{name}" for name in ("probe", "revision") if getattr(args, name)]):
         raise InputError(f"{', '.join(idle)} must be given with --model: there is no other model to look at")
+    text_to_probe = _read_text(args.text)
+    limit_memory(args.memory_limit)
     report = {"machine": facts.machine(), "settings of MLX": facts.settings(given)}
     if args.model:
         checkpoint = open_checkpoint(resolve(args.model, args.revision))
@@ -78,7 +82,7 @@ def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Fac
     report[title] |= facts.reading(model.config, model.dtype)
     report["kernels"] = facts.kernels(engaged(model))
     if args.probe:
-        tokens = processor.encode_text(_read_text(args.text)).tokens
+        tokens = processor.tokenizer.encode(text_to_probe, add_special_tokens=False)
         maxima = probe.residual_maxima(model, tokens)
         report["residual stream"] = {
             f"largest over {len(tokens)} tokens": probe.describe(maxima),
@@ -94,9 +98,16 @@ def _read_text(file: Path | None) -> str:
     if file is None:
         return probe.TEXT
     try:
-        return file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--text must be a readable UTF-8 text file: {error}") from error
+    if not text:
+        raise InputError(f"--text must hold some text; {file} is empty")
+    return text
+
+
+def _can_write(file: Path) -> bool:
+    return os.access(file if file.exists() else file.parent, os.W_OK) and file.parent.is_dir() and not file.is_dir()
 
 
 def show(report: Mapping[str, Facts]) -> None:
@@ -114,8 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.plan:
             show_plan(args)
             return
-        if args.json and not (args.json.parent.is_dir() and os.access(args.json.parent, os.W_OK)):
-            raise InputError(f"--json must name a file in a folder that can be written; {args.json.parent} is none")
+        if args.json and not _can_write(args.json):
+            raise InputError(f"--json must name a file in a folder that can be written, got {args.json}")
         report = examine(args, given)
         if args.json:
             args.json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 
+import mlx.core as mx
+
 from mlx_qwen35.bench.report import align
 from mlx_qwen35.checkpoint import VISION, Checkpoint
-from mlx_qwen35.load import choose_dtype
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.load import DTYPES, choose_dtype, stored_dtype
 from mlx_qwen35.memory_plan import MemoryPlan, mac, plan_memory, this_machine
 
 MACS = (8, 16, 32)  # GB
@@ -18,9 +21,14 @@ _IMAGE = (("vision tower", "tower"), ("encoding an image", "encoding"))
 
 
 def plans(checkpoint: Checkpoint, context: int, dtype: str | None, mtp: bool) -> list[MemoryPlan]:
-    """For this machine, and for Macs with an M1 and 8, 16 and 32 GB."""
+    """For this machine, and for Macs with an M1 and 8, 16 and 32 GB. InputError where the model has no such context."""
     text, pixels = checkpoint.config.text, PIXELS if checkpoint.has(VISION) else 0
-    machines = [this_machine(text, choose_dtype(checkpoint, dtype)), *map(mac, MACS)]
+    most = text.max_position_embeddings
+    if not 1 <= context <= most:
+        raise InputError(f"--context must be 1 to {most:,} tokens for this model, got {context:,}")
+    stored = stored_dtype(checkpoint)
+    on_m1 = DTYPES[dtype] if dtype else mx.float16 if stored == mx.bfloat16 else stored
+    machines = [this_machine(text, choose_dtype(checkpoint, dtype)), *(mac(gigabytes, on_m1) for gigabytes in MACS)]
     return [plan_memory(checkpoint, machine, context, pixels=pixels, mtp=mtp) for machine in machines]
 
 

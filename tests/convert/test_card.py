@@ -11,8 +11,9 @@ import pytest
 
 from mlx_qwen35.checkpoint import open_checkpoint
 from mlx_qwen35.convert import convert
-from mlx_qwen35.convert.card import CARD, PLOT, QUALITY, Facts, card, find_license, plot, quality, sizes, write_card
+from mlx_qwen35.convert.card import CARD, PLOT, QUALITY, Facts, card, plot, quality, sizes, write_card
 from mlx_qwen35.convert.evaluate import Evaluation
+from mlx_qwen35.convert.files import find_license
 from mlx_qwen35.convert.verify import Error
 from mlx_qwen35.random_checkpoint import geometry, write_random_checkpoint
 
@@ -167,7 +168,7 @@ def test_the_plot_draws_both_lines_from_zero_to_the_greatest(written):
     root = ElementTree.parse(written / PLOT).getroot()
     lines = root.findall("{*}polyline")
     heights = [[float(pair.split(",")[1]) for pair in line.get("points").split()] for line in lines]
-    assert heights[0] == [24.0] * 4  # 8 % of every layer's weights: the greatest of all
+    assert heights[0] == [40.0] * 4  # 8 % of every layer's weights: the greatest of all
     assert heights[1] == [244.5, 213.0, 150.0, 24.0]  # 1, 2, 4, 8 %
     told = [text.text for text in root.findall("{*}text")]
     assert "8" in told and "weights of the layer" in told and "residual stream after it" in told

@@ -132,7 +132,7 @@ def test_no_more_tokens_are_taken_than_asked_for(pair):
 
 
 def test_a_text_without_two_tokens_is_refused(pair):
-    with pytest.raises(InputError, match="the text to evaluate on must be at least 2 tokens long, got 0"):
+    with pytest.raises(InputError, match="the text must be at least 2 tokens long, got 0"):
         windows(pair[0], "")
 
 

@@ -224,7 +224,7 @@ def test_a_tower_that_does_not_fit_is_refused(nano, memory_limit):
     model, processor = nano
     media = processor.read("image", SHAPES, VisionOptions())
     memory_limit(mx.get_active_memory() + 500_000)
-    with pytest.raises(InputError, match=r"the vision tower needs 0\.0 GB; a model may take"):
+    with pytest.raises(InputError, match=r"the vision tower needs [0-9.]+ GB; a model may take"):
         model.vision.encode([media])
 
 

@@ -1,0 +1,146 @@
+"""Faults that a review found by using the commands: each stays mended."""
+
+import json
+from functools import partial
+from xml.etree import ElementTree
+
+import mlx.core as mx
+import pytest
+
+from mlx_qwen35 import load, memory
+from mlx_qwen35.checkpoint import open_checkpoint
+from mlx_qwen35.commands import as_command
+from mlx_qwen35.convert import convert, target
+from mlx_qwen35.convert import journal as journals
+from mlx_qwen35.convert.card import plot
+from mlx_qwen35.doctor import command, main
+from mlx_qwen35.doctor.plan import plans
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.hub import resolve
+from mlx_qwen35.memory_plan import SHORT, plan_memory, this_machine
+
+
+@pytest.fixture
+def doctor(capsys, monkeypatch):
+    """Runs the command without its half minute: (status, stdout, stderr)."""
+    monkeypatch.setattr(command, "as_command", partial(as_command, tuned=False))
+
+    def run(*arguments):
+        status = 0
+        try:
+            main(arguments)
+        except SystemExit as end:
+            status = end.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    yield run
+    memory.limit_memory(None)
+
+
+# --- the converter ---------------------------------------------------------------------------------------------------
+
+
+def test_text_too_short_to_evaluate_on_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("")
+    monkeypatch.setattr("mlx_qwen35.convert.write", lambda *_, **__: pytest.fail("weights were written"))
+    with pytest.raises(InputError, match="at least 2 tokens"):
+        convert("nano", tmp_path / "out", recipe="4bit", evaluation=tmp_path / "text.txt")
+
+
+def test_conversion_killed_in_the_evaluation_is_resumed_without_writing_the_weights_again(
+    tmp_path, monkeypatch, capfd
+):
+    class Killed(BaseException):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    (tmp_path / "text.txt").write_text("What is 34 + 58?")
+    options = {"recipe": "4bit", "evaluation": tmp_path / "text.txt"}
+    with monkeypatch.context() as patched:
+        patched.setattr("mlx_qwen35.convert.evaluate", killed)
+        patched.setattr(target.shutil, "rmtree", lambda *_, **__: None)  # a killed process tidies nothing
+        with pytest.raises(Killed):
+            convert("nano", tmp_path / "out", **options)
+    capfd.readouterr()
+    out = convert("nano", tmp_path / "out", resume=True, **options)
+    resumed = next(line for line in capfd.readouterr().err.splitlines() if line.startswith("resuming: "))
+    done, whole = resumed.split()[1], resumed.split()[3]
+    assert done == whole != "0"
+    assert not (out / journals.JOURNAL).exists()
+
+
+def test_names_of_the_lines_stand_above_the_plot():
+    picture = ElementTree.fromstring(plot({"weights": [1, 2], "stream": [1, 3]}))
+    points = [element.get("points").split() for element in picture.iter("{http://www.w3.org/2000/svg}polyline")]
+    highest = min(float(point.split(",")[1]) for line in points for point in line)
+    texts = {element.text: float(element.get("y")) for element in picture.iter("{http://www.w3.org/2000/svg}text")}
+    assert max(texts["weights"], texts["stream"]) < highest
+
+
+# --- the memory plan -------------------------------------------------------------------------------------------------
+
+
+def test_loading_without_a_limit_takes_back_what_an_earlier_limit_told_mlx(memory_limit):
+    load("nano", memory_limit=0.05)
+    load("nano")
+    held = mx.set_memory_limit(memory.usable_bytes())
+    assert held == memory.usable_bytes() > 50_000_000
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_plan_for_macs_is_in_the_dtype_that_was_asked_for(dtype):
+    found = plans(open_checkpoint(resolve("nano")), 1024, dtype, False)
+    assert {str(plan.machine.dtype) for plan in found} == {f"mlx.core.{dtype}"}
+
+
+def test_conversion_is_not_advised_where_4_bit_would_not_fit_either():
+    checkpoint = open_checkpoint(resolve("nano"))
+    memory.limit_memory(None)
+    plan = plan_memory(checkpoint, this_machine(checkpoint.config.text, mx.float32), SHORT)
+    try:
+        with pytest.raises(InputError, match="smaller model of the family"):
+            load("nano", memory_limit=(plan.text - 0.9 * plan.weights) / 1e9)
+        with pytest.raises(InputError, match="--recipe 4bit"):
+            load("nano", memory_limit=(plan.text - 0.3 * plan.weights) / 1e9)
+    finally:
+        memory.limit_memory(None)
+
+
+# --- the doctor ------------------------------------------------------------------------------------------------------
+
+
+def test_memory_limit_holds_for_the_doctor_from_its_first_line(doctor):
+    status, out, _ = doctor("--model", "nano", "--no-check", "--memory-limit", "3")
+    assert status == 0 and "a model may use 3.0 GB" in out
+
+
+def test_probe_reads_special_tokens_of_a_text_that_has_them(doctor, tmp_path):
+    (tmp_path / "text.txt").write_text("`<|image_pad|>` stays text")
+    status, out, err = doctor("--model", "nano", "--no-check", "--probe", "--text", str(tmp_path / "text.txt"))
+    assert status == 0 and "residual stream" in out, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "nano", "--context", "0"], "--context has no effect without --plan"),
+        (["--plan", "nano", "--context", "0"], "--context must be 1 to 32,768 tokens for this model, got 0"),
+        (["--plan", "nano", "--context", "40000"], "--context must be 1 to 32,768 tokens for this model, got 40,000"),
+        (["--plan", "nano", "--json", "a.json"], "which loads nothing and prints a table"),
+        (["--model", "nano", "--json", "."], "--json must name a file"),
+        (["--model", "nano", "--probe", "--text", "/dev/null"], "--text must hold some text"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_a_message(doctor, arguments, message):
+    status, out, err = doctor(*arguments)
+    assert (status, out) == (2, "") and message in err
+
+
+def test_a_file_that_is_there_is_written_over(doctor, tmp_path):
+    file = tmp_path / "report.json"
+    file.write_text("old")
+    assert doctor("--model", "nano", "--no-check", "--json", str(file))[0] == 0
+    assert "machine" in json.loads(file.read_text())
