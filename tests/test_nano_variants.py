@@ -108,6 +108,7 @@ def test_a_second_run_measures_the_same(rows, out):
     assert measure(SEARCHED, out, HELD) == rows[SEARCHED.label]
 
 
+@pytest.mark.full
 def test_calibration_changes_the_weights_and_not_their_size(rows, out):
     measure(CALIBRATED, out, HELD)
     plain, weighted = (
