@@ -15,7 +15,7 @@ from mlx_qwen35.convert.card import Facts, write_card
 from mlx_qwen35.convert.evaluate import evaluate, windows
 from mlx_qwen35.convert.files import find_license
 from mlx_qwen35.convert.plan import make_plan
-from mlx_qwen35.convert.recipes import RECIPES
+from mlx_qwen35.convert.recipes import find_recipe
 from mlx_qwen35.convert.stream import Report, write
 from mlx_qwen35.convert.target import appearing_whole, check_apart, check_space, check_target
 from mlx_qwen35.errors import InputError
@@ -49,7 +49,7 @@ def convert(
     float16, bfloat16 or FP8 with block scales, or packed by an MLX program.
     mlx_path: folder to write. It appears whole or not at all. A folder with content is refused, unless `overwrite`
     is given: then it must hold a checkpoint, which is replaced once the new one is complete.
-    recipe: "4bit" (the usual one), "5bit", "6bit", "8bit", "mxfp4", "nvfp4", "bf16" or "fp16", see recipes.py; or
+    recipe: "4bit" (the usual one), "5bit", "6bit", "8bit", "mxfp4", "nvfp4", "bf16", "fp16" (recipes.py), or a file; or
     quantize: pack all matrices of text model and draft head alike, embedding and head among them: q_mode is "affine"
     (default; 4 bits in groups of 64 unless q_bits and q_group_size say otherwise), "mxfp4", "mxfp8" or "nvfp4" (whose
     bits and group size are fixed). With either the vision tower's matrices are packed too, whatever the text's mode and
@@ -112,8 +112,8 @@ def _facts(target: Path, named: str | Path, source: Path, options: Mapping[str, 
     return {
         "name": target.name,
         "source": str(named),
-        "recipe": recipe or by_hand,
-        "reasons": RECIPES[recipe].reasons if recipe else (),
+        "recipe": Path(recipe).name if recipe else by_hand,
+        "reasons": find_recipe(recipe).reasons if recipe else (),
         "rounding": options["rounding"],
         "errors": report.errors,
         "license": find_license(source),

@@ -15,10 +15,10 @@ from mlx_qwen35.convert.card import QUALITY
 from mlx_qwen35.convert.dry_run import describe
 from mlx_qwen35.convert.evaluate import windows
 from mlx_qwen35.convert.plan import DTYPES, ROUNDINGS, make_plan
-from mlx_qwen35.convert.recipes import RECIPES
-from mlx_qwen35.convert.sensitivity import propose, sensitivity, table
+from mlx_qwen35.convert.recipes import RECIPES, save_recipe
+from mlx_qwen35.convert.sensitivity import CANDIDATES, propose, sensitivity, table
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.hub import resolve, upload
+from mlx_qwen35.hub import check_repository, resolve, upload
 
 COMMAND = "mlx_qwen35.convert"
 # Of how the folder is packed, those that make_plan has by the same or by a shorter name.
@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", help="branch, tag or commit of the Hugging Face id")
     group = parser.add_argument_group("how it is stored")
     uses = "; ".join(f"{name}: {recipe.use}" for name, recipe in RECIPES.items())
-    group.add_argument("--recipe", choices=tuple(RECIPES), help=uses)
+    group.add_argument("--recipe", metavar="NAME", help=f"{uses}; or a file that --save-recipe has written")
     group.add_argument("-q", "--quantize", action="store_true", help="pack everything alike, by hand")
     group.add_argument("--q-bits", type=int, help="bits per weight (affine: 2, 3, 4, 5, 6 or 8; default 4)")
     group.add_argument("--q-group-size", type=int, help="weights per scale (affine: 32, 64 or 128; default 64)")
@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--dry-run", action="store_true", help="print what would be written, from the headers alone")
     group.add_argument("--sensitivity", metavar="TEXT", help="measure on this text what packing a group costs")
     group.add_argument("--cap", type=float, metavar="GB", help="with --sensitivity: propose a recipe of at most this")
+    group.add_argument("--save-recipe", type=Path, metavar="FILE", help="write the proposed recipe, for --recipe FILE")
     return parser
 
 
@@ -73,25 +74,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = vars(_parser().parse_args(arguments))
     start = time.perf_counter()
     with as_command(COMMAND):
-        look = {name: options.pop(name) for name in ("dry_run", "sensitivity", "cap")}
-        if look["cap"] is not None and not look["sensitivity"]:
-            raise InputError("--cap has no effect without --sensitivity; add that or leave it out")
+        look = {name: options.pop(name) for name in ("dry_run", "sensitivity", "cap", "save_recipe")}
+        if look["cap"] is not None and not (look["sensitivity"] and 0 < look["cap"] < math.inf):
+            raise InputError(f"--cap must be a number of GB above 0, with --sensitivity; got {look['cap']}")
+        if look["save_recipe"] and look["cap"] is None:
+            raise InputError("--save-recipe has no effect without --sensitivity and --cap; add them or leave it out")
         if look["dry_run"] or look["sensitivity"]:
             print(_look(options, **look))
             return
         if not options["mlx_path"]:
             raise InputError("--mlx-path must be given: the folder to write")
         repository = options.pop("upload_repo")
+        if repository:
+            check_repository(repository)
         folder = convert(options.pop("hf_path"), options.pop("mlx_path"), **options)
         print(_summary(folder, time.perf_counter() - start))
         if repository:
             print(f"published: {upload(folder, repository)}")
 
 
-def _look(options: dict[str, Any], dry_run: bool, sensitivity: str | None, cap: float | None) -> str:
+def _look(
+    options: dict[str, Any], dry_run: bool, sensitivity: str | None, cap: float | None, save_recipe: Path | None
+) -> str:
     """The text of --dry-run or --sensitivity."""
     if dry_run and sensitivity:
         raise InputError("--dry-run reads headers alone and --sensitivity all weights. Choose one")
+    writing = ("mlx_path", "calibration", "evaluation", "overwrite", "resume", "upload_repo")
+    idle = [name for name in writing if options[name]] + ([] if options["verify"] else ["no_verify"])
+    if idle:
+        names = ", ".join("--" + {"evaluation": "eval"}.get(name, name).replace("_", "-") for name in idle)
+        raise InputError(f"{names} has no effect where nothing is written (--dry-run, --sensitivity); leave it out")
     source = resolve(options["hf_path"], options["revision"])
     if dry_run:
         return describe(make_plan(source, **{name: options[option] for option, name in _PLAN.items()}))
@@ -99,16 +111,21 @@ def _look(options: dict[str, Any], dry_run: bool, sensitivity: str | None, cap: 
     if given:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise InputError(f"{names} must not be given with --sensitivity, which tries its own. Leave it out")
-    return _sensitivity(open_checkpoint(source), read_text(sensitivity), cap)
+    return _sensitivity(open_checkpoint(source), read_text(sensitivity), cap, save_recipe)
 
 
-def _sensitivity(checkpoint: Checkpoint, text: str, cap: float | None) -> str:
+def _sensitivity(checkpoint: Checkpoint, text: str, cap: float | None, file: Path | None) -> str:
+    """The table; under a cap, what is in no group (norms, vision tower, draft head) counts as in the 4bit recipe."""
     rows = sensitivity(checkpoint, windows(checkpoint, text))
     if cap is None:
         return table(rows)
-    matrices = sum(row.nbytes for row in rows if row.how is None)
-    other = sum(entry.nbytes for entry in checkpoint.entries.values()) - matrices
-    return table(rows, propose(rows, int(cap * 1e9), other))
+    grouped = {name for row in rows for name in row.names}
+    jobs = make_plan(checkpoint.folder, recipe="4bit").jobs
+    other = sum(job.nbytes for job in jobs if job.source.name not in grouped)
+    proposal = propose(rows, int(cap * 1e9), other)
+    if file:
+        save_recipe(file, proposal.matrices, CANDIDATES[0], f"proposed for at most {cap:g} GB by the KL of each group")
+    return table(rows, proposal)
 
 
 def _size(nbytes: int, shapes: Iterable[tuple[int, ...]]) -> str:

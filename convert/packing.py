@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mlx_qwen35.checkpoint import MODES, MTP, VISION, Quantization, hugging_face_name, is_matrix
-from mlx_qwen35.convert.recipes import RECIPES, Recipe
+from mlx_qwen35.convert.recipes import Recipe, find_recipe
 from mlx_qwen35.errors import InputError
 
 _AFFINE = {"bits": 4, "group_size": 64}  # mlx-lm's defaults; each other mode offers one choice
@@ -78,13 +78,11 @@ def read_options(
 
 
 def _by_recipe(name: str, given: list[str], vision_bits: int | None, dtype: str | None) -> Options:
-    if name not in RECIPES:
-        raise InputError(f"--recipe must be one of {', '.join(RECIPES)}, got {name!r}")
+    recipe = find_recipe(name)
     if given:
         raise InputError(
             f"--recipe {name} says how everything is packed; {', '.join(given)} must not be given with it. Choose one"
         )
-    recipe = RECIPES[name]
     if recipe.bulk is None:
         if vision_bits is not None:
             raise InputError(f"--q-vision-bits has no effect with --recipe {name}, which packs nothing; leave it out")

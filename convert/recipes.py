@@ -1,9 +1,14 @@
-"""Named recipes: how each kind of tensor is stored, and why."""
+"""Recipes, named or from a file: how each kind of tensor is stored, and why."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 from mlx_qwen35.checkpoint import Quantization
+from mlx_qwen35.config import read_json
+from mlx_qwen35.errors import InputError
 
 # Ends of the names of weights: the projections back into the residual stream, behind a gate, and the two small
 # projections that make the DeltaNet's decay and write strength.
@@ -62,3 +67,36 @@ RECIPES = {
         "NVFP4 in bulk: groups of 16 with scales of 8 bits",
     ),
 }  # fmt: skip
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of this name, or in this file. InputError when there is none, or the file is no recipe."""
+    if name in RECIPES:
+        return RECIPES[name]
+    if not name.endswith(".json"):
+        raise InputError(f"--recipe must be one of {', '.join(RECIPES)}, or a file that ends in .json; got {name!r}")
+    file = Path(name).expanduser()
+    if not file.is_file():
+        raise InputError(f"--recipe must name a file that is there; there is no {name}")
+    values = read_json(file)
+    try:
+        bulk, exceptions = _form(values["bulk"]), {end: how and _form(how) for end, how in values["exceptions"].items()}
+        return Recipe("from a file", bulk, exceptions, reasons=tuple(map(str, values.get("reasons", ()))))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{name} must hold 'bulk' and 'exceptions' as --save-recipe writes them ({type(error).__name__}: {error})"
+        ) from error
+
+
+def save_recipe(file: Path, matrices: Mapping[str, Quantization | None], bulk: Quantization, reason: str) -> None:
+    """Write a recipe that packs these matrices so, by Hugging Face name, and others like `bulk`."""
+    exceptions = {name: how and asdict(how) for name, how in matrices.items() if how != bulk}
+    values: dict[str, Any] = {"bulk": asdict(bulk), "exceptions": exceptions, "reasons": [reason]}
+    try:
+        file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--save-recipe must name a file that can be written: {error}") from error
+
+
+def _form(values: Mapping[str, Any]) -> Quantization:
+    return Quantization(values["group_size"], values["bits"], values["mode"])

@@ -1,5 +1,6 @@
 """A checkpoint's name -> a local folder: a path, a Hugging Face id, or `nano`, which comes with the package."""
 
+import sys
 from importlib import resources
 from pathlib import Path
 
@@ -64,6 +65,25 @@ def _download(repository: str, revision: str | None) -> Path:
         ) from error
 
 
+def _unreachable() -> tuple[type[Exception], ...]:
+    """What huggingface_hub's HTTP library, which differs by version, raises where there is no network."""
+    modules = (sys.modules.get(name) for name in ("httpx", "httpx2"))
+    return tuple(module.TransportError for module in modules if module)
+
+
+def check_repository(repository: str) -> None:
+    """InputError where this can be no repository's id."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise InputError(f"--upload-repo must be an id such as name/model, got {repository!r}: {error}") from error
+    if repository.count("/") != 1:
+        raise InputError(f"--upload-repo must be an id such as name/model, got {repository!r}")
+
+
 def upload(folder: Path, repository: str) -> str:
     """Publish a folder as a model repository of this id, made if it is not there; return its address.
 
@@ -72,16 +92,15 @@ def upload(folder: Path, repository: str) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
+    check_repository(repository)
     api = HfApi()
     try:
         api.create_repo(repository, repo_type="model", exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=str(folder), repo_type="model")
-    except HFValidationError as error:
-        raise InputError(f"--upload-repo must be an id such as name/model, got {repository!r}: {error}") from error
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError, *_unreachable()) as error:
         reason = (str(error).strip() or "no message").splitlines()[0]
         raise InputError(
             f"{folder} is whole, but could not be published as {repository} ({type(error).__name__}: {reason}). Log in "
-            f"with `hf auth login`, check the network and the id, or upload the folder with `hf upload {repository}`"
+            f"with `hf auth login`, check the network and the id, or upload it with `hf upload {repository} {folder}`"
         ) from error
     return f"https://huggingface.co/{repository}"

@@ -169,7 +169,7 @@ def test_the_plot_draws_both_lines_from_zero_to_the_greatest(written):
     lines = root.findall("{*}polyline")
     heights = [[float(pair.split(",")[1]) for pair in line.get("points").split()] for line in lines]
     assert heights[0] == [40.0] * 4  # 8 % of every layer's weights: the greatest of all
-    assert heights[1] == [244.5, 213.0, 150.0, 24.0]  # 1, 2, 4, 8 %
+    assert heights[1] == [246.5, 217.0, 158.0, 40.0]  # 1, 2, 4, 8 %
     told = [text.text for text in root.findall("{*}text")]
     assert "8" in told and "weights of the layer" in told and "residual stream after it" in told
 

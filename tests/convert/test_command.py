@@ -153,10 +153,17 @@ def test_calibration_changes_what_is_written_and_the_rest_stays(text, tmp_path):
     assert mx.array_equal(ours[tower], theirs[tower])
 
 
-def test_sensitivity_prints_what_each_group_costs_and_a_recipe_under_a_cap(text, monkeypatch, capsys):
-    run(monkeypatch, "--hf-path", "nano", "--sensitivity", text, "--cap", "0.0042")
+def test_sensitivity_prints_what_a_group_costs_and_saves_a_recipe_under_a_cap(text, tmp_path, monkeypatch, capsys):
+    recipe = tmp_path / "recipe.json"
+    options = ("--sensitivity", text, "--cap", "0.0022", "--save-recipe", recipe)
+    run(monkeypatch, "--hf-path", "nano", *options)
     told = capsys.readouterr().out
-    assert "| DeltaNet out | 4 bit, groups of 64 |" in told and "proposed: 0.004 GB" in told
+    assert "| DeltaNet out | 4 bit, groups of 64 |" in told and "proposed: 0.002 GB" in told
+    run(monkeypatch, "--hf-path", "nano", "--mlx-path", tmp_path / "out", "--recipe", recipe)
+    written = open_checkpoint(tmp_path / "out")
+    assert sum(entry.nbytes for entry in [*written.entries.values(), *written.exact.values()]) <= 2.2e6
+    assert written.quantization("model.language_model.layers.0.linear_attn.out_proj.weight").bits == 8
+    assert json.loads((tmp_path / "out" / "quality.json").read_text())["recipe"] == "recipe.json"
 
 
 def test_a_finished_folder_is_published(raw, tmp_path, monkeypatch, capsys):
@@ -183,7 +190,14 @@ def test_a_folder_that_cannot_be_published_is_whole(raw, tmp_path, monkeypatch, 
     ("options", "message"),
     [
         ((), "--mlx-path must be given"),
-        (("--cap", "3"), "--cap has no effect without --sensitivity"),
+        (("--cap", "3"), "--cap must be a number of GB above 0, with --sensitivity; got 3.0"),
+        (("--sensitivity", "x", "--cap", "nan"), "--cap must be a number of GB above 0, with --sensitivity; got nan"),
+        (("--save-recipe", "x"), "--save-recipe has no effect without --sensitivity and --cap"),
+        (("--dry-run", "--mlx-path", "out", "--eval", "x"), "--mlx-path, --eval has no effect"),
+        (("--sensitivity", "x", "--no-verify"), "--no-verify has no effect where nothing is written"),
+        (("--mlx-path", "out", "--recipe", "3bit"), "or a file that ends in .json; got '3bit'"),
+        (("--mlx-path", "out", "--recipe", "absent.json"), "there is no absent.json"),
+        (("--mlx-path", "out", "--upload-repo", "no id"), "--upload-repo must be an id such as name/model"),
         (("--dry-run", "--sensitivity", "x"), "--dry-run reads headers alone and --sensitivity all weights"),
         (("--sensitivity", "x", "--recipe", "4bit"), "--recipe must not be given with --sensitivity"),
         (("--sensitivity", "absent.txt"), "a text must be a readable UTF-8 file"),

@@ -97,7 +97,7 @@ def test_modules_have_the_names_of_peers():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"recipe": "3bit"}, "--recipe must be one of bf16, fp16, 8bit, 6bit, 5bit, 4bit, mxfp4, nvfp4, got '3bit'"),
+        ({"recipe": "3bit"}, "--recipe must be one of bf16, fp16, 8bit, 6bit, 5bit, 4bit, mxfp4, nvfp4, or a file"),
         ({"recipe": "4bit", "quantize": True, "q_bits": 8},
          "--recipe 4bit says how everything is packed; --quantize, --q-bits 8 must not be given with it. Choose one"),
         ({"recipe": "bf16", "q_vision_bits": 4}, "--q-vision-bits has no effect with --recipe bf16"),

@@ -1,0 +1,40 @@
+"""A recipe in a file: what is written is read again, and what is none is refused."""
+
+import json
+
+import pytest
+
+from mlx_qwen35.checkpoint import Quantization
+from mlx_qwen35.convert.recipes import find_recipe, save_recipe
+from mlx_qwen35.errors import InputError
+
+FOUR, EIGHT = Quantization(64, 4, "affine"), Quantization(64, 8, "affine")
+
+
+def test_a_saved_recipe_is_found_again(tmp_path):
+    file = tmp_path / "own.json"
+    save_recipe(file, {"a.weight": EIGHT, "b.weight": None, "c.weight": FOUR}, FOUR, "by KL")
+    recipe = find_recipe(str(file))
+    assert recipe.bulk == FOUR and recipe.exceptions == {"a.weight": EIGHT, "b.weight": None}
+    assert recipe.reasons == ("by KL",) and recipe.vision_bits == 8
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"exceptions": {}}, "must hold 'bulk' and 'exceptions'"),
+        ({"bulk": {"bits": 4}, "exceptions": {}}, "must hold 'bulk'"),
+        ({"bulk": {"bits": 7, "group_size": 64, "mode": "affine"}, "exceptions": {}}, "offers bits"),
+        ({"bulk": {"bits": 4, "group_size": 64, "mode": "affine"}, "exceptions": []}, "must hold 'bulk'"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, values, message):
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps(values))
+    with pytest.raises(InputError, match=message):
+        find_recipe(str(file))
+
+
+def test_a_recipe_that_cannot_be_written_is_told(tmp_path):
+    with pytest.raises(InputError, match="--save-recipe must name a file that can be written"):
+        save_recipe(tmp_path / "absent" / "own.json", {}, FOUR, "")
