@@ -42,10 +42,16 @@ def new_config(
 
 
 def generation_config(folder: Path, config: Config) -> dict[str, Any] | None:
-    """A generation_config.json with the end-of-turn token and those that config.json names; None when there is none."""
-    turn = _end_of_turn(folder)
-    ends = list(dict.fromkeys(([] if turn is None else [turn]) + list(config.eos_token_ids)))
-    return {"eos_token_id": ends} if ends else None
+    """The source's generation_config.json with all end tokens: its own, the end of a turn, and those of config.json.
+
+    None where the source's names them all, and is copied as it is, or where there are none.
+    """
+    file, turn = folder / "generation_config.json", _end_of_turn(folder)
+    values = read_json(file) if file.is_file() else {}
+    own = values.get("eos_token_id")
+    own = own if isinstance(own, list) else [] if own is None else [own]
+    ends = list(dict.fromkeys([*own, *([] if turn is None else [turn]), *config.eos_token_ids]))
+    return {**values, "eos_token_id": ends} if set(ends) - set(own) else None
 
 
 def _end_of_turn(folder: Path) -> int | None:

@@ -23,7 +23,7 @@ ROUNDINGS = ("search", "nearest")
 SHARD_BYTES = 5_000_000_000
 # Tokenizer, template, preprocessors, licence: all that belongs to a checkpoint beside weights and config.json.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
-_NOT_COPIED = ("config.json", "quality.json", "*.index.json", ".*")
+_NOT_COPIED = ("config.json", "quality.json", "evaluation.json", "*.index.json", ".*")
 
 
 @dataclass(frozen=True)
@@ -153,12 +153,14 @@ def make_plan(
     _warn_of_packing_anew(folder, jobs)
     packed = {job.source.name: job.quantization for job in jobs if job.quantization}
     copied = tuple(file for file in sorted(folder.iterdir()) if file.is_file() and _is_copied(file.name))
-    has_generation = any(file.name == "generation_config.json" for file in copied)
+    generation = generation_config(folder, source.checkpoint.config)
+    if generation is not None:
+        copied = tuple(file for file in copied if file.name != "generation_config.json")
     return Plan(
         jobs=jobs,
         shards=_shards(jobs, shard_bytes),
         config=new_config(source.config, options.packing, keep, packed, stored),
-        generation=None if has_generation else generation_config(folder, source.checkpoint.config),
+        generation=generation,
         copied=copied,
         sources=source.files + tuple(Found.at(file) for file in (folder / "config.json", *copied)),
         statistics=statistics or {},

@@ -203,11 +203,18 @@ def test_generation_config_names_both_end_tokens(tmp_path, holder):
     assert open_checkpoint(out).config.eos_token_ids == (991, 993)
 
 
-def test_generation_config_of_the_source_is_kept(tmp_path):
+def test_generation_config_of_the_source_keeps_its_values_and_gets_the_end_tokens_that_it_lacks(tmp_path):
     source = write_random_checkpoint(tmp_path / "raw", geometry("tiny"))
     (source / "generation_config.json").write_text('{"eos_token_id": 7, "temperature": 0.6}')
     out = convert(source, tmp_path / "out")
-    assert (out / "generation_config.json").read_text() == '{"eos_token_id": 7, "temperature": 0.6}'
+    assert read_json(out / "generation_config.json") == {"eos_token_id": [7, 991], "temperature": 0.6}
+
+
+def test_generation_config_that_names_all_end_tokens_is_copied(raw, tmp_path):
+    source = shutil.copytree(raw, tmp_path / "raw")
+    text = '{"eos_token_id": [991, 993], "top_k":   20}'
+    (source / "generation_config.json").write_text(text)
+    assert (convert(source, tmp_path / "out") / "generation_config.json").read_text() == text
 
 
 def test_source_without_vision_and_draft_head_converts(tmp_path):
