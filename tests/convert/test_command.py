@@ -155,6 +155,7 @@ def test_calibration_changes_what_is_written_and_the_rest_stays(text, tmp_path):
 
 def test_sensitivity_prints_what_a_group_costs_and_saves_a_recipe_under_a_cap(text, tmp_path, monkeypatch, capsys):
     recipe = tmp_path / "recipe.json"
+    text.write_text("What is 34 + 58?")
     options = ("--sensitivity", text, "--cap", "0.0022", "--save-recipe", recipe)
     run(monkeypatch, "--hf-path", "nano", *options)
     told = capsys.readouterr().out

@@ -7,11 +7,17 @@ from mlx_qwen35.convert import convert, stream
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"q_bits": 3}, {"q_mode": "nvfp4"}, {"q_vision_bits": 6}, {"q_bits": 8, "dtype": "float16"}]
+    "options",
+    [
+        {},
+        {"q_bits": 3, "rounding": "nearest"},
+        {"q_mode": "nvfp4", "rounding": "nearest"},
+        {"q_bits": 8, "dtype": "float16", "q_vision_bits": 6, "rounding": "nearest"},
+    ],
 )
 def test_chunked_result_is_that_of_whole_tensors(raw, tmp_path, monkeypatch, options):
     whole = files_of(convert(raw, tmp_path / "whole", quantize=True, **options))
-    monkeypatch.setattr(stream, "CHUNK_BYTES", 3333)  # a few rows of a matrix, with a shorter last chunk
+    monkeypatch.setattr(stream, "CHUNK_BYTES", 7777)  # a few rows of a matrix, with a shorter last chunk
     assert files_of(convert(raw, tmp_path / "chunked", quantize=True, **options)) == whole
 
 
