@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,8 +15,10 @@ from mlx.utils import tree_flatten
 from mlx_qwen35.checkpoint import open_checkpoint
 from mlx_qwen35.config import read_json
 from mlx_qwen35.convert import convert
+from mlx_qwen35.layers import RMSNorm
 from mlx_qwen35.load import load_model
 from mlx_qwen35.random_checkpoint import changed, geometry, write_random_checkpoint
+from mlx_qwen35.weights import Weights
 
 IDS = np.random.default_rng(7).integers(0, 980, (1, 6))  # few: on the CPU MLX multiplies half types slowly
 SAME_DTYPE = [(dtype, bits) for dtype in ("float32", "bfloat16", "float16") for bits in (None, 4, 8)]
@@ -211,6 +214,28 @@ def test_our_loader_computes_the_sources_logits_exactly(raw, tmp_path, dtype):
 def test_our_loader_agrees_with_mlx_lm_on_quantized_folders(mlx_lm, source_of, tmp_path, bits):
     folder = convert(source_of("float32"), tmp_path / "out", **options("float32", bits))
     assert largest(by_us(folder) - mlx_lm[1](folder)(mx.array(IDS))) < TOLERANCE
+
+
+@pytest.mark.parametrize(("recipe", "most"), [("4bit", 1e-4), ("mxfp4", 3e-4)])
+def test_with_the_norms_folded_as_they_fold_them_our_logits_of_a_recipe_are_those_of_both(
+    mlx_lm, mlx_vlm, source_of, tmp_path, monkeypatch, recipe, most
+):
+    """From a bfloat16 folder they form 1 + w in bfloat16; computed on in float32 here and there."""
+    folder = convert(source_of("bfloat16"), tmp_path / "out", recipe=recipe)
+    models = (mlx_lm[1](folder), mlx_vlm(folder).language_model)
+    for model in models:
+        model.set_dtype(mx.float32)
+    theirs = models[0](mx.array(IDS)), models[1](mx.array(IDS)).logits
+    exact = by_us(folder)
+
+    def folded(weights: Weights, name: str) -> RMSNorm:
+        return RMSNorm((1.0 + weights.float32(f"{name}.weight")).astype(mx.bfloat16).astype(mx.float32), weights.eps)
+
+    monkeypatch.setattr(Weights, "norm", folded)
+    rounded = replace(open_checkpoint(folder), exact={})  # nor do they see exact DeltaNet norms beside the rounded
+    ours = load_model(rounded, mx.float32, "rounded")(mx.array(IDS))
+    assert largest(ours - exact) > TOLERANCE  # the folding is what shows
+    assert largest(ours - theirs[0]) < 1e-4 and largest(ours - theirs[1]) < most
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
