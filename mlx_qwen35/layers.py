@@ -10,7 +10,7 @@ from mlx_qwen35.config import RopeConfig
 from mlx_qwen35.kernels.add_norm import add_norm, rms_norm
 from mlx_qwen35.kernels.exponential import silu
 from mlx_qwen35.kernels.metal import fused
-from mlx_qwen35.kernels.quantized_linear import quantized_linear
+from mlx_qwen35.kernels.quantized_linear import quantized_linear, unpacks
 
 
 class Linear(nn.Module):
@@ -53,7 +53,7 @@ class Joined(nn.Module):
         """The products as they come, each with the outputs of several maps side by side."""
         products: list[mx.array] = []
         for product in self.products:
-            if products and mx.default_device() == mx.cpu:  # else the CPU unpacks the matrices of all before the first
+            if products and product.packing and unpacks(x):  # one after the other, or all matrices are unpacked first
                 x = mx.depends(x, products[-1:])
             products.append(product(x))
         return products

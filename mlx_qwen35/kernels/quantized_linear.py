@@ -14,6 +14,11 @@ MANY_ROWS = 12  # between the two
 SLICE = 1 << 25  # unpacked elements at a time: 134 MB in float32
 
 
+def unpacks(x: mx.array) -> bool:
+    """Whether so many rows (..., columns) meet an unpacked matrix here."""
+    return mx.default_device() == mx.cpu and x.size >= MANY_ROWS * x.shape[-1]
+
+
 def quantized_linear(
     x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array | None, packing: Quantization
 ) -> mx.array:
@@ -23,7 +28,7 @@ def quantized_linear(
     """
     form = {"group_size": packing.group_size, "bits": packing.bits, "mode": packing.mode}
     columns = x.shape[-1]
-    if mx.default_device() != mx.cpu or x.size < MANY_ROWS * columns:
+    if not unpacks(x):
         # As rows: one row that is part of a longer one keeps its stride otherwise, and MLX copies it first.
         rows = mx.quantized_matmul(x.reshape(-1, columns), weight, scales, biases, transpose=True, **form)
         return rows.reshape(*x.shape[:-1], -1)
