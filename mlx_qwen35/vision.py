@@ -184,12 +184,12 @@ class Tower(nn.Module):
 def working_bytes(config: VisionConfig, dtype: mx.Dtype, patches: int, way: str) -> int:
     """The stated budget: what encoding frames of so many patches may take beside weights and embeddings.
 
-    Ten times the patches' hidden states, of which queries, keys and values are most, and for a slice of them six times
+    Ten times the patches' hidden states, of which queries, keys and values are most, and for a slice of them nine times
     what goes through the MLP, and the scores. On the CPU packed matrices are unpacked besides. way: see attention_way.
     """
     heads, most = config.num_heads, max(patches, SLICE)
     scores = score_bytes((1, heads, SLICE, config.hidden_size // heads), patches, dtype.size, way)
-    within = 6 * SLICE * config.intermediate_size * dtype.size
+    within = 9 * SLICE * config.intermediate_size * dtype.size
     unpacked = 4 * 4 * config.hidden_size * config.intermediate_size if way == "cpu" else 0
     return 10 * most * config.hidden_size * dtype.size + within + scores + unpacked
 
