@@ -147,6 +147,7 @@ class _Product(nn.Module):
     def __init__(self, inner: Linear):
         super().__init__()
         self.inner = inner
+        self.packing = None  # to those around it: what is packed is unpacked in here
 
     def __call__(self, x: mx.array) -> mx.array:
         weight, how = self.inner.weight, self.inner.packing

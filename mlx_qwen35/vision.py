@@ -135,7 +135,7 @@ class Tower(nn.Module):
         """
         count = math.prod(media.grid[1:])
         way = attention_way(self.config.hidden_size // self.config.num_heads, self.dtype)
-        check_encoding_fits(media.kind, str(media), working_bytes(self.config, self.dtype, count, way))
+        check_encoding_fits(media.kind, str(media), working_bytes(self.config, self.dtype, at_once(media.grid), way))
         out = mx.zeros((media.tokens, self.config.out_hidden_size), self.dtype)
         step, at = max(1, SLICE // count), 0
         for first in range(0, media.grid[0], step):
@@ -181,17 +181,23 @@ class Tower(nn.Module):
         return mx.cos(angles), mx.sin(angles)
 
 
+def at_once(grid: tuple[int, int, int]) -> int:
+    """Patches that are encoded together: of one frame, or of as many frames as make a slice."""
+    count = math.prod(grid[1:])
+    return max(count, min(SLICE, grid[0] * count))
+
+
 def working_bytes(config: VisionConfig, dtype: mx.Dtype, patches: int, way: str) -> int:
     """The stated budget: what encoding frames of so many patches may take beside weights and embeddings.
 
     Ten times the patches' hidden states, of which queries, keys and values are most, and for a slice of them nine times
     what goes through the MLP, and the scores. On the CPU packed matrices are unpacked besides. way: see attention_way.
     """
-    heads, most = config.num_heads, max(patches, SLICE)
-    scores = score_bytes((1, heads, SLICE, config.hidden_size // heads), patches, dtype.size, way)
-    within = 9 * SLICE * config.intermediate_size * dtype.size
+    heads, tile = config.num_heads, min(patches, SLICE)
+    scores = score_bytes((1, heads, tile, config.hidden_size // heads), patches, dtype.size, way)
+    within = 9 * tile * config.intermediate_size * dtype.size
     unpacked = 4 * 4 * config.hidden_size * config.intermediate_size if way == "cpu" else 0
-    return 10 * most * config.hidden_size * dtype.size + within + scores + unpacked
+    return 10 * patches * config.hidden_size * dtype.size + within + scores + unpacked
 
 
 def squares_order(height: int, width: int, merge: int) -> np.ndarray:

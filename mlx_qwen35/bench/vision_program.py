@@ -1,6 +1,5 @@
 """Our model in a worker process, shown an image or a clip: what MLX's allocator holds at each point."""
 
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from mlx_qwen35.kernels.attention import attention_way
 from mlx_qwen35.load import DTYPES, load_model
 from mlx_qwen35.positions import Run
 from mlx_qwen35.preprocess import Media
-from mlx_qwen35.vision import working_bytes
+from mlx_qwen35.vision import at_once, working_bytes
 
 TEXT_TOKENS = 8  # before each run of placeholders and after the last: about as many as a timestamp and its tags
 
@@ -45,7 +44,7 @@ class VisionProgram:
         figures = {
             "tokens": len(row.tokens), "text_bytes": text, "tower_bytes": encoded - released,
             "embeddings_bytes": embeddings.nbytes, "encode_peak_bytes": encode_peak, "released_bytes": released,
-            "budget_bytes": working_bytes(self.config, self.model.dtype, math.prod(media.grid[1:]), self._way()),
+            "budget_bytes": working_bytes(self.config, self.model.dtype, at_once(media.grid), self._way()),
             "encode_s": encode_s, **self._read(row, step),
         }  # fmt: skip
         del row, embeddings
