@@ -11,7 +11,7 @@ import numpy as np
 from mlx_qwen35.checkpoint import is_zero_centred
 from mlx_qwen35.convert.plan import Job
 from mlx_qwen35.convert.source import as_float32
-from mlx_qwen35.half import LARGEST, SMALLEST
+from mlx_qwen35.half import SMALLEST, complaint, listed
 
 
 def takes_float16(job: Job) -> bool:
@@ -46,17 +46,13 @@ def reason(extents: list[tuple[float, int, int]]) -> str | None:
     largest, (vanishing, rows) = max(extents)[0], np.sum(extents, axis=0)[1:].astype(int)
     if not np.isfinite(np.sum(extents)):
         return None
-    if largest > LARGEST:
-        return f"holds {largest:.3g}"
-    return f"{vanishing} of {rows} rows are below {SMALLEST:.1e}" if vanishing else None
+    return complaint(largest, vanishing, rows)
 
 
-def warn(kept: Mapping[str, str], most: int = 8) -> None:
+def warn(kept: Mapping[str, str]) -> None:
     """Warn of the tensors that are kept out of float16."""
-    named = "; ".join(f"{name} ({why})" for name, why in list(kept.items())[:most])
-    more = f"; and {len(kept) - most} more" if len(kept) > most else ""
     warnings.warn(
-        f"{len(kept)} tensors stay out of float16, which cannot hold them: {named}{more}. They are stored as in the "
+        f"{len(kept)} tensors stay out of float16, which cannot hold them: {listed(kept)}. They are stored as in the "
         "source, the scales of packed ones in bfloat16. With --dtype bfloat16 nothing is kept apart",
         RuntimeWarning,
         stacklevel=3,

@@ -31,19 +31,28 @@ def unfit(arrays: Iterable[tuple[str, mx.array]]) -> dict[str, str]:
         top, vanishing = largest.max().item(), int(((largest > 0) & (largest < SMALLEST)).sum().item())
         if not math.isfinite(top):
             raise InputError(f"weights must be finite; {name} holds NaN or infinity. Download or convert it again")
-        if top > LARGEST:
-            found[name] = f"holds {top:.3g}"
-        elif vanishing:
-            found[name] = f"{vanishing} of {largest.size} rows are below {SMALLEST:.1e}"
+        if why := complaint(top, vanishing, largest.size):
+            found[name] = why
     return found
 
 
-def tell(found: Mapping[str, str], most: int = 8) -> None:
-    """Warn of the tensors that stay in float32."""
+def complaint(largest: float, vanishing: int, rows: int) -> str | None:
+    """What float16 cannot hold of a tensor with this largest magnitude and so many vanishing rows; None for nothing."""
+    if largest > LARGEST:
+        return f"holds {largest:.3g}"
+    return f"{vanishing} of {rows} rows are below {SMALLEST:.1e}" if vanishing else None
+
+
+def listed(found: Mapping[str, str], most: int = 8) -> str:
+    """The first tensors by name, each with its complaint, and how many more there are."""
     named = "; ".join(f"{name} ({why})" for name, why in list(found.items())[:most])
-    more = f"; and {len(found) - most} more" if len(found) > most else ""
+    return named + (f"; and {len(found) - most} more" if len(found) > most else "")
+
+
+def tell(found: Mapping[str, str]) -> None:
+    """Warn of the tensors that stay in float32."""
     warnings.warn(
-        f"{len(found)} tensor{'s'[: len(found) > 1]} kept in float32, for float16 cannot hold them: {named}{more}. "
+        f"{len(found)} tensor{'s'[: len(found) > 1]} kept in float32, for float16 cannot hold them: {listed(found)}. "
         "With --dtype bfloat16 nothing is kept apart",
         RuntimeWarning,
         stacklevel=2,
