@@ -17,10 +17,10 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_qwen35 import half
 from mlx_qwen35.cache import Cache
 from mlx_qwen35.checkpoint import TEXT, Checkpoint, Entry, text_shapes
+from mlx_qwen35.decoder import DecoderLayer
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.layers import Linear, RMSNorm, Rotary
 from mlx_qwen35.load import default_dtype, read_weights, stored_dtype
-from mlx_qwen35.model import DecoderLayer
 from mlx_qwen35.weights import Weights
 
 CHUNK = 512  # tokens of one pass through a layer

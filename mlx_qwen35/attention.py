@@ -3,12 +3,12 @@
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_qwen35.cache import KVCache, Span
 from mlx_qwen35.config import TextConfig
 from mlx_qwen35.kernels.attention import attention
 from mlx_qwen35.kernels.exponential import sigmoid
 from mlx_qwen35.kernels.metal import fused
 from mlx_qwen35.kernels.norm_rotary import queries_and_keys
+from mlx_qwen35.layer_cache import KVCache, Span
 
 
 class GatedAttention(nn.Module):

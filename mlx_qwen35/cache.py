@@ -9,7 +9,7 @@ and the rest are holes. Holes are never attended to, take no position, and leave
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
@@ -17,59 +17,11 @@ import numpy as np
 from mlx_qwen35.config import FULL, TextConfig
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.gated_delta import DeltaState
+from mlx_qwen35.layer_cache import DeltaCache, KVCache, Place, Span
 from mlx_qwen35.layers import Rotary
 
-
-class Span(NamedTuple):
-    """The columns that one forward pass reads."""
-
-    start: int  # columns already there
-    lengths: mx.array | None  # (B,) real tokens of each row in this pass; None: all
-    rotary: tuple[mx.array, mx.array]  # cos, sin of their positions
-    mask: mx.array | str | None  # for attention: (B, 1, T, start + T) boolean, "causal", or None for one token
-
-
-class KVCache:
-    """Keys (normed and rotated) and values of one attention layer: (B, Hk, capacity, D), capacity in steps of STEP."""
-
-    STEP = 256
-
-    def __init__(self) -> None:
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
-        self.reserved = 0  # columns that are known to come
-
-    def extend(self, keys: mx.array, values: mx.array, start: int) -> tuple[mx.array, mx.array]:
-        """Write (B, Hk, T, D) at column `start` and return all columns up to there."""
-        end = start + keys.shape[2]
-        if self.keys is None or end > self.keys.shape[2]:
-            self.keys, self.values = (
-                self._grown(self.keys, keys, start, end),
-                self._grown(self.values, values, start, end),
-            )
-        self.keys[:, :, start:end] = keys
-        self.values[:, :, start:end] = values
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def arrays(self) -> list[mx.array]:
-        return [] if self.keys is None else [self.keys, self.values]
-
-    def _grown(self, old: mx.array | None, like: mx.array, start: int, end: int) -> mx.array:
-        capacity = -(-max(end, self.reserved) // self.STEP) * self.STEP
-        B, H, _, D = like.shape
-        if old is None or start == 0:
-            return mx.zeros((B, H, capacity, D), like.dtype)
-        return mx.concatenate([old[:, :, :start], mx.zeros((B, H, capacity - start, D), like.dtype)], axis=2)
-
-
-class DeltaCache:
-    """Window and state of one DeltaNet layer. Replaced as a whole by each pass, never changed in place."""
-
-    def __init__(self, memory: DeltaState):
-        self.memory = memory
-
-    def arrays(self) -> list[mx.array]:
-        return list(self.memory)
+if TYPE_CHECKING:
+    from mlx_qwen35.drafts import Drafts
 
 
 class Snapshot:
@@ -79,11 +31,11 @@ class Snapshot:
     """
 
     def __init__(self, cache: "Cache"):
-        self.length, self.row_lengths, self.real = cache.length, tuple(cache.row_lengths), cache.real
-        self.next_positions = tuple(cache.next_positions)
+        self.place = cache.place
         self.memories = cache.memories()
         self.intact = cache.length  # columns that still lie in the cache as they were
         self.tail: list[tuple[mx.array, mx.array]] | None = None  # the columns after those
+        self.drafts = cache.drafts.snapshot() if cache.drafts else None
 
     def keep(self, layers: list[KVCache], start: int) -> None:
         """Copy out the columns from `start` on, which the cache is about to overwrite."""
@@ -113,13 +65,31 @@ class Cache:
         self.layers = [KVCache() if kind == FULL else DeltaCache(empty) for kind in config.layer_types]
         self.rotary = rotary
         self.batch = batch
-        self.length = 0  # columns: tokens and holes
-        self.row_lengths = [0] * batch  # tokens each row has read
-        self.next_positions = [0] * batch  # of the next token of each row; an image takes fewer than it has tokens
-        self.real: mx.array | None = None  # (B, length) boolean, False at holes; None while there are none
+        self.place = Place(0, (0,) * batch, (0,) * batch, None)
+        self.drafts: Drafts | None = None  # the draft head's part, where one follows the conversation
         self._kv = [layer for layer in self.layers if isinstance(layer, KVCache)]
         self._delta = [layer for layer in self.layers if isinstance(layer, DeltaCache)]
         self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
+
+    @property
+    def length(self) -> int:
+        """Columns: tokens and holes."""
+        return self.place.length
+
+    @property
+    def row_lengths(self) -> list[int]:
+        """Tokens each row has read."""
+        return list(self.place.row_lengths)
+
+    @property
+    def next_positions(self) -> list[int]:
+        """The position of the next token of each row."""
+        return list(self.place.next_positions)
+
+    @property
+    def real(self) -> mx.array | None:
+        """(B, length) boolean, False at holes; None while there are none."""
+        return self.place.real
 
     def reserve(self, T: int) -> None:
         """Say that T columns will come: room for all is made with the first, and nothing is copied on the way."""
@@ -128,46 +98,64 @@ class Cache:
 
     @contextmanager
     def reading(
-        self, T: int, lengths: Sequence[int] | None = None, positions: np.ndarray | None = None
+        self,
+        T: int,
+        lengths: Sequence[int] | None = None,
+        positions: np.ndarray | None = None,
+        stepwise: bool = False,
     ) -> Iterator[Span]:
         """Open the span of the next T columns; it counts once the block has ended, and leaves no trace if that raises.
 
         lengths: real tokens of each row, 0 to T; None when all are real. positions: (3, B, T) integers, where a row
-        holds an image; None goes on counting.
+        holds an image; None goes on counting. stepwise: so that `keep` can take some of the tokens back.
         """
         if lengths is not None and (len(lengths) != self.batch or not all(0 <= n <= T for n in lengths)):
             raise InputError(f"lengths must be {self.batch} counts of 0 to {T} tokens, got {list(lengths)}")
         self._protect(self.length)
         before = self.memories()
-        real = self._real_after(T, lengths)
         counts = list(lengths or [T] * self.batch)
+        after = self.place.after(T, counts)
         if positions is None:
             places = mx.array(np.array(self.next_positions, np.int32)[:, None] + np.arange(T, dtype=np.int32))
-            following = [first + n for first, n in zip(self.next_positions, counts, strict=True)]
         else:
             places = mx.array(positions)
             highest = [positions[:, row, :n].max(initial=-1) + 1 for row, n in enumerate(counts)]
-            following = [max(first, int(high)) for first, high in zip(self.next_positions, highest, strict=True)]
+            following = (max(first, int(high)) for first, high in zip(self.next_positions, highest, strict=True))
+            after = after._replace(next_positions=tuple(following))
         padded = None if lengths is None else mx.array(list(lengths), mx.int32)
         try:
-            yield Span(self.length, padded, self.rotary.table(places), _mask(self.length, T, real))
+            yield Span(self.length, padded, self.rotary.table(places), _mask(self.length, T, after.real), stepwise)
         except BaseException:
             for layer, memory in zip(self._delta, before, strict=True):
                 layer.memory = memory
             raise
-        self.real = real
-        self.length += T
-        self.row_lengths = [n + m for n, m in zip(self.row_lengths, counts, strict=True)]
-        self.next_positions = following
-
-    def _real_after(self, T: int, lengths: Sequence[int] | None) -> mx.array | None:
-        if self.real is None and (lengths is None or min(lengths) == T):
-            return None
-        before = mx.ones((self.batch, self.length), mx.bool_) if self.real is None else self.real
-        counts = mx.array([T] * self.batch if lengths is None else list(lengths))
-        return mx.concatenate([before, mx.arange(T) < counts[:, None]], axis=1)
+        self.place = after
 
     # --- going back ---
+
+    def keep(self, place: Place, counts: Sequence[int]) -> None:
+        """Go back to where only the first counts[i] tokens of row i were read after `place`.
+
+        They must be text, and have come in one stepwise pass, of which no row had fewer than `counts` says.
+        """
+        for layer in self._delta:
+            layer.keep(counts)
+        self.place = place.after(max(counts), counts)
+        self.close_holes()
+
+    def close_holes(self) -> None:
+        """Move each row's keys and values together, once rows that kept different numbers of tokens left many holes."""
+        if self.real is None or self.length <= max(self.row_lengths) + KVCache.STEP:
+            return
+        self._protect(0)
+        column = mx.arange(self.length)
+        longest = max(self.row_lengths)
+        order = mx.argsort(mx.where(self.real, column, column + self.length), axis=1)[:, None, :longest, None]
+        for layer in self._kv:
+            keys, values = (mx.take_along_axis(array, order, axis=2) for array in (layer.keys, layer.values))
+            layer.extend(keys, values, 0)
+        real = mx.arange(longest) < mx.array(self.row_lengths)[:, None]
+        self.place = self.place._replace(length=longest, real=real)
 
     def memories(self) -> list[DeltaState]:
         return [layer.memory for layer in self._delta]
@@ -186,11 +174,11 @@ class Cache:
             self._protect(snapshot.intact, but=snapshot)
             for layer, (keys, values) in zip(self._kv, snapshot.tail, strict=True):
                 layer.extend(keys, values, snapshot.intact)
-            snapshot.tail, snapshot.intact = None, snapshot.length
+            snapshot.tail, snapshot.intact = None, snapshot.place.length
         for layer, memory in zip(self._delta, snapshot.memories, strict=True):
             layer.memory = memory
-        self.length, self.row_lengths, self.real = snapshot.length, list(snapshot.row_lengths), snapshot.real
-        self.next_positions = list(snapshot.next_positions)
+        self.place = snapshot.place
+        self.drafts = snapshot.drafts.restored() if snapshot.drafts else None
 
     def _protect(self, start: int, but: Snapshot | None = None) -> None:
         for snapshot in list(self._snapshots):
@@ -200,7 +188,10 @@ class Cache:
     # --- what is in it ---
 
     def arrays(self) -> dict[str, mx.array]:
-        """Every array by name, columns in use only: layers.3.keys, layers.3.values, layers.0.window, layers.0.state."""
+        """Every array by name, columns in use only: layers.3.keys, layers.3.values, layers.0.window, layers.0.state.
+
+        Those of the draft head are left out: they change no text.
+        """
         named = {} if self.real is None else {"real": self.real}
         for i, layer in enumerate(self.layers):
             if isinstance(layer, DeltaCache):
@@ -212,7 +203,7 @@ class Cache:
 
     def evaluate(self) -> None:
         """Compute what is pending, so that no graph is held."""
-        mx.eval([layer.arrays() for layer in self.layers])
+        mx.eval([layer.arrays() for layer in self.layers], self.drafts.arrays() if self.drafts else [])
 
     def first_not_finite(self, row: int) -> int | None:
         """The first layer whose memory of this row holds NaN or infinity. Columns that are holes do not count."""
@@ -229,7 +220,8 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Bytes in memory, unused capacity included."""
-        return sum(array.nbytes for layer in self.layers for array in layer.arrays())
+        own = sum(array.nbytes for layer in self.layers for array in layer.arrays())
+        return own + sum(array.nbytes for array in (self.drafts.arrays() if self.drafts else ()))
 
 
 def _mask(start: int, T: int, real: mx.array | None) -> mx.array | str | None:

@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import mlx.core as mx
+
+from mlx_qwen35 import sidecar
 from mlx_qwen35.config import FULL, Config, TextConfig, VisionConfig, read_config, read_json
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.names import MTP, TEXT, VISION, head_name, hugging_face_name, is_zero_centred
 
 INDEX = "model.safetensors.index.json"
-TEXT, VISION, MTP = "model.language_model.", "model.visual.", "mtp."
 # Our converter rounds a float32 tensor in place, where other programs read it, and keeps the exact one under this
 # prefix, which they pass over (everything named mtp.* is dropped by transformers, mlx-lm and mlx-vlm alike).
 EXACT = "mtp.float32."
@@ -117,17 +120,6 @@ def mtp_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-_ZERO_CENTRED = (
-    "input_layernorm.weight", "post_attention_layernorm.weight", "q_norm.weight", "k_norm.weight",
-    "language_model.norm.weight", "mtp.norm.weight", "pre_fc_norm_embedding.weight", "pre_fc_norm_hidden.weight",
-)  # fmt: skip
-
-
-def is_zero_centred(name: str) -> bool:
-    """Whether the tensor of this Hugging Face name is a norm weight stored as gamma - 1 (Qwen3_5RMSNorm)."""
-    return name.endswith(_ZERO_CENTRED) and not name.startswith(VISION)
-
-
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor is the weight of a linear layer or an embedding over tokens: what quantization may pack."""
     return len(shape) == 2 and not name.endswith("pos_embed.weight")
@@ -138,27 +130,7 @@ def is_exact(name: str) -> bool:
     return name.endswith("A_log")
 
 
-# --- names of other programs -----------------------------------------------------------------------------------------
-
-# Longest first. mlx-lm and mlx-vlm put "language_model." in front; Hugging Face's text-only class has bare "model.".
-_PREFIXES = (
-    ("language_model.model.visual.", VISION), ("model.language_model.visual.", VISION), ("vision_tower.", VISION),
-    ("model.visual.", VISION), ("visual.", VISION),
-    ("language_model.mtp.", MTP), ("model.mtp.", MTP), ("mtp.", MTP),
-    ("language_model.lm_head.", "lm_head."), ("lm_head.", "lm_head."),
-    ("model.language_model.", TEXT), ("language_model.model.", TEXT), ("model.", TEXT),
-)  # fmt: skip
-
-
-def hugging_face_name(name: str) -> str:
-    """The name that Hugging Face gives to a tensor or module of any layout; unknown names stay as they are."""
-    for prefix, own in _PREFIXES:
-        if name.startswith(prefix):
-            return own + name.removeprefix(prefix)
-    return name
-
-
-# --- safetensors files -----------------------------------------------------------------------------------------------
+# --- files -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

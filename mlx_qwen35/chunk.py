@@ -1,8 +1,8 @@
 """How many tokens of a prompt are read at a time: as many as memory and the GPU's watchdog allow.
 
 macOS ends a command buffer that keeps the GPU for some seconds. Reading hands the layers over one by one, at most two
-at a time (generate/loop.py), so a command buffer holds at most one layer, and what is in memory for it is at most that
-of two. Both are estimated here, from the launches of a layer and the speed of the chip.
+at a time (generate/prefill.py), so a command buffer holds at most one layer, and what is in memory for it is at most
+that of two. Both are estimated here, from the launches of a layer and the speed of the chip.
 """
 
 import math

@@ -12,6 +12,7 @@ from typing import Any
 
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fetch import is_remote
+from mlx_qwen35.generate.speculate import MODES, MOST_DEPTH, ON_DEPTH
 from mlx_qwen35.hub import CHOICES
 from mlx_qwen35.machine import tune
 from mlx_qwen35.preprocess import VISION_OPTIONS, Media
@@ -64,6 +65,19 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text; repeatable")
     group.add_argument("--prefill-step-size", type=int, help="tokens of the prompt read at a time")
+    group.add_argument(
+        "--mtp",
+        choices=MODES,
+        help="draft tokens with the checkpoint's multi-token-prediction head and check several at a time; the text is "
+        "the same (default: auto, as long as it is measured to be faster)",
+    )
+    group.add_argument(
+        "--mtp-depth",
+        type=int,
+        metavar="N",
+        help=f"tokens drafted at a time, 1 to {MOST_DEPTH}, with auto at most (default: {ON_DEPTH} with --mtp on, "
+        f"{MOST_DEPTH} with auto)",
+    )
 
 
 def add_vision_options(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +111,8 @@ def add_vision_options(parser: argparse.ArgumentParser) -> None:
 
 GENERATION_OPTIONS = (
     "preset", "temp", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
-    "max_tokens", "system_prompt", "enable_thinking", "stop", "prefill_step_size", *sorted(VISION_OPTIONS),
+    "max_tokens", "system_prompt", "enable_thinking", "stop", "prefill_step_size", "mtp", "mtp_depth",
+    *sorted(VISION_OPTIONS),
 )  # fmt: skip
 
 

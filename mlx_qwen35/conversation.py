@@ -8,8 +8,9 @@ from typing import Any, Unpack
 from mlx_qwen35.cache import Snapshot
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.generate import Generation, Result, see
-from mlx_qwen35.generate.loop import read
-from mlx_qwen35.generate.options import Options, check_names, plan, reading_step, vision_options
+from mlx_qwen35.generate.options import Options, check_names, choose_drafts, plan, reading_step, vision_options
+from mlx_qwen35.generate.prefill import read
+from mlx_qwen35.generate.speculate import attach
 from mlx_qwen35.model import Model
 from mlx_qwen35.preprocess import VISION_OPTIONS
 from mlx_qwen35.processor import Piece, Processor
@@ -96,6 +97,7 @@ class Conversation:
         step = reading_step(self._options, self.model, [len(prompt.tokens)])
         rows = see(self.model, [new])
         seen = time.perf_counter()
+        attach(self.model, self.cache, choose_drafts(self._options, self.model, [prompt]))
         read(self.model, self.cache, rows, step, count)
         self._read, self._snapshot = before, self.cache.snapshot()
         self.reading_seconds = time.perf_counter() - start

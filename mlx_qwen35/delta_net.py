@@ -3,10 +3,10 @@
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_qwen35.cache import DeltaCache, Span
 from mlx_qwen35.config import TextConfig
 from mlx_qwen35.kernels.fused_delta import delta_core
 from mlx_qwen35.kernels.gated_delta import DeltaWeights
+from mlx_qwen35.layer_cache import DeltaCache, Span
 
 
 class GatedDeltaNet(nn.Module):
@@ -26,5 +26,6 @@ class GatedDeltaNet(nn.Module):
         """x (B, T, D) normed -> (B, T, D); reads and replaces the layer's memory."""
         core = DeltaWeights(self.conv1d, self.A_log, self.dt_bias, self.norm, self.eps)
         projected = self.in_proj.whole(x)
-        out, cache.memory = delta_core(projected, self.in_proj.split, core, cache.memory, span.lengths)
+        out, memory = delta_core(projected, self.in_proj.split, core, cache.memory, span.lengths, span.stepwise)
+        cache.replace(memory, span.stepwise)
         return self.out_proj(out)

@@ -7,10 +7,12 @@ import mlx.core as mx
 
 from mlx_qwen35 import half
 from mlx_qwen35.checkpoint import (
+    MTP,
     TEXT,
     VISION,
     Checkpoint,
     is_zero_centred,
+    mtp_shapes,
     open_checkpoint,
     text_shapes,
     vision_shapes,
@@ -22,6 +24,7 @@ from mlx_qwen35.machine import this_chip
 from mlx_qwen35.memory import limit_memory, set_limits
 from mlx_qwen35.memory_plan import check_model_fits, check_tower_fits, loaded_bytes, takes_dtype
 from mlx_qwen35.model import Model
+from mlx_qwen35.mtp import DraftHead, MultiTokenPrediction
 from mlx_qwen35.processor import Processor
 from mlx_qwen35.vision import Tower, Vision
 from mlx_qwen35.weights import Weights
@@ -102,7 +105,7 @@ def _stored_float(dtype: str, name: str) -> str:
 
 
 def load_model(checkpoint: Checkpoint, dtype: mx.Dtype, name: str) -> Model:
-    """Read the text tensors and build the model; those of the vision tower stay on disk until an image comes."""
+    """Read the text tensors and build the model; vision tower and draft head stay on disk until they are wanted."""
     names = [stored for stored, _ in checkpoint.part(text_shapes(checkpoint.config.text))]
     check_model_fits(checkpoint, dtype, name)
     set_limits()
@@ -118,7 +121,21 @@ def load_model(checkpoint: Checkpoint, dtype: mx.Dtype, name: str) -> Model:
     tell_unfit(model)
     if has_tower(checkpoint):
         model.vision = Vision(lambda: load_tower(checkpoint, dtype))
+    if config.mtp_num_hidden_layers and checkpoint.has(MTP):
+        names = [stored for stored, _ in checkpoint.part(mtp_shapes(config))]
+        nbytes = loaded_bytes(checkpoint, names, dtype)
+        model.mtp = DraftHead(lambda: load_draft_head(checkpoint, names, dtype), nbytes)
     return model.eval()
+
+
+def load_draft_head(checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype) -> MultiTokenPrediction:
+    """Read the tensors of the draft head, of these names, and build it."""
+    weights = read_weights(checkpoint, names, dtype)
+    head = MultiTokenPrediction(checkpoint.config.text, weights.at("mtp"))
+    weights.arrays.clear()
+    mx.eval(head.parameters())
+    mx.clear_cache()
+    return head.eval()
 
 
 def load_tower(checkpoint: Checkpoint, dtype: mx.Dtype) -> Tower:

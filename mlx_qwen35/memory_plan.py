@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_qwen35.cache import KVCache
 from mlx_qwen35.checkpoint import DTYPE_BYTES, TEXT, VISION, Checkpoint, mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.chunk import chunk_length, contexts_up_to, reading_bytes
 from mlx_qwen35.config import FULL, LINEAR, TextConfig
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.attention import attention_way
 from mlx_qwen35.kernels.quantized_linear import SLICE
+from mlx_qwen35.layer_cache import KVCache
 from mlx_qwen35.machine import TUNED, Chip, CommandBuffers, command_buffers, parse_chip, this_chip
 from mlx_qwen35.memory import buffer_bytes, reading_room, usable_bytes
 from mlx_qwen35.vision import working_bytes
@@ -69,7 +69,7 @@ class MemoryPlan:
     weights: int
     drafts: int  # of the draft head (MTP), where it is on
     kv: int
-    state: int  # DeltaNet's, as it was before a chunk and as it becomes
+    state: int  # DeltaNet's, as it was before a chunk and as it becomes; with drafts, after each token of a step
     reading: int
     sampling: int
     buffers: int  # freed ones, which MLX keeps
@@ -98,12 +98,12 @@ def plan_memory(
     *,
     pixels: int = 0,
     chunk: int | None = None,
-    mtp: bool = False,
+    mtp: int = 0,
 ) -> MemoryPlan:
     """The plan of one conversation up to `context` tokens.
 
-    pixels: height x width of an image in it. chunk: tokens read at a time; None: what suits the machine. mtp: with the
-    draft head.
+    pixels: height x width of an image in it. chunk: tokens read at a time; None: what suits the machine. mtp: how many
+    tokens are drafted at a time; 0: the draft head is not loaded.
     """
     text, size = checkpoint.config.text, machine.dtype.size
     tower = encoding = 0
@@ -121,8 +121,8 @@ def plan_memory(
         machine, context, chunk,
         weights=loaded_bytes(checkpoint, names(checkpoint, text_shapes(text)), machine.dtype),
         drafts=loaded_bytes(checkpoint, drafts, machine.dtype),
-        kv=kv_bytes(text, context, size),
-        state=2 * state_bytes(text, size),
+        kv=kv_bytes(text, context, size, text.mtp_num_hidden_layers if mtp else 0),
+        state=2 * (1 + mtp) * state_bytes(text, size),
         reading=most_reading_bytes(checkpoint, machine, context, chunk),
         sampling=SAMPLING_ARRAYS * 4 * text.vocab_size,
         buffers=machine.kept,
@@ -155,11 +155,11 @@ def takes_dtype(name: str) -> bool:
     return not name.endswith(("norm.weight", "conv1d.weight", "A_log", "dt_bias"))
 
 
-def kv_bytes(config: TextConfig, context: int, itemsize: int) -> int:
-    """Keys and values of so many tokens, one row, in the steps in which a cache grows."""
+def kv_bytes(config: TextConfig, context: int, itemsize: int, drafting_layers: int = 0) -> int:
+    """Keys and values of so many tokens, one row, in the steps in which a cache grows; with those of a draft head."""
     columns = -(-context // KVCache.STEP) * KVCache.STEP
     _, Hk, D, _ = config.attention_heads
-    return 2 * config.layer_types.count(FULL) * columns * Hk * D * itemsize
+    return 2 * (config.layer_types.count(FULL) + drafting_layers) * columns * Hk * D * itemsize
 
 
 def state_bytes(config: TextConfig, itemsize: int) -> int:
@@ -214,14 +214,32 @@ def check_tower_fits(config: TextConfig, dtype: mx.Dtype, tower_bytes: int) -> N
         )
 
 
-def most_tokens(config: TextConfig, dtype: mx.Dtype, chunk: int, cached: int, rows: int) -> int:
-    """How many columns a cache of so many rows may grow to in what memory is left; `cached` are there already."""
+def most_depth(config: TextConfig, dtype: mx.Dtype, head_bytes: int, rows: int, depth: int) -> int:
+    """How many tokens, up to `depth`, may be drafted at a time in what memory is left; 0: there is no room for drafts.
+
+    head_bytes: what the draft head will take, 0 once it is there.
+    """
+    machine = this_machine(config, dtype)
+    once = reading_room(machine.limit) + rows * SAMPLING_ARRAYS * 4 * config.vocab_size + machine.kept
+    once += rows * kv_bytes(config, SHORT, dtype.size, config.mtp_num_hidden_layers)
+    free = machine.limit - mx.get_active_memory() - once - head_bytes
+    fitting = (n for n in range(depth, 0, -1) if rows * 2 * (1 + n) * state_bytes(config, dtype.size) <= free)
+    return next(fitting, 0)
+
+
+def most_tokens(
+    config: TextConfig, dtype: mx.Dtype, chunk: int, cached: int, rows: int, depth: int = 0, head_bytes: int = 0
+) -> int:
+    """How many columns a cache of so many rows may grow to in what memory is left; `cached` are there already.
+
+    depth: tokens drafted at a time, at most; head_bytes: what the draft head will take, 0 once it is there.
+    """
     machine = this_machine(config, dtype)
     reading = reading_bytes(config, chunk * rows, cached + chunk, dtype.size, machine.way)
     once = max(reading, rows * SAMPLING_ARRAYS * 4 * config.vocab_size)
-    state = rows * state_bytes(config, dtype.size)
-    free = machine.limit - mx.get_active_memory() - once - state - machine.kept
-    step = rows * kv_bytes(config, KVCache.STEP, dtype.size)
+    state = rows * (1 + 2 * depth) * state_bytes(config, dtype.size)
+    free = machine.limit - mx.get_active_memory() - once - state - machine.kept - head_bytes
+    step = rows * kv_bytes(config, KVCache.STEP, dtype.size, config.mtp_num_hidden_layers if depth else 0)
     if not step:
         return config.max_position_embeddings
     return cached + KVCache.STEP * int(max(0, free) // step)

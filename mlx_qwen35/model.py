@@ -1,18 +1,18 @@
 """The model: embed, with image embeddings in their places -> layers -> norm -> logits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_qwen35.attention import GatedAttention
-from mlx_qwen35.cache import Cache, Span
-from mlx_qwen35.config import FULL, TextConfig
-from mlx_qwen35.delta_net import GatedDeltaNet
+from mlx_qwen35.cache import Cache
+from mlx_qwen35.config import TextConfig
+from mlx_qwen35.decoder import DecoderLayer, Pace, run
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.layers import MLP, RMSNorm, Rotary
+from mlx_qwen35.layers import Rotary
+from mlx_qwen35.mtp import DraftHead
 from mlx_qwen35.vision import Vision
 
 
@@ -24,41 +24,11 @@ class Visual(NamedTuple):
     embeddings: mx.array  # (n, D)
 
 
-class DecoderLayer(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)); the mixer is attention or DeltaNet.
-
-    Each sum is formed together with the norm that follows it, the last one with the norm of what comes after the layer.
-    """
-
-    def __init__(self, config: TextConfig, kind: str, weights):
-        super().__init__()
-        self.input_layernorm = weights.norm("input_layernorm")
-        if kind == FULL:
-            self.self_attn = GatedAttention(config, weights.at("self_attn"))
-        else:
-            self.linear_attn = GatedDeltaNet(config, weights.at("linear_attn"))
-        self.post_attention_layernorm = weights.norm("post_attention_layernorm")
-        self.mlp = MLP(weights.at("mlp"))
-        self.mixer_name = "self_attn" if kind == FULL else "linear_attn"
-
-    def __call__(
-        self, x: mx.array, normed: mx.array, span: Span, cache, following: RMSNorm, at: mx.array | None = None
-    ) -> tuple[mx.array, mx.array]:
-        """x and input_layernorm(x), each (B, T, D) -> the next x, and `following` of it.
-
-        at: (B,), the only column of each row that is wanted; then (B, 1, D) come out.
-        """
-        mixed = self[self.mixer_name](normed, span, cache)
-        if at is not None:
-            x, mixed = (mx.take_along_axis(array, at[:, None, None], axis=1) for array in (x, mixed))
-        x, normed = self.post_attention_layernorm.of_sum(x, mixed)
-        return following.of_sum(x, self.mlp(normed))
-
-
 class Model(nn.Module):
     """A Qwen3.5 model. Holds weights only; a conversation's memory is its `Cache`.
 
-    `vision` is the tower, which makes embeddings of images and clips; None for a checkpoint without one.
+    `vision` is the tower, which makes embeddings of images and clips, and `mtp` the multi-token-prediction head, which
+    drafts tokens; None for a checkpoint without one. Both are read from disk when they are first wanted.
     """
 
     def __init__(self, config: TextConfig, weights):
@@ -75,6 +45,7 @@ class Model(nn.Module):
         self.rotary = Rotary(config.rope)
         self.dtype = weights.dtype  # of activations
         self.vision: Vision | None = None
+        self.mtp: DraftHead | None = None
 
     def make_cache(self, batch: int = 1) -> Cache:
         """An empty memory for `batch` rows that are read together."""
@@ -92,15 +63,16 @@ class Model(nn.Module):
         visual: Visual | None = None,
         positions: np.ndarray | None = None,
         at: mx.array | None = None,
-        pace: Callable[[list[mx.array]], None] = lambda arrays: None,
+        pace: Pace = lambda arrays: None,
+        stepwise: bool = False,
     ) -> mx.array:
         """tokens (B, T) -> (B, T, D) after the final norm.
 
         lengths: of each row, how many of the T tokens are real; the outputs at the rest mean nothing. None: all.
         visual: embeddings that replace those of some tokens. positions: (3, B, T) integers, see `positions`; None goes
         on counting where the cache is. at: (B,) integers, the one column wanted of each row; then (B, 1, D), and the
-        last layer's MLP and the norm compute no more than that. pace: called with what each layer gives, its memory
-        included, and may have it computed.
+        last layer's MLP and the norm compute no more than that. pace: see `decoder.run`. stepwise: compute and remember
+        as if the tokens came one by one, so that Cache.keep can take some of them back.
         Raises InputError when tokens is not (B, T), its ids are not integers, or B is not the cache's.
         """
         if tokens.ndim != 2 or not mx.issubdtype(tokens.dtype, mx.integer) or 0 in tokens.shape:
@@ -108,14 +80,8 @@ class Model(nn.Module):
         cache = self.make_cache(tokens.shape[0]) if cache is None else cache
         if cache.batch != tokens.shape[0]:
             raise InputError(f"the cache is for {cache.batch} rows, tokens have {tokens.shape[0]}")
-        with cache.reading(tokens.shape[1], lengths, positions) as span:
-            x = self.embed(tokens, visual)
-            normed = self.layers[0].input_layernorm(x)
-            after = [*(layer.input_layernorm for layer in self.layers[1:]), self.norm]
-            for layer, memory, following in zip(self.layers, cache.layers, after, strict=True):
-                x, normed = layer(x, normed, span, memory, following, at if following is self.norm else None)
-                pace([x, normed, *memory.arrays()])
-            return normed
+        with cache.reading(tokens.shape[1], lengths, positions, stepwise) as span:
+            return run(self.layers, self.norm, self.embed(tokens, visual), span, cache.layers, at, pace)
 
     def embed(self, tokens: mx.array, visual: Visual | None = None) -> mx.array:
         """tokens (B, T) -> (B, T, D) in the activation dtype, image embeddings in their places."""

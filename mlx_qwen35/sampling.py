@@ -140,7 +140,7 @@ def noise(vocabulary: int, seed: int, position: int) -> mx.array:
 
 
 class Sampler:
-    """Draws the tokens of B sequences, one each a step, and counts them for the penalties.
+    """Draws the tokens of B sequences and counts them for the penalties.
 
     Args:
         sampling: of all rows, or one for each.
@@ -157,30 +157,68 @@ class Sampler:
         self.sampling = [sampling] * len(seeds) if isinstance(sampling, Sampling) else list(sampling)
         self.vocabulary = vocabulary
         self.seeds, self.positions = list(seeds), list(positions)
-        self.counts: mx.array | None = None
+        self.counts: mx.array | None = None  # (B, V), once something is penalised
+        self._width = 0  # of logits: V
+        self._noise: dict[tuple[int, int], mx.array] = {}  # (V,) by seed and position, from the next token on
 
     def draw(self, logits: mx.array) -> mx.array:
-        """(B, V) -> (B,) the next tokens; nothing is computed yet."""
-        if all(sampling == self.sampling[0] for sampling in self.sampling):
-            tokens = self._draw(logits, slice(None))
-        else:
-            rows = [slice(row, row + 1) for row in range(logits.shape[0])]
-            tokens = mx.concatenate([self._draw(logits[row], row) for row in rows])
-        self.positions = [position + 1 for position in self.positions]
-        if any(sampling.penalises for sampling in self.sampling):
-            counts = mx.zeros(logits.shape) if self.counts is None else self.counts
-            self.counts = counts.at[mx.arange(logits.shape[0]), tokens].add(1.0)
-        return tokens
+        """(B, V) -> (B,) the next tokens, which are taken; nothing is computed yet."""
+        tokens = self.look(logits[:, None])
+        self.take(tokens)
+        return tokens[:, 0]
 
-    def _draw(self, logits: mx.array, rows: slice) -> mx.array:
+    def look(self, logits: mx.array, drafted: mx.array | None = None) -> mx.array:
+        """(B, n, V) -> (B, n): what would be drawn, were the tokens `drafted` (B, m) the next ones.
+
+        The last of the n tokens stands behind all of the drafted, the one before it behind all but one, and so on.
+        Nothing is taken, and nothing is computed yet.
+        """
+        if all(sampling == self.sampling[0] for sampling in self.sampling):
+            return self._look(logits, drafted, slice(None))
+        rows = [slice(row, row + 1) for row in range(logits.shape[0])]
+        return mx.concatenate([self._look(logits[r], None if drafted is None else drafted[r], r) for r in rows])
+
+    def take(self, tokens: mx.array, counts: Sequence[int] | None = None) -> None:
+        """Go on behind the first counts[i] of row i's tokens (B, n); None: behind all."""
+        B, n = tokens.shape
+        taken = [n] * B if counts is None else list(counts)
+        self.positions = [position + m for position, m in zip(self.positions, taken, strict=True)]
+        near = {(seed, p + i) for seed, p in zip(self.seeds, self.positions, strict=True) for i in range(n)}
+        self._noise = {key: noise for key, noise in self._noise.items() if key in near}
+        if any(sampling.penalises for sampling in self.sampling):
+            before = mx.zeros((B, self._width)) if self.counts is None else self.counts
+            each = mx.ones((B, n)) if counts is None else (mx.arange(n) < mx.array(taken)[:, None]).astype(mx.float32)
+            self.counts = before.at[mx.arange(B)[:, None], tokens].add(each)
+
+    def _look(self, logits: mx.array, drafted: mx.array | None, rows: slice) -> mx.array:
         """Rows that share their sampling."""
         sampling = self.sampling[rows][0]
-        counts = None if self.counts is None else self.counts[rows]
+        B, n, V = logits.shape
+        self._width = V
+        first = 1 - n + (0 if drafted is None else drafted.shape[1])  # drafted tokens before the first of the n
+        flat, counts = logits.reshape(B * n, V), None
+        if sampling.penalises and (self.counts is not None or drafted is not None):
+            before = mx.zeros((B, V)) if self.counts is None else self.counts[rows]
+            counts = mx.stack([_counted(before, drafted, first + i) for i in range(n)], axis=1).reshape(B * n, V)
         if sampling.temp == 0:
-            return mx.argmax(penalise(logits, sampling, counts, self.vocabulary), axis=-1)
-        keys = zip(self.seeds[rows], self.positions[rows], strict=True)
-        gumbel = mx.stack([noise(logits.shape[-1], seed, position) for seed, position in keys])
-        return mx.argmax(process(logits, sampling, counts, self.vocabulary) + gumbel, axis=-1)
+            return mx.argmax(penalise(flat, sampling, counts, self.vocabulary), axis=-1).reshape(B, n)
+        places = zip(self.seeds[rows], self.positions[rows], strict=True)
+        gumbel = [self._noise_at(V, seed, position + first + i) for seed, position in places for i in range(n)]
+        drawn = mx.argmax(process(flat, sampling, counts, self.vocabulary) + mx.stack(gumbel), axis=-1)
+        return drawn.reshape(B, n)
+
+    def _noise_at(self, vocabulary: int, seed: int, position: int) -> mx.array:
+        """The same array for a guess at a token and for the token."""
+        if (seed, position) not in self._noise:
+            self._noise[seed, position] = noise(vocabulary, seed, position)
+        return self._noise[seed, position]
+
+
+def _counted(counts: mx.array, drafted: mx.array | None, m: int) -> mx.array:
+    """(B, V) counts, with the first m of the drafted tokens (B, ...) among them."""
+    if drafted is None or m == 0:
+        return counts
+    return counts.at[mx.arange(len(counts))[:, None], drafted[:, :m]].add(1.0)
 
 
 def check_seed(seed: int) -> None:

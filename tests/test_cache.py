@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_qwen35.cache import KVCache
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.layer_cache import KVCache
 
 # Rows of a batch go through the same float32 operations, but products of other shapes may sum in another order.
 SAME = 2e-5

@@ -22,8 +22,8 @@ from mlx_qwen35.chunk import (
     reading_bytes,
 )
 from mlx_qwen35.config import FULL, LINEAR, TextConfig, parse_config
-from mlx_qwen35.generate import loop
-from mlx_qwen35.generate.loop import Row, read
+from mlx_qwen35.generate import prefill
+from mlx_qwen35.generate.prefill import Row, read
 from mlx_qwen35.kernels.attention import SCORE_BYTES
 from mlx_qwen35.machine import TUNED, CommandBuffers, command_buffers, parse_chip
 from mlx_qwen35.random_checkpoint import GEOMETRIES, geometry
@@ -265,7 +265,7 @@ def recorded(monkeypatch):
     return found
 
 
-class PaceOnAGpu(loop.Pace):
+class PaceOnAGpu(prefill.Pace):
     """The default device is a GPU while layers are handed over; they themselves are computed here."""
 
     def __call__(self, arrays):
@@ -277,7 +277,7 @@ def test_on_a_gpu_each_layer_is_handed_over_and_few_are_under_way(text_model, mo
     model, tokens = text_model(), list(range(5, 75))
     expected = read(model, model.make_cache(), [Row(tokens)], 32)
     assert recorded.handed == 0
-    monkeypatch.setattr(loop, "Pace", PaceOnAGpu)
+    monkeypatch.setattr(prefill, "Pace", PaceOnAGpu)
     out = read(model, model.make_cache(), [Row(tokens)], 32)
     assert recorded.handed == 3 * len(model.layers) and recorded.most == LAYERS_IN_FLIGHT
     assert mx.array_equal(out, expected)

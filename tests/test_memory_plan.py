@@ -23,7 +23,8 @@ from mlx_qwen35.checkpoint import (
 from mlx_qwen35.config import parse_config
 from mlx_qwen35.convert.packing import read_options
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.generate.loop import Row, decode, read
+from mlx_qwen35.generate.loop import decode
+from mlx_qwen35.generate.prefill import Row, read
 from mlx_qwen35.load import load_model
 from mlx_qwen35.memory_plan import kv_bytes, mac, most_tokens, plan_memory, state_bytes, this_machine
 from mlx_qwen35.random_checkpoint import geometry
@@ -76,8 +77,10 @@ def test_a_larger_mac_reads_more_at_a_time_and_a_longer_context_takes_its_keys_a
 
 def test_the_draft_head_counts_where_it_is_on():
     checkpoint = headers("4b", "4bit")
-    off, on = (plan_memory(checkpoint, mac(8), 4096, mtp=mtp) for mtp in (False, True))
-    assert off.drafts == 0 and on.text - off.text == on.drafts
+    off, on, three = (plan_memory(checkpoint, mac(8), 4096, mtp=mtp) for mtp in (0, 1, 3))
+    assert off.drafts == 0 and on.kv == off.kv * 9 // 8
+    assert (on.state, three.state) == (2 * off.state, 4 * off.state)
+    assert on.text - off.text == on.drafts + on.kv - off.kv + on.state - off.state
     matrices = [shape for shape in mtp_shapes(checkpoint.config.text).values() if len(shape) == 2]
     packed = sum(rows * columns for rows, columns in matrices) * 4.5 / 8
     assert abs(on.drafts / packed - 1) < 0.01

@@ -9,7 +9,7 @@ import numpy as np
 
 from mlx_qwen35.checkpoint import open_checkpoint
 from mlx_qwen35.config import VisionConfig
-from mlx_qwen35.generate.loop import Row, read
+from mlx_qwen35.generate.prefill import Row, read
 from mlx_qwen35.kernels.attention import attention_way
 from mlx_qwen35.load import DTYPES, load_model
 from mlx_qwen35.positions import Run

@@ -126,7 +126,7 @@ def load_vision(folder: Path, dtype: str) -> Any:
 def load_mlx_qwen35(folder: Path, dtype: str) -> MLXProgram:
     find_us()
     from mlx_qwen35.checkpoint import open_checkpoint
-    from mlx_qwen35.generate.loop import Pace
+    from mlx_qwen35.generate.prefill import Pace
     from mlx_qwen35.load import DTYPES, load_model
     from mlx_qwen35.machine import tune
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlx_qwen35.checkpoint import Quantization, is_matrix, is_zero_centred, text_shapes
 from mlx_qwen35.chunk import suitable_chunk
 from mlx_qwen35.config import TextConfig
-from mlx_qwen35.generate.loop import Row, read
+from mlx_qwen35.generate.prefill import Row, read
 from mlx_qwen35.model import Model
 from mlx_qwen35.weights import Weights
 

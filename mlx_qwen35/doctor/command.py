@@ -37,7 +37,10 @@ def parser() -> argparse.ArgumentParser:
         "--plan", metavar="MODEL", help="only show what this model would take of memory, here and on Macs"
     )
     parser.add_argument("--context", type=int, help=f"tokens that --plan plans for (default {CONTEXT})")
-    parser.add_argument("--mtp", action="store_true", help="plan with the draft head")
+    parser.add_argument(
+        "--mtp", type=int, nargs="?", const=1, default=0, choices=range(1, 4), metavar="DEPTH",
+        help="plan with the draft head and drafts of so many tokens at a time, 1 to 3 (default 1)",
+    )
     parser.add_argument("--probe", action="store_true", help="show the largest activation of each layer of --model")
     parser.add_argument("--text", type=Path, metavar="FILE", help="a text for --probe (default: a short one)")
     parser.add_argument("--no-check", action="store_true", help="leave out the half minute that measures speed")

@@ -20,7 +20,7 @@ _PARTS = (
 _IMAGE = (("vision tower", "tower"), ("encoding an image", "encoding"))
 
 
-def plans(checkpoint: Checkpoint, context: int, dtype: str | None, mtp: bool) -> list[MemoryPlan]:
+def plans(checkpoint: Checkpoint, context: int, dtype: str | None, mtp: int) -> list[MemoryPlan]:
     """For this machine, and for Macs with an M1 and 8, 16 and 32 GB. InputError where the model has no such context."""
     text, pixels = checkpoint.config.text, PIXELS if checkpoint.has(VISION) else 0
     most = text.max_position_embeddings

@@ -9,8 +9,10 @@ import mlx.core as mx
 
 from mlx_qwen35.cache import Cache, Snapshot
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.generate.loop import Row, decode, read
+from mlx_qwen35.generate.loop import decode
 from mlx_qwen35.generate.options import Options, Plan, check_names, encode, plan, refuse_idle_vision
+from mlx_qwen35.generate.prefill import Row, read
+from mlx_qwen35.generate.speculate import Drafting, Speculation, attach
 from mlx_qwen35.model import Model
 from mlx_qwen35.processor import Messages, Piece, Processor
 from mlx_qwen35.prompt import Prompt
@@ -24,7 +26,7 @@ class Result:
     finish_reason: "stop" (an end token or a stop string), "length" (max_tokens or the end of the context), or
     "interrupted". tokens are the generated ids, the end token included. vision_seconds is what images and clips took in
     the vision tower. Speeds are in tokens per second: prompt_tps from there to the first token, generation_tps after
-    it. peak_memory is in GB (10^9 bytes), since the program started.
+    it. peak_memory is in GB (10^9 bytes), since the program started. mtp says what the draft head did.
     """
 
     text: str
@@ -38,6 +40,7 @@ class Result:
     generation_tps: float
     peak_memory: float
     seed: int
+    mtp: Drafting
 
     def __str__(self) -> str:
         return self.text
@@ -67,6 +70,7 @@ class Generation:
         self._last = [0.0] * len(self.prompts)
         self._start = time.perf_counter()
         self._vision_seconds = 0.0
+        self._speculation: Speculation | None = None
         self.before: Snapshot | None = None  # where a cache that the caller goes on with returns to on an error
 
     def __iter__(self) -> Iterator[tuple[int, Piece]]:
@@ -91,13 +95,16 @@ class Generation:
             self.progress(done, total)
 
         positions = [n + len(prompt.tokens) for n, prompt in zip(self.cache.row_lengths, self.prompts, strict=True)]
+        attach(self.model, self.cache, self.plan.drafts)
         hidden = read(self.model, self.cache, rows, self.plan.prefill_step_size, count)
         del rows  # and with them the embeddings
         seeds = [self.plan.seed] * len(self.prompts)
         sampler = Sampler(self.plan.samplings, seeds, positions, self.processor.vocabulary)
+        if self.plan.drafts.depth:
+            self._speculation = Speculation(self.model, self.cache, self.plan.drafts)
         steps = decode(
             self.model, self.cache, hidden, sampler, self.plan.limits, self.processor.stop_ids,
-            finished=lambda row: self._streams[row].stopped,
+            finished=lambda row: self._streams[row].stopped, speculation=self._speculation,
         )  # fmt: skip
         for step in steps:
             for row, token in enumerate(step):
@@ -138,6 +145,7 @@ class Generation:
             generation_tps=(len(tokens) - 1) / writing if writing > 0 else 0.0,
             peak_memory=mx.get_peak_memory() / 1e9,
             seed=self.plan.seed,
+            mtp=self._speculation.statistics(row) if self._speculation else Drafting(verdict=self.plan.drafts.why),
         )
 
 

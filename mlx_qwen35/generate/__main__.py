@@ -96,6 +96,7 @@ def print_statistics(result: Result, media: Sequence[Media]) -> None:
         f"Prompt: {result.prompt_tokens} tokens, {result.prompt_tps:.1f} tokens per second",
         f"Generation: {result.generation_tokens} tokens, {result.generation_tps:.1f} tokens per second "
         f"({result.finish_reason}, seed {result.seed})",
+        f"Drafts: {result.mtp}",
         f"Peak memory: {result.peak_memory:.3f} GB",
     )
     print(*lines, sep="\n", file=sys.stderr, flush=True)

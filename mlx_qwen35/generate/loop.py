@@ -1,114 +1,35 @@
-"""The one loop: read the prompts in chunks, then draw, feed, draw. It knows ids and embeddings, never text."""
+"""The one loop: draw, feed, draw; with drafts several tokens at a time. It knows ids, never text."""
 
-from collections import deque
+import itertools
+import operator
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_qwen35.cache import Cache
-from mlx_qwen35.chunk import LAYERS_IN_FLIGHT
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.model import Model, Visual
-from mlx_qwen35.positions import Run, positions
+from mlx_qwen35.generate.speculate import Speculation
+from mlx_qwen35.layer_cache import Place
+from mlx_qwen35.model import Model
 from mlx_qwen35.sampling import Sampler
 
 CLEAR_EVERY = 256  # steps between returning MLX's unused buffers to the system
 
 
-class Row(NamedTuple):
-    """One prompt as the model reads it."""
+class Step(NamedTuple):
+    """One pass of the model and the tokens drawn of it, of which nothing has been looked at yet."""
 
-    tokens: Sequence[int]
-    runs: Sequence[Run] = ()  # its placeholders
-    embeddings: mx.array | None = None  # (n, D): what stands in their place, in order
+    drawn: mx.array  # (B, 1 + depth): what follows each token that was read
+    finite: mx.array  # (B, 1 + depth) boolean: whether all logits of it are
+    read: mx.array  # (B, 1 + depth): the last token that was drawn before, then guesses at what follows
+    lengths: Sequence[int]  # how many of those each row has read
+    hidden: mx.array  # (B, 1 + depth, D): what they gave
+    place: Place  # where the cache was before
 
-
-def read(
-    model: Model,
-    cache: Cache,
-    rows: Sequence[Row],
-    step: int,
-    progress: Callable[[int], None] = lambda tokens: None,
-) -> mx.array:
-    """Feed prompts of any lengths, one a row, in chunks of `step` columns; (B, D), each row's last hidden.
-
-    A chunk may end inside an image. progress is told the number of tokens after each chunk.
-    """
-    longest = max(len(row.tokens) for row in rows)
-    cache.reserve(longest)
-    places = [_Places(row, first) for row, first in zip(rows, cache.next_positions, strict=True)]
-    last: mx.array | None = None
-    for start in range(0, longest, step):
-        chunk = [row.tokens[start : start + step] for row in rows]
-        width = max(map(len, chunk))
-        lengths = [len(tokens) for tokens in chunk]
-        padded = mx.array([[*tokens, *[0] * (width - len(tokens))] for tokens in chunk])
-        visual, positions = _looks(places, start, width)
-        ends = mx.array([max(0, n - 1) for n in lengths])
-        uneven = None if min(lengths) == width else lengths
-        here = model.hidden(padded, cache, uneven, visual, positions, ends, Pace())[:, 0]
-        last = here if last is None else mx.where(mx.array([n > 0 for n in lengths])[:, None], here, last)
-        cache.evaluate()
-        mx.eval(last)
-        mx.clear_cache()
-        progress(sum(lengths))
-    return last
-
-
-class Pace:
-    """Hands layers over to the GPU as their graphs are made, and waits so that at most LAYERS_IN_FLIGHT are under way.
-
-    Else MLX runs ahead, up to ten command buffers, and what they name stays in memory until they end. On the CPU it
-    does not, and there the order of a whole graph takes less memory (163 against 194 MB, 1,024 tokens, mid geometry).
-    """
-
-    def __init__(self) -> None:
-        self.under_way: deque[list[mx.array]] = deque()
-
-    def __call__(self, arrays: list[mx.array]) -> None:
-        if mx.default_device() == mx.cpu:
-            return
-        mx.async_eval(arrays)
-        self.under_way.append(arrays)
-        if len(self.under_way) == LAYERS_IN_FLIGHT:
-            mx.eval(self.under_way.popleft())
-
-
-class _Places:
-    """Where one row's placeholders are, and all its positions."""
-
-    def __init__(self, row: Row, first: int):
-        self.columns = np.concatenate([np.arange(run.start, run.stop) for run in row.runs] or [np.zeros(0, int)])
-        count = 0 if row.embeddings is None else len(row.embeddings)
-        if count != len(self.columns):
-            raise InputError(
-                f"there must be one embedding for each placeholder; there are {count} for {len(self.columns)}"
-            )
-        self.embeddings, self.first = row.embeddings, first
-        self.positions = positions(len(row.tokens), row.runs, first)
-
-
-def _looks(places: Sequence[_Places], start: int, width: int) -> tuple[Visual | None, np.ndarray | None]:
-    """What a chunk of columns shows, and its positions; neither for prompts of text, which go on counting."""
-    if not any(len(row.columns) for row in places):
-        return None, None
-    table = np.zeros((3, len(places), width), np.int32)
-    rows, columns, embeddings = [], [], []
-    for i, row in enumerate(places):
-        own = row.positions[:, start : start + width]
-        table[:, i, : own.shape[1]] = own
-        low, high = np.searchsorted(row.columns, (start, start + width))
-        if low < high:
-            rows.append(np.full(high - low, i))
-            columns.append(row.columns[low:high] - start)
-            embeddings.append(row.embeddings[low:high])
-    if not rows:
-        return None, table
-    indices = [np.concatenate(part).astype(np.int32) for part in (rows, columns)]
-    assert indices[1].max() < width, "MLX writes to wherever an index says"
-    return Visual(*map(mx.array, indices), mx.concatenate(embeddings)), table
+    @property
+    def depth(self) -> int:
+        return self.drawn.shape[1] - 1
 
 
 def decode(
@@ -119,56 +40,167 @@ def decode(
     limits: Sequence[int],
     stop_ids: Collection[int],
     finished: Callable[[int], bool] = lambda row: False,
+    speculation: Speculation | None = None,
 ) -> Iterator[list[int | None]]:
-    """Draw tokens after `read` and yield one for each row a step, None for rows that have ended.
+    """Draw tokens after `read` and yield them, one at most for each row at a time, None for rows that have none.
 
     A row ends with a stop id, which is yielded, at its limit, or when finished(row) says so after its token was
-    yielded. The next step is under way while a token is looked at. So the cache has read every token that was yielded,
-    except, where all rows reached their limits, the last ones.
+    yielded. The next step is under way while a token is looked at; with `speculation` a step may give several tokens,
+    and starts when those of the one before are known. The cache has read every token that was yielded in the end, and
+    so it has where the caller stops early; except those that were the last of max(limits).
 
     Raises InputError when logits are not finite, before a token of them is yielded; the cache is then of no use.
     """
-    logits = model.logits(hidden)
-    running = [limit > 0 for limit in limits]
-    tokens, finite = sampler.draw(logits), _finite(logits)
-    mx.async_eval(tokens, finite)
-    for count in range(1, max(limits) + 1):
-        following = None
-        if count < max(limits):
-            logits = _feed(model, cache, tokens, running)
-            following = sampler.draw(logits), _finite(logits)
-            mx.async_eval(*following)
-        _require_finite(finite, running, cache, model)
-        drawn = tokens.tolist()
-        yield [token if active else None for token, active in zip(drawn, running, strict=True)]
-        running = [
-            active and token not in stop_ids and count < limit and not finished(row)
-            for row, (active, token, limit) in enumerate(zip(running, drawn, limits, strict=True))
-        ]
-        if following is None or not any(running):
-            return
-        tokens, finite = following
-        if count % CLEAR_EVERY == 0:
-            mx.clear_cache()
+    loop = _Loop(model, cache, sampler, _Rows(limits, stop_ids, finished), speculation)
+    try:
+        yield from loop.run(hidden)
+    finally:
+        loop.read_the_last()
 
 
-def _feed(model: Model, cache: Cache, tokens: mx.array, running: Sequence[bool]) -> mx.array:
-    """One token a row -> (B, V) logits; rows that have ended read nothing."""
-    lengths = None if all(running) else [int(active) for active in running]
-    return model.logits(model.hidden(tokens[:, None], cache, lengths)[:, 0])
+class _Rows:
+    """What was yielded of each row, and which of them go on."""
+
+    def __init__(self, limits: Sequence[int], stop_ids: Collection[int], finished: Callable[[int], bool]):
+        self.limits, self.stop_ids, self.finished = limits, stop_ids, finished
+        self.running = [limit > 0 for limit in limits]
+        self.counts = [0] * len(limits)  # tokens yielded
+        self.taken = [0] * len(limits)  # of the last step
+        self.lasts = [0] * len(limits)  # the last token of each
+        self.unread = [False] * len(limits)  # by the model
+
+    def offer(self, tokens: Sequence[Sequence[int]]) -> Iterator[list[int | None]]:
+        """Yield the first token of each row, then the second, until none has more or goes on."""
+        self.taken = [0] * len(tokens)
+        for i in range(max(map(len, tokens))):
+            offered = [
+                own[i] if on and i < len(own) else None for own, on in zip(tokens, self.running, strict=True)
+            ]
+            given = [(row, token) for row, token in enumerate(offered) if token is not None]
+            if not given:
+                return
+            for row, token in given:
+                self.taken[row], self.lasts[row] = i + 1, token
+                self.counts[row] += 1
+            yield offered
+            for row, token in given:
+                limit = self.limits[row]
+                self.running[row] = (
+                    token not in self.stop_ids and self.counts[row] < limit and not self.finished(row)
+                )
+
+    @property
+    def left(self) -> list[int]:
+        """How many more tokens each row may have."""
+        return [on * (limit - n) for limit, n, on in zip(self.limits, self.counts, self.running, strict=True)]
+
+
+class _Loop:
+    """feed, look, offer, settle, and again."""
+
+    def __init__(
+        self, model: Model, cache: Cache, sampler: Sampler, rows: _Rows, speculation: Speculation | None
+    ):
+        self.model, self.cache, self.sampler, self.rows, self.speculation = model, cache, sampler, rows, speculation
+        self.steps = 0
+
+    def run(self, hidden: mx.array) -> Iterator[list[int | None]]:
+        """hidden (B, D): of the last token that each row has read."""
+        rows = self.rows
+        none = [0] * len(rows.limits)
+        step = self._drawn(mx.zeros((len(none), 1), mx.int32), none, hidden[:, None], self.cache.place)
+        while True:
+            depth = self.speculation.depth() if self.speculation else 0
+            following = None
+            if step.depth == depth == 0 and max(rows.left) > 1:
+                following = self._feed(step.drawn, 0)
+            tokens, rows.taken = [[]] * len(none), none
+            try:
+                tokens = self._look(step)
+                yield from rows.offer(tokens)
+            finally:
+                self._settle(step, tokens, following is not None)
+            if not any(rows.running):
+                return
+            step = following or self._feed(mx.array(rows.lasts)[:, None], min(depth, max(rows.left) - 1))
+            self.steps += 1
+            if self.steps % CLEAR_EVERY == 0:
+                mx.clear_cache()
+
+    def _feed(self, tokens: mx.array, depth: int) -> Step:
+        """Read (B, 1) tokens, and guesses at the next `depth` ones; rows that have ended read nothing."""
+        rows, place = self.rows, self.cache.place
+        lengths = [min(1 + depth, left) or int(unread) for left, unread in zip(rows.left, rows.unread, strict=True)]
+        rows.unread = [False] * len(lengths)
+        if depth:
+            tokens = self.speculation.propose(tokens, [min(1, n) for n in lengths], depth, self.sampler)
+        uneven = None if min(lengths) == 1 + depth else lengths
+        hidden = self.model.hidden(tokens, self.cache, uneven, stepwise=depth > 0)
+        if self.speculation and not depth:
+            self.speculation.follow(tokens, hidden, lengths)
+        return self._drawn(tokens, lengths, hidden, place)
+
+    def _drawn(self, tokens: mx.array, lengths: Sequence[int], hidden: mx.array, place: Place) -> Step:
+        """The step of a pass over (B, n) tokens that gave hidden (B, n, D)."""
+        logits = self.model.logits(hidden)
+        guesses = tokens[:, 1:] if tokens.shape[1] > 1 else None
+        step = Step(self.sampler.look(logits, guesses), _finite(logits), tokens, lengths, hidden, place)
+        if not step.depth:
+            self.sampler.take(step.drawn)
+        mx.async_eval(step.drawn, step.finite)
+        return step
+
+    def _look(self, step: Step) -> list[list[int]]:
+        """The tokens of each running row: what was drawn behind guesses that were right, and one more."""
+        drawn, finite = step.drawn.tolist(), step.finite.tolist()
+        read = step.read.tolist() if step.depth else drawn
+        tokens: list[list[int]] = []
+        for row, running in enumerate(self.rows.running):
+            guesses = read[row][1 : step.lengths[row]]
+            right = sum(itertools.takewhile(bool, map(operator.eq, guesses, drawn[row])))
+            tokens.append(drawn[row][: right + 1] if running else [])
+            if not all(finite[row][: len(tokens[row])]):
+                _raise_not_finite(self.cache, row, self.model)
+        if self.speculation:
+            self.speculation.record(step.lengths, tokens)
+        return tokens
+
+    def _settle(self, step: Step, tokens: Sequence[Sequence[int]], read: bool) -> None:
+        """Bring cache and sampler to where the tokens that were yielded have been read, the last ones perhaps not.
+
+        read: whether the next step has read those.
+        """
+        rows = self.rows
+        if step.depth:
+            right = [max(0, len(own) - 1) for own in tokens]
+            kept = [n and 1 + min(m, k) for n, m, k in zip(step.lengths, rows.taken, right, strict=True)]
+            self.cache.keep(step.place, kept)
+            self.sampler.take(step.drawn, rows.taken)
+            self.speculation.follow(step.read, step.hidden, kept)
+        if not read:
+            rows.unread = [0 < n == len(own) for n, own in zip(rows.taken, tokens, strict=True)]
+
+    def read_the_last(self) -> None:
+        """Read what was yielded last, unless all rows have reached their limits with it."""
+        rows = self.rows
+        most = max(rows.limits)
+        lengths = [int(unread and n < most) for unread, n in zip(rows.unread, rows.counts, strict=True)]
+        if any(lengths):
+            tokens = mx.array(rows.lasts)[:, None]
+            hidden = self.model.hidden(tokens, self.cache, None if all(lengths) else lengths)
+            if self.speculation:
+                self.speculation.follow(tokens, hidden, lengths)
+            self.cache.evaluate()
 
 
 def _finite(logits: mx.array) -> mx.array:
-    """(B, V) -> (B,) boolean: whether all logits of a row are."""
+    """(..., V) -> (...) boolean: whether all logits are."""
     return (mx.abs(logits) < mx.inf).all(-1)
 
 
-def _require_finite(finite: mx.array, running: Sequence[bool], cache: Cache, model: Model) -> None:
-    """Stop where a logit of a running row is not finite, and say where such a value was remembered first."""
-    bad = [row for row, (fine, active) in enumerate(zip(finite.tolist(), running, strict=True)) if active and not fine]
-    if not bad:
-        return
-    layer = cache.first_not_finite(bad[0])
+def _raise_not_finite(cache: Cache, row: int, model: Model) -> None:
+    """A logit of a row is not finite: say where such a value was remembered first."""
+    layer = cache.first_not_finite(row)
     if layer is None:
         origin = "the last layer or the head made them so, for no layer has read such a value"
     else:  # what a layer remembers is made from its input

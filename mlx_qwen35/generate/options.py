@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 from mlx_qwen35.cache import Cache
 from mlx_qwen35.chunk import suitable_chunk
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.generate.speculate import Choice, choose
 from mlx_qwen35.memory_plan import most_tokens
 from mlx_qwen35.model import Model
 from mlx_qwen35.preprocess import IMAGE_OPTIONS, VIDEO_OPTIONS, VISION_OPTIONS, VisionOptions
@@ -36,6 +37,9 @@ class Options(TypedDict, total=False):
     min_pixels, max_pixels, fps, video_num_frames, video_total_pixels, source_fps, published_limits, outer_vision_tags:
         see VisionOptions; a part of a message may set its own.
     ignore_chat_template: take a string prompt as raw text to be completed.
+    mtp: "auto", "on" or "off", whether the checkpoint's draft head proposes tokens, which the model then checks several
+        at a time. The text is the same. Default auto: as long as it is measured to be faster on this machine.
+    mtp_depth: tokens it proposes at a time, 1 to 3; with auto, at most. Default: 2 when on, 3 when auto.
     prefill_step_size: tokens of the prompt read at a time. Default: what suits memory, context and chip, see chunk.py.
     cache: continue this conversation (from model.make_cache()): the prompt is read after what is in it. Afterwards the
         cache has read every generated token, except the last one where max_tokens ended the generation.
@@ -68,6 +72,8 @@ class Options(TypedDict, total=False):
     published_limits: bool
     outer_vision_tags: bool
     ignore_chat_template: bool
+    mtp: str
+    mtp_depth: int
     prefill_step_size: int
     cache: Cache
     progress: Callable[[int, int], None]
@@ -174,13 +180,18 @@ class Plan:
     limits: tuple[int, ...]  # most tokens of each row
     stop: tuple[str, ...]
     prefill_step_size: int
+    drafts: Choice
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
 
 
 def plan(
-    options: Options, model: Model, greedy: bool, prompts: Sequence[Prompt], already_read: Sequence[int]
+    options: Options,
+    model: Model,
+    greedy: bool,
+    prompts: Sequence[Prompt],
+    already_read: Sequence[int],
 ) -> Plan:
     """Fill in the defaults for these prompts. InputError when a value breaks its rule or a prompt is too long."""
     presets = [_preset(options, prompt) for prompt in prompts]
@@ -188,13 +199,12 @@ def plan(
     plain = "preset" not in options and (options.get("temp") == 0 or (greedy and not given))
     contexts = [before + len(prompt.tokens) for prompt, before in zip(prompts, already_read, strict=True)]
     step = reading_step(options, model, contexts)
-    room = most_tokens(model.config, model.dtype, step, max(already_read), len(prompts))
+    drafts = choose_drafts(options, model, prompts)
+    memory = (max(already_read), len(prompts), drafts.depth, drafts.head_bytes)
+    room = most_tokens(model.config, model.dtype, step, *memory)
     _check_room(options, room, contexts)
     limits = []
-    for preset, context in zip(presets, contexts, strict=True):
-        most = options.get("max_tokens", preset.max_tokens)
-        if type(most) is not int or most < 1:
-            raise InputError(f"max_tokens must be at least 1, got {most}")
+    for most, context in zip(_wanted(options, prompts), contexts, strict=True):
         left = model.config.max_position_embeddings - context
         if left < 1:
             raise InputError(
@@ -208,7 +218,22 @@ def plan(
         limits=tuple(limits),
         stop=check_stop(options.get("stop", ())),
         prefill_step_size=step,
+        drafts=drafts,
     )
+
+
+def choose_drafts(options: Options, model: Model, prompts: Sequence[Prompt]) -> Choice:
+    """Whether to draft tokens for the answers to these prompts. InputError when an option breaks its rule."""
+    mode, depth = options.get("mtp", "auto"), options.get("mtp_depth")
+    return choose(model, mode, depth, len(prompts), max(_wanted(options, prompts)))
+
+
+def _wanted(options: Options, prompts: Sequence[Prompt]) -> list[int]:
+    """Most tokens of each answer, whatever there is room for."""
+    wanted = [options.get("max_tokens", _preset(options, prompt).max_tokens) for prompt in prompts]
+    if type(wanted[0]) is not int or wanted[0] < 1:
+        raise InputError(f"max_tokens must be at least 1, got {wanted[0]}")
+    return wanted
 
 
 def _check_room(options: Options, room: int, contexts: Sequence[int]) -> None:

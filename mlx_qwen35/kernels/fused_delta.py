@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_qwen35.kernels import metal
-from mlx_qwen35.kernels.gated_delta import DeltaState, DeltaWeights, gated_delta
+from mlx_qwen35.kernels.gated_delta import DeltaState, DeltaWeights, gated_delta, stepwise_gated_delta
 
 THREADS = 512  # of a threadgroup at most: with more a thread has too few registers for its part of the state
 MEMORY = 32 << 10  # bytes of threadgroup memory at most
@@ -164,16 +164,19 @@ def delta_core(
     weights: DeltaWeights,
     memory: DeltaState,
     lengths: mx.array | None = None,
+    snapshots: bool = False,
 ) -> tuple[mx.array, DeltaState]:
     """Projections to gated output: by the kernel where it is engaged, else by operations.
 
-    projected: the products of the projections as they come; `split` makes q k v, z, b, a of them.
+    projected: the products of the projections as they come; `split` makes q k v, z, b, a of them. snapshots: return the
+    memory after each token, see fused_gated_delta.
     """
     heads = Heads.of(weights.conv, memory.state)
     widths = [array.shape[-1] for array in projected]
     if metal.available() and fits(widths, heads) and verdict(heads, projected[0].dtype):
-        return fused_gated_delta(projected, weights, memory, lengths)
-    return gated_delta(*split(projected), weights, memory, lengths)
+        return fused_gated_delta(projected, weights, memory, lengths, snapshots)
+    core = stepwise_gated_delta if snapshots else gated_delta
+    return core(*split(projected), weights, memory, lengths)
 
 
 def fits(widths: Sequence[int], heads: Heads) -> bool:
@@ -195,7 +198,8 @@ def verdict(heads: Heads, dtype: mx.Dtype) -> bool:
 def _disagreement(heads: Heads, dtype: mx.Dtype) -> str:
     """What is wrong with the kernel on a prompt of 19 tokens and one token after it; "" when nothing is.
 
-    Beside the operations' answer, within what rounding explains, the bits of the 20 tokens read at once are wanted.
+    Beside the operations' answer, within what rounding explains, the bits of the 20 tokens read at once are wanted, and
+    those of the memories after each of the last two.
     """
     if plan(heads, 1) is None or plan(heads, 2) is None:
         return f"it has no plan for {heads}"
@@ -211,6 +215,7 @@ def _disagreement(heads: Heads, dtype: mx.Dtype) -> str:
     state = normal((1, heads.Hv, heads.Dv, heads.Dk), key=next(draws)) / 10
     start = memory = other = DeltaState(normal((1, heads.K - 1, heads.C), key=next(draws)).astype(dtype), state)
     cuts = [heads.C, heads.C + heads.Hv * heads.Dv, heads.C + heads.Hv * (heads.Dv + 1)]
+    memories = []
     for part in (tokens[:, :19], tokens[:, 19:]):
         ours, memory = fused_gated_delta([part], weights, memory)
         theirs, other = gated_delta(*mx.split(part, cuts, axis=-1), weights, other)
@@ -223,7 +228,12 @@ def _disagreement(heads: Heads, dtype: mx.Dtype) -> str:
             error, scale = mx.abs(a - b).max().item(), mx.abs(b).max().item()
             if not error <= most * max(1.0, scale):  # NaN too
                 return f"its {name} differs from that of operations by {error:.1e} at {scale:.1e}"
+        memories.append(memory)
     _, whole = fused_gated_delta([tokens], weights, start)
     if not all(mx.array_equal(a, b).item() for a, b in zip(memory, whole, strict=True)):
         return "tokens read one by one leave other bits than read at once"
+    _, each = fused_gated_delta([tokens], weights, start, snapshots=True)
+    for t, memory in zip((18, 19), memories, strict=True):
+        if not all(mx.array_equal(a[:, t], b).item() for a, b in zip(each, memory, strict=True)):
+            return f"its memory after token {t} has other bits among several than as the last"
     return ""

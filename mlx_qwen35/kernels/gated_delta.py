@@ -73,6 +73,30 @@ def gated_delta(
     return out.reshape(B, T, Hv * Dv).astype(qkv.dtype), DeltaState(window, state)
 
 
+def stepwise_gated_delta(
+    qkv: mx.array,
+    z: mx.array,
+    b: mx.array,
+    a: mx.array,
+    weights: DeltaWeights,
+    memory: DeltaState,
+    lengths: mx.array | None = None,
+) -> tuple[mx.array, DeltaState]:
+    """The same, token by token, with the memory after each: window (B, T, K - 1, C), state (B, T, Hv, Dv, Dk).
+
+    Outputs and memories are those of single tokens to the bit. Padding repeats the last memory.
+    """
+    outputs, memories = [], []
+    for t in range(qkv.shape[1]):
+        token = (array[:, t : t + 1] for array in (qkv, z, b, a))
+        here = None if lengths is None else (lengths > t).astype(mx.int32)
+        out, memory = gated_delta(*token, weights, memory, here)
+        outputs.append(out)
+        memories.append(memory)
+    steps = DeltaState(*(mx.stack(each, axis=1) for each in zip(*memories, strict=True)))
+    return mx.concatenate(outputs, axis=1), steps
+
+
 def gates(b: mx.array, a: mx.array, weights: DeltaWeights, valid: mx.array | None) -> tuple[mx.array, mx.array]:
     """The logarithm of each token's decay, at most 0, and its write strength in 0..1; both (B, T, Hv) float32.
 

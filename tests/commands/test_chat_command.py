@@ -51,12 +51,13 @@ def test_each_turn_answers_as_if_the_whole_conversation_were_read_anew(nano, thi
 def test_only_the_last_answer_and_the_new_message_are_read(nano, monkeypatch):
     read_tokens = []
     hidden = type(nano[0]).hidden
-    monkeypatch.setattr(
-        type(nano[0]),
-        "hidden",
-        lambda self, tokens, *rest: read_tokens.append(tokens.shape[1]) or hidden(self, tokens, *rest),
-    )
-    conversation = Conversation(*nano, enable_thinking=False)
+
+    def spy(self, tokens, *rest, **options):
+        read_tokens.append(tokens.shape[1])
+        return hidden(self, tokens, *rest, **options)
+
+    monkeypatch.setattr(type(nano[0]), "hidden", spy)
+    conversation = Conversation(*nano, enable_thinking=False, mtp="off")
     said(conversation, TURNS[0])
     before = conversation.total
     read_tokens.clear()
@@ -151,7 +152,7 @@ def test_an_error_in_a_turn_does_not_end_the_session(talk, nano):
 
 
 def test_ctrl_c_in_an_answer_goes_back_to_the_prompt(talk, monkeypatch):
-    feed, calls = loop._feed, []
+    feed, calls = loop._Loop._feed, []
 
     def interrupt_once(*arguments):
         calls.append(1)
@@ -159,7 +160,7 @@ def test_ctrl_c_in_an_answer_goes_back_to_the_prompt(talk, monkeypatch):
             raise KeyboardInterrupt
         return feed(*arguments)
 
-    monkeypatch.setattr(loop, "_feed", interrupt_once)
+    monkeypatch.setattr(loop._Loop, "_feed", interrupt_once)
     _, err = talk(TURNS[0], TURNS[1])
     assert "interrupted" in err.splitlines()[0]
     assert "stop" in err.splitlines()[1]

@@ -47,7 +47,7 @@ def test_json_is_one_object_with_text_tokens_counts_and_speeds(run):
     assert status == 0
     assert set(result) == {
         "text", "reasoning", "tokens", "finish_reason", "prompt_tokens", "generation_tokens",
-        "vision_seconds", "prompt_tps", "generation_tps", "peak_memory", "seed",
+        "vision_seconds", "prompt_tps", "generation_tps", "peak_memory", "seed", "mtp",
     }  # fmt: skip
     assert len(result["tokens"]) == result["generation_tokens"]
 
@@ -142,13 +142,13 @@ def test_python_m_runs_it_without_a_warning():
 SLOW = """
 import sys, time
 from mlx_qwen35.generate import __main__ as command, loop
-feed = loop._feed
+feed = loop._Loop._feed
 def slow(*arguments):
     print("feeding", file=sys.stderr, flush=True)
     time.sleep(0.5)
     return feed(*arguments)
-loop._feed = slow
-sys.argv = ["mlx_qwen35.generate", "--model", "nano", "--prompt", "What is 34 + 58?", *sys.argv[1:]]
+loop._Loop._feed = slow
+sys.argv = ["mlx_qwen35.generate", "--model", "nano", "--prompt", "What is 34 + 58?", "--mtp", "off", *sys.argv[1:]]
 command.main()
 """
 

@@ -9,7 +9,8 @@ import pytest
 
 from mlx_qwen35 import InputError, Model, Processor, batch_generate, generate, load, stream_generate
 from mlx_qwen35.generate import start
-from mlx_qwen35.generate.loop import Row, decode, read
+from mlx_qwen35.generate.loop import decode
+from mlx_qwen35.generate.prefill import Row, read
 from mlx_qwen35.sampling import Sampler, Sampling
 
 ASK = "What is 34 + 58?"

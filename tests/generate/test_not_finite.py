@@ -14,7 +14,8 @@ from mlx_qwen35.conversation import Conversation
 from mlx_qwen35.doctor import probe
 from mlx_qwen35.doctor.probe import TEXT, describe, residual_maxima
 from mlx_qwen35.generate import start
-from mlx_qwen35.generate.loop import Row, decode, read
+from mlx_qwen35.generate.loop import decode
+from mlx_qwen35.generate.prefill import Row, read
 
 ASK = "What is 34 + 58?"
 
@@ -114,7 +115,7 @@ class OneByOne:
     def __init__(self, counts: Sequence[int], bad: tuple[int, int]):
         self.counts, self.bad, self.step = counts, bad, 0
 
-    def hidden(self, tokens, cache, lengths=None):
+    def hidden(self, tokens, cache, lengths=None, stepwise=False):
         return mx.zeros((len(self.counts), 1, 1))
 
     def logits(self, hidden):
@@ -124,15 +125,18 @@ class OneByOne:
             if row == self.bad[0] and self.step >= self.bad[1]:
                 rows[row][0] = float("nan")
         self.step += 1
-        return mx.array(rows)
+        return mx.array(rows)[:, None]
 
-    def draw(self, logits):
+    def look(self, logits, drafted=None):
         return mx.argmax(mx.nan_to_num(logits), axis=-1)
+
+    def take(self, tokens):
+        pass
 
 
 def decoded(counts: Sequence[int], bad: tuple[int, int], limits: Sequence[int]) -> list[list[int | None]]:
     both = OneByOne(counts, bad)
-    cache = SimpleNamespace(first_not_finite=lambda row: None)
+    cache = SimpleNamespace(first_not_finite=lambda row: None, place=None)
     return list(decode(both, cache, mx.zeros((len(counts), 1)), both, limits, stop_ids=(0,)))
 
 
@@ -145,7 +149,7 @@ def test_rows_that_have_ended_do_not_matter():
 
 def test_no_token_is_drawn_from_logits_that_are_not_finite():
     both, seen = OneByOne([9], (0, 3)), []
-    cache = SimpleNamespace(first_not_finite=lambda row: 0)
+    cache = SimpleNamespace(first_not_finite=lambda row: 0, place=None)
     with pytest.raises(InputError, match="layer 0 is the first"):
         seen.extend(decode(both, cache, mx.zeros((1, 1)), both, [9], stop_ids=(0,)))
     assert seen == [[1]] * 3  # of steps 0, 1 and 2

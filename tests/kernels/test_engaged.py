@@ -13,7 +13,7 @@ from mlx_qwen35 import batch_generate, load
 from mlx_qwen35.checkpoint import Quantization, is_matrix, text_shapes
 from mlx_qwen35.config import parse_config
 from mlx_qwen35.engaged import Engaged, engaged, tell_unfit
-from mlx_qwen35.generate.loop import Row, read
+from mlx_qwen35.generate.prefill import Row, read
 from mlx_qwen35.kernels import add_norm, attention, fused_delta, metal, norm_rotary
 from mlx_qwen35.kernels.fused_delta import Heads, verdict
 from mlx_qwen35.model import Model

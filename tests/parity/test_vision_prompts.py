@@ -10,7 +10,8 @@ from parity.vision_cases import CASES, GREEDY, ODD, PROMPTS, TINY, TURN, Scene, 
 
 from mlx_qwen35.cache import Cache
 from mlx_qwen35.generate import see
-from mlx_qwen35.generate.loop import Row, decode, read
+from mlx_qwen35.generate.loop import decode
+from mlx_qwen35.generate.prefill import Row, read
 from mlx_qwen35.model import Model
 from mlx_qwen35.positions import positions
 from mlx_qwen35.prompt import Prompt

@@ -98,7 +98,7 @@ def test_embeddings_must_be_as_many_as_placeholders(nano):
     model, processor = nano
     prompt = processor.encode_messages([{"role": "user", "content": [part(SHAPES)]}])
     (row,) = see(model, [prompt])
-    from mlx_qwen35.generate.loop import read
+    from mlx_qwen35.generate.prefill import read
 
     for wrong in (row.embeddings[:3], mx.concatenate([row.embeddings] * 2), None):
         with pytest.raises(InputError, match="one embedding for each placeholder"):
@@ -305,7 +305,7 @@ def next_position(nano, messages) -> list[int]:
     """Where the tokens of a conversation stand when it is read at once."""
     prompt = nano[1].encode_messages(messages, add_generation_prompt=False, enable_thinking=False)
     cache = nano[0].make_cache()
-    from mlx_qwen35.generate.loop import read
+    from mlx_qwen35.generate.prefill import read
 
     read(nano[0], cache, see(nano[0], [prompt]), 512)
     return cache.next_positions

@@ -1,0 +1,163 @@
+"""Drafts for the decode loop: how many, of what, and what became of them."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+
+from mlx_qwen35.cache import Cache
+from mlx_qwen35.drafts import MOST_UNREAD, Drafts
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.generate.depth import Costs, Depths
+from mlx_qwen35.memory_plan import most_depth
+from mlx_qwen35.model import Model
+from mlx_qwen35.sampling import Sampler
+
+MODES = ("auto", "on", "off")
+MOST_DEPTH = 3
+ON_DEPTH = 2  # the model card's advice
+MOST_SHOWN = 6  # changes of depth
+LEAST_TOKENS = 32  # of an answer for which auto thinks of drafts
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Whether to draft, and how many tokens at most; 0: none, and why."""
+
+    depth: int
+    fixed: bool = False
+    why: str = ""
+    head_bytes: int = 0  # what the draft head will take, where it is not read yet
+
+
+def choose(model: Model, mode: str, depth: int | None, rows: int, tokens: int) -> Choice:
+    """What `mode` and `depth` of the options mean for so many answers of up to so many tokens.
+
+    Raises InputError for other values, and when mode "on" cannot be had.
+    """
+    if mode not in MODES:
+        raise InputError(f"mtp must be one of {', '.join(MODES)}, got {mode!r}")
+    if depth is not None and (type(depth) is not int or not 1 <= depth <= MOST_DEPTH):
+        raise InputError(f"mtp_depth must be 1 to {MOST_DEPTH}, got {depth}")
+    if mode == "off":
+        if depth is not None:
+            raise InputError("mtp_depth must not be given with mtp 'off': it would have no effect")
+        return Choice(0, why="off")
+    if model.mtp is None:
+        if mode == "on" or depth is not None:
+            raise InputError(
+                "this checkpoint has no draft head (tensors mtp.*): mtp must be 'off' or 'auto', and mtp_depth not be "
+                "given. Many converted folders lack it; mlx_qwen35.convert keeps it"
+            )
+        return Choice(0, why="the checkpoint has no draft head")
+    if mode == "on":
+        return _always(model, depth or ON_DEPTH, rows)
+    return _where_it_pays(model, depth or MOST_DEPTH, rows, tokens)
+
+
+def _always(model: Model, depth: int, rows: int) -> Choice:
+    choice = _fitting(model, depth, rows)
+    if choice.depth < depth:
+        room = f"only for {choice.depth}: lower mtp_depth, or" if choice.depth else "not even for one:"
+        raise InputError(
+            f"memory has no room for drafts of {depth} tokens at a time, {room} choose mtp 'auto' or 'off', or raise "
+            "memory_limit"
+        )
+    return replace(choice, fixed=True)
+
+
+def _where_it_pays(model: Model, depth: int, rows: int, tokens: int) -> Choice:
+    if tokens < LEAST_TOKENS:
+        return Choice(0, why=f"not for answers of fewer than {LEAST_TOKENS} tokens")
+    if model.mtp.costs.setdefault(rows, Costs()).hopeless(depth):
+        return Choice(0, why="parked: on this machine drafts would not pay even if every one were right")
+    return _fitting(model, depth, rows)
+
+
+def _fitting(model: Model, depth: int, rows: int) -> Choice:
+    head = 0 if model.mtp.loaded else model.mtp.nbytes
+    fitting = most_depth(model.config, model.dtype, head, rows, depth)
+    return Choice(fitting, head_bytes=head) if fitting else Choice(0, why="memory has no room for the draft head")
+
+
+def attach(model: Model, cache: Cache, choice: Choice) -> None:
+    """Have the draft head follow this cache from now on, or not; it is read if it is not there yet."""
+    if not choice.depth:
+        cache.drafts = None
+    elif cache.drafts is None or list(cache.drafts.followed) != cache.row_lengths:
+        cache.drafts = Drafts(model, cache.row_lengths)
+    if choice.depth:
+        model.mtp.weights  # noqa: B018
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """What drafts did for a generation.
+
+    drafted and accepted count tokens of one row; steps are passes of the model behind the prompt, of all rows together.
+    depths: how many tokens were drafted a step, as pairs of a number of steps after which that changed and the depth.
+    """
+
+    verdict: str
+    drafted: int = 0
+    accepted: int = 0
+    steps: int = 0
+    depths: tuple[tuple[int, int], ...] = ()
+
+    def __str__(self) -> str:
+        if not self.drafted:
+            return f"none; {self.verdict}"
+        share = f"{self.accepted} of {self.drafted} tokens accepted ({100 * self.accepted / self.drafted:.0f} %)"
+        shown = [f"{depth} from step {step}" for step, depth in self.depths[-MOST_SHOWN:]]
+        shown = ["...", *shown] if len(self.depths) > MOST_SHOWN else shown
+        return f"{share} in {self.steps} steps; depth {', '.join(shown)}; {self.verdict}"
+
+
+class Speculation:
+    """The draft head beside the loop: proposes tokens, follows what the model reads, and keeps the account."""
+
+    def __init__(self, model: Model, cache: Cache, choice: Choice):
+        batch = cache.batch
+        costs = model.mtp.costs.setdefault(batch, Costs())
+        self.model, self.drafts = model, cache.drafts
+        self.depths = Depths(choice.depth, costs, choice.depth if choice.fixed else None)
+        self.drafted, self.accepted = [0] * batch, [0] * batch
+        self.steps = 0
+        self._last: float | None = None  # when the last step was looked at
+
+    def depth(self) -> int:
+        """How many tokens to draft for the next step but one that is not recorded yet."""
+        return self.depths.next()
+
+    def propose(self, tokens: mx.array, counts: Sequence[int], depth: int, sampler: Sampler) -> mx.array:
+        """Tokens (B, 1) -> those and `depth` guesses, (B, 1 + depth), drawn like the tokens with the same noise."""
+
+        def draw(logits: mx.array, drafted: list[mx.array]) -> mx.array:
+            return sampler.look(logits, mx.concatenate(drafted, axis=1) if drafted else None)
+
+        return mx.concatenate([tokens, self.drafts.propose(self.model, tokens, counts, depth, draw)], axis=1)
+
+    def follow(self, tokens: mx.array, hidden: mx.array, counts: Sequence[int]) -> None:
+        """Tell the head what the model has read: of row i the first counts[i] of tokens (B, n), and what they gave."""
+        self.drafts.follow(tokens, hidden, counts)
+        if sum(pairs.tokens.shape[1] for pairs in self.drafts.unread) >= MOST_UNREAD:
+            self.drafts.flush(self.model)
+            mx.async_eval(self.drafts.arrays())
+
+    def record(self, lengths: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
+        """A step is known: of row i lengths[i] tokens were read, and so the tokens[i] found."""
+        now = time.perf_counter()
+        if any(lengths):
+            rows = [row for row, found in enumerate(tokens) if found]
+            drafted, accepted = [lengths[row] - 1 for row in rows], [len(tokens[row]) - 1 for row in rows]
+            for row, n, m in zip(rows, drafted, accepted, strict=True):
+                self.drafted[row] += n
+                self.accepted[row] += m
+            self.steps += 1
+            self.depths.record(max(lengths) - 1, now - self._last, drafted, accepted)
+        self._last = now
+
+    def statistics(self, row: int) -> Drafting:
+        depths = self.depths
+        return Drafting(depths.verdict(), self.drafted[row], self.accepted[row], self.steps, tuple(depths.history))
