@@ -27,11 +27,21 @@ class Speed:
     layers_seconds: float  # of a decoded token
     head_seconds: float
     peak_bytes: int
+    several: tuple[tuple[float, float], ...] = ()  # layers and head of a step over 2, 3, 4 tokens, as drafts ask for
 
     def per_second(self, layers: float = 1.0) -> tuple[float, float]:
         """Tokens a second, of the prompt and decoded, of a model with so many times the layers."""
         prompt = self.prompt_seconds * layers + self.head_seconds
-        return self.prompt / prompt, 1 / (self.layers_seconds * layers + self.head_seconds)
+        return self.prompt / prompt, 1 / self._step(self.layers_seconds, self.head_seconds, layers)
+
+    def wide(self, layers: float = 1.0) -> list[float]:
+        """What steps over 2, 3, 4 tokens take, in steps over one."""
+        one = self._step(self.layers_seconds, self.head_seconds, layers)
+        return [self._step(*seconds, layers) / one for seconds in self.several]
+
+    @staticmethod
+    def _step(layers_seconds: float, head_seconds: float, layers: float) -> float:
+        return layers_seconds * layers + head_seconds
 
 
 def sample_model(config: TextConfig, dtype: mx.Dtype) -> Model:
@@ -58,7 +68,7 @@ def sample_model(config: TextConfig, dtype: mx.Dtype) -> Model:
 
 
 def measure(model: Model, seconds: float = SECONDS) -> Speed:
-    """Read ever longer prompts, then decode, for about `seconds` each."""
+    """Read ever longer prompts, then decode, for about `seconds` each; then steps over several tokens, for as long."""
     mx.clear_cache()
     mx.reset_peak_memory()
     start, prompt, elapsed, cache = time.perf_counter(), 0, 0.0, None
@@ -71,16 +81,18 @@ def measure(model: Model, seconds: float = SECONDS) -> Speed:
         if time.perf_counter() - start + 2 * elapsed > seconds:
             break
     layers, head = _decode(model, cache, seconds)
-    return Speed(prompt, elapsed, layers, head, mx.get_peak_memory())
+    peak = mx.get_peak_memory()
+    several = tuple(_decode(model, cache, seconds / 3, tokens) for tokens in (2, 3, 4))
+    return Speed(prompt, elapsed, layers, head, peak, several)
 
 
-def _decode(model: Model, cache, seconds: float) -> tuple[float, float]:
-    """Median seconds of a token's layers, and of its head."""
+def _decode(model: Model, cache, seconds: float, tokens: int = 1) -> tuple[float, float]:
+    """Median seconds of the layers, and of the head, of a step over so many tokens."""
     layers, heads = [], []
-    start, token = time.perf_counter(), mx.array([[1]])
+    start, token = time.perf_counter(), mx.ones((1, tokens), mx.int32)
     while not layers or (len(layers) < 64 and time.perf_counter() - start < seconds):
         begin = time.perf_counter()
-        hidden = model.hidden(token, cache)[:, 0]
+        hidden = model.hidden(token, cache, stepwise=tokens > 1)
         mx.eval(hidden)
         middle = time.perf_counter()
         mx.eval(model.logits(hidden))

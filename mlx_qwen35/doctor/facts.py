@@ -71,9 +71,11 @@ def speed(found: Speed, scale: float) -> Facts:
     """scale: how many times the measured layers the whole model has."""
     prompt, decode = found.per_second(scale)
     whole = "" if scale == 1 else f" for a model of {scale:g} times these layers, which is an estimate"
+    wide = ", ".join(f"{cost:.2f}" for cost in found.wide(scale))
     return {
         "reading": f"{prompt:.1f} tokens a second, of a prompt of {found.prompt}{whole}",
         "writing": f"{decode:.1f} tokens a second{whole}",
+        "steps over 2, 3, 4 tokens": f"{wide} plain ones; a step with drafts must give more tokens than that",
         "peak memory": f"{found.peak_bytes / 1e9:.3f} GB by MLX's count",
     }
 

@@ -81,7 +81,7 @@ def test_off_a_mac_every_section_is_there_and_says_what_does_not_apply(run):
     assert set(report["kernels"].values()) == {
         "does not apply: there is no Metal here; MLX operations run in its place"
     }
-    assert list(report["check"]) == ["reading", "writing", "peak memory"]
+    assert list(report["check"]) == ["reading", "writing", "steps over 2, 3, 4 tokens", "peak memory"]
 
 
 def test_of_a_model_its_own_dtype_and_contexts_are_shown_and_its_own_speed(run):
@@ -224,7 +224,7 @@ def test_prompts_grow_as_long_as_the_time_allows(monkeypatch, seconds, longest):
     speed = measure(model, seconds)
     assert clock.read == [n for n in PROMPTS if n <= longest]
     assert (speed.prompt, speed.prompt_seconds) == (longest, longest / 64)
-    assert (speed.layers_seconds, speed.head_seconds) == (0.2, 0.05)
+    assert (speed.layers_seconds, speed.head_seconds) == (0.2, 0.05) and speed.several == ((0.2, 0.05),) * 3
     assert clock.now <= max(seconds, 0.5)
 
 
@@ -235,11 +235,14 @@ def test_a_measured_model_has_all_figures():
 
 
 def test_a_whole_model_takes_as_many_times_the_layers_and_one_head():
-    speed = Speed(prompt=100, prompt_seconds=1.5, layers_seconds=0.02, head_seconds=0.5, peak_bytes=3_000_000_000)
+    several = ((0.03, 0.6), (0.04, 0.8), (0.06, 1.0))
+    speed = Speed(100, 1.5, layers_seconds=0.02, head_seconds=0.5, peak_bytes=3_000_000_000, several=several)
+    assert speed.wide(8) == pytest.approx([0.84 / 0.66, 1.12 / 0.66, 1.48 / 0.66])
     assert speed.per_second() == pytest.approx((100 / 2, 1 / 0.52))
     assert speed.per_second(8) == pytest.approx((100 / 12.5, 1 / 0.66))
     assert facts.speed(speed, 1) == {
         "reading": "50.0 tokens a second, of a prompt of 100", "writing": "1.9 tokens a second",
+        "steps over 2, 3, 4 tokens": "1.21, 1.62, 2.04 plain ones; a step with drafts must give more tokens than that",
         "peak memory": "3.000 GB by MLX's count",
     }  # fmt: skip
     scaled = facts.speed(speed, 8)
