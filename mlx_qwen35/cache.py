@@ -95,6 +95,8 @@ class Cache:
         """Say that T columns will come: room for all is made with the first, and nothing is copied on the way."""
         for layer in self._kv:
             layer.reserved = self.length + T
+        if self.drafts:
+            self.drafts.cache.reserve(T)
 
     @contextmanager
     def reading(

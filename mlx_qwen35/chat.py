@@ -20,6 +20,7 @@ from mlx_qwen35.commands import (
 )
 from mlx_qwen35.conversation import Conversation
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.generate import Result
 from mlx_qwen35.load import load
 
 COMMAND = "mlx_qwen35.chat"
@@ -57,10 +58,15 @@ def answer(conversation: Conversation, content: str | list[dict[str, Any]]) -> b
     print(
         f"[prompt {conversation.total} tokens, {conversation.reused} reused, {new} read in "
         f"{conversation.reading_seconds:.2f} s; {result.generation_tokens} tokens at {result.generation_tps:.1f} per "
-        f"second, {result.finish_reason}; {result.peak_memory:.3f} GB]",
+        f"second, {result.finish_reason}; {_drafts(result)}{result.peak_memory:.3f} GB]",
         file=sys.stderr,
     )
     return bool(result.tokens)
+
+
+def _drafts(result: Result) -> str:
+    drafts = result.mtp
+    return f"{drafts.accepted} of {drafts.drafted} drafts accepted; " if drafts.drafted else ""
 
 
 def look(conversation: Conversation, command: str, name: str, shown: list[dict[str, Any]]) -> list[dict[str, Any]]:

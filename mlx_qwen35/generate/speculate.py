@@ -95,8 +95,8 @@ def attach(model: Model, cache: Cache, choice: Choice) -> None:
 class Drafting:
     """What drafts did for a generation.
 
-    drafted and accepted count tokens of one row; steps are passes of the model behind the prompt, of all rows together.
-    depths: how many tokens were drafted a step, as pairs of a number of steps after which that changed and the depth.
+    drafted and accepted count tokens of one row, steps the passes of the model that gave it tokens, 1 and those
+    accepted each. depths: how many tokens were drafted a step, as pairs: after how many steps that changed, to what.
     """
 
     verdict: str
@@ -109,9 +109,10 @@ class Drafting:
         if not self.drafted:
             return f"none; {self.verdict}"
         share = f"{self.accepted} of {self.drafted} tokens accepted ({100 * self.accepted / self.drafted:.0f} %)"
+        rate = f"{self.steps} steps of {1 + self.accepted / self.steps:.2f} tokens"
         shown = [f"{depth} from step {step}" for step, depth in self.depths[-MOST_SHOWN:]]
         shown = ["...", *shown] if len(self.depths) > MOST_SHOWN else shown
-        return f"{share} in {self.steps} steps; depth {', '.join(shown)}; {self.verdict}"
+        return f"{share}, {rate}; depth {', '.join(shown)}; {self.verdict}"
 
 
 class Speculation:
@@ -123,7 +124,7 @@ class Speculation:
         self.model, self.drafts = model, cache.drafts
         self.depths = Depths(choice.depth, costs, choice.depth if choice.fixed else None)
         self.drafted, self.accepted = [0] * batch, [0] * batch
-        self.steps = 0
+        self.steps = [0] * batch
         self._last: float | None = None  # when the last step was looked at
 
     def depth(self) -> int:
@@ -154,10 +155,10 @@ class Speculation:
             for row, n, m in zip(rows, drafted, accepted, strict=True):
                 self.drafted[row] += n
                 self.accepted[row] += m
-            self.steps += 1
+                self.steps[row] += 1
             self.depths.record(max(lengths) - 1, now - self._last, drafted, accepted)
         self._last = now
 
     def statistics(self, row: int) -> Drafting:
         depths = self.depths
-        return Drafting(depths.verdict(), self.drafted[row], self.accepted[row], self.steps, tuple(depths.history))
+        return Drafting(depths.verdict(), self.drafted[row], self.accepted[row], self.steps[row], tuple(depths.history))
