@@ -145,6 +145,12 @@ class Cache:
         self.place = place.after(max(counts), counts)
         self.close_holes()
 
+    def detach(self) -> None:
+        """Let go of what `keep` has taken back: the memory that was kept is part of that of all tokens of the pass."""
+        for layer in self._delta:
+            layer.memory = DeltaState(*map(_copy, layer.memory))
+        mx.eval([layer.memory for layer in self._delta])
+
     def close_holes(self) -> None:
         """Move each row's keys and values together, once rows that kept different numbers of tokens left many holes."""
         if self.real is None or self.length <= max(self.row_lengths) + KVCache.STEP:

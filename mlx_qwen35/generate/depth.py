@@ -118,7 +118,7 @@ class Depths:
         """The depth of the next round. May be called one round ahead of record()."""
         if self.fixed is not None:
             return self.fixed
-        if not self.plan and not any(self.ahead) and self.decided and self.since >= self.interval:
+        if self.decided and not self.plan and self.since >= self.interval:
             other = self._other()
             if self.settled or LOOK * self.running * other * self._price(other) <= self._room():
                 self._look(other)
@@ -230,7 +230,7 @@ class Depths:
         if self.rounds - self.timed[best] > FRESH or (best and self.costs.samples(best) < ENOUGH):
             self._look(best)
             return
-        self.settled, self.stayed, self.since = best, 0, 0
+        self.settled, self.stayed = best, 0
         self.switches += 1
 
     def _other(self) -> int:

@@ -131,13 +131,13 @@ class _Loop:
         """Read (B, 1) tokens, and guesses at the next `depth` ones; rows that have ended read nothing."""
         rows, place = self.rows, self.cache.place
         lengths = [min(1 + depth, left) or int(unread) for left, unread in zip(rows.left, rows.unread, strict=True)]
-        rows.unread = [False] * len(lengths)
         if depth:
             tokens = self.speculation.propose(tokens, [min(1, n) for n in lengths], depth, self.sampler)
         uneven = None if min(lengths) == 1 + depth else lengths
         hidden = self.model.hidden(tokens, self.cache, uneven, stepwise=depth > 0)
         if self.speculation and not depth:
             self.speculation.follow(tokens, hidden, lengths)
+        rows.unread = [False] * len(lengths)
         return self._drawn(tokens, lengths, hidden, place)
 
     def _drawn(self, tokens: mx.array, lengths: Sequence[int], hidden: mx.array, place: Place) -> Step:
@@ -191,6 +191,8 @@ class _Loop:
             if self.speculation:
                 self.speculation.follow(tokens, hidden, lengths)
             self.cache.evaluate()
+        if self.speculation:
+            self.cache.detach()
 
 
 def _finite(logits: mx.array) -> mx.array:
