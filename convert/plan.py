@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_qwen35.checkpoint import DTYPE_BYTES, EXACT, TEXT, VISION, Quantization, is_exact
+from mlx_qwen35.checkpoint import DTYPE_BYTES, EXACT, MTP, TEXT, VISION, Quantization, is_exact
 from mlx_qwen35.convert.files import DTYPES, generation_config, new_config
 from mlx_qwen35.convert.packing import Packing, read_options
 from mlx_qwen35.convert.source import Found, Source, Tensor, open_source
@@ -194,7 +194,8 @@ def _jobs(
     keep: what is packed stays so. asked: the dtype was, so that scales which are copied get it too.
     """
     for name, tensor in source.tensors.items():
-        stored_name = source.checkpoint.entries[name].stored_name if source.checkpoint.raw else name
+        keeps_name = source.checkpoint.raw and not name.startswith(MTP)  # in a file of its own a head has bare names
+        stored_name = source.checkpoint.entries[name].stored_name if keeps_name else name
         how = tensor.how if keep else packing and packing.of(name, tensor.shape)
         if how:
             scales = tensor.parts[1].dtype if how == tensor.how and not asked and how.mode == "affine" else dtype

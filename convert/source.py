@@ -15,11 +15,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_qwen35.checkpoint import (
+    MTP,
     Checkpoint,
     Entry,
     Quantization,
     is_matrix,
-    is_zero_centred,
     mtp_shapes,
     open_checkpoint,
     safetensors_files,
@@ -29,6 +29,7 @@ from mlx_qwen35.checkpoint import (
 from mlx_qwen35.config import read_json
 from mlx_qwen35.convert.packing import brief
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.sidecar import settled
 
 FLOATS = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}
 BITS = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32, "U32": np.uint32, "U8": np.uint8, "F8_E4M3": np.uint8}
@@ -86,7 +87,10 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Source:
-    """A folder to convert: its tensors by Hugging Face names in the order of the data, and its files as found."""
+    """A folder to convert: its tensors by Hugging Face names in the order of the data, and its files as found.
+
+    config: of config.json, without what other programs say there of the draft head alone.
+    """
 
     checkpoint: Checkpoint
     config: Mapping[str, Any]
@@ -124,6 +128,8 @@ def open_source(folder: Path) -> Source:
     """Read headers and configuration. InputError when the folder is broken or of a kind that is not converted."""
     files = tuple(Found.at(file) for file in safetensors_files(folder)) if folder.is_dir() else ()
     checkpoint = open_checkpoint(folder, fp8=True)
+    beside = {entry.file for entry in checkpoint.entries.values()} - {file.path for file in files}
+    files += tuple(map(Found.at, sorted(beside)))
     config = read_json(folder / "config.json")
     claims = [part.get(key) for part in (config, config.get("text_config") or {}) for key in CLAIMS]
     claim = next((found for found in claims if found), None)
@@ -138,7 +144,8 @@ def open_source(folder: Path) -> Source:
             "quantized in a way that is read here (FP8 with block scales, or packed by an MLX program). Give the "
             "original checkpoint"
         )
-    return Source(checkpoint, config, tensors, files)
+    packed = {name: tensor.how for name, tensor in tensors.items() if name.startswith(MTP) and tensor.how}
+    return Source(checkpoint, settled(config, packed), tensors, files)
 
 
 def _block(folder: Path, claim: Any, checkpoint: Checkpoint) -> tuple[int, int]:
@@ -178,7 +185,7 @@ def _tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], block: tu
     if checkpoint.raw:
         return Tensor(name, shape, (entry,))
     last = name.endswith("patch_embed.proj.weight")
-    return Tensor(name, shape, (entry,), folded=is_zero_centred(name), last=last)
+    return Tensor(name, shape, (entry,), folded=checkpoint.is_folded(name), last=last)
 
 
 def _check_dtype(entry: Entry, offered: tuple[str, ...]) -> None:

@@ -130,7 +130,7 @@ def is_exact(name: str) -> bool:
     return name.endswith("A_log")
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- safetensors files -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,10 @@ def _entry(file: Path, name: str, value: Mapping, data: int) -> Entry:
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """The weight files of a folder: those its index names, else every *.safetensors. InputError when one is absent."""
+    """The trunk's files: those that the folder's index names, else every *.safetensors but those of a head beside it.
+
+    InputError when one is absent.
+    """
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -190,7 +193,7 @@ def safetensors_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise InputError(f"{folder} holds no *.safetensors file; only safetensors weights are read")
-    return files
+    return [file for file in files if file.name not in sidecar.PLACES] or files
 
 
 # --- one folder ------------------------------------------------------------------------------------------------------
@@ -230,7 +233,7 @@ class Checkpoint:
 
     `entries` is keyed by Hugging Face names; `exact` holds the float32 originals of some of them, `block_scales` the
     factors of FP8 weights. `raw` says that conv1d is [C, 1, K] and norm weights are gamma - 1, as Hugging Face stores
-    them; otherwise an MLX program moved the axis and added the one.
+    them; otherwise an MLX program moved the axis and added the one. `head` is what config.json says of the draft head.
     """
 
     folder: Path
@@ -239,25 +242,34 @@ class Checkpoint:
     exact: Mapping[str, Entry]
     raw: bool
     block_scales: Mapping[str, Entry] = field(default_factory=dict)
+    head: sidecar.Declared = field(default_factory=sidecar.Declared)
 
     @cached_property
     def _quantization(self) -> dict[str, Quantization]:
         values = self.config.quantization
-        if not values:
-            return {}
-        default = {name: values.get(name) for name in ("group_size", "bits")} | {"mode": values.get("mode", "affine")}
-        overrides = {hugging_face_name(f"{k}."): v for k, v in values.items() if isinstance(v, dict)}
-        return {
-            name.removesuffix("scales"): Quantization(
-                **default | {k: v for k, v in overrides.get(name.removesuffix("scales"), {}).items() if k in default}
-            )
-            for name in self.entries
-            if name.endswith(".scales")
-        }
+        overrides = {hugging_face_name(f"{k}."): sidecar.form(v) for k, v in values.items() if isinstance(v, dict)}
+        found = {}
+        for module in (name.removesuffix("scales") for name in self.entries if name.endswith(".scales")):
+            default = sidecar.form(values) | (self.head.packing if module.startswith(MTP) else {})
+            if how := default | overrides.get(module, {}) | self.head.overrides.get(module, {}):
+                found[module] = Quantization(**{"group_size": None, "bits": None, "mode": "affine"} | how)
+        return found
 
     def quantization(self, weight: str) -> Quantization | None:
         """How the weight of this name is packed, None when it is not."""
         return self._quantization.get(weight.removesuffix("weight"))
+
+    @cached_property
+    def _head_is_raw(self) -> bool:
+        told = {name: entry for name, entry in self.entries.items() if sidecar.tells(name)}
+        norms = {name: mx.load(str(entry.file))[entry.stored_name] for name, entry in told.items()}
+        return sidecar.norms_are_raw(norms, self.head.raw)
+
+    def is_folded(self, name: str) -> bool:
+        """Whether the tensor of this name is a norm to which the one was added; for the head's, some are looked at."""
+        if self.raw or not is_zero_centred(name):
+            return False
+        return not (name.startswith(MTP) and self._head_is_raw)
 
     def has(self, prefix: str) -> bool:
         return any(name.startswith(prefix) for name in self.entries)
@@ -290,6 +302,7 @@ def open_checkpoint(folder: Path, *, fp8: bool = False) -> Checkpoint:
     if not folder.is_dir():
         raise InputError(f"a checkpoint must be a folder, a Hugging Face id or 'nano'; there is no folder {folder}")
     config = read_config(folder)
+    head = sidecar.declared(folder)
     entries: dict[str, Entry] = {}
     for file in safetensors_files(folder):
         for stored, entry in read_header(file).items():
@@ -305,6 +318,9 @@ def open_checkpoint(folder: Path, *, fp8: bool = False) -> Checkpoint:
         raise InputError(
             f"{folder}: {EXACT}* must repeat tensors of the folder in float32; these do not: {_shorten(stray)}"
         )
+    has_head = any(name.startswith(MTP) for name in entries)
+    if config.text.mtp_num_hidden_layers and not has_head and (file := sidecar.find(folder, head.file)):
+        entries |= {head_name(stored): entry for stored, entry in read_header(file).items()}
     scales = {name: entries.pop(name) for name in list(entries) if name.endswith(BLOCK_SCALES)}
     if scales and not fp8:
         raise InputError(
@@ -312,7 +328,7 @@ def open_checkpoint(folder: Path, *, fp8: bool = False) -> Checkpoint:
             f"mlx_qwen35.convert --hf-path {folder} --mlx-path OUT"
         )
     scales = {name.removesuffix(BLOCK_SCALES): entry for name, entry in scales.items()}
-    checkpoint = Checkpoint(folder, config, entries, exact, _is_raw(folder, config, entries), scales)
+    checkpoint = Checkpoint(folder, config, entries, exact, _is_raw(folder, config, entries), scales, head)
     _check_tensors(checkpoint)
     return checkpoint
 

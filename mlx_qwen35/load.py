@@ -11,7 +11,6 @@ from mlx_qwen35.checkpoint import (
     TEXT,
     VISION,
     Checkpoint,
-    is_zero_centred,
     mtp_shapes,
     open_checkpoint,
     text_shapes,
@@ -178,19 +177,17 @@ def _lazy_arrays(checkpoint: Checkpoint, names: list[str]) -> dict[str, mx.array
         if not entry.dtype.startswith("U"):
             _stored_float(entry.dtype, name)
         array = files[entry.file][entry.stored_name]
-        if not checkpoint.raw:
-            array = _to_raw(name, array)
-        arrays[name] = array
+        arrays[name] = array if checkpoint.raw else _to_raw(name, array, checkpoint.is_folded(name))
     return arrays
 
 
-def _to_raw(name: str, array: mx.array) -> mx.array:
+def _to_raw(name: str, array: mx.array, folded: bool) -> mx.array:
     """Undo what an MLX program did: move the convolutions' axes back, take the one off in float32, which is exact."""
     if name.endswith("conv1d.weight"):
         return array.swapaxes(1, 2)
     if name.endswith("patch_embed.proj.weight"):
         return mx.moveaxis(array, -1, 1)
-    return array.astype(mx.float32) - 1.0 if is_zero_centred(name) else array
+    return array.astype(mx.float32) - 1.0 if folded else array
 
 
 def _check_finite(checkpoint: Checkpoint, arrays: Mapping[str, mx.array]) -> None:
