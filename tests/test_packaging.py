@@ -15,7 +15,7 @@ IMPORTS = {
     "package": "import mlx_qwen35",
     "function": "from mlx_qwen35 import generate",
     "module": "import mlx_qwen35.generate",
-    "inside": "from mlx_qwen35.generate.prefill import decode", 
+    "inside": "from mlx_qwen35.generate.loop import decode",
     "convert": "import mlx_qwen35.convert",
 }
 
