@@ -138,7 +138,12 @@ class _Loop:
         if self.speculation and not depth:
             self.speculation.follow(tokens, hidden, lengths)
         rows.unread = [False] * len(lengths)
-        return self._drawn(tokens, lengths, hidden, place)
+        try:
+            return self._drawn(tokens, lengths, hidden, place)
+        except BaseException:  # Ctrl-C: no guess may stay
+            if depth:
+                self.cache.keep(place, [min(1, n) for n in lengths])
+            raise
 
     def _drawn(self, tokens: mx.array, lengths: Sequence[int], hidden: mx.array, place: Place) -> Step:
         """The step of a pass over (B, n) tokens that gave hidden (B, n, D)."""

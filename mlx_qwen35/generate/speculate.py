@@ -95,8 +95,9 @@ def attach(model: Model, cache: Cache, choice: Choice) -> None:
 class Drafting:
     """What drafts did for a generation.
 
-    drafted and accepted count tokens of one row, steps the passes of the model that gave it tokens, 1 and those
-    accepted each. depths: how many tokens were drafted a step, as pairs: after how many steps that changed, to what.
+    drafted and accepted count tokens of one row, steps the passes of the model that gave it tokens: 1 each, and those
+    accepted, of which the last may lie behind its end. depths: tokens drafted a step, as pairs: after how many steps
+    that changed, and to what.
     """
 
     verdict: str

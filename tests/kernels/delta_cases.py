@@ -50,6 +50,16 @@ class Case:
         out, memory = fused_gated_delta(projected, self.weights, self.memory, _array(lengths), **options)
         return out, *memory
 
+    def one_by_one(self, lengths: list[int]) -> tuple[mx.array, ...]:
+        """Output, and window and state after each token, (B, T, ...) all, by launches of one token."""
+        steps, memory = [], self.memory
+        for t in range(self.projected.shape[1]):
+            token = replace(self, projected=self.projected[:, t : t + 1], memory=memory)
+            out, *after = token.launch([int(n > t) for n in lengths])
+            memory = DeltaState(*after)
+            steps.append((out[:, 0], *memory))
+        return tuple(mx.stack(each, axis=1) for each in zip(*steps, strict=True))
+
     def plain(self, lengths: list[int] | None = None) -> tuple[mx.array, ...]:
         """Output, window, state by operations; the output is 0 at padding, as the kernel gives it."""
         out, memory = gated_delta(*self.parts(), self.weights, self.memory, _array(lengths))

@@ -105,6 +105,13 @@ GATED_DELTA = [
     ("state after each token that of the token before",
      "const size_t at = (size_t(batch) * T + start + s) * VALUE_HEADS + head;",
      "const size_t at = (size_t(batch) * T + max(start + s - 1, 0)) * VALUE_HEADS + head;"),
+    ("no state after a token that is not the last of those staged", "    if (SNAPSHOTS) {\n",
+     "    if (SNAPSHOTS && s + 1 == count) {\n"),
+    ("states after each token of all batch rows in the first",
+     "const size_t at = (size_t(batch) * T + start + s) * VALUE_HEADS + head;",
+     "const size_t at = size_t(start + s) * VALUE_HEADS + head;"),
+    ("last window after each token", "SNAPSHOTS ? min(p + 1, length) : length", "length"),
+    ("window after a token of padding empty", "min(p + 1, length)", "(p < length ? p + 1 : 0)"),
     ("first state of the padding not written", "SNAPSHOTS ? length : 0", "SNAPSHOTS ? length + 1 : 0"),
     ("padding begins a token early in the states", "SNAPSHOTS ? length : 0", "SNAPSHOTS ? length - 1 : 0"),
 ]  # fmt: skip

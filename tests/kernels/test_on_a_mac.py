@@ -24,7 +24,7 @@ from kernels import delta_cases, norm_cases, rotary_cases
 from kernels.emulator import emulated, missing
 
 from mlx_qwen35 import load
-from mlx_qwen35.generate import generate
+from mlx_qwen35.generate import batch_generate, generate
 from mlx_qwen35.kernels import add_norm, fused_delta, metal, norm_rotary
 from mlx_qwen35.kernels.gated_delta import DeltaState
 
@@ -109,6 +109,13 @@ def test_memory_after_each_token_ends_in_that_of_the_whole(run: Run, heads, T):
     assert delta_cases.same((out, windows[:, -1], states[:, -1]), run(given.launch))
 
 
+@runs("heads, dtype, T", itertools.product(HEADS, DTYPES, (2, 3, 4)), [(HEADS[0], mx.float16, 4)])
+def test_memories_of_several_tokens_are_to_the_bit_those_of_single_ones(run: Run, heads, dtype, T):
+    given, lengths = delta_cases.case(heads, T, dtype, B=3), [T, 0, T - 1]
+    at_once = run(lambda: given.launch(lengths, snapshots=True))
+    assert delta_cases.same(at_once, run(lambda: given.one_by_one(lengths)))
+
+
 @runs("width, dtype, T", itertools.product(WIDTHS, DTYPES, LENGTHS), [(WIDTHS[0], mx.bfloat16, 17)])
 def test_sum_and_norm_equal_those_of_operations(run: Run, width, dtype, T):
     given = norm_cases.case((2, T, width), dtype)
@@ -191,6 +198,18 @@ def test_nano_generates_the_same_tokens_with_kernels_and_with_operations(run: Ru
 
     fused, plain = both(run, nano(mx.float32, tokens))
     assert fused == plain and len(fused) > 3
+
+
+@runs("depth", [(1,), (2,), (3,)], [(2,)])
+def test_nano_generates_the_same_tokens_with_drafts_on_kernels_and_on_operations(run: Run, depth):
+    def tokens(model, processor) -> list[tuple[int, ...]]:
+        options = {"max_tokens": 12, "seed": 1, "temp": 0.8, "mtp": "on", "mtp_depth": depth}
+        results = batch_generate(model, processor, ["What is 34 + 58?", "Who are you?"], **options)
+        assert all(result.mtp.drafted for result in results)
+        return [result.tokens for result in results]
+
+    fused, plain = both(run, nano(mx.float32, tokens))
+    assert fused == plain
 
 
 @runs("dtype", [(dtype,) for dtype in DTYPES], [(mx.float16,)])

@@ -1,0 +1,201 @@
+"""Decoding with drafts on the kernels: the memory after each token, the tokens of a model, and the check at load."""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+from conftest import load_text_model
+from kernels.delta_cases import DIFFERENT, DTYPES, ODD, REAL, case, same
+from kernels.emulator import Report, emulate, emulated, missing
+
+from mlx_qwen35 import Model, Processor, Result, batch_generate, load
+from mlx_qwen35.drafts import Drafts
+from mlx_qwen35.generate.prefill import Row, read
+from mlx_qwen35.kernels import add_norm, attention, fused_delta, metal, norm_rotary
+from mlx_qwen35.kernels.fused_delta import Heads, verdict
+from mlx_qwen35.random_checkpoint import geometry
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
+DEPTHS = (1, 2, 3)
+NANO = Heads(Hk=2, Hv=4, Dk=32, Dv=32, K=4)
+
+
+@pytest.fixture
+def as_on_a_mac(monkeypatch: pytest.MonkeyPatch) -> Iterator[Report]:
+    """Kernels are taken to be available, and are emulated; the report of their launches."""
+    monkeypatch.setattr(metal, "available", lambda: True)
+    verdicts = (verdict, add_norm.verdict, norm_rotary.verdict, attention.fused_verdict)
+    for known in verdicts:
+        known.cache_clear()
+    with emulated() as report:
+        yield report
+    for known in verdicts:
+        known.cache_clear()
+
+
+# --- the memory after each token -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("T", [2, 3, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [ODD, DIFFERENT, pytest.param(REAL, marks=pytest.mark.full)], ids=str)
+def test_memories_of_several_tokens_are_to_the_bit_those_of_single_ones(heads, dtype, T):
+    given, lengths = case(heads, T, dtype, B=3), [T, 0, T - 1]
+    at_once = emulate(lambda: given.launch(lengths, snapshots=True))[0]
+    assert same(at_once, emulate(lambda: given.one_by_one(lengths))[0])
+    _, window, state = emulate(lambda: given.launch(lengths))[0]
+    assert same([array[:, -1] for array in at_once[1:]], [window, state])
+
+
+@pytest.mark.parametrize("T", [2, 4])
+def test_padding_repeats_the_last_memory_and_a_row_without_tokens_keeps_its_own(T):
+    given = case(ODD, T, mx.float16, B=3)
+    real = (mx.arange(T) < mx.array([1, 0, T])[:, None])[..., None]
+    spoiled = replace(given, projected=mx.where(real, given.projected, mx.nan).astype(mx.float16))
+    _, *memories = emulate(lambda: spoiled.launch([1, 0, T], snapshots=True))[0]
+    for memory, before in zip(memories, given.memory, strict=True):
+        for t in range(T):
+            assert same([memory[0, t], memory[1, t]], [memory[0, 0], before[1]])
+
+
+def test_lanes_in_backward_order_give_the_same_memories():
+    given = case(ODD, 4, mx.float16, B=2)
+    forward, backward = (
+        emulate(lambda: given.launch([4, 2], snapshots=True), order=order)[0] for order in ("forward", "backward")
+    )
+    assert same(forward, backward)
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+def drafted(nano: tuple[Model, Processor], questions: list[str], depth: int, **options) -> list[Result]:
+    return batch_generate(*nano, questions, mtp="on", mtp_depth=depth, enable_thinking=False, **options)
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("questions", [["Who are you?"], ["What is 34 + 58?", "Who are you?"]], ids=["one", "batch"])
+def test_nano_generates_the_same_tokens_with_drafts_on_the_kernels(as_on_a_mac, monkeypatch, questions, depth):
+    nano, options = load("nano"), {"temp": 0.8, "seed": 1, "max_tokens": 9, "prefill_step_size": 13}
+    before = len(as_on_a_mac.launches)
+    fused = drafted(nano, questions, depth, **options)
+    launches = len(as_on_a_mac.launches)
+    assert launches > before and len({len(result.tokens) for result in fused}) == len(questions)
+    monkeypatch.setattr(metal, "available", lambda: False)
+    plain = batch_generate(*nano, questions, mtp="off", enable_thinking=False, **options)
+    assert [result.tokens for result in fused] == [result.tokens for result in plain]
+    assert [result.mtp for result in fused] == [result.mtp for result in drafted(nano, questions, depth, **options)]
+    assert len(as_on_a_mac.launches) == launches
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_step_with_drafts_has_one_launch_for_each_layer_and_sum(as_on_a_mac, checkpoint_folder, depth):
+    model = load_text_model(checkpoint_folder(geometry("tiny")))
+    cache = model.make_cache()
+    model.hidden(mx.array([[5, 6, 7]]), cache)
+    before = len(as_on_a_mac.launches)
+    mx.eval(model.hidden(mx.array([[8, 9, 10, 11][: 1 + depth]]), cache, stepwise=True))
+    names = [launch.name for launch in as_on_a_mac.launches[before:]]
+    assert len(names) == 3 + 1 + 8  # three DeltaNet layers, one other, eight sums
+
+
+@pytest.mark.parametrize("kept", [[1, 4], [3, 0], [4, 4], [2, 2]], ids=str)
+def test_what_is_kept_of_a_pass_on_the_kernels_is_what_single_tokens_leave(as_on_a_mac, checkpoint_folder, kept):
+    model = load_text_model(checkpoint_folder(geometry("tiny")))
+    tokens = mx.array([[8, 9, 10, 11], [21, 22, 23, 24]])
+
+    def begun():
+        cache = model.make_cache(2)
+        read(model, cache, [Row(range(40, 49)), Row(range(60, 64))], 64)
+        return cache
+
+    cache, single = begun(), begun()
+    place = cache.place
+    model.hidden(tokens, cache, [4 if n else 0 for n in kept], stepwise=True)
+    cache.keep(place, kept)
+    for t in range(max(kept)):
+        model.hidden(tokens[:, t : t + 1], single, [int(n > t) for n in kept])
+    assert cache.place[:3] == single.place[:3]
+    for layer in range(3):
+        for ours, theirs in zip(cache.layers[layer].memory, single.layers[layer].memory, strict=True):
+            assert mx.abs(ours - theirs).max().item() < 1e-4  # products of many rows round otherwise than of one
+
+
+def test_the_head_reads_and_drafts_the_same_on_the_kernels(as_on_a_mac, monkeypatch, checkpoint_folder):
+    model = load_text_model(checkpoint_folder(geometry("tiny")))
+
+    def logits() -> mx.array:
+        cache, found = model.make_cache(2), []
+        cache.drafts = Drafts(model, cache.row_lengths)
+        read(model, cache, [Row(range(40, 60)), Row(range(60, 64))], 7)
+
+        def draw(logits: mx.array, _) -> mx.array:
+            found.append(logits)
+            return mx.argmax(logits, axis=-1)
+
+        cache.drafts.propose(model, mx.array([[8], [9]]), [1, 1], 3, draw)
+        return mx.concatenate(found, axis=1)
+
+    before = len(as_on_a_mac.launches)
+    fused = logits()
+    mx.eval(fused)
+    # Three chunks through the model and the head, then three drafts: of the head one norm_rotary and two sums each.
+    assert len(as_on_a_mac.launches) - before == 3 * (12 + 3) + 3 * 3
+    monkeypatch.setattr(metal, "available", lambda: False)
+    assert mx.abs(fused - logits()).max().item() < 1e-4
+
+
+# --- the check at load -----------------------------------------------------------------------------------------------
+
+AT = "const size_t at = (size_t(batch) * T + start + s) * VALUE_HEADS + head;"
+WRONG = {
+    "the last state in all slots": (
+        AT + "\n        const size_t row", AT + "\n        if (s + 1 < count) continue;\n        const size_t row"
+    ),
+    "the first window in all slots": ("min(p + 1, length) : length", "min(1, length) : length"),
+    "the last window in all slots": ("SNAPSHOTS ? min(p + 1, length) : length", "length"),
+    "the states a token late": (AT, AT.replace("start + s)", "max(start + s - 1, 0))")),
+    "the states of a stage in its first slots": (AT, AT.replace("start + s)", "s)")),
+    "nothing written to the states": (
+        "        S[n][i] = fma(k[i], float4(change), S[n][i] * decay);\n",
+        "        S[n][i] = fma(k[i], float4(SNAPSHOTS ? 0.0f : change), S[n][i] * decay);\n",
+    ),
+    "the states rounded": (
+        "        for (int m = 0; m < MINE; ++m) {\n            to[i * PARTS + m * LANES + part] = S[n][i * MINE + m];",
+        "        for (int m = 0; m < MINE; ++m) {\n"
+        "            to[i * PARTS + m * LANES + part] = float4(half4(S[n][i * MINE + m]));",
+    ),
+}  # fmt: skip
+FIRST = ["the last state in all slots", "the last window in all slots"]
+REST = [pytest.param(name, marks=pytest.mark.full) for name in WRONG if name not in FIRST]
+
+
+@pytest.mark.parametrize("fault", [*FIRST, *REST])
+def test_a_kernel_whose_snapshots_are_wrong_is_switched_off_with_a_warning(as_on_a_mac, monkeypatch, fault):
+    right, wrong = WRONG[fault]
+    real = metal.source
+    text = real("gated_delta")
+    assert text.count(right) == 1
+    broken = text.replace(right, wrong)
+    monkeypatch.setattr(metal, "source", lambda name: broken if name == "gated_delta" else real(name))
+    metal._kernel.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"gated_delta is switched off: its memory after token 1[89] has other"):
+        assert not verdict(NANO, mx.float32)
+    metal._kernel.cache_clear()
+
+
+def test_the_check_at_load_launches_snapshots(as_on_a_mac, monkeypatch):
+    launched = []
+    real = fused_delta.fused_gated_delta
+
+    def spy(*arguments, **options):
+        launched.append((arguments[0][0].shape[1], options.get("snapshots", False)))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(fused_delta, "fused_gated_delta", spy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert verdict(NANO, mx.float32)
+    assert (20, True) in launched and {T for T, snapshots in launched if not snapshots} == {19, 1, 20}

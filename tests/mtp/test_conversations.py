@@ -1,0 +1,266 @@
+"""Conversations with drafts: each turn as without, the draft head's memory where the model's is."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_qwen35 import Model, Processor, generate, load, stream_generate
+from mlx_qwen35.cache import Cache
+from mlx_qwen35.conversation import Conversation
+from mlx_qwen35.drafts import Drafts
+from mlx_qwen35.generate import see
+from mlx_qwen35.generate.prefill import Row, read
+from mlx_qwen35.prompt import Prompt
+
+PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
+SHAPES, TRIANGLE, MOVING = (PICTURES / name for name in ("shapes.png", "triangle.png", "moving.mp4"))
+TURNS = [
+    [{"type": "image", "image": TRIANGLE}, {"type": "text", "text": "What shape is it?"}],
+    "And what colour is it?",
+    "What is 34 + 58?",
+    [{"type": "video", "video": MOVING}, {"type": "text", "text": "Which way does the circle move?"}],
+    [{"type": "image", "image": SHAPES}, {"type": "text", "text": "What do you see?"}],
+]
+QUESTIONS = ["What is 34 + 58?", "Who are you?", "What is 12 + 9?"]
+
+
+@pytest.fixture(scope="module")
+def nano() -> tuple[Model, Processor]:
+    return load("nano")
+
+
+def said(conversation: Conversation, content: Any) -> tuple[int, ...]:
+    for _ in conversation.send(content):
+        pass
+    return conversation.result.tokens
+
+
+def memory(drafts: Drafts) -> np.ndarray:
+    """Keys and values of the pairs that were read, holes left out: (pairs, ...)."""
+    arrays, real = drafts.cache.arrays(), drafts.cache.real
+    both = np.concatenate([np.array(arrays[f"layers.0.{name}"][0]) for name in ("keys", "values")])
+    return (both if real is None else both[:, np.array(real[0])]).swapaxes(0, 1)
+
+
+def fresh(model: Model, rows: Sequence[Row]) -> Drafts:
+    """The head's side of a cache that reads all at once."""
+    cache = model.make_cache(len(rows))
+    cache.drafts = Drafts(model, cache.row_lengths)
+    read(model, cache, rows, 512)
+    return cache.drafts
+
+
+def assert_same_memory(model: Model, drafts: Drafts, rows: Sequence[Row]) -> None:
+    """The head has read the pairs of these tokens, all and no others, and waits with the same hidden state."""
+    known = fresh(model, rows)
+    drafts.flush(model)
+    assert drafts.followed == known.followed
+    np.testing.assert_allclose(memory(drafts), memory(known), atol=1e-4, rtol=0)
+    np.testing.assert_allclose(np.array(drafts.hidden), np.array(known.hidden), atol=1e-4, rtol=0)
+    assert following(drafts) == following(known)
+
+
+def following(drafts: Drafts) -> list[list[int]]:
+    """(3, B): where the next pair stands."""
+    if drafts.position is None:
+        return [drafts.cache.next_positions] * 3
+    return drafts.position.tolist()
+
+
+def model_has_read(conversation: Conversation) -> list[Row]:
+    """The last prompt and the answer, as far as the model has read them."""
+    messages = conversation.messages[:-1]
+    prompt = conversation.processor.encode_messages(messages, conversation.vision, **conversation._template)
+    whole = prompt.tokens + conversation.result.tokens
+    return see(conversation.model, [Prompt(whole[: conversation.cache.row_lengths[0]], False, prompt.media)])
+
+
+# --- turns -----------------------------------------------------------------------------------------------------------
+
+
+FULL = pytest.mark.full
+
+
+@pytest.mark.parametrize(
+    ("thinking", "depth"),
+    [(False, 1), (True, 3), *(pytest.param(*case, marks=FULL) for case in ((False, 2), (False, 3), (True, 1)))],
+)
+def test_turns_are_answered_alike_with_drafts(nano, thinking, depth):
+    options = {"enable_thinking": thinking, "temp": 0.9, "seed": 2}
+    plain = Conversation(*nano, mtp="off", **options)
+    drafted = Conversation(*nano, mtp="on", mtp_depth=depth, **options)
+    for content in TURNS:
+        assert said(drafted, content) == said(plain, content)
+        assert drafted.cache.row_lengths == plain.cache.row_lengths and drafted.reused == plain.reused
+
+
+def test_the_head_has_read_each_turn_whole(nano):
+    conversation = Conversation(*nano, enable_thinking=False, mtp="on", mtp_depth=2, temp=0)
+    for content in TURNS:
+        said(conversation, content)
+        drafts = conversation.cache.drafts
+        assert list(drafts.followed) == conversation.cache.row_lengths
+        assert_same_memory(nano[0], drafts, model_has_read(conversation))
+
+
+def test_the_head_goes_back_with_the_model(nano):
+    conversation = Conversation(*nano, enable_thinking=False, mtp="on", mtp_depth=3, temp=0)
+    for content in TURNS:
+        said(conversation, content)
+        conversation.cache.restore(conversation._snapshot)
+        drafts = conversation.cache.drafts
+        assert list(drafts.followed) == conversation.cache.row_lengths == [len(conversation._read.tokens)]
+        assert_same_memory(nano[0], drafts, see(nano[0], [conversation._read]))
+
+
+def test_the_head_goes_back_to_a_place_that_another_branch_has_overwritten(nano):
+    model, _ = nano
+    start, first, second = ([[20 + (7 * i + j) % 900 for i in range(12)] for j in range(3)])
+    cache = model.make_cache()
+    cache.drafts = Drafts(model, [0])
+    read(model, cache, [Row(start)], 5)
+    before = cache.snapshot()
+    read(model, cache, [Row(first)], 5)
+    after = cache.snapshot()
+    cache.restore(before)
+    read(model, cache, [Row(second)], 5)
+    assert_same_memory(model, cache.drafts, [Row(start + second)])
+    cache.restore(after)
+    assert_same_memory(model, cache.drafts, [Row(start + first)])
+    cache.restore(before)
+    assert_same_memory(model, cache.drafts, [Row(start)])
+
+
+def test_a_turn_that_was_stopped_early_leaves_the_head_where_the_model_is(nano):
+    conversation = Conversation(*nano, mtp="on", mtp_depth=3, temp=0)
+    for taken in (1, 2, 5):
+        for _ in itertools.islice(conversation.send(TURNS[0]), taken):
+            pass
+        drafts = conversation.cache.drafts
+        assert list(drafts.followed) == conversation.cache.row_lengths
+        assert conversation.result.finish_reason == "interrupted"
+        assert_same_memory(nano[0], drafts, model_has_read(conversation))
+
+
+# --- off and on again ------------------------------------------------------------------------------------------------
+
+
+def test_drafts_may_be_off_for_a_turn_and_on_again(nano):
+    options = {"enable_thinking": False, "temp": 0.9, "seed": 2}
+    plain, mixed = Conversation(*nano, mtp="off", **options), Conversation(*nano, mtp="on", **options)
+    gap = 0
+    for content, mode in zip(TURNS, ("on", "off", "on", "on", "off"), strict=True):
+        mixed._options["mtp"] = mode
+        assert said(mixed, content) == said(plain, content)
+        assert bool(mixed.result.mtp.drafted) == (mode == "on")
+        drafts, length = mixed.cache.drafts, mixed.cache.row_lengths[0]
+        if mode == "off":
+            assert drafts is None
+            gap = len(mixed._read.tokens)
+            continue
+        assert drafts.followed == (length,)
+        drafts.flush(mixed.model)
+        assert drafts.cache.row_lengths == [length - 1 - gap]
+        assert following(drafts) == [[position - 1] for position in mixed.cache.next_positions * 3]
+
+
+def test_a_head_that_starts_anew_reads_the_rest_of_the_text_at_its_positions(nano):
+    """Keys of pairs behind a gap are those of the pairs of the whole text."""
+    model, _ = nano
+    conversation = Conversation(*nano, enable_thinking=False, mtp="off", temp=0)
+    said(conversation, TURNS[0])
+    said(conversation, TURNS[1])
+    conversation._options["mtp"] = "on"
+    said(conversation, TURNS[2])
+    drafts = conversation.cache.drafts
+    drafts.flush(model)
+    late, whole = memory(drafts), memory(fresh(model, model_has_read(conversation)))
+    assert 0 < len(late) < len(whole)
+    np.testing.assert_allclose(late, whole[-len(late) :], atol=1e-4, rtol=0)
+
+
+# --- cache= ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("modes", [("on", "on", "on"), ("on", "off", "on"), ("off", "on", "off")], ids=" ".join)
+def test_a_text_goes_on_in_a_cache_alike_with_drafts(nano, modes):
+    options = {"temp": 0.9, "seed": 5, "max_tokens": 9}
+    plain, mixed = nano[0].make_cache(), nano[0].make_cache()
+    for question, mode in zip(QUESTIONS, modes, strict=True):
+        want = generate(*nano, question, cache=plain, mtp="off", **options)
+        found = generate(*nano, question, cache=mixed, mtp=mode, **options)
+        assert found.tokens == want.tokens
+        assert mixed.row_lengths == plain.row_lengths and mixed.next_positions == plain.next_positions
+        assert mixed.drafts is None if mode == "off" else list(mixed.drafts.followed) == mixed.row_lengths
+
+
+def test_a_head_that_the_model_left_behind_starts_anew(nano):
+    cache = nano[0].make_cache()
+    options = {"cache": cache, "mtp": "on", "temp": 0, "max_tokens": 5}
+    generate(*nano, QUESTIONS[0], **options)
+    nano[0].hidden(mx.array([[30, 31, 32]]), cache)  # as a caller may
+    before = cache.drafts
+    generate(*nano, QUESTIONS[1], **options)
+    assert cache.drafts is not before and list(cache.drafts.followed) == cache.row_lengths
+
+
+def test_the_head_follows_a_text_that_goes_on_in_a_cache(nano):
+    model, processor = nano
+    cache, tokens = model.make_cache(), ()
+    for question in QUESTIONS:
+        result = generate(*nano, question, cache=cache, mtp="on", mtp_depth=3, temp=0, max_tokens=9)
+        prompt = processor.encode_messages([{"role": "user", "content": question}]).tokens
+        tokens = (tokens + prompt + result.tokens)[: cache.row_lengths[0]]
+        assert_same_memory(model, cache.drafts, [Row(tokens)])
+
+
+# --- several at once -------------------------------------------------------------------------------------------------
+
+
+def in_turn(*streams: Iterator[Any]) -> list[str]:
+    """The texts of several generations that are advanced by one piece each, in turn."""
+    texts = [""] * len(streams)
+    for pieces in itertools.zip_longest(*streams):
+        texts = [text + str(piece or "") for text, piece in zip(texts, pieces, strict=True)]
+    return texts
+
+
+@pytest.mark.parametrize("depths", [(1, 3), pytest.param((2, 2), marks=FULL), (3, None)])
+def test_generations_that_take_turns_give_what_each_gives_alone(nano, depths):
+    asked = []
+    for question, depth, image in zip(QUESTIONS, depths, ([], [SHAPES]), strict=False):
+        mode = {"mtp": "on", "mtp_depth": depth} if depth else {"mtp": "off"}
+        asked.append(({"prompt": question, "images": image, "temp": 1.0, "max_tokens": 12}, mode))
+    alone = ["".join(map(str, stream_generate(*nano, seed=3, mtp="off", **options))) for options, _ in asked]
+    together = in_turn(*(stream_generate(*nano, seed=3, **options, **mode) for options, mode in asked))
+    assert together == alone and all(alone)
+
+
+def test_conversations_that_take_turns_give_what_each_gives_alone(nano):
+    options = {"temp": 0.9, "seed": 2, "enable_thinking": False, "max_tokens": 12}
+    alone = [Conversation(*nano, mtp="off", **options) for _ in range(2)]
+    turns = TURNS[:3], TURNS[2:]
+    want = [[said(conversation, content) for content in own] for conversation, own in zip(alone, turns, strict=True)]
+    both = [Conversation(*nano, mtp="on", mtp_depth=depth, **options) for depth in (2, 3)]
+    found: list[list[tuple[int, ...]]] = [[], []]
+    for contents in zip(*turns, strict=True):
+        in_turn(*(one.send(content) for one, content in zip(both, contents, strict=True)))
+        for one, answers in zip(both, found, strict=True):
+            answers.append(one.result.tokens)
+            assert list(one.cache.drafts.followed) == one.cache.row_lengths
+    assert found == want
+
+
+def test_caches_share_no_memory_of_the_head(nano):
+    model, _ = nano
+    first: Cache = model.make_cache()
+    first.drafts = Drafts(model, [0])
+    read(model, first, [Row(range(20, 40))], 512)
+    before = mx.array(first.drafts.cache.layers[0].keys)
+    fresh(model, [Row(range(50, 90))])
+    assert mx.array_equal(first.drafts.cache.layers[0].keys, before)
