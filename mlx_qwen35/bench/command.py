@@ -1,7 +1,7 @@
 """The command.
 
-mlx_qwen35.bench --model FOLDER_OR_ID | --geometry mid [--compare mlx-lm,mlx-vlm,transformers | --vision]
-mlx_qwen35.bench --geometry 4b --dispatches [--recipe mixed] [--compare mlx-lm,mlx-vlm]
+mlx_qwen35.bench --model FOLDER_OR_ID | --geometry mid [--compare mlx-lm,mlx-vlm,transformers | --vision | --mtp]
+mlx_qwen35.bench --geometry 4b --dispatches [--recipe mixed] [--compare mlx-lm,mlx-vlm] [--mtp]
 """
 
 import argparse
@@ -17,7 +17,8 @@ from statistics import median
 
 import mlx.core as mx
 
-from mlx_qwen35.bench import dispatches, vision
+from mlx_qwen35.bench import dispatches, draft_dispatches, mtp, vision
+from mlx_qwen35.bench.expected import expectations
 from mlx_qwen35.bench.measure import OURS, PEERS, ProgramError, Settings, measure, started, summarize
 from mlx_qwen35.bench.report import describe_machine, draw, format_table, write_json
 from mlx_qwen35.checkpoint import Checkpoint, open_checkpoint
@@ -25,12 +26,14 @@ from mlx_qwen35.commands import as_command
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.hub import resolve
 from mlx_qwen35.load import DTYPES, choose_dtype, has_tower
+from mlx_qwen35.names import MTP
 from mlx_qwen35.random_checkpoint import GEOMETRIES, geometry, write_random_checkpoint
 
-# The options of each of the three modes, and their defaults; None is no default.
+# The options of each of the modes, and their defaults; None is no default.
 _SPEED = {"prompt_lengths": (128, 1024), "decode_tokens": 32, "repeats": 5, "compare": (), "plot": None}
 _VISION = {"image_megapixels": (1, 4, 16), "clip_frames": (8, 64, 512), "clip_size": (512, 512)}
-_DISPATCHES = {"compare": (), "recipe": "uniform"}
+_MTP = {"decode_tokens": 512, "repeats": 3, "revision": None, "dtype": None}
+_DISPATCHES = {"compare": (), "recipe": "uniform", "mtp": False}
 _WITH_WEIGHTS = {"revision": None, "dtype": None, "prefill_step_size": 1024}  # of the first two
 
 
@@ -69,13 +72,13 @@ def _peers(text: str) -> tuple[str, ...]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mlx_qwen35.bench",
-        description="Measure prefill and decode speed on this machine, beside other programs on the same weights, or "
-        "the memory that images and clips take; or count GPU launches and the bytes that they move. Each program, and "
-        "each image or clip, has a process of its own, all in turn. Ends with status 1 if one that was asked for could "
-        "not run.",
+        description="Measure prefill and decode speed on this machine, beside other programs on the same weights, the "
+        "memory that images and clips take, or what drafts of the MTP head gain; or count GPU launches and the bytes "
+        "that they move. Each program, and each image or clip, has a process of its own, all in turn. Ends with status "
+        "1 if one that was asked for could not run.",
     )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", help="local folder, Hugging Face id, or nano")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--model", help="local folder, Hugging Face id, or nano, which is the default with --mtp")
     source.add_argument("--geometry", choices=GEOMETRIES, help="random weights of this size, removed afterwards")
     parser.add_argument("--revision", help="branch, tag or commit of the Hugging Face id")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: float32 on the CPU, else the checkpoint's")
@@ -83,8 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, help="file for everything that was measured")
     speed = parser.add_argument_group("speed, which is measured without --vision")
     speed.add_argument("--prompt-lengths", type=_lengths, help="default 128,1024")
-    speed.add_argument("--decode-tokens", type=_positive, help="tokens timed after the first; default 32")
-    speed.add_argument("--repeats", type=_positive, help="rounds, each program once in each; default 5")
+    speed.add_argument("--decode-tokens", type=_positive, help="tokens timed after the first; default 32, --mtp: 512")
+    speed.add_argument("--repeats", type=_positive, help="rounds, each program once in each; default 5, --mtp: 3")
     speed.add_argument("--compare", type=_peers, help=f"some of {','.join(PEERS)}")
     speed.add_argument("--plot", type=Path, help="PNG file for the speeds over the prompt lengths; needs matplotlib")
     memory = parser.add_argument_group("memory of images and clips")
@@ -102,10 +105,11 @@ def _parser() -> argparse.ArgumentParser:
         type=_size,
         help="of every clip; default 512x512, of which 8 frames fill a pass over the prompt",
     )
+    said = "measure what they gain here, and what is expected of Macs; with --dispatches, count a step with drafts"
+    parser.add_argument_group("drafts of the MTP head").add_argument("--mtp", action="store_true", help=said)
     graph = parser.add_argument_group("GPU launches")
-    graph.add_argument(
-        "--dispatches", action="store_true", help="count those of one decoded token, by --geometry, on any machine"
-    )
+    said = "count those of one decoded token, by --geometry, on any machine"
+    graph.add_argument("--dispatches", action="store_true", help=said)
     graph.add_argument(
         "--recipe",
         choices=tuple(dispatches.RECIPES),
@@ -120,8 +124,11 @@ def _choose_mode(options: argparse.Namespace) -> None:
     if options.dispatches:
         _check_dispatches(options)
         mode = _DISPATCHES
+    elif options.mtp:
+        _check_idle(options, "--mtp", _MTP)
+        mode = _MTP
     else:
-        if idle := _given(options, [name for name in _DISPATCHES if name not in _SPEED]):
+        if idle := _given(options, ["recipe"]):
             raise InputError(f"{idle} has no effect without --dispatches. Add that, or leave it out")
         mode, other = (_VISION, _SPEED) if options.vision else (_SPEED, _VISION)
         if idle := _given(options, other):
@@ -145,12 +152,16 @@ def _given(options: argparse.Namespace, names: Iterable[str]) -> str | None:
     return f"--{given[0].replace('_', '-')}" if given else None
 
 
+def _check_idle(options: argparse.Namespace, mode: str, own: Iterable[str]) -> None:
+    every = ("vision", *_SPEED, *_VISION, *_WITH_WEIGHTS, "recipe")
+    if idle := _given(options, [name for name in every if name not in own]):
+        raise InputError(f"{idle} has no effect with {mode}. Leave one of them out")
+
+
 def _check_dispatches(options: argparse.Namespace) -> None:
     if options.model:
         raise InputError("--dispatches counts for a geometry, without weights; give --geometry in the place of --model")
-    others = [name for name in ("vision", *_SPEED, *_VISION, *_WITH_WEIGHTS) if name not in _DISPATCHES]
-    if idle := _given(options, others):
-        raise InputError(f"{idle} has no effect with --dispatches. Leave one of them out")
+    _check_idle(options, "--dispatches", _DISPATCHES)
     if wrong := [name for name in options.compare or () if name not in dispatches.COUNTED]:
         raise InputError(f"--dispatches can compare with {', '.join(dispatches.COUNTED)}, got {', '.join(wrong)}")
 
@@ -163,7 +174,7 @@ def _checkpoint(options: argparse.Namespace) -> Iterator[Path]:
         return
     dtype = options.dtype or ("float32" if mx.default_device() == mx.cpu else "bfloat16")
     with tempfile.TemporaryDirectory(prefix="mlx_qwen35-bench-") as folder:
-        yield write_random_checkpoint(Path(folder), geometry(options.geometry), dtype=DTYPES[dtype], mtp=False)
+        yield write_random_checkpoint(Path(folder), geometry(options.geometry), dtype=DTYPES[dtype], mtp=options.mtp)
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
@@ -187,7 +198,7 @@ def bench(options: argparse.Namespace) -> dict[str, str]:
         return _dispatches(options)
     with _checkpoint(options) as folder:
         model = options.model or f"random weights of geometry {options.geometry}"
-        return (_vision if options.vision else _speed)(options, folder, model)
+        return (_mtp if options.mtp else _vision if options.vision else _speed)(options, folder, model)
 
 
 def _dtype(options: argparse.Namespace, checkpoint: Checkpoint) -> str:
@@ -233,6 +244,19 @@ def _vision(options: argparse.Namespace, folder: Path, model: str) -> dict[str, 
     return failures
 
 
+def _mtp(options: argparse.Namespace, folder: Path, model: str) -> dict[str, str]:
+    checkpoint = open_checkpoint(folder)
+    if not checkpoint.has(MTP):
+        raise InputError(f"--mtp needs a checkpoint with a draft head (tensors mtp.*); {model} has none")
+    settings = mtp.Settings(options.decode_tokens, options.repeats, _dtype(options, checkpoint))
+    found = mtp.measure_mtp(folder, settings, bool(options.model), _progress)
+    expected = expectations({f"{model}, measured here": found.acceptance["shares"]}) if options.model else []
+    print(mtp.format_mtp(model, checkpoint.config.text, settings, found, expected))
+    if options.json:
+        mtp.write_mtp(options.json, model, settings, found, expected)
+    return {}
+
+
 def _dispatches(options: argparse.Namespace) -> dict[str, str]:
     counts: dict[str, dispatches.Dispatches] = {}
     failures: dict[str, str] = {}
@@ -243,10 +267,13 @@ def _dispatches(options: argparse.Namespace) -> dict[str, str]:
             failures[program] = str(error)
     if OURS in failures:
         raise InputError(f"{OURS} could not be counted: {failures[OURS]}")
+    drafts = draft_dispatches.count_drafts(geometry(options.geometry), options.recipe) if options.mtp else None
     title = f"dispatches of one decoded token, geometry {options.geometry}, {options.recipe} recipe"
     print(dispatches.format_dispatches(title, counts))
+    if drafts:
+        print(f"\n{draft_dispatches.format_drafts(drafts)}")
     if options.json:
-        dispatches.write_dispatches(options.json, options.recipe, counts)
+        dispatches.write_dispatches(options.json, options.recipe, counts, drafts)
     return failures
 
 
@@ -256,7 +283,12 @@ def _progress(line: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if not (options.model or options.geometry):
+        if options.dispatches or not options.mtp:
+            parser.error("one of the arguments --model --geometry is required")
+        options.model = "nano"
     with as_command("mlx_qwen35.bench", tuned=False):
         failures = bench(options)
     if failures:

@@ -1,4 +1,5 @@
 """The graph of one decoded token: python dispatch_worker.py PROGRAM BITS, config.json on stdin, nodes on stdout.
+With a number as third argument that of a step of our decoding with so many drafts, see draft_step.py.
 
 BITS and nodes are JSON. BITS says how matrices are packed whose name ends so, those not named have 4 bits:
 {"linear_attn.out_proj": 8, "linear_attn.in_proj_a": null} is 8 bits, and not packed.
@@ -145,12 +146,12 @@ def _hollow_peer(model: Any, bits: Bits) -> Any:
     return model.eval()
 
 
-def build_mlx_qwen35(config: dict[str, Any], bits: Bits) -> Network:
+def _our_weights(config: dict[str, Any], bits: Bits, drafts: bool = False) -> tuple[Any, Any]:
+    """The text config, and the weights of the text model, with drafts the head's too, as zeros."""
     sys.path.append(str(Path(__file__).parents[2]))  # for a checkout that is not installed
-    from mlx_qwen35.checkpoint import Quantization, is_zero_centred, text_shapes
+    from mlx_qwen35.checkpoint import Quantization, is_zero_centred, mtp_shapes, text_shapes
     from mlx_qwen35.config import parse_config
     from mlx_qwen35.kernels import metal
-    from mlx_qwen35.model import Model
     from mlx_qwen35.weights import Weights
 
     metal.check = lambda name, disagreement: True  # as on a Mac where the kernels agree; nothing is computed here
@@ -161,7 +162,7 @@ def build_mlx_qwen35(config: dict[str, Any], bits: Bits) -> Network:
         return Quantization(GROUP_SIZE, number, "affine") if number else None
 
     arrays = {}
-    for name, shape in text_shapes(text).items():
+    for name, shape in (text_shapes(text) | (mtp_shapes(text) if drafts else {})).items():
         if len(shape) == 2 and (packed := packing(name)):
             parts = packed.parts(shape).items()
             stem = name.removesuffix("weight")
@@ -169,9 +170,31 @@ def build_mlx_qwen35(config: dict[str, Any], bits: Bits) -> Network:
         else:
             narrow = len(shape) > 1 or is_zero_centred(name) or name.endswith("dt_bias")
             arrays[name] = blank(shape, mx.bfloat16 if narrow else mx.float32)
-    model = _hollow(Model(text, Weights(arrays, packing, mx.bfloat16, text.rms_norm_eps)))
+    return text, Weights(arrays, packing, mx.bfloat16, text.rms_norm_eps)
+
+
+def _our_model(text: Any, weights: Any) -> Any:
+    from mlx_qwen35.model import Model
+
+    model = _hollow(Model(text, weights))
     mx.eval(model.rotary.frequencies, model.rotary.axes)
+    return model
+
+
+def build_mlx_qwen35(config: dict[str, Any], bits: Bits) -> Network:
+    model = _our_model(*_our_weights(config, bits))
     return Network(model, model.make_cache, model)
+
+
+def draft_step(config: dict[str, Any], bits: Bits, depth: int) -> dict[str, Any]:
+    """Record a step of our decoding with so many drafts, to its tokens and the memory it leaves."""
+    text, weights = _our_weights(config, bits, drafts=True)
+    from mlx_qwen35.bench.draft_step import record_step
+    from mlx_qwen35.mtp import MultiTokenPrediction
+
+    return record_step(
+        _our_model(text, weights), _hollow(MultiTokenPrediction(text, weights.at("mtp"))), depth, _forget
+    )
 
 
 def build_mlx_lm(config: dict[str, Any], bits: Bits) -> Network:
@@ -202,15 +225,17 @@ def build_mlx_vlm(config: dict[str, Any], bits: Bits) -> Network:
 BUILDERS = {"mlx_qwen35": build_mlx_qwen35, "mlx-lm": build_mlx_lm, "mlx-vlm": build_mlx_vlm}
 
 
-def serve(name: str, bits: Bits, config: TextIO, replies: TextIO) -> None:
+def serve(name: str, bits: Bits, depth: int | None, config: TextIO, replies: TextIO) -> None:
     markers.prepare()
-    json.dump(one_token(BUILDERS[name](json.load(config), bits)), replies)
+    given = json.load(config)
+    json.dump(one_token(BUILDERS[name](given, bits)) if depth is None else draft_step(given, bits, depth), replies)
 
 
 def main() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not come between
-    serve(sys.argv[1], json.loads(sys.argv[2]), sys.stdin, replies)
+    name, bits, *depth = sys.argv[1:]
+    serve(name, json.loads(bits), int(depth[0]) if depth else None, sys.stdin, replies)
     replies.close()
 
 

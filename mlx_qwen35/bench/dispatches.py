@@ -19,7 +19,7 @@ from typing import Any
 from mlx_qwen35.bench.byte_rule import Bytes, moved
 from mlx_qwen35.bench.dispatch_rule import BOUNDARY, Node, launches, left_out, stands_for
 from mlx_qwen35.bench.layout import Layout, fresh
-from mlx_qwen35.bench.measure import ProgramError
+from mlx_qwen35.bench.measure import OURS, ProgramError
 from mlx_qwen35.bench.report import align
 from mlx_qwen35.config import parse_config
 
@@ -159,13 +159,19 @@ class Dispatches:
 
 def count_program(program: str, config: Mapping[str, Any], recipe: str = "uniform") -> Dispatches:
     """Count one token of a model with this config.json. ProgramError where the program cannot record it."""
+    return by_kind(recorded(program, config, recipe), parse_config(config).text.layer_types)
+
+
+def recorded(program: str, config: Mapping[str, Any], recipe: str, depth: int | None = None) -> list[dict[str, Any]]:
+    """The nodes of a token; with a depth, of a step of our decoding with so many drafts."""
     worker = str(Path(__file__).with_name("dispatch_worker.py"))
-    command = [sys.executable, "-P", worker, program, json.dumps(RECIPES[recipe])]
+    steps = [] if depth is None else [str(depth)]
+    command = [sys.executable, "-P", worker, program, json.dumps(RECIPES[recipe]), *steps]
     done = subprocess.run(command, input=json.dumps(config), capture_output=True, text=True)
     if done.returncode:
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
         raise ProgramError(program, f"{said[-1]} (ended with code {done.returncode})")
-    return by_kind(json.loads(done.stdout)["nodes"], parse_config(config).text.layer_types)
+    return json.loads(done.stdout)["nodes"]
 
 
 def by_kind(nodes: Sequence[Mapping[str, Any]], layer_types: Sequence[str]) -> Dispatches:
@@ -228,8 +234,13 @@ def _operations(found: Dispatches) -> list[tuple[str, ...]]:
     ]
 
 
-def write_dispatches(path: Path, recipe: str, counts: Mapping[str, Dispatches]) -> None:
-    """Everything counted, as JSON by program; figures of layers are of all layers of the kind."""
+def write_dispatches(
+    path: Path, recipe: str, counts: Mapping[str, Dispatches], drafts: Mapping[int, Counter[str]] | None = None
+) -> None:
+    """Everything counted, as JSON by program; figures of layers are of all layers of the kind.
+
+    drafts: of our steps with drafts, launches by part, by depth.
+    """
     content = {
         program: {
             "dispatches_per_token": found.total,
@@ -249,4 +260,6 @@ def write_dispatches(path: Path, recipe: str, counts: Mapping[str, Dispatches]) 
         }
         for program, found in counts.items()
     }
+    if drafts:
+        content[OURS]["steps_with_drafts"] = {depth: dict(own) for depth, own in drafts.items()}
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

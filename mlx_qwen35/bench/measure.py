@@ -36,7 +36,7 @@ class Worker:
         )
         self.environment = self._reply()
 
-    def ask(self, **request: int) -> dict[str, Any]:
+    def ask(self, **request: Any) -> dict[str, Any]:
         """Send a request and wait for its answer. Raises ProgramError when the process ends instead."""
         with suppress(BrokenPipeError):  # if the process has ended, the reply says why
             print(json.dumps(request), file=self._process.stdin, flush=True)

@@ -3,6 +3,7 @@
 The first line out says that the model is loaded, each further one answers a request: {"prompt", "decode", "step"} runs
 the model once, {"products": passes} times the linear maps alone. What fails ends the process with its traceback.
 The program "vision" is ours with its tower, and answers {"frames", "height", "width", "step"}: see vision_program.py.
+The program "mtp" is ours with its draft head: see mtp_program.py for what it answers.
 
 Started as a script, not as a module, so that a program meets nothing of the others: each imports its own.
 
@@ -123,6 +124,15 @@ def load_vision(folder: Path, dtype: str) -> Any:
     return VisionProgram(folder, dtype)
 
 
+def load_mtp(folder: Path, dtype: str) -> Any:
+    find_us()
+    from mlx_qwen35.bench.mtp_program import MtpProgram
+    from mlx_qwen35.machine import tune
+
+    tune()
+    return MtpProgram(folder, dtype)
+
+
 def load_mlx_qwen35(folder: Path, dtype: str) -> MLXProgram:
     find_us()
     from mlx_qwen35.checkpoint import open_checkpoint
@@ -186,7 +196,7 @@ class Transformers:
 
 LOADERS = {
     "mlx_qwen35": load_mlx_qwen35, "mlx-lm": load_mlx_lm, "mlx-vlm": load_mlx_vlm, "transformers": Transformers,
-    "vision": load_vision,
+    "vision": load_vision, "mtp": load_mtp,
 }  # fmt: skip
 
 
@@ -206,7 +216,9 @@ def max_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def answer(program: Any, vocabulary: int, request: dict[str, int]) -> dict[str, Any]:
+def answer(program: Any, vocabulary: int, request: dict[str, Any]) -> dict[str, Any]:
+    if hasattr(program, "answer"):
+        return program.answer(request)
     if "products" in request:
         return program.products(request["products"])
     if "frames" in request:
