@@ -143,7 +143,22 @@ class Cache:
         for layer in self._delta:
             layer.keep(counts)
         self.place = place.after(max(counts), counts)
+        if min(counts) < max(counts):
+            self._clear_holes(place.length)
         self.close_holes()
+
+    def go_back(self, place: Place, memories: Sequence[DeltaState]) -> None:
+        """To where the cache was before a pass, with what `memories` gave then."""
+        self.place = place
+        for layer, memory in zip(self._delta, memories, strict=True):
+            layer.memory, layer.steps = memory, None
+
+    def _clear_holes(self, start: int) -> None:
+        """Zeros where holes are, from column `start` on: infinity of a guess would survive its weight of 0."""
+        real = self.real[:, None, start:, None]
+        for layer in self._kv:
+            for array in (layer.keys, layer.values):
+                array[:, :, start : self.length] = mx.where(real, array[:, :, start : self.length], 0)
 
     def detach(self) -> None:
         """Let go of what `keep` has taken back: the memory that was kept is part of that of all tokens of the pass."""

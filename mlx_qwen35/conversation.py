@@ -8,7 +8,7 @@ from typing import Any, Unpack
 from mlx_qwen35.cache import Snapshot
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.generate import Generation, Result, see
-from mlx_qwen35.generate.options import Options, check_names, choose_drafts, plan, reading_step, vision_options
+from mlx_qwen35.generate.options import Options, check_names, plan, reading_step, vision_options
 from mlx_qwen35.generate.prefill import read
 from mlx_qwen35.generate.speculate import attach
 from mlx_qwen35.model import Model
@@ -94,17 +94,19 @@ class Conversation:
             read_so_far += tokens
             progress(read_so_far, len(new.tokens))
 
+        unread = prompt.after(len(self._read.tokens))
+        drafts = plan(self._options, self.model, self.processor.greedy, [unread], self.cache.row_lengths).drafts
         step = reading_step(self._options, self.model, [len(prompt.tokens)])
         rows = see(self.model, [new])
         seen = time.perf_counter()
-        attach(self.model, self.cache, choose_drafts(self._options, self.model, [prompt]))
+        drafts = attach(self.model, self.cache, drafts)
         read(self.model, self.cache, rows, step, count)
         self._read, self._snapshot = before, self.cache.snapshot()
         self.reading_seconds = time.perf_counter() - start
         vision_seconds = seen - start if new.media else 0.0
         del rows
         rest = prompt.after(len(before.tokens))
-        generation = Generation(self.model, self.processor, [rest], {**self._options, "cache": self.cache})
+        generation = Generation(self.model, self.processor, [rest], {**self._options, "cache": self.cache}, drafts)
         try:
             for _, piece in generation:
                 yield piece

@@ -119,11 +119,11 @@ def load_model(checkpoint: Checkpoint, dtype: mx.Dtype, name: str) -> Model:
     engaged(model)  # on a Mac, see now and not in the middle of an answer which kernels may be used
     tell_unfit(model)
     if has_tower(checkpoint):
-        model.vision = Vision(lambda: load_tower(checkpoint, dtype))
-    if config.mtp_num_hidden_layers and checkpoint.has(MTP):
+        model.vision = Vision(lambda: load_tower(checkpoint, dtype, model.mtp))
+    if checkpoint.head_fault or (config.mtp_num_hidden_layers and checkpoint.has(MTP)):
         names = [stored for stored, _ in checkpoint.part(mtp_shapes(config))]
-        nbytes = loaded_bytes(checkpoint, names, dtype)
-        model.mtp = DraftHead(lambda: load_draft_head(checkpoint, names, dtype), nbytes)
+        nbytes = 0 if checkpoint.head_fault else loaded_bytes(checkpoint, names, dtype)
+        model.mtp = DraftHead(lambda: load_draft_head(checkpoint, names, dtype), nbytes, checkpoint.head_fault)
     return model.eval()
 
 
@@ -137,11 +137,21 @@ def load_draft_head(checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype) -
     return head.eval()
 
 
-def load_tower(checkpoint: Checkpoint, dtype: mx.Dtype) -> Tower:
-    """Read the vision tensors and build the tower. InputError when they do not fit beside what is in memory."""
+def load_tower(checkpoint: Checkpoint, dtype: mx.Dtype, head: DraftHead | None = None) -> Tower:
+    """Read the vision tensors and build the tower. InputError when they do not fit beside what is in memory.
+
+    head: is given back where the room that it takes is needed.
+    """
     config = checkpoint.config.vision
     names = [stored for stored, _ in checkpoint.part(vision_shapes(config))]
-    check_tower_fits(checkpoint.config.text, dtype, loaded_bytes(checkpoint, names, dtype))
+    nbytes = loaded_bytes(checkpoint, names, dtype)
+    try:
+        check_tower_fits(checkpoint.config.text, dtype, nbytes)
+    except InputError:
+        if head is None or not head.loaded:
+            raise
+        head.release()
+        check_tower_fits(checkpoint.config.text, dtype, nbytes)
     weights = read_weights(checkpoint, names, dtype)
     tower = Tower(config, weights)
     weights.arrays.clear()

@@ -49,16 +49,18 @@ class MultiTokenPrediction(nn.Module):
 
 
 class DraftHead:
-    """The head of a loaded model: read from disk when it is first wanted, and then kept.
+    """The head of a loaded model: read from disk when it is wanted, and given back by `release`.
 
-    `costs` is what rounds of decoding with it were measured to take on this machine, by the number of rows of a batch.
+    `costs` is what rounds of decoding with it were measured to take on this machine, by the number of rows of a batch;
+    `fault` why it cannot be used.
     """
 
-    def __init__(self, load: Callable[[], MultiTokenPrediction], nbytes: int):
+    def __init__(self, load: Callable[[], MultiTokenPrediction], nbytes: int, fault: str | None = None):
         self._load = load
         self._weights: MultiTokenPrediction | None = None
         self.nbytes = nbytes  # in memory, once it is there
         self.costs: dict[int, Costs] = {}
+        self.fault = fault
 
     @property
     def loaded(self) -> bool:
@@ -68,3 +70,9 @@ class DraftHead:
     def weights(self) -> MultiTokenPrediction:
         self._weights = self._weights or self._load()
         return self._weights
+
+    def release(self) -> None:
+        """Give its memory back; it is read again when it is wanted."""
+        if self._weights is not None:
+            self._weights = None
+            mx.clear_cache()

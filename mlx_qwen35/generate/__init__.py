@@ -12,7 +12,7 @@ from mlx_qwen35.errors import InputError
 from mlx_qwen35.generate.loop import decode
 from mlx_qwen35.generate.options import Options, Plan, check_names, encode, plan, refuse_idle_vision
 from mlx_qwen35.generate.prefill import Row, read
-from mlx_qwen35.generate.speculate import Drafting, Speculation, attach
+from mlx_qwen35.generate.speculate import Choice, Drafting, Speculation, attach
 from mlx_qwen35.model import Model
 from mlx_qwen35.processor import Messages, Piece, Processor
 from mlx_qwen35.prompt import Prompt
@@ -52,12 +52,21 @@ class Generation:
     Stopping early is fine: what was drawn until then is in the results, marked "interrupted".
     """
 
-    def __init__(self, model: Model, processor: Processor, prompts: Sequence[Prompt], options: Options):
+    def __init__(
+        self,
+        model: Model,
+        processor: Processor,
+        prompts: Sequence[Prompt],
+        options: Options,
+        drafts: Choice | None = None,
+    ):
+        """drafts: what was chosen when part of the prompt was read before."""
         self.model, self.processor, self.prompts = model, processor, list(prompts)
         self.cache: Cache = options.get("cache") or model.make_cache(len(self.prompts))
         if self.cache.batch != len(self.prompts):
             raise InputError(f"the cache is for {self.cache.batch} rows, there are {len(self.prompts)} prompts")
-        self.plan: Plan = plan(options, model, processor.greedy, self.prompts, self.cache.row_lengths)
+        self.plan: Plan = plan(options, model, processor.greedy, self.prompts, self.cache.row_lengths, drafts)
+        self._drafts = self.plan.drafts
         for token in self.plan.samplings[0].logit_bias:
             if token >= processor.vocabulary:
                 raise InputError(f"logit_bias must name tokens from 0 to {processor.vocabulary - 1}, got {token}")
@@ -95,13 +104,13 @@ class Generation:
             self.progress(done, total)
 
         positions = [n + len(prompt.tokens) for n, prompt in zip(self.cache.row_lengths, self.prompts, strict=True)]
-        attach(self.model, self.cache, self.plan.drafts)
+        self._drafts = attach(self.model, self.cache, self._drafts)
         hidden = read(self.model, self.cache, rows, self.plan.prefill_step_size, count)
         del rows  # and with them the embeddings
         seeds = [self.plan.seed] * len(self.prompts)
         sampler = Sampler(self.plan.samplings, seeds, positions, self.processor.vocabulary)
-        if self.plan.drafts.depth:
-            self._speculation = Speculation(self.model, self.cache, self.plan.drafts)
+        if self._drafts.depth:
+            self._speculation = Speculation(self.model, self.cache, self._drafts)
         steps = decode(
             self.model, self.cache, hidden, sampler, self.plan.limits, self.processor.stop_ids,
             finished=lambda row: self._streams[row].stopped, speculation=self._speculation,
@@ -145,7 +154,7 @@ class Generation:
             generation_tps=(len(tokens) - 1) / writing if writing > 0 else 0.0,
             peak_memory=mx.get_peak_memory() / 1e9,
             seed=self.plan.seed,
-            mtp=self._speculation.statistics(row) if self._speculation else Drafting(verdict=self.plan.drafts.why),
+            mtp=self._speculation.statistics(row) if self._speculation else Drafting(verdict=self._drafts.why),
         )
 
 

@@ -125,8 +125,13 @@ class Depths:
         self.ahead.append(bool(self.plan))
         return self.plan.popleft() if self.plan else self.settled
 
-    def record(self, depth: int, seconds: float, drafted: Sequence[int], accepted: Sequence[int]) -> None:
-        """One completed round, in order. drafted (at most depth), accepted: of each sequence that runs."""
+    def record(
+        self, depth: int, seconds: float, drafted: Sequence[int], accepted: Sequence[int], lasting: bool = True
+    ) -> None:
+        """One completed round, in order. drafted (at most depth), accepted: of each sequence that runs.
+
+        lasting: the time tells of the machine, so that later generations may go by it.
+        """
         look = bool(self.ahead) and self.ahead.popleft()
         changed = not self.history or self.history[-1][1] != depth
         if changed:
@@ -134,7 +139,7 @@ class Depths:
         self.rounds += 1
         self._count(depth, drafted, accepted, look and self.settled == 0)
         if drafted and not changed:
-            self._time(depth, seconds)
+            self._time(depth, seconds, lasting)
         self.stayed += 1
         if self.fixed is None and look:
             self._looked(depth)
@@ -152,6 +157,8 @@ class Depths:
         if self.settled:
             return f"depth {self.settled} pays: {self.gain(self.settled):.2f} times plain decoding expected"
         best = max(range(1, self.most + 1), key=self.gain)
+        if self.plan or self.gain(best) >= CLEAR:
+            return "still measuring what drafting costs and gives"
         return f"parked: drafting would give {self.gain(best):.2f} times plain decoding (best depth {best})"
 
     def gain(self, depth: int) -> float:
@@ -199,14 +206,14 @@ class Depths:
                 self.tried[j] = DECAY * self.tried[j] + len(asked)
                 self.right[j] = DECAY * self.right[j] + sum(asked)
 
-    def _time(self, depth: int, seconds: float) -> None:
+    def _time(self, depth: int, seconds: float, lasting: bool) -> None:
         """Remember a time; of old ones only the last two stay beside it."""
         times = self.seconds[depth]
         while self.rounds - self.timed[depth] > FRESH and len(times) > 2:
             times.popleft()
         times.append(seconds)
         self.timed[depth] = self.rounds
-        if depth and self.seconds[0]:
+        if depth and self.seconds[0] and lasting:
             self.costs.add(depth, seconds / self._seconds(0))
 
     def _looked(self, depth: int) -> None:

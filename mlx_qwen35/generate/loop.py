@@ -2,6 +2,7 @@
 
 import itertools
 import operator
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import mlx.core as mx
 from mlx_qwen35.cache import Cache
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.generate.speculate import Speculation
+from mlx_qwen35.kernels.gated_delta import DeltaState
 from mlx_qwen35.layer_cache import Place
 from mlx_qwen35.model import Model
 from mlx_qwen35.sampling import Sampler
@@ -26,6 +28,7 @@ class Step(NamedTuple):
     lengths: Sequence[int]  # how many of those each row has read
     hidden: mx.array  # (B, 1 + depth, D): what they gave
     place: Place  # where the cache was before
+    memories: Sequence[DeltaState] = ()  # of DeltaNet layers, before; where there are guesses
 
     @property
     def depth(self) -> int:
@@ -55,7 +58,7 @@ def decode(
     try:
         yield from loop.run(hidden)
     finally:
-        loop.read_the_last()
+        loop.close()
 
 
 class _Rows:
@@ -68,10 +71,11 @@ class _Rows:
         self.taken = [0] * len(limits)  # of the last step
         self.lasts = [0] * len(limits)  # the last token of each
         self.unread = [False] * len(limits)  # by the model
+        self.paused = 0.0  # seconds that the caller took over the last step
 
     def offer(self, tokens: Sequence[Sequence[int]]) -> Iterator[list[int | None]]:
         """Yield the first token of each row, then the second, until none has more or goes on."""
-        self.taken = [0] * len(tokens)
+        self.taken, self.paused = [0] * len(tokens), 0.0
         for i in range(max(map(len, tokens))):
             offered = [
                 own[i] if on and i < len(own) else None for own, on in zip(tokens, self.running, strict=True)
@@ -82,7 +86,9 @@ class _Rows:
             for row, token in given:
                 self.taken[row], self.lasts[row] = i + 1, token
                 self.counts[row] += 1
+            given_at = time.perf_counter()
             yield offered
+            self.paused += time.perf_counter() - given_at
             for row, token in given:
                 limit = self.limits[row]
                 self.running[row] = (
@@ -103,6 +109,7 @@ class _Loop:
     ):
         self.model, self.cache, self.sampler, self.rows, self.speculation = model, cache, sampler, rows, speculation
         self.steps = 0
+        self.under_way: Place | None = None  # where the cache was before a pass whose tokens are not settled
 
     def run(self, hidden: mx.array) -> Iterator[list[int | None]]:
         """hidden (B, D): of the last token that each row has read."""
@@ -116,12 +123,13 @@ class _Loop:
                 following = self._feed(step.drawn, 0)
             tokens, rows.taken = [[]] * len(none), none
             try:
-                tokens = self._look(step)
+                step, tokens = self._look(step)
                 yield from rows.offer(tokens)
             finally:
                 self._settle(step, tokens, following is not None)
             if not any(rows.running):
                 return
+            del step  # and the memories that it holds, before the next ones are made
             step = following or self._feed(mx.array(rows.lasts)[:, None], min(depth, max(rows.left) - 1))
             self.steps += 1
             if self.steps % CLEAR_EVERY == 0:
@@ -129,34 +137,58 @@ class _Loop:
 
     def _feed(self, tokens: mx.array, depth: int) -> Step:
         """Read (B, 1) tokens, and guesses at the next `depth` ones; rows that have ended read nothing."""
-        rows, place = self.rows, self.cache.place
+        rows = self.rows
         lengths = [min(1 + depth, left) or int(unread) for left, unread in zip(rows.left, rows.unread, strict=True)]
         if depth:
             tokens = self.speculation.propose(tokens, [min(1, n) for n in lengths], depth, self.sampler)
+        return self._pass(tokens, lengths)
+
+    def _pass(self, tokens: mx.array, lengths: Sequence[int]) -> Step:
+        """Read the first lengths[i] of row i's tokens (B, 1 + depth)."""
+        depth, place = tokens.shape[1] - 1, self.cache.place
+        memories = self.cache.memories() if depth else []
+        self.under_way = place
         uneven = None if min(lengths) == 1 + depth else lengths
         hidden = self.model.hidden(tokens, self.cache, uneven, stepwise=depth > 0)
         if self.speculation and not depth:
             self.speculation.follow(tokens, hidden, lengths)
-        rows.unread = [False] * len(lengths)
-        try:
-            return self._drawn(tokens, lengths, hidden, place)
-        except BaseException:  # Ctrl-C: no guess may stay
-            if depth:
-                self.cache.keep(place, [min(1, n) for n in lengths])
-            raise
+        self.rows.unread = [False] * len(lengths)
+        if not depth:
+            self.under_way = None
+        return self._drawn(tokens, lengths, hidden, place, memories)
 
-    def _drawn(self, tokens: mx.array, lengths: Sequence[int], hidden: mx.array, place: Place) -> Step:
+    def _drawn(
+        self,
+        tokens: mx.array,
+        lengths: Sequence[int],
+        hidden: mx.array,
+        place: Place,
+        memories: Sequence[DeltaState] = (),
+    ) -> Step:
         """The step of a pass over (B, n) tokens that gave hidden (B, n, D)."""
         logits = self.model.logits(hidden)
         guesses = tokens[:, 1:] if tokens.shape[1] > 1 else None
-        step = Step(self.sampler.look(logits, guesses), _finite(logits), tokens, lengths, hidden, place)
+        step = Step(self.sampler.look(logits, guesses), _finite(logits), tokens, lengths, hidden, place, memories)
         if not step.depth:
             self.sampler.take(step.drawn)
         mx.async_eval(step.drawn, step.finite)
         return step
 
-    def _look(self, step: Step) -> list[list[int]]:
+    def _look(self, step: Step) -> tuple[Step, list[list[int]]]:
         """The tokens of each running row: what was drawn behind guesses that were right, and one more."""
+        tokens, bad = self._found(step)
+        if bad and step.depth:  # a guess may overflow, and attention lets infinity through where it sees nothing
+            self.cache.go_back(step.place, step.memories)
+            step = self._pass(step.read[:, :1], [min(1, n) for n in step.lengths])
+            tokens, bad = self._found(step)
+        if bad:
+            _raise_not_finite(self.cache, bad[0], self.model)
+        if self.speculation:
+            self.speculation.record(step.lengths, tokens, self.rows.paused)
+        return step, tokens
+
+    def _found(self, step: Step) -> tuple[list[list[int]], list[int]]:
+        """The tokens of each row, and the rows of which a logit is not finite."""
         drawn, finite = step.drawn.tolist(), step.finite.tolist()
         read = step.read.tolist() if step.depth else drawn
         tokens: list[list[int]] = []
@@ -164,11 +196,7 @@ class _Loop:
             guesses = read[row][1 : step.lengths[row]]
             right = sum(itertools.takewhile(bool, map(operator.eq, guesses, drawn[row])))
             tokens.append(drawn[row][: right + 1] if running else [])
-            if not all(finite[row][: len(tokens[row])]):
-                _raise_not_finite(self.cache, row, self.model)
-        if self.speculation:
-            self.speculation.record(step.lengths, tokens)
-        return tokens
+        return tokens, [row for row, own in enumerate(tokens) if not all(finite[row][: len(own)])]
 
     def _settle(self, step: Step, tokens: Sequence[Sequence[int]], read: bool) -> None:
         """Bring cache and sampler to where the tokens that were yielded have been read, the last ones perhaps not.
@@ -179,15 +207,20 @@ class _Loop:
         if step.depth:
             right = [max(0, len(own) - 1) for own in tokens]
             kept = [n and 1 + min(m, k) for n, m, k in zip(step.lengths, rows.taken, right, strict=True)]
+            self.under_way = None
             self.cache.keep(step.place, kept)
             self.sampler.take(step.drawn, rows.taken)
             self.speculation.follow(step.read, step.hidden, kept)
         if not read:
             rows.unread = [0 < n == len(own) for n, own in zip(rows.taken, tokens, strict=True)]
 
-    def read_the_last(self) -> None:
+    def close(self) -> None:
         """Read what was yielded last, unless all rows have reached their limits with it."""
         rows = self.rows
+        if self.under_way and self.cache.place is not self.under_way:  # Ctrl-C: no guess may stay
+            lengths = zip(self.cache.place.row_lengths, self.under_way.row_lengths, strict=True)
+            self.cache.keep(self.under_way, [min(1, after - before) for after, before in lengths])
+            rows.unread = [False] * len(rows.unread)
         most = max(rows.limits)
         lengths = [int(unread and n < most) for unread, n in zip(rows.unread, rows.counts, strict=True)]
         if any(lengths):

@@ -192,19 +192,28 @@ def plan(
     greedy: bool,
     prompts: Sequence[Prompt],
     already_read: Sequence[int],
+    drafts: Choice | None = None,
 ) -> Plan:
-    """Fill in the defaults for these prompts. InputError when a value breaks its rule or a prompt is too long."""
+    """Fill in the defaults for these prompts. InputError when a value breaks its rule or a prompt is too long.
+
+    drafts: what was chosen before.
+    """
     presets = [_preset(options, prompt) for prompt in prompts]
     given = {key: value for key, value in options.items() if key in _SAMPLING}
     plain = "preset" not in options and (options.get("temp") == 0 or (greedy and not given))
     contexts = [before + len(prompt.tokens) for prompt, before in zip(prompts, already_read, strict=True)]
     step = reading_step(options, model, contexts)
-    drafts = choose_drafts(options, model, prompts)
+    wanted = _wanted(options, prompts)
+    mode, depth = options.get("mtp", "auto"), options.get("mtp_depth")
+    drafts = drafts or choose(model, mode, depth, len(prompts), max(wanted))
+    without = most_tokens(model.config, model.dtype, step, max(already_read), len(prompts))
     memory = (max(already_read), len(prompts), drafts.depth, drafts.head_bytes)
-    room = most_tokens(model.config, model.dtype, step, *memory)
-    _check_room(options, room, contexts)
+    room = most_tokens(model.config, model.dtype, step, *memory) if drafts.depth else without
+    if not drafts.fixed and room < min(without, max(contexts) + max(wanted)):
+        drafts, room = Choice(0, why="memory has no room for drafts beside this context"), without
+    _check_room(options, room, contexts, drafts)
     limits = []
-    for most, context in zip(_wanted(options, prompts), contexts, strict=True):
+    for most, context in zip(wanted, contexts, strict=True):
         left = model.config.max_position_embeddings - context
         if left < 1:
             raise InputError(
@@ -222,12 +231,6 @@ def plan(
     )
 
 
-def choose_drafts(options: Options, model: Model, prompts: Sequence[Prompt]) -> Choice:
-    """Whether to draft tokens for the answers to these prompts. InputError when an option breaks its rule."""
-    mode, depth = options.get("mtp", "auto"), options.get("mtp_depth")
-    return choose(model, mode, depth, len(prompts), max(_wanted(options, prompts)))
-
-
 def _wanted(options: Options, prompts: Sequence[Prompt]) -> list[int]:
     """Most tokens of each answer, whatever there is room for."""
     wanted = [options.get("max_tokens", _preset(options, prompt).max_tokens) for prompt in prompts]
@@ -236,15 +239,15 @@ def _wanted(options: Options, prompts: Sequence[Prompt]) -> list[int]:
     return wanted
 
 
-def _check_room(options: Options, room: int, contexts: Sequence[int]) -> None:
+def _check_room(options: Options, room: int, contexts: Sequence[int], drafts: Choice) -> None:
     """Refuse a prompt, or an answer whose length was asked for, whose keys and values memory has no room for."""
     rows = f" for each of {len(contexts)} prompts" if len(contexts) > 1 else ""
     wanted = max(contexts) + options.get("max_tokens", 1)
     if room < wanted:
         raise InputError(
             f"memory has room for a context of {room:,} tokens{rows}; prompt and answer have {wanted:,}. Shorten the "
-            "prompt, lower max_tokens, answer fewer prompts at once, choose a folder with fewer bits, or raise "
-            "memory_limit"
+            "prompt, lower max_tokens, answer fewer prompts at once, choose a folder with fewer bits, "
+            f"{'do without drafts (mtp auto or off), ' if drafts.fixed else ''}or raise memory_limit"
         )
 
 

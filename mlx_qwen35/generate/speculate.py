@@ -1,6 +1,7 @@
 """Drafts for the decode loop: how many, of what, and what became of them."""
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,7 @@ MODES = ("auto", "on", "off")
 MOST_DEPTH = 3
 ON_DEPTH = 2  # the model card's advice
 MOST_SHOWN = 6  # changes of depth
+PAUSE = 0.1  # of a step, from which on its time says more of the caller than of the machine
 LEAST_TOKENS = 32  # of an answer for which auto thinks of drafts
 
 
@@ -44,13 +46,14 @@ def choose(model: Model, mode: str, depth: int | None, rows: int, tokens: int) -
         if depth is not None:
             raise InputError("mtp_depth must not be given with mtp 'off': it would have no effect")
         return Choice(0, why="off")
-    if model.mtp is None:
+    if model.mtp is None or model.mtp.fault:
+        why = "the checkpoint has no draft head (tensors mtp.*)" if model.mtp is None else model.mtp.fault
         if mode == "on" or depth is not None:
             raise InputError(
-                "this checkpoint has no draft head (tensors mtp.*): mtp must be 'off' or 'auto', and mtp_depth not be "
-                "given. Many converted folders lack it; mlx_qwen35.convert keeps it"
+                f"mtp must be 'off' or 'auto' for this model, and mtp_depth not be given: {why}. Many converted "
+                "folders lack a draft head; mlx_qwen35.convert keeps it"
             )
-        return Choice(0, why="the checkpoint has no draft head")
+        return Choice(0, why=why)
     if mode == "on":
         return _always(model, depth or ON_DEPTH, rows)
     return _where_it_pays(model, depth or MOST_DEPTH, rows, tokens)
@@ -81,14 +84,28 @@ def _fitting(model: Model, depth: int, rows: int) -> Choice:
     return Choice(fitting, head_bytes=head) if fitting else Choice(0, why="memory has no room for the draft head")
 
 
-def attach(model: Model, cache: Cache, choice: Choice) -> None:
-    """Have the draft head follow this cache from now on, or not; it is read if it is not there yet."""
+def attach(model: Model, cache: Cache, choice: Choice) -> Choice:
+    """Have the draft head follow this cache from now on, or not, and return what came of it.
+
+    The head is read if it is not there yet, and given back where it is not wanted. One that is damaged is told of; the
+    text needs none, so only a choice that says "always" raises its InputError.
+    """
+    if choice.depth and not (cache.drafts and list(cache.drafts.followed) == cache.row_lengths):
+        cache.drafts = Drafts(model, cache.row_lengths)
+    try:
+        if choice.depth:
+            model.mtp.weights  # noqa: B018
+    except InputError as error:
+        model.mtp.fault = f"its draft head cannot be used: {error}"
+        if choice.fixed:
+            raise InputError(f"{error}; without the draft head the model works: choose mtp 'off'") from error
+        warnings.warn(f"no tokens are drafted, for {model.mtp.fault}", RuntimeWarning, stacklevel=2)
+        choice = Choice(0, why=model.mtp.fault)
     if not choice.depth:
         cache.drafts = None
-    elif cache.drafts is None or list(cache.drafts.followed) != cache.row_lengths:
-        cache.drafts = Drafts(model, cache.row_lengths)
-    if choice.depth:
-        model.mtp.weights  # noqa: B018
+        if model.mtp:
+            model.mtp.release()
+    return choice
 
 
 @dataclass(frozen=True)
@@ -138,7 +155,9 @@ class Speculation:
         def draw(logits: mx.array, drafted: list[mx.array]) -> mx.array:
             return sampler.look(logits, mx.concatenate(drafted, axis=1) if drafted else None)
 
-        return mx.concatenate([tokens, self.drafts.propose(self.model, tokens, counts, depth, draw)], axis=1)
+        guesses = self.drafts.propose(self.model, tokens, counts, depth, draw)
+        mx.async_eval(guesses)  # a GPU begins while the pass that checks them is put together
+        return mx.concatenate([tokens, guesses], axis=1)
 
     def follow(self, tokens: mx.array, hidden: mx.array, counts: Sequence[int]) -> None:
         """Tell the head what the model has read: of row i the first counts[i] of tokens (B, n), and what they gave."""
@@ -147,8 +166,11 @@ class Speculation:
             self.drafts.flush(self.model)
             mx.async_eval(self.drafts.arrays())
 
-    def record(self, lengths: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
-        """A step is known: of row i lengths[i] tokens were read, and so the tokens[i] found."""
+    def record(self, lengths: Sequence[int], tokens: Sequence[Sequence[int]], paused: float) -> None:
+        """A step is known: of row i lengths[i] tokens were read, and so the tokens[i] found.
+
+        paused: seconds of it that the caller took over the tokens of the step before.
+        """
         now = time.perf_counter()
         if any(lengths):
             rows = [row for row, found in enumerate(tokens) if found]
@@ -157,7 +179,8 @@ class Speculation:
                 self.drafted[row] += n
                 self.accepted[row] += m
                 self.steps[row] += 1
-            self.depths.record(max(lengths) - 1, now - self._last, drafted, accepted)
+            seconds = now - self._last
+            self.depths.record(max(lengths) - 1, seconds, drafted, accepted, lasting=paused < PAUSE * seconds)
         self._last = now
 
     def statistics(self, row: int) -> Drafting:

@@ -82,7 +82,9 @@ class Script:
     def next(self) -> int:
         return self.left.pop(0) if len(self.left) > 1 else self.left[0]
 
-    def record(self, depth: int, seconds: float, drafted: Sequence[int], accepted: Sequence[int]) -> None:
+    def record(
+        self, depth: int, seconds: float, drafted: Sequence[int], accepted: Sequence[int], lasting: bool
+    ) -> None:
         self.told.append((depth, list(drafted), list(accepted)))
 
 

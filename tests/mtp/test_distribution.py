@@ -77,7 +77,7 @@ class Guesses:
     def follow(self, *_) -> None:
         pass
 
-    def record(self, lengths, tokens) -> None:
+    def record(self, lengths, tokens, paused) -> None:
         self.drafted += sum(n - 1 for n, found in zip(lengths, tokens, strict=True) if n and found)
         self.accepted += sum(len(found) - 1 for n, found in zip(lengths, tokens, strict=True) if n and found)
 
@@ -85,7 +85,7 @@ class Guesses:
 def texts(sampling: Sampling, guesses: Guesses | None) -> list[tuple[int, ...]]:
     """What TEXTS seeds answer to token 0."""
     nothing = lambda *_: None  # noqa: E731
-    cache = SimpleNamespace(place=None, keep=nothing, evaluate=nothing, detach=nothing)
+    cache = SimpleNamespace(memories=list, place=None, keep=nothing, evaluate=nothing, detach=nothing)
     sampler = Sampler(sampling, range(TEXTS), [1] * TEXTS, VOCABULARY)
     found: list[list[int]] = [[] for _ in range(TEXTS)]
     begin = mx.zeros((TEXTS, 1))

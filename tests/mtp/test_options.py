@@ -59,7 +59,7 @@ def test_a_depth_with_off_is_refused(nano):
 
 @pytest.mark.parametrize("options", [{"mtp": "on"}, {"mtp_depth": 1}, {"mtp": "auto", "mtp_depth": 3}], ids=str)
 def test_drafts_of_a_checkpoint_without_a_head_are_refused(options, nano, headless):
-    with pytest.raises(InputError, match=r"this checkpoint has no draft head \(tensors mtp\.\*\).*'off' or 'auto'"):
+    with pytest.raises(InputError, match=r"must be 'off' or 'auto' .* has no draft head \(tensors mtp\.\*\)"):
         generate(headless, nano[1], ASK, **options)
 
 
@@ -118,7 +118,7 @@ def test_the_result_says_why_there_were_no_drafts(options, verdict, nano, model)
 
 
 def test_auto_without_a_head_says_so(nano, headless):
-    assert generate(headless, nano[1], ASK, max_tokens=40).mtp.verdict == "the checkpoint has no draft head"
+    assert generate(headless, nano[1], ASK, max_tokens=40).mtp.verdict.startswith("the checkpoint has no draft head")
 
 
 def test_auto_leaves_drafts_alone_where_none_could_pay(nano, model):

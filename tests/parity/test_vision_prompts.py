@@ -97,7 +97,9 @@ class Recorder:
         self.embedded: list[mx.array] = []
         self.hiddens: list[mx.array] = []
 
-    def hidden(self, tokens, cache, lengths=None, visual=None, places=None, at=None, pace=None) -> mx.array:
+    def hidden(
+        self, tokens, cache, lengths=None, visual=None, places=None, at=None, pace=None, stepwise=False
+    ) -> mx.array:
         self.embedded.append(self.model.embed(tokens, visual))
         self.hiddens.append(self.model.hidden(tokens, cache, lengths, visual, places))
         return self.hiddens[-1] if at is None else mx.take_along_axis(self.hiddens[-1], at[:, None, None], axis=1)

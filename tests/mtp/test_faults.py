@@ -1,0 +1,154 @@
+"""What goes wrong with drafts alone does not touch the text: a damaged head, a guess that overflows, little memory."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+import mlx_qwen35
+from mlx_qwen35 import InputError, Model, Processor, batch_generate, generate, load
+from mlx_qwen35.conversation import Conversation
+from mlx_qwen35.drafts import Drafts
+
+NANO = Path(mlx_qwen35.__file__).with_name("nano")
+ASKED = ["What is 34 + 58?", "The list says tom: 42, anna: 17, ben: 5, lena: 88. Which number has anna?"]
+GREEDY = {"temp": 0, "max_tokens": 40}
+
+
+@pytest.fixture(scope="module")
+def nano() -> tuple[Model, Processor]:
+    return load("nano")
+
+
+def copied(target: Path, change) -> Path:
+    """nano, its tensors changed."""
+    shutil.copytree(NANO, target)
+    arrays = dict(mx.load(str(NANO / "model.safetensors")))
+    mx.eval(arrays)
+    mx.save_safetensors(str(target / "model.safetensors"), change(arrays), metadata={"format": "pt"})
+    return target
+
+
+@pytest.fixture
+def damaged(tmp_path) -> tuple[Model, Processor]:
+    """nano with NaN in a norm of the head."""
+
+    def spoil(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+        norm = arrays["mtp.norm.weight"]
+        return arrays | {"mtp.norm.weight": mx.full(norm.shape, mx.nan, norm.dtype)}
+
+    return load(copied(tmp_path / "damaged", spoil))
+
+
+# --- a head that cannot be used --------------------------------------------------------------------------------------
+
+
+def test_a_damaged_head_is_told_of_once_and_the_text_comes_without_it(nano, damaged):
+    want = generate(*nano, ASKED[0], mtp="off", **GREEDY)
+    assert generate(*damaged, ASKED[0], mtp="off", **GREEDY).tokens == want.tokens
+    with pytest.warns(RuntimeWarning, match="no tokens are drafted, for its draft head cannot be used: .*mtp.norm"):
+        result = generate(*damaged, ASKED[0], **GREEDY)
+    assert result.tokens == want.tokens and "mtp.norm" in result.mtp.verdict
+    assert "mtp.norm" in generate(*damaged, ASKED[0], **GREEDY).mtp.verdict
+
+
+def test_a_damaged_head_is_refused_where_drafts_are_wanted_always(damaged):
+    for _ in range(2):  # when it is read, and when it is known
+        with pytest.raises(InputError, match=r"mtp.norm.weight \(128\).*'off'|'off' .*mtp.norm.weight"):
+            generate(*damaged, ASKED[0], mtp="on", **GREEDY)
+
+
+def test_a_sidecar_that_is_no_head_leaves_the_text_as_it_is(nano, tmp_path):
+    folder = copied(tmp_path / "other", lambda arrays: {n: a for n, a in arrays.items() if not n.startswith("mtp.")})
+    mx.save_safetensors(str(folder / "mtp.safetensors"), {"layers.0.eh_proj.weight": mx.zeros((4, 4))})
+    model, processor = load(folder)
+    result = generate(model, processor, ASKED[0], **GREEDY)
+    assert result.tokens == generate(*nano, ASKED[0], mtp="off", **GREEDY).tokens
+    assert "mtp.safetensors" in result.mtp.verdict
+    with pytest.raises(InputError, match=r"mtp must be 'off' or 'auto' .*mtp.safetensors"):
+        generate(model, processor, ASKED[0], mtp="on")
+
+
+# --- a guess that overflows ------------------------------------------------------------------------------------------
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, model: Model, value: float, step: int) -> None:
+    """The embedding of token 777 becomes `value`, and the head guesses it for row 0, at a step."""
+    look_up, propose, steps = type(model.embed_tokens).look_up, Drafts.propose, []
+
+    def poison(self, tokens):
+        return mx.where((tokens == 777)[..., None], mx.array(value), look_up(self, tokens))
+
+    def guess(self, *arguments):
+        steps.append(1)
+        drafted = propose(self, *arguments)
+        first = mx.arange(len(drafted))[:, None] == 0
+        return mx.where(first, 777, drafted) if len(steps) == step else drafted
+
+    monkeypatch.setattr(type(model.embed_tokens), "look_up", poison)
+    monkeypatch.setattr(Drafts, "propose", guess)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("prompts", [ASKED[:1], ASKED], ids=["one", "batch"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_guess_that_overflows_spoils_nothing(depth, prompts, value, nano, monkeypatch):
+    want = [result.tokens for result in batch_generate(*nano, prompts, mtp="off", **GREEDY)]
+    poisoned(monkeypatch, nano[0], value, step=3)
+    cache = nano[0].make_cache(len(prompts))
+    results = batch_generate(*nano, prompts, mtp="on", mtp_depth=depth, cache=cache, **GREEDY)
+    assert [result.tokens for result in results] == want
+    assert all(cache.first_not_finite(row) is None for row in range(len(prompts)))
+
+
+def test_what_is_left_of_a_rejected_guess_is_zero(nano):
+    model = nano[0]
+    cache = model.make_cache(2)
+    model.hidden(mx.array([[5, 6], [7, 8]]), cache)
+    place = cache.place
+    model.hidden(mx.array([[9, 10, 11], [12, 13, 14]]), cache, stepwise=True)
+    cache.keep(place, [1, 3])
+    keys = next(array for name, array in cache.arrays().items() if name.endswith("keys"))
+    assert mx.abs(keys[0, :, 3:]).max().item() == 0 < mx.abs(keys[1, :, 3:]).min(axis=(0, 2)).min().item() + 1e-9
+    assert mx.abs(keys[0, :, 2]).max().item() > 0
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_auto_gives_up_drafts_rather_than_context(memory_limit):
+    model, processor = load("nano")
+    prompt, found = [5] * 30000, set()
+    for megabytes in range(60, 140):
+        memory_limit(mx.get_active_memory() + megabytes * 1e6)
+        try:
+            off = generation(model, processor, prompt, mtp="off").plan
+        except InputError:
+            continue
+        auto = generation(model, processor, prompt).plan
+        assert auto.limits == off.limits
+        found.add(auto.drafts.why)
+    assert found == {"memory has no room for drafts beside this context", ""}
+
+
+def generation(model, processor, prompt, **options):
+    return sys.modules["mlx_qwen35.generate"].start(model, processor, [prompt], max_tokens=500, **options)
+
+
+def test_the_head_is_given_back_where_it_is_not_wanted(nano):
+    model, processor = load("nano")
+    generate(model, processor, ASKED[0], mtp="on", **GREEDY)
+    assert model.mtp.loaded
+    generate(model, processor, ASKED[0], mtp="off", **GREEDY)
+    assert not model.mtp.loaded
+
+
+def test_a_turn_of_a_conversation_decides_on_drafts_once(nano, monkeypatch):
+    options = sys.modules["mlx_qwen35.generate.options"]
+    asked, choose = [], options.choose
+    conversation = Conversation(*nano, max_tokens=40)
+    monkeypatch.setattr(options, "choose", lambda *given: asked.append(given) or choose(*given))
+    list(conversation.send(ASKED[0]))
+    assert len(asked) == 1 and conversation.cache.drafts is not None
