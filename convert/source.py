@@ -6,6 +6,7 @@ read as they are; packed, FP8 and folded ones are computed, rows by rows, in flo
 
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,9 +126,14 @@ def check_unchanged(files: tuple[Found, ...]) -> None:
 
 
 def open_source(folder: Path) -> Source:
-    """Read headers and configuration. InputError when the folder is broken or of a kind that is not converted."""
+    """Read headers and configuration. InputError when the folder is broken or of a kind that is not converted.
+
+    Warns of a draft head beside the trunk that cannot be used, and goes without it.
+    """
     files = tuple(Found.at(file) for file in safetensors_files(folder)) if folder.is_dir() else ()
     checkpoint = open_checkpoint(folder, fp8=True)
+    if checkpoint.head_fault:
+        warnings.warn(f"{folder} is converted without a draft head: {checkpoint.head_fault}", UserWarning, stacklevel=2)
     beside = {entry.file for entry in checkpoint.entries.values()} - {file.path for file in files}
     files += tuple(map(Found.at, sorted(beside)))
     config = read_json(folder / "config.json")

@@ -4,9 +4,10 @@ Everything here works from the safetensors headers; no tensor is read before it 
 """
 
 import json
+import math
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -167,10 +168,7 @@ def read_header(file: Path) -> dict[str, Entry]:
 def _entry(file: Path, name: str, value: Mapping, data: int) -> Entry:
     begin, end = value["data_offsets"]
     shape = tuple(value["shape"])
-    count = 1
-    for side in shape:
-        count *= side
-    if end - begin != count * DTYPE_BYTES[value["dtype"]]:
+    if end - begin != math.prod(shape) * DTYPE_BYTES[value["dtype"]]:
         raise ValueError(f"{name}: {end - begin} bytes for {value['dtype']} {list(shape)}")
     return Entry(file, name, value["dtype"], shape, data + begin, end - begin)
 
@@ -193,7 +191,8 @@ def safetensors_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise InputError(f"{folder} holds no *.safetensors file; only safetensors weights are read")
-    return [file for file in files if file.name not in sidecar.PLACES] or files
+    beside = sidecar.places(folder)
+    return [file for file in files if file.name not in beside] or files
 
 
 # --- one folder ------------------------------------------------------------------------------------------------------
@@ -233,7 +232,8 @@ class Checkpoint:
 
     `entries` is keyed by Hugging Face names; `exact` holds the float32 originals of some of them, `block_scales` the
     factors of FP8 weights. `raw` says that conv1d is [C, 1, K] and norm weights are gamma - 1, as Hugging Face stores
-    them; otherwise an MLX program moved the axis and added the one. `head` is what config.json says of the draft head.
+    them; otherwise an MLX program moved the axis and added the one. `head` is what config.json says of the draft head;
+    `head_fault` is why the one that lies beside the trunk is left out, a sentence.
     """
 
     folder: Path
@@ -243,6 +243,7 @@ class Checkpoint:
     raw: bool
     block_scales: Mapping[str, Entry] = field(default_factory=dict)
     head: sidecar.Declared = field(default_factory=sidecar.Declared)
+    head_fault: str | None = None
 
     @cached_property
     def _quantization(self) -> dict[str, Quantization]:
@@ -297,30 +298,23 @@ def open_checkpoint(folder: Path, *, fp8: bool = False) -> Checkpoint:
     """Read config and headers of a checkpoint folder and check them against each other; no weights are read.
 
     fp8: accept FP8 weights with block scales, which can only be converted. Raises InputError that lists what is
-    missing, unexpected or misshapen, or says which rule the folder breaks.
+    missing, unexpected or misshapen, or says which rule the folder breaks; a draft head beside the trunk is optional.
     """
     if not folder.is_dir():
         raise InputError(f"a checkpoint must be a folder, a Hugging Face id or 'nano'; there is no folder {folder}")
     config = read_config(folder)
-    head = sidecar.declared(folder)
     entries: dict[str, Entry] = {}
     for file in safetensors_files(folder):
         for stored, entry in read_header(file).items():
             name = hugging_face_name(stored)
             if name in entries:
-                first = entries[name]
-                raise InputError(f"{folder}: {name} is there twice, in {first.file.name} and in {file.name}")
+                raise InputError(f"{folder}: {name} is there twice, in {entries[name].file.name} and in {file.name}")
             entries[name] = entry
     if config.text.tie_word_embeddings:  # the head is the embedding; some writers store it a second time
         entries = {name: entry for name, entry in entries.items() if not name.startswith("lm_head.")}
     exact = {name.removeprefix(EXACT): entries.pop(name) for name in list(entries) if name.startswith(EXACT)}
     if stray := [name for name, entry in exact.items() if name not in entries or entries[name].shape != entry.shape]:
-        raise InputError(
-            f"{folder}: {EXACT}* must repeat tensors of the folder in float32; these do not: {_shorten(stray)}"
-        )
-    has_head = any(name.startswith(MTP) for name in entries)
-    if config.text.mtp_num_hidden_layers and not has_head and (file := sidecar.find(folder, head.file)):
-        entries |= {head_name(stored): entry for stored, entry in read_header(file).items()}
+        raise InputError(f"{folder}: {EXACT}* must repeat tensors of the folder in float32; not so: {_shorten(stray)}")
     scales = {name: entries.pop(name) for name in list(entries) if name.endswith(BLOCK_SCALES)}
     if scales and not fp8:
         raise InputError(
@@ -328,9 +322,28 @@ def open_checkpoint(folder: Path, *, fp8: bool = False) -> Checkpoint:
             f"mlx_qwen35.convert --hf-path {folder} --mlx-path OUT"
         )
     scales = {name.removesuffix(BLOCK_SCALES): entry for name, entry in scales.items()}
+    has_head = any(name.startswith(MTP) for name in entries)
+    head = sidecar.declared(folder) if has_head else sidecar.Declared()
     checkpoint = Checkpoint(folder, config, entries, exact, _is_raw(folder, config, entries), scales, head)
     _check_tensors(checkpoint)
-    return checkpoint
+    return checkpoint if has_head or not config.text.mtp_num_hidden_layers else _with_head(checkpoint)
+
+
+def _with_head(trunk: Checkpoint) -> Checkpoint:
+    """The folder with the draft head beside its trunk, or without it and with the reason why it cannot be used."""
+    file = None
+    try:
+        head = sidecar.declared(trunk.folder)
+        if (file := sidecar.find(trunk.folder, head.file)) is None:
+            return trunk
+        own = {head_name(stored): entry for stored, entry in read_header(file).items() if not sidecar.is_shared(stored)}
+        whole = replace(trunk, entries={**trunk.entries, **own}, head=head)
+        if misfits := _misfits(own, dict(whole.part(mtp_shapes(trunk.config.text))), most=2):
+            raise InputError("; ".join(misfits))
+        return whole
+    except (InputError, OSError) as error:
+        where = f"in {file.relative_to(trunk.folder)}" if file else "beside the trunk"
+        return replace(trunk, head_fault=f"the draft head {where} cannot be used: {error}")
 
 
 def _is_raw(folder: Path, config: Config, entries: Mapping[str, Entry]) -> bool:
@@ -366,7 +379,11 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
         expected |= checkpoint.part(vision_shapes(config.vision))
     if checkpoint.has(MTP):
         expected |= checkpoint.part(mtp_shapes(config.text))
-    entries = checkpoint.entries
+    if misfits := _misfits(checkpoint.entries, expected):
+        raise InputError("\n  ".join([f"the tensors of {checkpoint.folder} do not fit its config.json:", *misfits]))
+
+
+def _misfits(entries: Mapping[str, Entry], expected: Mapping[str, tuple[int, ...]], most: int = 8) -> list[str]:
     problems = {
         "missing": [name for name in expected if name not in entries],
         "unexpected": [name for name in entries if name not in expected],
@@ -376,9 +393,7 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
             if name in entries and entries[name].shape != shape
         ],
     }
-    lines = [f"  {len(names)} {kind}: {_shorten(names)}" for kind, names in problems.items() if names]
-    if lines:
-        raise InputError(f"the tensors of {checkpoint.folder} do not fit its config.json:\n" + "\n".join(lines))
+    return [f"{len(names)} {kind}: {_shorten(names, most)}" for kind, names in problems.items() if names]
 
 
 def _shorten(names: list[str], most: int = 8) -> str:

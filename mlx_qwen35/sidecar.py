@@ -2,6 +2,8 @@
 
 MLX programs add the one to a trunk's norms (gamma - 1 becomes gamma). To those of a head some do and some do not, and
 most do not say which. A wrong guess costs accepted drafts and never changes a text, for every draft is verified.
+
+Nobody needs such a file: a folder that is whole without it opens without it, and keeps the reason (head_fault).
 """
 
 from collections.abc import Mapping
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 PLACES = ("mtp.safetensors", "mtp/weights.safetensors", "model-mtp.safetensors", "optiq/mtp.safetensors")
 FORM = ("group_size", "bits", "mode")
+_SHARED = ("embed_tokens", "lm_head")
 
 # What config.json may say of a head alone. Of the words for how its norms are stored, these mean gamma - 1.
 _FILES, _FILE = "mlx_lm_extra_tensors", "mtp_file"
@@ -77,16 +80,35 @@ def form(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: values[name] for name in FORM if values.get(name) is not None}
 
 
+def places(folder: Path) -> tuple[str, ...]:
+    """Where in a folder a head's own file may lie: where config.json says, and PLACES."""
+    config = folder / "config.json"
+    files = read_json(config).get(_FILES) if config.is_file() else None
+    named = files.get(_FILE) if isinstance(files, dict) else None
+    return (*PLACES, str(PurePosixPath(named))) if isinstance(named, str) else PLACES
+
+
+def is_shared(name: str) -> bool:
+    """Whether the tensor of this name, in a head's own file, repeats the trunk's embedding or logits matrix.
+
+    A head reads those of the trunk, for mtp_use_dedicated_embeddings is false.
+    """
+    return any(part in _SHARED for part in name.split("."))
+
+
 def find(folder: Path, named: str | None) -> Path | None:
-    """The file of a head that the trunk's files do not hold: the one that config.json names, or the first of PLACES."""
+    """The file of a head that the trunk's files do not hold: the one that config.json names, or the first of PLACES.
+
+    InputError when config.json names one that is absent or outside of the folder.
+    """
     if named is None:
         return next((folder / place for place in PLACES if (folder / place).is_file()), None)
     path = PurePosixPath(str(named))
     if path.is_absolute() or ".." in path.parts:  # by name: in the hub's cache every file is a link out of the folder
-        raise InputError(f"{folder}: {_FILES}.{_FILE} of config.json must lie inside the folder, got {named!r}")
+        raise InputError(f"{_FILES}.{_FILE} of config.json must lie inside the folder, got {named!r}")
     if not (folder / path).is_file():
         raise InputError(
-            f"{folder}: config.json says that the draft head is in {named!r} ({_FILES}.{_FILE}), which is absent. "
+            f"config.json says that the draft head is in {named!r} ({_FILES}.{_FILE}), which is absent. "
             "Download it, or take the entry out to go without drafts"
         )
     return folder / path
@@ -140,7 +162,8 @@ def settled(values: Mapping[str, Any], packed: Mapping[str, "Quantization"]) -> 
     packed: Hugging Face name of a weight of the head -> how it is packed.
     """
     own = {name: value for name, value in values.items() if name not in (_FILES, _PACKING, *_ENCODINGS)}
-    if others := {name: value for name, value in _entry(values, _FILES).items() if name != _FILE}:
+    files = values.get(_FILES)
+    if isinstance(files, dict) and (others := {name: value for name, value in files.items() if name != _FILE}):
         own[_FILES] = others
     if packed and values.get(_PACKING):
         first, *_ = packed.values()

@@ -153,31 +153,13 @@ def test_a_head_in_the_shards_goes_before_one_beside_them(index, trunk, head, ex
     said = {"mlx_lm_extra_tensors": {"mtp_file": "absent.safetensors"}}
     folder = written({"fc.weight": mx.zeros((2, 2))}, PLACES[0], said, trunk | head, index)
     assert difference(folder, expected) < SAME
+    assert open_checkpoint(folder).head_fault is None  # nothing is looked for beside the trunk
 
 
 def test_a_folder_whose_configuration_has_no_head_is_not_searched_for_one(head, written):
     said = changed(SMALL, mtp_num_hidden_layers=0) | {"mlx_lm_extra_tensors": {"mtp_file": "absent.safetensors"}}
     folder = written(head, PLACES[0], said)
     assert not open_checkpoint(folder).has("mtp.") and load_text_model(folder).mtp is None
-
-
-def test_other_tensors_than_a_heads_are_named(head, written):
-    with pytest.raises(InputError, match=r"1 missing: mtp\.fc\.weight\n.* 1 unexpected: mtp\.eh_proj\.weight"):
-        open_checkpoint(written({re.sub(r"\bfc\b", "eh_proj", name): array for name, array in head.items()}))
-
-
-def test_a_file_that_is_named_and_absent_is_missed(head, written):
-    said = {"mlx_lm_extra_tensors": {"mtp_file": "heads/mtp.safetensors"}}
-    with pytest.raises(InputError, match=r"draft head is in 'heads/mtp.safetensors' .*which is absent"):
-        open_checkpoint(written(head, PLACES[0], said))
-
-
-@pytest.mark.parametrize("absolute", [True, False])
-def test_a_file_outside_of_the_folder_is_refused(absolute, head, written, tmp_path):
-    file = str(tmp_path / "out.safetensors") if absolute else "mtp/../../out.safetensors"
-    mx.save_safetensors(str(tmp_path / "out.safetensors"), head)
-    with pytest.raises(InputError, match=rf"must lie inside the folder, got '{file}'"):
-        open_checkpoint(written(head, "mtp/weights.safetensors", {"mlx_lm_extra_tensors": {"mtp_file": file}}))
 
 
 def test_a_file_that_is_a_link_as_in_the_hubs_cache_is_read(head, expected, written, tmp_path):
@@ -187,10 +169,103 @@ def test_a_file_that_is_a_link_as_in_the_hubs_cache_is_read(head, expected, writ
     assert difference(folder, expected) < SAME
 
 
+@pytest.mark.parametrize("named", [str, "mtp.{}".format, "language_model.{}".format])
+def test_an_embedding_and_logits_in_a_heads_own_file_are_passed_over(named, head, expected, written):
+    arrays = {named(f"{name}.weight"): mx.zeros((4, 256)) for name in ("embed_tokens", "lm_head")}
+    arrays |= {named("embed_tokens.scales"): mx.zeros((4, 8))}
+    assert difference(written(head | arrays), expected) < SAME
+
+
+def test_a_file_that_config_json_names_is_no_shard_where_no_index_names_those(head, expected, written):
+    bare = {name.removeprefix("mtp."): array for name, array in head.items()}
+    said = {"mlx_lm_extra_tensors": {"mtp_file": "./own.safetensors"}}
+    assert difference(written(bare, "own.safetensors", said, index=False), expected) < SAME
+
+
+# --- heads that cannot be used ---------------------------------------------------------------------------------------
+
+
+def left_out(folder: Path) -> str:
+    """The folder opens and loads without a head; why."""
+    checkpoint = open_checkpoint(folder)
+    assert not checkpoint.has("mtp.") and checkpoint.head_fault is not None
+    load_text_model(folder)
+    return checkpoint.head_fault
+
+
+def renamed(head: Arrays) -> Arrays:
+    return {re.sub(r"\bfc\b", "eh_proj", name): array for name, array in head.items()}
+
+
+def test_a_folder_has_no_fault_where_its_head_is_used_or_there_is_none(head, trunk, written):
+    folder = written(head)
+    assert open_checkpoint(folder).head_fault is None
+    (folder / PLACES[0]).unlink()
+    assert open_checkpoint(folder).head_fault is None
+    assert open_checkpoint(written({}, "other.safetensors", body=trunk | head)).head_fault is None
+
+
+@pytest.mark.parametrize("index", [True, False])
+@pytest.mark.parametrize("place", [PLACES[0], PLACES[3]])
+def test_a_file_of_other_tensors_is_left_out_and_they_are_named(place, index, head, written):
+    fault = left_out(written(renamed(head), place, index=index))
+    wrong = "1 missing: mtp.fc.weight; 1 unexpected: mtp.eh_proj.weight"
+    assert fault == f"the draft head in {place} cannot be used: {wrong}"
+
+
+def test_a_head_of_another_model_is_left_out(head, written):
+    fault = left_out(written(head | {"mtp.norm.weight": mx.zeros((128,))}))
+    assert fault.endswith("cannot be used: 1 misshapen: mtp.norm.weight [128] instead of [256]")
+
+
+def test_the_same_tensors_in_the_shards_are_refused(trunk, head, written):
+    with pytest.raises(InputError, match=r"\n  1 missing: mtp\.fc\.weight\n  1 unexpected: mtp\.eh_proj\.weight$"):
+        open_checkpoint(written(head, body=trunk | renamed(head)))
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_a_truncated_file_is_left_out(index, head, written):
+    folder = written(head, index=index)
+    (folder / PLACES[0]).write_bytes((folder / PLACES[0]).read_bytes()[:-1])
+    assert re.match(r"the draft head in mtp.safetensors cannot be used: .*: truncated; download", left_out(folder))
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_a_file_that_is_named_and_absent_is_missed(index, head, written):
+    said = {"mlx_lm_extra_tensors": {"mtp_file": "heads/mtp.safetensors"}}
+    fault = left_out(written(head, PLACES[0], said, index=index))
+    assert re.match(r"the draft head beside .* says that .* is in 'heads/mtp.safetensors' .*which is absent", fault)
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_file_outside_of_the_folder_is_not_read(absolute, head, written, tmp_path):
+    file = str(tmp_path / "out.safetensors") if absolute else "mtp/../../out.safetensors"
+    mx.save_safetensors(str(tmp_path / "out.safetensors"), head)
+    folder = written(head, "mtp/weights.safetensors", {"mlx_lm_extra_tensors": {"mtp_file": file}})
+    assert f"must lie inside the folder, got '{file}'" in left_out(folder)
+
+
+def test_a_file_that_the_system_cannot_open_is_left_out(head, written):
+    said = {"mlx_lm_extra_tensors": {"mtp_file": "x" * 300}}
+    assert re.search("beside the trunk cannot be used: .*x{300}", left_out(written(head, said=said)))
+
+
+def test_a_packing_that_mlx_does_not_offer_leaves_a_head_out(head, written):
+    folder = written(packed(head, lambda name: FINE), said={BLOCK: {"bits": 7, "group_size": 32}})
+    assert left_out(folder).endswith("in mtp.safetensors cannot be used: mode 'affine' offers bits "
+                                     "(2, 3, 4, 5, 6, 8), got 7")  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["mlx_lm_extra_tensors", BLOCK])
-def test_an_entry_that_is_not_an_object_is_refused(name, head, written):
+def test_an_entry_that_is_not_an_object_leaves_a_head_beside_the_trunk_out(name, head, written):
+    fault = left_out(written(head, PLACES[0], {name: "mtp"}, index=False))
+    assert fault.endswith(f"cannot be used: config.json: '{name}' must be an object, got 'mtp'")
+
+
+@pytest.mark.parametrize("name", ["mlx_lm_extra_tensors", BLOCK])
+def test_an_entry_that_is_not_an_object_is_refused_where_the_head_is_in_the_shards(name, trunk, head, written):
     with pytest.raises(InputError, match=f"config.json: '{name}' must be an object, got 'mtp'"):
-        open_checkpoint(written(head, PLACES[0], {name: "mtp"}))
+        open_checkpoint(written({}, "other.safetensors", {name: "mtp"}, trunk | head))
 
 
 # --- norms -----------------------------------------------------------------------------------------------------------
@@ -422,3 +497,20 @@ def test_a_head_that_changes_while_it_is_converted_is_noticed(head, written, tmp
         file.write(b"x")
     with pytest.raises(InputError, match=r"mtp.safetensors changed meanwhile"):
         check_unchanged(source.files)
+
+
+FAULTS = {
+    "other tensors": (renamed, {}, "1 unexpected"),
+    "absent": (dict, {"mlx_lm_extra_tensors": {"mtp_file": "absent.safetensors"}}, "absent"),
+    "no object": (dict, {"mlx_lm_extra_tensors": "mtp"}, "must be an object"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_head_that_cannot_be_used_is_told_of_and_not_converted(fault, head, written, tmp_path):
+    change, said, why = FAULTS[fault]
+    folder = written(change(head), said=said)
+    with pytest.warns(UserWarning, match=rf"model is converted without a draft head: .* cannot be used: .*{why}"):
+        out = convert(folder, tmp_path / "out")
+    after = open_checkpoint(out)
+    assert not after.has("mtp.") and after.head_fault is None
