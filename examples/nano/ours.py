@@ -15,7 +15,7 @@ def completions(model: Model, processor: Processor, items: list[Item]) -> list[s
     for tools, group in itertools.groupby(items, key=lambda item: item.tools):
         some = list(group)
         options = {"enable_thinking": some[0].enable_thinking, "tools": tools, "temp": 0, "max_tokens": 160}
-        for result in batch_generate(model, processor, [item.messages for item in some], **options):
+        for result in batch_generate(model, processor, [item.messages for item in some], mtp="off", **options):
             texts.append(processor.decode([token for token in result.tokens if token not in processor.stop_ids]))
     return texts
 
