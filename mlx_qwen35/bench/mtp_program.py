@@ -33,8 +33,8 @@ class Account(Speculation):
         super().__init__(model, cache, choice)
         self.rounds: list[tuple[int, int]] = []
 
-    def record(self, lengths: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
-        super().record(lengths, tokens)
+    def record(self, lengths: Sequence[int], tokens: Sequence[Sequence[int]], paused: float) -> None:
+        super().record(lengths, tokens, paused)
         if lengths[0]:
             self.rounds.append((lengths[0] - 1, len(tokens[0]) - 1))
 
