@@ -16,10 +16,10 @@ demo: .venv/ready
 	$(BIN)/mlx_qwen35.generate --model nano --video examples/pictures/moving.mp4 --prompt "Which way does the circle move?"
 
 test: .venv/ready-test
-	$(BIN)/python -m pytest -m "not full"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not full"
 
 test-all: .venv/ready-parity
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 parity: .venv/ready-parity
 	$(BIN)/python -m pytest tests/parity

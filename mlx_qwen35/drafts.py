@@ -114,9 +114,10 @@ class Drafts:
 
         Of row i the first counts[i] are real; where the head is ahead, it has read the pair of the first.
         """
-        pairs = Pairs(self._before(hidden), tokens, tuple(counts))
         if self.ahead:
             pairs = Pairs(hidden[:, :-1], tokens[:, 1:], tuple(max(0, count - 1) for count in counts))
+        else:
+            pairs = Pairs(self._before(hidden), tokens, tuple(counts))
         self.ahead = False
         if any(pairs.counts):
             self.unread += (pairs,)

@@ -118,13 +118,20 @@ def load_model(checkpoint: Checkpoint, dtype: mx.Dtype, name: str) -> Model:
     mx.clear_cache()
     engaged(model)  # on a Mac, see now and not in the middle of an answer which kernels may be used
     tell_unfit(model)
+    head = model.mtp = _draft_head(checkpoint, dtype)
     if has_tower(checkpoint):
-        model.vision = Vision(lambda: load_tower(checkpoint, dtype, model.mtp))
-    if checkpoint.head_fault or (config.mtp_num_hidden_layers and checkpoint.has(MTP)):
-        names = [stored for stored, _ in checkpoint.part(mtp_shapes(config))]
-        nbytes = 0 if checkpoint.head_fault else loaded_bytes(checkpoint, names, dtype)
-        model.mtp = DraftHead(lambda: load_draft_head(checkpoint, names, dtype), nbytes, checkpoint.head_fault)
+        model.vision = Vision(lambda: load_tower(checkpoint, dtype, head))  # not the model: it would hold itself
     return model.eval()
+
+
+def _draft_head(checkpoint: Checkpoint, dtype: mx.Dtype) -> DraftHead | None:
+    """The draft head, still on disk; None for a checkpoint without one."""
+    config, fault = checkpoint.config.text, checkpoint.head_fault
+    if not fault and not (config.mtp_num_hidden_layers and checkpoint.has(MTP)):
+        return None
+    names = [stored for stored, _ in checkpoint.part(mtp_shapes(config))]
+    nbytes = 0 if fault else loaded_bytes(checkpoint, names, dtype)
+    return DraftHead(lambda: load_draft_head(checkpoint, names, dtype), nbytes, fault)
 
 
 def load_draft_head(checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype) -> MultiTokenPrediction:

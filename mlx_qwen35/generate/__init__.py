@@ -142,6 +142,7 @@ class Generation:
     def _result(self, row: int) -> Result:
         tokens, prompt = self._tokens[row], len(self.prompts[row].tokens)
         reading, writing = self._first[row] - self._start, self._last[row] - self._first[row]
+        drafts = self._speculation
         return Result(
             text="".join(piece.text for piece in self._pieces[row] if not piece.reasoning),
             reasoning="".join(piece.text for piece in self._pieces[row] if piece.reasoning).strip(),
@@ -154,7 +155,7 @@ class Generation:
             generation_tps=(len(tokens) - 1) / writing if writing > 0 else 0.0,
             peak_memory=mx.get_peak_memory() / 1e9,
             seed=self.plan.seed,
-            mtp=self._speculation.statistics(row) if self._speculation else Drafting(verdict=self._drafts.why),
+            mtp=drafts.statistics(row) if drafts else Drafting(self._drafts.why or "nothing was decoded"),
         )
 
 

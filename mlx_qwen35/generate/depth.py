@@ -61,7 +61,7 @@ class Costs:
         """
         if self.samples(depth):
             return median_low(self.ratios[depth])
-        known = {0: 1.0} | {k: median_low(ratios) for k, ratios in self.ratios.items()}
+        known = {0: 1.0} | {k: median_low(ratios) for k, ratios in list(self.ratios.items())}
         low, high = max(k for k in known if k < depth), min((k for k in known if k > depth), default=None)
         if high is None:
             return 1 + depth * ((known[low] - 1) / low if low else 1)

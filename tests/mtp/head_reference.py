@@ -58,7 +58,7 @@ class HeadReference:
         """Greedy drafts after the given pairs (as for `pairs`); the last pair holds the newest known token.
 
         Each further draft adds a pair: the output of the pair before, the embedding of the token just drafted, and
-        the position before plus one on all axes.
+        the position before plus one on all axes, which is right behind text but not behind an image.
         """
         hidden, embeddings = np.asarray(hidden, np.float64), np.asarray(embeddings, np.float64)
         outputs, tokens = [], []

@@ -41,7 +41,7 @@ def tokens(results: Sequence[Result]) -> list[tuple[int, ...]]:
     return [result.tokens for result in results]
 
 
-@pytest.mark.parametrize("options", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
+@pytest.mark.parametrize("options", [SAMPLED, pytest.param(GREEDY, marks=pytest.mark.full)], ids=["sampled", "greedy"])
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
 def test_what_is_shown_is_answered_alike_with_drafts(nano, prompt, options):
     plain = generate(*nano, messages=prompt, mtp="off", **options)
