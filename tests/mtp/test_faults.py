@@ -1,5 +1,6 @@
 """What goes wrong with drafts alone does not touch the text: a damaged head, a guess that overflows, little memory."""
 
+import gc
 import shutil
 import sys
 from pathlib import Path
@@ -135,6 +136,20 @@ def test_auto_gives_up_drafts_rather_than_context(memory_limit):
 
 def generation(model, processor, prompt, **options):
     return sys.modules["mlx_qwen35.generate"].start(model, processor, [prompt], max_tokens=500, **options)
+
+
+def test_a_model_that_is_let_go_gives_its_memory_back_at_once():
+    mx.synchronize()
+    before = mx.get_active_memory()
+    model, processor = load("nano")
+    generate(model, processor, ASKED[0], mtp="on", **GREEDY)
+    assert mx.get_active_memory() > before + 5e6
+    gc.disable()
+    try:
+        del model, processor
+        assert mx.get_active_memory() < before + 1e6
+    finally:
+        gc.enable()
 
 
 def test_the_head_is_given_back_where_it_is_not_wanted(nano):
