@@ -204,7 +204,7 @@ class _Loop:
         read: whether the next step has read those.
         """
         rows = self.rows
-        if step.depth:
+        if step.depth and self._unsettled:
             right = [max(0, len(own) - 1) for own in tokens]
             kept = [n and 1 + min(m, k) for n, m, k in zip(step.lengths, rows.taken, right, strict=True)]
             self.under_way = None
@@ -214,10 +214,15 @@ class _Loop:
         if not read:
             rows.unread = [0 < n == len(own) for n, own in zip(rows.taken, tokens, strict=True)]
 
+    @property
+    def _unsettled(self) -> bool:
+        """Whether the cache has read guesses of which it is not known how many stay."""
+        return self.under_way is not None and self.cache.place is not self.under_way
+
     def close(self) -> None:
         """Read what was yielded last, unless all rows have reached their limits with it."""
         rows = self.rows
-        if self.under_way and self.cache.place is not self.under_way:  # Ctrl-C: no guess may stay
+        if self._unsettled:  # Ctrl-C: no guess may stay
             lengths = zip(self.cache.place.row_lengths, self.under_way.row_lengths, strict=True)
             self.cache.keep(self.under_way, [min(1, after - before) for after, before in lengths])
             rows.unread = [False] * len(rows.unread)

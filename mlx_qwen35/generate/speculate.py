@@ -146,7 +146,7 @@ class Speculation:
         self._last: float | None = None  # when the last step was looked at
 
     def depth(self) -> int:
-        """How many tokens to draft for the next step but one that is not recorded yet."""
+        """How many tokens to draft for the next step; may be asked before the one under way is recorded."""
         return self.depths.next()
 
     def propose(self, tokens: mx.array, counts: Sequence[int], depth: int, sampler: Sampler) -> mx.array:

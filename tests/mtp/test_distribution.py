@@ -38,7 +38,8 @@ OTHER = mx.array(np.random.default_rng(1).normal(0, 1.2, (VOCABULARY, VOCABULARY
 class Chain:
     """A model whose hidden state is the last token."""
 
-    def hidden(self, tokens: mx.array, *_, **__) -> mx.array:
+    def hidden(self, tokens: mx.array, cache: SimpleNamespace, *_, **__) -> mx.array:
+        cache.place = object()  # as reading moves a cache on
         return tokens[..., None].astype(mx.float32)
 
     def logits(self, hidden: mx.array) -> mx.array:
@@ -85,7 +86,7 @@ class Guesses:
 def texts(sampling: Sampling, guesses: Guesses | None) -> list[tuple[int, ...]]:
     """What TEXTS seeds answer to token 0."""
     nothing = lambda *_: None  # noqa: E731
-    cache = SimpleNamespace(memories=list, place=None, keep=nothing, evaluate=nothing, detach=nothing)
+    cache = SimpleNamespace(memories=list, place=object(), keep=nothing, evaluate=nothing, detach=nothing)
     sampler = Sampler(sampling, range(TEXTS), [1] * TEXTS, VOCABULARY)
     found: list[list[int]] = [[] for _ in range(TEXTS)]
     begin = mx.zeros((TEXTS, 1))

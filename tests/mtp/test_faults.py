@@ -104,6 +104,18 @@ def test_a_guess_that_overflows_spoils_nothing(depth, prompts, value, nano, monk
     assert all(cache.first_not_finite(row) is None for row in range(len(prompts)))
 
 
+def test_a_text_that_overflows_by_itself_is_told_of_as_without_drafts(nano, monkeypatch):
+    logits, calls = Model.logits, []
+
+    def spoiled(self, hidden):
+        calls.append(1)
+        return logits(self, hidden) * (mx.nan if len(calls) > 6 else 1)
+
+    monkeypatch.setattr(Model, "logits", spoiled)
+    with pytest.raises(InputError, match="logits must be finite, and are not"):
+        generate(*nano, ASKED[0], mtp="on", **GREEDY)
+
+
 def test_what_is_left_of_a_rejected_guess_is_zero(nano):
     model = nano[0]
     cache = model.make_cache(2)
