@@ -80,8 +80,9 @@ def convert(
     if calibration is not None:
         if rounding != "search" or not any(job.quantization for job in plan.jobs):
             raise InputError(
+                "option_no_effect",
                 "--calibration weighs the errors of a search: it has no effect where nothing is packed, or with "
-                "--rounding nearest. Leave it out"
+                "--rounding nearest. Leave it out",
             )
         checkpoint = open_checkpoint(source)
         importance = statistics(checkpoint, windows(checkpoint, read_text(calibration)))
@@ -102,7 +103,7 @@ def read_text(file: str | Path) -> str:
     try:
         return Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"a text must be a readable UTF-8 file: {error}") from error
+        raise InputError("text_unreadable", f"a text must be a readable UTF-8 file: {error}") from error
 
 
 def _facts(target: Path, named: str | Path, source: Path, options: Mapping[str, Any], report: Report) -> dict[str, Any]:

@@ -76,14 +76,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with as_command(COMMAND):
         look = {name: options.pop(name) for name in ("dry_run", "sensitivity", "cap", "save_recipe")}
         if look["cap"] is not None and not (look["sensitivity"] and 0 < look["cap"] < math.inf):
-            raise InputError(f"--cap must be a number of GB above 0, with --sensitivity; got {look['cap']}")
+            raise InputError(
+                "option_invalid", f"--cap must be a number of GB above 0, with --sensitivity; got {look['cap']}"
+            )
         if look["save_recipe"] and look["cap"] is None:
-            raise InputError("--save-recipe has no effect without --sensitivity and --cap; add them or leave it out")
+            raise InputError(
+                "option_no_effect",
+                "--save-recipe has no effect without --sensitivity and --cap; add them or leave it out",
+            )
         if look["dry_run"] or look["sensitivity"]:
             print(_look(options, **look))
             return
         if not options["mlx_path"]:
-            raise InputError("--mlx-path must be given: the folder to write")
+            raise InputError("option_missing", "--mlx-path must be given: the folder to write")
         repository = options.pop("upload_repo")
         if repository:
             check_repository(repository)
@@ -98,19 +103,24 @@ def _look(
 ) -> str:
     """The text of --dry-run or --sensitivity."""
     if dry_run and sensitivity:
-        raise InputError("--dry-run reads headers alone and --sensitivity all weights. Choose one")
+        raise InputError("option_conflict", "--dry-run reads headers alone and --sensitivity all weights. Choose one")
     writing = ("mlx_path", "calibration", "evaluation", "overwrite", "resume", "upload_repo")
     idle = [name for name in writing if options[name]] + ([] if options["verify"] else ["no_verify"])
     if idle:
         names = ", ".join("--" + {"evaluation": "eval"}.get(name, name).replace("_", "-") for name in idle)
-        raise InputError(f"{names} has no effect where nothing is written (--dry-run, --sensitivity); leave it out")
+        raise InputError(
+            "option_no_effect",
+            f"{names} has no effect where nothing is written (--dry-run, --sensitivity); leave it out",
+        )
     source = resolve(options["hf_path"], options["revision"])
     if dry_run:
         return describe(make_plan(source, **{name: options[option] for option, name in _PLAN.items()}))
     given = [option for option in _PLAN if options[option] not in (None, False, "search")]
     if given:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise InputError(f"{names} must not be given with --sensitivity, which tries its own. Leave it out")
+        raise InputError(
+            "option_conflict", f"{names} must not be given with --sensitivity, which tries its own. Leave it out"
+        )
     return _sensitivity(open_checkpoint(source), read_text(sensitivity), cap, save_recipe)
 
 

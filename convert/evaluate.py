@@ -53,7 +53,10 @@ def evaluate(
     there is nothing to predict.
     """
     if source.config.text != packed.config.text:
-        raise InputError(f"source and packed must be one model; {source.folder} and {packed.folder} differ in config")
+        raise InputError(
+            "models_differ",
+            f"source and packed must be one model; {source.folder} and {packed.folder} differ in config",
+        )
     batches = make_batches(tokens, source.config.text.vocab_size)
     counted = Counted(batches, tokens, first)
     models = Layerwise(source, dtype), Layerwise(packed, dtype)
@@ -87,7 +90,7 @@ class Counted:
     def __init__(self, batches: Sequence[Batch], tokens: Sequence[Sequence[int]], first: Sequence[int] | None):
         first = [1] * len(tokens) if first is None else first
         if len(first) != len(tokens) or min(first) < 1:
-            raise InputError(f"first must be {len(tokens)} indices of at least 1, got {list(first)}")
+            raise InputError("option_invalid", f"first must be {len(tokens)} indices of at least 1, got {list(first)}")
         self.batches = batches
         # Position t predicts token t + 1.
         self.masks = [np.arange(1, b.tokens.shape[1]) >= np.array([first[i] for i in b.rows])[:, None] for b in batches]
@@ -96,7 +99,7 @@ class Counted:
         which = [i for batch in batches for i in batch.rows]
         self.sequences = np.repeat(which, np.concatenate(counts))  # which sequence each position is of
         if not len(self.targets):
-            raise InputError("there must be a token to predict: give sequences of at least 2 tokens")
+            raise InputError("text_too_short", "there must be a token to predict: give sequences of at least 2 tokens")
 
     def normed(self, model: Layerwise, states: Sequence[mx.array]) -> mx.array:
         """The residual streams after the last layer -> (positions, D), what the head reads."""
@@ -218,11 +221,13 @@ def windows(checkpoint: Checkpoint, text: str, length: int = WINDOW, most: int =
     A last window of 1 token, which predicts nothing, is left out. InputError when the text is shorter than 2 tokens.
     """
     if length < 2 or most < 2:
-        raise InputError(f"a window, and all of them, must be at least 2 tokens long, got {length} and {most}")
+        raise InputError(
+            "option_invalid", f"a window, and all of them, must be at least 2 tokens long, got {length} and {most}"
+        )
     processor = Processor.from_folder(checkpoint.folder, checkpoint.config, has_tower=False)
     tokens = list(processor.tokenizer.encode(text, add_special_tokens=False))[:most]
     cut = [tokens[start : start + length] for start in range(0, len(tokens), length)]
     cut = [window for window in cut if len(window) > 1]
     if not cut:
-        raise InputError(f"the text must be at least 2 tokens long, got {len(tokens)}")
+        raise InputError("text_too_short", f"the text must be at least 2 tokens long, got {len(tokens)}")
     return cut

@@ -115,8 +115,9 @@ def _check_same(found: Mapping[str, str], identity: Mapping[str, str], folder: P
     words["programs"] = f"the versions differ ({found.get('programs')}; now {identity['programs']})"
     if other := [words[key] for key, value in identity.items() if found.get(key) != value]:
         raise OtherConversion(
+            "resume_differs",
             f"--resume goes on with the same conversion only; since the one in {folder} was broken off, "
-            f"{' and '.join(other)}. Start again without --resume, or with what it was started with"
+            f"{' and '.join(other)}. Start again without --resume, or with what it was started with",
         )
 
 

@@ -42,9 +42,15 @@ class Batch(NamedTuple):
 def make_batches(tokens: Sequence[Sequence[int]], vocabulary: int) -> list[Batch]:
     """Sequences of one length side by side, up to CHUNK tokens in all. InputError for an empty one or a wrong token."""
     if not tokens or not all(len(row) for row in tokens):
-        raise InputError(f"there must be sequences, each of at least 1 token; got lengths {[len(r) for r in tokens]}")
+        raise InputError(
+            "tokens_invalid",
+            f"there must be sequences, each of at least 1 token; got lengths {[len(r) for r in tokens]}",
+        )
     if wrong := [token for row in tokens for token in row if not 0 <= token < vocabulary]:
-        raise InputError(f"tokens must be 0 to {vocabulary - 1}, got {wrong[0]}; the tokenizer is not the checkpoint's")
+        raise InputError(
+            "tokens_invalid",
+            f"tokens must be 0 to {vocabulary - 1}, got {wrong[0]}; the tokenizer is not the checkpoint's",
+        )
     alike: dict[int, list[int]] = defaultdict(list)
     for i, row in enumerate(tokens):
         alike[len(row)].append(i)
@@ -187,5 +193,7 @@ def read_rows(entry: Entry, rows: np.ndarray) -> mx.array:
         for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
             data += os.pread(stream.fileno(), len(run) * width, entry.start + int(run[0]) * width)
     if len(data) != len(rows) * width:
-        raise InputError(f"{entry.file} ended in the middle of {entry.stored_name}: it changed while it was read")
+        raise InputError(
+            "source_changed", f"{entry.file} ended in the middle of {entry.stored_name}: it changed while it was read"
+        )
     return mx.view(mx.array(np.frombuffer(data, held).reshape(len(rows), -1)), dtype)

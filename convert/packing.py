@@ -26,7 +26,10 @@ class Packing:
     def __post_init__(self) -> None:
         offered = (0, *MODES["affine"]["bits"])
         if self.vision_bits not in offered:
-            raise InputError(f"--q-vision-bits must be one of {', '.join(map(str, offered))}, got {self.vision_bits}")
+            raise InputError(
+                "option_invalid",
+                f"--q-vision-bits must be one of {', '.join(map(str, offered))}, got {self.vision_bits}",
+            )
 
     def of(self, name: str, shape: tuple[int, ...]) -> Quantization | None:
         """How the tensor of this Hugging Face name is packed, None when it stays unquantized.
@@ -68,7 +71,9 @@ def read_options(
     if not quantize:
         given += [f"--q-vision-bits {vision_bits}"] if vision_bits is not None else []
         if given:
-            raise InputError(f"{', '.join(given)} has no effect without --quantize; add -q or leave it out")
+            raise InputError(
+                "option_no_effect", f"{', '.join(given)} has no effect without --quantize; add -q or leave it out"
+            )
         return Options(None, None, dtype)
     mode = mode or "affine"
     default = _AFFINE if mode == "affine" else {name: offered[0] for name, offered in MODES.get(mode, {}).items()}
@@ -81,13 +86,19 @@ def _by_recipe(name: str, given: list[str], vision_bits: int | None, dtype: str 
     recipe = find_recipe(name)
     if given:
         raise InputError(
-            f"--recipe {name} says how everything is packed; {', '.join(given)} must not be given with it. Choose one"
+            "option_conflict",
+            f"--recipe {name} says how everything is packed; {', '.join(given)} must not be given with it. Choose one",
         )
     if recipe.bulk is None:
         if vision_bits is not None:
-            raise InputError(f"--q-vision-bits has no effect with --recipe {name}, which packs nothing; leave it out")
+            raise InputError(
+                "option_no_effect",
+                f"--q-vision-bits has no effect with --recipe {name}, which packs nothing; leave it out",
+            )
         if dtype not in (None, recipe.dtype):
-            raise InputError(f"--recipe {name} stores {recipe.dtype}; --dtype {dtype} contradicts it. Choose one")
+            raise InputError(
+                "option_conflict", f"--recipe {name} stores {recipe.dtype}; --dtype {dtype} contradicts it. Choose one"
+            )
         return Options(recipe, None, recipe.dtype)
     if vision_bits is not None:
         recipe = replace(recipe, vision_bits=vision_bits)

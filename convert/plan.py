@@ -140,12 +140,13 @@ def make_plan(
     """
     options = read_options(recipe, quantize, bits, group_size, mode, vision_bits, dtype)
     if rounding not in ROUNDINGS:
-        raise InputError(f"--rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+        raise InputError("option_invalid", f"--rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
     source = open_source(folder)
     if vision_bits is not None and not source.checkpoint.has(VISION):
         raise InputError(
+            "option_no_effect",
             f"--q-vision-bits {vision_bits} has no effect on a checkpoint without a vision tower; {folder} has none. "
-            "Leave it out"
+            "Leave it out",
         )
     stored = _output_dtype(source, options.dtype)
     keep = options.recipe is None and options.packing is None
@@ -174,7 +175,7 @@ def make_plan(
 def _output_dtype(source: Source, asked: str | None) -> str:
     """The option, else what config.json names, else what the embedding is stored in; as safetensors calls it."""
     if asked is not None and asked not in DTYPES:
-        raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, got {asked!r}")
+        raise InputError("option_invalid", f"--dtype must be one of {', '.join(DTYPES)}, got {asked!r}")
     values, text = source.config, source.config.get("text_config", {})
     named = asked or values.get("torch_dtype") or values.get("dtype") or text.get("torch_dtype") or text.get("dtype")
     if named is None:
@@ -182,13 +183,14 @@ def _output_dtype(source: Source, asked: str | None) -> str:
         parts = (part.dtype for tensor in tensors if not tensor.block for part in tensor.parts)
         return next((part for part in parts if part in DTYPES.values()), "BF16")
     if named not in DTYPES:
-        raise InputError(f"config.json names the dtype {named!r}; choose one of {', '.join(DTYPES)} with --dtype")
+        raise InputError(
+            "config_field_unsupported",
+            f"config.json names the dtype {named!r}; choose one of {', '.join(DTYPES)} with --dtype",
+        )
     return DTYPES[named]
 
 
-def _jobs(
-    source: Source, packing: Packing | None, keep: bool, dtype: str, asked: bool, rounding: str
-) -> Iterator[Job]:
+def _jobs(source: Source, packing: Packing | None, keep: bool, dtype: str, asked: bool, rounding: str) -> Iterator[Job]:
     """The jobs in the order of the data: text, vision, draft head. Names of MLX programs become Hugging Face's.
 
     keep: what is packed stays so. asked: the dtype was, so that scales which are copied get it too.
@@ -214,8 +216,9 @@ def _job(source: Tensor, name: str, dtype: str, how: Quantization | None, roundi
     columns = source.shape[1]
     if columns % how.group_size:
         raise InputError(
+            "quantization_unfit",
             f"the width of every matrix must be a multiple of the group size; {name} is {columns} wide and the group "
-            f"size is {how.group_size}. Choose another --q-group-size"
+            f"size is {how.group_size}. Choose another --q-group-size",
         )
     scales = dtype if how.mode == "affine" else "U8"
     outputs = tuple(

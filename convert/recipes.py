@@ -74,17 +74,21 @@ def find_recipe(name: str) -> Recipe:
     if name in RECIPES:
         return RECIPES[name]
     if not name.endswith(".json"):
-        raise InputError(f"--recipe must be one of {', '.join(RECIPES)}, or a file that ends in .json; got {name!r}")
+        raise InputError(
+            "recipe_not_found",
+            f"--recipe must be one of {', '.join(RECIPES)}, or a file that ends in .json; got {name!r}",
+        )
     file = Path(name).expanduser()
     if not file.is_file():
-        raise InputError(f"--recipe must name a file that is there; there is no {name}")
+        raise InputError("recipe_not_found", f"--recipe must name a file that is there; there is no {name}")
     values = read_json(file)
     try:
         bulk, exceptions = _form(values["bulk"]), {end: how and _form(how) for end, how in values["exceptions"].items()}
         return Recipe("from a file", bulk, exceptions, reasons=tuple(map(str, values.get("reasons", ()))))
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{name} must hold 'bulk' and 'exceptions' as --save-recipe writes them ({type(error).__name__}: {error})"
+            "recipe_invalid",
+            f"{name} must hold 'bulk' and 'exceptions' as --save-recipe writes them ({type(error).__name__}: {error})",
         ) from error
 
 
@@ -95,7 +99,7 @@ def save_recipe(file: Path, matrices: Mapping[str, Quantization | None], bulk: Q
     try:
         file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise InputError(f"--save-recipe must name a file that can be written: {error}") from error
+        raise InputError("output_unwritable", f"--save-recipe must name a file that can be written: {error}") from error
 
 
 def _form(values: Mapping[str, Any]) -> Quantization:

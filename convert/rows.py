@@ -111,15 +111,18 @@ def refusal(job: Job, rows: list[tuple[int, int]], files: Files, stream: mx.Stre
         over += _not_finite(_as_bits(_cast(bits, job.source.dtype, job.dtype, stream), stream), job.dtype)
     if bad:
         return InputError(
+            "weights_not_finite",
             f"weights must be finite; {bad} of the {values} values of {name} are NaN or infinite. Download or make the "
-            "source again"
+            "source again",
         )
     if over:
         return InputError(
+            "weights_overflow",
             f"weights must fit the output dtype; {over} of the {values} values of {name} overflow {job.dtype}. Choose "
-            "--dtype bfloat16 or float32"
+            "--dtype bfloat16 or float32",
         )
     return InputError(
+        "weights_overflow",
         f"the range of a group of weights must fit the dtype of its scale; one of {name} overflows {job.dtype}. Leave "
-        "it unquantized, or give --rounding search"
+        "it unquantized, or give --rounding search",
     )

@@ -73,11 +73,17 @@ def sensitivity(
     group size does not divide a matrix.
     """
     if checkpoint.config.quantization:
-        raise InputError(f"sensitivity is measured on an unquantized checkpoint; {checkpoint.folder} is quantized")
+        raise InputError(
+            "source_quantized",
+            f"sensitivity is measured on an unquantized checkpoint; {checkpoint.folder} is quantized",
+        )
     widths = {name: shape[1] for name, shape in text_shapes(checkpoint.config.text).items() if is_matrix(name, shape)}
     if wrong := [(how, name) for how in candidates for name, width in widths.items() if width % how.group_size]:
         how, name = wrong[0]
-        raise InputError(f"group size {how.group_size} does not divide {name}, {widths[name]} wide; choose another")
+        raise InputError(
+            "quantization_unfit",
+            f"group size {how.group_size} does not divide {name}, {widths[name]} wide; choose another",
+        )
     batches = make_batches(tokens, checkpoint.config.text.vocab_size)
     counted = Counted(batches, tokens, first)
     members = groups(checkpoint, by_layer)
@@ -191,8 +197,9 @@ def propose(rows: Sequence[Row], cap_bytes: int, other_bytes: int = 0) -> Propos
     used = other_bytes + sum(row.nbytes for row in chosen.values())
     if used > cap_bytes:
         raise InputError(
+            "option_invalid",
             f"the cap must be at least {used / 1e9:.6g} GB for these candidates, got {cap_bytes / 1e9:.6g} GB; give "
-            "candidates of fewer bits or a higher cap"
+            "candidates of fewer bits or a higher cap",
         )
     while steps := [
         ((now.kl - row.kl) / (row.nbytes - now.nbytes), row)

@@ -118,7 +118,8 @@ def check_unchanged(files: tuple[Found, ...]) -> None:
     for file in files:
         if not file.path.is_file() or Found.at(file.path) != file:
             raise InputError(
-                f"the source must stay as it is until the conversion ends; {file.path} changed meanwhile. Convert again"
+                "source_changed",
+                f"the source must stay as it is until the conversion ends; {file.path} has changed. Convert again",
             )
 
 
@@ -146,9 +147,10 @@ def open_source(folder: Path) -> Source:
     tensors = {name: _tensor(checkpoint, name, shape, block) for name, shape in present.items()}
     if claim and not any(tensor.how or tensor.block for tensor in tensors.values()):
         raise InputError(
+            "quantization_unsupported",
             f"config.json of a quantized source must tell how; {folder} says {brief(claim)} and its tensors are not "
             "quantized in a way that is read here (FP8 with block scales, or packed by an MLX program). Give the "
-            "original checkpoint"
+            "original checkpoint",
         )
     packed = {name: tensor.how for name, tensor in tensors.items() if name.startswith(MTP) and tensor.how}
     return Source(checkpoint, settled(config, packed), tensors, files)
@@ -158,19 +160,23 @@ def _block(folder: Path, claim: Any, checkpoint: Checkpoint) -> tuple[int, int]:
     """Rows and columns of a block, once config.json and the shapes of the factors agree."""
     if not isinstance(claim, dict) or claim.get("quant_method") != "fp8":
         raise InputError(
-            f"FP8 weights need a quantization_config of quant_method 'fp8' in config.json; {folder} has {brief(claim)}"
+            "quantization_unsupported",
+            f"FP8 weights need a quantization_config of quant_method 'fp8' in config.json; {folder} has {brief(claim)}",
         )
     size = claim.get("weight_block_size", _BLOCK)
     if not (isinstance(size, (list, tuple)) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
-        raise InputError(f"weight_block_size must be [rows, columns]; config.json of {folder} has {size!r}")
+        raise InputError(
+            "config_field_invalid", f"weight_block_size must be [rows, columns]; config.json of {folder} has {size!r}"
+        )
     for name, scales in checkpoint.block_scales.items():
         weight = checkpoint.entries.get(name)
         shape = tuple(-(-n // block) for n, block in zip(weight.shape, size, strict=False)) if weight else None
         if weight is None or len(weight.shape) != 2 or weight.dtype != "F8_E4M3" or scales.shape != shape:
             raise InputError(
+                "tensors_mismatch",
                 f"factors of FP8 blocks must be one for each {size[0]} x {size[1]} of an F8_E4M3 matrix; "
                 f"{scales.stored_name} is {list(scales.shape)} and its weight is "
-                f"{f'{weight.dtype} {list(weight.shape)}' if weight else 'absent'}. Download the source again"
+                f"{f'{weight.dtype} {list(weight.shape)}' if weight else 'absent'}. Download the source again",
             )
     return tuple(size)
 
@@ -197,8 +203,9 @@ def _tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], block: tu
 def _check_dtype(entry: Entry, offered: tuple[str, ...]) -> None:
     if entry.dtype not in offered:
         raise InputError(
+            "dtype_unsupported",
             f"weights must be float32, float16 or bfloat16, FP8 with block scales, or packed by an MLX program; "
-            f"{entry.stored_name} is {entry.dtype} and should be {' or '.join(offered)}. Give the original checkpoint"
+            f"{entry.stored_name} is {entry.dtype} and should be {' or '.join(offered)}. Give the original checkpoint",
         )
 
 
@@ -210,7 +217,9 @@ def read_rows(part: Entry, start: int, stop: int, files: Mapping[Path, int]) -> 
     row = part.nbytes // part.shape[0]
     data = os.pread(files[part.file], (stop - start) * row, part.start + start * row)
     if len(data) != (stop - start) * row:
-        raise InputError(f"{part.file} ended in the middle of {part.stored_name}: it changed while it was read")
+        raise InputError(
+            "source_changed", f"{part.file} ended in the middle of {part.stored_name}: it changed while it was read"
+        )
     return np.frombuffer(data, BITS[part.dtype]).reshape(stop - start, -1)
 
 

@@ -19,15 +19,21 @@ def _hidden(target: Path, purpose: str) -> Path:
 def check_target(target: Path, overwrite: bool) -> None:
     """InputError unless `target` is absent, an empty folder, or a checkpoint that --overwrite may replace."""
     if target.exists() and not target.is_dir():
-        raise InputError(f"--mlx-path must be a folder to write; {target} is a file. Choose another name")
+        raise InputError(
+            "target_refused", f"--mlx-path must be a folder to write; {target} is a file. Choose another name"
+        )
     if not target.exists() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise InputError(f"--mlx-path must be new or empty; {target} is not. Choose another name or add --overwrite")
+        raise InputError(
+            "target_refused",
+            f"--mlx-path must be new or empty; {target} is not. Choose another name or add --overwrite",
+        )
     if not (target / "config.json").is_file() or not any(target.glob("*.safetensors")):
         raise InputError(
+            "target_refused",
             f"--overwrite replaces checkpoints only; {target} holds no config.json with *.safetensors. Choose another "
-            "name or empty it yourself"
+            "name or empty it yourself",
         )
 
 
@@ -36,8 +42,9 @@ def check_apart(source: Path, target: Path) -> None:
     source = source.resolve()
     if source == target or source in target.parents or target in source.parents:
         raise InputError(
+            "target_overlaps_source",
             f"the source and --mlx-path must lie apart; the source is {source} and --mlx-path is {target}. Choose a "
-            "folder outside the source"
+            "folder outside the source",
         )
 
 
@@ -50,8 +57,9 @@ def check_space(nbytes: int, target: Path) -> None:
     there = sum(512 * path.stat().st_blocks for path in _hidden(target, "converting").glob("*.safetensors"))
     if free + there < nbytes:
         raise InputError(
+            "disk_full",
             f"{target} needs {nbytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free. Make room, or choose "
-            "another disk or fewer bits"
+            "another disk or fewer bits",
         )
 
 
@@ -74,7 +82,9 @@ def _claim(work: Path, target: Path) -> int:
         ours = False
     if not ours:
         os.close(lock)
-        raise InputError(f"one conversion at a time writes {target}; another one is running. Wait for it")
+        raise InputError(
+            "target_busy", f"one conversion at a time writes {target}; another one is running. Wait for it"
+        )
     return lock
 
 
@@ -137,5 +147,6 @@ def appearing_whole(target: Path, overwrite: bool, resume: bool = False) -> Iter
             os.close(lock)
     except OSError as error:
         raise InputError(
-            f"{target} could not be written: {error}. Check permissions and disk, or choose another --mlx-path"
+            "output_unwritable",
+            f"{target} could not be written: {error}. Check permissions and disk, or choose another --mlx-path",
         ) from error

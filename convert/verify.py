@@ -115,8 +115,9 @@ def _forget(descriptor: int) -> None:
 
 def _differs(file: Path, name: str) -> InputError:
     return InputError(
+        "output_differs",
         f"what is written must read back the same; in {file.name} {name} does not. Disk or memory may be failing: "
-        "check them, then convert again, perhaps to another disk"
+        "check them, then convert again, perhaps to another disk",
     )
 
 

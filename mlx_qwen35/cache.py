@@ -112,7 +112,9 @@ class Cache:
         holds an image; None goes on counting. stepwise: so that `keep` can take some of the tokens back.
         """
         if lengths is not None and (len(lengths) != self.batch or not all(0 <= n <= T for n in lengths)):
-            raise InputError(f"lengths must be {self.batch} counts of 0 to {T} tokens, got {list(lengths)}")
+            raise InputError(
+                "lengths_invalid", f"lengths must be {self.batch} counts of 0 to {T} tokens, got {list(lengths)}"
+            )
         self._protect(self.length)
         before = self.memories()
         counts = list(lengths or [T] * self.batch)
@@ -192,7 +194,9 @@ class Cache:
     def restore(self, snapshot: Snapshot) -> None:
         """Go back (or forward again) to where a snapshot of this cache was taken."""
         if snapshot not in self._snapshots:
-            raise InputError("a snapshot can only be restored into the cache that it was taken from")
+            raise InputError(
+                "snapshot_foreign", "a snapshot can only be restored into the cache that it was taken from"
+            )
         if snapshot.tail:
             self._protect(snapshot.intact, but=snapshot)
             for layer, (keys, values) in zip(self._kv, snapshot.tail, strict=True):

@@ -73,7 +73,7 @@ def look(conversation: Conversation, command: str, name: str, shown: list[dict[s
     """Read an image or a clip now, so that it is refused now if it must be; what goes with the next message."""
     kind = command.removeprefix("/")
     if not name:
-        raise InputError(f"{command} must name a file or URL")
+        raise InputError("option_missing", f"{command} must name a file or URL")
     parts = conversation.processor.read_parts([{"type": kind, kind: _unquoted(name)}], conversation.vision)
     print_media([parts[0][kind]], [part[part["type"]] for part in shown])
     return shown + parts

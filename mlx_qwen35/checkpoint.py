@@ -152,16 +152,24 @@ def read_header(file: Path) -> dict[str, Entry]:
     with file.open("rb") as stream:
         length = struct.unpack("<Q", stream.read(8).ljust(8, b"\0"))[0] if size >= 8 else 0
         if not 0 < length <= size - 8:
-            raise InputError(f"{file} is truncated or not a safetensors file ({size} bytes); download it again")
+            raise InputError(
+                "safetensors_truncated",
+                f"{file} is truncated or not a safetensors file ({size} bytes); download it again",
+            )
         try:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
             entries = {name: _entry(file, name, value, 8 + length) for name, value in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"the header of {file} is corrupted ({error}); download it again") from error
+            raise InputError(
+                "safetensors_invalid", f"the header of {file} is corrupted ({error}); download it again"
+            ) from error
     end = max((entry.start + entry.nbytes for entry in entries.values()), default=8 + length)
     if end != size:
-        raise InputError(f"{file} must have {end} bytes by its header, it has {size}: truncated; download it again")
+        raise InputError(
+            "safetensors_truncated",
+            f"{file} must have {end} bytes by its header, it has {size}: truncated; download it again",
+        )
     return entries
 
 
@@ -181,16 +189,19 @@ def safetensors_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise InputError(f"{folder / INDEX} must hold a 'weight_map' of tensor names to files")
+            raise InputError("index_invalid", f"{folder / INDEX} must hold a 'weight_map' of tensor names to files")
         if not all(isinstance(name, str) for name in weight_map.values()):
-            raise InputError(f"{folder / INDEX}: 'weight_map' must name files")
+            raise InputError("index_invalid", f"{folder / INDEX}: 'weight_map' must name files")
         files = [folder / name for name in sorted(set(weight_map.values()))]
         if absent := [file.name for file in files if not file.is_file()]:
-            raise InputError(f"{folder / INDEX} names files that are absent: {', '.join(absent)}; download them again")
+            raise InputError(
+                "weights_missing",
+                f"{folder / INDEX} names files that are absent: {', '.join(absent)}; download them again",
+            )
         return files
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise InputError(f"{folder} holds no *.safetensors file; only safetensors weights are read")
+        raise InputError("weights_missing", f"{folder} holds no *.safetensors file; only safetensors weights are read")
     beside = sidecar.places(folder)
     return [file for file in files if file.name not in beside] or files
 
@@ -209,10 +220,15 @@ class Quantization:
     def __post_init__(self) -> None:
         offered = MODES.get(self.mode)
         if offered is None:
-            raise InputError(f"quantization mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+            raise InputError(
+                "quantization_invalid", f"quantization mode must be one of {', '.join(MODES)}, got {self.mode!r}"
+            )
         for name in ("bits", "group_size"):
             if getattr(self, name) not in offered[name]:
-                raise InputError(f"mode {self.mode!r} offers {name} {offered[name]}, got {getattr(self, name)}")
+                raise InputError(
+                    "quantization_invalid",
+                    f"mode {self.mode!r} offers {name} {offered[name]}, got {getattr(self, name)}",
+                )
 
     @property
     def scale_dtypes(self) -> tuple[str, ...]:
@@ -301,25 +317,35 @@ def open_checkpoint(folder: Path, *, fp8: bool = False) -> Checkpoint:
     missing, unexpected or misshapen, or says which rule the folder breaks; a draft head beside the trunk is optional.
     """
     if not folder.is_dir():
-        raise InputError(f"a checkpoint must be a folder, a Hugging Face id or 'nano'; there is no folder {folder}")
+        raise InputError(
+            "model_not_found",
+            f"a checkpoint must be a folder, a Hugging Face id or 'nano'; there is no folder {folder}",
+        )
     config = read_config(folder)
     entries: dict[str, Entry] = {}
     for file in safetensors_files(folder):
         for stored, entry in read_header(file).items():
             name = hugging_face_name(stored)
             if name in entries:
-                raise InputError(f"{folder}: {name} is there twice, in {entries[name].file.name} and in {file.name}")
+                raise InputError(
+                    "tensor_duplicate",
+                    f"{folder}: {name} is there twice, in {entries[name].file.name} and in {file.name}",
+                )
             entries[name] = entry
     if config.text.tie_word_embeddings:  # the head is the embedding; some writers store it a second time
         entries = {name: entry for name, entry in entries.items() if not name.startswith("lm_head.")}
     exact = {name.removeprefix(EXACT): entries.pop(name) for name in list(entries) if name.startswith(EXACT)}
     if stray := [name for name, entry in exact.items() if name not in entries or entries[name].shape != entry.shape]:
-        raise InputError(f"{folder}: {EXACT}* must repeat tensors of the folder in float32; not so: {_shorten(stray)}")
+        raise InputError(
+            "tensors_mismatch",
+            f"{folder}: {EXACT}* must repeat tensors of the folder in float32; not so: {_shorten(stray)}",
+        )
     scales = {name: entries.pop(name) for name in list(entries) if name.endswith(BLOCK_SCALES)}
     if scales and not fp8:
         raise InputError(
+            "fp8_not_runnable",
             f"{folder} holds FP8 weights with block scales, which MLX does not compute with. Convert it first: "
-            f"mlx_qwen35.convert --hf-path {folder} --mlx-path OUT"
+            f"mlx_qwen35.convert --hf-path {folder} --mlx-path OUT",
         )
     scales = {name.removesuffix(BLOCK_SCALES): entry for name, entry in scales.items()}
     has_head = any(name.startswith(MTP) for name in entries)
@@ -339,7 +365,7 @@ def _with_head(trunk: Checkpoint) -> Checkpoint:
         own = {head_name(stored): entry for stored, entry in read_header(file).items() if not sidecar.is_shared(stored)}
         whole = replace(trunk, entries={**trunk.entries, **own}, head=head)
         if misfits := _misfits(own, dict(whole.part(mtp_shapes(trunk.config.text))), most=2):
-            raise InputError("; ".join(misfits))
+            raise InputError("tensors_mismatch", "; ".join(misfits))
         return whole
     except (InputError, OSError) as error:
         where = f"in {file.relative_to(trunk.folder)}" if file else "beside the trunk"
@@ -355,19 +381,23 @@ def _is_raw(folder: Path, config: Config, entries: Mapping[str, Entry]) -> bool:
         if name.startswith(TEXT) and name.endswith("conv1d.weight") and len(entry.shape) == 3
     }
     if len(layouts) == 2:
-        raise InputError(f"{folder} mixes conv1d weights of both layouts, [C, 1, {kernel}] and [C, {kernel}, 1]")
+        raise InputError(
+            "layout_mixed", f"{folder} mixes conv1d weights of both layouts, [C, 1, {kernel}] and [C, {kernel}, 1]"
+        )
     raw = layouts.pop() if layouts else True
     tag = config.format_tag
     if tag is not None:
         if tag != {**tag, "format": 1, "norms": "zero-centred"}:
             raise InputError(
+                "layout_tag_unsupported",
                 f"{folder}: its mlx_qwen35 tag must say format 1 and norms 'zero-centred', got {tag}. A newer "
-                "version of this program may have written it: update"
+                "version of this program may have written it: update",
             )
         if not raw:
             raise InputError(
+                "layout_tag_contradicted",
                 f"{folder}: its mlx_qwen35 tag says that norms are zero-centred and conv1d is [C, 1, {kernel}], but "
-                f"conv1d is [C, {kernel}, 1]: the folder was rewritten by another program. Convert the original again"
+                f"conv1d is [C, {kernel}, 1]: the folder was rewritten by another program. Convert the original again",
             )
     return raw
 
@@ -380,7 +410,10 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
     if checkpoint.has(MTP):
         expected |= checkpoint.part(mtp_shapes(config.text))
     if misfits := _misfits(checkpoint.entries, expected):
-        raise InputError("\n  ".join([f"the tensors of {checkpoint.folder} do not fit its config.json:", *misfits]))
+        raise InputError(
+            "tensors_mismatch",
+            "\n  ".join([f"the tensors of {checkpoint.folder} do not fit its config.json:", *misfits]),
+        )
 
 
 def _misfits(entries: Mapping[str, Entry], expected: Mapping[str, tuple[int, ...]], most: int = 8) -> list[str]:

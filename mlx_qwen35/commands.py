@@ -128,7 +128,7 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def require_model(args: argparse.Namespace) -> str:
     if not args.model:
-        raise InputError(f"--model must be given: {CHOICES}. To try at once: --model nano")
+        raise InputError("option_missing", f"--model must be given: {CHOICES}. To try at once: --model nano")
     return args.model
 
 
@@ -145,7 +145,7 @@ def as_command(name: str, tuned: bool = True) -> Iterator[None]:
         with _clean_warnings(name):
             yield
     except InputError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error} [{error.code}]", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
@@ -168,7 +168,9 @@ def check_there(media: Sequence[tuple[str, str]]) -> None:
     """Refuse files that are not there, given as pairs of kind and name, before the model is loaded."""
     for kind, name in media:
         if not is_remote(name) and (not name or not Path(name).expanduser().exists()):
-            raise InputError(f"--{kind} must name a file or an http(s) URL; there is no file {name!r}")
+            raise InputError(
+                "media_not_found", f"--{kind} must name a file or an http(s) URL; there is no file {name!r}"
+            )
 
 
 def print_media(media: Sequence[Media], before: Sequence[Media] = ()) -> None:

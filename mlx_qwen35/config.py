@@ -120,25 +120,29 @@ class Fields:
 
     def get(self, name: str, kind: type) -> Any:
         if self.values.get(name) is None:
-            raise InputError(f"{self.where} must hold {name!r}; it is absent, and no default would be right")
+            raise InputError(
+                "config_field_missing", f"{self.where} must hold {name!r}; it is absent, and no default would be right"
+            )
         return self.check(name, self.values[name], kind)
 
     def check(self, name: str, value: Any, kind: type) -> Any:
         number = kind is float and isinstance(value, int) and not isinstance(value, bool)
         if not number and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
-            raise InputError(f"{self.where}: {name!r} must be of type {kind.__name__}, got {value!r}")
+            raise InputError(
+                "config_field_invalid", f"{self.where}: {name!r} must be of type {kind.__name__}, got {value!r}"
+            )
         return value
 
     def size(self, name: str) -> int:
         value = self.get(name, int)
         if value < 1:
-            raise InputError(f"{self.where}: {name!r} must be at least 1, got {value}")
+            raise InputError("config_field_invalid", f"{self.where}: {name!r} must be at least 1, got {value}")
         return value
 
     def positive(self, name: str) -> float:
         value = float(self.get(name, float))
         if not 0 < value < math.inf:
-            raise InputError(f"{self.where}: {name!r} must be above 0 and finite, got {value}")
+            raise InputError("config_field_invalid", f"{self.where}: {name!r} must be above 0 and finite, got {value}")
         return value
 
     def only(self, name: str, *supported: Any, required: bool = True) -> None:
@@ -148,14 +152,19 @@ class Fields:
         value = self.get(name, type(supported[0]))
         if value not in supported:
             known = " or ".join(map(repr, supported))
-            raise InputError(f"{self.where}: {name!r} is {value!r}; only {known} is supported")
+            raise InputError(
+                "config_field_unsupported", f"{self.where}: {name!r} is {value!r}; only {known} is supported"
+            )
 
 
 def _layer_types(text: Fields) -> tuple[str, ...]:
     count = text.size("num_hidden_layers")
     named, interval = text.values.get("layer_types"), text.values.get("full_attention_interval")
     if named is None and interval is None:
-        raise InputError(f"{text.where} must hold 'layer_types' or 'full_attention_interval'; both are absent")
+        raise InputError(
+            "config_field_missing",
+            f"{text.where} must hold 'layer_types' or 'full_attention_interval'; both are absent",
+        )
     if interval is not None:
         every = text.size("full_attention_interval")
         derived = tuple(FULL if (i + 1) % every == 0 else LINEAR for i in range(count))
@@ -164,8 +173,9 @@ def _layer_types(text: Fields) -> tuple[str, ...]:
     kinds = tuple(text.get("layer_types", list))
     if len(kinds) != count or set(kinds) - {LINEAR, FULL}:
         raise InputError(
+            "config_field_invalid",
             f"{text.where}: 'layer_types' must list {count} times {LINEAR!r} or {FULL!r} (num_hidden_layers), "
-            f"got {len(kinds)} entries of {sorted(set(kinds))}"
+            f"got {len(kinds)} entries of {sorted(set(kinds))}",
         )
     return kinds
 
@@ -181,11 +191,15 @@ def _rope(text: Fields, head_dim: int) -> RopeConfig:
     sections = tuple(rope.get("mrope_section", list))
     if len(sections) != 3 or not all(isinstance(s, int) and s >= 0 for s in sections) or 2 * sum(sections) != dims:
         raise InputError(
+            "config_field_invalid",
             f"{rope.where}: 'mrope_section' must be three counts that add up to half of the rotated dims "
-            f"({dims} of head_dim {head_dim}), got {list(sections)}"
+            f"({dims} of head_dim {head_dim}), got {list(sections)}",
         )
     if any(axis + 3 * (sections[axis] - 1) >= dims // 2 for axis in (1, 2)):
-        raise InputError(f"{rope.where}: 'mrope_section' {list(sections)} does not interleave within {dims // 2} pairs")
+        raise InputError(
+            "config_field_invalid",
+            f"{rope.where}: 'mrope_section' {list(sections)} does not interleave within {dims // 2} pairs",
+        )
     return RopeConfig(rope.positive("rope_theta"), dims, sections)
 
 
@@ -199,7 +213,10 @@ def _text_config(values: Mapping[str, Any], where: str, tied: bool | None) -> Te
     text.only("mtp_use_dedicated_embeddings", False, required=False)
     for name in _ABSENT:
         if values.get(name):
-            raise InputError(f"{where}: {name!r} must be absent or empty, got {values[name]!r}; it is not supported")
+            raise InputError(
+                "config_field_unsupported",
+                f"{where}: {name!r} must be absent or empty, got {values[name]!r}; it is not supported",
+            )
     sizes = {
         name: text.size(name)
         for name in (
@@ -213,12 +230,21 @@ def _text_config(values: Mapping[str, Any], where: str, tied: bool | None) -> Te
         ("linear_num_value_heads", "linear_num_key_heads"),
     ):
         if sizes[many] % sizes[few]:
-            raise InputError(f"{where}: {many!r} ({sizes[many]}) must be a multiple of {few!r} ({sizes[few]})")
+            raise InputError(
+                "config_field_invalid",
+                f"{where}: {many!r} ({sizes[many]}) must be a multiple of {few!r} ({sizes[few]})",
+            )
     if sizes["linear_conv_kernel_dim"] < 2:
-        raise InputError(f"{where}: 'linear_conv_kernel_dim' must be at least 2, got {sizes['linear_conv_kernel_dim']}")
+        raise InputError(
+            "config_field_invalid",
+            f"{where}: 'linear_conv_kernel_dim' must be at least 2, got {sizes['linear_conv_kernel_dim']}",
+        )
     own = values.get("tie_word_embeddings")
     if own is None and tied is None:
-        raise InputError(f"{where} must hold 'tie_word_embeddings'; it is absent, and no default would be right")
+        raise InputError(
+            "config_field_missing",
+            f"{where} must hold 'tie_word_embeddings'; it is absent, and no default would be right",
+        )
     return TextConfig(
         **sizes,
         layer_types=_layer_types(text),
@@ -234,7 +260,8 @@ def _vision_config(values: Mapping[str, Any]) -> VisionConfig:
     vision.only("hidden_act", "gelu_pytorch_tanh")
     if values.get("deepstack_visual_indexes"):
         raise InputError(
-            f"{vision.where}: 'deepstack_visual_indexes' must be empty, got {values['deepstack_visual_indexes']}"
+            "config_field_unsupported",
+            f"{vision.where}: 'deepstack_visual_indexes' must be empty, got {values['deepstack_visual_indexes']}",
         )
     return VisionConfig(**{name: vision.size(name) for name in VisionConfig.__dataclass_fields__})
 
@@ -244,24 +271,29 @@ def _refuse_other_architectures(values: Mapping[str, Any]) -> None:
     names = f"{kind} {values.get('architectures')}"
     if "moe" in names.lower() or (_object(values, "text_config") or values).get("num_experts"):
         raise InputError(
+            "model_type_unsupported",
             f"this is a mixture-of-experts checkpoint (model_type {kind!r}); supported are the {SUPPORTED}. "
-            "Use mlx-lm or mlx-vlm for the mixture-of-experts siblings"
+            "Use mlx-lm or mlx-vlm for the mixture-of-experts siblings",
         )
     if kind not in ("qwen3_5", "qwen3_5_text"):
-        raise InputError(f"config.json: 'model_type' is {kind!r}; supported are the {SUPPORTED}")
+        raise InputError(
+            "model_type_unsupported", f"config.json: 'model_type' is {kind!r}; supported are the {SUPPORTED}"
+        )
 
 
 def _token_list(value: Any, where: str) -> tuple[int, ...]:
     tokens = () if value is None else tuple(value) if isinstance(value, list) else (value,)
     if not all(type(token) is int for token in tokens):
-        raise InputError(f"{where}: 'eos_token_id' must be a token id or a list of them, got {value!r}")
+        raise InputError(
+            "config_field_invalid", f"{where}: 'eos_token_id' must be a token id or a list of them, got {value!r}"
+        )
     return tokens
 
 
 def _object(values: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
     value = values.get(name)
     if value is not None and not isinstance(value, dict):
-        raise InputError(f"config.json: {name!r} must be an object, got {value!r}")
+        raise InputError("config_field_invalid", f"config.json: {name!r} must be an object, got {value!r}")
     return value
 
 
@@ -280,8 +312,9 @@ def parse_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None
         vision = _vision_config(values["vision_config"])
         if vision.out_hidden_size != text.hidden_size:
             raise InputError(
+                "config_field_invalid",
                 f"config.json: vision out_hidden_size ({vision.out_hidden_size}) must equal the text hidden_size "
-                f"({text.hidden_size})"
+                f"({text.hidden_size})",
             )
         top = Fields(values, "config.json")
         names = ("image", "video", "vision_start", "vision_end")
@@ -304,15 +337,15 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} must be JSON: {error}") from error
+        raise InputError("json_invalid", f"{path} must be JSON: {error}") from error
     if not isinstance(values, dict):
-        raise InputError(f"{path} must hold a JSON object, got a {type(values).__name__}")
+        raise InputError("json_invalid", f"{path} must hold a JSON object, got a {type(values).__name__}")
     return values
 
 
 def read_config(folder: Path) -> Config:
     """The configuration of a checkpoint folder. Raises InputError when there is none or it is not of this family."""
     if not (folder / "config.json").is_file():
-        raise InputError(f"a checkpoint folder must hold config.json; {folder} does not")
+        raise InputError("config_missing", f"a checkpoint folder must hold config.json; {folder} does not")
     generation = folder / "generation_config.json"
     return parse_config(read_json(folder / "config.json"), read_json(generation) if generation.is_file() else None)

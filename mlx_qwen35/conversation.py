@@ -42,7 +42,9 @@ class Conversation:
         self._system = given.pop("system_prompt", None)
         idle = sorted(name for name in VISION_OPTIONS if given.get(name))
         if idle and not processor.sees:
-            raise InputError(f"{', '.join(idle)} must not be given: this checkpoint has no vision tower")
+            raise InputError(
+                "vision_missing", f"{', '.join(idle)} must not be given: this checkpoint has no vision tower"
+            )
         self.vision = vision_options(given)  # how the images and clips of coming messages are read
         self._options = {name: value for name, value in given.items() if name not in VISION_OPTIONS}
         plan(self._options, model, processor.greedy, [Prompt((0,), thinking=False)], [0])  # tells a bad option
@@ -71,7 +73,7 @@ class Conversation:
         if not isinstance(content, str):
             content = self.processor.read_parts(content, self.vision)
         if not (content.strip() if isinstance(content, str) else content):
-            raise InputError("the message must not be empty")
+            raise InputError("message_empty", "the message must not be empty")
         self.result = None
         messages = [*self.messages, {"role": "user", "content": content}]
         prompt = self.processor.encode_messages(messages, self.vision, **self._template)
@@ -83,8 +85,9 @@ class Conversation:
         room = self.model.config.max_position_embeddings - len(prompt.tokens)
         if room < 1:
             raise InputError(
+                "context_length_exceeded",
                 f"the conversation has {len(prompt.tokens)} tokens, which fills its context; start a new one, or "
-                "show less of an image with a lower max_pixels"
+                "show less of an image with a lower max_pixels",
             )
         self.reused, self.total = len(self._read.tokens), len(prompt.tokens)
         read_so_far = 0

@@ -64,12 +64,16 @@ def _check_type(media: str, kind: str, name: str) -> None:
         return
     if media in ("text/html", "application/xhtml+xml"):
         raise InputError(
+            "media_type_wrong",
             f"the address of {_article(kind)} must lead to the file itself; {name} is a web page ({media}) and not "
-            f"{_article(kind)}. Open it in a browser and copy the address of the {kind}"
+            f"{_article(kind)}. Open it in a browser and copy the address of the {kind}",
         )
     other = media.partition("/")[0]
     hint = f"Give it as {_article(other)}" if other in MAX_BYTES else f"Give the address of {_article(kind)}"
-    raise InputError(f"the media type of {_article(kind)} must be {kind}/...; {name} says {_short(media, 60)}. {hint}")
+    raise InputError(
+        "media_type_wrong",
+        f"the media type of {_article(kind)} must be {kind}/...; {name} says {_short(media, 60)}. {hint}",
+    )
 
 
 def _article(kind: str) -> str:
@@ -79,8 +83,9 @@ def _article(kind: str) -> str:
 def _check_length(length: int, kind: str, name: str, at_least: str = "") -> None:
     if length > MAX_BYTES[kind]:
         raise InputError(
+            "media_too_large",
             f"{_article(kind)} may have at most {MAX_BYTES[kind]:,} bytes (MAX_BYTES of mlx_qwen35.fetch); {name} has "
-            f"{at_least}{length:,}. Make it smaller, or save it to a file and give its path"
+            f"{at_least}{length:,}. Make it smaller, or save it to a file and give its path",
         )
 
 
@@ -91,7 +96,9 @@ def _decode(source: str, kind: str) -> bytes:
     name = name_of(source)
     header, comma, body = source[5:].partition(",")
     if not comma:
-        raise InputError(f"a data: URI must be data:[type][;base64],data; {name} has no comma. Write it so")
+        raise InputError(
+            "data_uri_invalid", f"a data: URI must be data:[type][;base64],data; {name} has no comma. Write it so"
+        )
     media, *parameters = header.split(";")
     _check_type(media, kind, name)
     try:
@@ -102,8 +109,9 @@ def _decode(source: str, kind: str) -> bytes:
     except (binascii.Error, UnicodeEncodeError) as error:
         reason = "it holds characters that are not ASCII" if isinstance(error, UnicodeEncodeError) else str(error)
         raise InputError(
+            "data_uri_invalid",
             f"the data of a data: URI must be whole base64 or percent-encoded bytes; {name} is not: {reason}. "
-            "Encode it again"
+            "Encode it again",
         ) from error
     _check_length(len(data), kind, name)
     return data
@@ -121,8 +129,9 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         if colon and "/" not in scheme and scheme.lower() not in ("http", "https"):
             answer.close()
             raise InputError(
+                "url_refused",
                 f"an address may lead on to http and https alone; {name_of(request.full_url)} leads to "
-                f"{name_of(target)}. Give the address of the file itself"
+                f"{name_of(target)}. Give the address of the file itself",
             )
         return super().http_error_302(request, answer, code, message, headers)
 
@@ -168,8 +177,9 @@ def _before_deadline(source: str, kind: str) -> bytes:
 
 def _late(source: str, kind: str) -> InputError:
     return InputError(
+        "fetch_timeout",
         f"{_article(kind)} must arrive within {DEADLINE_SECONDS[kind]:g} seconds (DEADLINE_SECONDS of "
-        f"mlx_qwen35.fetch); {name_of(source)} took longer. Try again, or save it to a file and give its path"
+        f"mlx_qwen35.fetch); {name_of(source)} took longer. Try again, or save it to a file and give its path",
     )
 
 
@@ -185,8 +195,9 @@ def _download(source: str, kind: str, end: float) -> bytes:
     except urllib.error.HTTPError as error:
         error.close()
         raise InputError(
+            "fetch_failed",
             f"a server must answer with the file; for {name} it answered {error.code} {error.reason}. "
-            "Look whether the address is right and open to everyone"
+            "Look whether the address is right and open to everyone",
         ) from error
     except InputError:
         raise
@@ -198,17 +209,20 @@ def _unreached(error: OSError | ValueError | http.client.HTTPException, name: st
     reason = getattr(error, "reason", error)
     if isinstance(reason, TimeoutError):
         return InputError(
+            "fetch_timeout",
             f"a server must send something every {CONNECT_SECONDS:g} seconds (CONNECT_SECONDS of mlx_qwen35.fetch); "
-            f"that of {name} did not. Try again, or save the file and give its path"
+            f"that of {name} did not. Try again, or save the file and give its path",
         )
     if isinstance(error, (urllib.error.URLError, http.client.InvalidURL, ValueError)):
         return InputError(
+            "fetch_failed",
             f"the host of an address must be reachable; that of {name} is not: {reason}. "
-            "Look at the address and at the network"
+            "Look at the address and at the network",
         )
     return InputError(
+        "fetch_failed",
         f"a file must arrive whole; the server broke off the connection for {name} "
-        f"({type(error).__name__}: {error}). Try again"
+        f"({type(error).__name__}: {error}). Try again",
     )
 
 
@@ -226,7 +240,8 @@ def _read(answer: http.client.HTTPResponse, source: str, kind: str, end: float) 
             raise _late(source, kind)
     if expected is not None and len(data) < expected:
         raise InputError(
+            "fetch_failed",
             f"a file must arrive whole; of {name} came {len(data):,} bytes of {expected:,}, then the server broke off. "
-            "Try again"
+            "Try again",
         )
     return bytes(data)

@@ -34,8 +34,9 @@ class FrameSampling:
     def __post_init__(self) -> None:
         if self.fps is not None and self.num_frames is not None:
             raise InputError(
+                "option_conflict",
                 f"a clip is sampled by fps or by num_frames, not by both; got fps {self.fps} and "
-                f"num_frames {self.num_frames}. Leave one out"
+                f"num_frames {self.num_frames}. Leave one out",
             )
         if self.fps is not None:
             check_rate("fps", self.fps)
@@ -45,19 +46,24 @@ class FrameSampling:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < TEMPORAL_PATCH:
                 raise InputError(
+                    "option_invalid",
                     f"{name} must be a whole number, at least {TEMPORAL_PATCH} (the model reads frames in pairs), "
-                    f"got {value!r}"
+                    f"got {value!r}",
                 )
         if self.max_frames < self.min_frames:
-            raise InputError(f"max_frames must not be below min_frames, {self.min_frames}; got {self.max_frames}")
+            raise InputError(
+                "option_invalid", f"max_frames must not be below min_frames, {self.min_frames}; got {self.max_frames}"
+            )
 
     def count(self, total: int, source_fps: float) -> int:
         """How many of `total` frames, `source_fps` a second, are used. InputError for fewer than two frames."""
         check_rate("the source's frames a second", source_fps)
         if total < 1:
-            raise InputError("a video must have frames; it has none")
+            raise InputError("video_too_short", "a video must have frames; it has none")
         if total < TEMPORAL_PATCH:
-            raise InputError("a video must have at least two frames; it has one. Give it as an image")
+            raise InputError(
+                "video_too_short", "a video must have at least two frames; it has one. Give it as an image"
+            )
         if self.num_frames is not None:
             return self.num_frames
         if self.fps is None:
@@ -73,7 +79,7 @@ def check_rate(name: str, value: Any) -> None:
     """InputError unless `value` is a finite number above 0."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0 < value < math.inf:
-        raise InputError(f"{name} must be a number above 0 and finite, got {value!r}")
+        raise InputError("option_invalid", f"{name} must be a number above 0 and finite, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -152,8 +158,9 @@ def collect(
         if size_of(frame) != stored:
             first, now = (f"{width} x {height}" for height, width in (stored, size_of(frame)))
             raise InputError(
+                "video_sizes_differ",
                 f"all frames of a clip must have one size; the first is {first} pixels, frame {count} is {now}. "
-                "Resize them first, or leave out what does not belong"
+                "Resize them first, or leave out what does not belong",
             )
         if count - 1 in places:
             pixels = to_rgb(frame)
@@ -162,5 +169,5 @@ def collect(
                 kept = np.empty((len(picks), *fit(len(picks), *source), 3), np.uint8)
             kept[places[count - 1]] = resize(pixels, kept.shape[1:3])
     if kept is None:
-        raise InputError("a video must have frames; it has none")
+        raise InputError("video_too_short", "a video must have frames; it has none")
     return kept, source, count

@@ -30,7 +30,10 @@ def unfit(arrays: Iterable[tuple[str, mx.array]]) -> dict[str, str]:
         largest = mx.maximum(high, -low).astype(mx.float32)
         top, vanishing = largest.max().item(), int(((largest > 0) & (largest < SMALLEST)).sum().item())
         if not math.isfinite(top):
-            raise InputError(f"weights must be finite; {name} holds NaN or infinity. Download or convert it again")
+            raise InputError(
+                "weights_not_finite",
+                f"weights must be finite; {name} holds NaN or infinity. Download or convert it again",
+            )
         if why := complaint(top, vanishing, largest.size):
             found[name] = why
     return found

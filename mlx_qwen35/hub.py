@@ -22,19 +22,21 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
     Raises InputError when there is neither such a folder nor such a repository, or the hub cannot be reached.
     """
     if revision is not None and (str(name) == NANO or Path(name).expanduser().exists()):
-        raise InputError(f"a revision is for Hugging Face ids; {name} is local. Leave --revision out")
+        raise InputError(
+            "option_no_effect", f"a revision is for Hugging Face ids; {name} is local. Leave --revision out"
+        )
     if str(name) == NANO:
         return Path(str(resources.files("mlx_qwen35") / NANO))
     if not str(name).strip():
-        raise InputError(f"the name of a checkpoint must not be empty; give {CHOICES}")
+        raise InputError("model_not_found", f"the name of a checkpoint must not be empty; give {CHOICES}")
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise InputError(f"a checkpoint must be {CHOICES}; {folder} is a file")
+        raise InputError("model_not_found", f"a checkpoint must be {CHOICES}; {folder} is a file")
     parts = str(name).split("/")
     if len(parts) != 2 or not all(parts) or str(name).startswith((".", "~")):
-        raise InputError(f"there is no folder {name}, and it is no Hugging Face id; give {CHOICES}")
+        raise InputError("model_not_found", f"there is no folder {name}, and it is no Hugging Face id; give {CHOICES}")
     return _download(str(name), revision)
 
 
@@ -51,17 +53,18 @@ def _download(repository: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(_FILES)))
     except HFValidationError as error:
-        raise InputError(f"{repository!r} is no Hugging Face id: {error}; give {CHOICES}") from error
+        raise InputError("model_not_found", f"{repository!r} is no Hugging Face id: {error}; give {CHOICES}") from error
     except RepositoryNotFoundError as error:
         raise InputError(
-            f"there is no folder {repository} and no public repository of that id; give {CHOICES}"
+            "model_not_found", f"there is no folder {repository} and no public repository of that id; give {CHOICES}"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = (str(error).strip() or "no message").splitlines()[0]
         at = f" at revision {revision!r}" if revision else ""
         raise InputError(
+            "hub_failed",
             f"could not get {repository}{at} from the Hugging Face hub ({type(error).__name__}: {reason}). Check the "
-            f"network and the id, or give a local folder; {offline}"
+            f"network and the id, or give a local folder; {offline}",
         ) from error
 
 
@@ -79,9 +82,11 @@ def check_repository(repository: str) -> None:
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise InputError(f"--upload-repo must be an id such as name/model, got {repository!r}: {error}") from error
+        raise InputError(
+            "repository_invalid", f"--upload-repo must be an id such as name/model, got {repository!r}: {error}"
+        ) from error
     if repository.count("/") != 1:
-        raise InputError(f"--upload-repo must be an id such as name/model, got {repository!r}")
+        raise InputError("repository_invalid", f"--upload-repo must be an id such as name/model, got {repository!r}")
 
 
 def upload(folder: Path, repository: str) -> str:
@@ -100,7 +105,8 @@ def upload(folder: Path, repository: str) -> str:
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError, *_unreachable()) as error:
         reason = (str(error).strip() or "no message").splitlines()[0]
         raise InputError(
+            "upload_failed",
             f"{folder} is whole, but could not be published as {repository} ({type(error).__name__}: {reason}). Log in "
-            f"with `hf auth login`, check the network and the id, or upload it with `hf upload {repository} {folder}`"
+            f"with `hf auth login`, check the network and the id, or upload it with `hf upload {repository} {folder}`",
         ) from error
     return f"https://huggingface.co/{repository}"

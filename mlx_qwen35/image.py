@@ -59,7 +59,8 @@ def read_image(source: "str | Path | bytes | bytearray | memoryview | Image.Imag
         with _strict_pillow():
             return _pixels(source, f"the PIL image of mode {source.mode} and size {source.width} x {source.height}")
     raise InputError(
-        f"an image must be a path, a URL, a data: URI, bytes, a PIL image or a numpy array; got {type(source).__name__}"
+        "media_source_invalid",
+        f"an image must be a path, a URL, a data: URI, bytes, a PIL image or an array; got {type(source).__name__}",
     )
 
 
@@ -68,18 +69,29 @@ def read_image(source: "str | Path | bytes | bytearray | memoryview | Image.Imag
 
 def _from_path(source: str | Path) -> np.ndarray:
     if not str(source) or str(source).startswith("file:"):
-        raise InputError(f"an image's path must be written plainly, without file:// before it; got {str(source)!r}")
+        raise InputError(
+            "media_source_invalid",
+            f"an image's path must be written plainly, without file:// before it; got {str(source)!r}",
+        )
     path, name = os.path.expanduser(source), name_of(str(source))
     if os.path.isdir(path):
-        raise InputError(f"an image must be one file; {name} is a folder. A folder of frames is a video: give it so")
+        raise InputError(
+            "media_source_invalid",
+            f"an image must be one file; {name} is a folder. A folder of frames is a video: give it so",
+        )
     if not os.path.isfile(path):
         what = "is not a regular file" if os.path.exists(path) else "does not exist"
-        raise InputError(f"an image must be a file, an http(s) URL or a data: URI; {name} {what}. Look at the path")
+        raise InputError(
+            "media_not_found",
+            f"an image must be a file, an http(s) URL or a data: URI; {name} {what}. Look at the path",
+        )
     try:
         with open(path, "rb") as file:
             return _from_file(file, name)
     except OSError as error:  # of the file alone: what Pillow raises does not come so far
-        raise InputError(f"an image must be a file that can be read; {name} cannot: {error.strerror}") from error
+        raise InputError(
+            "media_unreadable", f"an image must be a file that can be read; {name} cannot: {error.strerror}"
+        ) from error
 
 
 def _from_file(file: BinaryIO, name: str) -> np.ndarray:
@@ -88,7 +100,7 @@ def _from_file(file: BinaryIO, name: str) -> np.ndarray:
 
     head = file.read(_HEAD)
     if not head:
-        raise InputError(f"an image must not be empty; {name} has no bytes. Copy or download it again")
+        raise InputError("media_empty", f"an image must not be empty; {name} has no bytes. Copy or download it again")
     if "HEIF" not in Image.OPEN:
         register_heif_opener()
     with _strict_pillow():
@@ -98,9 +110,9 @@ def _from_file(file: BinaryIO, name: str) -> np.ndarray:
                 image.verify()
                 image = Image.open(file, formats=("PNG",))
         except Image.DecompressionBombError as error:
-            raise InputError(f"{_bomb(name)} ({error})") from error
+            raise InputError("media_too_large", f"{_bomb(name)} ({error})") from error
         except _DAMAGE as error:
-            raise InputError(_not_opened(head, name)) from error
+            raise InputError("media_not_opened", _not_opened(head, name)) from error
         return _pixels(image, name)
 
 
@@ -183,9 +195,9 @@ def _bomb(name: str) -> str:
 
 def _check_size(width: int, height: int, name: str) -> None:
     if not (width and height):
-        raise InputError(f"an image must have pixels; {name} is {width} wide and {height} high")
+        raise InputError("media_empty", f"an image must have pixels; {name} is {width} wide and {height} high")
     if width * height > MAX_PIXELS:
-        raise InputError(f"{_bomb(name)} ({width} x {height})")
+        raise InputError("media_too_large", f"{_bomb(name)} ({width} x {height})")
 
 
 def _pixels(image: "Image.Image", name: str) -> np.ndarray:
@@ -195,15 +207,17 @@ def _pixels(image: "Image.Image", name: str) -> np.ndarray:
         image.load()
     except _DAMAGE as error:
         raise InputError(
-            f"an image must be whole; {name} is cut short or damaged ({error}). Copy or download it again"
+            "media_damaged",
+            f"an image must be whole; {name} is cut short or damaged ({error}). Copy or download it again",
         ) from error
     image = _upright(image)
     if image.mode.startswith("I"):
         return _grey(image, name)
     if image.mode == "F":
         raise InputError(
+            "image_unsupported",
             f"an image must have 8 or 16 bits a channel; {name} is floating point (mode F), whose range is unknown. "
-            "Scale it to 0..1 and give it as an array, or save it with 8 bits"
+            "Scale it to 0..1 and give it as an array, or save it with 8 bits",
         )
     return _rgb(image, name)
 
@@ -233,8 +247,9 @@ def _grey(image: "Image.Image", name: str) -> np.ndarray:
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise InputError(
+            "image_unsupported",
             f"a grey image must fit 16 bits, 0 to 65535; {name} reaches from {values.min()} to {values.max()}. "
-            "Save it with 8 or 16 bits"
+            "Save it with 8 or 16 bits",
         )
     grey = _from_16_bits(values)
     transparent = image.info.get("transparency")
@@ -253,7 +268,9 @@ def _rgb(image: "Image.Image", name: str) -> np.ndarray:
             image = Image.alpha_composite(white, image.convert("RGBA"))
         return np.array(image.convert("RGB"))
     except ValueError as error:
-        raise InputError(f"an image must have colours that turn into RGB; {name} has not: {error}") from error
+        raise InputError(
+            "image_unsupported", f"an image must have colours that turn into RGB; {name} has not: {error}"
+        ) from error
 
 
 # --- arrays ---
@@ -262,7 +279,10 @@ def _rgb(image: "Image.Image", name: str) -> np.ndarray:
 def _from_array(array: np.ndarray) -> np.ndarray:
     name = f"an array of shape {array.shape} and type {array.dtype}"
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
-        raise InputError(f"an image array must be {ARRAYS}; got {name}. Move its axes, or give its images one by one")
+        raise InputError(
+            "array_invalid",
+            f"an image array must be {ARRAYS}; got {name}. Move its axes, or give its images one by one",
+        )
     _check_size(array.shape[1], array.shape[0], name)
     array = _eight_bits(array, name)
     if array.ndim == 2 or array.shape[2] == 1:
@@ -280,12 +300,13 @@ def _eight_bits(array: np.ndarray, name: str) -> np.ndarray:
     if array.dtype.kind == "u" and array.dtype.itemsize == 2:
         return _from_16_bits(array)
     if array.dtype.kind != "f":
-        raise InputError(f"an image array must be {ARRAYS}; got {name}. Convert it to uint8")
+        raise InputError("array_invalid", f"an image array must be {ARRAYS}; got {name}. Convert it to uint8")
     low, high = array.min(), array.max()
     if not (low >= 0 and high <= 1):  # not a number fails as well
         raise InputError(
+            "array_invalid",
             f"an image array of floating point must lie from 0 to 1; got {name} from {low} to {high}. "
-            "Divide it by its largest value (255?), or convert it to uint8"
+            "Divide it by its largest value (255?), or convert it to uint8",
         )
     return np.rint(array.astype(np.result_type(array, np.float32)) * 255).astype(np.uint8)
 

@@ -60,7 +60,7 @@ def load(
     checkpoint = open_checkpoint(folder)
     processor = Processor.from_folder(folder, checkpoint.config, has_tower(checkpoint))
     if keep_vision and not has_tower(checkpoint):
-        raise InputError(f"keep_vision must not be given: {model} has no vision tower to keep")
+        raise InputError("vision_missing", f"keep_vision must not be given: {model} has no vision tower to keep")
     loaded = load_model(checkpoint, choose_dtype(checkpoint, dtype), str(model))
     if loaded.vision:
         loaded.vision.keep = keep_vision
@@ -75,7 +75,7 @@ def choose_dtype(checkpoint: Checkpoint, dtype: str | None) -> mx.Dtype:
     """The dtype of this name, or what suits this checkpoint on this machine."""
     if dtype is not None:
         if dtype not in DTYPES:
-            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+            raise InputError("option_invalid", f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         return DTYPES[dtype]
     return default_dtype(stored_dtype(checkpoint))
 
@@ -99,7 +99,9 @@ def default_dtype(stored: mx.Dtype) -> mx.Dtype:
 
 def _stored_float(dtype: str, name: str) -> str:
     if dtype not in _STORED:
-        raise InputError(f"weights must be stored as {', '.join(_STORED)} or packed by MLX; {name} is {dtype}")
+        raise InputError(
+            "dtype_unsupported", f"weights must be stored as {', '.join(_STORED)} or packed by MLX; {name} is {dtype}"
+        )
     return _STORED[dtype]
 
 
@@ -217,6 +219,7 @@ def _check_finite(checkpoint: Checkpoint, arrays: Mapping[str, mx.array]) -> Non
     mx.eval(counts)
     if bad := [f"{name} ({count.item()})" for name, count in zip(small, counts, strict=True) if count.item()]:
         raise InputError(
+            "weights_not_finite",
             f"{checkpoint.folder}: scales and norms must be finite; NaN or infinity in {', '.join(bad[:8])}. "
-            "The file is damaged or was converted wrongly; download or convert it again"
+            "The file is damaged or was converted wrongly; download or convert it again",
         )

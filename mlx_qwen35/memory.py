@@ -13,7 +13,7 @@ def limit_memory(gigabytes: float | None) -> None:
     """Let a model take so many GB (10^9 bytes), whatever the machine has; None: as much as suits the machine."""
     global _limit
     if gigabytes is not None and not 0 < gigabytes < float("inf"):
-        raise InputError(f"memory_limit must be a number of GB above 0, got {gigabytes}")
+        raise InputError("option_invalid", f"memory_limit must be a number of GB above 0, got {gigabytes}")
     _limit = None if gigabytes is None else int(gigabytes * 1e9)
 
 
@@ -56,9 +56,10 @@ def check_encoding_fits(kind: str, size: str, working_bytes: int) -> None:
     limit, used = usable_bytes(), mx.get_active_memory()
     if used + working_bytes > limit:
         raise InputError(
+            "memory_exceeded",
             f"to be encoded, this {kind} ({size}) needs {working_bytes / 1e9:.1f} GB; a model may take "
             f"{limit / 1e9:.1f} GB, of which {used / 1e9:.1f} GB are in use. Lower "
-            + {"image": "max_pixels", "video": "video_total_pixels"}[kind]
+            + {"image": "max_pixels", "video": "video_total_pixels"}[kind],
         )
 
 

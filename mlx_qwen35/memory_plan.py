@@ -192,10 +192,13 @@ def check_model_fits(checkpoint: Checkpoint, dtype: mx.Dtype, name: str) -> None
     fits_packed = plan.text - plan.weights * (1 - PACKED) <= plan.machine.limit
     if checkpoint.raw and not checkpoint.config.quantization and fits_packed:
         raise InputError(
+            "memory_exceeded",
             f"{need}; {has}. Convert it to 4 bit, about 3 times smaller:\n  mlx_qwen35.convert --hf-path {name} "
-            f"--mlx-path {name.rstrip('/').split('/')[-1]}-4bit --recipe 4bit"
+            f"--mlx-path {name.rstrip('/').split('/')[-1]}-4bit --recipe 4bit",
         )
-    raise InputError(f"{need}; {has}. Choose a folder with fewer bits, or a smaller model of the family")
+    raise InputError(
+        "memory_exceeded", f"{need}; {has}. Choose a folder with fewer bits, or a smaller model of the family"
+    )
 
 
 def _gb(count: float) -> str:
@@ -209,8 +212,9 @@ def check_tower_fits(config: TextConfig, dtype: mx.Dtype, tower_bytes: int) -> N
     limit = machine.limit
     if used + tower_bytes + machine.kept > limit:
         raise InputError(
+            "memory_exceeded",
             f"the vision tower needs {_gb(tower_bytes)}; a model may take {_gb(limit)}, of "
-            f"which {_gb(used)} are in use. Choose a folder with fewer bits, or shorten the conversation"
+            f"which {_gb(used)} are in use. Choose a folder with fewer bits, or shorten the conversation",
         )
 
 

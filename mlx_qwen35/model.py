@@ -76,10 +76,15 @@ class Model(nn.Module):
         Raises InputError when tokens is not (B, T), its ids are not integers, or B is not the cache's.
         """
         if tokens.ndim != 2 or not mx.issubdtype(tokens.dtype, mx.integer) or 0 in tokens.shape:
-            raise InputError(f"tokens must be (B, T) integers, B and T at least 1, got {tokens.shape} {tokens.dtype}")
+            raise InputError(
+                "tokens_invalid",
+                f"tokens must be (B, T) integers, B and T at least 1, got {tokens.shape} {tokens.dtype}",
+            )
         cache = self.make_cache(tokens.shape[0]) if cache is None else cache
         if cache.batch != tokens.shape[0]:
-            raise InputError(f"the cache is for {cache.batch} rows, tokens have {tokens.shape[0]}")
+            raise InputError(
+                "cache_batch_mismatch", f"the cache is for {cache.batch} rows, tokens have {tokens.shape[0]}"
+            )
         with cache.reading(tokens.shape[1], lengths, positions, stepwise) as span:
             return run(self.layers, self.norm, self.embed(tokens, visual), span, cache.layers, at, pace)
 

@@ -32,7 +32,10 @@ def kind_of(part: Any) -> str | None:
     names = [*part, part.get("type")]
     kinds = [kind for kind in ("image", "video") if kind in names or f"{kind}_url" in names]
     if len(kinds) == 2:
-        raise InputError(f"a part must be an image or a video, not both; got one with {', '.join(map(str, part))}")
+        raise InputError(
+            "message_part_invalid",
+            f"a part must be an image or a video, not both; got one with {', '.join(map(str, part))}",
+        )
     return kinds[0] if kinds else None
 
 
@@ -43,15 +46,20 @@ def take_media(
     media: list[Media] = []
     bare = []
     if not isinstance(messages, list | tuple):
-        raise InputError(f"messages must be a list, got {type(messages).__name__}")
+        raise InputError("messages_invalid", f"messages must be a list, got {type(messages).__name__}")
     for message in messages:
         if not isinstance(message, Mapping):
-            raise InputError(f'a message must be like {{"role": "user", "content": ...}}, got {message!r:.80}')
+            raise InputError(
+                "messages_invalid", f'a message must be like {{"role": "user", "content": ...}}, got {message!r:.80}'
+            )
         content = message.get("content")
         if isinstance(content, list | tuple):
             content = [_bare(part, read, options, media) for part in content]
         elif content is not None and not isinstance(content, str):
-            raise InputError(f"the content of a message must be text or a list of parts, got {type(content).__name__}")
+            raise InputError(
+                "messages_invalid",
+                f"the content of a message must be text or a list of parts, got {type(content).__name__}",
+            )
         bare.append({**message, **({"content": content} if "content" in message else {})})
     return bare, media
 
@@ -59,7 +67,9 @@ def take_media(
 def read_parts(parts: Sequence[Any], read: Reader, options: VisionOptions) -> list[Any]:
     """The parts of one message with images and clips read: what becomes of their files no longer matters."""
     if not isinstance(parts, list | tuple):
-        raise InputError(f"the content of a message must be text or a list of parts, got {type(parts).__name__}")
+        raise InputError(
+            "messages_invalid", f"the content of a message must be text or a list of parts, got {type(parts).__name__}"
+        )
     done = []
     for part in parts:
         kind = kind_of(part)
@@ -79,25 +89,29 @@ def read_part(kind: str, part: Mapping[str, Any], read: Reader, options: VisionO
     named = [name for name in _SOURCES[kind] if part.get(name) is not None]
     if len(named) != 1:
         raise InputError(
+            "message_part_invalid",
             f"a part of type {kind} must name its source once, as {', '.join(_SOURCES[kind])}; got "
-            f"{' and '.join(named) or 'none of them'}"
+            f"{' and '.join(named) or 'none of them'}",
         )
     if unknown := [str(name) for name in part if name not in ("type", *named, *_OPTIONS[kind])]:
         raise InputError(
-            f"a part of type {kind} may hold its source and {', '.join(_OPTIONS[kind])}; got {', '.join(unknown)}"
+            "message_part_invalid",
+            f"a part of type {kind} may hold its source and {', '.join(_OPTIONS[kind])}; got {', '.join(unknown)}",
         )
     source = part[named[0]]
     if isinstance(source, Mapping):  # {"image_url": {"url": ...}}
         if set(source) - {"detail"} != {"url"} or source.get("detail", "auto") != "auto":
-            raise InputError(f"{named[0]} must hold a url alone, got {', '.join(map(str, source))}")
+            raise InputError(
+                "message_part_invalid", f"{named[0]} must hold a url alone, got {', '.join(map(str, source))}"
+            )
         source = source["url"]
     source = f"data:;base64,{source}" if named[0] == "base64" else source
     own = {option: part[name] for name, option in _OPTIONS[kind].items() if part.get(name) is not None}
     if isinstance(source, Media):
         if own:
-            raise InputError(f"this {kind} was read before; {', '.join(own)} would have no effect")
+            raise InputError("option_no_effect", f"this {kind} was read before; {', '.join(own)} would have no effect")
         if source.is_clip != (kind == "video"):
-            raise InputError(f"a part of type {kind} must hold one, got {source}")
+            raise InputError("message_part_invalid", f"a part of type {kind} must hold one, got {source}")
         return source
     for one, other in (("fps", "video_num_frames"), ("video_num_frames", "fps")):
         if one in own and other not in own:  # the part's choice replaces the general one
@@ -148,7 +162,10 @@ def in_order(text: str, media: Sequence[Media]) -> list[Media]:
     for pad, given in kinds.items():
         if found.count(pad) != len(given):
             kind = "images" if pad == IMAGE_PAD else "videos"
-            raise InputError(f"there must be one {pad} for each of the {kind}; got {found.count(pad)} and {len(given)}")
+            raise InputError(
+                "placeholders_mismatch",
+                f"there must be one {pad} for each of the {kind}; got {found.count(pad)} and {len(given)}",
+            )
     queues = {pad: iter(given) for pad, given in kinds.items()}
     return [next(queues[pad]) for pad in found]
 

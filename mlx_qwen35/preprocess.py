@@ -49,22 +49,25 @@ class VisionOptions:
         for name in ("min_pixels", "max_pixels", "video_num_frames", "video_total_pixels"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
-                raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+                raise InputError("option_invalid", f"{name} must be a whole number of at least 1, got {value!r}")
         for name in ("min_pixels", "max_pixels"):
             if (getattr(self, name) or 0) > MAX_PIXELS:
-                raise InputError(f"{name} must be at most {MAX_PIXELS:,}, got {getattr(self, name):,}")
+                raise InputError(
+                    "option_invalid", f"{name} must be at most {MAX_PIXELS:,}, got {getattr(self, name):,}"
+                )
         for name in ("published_limits", "outer_vision_tags"):
             if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name} must be True or False, got {getattr(self, name)!r}")
+                raise InputError("option_invalid", f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("fps", "source_fps"):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if value is not None and not (number and 0 < value < math.inf):
-                raise InputError(f"{name} must be a number above 0, got {value!r}")
+                raise InputError("option_invalid", f"{name} must be a number above 0, got {value!r}")
         if self.fps is not None and self.video_num_frames is not None:
             raise InputError(
+                "option_conflict",
                 f"fps ({self.fps}) and video_num_frames ({self.video_num_frames}) must not be given together: each "
-                "says how many frames to read. Leave one out"
+                "says how many frames to read. Leave one out",
             )
 
 
@@ -188,8 +191,9 @@ def _within(
 def _check_ratio(height: int, width: int) -> None:
     if max(height, width) > MAX_RATIO * min(height, width):
         raise InputError(
+            "aspect_ratio_exceeded",
             f"the longer side of a picture must be at most {MAX_RATIO} times the shorter; this one is "
-            f"{width}x{height}. Cut it into pieces"
+            f"{width}x{height}. Cut it into pieces",
         )
 
 
@@ -217,9 +221,7 @@ class Preprocessor:
 
     def video(self, source: Any, options: VisionOptions) -> Media:
         """Read, sample and resize a clip from any source that read_video takes."""
-        least, most = self._limits(
-            options, None, options.video_total_pixels, machine_pixels()[1], "video_total_pixels"
-        )
+        least, most = self._limits(options, None, options.video_total_pixels, machine_pixels()[1], "video_total_pixels")
         rate = None if options.video_num_frames else options.fps or self.sampling["fps"]
         frames = {name: self.sampling[name] for name in ("min_frames", "max_frames")}
         sampling = FrameSampling(fps=rate, num_frames=options.video_num_frames, **frames)
@@ -227,8 +229,9 @@ class Preprocessor:
         def fit(count: int, height: int, width: int) -> tuple[int, int]:
             if count * self.factor**2 > most:
                 raise InputError(
+                    "video_too_long",
                     f"all frames of a clip must fit into {most:,} pixels, each of {self.factor}x{self.factor} or more; "
-                    f"{count:,} frames do not. Read fewer, or raise video_total_pixels"
+                    f"{count:,} frames do not. Read fewer, or raise video_total_pixels",
                 )
             return video_size(count, height, width, self.factor, least, most)
 
@@ -246,15 +249,17 @@ class Preprocessor:
         low = self.least if least is None else least
         if most is not None and options.published_limits:
             raise InputError(
-                f"{name} ({most}) and published_limits must not be given together: each is a limit. Leave one out"
+                "option_conflict",
+                f"{name} ({most}) and published_limits must not be given together: each is a limit. Leave one out",
             )
         if most is None:
             most = self.most if options.published_limits else int(min(self.most, machine))
             most = max(most, low)
         if most < max(low, self.factor**2):
             raise InputError(
+                "option_invalid",
                 f"{name} must be at least {max(low, self.factor**2)}, got {most}"
-                + (". Lower min_pixels too" if name == "max_pixels" and low > self.factor**2 else "")
+                + (". Lower min_pixels too" if name == "max_pixels" and low > self.factor**2 else ""),
             )
         return low, most
 
@@ -276,8 +281,9 @@ def read_preprocessor(folder: Path, kind: str, config: VisionConfig) -> Preproce
         file, values = both, read_json(both).get(f"{kind}_processor")
     if not isinstance(values, dict):
         raise InputError(
+            "preprocessor_missing",
             f"reading {kind}s needs {_FILES[kind]}, which {folder} does not hold. Download it from the checkpoint's "
-            "original repository into this folder"
+            "original repository into this folder",
         )
     settings = Fields(values, file.name)
     for name, expected in (
@@ -301,5 +307,8 @@ def _byte_values(settings: Fields, scale: float) -> np.ndarray:
     rescaled = (np.arange(256, dtype=np.float64) * scale).astype(np.float32)
     mean, std = (np.array(settings.get(name, list), np.float32)[:, None] for name in ("image_mean", "image_std"))
     if mean.shape != (3, 1) or std.shape != (3, 1) or not (std > 0).all():
-        raise InputError(f"{settings.where}: 'image_mean' and 'image_std' must be three numbers each, std above 0")
+        raise InputError(
+            "config_field_invalid",
+            f"{settings.where}: 'image_mean' and 'image_std' must be three numbers each, std above 0",
+        )
     return (rescaled - mean) / std

@@ -43,11 +43,14 @@ class Processor:
         """
         if not (folder / "tokenizer.json").is_file():
             raise InputError(
-                f"a checkpoint folder must hold tokenizer.json; {folder} does not. Download it again, whole"
+                "tokenizer_missing",
+                f"a checkpoint folder must hold tokenizer.json; {folder} does not. Download it again, whole",
             )
         for name in ("tokenizer.json", "tokenizer_config.json"):
             if (folder / name).is_file() and not read_json(folder / name):
-                raise InputError(f"{folder / name} must describe a tokenizer; it is empty. Download it again")
+                raise InputError(
+                    "tokenizer_invalid", f"{folder / name} must describe a tokenizer; it is empty. Download it again"
+                )
         from mlx_lm.tokenizer_utils import load  # brings transformers, which takes its time
 
         try:
@@ -55,8 +58,9 @@ class Processor:
             return cls(tokenizer, config, folder if has_tower and config.vision else None)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
+                "tokenizer_invalid",
                 f"the tokenizer files of {folder} could not be read ({type(error).__name__}: {error}). "
-                "Download them again"
+                "Download them again",
             ) from error
 
     # --- in ---
@@ -102,8 +106,9 @@ class Processor:
             return source
         if self._folder is None:
             raise InputError(
+                "vision_missing",
                 f"this checkpoint reads text alone: it has no vision tower, so the {kind} cannot be read. Use the "
-                "original, or a folder that was converted with its tower"
+                "original, or a folder that was converted with its tower",
             )
         return self._images.image(source, vision) if kind == "image" else self._videos.video(source, vision)
 
@@ -133,15 +138,16 @@ class Processor:
         )  # the wrapper would switch thinking on where the template's default is off
         if hugging_face.chat_template is None:
             raise InputError(
+                "chat_template_missing",
                 "this checkpoint has no chat template: it completes raw text, which is generate with "
-                "ignore_chat_template (--ignore-chat-template)"
+                "ignore_chat_template (--ignore-chat-template)",
             )
         given = {key: value for key, value in template.items() if value is not None}
         options = {"add_generation_prompt": True, "tokenize": False} | given
         try:
             return hugging_face.apply_chat_template(list(messages), **options)
         except (TemplateError, TypeError, ValueError) as error:
-            raise InputError(f"the chat template refuses these messages: {error}") from error
+            raise InputError("chat_template_refused", f"the chat template refuses these messages: {error}") from error
 
     def _prompt(self, text: str, media: Sequence[Media], vision: VisionOptions, mark: str = "") -> Prompt:
         """Text with one placeholder for each image and clip -> tokens with as many as each takes."""
@@ -149,7 +155,7 @@ class Processor:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(
-                f"a prompt must be valid Unicode text, in UTF-8 where it is typed or piped: {error}"
+                "text_invalid", f"a prompt must be valid Unicode text, in UTF-8 where it is typed or piped: {error}"
             ) from error
         if self.config.vision:
             media = in_order(text, media)
@@ -157,7 +163,7 @@ class Processor:
         pieces = text.split(mark) if mark else [text]
         tokens = [token for piece in pieces for token in self.tokenizer.encode(piece, add_special_tokens=False)]
         if not tokens:
-            raise InputError("the prompt must not be empty")
+            raise InputError("prompt_empty", "the prompt must not be empty")
         tokens, placed = self._place(tokens, media)
         return Prompt(tuple(tokens), self.opens_thinking(tokens), tuple(placed))
 
@@ -266,7 +272,7 @@ class TextStream:
 def check_stop(stop: Sequence[str]) -> tuple[str, ...]:
     """The stop strings; InputError unless they are a list of strings that are not empty."""
     if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
-        raise InputError(f"stop must be a list of strings that are not empty, got {stop!r}")
+        raise InputError("option_invalid", f"stop must be a list of strings that are not empty, got {stop!r}")
     return tuple(stop)
 
 

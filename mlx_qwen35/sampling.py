@@ -40,10 +40,13 @@ class Sampling:
         }
         for name, (holds, rule) in rules.items():
             if not holds:
-                raise InputError(f"{name} must be {rule}, got {getattr(self, name)}")
+                raise InputError("option_invalid", f"{name} must be {rule}, got {getattr(self, name)}")
         for token, bias in self.logit_bias.items():
             if type(token) is not int or token < 0 or not isinstance(bias, (int, float)) or not bias < math.inf:
-                raise InputError(f"logit_bias must map token ids to numbers below infinity, got {token!r}: {bias!r}")
+                raise InputError(
+                    "option_invalid",
+                    f"logit_bias must map token ids to numbers below infinity, got {token!r}: {bias!r}",
+                )
 
     @property
     def penalises(self) -> bool:
@@ -223,4 +226,4 @@ def _counted(counts: mx.array, drafted: mx.array | None, m: int) -> mx.array:
 
 def check_seed(seed: int) -> None:
     if type(seed) is not int or not 0 <= seed < 2**32:
-        raise InputError(f"seed must be 0 to {2**32 - 1}, got {seed}")
+        raise InputError("option_invalid", f"seed must be 0 to {2**32 - 1}, got {seed}")

@@ -71,7 +71,7 @@ def declared(folder: Path) -> Declared:
 def _entry(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     entry = values.get(name) or {}
     if not isinstance(entry, dict):
-        raise InputError(f"config.json: {name!r} must be an object, got {entry!r}")
+        raise InputError("config_field_invalid", f"config.json: {name!r} must be an object, got {entry!r}")
     return entry
 
 
@@ -105,11 +105,14 @@ def find(folder: Path, named: str | None) -> Path | None:
         return next((folder / place for place in PLACES if (folder / place).is_file()), None)
     path = PurePosixPath(str(named))
     if path.is_absolute() or ".." in path.parts:  # by name: in the hub's cache every file is a link out of the folder
-        raise InputError(f"{_FILES}.{_FILE} of config.json must lie inside the folder, got {named!r}")
+        raise InputError(
+            "path_outside_folder", f"{_FILES}.{_FILE} of config.json must lie inside the folder, got {named!r}"
+        )
     if not (folder / path).is_file():
         raise InputError(
+            "draft_head_missing",
             f"config.json says that the draft head is in {named!r} ({_FILES}.{_FILE}), which is absent. "
-            "Download it, or take the entry out to go without drafts"
+            "Download it, or take the entry out to go without drafts",
         )
     return folder / path
 
@@ -134,8 +137,9 @@ def norms_are_raw(norms: Mapping[str, mx.array], said: bool | None) -> bool:
     if against := [name for name, raw in found.items() if raw is (not said)]:
         forms = ("gamma - 1", "gamma")
         raise InputError(
+            "draft_head_contradicted",
             f"config.json says that the draft head's norms are stored as {forms[not said]}; {against[0]} holds numbers "
-            f"that only {forms[said]} has. Take {' or '.join(_ENCODINGS)}, or its like in {_PACKING}, out of it"
+            f"that only {forms[said]} has. Take {' or '.join(_ENCODINGS)}, or its like in {_PACKING}, out of it",
         )
     return said
 

@@ -42,7 +42,8 @@ def read_video(source: Any, sampling: FrameSampling, fit: Fit, *, source_fps: fl
             return _read_frames(f"the folder {name}", _pictures(Path(path), name), sampling, fit, source_fps)
         if not os.path.isfile(path):
             raise InputError(
-                f"a video must be a file, a folder of frames or a URL; there is none at {name}. Look at the path"
+                "media_not_found",
+                f"a video must be a file, a folder of frames or a URL; there is none at {name}. Look at the path",
             )
         file = VideoFile(name, Path(path))
     elif isinstance(source, str):
@@ -51,8 +52,9 @@ def read_video(source: Any, sampling: FrameSampling, fit: Fit, *, source_fps: fl
         file = VideoFile("the video", bytes(source))
     else:
         raise InputError(
+            "media_source_invalid",
             "a video must be a path, a URL, bytes, a folder, a list of frames or an (n, H, W, 3) uint8 array, "
-            f"got {type(source).__name__}"
+            f"got {type(source).__name__}",
         )
     return _read_file(file, sampling, fit, source_fps)
 
@@ -60,8 +62,9 @@ def read_video(source: Any, sampling: FrameSampling, fit: Fit, *, source_fps: fl
 def _read_file(file: VideoFile, sampling: FrameSampling, fit: Fit, source_fps: float | None) -> Clip:
     if source_fps is not None:
         raise InputError(
+            "option_no_effect",
             f"source_fps is for frames without a container; {file.name} is a video file and has its own rate, "
-            f"so source_fps {source_fps!r} would have no effect. Leave it out"
+            f"so source_fps {source_fps!r} would have no effect. Leave it out",
         )
     timeline = file.timeline()
     picks, times = timeline.pick(sampling)
@@ -77,10 +80,11 @@ def _read_frames(
 ) -> Clip:
     total = len(frames)
     if not total:
-        raise InputError(f"a video must have frames; {name} has none")
+        raise InputError("video_too_short", f"a video must have frames; {name} has none")
     if source_fps is None:
         raise InputError(
-            f"frames without a container have no rate; {name} came without source_fps. Say how many are in a second"
+            "option_missing",
+            f"frames without a container have no rate; {name} came without source_fps. Say how many are in a second",
         )
     check_rate("source_fps", source_fps)
     picks, times = Timeline(total, float(source_fps), None).pick(sampling)
@@ -95,14 +99,17 @@ def _read_pictures(name: str, frames: Sequence[Any]) -> Iterator[np.ndarray]:
         try:
             yield read_image(frame)
         except InputError as error:
-            raise InputError(f"frame {number} of {len(frames)} in {name} cannot be read: {error}") from error
+            raise InputError(
+                error.code, f"frame {number} of {len(frames)} in {name} cannot be read: {error}"
+            ) from error
 
 
 def _check_array(array: np.ndarray) -> np.ndarray:
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape[1:]:
         raise InputError(
+            "array_invalid",
             f"a video array must be (n, height, width, 3) uint8, RGB; got {array.shape} {array.dtype}. "
-            "Values from 0 to 1 must be multiplied by 255 and rounded"
+            "Values from 0 to 1 must be multiplied by 255 and rounded",
         )
     return array
 
@@ -113,7 +120,8 @@ def _pictures(folder: Path, name: str) -> list[Path]:
         paths = [path for path in folder.iterdir() if not path.name.startswith(".")]
     except OSError as error:
         raise InputError(
-            f"a folder of frames must be open to reading; {name} is not: {error.strerror}. Look at its rights"
+            "media_unreadable",
+            f"a folder of frames must be open to reading; {name} is not: {error.strerror}. Look at its rights",
         ) from error
     return sorted(paths, key=lambda path: _natural(path.name))
 

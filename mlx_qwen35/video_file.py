@@ -86,9 +86,14 @@ class VideoFile:
         if not times and packets.declared:
             raise self.broken(0, packets.declared, "none can be read")
         if not times:
-            raise InputError(f"a video must have frames; the video stream of {self.name} is empty. Export it again")
+            raise InputError(
+                "video_too_short",
+                f"a video must have frames; the video stream of {self.name} is empty. Export it again",
+            )
         if len(times) == 1:
-            raise InputError(f"a video must have at least two frames; {self.name} has one. Give it as an image")
+            raise InputError(
+                "video_too_short", f"a video must have at least two frames; {self.name} has one. Give it as an image"
+            )
         return self._timeline(times, packets)
 
     def frames(self, total: int) -> Iterator["VideoFrame"]:
@@ -113,7 +118,8 @@ class VideoFile:
     def broken(self, done: int, total: int, reason: str) -> InputError:
         of = f"{done} of {total} frames" if total else f"{done} frame{'' if done == 1 else 's'}"
         return InputError(
-            f"a video must be whole; {self.name} breaks after {of}: {reason}. Copy or download it again"
+            "media_damaged",
+            f"a video must be whole; {self.name} breaks after {of}: {reason}. Copy or download it again",
         )
 
     # --- the container ---
@@ -123,7 +129,8 @@ class VideoFile:
             return self.data.open("rb") if isinstance(self.data, Path) else BytesIO(self.data)
         except OSError as error:
             raise InputError(
-                f"a video must be a file that can be read; {self.name} cannot: {error.strerror}. Look at its rights"
+                "media_unreadable",
+                f"a video must be a file that can be read; {self.name} cannot: {error.strerror}. Look at its rights",
             ) from error
 
     @contextmanager
@@ -138,7 +145,7 @@ class VideoFile:
                 # The file and not its path: FFmpeg would take some names for addresses.
                 container = av.open(_Input(file), container_options=_CONTAINER_OPTIONS, metadata_errors="replace")
             except av.FFmpegError as error:
-                raise InputError(self._not_opened(head)) from error
+                raise InputError("media_not_opened", self._not_opened(head)) from error
             with container:
                 yield container, self._stream(container)
 
@@ -151,7 +158,9 @@ class VideoFile:
     def _refuse_picture(self, head: bytes) -> None:
         kind = next((name for name, start in _PICTURES.items() if re.match(start, head, re.DOTALL)), None)
         if kind is not None:
-            raise InputError(f"a video must be {FORMATS}; {self.name} is a {kind} picture. Give it as an image")
+            raise InputError(
+                "media_type_wrong", f"a video must be {FORMATS}; {self.name} is a {kind} picture. Give it as an image"
+            )
 
     def _not_opened(self, head: bytes) -> str:
         if re.match(_CONTAINERS, head, re.DOTALL):
@@ -169,14 +178,20 @@ class VideoFile:
         streams = [stream for stream in container.streams.video if not stream.disposition & cover]
         if not streams:
             what = "holds sound alone" if container.streams.audio else "holds neither pictures nor sound"
-            raise InputError(f"a video must have a video stream; {self.name} {what}. Give another file")
+            raise InputError(
+                "video_stream_missing", f"a video must have a video stream; {self.name} {what}. Give another file"
+            )
         codec = streams[0].codec_context
         if codec is None:
-            raise InputError(f"a video must be in a format that FFmpeg decodes; {self.name} is not. Convert it to mp4")
+            raise InputError(
+                "video_unsupported",
+                f"a video must be in a format that FFmpeg decodes; {self.name} is not. Convert it to mp4",
+            )
         if codec.width * codec.height > MAX_PIXELS:
             raise InputError(
+                "media_too_large",
                 f"a frame may have at most {MAX_PIXELS:,} pixels; those of {self.name} have "
-                f"{codec.width} x {codec.height}. Make it smaller"
+                f"{codec.width} x {codec.height}. Make it smaller",
             )
         return streams[0]
 
@@ -224,7 +239,10 @@ class VideoFile:
         if rate and (not len(seconds) or np.all(np.abs(seconds * rate - np.arange(total)) <= 0.5)):
             return Timeline(total, rate, None)
         if not len(seconds) or not seconds[-1]:
-            raise InputError(f"a video must say when its frames are shown; {self.name} does not. Convert it to mp4")
+            raise InputError(
+                "video_unsupported",
+                f"a video must say when its frames are shown; {self.name} does not. Convert it to mp4",
+            )
         last = packets.last or seconds[-1] / (total - 1)
         return Timeline(total, float(total / (seconds[-1] + last)), seconds)
 

@@ -129,18 +129,23 @@ def _choose_mode(options: argparse.Namespace) -> None:
         mode = _MTP
     else:
         if idle := _given(options, ["recipe"]):
-            raise InputError(f"{idle} has no effect without --dispatches. Add that, or leave it out")
+            raise InputError(
+                "option_no_effect", f"{idle} has no effect without --dispatches. Add that, or leave it out"
+            )
         mode, other = (_VISION, _SPEED) if options.vision else (_SPEED, _VISION)
         if idle := _given(options, other):
             raise InputError(
+                "option_no_effect",
                 f"{idle} is for speed; with --vision it has no effect. Leave one of them out"
                 if options.vision
-                else f"{idle} has no effect without --vision. Add that, or leave it out"
+                else f"{idle} has no effect without --vision. Add that, or leave it out",
             )
         mode = mode | _WITH_WEIGHTS
     shown = [name for name in ("image_megapixels", "clip_frames") if getattr(options, name, None) is not None]
     if options.vision and shown == ["image_megapixels"] and options.clip_size:
-        raise InputError("--clip-size has no effect without clips. Add --clip-frames, or leave it out")
+        raise InputError(
+            "option_no_effect", "--clip-size has no effect without clips. Add --clip-frames, or leave it out"
+        )
     for name, default in mode.items():
         if getattr(options, name) is None:
             setattr(options, name, () if shown and name in ("image_megapixels", "clip_frames") else default)
@@ -155,15 +160,20 @@ def _given(options: argparse.Namespace, names: Iterable[str]) -> str | None:
 def _check_idle(options: argparse.Namespace, mode: str, own: Iterable[str]) -> None:
     every = ("vision", *_SPEED, *_VISION, *_WITH_WEIGHTS, "recipe")
     if idle := _given(options, [name for name in every if name not in own]):
-        raise InputError(f"{idle} has no effect with {mode}. Leave one of them out")
+        raise InputError("option_conflict", f"{idle} has no effect with {mode}. Leave one of them out")
 
 
 def _check_dispatches(options: argparse.Namespace) -> None:
     if options.model:
-        raise InputError("--dispatches counts for a geometry, without weights; give --geometry in the place of --model")
+        raise InputError(
+            "option_conflict",
+            "--dispatches counts for a geometry, without weights; give --geometry in the place of --model",
+        )
     _check_idle(options, "--dispatches", _DISPATCHES)
     if wrong := [name for name in options.compare or () if name not in dispatches.COUNTED]:
-        raise InputError(f"--dispatches can compare with {', '.join(dispatches.COUNTED)}, got {', '.join(wrong)}")
+        raise InputError(
+            "option_invalid", f"--dispatches can compare with {', '.join(dispatches.COUNTED)}, got {', '.join(wrong)}"
+        )
 
 
 @contextmanager
@@ -180,14 +190,19 @@ def _checkpoint(options: argparse.Namespace) -> Iterator[Path]:
 def _check_outputs(options: argparse.Namespace) -> None:
     """What would fail after all the measuring, found before it."""
     if options.plot and find_spec("matplotlib") is None:
-        raise InputError("--plot needs matplotlib, which is not installed: pip install 'mlx-qwen35[plot]'")
+        raise InputError(
+            "package_missing", "--plot needs matplotlib, which is not installed: pip install 'mlx-qwen35[plot]'"
+        )
     for path in (options.json, options.plot):
         if path and not path.absolute().parent.is_dir():
-            raise InputError(f"the folder of {path} must exist")
+            raise InputError("output_unwritable", f"the folder of {path} must exist")
         if path and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
-            raise InputError(f"{path} must be a file that can be written")
+            raise InputError("output_unwritable", f"{path} must be a file that can be written")
     if options.revision and options.geometry:
-        raise InputError("--revision is for a Hugging Face id given with --model; with --geometry it has no effect")
+        raise InputError(
+            "option_no_effect",
+            "--revision is for a Hugging Face id given with --model; with --geometry it has no effect",
+        )
 
 
 def bench(options: argparse.Namespace) -> dict[str, str]:
@@ -213,11 +228,13 @@ def _speed(options: argparse.Namespace, folder: Path, model: str) -> dict[str, s
     )
     with started((OURS, *options.compare), folder, dtype, failures) as workers:
         if OURS in failures:
-            raise InputError(f"{OURS} could not load {options.model or options.geometry}: {failures[OURS]}")
+            raise InputError(
+                "bench_failed", f"{OURS} could not load {options.model or options.geometry}: {failures[OURS]}"
+            )
         runs = measure(workers, settings, failures, _progress)
         environments = {worker.name: worker.environment for worker in workers}
     if OURS in failures:
-        raise InputError(f"{OURS} could not run: {failures[OURS]}")
+        raise InputError("bench_failed", f"{OURS} could not run: {failures[OURS]}")
     machine, rows = describe_machine(environments), summarize(runs)
     print(format_table(machine, model, settings, rows, median(run.products for run in runs)))
     if options.json:
@@ -231,7 +248,9 @@ def _vision(options: argparse.Namespace, folder: Path, model: str) -> dict[str, 
     failures: dict[str, str] = {}
     checkpoint = open_checkpoint(folder)
     if not has_tower(checkpoint):
-        raise InputError(f"--vision needs a checkpoint with a vision tower; {model} holds text weights only")
+        raise InputError(
+            "vision_missing", f"--vision needs a checkpoint with a vision tower; {model} holds text weights only"
+        )
     settings = vision.Settings(
         options.image_megapixels, options.clip_frames, options.clip_size, options.prefill_step_size,
         _dtype(options, checkpoint),
@@ -247,7 +266,9 @@ def _vision(options: argparse.Namespace, folder: Path, model: str) -> dict[str, 
 def _mtp(options: argparse.Namespace, folder: Path, model: str) -> dict[str, str]:
     checkpoint = open_checkpoint(folder)
     if not checkpoint.has(MTP):
-        raise InputError(f"--mtp needs a checkpoint with a draft head (tensors mtp.*); {model} has none")
+        raise InputError(
+            "draft_head_missing", f"--mtp needs a checkpoint with a draft head (tensors mtp.*); {model} has none"
+        )
     settings = mtp.Settings(options.decode_tokens, options.repeats, _dtype(options, checkpoint))
     found = mtp.measure_mtp(folder, settings, bool(options.model), _progress)
     expected = expectations({f"{model}, measured here": found.acceptance["shares"]}) if options.model else []
@@ -266,7 +287,7 @@ def _dispatches(options: argparse.Namespace) -> dict[str, str]:
         except ProgramError as error:
             failures[program] = str(error)
     if OURS in failures:
-        raise InputError(f"{OURS} could not be counted: {failures[OURS]}")
+        raise InputError("bench_failed", f"{OURS} could not be counted: {failures[OURS]}")
     drafts = draft_dispatches.count_drafts(geometry(options.geometry), options.recipe) if options.mtp else None
     title = f"dispatches of one decoded token, geometry {options.geometry}, {options.recipe} recipe"
     print(dispatches.format_dispatches(title, counts))

@@ -131,7 +131,7 @@ def measure_mtp(folder: Path, settings: Settings, in_vain: bool, progress: Calla
             reading = measure_reading(worker, READING, settings.repeats, progress)
         vain = measure_vain(settings.dtype, progress) if in_vain else []
     except ProgramError as error:
-        raise InputError(f"drafting could not be measured: {error}") from error
+        raise InputError("bench_failed", f"drafting could not be measured: {error}") from error
     return Measured(describe_machine({OURS: environment}), rows, reading, acceptance, vain)
 
 

@@ -118,7 +118,7 @@ class MtpProgram:
         checkpoint = open_checkpoint(folder)
         self.model = load_model(checkpoint, DTYPES[dtype], str(folder))
         if self.model.mtp is None:
-            raise InputError("the checkpoint has no draft head (tensors mtp.*)")
+            raise InputError("draft_head_missing", "the checkpoint has no draft head (tensors mtp.*)")
         named = (folder / "tokenizer.json").is_file()
         self.processor = Processor.from_folder(folder, checkpoint.config) if named else None
 

@@ -51,9 +51,9 @@ class Settings:
         factor, pair = config.patch_size * config.spatial_merge_size, config.temporal_patch_size
         width, height = self.clip_size
         if self.clip_frames and (width % factor or height % factor):
-            raise InputError(f"--clip-size must be two multiples of {factor}, got {width}x{height}")
+            raise InputError("option_invalid", f"--clip-size must be two multiples of {factor}, got {width}x{height}")
         if odd := [frames for frames in self.clip_frames if frames % pair]:
-            raise InputError(f"--clip-frames must be multiples of {pair}, got {odd[0]}")
+            raise InputError("option_invalid", f"--clip-frames must be multiples of {pair}, got {odd[0]}")
         sides = [max(1, round(math.sqrt(size * MEGAPIXEL) / factor)) * factor for size in self.image_megapixels]
         return [*(Case(1, side, side) for side in sides), *(Case(n, height, width) for n in self.clip_frames)]
 
@@ -105,7 +105,9 @@ def measure_memory(
         except ProgramError as error:
             failures[str(case)] = str(error)
     if not rows:
-        raise InputError("; ".join(f"{case} could not be measured: {reason}" for case, reason in failures.items()))
+        raise InputError(
+            "bench_failed", "; ".join(f"{case} could not be measured: {reason}" for case, reason in failures.items())
+        )
     return describe_machine({OURS: environment}), rows
 
 

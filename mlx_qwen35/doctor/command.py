@@ -38,7 +38,13 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--context", type=int, help=f"tokens that --plan plans for (default {CONTEXT})")
     parser.add_argument(
-        "--mtp", type=int, nargs="?", const=1, default=0, choices=range(1, 4), metavar="DEPTH",
+        "--mtp",
+        type=int,
+        nargs="?",
+        const=1,
+        default=0,
+        choices=range(1, 4),
+        metavar="DEPTH",
         help="plan with the draft head and drafts of so many tokens at a time, 1 to 3 (default 1)",
     )
     parser.add_argument("--probe", action="store_true", help="show the largest activation of each layer of --model")
@@ -53,7 +59,10 @@ def show_plan(args: argparse.Namespace) -> None:
     others = [name for name in ("model", "probe", "text", "no_check", "json") if getattr(args, name)]
     if others:
         listed = ", ".join("--" + name.replace("_", "-") for name in others)
-        raise InputError(f"{listed} must not be given with --plan, which loads nothing and prints a table. Choose one")
+        raise InputError(
+            "option_conflict",
+            f"{listed} must not be given with --plan, which loads nothing and prints a table. Choose one",
+        )
     limit_memory(args.memory_limit)
     checkpoint = open_checkpoint(resolve(args.plan, args.revision))
     context = args.context
@@ -65,11 +74,15 @@ def show_plan(args: argparse.Namespace) -> None:
 def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Facts]:
     """Section -> facts. given: the environment as it was before this command set anything."""
     if idle := ["--context"] * (args.context is not None) + ["--mtp"] * args.mtp:
-        raise InputError(f"{', '.join(idle)} has no effect without --plan; add that or leave it out")
+        raise InputError(
+            "option_no_effect", f"{', '.join(idle)} has no effect without --plan; add that or leave it out"
+        )
     if args.text and not args.probe:
-        raise InputError("--text has no effect without --probe; add that or leave it out")
+        raise InputError("option_no_effect", "--text has no effect without --probe; add that or leave it out")
     if not args.model and (idle := [f"--{name}" for name in ("probe", "revision") if getattr(args, name)]):
-        raise InputError(f"{', '.join(idle)} must be given with --model: there is no other model to look at")
+        raise InputError(
+            "option_no_effect", f"{', '.join(idle)} must be given with --model: there is no other model to look at"
+        )
     text_to_probe = _read_text(args.text)
     limit_memory(args.memory_limit)
     report = {"machine": facts.machine(), "settings of MLX": facts.settings(given)}
@@ -103,9 +116,9 @@ def _read_text(file: Path | None) -> str:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--text must be a readable UTF-8 text file: {error}") from error
+        raise InputError("text_unreadable", f"--text must be a readable UTF-8 text file: {error}") from error
     if not text:
-        raise InputError(f"--text must hold some text; {file} is empty")
+        raise InputError("text_too_short", f"--text must hold some text; {file} is empty")
     return text
 
 
@@ -129,7 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             show_plan(args)
             return
         if args.json and not _can_write(args.json):
-            raise InputError(f"--json must name a file in a folder that can be written, got {args.json}")
+            raise InputError(
+                "output_unwritable", f"--json must name a file in a folder that can be written, got {args.json}"
+            )
         report = examine(args, given)
         if args.json:
             args.json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

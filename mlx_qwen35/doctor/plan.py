@@ -25,7 +25,7 @@ def plans(checkpoint: Checkpoint, context: int, dtype: str | None, mtp: int) -> 
     text, pixels = checkpoint.config.text, PIXELS if checkpoint.has(VISION) else 0
     most = text.max_position_embeddings
     if not 1 <= context <= most:
-        raise InputError(f"--context must be 1 to {most:,} tokens for this model, got {context:,}")
+        raise InputError("option_invalid", f"--context must be 1 to {most:,} tokens for this model, got {context:,}")
     stored = stored_dtype(checkpoint)
     on_m1 = DTYPES[dtype] if dtype else mx.float16 if stored == mx.bfloat16 else stored
     machines = [this_machine(text, choose_dtype(checkpoint, dtype)), *(mac(gigabytes, on_m1) for gigabytes in MACS)]

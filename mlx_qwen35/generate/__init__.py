@@ -64,12 +64,17 @@ class Generation:
         self.model, self.processor, self.prompts = model, processor, list(prompts)
         self.cache: Cache = options.get("cache") or model.make_cache(len(self.prompts))
         if self.cache.batch != len(self.prompts):
-            raise InputError(f"the cache is for {self.cache.batch} rows, there are {len(self.prompts)} prompts")
+            raise InputError(
+                "cache_batch_mismatch",
+                f"the cache is for {self.cache.batch} rows, there are {len(self.prompts)} prompts",
+            )
         self.plan: Plan = plan(options, model, processor.greedy, self.prompts, self.cache.row_lengths, drafts)
         self._drafts = self.plan.drafts
         for token in self.plan.samplings[0].logit_bias:
             if token >= processor.vocabulary:
-                raise InputError(f"logit_bias must name tokens from 0 to {processor.vocabulary - 1}, got {token}")
+                raise InputError(
+                    "option_invalid", f"logit_bias must name tokens from 0 to {processor.vocabulary - 1}, got {token}"
+                )
         self.progress = options.get("progress", lambda done, total: None)
         self._streams = [processor.text_stream(prompt.thinking, self.plan.stop) for prompt in self.prompts]
         self._tokens: list[list[int]] = [[] for _ in self.prompts]
@@ -165,7 +170,7 @@ def see(model: Model, prompts: Sequence[Prompt]) -> list[Row]:
     if not media:
         return [Row(prompt.tokens) for prompt in prompts]
     if model.vision is None:
-        raise InputError("this model has no vision tower: its prompts must be text")
+        raise InputError("vision_missing", "this model has no vision tower: its prompts must be text")
     try:
         shown = iter(model.vision.encode(media))
         rows = []

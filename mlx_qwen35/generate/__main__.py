@@ -66,15 +66,17 @@ def read_prompt(args: argparse.Namespace) -> str:
         try:
             return args.prompt_file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--prompt-file must be a readable UTF-8 text file: {error}") from error
+            raise InputError("text_unreadable", f"--prompt-file must be a readable UTF-8 text file: {error}") from error
     if args.prompt not in (None, "-"):
         return args.prompt
     if args.prompt is None and sys.stdin.isatty():
-        raise InputError("a prompt must be given: --prompt TEXT, --prompt-file FILE, or text on standard input")
+        raise InputError(
+            "option_missing", "a prompt must be given: --prompt TEXT, --prompt-file FILE, or text on standard input"
+        )
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
-        raise InputError(f"standard input must be UTF-8 text: {error}") from error
+        raise InputError("text_unreadable", f"standard input must be UTF-8 text: {error}") from error
 
 
 def with_media(prompt: str, media: Sequence[tuple[str, str]], options: dict[str, Any]) -> str | Messages:

@@ -77,9 +77,7 @@ class _Rows:
         """Yield the first token of each row, then the second, until none has more or goes on."""
         self.taken, self.paused = [0] * len(tokens), 0.0
         for i in range(max(map(len, tokens))):
-            offered = [
-                own[i] if on and i < len(own) else None for own, on in zip(tokens, self.running, strict=True)
-            ]
+            offered = [own[i] if on and i < len(own) else None for own, on in zip(tokens, self.running, strict=True)]
             given = [(row, token) for row, token in enumerate(offered) if token is not None]
             if not given:
                 return
@@ -91,9 +89,7 @@ class _Rows:
             self.paused += time.perf_counter() - given_at
             for row, token in given:
                 limit = self.limits[row]
-                self.running[row] = (
-                    token not in self.stop_ids and self.counts[row] < limit and not self.finished(row)
-                )
+                self.running[row] = token not in self.stop_ids and self.counts[row] < limit and not self.finished(row)
 
     @property
     def left(self) -> list[int]:
@@ -104,9 +100,7 @@ class _Rows:
 class _Loop:
     """feed, look, offer, settle, and again."""
 
-    def __init__(
-        self, model: Model, cache: Cache, sampler: Sampler, rows: _Rows, speculation: Speculation | None
-    ):
+    def __init__(self, model: Model, cache: Cache, sampler: Sampler, rows: _Rows, speculation: Speculation | None):
         self.model, self.cache, self.sampler, self.rows, self.speculation = model, cache, sampler, rows, speculation
         self.steps = 0
         self.under_way: Place | None = None  # where the cache was before a pass whose tokens are not settled
@@ -251,9 +245,10 @@ def _raise_not_finite(cache: Cache, row: int, model: Model) -> None:
     else:  # what a layer remembers is made from its input
         origin = f"layer {layer} is the first that has read such a value, or made one of what it read"
     raise InputError(
+        "logits_not_finite",
         f"logits must be finite, and are not; {origin}. Activations left the range of {_name(model.dtype)}, or the "
         "checkpoint is damaged. Try --dtype bfloat16, then float32, or convert it again; the largest activation of "
-        "each layer is shown by mlx_qwen35.doctor --model MODEL --probe"
+        "each layer is shown by mlx_qwen35.doctor --model MODEL --probe",
     )
 
 

@@ -98,9 +98,12 @@ def encode(processor: Processor, prompt: str | Sequence[int] | Messages, options
     raw = options.get("ignore_chat_template")
     is_text = isinstance(prompt, str)
     if not isinstance(prompt, str | list | tuple):
-        raise InputError(f"a prompt must be text, a list of tokens or a list of messages, got {type(prompt).__name__}")
+        raise InputError(
+            "prompt_invalid",
+            f"a prompt must be text, a list of tokens or a list of messages, got {type(prompt).__name__}",
+        )
     if (not is_text and not len(prompt)) or (is_text and not prompt.strip()):
-        raise InputError("the prompt must not be empty")
+        raise InputError("prompt_empty", "the prompt must not be empty")
     kind = "text" if is_text else "messages" if isinstance(prompt[0], Mapping) else "tokens"
     kind = "raw text" if is_text and raw else kind
     _refuse_idle(kind, options)
@@ -114,9 +117,11 @@ def encode(processor: Processor, prompt: str | Sequence[int] | Messages, options
     if kind == "messages":
         return processor.encode_messages(prompt, vision, **template)
     if not all(type(token) is int and 0 <= token < processor.vocabulary for token in prompt):
-        raise InputError(f"tokens must be integers from 0 to {processor.vocabulary - 1}")
+        raise InputError("tokens_invalid", f"tokens must be integers from 0 to {processor.vocabulary - 1}")
     if found := sorted(processor.placeholders & set(prompt)):
-        raise InputError(f"tokens must not stand for images ({found}): there is no image with them. Give messages")
+        raise InputError(
+            "tokens_invalid", f"tokens must not stand for images ({found}): there is no image with them. Give messages"
+        )
     return Prompt(tuple(prompt), processor.opens_thinking(prompt))
 
 
@@ -147,12 +152,15 @@ def _refuse_idle(kind: str, options: Options) -> None:
     for name in ("images", "videos"):
         if not isinstance(options.get(name, ()), list | tuple):
             raise InputError(
-                f"{name} must be a list, got {type(options[name]).__name__}; for one write {name}=[{name[:-1]}]"
+                "option_invalid",
+                f"{name} must be a list, got {type(options[name]).__name__}; for one write {name}=[{name[:-1]}]",
             )
     given = {name for name in set().union(*_EFFECTIVE.values()) if name in options}
     given -= {name for name in ("ignore_chat_template", "images", "videos") if not options.get(name)}
     if idle := sorted(given - _EFFECTIVE[kind]):
-        raise InputError(f"{', '.join(idle)} must not be given with a prompt of {kind}: it would have no effect")
+        raise InputError(
+            "option_no_effect", f"{', '.join(idle)} must not be given with a prompt of {kind}: it would have no effect"
+        )
 
 
 def vision_options(options: Mapping[str, Any]) -> VisionOptions:
@@ -168,7 +176,9 @@ def refuse_idle_vision(options: Options, prompts: Sequence[Prompt]) -> None:
     ):  # fmt: skip
         idle = sorted(name for name in names if options.get(name))
         if idle and not present:
-            raise InputError(f"{', '.join(idle)} must not be given without {kind}: it would have no effect")
+            raise InputError(
+                "option_no_effect", f"{', '.join(idle)} must not be given without {kind}: it would have no effect"
+            )
 
 
 @dataclass(frozen=True)
@@ -217,8 +227,9 @@ def plan(
         left = model.config.max_position_embeddings - context
         if left < 1:
             raise InputError(
+                "context_length_exceeded",
                 "a prompt must leave room for an answer in the context of "
-                f"{model.config.max_position_embeddings} tokens; this one has {context}. Shorten it"
+                f"{model.config.max_position_embeddings} tokens; this one has {context}. Shorten it",
             )
         limits.append(max(1, min(most, left, room - max(contexts))))
     return Plan(
@@ -235,7 +246,7 @@ def _wanted(options: Options, prompts: Sequence[Prompt]) -> list[int]:
     """Most tokens of each answer, whatever there is room for."""
     wanted = [options.get("max_tokens", _preset(options, prompt).max_tokens) for prompt in prompts]
     if type(wanted[0]) is not int or wanted[0] < 1:
-        raise InputError(f"max_tokens must be at least 1, got {wanted[0]}")
+        raise InputError("option_invalid", f"max_tokens must be at least 1, got {wanted[0]}")
     return wanted
 
 
@@ -245,9 +256,10 @@ def _check_room(options: Options, room: int, contexts: Sequence[int], drafts: Ch
     wanted = max(contexts) + options.get("max_tokens", 1)
     if room < wanted:
         raise InputError(
+            "memory_exceeded",
             f"memory has room for a context of {room:,} tokens{rows}; prompt and answer have {wanted:,}. Shorten the "
             "prompt, lower max_tokens, answer fewer prompts at once, choose a folder with fewer bits, "
-            f"{'do without drafts (mtp auto or off), ' if drafts.fixed else ''}or raise memory_limit"
+            f"{'do without drafts (mtp auto or off), ' if drafts.fixed else ''}or raise memory_limit",
         )
 
 
@@ -257,12 +269,12 @@ def reading_step(options: Options, model: Model, contexts: Sequence[int]) -> int
     if given is None:
         return suitable_chunk(model.config, model.dtype, max(contexts), len(contexts))
     if type(given) is not int or given < 1:
-        raise InputError(f"prefill_step_size must be at least 1, got {given}")
+        raise InputError("option_invalid", f"prefill_step_size must be at least 1, got {given}")
     return given
 
 
 def _preset(options: Options, prompt: Prompt) -> Preset:
     name = options.get("preset", "thinking" if prompt.thinking else "instruct")
     if name not in PRESETS:
-        raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        raise InputError("option_invalid", f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
     return PRESETS[name]

@@ -88,7 +88,8 @@ class _Places:
         count = 0 if row.embeddings is None else len(row.embeddings)
         if count != len(self.columns):
             raise InputError(
-                f"there must be one embedding for each placeholder; there are {count} for {len(self.columns)}"
+                "embeddings_mismatch",
+                f"there must be one embedding for each placeholder; there are {count} for {len(self.columns)}",
             )
         self.embeddings, self.first = row.embeddings, first
         self.positions = positions(len(row.tokens), row.runs, first)

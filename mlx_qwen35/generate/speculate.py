@@ -39,19 +39,20 @@ def choose(model: Model, mode: str, depth: int | None, rows: int, tokens: int) -
     Raises InputError for other values, and when mode "on" cannot be had.
     """
     if mode not in MODES:
-        raise InputError(f"mtp must be one of {', '.join(MODES)}, got {mode!r}")
+        raise InputError("option_invalid", f"mtp must be one of {', '.join(MODES)}, got {mode!r}")
     if depth is not None and (type(depth) is not int or not 1 <= depth <= MOST_DEPTH):
-        raise InputError(f"mtp_depth must be 1 to {MOST_DEPTH}, got {depth}")
+        raise InputError("option_invalid", f"mtp_depth must be 1 to {MOST_DEPTH}, got {depth}")
     if mode == "off":
         if depth is not None:
-            raise InputError("mtp_depth must not be given with mtp 'off': it would have no effect")
+            raise InputError("option_no_effect", "mtp_depth must not be given with mtp 'off': it would have no effect")
         return Choice(0, why="off")
     if model.mtp is None or model.mtp.fault:
         why = "the checkpoint has no draft head (tensors mtp.*)" if model.mtp is None else model.mtp.fault
         if mode == "on" or depth is not None:
             raise InputError(
+                "draft_head_missing",
                 f"mtp must be 'off' or 'auto' for this model, and mtp_depth not be given: {why}. Many converted "
-                "folders lack a draft head; mlx_qwen35.convert keeps it"
+                "folders lack a draft head; mlx_qwen35.convert keeps it",
             )
         return Choice(0, why=why)
     if mode == "on":
@@ -64,8 +65,9 @@ def _always(model: Model, depth: int, rows: int) -> Choice:
     if choice.depth < depth:
         room = f"only for {choice.depth}: lower mtp_depth, or" if choice.depth else "not even for one:"
         raise InputError(
+            "memory_exceeded",
             f"memory has no room for drafts of {depth} tokens at a time, {room} choose mtp 'auto' or 'off', or raise "
-            "memory_limit"
+            "memory_limit",
         )
     return replace(choice, fixed=True)
 
@@ -98,7 +100,9 @@ def attach(model: Model, cache: Cache, choice: Choice) -> Choice:
     except InputError as error:
         model.mtp.fault = f"its draft head cannot be used: {error}"
         if choice.fixed:
-            raise InputError(f"{error}; without the draft head the model works: choose mtp 'off'") from error
+            raise InputError(
+                "draft_head_unusable", f"{error}; without the draft head the model works: choose mtp 'off'"
+            ) from error
         warnings.warn(f"no tokens are drafted, for {model.mtp.fault}", RuntimeWarning, stacklevel=2)
         choice = Choice(0, why=model.mtp.fault)
     if not choice.depth:
