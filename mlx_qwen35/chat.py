@@ -105,7 +105,7 @@ def session(conversation: Conversation) -> None:
         try:
             shown = _obey(conversation, line, shown)
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error} [{error.code}]", file=sys.stderr)
         except KeyboardInterrupt:
             print()
 

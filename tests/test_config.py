@@ -2,12 +2,11 @@
 
 import copy
 import json
-import re
 
 import pytest
+import refusing
 
 from mlx_qwen35.config import FULL, LINEAR, parse_config, read_config
-from mlx_qwen35.errors import InputError
 from mlx_qwen35.random_checkpoint import GEOMETRIES, changed, geometry
 
 
@@ -28,12 +27,10 @@ def with_rope(**fields):
     return config(rope_parameters=geometry("4b")["text_config"]["rope_parameters"] | fields)
 
 
-def refused(values, *parts: str) -> None:
-    """Parsing raises InputError, and its message has every one of these parts."""
-    with pytest.raises(InputError) as caught:
+def refused(values, code: str, *facts: object) -> None:
+    """Parsing is refused, see refusing.refused."""
+    with refusing.refused(code, *facts):
         parse_config(values)
-    for part in parts:
-        assert part in str(caught.value)
 
 
 def test_the_published_4b_is_read_field_by_field():
@@ -86,7 +83,7 @@ def test_mlx_lm_writes_type_for_rope_type():
     del values["text_config"]["rope_parameters"]["rope_type"]
     assert parse_config(values).text == parse_config(geometry("4b")).text
     values["text_config"]["rope_parameters"]["type"] = "yarn"
-    refused(values, "'rope_type' is 'yarn'")
+    refused(values, "config_field_unsupported", "rope_type")
 
 
 def test_newer_relatives_name_their_gate_swish():
@@ -117,16 +114,21 @@ CHANGES_THE_COMPUTATION = (
 
 @pytest.mark.parametrize("field", CHANGES_THE_COMPUTATION)
 def test_an_absent_text_field_is_named(field):
-    refused(without("text_config", field), f"text_config must hold {field!r}", "absent, and no default would be right")
+    refused(without("text_config", field), "config_field_missing", "text_config", repr(field))
 
 
 @pytest.mark.parametrize("field", ["rope_type", "rope_theta", "partial_rotary_factor", "mrope_section"])
 def test_an_absent_rope_field_is_named(field):
-    refused(without("text_config", "rope_parameters", field), f"rope_parameters must hold {field!r}", "no default")
+    refused(without("text_config", "rope_parameters", field), "config_field_missing", "rope_parameters", repr(field))
 
 
 def test_rope_fields_at_the_top_are_no_substitute():
-    refused(without("text_config", "rope_parameters") | {"rope_theta": 1e7}, "text_config must hold 'rope_parameters'")
+    refused(
+        without("text_config", "rope_parameters") | {"rope_theta": 1e7},
+        "config_field_missing",
+        "text_config",
+        "rope_parameters",
+    )
 
 
 @pytest.mark.parametrize(
@@ -137,114 +139,113 @@ def test_rope_fields_at_the_top_are_no_substitute():
     ],
 )  # fmt: skip
 def test_an_absent_vision_field_is_named(field):
-    refused(without("vision_config", field), f"vision_config must hold {field!r}")
+    refused(without("vision_config", field), "config_field_missing", "vision_config", repr(field))
 
 
 @pytest.mark.parametrize("name", ["image", "video", "vision_start", "vision_end"])
 def test_an_absent_token_id_is_named(name):
-    refused(without(f"{name}_token_id"), f"config.json must hold '{name}_token_id'")
+    refused(without(f"{name}_token_id"), "config_field_missing", "config.json", name, "_token_id")
 
 
 def test_both_kinds_of_layer_list_absent_is_an_error():
     values = without("text_config", "layer_types")
     del values["text_config"]["full_attention_interval"]
-    refused(values, "must hold 'layer_types' or 'full_attention_interval'; both are absent")
+    refused(values, "config_field_missing", "layer_types", "full_attention_interval")
 
 
 def test_the_tie_absent_in_both_places_is_an_error():
     values = without("text_config", "tie_word_embeddings")
     del values["tie_word_embeddings"]
-    refused(values, "must hold 'tie_word_embeddings'", "no default")
+    refused(values, "config_field_missing", "tie_word_embeddings")
 
 
 # --- unsupported ------------------------------------------------------------------------------------------------------
 
 
+INVALID, UNSUPPORTED = "config_field_invalid", "config_field_unsupported"
+
+
 @pytest.mark.parametrize(
-    "values, parts",
+    ("values", "code", "fact"),
     [
-        (config(hidden_act="gelu"), ("'hidden_act' is 'gelu'", "only 'silu' is supported")),
-        (config(attention_bias=True), ("'attention_bias' is True", "only False is supported")),
-        (config(attn_output_gate=False), ("'attn_output_gate' is False", "only True is supported")),
-        (config(mamba_ssm_dtype="bfloat16"), ("'mamba_ssm_dtype' is 'bfloat16'", "only 'float32'")),
-        (config(output_gate_type="sigmoid"), ("'output_gate_type' is 'sigmoid'", "'swish' or 'silu'")),
-        (config(mtp_use_dedicated_embeddings=True), ("'mtp_use_dedicated_embeddings' is True", "only False")),
-        (config(mlp_only_layers=[1]), ("'mlp_only_layers' must be absent or empty, got [1]",)),
-        (config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), ("'rope_scaling' must be absent or empty", "yarn")),
-        (config(use_sliding_window=True), ("'use_sliding_window' must be absent or empty",)),
-        (config(rms_norm_eps=-1.0), ("'rms_norm_eps' must be above 0 and finite, got -1.0",)),
-        (config(eos_token_id="end"), ("'eos_token_id' must be a token id or a list of them, got 'end'",)),
-        (with_rope(rope_type="yarn", factor=4.0), ("rope_parameters: 'rope_type' is 'yarn'", "only 'default'")),
-        (with_rope(mrope_interleaved=False), ("'mrope_interleaved' is False", "only True")),
-        (
-            with_rope(mrope_section=[11, 11, 11]),
-            ("three counts that add up to half of the rotated dims", "[11, 11, 11]"),
-        ),
-        (with_rope(mrope_section=[16, 16]), ("'mrope_section' must be three counts", "[16, 16]")),
-        (with_rope(rope_theta="1e7"), ("'rope_theta' must be of type float, got '1e7'",)),
-        (
-            config(num_key_value_heads=5),
-            ("'num_attention_heads' (16) must be a multiple of 'num_key_value_heads' (5)",),
-        ),
-        (config(linear_num_key_heads=5), ("(32) must be a multiple of 'linear_num_key_heads' (5)",)),
-        (config(linear_conv_kernel_dim=1), ("'linear_conv_kernel_dim' must be at least 2, got 1",)),
-        (config(hidden_size=0), ("'hidden_size' must be at least 1, got 0",)),
-        (config(hidden_size="2560"), ("'hidden_size' must be of type int, got '2560'",)),
-        (config(hidden_size=2560.0), ("'hidden_size' must be of type int, got 2560.0",)),
-        (config(hidden_size=True), ("'hidden_size' must be of type int, got True",)),
-        (config(layer_types=[LINEAR] * 31), ("'layer_types' must list 32 times", "got 31 entries")),
-        (config(layer_types=["sliding_attention"] * 32), ("'layer_types' must list 32 times", "sliding_attention")),
+        (config(hidden_act="gelu"), UNSUPPORTED, "hidden_act"),
+        (config(attention_bias=True), UNSUPPORTED, "attention_bias"),
+        (config(attn_output_gate=False), UNSUPPORTED, "attn_output_gate"),
+        (config(mamba_ssm_dtype="bfloat16"), UNSUPPORTED, "mamba_ssm_dtype"),
+        (config(output_gate_type="sigmoid"), UNSUPPORTED, "output_gate_type"),
+        (config(mtp_use_dedicated_embeddings=True), UNSUPPORTED, "mtp_use_dedicated_embeddings"),
+        (config(mlp_only_layers=[1]), UNSUPPORTED, "mlp_only_layers"),
+        (config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), UNSUPPORTED, "rope_scaling"),
+        (config(use_sliding_window=True), UNSUPPORTED, "use_sliding_window"),
+        (config(rms_norm_eps=-1.0), INVALID, "rms_norm_eps"),
+        (config(eos_token_id="end"), INVALID, "eos_token_id"),
+        (with_rope(rope_type="yarn", factor=4.0), UNSUPPORTED, "rope_type"),
+        (with_rope(mrope_interleaved=False), UNSUPPORTED, "mrope_interleaved"),
+        (with_rope(mrope_section=[11, 11, 11]), INVALID, "mrope_section"),
+        (with_rope(mrope_section=[16, 16]), INVALID, "mrope_section"),
+        (with_rope(rope_theta="1e7"), INVALID, "rope_theta"),
+        (config(num_key_value_heads=5), INVALID, "num_key_value_heads"),
+        (config(linear_num_key_heads=5), INVALID, "linear_num_key_heads"),
+        (config(linear_conv_kernel_dim=1), INVALID, "linear_conv_kernel_dim"),
+        (config(hidden_size=0), INVALID, "hidden_size"),
+        (config(hidden_size="2560"), INVALID, "hidden_size"),
+        (config(hidden_size=2560.0), INVALID, "hidden_size"),
+        (config(hidden_size=True), INVALID, "hidden_size"),
+        (config(layer_types=[LINEAR] * 31), INVALID, "layer_types"),
+        (config(layer_types=["sliding_attention"] * 32), INVALID, "sliding_attention"),
     ],
-    ids=lambda value: value[0].split("(")[0] if isinstance(value, tuple) else "",
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_value_that_is_not_implemented_is_named(values, parts):
-    refused(values, *parts)
+def test_a_value_that_is_not_implemented_is_named(values, code, fact):
+    refused(values, code, fact)
 
 
 def test_deepstack_is_refused():
     values = geometry("4b")
     values["vision_config"]["deepstack_visual_indexes"] = [5, 11]
-    refused(values, "'deepstack_visual_indexes' must be empty, got [5, 11]")
+    refused(values, "config_field_unsupported", "deepstack_visual_indexes", "5", "11")
 
 
 def test_a_vision_tower_of_another_width_is_refused():
     values = geometry("4b")
     values["vision_config"]["out_hidden_size"] = 2048
-    refused(values, "vision out_hidden_size (2048) must equal the text hidden_size (2560)")
+    refused(values, "config_field_invalid", "out_hidden_size", "2048", "hidden_size", "2560")
 
 
 @pytest.mark.parametrize("kind", ["qwen3_5_moe", "qwen3_5_moe_text"])
 def test_mixture_of_experts_is_refused_by_name(kind):
-    refused(geometry("4b") | {"model_type": kind}, "mixture-of-experts", repr(kind), "0.8B, 2B, 4B, 9B, 27B", "mlx-lm")
+    refused(
+        geometry("4b") | {"model_type": kind}, "model_type_unsupported", repr(kind), "0.8B", "2B", "4B", "9B", "27B"
+    )
 
 
 def test_experts_under_a_dense_name_are_refused():
-    refused(config(num_experts=256), "mixture-of-experts", "mlx-lm or mlx-vlm")
+    refused(config(num_experts=256), "model_type_unsupported")
 
 
 @pytest.mark.parametrize("kind", ["qwen3_next", "llama", None])
 def test_another_architecture_is_refused_by_name(kind):
-    refused(geometry("4b") | {"model_type": kind}, f"'model_type' is {kind!r}", "supported are the dense Qwen3.5")
+    refused(geometry("4b") | {"model_type": kind}, "model_type_unsupported", "model_type", repr(kind), "Qwen3.5")
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_without_config_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"a checkpoint folder must hold config\.json; .* does not"):
+    with refusing.refused("config_missing", "config.json"):
         read_config(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"{", b"", b"not JSON", b"\xff\xfe\x00"])
 def test_a_config_that_is_not_json_is_refused(content, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(InputError, match=re.escape("config.json must be JSON: ")):
+    with refusing.refused("json_invalid", "config.json"):
         read_config(tmp_path)
 
 
 def test_a_config_that_is_no_object_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(InputError, match="must hold a JSON object, got a list"):
+    with refusing.refused("json_invalid"):
         read_config(tmp_path)
 
 

@@ -2,10 +2,10 @@
 
 import huggingface_hub
 import pytest
+import refusing
 from huggingface_hub import errors
 
 from mlx_qwen35.checkpoint import open_checkpoint
-from mlx_qwen35.errors import InputError
 from mlx_qwen35.hub import resolve
 
 
@@ -16,11 +16,9 @@ def hub_raises(monkeypatch, error: BaseException) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
 
 
-def refused(name, *parts: str, **options) -> None:
-    with pytest.raises(InputError) as caught:
+def refused(name, code: str, *facts: object, **options) -> None:
+    with refusing.refused(code, *facts):
         resolve(name, **options)
-    for part in parts:
-        assert part in str(caught.value)
 
 
 def test_nano_comes_with_the_package():
@@ -64,25 +62,25 @@ def test_an_id_is_downloaded_without_code_or_pickles(monkeypatch, tmp_path):
 
 def test_a_file_is_refused(tmp_path):
     (tmp_path / "weights.gguf").write_text("x")
-    refused(tmp_path / "weights.gguf", "a checkpoint must be a local folder", "'nano'", "weights.gguf is a file")
+    refused(tmp_path / "weights.gguf", "model_not_found", "weights.gguf")
 
 
 def test_a_revision_of_something_local_is_refused(tmp_path):
     for name in ("nano", tmp_path):
-        with pytest.raises(InputError, match="a revision is for Hugging Face ids"):
+        with refusing.refused("option_no_effect"):
             resolve(name, revision="main")
 
 
 def test_an_empty_name_is_refused():
     for name in ("", " "):
-        refused(name, "must not be empty", "'nano'")
+        refused(name, "model_not_found")
 
 
 @pytest.mark.parametrize("name", ["absent", "./absent/model", "a/b/c", "/absent/model", "~/absent", "owner/"])
 def test_what_is_neither_folder_nor_id_is_refused(name, tmp_path, monkeypatch):
     hub_raises(monkeypatch, AssertionError("the hub was asked"))
     monkeypatch.chdir(tmp_path)
-    refused(name, f"there is no folder {name}", "no Hugging Face id", "Qwen/Qwen3.5-4B", "'nano'")
+    refused(name, "model_not_found", "Qwen/Qwen3.5-4B")
 
 
 class Response:
@@ -99,7 +97,7 @@ class Response:
 
 def test_an_unknown_repository_is_told(monkeypatch):
     hub_raises(monkeypatch, errors.RepositoryNotFoundError("404 Client Error.", response=Response()))
-    refused("Qwen/Qwen9", "there is no folder Qwen/Qwen9 and no public repository of that id", "'nano'")
+    refused("Qwen/Qwen9", "model_not_found")
 
 
 @pytest.mark.parametrize(
@@ -114,26 +112,26 @@ def test_an_unknown_repository_is_told(monkeypatch):
 )
 def test_a_hub_that_cannot_be_reached_names_the_way_without_network(error, monkeypatch):
     hub_raises(monkeypatch, error)
-    refused("Qwen/Qwen3.5-4B", "could not get Qwen/Qwen3.5-4B", type(error).__name__, "network", "'--model nano'")
-    refused("Qwen/Qwen3.5-4B", "could not get Qwen/Qwen3.5-4B at revision 'v9'", revision="v9")
+    refused("Qwen/Qwen3.5-4B", "hub_failed", type(error).__name__, "--model")
+    refused("Qwen/Qwen3.5-4B", "hub_failed", "v9", revision="v9")
 
 
 def test_an_error_without_a_message_is_still_told(monkeypatch):
     hub_raises(monkeypatch, OSError())
-    refused("Qwen/Qwen3.5-4B", "could not get Qwen/Qwen3.5-4B", "OSError", "'--model nano'")
+    refused("Qwen/Qwen3.5-4B", "hub_failed", "--model")
 
 
 def test_a_revision_that_is_not_there_is_named(monkeypatch):
     hub_raises(monkeypatch, errors.RevisionNotFoundError("404 Client Error.", response=Response()))
-    refused("Qwen/Qwen3.5-4B", "at revision 'v9'", "RevisionNotFoundError", revision="v9")
+    refused("Qwen/Qwen3.5-4B", "hub_failed", "v9", revision="v9")
 
 
 def test_an_id_that_the_hub_finds_invalid_is_told(monkeypatch):
     hub_raises(monkeypatch, errors.HFValidationError("Repo id must use alphanumeric chars"))
-    refused("a--b/c..d", "'a--b/c..d' is no Hugging Face id", "alphanumeric", "'nano'")
+    refused("a--b/c..d", "model_not_found")
 
 
 def test_offline_the_cache_alone_is_used(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     assert huggingface_hub.constants.HF_HUB_OFFLINE
-    refused("Qwen/Qwen3.5-4B", "could not get Qwen/Qwen3.5-4B", "'--model nano'")
+    refused("Qwen/Qwen3.5-4B", "hub_failed", "--model")

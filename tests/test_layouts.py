@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from conftest import load_text_model
 from parity import cases
+from refusing import refused
 
 from mlx_qwen35.checkpoint import INDEX, MODES, Quantization, is_matrix, is_zero_centred, open_checkpoint
-from mlx_qwen35.errors import InputError
 from mlx_qwen35.hub import resolve
 from mlx_qwen35.load import load, load_tower
 from mlx_qwen35.preprocess import VisionOptions
@@ -302,15 +302,11 @@ def test_matrices_that_read_the_same_input_are_one_on_a_gpu_where_they_are_packe
 
 def test_a_packing_that_mlx_does_not_offer_is_refused(raw, tmp_path):
     folder = as_converted(raw, tmp_path / "packed", mlx_lm_name, uniform(64, 4))
-    for field, value, message in (
-        ("bits", 7, r"mode 'affine' offers bits \(2, 3, 4, 5, 6, 8\), got 7"),
-        ("group_size", 48, r"mode 'affine' offers group_size \(32, 64, 128\), got 48"),
-        ("mode", "gptq", r"quantization mode must be one of affine, mxfp4, mxfp8, nvfp4, got 'gptq'"),
-    ):
+    for field, value in (("bits", 7), ("group_size", 48), ("mode", "gptq")):
         config = config_of(folder)
         config["quantization"][field] = value
         (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
-        with pytest.raises(InputError, match=message):
+        with refused("quantization_invalid", field, value):
             open_checkpoint(folder)
         config["quantization"][field] = {"bits": 4, "group_size": 64, "mode": "affine"}[field]
         (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
@@ -321,7 +317,7 @@ def test_other_bits_than_the_tensors_have_are_refused(raw, tmp_path):
     config = config_of(folder)
     config["quantization"]["bits"] = 8
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=r"misshapen: .*embed_tokens.weight \[1024, 32\] instead of \[1024, 64\]"):
+    with refused("tensors_mismatch", "embed_tokens.weight", "1024", "32", "64"):
         open_checkpoint(folder)
 
 

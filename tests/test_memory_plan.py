@@ -1,12 +1,12 @@
 """The memory plan: what it counts, what it refuses, and that MLX's own count of a run agrees with it."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from refusing import refused
 
 from mlx_qwen35 import generate, load, memory
 from mlx_qwen35.bench.vision_program import noise, prompt
@@ -22,7 +22,6 @@ from mlx_qwen35.checkpoint import (
 )
 from mlx_qwen35.config import parse_config
 from mlx_qwen35.convert.packing import read_options
-from mlx_qwen35.errors import InputError
 from mlx_qwen35.generate.loop import decode
 from mlx_qwen35.generate.prefill import Row, read
 from mlx_qwen35.load import load_model
@@ -148,11 +147,10 @@ def test_weights_state_and_keys_are_counted_to_the_byte(mid):
 
 def test_a_model_too_big_is_refused_with_the_command_that_makes_it_smaller(checkpoint_folder, memory_limit):
     memory_limit(24e6)
-    with pytest.raises(InputError) as caught:
+    with refused("memory_exceeded") as caught:
         load_model(open_checkpoint(checkpoint_folder()), mx.float32, "Qwen/Qwen3.5-4B")
     said = str(caught.value)
-    assert "Qwen/Qwen3.5-4B needs 0.0283 GB, of which 0.0136 GB are its text weights" in said
-    assert "a model may take 0.0240 GB" in said
+    assert all(figure in said for figure in ("0.0283 GB", "0.0136 GB", "0.0240 GB"))
     assert "mlx_qwen35.convert --hf-path Qwen/Qwen3.5-4B --mlx-path Qwen3.5-4B-4bit --recipe 4bit" in said
 
 
@@ -161,7 +159,7 @@ def test_a_packed_model_too_big_is_not_sent_to_the_converter(checkpoint_folder, 
 
     folder = convert(checkpoint_folder(), tmp_path / "packed", recipe="4bit")
     memory_limit(1e6)
-    with pytest.raises(InputError, match="Choose a folder with fewer bits, or a smaller model"):
+    with refused("memory_exceeded"):
         load_model(open_checkpoint(folder), mx.float32, "packed")
 
 
@@ -170,7 +168,7 @@ def test_memory_is_reckoned_in_the_dtype_of_the_model(checkpoint_folder, memory_
     machines = [this_machine(checkpoint.config.text, dtype) for dtype in (mx.float16, mx.float32)]
     memory_limit(sum(plan_memory(checkpoint, machine, 256).text for machine in machines) / 2)
     load_model(checkpoint, mx.float16, "tiny")
-    with pytest.raises(InputError, match="needs"):
+    with refused("memory_exceeded"):
         load_model(checkpoint, mx.float32, "tiny")
 
 
@@ -178,14 +176,14 @@ def test_a_prompt_without_room_is_refused_before_anything_is_read(memory_limit):
     model, processor = load("nano")
     memory_limit(mx.get_active_memory() + 3e6)
     room = most_tokens(model.config, model.dtype, 32, 0, 1)
-    with pytest.raises(InputError, match=rf"memory has room for a context of {room:,} tokens; prompt and answer have"):
+    with refused("memory_exceeded", f"{room:,}"):
         generate(model, processor, list(range(5, 400)) * 10)
 
 
 def test_an_answer_as_long_as_asked_for_must_have_room(memory_limit):
     model, processor = load("nano")
     memory_limit(mx.get_active_memory() + 4e6)
-    with pytest.raises(InputError, match="lower max_tokens"):
+    with refused("memory_exceeded", "max_tokens"):
         generate(model, processor, "What is 34 + 58?", max_tokens=20_000)
 
 
@@ -204,7 +202,7 @@ def test_memory_that_is_set_by_hand_holds_for_the_process(memory_limit):
 
 @pytest.mark.parametrize("wrong", [0, -1, float("inf"), float("nan")])
 def test_a_limit_that_is_none_is_refused(wrong):
-    with pytest.raises(InputError, match=re.escape(f"memory_limit must be a number of GB above 0, got {wrong}")):
+    with refused("option_invalid", "memory_limit", "0", wrong):
         load("nano", memory_limit=wrong)
 
 
@@ -234,13 +232,13 @@ def test_the_command_shows_this_machine_and_three_macs(checkpoint_folder):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code"),
     [
-        (("--plan", "nano", "--model", "nano"), "--model must not be given with --plan"),
-        (("--plan", "nano", "--context", "0"), "got 0"),
-        (("--context", "5"), "--context has no effect without --plan"),
+        (("--plan", "nano", "--model", "nano"), "option_conflict"),
+        (("--plan", "nano", "--context", "0"), "option_invalid"),
+        (("--context", "5"), "option_no_effect"),
     ],
 )
-def test_options_without_effect_are_refused(arguments, message):
+def test_options_without_effect_are_refused(arguments, code):
     done = planned(*arguments)
-    assert done.returncode == 2 and message in done.stderr
+    assert done.returncode == 2 and f"[{code}]" in done.stderr

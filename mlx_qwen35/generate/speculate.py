@@ -50,7 +50,7 @@ def choose(model: Model, mode: str, depth: int | None, rows: int, tokens: int) -
         why = "the checkpoint has no draft head (tensors mtp.*)" if model.mtp is None else model.mtp.fault
         if mode == "on" or depth is not None:
             raise InputError(
-                "draft_head_missing",
+                "draft_head_unusable" if model.mtp else "draft_head_missing",
                 f"mtp must be 'off' or 'auto' for this model, and mtp_depth not be given: {why}. Many converted "
                 "folders lack a draft head; mlx_qwen35.convert keeps it",
             )

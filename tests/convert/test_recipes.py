@@ -2,18 +2,17 @@
 
 import json
 import math
-import re
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from refusing import refused
 
 from mlx_qwen35.checkpoint import MTP, VISION, is_matrix, mtp_shapes, open_checkpoint, text_shapes, vision_shapes
 from mlx_qwen35.config import parse_config
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.packing import peer_module, read_options
 from mlx_qwen35.convert.recipes import RECIPES
-from mlx_qwen35.errors import InputError
 from mlx_qwen35.random_checkpoint import geometry
 
 CONFIG = parse_config(geometry("4b"))
@@ -95,18 +94,18 @@ def test_modules_have_the_names_of_peers():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "code"),
     [
-        ({"recipe": "3bit"}, "--recipe must be one of bf16, fp16, 8bit, 6bit, 5bit, 4bit, mxfp4, nvfp4, or a file"),
+        ({"recipe": "3bit"}, "recipe_not_found"),
         ({"recipe": "4bit", "quantize": True, "q_bits": 8},
-         "--recipe 4bit says how everything is packed; --quantize, --q-bits 8 must not be given with it. Choose one"),
-        ({"recipe": "bf16", "q_vision_bits": 4}, "--q-vision-bits has no effect with --recipe bf16"),
-        ({"recipe": "fp16", "dtype": "bfloat16"}, "--recipe fp16 stores float16; --dtype bfloat16 contradicts it"),
-        ({"recipe": "4bit", "q_vision_bits": 7}, "--q-vision-bits must be one of 0, 2, 3, 4, 5, 6, 8, got 7"),
+         "option_conflict"),
+        ({"recipe": "bf16", "q_vision_bits": 4}, "option_no_effect"),
+        ({"recipe": "fp16", "dtype": "bfloat16"}, "option_conflict"),
+        ({"recipe": "4bit", "q_vision_bits": 7}, "option_invalid"),
     ],
 )  # fmt: skip
-def test_options_that_contradict_each_other_are_refused(options, message, checkpoint_folder, tmp_path):
-    with pytest.raises(InputError, match=re.escape(message)):
+def test_options_that_contradict_each_other_are_refused(options, code, checkpoint_folder, tmp_path):
+    with refused(code):
         convert(checkpoint_folder(), tmp_path / "out", **options)
     assert not list(tmp_path.iterdir())
 

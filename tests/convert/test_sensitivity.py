@@ -3,11 +3,11 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from refusing import refused
 
 from mlx_qwen35.checkpoint import Quantization, is_matrix, open_checkpoint, text_shapes
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.sensitivity import Row, form, groups, packed_bytes, propose, sensitivity, table
-from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import load_model
 from mlx_qwen35.random_checkpoint import changed, geometry, write_random_checkpoint
 
@@ -111,12 +111,12 @@ def test_the_source_comes_first_in_each_group_with_no_divergence(rows):
 
 def test_a_quantized_checkpoint_is_refused(raw, tmp_path):
     out = convert(raw, tmp_path / "out", quantize=True)
-    with pytest.raises(InputError, match=r"measured on an unquantized checkpoint; .* is quantized"):
+    with refused("source_quantized"):
         sensitivity(open_checkpoint(out), TOKENS)
 
 
 def test_a_group_size_that_does_not_divide_is_refused(raw):
-    with pytest.raises(InputError, match=r"group size 128 does not divide .*, 448 wide; choose another"):
+    with refused("quantization_unfit", "128", "448"):
         sensitivity(open_checkpoint(raw), TOKENS, (Quantization(128, 4, "affine"),))
 
 
@@ -164,7 +164,7 @@ def test_a_form_that_costs_more_and_gains_nothing_is_not_taken():
 
 
 def test_a_cap_below_the_smallest_forms_is_refused():
-    with pytest.raises(InputError, match=r"cap must be at least 2 GB for these candidates, got 1\.9 GB"):
+    with refused("option_invalid", "2", "1.9"):
         propose(forms("a", (FOUR, 0.1, 2_000_000_000)), 1_900_000_000)
 
 

@@ -48,7 +48,7 @@ def without_a_cast(place: str) -> Callable[[], None]:
     broken = {
         "norm": (add_norm, "rms_norm", lambda x, gamma, eps: mx.fast.rms_norm(x.astype(mx.float32), gamma, eps)),
         "gate": (attention, "_opened", metal.fused(lambda out, gate: out * mx.sigmoid(gate.astype(mx.float32)))),
-        "mlp": (layers, "_gated", metal.fused(lambda gate, up: (gate.astype(mx.float32) * up))),
+        "mlp": (layers, "_gated", metal.fused(lambda gate, up: gate.astype(mx.float32) * up)),
         "": (layers, "_gated", layers._gated),
     }
     module, name, function = broken[place]

@@ -33,13 +33,14 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
 )  # fmt: skip
 def test_other_options_are_refused(given, capsys):
     said = refused(["--geometry", "tiny", "--dispatches", *given], capsys)
-    assert f"{given[0]} has no effect with --dispatches. Leave one of them out" in said
+    assert "[option_conflict]" in said or "[option_no_effect]" in said
+    assert given[0] in said
 
 
 def test_a_recipe_is_refused_without_dispatches(capsys):
     for given in ([], ["--vision"]):
         said = refused(["--geometry", "tiny", "--recipe", "mixed", *given], capsys)
-        assert "--recipe has no effect without --dispatches. Add that, or leave it out" in said
+        assert "[option_no_effect]" in said and "--recipe" in said
 
 
 def test_an_unknown_recipe_is_refused(capsys):
@@ -47,12 +48,12 @@ def test_an_unknown_recipe_is_refused(capsys):
 
 
 def test_a_model_is_refused(capsys):
-    assert "give --geometry in the place of --model" in refused(["--model", "nano", "--dispatches"], capsys)
+    assert "[option_conflict]" in refused(["--model", "nano", "--dispatches"], capsys)
 
 
 def test_a_program_without_metal_is_refused(capsys):
     said = refused(["--geometry", "tiny", "--dispatches", "--compare", "mlx-lm,transformers"], capsys)
-    assert "--dispatches can compare with mlx-lm, mlx-vlm, got transformers" in said
+    assert "[option_invalid]" in said and "transformers" in said
 
 
 def test_json_holds_the_table(tmp_path: Path, capsys):

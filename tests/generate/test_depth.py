@@ -80,7 +80,6 @@ TEXTS = [NEVER, (0.3,) * 3, (0.5, 0.4, 0.3), (0.6,) * 3, (0.8,) * 3, (0.85, 0.75
 TEXTS += [(0.95, 0.9, 0.9), (0.9, 0.2, 0.2)]
 
 
-
 @pytest.fixture(scope="module")
 def grid() -> list[tuple[float, float]]:
     """Of 72 pairs of costs and probabilities: tokens at depths within 6 % of the best, and speed, in the best one's."""
@@ -232,9 +231,7 @@ def test_a_deeper_draft_that_becomes_right_is_found():
 # --- noise -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("table", "p"), [((1, 1.3, 1.56, 2.6), (0.8, 0.5, 0.2)), ((1, 1.5, 2.1, 3), (0.5, 0.4, 0.3))]
-)
+@pytest.mark.parametrize(("table", "p"), [((1, 1.3, 1.56, 2.6), (0.8, 0.5, 0.2)), ((1, 1.5, 2.1, 3), (0.5, 0.4, 0.3))])
 def test_between_two_equal_depths_15_percent_of_noise_changes_it_16_times_in_2000_rounds_at_most(table, p):
     for seed in range(6):
         world, done = World(noise=0.15, seed=seed), []

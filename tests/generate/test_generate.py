@@ -6,8 +6,9 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 import pytest
+from refusing import refused
 
-from mlx_qwen35 import InputError, Model, Processor, batch_generate, generate, load, stream_generate
+from mlx_qwen35 import Model, Processor, batch_generate, generate, load, stream_generate
 from mlx_qwen35.generate import start
 from mlx_qwen35.generate.loop import decode
 from mlx_qwen35.generate.prefill import Row, read
@@ -253,13 +254,13 @@ def test_memory_stays_flat_over_a_long_generation(nano):
 
 @pytest.mark.parametrize("prompt", ["", "  \n", []])
 def test_an_empty_prompt_is_refused(nano, prompt):
-    with pytest.raises(InputError, match="prompt must not be empty"):
+    with refused("prompt_empty"):
         generate(*nano, prompt)
 
 
 def test_a_prompt_longer_than_the_context_is_refused(nano):
     context = nano[0].config.max_position_embeddings
-    with pytest.raises(InputError, match=f"context of {context} tokens; this one has {context}"):
+    with refused("context_length_exceeded", context):
         generate(*nano, [5] * context)
 
 
@@ -282,50 +283,50 @@ def test_an_unknown_option_is_a_type_error_that_lists_them(nano):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "code"),
     [
-        ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
-        ({"preset": "fast"}, "preset must be one of thinking, coding, instruct, reasoning, got 'fast'"),
-        ({"prefill_step_size": 0}, "prefill_step_size must be at least 1, got 0"),
-        ({"stop": "END"}, "stop must be a list of strings"),
-        ({"temp": -1}, "temp must be"),
-        ({"seed": -4}, "seed must be"),
-        ({"max_tokens": 1.5}, "max_tokens must be at least 1, got 1.5"),
-        ({"logit_bias": {10**6: 1.0}}, "logit_bias must name tokens from 0 to 1023, got 1000000"),
+        ({"max_tokens": 0}, "option_invalid"),
+        ({"preset": "fast"}, "option_invalid"),
+        ({"prefill_step_size": 0}, "option_invalid"),
+        ({"stop": "END"}, "option_invalid"),
+        ({"temp": -1}, "option_invalid"),
+        ({"seed": -4}, "option_invalid"),
+        ({"max_tokens": 1.5}, "option_invalid"),
+        ({"logit_bias": {10**6: 1.0}}, "option_invalid"),
         (
             {"ignore_chat_template": True, "system_prompt": "S"},
-            "system_prompt must not be given with a prompt of raw text",
+            "option_no_effect",
         ),
         (
             {"ignore_chat_template": True, "enable_thinking": False},
-            "enable_thinking must not be given with a prompt of raw",
+            "option_no_effect",
         ),
     ],
 )
-def test_a_bad_option_is_refused(nano, options, message):
-    with pytest.raises(InputError, match=message):
+def test_a_bad_option_is_refused(nano, options, code):
+    with refused(code):
         generate(*nano, ASK, **options)
 
 
 def test_text_that_is_no_unicode_is_refused(nano):
-    with pytest.raises(InputError, match="a prompt must be valid Unicode text"):
+    with refused("text_invalid"):
         generate(*nano, "\ud800 hi")
 
 
 @pytest.mark.parametrize("tokens", [[5, -1], [5, 10**6], [5, "x"]])
 def test_bad_token_ids_are_refused(nano, tokens):
-    with pytest.raises(InputError, match="tokens must be integers from 0 to"):
+    with refused("tokens_invalid", "0"):
         generate(*nano, tokens)
 
 
 def test_a_cache_for_another_number_of_rows_is_refused(nano):
-    with pytest.raises(InputError, match="the cache is for 3 rows, there are 1 prompts"):
+    with refused("cache_batch_mismatch", "3", "1"):
         generate(*nano, ASK, cache=nano[0].make_cache(3))
 
 
 def test_logits_that_are_not_finite_stop_with_advice(nano, monkeypatch):
     monkeypatch.setattr(Model, "logits", lambda self, hidden: mx.full((*hidden.shape[:-1], 1024), mx.nan))
-    with pytest.raises(InputError, match=r"must be finite.*--dtype bfloat16"):
+    with refused("logits_not_finite", "--dtype", "bfloat16"):
         generate(*nano, ASK)
 
 

@@ -3,8 +3,9 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from refusing import refused
 
-from mlx_qwen35 import PRESETS, InputError, Sampling
+from mlx_qwen35 import PRESETS, Sampling
 from mlx_qwen35.sampling import Sampler, noise, process
 
 V = 300
@@ -144,30 +145,30 @@ def test_presets_are_the_published_ones():
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "rule"),
+    ("name", "value"),
     [
-        ("temp", -0.1, "0 .greedy. or more"),
-        ("temp", float("nan"), "0 .greedy. or more"),
-        ("temp", float("inf"), "finite"),
-        ("temp", 1e-40, "at least 0.001"),
-        ("top_k", -1, "whole number"),
-        ("top_k", 2.5, "whole number"),
-        ("top_p", 0.0, "above 0"),
-        ("top_p", 1.1, "at most 1"),
-        ("min_p", 1.5, "0 .off. to 1"),
-        ("presence_penalty", 3.0, "-2 to 2"),
-        ("frequency_penalty", -3.0, "-2 to 2"),
-        ("repetition_penalty", 0.0, "above 0"),
+        ("temp", -0.1),
+        ("temp", float("nan")),
+        ("temp", float("inf")),
+        ("temp", 1e-40),
+        ("top_k", -1),
+        ("top_k", 2.5),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", 1.5),
+        ("presence_penalty", 3.0),
+        ("frequency_penalty", -3.0),
+        ("repetition_penalty", 0.0),
     ],
 )
-def test_a_bad_value_is_told_with_its_rule(name, value, rule):
-    with pytest.raises(InputError, match=f"{name} must be.*{rule}.*got {value}"):
+def test_a_bad_value_is_told(name, value):
+    with refused("option_invalid", name, value):
         Sampling(**{name: value})
 
 
 @pytest.mark.parametrize("bias", [{-1: 1.0}, {"17": 1.0}, {True: 1.0}, {3: float("nan")}, {3: float("inf")}, {3: "x"}])
 def test_a_bad_logit_bias_is_told(bias):
-    with pytest.raises(InputError, match="logit_bias must map token ids to numbers below infinity"):
+    with refused("option_invalid", "logit_bias"):
         Sampling(logit_bias=bias)
 
 
@@ -181,5 +182,5 @@ def test_rows_may_have_samplings_of_their_own(logits):
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 1.5])
 def test_a_bad_seed_is_told(seed):
-    with pytest.raises(InputError, match=f"seed must be 0 to 4294967295, got {seed}"):
+    with refused("option_invalid", "0", "4294967295", seed):
         Sampler(Sampling(), [seed], [0], V)

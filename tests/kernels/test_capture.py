@@ -14,9 +14,7 @@ def recorded(**call: object) -> list[Launch]:
     def function(a: mx.array, b: mx.array) -> mx.array:
         options = {"grid": (64, 2, 3), "threadgroup": (32, 2, 1)} | call
         template = [("T", mx.float16), ("N", 3), ("FLAG", True)]
-        (y,) = kernel(
-            inputs=[a, b, 5], template=template, output_shapes=[(64,)], output_dtypes=[mx.float16], **options
-        )
+        (y,) = kernel(inputs=[a, b, 5], template=template, output_shapes=[(64,)], output_dtypes=[mx.float16], **options)
         return y * 2
 
     return capture(function, mx.zeros((16, 4)), mx.zeros((3,), mx.bfloat16))

@@ -10,6 +10,7 @@ from mlx_lm.models import gated_delta as theirs
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
+
 @pytest.fixture(autouse=True)
 def without_compiled_operations() -> Iterator[None]:
     mx.disable_compile()  # it would start a C++ compiler of the system
@@ -37,12 +38,15 @@ def their_kernel(kernel: str, values: list[mx.array], mask: mx.array | None = No
     """((y, state), report) of one of their kernels."""
 
     def function() -> tuple[mx.array, mx.array]:
-        with mock.patch.object(mx.metal, "is_available", lambda: True), mock.patch.multiple(
-            theirs,
-            _gated_delta_kernel=theirs._make_gated_delta_kernel(),
-            _gated_delta_kernel_masked=theirs._make_gated_delta_kernel(has_mask=True),
-            _gated_delta_kernel_xtree=theirs._make_gated_delta_kernel_xtree(),
-            _gated_delta_kernel_packed=theirs._make_gated_delta_packed_kernel(),
+        with (
+            mock.patch.object(mx.metal, "is_available", lambda: True),
+            mock.patch.multiple(
+                theirs,
+                _gated_delta_kernel=theirs._make_gated_delta_kernel(),
+                _gated_delta_kernel_masked=theirs._make_gated_delta_kernel(has_mask=True),
+                _gated_delta_kernel_xtree=theirs._make_gated_delta_kernel_xtree(),
+                _gated_delta_kernel_packed=theirs._make_gated_delta_packed_kernel(),
+            ),
         ):
             call: Callable[..., tuple[mx.array, mx.array]] = {
                 "generic": theirs.gated_delta_kernel_unpacked,

@@ -120,7 +120,7 @@ def test_the_head_goes_back_with_the_model(nano):
 
 def test_the_head_goes_back_to_a_place_that_another_branch_has_overwritten(nano):
     model, _ = nano
-    start, first, second = ([[20 + (7 * i + j) % 900 for i in range(12)] for j in range(3)])
+    start, first, second = [[20 + (7 * i + j) % 900 for i in range(12)] for j in range(3)]
     cache = model.make_cache()
     cache.drafts = Drafts(model, [0])
     read(model, cache, [Row(start)], 5)

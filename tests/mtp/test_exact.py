@@ -122,9 +122,7 @@ def test_an_answer_ends_exactly_at_its_limit(limit, depth, model, plain, forced)
 LIMITS = [20, 3, 1, 13, 9, 16, 2, 11, 5, 18, 12]
 
 
-@pytest.mark.parametrize(
-    "depth", [pytest.param(1, marks=pytest.mark.full), pytest.param(2, marks=pytest.mark.full), 3]
-)
+@pytest.mark.parametrize("depth", [pytest.param(1, marks=pytest.mark.full), pytest.param(2, marks=pytest.mark.full), 3])
 def test_a_batch_of_all_samplings_lengths_and_limits_gives_each_row_its_own_text(depth, model, plain, forced):
     cases = list(CASES.values())
     forced(cases, lambda row, step: (row + step * (1 + row % 3)) % 4)
@@ -317,9 +315,7 @@ def goes_on_as_plain(model: Model, cache: Cache, read_tokens: Sequence[int]) -> 
     return run(model, [again], 4, cache=cache).tokens == run(model, [whole], 4).tokens
 
 
-@pytest.mark.parametrize(
-    ("count", "depths"), [*((n, 3) for n in (1, 2, 4, 5, 8)), *((n, [0, 2]) for n in (2, 3, 4))]
-)
+@pytest.mark.parametrize(("count", "depths"), [*((n, 3) for n in (1, 2, 4, 5, 8)), *((n, [0, 2]) for n in (2, 3, 4))])
 @pytest.mark.parametrize("end", ["stop id", "stop string", "closed", "limit"])
 def test_the_cache_has_read_what_was_yielded(end, count, depths, model, plain, clean, forced):
     """Ends at every place of steps whose drafts are all right; at a limit the last token is not read."""
@@ -451,9 +447,7 @@ def test_rows_of_very_unequal_acceptance_keep_their_texts_and_memories(model, pl
     for step in kept:
         for case, (count, position, contents) in zip(cases, step, strict=True):
             assert count == position and distance(contents, clean(case)[count]) < SAME
-    texts = [
-        [*case.prompt, *plain(case)][:n] for case, n in zip(cases, result.cache.row_lengths, strict=True)
-    ]
+    texts = [[*case.prompt, *plain(case)][:n] for case, n in zip(cases, result.cache.row_lengths, strict=True)]
     assert head_distance(model, result.cache, texts) < SAME
 
 

@@ -69,7 +69,7 @@ def test_patch_embedding_equals_transformers(case, grid, tower, reference):
 def test_interpolated_position_table_equals_transformers(case, grid, tower, reference):
     """What is added to the patches, alone: the embedding of no light at all, less its bias."""
     places = squares_order(*grid[1:], 2)
-    taps = table_taps(places, grid[1:], round(vision_cases.vision_config(case).num_position_embeddings**0.5))
+    taps = table_taps(places, grid[1:], round(vision_cases.vision_config(case).num_position_embeddings ** 0.5))
     nothing = mx.zeros((grid[0], len(places), 1536))
     added = tower(case)._embed(nothing, *map(mx.array, taps)) - tower(case).patch_embed.bias
     if grid[0] > 1:

@@ -76,9 +76,7 @@ def test_positions_of_a_later_turn_go_on_from_the_first():
     whole = positions(len(prompt.tokens), prompt.runs)
     later = prompt.after(TURN)
     assert len(later.runs) == 3 and len(prompt.runs) == 4
-    np.testing.assert_array_equal(
-        positions(len(later.tokens), later.runs, whole[:, :TURN].max() + 1), whole[:, TURN:]
-    )
+    np.testing.assert_array_equal(positions(len(later.tokens), later.runs, whole[:, :TURN].max() + 1), whole[:, TURN:])
 
 
 def test_golden_files_keep_every_token_of_the_prompts():

@@ -1,8 +1,9 @@
 """Tokens one by one -> text: whole characters, reasoning apart from the answer, stop strings."""
 
 import pytest
+from refusing import refused
 
-from mlx_qwen35 import InputError, Processor
+from mlx_qwen35 import Processor
 from mlx_qwen35.config import read_config
 from mlx_qwen35.hub import resolve
 
@@ -87,5 +88,5 @@ def test_stop_strings_do_not_end_the_reasoning(processor: Processor):
 
 @pytest.mark.parametrize("stop", ["text", [""], [3]])
 def test_stop_must_be_a_list_of_strings(processor: Processor, stop):
-    with pytest.raises(InputError, match="stop must be a list of strings"):
+    with refused("option_invalid"):
         processor.text_stream(False, stop)

@@ -6,9 +6,10 @@ The expected strings are written out here; that the processor adds nothing of it
 from pathlib import Path
 
 import pytest
+from refusing import refused
 from transformers import AutoTokenizer
 
-from mlx_qwen35 import InputError, Processor
+from mlx_qwen35 import Processor
 from mlx_qwen35.config import read_config
 from mlx_qwen35.hub import resolve
 
@@ -125,18 +126,15 @@ CASES = {
 }
 
 REFUSED = {
-    "no messages": ([], "No messages|no messages|empty"),
-    "no user query": ([{"role": "assistant", "content": "A"}], "(?i)user"),
-    "system later on": ([USER, {"role": "system", "content": "S"}], "(?i)system"),
-    "unknown role": ([USER, {"role": "developer", "content": "D"}], "(?i)role"),
-    "unknown part": ([{"role": "user", "content": [{"type": "sound", "sound": "x"}]}], "(?i)content|part|item"),
-    "tool arguments as a JSON string": (
-        [
-            USER,
-            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}]},
-        ],
-        "(?i)mapping|items|argument",
-    ),
+    "no messages": [],
+    "no user query": [{"role": "assistant", "content": "A"}],
+    "system later on": [USER, {"role": "system", "content": "S"}],
+    "unknown role": [USER, {"role": "developer", "content": "D"}],
+    "unknown part": [{"role": "user", "content": [{"type": "sound", "sound": "x"}]}],
+    "tool arguments as a JSON string": [
+        USER,
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}]},
+    ],
 }
 
 
@@ -162,10 +160,9 @@ def test_rendering(processor: Processor, folder: Path, name: str):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_messages_that_the_template_refuses_are_an_input_error_in_its_words(processor: Processor, name: str):
-    messages, words = REFUSED[name]
-    with pytest.raises(InputError, match=words):
-        processor.render(messages)
+def test_messages_that_the_template_refuses_are_an_input_error(processor: Processor, name: str):
+    with refused("chat_template_refused"):
+        processor.render(REFUSED[name])
 
 
 def test_tools_stand_in_the_system_turn_one_a_line_with_the_system_text_after_them(processor: Processor):
@@ -182,7 +179,7 @@ def test_tools_stand_in_the_system_turn_one_a_line_with_the_system_text_after_th
 )
 def test_a_checkpoint_without_a_tower_refuses_a_picture_or_clip_and_never_ignores_it(folder: Path, part: dict):
     processor = Processor.from_folder(folder, read_config(folder), has_tower=False)
-    with pytest.raises(InputError, match="this checkpoint reads text alone"):
+    with refused("vision_missing"):
         processor.encode_messages([{"role": "user", "content": [part, {"type": "text", "text": "What is it?"}]}])
 
 

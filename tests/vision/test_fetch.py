@@ -8,9 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import quote
 
 import pytest
+import refusing
 
 from mlx_qwen35 import fetch as module
-from mlx_qwen35.errors import InputError
 from mlx_qwen35.fetch import fetch, is_remote, name_of
 
 BODY = bytes(range(256)) * 5
@@ -77,13 +77,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         thread.join()
 
 
-def refused(source: str, *parts: str, kind: str = "image") -> None:
-    with pytest.raises(InputError) as caught:
+def refused(source: str, code: str, *facts: object, kind: str = "image") -> None:
+    with refusing.refused(code, *facts) as caught:
         fetch(source, kind)
-    for part in parts:
-        assert part in str(caught.value)
     assert len(str(caught.value)) < 1000
-    assert ("must be reachable" in str(caught.value)) == ("must be reachable" in parts)
 
 
 # --- what is remote ---
@@ -149,22 +146,22 @@ def test_base64_may_lack_its_padding():
 
 @pytest.mark.parametrize("body", ["AAAAA", "AA=A", "A*==", "AAAA!!!!", "AÄÄA"])
 def test_broken_base64_is_refused(body):
-    refused(f"data:image/png;base64,{body}", "whole base64", "image/png;base64", "Encode it again")
+    refused(f"data:image/png;base64,{body}", "data_uri_invalid", "base64", "image/png;base64")
 
 
 def test_a_data_uri_without_a_comma_is_refused():
-    refused("data:image/png;base64" + "A" * 4000, "no comma")
+    refused("data:image/png;base64" + "A" * 4000, "data_uri_invalid")
 
 
 def test_a_data_uri_of_another_type_is_refused():
-    refused(f"data:text/plain;base64,{encoded()}", "must be image/...", "text/plain")
-    refused(f"data:text/html,{quote('<p>')}", "web page")
-    refused(f"data:image/png;base64,{encoded()}", "must be video/...", "Give it as an image", kind="video")
+    refused(f"data:text/plain;base64,{encoded()}", "media_type_wrong")
+    refused(f"data:text/html,{quote('<p>')}", "media_type_wrong")
+    refused(f"data:image/png;base64,{encoded()}", "media_type_wrong", kind="video")
 
 
 def test_a_data_uri_that_is_too_large_is_refused(monkeypatch):
     monkeypatch.setitem(module.MAX_BYTES, "image", 1000)
-    refused(f"data:image/png;base64,{encoded()}", "at most 1,000 bytes", "MAX_BYTES", "1,280")
+    refused(f"data:image/png;base64,{encoded()}", "media_too_large", "1,000", "MAX_BYTES", "1,280")
 
 
 # --- http ---
@@ -186,20 +183,20 @@ def test_a_video_may_be_a_gif(server, kind):
 
 def test_a_web_page_is_not_a_picture(server):
     url = server.sends("/page", b"<html>", kind="text/html; charset=utf-8")
-    refused(url, url, "is a web page (text/html) and not an image", "copy the address of the image")
+    refused(url, "media_type_wrong")
 
 
 def test_a_clip_given_as_a_picture_is_refused(server):
-    refused(server.sends("/a.mp4", kind="video/mp4"), "must be image/...", "video/mp4", "Give it as a video")
+    refused(server.sends("/a.mp4", kind="video/mp4"), "media_type_wrong", "video/mp4")
 
 
 def test_another_type_is_refused(server):
-    refused(server.sends("/a.json", kind="application/json"), "must be image/...", "application/json", "Give the")
+    refused(server.sends("/a.json", kind="application/json"), "media_type_wrong")
 
 
 def test_a_missing_page_is_an_error_with_its_status(server):
     url = server.sends("/gone", status=404)
-    refused(url, url, "404 Not Found")
+    refused(url, "fetch_failed", "404")
 
 
 def test_an_address_with_spaces_and_umlauts_is_encoded(server):
@@ -227,12 +224,12 @@ def chunks(*pieces: bytes, end: bool = True) -> Callable[[BaseHTTPRequestHandler
 def test_a_length_beyond_the_limit_is_refused_before_the_body(server, monkeypatch):
     monkeypatch.setitem(module.MAX_BYTES, "image", 1000)
     url = server.sends("/large", b"", **{"Content-Length": "1001"})  # the body never comes
-    refused(url, "at most 1,000 bytes", "MAX_BYTES", "has 1,001")
+    refused(url, "media_too_large", "1,000", "MAX_BYTES", "1,001")
 
 
 def test_a_body_beyond_the_limit_is_refused_where_no_length_was_said(server, monkeypatch):
     monkeypatch.setitem(module.MAX_BYTES, "image", 1000)
-    refused(server.does("/large", chunks(BODY, end=False)), "at most 1,000 bytes", "at least 1,280")
+    refused(server.does("/large", chunks(BODY, end=False)), "media_too_large", "1,000", "1,280")
 
 
 def test_images_and_videos_have_their_own_limits(server, monkeypatch):
@@ -242,11 +239,11 @@ def test_images_and_videos_have_their_own_limits(server, monkeypatch):
 
 def test_a_body_shorter_than_its_length_is_refused(server):
     url = server.sends("/short", BODY[:100], **{"Content-Length": "1280"})
-    refused(url, "must arrive whole", "100 bytes of 1,280")
+    refused(url, "fetch_failed", "100", "1,280")
 
 
 def test_chunks_that_break_off_are_refused(server):
-    refused(server.does("/short", chunks(BODY, end=False)), "must arrive whole", "broke off the connection")
+    refused(server.does("/short", chunks(BODY, end=False)), "fetch_failed")
 
 
 # --- times ---
@@ -259,17 +256,17 @@ def silence(server: Server) -> Callable[[BaseHTTPRequestHandler], object]:
 def test_a_server_that_stays_silent_is_given_up(server, monkeypatch):
     monkeypatch.setattr(module, "CONNECT_SECONDS", 0.1)
     monkeypatch.setitem(module.DEADLINE_SECONDS, "image", 3.0)
-    refused(server.does("/slow", silence(server)), "must send something every 0.1 seconds", "CONNECT_SECONDS")
+    refused(server.does("/slow", silence(server)), "fetch_timeout", "0.1", "CONNECT_SECONDS")
 
 
 def test_the_deadline_counts_before_the_headers_come(server, monkeypatch):
     monkeypatch.setitem(module.DEADLINE_SECONDS, "image", 0.1)
-    refused(server.does("/slow", silence(server)), "within 0.1 seconds", "DEADLINE_SECONDS")
+    refused(server.does("/slow", silence(server)), "fetch_timeout", "0.1", "DEADLINE_SECONDS")
 
 
 def test_the_deadline_ends_a_download_that_trickles(server):
     url = server.does("/trickle", chunks(BODY, end=False))
-    with pytest.raises(InputError, match="must arrive within 60 seconds"):
+    with refusing.refused("fetch_timeout", "60"):
         module._download(url, "image", end=0.0)
 
 
@@ -280,16 +277,16 @@ def test_a_port_without_a_server_is_unreachable():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    refused(f"http://127.0.0.1:{port}/a.png", "must be reachable", str(port))
+    refused(f"http://127.0.0.1:{port}/a.png", "fetch_failed", str(port))
 
 
 @pytest.mark.parametrize("url", ["http://nothing.invalid/a.png", "http:///a.png", "http://a:b/c", "http://[::1/a.png"])
 def test_a_host_that_cannot_be_is_unreachable(url, server):
-    refused(url, "must be reachable", url)
+    refused(url, "fetch_failed")
 
 
 def test_a_server_that_hangs_up_is_an_error(server):
-    refused(server.does("/", lambda handler: None), "must arrive whole", "broke off the connection")
+    refused(server.does("/", lambda handler: None), "fetch_failed")
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -302,8 +299,8 @@ def test_a_redirect_is_followed(server, status):
 @pytest.mark.parametrize("target", ["file:///etc/hostname", "ftp://host/a.png", "data:image/png,a"])
 def test_a_redirect_leads_to_http_alone(server, status, target):
     url = server.sends("/here", b"", status=status, Location=target)
-    refused(url, "lead on to http and https alone", url, target.partition(":")[0])
+    refused(url, "url_refused", target.partition(":")[0])
 
 
 def test_redirects_in_a_circle_end(server):
-    refused(server.sends("/here", b"", status=302, Location="/here"), "answered 302", "infinite loop")
+    refused(server.sends("/here", b"", status=302, Location="/here"), "fetch_failed", "302")

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pillow_heif
 import pytest
+import refusing
 from PIL import Image, ImageFile, ImageOps
 
 from mlx_qwen35 import fetch, image
@@ -54,11 +55,9 @@ def close(pixels: np.ndarray, wanted: Image.Image) -> bool:
     return pixels.shape == wanted.shape and np.abs(pixels.astype(int) - wanted).mean() < 8
 
 
-def refused(source, *parts: str) -> None:
-    with pytest.raises(InputError) as caught:
+def refused(source, code: str, *facts: object) -> None:
+    with refusing.refused(code, *facts) as caught:
         read_image(source)
-    for part in parts:
-        assert part in str(caught.value)
     assert len(str(caught.value)) < 1000
 
 
@@ -240,12 +239,12 @@ def test_16_bits_of_colour_keep_their_scale():
 @pytest.mark.parametrize("values", [[0, 65536], [-1, 5]])
 def test_more_than_16_bits_are_refused(values):
     wide = Image.fromarray(np.array([values], dtype=np.int32))
-    refused(wide, "must fit 16 bits", f"from {values[0]} to {values[1]}")
+    refused(wide, "image_unsupported", "16", values[0], values[1])
 
 
 def test_floating_point_pictures_are_refused():
     body = saved(Image.fromarray(np.zeros((3, 4), np.float32)), "TIFF")
-    refused(body, "8 or 16 bits", "floating point (mode F)", "give it as an array")
+    refused(body, "image_unsupported", "8", "16")
 
 
 # --- orientation ---
@@ -364,17 +363,17 @@ def test_a_floating_array_is_scaled_and_rounded(dtype):
 def test_a_floating_array_outside_0_to_1_is_refused(value):
     source = np.zeros((3, 4, 3), np.float32)
     source[1, 2, 0] = value
-    refused(source, "must lie from 0 to 1", "shape (3, 4, 3) and type float32", "Divide it")
+    refused(source, "array_invalid", "0", "1", "3", "4", "float32")
 
 
 @pytest.mark.parametrize("shape", [(3, 20, 30), (1, 20, 30), (20,), (20, 30, 2), (1, 20, 30, 3), (20, 30, 0), ()])
 def test_an_array_of_another_shape_is_refused(shape):
-    refused(np.zeros(shape, np.uint8), "channels last", f"shape {shape}", "Move its axes")
+    refused(np.zeros(shape, np.uint8), "array_invalid", shape)
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int64, np.uint32, bool, complex, object, "U1"])
 def test_an_array_of_another_type_is_refused(dtype):
-    refused(np.zeros((4, 5, 3), dtype), "of uint8, uint16, or floating point", "Convert it to uint8")
+    refused(np.zeros((4, 5, 3), dtype), "array_invalid", "uint8", "uint16")
 
 
 # --- the same pixels, whichever way ---
@@ -427,21 +426,21 @@ def test_the_same_pixels_give_the_same_bytes_whichever_way_they_come(mode, tmp_p
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    refused(tmp_path / "none.png", "none.png does not exist", "Look at the path")
+    refused(tmp_path / "none.png", "media_not_found", "none.png")
 
 
 def test_a_folder_is_refused(tmp_path):
-    refused(str(tmp_path), f"{tmp_path} is a folder", "is a video")
+    refused(str(tmp_path), "media_source_invalid", tmp_path)
 
 
 @pytest.mark.parametrize("path", ["a\0b.png", "a" * 100_000])
 def test_a_path_that_cannot_be_is_refused(path):
-    refused(path, "does not exist")
+    refused(path, "media_not_found")
 
 
 def test_a_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    refused(tmp_path / "pipe", "is not a regular file")
+    refused(tmp_path / "pipe", "media_not_found")
 
 
 def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
@@ -451,22 +450,22 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(image, "open", deny, raising=False)
-    refused(tmp_path / "a.png", "can be read", "a.png", "Permission denied")
+    refused(tmp_path / "a.png", "media_unreadable", "a.png")
 
 
 @pytest.mark.parametrize("source", [None, 3, ["a.png"], {"url": "a"}, object()])
 def test_another_kind_of_source_is_refused(source):
-    refused(source, "must be a path, a URL, a data: URI, bytes, a PIL image or a numpy array", type(source).__name__)
+    refused(source, "media_source_invalid", type(source).__name__)
 
 
 def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "empty.png").touch()
-    refused(tmp_path / "empty.png", "must not be empty", "empty.png has no bytes")
+    refused(tmp_path / "empty.png", "media_empty", "empty.png")
 
 
 def test_empty_bytes_and_data_are_refused():
-    refused(b"", "must not be empty", "given as 0 bytes")
-    refused("data:image/png;base64,", "must not be empty", "a data: URI")
+    refused(b"", "media_empty", "0")
+    refused("data:image/png;base64,", "media_empty")
 
 
 NOT_PICTURES = {
@@ -489,15 +488,15 @@ NOT_PICTURES = {
 def test_what_is_not_a_picture_is_named(what, tmp_path):
     (tmp_path / "file").write_bytes(NOT_PICTURES[what])
     hint = "Give it as a video" if "video" in what else "save it as PNG or JPEG"
-    refused(tmp_path / "file", "JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC", str(tmp_path / "file"), what, hint)
+    refused(tmp_path / "file", "media_not_opened", str(tmp_path / "file"), what, hint)
 
 
 def test_formats_that_run_other_programs_are_not_opened():
-    refused(saved(picture(), "EPS"), "is text")
+    refused(saved(picture(), "EPS"), "media_not_opened")
 
 
 def test_text_that_is_cut_within_a_letter_is_text():
-    refused(b"x" + "ü".encode() * 400, "is text")
+    refused(b"x" + "ü".encode() * 400, "media_not_opened")
 
 
 # --- refused: cut short, damaged, too large ---
@@ -523,7 +522,9 @@ WHOLE = {
 def test_a_file_cut_short_is_refused(form, part, lenient, tmp_path):
     body = WHOLE[form](picture(150, 130))
     (tmp_path / "cut").write_bytes(body[: int(len(body) * part)])
-    refused(tmp_path / "cut", "must be whole", f"{tmp_path / 'cut'} ", "cut short or damaged", "download it again")
+    with pytest.raises(InputError) as caught:
+        read_image(tmp_path / "cut")
+    assert caught.value.code in ("media_damaged", "media_not_opened") and str(tmp_path / "cut") in str(caught.value)
     assert lenient == ImageFile.LOAD_TRUNCATED_IMAGES  # as it was
 
 
@@ -543,20 +544,20 @@ def test_a_pil_image_of_a_file_cut_short_is_refused_each_time(lenient):
     body = saved(picture(150, 130), "JPEG")
     opened = Image.open(BytesIO(body[: len(body) // 2]))
     for _ in range(2):
-        refused(opened, "must be whole", "the PIL image of mode RGB and size 150 x 130")
+        refused(opened, "media_damaged", "150", "130")
 
 
 def test_a_closed_pil_image_is_refused(tmp_path):
     (tmp_path / "a.png").write_bytes(saved(picture(), "PNG"))
     with Image.open(tmp_path / "a.png") as opened:
         pass
-    refused(opened, "must be whole", "the PIL image of mode RGB")
+    refused(opened, "media_damaged")
 
 
 def test_a_damaged_png_is_refused():
     body = bytearray(saved(picture(150, 130), "PNG"))
     body[len(body) // 2] ^= 0xFF
-    refused(bytes(body), "must be whole", "cut short or damaged")
+    refused(bytes(body), "media_not_opened")
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -567,12 +568,12 @@ def bomb(width: int, height: int) -> bytes:
 
 def test_a_decompression_bomb_is_refused_from_its_header(monkeypatch):
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *args: pytest.fail("it was decoded"))
-    refused(bomb(20_000, 10_000), "at most 178,956,970 pixels", "given as 54 bytes has more", "200000000")
+    refused(bomb(20_000, 10_000), "media_too_large", "178,956,970", "54", "200000000")
 
 
 def test_a_bomb_is_refused_where_pillow_has_no_limit(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    refused(bomb(20_000, 10_000), "at most 178,956,970 pixels", "(20000 x 10000)")
+    refused(bomb(20_000, 10_000), "media_too_large", "178,956,970", "20000", "10000")
 
 
 def test_the_limit_is_pillows_own():
@@ -586,19 +587,19 @@ def test_between_pillows_limits_there_is_no_warning(monkeypatch):
 
 
 def test_arrays_and_pil_images_have_the_same_limit():
-    refused(np.broadcast_to(np.uint8(0), (20_000, 10_000)), "at most 178,956,970 pixels", "(10000 x 20000)")
+    refused(np.broadcast_to(np.uint8(0), (20_000, 10_000)), "media_too_large", "178,956,970", "10000", "20000")
     lazy = Image.new("L", (1, 1))
     lazy._size = (20_000, 10_000)
-    refused(lazy, "at most 178,956,970 pixels", "PIL image")
+    refused(lazy, "media_too_large", "178,956,970")
 
 
 @pytest.mark.parametrize("source", [np.zeros((0, 5, 3), np.uint8), np.zeros((5, 0)), Image.new("RGB", (0, 5))])
 def test_a_picture_without_pixels_is_refused(source):
-    refused(source, "must have pixels")
+    refused(source, "media_empty")
 
 
 def test_colours_that_do_not_turn_into_rgb_are_refused():
-    refused(modes()["LA"].convert("La"), "colours that turn into RGB", "mode La", "not supported")
+    refused(modes()["LA"].convert("La"), "image_unsupported")
 
 
 # --- URLs, and what is left of it all ---
@@ -606,18 +607,18 @@ def test_colours_that_do_not_turn_into_rgb_are_refused():
 
 def test_a_url_that_leads_to_a_clip_is_refused(folder_url, tmp_path):
     (tmp_path / "a.mp4").write_bytes(NOT_PICTURES["a video (MP4"])
-    refused(f"{folder_url}/a.mp4", f"{folder_url}/a.mp4", "Give it as a video")
+    refused(f"{folder_url}/a.mp4", "media_type_wrong", folder_url, "/a.mp4")
 
 
 def test_an_unreachable_url_is_refused():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/a.png"
-    refused(url, url, "must be reachable")
+    refused(url, "fetch_failed")
 
 
 def test_a_long_data_uri_is_named_shortly():
-    refused("data:image/png;base64," + "QUFB" * 100_000, "a data: URI of 400,022 characters", "is text")
+    refused("data:image/png;base64," + "QUFB" * 100_000, "media_not_opened", "400,022")
 
 
 def test_reading_leaves_pillows_settings_alone(monkeypatch):

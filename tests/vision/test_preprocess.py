@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from refusing import refused
 
-from mlx_qwen35 import InputError, VisionOptions
+from mlx_qwen35 import VisionOptions
 from mlx_qwen35.config import parse_config
 from mlx_qwen35.memory import machine_pixels
 from mlx_qwen35.preprocess import Media, Preprocessor, read_preprocessor
@@ -105,18 +106,18 @@ def test_the_grid_is_part_of_the_identity(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "code"),
     [
-        ({"patch_size": 14}, "'patch_size' is 14; only 16 is supported"),
-        ({"size": {"shortest_edge": 9}}, "must hold 'longest_edge'"),
-        ({"do_resize": False}, "'do_resize' is False"),
-        ({"resample": 2}, "'resample' is 2; only 3"),
-        ({"image_mean": [0.5]}, "'image_mean' and 'image_std' must be three numbers each"),
-        ({"image_std": [0.5, 0, 0.5]}, "'image_mean' and 'image_std' must be three numbers each"),
+        ({"patch_size": 14}, "config_field_unsupported"),
+        ({"size": {"shortest_edge": 9}}, "config_field_missing"),
+        ({"do_resize": False}, "config_field_unsupported"),
+        ({"resample": 2}, "config_field_unsupported"),
+        ({"image_mean": [0.5]}, "config_field_invalid"),
+        ({"image_std": [0.5, 0, 0.5]}, "config_field_invalid"),
     ],
 )
-def test_settings_that_are_not_implemented_are_refused(tmp_path, change, message):
-    with pytest.raises(InputError, match=message):
+def test_settings_that_are_not_implemented_are_refused(tmp_path, change, code):
+    with refused(code):
         preprocessors(tmp_path, image=IMAGE | change)
 
 
@@ -135,29 +136,29 @@ def test_a_shown_image_has_a_short_repr(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "code"),
     [
-        ({"min_pixels": 2_000_000_000}, "min_pixels must be at most 178,956,970, got 2,000,000,000"),
-        ({"published_limits": "no"}, "published_limits must be True or False, got 'no'"),
-        ({"outer_vision_tags": 1}, "outer_vision_tags must be True or False, got 1"),
+        ({"min_pixels": 2_000_000_000}, "option_invalid"),
+        ({"published_limits": "no"}, "option_invalid"),
+        ({"outer_vision_tags": 1}, "option_invalid"),
     ],
 )
-def test_options_out_of_range_are_refused(options, message):
-    with pytest.raises(InputError, match=message):
+def test_options_out_of_range_are_refused(options, code):
+    with refused(code):
         VisionOptions(**options)
 
 
 def test_more_frames_than_the_limit_has_room_for_are_refused_before_they_are_read(tmp_path):
     _, video = preprocessors(tmp_path)
     frames = np.zeros((4, 64, 64, 3), np.uint8)
-    with pytest.raises(InputError, match=r"must fit into [\d,]+ pixels, .* of 32x32 or more; 5,000,000 frames do not"):
+    with refused("video_too_long", "32x32", "5,000,000"):
         video.video(frames, VisionOptions(source_fps=2, video_num_frames=5_000_000))
 
 
 def test_two_limits_at_once_are_refused(tmp_path):
     image, video = preprocessors(tmp_path)
     picture = np.zeros((64, 64, 3), np.uint8)
-    with pytest.raises(InputError, match=r"max_pixels \(65536\) and published_limits must not be given together"):
+    with refused("option_conflict", "max_pixels", "65536", "published_limits"):
         image.image(picture, VisionOptions(max_pixels=65536, published_limits=True))
-    with pytest.raises(InputError, match=r"video_total_pixels \(65536\) and published_limits must not be"):
+    with refused("option_conflict", "video_total_pixels", "65536", "published_limits"):
         video.video(picture[None], VisionOptions(video_total_pixels=65536, published_limits=True))

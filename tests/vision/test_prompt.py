@@ -6,8 +6,9 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from refusing import refused
 
-from mlx_qwen35 import InputError, Processor, VisionOptions
+from mlx_qwen35 import Processor, VisionOptions
 from mlx_qwen35.config import read_config
 from mlx_qwen35.hub import resolve
 from mlx_qwen35.positions import Run, positions
@@ -135,7 +136,7 @@ def test_raw_text_says_itself_where_its_images_and_clips_go(processor):
     ("text", "images"), [("a <|image_pad|>", 0), ("a", 1), ("<|image_pad|><|image_pad|>", 1), ("<|video_pad|>", 1)]
 )
 def test_raw_text_with_another_number_of_placeholders_than_images_is_refused(processor, text, images):
-    with pytest.raises(InputError, match=r"there must be one <\|(image|video)_pad\|> for each"):
+    with refused("placeholders_mismatch", "_pad|>"):
         processor.encode_text(text, images=[RED] * images)
 
 
@@ -192,50 +193,50 @@ def test_a_part_sets_its_own_limits(processor):
 
 
 @pytest.mark.parametrize(
-    ("part", "message"),
+    ("part", "code"),
     [
-        ({"type": "image"}, "must name its source once"),
-        ({"type": "image", "image": RED, "path": "red.png"}, "must name its source once"),
-        ({"type": "image", "image": RED, "fps": 2}, "may hold its source and min_pixels, max_pixels; got fps"),
-        ({"type": "video", "video": CLIP, "max_pixels": 9}, "may hold its source and fps, num_frames"),
-        ({"image": RED, "video": CLIP}, "an image or a video, not both"),
-        ({"type": "image_url", "image_url": {"link": "x"}}, "must hold a url alone"),
-        ({"type": "image_url", "image_url": {"url": "x", "detail": "low"}}, "must hold a url alone"),
-        ({"type": "video", "video": CLIP, "source_fps": 2, "fps": 1, "num_frames": 4}, "must not be given together"),
-        ({"type": ["image"]}, "the chat template refuses"),
+        ({"type": "image"}, "message_part_invalid"),
+        ({"type": "image", "image": RED, "path": "red.png"}, "message_part_invalid"),
+        ({"type": "image", "image": RED, "fps": 2}, "message_part_invalid"),
+        ({"type": "video", "video": CLIP, "max_pixels": 9}, "message_part_invalid"),
+        ({"image": RED, "video": CLIP}, "message_part_invalid"),
+        ({"type": "image_url", "image_url": {"link": "x"}}, "message_part_invalid"),
+        ({"type": "image_url", "image_url": {"url": "x", "detail": "low"}}, "message_part_invalid"),
+        ({"type": "video", "video": CLIP, "source_fps": 2, "fps": 1, "num_frames": 4}, "option_conflict"),
+        ({"type": ["image"]}, "chat_template_refused"),
     ],
 )
-def test_a_part_that_is_not_understood_is_refused(processor, part, message):
-    with pytest.raises(InputError, match=message):
+def test_a_part_that_is_not_understood_is_refused(processor, part, code):
+    with refused(code):
         encode(processor, part)
 
 
 def test_an_image_that_was_read_takes_no_options_and_is_no_clip(processor):
     media = encode(processor, image()).media[0].media
-    with pytest.raises(InputError, match="was read before; max_pixels would have no effect"):
+    with refused("option_no_effect", "max_pixels"):
         encode(processor, image(media, max_pixels=4096))
-    with pytest.raises(InputError, match="a part of type video must hold one"):
+    with refused("message_part_invalid"):
         encode(processor, {"type": "video", "video": media})
 
 
 @pytest.mark.parametrize(
-    ("messages", "message"),
+    ("messages", "code"),
     [
-        ([{"role": "user", "content": (part for part in [image(), WHAT])}], "must be text or a list of parts, got gen"),
-        ([{"role": "user", "content": {"image": RED}.values()}], "must be text or a list of parts, got dict_values"),
-        ([{"role": "user", "content": np.array([1])}], "must be text or a list of parts, got ndarray"),
-        ({"role": "user", "content": "Hi"}, "messages must be a list, got dict"),
-        (["Hi"], "a message must be like"),
-        ([None], "a message must be like"),
+        ([{"role": "user", "content": (part for part in [image(), WHAT])}], "messages_invalid"),
+        ([{"role": "user", "content": {"image": RED}.values()}], "messages_invalid"),
+        ([{"role": "user", "content": np.array([1])}], "messages_invalid"),
+        ({"role": "user", "content": "Hi"}, "messages_invalid"),
+        (["Hi"], "messages_invalid"),
+        ([None], "messages_invalid"),
     ],
 )
-def test_what_is_no_message_is_refused_and_never_written_out(processor, messages, message):
-    with pytest.raises(InputError, match=message):
+def test_what_is_no_message_is_refused_and_never_written_out(processor, messages, code):
+    with refused(code):
         processor.encode_messages(messages)
 
 
 def test_an_image_in_the_system_message_is_refused_in_the_template_s_words(processor):
-    with pytest.raises(InputError, match="the chat template refuses"):
+    with refused("chat_template_refused"):
         processor.encode_messages([{"role": "system", "content": [image()]}, {"role": "user", "content": "Hi"}])
 
 

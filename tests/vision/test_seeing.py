@@ -9,8 +9,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
+from refusing import refused
 
-from mlx_qwen35 import InputError, Model, Processor, VisionOptions, batch_generate, generate, load, stream_generate
+from mlx_qwen35 import Model, Processor, VisionOptions, batch_generate, generate, load, stream_generate
 from mlx_qwen35 import chat as chat_command
 from mlx_qwen35.checkpoint import VISION, open_checkpoint
 from mlx_qwen35.conversation import Conversation
@@ -90,7 +91,7 @@ def test_images_go_before_every_string_of_a_batch(nano):
 def test_a_model_that_is_given_a_prompt_with_an_image_but_has_no_tower_says_so(nano):
     model, processor = nano
     model.vision = None
-    with pytest.raises(InputError, match="no vision tower"):
+    with refused("vision_missing"):
         generate(model, processor, ASK, images=[SHAPES])
 
 
@@ -101,44 +102,43 @@ def test_embeddings_must_be_as_many_as_placeholders(nano):
     from mlx_qwen35.generate.prefill import read
 
     for wrong in (row.embeddings[:3], mx.concatenate([row.embeddings] * 2), None):
-        with pytest.raises(InputError, match="one embedding for each placeholder"):
+        with refused("embeddings_mismatch"):
             read(model, model.make_cache(), [row._replace(embeddings=wrong)], 512)
 
 
 def test_tokens_that_stand_for_an_image_are_refused_without_one(nano):
     tokens = nano[1].encode_messages([{"role": "user", "content": [part(SHAPES)]}]).tokens
-    with pytest.raises(InputError, match="tokens must not stand for images"):
+    with refused("tokens_invalid"):
         generate(*nano, tokens)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "code"),
     [
-        ({"max_pixels": 4096}, "max_pixels must not be given without image"),
-        ({"fps": 1.0, "images": [SHAPES]}, "fps must not be given without video"),
-        ({"min_pixels": 1, "videos": [MOVING]}, "min_pixels must not be given without image"),
-        ({"published_limits": True}, "published_limits must not be given without image or video"),
-        ({"images": [SHAPES], "max_pixels": 1000}, "max_pixels must be at least 4096, got 1000. Lower min_pixels too"),
-        ({"images": [SHAPES], "min_pixels": 1, "max_pixels": 1000}, "max_pixels must be at least 1024, got 1000"),
-        ({"videos": [MOVING], "video_total_pixels": 1000}, "video_total_pixels must be at least 16384, got 1000"),
-        ({"videos": [MOVING], "fps": 1, "video_num_frames": 4}, "must not be given together"),
-        ({"videos": [MOVING], "fps": 0}, "fps must be a number above 0, got 0"),
-        ({"videos": [MOVING], "fps": float("nan")}, "fps must be a number above 0, got nan"),
-        ({"images": [SHAPES], "max_pixels": 4096.0}, "max_pixels must be a whole number of at least 1, got 4096.0"),
-        ({"images": str(SHAPES)}, "images must be a list, got str; for one write images=[image]"),
-        ({"images": np.zeros((64, 64, 3), np.uint8)}, "images must be a list, got ndarray"),
-        ({"videos": MOVING}, "videos must be a list, got PosixPath"),
-        ({"images": [SHAPES], "ignore_chat_template": True, "system_prompt": "x"}, "system_prompt must not be given"),
-        ({"images": [SHAPES], "ignore_chat_template": True, "tools": [{}]}, "tools must not be given"),
-        ({"images": [PICTURES / "none.png"]}, "none.png"),
-        ({"images": [np.zeros((1, 300, 3), np.uint8)]}, "at most 200 times the shorter; this one is 300x1"),
-        ({"images": [SHAPES], "ignore_chat_template": True}, "there must be one <|image_pad|> for each of the images"),
+        ({"max_pixels": 4096}, "option_no_effect"),
+        ({"fps": 1.0, "images": [SHAPES]}, "option_no_effect"),
+        ({"min_pixels": 1, "videos": [MOVING]}, "option_no_effect"),
+        ({"published_limits": True}, "option_no_effect"),
+        ({"images": [SHAPES], "max_pixels": 1000}, "option_invalid"),
+        ({"images": [SHAPES], "min_pixels": 1, "max_pixels": 1000}, "option_invalid"),
+        ({"videos": [MOVING], "video_total_pixels": 1000}, "option_invalid"),
+        ({"videos": [MOVING], "fps": 1, "video_num_frames": 4}, "option_conflict"),
+        ({"videos": [MOVING], "fps": 0}, "option_invalid"),
+        ({"videos": [MOVING], "fps": float("nan")}, "option_invalid"),
+        ({"images": [SHAPES], "max_pixels": 4096.0}, "option_invalid"),
+        ({"images": str(SHAPES)}, "option_invalid"),
+        ({"images": np.zeros((64, 64, 3), np.uint8)}, "option_invalid"),
+        ({"videos": MOVING}, "option_invalid"),
+        ({"images": [SHAPES], "ignore_chat_template": True, "system_prompt": "x"}, "option_no_effect"),
+        ({"images": [SHAPES], "ignore_chat_template": True, "tools": [{}]}, "option_no_effect"),
+        ({"images": [PICTURES / "none.png"]}, "media_not_found"),
+        ({"images": [np.zeros((1, 300, 3), np.uint8)]}, "aspect_ratio_exceeded"),
+        ({"images": [SHAPES], "ignore_chat_template": True}, "placeholders_mismatch"),
     ],
 )
-def test_an_option_that_is_wrong_or_without_effect_is_refused(nano, options, message):
-    import re
+def test_an_option_that_is_wrong_or_without_effect_is_refused(nano, options, code):
 
-    with pytest.raises(InputError, match=re.escape(message)):
+    with refused(code):
         generate(*nano, ASK, **options)
 
 
@@ -150,13 +150,13 @@ def test_options_at_their_defaults_and_empty_lists_are_none(nano):
 
 @pytest.mark.parametrize("prompt", ["hello", 1.5, True, None])
 def test_a_list_that_is_neither_messages_nor_tokens_is_refused(nano, prompt):
-    with pytest.raises(InputError, match="tokens must be integers"):
+    with refused("tokens_invalid"):
         generate(*nano, [prompt])
 
 
 @pytest.mark.parametrize("prompt", [np.array([1, 2, 3]), {"role": "user"}, 5])
 def test_a_prompt_of_another_kind_is_refused(nano, prompt):
-    with pytest.raises(InputError, match="a prompt must be text, a list of tokens or a list of messages"):
+    with refused("prompt_invalid"):
         generate(*nano, prompt)
 
 
@@ -174,7 +174,7 @@ def test_embeddings_are_let_go_when_the_prompt_is_read(nano):
 
 @pytest.mark.parametrize("prompt", [[{"role": "user", "content": "Hi"}], [5, 6]])
 def test_images_beside_messages_or_tokens_are_refused(nano, prompt):
-    with pytest.raises(InputError, match="images must not be given with a prompt of"):
+    with refused("option_no_effect"):
         batch_generate(*nano, [prompt], images=[SHAPES])
 
 
@@ -224,7 +224,7 @@ def test_a_tower_that_does_not_fit_is_refused(nano, memory_limit):
     model, processor = nano
     media = processor.read("image", SHAPES, VisionOptions())
     memory_limit(mx.get_active_memory() + 500_000)
-    with pytest.raises(InputError, match=r"the vision tower needs [0-9.]+ GB; a model may take"):
+    with refused("memory_exceeded"):
         model.vision.encode([media])
 
 
@@ -237,7 +237,7 @@ def test_what_cannot_be_encoded_in_this_memory_is_refused_with_the_option_that_h
     monkeypatch.setattr(model.vision, "keep", True)
     model.vision.encode([media])  # with the tower in memory, only the encoding counts
     memory_limit(mx.get_active_memory() + 50_000)
-    with pytest.raises(InputError, match=f"this {kind} .* needs 0.0 GB; a model may take .* Lower {option}"):
+    with refused("memory_exceeded", kind, "0.0", option):
         model.vision.encode([media])
     monkeypatch.undo()
     model.vision.release()
@@ -254,11 +254,11 @@ def test_a_checkpoint_whose_tower_was_left_out_refuses_images_and_reads_text(tmp
     mx.save_safetensors(str(file), tensors)
     model, processor = load(folder)
     assert generate(model, processor, "What is 34 + 58?").text == "92"
-    with pytest.raises(InputError, match="this checkpoint reads text alone"):
+    with refused("vision_missing"):
         generate(model, processor, ASK, images=[SHAPES])
-    with pytest.raises(InputError, match="fps must not be given: this checkpoint has no vision tower"):
+    with refused("vision_missing"):
         Conversation(model, processor, fps=2.0)
-    with pytest.raises(InputError, match="keep_vision must not be given"):
+    with refused("vision_missing", "keep_vision"):
         load(folder, keep_vision=True)
 
 
@@ -280,7 +280,7 @@ def test_an_absent_preprocessor_file_is_named(tmp_path, kind):
     (folder / name).unlink()
     both = {"image": {"images": [SHAPES]}, "video": {"videos": [MOVING]}}
     model, processor = load(folder)
-    with pytest.raises(InputError, match=f"reading {kind}s needs {name}"):
+    with refused("preprocessor_missing", kind, name):
         generate(model, processor, ASK, **both.pop(kind))
     assert generate(model, processor, ASK, **both.popitem()[1], max_tokens=1).tokens  # the other kind needs its own
 
@@ -368,7 +368,7 @@ def test_a_conversation_takes_its_images_with_the_messages(nano, option):
 
 @pytest.mark.parametrize("content", [5, np.zeros((4, 4, 3), np.uint8)])
 def test_a_message_of_another_kind_is_refused(nano, content):
-    with pytest.raises(InputError, match="must be text or a list of parts"):
+    with refused("messages_invalid"):
         said(Conversation(*nano), content)
 
 
@@ -392,7 +392,7 @@ def test_a_message_whose_image_cannot_be_read_leaves_the_conversation_as_it_was(
     conversation = Conversation(*nano, enable_thinking=False)
     said(conversation, [part(TRIANGLE), {"type": "text", "text": "What shape is it?"}])
     before = list(conversation.messages)
-    with pytest.raises(InputError, match=r"none\.png"):
+    with refused("media_not_found", "none.png"):
         said(conversation, [part("none.png"), {"type": "text", "text": ASK}])
     assert conversation.messages == before
     assert said(conversation, "And what colour is it?") == "green"
@@ -440,21 +440,21 @@ def test_the_command_takes_raw_text_with_placeholders(run):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code"),
     [
-        (("--image", "none.png"), "none.png"),
-        (("--max-pixels", "4096"), "max_pixels must not be given without image"),
-        (("--video", MOVING, "--fps", "1", "--video-num-frames", "4"), "must not be given together"),
-        (("--video", MOVING, "--source-fps", "4"), "source_fps"),
-        (("--image", ""), "--image must name a file or an http(s) URL; there is no file ''"),
-        (("--image", "file:///a.png"), "--image must name a file"),
-        (("--image", MOVING), "video"),
-        (("--video", SHAPES), "image"),
+        (("--image", "none.png"), "media_not_found"),
+        (("--max-pixels", "4096"), "option_no_effect"),
+        (("--video", MOVING, "--fps", "1", "--video-num-frames", "4"), "option_conflict"),
+        (("--video", MOVING, "--source-fps", "4"), "option_no_effect"),
+        (("--image", ""), "media_not_found"),
+        (("--image", "file:///a.png"), "media_not_found"),
+        (("--image", MOVING), "media_not_opened"),
+        (("--video", SHAPES), "media_type_wrong"),
     ],
 )
-def test_the_command_refuses_with_one_clear_message(run, arguments, message):
+def test_the_command_refuses_with_one_clear_message(run, arguments, code):
     status, out, err = run(*arguments, "-p", ASK)
-    assert (status, out) == (2, "") and message in err and "Traceback" not in err
+    assert (status, out) == (2, "") and f"[{code}]" in err and "Traceback" not in err
 
 
 @pytest.fixture
@@ -478,7 +478,7 @@ def test_chat_shows_images_and_clips_with_the_next_message(talk):
 
 def test_chat_keeps_what_was_shown_when_a_line_goes_wrong(talk):
     out, err = talk("/image none.png", f"/image {TRIANGLE}", "/nonsense", "/image", "What shape is it?")
-    assert "none.png" in err and "there is no command /nonsense" in err and "/image must name a file" in err
+    assert "none.png" in err and "/nonsense" in err and "[option_missing]" in err
     assert "triangle" in out
 
 

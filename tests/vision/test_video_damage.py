@@ -13,6 +13,7 @@ from types import SimpleNamespace as Namespace
 import numpy as np
 import pytest
 from PIL import Image
+from refusing import refused
 from vision import clips
 
 from mlx_qwen35 import video_file
@@ -78,25 +79,26 @@ def data_with_places(kind: str, frames: int | list, **options) -> tuple[bytearra
 def test_a_file_that_is_cut_short_is_refused(data, part: float):
     whole = data()
     read(whole)
-    with pytest.raises(InputError, match="a video must be whole"):
+    with pytest.raises(InputError) as caught:
         read(whole[: int(len(whole) * part)])
+    assert caught.value.code in ("media_damaged", "media_not_opened")
 
 
 def test_a_cut_within_a_frame_says_where():
     whole = data_of("mp4", noisy(31), container=FIRST)
-    with pytest.raises(InputError, match=r"breaks after \d+ of 31 frames: it ends at \d\.\d of 3\.1 seconds"):
+    with refused("media_damaged", "31", "3.1"):
         read(whole[: len(whole) // 2])
 
 
 def test_a_cut_between_two_frames_is_found_by_the_length():
     whole, places = data_with_places("matroska", noisy(31))
-    with pytest.raises(InputError, match=r"breaks after 20 frames: it ends at \d.\d of 3.1 seconds"):
+    with refused("media_damaged", "20", "3.1"):
         read(bytes(whole[: whole.rindex(b"\xa3", 0, places[20])]))
 
 
 def test_a_cut_that_loses_little_is_found_by_the_structure():
     whole = data_of("mp4", container=FIRST)
-    with pytest.raises(InputError, match=rf"the file has {len(whole) - 1:,} bytes and should have {len(whole):,}"):
+    with refused("media_damaged", f"{len(whole) - 1:,}", f"{len(whole):,}"):
         read(whole[:-1])
 
 
@@ -104,7 +106,7 @@ def test_a_stream_that_ends_before_its_duration_is_refused():
     whole = data_of("matroska")
     at = whole.index(b"\x44\x89\x88") + 3  # the duration, a float64 of milliseconds
     assert struct.unpack(">d", whole[at : at + 8]) == (3100.0,)
-    with pytest.raises(InputError, match=r"breaks after 31 frames: it ends at 3.1 of 4.0 seconds"):
+    with refused("media_damaged", "31", "3.1", "4.0"):
         read(whole[:at] + struct.pack(">d", 4000.0) + whole[at + 8 :])
 
 
@@ -114,7 +116,7 @@ def test_a_stream_that_ends_before_its_duration_is_refused():
 def test_damage_in_a_frame_says_after_how_many():
     whole = bytearray(data_of("mp4", noisy(120), codec="mpeg4"))
     whole[len(whole) // 2 : len(whole) // 2 + 200] = bytes(200)
-    with pytest.raises(InputError, match=r"breaks after (5\d|6\d) of 120 frames: .*Copy or download it again"):
+    with refused("media_damaged", "120"):
         read(bytes(whole))
 
 
@@ -127,7 +129,7 @@ def test_damage_within_frames_is_found(codec: str):
         try:
             read(whole[:place] + bytes(64) + whole[place + 64 :])
         except InputError as error:
-            assert "breaks after" in str(error)
+            assert error.code == "media_damaged"
             refused += 1
     assert refused >= 11  # bytes may also change into others that mean something
 
@@ -137,7 +139,7 @@ def test_the_decoder_is_asked_to_stop_at_an_error():
     whole, places = data_with_places("mov", noisy(9, 240, 320), codec="mjpeg", pixels="yuvj420p")
     middle = (places[4] + places[5]) // 2
     whole[middle : middle + 64] = random.Random(0).randbytes(64)
-    with pytest.raises(InputError, match=r"breaks after \d of 9 frames: Invalid data found"):
+    with refused("media_damaged", "9"):
         read(bytes(whole))
 
 
@@ -157,14 +159,14 @@ class StandIn(VideoFile):
 def test_a_packet_marked_as_corrupt_is_refused():
     frames = StandIn("the clip", [(False, [False]), (True, [False])]).frames(9)
     next(frames)
-    with pytest.raises(InputError, match=r"breaks after 1 of 9 frames: the file ends, or is damaged, within a frame"):
+    with refused("media_damaged", "1", "9"):
         next(frames)
 
 
 def test_a_frame_marked_as_corrupt_is_refused():
     frames = StandIn("the clip", [(False, [False, True])]).frames(0)
     next(frames)
-    with pytest.raises(InputError, match=r"breaks after 1 frame: the next frame is damaged"):
+    with refused("media_damaged", "1"):
         next(frames)
 
 
@@ -172,14 +174,14 @@ def test_a_frame_marked_as_corrupt_is_refused():
 def test_fewer_frames_than_counted_are_refused(monkeypatch: pytest.MonkeyPatch, kind: str):
     data, frames = data_of(kind), VideoFile.frames
     monkeypatch.setattr(VideoFile, "frames", lambda *call: islice(frames(*call), 30))
-    with pytest.raises(InputError, match="breaks after 30 of 31 frames: the rest cannot be decoded"):
+    with refused("media_damaged", "30", "31"):
         read(data)
 
 
 def test_a_block_that_ffmpeg_skips_is_missed():
     whole, places = data_with_places("matroska", 31, container={"live": "1"})
     whole[places[20] + 3] |= 0x06  # the block says that it holds several frames, and does not
-    with pytest.raises(InputError, match=r"breaks after \d+ frames: of 31 blocks \d+ can be read"):
+    with refused("media_damaged", "31"):
         read(bytes(whole))
 
 
@@ -187,12 +189,12 @@ def test_an_element_of_a_kind_that_is_not_known_is_refused():
     whole, places = data_with_places("matroska", 31, container={"live": "1"})
     place = whole.rindex(b"\xa3", 0, places[20])
     whole[place] = 0xA9
-    with pytest.raises(InputError, match=rf"the element at byte {place:,} is damaged"):
+    with refused("media_damaged", f"{place:,}"):
         read(bytes(whole))
 
 
 def test_a_gif_without_its_end_is_refused():
-    with pytest.raises(InputError, match=r"breaks after 31 of 31 frames: the file has .* bytes and should have"):
+    with refused("media_damaged", "31"):
         read(gif()[:-1])
 
 
@@ -200,7 +202,7 @@ def test_damage_between_the_pictures_of_a_gif_is_refused():
     whole = bytearray(gif())
     place = whole.rindex(b"\x21\xf9\x04")
     whole[place] = 0x55
-    with pytest.raises(InputError, match=r"breaks after .* frames: (the block at byte|it ends at|Invalid)"):
+    with refused("media_damaged"):
         read(bytes(whole))
 
 
@@ -262,50 +264,50 @@ def pictured(kind: str) -> bytes:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WebP", "BMP", "TIFF", "AVIF"])
 def test_a_picture_should_be_given_as_an_image(kind: str):
-    with pytest.raises(InputError, match=f"the video is a {kind} picture. Give it as an image"):
+    with refused("media_type_wrong", kind):
         read(pictured(kind))
 
 
 def test_an_iphone_photo_should_be_given_as_an_image(tmp_path: Path):
     pillow_heif = pytest.importorskip("pillow_heif")
     pillow_heif.from_pillow(Image.fromarray(clips.quadrants())).save(tmp_path / "photo.heic")
-    with pytest.raises(InputError, match=r"photo.heic is a HEIC picture. Give it as an image"):
+    with refused("media_type_wrong", "photo.heic"):
         read(tmp_path / "photo.heic")
 
 
 @pytest.mark.parametrize("kind", ["gif", "mp4"])
 def test_one_frame_should_be_given_as_an_image(kind: str):
     data = pictured("GIF") if kind == "gif" else data_of("mp4", 1)
-    with pytest.raises(InputError, match=r"must have at least two frames; the video has one. Give it as an image"):
+    with refused("video_too_short"):
         read(data)
 
 
 def test_text_is_refused(tmp_path: Path):
     (tmp_path / "notes.txt").write_text("Dear diary, é\n" * 200)
-    with pytest.raises(InputError, match=r"must be mp4, mov, webm, mkv or gif; .*notes.txt is text"):
+    with refused("media_not_opened", "mp4", "notes.txt"):
         read(tmp_path / "notes.txt")
 
 
 def test_a_list_of_files_is_text_and_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     clips.write(tmp_path / "clip.mp4", 3)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="the video is text"):
+    with refused("media_not_opened"):
         read(b"ffconcat version 1.0\nfile 'clip.mp4'\n")
 
 
 def test_unknown_bytes_are_refused():
-    with pytest.raises(InputError, match="the video is of no known kind"):
+    with refused("media_not_opened"):
         read(bytes(range(256)) * 40)
 
 
 def test_an_empty_file_is_refused(tmp_path: Path):
     (tmp_path / "clip.mp4").touch()
-    with pytest.raises(InputError, match=r"clip.mp4 is empty"):
+    with refused("media_not_opened", "clip.mp4"):
         read(tmp_path / "clip.mp4")
 
 
 def test_sound_is_refused(tmp_path: Path):
-    with pytest.raises(InputError, match=r"must have a video stream; .*sound.wav holds sound alone"):
+    with refused("video_stream_missing", "sound.wav"):
         read(clips.write_sound(tmp_path / "sound.wav"))
 
 
@@ -313,38 +315,38 @@ def test_subtitles_are_refused():
     whole = bytearray(data_of("matroska"))
     place = whole.index(b"\x83\x81\x01")  # the track's type: video
     whole[place + 2] = 0x11  # subtitles
-    with pytest.raises(InputError, match="the video holds neither pictures nor sound"):
+    with refused("video_stream_missing"):
         read(bytes(whole))
 
 
 def test_a_codec_that_is_not_known_is_refused():
     whole = data_of("matroska")
-    with pytest.raises(InputError, match=r"in a format that FFmpeg decodes; the video is not. Convert it to mp4"):
+    with refused("video_unsupported", "mp4"):
         read(whole.replace(b"V_MPEG4/ISO/AVC", b"V_MPEG9/ISO/XYZ"))
 
 
 @pytest.mark.parametrize(
-    "declared, message",
-    [(0, "the video stream of the video is empty. Export"), (9, "breaks after 0 of 9 frames: none can be read")],
+    "declared, code",
+    [(0, "video_too_short"), (9, "media_damaged")],
 )
-def test_a_stream_without_frames_is_refused(monkeypatch: pytest.MonkeyPatch, declared: int, message: str):
+def test_a_stream_without_frames_is_refused(monkeypatch: pytest.MonkeyPatch, declared: int, code):
     packets = Packets(declared=declared, times=[], last=0.0, rate=10.0, exact=True, read=0)
     monkeypatch.setattr(VideoFile, "_packets", lambda *call: packets)
     monkeypatch.setattr(VideoFile, "frames", lambda *call: iter(()))
-    with pytest.raises(InputError, match=message):
+    with refused(code):
         read(data_of("mp4", 2))
 
 
 def test_frames_that_have_no_times_are_refused(monkeypatch: pytest.MonkeyPatch):
     packets = Packets(declared=2, times=[None, None], last=0.0, rate=0.0, exact=True, read=2)
     monkeypatch.setattr(VideoFile, "_packets", lambda *call: packets)
-    with pytest.raises(InputError, match=r"must say when its frames are shown; the video does not. Convert it to mp4"):
+    with refused("video_unsupported", "mp4"):
         read(data_of("mp4", 2))
 
 
 def test_huge_frames_are_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(video_file, "MAX_PIXELS", 1000)
-    with pytest.raises(InputError, match=r"a frame may have at most 1,000 pixels; those of the video have 64 x 48"):
+    with refused("media_too_large", "1,000", "64", "48"):
         read(data_of("mp4"))
 
 
@@ -363,7 +365,7 @@ def test_frames_of_another_size_within_a_file_are_refused(tmp_path: Path):
             for packet in (stream if i < 6 else larger).encode(frame):
                 packet.stream = stream
                 file.mux(packet)
-    with pytest.raises(InputError, match=r"the first is 64 x 48 pixels, frame 7 is 64 x 96"):
+    with refused("video_sizes_differ", "64", "48", "7", "96"):
         read(path)
 
 
@@ -371,13 +373,13 @@ def test_frames_of_another_size_within_a_file_are_refused(tmp_path: Path):
 
 
 def test_a_missing_file_is_named(tmp_path: Path):
-    with pytest.raises(InputError, match=r"there is none at .*nowhere.mp4"):
+    with refused("media_not_found", "nowhere.mp4"):
         read(tmp_path / "nowhere.mp4")
 
 
 @pytest.mark.parametrize("path", ["~nobody-of-this-name/clip.mp4", "x" * 5000, "a\0b"])
 def test_a_path_that_no_system_has_is_missing(path: str):
-    with pytest.raises(InputError, match="there is none at "):
+    with refused("media_not_found"):
         read(path)
 
 
@@ -386,7 +388,7 @@ def test_a_folder_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: py
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "iterdir", refuse)
-    with pytest.raises(InputError, match=r"a folder of frames must be open to reading; .* is not: Permission denied"):
+    with refused("media_unreadable"):
         read(tmp_path, source_fps=1)
 
 
@@ -397,45 +399,45 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pyte
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(InputError, match=r"clip.mp4 cannot: Permission denied"):
+    with refused("media_unreadable", "clip.mp4"):
         read(path)
 
 
 def test_a_source_of_another_type_is_refused():
-    with pytest.raises(InputError, match=r"must be a path, a URL, bytes, a folder, .* got Image"):
+    with refused("media_source_invalid"):
         read(Image.new("RGB", (4, 4)))
 
 
 def test_a_rate_for_a_file_is_refused():
-    with pytest.raises(InputError, match=r"source_fps 30 would have no effect. Leave it out"):
+    with refused("option_no_effect", "source_fps", "30"):
         read(data_of("mp4", 3), source_fps=30)
 
 
 @pytest.mark.parametrize("frames", [np.zeros((4, 8, 8, 3), np.uint8), [np.zeros((8, 8, 3), np.uint8)] * 4])
 def test_frames_without_a_rate_are_refused(frames):
-    with pytest.raises(InputError, match=r"frames without a container have no rate; .* Say how many"):
+    with refused("option_missing"):
         read(frames)
 
 
 @pytest.mark.parametrize("rate", [0, -1, float("nan"), "24"])
 def test_a_rate_that_is_no_rate_is_refused(rate):
-    with pytest.raises(InputError, match="source_fps must be a number above 0 and finite, got"):
+    with refused("option_invalid", "source_fps", "0"):
         read(np.zeros((4, 8, 8, 3), np.uint8), source_fps=rate)
 
 
 @pytest.mark.parametrize("frames", [[], (), np.zeros((0, 8, 8, 3), np.uint8)])
 def test_no_frames_are_refused(frames):
-    with pytest.raises(InputError, match=r"a video must have frames; (an array|a list of frames) has none"):
+    with refused("video_too_short"):
         read(frames, source_fps=1)
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path):
-    with pytest.raises(InputError, match=r"a video must have frames; the folder .* has none"):
+    with refused("video_too_short"):
         read(tmp_path, source_fps=1)
 
 
 def test_one_frame_in_a_list_is_refused():
-    with pytest.raises(InputError, match=r"must have at least two frames; it has one. Give it as an image"):
+    with refused("video_too_short"):
         read([np.zeros((8, 8, 3), np.uint8)], source_fps=1)
 
 
@@ -450,13 +452,13 @@ def test_one_frame_in_a_list_is_refused():
     ],
 )
 def test_arrays_of_another_shape_or_type_are_refused(array: np.ndarray):
-    with pytest.raises(InputError, match=r"must be \(n, height, width, 3\) uint8, RGB; got \(.*\) (uint8|float32)\."):
+    with refused("array_invalid", "3", "uint8"):
         read(array, source_fps=1)
 
 
 def test_frames_of_different_sizes_are_refused():
     frames = [np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8, 3), np.uint8), np.zeros((8, 10, 3), np.uint8)]
-    with pytest.raises(InputError, match="must have one size; the first is 8 x 8 pixels, frame 3 is 10 x 8"):
+    with refused("video_sizes_differ", "8", "3", "10"):
         read(frames, source_fps=1)
 
 
@@ -464,12 +466,12 @@ def test_a_stranger_in_a_folder_is_named(tmp_path: Path):
     for i in range(3):
         Image.fromarray(clips.numbered(i)).save(tmp_path / f"{i}.png")
     (tmp_path / "1a.txt").write_text("notes")
-    with pytest.raises(InputError, match=r"frame 3 of 4 in the folder .* cannot be read: .*1a.txt is text"):
+    with refused("media_not_opened", "3", "4", "1a.txt"):
         read(tmp_path, source_fps=1)
 
 
 def test_a_folder_within_a_folder_of_frames_is_refused(tmp_path: Path):
     (tmp_path / "more").mkdir()
-    with pytest.raises(InputError, match=r"frame 1 of 2 in the folder .* cannot be read: .* is a folder"):
+    with refused("media_source_invalid", "1", "2"):
         Image.fromarray(clips.numbered(0)).save(tmp_path / "one.png")
         read(tmp_path, source_fps=1)

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from refusing import refused
 from vision import clips
 
 from mlx_qwen35 import video as module
-from mlx_qwen35.errors import InputError
 from mlx_qwen35.video import Clip, FrameSampling, read_video, resize
 from mlx_qwen35.video_file import VideoFile
 from mlx_qwen35.video_frame import upright_rgb
@@ -95,25 +95,25 @@ def test_indices_equal_those_of_transformers(total: int, rate: float, sampling: 
 
 
 @pytest.mark.parametrize(
-    "values, message",
+    "values, code",
     [
-        ((2, 8, 4, 768), "by fps or by num_frames, not by both; got fps 2 and num_frames 8"),
-        ((0, None, 4, 768), "fps must be a number above 0 and finite, got 0"),
-        ((float("inf"), None, 4, 768), "fps must be a number above 0 and finite, got inf"),
-        ((None, 1, 4, 768), "num_frames must be a whole number, at least 2"),
-        ((None, 4.0, 4, 768), "num_frames must be a whole number, at least 2 .*, got 4.0"),
-        ((2, None, 1, 768), "min_frames must be a whole number, at least 2"),
-        ((2, None, 9, 8), "max_frames must not be below min_frames, 9; got 8"),
+        ((2, 8, 4, 768), "option_conflict"),
+        ((0, None, 4, 768), "option_invalid"),
+        ((float("inf"), None, 4, 768), "option_invalid"),
+        ((None, 1, 4, 768), "option_invalid"),
+        ((None, 4.0, 4, 768), "option_invalid"),
+        ((2, None, 1, 768), "option_invalid"),
+        ((2, None, 9, 8), "option_invalid"),
     ],
 )
-def test_sampling_refuses(values: tuple, message: str):
-    with pytest.raises(InputError, match=message):
+def test_sampling_refuses(values: tuple, code):
+    with refused(code):
         FrameSampling(*values)
 
 
-@pytest.mark.parametrize("total, message", [(0, "it has none"), (1, "it has one. Give it as an image")])
-def test_sampling_refuses_a_clip_without_two_frames(total: int, message: str):
-    with pytest.raises(InputError, match=message):
+@pytest.mark.parametrize("total, code", [(0, "video_too_short"), (1, "video_too_short")])
+def test_sampling_refuses_a_clip_without_two_frames(total: int, code):
+    with refused(code):
         FrameSampling(2, None, 4, 768).indices(total, 30)
 
 
