@@ -205,8 +205,8 @@ def _disagreement(heads: Heads, dtype: mx.Dtype) -> str:
     """What is wrong with the kernel on a prompt of 19 tokens and one token after it; "" when nothing is.
 
     Beside the definition's answer, within what rounding explains (it has no matrix product, whose digits would be the
-    machine's choice), the bits of the 20 tokens read at once are wanted, and
-    those of the memories after each of the last two.
+    machine's choice), the bits of the 20 tokens read at once are wanted, and those of the memories after each of the
+    last two.
     """
     if plan(heads, 1) is None or plan(heads, 2) is None:
         return f"it has no plan for {heads}"
