@@ -19,6 +19,7 @@ from mlx_qwen35.checkpoint import (
 from mlx_qwen35.engaged import engaged, tell_unfit
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.hub import resolve
+from mlx_qwen35.kernels.products import tell_shortened
 from mlx_qwen35.machine import this_chip
 from mlx_qwen35.memory import limit_memory, set_limits
 from mlx_qwen35.memory_plan import check_model_fits, check_tower_fits, loaded_bytes, takes_dtype
@@ -47,7 +48,8 @@ def load(
         revision: branch, tag or commit of a Hugging Face id.
         dtype: of the activations and the unpacked weights: float32, float16 or bfloat16. None follows the checkpoint
             on a GPU, but takes float16 for bfloat16 on M1 and M2, which have no arithmetic for it; and is float32 on
-            the CPU, where MLX's half types are 10 to 40 times slower.
+            the CPU, where MLX's half types are 10 to 40 times slower. On M5 and NVIDIA MLX shortens float32 products
+            unless MLX_ENABLE_TF32=0 is in the environment when the program starts; where it does, float32 is warned of.
         keep_vision: the vision tower is read when the first image comes and given back once a prompt's images are
             encoded; True keeps it in memory from then on.
         memory_limit: GB (10^9 bytes) that models may take in this process; None is what suits the machine. What does
@@ -110,6 +112,8 @@ def load_model(checkpoint: Checkpoint, dtype: mx.Dtype, name: str) -> Model:
     names = [stored for stored, _ in checkpoint.part(text_shapes(checkpoint.config.text))]
     check_model_fits(checkpoint, dtype, name)
     set_limits()
+    if dtype == mx.float32:
+        tell_shortened()
     config = checkpoint.config.text
     weights = read_weights(checkpoint, names, dtype)
     model = Model(config, weights)

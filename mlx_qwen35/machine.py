@@ -58,6 +58,10 @@ def this_chip() -> Chip | None:
     return parse_chip(asked.stdout.strip() or "Apple, unknown")
 
 
+# --- products of float32 matrices ------------------------------------------------------------------------------------
+
+TF32 = "MLX_ENABLE_TF32"  # MLX's own is 1; what it does to float32 stands in kernels/products.py
+
 # --- command buffers -------------------------------------------------------------------------------------------------
 
 # MLX hands work to the GPU in command buffers, and ends one at so many operations or so many MB of arrays (by its
@@ -76,7 +80,11 @@ class CommandBuffers:
 
 
 def tune() -> None:
-    """Set the command buffers that suit this chip; the user's values win. For commands, before MLX's first array."""
+    """Set what suits: products of whole float32 numbers anywhere, the command buffers of this chip.
+
+    The user's values win. For commands, before MLX's first array.
+    """
+    os.environ.setdefault(TF32, "0")
     chip = this_chip()
     if chip is not None and chip.generation <= TUNED_UP_TO:
         for name, value in TUNED.items():

@@ -15,6 +15,7 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"  # before huggingface_hub is imported
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # float32 is whole (kernels/products.py); before mlx is imported
 sys.path.insert(0, str(Path(__file__).parent))
 
 import mlx.core as mx

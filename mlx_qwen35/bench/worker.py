@@ -242,6 +242,7 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what a library prints must not come between the replies
     name, folder, dtype = sys.argv[1:]
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")  # for all programs alike: float32 is float32
     serve(name, Path(folder), dtype, replies)
 
 

@@ -13,7 +13,8 @@ from mlx_qwen35.doctor.check import Speed
 from mlx_qwen35.engaged import Engaged
 from mlx_qwen35.kernels import metal
 from mlx_qwen35.kernels.attention import attention_way
-from mlx_qwen35.machine import TUNED, TUNED_UP_TO, this_chip
+from mlx_qwen35.kernels.products import shortened
+from mlx_qwen35.machine import TF32, TUNED, TUNED_UP_TO, this_chip
 from mlx_qwen35.memory import usable_bytes
 
 Facts = dict[str, str]
@@ -45,14 +46,18 @@ def _version(package: str) -> str:
 
 def settings(given: Mapping[str, str]) -> Facts:
     """What MLX reads when it starts. given: the environment as it was before this command set anything."""
-    chip = this_chip()
-    if chip is None:
-        return {name: "does not apply: there is no Apple GPU" for name in TUNED}
-    ours = f"set by mlx_qwen35's commands on M1 to M{TUNED_UP_TO}"
-    return {
-        name: f"{os.environ[name]}, {'set by you' if name in given else ours}" if name in os.environ else "MLX's own"
-        for name in TUNED
-    }
+    products = "operands rounded to 10 bits of mantissa" if shortened() else "whole numbers"
+    found = {TF32: f"{_setting(TF32, given)}; products of float32 matrices are of {products}"}
+    if this_chip() is None:
+        return found | {name: "does not apply: there is no Apple GPU" for name in TUNED}
+    return found | {name: _setting(name, given, f" on M1 to M{TUNED_UP_TO}") for name in TUNED}
+
+
+def _setting(name: str, given: Mapping[str, str], where: str = "") -> str:
+    """Its value, and who set it."""
+    if name not in os.environ:
+        return "MLX's own"
+    return f"{os.environ[name]}, set by " + ("you" if name in given else f"mlx_qwen35's commands{where}")
 
 
 def dtype(chosen: mx.Dtype, stored: mx.Dtype, asked: str | None) -> str:

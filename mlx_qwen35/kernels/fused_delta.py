@@ -15,7 +15,13 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_qwen35.kernels import metal
-from mlx_qwen35.kernels.gated_delta import DeltaState, DeltaWeights, gated_delta, stepwise_gated_delta
+from mlx_qwen35.kernels.gated_delta import (
+    DeltaState,
+    DeltaWeights,
+    gated_delta,
+    sequential_rule,
+    stepwise_gated_delta,
+)
 
 THREADS = 512  # of a threadgroup at most: with more a thread has too few registers for its part of the state
 MEMORY = 32 << 10  # bytes of threadgroup memory at most
@@ -198,8 +204,9 @@ def verdict(heads: Heads, dtype: mx.Dtype) -> bool:
 def _disagreement(heads: Heads, dtype: mx.Dtype) -> str:
     """What is wrong with the kernel on a prompt of 19 tokens and one token after it; "" when nothing is.
 
-    Beside the operations' answer, within what rounding explains, the bits of the 20 tokens read at once are wanted, and
-    those of the memories after each of the last two.
+    Beside the definition's answer, within what rounding explains (it has no matrix product, whose digits would be the
+    machine's choice), the bits of the 20 tokens read at once are wanted, and those of the memories after each of the
+    last two.
     """
     if plan(heads, 1) is None or plan(heads, 2) is None:
         return f"it has no plan for {heads}"
@@ -218,7 +225,7 @@ def _disagreement(heads: Heads, dtype: mx.Dtype) -> str:
     memories = []
     for part in (tokens[:, :19], tokens[:, 19:]):
         ours, memory = fused_gated_delta([part], weights, memory)
-        theirs, other = gated_delta(*mx.split(part, cuts, axis=-1), weights, other)
+        theirs, other = gated_delta(*mx.split(part, cuts, axis=-1), weights, other, rule=sequential_rule)
         step = {mx.float32: 1e-4, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}[dtype]
         for name, a, b, most in (
             ("output", ours, theirs, step), ("state", memory.state, other.state, 1e-4),

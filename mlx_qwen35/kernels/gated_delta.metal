@@ -31,9 +31,9 @@
 // groups of four numbers, part p has p, p + PARTS, p + 2 PARTS ... A lane holds the parts lane, lane + LANES ...
 //
 // Order. STAGED tokens at a time: each token is convolved, its norms and gates formed, by two simdgroups; barrier; all
-// scan the tokens, without a barrier, and the outputs take the place of v; barrier; each token's outputs are normed and
-// gated by one simdgroup. There is no third barrier: next that simdgroup overwrites what it alone has just read (v),
-// and the others what nobody reads any more (q, k, scalars).
+// scan the tokens, and the outputs take the place of v, behind a barrier of the simdgroup alone, whose lanes share the
+// row; barrier; each token's outputs are normed and gated by one simdgroup. There is no third barrier of all: next that
+// simdgroup overwrites what it alone has just read (v), and the others what nobody reads any more (q, k, scalars).
 //
 // Numeric contract. All arithmetic is float32; y is rounded once; the window is copied. Sums have one order: in a part
 // the numbers as they come, the parts by a butterfly; for squares and q.k a lane's groups as they come, the 32 lanes by
@@ -214,6 +214,7 @@ for (int start = 0; start < length; start += STAGED) {
       for (int i = 0; i < MINE * EACH; ++i) {
         S[n][i] = fma(k[i], float4(change), S[n][i] * decay);
       }
+      simdgroup_barrier(mem_flags::mem_threadgroup);  // a shuffle orders no memory, and others read v[row] above
       if (part == 0) {
         v[row] = q_scale * fma(change, qk, decay * along_q);
       }

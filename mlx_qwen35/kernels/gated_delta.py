@@ -4,7 +4,8 @@
 
 `gated_delta` is the one place where a fused kernel plugs in. Here it is composed of MLX operations, with the delta rule
 in three forms that agree up to rounding: `sequential_rule` is the definition, `step_rule` one token of it for decoding,
-`chunked_rule` the WY form for prompts. Everything inside is float32.
+`chunked_rule` the WY form for prompts. Everything inside is float32. The last two are made of matrix products, whose
+operands some machines shorten (products.py); the definition has sums alone.
 
 Letters: B batch, T tokens, Hk/Hv key/value heads, r = Hv / Hk, Dk/Dv head sizes, C = 2 Hk Dk + Hv Dv channels,
 K conv taps, L chunk length, N chunks. Value head h reads key head h // r.
@@ -12,6 +13,7 @@ K conv taps, L chunk length, N chunks. Value head h reads key head h // r.
 
 import functools
 import operator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -47,6 +49,7 @@ def gated_delta(
     weights: DeltaWeights,
     memory: DeltaState,
     lengths: mx.array | None = None,
+    rule: Callable[..., tuple[mx.array, mx.array]] | None = None,
 ) -> tuple[mx.array, DeltaState]:
     """Run the core over T tokens and return (B, T, Hv Dv) in qkv's dtype, and the new memory.
 
@@ -56,6 +59,7 @@ def gated_delta(
         b, a: (B, T, Hv) write strength before the sigmoid, and the input of the decay.
         lengths: (B,) int32. The first lengths[i] tokens of row i are real, the rest is padding: it changes neither
             window nor state, and the outputs there mean nothing. None means that all are real.
+        rule: one of the three forms; None is the fastest for T.
     """
     B, T, _ = qkv.shape
     _, Hv, Dv, Dk = memory.state.shape
@@ -66,7 +70,7 @@ def gated_delta(
     window = _last_tokens(tokens, memory.window.shape[1], lengths)
     q, k, v = _convolve(tokens.astype(mx.float32), weights.conv, T, (Hv, Dv, Dk))
     log_decay, beta = gates(b, a, weights, valid)
-    rule = step_rule if T == 1 else chunked_rule
+    rule = rule or (step_rule if T == 1 else chunked_rule)
     out, state = rule(q, k, v, log_decay, beta, memory.state)
     z = z.astype(mx.float32).reshape(B, T, Hv, Dv)
     out = mx.fast.rms_norm(out, weights.norm, weights.eps) * silu(z)

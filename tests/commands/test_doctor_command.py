@@ -16,7 +16,7 @@ from mlx_qwen35.doctor import check, command, facts, main
 from mlx_qwen35.doctor.check import PROMPTS, SAMPLE_LAYERS, Speed, measure, sample_model
 from mlx_qwen35.engaged import Engaged
 from mlx_qwen35.hub import resolve
-from mlx_qwen35.machine import MEGABYTES, OPERATIONS, parse_chip
+from mlx_qwen35.machine import MEGABYTES, OPERATIONS, TF32, parse_chip
 from mlx_qwen35.random_checkpoint import changed, geometry
 
 TINY = parse_config(geometry("tiny")).text
@@ -70,6 +70,7 @@ def test_off_a_mac_every_section_is_there_and_says_what_does_not_apply(run):
     assert list(report["machine"]) == ["chip", "memory", "system", "MLX computes on", "versions"]
     assert report["machine"]["MLX computes on"] == "the CPU"
     assert f"mlx {mx.__version__}" in report["machine"]["versions"]
+    assert report["settings of MLX"].pop(TF32).endswith("products of float32 matrices are of whole numbers")
     assert report["settings of MLX"] == dict.fromkeys((OPERATIONS, MEGABYTES), "does not apply: there is no Apple GPU")
     assert report[SAMPLE]["dtype"].startswith("float32: the CPU computes in the half types 10 to 40 times slower")
     assert "up to a context of 4,096; " in report[SAMPLE]["tokens read at a time"]
@@ -102,8 +103,10 @@ def test_the_file_holds_what_is_printed(run, tmp_path):
 @pytest.mark.usefixtures("on_an_m1")
 def test_on_an_m1_the_settings_and_who_set_them_are_shown(run, monkeypatch):
     monkeypatch.setenv(MEGABYTES, "77")
+    monkeypatch.delenv(TF32)
     report = sections(run("--no-check")[1])
     assert report["machine"]["chip"].startswith("Apple M1, ")
+    assert report["settings of MLX"].pop(TF32).startswith("0, set by mlx_qwen35's commands; ")
     assert report["settings of MLX"] == {
         OPERATIONS: "1000, set by mlx_qwen35's commands on M1 to M4", MEGABYTES: "77, set by you",
     }  # fmt: skip
@@ -113,7 +116,8 @@ def test_on_an_m1_the_settings_and_who_set_them_are_shown(run, monkeypatch):
 def test_where_nothing_is_set_mlx_s_own_settings_hold(run, monkeypatch):
     for module in (machine, facts):
         monkeypatch.setattr(module, "this_chip", lambda: parse_chip("Apple M5"))
-    assert set(sections(run("--no-check")[1])["settings of MLX"].values()) == {"MLX's own"}
+    settings = sections(run("--no-check")[1])["settings of MLX"]
+    assert settings[OPERATIONS] == settings[MEGABYTES] == "MLX's own"
 
 
 @pytest.mark.parametrize(

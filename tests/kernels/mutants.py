@@ -20,7 +20,11 @@ class Mutant:
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);\n"
 
 GATED_DELTA = [
-    # barriers: all of them
+    # barriers: all of them; the first is what the police alone sees
+    ("no barrier of the lanes of a row before its output takes the place of v",
+     "      simdgroup_barrier(mem_flags::mem_threadgroup);", "     "),
+    ("that barrier orders no memory", "simdgroup_barrier(mem_flags::mem_threadgroup);  // a",
+     "simdgroup_barrier(mem_flags::mem_none);  // a"),
     ("no barrier behind the staged taps", f"  }}\n  {BARRIER}}}", "  }\n}"),
     ("no barrier between staging and scan", f"  {BARRIER}\n  for (int s = 0;", "  for (int s = 0;"),
     ("no barrier between scan and norm", f"  {BARRIER}\n  for (int s = simd_index;", "  for (int s = simd_index;"),

@@ -38,10 +38,6 @@ class Report:
     def faults(self) -> list[Fault]:
         return [fault for launch in self.launches for fault in launch.faults]
 
-    @property
-    def warnings(self) -> list[Fault]:
-        return [fault for launch in self.launches for fault in launch.warnings]
-
 
 def emulate(
     function: Callable[..., Any], *arrays: Any, order: Order = "forward", police: bool = False

@@ -4,6 +4,7 @@
 
 enum { INPUT = 0, CONSTANT = 1, OUTPUT = 2, FILLED_OUTPUT = 3 };  // kinds of buffers
 enum { READY = 0, DONE = 1, BARRIER = 2, COLLECTIVE = 16 };       // states of lanes; COLLECTIVE + which one
+enum { THREADGROUP_MEMORY = 2 };                                  // the flag of a barrier that orders it
 enum { TG_LIMIT = 32 << 10, TG_ARENA = 1 << 20, TG_GAP = 64 };
 
 struct emu_Buffer {
@@ -36,7 +37,8 @@ struct emu_Launch {
 
 struct Simdgroup {
   emu_Exchange exchange[2];  // by turns: a lane may be one collective ahead of the others
-  unsigned first, count, steps;
+  unsigned first, count;
+  unsigned fences;  // counts its own barriers that order threadgroup memory
 };
 
 struct Lane {

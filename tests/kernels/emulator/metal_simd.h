@@ -1,8 +1,6 @@
 // What the threads of a simdgroup or threadgroup do together. A sum is a butterfly of ascending steps.
 #pragma once
 
-enum emu_Collective { EMU_SYNC, EMU_SHUFFLE, EMU_SUM, EMU_PRODUCT, EMU_MAX, EMU_MIN, EMU_AND, EMU_OR, EMU_XOR, EMU_PREFIX };
-
 template <class T>
 EMU_INLINE emu_u64 emu_pack(T value) {
   static_assert(sizeof(T) <= 8, "collectives take up to 8 bytes here");
@@ -60,7 +58,7 @@ enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2, mem_te
 EMU_INLINE mem_flags operator|(mem_flags a, mem_flags b) { return mem_flags(int(a) | int(b)); }
 
 EMU_INLINE void threadgroup_barrier(mem_flags flags) { emu_barrier(uint(flags)); }
-EMU_INLINE void simdgroup_barrier(mem_flags) { emu_exchange(EMU_SYNC, 0); }
+EMU_INLINE void simdgroup_barrier(mem_flags flags) { emu_exchange(EMU_BARRIER, uint(flags)); }
 
 template <class T> EMU_INLINE T simd_shuffle(T x, ushort lane) { return emu_shuffle(x, lane); }
 template <class T> EMU_INLINE T simd_shuffle_xor(T x, ushort mask) { return emu_shuffle(x, emu_lane() ^ mask); }

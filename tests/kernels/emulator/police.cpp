@@ -9,10 +9,12 @@ extern char __ehdr_start __attribute__((visibility("hidden")));
 extern char _end __attribute__((visibility("hidden")));
 }
 
-// Of one byte of threadgroup memory. Epochs count barriers, steps the collectives of one simdgroup.
+// Of one byte of threadgroup memory. Epochs count the barriers that order it, fences those of one simdgroup. Nothing else
+// orders it: lanes that meet at a shuffle or a sum do not see each other's writes for that.
 struct Shadow {
-  unsigned write_epoch, read_epoch, readers, write_step;
-  unsigned short writer;
+  unsigned write_epoch, write_fence, read_epoch, read_fence;  // of the last of each
+  unsigned groups, lanes;  // readers since then: simdgroups in this epoch, lanes of the last one since its fence
+  unsigned short writer, reader_group;
   bool there;
 };
 
@@ -60,25 +62,29 @@ void police_threadgroup_block(unsigned offset, unsigned size) {
 
 static void threadgroup_access(unsigned offset, unsigned size, bool write) {
   (write ? launch->tg_written : launch->tg_read) += size;
-  unsigned me = current->attributes.thread_index_in_threadgroup, group = me / 32, step = current->group->steps;
+  unsigned me = current->attributes.thread_index_in_threadgroup, group = me / 32, lane = 1u << me % 32;
+  unsigned fence = current->group->fences;
   for (unsigned i = offset; i < offset + size; i++) {
     Shadow* s = &shadow[i];
     if (!s->there) return report("out of bounds", "threadgroup memory", offset);
     bool written = s->write_epoch >= group_epoch;
-    bool now = s->write_epoch == epoch && s->writer != me;
+    bool other = s->write_epoch == epoch && s->writer != me, near = s->writer / 32 == group;
+    bool read = s->read_epoch == epoch, fresh = !read || s->reader_group != group || s->read_fence != fence;
     if (!write && !written) report("threadgroup memory read before it is written", "threadgroup memory", i);
-    if (now && s->writer / 32 != group) report("race between simdgroups", "threadgroup memory", i);
-    if (now && s->writer / 32 == group && s->write_step == step)
-      report("order within a simdgroup", "threadgroup memory", i);
-    if (write && s->read_epoch == epoch && s->readers & ~(1u << group))
+    if ((other && !near) || (write && read && s->groups & ~(1u << group)))
       report("race between simdgroups", "threadgroup memory", i);
+    if ((other && near && s->write_fence == fence) || (write && !fresh && s->lanes & ~lane))
+      report("race within a simdgroup", "threadgroup memory", i);
     if (write) {
       s->write_epoch = epoch;
       s->writer = me;
-      s->write_step = step;
+      s->write_fence = fence;
     } else {
-      s->readers = (s->read_epoch == epoch ? s->readers : 0) | 1u << group;
+      s->groups = (read ? s->groups : 0) | 1u << group;
+      s->lanes = (fresh ? 0 : s->lanes) | lane;
+      s->reader_group = group;
       s->read_epoch = epoch;
+      s->read_fence = fence;
     }
   }
 }

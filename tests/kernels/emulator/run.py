@@ -17,7 +17,6 @@ RED_ZONE = 32 * PAGE
 THREADGROUP_ARENA = 1 << 20
 FAULTS = 64
 INPUT, CONSTANT, OUTPUT, FILLED_OUTPUT = range(4)
-WARNINGS = {"order within a simdgroup"}
 
 Triple = ctypes.c_uint * 3
 
@@ -100,7 +99,6 @@ class LaunchReport:
     buffers: dict[str, Traffic]  # of the arrays in device memory
     constants: dict[str, Traffic]  # of the small ones, in constant memory, with shapes and strides
     faults: list[Fault] = field(default_factory=list)
-    warnings: list[Fault] = field(default_factory=list)
 
     def device(self, *without: str) -> Traffic:
         """The sum over the arrays in device memory."""
@@ -191,7 +189,6 @@ def _layout(sizes: list[int]) -> tuple[list[int], int]:
 def _report(launch: Launch, call: _Launch, buffers, faults) -> LaunchReport:
     traffic = {b.name.decode(): Traffic(b.read, b.written, b.unique_read, b.unique_written) for b in buffers}
     constant = {b.name.decode() for b in buffers if b.kind == CONSTANT}
-    found = [_fault(faults[i]) for i in range(call.fault_count)]
     return LaunchReport(
         name=launch.name,
         threadgroups=math.prod(-(-g // t) for g, t in zip(launch.grid, launch.threadgroup, strict=True)),
@@ -202,8 +199,7 @@ def _report(launch: Launch, call: _Launch, buffers, faults) -> LaunchReport:
         threadgroup_written=call.tg_written,
         buffers={name: value for name, value in traffic.items() if name not in constant},
         constants={name: value for name, value in traffic.items() if name in constant},
-        faults=[fault for fault in found if fault.kind not in WARNINGS],
-        warnings=[fault for fault in found if fault.kind in WARNINGS],
+        faults=[_fault(faults[i]) for i in range(call.fault_count)],
     )
 
 

@@ -162,7 +162,8 @@ static bool release_collective(Simdgroup* g) {
   }
   e->active = active;
   e->computed = 0;
-  g->steps++;
+  if (state == COLLECTIVE + EMU_BARRIER && e->slot[first->attributes.thread_index_in_simdgroup] & THREADGROUP_MEMORY)
+    g->fences++;
   launch->collectives++;
   return true;
 }
@@ -193,8 +194,7 @@ static bool release_barrier() {
   }
   for (unsigned i = 0; i < lane_count; i++)
     if (lanes[i].state == BARRIER) lanes[i].state = READY;
-  if (first->flags & 2) epoch++;
-  for (unsigned s = 0; s < 32; s++) groups[s].steps++;
+  if (first->flags & THREADGROUP_MEMORY) epoch++;
   launch->barriers++;
   return true;
 }
@@ -214,7 +214,6 @@ static void prepare(emu_uint3 group, emu_uint3 groups_in_grid, char* stacks) {
     unsigned left = lane_count - s * 32;
     groups[s].first = s * 32;
     groups[s].count = left < 32 ? left : 32;
-    groups[s].steps++;
   }
   for (unsigned i = 0; i < lane_count; i++) {
     Lane* lane = &lanes[i];

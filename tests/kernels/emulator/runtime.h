@@ -15,6 +15,9 @@ struct emu_Attributes {
   unsigned simdgroups_per_threadgroup, threads_per_simdgroup;
 };
 
+// What the lanes of a simdgroup do together. A barrier shows the flags of the memory that it orders.
+enum emu_Collective { EMU_BARRIER, EMU_SHUFFLE, EMU_SUM, EMU_PRODUCT, EMU_MAX, EMU_MIN, EMU_AND, EMU_OR, EMU_XOR, EMU_PREFIX };
+
 // What the lanes of a simdgroup show each other at a collective: `active` has a bit for each lane that came.
 struct emu_Exchange {
   emu_u64 slot[32];
