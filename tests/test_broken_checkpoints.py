@@ -34,11 +34,10 @@ def shard(folder: Path) -> Path:
 
 
 def rewrite(folder: Path, change) -> None:
-    """Let `change` alter the dict of tensors, and write them back without an index."""
+    """Let `change` alter the dict of tensors, and write them back."""
     arrays = dict(mx.load(str(shard(folder))))
     change(arrays)
     mx.eval(arrays)
-    (folder / INDEX).unlink(missing_ok=True)
     target = shard(folder)
     mx.save_safetensors(str(target.with_name("new.safetensors")), arrays)
     target.with_name("new.safetensors").replace(target)
@@ -73,7 +72,7 @@ def test_a_folder_that_is_not_there(tmp_path):
 def test_a_folder_without_weights(folder):
     shard(folder).unlink()
     (folder / INDEX).unlink()
-    refused(folder, str(folder), "holds no *.safetensors file", "only safetensors weights are read")
+    refused(folder, str(folder), "model.safetensors", INDEX)
 
 
 def test_a_shard_that_the_index_names_is_absent(checkpoint_copy):
@@ -191,7 +190,7 @@ def test_all_that_is_wrong_is_told_at_once_and_long_lists_are_cut(folder):
 
 
 def test_a_missing_head_of_an_untied_model(folder):
-    edit_config(folder, text_config=SMALL["text_config"] | {"tie_word_embeddings": False})
+    edit_config(folder, tie_word_embeddings=False)
     refused(folder, "1 missing: lm_head.weight")
 
 
@@ -255,10 +254,9 @@ def test_a_scale_that_is_not_finite(folder):
         load_text_model(folder)
 
 
-def test_matrices_of_integers_or_float64_are_refused(folder):
+def test_weights_of_integers_are_refused(folder):
     rewrite(folder, lambda arrays: arrays.update({NORM: mx.zeros((256,), mx.int16)}))
-    with pytest.raises(InputError, match=rf"weights must be stored as F32, F16, BF16 or packed by MLX; {NORM} is I16"):
-        load_text_model(folder)
+    refused(folder, f"{NORM} is I16")
 
 
 # --- layouts that contradict themselves -------------------------------------------------------------------------------

@@ -143,8 +143,7 @@ def test_weights_of_another_dtype_are_named(refused, tmp_path):
     norm = "model.language_model.norm.weight"
     file = next(file for file in source.glob("*.safetensors") if norm in mx.load(str(file)))
     mx.save_safetensors(str(file), {norm: mx.zeros((256,), mx.int32)})
-    message = f"must be float32, float16 or bfloat16, FP8 .*{norm} is I32 and should be F16 or BF16 or F32"
-    refused(source, message)
+    refused(source, f"{norm} is I32 and should be")
 
 
 def test_source_that_shrinks_while_it_is_read_is_refused(refused, tmp_path, monkeypatch):
