@@ -184,6 +184,7 @@ def _output_dtype(source: Source, asked: str | None) -> str:
         tensors = (source.tensors[TEXT + name] for name in ("embed_tokens.weight", "norm.weight"))
         parts = (part.dtype for tensor in tensors if not tensor.block for part in tensor.parts)
         return next((part for part in parts if part in DTYPES.values()), "BF16")
+    named = "float32" if named == "float64" else named  # the widest that is written
     if named not in DTYPES:
         raise InputError(
             "config_field_unsupported",

@@ -35,7 +35,10 @@ _SIGNS = (
     (r"\.(weight_scale|weight_scales|input_scale)$", "FP8 or integers by tensor or row"),
 )  # fmt: skip
 _LORA = re.compile(r"\.(lora_[ABab]|lora_embedding_[AB]|lora_magnitude_vector|base_layer)\b|^base_model\.")
-_ASK = "give the unquantized original, or a folder that an MLX program has packed"
+_ASK = (
+    "give the unquantized original, a folder that an MLX program has packed, or to the converter FP8 with block scales "
+    "(weight_scale_inv)"
+)
 
 
 def refuse(folder: Path, unexpected: Collection[str], dtypes: Collection[str]) -> None:
@@ -66,7 +69,7 @@ def _claimed(folder: Path) -> str | None:
             claim = values.get(field) if field else values
             if not isinstance(claim, dict) or not claim:
                 continue
-            method = _method(claim) or default
+            method = _method(claim) or default or _algorithm(claim)
             if method or field == "quantization":
                 return method and f"{method!r} ({f'{field} of ' if field else ''}{file})"
     return None
@@ -76,7 +79,12 @@ def _method(claim: Mapping[str, Any]) -> str | None:
     producer = claim.get("producer")
     names = [claim.get("quant_method"), producer.get("name") if isinstance(producer, dict) else None]
     names += ["bitsandbytes"] if any(name.startswith(("load_in_", "bnb_")) for name in claim) else []
-    return next((name[:100] for name in [*names, claim.get("quant_algo")] if isinstance(name, str)), None)
+    return next((name[:100] for name in names if isinstance(name, str)), None)
+
+
+def _algorithm(claim: Mapping[str, Any]) -> str | None:
+    name = claim.get("quant_algo")
+    return name[:100] if isinstance(name, str) else None
 
 
 def _told_by(names: Collection[str], dtypes: Collection[str]) -> str | None:
