@@ -21,15 +21,11 @@ from mlx_qwen35.decoder import DecoderLayer
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.layers import Linear, RMSNorm, Rotary
 from mlx_qwen35.load import default_dtype, read_weights, stored_dtype
+from mlx_qwen35.tensor_file import as_array
 from mlx_qwen35.weights import Weights
 
 CHUNK = 512  # tokens of one pass through a layer
 HEAD_ROWS = 4096  # of a slice of the head
-
-_TYPES = {
-    "BF16": (np.uint16, mx.bfloat16), "F16": (np.uint16, mx.float16), "F32": (np.uint32, mx.float32),
-    "U32": (np.uint32, mx.uint32), "U8": (np.uint8, mx.uint8),
-}  # fmt: skip
 
 
 class Batch(NamedTuple):
@@ -141,7 +137,7 @@ class Layerwise:
         prefix = "" if name == "lm_head" else TEXT
         entries = {n: self.checkpoint.entries[n] for n in self._names if n.startswith(f"{prefix}{name}.")}
         arrays = {n: read_rows(entry, rows) for n, entry in entries.items()}
-        wide = [n for n, entry in entries.items() if entry.dtype in ("BF16", "F32")]
+        wide = [n for n, entry in entries.items() if entry.dtype in ("BF16", "F32", "F64")]
         kept = half.unfit((n, arrays[n]) for n in wide) if self.dtype == mx.float16 else {}
         weights = Weights(arrays, self.checkpoint.quantization, self.dtype, self.config.rms_norm_eps, kept)
         return self._alter(weights.at(prefix.removesuffix(".")) if prefix else weights)
@@ -185,8 +181,7 @@ _SUM = _Sum()
 
 
 def read_rows(entry: Entry, rows: np.ndarray) -> mx.array:
-    """Rows of a stored matrix, (rows, columns) in its own dtype; each run of neighbours is one read."""
-    held, dtype = _TYPES[entry.dtype]
+    """Rows of a stored matrix, (rows, columns), float64 in float32; each run of neighbours is one read."""
     width = entry.nbytes // entry.shape[0]
     data = bytearray()
     with entry.file.open("rb") as stream:
@@ -196,4 +191,4 @@ def read_rows(entry: Entry, rows: np.ndarray) -> mx.array:
         raise InputError(
             "source_changed", f"{entry.file} ended in the middle of {entry.stored_name}: it changed while it was read"
         )
-    return mx.view(mx.array(np.frombuffer(data, held).reshape(len(rows), -1)), dtype)
+    return as_array(data, entry.dtype).reshape(len(rows), -1)

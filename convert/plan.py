@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from mlx_qwen35.checkpoint import DTYPE_BYTES, EXACT, MTP, TEXT, VISION, Quantization, is_exact
+from mlx_qwen35.checkpoint import EXACT, TEXT, VISION, Quantization
 from mlx_qwen35.convert.files import DTYPES, generation_config, new_config
 from mlx_qwen35.convert.packing import Packing, read_options
 from mlx_qwen35.convert.source import Found, Source, Tensor, open_source
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.shapes import is_exact
+from mlx_qwen35.tensor_file import DTYPE_BYTES
 
 ROUNDINGS = ("search", "nearest")
 SHARD_BYTES = 5_000_000_000
@@ -182,6 +184,7 @@ def _output_dtype(source: Source, asked: str | None) -> str:
         tensors = (source.tensors[TEXT + name] for name in ("embed_tokens.weight", "norm.weight"))
         parts = (part.dtype for tensor in tensors if not tensor.block for part in tensor.parts)
         return next((part for part in parts if part in DTYPES.values()), "BF16")
+    named = "float32" if named == "float64" else named  # the widest that is written
     if named not in DTYPES:
         raise InputError(
             "config_field_unsupported",
@@ -191,13 +194,12 @@ def _output_dtype(source: Source, asked: str | None) -> str:
 
 
 def _jobs(source: Source, packing: Packing | None, keep: bool, dtype: str, asked: bool, rounding: str) -> Iterator[Job]:
-    """The jobs in the order of the data: text, vision, draft head. Names of MLX programs become Hugging Face's.
+    """The jobs in the order of the data: text, vision, draft head, by the names of Hugging Face's own classes.
 
     keep: what is packed stays so. asked: the dtype was, so that scales which are copied get it too.
     """
     for name, tensor in source.tensors.items():
-        keeps_name = source.checkpoint.raw and not name.startswith(MTP)  # in a file of its own a head has bare names
-        stored_name = source.checkpoint.entries[name].stored_name if keeps_name else name
+        stored_name = name if source.nested or not name.startswith(TEXT) else f"model.{name.removeprefix(TEXT)}"
         how = tensor.how if keep else packing and packing.of(name, tensor.shape)
         if how:
             scales = tensor.parts[1].dtype if how == tensor.how and not asked and how.mode == "affine" else dtype

@@ -33,7 +33,10 @@ from mlx_qwen35.errors import InputError
 from mlx_qwen35.sidecar import settled
 
 FLOATS = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}
-BITS = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32, "U32": np.uint32, "U8": np.uint8, "F8_E4M3": np.uint8}
+BITS = {
+    "F16": np.uint16, "BF16": np.uint16, "F32": np.uint32, "F64": np.uint64, "U32": np.uint32, "U8": np.uint8,
+    "F8_E4M3": np.uint8,
+}  # fmt: skip
 CLAIMS = ("quantization", "quantization_config")  # where config.json says that weights are quantized
 _BLOCK = (128, 128)  # weights that share a factor in FP8 folders, unless config.json says otherwise
 
@@ -74,7 +77,8 @@ class Tensor:
     @property
     def dtype(self) -> str:
         """Of the values as they are read."""
-        return "F32" if self.how or self.block or self.folded else self.parts[0].dtype
+        stored = self.parts[0].dtype
+        return "F32" if self.how or self.block or self.folded or stored == "F64" else stored
 
     @property
     def nbytes(self) -> int:
@@ -90,13 +94,19 @@ class Tensor:
 class Source:
     """A folder to convert: its tensors by Hugging Face names in the order of the data, and its files as found.
 
-    config: of config.json, without what other programs say there of the draft head alone.
+    config: of config.json, without what other programs say there of the draft head alone, and with whether the logits
+    matrix is the embedding as the tensors have it.
     """
 
     checkpoint: Checkpoint
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     files: tuple["Found", ...]
+
+    @property
+    def nested(self) -> bool:
+        """Whether the text model is a part of a whole with a vision tower, and named as such."""
+        return "text_config" in self.config
 
 
 @dataclass(frozen=True)
@@ -153,7 +163,15 @@ def open_source(folder: Path) -> Source:
             "original checkpoint",
         )
     packed = {name: tensor.how for name, tensor in tensors.items() if name.startswith(MTP) and tensor.how}
-    return Source(checkpoint, settled(config, packed), tensors, files)
+    return Source(checkpoint, _with_tie(settled(config, packed), text.text.tie_word_embeddings), tensors, files)
+
+
+def _with_tie(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
+    """config.json's values that say what is true of the tensors, where transformers looks and where MLX programs do."""
+    config = {**config, "tie_word_embeddings": tied}
+    if "tie_word_embeddings" in (config.get("text_config") or {}):
+        config["text_config"] = {**config["text_config"], "tie_word_embeddings": tied}
+    return config
 
 
 def _block(folder: Path, claim: Any, checkpoint: Checkpoint) -> tuple[int, int]:
@@ -171,11 +189,12 @@ def _block(folder: Path, claim: Any, checkpoint: Checkpoint) -> tuple[int, int]:
     for name, scales in checkpoint.block_scales.items():
         weight = checkpoint.entries.get(name)
         shape = tuple(-(-n // block) for n, block in zip(weight.shape, size, strict=False)) if weight else None
-        if weight is None or len(weight.shape) != 2 or weight.dtype != "F8_E4M3" or scales.shape != shape:
+        fits = weight is not None and (len(weight.shape), weight.dtype) == (2, "F8_E4M3")
+        if not fits or scales.shape != shape or scales.dtype not in FLOATS:
             raise InputError(
                 "tensors_mismatch",
                 f"factors of FP8 blocks must be one for each {size[0]} x {size[1]} of an F8_E4M3 matrix; "
-                f"{scales.stored_name} is {list(scales.shape)} and its weight is "
+                f"{scales.stored_name} is {list(scales.shape)} {scales.dtype} and its weight is "
                 f"{f'{weight.dtype} {list(weight.shape)}' if weight else 'absent'}. Download the source again",
             )
     return tuple(size)
@@ -186,27 +205,13 @@ def _tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], block: tu
     if is_matrix(name, shape) and how:
         stem = name.removesuffix("weight")
         parts = tuple(checkpoint.entries[stem + suffix] for suffix in how.parts(shape))
-        for part, offered in zip(parts, [("U32",), how.scale_dtypes, how.scale_dtypes], strict=False):
-            _check_dtype(part, offered)
         return Tensor(name, shape, parts, how)
     if name in checkpoint.block_scales:
-        scales = checkpoint.block_scales[name]
-        _check_dtype(scales, tuple(FLOATS))
-        return Tensor(name, shape, (entry, scales), block=block)
-    _check_dtype(entry, tuple(FLOATS))
+        return Tensor(name, shape, (entry, checkpoint.block_scales[name]), block=block)
     if checkpoint.raw:
         return Tensor(name, shape, (entry,))
     last = name.endswith("patch_embed.proj.weight")
     return Tensor(name, shape, (entry,), folded=checkpoint.is_folded(name), last=last)
-
-
-def _check_dtype(entry: Entry, offered: tuple[str, ...]) -> None:
-    if entry.dtype not in offered:
-        raise InputError(
-            "dtype_unsupported",
-            f"weights must be float32, float16 or bfloat16, FP8 with block scales, or packed by an MLX program; "
-            f"{entry.stored_name} is {entry.dtype} and should be {' or '.join(offered)}. Give the original checkpoint",
-        )
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -224,7 +229,10 @@ def read_rows(part: Entry, start: int, stop: int, files: Mapping[Path, int]) -> 
 
 
 def as_float32(bits: np.ndarray, dtype: str) -> np.ndarray:
-    """The float32 values of bits read from a tensor of this dtype: F32, F16 or BF16."""
+    """The float32 values of bits read from a tensor of this dtype: F64, F32, F16 or BF16."""
+    if dtype == "F64":
+        with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused as such
+            return bits.view(np.float64).astype(np.float32)
     if dtype == "F32":
         return bits.view(np.float32)
     if dtype == "F16":
@@ -251,12 +259,14 @@ def read_values(tensor: Tensor, start: int, stop: int, files: Mapping[Path, int]
         return _fp8(tensor, start, stop, files).view(np.uint32)
     if tensor.how:
         return unpack(parts, [part.dtype for part in tensor.parts], tensor.how, stream).view(np.uint32)
-    bits = parts[0]
+    bits, dtype = parts[0], tensor.parts[0].dtype
+    if dtype == "F64":
+        bits, dtype = as_float32(bits, dtype).view(np.uint32), "F32"
     if tensor.last:
         channels = tensor.shape[1]
         bits = np.ascontiguousarray(bits.reshape(len(bits), -1, channels).swapaxes(1, 2)).reshape(len(bits), -1)
     if tensor.folded:
-        return (as_float32(bits, tensor.parts[0].dtype) - np.float32(1)).view(np.uint32)
+        return (as_float32(bits, dtype) - np.float32(1)).view(np.uint32)
     return bits
 
 

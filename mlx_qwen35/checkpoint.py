@@ -1,245 +1,30 @@
 """A checkpoint folder as it lies on disk: which tensors there must be, under which names, in which layout.
 
-Everything here works from the safetensors headers; no tensor is read before it is asked for.
+Everything here works from the safetensors headers; no tensor is read before it is asked for, but for a logits matrix
+that may repeat the embedding.
 """
 
-import json
-import math
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-import mlx.core as mx
-
-from mlx_qwen35 import sidecar
-from mlx_qwen35.config import FULL, Config, TextConfig, VisionConfig, read_config, read_json
+from mlx_qwen35 import foreign, sidecar
+from mlx_qwen35.config import Config, read_config
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.names import MTP, TEXT, VISION, head_name, hugging_face_name, is_zero_centred
+from mlx_qwen35.folder import INDEX as INDEX
+from mlx_qwen35.folder import check_folder, safetensors_files, shorten
+from mlx_qwen35.names import MTP, TEXT, VISION, head_name, hugging_face_name, is_spare, is_zero_centred
+from mlx_qwen35.quantization import MODES as MODES
+from mlx_qwen35.quantization import Quantization
+from mlx_qwen35.shapes import is_matrix, mtp_shapes, text_shapes, vision_shapes
+from mlx_qwen35.tensor_file import FLOATS, Entry, open_arrays, read_header, same_numbers
 
-INDEX = "model.safetensors.index.json"
 # Our converter rounds a float32 tensor in place, where other programs read it, and keeps the exact one under this
 # prefix, which they pass over (everything named mtp.* is dropped by transformers, mlx-lm and mlx-vlm alike).
 EXACT = "mtp.float32."
 BLOCK_SCALES = "_scale_inv"  # after the name of an FP8 weight: one factor for each block of it
-
-DTYPE_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip
-
-# Bits and group sizes that MLX offers for each quantization mode, and the dtypes of the packed parts.
-MODES = {
-    "affine": {"bits": (2, 3, 4, 5, 6, 8), "group_size": (32, 64, 128)},
-    "mxfp4": {"bits": (4,), "group_size": (32,)},
-    "mxfp8": {"bits": (8,), "group_size": (32,)},
-    "nvfp4": {"bits": (4,), "group_size": (16,)},
-}
-
-
-# --- which tensors there are ----------------------------------------------------------------------------------------
-
-
-def _decoder_layer(config: TextConfig, kind: str) -> dict[str, tuple[int, ...]]:
-    c, hidden, inner = config, config.hidden_size, config.intermediate_size
-    query, key_value = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    shapes = {
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
-    }
-    if kind == FULL:
-        return shapes | {
-            "self_attn.q_proj.weight": (2 * query, hidden),
-            "self_attn.k_proj.weight": (key_value, hidden),
-            "self_attn.v_proj.weight": (key_value, hidden),
-            "self_attn.o_proj.weight": (hidden, query),
-            "self_attn.q_norm.weight": (c.head_dim,),
-            "self_attn.k_norm.weight": (c.head_dim,),
-        }
-    heads = c.linear_num_value_heads
-    return shapes | {
-        "linear_attn.in_proj_qkv.weight": (c.conv_dim, hidden),
-        "linear_attn.in_proj_z.weight": (c.value_dim, hidden),
-        "linear_attn.in_proj_b.weight": (heads, hidden),
-        "linear_attn.in_proj_a.weight": (heads, hidden),
-        "linear_attn.conv1d.weight": (c.conv_dim, 1, c.linear_conv_kernel_dim),
-        "linear_attn.A_log": (heads,),
-        "linear_attn.dt_bias": (heads,),
-        "linear_attn.norm.weight": (c.linear_value_head_dim,),
-        "linear_attn.out_proj.weight": (hidden, c.value_dim),
-    }
-
-
-def text_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
-    """Hugging Face name -> shape of every text tensor, in the order of the data."""
-    shapes = {f"{TEXT}embed_tokens.weight": (config.vocab_size, config.hidden_size)}
-    for i, kind in enumerate(config.layer_types):
-        shapes |= {f"{TEXT}layers.{i}.{name}": shape for name, shape in _decoder_layer(config, kind).items()}
-    shapes[f"{TEXT}norm.weight"] = (config.hidden_size,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, config.hidden_size)
-    return shapes
-
-
-def vision_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
-    """Hugging Face name -> shape of every tensor of the vision tower."""
-    c, hidden, inner = config, config.hidden_size, config.intermediate_size
-    merged = hidden * c.spatial_merge_size**2
-    weights = {"patch_embed.proj": (hidden, c.in_channels, c.temporal_patch_size, c.patch_size, c.patch_size)}
-    for i in range(c.depth):
-        block = f"blocks.{i}."
-        weights |= {
-            f"{block}norm1": (hidden,),
-            f"{block}norm2": (hidden,),
-            f"{block}attn.qkv": (3 * hidden, hidden),
-            f"{block}attn.proj": (hidden, hidden),
-            f"{block}mlp.linear_fc1": (inner, hidden),
-            f"{block}mlp.linear_fc2": (hidden, inner),
-        }
-    weights |= {
-        "merger.norm": (hidden,),
-        "merger.linear_fc1": (merged, merged),
-        "merger.linear_fc2": (c.out_hidden_size, merged),
-    }
-    shapes = {f"{VISION}pos_embed.weight": (c.num_position_embeddings, hidden)}
-    for name, shape in weights.items():
-        shapes |= {f"{VISION}{name}.weight": shape, f"{VISION}{name}.bias": shape[:1]}
-    return shapes
-
-
-def mtp_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
-    """Hugging Face name -> shape of every tensor of the multi-token-prediction head."""
-    hidden = config.hidden_size
-    shapes = {"mtp.fc.weight": (hidden, 2 * hidden)}
-    shapes |= {f"mtp.{name}.weight": (hidden,) for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")}
-    for i in range(config.mtp_num_hidden_layers):
-        shapes |= {f"mtp.layers.{i}.{name}": shape for name, shape in _decoder_layer(config, FULL).items()}
-    return shapes
-
-
-def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is the weight of a linear layer or an embedding over tokens: what quantization may pack."""
-    return len(shape) == 2 and not name.endswith("pos_embed.weight")
-
-
-def is_exact(name: str) -> bool:
-    """Whether a tensor stays in float32 whatever the model's dtype is: the decay rates, as checkpoints store them."""
-    return name.endswith("A_log")
-
-
-# --- safetensors files -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where one tensor lies: the file, the byte range in it, and what the header says of it."""
-
-    file: Path
-    stored_name: str
-    dtype: str  # safetensors' name: BF16, F32, U32 ...
-    shape: tuple[int, ...]
-    start: int  # bytes from the beginning of the file
-    nbytes: int
-
-
-def read_header(file: Path) -> dict[str, Entry]:
-    """The tensors of one safetensors file by stored name. InputError when the file is truncated or not safetensors."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = struct.unpack("<Q", stream.read(8).ljust(8, b"\0"))[0] if size >= 8 else 0
-        if not 0 < length <= size - 8:
-            raise InputError(
-                "safetensors_truncated",
-                f"{file} is truncated or not a safetensors file ({size} bytes); download it again",
-            )
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            entries = {name: _entry(file, name, value, 8 + length) for name, value in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                "safetensors_invalid", f"the header of {file} is corrupted ({error}); download it again"
-            ) from error
-    end = max((entry.start + entry.nbytes for entry in entries.values()), default=8 + length)
-    if end != size:
-        raise InputError(
-            "safetensors_truncated",
-            f"{file} must have {end} bytes by its header, it has {size}: truncated; download it again",
-        )
-    return entries
-
-
-def _entry(file: Path, name: str, value: Mapping, data: int) -> Entry:
-    begin, end = value["data_offsets"]
-    shape = tuple(value["shape"])
-    if end - begin != math.prod(shape) * DTYPE_BYTES[value["dtype"]]:
-        raise ValueError(f"{name}: {end - begin} bytes for {value['dtype']} {list(shape)}")
-    return Entry(file, name, value["dtype"], shape, data + begin, end - begin)
-
-
-def safetensors_files(folder: Path) -> list[Path]:
-    """The trunk's files: those that the folder's index names, else every *.safetensors but those of a head beside it.
-
-    InputError when one is absent.
-    """
-    if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise InputError("index_invalid", f"{folder / INDEX} must hold a 'weight_map' of tensor names to files")
-        if not all(isinstance(name, str) for name in weight_map.values()):
-            raise InputError("index_invalid", f"{folder / INDEX}: 'weight_map' must name files")
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-        if absent := [file.name for file in files if not file.is_file()]:
-            raise InputError(
-                "weights_missing",
-                f"{folder / INDEX} names files that are absent: {', '.join(absent)}; download them again",
-            )
-        return files
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise InputError("weights_missing", f"{folder} holds no *.safetensors file; only safetensors weights are read")
-    beside = sidecar.places(folder)
-    return [file for file in files if file.name not in beside] or files
-
-
-# --- one folder ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How one matrix is packed."""
-
-    group_size: int
-    bits: int
-    mode: str
-
-    def __post_init__(self) -> None:
-        offered = MODES.get(self.mode)
-        if offered is None:
-            raise InputError(
-                "quantization_invalid", f"quantization mode must be one of {', '.join(MODES)}, got {self.mode!r}"
-            )
-        for name in ("bits", "group_size"):
-            if getattr(self, name) not in offered[name]:
-                raise InputError(
-                    "quantization_invalid",
-                    f"mode {self.mode!r} offers {name} {offered[name]}, got {getattr(self, name)}",
-                )
-
-    @property
-    def scale_dtypes(self) -> tuple[str, ...]:
-        return ("BF16", "F16", "F32") if self.mode == "affine" else ("U8",)
-
-    def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Suffix -> shape of the tensors that stand for a weight of (rows, columns)."""
-        rows, columns = shape
-        groups = (rows, columns // self.group_size)
-        packed = {"weight": (rows, columns * self.bits // 32), "scales": groups}
-        return packed | {"biases": groups} if self.mode == "affine" else packed
+_HEAD, _EMBEDDING = "lm_head.", f"{TEXT}embed_tokens."
 
 
 @dataclass(frozen=True)
@@ -263,7 +48,7 @@ class Checkpoint:
 
     @cached_property
     def _quantization(self) -> dict[str, Quantization]:
-        values = self.config.quantization
+        values = {} if "quant_method" in self.config.quantization else self.config.quantization
         overrides = {hugging_face_name(f"{k}."): sidecar.form(v) for k, v in values.items() if isinstance(v, dict)}
         found = {}
         for module in (name.removesuffix("scales") for name in self.entries if name.endswith(".scales")):
@@ -279,8 +64,7 @@ class Checkpoint:
     @cached_property
     def _head_is_raw(self) -> bool:
         told = {name: entry for name, entry in self.entries.items() if sidecar.tells(name)}
-        norms = {name: mx.load(str(entry.file))[entry.stored_name] for name, entry in told.items()}
-        return sidecar.norms_are_raw(norms, self.head.raw)
+        return sidecar.norms_are_raw(open_arrays(told), self.head.raw)
 
     def is_folded(self, name: str) -> bool:
         """Whether the tensor of this name is a norm to which the one was added; for the head's, some are looked at."""
@@ -315,30 +99,21 @@ def open_checkpoint(folder: Path, *, fp8: bool = False) -> Checkpoint:
 
     fp8: accept FP8 weights with block scales, which can only be converted. Raises InputError that lists what is
     missing, unexpected or misshapen, or says which rule the folder breaks; a draft head beside the trunk is optional.
+    A logits matrix that is stored beside a tied embedding is compared with it: one that differs makes the model untied.
     """
-    if not folder.is_dir():
-        raise InputError(
-            "model_not_found",
-            f"a checkpoint must be a folder, a Hugging Face id or 'nano'; there is no folder {folder}",
-        )
+    check_folder(folder)
     config = read_config(folder)
-    entries: dict[str, Entry] = {}
-    for file in safetensors_files(folder):
-        for stored, entry in read_header(file).items():
-            name = hugging_face_name(stored)
-            if name in entries:
-                raise InputError(
-                    "tensor_duplicate",
-                    f"{folder}: {name} is there twice, in {entries[name].file.name} and in {file.name}",
-                )
-            entries[name] = entry
-    if config.text.tie_word_embeddings:  # the head is the embedding; some writers store it a second time
-        entries = {name: entry for name, entry in entries.items() if not name.startswith("lm_head.")}
+    entries = _passing_over(_named(folder), config)
+    config, entries = _settle_head(config, entries)
     exact = {name.removeprefix(EXACT): entries.pop(name) for name in list(entries) if name.startswith(EXACT)}
-    if stray := [name for name, entry in exact.items() if name not in entries or entries[name].shape != entry.shape]:
+    if stray := [
+        name
+        for name, entry in exact.items()
+        if name not in entries or (entries[name].shape, "F32") != (entry.shape, entry.dtype)
+    ]:
         raise InputError(
             "tensors_mismatch",
-            f"{folder}: {EXACT}* must repeat tensors of the folder in float32; not so: {_shorten(stray)}",
+            f"{folder}: {EXACT}* must repeat tensors of the folder in float32; not so: {shorten(stray)}",
         )
     scales = {name: entries.pop(name) for name in list(entries) if name.endswith(BLOCK_SCALES)}
     if scales and not fp8:
@@ -355,6 +130,50 @@ def open_checkpoint(folder: Path, *, fp8: bool = False) -> Checkpoint:
     return checkpoint if has_head or not config.text.mtp_num_hidden_layers else _with_head(checkpoint)
 
 
+def _named(folder: Path) -> dict[str, Entry]:
+    """All tensors of the trunk's files by Hugging Face names."""
+    entries: dict[str, Entry] = {}
+    for file in safetensors_files(folder):
+        for stored, entry in read_header(file).items():
+            name = hugging_face_name(stored)
+            if name in entries:
+                raise InputError(
+                    "tensor_duplicate",
+                    f"{folder}: {name} is there twice, in {entries[name].file.name} and in {file.name}",
+                )
+            entries[name] = entry
+    return entries
+
+
+def _passing_over(entries: Mapping[str, Entry], config: Config) -> dict[str, Entry]:
+    """The tensors without spare ones and without those of parts that the configuration does not have."""
+    absent = () if config.vision else (VISION,)
+    absent += () if config.text.mtp_num_hidden_layers else (MTP,)
+    return {
+        name: entry
+        for name, entry in entries.items()
+        if name.startswith(EXACT) or not (is_spare(name) or name.startswith(absent))
+    }
+
+
+def _settle_head(config: Config, entries: Mapping[str, Entry]) -> tuple[Config, dict[str, Entry]]:
+    """Configuration and tensors once it is known whether the logits matrix is the embedding.
+
+    Where they are tied, one of the two stands for both, whichever is stored. Where both are and their numbers differ,
+    both are used and the model is untied, whatever the configuration says, as in transformers.
+    """
+    head = {name.removeprefix(_HEAD): entry for name, entry in entries.items() if name.startswith(_HEAD)}
+    if not head or not config.text.tie_word_embeddings:
+        return config, dict(entries)
+    embedding = {name.removeprefix(_EMBEDDING): e for name, e in entries.items() if name.startswith(_EMBEDDING)}
+    rest = {name: entry for name, entry in entries.items() if not name.startswith(_HEAD)}
+    if not embedding:
+        return config, {_EMBEDDING + part: entry for part, entry in head.items()} | rest
+    if set(head) == set(embedding) and all(same_numbers(entry, embedding[part]) for part, entry in head.items()):
+        return config, rest
+    return replace(config, text=replace(config.text, tie_word_embeddings=False)), dict(entries)
+
+
 def _with_head(trunk: Checkpoint) -> Checkpoint:
     """The folder with the draft head beside its trunk, or without it and with the reason why it cannot be used."""
     file = None
@@ -362,10 +181,15 @@ def _with_head(trunk: Checkpoint) -> Checkpoint:
         head = sidecar.declared(trunk.folder)
         if (file := sidecar.find(trunk.folder, head.file)) is None:
             return trunk
-        own = {head_name(stored): entry for stored, entry in read_header(file).items() if not sidecar.is_shared(stored)}
+        own = {
+            head_name(stored): entry
+            for stored, entry in read_header(file).items()
+            if not (sidecar.is_shared(stored) or is_spare(stored))
+        }
         whole = replace(trunk, entries={**trunk.entries, **own}, head=head)
         if misfits := _misfits(own, dict(whole.part(mtp_shapes(trunk.config.text))), most=2):
             raise InputError("tensors_mismatch", "; ".join(misfits))
+        _refuse_dtypes(whole, _wrong_dtypes(whole, own))
         return whole
     except (InputError, OSError) as error:
         where = f"in {file.relative_to(trunk.folder)}" if file else "beside the trunk"
@@ -409,10 +233,37 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
         expected |= checkpoint.part(vision_shapes(config.vision))
     if checkpoint.has(MTP):
         expected |= checkpoint.part(mtp_shapes(config.text))
-    if misfits := _misfits(checkpoint.entries, expected):
+    misfits, wrong = _misfits(checkpoint.entries, expected), _wrong_dtypes(checkpoint, checkpoint.entries)
+    if (misfits or wrong) and not checkpoint.block_scales:
+        unexpected = [name for name in checkpoint.entries if name not in expected]
+        foreign.refuse(checkpoint.folder, unexpected, {checkpoint.entries[name].dtype for name in wrong})
+    if misfits:
         raise InputError(
             "tensors_mismatch",
             "\n  ".join([f"the tensors of {checkpoint.folder} do not fit its config.json:", *misfits]),
+        )
+    _refuse_dtypes(checkpoint, wrong)
+
+
+def _wrong_dtypes(checkpoint: Checkpoint, entries: Mapping[str, Entry]) -> dict[str, tuple[str, ...]]:
+    """Name -> the dtypes that it may be stored in, of these tensors that are stored in another one."""
+    offered = {}
+    for name in entries:
+        stem, _, part = name.rpartition(".")
+        how = checkpoint.quantization(f"{stem}.weight")
+        if how and part in ("weight", "scales", "biases"):
+            offered[name] = ("U32",) if part == "weight" else how.scale_dtypes
+        elif name not in checkpoint.block_scales:
+            offered[name] = FLOATS
+    return {name: dtypes for name, dtypes in offered.items() if entries[name].dtype not in dtypes}
+
+
+def _refuse_dtypes(checkpoint: Checkpoint, wrong: Mapping[str, tuple[str, ...]]) -> None:
+    for name, dtypes in wrong.items():
+        raise InputError(
+            "dtype_unsupported",
+            f"weights must be floating point numbers or packed by an MLX program; {name} is "
+            f"{checkpoint.entries[name].dtype} and should be {' or '.join(dtypes)}. Give the original checkpoint",
         )
 
 
@@ -426,8 +277,4 @@ def _misfits(entries: Mapping[str, Entry], expected: Mapping[str, tuple[int, ...
             if name in entries and entries[name].shape != shape
         ],
     }
-    return [f"{len(names)} {kind}: {_shorten(names, most)}" for kind, names in problems.items() if names]
-
-
-def _shorten(names: list[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return [f"{len(names)} {kind}: {shorten(names, most)}" for kind, names in problems.items() if names]

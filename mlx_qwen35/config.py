@@ -239,8 +239,8 @@ def _text_config(values: Mapping[str, Any], where: str, tied: bool | None) -> Te
             "config_field_invalid",
             f"{where}: 'linear_conv_kernel_dim' must be at least 2, got {sizes['linear_conv_kernel_dim']}",
         )
-    own = values.get("tie_word_embeddings")
-    if own is None and tied is None:
+    tied = values.get("tie_word_embeddings") if tied is None else tied
+    if tied is None:
         raise InputError(
             "config_field_missing",
             f"{where} must hold 'tie_word_embeddings'; it is absent, and no default would be right",
@@ -250,7 +250,7 @@ def _text_config(values: Mapping[str, Any], where: str, tied: bool | None) -> Te
         layer_types=_layer_types(text),
         rms_norm_eps=text.positive("rms_norm_eps"),
         rope=_rope(text, sizes["head_dim"]),
-        tie_word_embeddings=text.check("tie_word_embeddings", tied if own is None else own, bool),
+        tie_word_embeddings=text.check("tie_word_embeddings", tied, bool),
         mtp_num_hidden_layers=text.check("mtp_num_hidden_layers", values.get("mtp_num_hidden_layers") or 0, int),
     )
 

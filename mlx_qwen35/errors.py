@@ -18,6 +18,8 @@ CODES = {
     "model_type_unsupported": "the checkpoint is of another family",
     "weights_missing": "there is no safetensors file, or one that the index names is absent",
     "index_invalid": "the index of the safetensors files is damaged",
+    "file_unreadable": "a file of a checkpoint cannot be read, or is a folder or a link that leads to nothing",
+    "adapter_unmerged": "a folder holds an adapter, not merged into its model",
     "path_outside_folder": "a file that a checkpoint names lies outside of its folder",
     "safetensors_truncated": "a safetensors file is shorter than its header says",
     "safetensors_invalid": "the header of a safetensors file is damaged",

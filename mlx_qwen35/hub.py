@@ -1,6 +1,7 @@
 """A checkpoint's name -> a local folder: a path, a Hugging Face id, or `nano`, which comes with the package."""
 
 import sys
+import warnings
 from importlib import resources
 from pathlib import Path
 
@@ -19,6 +20,7 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
     """The folder of a checkpoint, downloaded with huggingface_hub when `name` is an id that is not a local folder.
 
     Downloads show a progress bar, resume, and stay in huggingface_hub's cache; HF_HUB_OFFLINE=1 uses the cache alone.
+    Warns where a local folder has the bundled model's name.
     Raises InputError when there is neither such a folder nor such a repository, or the hub cannot be reached.
     """
     if revision is not None and (str(name) == NANO or Path(name).expanduser().exists()):
@@ -26,6 +28,13 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
             "option_no_effect", f"a revision is for Hugging Face ids; {name} is local. Leave --revision out"
         )
     if str(name) == NANO:
+        if Path(NANO).is_dir():
+            warnings.warn(
+                f"'{NANO}' is the model that comes with the package; the folder {NANO} here is not read. "
+                f"Give ./{NANO} for that",
+                UserWarning,
+                stacklevel=2,
+            )
         return Path(str(resources.files("mlx_qwen35") / NANO))
     if not str(name).strip():
         raise InputError("model_not_found", f"the name of a checkpoint must not be empty; give {CHOICES}")

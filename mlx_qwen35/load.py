@@ -1,6 +1,5 @@
 """A checkpoint's name -> the model and its processor."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
@@ -26,11 +25,12 @@ from mlx_qwen35.memory_plan import check_model_fits, check_tower_fits, loaded_by
 from mlx_qwen35.model import Model
 from mlx_qwen35.mtp import DraftHead, MultiTokenPrediction
 from mlx_qwen35.processor import Processor
+from mlx_qwen35.tensor_file import open_arrays
 from mlx_qwen35.vision import Tower, Vision
 from mlx_qwen35.weights import Weights
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-_STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_STORED = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def load(
@@ -88,7 +88,7 @@ def stored_dtype(checkpoint: Checkpoint) -> mx.Dtype:
     if stored == "U32":  # packed: the scales tell, and where those are bytes, the first unpacked vector does
         stored = checkpoint.entries[f"{TEXT}embed_tokens.scales"].dtype
         stored = checkpoint.entries[f"{TEXT}norm.weight"].dtype if stored == "U8" else stored
-    return DTYPES[_stored_float(stored, "embed_tokens")]
+    return DTYPES[_STORED[stored]]
 
 
 def default_dtype(stored: mx.Dtype) -> mx.Dtype:
@@ -97,14 +97,6 @@ def default_dtype(stored: mx.Dtype) -> mx.Dtype:
         return mx.float32
     chip = this_chip()
     return mx.float16 if stored == mx.bfloat16 and chip and not chip.native_bfloat16 else stored
-
-
-def _stored_float(dtype: str, name: str) -> str:
-    if dtype not in _STORED:
-        raise InputError(
-            "dtype_unsupported", f"weights must be stored as {', '.join(_STORED)} or packed by MLX; {name} is {dtype}"
-        )
-    return _STORED[dtype]
 
 
 def load_model(checkpoint: Checkpoint, dtype: mx.Dtype, name: str) -> Model:
@@ -177,12 +169,12 @@ def load_tower(checkpoint: Checkpoint, dtype: mx.Dtype, head: DraftHead | None =
 
 def read_weights(checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype) -> Weights:
     """The tensors of these names, still on disk, with those that float16 cannot hold marked to stay in float32."""
-    _check_finite(checkpoint, _lazy_arrays(checkpoint, names))
+    _check_finite(checkpoint, names)
     kept: dict[str, str] = {}
     if dtype == mx.float16:
-        cast = [name for name in names if checkpoint.entries[name].dtype in ("BF16", "F32") and takes_dtype(name)]
+        wide = [name for name in names if checkpoint.entries[name].dtype in ("BF16", "F32", "F64")]
         # Each array is read, looked at and let go: with those that are computed with, all would stay.
-        kept = half.unfit((name, _lazy_arrays(checkpoint, [name])[name]) for name in cast)
+        kept = half.unfit((name, _lazy_arrays(checkpoint, [name])[name]) for name in wide if takes_dtype(name))
         if kept:
             half.tell(kept)
     arrays = _lazy_arrays(checkpoint, names)
@@ -191,17 +183,10 @@ def read_weights(checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype) -> W
 
 def _lazy_arrays(checkpoint: Checkpoint, names: list[str]) -> dict[str, mx.array]:
     """Arrays that read themselves from disk when computed, in raw layout: conv1d [C, 1, K], norms gamma - 1."""
-    files: dict[Path, Mapping[str, mx.array]] = {}
-    arrays = {}
-    for name in names:
-        entry = checkpoint.exact.get(name, checkpoint.entries[name])
-        if entry.file not in files:
-            files[entry.file] = mx.load(str(entry.file))
-        if not entry.dtype.startswith("U"):
-            _stored_float(entry.dtype, name)
-        array = files[entry.file][entry.stored_name]
-        arrays[name] = array if checkpoint.raw else _to_raw(name, array, checkpoint.is_folded(name))
-    return arrays
+    arrays = open_arrays({name: checkpoint.exact.get(name, checkpoint.entries[name]) for name in names})
+    if checkpoint.raw:
+        return arrays
+    return {name: _to_raw(name, array, checkpoint.is_folded(name)) for name, array in arrays.items()}
 
 
 def _to_raw(name: str, array: mx.array, folded: bool) -> mx.array:
@@ -213,12 +198,11 @@ def _to_raw(name: str, array: mx.array, folded: bool) -> mx.array:
     return array.astype(mx.float32) - 1.0 if folded else array
 
 
-def _check_finite(checkpoint: Checkpoint, arrays: Mapping[str, mx.array]) -> None:
+def _check_finite(checkpoint: Checkpoint, names: list[str]) -> None:
     """Norms, scales and the other small tensors: a damaged one spoils every answer. Matrices are not scanned."""
-    small = {
-        name: a for name, a in arrays.items() if a.ndim == 1 or name.endswith((".scales", ".biases", "conv1d.weight"))
-    }
-    small = {name: a for name, a in small.items() if mx.issubdtype(a.dtype, mx.floating)}
+    ends = (".scales", ".biases", "conv1d.weight")
+    names = [name for name in names if len(checkpoint.entries[name].shape) == 1 or name.endswith(ends)]
+    small = {n: a for n, a in _lazy_arrays(checkpoint, names).items() if mx.issubdtype(a.dtype, mx.floating)}
     counts = [(~mx.isfinite(a)).sum() for a in small.values()]
     mx.eval(counts)
     if bad := [f"{name} ({count.item()})" for name, count in zip(small, counts, strict=True) if count.item()]:

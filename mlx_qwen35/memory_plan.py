@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_qwen35.checkpoint import DTYPE_BYTES, TEXT, VISION, Checkpoint, mtp_shapes, text_shapes, vision_shapes
+from mlx_qwen35.checkpoint import TEXT, VISION, Checkpoint, mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.chunk import chunk_length, contexts_up_to, reading_bytes
 from mlx_qwen35.config import FULL, LINEAR, TextConfig
 from mlx_qwen35.errors import InputError
@@ -16,6 +16,7 @@ from mlx_qwen35.kernels.quantized_linear import SLICE
 from mlx_qwen35.layer_cache import KVCache
 from mlx_qwen35.machine import TUNED, Chip, CommandBuffers, command_buffers, parse_chip, this_chip
 from mlx_qwen35.memory import buffer_bytes, reading_room, usable_bytes
+from mlx_qwen35.tensor_file import DTYPE_BYTES
 from mlx_qwen35.vision import working_bytes
 
 SAMPLING_ARRAYS = 8  # float32, of the vocabulary's size, while a token is drawn
@@ -137,14 +138,17 @@ def names(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> list[st
 
 
 def loaded_bytes(checkpoint: Checkpoint, tensors: list[str], dtype: mx.Dtype) -> int:
-    """Bytes of these tensors in memory: packed ones as on disk, those that stay float32 in that, the rest in dtype."""
+    """Bytes of these tensors in memory: packed ones as on disk, those that stay float32 in that, the rest in dtype.
+
+    Those of a file with float64 are all there in float32 before the first is cast.
+    """
     total = 0
     for name in tensors:
         entry = checkpoint.entries[name]
         if entry.dtype.startswith("U"):
             total += entry.nbytes
         else:
-            total += entry.nbytes // DTYPE_BYTES[entry.dtype] * (dtype.size if takes_dtype(name) else 4)
+            total += entry.nbytes // DTYPE_BYTES[entry.dtype] * (dtype.size if takes_dtype(name) and entry.lazy else 4)
     return total
 
 

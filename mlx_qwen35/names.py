@@ -2,27 +2,34 @@
 
 TEXT, VISION, MTP = "model.language_model.", "model.visual.", "mtp."
 
-# Longest first. mlx-lm and mlx-vlm put "language_model." in front; Hugging Face's text-only class has bare "model.".
-_PREFIXES = (
-    ("language_model.model.visual.", VISION), ("model.language_model.visual.", VISION), ("vision_tower.", VISION),
-    ("model.visual.", VISION), ("visual.", VISION),
-    ("language_model.mtp.", MTP), ("model.mtp.", MTP), ("mtp.", MTP),
-    ("language_model.lm_head.", "lm_head."), ("lm_head.", "lm_head."),
-    ("model.language_model.", TEXT), ("language_model.model.", TEXT), ("model.", TEXT),
-)  # fmt: skip
+# Modules inside modules: each program, and each class of Hugging Face's, has others of these in front, or none.
+_WRAPPERS = ("model.", "language_model.")
+_PARTS = {
+    "visual.": VISION, "vision_tower.": VISION, "mtp.": MTP, "lm_head.": "lm_head.",
+    "embed_tokens.": f"{TEXT}embed_tokens.", "layers.": f"{TEXT}layers.", "norm.": f"{TEXT}norm.",
+}  # fmt: skip
 
 _ZERO_CENTRED = (
     "input_layernorm.weight", "post_attention_layernorm.weight", "q_norm.weight", "k_norm.weight",
     "language_model.norm.weight", "mtp.norm.weight", "pre_fc_norm_embedding.weight", "pre_fc_norm_hidden.weight",
 )  # fmt: skip
 
+# What is stored beside weights and can be computed, or is for caches of another form: rotary frequencies, masks and
+# positions of older programs, factors of a quantized KV cache.
+_SPARE = (
+    "inv_freq", "position_ids", "masked_bias", "k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale",
+    "k_zero_point", "v_zero_point",
+)  # fmt: skip
+
 
 def hugging_face_name(name: str) -> str:
     """The name that Hugging Face gives to a tensor or module of any layout; unknown names stay as they are."""
-    for prefix, own in _PREFIXES:
-        if name.startswith(prefix):
-            return own + name.removeprefix(prefix)
-    return name
+    rest = name
+    while rest.startswith(_WRAPPERS):
+        rest = rest.partition(".")[2]
+    first, dot, last = rest.partition(".")
+    own = _PARTS.get(first + dot)
+    return name if own is None else own + last
 
 
 def head_name(name: str) -> str:
@@ -34,3 +41,8 @@ def head_name(name: str) -> str:
 def is_zero_centred(name: str) -> bool:
     """Whether the tensor of this Hugging Face name is a norm weight stored as gamma - 1 (Qwen3_5RMSNorm)."""
     return name.endswith(_ZERO_CENTRED) and not name.startswith(VISION)
+
+
+def is_spare(name: str) -> bool:
+    """Whether the tensor of this name is none of a model's weights and passed over, as transformers does."""
+    return name.rpartition(".")[2].removeprefix("original_") in _SPARE

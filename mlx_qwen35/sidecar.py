@@ -6,15 +6,17 @@ most do not say which. A wrong guess costs accepted drafts and never changes a t
 Nobody needs such a file: a folder that is whole without it opens without it, and keeps the reason (head_fault).
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from mlx_qwen35.config import read_json
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.folder import check_file, inside, is_file
 from mlx_qwen35.names import MTP, head_name
 
 if TYPE_CHECKING:
@@ -80,14 +82,6 @@ def form(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: values[name] for name in FORM if values.get(name) is not None}
 
 
-def places(folder: Path) -> tuple[str, ...]:
-    """Where in a folder a head's own file may lie: where config.json says, and PLACES."""
-    config = folder / "config.json"
-    files = read_json(config).get(_FILES) if config.is_file() else None
-    named = files.get(_FILE) if isinstance(files, dict) else None
-    return (*PLACES, str(PurePosixPath(named))) if isinstance(named, str) else PLACES
-
-
 def is_shared(name: str) -> bool:
     """Whether the tensor of this name, in a head's own file, repeats the trunk's embedding or logits matrix.
 
@@ -102,19 +96,18 @@ def find(folder: Path, named: str | None) -> Path | None:
     InputError when config.json names one that is absent or outside of the folder.
     """
     if named is None:
-        return next((folder / place for place in PLACES if (folder / place).is_file()), None)
-    path = PurePosixPath(str(named))
-    if path.is_absolute() or ".." in path.parts:  # by name: in the hub's cache every file is a link out of the folder
-        raise InputError(
-            "path_outside_folder", f"{_FILES}.{_FILE} of config.json must lie inside the folder, got {named!r}"
-        )
-    if not (folder / path).is_file():
+        there = next((folder / place for place in PLACES if os.path.lexists(folder / place)), None)
+        if there:
+            check_file(there)
+        return there
+    file = inside(folder, str(named), f"config.json ({_FILES}.{_FILE})")
+    if not is_file(file):
         raise InputError(
             "draft_head_missing",
             f"config.json says that the draft head is in {named!r} ({_FILES}.{_FILE}), which is absent. "
             "Download it, or take the entry out to go without drafts",
         )
-    return folder / path
+    return file
 
 
 # --- the norms' form -------------------------------------------------------------------------------------------------

@@ -90,10 +90,11 @@ def test_newer_relatives_name_their_gate_swish():
     assert parse_config(config(output_gate_type="swish")).text == parse_config(geometry("4b")).text
 
 
-def test_the_tie_is_found_at_the_top_and_the_text_config_comes_first():
+def test_the_tie_is_found_at_the_top_first_and_then_in_the_text_config():
     values = without("text_config", "tie_word_embeddings")
     assert parse_config(values | {"tie_word_embeddings": False}).text.tie_word_embeddings is False
-    assert parse_config(geometry("4b") | {"tie_word_embeddings": False}).text.tie_word_embeddings is True
+    assert parse_config(geometry("4b") | {"tie_word_embeddings": False}).text.tie_word_embeddings is False
+    assert parse_config(without("tie_word_embeddings")).text.tie_word_embeddings is True
 
 
 def test_end_tokens_of_both_files_are_united_in_order():

@@ -85,7 +85,7 @@ def test_unknown_dtype_is_refused(raw, refused):
 
 def test_unknown_dtype_of_the_config_asks_for_the_option(refused, tmp_path):
     config = geometry("tiny")
-    config["text_config"]["dtype"] = "float64"
+    config["text_config"]["dtype"] = "int8"
     source = write_random_checkpoint(tmp_path / "raw", config)
     refused(source, "config_field_unsupported")
     convert(source, tmp_path / "out", dtype="float32")

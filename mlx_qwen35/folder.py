@@ -1,0 +1,137 @@
+"""A checkpoint folder's files: which of them hold the weights, and what is said where they are not there."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from mlx_qwen35.config import read_json
+from mlx_qwen35.errors import InputError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What is read by its name, here or by the tokenizer's library.
+_READ = (
+    SINGLE, INDEX, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "chat_template.json", "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".npz", ".h5", ".msgpack")
+
+
+def check_folder(folder: Path) -> None:
+    """InputError when there is no such folder, or when it holds an adapter, GGUF files, or names that are no files.
+
+    In the hub's cache every file is a link to a place outside of the folder: links are followed.
+    """
+    if not folder.is_dir():
+        raise InputError(
+            "model_not_found",
+            f"a checkpoint must be a folder, a Hugging Face id or 'nano'; there is no folder {folder}",
+        )
+    names = _names(folder)
+    for name in _READ:
+        if name in names:
+            check_file(folder / name)
+    if "config.json" not in names and (_adapter(names) or _ending(names, ".gguf")):
+        raise _without_weights(folder, names)
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """The trunk's files: model.safetensors where it is there, else those that the index names, and nothing else.
+
+    InputError when there is neither, or when one of those files is absent or outside of the folder.
+    """
+    check_folder(folder)
+    if is_file(folder / SINGLE):
+        return [folder / SINGLE]
+    if not is_file(folder / INDEX):
+        raise _without_weights(folder, _names(folder))
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError("index_invalid", f"{folder / INDEX} must hold a 'weight_map' of tensor names to files")
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError("index_invalid", f"{folder / INDEX}: 'weight_map' must name files")
+    files = sorted({inside(folder, name, str(folder / INDEX)) for name in set(weight_map.values())})
+    for file in files:
+        if os.path.lexists(file):
+            check_file(file)
+    if absent := [file.name for file in files if not is_file(file)]:
+        raise InputError(
+            "weights_missing",
+            f"{folder / INDEX} names files that are absent: {shorten(absent)}; download them again",
+        )
+    return files
+
+
+def inside(folder: Path, name: str, where: str) -> Path:
+    """The file of this name in the folder; InputError when the name, which stands in `where`, leads out of it.
+
+    By name alone: the file itself may be a link, as in the hub's cache.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise InputError("path_outside_folder", f"what {where} names must lie inside the folder, got {name!r}")
+    return folder / path
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there, itself or through links; False for a name that the system does not take."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def check_file(path: Path) -> None:
+    """InputError when what has this name is no file: a folder, a link that leads to nothing, a pipe."""
+    if is_file(path):
+        return
+    kind = "something else"
+    if path.is_dir():
+        kind = "a folder"
+    elif path.is_symlink():
+        kind = f"a link to {os.readlink(path)}, where there is none"
+    raise InputError("file_unreadable", f"{path} must be a file and is {kind}; take it away or download it again")
+
+
+def shorten(names: list[str], most: int = 8) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# --- where no weights are --------------------------------------------------------------------------------------------
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise InputError("file_unreadable", f"{folder} cannot be read ({error.strerror}); mend that first") from error
+
+
+def _ending(names: Iterable[str], *ends: str) -> list[str]:
+    return [name for name in names if name.lower().endswith(ends)]
+
+
+def _adapter(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name in _ADAPTER]
+
+
+def _without_weights(folder: Path, names: list[str]) -> InputError:
+    """The error for a folder with neither model.safetensors nor index: what it holds in their place, and what to do."""
+    if adapter := _adapter(names):
+        return InputError(
+            "adapter_unmerged",
+            f"{folder} holds an adapter ({adapter[0]}) and not a model; merge it into the model that it was trained on "
+            "(merge_and_unload in PEFT, mlx_lm.fuse in MLX) and give the folder of the result",
+        )
+    rule = f"weights are read from {SINGLE} or from the files that {INDEX} names, and {folder} has neither"
+    if other := _ending(names, ".safetensors"):
+        more = f"It holds {shorten(other, 3)}: download the index too, or rename a file that is the whole to {SINGLE}"
+    elif other := _ending(names, ".gguf"):
+        more = f"It holds {shorten(other, 3)}, and GGUF is not read: give the original that it was made from"
+    elif other := _ending(names, *_PICKLED):
+        more = f"It holds {shorten(other, 3)}: load that with the program that wrote it and save it as safetensors"
+    else:
+        more = "Download it again, whole"
+    return InputError("weights_missing", f"{rule}. {more}")

@@ -1,0 +1,210 @@
+"""The safetensors format: eight bytes of length, a JSON header, and the numbers, without gaps and overlaps.
+
+A header is believed only where it keeps every rule of the format; nothing that it describes is read before.
+"""
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_qwen35.errors import InputError
+
+HEADER_BYTES = 100_000_000  # the format's limit
+PIECE = 1 << 22  # numbers read at a time
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
+_WORD = 2**64  # sizes and offsets are 64-bit words
+
+DTYPE_BITS = {
+    "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16,
+    "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I8": 8, "U8": 8,
+    "BOOL": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+DTYPE_BYTES = {name: bits // 8 for name, bits in DTYPE_BITS.items() if bits % 8 == 0}
+FLOATS = ("F64", "F32", "F16", "BF16")  # what weights that are not packed may be stored in
+
+# A file that holds any of these cannot be opened by mx.load, whichever of its tensors are wanted.
+_NOT_MLX = {"F64", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4"}
+_ARRAYS = {
+    "BF16": (np.uint16, mx.bfloat16), "F16": (np.uint16, mx.float16), "F32": (np.uint32, mx.float32),
+    "F64": (np.float64, mx.float32), "U32": (np.uint32, mx.uint32), "U8": (np.uint8, mx.uint8),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: the file, the byte range in it, and what the header says of it."""
+
+    file: Path
+    stored_name: str
+    dtype: str  # safetensors' name: BF16, F32, U32 ...
+    shape: tuple[int, ...]
+    start: int  # bytes from the beginning of the file
+    nbytes: int
+    lazy: bool = True  # whether mx.load opens the file
+
+
+def read_header(file: Path) -> dict[str, Entry]:
+    """The tensors of one safetensors file by stored name. InputError when it is cut short or breaks the format."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = struct.unpack("<Q", stream.read(8).ljust(8, b"\0"))[0] if size >= 8 else 0
+            if not 0 < length <= size - 8:
+                raise InputError(
+                    "safetensors_truncated",
+                    f"{file} is truncated or not a safetensors file ({size} bytes); download it again",
+                )
+            header = stream.read(length) if length <= HEADER_BYTES else b""
+    except OSError as error:
+        raise InputError("file_unreadable", f"{file} cannot be read ({error.strerror}); mend that first") from error
+    try:
+        if length > HEADER_BYTES:
+            raise ValueError(f"it has {length} bytes and the format allows {HEADER_BYTES}")
+        tensors = _parse(header)
+        end = _contiguous(tensors)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            "safetensors_invalid", f"the header of {file} is corrupted ({error}); download it again"
+        ) from error
+    data = 8 + length
+    if data + end != size:
+        raise InputError(
+            "safetensors_truncated",
+            f"{file} must have {data + end} bytes by its header, it has {size}: truncated; download it again",
+        )
+    lazy = not any(tensor["dtype"] in _NOT_MLX for tensor in tensors.values())
+    return {
+        name: Entry(file, name, tensor["dtype"], tuple(tensor["shape"]), data + begin, end - begin, lazy)
+        for name, tensor in tensors.items()
+        for begin, end in [tensor["data_offsets"]]
+    }
+
+
+def _parse(header: bytes) -> dict[str, dict[str, Any]]:
+    """Name -> dtype, shape and data_offsets, each of the right kind and all three agreeing. ValueError where not so."""
+    if header[:1] != b"{":
+        raise ValueError("it does not begin with a brace")
+    values = json.loads(header.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    metadata = values.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
+        raise ValueError("__metadata__ is not of strings")
+    for name, value in values.items():
+        name.encode("utf-8")  # half of a surrogate pair is no text
+        if fault := _fault(value):
+            raise ValueError(f"{name[:200]!r}: {fault}")
+    return values
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has {next(name for name in names if names.count(name) > 1)[:200]!r} twice")
+    return found
+
+
+def _fault(value: Any) -> str | None:
+    """Which rule the description of one tensor breaks."""
+    if not isinstance(value, dict) or set(value) != _ENTRY_KEYS:
+        return f"not described by {', '.join(sorted(_ENTRY_KEYS))}"
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        return f"dtype {str(dtype)[:50]!r} is not of the format"
+    if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
+        return "shape and data_offsets must be whole numbers, not below 0"
+    bits, (begin, end) = DTYPE_BITS[dtype], offsets
+    for size in shape:
+        bits *= size
+        if bits >= _WORD:  # also where a later size is 0, and before the product grows beyond measure
+            return "more numbers than a file can hold"
+    return None if bits == 8 * (end - begin) else f"{end - begin} bytes for {dtype} {shape[:8]}"
+
+
+def _is_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < _WORD for value in values)
+
+
+def _contiguous(tensors: Mapping[str, Mapping[str, Any]]) -> int:
+    """Where the last tensor ends, in bytes from the first. ValueError where one does not begin where another ends."""
+    position = 0
+    for (begin, end), name in sorted((tensor["data_offsets"], name) for name, tensor in tensors.items()):
+        if begin != position:
+            kind = "overlaps another" if begin < position else "has a gap before it"
+            raise ValueError(f"{name[:200]!r} {kind}: it begins at {begin}, and the one before it ends at {position}")
+        position = end
+    return position
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def open_arrays(entries: Mapping[str, Entry]) -> dict[str, mx.array]:
+    """Arrays of these tensors that read themselves from disk when computed, in the dtype of the file.
+
+    Those of a file that MLX does not open are read at once; float64 becomes float32, which every device computes in.
+    """
+    files: dict[Path, Mapping[str, mx.array]] = {}
+    arrays = {}
+    for name, entry in entries.items():
+        if not entry.lazy:
+            arrays[name] = _read(entry)
+            continue
+        if entry.file not in files:
+            files[entry.file] = mx.load(str(entry.file))
+        arrays[name] = files[entry.file][entry.stored_name]
+    return arrays
+
+
+def as_array(data: bytes | bytearray, dtype: str) -> mx.array:
+    """The numbers, flat, that these bytes of a tensor of this dtype stand for; float64 as float32."""
+    return mx.view(mx.array(_numbers(data, dtype)), _ARRAYS[dtype][1])
+
+
+def _numbers(data: bytes | bytearray, dtype: str) -> np.ndarray:
+    """The same as numpy holds them, which has no bfloat16: bits, but float32 for float64."""
+    numbers = np.frombuffer(data, _ARRAYS[dtype][0])
+    if dtype != "F64":
+        return numbers
+    with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused as such
+        return numbers.astype(np.float32)
+
+
+def _read(entry: Entry) -> mx.array:
+    """The whole tensor, read piece by piece."""
+    parts = [_numbers(data, entry.dtype) for data in _pieces(entry)]
+    numbers = np.concatenate(parts) if len(parts) != 1 else parts[0]
+    return mx.view(mx.array(numbers), _ARRAYS[entry.dtype][1]).reshape(entry.shape)
+
+
+def _pieces(entry: Entry) -> Iterator[bytes]:
+    """The bytes of a tensor, so many numbers at a time that whatever they become stays small."""
+    width = DTYPE_BYTES[entry.dtype]
+    with entry.file.open("rb") as stream:
+        stream.seek(entry.start)
+        for start in range(0, entry.nbytes, PIECE * width):
+            count = min(PIECE * width, entry.nbytes - start)
+            data = stream.read(count)
+            if len(data) != count:
+                raise InputError(
+                    "source_changed",
+                    f"{entry.file} ended in the middle of {entry.stored_name}: it changed while it was read",
+                )
+            yield data
+
+
+def same_numbers(a: Entry, b: Entry) -> bool:
+    """Whether two tensors hold the same numbers, looked at piece by piece; those of different kinds do not."""
+    if a.shape != b.shape or not {a.dtype, b.dtype} <= set(_ARRAYS):
+        return False
+    return all(
+        mx.array_equal(as_array(own, a.dtype), as_array(other, b.dtype)).item()
+        for own, other in zip(_pieces(a), _pieces(b), strict=True)
+    )
