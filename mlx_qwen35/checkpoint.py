@@ -14,8 +14,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_qwen35 import sidecar
-from mlx_qwen35.config import FULL, Config, TextConfig, VisionConfig, read_config, read_json
+from mlx_qwen35.config import FULL, Config, TextConfig, VisionConfig, read_config
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.fields import read_json, shown
 from mlx_qwen35.names import MTP, TEXT, VISION, head_name, hugging_face_name, is_zero_centred
 
 INDEX = "model.safetensors.index.json"
@@ -218,16 +219,16 @@ class Quantization:
     mode: str
 
     def __post_init__(self) -> None:
-        offered = MODES.get(self.mode)
+        offered = MODES.get(self.mode) if isinstance(self.mode, str) else None
         if offered is None:
             raise InputError(
-                "quantization_invalid", f"quantization mode must be one of {', '.join(MODES)}, got {self.mode!r}"
+                "quantization_invalid", f"quantization mode must be one of {', '.join(MODES)}, got {shown(self.mode)}"
             )
         for name in ("bits", "group_size"):
-            if getattr(self, name) not in offered[name]:
+            value = getattr(self, name)
+            if type(value) is not int or value not in offered[name]:
                 raise InputError(
-                    "quantization_invalid",
-                    f"mode {self.mode!r} offers {name} {offered[name]}, got {getattr(self, name)}",
+                    "quantization_invalid", f"mode {self.mode!r} offers {name} {offered[name]}, got {shown(value)}"
                 )
 
     @property

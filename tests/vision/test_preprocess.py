@@ -9,7 +9,8 @@ import pytest
 from mlx_qwen35 import InputError, VisionOptions
 from mlx_qwen35.config import parse_config
 from mlx_qwen35.memory import machine_pixels
-from mlx_qwen35.preprocess import Media, Preprocessor, read_preprocessor
+from mlx_qwen35.preprocess import Media, Preprocessor
+from mlx_qwen35.preprocessor_files import read_preprocessor
 from mlx_qwen35.random_checkpoint import geometry
 
 COMMON = {
