@@ -39,7 +39,7 @@ def read_json(path: Path, most: int = JSON_BYTES) -> dict[str, Any]:
         raise InputError("json_invalid", f"{path} must have at most {most:,} bytes; it has more")
     try:
         values = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_object, parse_int=_whole)
-        _check_depth(values)
+        _check_depth([values])
     except RecursionError as error:
         raise InputError("json_invalid", f"{path} must not nest objects and lists deeper than {_DEPTH}") from error
     except ValueError as error:
@@ -63,14 +63,13 @@ def _whole(digits: str) -> int:
     return int(digits)
 
 
-def _check_depth(values: Any) -> None:
-    """RecursionError for what is nested so deep that copying or writing it might fail."""
-    level = [values]
+def _check_depth(level: list[Any]) -> None:
+    """RecursionError for values that are nested so deep that copying or writing them might fail."""
     for _ in range(_DEPTH + 1):
-        inside = (outer.values() if isinstance(outer, dict) else outer for outer in level)
-        level = [inner for members in inside for inner in members if isinstance(inner, dict | list)]
+        level = [value for value in level if isinstance(value, dict | list)]
         if not level:
             return
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)]
     raise RecursionError
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from mlx_qwen35.config import Config
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.fields import shown
 from mlx_qwen35.parts import IMAGE_PAD, VIDEO_PAD, escape, in_order, read_parts, spread_clips, take_media
 from mlx_qwen35.positions import Run
 from mlx_qwen35.preprocess import Media, Preprocessor, VisionOptions
@@ -166,7 +165,12 @@ class Processor:
                 out += [token] * (height * width)
             else:
                 out.append(token)
-        assert next(queue, None) is None, "the tokenizer must know the placeholders"
+        if next(queue, None) is not None:
+            raise InputError(
+                "tokenizer_invalid",
+                f"the tokenizer must know {IMAGE_PAD} and {VIDEO_PAD} by the ids that config.json gives them "
+                f"({sorted(pads)}); it does not. Take both files from the same checkpoint",
+            )
         return out, [Placed(m, tuple(own)) for m, own in zip(media, runs, strict=True)]
 
     @property
@@ -197,11 +201,11 @@ def _check_ids(known: Mapping[str, int], config: Config, sees: bool) -> None:
             f"its highest is {highest if known else 'none'}. Take both files from the same checkpoint",
         )
     for kind, pad in (("image", IMAGE_PAD), ("video", VIDEO_PAD)):
-        if sees and known.get(pad) != config.token_ids[kind]:
+        if sees and known.get(pad, config.token_ids[kind]) != config.token_ids[kind]:
             raise InputError(
                 "config_field_invalid",
-                f"config.json: '{kind}_token_id' must be the tokenizer's id of {pad}, {shown(known.get(pad))}; "
-                f"got {config.token_ids[kind]}. Take both files from the same checkpoint",
+                f"config.json: '{kind}_token_id' must be the tokenizer's id of {pad}, {known[pad]}; got "
+                f"{config.token_ids[kind]}. Take both files from the same checkpoint",
             )
 
 

@@ -1,6 +1,7 @@
 """JSON files with one value exchanged: for every field of a file, everything that a field should not be."""
 
 import copy
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -36,16 +37,21 @@ def paths(values: Any, path: tuple = ()) -> Iterator[tuple]:
         yield from paths(value, (*path, key))
 
 
-def mutants(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What was changed, and the file: every value exchanged for every nasty one, left out, and there twice."""
-    for path in paths(values):
+def mutants(values: dict[str, Any], step: int = 1) -> Iterator[tuple[str, str]]:
+    """What was changed, and the file: every value exchanged for every nasty one, left out, and there twice.
+
+    step: only every so many-th of them is made.
+    """
+    changes = itertools.product(paths(values), (*NASTY, "left out", "twice"))
+    for path, label in itertools.islice(changes, 0, None, step):
         name = ".".join(map(str, path))
-        for label, raw in NASTY.items():
-            yield f"{name}: {label}", _with(values, path, raw)
-        changed, holder = _holder(values, path)
-        del holder[path[-1]]
-        yield f"{name}: left out", json.dumps(changed)
-        if isinstance(path[-1], str):
+        if label in NASTY:
+            yield f"{name}: {label}", _with(values, path, NASTY[label])
+        elif label == "left out":
+            changed, holder = _holder(values, path)
+            del holder[path[-1]]
+            yield f"{name}: left out", json.dumps(changed)
+        elif isinstance(path[-1], str):
             yield f"{name}: twice", _with(values, path, f"1, {json.dumps(path[-1])}: {json.dumps(_at(values, path))}")
 
 

@@ -112,8 +112,8 @@ def test_the_grid_is_part_of_the_identity(tmp_path):
         ({"size": {"shortest_edge": 9}}, "must hold 'longest_edge'"),
         ({"do_resize": False}, "'do_resize' is False"),
         ({"resample": 2}, "'resample' is 2; only 3"),
-        ({"image_mean": [0.5]}, "'image_mean' and 'image_std' must be three numbers each"),
-        ({"image_std": [0.5, 0, 0.5]}, "'image_mean' and 'image_std' must be three numbers each"),
+        ({"image_mean": [0.5]}, "'image_mean' must be 3 numbers"),
+        ({"image_std": [0.5, 0, 0.5]}, "'image_std' must be at least"),
     ],
 )
 def test_settings_that_are_not_implemented_are_refused(tmp_path, change, message):
