@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.checkpoint import Quantization
-from mlx_qwen35.config import Config, read_json
+from mlx_qwen35.config import Config
 from mlx_qwen35.convert.packing import Packing, config_entry
 from mlx_qwen35.convert.source import CLAIMS
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.fields import Fields, read_json, shown
+from mlx_qwen35.rope_fields import OLDER, rope_parameters
+from mlx_qwen35.tokenizer_files import TOKENIZER_BYTES
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # option -> safetensors' name
 TAG = {"format": 1, "norms": "zero-centred"}
@@ -23,14 +27,20 @@ def new_config(
 ) -> dict[str, Any]:
     """The source's config.json with its dtype fields renewed, the quantization as MLX programs read it, and our tag.
 
+    Older rotary fields are gathered in rope_parameters, which mlx-lm takes its defaults for where they are not there.
     packed: Hugging Face name of a weight -> how it is packed; `keep` says that the source's entry tells just that.
     """
     config = copy.deepcopy(dict(values))
     name = next(option for option, stored in DTYPES.items() if stored == dtype)
     parts = [part for part in (config, config.get("text_config"), config.get("vision_config")) if part]
     fields = [(part, key) for part in parts for key in ("dtype", "torch_dtype") if key in part]
-    for part, key in fields or [(config.get("text_config", config), "dtype")]:
+    text = config.get("text_config", config)
+    for part, key in fields or [(text, "dtype")]:
         part[key] = name
+    if any(text.get(older) is not None for older in OLDER):
+        text["rope_parameters"] = rope_parameters(Fields(text, "config.json"))
+        for older in OLDER:
+            text.pop(older, None)
     if not (keep and packed):
         for part, key in itertools.product(parts, CLAIMS):
             part.pop(key, None)
@@ -46,7 +56,7 @@ def generation_config(folder: Path, config: Config) -> dict[str, Any] | None:
 
     None where the source's names them all, and is copied as it is, or where there are none.
     """
-    file, turn = folder / "generation_config.json", _end_of_turn(folder)
+    file, turn = folder / "generation_config.json", _end_of_turn(folder, config.text.vocab_size)
     values = read_json(file) if file.is_file() else {}
     own = values.get("eos_token_id")
     own = own if isinstance(own, list) else [] if own is None else [own]
@@ -54,16 +64,27 @@ def generation_config(folder: Path, config: Config) -> dict[str, Any] | None:
     return {**values, "eos_token_id": ends} if set(ends) - set(own) else None
 
 
-def _end_of_turn(folder: Path) -> int | None:
-    if (folder / "tokenizer_config.json").is_file():
-        for number, token in (read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}).items():
-            if token.get("content") == _END_OF_TURN:
-                return int(number)
-    if (folder / "tokenizer.json").is_file():
-        for token in read_json(folder / "tokenizer.json").get("added_tokens") or []:
-            if token.get("content") == _END_OF_TURN:
-                return token["id"]
-    return None
+def _end_of_turn(folder: Path, vocabulary: int) -> int | None:
+    settings, tokenizer = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    found: list[Any] = []
+    if settings.is_file():
+        named = Fields(read_json(settings), settings.name).object("added_tokens_decoder") or {}
+        found += [int(n) if n.isdecimal() else n for n, token in named.items() if _ends_turn(token)]
+    if tokenizer.is_file() and not found:
+        fields = Fields(read_json(tokenizer, TOKENIZER_BYTES), tokenizer.name)
+        tokens = fields.get("added_tokens", list) if fields.has("added_tokens") else []
+        found += [token.get("id") for token in tokens if _ends_turn(token)]
+    if found and not (type(found[0]) is int and 0 <= found[0] < vocabulary):
+        raise InputError(
+            "tokenizer_invalid",
+            f"the tokenizer of {folder} must give {_END_OF_TURN} a token id, 0 to {vocabulary - 1}; it gives "
+            f"{shown(found[0])}. Download it again",
+        )
+    return found[0] if found else None
+
+
+def _ends_turn(token: Any) -> bool:
+    return isinstance(token, dict) and token.get("content") == _END_OF_TURN
 
 
 def find_license(source: Path) -> str | None:

@@ -18,6 +18,7 @@ from mlx_qwen35.convert.files import DTYPES, generation_config, new_config
 from mlx_qwen35.convert.packing import Packing, read_options
 from mlx_qwen35.convert.source import Found, Source, Tensor, open_source
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.fields import shown
 from mlx_qwen35.shapes import is_exact
 from mlx_qwen35.tensor_file import DTYPE_BYTES
 
@@ -185,10 +186,10 @@ def _output_dtype(source: Source, asked: str | None) -> str:
         parts = (part.dtype for tensor in tensors if not tensor.block for part in tensor.parts)
         return next((part for part in parts if part in DTYPES.values()), "BF16")
     named = "float32" if named == "float64" else named  # the widest that is written
-    if named not in DTYPES:
+    if not isinstance(named, str) or named not in DTYPES:
         raise InputError(
             "config_field_unsupported",
-            f"config.json names the dtype {named!r}; choose one of {', '.join(DTYPES)} with --dtype",
+            f"config.json names the dtype {shown(named)}; choose one of {', '.join(DTYPES)} with --dtype",
         )
     return DTYPES[named]
 

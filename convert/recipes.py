@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.checkpoint import Quantization
-from mlx_qwen35.config import read_json
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.fields import read_json
 
 # Ends of the names of weights: the projections back into the residual stream, behind a gate, and the two small
 # projections that make the DeltaNet's decay and write strength.

@@ -27,9 +27,9 @@ from mlx_qwen35.checkpoint import (
     text_shapes,
     vision_shapes,
 )
-from mlx_qwen35.config import read_json
 from mlx_qwen35.convert.packing import brief
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.fields import read_json, shown
 from mlx_qwen35.sidecar import settled
 
 FLOATS = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}
@@ -184,7 +184,8 @@ def _block(folder: Path, claim: Any, checkpoint: Checkpoint) -> tuple[int, int]:
     size = claim.get("weight_block_size", _BLOCK)
     if not (isinstance(size, (list, tuple)) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
         raise InputError(
-            "config_field_invalid", f"weight_block_size must be [rows, columns]; config.json of {folder} has {size!r}"
+            "config_field_invalid",
+            f"weight_block_size must be [rows, columns]; config.json of {folder} has {shown(size)}",
         )
     for name, scales in checkpoint.block_scales.items():
         weight = checkpoint.entries.get(name)

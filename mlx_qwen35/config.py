@@ -1,25 +1,20 @@
 """config.json -> frozen dataclasses. A field that changes the computation has no default: absent, it is an error."""
 
-import json
-import math
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.fields import WIDTH, Fields, read_json, shown
+from mlx_qwen35.rope_fields import RopeConfig, read_rope
 
 LINEAR, FULL = "linear_attention", "full_attention"
+LAYERS = 1024  # at most; what counts layers is bounded before anything is made for each
+EPS = (2.0**-126, 1.0)  # of a norm: what float32 holds in full; from 1 on there would be nothing left
+POSITIONS = 2**31 - 1  # at most: they are int32
 SUPPORTED = "dense Qwen3.5 (0.8B, 2B, 4B, 9B, 27B), model_type 'qwen3_5' or 'qwen3_5_text'"
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary embedding of the gated-attention layers (interleaved M-RoPE over three position axes)."""
-
-    theta: float
-    dims: int  # rotated dims of each head, the first ones
-    sections: tuple[int, int, int]  # how many of the dims / 2 frequencies follow the T, H and W axis
 
 
 @dataclass(frozen=True)
@@ -109,98 +104,40 @@ class Config:
 
 
 # Fields that would change the computation and that no checkpoint of this family sets.
-_ABSENT = ("mlp_only_layers", "rope_scaling", "use_sliding_window", "sliding_window", "mlp_bias")
+_ABSENT = ("mlp_only_layers", "use_sliding_window", "sliding_window", "mlp_bias")
 
-
-class Fields:
-    """Typed reading of one JSON object that names the field, its place and the rule in every error."""
-
-    def __init__(self, values: Mapping[str, Any], where: str):
-        self.values, self.where = values, where
-
-    def get(self, name: str, kind: type) -> Any:
-        if self.values.get(name) is None:
-            raise InputError(
-                "config_field_missing", f"{self.where} must hold {name!r}; it is absent, and no default would be right"
-            )
-        return self.check(name, self.values[name], kind)
-
-    def check(self, name: str, value: Any, kind: type) -> Any:
-        number = kind is float and isinstance(value, int) and not isinstance(value, bool)
-        if not number and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
-            raise InputError(
-                "config_field_invalid", f"{self.where}: {name!r} must be of type {kind.__name__}, got {value!r}"
-            )
-        return value
-
-    def size(self, name: str) -> int:
-        value = self.get(name, int)
-        if value < 1:
-            raise InputError("config_field_invalid", f"{self.where}: {name!r} must be at least 1, got {value}")
-        return value
-
-    def positive(self, name: str) -> float:
-        value = float(self.get(name, float))
-        if not 0 < value < math.inf:
-            raise InputError("config_field_invalid", f"{self.where}: {name!r} must be above 0 and finite, got {value}")
-        return value
-
-    def only(self, name: str, *supported: Any, required: bool = True) -> None:
-        """The field changes the computation and only these values are implemented."""
-        if not required and self.values.get(name) is None:
-            return
-        value = self.get(name, type(supported[0]))
-        if value not in supported:
-            known = " or ".join(map(repr, supported))
-            raise InputError(
-                "config_field_unsupported", f"{self.where}: {name!r} is {value!r}; only {known} is supported"
-            )
+_TEXT_SIZES = (
+    "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+)  # fmt: skip
+_VISION_MOST = {"depth": LAYERS, "patch_size": 1024, "spatial_merge_size": 1024}  # of the others: WIDTH
 
 
 def _layer_types(text: Fields) -> tuple[str, ...]:
-    count = text.size("num_hidden_layers")
-    named, interval = text.values.get("layer_types"), text.values.get("full_attention_interval")
-    if named is None and interval is None:
-        raise InputError(
-            "config_field_missing",
-            f"{text.where} must hold 'layer_types' or 'full_attention_interval'; both are absent",
-        )
-    if interval is not None:
-        every = text.size("full_attention_interval")
-        derived = tuple(FULL if (i + 1) % every == 0 else LINEAR for i in range(count))
-        if named is None:
-            return derived
-    kinds = tuple(text.get("layer_types", list))
-    if len(kinds) != count or set(kinds) - {LINEAR, FULL}:
+    count = text.size("num_hidden_layers", LAYERS)
+    every = text.size("full_attention_interval", LAYERS) if text.has("full_attention_interval") else None
+    if not text.has("layer_types"):
+        if every is None:
+            raise InputError(
+                "config_field_missing",
+                f"{text.where} must hold 'layer_types' or 'full_attention_interval'; both are absent",
+            )
+        return tuple(FULL if (i + 1) % every == 0 else LINEAR for i in range(count))
+    kinds = text.get("layer_types", list)
+    strange = [kind for kind in kinds if kind not in (LINEAR, FULL)]
+    if len(kinds) != count or strange:
         raise InputError(
             "config_field_invalid",
             f"{text.where}: 'layer_types' must list {count} times {LINEAR!r} or {FULL!r} (num_hidden_layers), "
-            f"got {len(kinds)} entries of {sorted(set(kinds))}",
+            f"got {len(kinds)} entries" + (f", one of them {shown(strange[0])}" if strange else ""),
         )
-    return kinds
+    return tuple(kinds)
 
 
-def _rope(text: Fields, head_dim: int) -> RopeConfig:
-    values = text.get("rope_parameters", dict)
-    if "rope_type" not in values and "type" in values:  # mlx-lm renames it in what it writes
-        values = {**values, "rope_type": values["type"]}
-    rope = Fields(values, f"{text.where}.rope_parameters")
-    rope.only("rope_type", "default")
-    rope.only("mrope_interleaved", True, required=False)
-    dims = round(head_dim * rope.get("partial_rotary_factor", float))
-    sections = tuple(rope.get("mrope_section", list))
-    if len(sections) != 3 or not all(isinstance(s, int) and s >= 0 for s in sections) or 2 * sum(sections) != dims:
-        raise InputError(
-            "config_field_invalid",
-            f"{rope.where}: 'mrope_section' must be three counts that add up to half of the rotated dims "
-            f"({dims} of head_dim {head_dim}), got {list(sections)}",
-        )
-    if any(axis + 3 * (sections[axis] - 1) >= dims // 2 for axis in (1, 2)):
-        raise InputError(
-            "config_field_invalid",
-            f"{rope.where}: 'mrope_section' {list(sections)} does not interleave within {dims // 2} pairs",
-        )
-    return RopeConfig(rope.positive("rope_theta"), dims, sections)
+def _check_multiple(where: str, many: str, size: int, few: str, unit: int) -> None:
+    if size % unit:
+        raise InputError("config_field_invalid", f"{where}: {many!r} ({size}) must be a multiple of {few} ({unit})")
 
 
 def _text_config(values: Mapping[str, Any], where: str, tied: bool | None) -> TextConfig:
@@ -215,25 +152,15 @@ def _text_config(values: Mapping[str, Any], where: str, tied: bool | None) -> Te
         if values.get(name):
             raise InputError(
                 "config_field_unsupported",
-                f"{where}: {name!r} must be absent or empty, got {values[name]!r}; it is not supported",
+                f"{where}: {name!r} must be absent or empty, got {shown(values[name])}; it is not supported",
             )
-    sizes = {
-        name: text.size(name)
-        for name in (
-            "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-            "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
-            "linear_conv_kernel_dim", "max_position_embeddings",
-        )
-    }  # fmt: skip
+    sizes = {name: text.size(name) for name in _TEXT_SIZES}
     for many, few in (
         ("num_attention_heads", "num_key_value_heads"),
         ("linear_num_value_heads", "linear_num_key_heads"),
     ):
-        if sizes[many] % sizes[few]:
-            raise InputError(
-                "config_field_invalid",
-                f"{where}: {many!r} ({sizes[many]}) must be a multiple of {few!r} ({sizes[few]})",
-            )
+        _check_multiple(where, many, sizes[many], repr(few), sizes[few])
+    _check_multiple(where, "head_dim", sizes["head_dim"], "the two halves that turn", 2)
     if sizes["linear_conv_kernel_dim"] < 2:
         raise InputError(
             "config_field_invalid",
@@ -248,53 +175,62 @@ def _text_config(values: Mapping[str, Any], where: str, tied: bool | None) -> Te
     return TextConfig(
         **sizes,
         layer_types=_layer_types(text),
-        rms_norm_eps=text.positive("rms_norm_eps"),
-        rope=_rope(text, sizes["head_dim"]),
+        rms_norm_eps=text.number("rms_norm_eps", *EPS),
+        rope=read_rope(text, sizes["head_dim"]),
+        max_position_embeddings=text.size("max_position_embeddings", POSITIONS),
         tie_word_embeddings=text.check("tie_word_embeddings", tied, bool),
-        mtp_num_hidden_layers=text.check("mtp_num_hidden_layers", values.get("mtp_num_hidden_layers") or 0, int),
+        mtp_num_hidden_layers=text.whole("mtp_num_hidden_layers", 0, LAYERS, absent=0),
     )
 
 
-def _vision_config(values: Mapping[str, Any]) -> VisionConfig:
+def _vision_config(values: Mapping[str, Any], width: int) -> VisionConfig:
     vision = Fields(values, "config.json: vision_config")
     vision.only("hidden_act", "gelu_pytorch_tanh")
     if values.get("deepstack_visual_indexes"):
         raise InputError(
             "config_field_unsupported",
-            f"{vision.where}: 'deepstack_visual_indexes' must be empty, got {values['deepstack_visual_indexes']}",
+            f"{vision.where}: 'deepstack_visual_indexes' must be empty, got "
+            f"{shown(values['deepstack_visual_indexes'])}",
         )
-    return VisionConfig(**{name: vision.size(name) for name in VisionConfig.__dataclass_fields__})
+    vision.only("in_channels", 3)
+    vision.only("temporal_patch_size", 2)
+    names = VisionConfig.__dataclass_fields__
+    config = VisionConfig(**{name: vision.size(name, _VISION_MOST.get(name, WIDTH)) for name in names})
+    heads = 4 * config.num_heads  # half of each head turns by rows, half by columns, in pairs
+    _check_multiple(vision.where, "hidden_size", config.hidden_size, "four times 'num_heads'", heads)
+    if config.out_hidden_size != width:
+        raise InputError(
+            "config_field_invalid",
+            f"config.json: vision out_hidden_size ({config.out_hidden_size}) must equal the text hidden_size ({width})",
+        )
+    return config
 
 
-def _refuse_other_architectures(values: Mapping[str, Any]) -> None:
-    kind = values.get("model_type")
-    names = f"{kind} {values.get('architectures')}"
-    if "moe" in names.lower() or (_object(values, "text_config") or values).get("num_experts"):
+def _refuse_other_architectures(top: Fields) -> None:
+    kind = top.values.get("model_type")
+    names = f"{shown(kind)} {shown(top.values.get('architectures'))}"
+    if "moe" in names.lower() or (top.object("text_config") or top.values).get("num_experts"):
         raise InputError(
             "model_type_unsupported",
-            f"this is a mixture-of-experts checkpoint (model_type {kind!r}); supported are the {SUPPORTED}. "
+            f"this is a mixture-of-experts checkpoint (model_type {shown(kind)}); supported are the {SUPPORTED}. "
             "Use mlx-lm or mlx-vlm for the mixture-of-experts siblings",
         )
     if kind not in ("qwen3_5", "qwen3_5_text"):
         raise InputError(
-            "model_type_unsupported", f"config.json: 'model_type' is {kind!r}; supported are the {SUPPORTED}"
+            "model_type_unsupported", f"config.json: 'model_type' is {shown(kind)}; supported are the {SUPPORTED}"
         )
 
 
-def _token_list(value: Any, where: str) -> tuple[int, ...]:
+def _end_tokens(fields: Fields, vocabulary: int) -> tuple[int, ...]:
+    value = fields.values.get("eos_token_id")
     tokens = () if value is None else tuple(value) if isinstance(value, list) else (value,)
-    if not all(type(token) is int for token in tokens):
+    if not all(type(token) is int and 0 <= token < vocabulary for token in tokens):
         raise InputError(
-            "config_field_invalid", f"{where}: 'eos_token_id' must be a token id or a list of them, got {value!r}"
+            "config_field_invalid",
+            f"{fields.where}: 'eos_token_id' must be a token id, 0 to {vocabulary - 1}, or a list of them, "
+            f"got {shown(value)}",
         )
     return tokens
-
-
-def _object(values: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    value = values.get(name)
-    if value is not None and not isinstance(value, dict):
-        raise InputError("config_field_invalid", f"config.json: {name!r} must be an object, got {value!r}")
-    return value
 
 
 def parse_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> Config:
@@ -302,45 +238,28 @@ def parse_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None
 
     Raises InputError naming the field that is absent, of the wrong type, or asks for something not implemented.
     """
-    _refuse_other_architectures(values)
+    top, generation_fields = Fields(values, "config.json"), Fields(generation or {}, "generation_config.json")
+    _refuse_other_architectures(top)
     nested = "text_config" in values
-    text_values = (_object(values, "text_config") or {}) if nested else values
-    where = "config.json: text_config" if nested else "config.json"
-    text = _text_config(text_values, where, values.get("tie_word_embeddings"))
+    text_fields = Fields(top.object("text_config") or {}, "config.json: text_config") if nested else top
+    text = _text_config(text_fields.values, text_fields.where, values.get("tie_word_embeddings"))
     vision, token_ids = None, {}
-    if nested and _object(values, "vision_config") is not None:
-        vision = _vision_config(values["vision_config"])
-        if vision.out_hidden_size != text.hidden_size:
-            raise InputError(
-                "config_field_invalid",
-                f"config.json: vision out_hidden_size ({vision.out_hidden_size}) must equal the text hidden_size "
-                f"({text.hidden_size})",
-            )
-        top = Fields(values, "config.json")
+    if top.object("vision_config") is not None and nested:
+        vision = _vision_config(values["vision_config"], text.hidden_size)
         names = ("image", "video", "vision_start", "vision_end")
-        token_ids = {name: top.get(f"{name}_token_id", int) for name in names}
-    eos = _token_list(text_values.get("eos_token_id"), where) + _token_list(values.get("eos_token_id"), "config.json")
-    eos += _token_list((generation or {}).get("eos_token_id"), "generation_config.json")
+        token_ids = {name: top.whole(f"{name}_token_id", 0, text.vocab_size - 1) for name in names}
+    ends = [_end_tokens(fields, text.vocab_size) for fields in (text_fields, top, generation_fields)]
+    if generation_fields.has("do_sample"):
+        generation_fields.get("do_sample", bool)
     return Config(
         text=text,
         vision=vision,
-        eos_token_ids=tuple(dict.fromkeys(eos)),
-        greedy=(generation or {}).get("do_sample") is False,
+        eos_token_ids=tuple(dict.fromkeys(itertools.chain(*ends))),
+        greedy=generation_fields.values.get("do_sample") is False,
         token_ids=token_ids,
-        quantization=_object(values, "quantization") or {},
-        format_tag=_object(values, "mlx_qwen35"),
+        quantization=top.object("quantization") or {},
+        format_tag=top.object("mlx_qwen35"),
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; InputError if it is not one."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError("json_invalid", f"{path} must be JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError("json_invalid", f"{path} must hold a JSON object, got a {type(values).__name__}")
-    return values
 
 
 def read_config(folder: Path) -> Config:

@@ -4,8 +4,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from mlx_qwen35.config import read_json
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.fields import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What is read by its name, here or by the tokenizer's library.

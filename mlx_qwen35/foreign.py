@@ -9,8 +9,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_qwen35.config import read_json
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.fields import read_json
 from mlx_qwen35.folder import is_file
 
 # Where a folder's JSON files tell how it is quantized: file, field (None: the whole), and by whom if it names none.

@@ -9,12 +9,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlx_qwen35.config import Fields, VisionConfig, read_json
+from mlx_qwen35.config import VisionConfig
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.image import MAX_PIXELS, read_image
 from mlx_qwen35.memory import machine_pixels
@@ -262,53 +261,3 @@ class Preprocessor:
                 + (". Lower min_pixels too" if name == "max_pixels" and low > self.factor**2 else ""),
             )
         return low, most
-
-
-_FILES = {"image": "preprocessor_config.json", "video": "video_preprocessor_config.json"}
-_STEPS = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
-_SAMPLING = {"fps": 2, "min_frames": 4, "max_frames": 768}  # Qwen3VLVideoProcessor's, where the file says nothing
-
-
-def read_preprocessor(folder: Path, kind: str, config: VisionConfig) -> Preprocessor:
-    """The settings for images or for clips (`kind`): from a file of their own, as the published checkpoints have it, or
-    from what newer programs save for both.
-
-    InputError when the file is absent or asks for what is not implemented.
-    """
-    file, both = folder / _FILES[kind], folder / "processor_config.json"
-    values = read_json(file) if file.is_file() else None
-    if values is None and both.is_file():
-        file, values = both, read_json(both).get(f"{kind}_processor")
-    if not isinstance(values, dict):
-        raise InputError(
-            "preprocessor_missing",
-            f"reading {kind}s needs {_FILES[kind]}, which {folder} does not hold. Download it from the checkpoint's "
-            "original repository into this folder",
-        )
-    settings = Fields(values, file.name)
-    for name, expected in (
-        ("patch_size", config.patch_size), ("temporal_patch_size", config.temporal_patch_size),
-        ("merge_size", config.spatial_merge_size),
-    ):  # fmt: skip
-        settings.only(name, expected)
-    for name in _STEPS:
-        settings.only(name, True, required=False)
-    settings.only("resample", 3, required=False)  # bicubic
-    size = Fields(settings.get("size", dict), f"{file.name}: size")
-    sampling = {name: values.get(name) or default for name, default in _SAMPLING.items()}
-    scale = values.get("rescale_factor") or 1 / 255
-    return Preprocessor(
-        config, _byte_values(settings, scale), size.size("shortest_edge"), size.size("longest_edge"), sampling
-    )
-
-
-def _byte_values(settings: Fields, scale: float) -> np.ndarray:
-    """(3, 256) float32: (byte * scale - mean) / std, rounded where transformers rounds."""
-    rescaled = (np.arange(256, dtype=np.float64) * scale).astype(np.float32)
-    mean, std = (np.array(settings.get(name, list), np.float32)[:, None] for name in ("image_mean", "image_std"))
-    if mean.shape != (3, 1) or std.shape != (3, 1) or not (std > 0).all():
-        raise InputError(
-            "config_field_invalid",
-            f"{settings.where}: 'image_mean' and 'image_std' must be three numbers each, std above 0",
-        )
-    return (rescaled - mean) / std

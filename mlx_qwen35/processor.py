@@ -6,12 +6,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mlx_qwen35.config import Config, read_json
+from mlx_qwen35.config import Config
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.parts import escape, in_order, read_parts, spread_clips, take_media
+from mlx_qwen35.parts import IMAGE_PAD, VIDEO_PAD, escape, in_order, read_parts, spread_clips, take_media
 from mlx_qwen35.positions import Run
-from mlx_qwen35.preprocess import Media, Preprocessor, VisionOptions, read_preprocessor
+from mlx_qwen35.preprocess import Media, Preprocessor, VisionOptions
+from mlx_qwen35.preprocessor_files import read_preprocessor
 from mlx_qwen35.prompt import Placed, Prompt
+from mlx_qwen35.tokenizer_files import load_tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")  # the checkpoint's files name one each; both end a generation
@@ -29,6 +31,7 @@ class Processor:
     def __init__(self, tokenizer, config: Config, folder: Path | None = None):
         self.tokenizer, self.config, self._folder = tokenizer, config, folder
         known = tokenizer.get_vocab()
+        _check_ids(known, config, folder is not None)
         ends = {known[token] for token in END_TOKENS if token in known}
         self.stop_ids = frozenset(ends | set(config.eos_token_ids) | set(tokenizer.eos_token_ids))
         self.vocabulary = max(known.values()) + 1
@@ -41,27 +44,7 @@ class Processor:
 
         has_tower: whether the tensors of the vision tower are there; without them images are refused.
         """
-        if not (folder / "tokenizer.json").is_file():
-            raise InputError(
-                "tokenizer_missing",
-                f"a checkpoint folder must hold tokenizer.json; {folder} does not. Download it again, whole",
-            )
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            if (folder / name).is_file() and not read_json(folder / name):
-                raise InputError(
-                    "tokenizer_invalid", f"{folder / name} must describe a tokenizer; it is empty. Download it again"
-                )
-        from mlx_lm.tokenizer_utils import load  # brings transformers, which takes its time
-
-        try:
-            tokenizer = load(folder, {"trust_remote_code": False})
-            return cls(tokenizer, config, folder if has_tower and config.vision else None)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(
-                "tokenizer_invalid",
-                f"the tokenizer files of {folder} could not be read ({type(error).__name__}: {error}). "
-                "Download them again",
-            ) from error
+        return cls(load_tokenizer(folder), config, folder if has_tower and config.vision else None)
 
     # --- in ---
 
@@ -182,7 +165,12 @@ class Processor:
                 out += [token] * (height * width)
             else:
                 out.append(token)
-        assert next(queue, None) is None, "the tokenizer must know the placeholders"
+        if next(queue, None) is not None:
+            raise InputError(
+                "tokenizer_invalid",
+                f"the tokenizer must know {IMAGE_PAD} and {VIDEO_PAD} by the ids that config.json gives them "
+                f"({sorted(pads)}); it does not. Take both files from the same checkpoint",
+            )
         return out, [Placed(m, tuple(own)) for m, own in zip(media, runs, strict=True)]
 
     @property
@@ -201,6 +189,24 @@ class Processor:
 
     def text_stream(self, thinking: bool, stop: Sequence[str] = ()) -> "TextStream":
         return TextStream(self, thinking, stop)
+
+
+def _check_ids(known: Mapping[str, int], config: Config, sees: bool) -> None:
+    """InputError unless the model has a row for each token, and config.json the placeholders' ids as the tokenizer."""
+    rows, highest = config.text.vocab_size, max(known.values(), default=-1)
+    if not 0 <= highest < rows:
+        raise InputError(
+            "tokenizer_invalid",
+            f"the tokenizer must have token ids from 0 to {rows - 1}, as config.json says (vocab_size); "
+            f"its highest is {highest if known else 'none'}. Take both files from the same checkpoint",
+        )
+    for kind, pad in (("image", IMAGE_PAD), ("video", VIDEO_PAD)):
+        if sees and known.get(pad, config.token_ids[kind]) != config.token_ids[kind]:
+            raise InputError(
+                "config_field_invalid",
+                f"config.json: '{kind}_token_id' must be the tokenizer's id of {pad}, {known[pad]}; got "
+                f"{config.token_ids[kind]}. Take both files from the same checkpoint",
+            )
 
 
 def _last(tokens: Sequence[int], wanted: int | None) -> int:

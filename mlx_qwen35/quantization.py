@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.fields import shown
 
 # Bits and group sizes that MLX offers for each quantization mode, and the dtypes of the packed parts.
 MODES = {
@@ -25,13 +26,13 @@ class Quantization:
         offered = MODES.get(self.mode) if isinstance(self.mode, str) else None
         if offered is None:
             raise InputError(
-                "quantization_invalid", f"quantization mode must be one of {', '.join(MODES)}, got {self.mode!r}"
+                "quantization_invalid", f"quantization mode must be one of {', '.join(MODES)}, got {shown(self.mode)}"
             )
         for name in ("bits", "group_size"):
-            if getattr(self, name) not in offered[name]:
+            value = getattr(self, name)
+            if type(value) is not int or value not in offered[name]:
                 raise InputError(
-                    "quantization_invalid",
-                    f"mode {self.mode!r} offers {name} {offered[name]}, got {getattr(self, name)}",
+                    "quantization_invalid", f"mode {self.mode!r} offers {name} {offered[name]}, got {shown(value)}"
                 )
 
     @property

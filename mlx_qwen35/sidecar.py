@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_qwen35.config import read_json
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.fields import Fields, read_json
 from mlx_qwen35.folder import check_file, inside, is_file
 from mlx_qwen35.names import MTP, head_name
 
@@ -55,26 +55,19 @@ class Declared:
 
 def declared(folder: Path) -> Declared:
     """Read it. InputError when an entry is not of the kind that it has in every program."""
-    values = read_json(folder / "config.json")
-    files, packing = (_entry(values, name) for name in (_FILES, _PACKING))
-    words = [values.get(name) for name in _ENCODINGS]
-    words += [packing.get(name) for name in ("norm_encoding", "norm_weight_encoding")]
-    words = [str(word).strip().lower() for word in words if word is not None]
-    modules = {name: value for name, value in packing.items() if isinstance(value, dict)}
+    top = Fields(read_json(folder / "config.json"), "config.json")
+    files, packing = (Fields(top.object(name) or {}, f"config.json: {name}") for name in (_FILES, _PACKING))
+    places = [(top, name) for name in _ENCODINGS]
+    places += [(packing, name) for name in ("norm_encoding", "norm_weight_encoding")]
+    words = [fields.get(name, str).strip().lower() for fields, name in places if fields.has(name)]
+    modules = {name: value for name, value in packing.values.items() if isinstance(value, dict)}
     modules |= modules.pop("modules", {})
     return Declared(
-        file=files.get(_FILE),
+        file=files.get(_FILE, str) if files.has(_FILE) else None,
         raw=any(word in _RAW for word in words) if words else None,
-        packing=form(packing),
+        packing=form(packing.values),
         overrides={head_name(f"{name}."): form(value) for name, value in modules.items() if isinstance(value, dict)},
     )
-
-
-def _entry(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    entry = values.get(name) or {}
-    if not isinstance(entry, dict):
-        raise InputError("config_field_invalid", f"config.json: {name!r} must be an object, got {entry!r}")
-    return entry
 
 
 def form(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from refusing import refused
 
 from mlx_qwen35.checkpoint import open_checkpoint
 from mlx_qwen35.hub import resolve
-from mlx_qwen35.preprocess import VisionOptions, image_size, read_preprocessor, video_size
+from mlx_qwen35.preprocess import VisionOptions, image_size, video_size
+from mlx_qwen35.preprocessor_files import read_preprocessor
 from mlx_qwen35.processor import Processor
 
 pillow_processor = pytest.importorskip(

@@ -10,7 +10,8 @@ from refusing import refused
 from mlx_qwen35 import VisionOptions
 from mlx_qwen35.config import parse_config
 from mlx_qwen35.memory import machine_pixels
-from mlx_qwen35.preprocess import Media, Preprocessor, read_preprocessor
+from mlx_qwen35.preprocess import Media, Preprocessor
+from mlx_qwen35.preprocessor_files import read_preprocessor
 from mlx_qwen35.random_checkpoint import geometry
 
 COMMON = {

@@ -1,0 +1,6 @@
+"""The mutations of a file, for the tests beside them."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent))  # last: the conftest above is the one to import
