@@ -5,6 +5,7 @@ stream.py writes it, row by row (rows, rounding), target.py places it. calibrate
 multiplied with, evaluate.py what the result is worth, sensitivity.py what each group of tensors costs; card.py tells.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def convert(
     check_target(target, overwrite)
     source = resolve(hf_path, revision)
     named = [calibration, evaluation, *([recipe] if is_file(recipe) else [])]
-    reads = Reads(source, tuple(Path(file).expanduser() for file in named if file is not None))
+    reads = Reads(source, tuple(Path(os.path.expanduser(file)) for file in named if file is not None))
     check_apart(reads, target, written(target))
     options: dict[str, Any] = {
         "recipe": recipe, "quantize": quantize, "bits": q_bits, "group_size": q_group_size, "mode": q_mode,
@@ -123,7 +124,7 @@ def with_default(source: Path, options: Mapping[str, Any]) -> dict[str, Any]:
 def read_text(file: str | Path) -> str:
     try:
         return Path(file).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # not UTF-8, an impossible name, nobody's home
         raise InputError("text_unreadable", f"a text must be a readable UTF-8 file: {error}") from error
 
 

@@ -13,12 +13,12 @@ def silent(done: int) -> None:
 
 
 def bytes_bar(what: str, total: int) -> tqdm:
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False)
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True)
 
 
 @contextmanager
 def percent(what: str, total: int) -> Iterator[Told]:
     """Work whose amount tells nobody anything, such as products: its share is shown, and the time left."""
     form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-    with tqdm(total=total, desc=what, bar_format=form, leave=False) as bar:
+    with tqdm(total=total, desc=what, bar_format=form) as bar:
         yield bar.update

@@ -45,7 +45,7 @@ def target_path(named: str | Path) -> Path:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(
             "output_unwritable",
-            f"--mlx-path must name a folder that can be made; {str(named)[:200]!r} could not be written: {reason}. "
+            f"--mlx-path must name a folder that can be made; {str(named)[:200]} could not be written: {reason}. "
             "Choose another",
         ) from error
     return target
@@ -152,7 +152,7 @@ def _clean(work: Path, resume: bool) -> None:
     if not resumes:
         os.truncate(journal, 0)
     for path in left:
-        _remove(path)
+        remove(path)
     if left and not resumes:
         print(f"removed the unfinished conversion in {work} (--resume would have gone on with it)", file=sys.stderr)
 
@@ -162,7 +162,7 @@ def _is_plain(path: Path) -> bool:
     return path.suffix == ".safetensors" and path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """A file, link or folder, its journal last: it is known as ours for as long as it is there."""
     if path.is_symlink() or not path.is_dir():
         path.unlink()
@@ -276,7 +276,7 @@ def appearing_whole(target: Path, overwrite: bool, resume: bool = False, reads: 
         except BaseException:
             if begun and key_of(lock) == key_of(work):
                 with suppress(OSError):
-                    _remove(work)
+                    remove(work)
             raise
         finally:
             os.close(lock)
