@@ -2,7 +2,6 @@
 
 import shutil
 
-import mlx.core as mx
 import pytest
 from converting import fp8_folder, nearest
 from refusing import refused
@@ -107,15 +106,16 @@ def test_a_file_of_the_source_that_cannot_be_read_is_named_before_anything_is_wr
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
+BULK = '{"bulk": {"group_size": 64, "bits": 4, "mode": "affine"}, '
 RECIPES = {
     "brackets": "[" * 100_000,
     "a number of 5,000 digits": '{"bulk": ' + "9" * 5000 + "}",
     "bits that are no whole number": '{"bulk": {"group_size": 64, "bits": 4.0, "mode": "affine"}, "exceptions": {}}',
     "a mode that is a list": '{"bulk": {"group_size": 64, "bits": 4, "mode": []}, "exceptions": {}}',
     "no bulk": '{"exceptions": {}}',
-    "exceptions that are a list": '{"bulk": {"group_size": 64, "bits": 4, "mode": "affine"}, "exceptions": []}',
-    "an exception that is 0": '{"bulk": {"group_size": 64, "bits": 4, "mode": "affine"}, "exceptions": {"x": 0}}',
-    "reasons that are text": '{"bulk": {"group_size": 64, "bits": 4, "mode": "affine"}, "exceptions": {}, "reasons": "x"}',
+    "exceptions that are a list": BULK + '"exceptions": []}',
+    "an exception that is 0": BULK + '"exceptions": {"x": 0}}',
+    "reasons that are text": BULK + '"exceptions": {}, "reasons": "x"}',
 }
 
 
@@ -135,4 +135,9 @@ def test_a_recipe_of_an_impossible_name_is_refused(raw, tmp_path, name):
 def test_a_source_whose_name_is_no_unicode_converts(raw, tmp_path):
     source = shutil.copytree(raw, tmp_path / "caf\udce9")
     assert "caf?" in (convert(source, tmp_path / "out", **NEAREST) / "README.md").read_text()
-    assert mx.default_device() is not None
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "a\0b", "x" * 300])
+def test_a_text_of_an_impossible_name_is_refused(raw, tmp_path, name):
+    with refused("text_unreadable"):
+        convert(raw, tmp_path / "out", evaluation=name)

@@ -4,6 +4,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from random import Random
 
 import pytest
 from refusing import refused
@@ -57,18 +58,17 @@ def killed(out: Path, act: int) -> bool:
             os._exit(0)
 
 
-@pytest.fixture(params=[True, pytest.param(False, marks=pytest.mark.full)], ids=["in one step", "in two"])
-def one_step(request, monkeypatch):
-    if not request.param:
-        monkeypatch.setattr(placing, "exchange", lambda *_: False)
-    return request.param
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of fork beside threads
-def test_a_replacement_killed_at_any_step_leaves_one_whole_folder_and_is_recovered_from(tmp_path, one_step):
-    act, seen = 0, set()
+@pytest.mark.parametrize("one_step", [True, False], ids=["in one step", "in two"])
+@pytest.mark.parametrize("exhaustive", [False, pytest.param(True, marks=pytest.mark.full)], ids=["some", "all"])
+def test_a_replacement_killed_at_any_step_leaves_one_whole_folder_and_is_recovered_from(
+    tmp_path, monkeypatch, one_step, exhaustive
+):
+    if not one_step:
+        monkeypatch.setattr(placing, "exchange", lambda *_: False)
+    act, seen, tried = 0, set(), Random(7)
     while True:
-        act += 1
+        act += 1 if exhaustive else tried.randrange(1, 5)
         out = tmp_path / str(act) / "out"
         out.parent.mkdir()
         fill(out, "old")

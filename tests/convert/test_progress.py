@@ -1,10 +1,16 @@
 """What takes more than a moment shows how far it is; a cap is refused before, and what was measured is printed."""
 
 import pytest
+from converting import converted
 
-from mlx_qwen35.convert import convert
+from mlx_qwen35.checkpoint import open_checkpoint
 from mlx_qwen35.convert import sensitivity as measuring
 from mlx_qwen35.convert.__main__ import main
+from mlx_qwen35.convert.calibrate import statistics
+from mlx_qwen35.convert.evaluate import evaluate
+from mlx_qwen35.convert.plan import make_plan
+from mlx_qwen35.convert.recipes import find_recipe, save_recipe
+from mlx_qwen35.convert.stream import write
 
 
 @pytest.fixture
@@ -14,26 +20,30 @@ def text(tmp_path):
     return file
 
 
-def test_calibration_evaluation_and_reading_again_show_how_far_they_are(text, tmp_path, capfd):
-    convert("nano", tmp_path / "out", calibration=text, evaluation=text, rounding="search")
+def ends(err, what):
+    """Whether a bar of this name came to its end, having stood somewhere before."""
+    bars = [line for line in err.replace("\n", "\r").split("\r") if line.startswith(what)]
+    return " 0%" in bars[0] and "100%" in bars[-1]
+
+
+def test_calibration_evaluation_and_writing_show_how_far_they_are(raw, tmp_path, capfd):
+    converted(raw, tmp_path / "out", dtype="float16")
+    checkpoint, tokens = open_checkpoint(raw), [[1, 2, 3, 4]]
+    statistics(checkpoint, tokens)
+    evaluate(checkpoint, checkpoint, tokens)
     out, err = capfd.readouterr()
-    for what in ("calibrating", "writing", "reading again", "evaluating"):
-        last = next(line for line in reversed(err.replace("\n", "\r").split("\r")) if line.startswith(what))
-        assert "100%" in last, what
+    steps = ("looking what fits float16", "writing", "reading again", "calibrating", "evaluating")
+    assert [what for what in steps if not ends(err, what)] == []
     assert out == ""
 
 
-def test_sensitivity_shows_how_far_it_is_and_ends_at_the_whole(text, capfd):
-    main(["--hf-path", "nano", "--sensitivity", str(text)])
-    out, err = capfd.readouterr()
-    bars = [line for line in err.replace("\n", "\r").split("\r") if line.startswith("measuring")]
-    assert len(bars) > 2 and "100%" in bars[-1]
-    assert "| DeltaNet out |" in out
-
-
-def test_the_first_look_of_a_float16_conversion_shows_how_far_it_is(raw, tmp_path, capfd):
-    convert(raw, tmp_path / "out", dtype="float16", rounding="nearest", verify=False)
-    assert "looking what fits float16" in capfd.readouterr().err
+def test_what_is_resumed_is_compared_with_a_bar(raw, tmp_path, capfd):
+    folder, plan = tmp_path / "out", make_plan(raw)
+    folder.mkdir()
+    write(plan, folder, verify=False)
+    capfd.readouterr()
+    write(plan, folder, verify=False)
+    assert ends(capfd.readouterr().err, "comparing")
 
 
 def test_a_cap_that_nothing_fits_under_is_refused_before_anything_is_measured(text, capfd, monkeypatch):
@@ -68,12 +78,13 @@ def test_what_was_measured_is_printed_though_the_recipe_cannot_be_saved(text, tm
         main(["--hf-path", "nano", "--sensitivity", str(text), "--cap", "1", "--save-recipe", str(folder / "r.json")])
     out, err = capfd.readouterr()
     assert "| DeltaNet out |" in out and "proposed: " in out and "[output_unwritable]" in err
+    assert ends(err, "measuring")
 
 
-def test_a_recipe_is_written_whole_beside_what_has_its_name(text, tmp_path):
+def test_a_recipe_is_written_whole_beside_what_its_name_links_to(tmp_path):
     (tmp_path / "other.txt").write_text("mine")
     (tmp_path / "recipe.json").symlink_to(tmp_path / "other.txt")
-    save = str(tmp_path / "recipe.json")
-    main(["--hf-path", "nano", "--sensitivity", str(text), "--cap", "1", "--save-recipe", save])
-    assert (tmp_path / "other.txt").read_text() == "mine" and not (tmp_path / "recipe.json").is_symlink()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.txt", "recipe.json", "text.txt"]
+    save_recipe(tmp_path / "recipe.json", {}, measuring.CANDIDATES[0], "a reason")
+    assert (tmp_path / "other.txt").read_text() == "mine"
+    assert find_recipe(str(tmp_path / "recipe.json")).bulk == measuring.CANDIDATES[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.txt", "recipe.json"]
