@@ -75,9 +75,7 @@ class Journal:
     def __init__(self, folder: Path, identity: Mapping[str, str]):
         self.folder, self.identity = folder, dict(identity)
         file = folder / JOURNAL
-        lines, nbytes = _read(file) if file.is_file() else ([], 0)
-        if lines:
-            _check_same(lines[0], identity, folder)
+        lines, nbytes = _read(file, identity) if file.is_file() else ([], 0)
         self.kept: dict[str, str] | None = next((line["kept"] for line in lines if "kept" in line), None)
         self.done = {line["chunk"]: _done(line) for line in lines if "chunk" in line}
         self.stream = file.open("r+b" if file.is_file() else "w+b")
@@ -149,8 +147,11 @@ def replaces(folder: Path) -> list[int] | None:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read(file: Path) -> tuple[list[dict], int]:
-    """The whole lines, and their bytes. What a killed process leaves is a last line without its end."""
+def _read(file: Path, identity: Mapping[str, str]) -> tuple[list[dict], int]:
+    """The whole lines, and their bytes. What a killed process leaves is a last line without its end.
+
+    Lines are read once the first one tells that this very program wrote them.
+    """
     *whole, _ = file.read_bytes().split(b"\n")
     lines = []
     for number, text in enumerate(whole, 1):
@@ -160,6 +161,8 @@ def _read(file: Path) -> tuple[list[dict], int]:
                 raise ValueError("the first line alone tells which conversion it is")
         except ValueError as error:
             raise damaged(file.parent, f"line {number}: {str(error)[:200]}") from error
+        if number == 1:
+            _check_same(line, identity, file.parent)
         lines.append(line)
     return lines, sum(len(text) + 1 for text in whole)
 

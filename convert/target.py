@@ -41,7 +41,7 @@ def target_path(named: str | Path) -> Path:
         for path in written(target):
             with suppress(FileNotFoundError):
                 path.lstat()
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, TypeError, ValueError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(
             "output_unwritable",

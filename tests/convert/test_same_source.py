@@ -27,28 +27,30 @@ def master(tmp_path_factory):
     return write_random_checkpoint(tmp_path_factory.mktemp("same") / "raw", geometry("tiny"), vision=False, mtp=False)
 
 
+def break_off(source, work, verify=True):
+    """Half of a conversion, as a killed process leaves it."""
+    work.mkdir()
+    stream.write(make_plan(source, **OPTIONS), work, verify=verify)
+    lines = (work / JOURNAL).read_bytes().splitlines(keepends=True)
+    (work / JOURNAL).write_bytes(b"".join(lines[: len(lines) // 2]))
+    for file in work.glob("*.json"):
+        file.unlink()
+
+
 @pytest.fixture(scope="module")
 def killed(master, tmp_path_factory):
-    """Half of a conversion, as a killed process leaves it: one that verifies, and one that does not."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(stream, "CHUNK_BYTES", 100_000)
-        folder = tmp_path_factory.mktemp("killed")
-        for verify in (True, False):
-            work = folder / str(verify)
-            work.mkdir()
-            stream.write(make_plan(master, **OPTIONS), work, verify=verify)
-            lines = (work / JOURNAL).read_bytes().splitlines(keepends=True)
-            (work / JOURNAL).write_bytes(b"".join(lines[: len(lines) // 2]))
-            for file in work.glob("*.json"):
-                file.unlink()
-    return {verify: folder / str(verify) for verify in (True, False)}
+        work = tmp_path_factory.mktemp("killed") / "work"
+        break_off(master, work)
+        return work
 
 
 @pytest.fixture
 def begun(killed, master, tmp_path):
     """A source of its own and the hidden folder of its conversion to tmp_path / "out"."""
     source = shutil.copytree(master, tmp_path / "raw")
-    return source, shutil.copytree(killed[True], tmp_path / ".out.converting")
+    return source, shutil.copytree(killed, tmp_path / ".out.converting")
 
 
 def test_a_source_of_other_times_in_another_place_is_the_same(begun, master, tmp_path, capfd):
@@ -63,11 +65,9 @@ def test_a_source_of_other_times_in_another_place_is_the_same(begun, master, tmp
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_a_source_changed_in_what_was_read_is_another_though_size_and_time_are_the_same(
-    killed, master, tmp_path, verify
-):
-    source = shutil.copytree(master, tmp_path / "raw")
-    work = shutil.copytree(killed[verify], tmp_path / ".out.converting")
+def test_a_source_changed_in_what_was_read_is_another_though_size_and_time_are_the_same(master, tmp_path, verify):
+    source, work = shutil.copytree(master, tmp_path / "raw"), tmp_path / ".out.converting"
+    break_off(source, work, verify)
     first = make_plan(source, **OPTIONS).jobs[0].source.parts[0]
     file, status = first.file, first.file.stat()
     with file.open("r+b") as weights:
@@ -158,6 +158,15 @@ def test_a_journal_whose_first_line_is_damaged_is_refused(begun, tmp_path, damag
     lines = (work / JOURNAL).read_bytes().split(b"\n", 1)
     (work / JOURNAL).write_bytes(damage + lines[1])
     with refused("journal_damaged", work / JOURNAL, "line 1"):
+        converted(source, tmp_path / "out", resume=True, **OPTIONS)
+
+
+def test_a_journal_of_another_version_is_not_called_damaged(begun, tmp_path):
+    source, work = begun
+    first, _ = (work / JOURNAL).read_text().split("\n", 1)
+    other = json.dumps(json.loads(first) | {"programs": "mlx-qwen35 9.9"})
+    (work / JOURNAL).write_text(f'{other}\n{{"of": "another kind"}}\n')
+    with refused("resume_differs", "9.9"):
         converted(source, tmp_path / "out", resume=True, **OPTIONS)
 
 
