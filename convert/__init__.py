@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.checkpoint import MTP, open_checkpoint
-from mlx_qwen35.convert.apart import Reads, check_apart
+from mlx_qwen35.convert.apart import Reads
 from mlx_qwen35.convert.calibrate import statistics
 from mlx_qwen35.convert.card import Facts, write_card
 from mlx_qwen35.convert.evaluate import evaluate, windows
 from mlx_qwen35.convert.files import find_license
+from mlx_qwen35.convert.journal import replaces
 from mlx_qwen35.convert.plan import make_plan
 from mlx_qwen35.convert.recipes import DEFAULT, find_recipe, is_file
 from mlx_qwen35.convert.source import check_readable, reading
 from mlx_qwen35.convert.stream import Report, write
-from mlx_qwen35.convert.target import appearing_whole, check_space, check_target, target_path, written
+from mlx_qwen35.convert.target import appearing_whole, check_space, check_target, prepare, target_path
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.hub import resolve
 
@@ -73,11 +74,12 @@ def convert(
     measured. Raises InputError when a rule is broken, before anything is written wherever the headers show it.
     """
     target = target_path(mlx_path)
-    check_target(target, overwrite)
+    if replaces(target) is None:  # else an earlier conversion must be brought to its end first
+        check_target(target, overwrite)
     source = resolve(hf_path, revision)
     named = [calibration, evaluation, *([recipe] if is_file(recipe) else [])]
     reads = Reads(source, tuple(Path(os.path.expanduser(file)) for file in named if file is not None))
-    check_apart(reads, target, written(target))
+    prepare(target, overwrite, reads)
     options: dict[str, Any] = {
         "recipe": recipe, "quantize": quantize, "bits": q_bits, "group_size": q_group_size, "mode": q_mode,
         "vision_bits": q_vision_bits, "dtype": dtype, "rounding": rounding,

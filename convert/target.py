@@ -247,6 +247,26 @@ def _restore(target: Path) -> None:
 
 
 @contextmanager
+def _telling(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            "output_unwritable",
+            f"{target} could not be written: {error}. Check permissions and disk, or choose another --mlx-path",
+        ) from error
+
+
+def prepare(target: Path, overwrite: bool, reads: Reads | None) -> None:
+    """Bring an earlier conversion to its end. InputError unless the target may be written, apart from what is read."""
+    with _telling(target):
+        if reads:
+            check_apart(reads, target, written(target))
+        _recover(target)
+        check_target(target, overwrite)
+
+
+@contextmanager
 def appearing_whole(target: Path, overwrite: bool, resume: bool = False, reads: Reads | None = None) -> Iterator[Path]:
     """A hidden folder beside `target` to write into, which takes its name when the block ends well and goes otherwise.
 
@@ -256,10 +276,8 @@ def appearing_whole(target: Path, overwrite: bool, resume: bool = False, reads: 
     """
     _, work, _ = written(target)
     begun = not resume  # until then what could be resumed stays
-    try:
-        if reads:
-            check_apart(reads, target, written(target))
-        _recover(target)
+    with _telling(target):
+        prepare(target, overwrite, reads)
         lock = _claim(target)
         try:
             _restore(target)
@@ -280,8 +298,3 @@ def appearing_whole(target: Path, overwrite: bool, resume: bool = False, reads: 
             raise
         finally:
             os.close(lock)
-    except OSError as error:
-        raise InputError(
-            "output_unwritable",
-            f"{target} could not be written: {error}. Check permissions and disk, or choose another --mlx-path",
-        ) from error

@@ -1,5 +1,6 @@
 """A new folder takes the target's name in one step, and a run that is killed at any point is recovered from."""
 
+import json
 import os
 import sys
 import warnings
@@ -9,6 +10,7 @@ from random import Random
 import pytest
 from refusing import refused
 
+from mlx_qwen35.convert import convert
 from mlx_qwen35.convert import target as placing
 from mlx_qwen35.convert.exchange import exchange
 from mlx_qwen35.convert.target import appearing_whole, target_path, written
@@ -120,6 +122,27 @@ def test_what_came_to_the_target_meanwhile_is_not_replaced(tmp_path):
         fill(folder, "new")
         fill(out, "mine")
     assert contents(out) == whole("mine")
+
+
+def test_a_run_killed_after_the_exchange_is_brought_to_its_end_by_the_next_even_if_that_is_refused(tmp_path):
+    out, work, _ = written(tmp_path / "out")
+    fill(out, "new")
+    fill(work, "old")
+    (out / ".conversion.jsonl").write_text(json.dumps({"replaces": [work.stat().st_ino]}) + "\n")
+    with refused("target_refused", out):
+        convert("nano", out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_what_an_exchange_left_is_not_removed_while_it_is_the_source(tmp_path):
+    out, work, _ = written(tmp_path / "out")
+    fill(out, "new")
+    fill(work, "old")
+    (out / ".conversion.jsonl").write_text(json.dumps({"replaces": [work.stat().st_ino]}) + "\n")
+    with refused("target_overlaps_source", work):
+        convert(work, out, overwrite=True)
+    assert contents(work) == whole("old")
 
 
 def test_what_could_be_resumed_stays_when_the_target_is_refused(tmp_path):
