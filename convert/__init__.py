@@ -5,19 +5,23 @@ stream.py writes it, row by row (rows, rounding), target.py places it. calibrate
 multiplied with, evaluate.py what the result is worth, sensitivity.py what each group of tensors costs; card.py tells.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_qwen35.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint import MTP, open_checkpoint
+from mlx_qwen35.convert.apart import Reads
 from mlx_qwen35.convert.calibrate import statistics
 from mlx_qwen35.convert.card import Facts, write_card
 from mlx_qwen35.convert.evaluate import evaluate, windows
 from mlx_qwen35.convert.files import find_license
+from mlx_qwen35.convert.journal import replaces
 from mlx_qwen35.convert.plan import make_plan
-from mlx_qwen35.convert.recipes import find_recipe
+from mlx_qwen35.convert.recipes import DEFAULT, find_recipe, is_file
+from mlx_qwen35.convert.source import check_readable, reading
 from mlx_qwen35.convert.stream import Report, write
-from mlx_qwen35.convert.target import appearing_whole, check_apart, check_space, check_target
+from mlx_qwen35.convert.target import appearing_whole, check_space, check_target, prepare, target_path
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.hub import resolve
 
@@ -49,13 +53,14 @@ def convert(
     float16, bfloat16 or FP8 with block scales, or packed by an MLX program.
     mlx_path: folder to write. It appears whole or not at all. A folder with content is refused, unless `overwrite`
     is given: then it must hold a checkpoint, which is replaced once the new one is complete.
-    recipe: "4bit" (the usual one), "5bit", "6bit", "8bit", "mxfp4", "nvfp4", "bf16", "fp16" (recipes.py), or a file; or
+    recipe: "4bit" (the default), "5bit", "6bit", "8bit", "mxfp4", "nvfp4", "bf16", "fp16" (recipes.py), or a file; or
     quantize: pack all matrices of text model and draft head alike, embedding and head among them: q_mode is "affine"
     (default; 4 bits in groups of 64 unless q_bits and q_group_size say otherwise), "mxfp4", "mxfp8" or "nvfp4" (whose
     bits and group size are fixed). With either the vision tower's matrices are packed too, whatever the text's mode and
     bits: affine in q_vision_bits (2, 3, 4, 5, 6 or 8; default 8; 0 leaves the tower unquantized), in groups of 64 where
     that divides their width, else of 32; a matrix that neither divides stays unquantized. So do the tower's patch and
-    position embeddings, norms, convolutions and biases. With neither, what is packed stays so.
+    position embeddings, norms, convolutions and biases. A source that an MLX program has packed stays as it is packed
+    unless one of the two is given.
     dtype: "float16", "bfloat16" or "float32" for what is not packed; by default the one that config.json names. A_log
     stays float32, and other float32 vectors of the text model are kept exactly beside their rounded form.
     rounding: "search" finds ranges, scales and biases of each group with less error than "nearest", mx.quantize's.
@@ -68,15 +73,22 @@ def convert(
     quantized. The same source and options give the same bytes. README.md and quality.json tell what was done and
     measured. Raises InputError when a rule is broken, before anything is written wherever the headers show it.
     """
-    target = Path(mlx_path).expanduser().resolve()
-    check_target(target, overwrite)
+    target = target_path(mlx_path)
+    if replaces(target) is None:  # else an earlier conversion must be brought to its end first
+        check_target(target, overwrite)
     source = resolve(hf_path, revision)
-    check_apart(source, target)
+    named = [calibration, evaluation, *([recipe] if is_file(recipe) else [])]
+    reads = Reads(source, tuple(Path(os.path.expanduser(file)) for file in named if file is not None))
+    prepare(target, overwrite, reads)
     options: dict[str, Any] = {
         "recipe": recipe, "quantize": quantize, "bits": q_bits, "group_size": q_group_size, "mode": q_mode,
         "vision_bits": q_vision_bits, "dtype": dtype, "rounding": rounding,
     }  # fmt: skip
-    plan = make_plan(source, **options)
+    with reading(source):
+        options = with_default(source, options)
+        plan = make_plan(source, **options)
+        check_readable(plan.sources)
+        license = find_license(source)
     if calibration is not None:
         if rounding != "search" or not any(job.quantization for job in plan.jobs):
             raise InputError(
@@ -88,10 +100,10 @@ def convert(
         importance = statistics(checkpoint, windows(checkpoint, read_text(calibration)))
         plan = make_plan(source, **options, statistics=importance)
     tokens = None if evaluation is None else windows(open_checkpoint(source), read_text(evaluation))
-    with appearing_whole(target, overwrite, resume) as folder:
+    with appearing_whole(target, overwrite, resume, reads) as folder:
         check_space(plan.nbytes, target)
         report = write(plan, folder, verify=verify)
-        facts = _facts(target, hf_path, source, options, report)
+        facts = _facts(target, hf_path, options, report, license)
         if tokens is not None:
             found = evaluate(open_checkpoint(source), open_checkpoint(folder), tokens)
             facts = {**facts, "evaluation": found, "text": Path(evaluation).name}
@@ -99,23 +111,37 @@ def convert(
     return target
 
 
+def with_default(source: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of make_plan, with the default recipe where they say nothing of how to pack and the source is not packed.
+
+    "Packed" means by an MLX program, and the trunk. FP8 is not: its weights are made whole and packed by the recipe.
+    """
+    if options["quantize"] or any(options[name] is not None for name in ("recipe", "bits", "group_size", "mode")):
+        return dict(options)
+    checkpoint = open_checkpoint(source, fp8=True)
+    packed = any(checkpoint.quantization(name) for name in checkpoint.entries if not name.startswith(MTP))
+    return {**options, "recipe": None if packed else DEFAULT}
+
+
 def read_text(file: str | Path) -> str:
     try:
         return Path(file).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # not UTF-8, an impossible name, nobody's home
         raise InputError("text_unreadable", f"a text must be a readable UTF-8 file: {error}") from error
 
 
-def _facts(target: Path, named: str | Path, source: Path, options: Mapping[str, Any], report: Report) -> dict[str, Any]:
+def _facts(
+    target: Path, named: str | Path, options: Mapping[str, Any], report: Report, license: str | None
+) -> dict[str, Any]:
     recipe = options["recipe"]
     given = [f"{name.replace('_', ' ')} {options[name]}" for name in ("bits", "group_size", "mode") if options[name]]
     by_hand = ", ".join(["packed alike by hand", *given]) if options["quantize"] else "as in the source"
     return {
         "name": target.name,
-        "source": str(named),
+        "source": str(named).encode(errors="replace").decode(),
         "recipe": Path(recipe).name if recipe else by_hand,
         "reasons": find_recipe(recipe).reasons if recipe else (),
         "rounding": options["rounding"],
         "errors": report.errors,
-        "license": find_license(source),
+        "license": license,
     }

@@ -10,13 +10,14 @@ from typing import Any
 
 from mlx_qwen35.checkpoint import MODES, VISION, Checkpoint, is_matrix, open_checkpoint, text_shapes, vision_shapes
 from mlx_qwen35.commands import as_command
-from mlx_qwen35.convert import convert, read_text
+from mlx_qwen35.convert import convert, read_text, with_default
 from mlx_qwen35.convert.card import QUALITY
 from mlx_qwen35.convert.dry_run import describe
 from mlx_qwen35.convert.evaluate import windows
 from mlx_qwen35.convert.plan import DTYPES, ROUNDINGS, make_plan
-from mlx_qwen35.convert.recipes import RECIPES, save_recipe
-from mlx_qwen35.convert.sensitivity import CANDIDATES, propose, sensitivity, table
+from mlx_qwen35.convert.recipes import DEFAULT, RECIPES, check_saving, save_recipe
+from mlx_qwen35.convert.sensitivity import CANDIDATES, forms, propose, sensitivity, smallest, table
+from mlx_qwen35.convert.source import reading
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.hub import check_repository, resolve, upload
 
@@ -39,8 +40,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", help="branch, tag or commit of the Hugging Face id")
     group = parser.add_argument_group("how it is stored")
     uses = "; ".join(f"{name}: {recipe.use}" for name, recipe in RECIPES.items())
-    group.add_argument("--recipe", metavar="NAME", help=f"{uses}; or a file that --save-recipe has written")
-    group.add_argument("-q", "--quantize", action="store_true", help="pack everything alike, by hand")
+    group.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help=f"{uses}; or a file that --save-recipe has written (default: {DEFAULT}, but a source that an MLX program "
+        "has packed stays as it is packed)",
+    )
+    group.add_argument("-q", "--quantize", action="store_true", help="pack everything alike, by hand, not by a recipe")
     group.add_argument("--q-bits", type=int, help="bits per weight (affine: 2, 3, 4, 5, 6 or 8; default 4)")
     group.add_argument("--q-group-size", type=int, help="weights per scale (affine: 32, 64 or 128; default 64)")
     group.add_argument("--q-mode", choices=tuple(MODES), help="default affine")
@@ -85,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "--save-recipe has no effect without --sensitivity and --cap; add them or leave it out",
             )
         if look["dry_run"] or look["sensitivity"]:
-            print(_look(options, **look))
+            _look(options, **look)
             return
         if not options["mlx_path"]:
             raise InputError("option_missing", "--mlx-path must be given: the folder to write")
@@ -100,8 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _look(
     options: dict[str, Any], dry_run: bool, sensitivity: str | None, cap: float | None, save_recipe: Path | None
-) -> str:
-    """The text of --dry-run or --sensitivity."""
+) -> None:
+    """Print what --dry-run or --sensitivity finds."""
     if dry_run and sensitivity:
         raise InputError("option_conflict", "--dry-run reads headers alone and --sensitivity all weights. Choose one")
     writing = ("mlx_path", "calibration", "evaluation", "overwrite", "resume", "upload_repo")
@@ -114,28 +120,41 @@ def _look(
         )
     source = resolve(options["hf_path"], options["revision"])
     if dry_run:
-        return describe(make_plan(source, **{name: options[option] for option, name in _PLAN.items()}))
+        with reading(source):
+            how = with_default(source, {name: options[option] for option, name in _PLAN.items()})
+            plan = make_plan(source, **how)
+        print(describe(plan))
+        return
     given = [option for option in _PLAN if options[option] not in (None, False, "search")]
     if given:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise InputError(
             "option_conflict", f"{names} must not be given with --sensitivity, which tries its own. Leave it out"
         )
-    return _sensitivity(open_checkpoint(source), read_text(sensitivity), cap, save_recipe)
+    if save_recipe:
+        check_saving(save_recipe, (Path(sensitivity).expanduser(), *source.iterdir()))
+    with reading(source):
+        checkpoint = open_checkpoint(source)
+    _sensitivity(checkpoint, read_text(sensitivity), cap, save_recipe)
 
 
-def _sensitivity(checkpoint: Checkpoint, text: str, cap: float | None, file: Path | None) -> str:
-    """The table; under a cap, what is in no group (norms, vision tower, draft head) counts as in the 4bit recipe."""
-    rows = sensitivity(checkpoint, windows(checkpoint, text))
-    if cap is None:
-        return table(rows)
-    grouped = {name for row in rows for name in row.names}
-    jobs = make_plan(checkpoint.folder, recipe="4bit").jobs
-    other = sum(job.nbytes for job in jobs if job.source.name not in grouped)
-    proposal = propose(rows, int(cap * 1e9), other)
-    if file:
+def _sensitivity(checkpoint: Checkpoint, text: str, cap: float | None, file: Path | None) -> None:
+    """Print the table; under a cap, what is in no group (norms, vision tower, draft head) counts as by default.
+
+    A cap that nothing fits under is refused before anything is measured, and what was measured is printed first.
+    """
+    tokens, limit, other = windows(checkpoint, text), 0, 0
+    if cap is not None:
+        planned = forms(checkpoint)
+        grouped = {name for row in planned for name in row.names}
+        jobs = make_plan(checkpoint.folder, recipe=DEFAULT).jobs
+        limit, other = int(cap * 1e9), sum(job.nbytes for job in jobs if job.source.name not in grouped)
+        smallest(planned, limit, other)
+    rows = sensitivity(checkpoint, tokens)
+    proposal = None if cap is None else propose(rows, limit, other)
+    print(table(rows, proposal), flush=True)
+    if proposal and file:
         save_recipe(file, proposal.matrices, CANDIDATES[0], f"proposed for at most {cap:g} GB by the KL of each group")
-    return table(rows, proposal)
 
 
 def _size(nbytes: int, shapes: Iterable[tuple[int, ...]]) -> str:

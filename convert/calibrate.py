@@ -12,6 +12,7 @@ import numpy as np
 
 from mlx_qwen35.checkpoint import TEXT, Checkpoint
 from mlx_qwen35.convert.layerwise import Layerwise, make_batches
+from mlx_qwen35.convert.progress import percent
 from mlx_qwen35.layers import Joined, Linear
 from mlx_qwen35.weights import Weights
 
@@ -27,12 +28,13 @@ def statistics(
     sums: dict[str, np.ndarray] = {}
     model = Layerwise(checkpoint, dtype, lambda weights: _Watched.of(weights, sums))
     states = model.embed(batches)
-    for i in range(model.config.num_hidden_layers):
-        model.advance(i, states)
+    count = sum(batch.tokens.size for batch in batches)
+    with percent("calibrating", count * model.weights_from(0)) as told:
+        for i in range(model.config.num_hidden_layers):
+            model.advance(i, states, told)
     norm = model.norm()
     head = f"{TEXT}embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"
     sums[head] = sum(_column_squares(norm(x)) for x in states)
-    count = sum(batch.tokens.size for batch in batches)
     return {name: (total / count).astype(np.float32) for name, total in sums.items()}
 
 

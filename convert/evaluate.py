@@ -13,6 +13,7 @@ import numpy as np
 
 from mlx_qwen35.checkpoint import Checkpoint
 from mlx_qwen35.convert.layerwise import CHUNK, Batch, Layerwise, make_batches
+from mlx_qwen35.convert.progress import Told, percent, silent
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.processor import Processor
 
@@ -61,16 +62,16 @@ def evaluate(
     counted = Counted(batches, tokens, first)
     models = Layerwise(source, dtype), Layerwise(packed, dtype)
     streams = [model.embed(batches) for model in models]
-    errors = []
-    for i in range(source.config.text.num_hidden_layers):
+    errors, rows = [], []
+    with percent("evaluating", 2 * (counted.tokens * models[0].weights_from(0) + counted.head_work(models[0]))) as told:
+        for i in range(source.config.text.num_hidden_layers):
+            for model, states in zip(models, streams, strict=True):
+                model.advance(i, states, told)
+            errors.append(_relative_error(*streams))
         for model, states in zip(models, streams, strict=True):
-            model.advance(i, states)
-        errors.append(_relative_error(*streams))
-    rows = []
-    for model, states in zip(models, streams, strict=True):
-        rows.append(counted.normed(model, states))
-        states.clear()
-    return summary(compare(*models, *rows, counted), tuple(errors))
+            rows.append(counted.normed(model, states))
+            states.clear()
+        return summary(compare(*models, *rows, counted, told), tuple(errors))
 
 
 def _relative_error(source: list[mx.array], packed: list[mx.array]) -> float:
@@ -100,6 +101,13 @@ class Counted:
         self.sequences = np.repeat(which, np.concatenate(counts))  # which sequence each position is of
         if not len(self.targets):
             raise InputError("text_too_short", "there must be a token to predict: give sequences of at least 2 tokens")
+
+    @property
+    def tokens(self) -> int:
+        return sum(batch.tokens.size for batch in self.batches)
+
+    def head_work(self, model: Layerwise) -> int:
+        return len(self.targets) * model.head_weights
 
     def normed(self, model: Layerwise, states: Sequence[mx.array]) -> mx.array:
         """The residual streams after the last layer -> (positions, D), what the head reads."""
@@ -158,8 +166,13 @@ class _Side:
         return self.highest + np.log(self.total)
 
 
-def compare(source: Layerwise, packed: Layerwise, x: mx.array, y: mx.array, counted: Counted) -> Positions:
-    """The predictions of two models from what their heads read, x and y (positions, D)."""
+def compare(
+    source: Layerwise, packed: Layerwise, x: mx.array, y: mx.array, counted: Counted, told: Told = silent
+) -> Positions:
+    """The predictions of two models from what their heads read, x and y (positions, D).
+
+    told: called with the work of each slice of both heads, as in Layerwise.advance.
+    """
     count = len(counted.targets)
     ours, theirs = _Side(count), _Side(count)
     gap = np.zeros(count)  # of exp(logit - highest) * (logit - the other's logit)
@@ -170,6 +183,7 @@ def compare(source: Layerwise, packed: Layerwise, x: mx.array, y: mx.array, coun
             shrink, shares = ours.add(at, start, logits, counted.targets[at])
             theirs.add(at, start, others, counted.targets[at])
             gap[at] = gap[at] * shrink + np.asarray((shares * (logits - others)).sum(-1))
+            told(2 * logits.size * x.shape[-1])
     return Positions(
         sequences=counted.sequences,
         source_loss=ours.normalizer - ours.target,

@@ -1,9 +1,11 @@
 """What stands beside the weights: config.json and generation_config.json as they are written, and the licence."""
 
 import copy
+import fnmatch
 import itertools
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ from mlx_qwen35.rope_fields import OLDER, rope_parameters
 from mlx_qwen35.tokenizer_files import TOKENIZER_BYTES
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # option -> safetensors' name
+# Tokenizer, template, preprocessors, licence: all that belongs to a checkpoint beside weights and config.json.
+_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
+_NOT_COPIED = ("config.json", "quality.json", "evaluation.json", "*.index.json", ".*")
 TAG = {"format": 1, "norms": "zero-centred"}
 _END_OF_TURN = "<|im_end|>"
 _LICENSES = {"apache-2.0": ("Apache License", "Version 2.0"), "mit": ("MIT License", "Permission is hereby granted")}
@@ -51,13 +56,42 @@ def new_config(
     return config | {"mlx_qwen35": TAG}
 
 
+def belongs(file: Path, folder: Path) -> bool:
+    """Whether a file of a checkpoint is its own: it lies in the folder, or in the hub's cache of this repository.
+
+    A link may lead anywhere, such as to a key of the user's, who would publish it with the converted folder.
+    """
+    folder, file = folder.resolve(), file.resolve()
+    cached = [part.parent for part in folder.parents if part.name == "snapshots"]
+    homes = [folder, *(part / "blobs" for part in cached if part.name.startswith("models--"))]
+    return any(home in file.parents for home in homes)
+
+
+def beside_weights(folder: Path) -> tuple[Path, ...]:
+    """The files that are copied. Warns of links that lead out of the folder, which are not."""
+
+    def fits(name: str, patterns: Iterable[str]) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+    files = [file for file in sorted(folder.iterdir()) if fits(file.name, _COPIED) and not fits(file.name, _NOT_COPIED)]
+    files = [file for file in files if file.is_file()]
+    if foreign := [file.name for file in files if not belongs(file, folder)]:
+        warnings.warn(
+            f"{', '.join(foreign)} of {folder} are links that lead out of it, and are not copied. What belongs to the "
+            "checkpoint must lie in its folder",
+            UserWarning,
+            stacklevel=3,
+        )
+    return tuple(file for file in files if file.name not in foreign)
+
+
 def generation_config(folder: Path, config: Config) -> dict[str, Any] | None:
     """The source's generation_config.json with all end tokens: its own, the end of a turn, and those of config.json.
 
     None where the source's names them all, and is copied as it is, or where there are none.
     """
     file, turn = folder / "generation_config.json", _end_of_turn(folder, config.text.vocab_size)
-    values = read_json(file) if file.is_file() else {}
+    values = read_json(file) if file.is_file() and belongs(file, folder) else {}
     own = values.get("eos_token_id")
     own = own if isinstance(own, list) else [] if own is None else [own]
     ends = list(dict.fromkeys([*own, *([] if turn is None else [turn]), *config.eos_token_ids]))
@@ -90,11 +124,13 @@ def _ends_turn(token: Any) -> bool:
 def find_license(source: Path) -> str | None:
     """The licence as Hugging Face writes it: by the source's card, else by its LICENSE; None when neither says so."""
     card = source / "README.md"
-    if card.is_file():
+    if card.is_file() and belongs(card, source):
         front = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
         if found := front and re.search(r"^license:[ \t]*['\"]?([\w.-]+)['\"]?[ \t]*$", front[1], re.MULTILINE):
             return found[1]
     for file in sorted(source.glob("LICENSE*")):
+        if not (file.is_file() and belongs(file, source)):
+            continue
         text = file.read_text(encoding="utf-8", errors="replace")
         for name, marks in _LICENSES.items():
             if all(mark in text for mark in marks):

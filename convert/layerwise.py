@@ -3,6 +3,7 @@
 What stays is the residual stream of every token. Embedding and head are read by rows, never whole.
 """
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_qwen35 import half
 from mlx_qwen35.cache import Cache
 from mlx_qwen35.checkpoint import TEXT, Checkpoint, Entry, text_shapes
+from mlx_qwen35.convert.progress import Told, silent
 from mlx_qwen35.decoder import DecoderLayer
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.layers import Linear, RMSNorm, Rotary
@@ -77,6 +79,7 @@ class Layerwise:
         self._alter = alter
         self._by_numpy = mx.default_device() == mx.cpu and self.dtype == mx.float32
         self._names = [name for name, _ in checkpoint.part(text_shapes(self.config))]
+        self.head_weights = self.config.vocab_size * self.config.hidden_size
 
     def embed(self, batches: Sequence[Batch]) -> list[mx.array]:
         """The residual stream where it begins: (B, T, D) of each batch. Only the rows needed are read."""
@@ -85,6 +88,11 @@ class Layerwise:
         states = [table.look_up(mx.array(np.searchsorted(used, batch.tokens))) for batch in batches]
         mx.eval(states)
         return states
+
+    def weights_from(self, first: int) -> int:
+        """How many weights the layers from `first` on have: the work that they are, for one token."""
+        layers = tuple(f"{TEXT}layers.{i}." for i in range(first, self.config.num_hidden_layers))
+        return sum(math.prod(shape) for name, shape in text_shapes(self.config).items() if name.startswith(layers))
 
     def layer(self, i: int) -> DecoderLayer:
         """Layer i, in memory for as long as it is held."""
@@ -95,9 +103,12 @@ class Layerwise:
             mx.eval(array)
         return _through_numpy(layer) if self._by_numpy else layer
 
-    def advance(self, i: int, states: list[mx.array]) -> None:
-        """Put the residual stream of each batch, (B, T, D), through layer i, in place."""
-        layer = self.layer(i)
+    def advance(self, i: int, states: list[mx.array], told: Told = silent) -> None:
+        """Put the residual stream of each batch, (B, T, D), through layer i, in place.
+
+        told: called with the work of each part, its tokens times the layer's weights.
+        """
+        layer, weights = self.layer(i), self.weights_from(i) - self.weights_from(i + 1)
         own = replace(self.config, layer_types=self.config.layer_types[i : i + 1])
         for number, x in enumerate(states):
             cache = Cache(own, self.rotary, self.dtype, len(x))
@@ -109,6 +120,7 @@ class Layerwise:
                 with cache.reading(part.shape[1]) as span:
                     parts.append(layer(part, layer.input_layernorm(part), span, cache.layers[0], _SUM)[0])
                 mx.eval(parts[-1], cache.layers[0].arrays())
+                told(weights * part.shape[0] * part.shape[1])
             states[number] = mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
             mx.eval(states[number])
         del layer

@@ -1,6 +1,5 @@
 """What a conversion will write, from the source's headers alone: a plan is a list of jobs, one for each tensor."""
 
-import fnmatch
 import json
 import math
 import struct
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mlx_qwen35.checkpoint import EXACT, TEXT, VISION, Quantization
-from mlx_qwen35.convert.files import DTYPES, generation_config, new_config
+from mlx_qwen35.convert.files import DTYPES, beside_weights, generation_config, new_config
 from mlx_qwen35.convert.packing import Packing, read_options
 from mlx_qwen35.convert.source import Found, Source, Tensor, open_source
 from mlx_qwen35.errors import InputError
@@ -24,9 +23,6 @@ from mlx_qwen35.tensor_file import DTYPE_BYTES
 
 ROUNDINGS = ("search", "nearest")
 SHARD_BYTES = 5_000_000_000
-# Tokenizer, template, preprocessors, licence: all that belongs to a checkpoint beside weights and config.json.
-_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
-_NOT_COPIED = ("config.json", "quality.json", "evaluation.json", "*.index.json", ".*")
 
 
 @dataclass(frozen=True)
@@ -156,7 +152,7 @@ def make_plan(
     jobs = tuple(_jobs(source, options.packing, keep, stored, options.dtype is not None, rounding))
     _warn_of_packing_anew(folder, jobs)
     packed = {job.source.name: job.quantization for job in jobs if job.quantization}
-    copied = tuple(file for file in sorted(folder.iterdir()) if file.is_file() and _is_copied(file.name))
+    copied = beside_weights(folder)
     generation = generation_config(folder, source.checkpoint.config)
     if generation is not None:
         copied = tuple(file for file in copied if file.name != "generation_config.json")
@@ -242,12 +238,6 @@ def _warn_of_packing_anew(folder: Path, jobs: tuple[Job, ...]) -> None:
         "measured are against it. Convert the original where you can",
         UserWarning,
         stacklevel=3,
-    )
-
-
-def _is_copied(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _COPIED) and not any(
-        fnmatch.fnmatchcase(name, pattern) for pattern in _NOT_COPIED
     )
 
 

@@ -1,9 +1,12 @@
 """Recipes, named or from a file: how each kind of tensor is stored, and why."""
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from mlx_qwen35.checkpoint import Quantization
@@ -46,6 +49,7 @@ def _mixed(use: str, bulk: Quantization, *reasons: str) -> Recipe:
     return Recipe(use, bulk, exceptions, reasons=(*reasons, _OUT_IN_8, _GATES_PLAIN))
 
 
+DEFAULT = "4bit"
 RECIPES = {
     "bf16": Recipe("as published", None, vision_bits=0, dtype="bfloat16", reasons=("nothing is lost",)),
     "fp16": Recipe(
@@ -69,22 +73,35 @@ RECIPES = {
 }  # fmt: skip
 
 
+def is_file(name: str | None) -> bool:
+    """Whether --recipe names a file and not a recipe of ours."""
+    return name is not None and name not in RECIPES and name.endswith(".json")
+
+
 def find_recipe(name: str) -> Recipe:
     """The recipe of this name, or in this file. InputError when there is none, or the file is no recipe."""
     if name in RECIPES:
         return RECIPES[name]
-    if not name.endswith(".json"):
+    if not is_file(name):
         raise InputError(
             "recipe_not_found",
             f"--recipe must be one of {', '.join(RECIPES)}, or a file that ends in .json; got {name!r}",
         )
-    file = Path(name).expanduser()
-    if not file.is_file():
-        raise InputError("recipe_not_found", f"--recipe must name a file that is there; there is no {name}")
-    values = read_json(file)
     try:
-        bulk, exceptions = _form(values["bulk"]), {end: how and _form(how) for end, how in values["exceptions"].items()}
-        return Recipe("from a file", bulk, exceptions, reasons=tuple(map(str, values.get("reasons", ()))))
+        file = Path(name).expanduser()
+        if not file.is_file():
+            raise InputError("recipe_not_found", f"--recipe must name a file that is there; there is no {name}")
+        values = read_json(file)
+    except InputError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:  # nested too deeply, nobody's home, a number of 5,000 digits
+        raise InputError("recipe_invalid", f"--recipe must name a file that can be read; {name}: {error}") from error
+    try:
+        exceptions = {end: None if how is None else _form(how) for end, how in values["exceptions"].items()}
+        reasons = values.get("reasons", [])
+        if not isinstance(reasons, list) or not all(isinstance(reason, str) for reason in reasons):
+            raise TypeError("'reasons' must be a list of texts")
+        return Recipe("from a file", _form(values["bulk"]), exceptions, reasons=tuple(reasons))
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
             "recipe_invalid",
@@ -96,11 +113,46 @@ def save_recipe(file: Path, matrices: Mapping[str, Quantization | None], bulk: Q
     """Write a recipe that packs these matrices so, by Hugging Face name, and others like `bulk`."""
     exceptions = {name: how and asdict(how) for name, how in matrices.items() if how != bulk}
     values: dict[str, Any] = {"bulk": asdict(bulk), "exceptions": exceptions, "reasons": [reason]}
+    text = json.dumps(values, indent=2) + "\n"
+    with _saving():
+        if file.exists() and not file.is_file():  # a terminal, a pipe
+            file.write_text(text, encoding="utf-8")
+            return
+        grown = file.with_name(f".recipe.{os.getpid()}")
+        try:
+            grown.write_text(text, encoding="utf-8")
+            os.replace(grown, file)
+        finally:
+            grown.unlink(missing_ok=True)
+
+
+def check_saving(file: Path, reads: Iterable[Path]) -> None:
+    """InputError unless save_recipe can write this file, and it is none of those that are read."""
+    with _saving():
+        with suppress(FileNotFoundError):
+            file.lstat()
+        if file.exists() and (same := [path for path in reads if path.exists() and path.samefile(file)]):
+            raise InputError(
+                "target_overlaps_source", f"--save-recipe must not write over what is read; {file} is {same[0]}"
+            )
+        if file.is_dir():
+            raise IsADirectoryError(f"{file} is a folder")
+        with TemporaryFile(dir=file.parent):
+            pass
+
+
+@contextmanager
+def _saving() -> Iterator[None]:
     try:
-        file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
         raise InputError("output_unwritable", f"--save-recipe must name a file that can be written: {error}") from error
 
 
 def _form(values: Mapping[str, Any]) -> Quantization:
-    return Quantization(values["group_size"], values["bits"], values["mode"])
+    sizes = values["group_size"], values["bits"]
+    if not all(type(size) is int for size in sizes):
+        raise TypeError(f"group_size and bits must be whole numbers, got {sizes}")
+    return Quantization(*sizes, values["mode"])

@@ -1,5 +1,6 @@
 """Rows of one tensor on their way from the source to the file: checked, converted, compared."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -92,6 +93,18 @@ def difference_of(
     else:
         written = as_float32(parts[0], job.dtype)
     return difference(as_float32(values, job.source.dtype), written)
+
+
+def digest_of(job: Job, start: int, stop: int, files: Files) -> str:
+    """Of the bytes that are read of the source for rows of a job's tensor."""
+    found = hashlib.sha256()
+    for part in job.source.parts:
+        first, last = start, stop
+        if job.source.block and part is job.source.parts[1]:  # factors, one for each block of rows
+            high, _ = job.source.block
+            first, last = start // high, -(-stop // high)
+        found.update(read_rows(part, first, last, files))
+    return found.hexdigest()[:32]
 
 
 def extents_of(job: Job, start: int, stop: int, files: Files, stream: mx.Stream) -> list[tuple[float, int, int]]:

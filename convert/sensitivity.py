@@ -7,14 +7,15 @@ layer on in which it differs from the source.
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import mlx.core as mx
 
 from mlx_qwen35.checkpoint import TEXT, Checkpoint, Quantization, is_matrix, text_shapes
 from mlx_qwen35.convert.evaluate import Counted, compare, summary
-from mlx_qwen35.convert.layerwise import Layerwise, make_batches
+from mlx_qwen35.convert.layerwise import Batch, Layerwise, make_batches
+from mlx_qwen35.convert.progress import Told, percent
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.tensor_file import DTYPE_BYTES
 from mlx_qwen35.weights import Weights
@@ -58,6 +59,33 @@ def groups(checkpoint: Checkpoint, by_layer: bool = False) -> dict[str, tuple[st
     return {group: tuple(names) for group, names in found.items()}
 
 
+def forms(checkpoint: Checkpoint, candidates: Sequence[Quantization] = CANDIDATES, by_layer: bool = False) -> list[Row]:
+    """What is to be measured, from the headers: each group as it is in the source, then in each of the candidate ways.
+
+    Raises InputError when the source is packed, or a candidate's group size does not divide a matrix.
+    """
+    if checkpoint.config.quantization:
+        raise InputError(
+            "source_quantized",
+            f"sensitivity is measured on an unquantized checkpoint; {checkpoint.folder} is quantized",
+        )
+    shapes = {name: shape for name, shape in text_shapes(checkpoint.config.text).items() if is_matrix(name, shape)}
+    if wrong := [(how, name) for how in candidates for name, shape in shapes.items() if shape[1] % how.group_size]:
+        how, name = wrong[0]
+        raise InputError(
+            "quantization_unfit",
+            f"group size {how.group_size} does not divide {name}, {shapes[name][1]} wide; choose another",
+        )
+    rows = []
+    for group, names in groups(checkpoint, by_layer).items():
+        entries = {name: checkpoint.entries[name] for name in names}
+        rows.append(Row(group, names, None, 0.0, None, sum(entry.nbytes for entry in entries.values())))
+        for how in candidates:
+            nbytes = sum(packed_bytes(shapes[name], how, entry.dtype) for name, entry in entries.items())
+            rows.append(Row(group, names, how, 0.0, None, nbytes))
+    return rows
+
+
 def sensitivity(
     checkpoint: Checkpoint,
     tokens: Sequence[Sequence[int]],
@@ -70,71 +98,51 @@ def sensitivity(
     """The KL divergence from the source of every group packed by itself, in each of the candidate ways.
 
     first: as in `evaluate`. Matrices are packed with mx.quantize from the dtype in which they are stored. For each
-    group a row comes first with how it is in the source. Raises InputError when the source is packed, or a candidate's
-    group size does not divide a matrix.
+    group a row comes first with how it is in the source. Raises InputError as `forms` does.
     """
-    if checkpoint.config.quantization:
-        raise InputError(
-            "source_quantized",
-            f"sensitivity is measured on an unquantized checkpoint; {checkpoint.folder} is quantized",
-        )
-    widths = {name: shape[1] for name, shape in text_shapes(checkpoint.config.text).items() if is_matrix(name, shape)}
-    if wrong := [(how, name) for how in candidates for name, width in widths.items() if width % how.group_size]:
-        how, name = wrong[0]
-        raise InputError(
-            "quantization_unfit",
-            f"group size {how.group_size} does not divide {name}, {widths[name]} wide; choose another",
-        )
+    rows = forms(checkpoint, candidates, by_layer)
     batches = make_batches(tokens, checkpoint.config.text.vocab_size)
     counted = Counted(batches, tokens, first)
-    members = groups(checkpoint, by_layer)
-    variants = [_Variant(checkpoint, dtype, g, names, how) for g, names in members.items() for how in candidates]
-    source, streams = _through(checkpoint, dtype, batches, variants)
-    rows = counted.normed(source, streams)
-    found = [_unpacked(checkpoint, group, names) for group, names in members.items()]
-    for variant in variants:
-        own = counted.normed(variant.model, variant.states or streams)
-        variant.states.clear()
-        result = summary(compare(source, variant.model, rows, own, counted))
-        found.append(replace(variant.row, kl=result.kl, kl_error=result.kl_error))
-    order = list(members)
-    return sorted(found, key=lambda row: order.index(row.group))  # stable: the source first, then the candidates
-
-
-@dataclass
-class _Variant:
-    checkpoint: Checkpoint
-    dtype: mx.Dtype | None
-    group: str
-    names: tuple[str, ...]
-    how: Quantization
-    states: list[mx.array] = field(default_factory=list)  # empty as long as they are the source's
-
-    def __post_init__(self) -> None:
-        self.model = Layerwise(self.checkpoint, self.dtype, lambda weights: packed(weights, self.names, self.how))
-        self.layers = {_layer(name) for name in self.names}
-        shapes = text_shapes(self.checkpoint.config.text)
-        nbytes = sum(packed_bytes(shapes[n], self.how, self.checkpoint.entries[n].dtype) for n in self.names)
-        self.row = Row(self.group, self.names, self.how, 0.0, None, nbytes)
-
-
-def _through(
-    checkpoint: Checkpoint, dtype: mx.Dtype | None, batches: Sequence, variants: Sequence[_Variant]
-) -> tuple[Layerwise, list[mx.array]]:
-    """Put the source and all variants through the layers; returns the source and its streams."""
     source = Layerwise(checkpoint, dtype)
+    variants = {row: _Variant(checkpoint, dtype, row) for row in rows if row.how}
+    work = counted.tokens * sum(source.weights_from(i) for i in (0, *(v.first for v in variants.values())))
+    measured = {}
+    with percent("measuring", work + 2 * len(variants) * counted.head_work(source)) as told:
+        streams = _through(source, batches, list(variants.values()), told)
+        ours = counted.normed(source, streams)
+        for row, variant in variants.items():
+            theirs = counted.normed(variant.model, variant.states or streams)
+            variant.states.clear()
+            result = summary(compare(source, variant.model, ours, theirs, counted, told))
+            measured[row] = replace(row, kl=result.kl, kl_error=result.kl_error)
+    return [measured.get(row, row) for row in rows]
+
+
+class _Variant:
+    """The model with one group packed one way. states: empty as long as they are the source's."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype | None, row: Row):
+        self.model = Layerwise(checkpoint, dtype, lambda weights: packed(weights, row.names, row.how))
+        self.states: list[mx.array] = []
+        self.embeds = any(name.endswith("embed_tokens.weight") for name in row.names)
+        layers = [layer for name in row.names if (layer := _layer(name)) is not None]
+        self.first = 0 if self.embeds else min(layers, default=checkpoint.config.text.num_hidden_layers)
+
+
+def _through(source: Layerwise, batches: Sequence[Batch], variants: Sequence[_Variant], told: Told) -> list[mx.array]:
+    """Put the source and all variants through the layers; returns the source's streams."""
     streams = source.embed(batches)
     for variant in variants:
-        if any(name.endswith("embed_tokens.weight") for name in variant.names):
+        if variant.embeds:
             variant.states = variant.model.embed(batches)
     for i in range(source.config.num_hidden_layers):
         for variant in variants:
-            if i in variant.layers and not variant.states:
+            if i == variant.first and not variant.states:
                 variant.states = list(streams)
             if variant.states:
-                variant.model.advance(i, variant.states)
-        source.advance(i, streams)
-    return source, streams
+                variant.model.advance(i, variant.states, told)
+        source.advance(i, streams, told)
+    return streams
 
 
 def packed(weights: Weights, names: Iterable[str], how: Quantization) -> Weights:
@@ -159,10 +167,6 @@ def packed_bytes(shape: tuple[int, ...], how: Quantization, dtype: str) -> int:
     return sum(rows * columns * width[suffix] for suffix, (rows, columns) in how.parts(shape).items())
 
 
-def _unpacked(checkpoint: Checkpoint, group: str, names: tuple[str, ...]) -> Row:
-    return Row(group, names, None, 0.0, None, sum(checkpoint.entries[name].nbytes for name in names))
-
-
 def _layer(name: str) -> int | None:
     prefix = f"{TEXT}layers."
     return int(name.removeprefix(prefix).split(".")[0]) if name.startswith(prefix) else None
@@ -185,28 +189,34 @@ class Proposal:
         return {name: row.how for row in self.rows for name in row.names}
 
 
+def smallest(rows: Sequence[Row], cap_bytes: int, other_bytes: int = 0) -> dict[str, Row]:
+    """The smallest form of every group, measured or not; InputError when even these do not fit under the cap."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        found[row.group] = min(found.get(row.group, row), row, key=lambda row: row.nbytes)
+    least = other_bytes + sum(row.nbytes for row in found.values())
+    if least > cap_bytes:
+        raise InputError(
+            "option_invalid",
+            f"the cap must be at least {least / 1e9:.6g} GB for these candidates, got {cap_bytes / 1e9:.6g} GB; give "
+            "candidates of fewer bits or a higher cap",
+        )
+    return found
+
+
 def propose(rows: Sequence[Row], cap_bytes: int, other_bytes: int = 0) -> Proposal:
     """The recipe under a cap: from the smallest form of every group, step by step the most KL saved for a byte.
 
     other_bytes: of everything that is in no group, such as norms and the vision tower; they count against the cap.
-    Raises InputError when even the smallest forms do not fit.
+    Raises InputError as `smallest` does.
     """
-    forms: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        forms[row.group].append(row)
-    chosen = {group: min(some, key=lambda row: row.nbytes) for group, some in forms.items()}
+    chosen = smallest(rows, cap_bytes, other_bytes)
     used = other_bytes + sum(row.nbytes for row in chosen.values())
-    if used > cap_bytes:
-        raise InputError(
-            "option_invalid",
-            f"the cap must be at least {used / 1e9:.6g} GB for these candidates, got {cap_bytes / 1e9:.6g} GB; give "
-            "candidates of fewer bits or a higher cap",
-        )
     while steps := [
         ((now.kl - row.kl) / (row.nbytes - now.nbytes), row)
         for group, now in chosen.items()
-        for row in forms[group]
-        if row.kl < now.kl and now.nbytes < row.nbytes <= now.nbytes + cap_bytes - used
+        for row in rows
+        if row.group == group and row.kl < now.kl and now.nbytes < row.nbytes <= now.nbytes + cap_bytes - used
     ]:
         _, best = max(steps, key=lambda step: step[0])
         used += best.nbytes - chosen[best.group].nbytes

@@ -7,7 +7,8 @@ read as they are; packed, FP8 and folded ones are computed, rows by rows, in flo
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,25 @@ class Found:
         return cls(path, status.st_size, status.st_mtime_ns)
 
 
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """InputError when a file of the source, in this folder, cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            "source_unreadable",
+            f"every file of the source must be readable; {error.filename or folder} is not ({error.strerror}). Check "
+            "its permissions and the disk",
+        ) from error
+
+
+def check_readable(files: tuple[Found, ...]) -> None:
+    """OSError when one of the files cannot be read."""
+    for file in files:
+        file.path.open("rb").close()
+
+
 def check_unchanged(files: tuple[Found, ...]) -> None:
     """InputError when a file of the source is not what it was when the plan was made."""
     for file in files:
@@ -221,7 +241,8 @@ def _tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], block: tu
 def read_rows(part: Entry, start: int, stop: int, files: Mapping[Path, int]) -> np.ndarray:
     """Rows start <= row < stop of a stored tensor as unsigned integers of its width: (rows, the other axes as one)."""
     row = part.nbytes // part.shape[0]
-    data = os.pread(files[part.file], (stop - start) * row, part.start + start * row)
+    with reading(part.file):
+        data = os.pread(files[part.file], (stop - start) * row, part.start + start * row)
     if len(data) != (stop - start) * row:
         raise InputError(
             "source_changed", f"{part.file} ended in the middle of {part.stored_name}: it changed while it was read"

@@ -17,13 +17,13 @@ from threading import local
 from typing import Any
 
 import mlx.core as mx
-from tqdm import tqdm
 
 from mlx_qwen35.checkpoint import EXACT, INDEX, open_checkpoint
 from mlx_qwen35.convert import float16
-from mlx_qwen35.convert.journal import Done, Journal, identity
+from mlx_qwen35.convert.journal import Done, Journal, damaged, differs, identity
 from mlx_qwen35.convert.plan import Job, Plan
-from mlx_qwen35.convert.rows import convert_rows, difference_of, extents_of, refusal
+from mlx_qwen35.convert.progress import bytes_bar
+from mlx_qwen35.convert.rows import convert_rows, difference_of, digest_of, extents_of, refusal
 from mlx_qwen35.convert.source import check_unchanged
 from mlx_qwen35.convert.verify import Error, Piece, check_copy, check_file, checksum, totals
 
@@ -57,18 +57,18 @@ def write(plan: Plan, folder: Path, *, verify: bool = True) -> Report:
     """
     check_unchanged(plan.sources)
     with Journal(folder, identity(plan, verify=verify, chunk=CHUNK_BYTES)) as journal:
-        if journal.kept is None:
-            journal.keep(_unfit(plan))
-        if journal.kept:
-            float16.warn(journal.kept)
-            plan = plan.keeping(journal.kept)
+        kept = _unfit(plan)
+        journal.keep(kept)
+        if kept:
+            float16.warn(kept)
+            plan = plan.keeping(kept)
         done = _write_weights(plan, folder, journal, verify)
         check_unchanged(plan.sources)
         chunks = _chunks(plan)
         sha256 = _check_shards(plan, folder, chunks, done) if verify else {}
         sha256 |= _write_others(plan, folder, verify)
         open_checkpoint(folder)
-    return Report(_errors(chunks, done) if verify else {}, sha256, journal.kept)
+    return Report(_errors(chunks, done) if verify else {}, sha256, kept)
 
 
 def _write_others(plan: Plan, folder: Path, verify: bool) -> dict[str, str]:
@@ -131,18 +131,20 @@ def _opened(plan: Plan) -> Iterator[dict[Path, int]]:
         yield {file: stack.enter_context(file.open("rb")).fileno() for file in files}
 
 
-def _each(chunks: list[_Chunk], function: Callable[[_Chunk], Any]) -> Generator[tuple[_Chunk, Any]]:
+def _each(
+    chunks: list[_Chunk], function: Callable[[_Chunk], Any], what: str = "writing"
+) -> Generator[tuple[_Chunk, Any]]:
     """Chunks with what the function gives, computed on a few threads, which end when the generator is closed.
 
     In order: of several faults the first counts.
     """
-    pool = ThreadPoolExecutor(THREADS)
-    bar = tqdm(total=sum(chunk.nbytes for chunk in chunks), unit="B", unit_scale=True)
-    with pool, bar:
+    if not chunks:
+        return
+    with ThreadPoolExecutor(THREADS) as pool, bytes_bar(what, sum(chunk.nbytes for chunk in chunks)) as bar:
         try:
             results = [pool.submit(function, chunk) for chunk in chunks]
             for chunk, result in zip(chunks, results, strict=True):
-                bar.set_description(chunk.job.source.stored_name, refresh=False)
+                bar.set_description(f"{what} {chunk.job.source.stored_name}", refresh=False)
                 yield chunk, result.result()
                 bar.update(chunk.nbytes)
         except BaseException:
@@ -161,7 +163,7 @@ def _unfit(plan: Plan) -> dict[str, str]:
         def look(chunk: _Chunk) -> list:
             return extents_of(chunk.job, chunk.start, chunk.stop, sources, _stream())
 
-        with closing(_each(chunks, look)) as results:
+        with closing(_each(chunks, look, "looking what fits float16")) as results:
             for chunk, found in results:
                 extents.setdefault(chunk.job.source.name, []).extend(found)
     reasons = {name: float16.reason(found) for name, found in extents.items()}
@@ -191,9 +193,10 @@ def _carry_out(
         data = memoryview(part).cast("B")
         _write_at(file, data, offset + chunk.start * (output.nbytes // output.shape[0]))
         checksums += [checksum(data)] if verify else []
+    read = digest_of(job, chunk.start, chunk.stop, sources)
     if not verify:
-        return Done()
-    return Done(tuple(checksums), difference_of(job, chunk.start, chunk.stop, parts, sources, stream))
+        return Done(read)
+    return Done(read, tuple(checksums), difference_of(job, chunk.start, chunk.stop, parts, sources, stream))
 
 
 @contextmanager
@@ -211,11 +214,32 @@ def _shards(plan: Plan, folder: Path) -> Iterator[tuple[list[int], dict[str, tup
         yield files, places
 
 
+def _written(plan: Plan, folder: Path, journal: Journal, verify: bool) -> dict[int, Done]:
+    """The chunks that an earlier run has written, by number, once the source is known to hold what it read for them.
+
+    None of them where a file is gone. OtherConversion when the source or the journal is another.
+    """
+    chunks, sizes = _chunks(plan), {folder / shard.file: shard.nbytes for shard in plan.shards}
+    if not all(file.is_file() and file.stat().st_size == nbytes for file, nbytes in sizes.items()):
+        journal.restart()
+    if not journal.done:
+        return {}
+    for number, done in journal.done.items():
+        if number >= len(chunks) or len(done.checksums) != (len(chunks[number].job.outputs) if verify else 0):
+            raise damaged(folder, f"chunk {number} is none of this conversion's")
+    with _opened(plan) as sources:
+        there = [chunks[number] for number in journal.done]
+        results = _each(there, lambda chunk: digest_of(chunk.job, chunk.start, chunk.stop, sources), "comparing")
+        with closing(results):
+            for (_, found), done in zip(results, journal.done.values(), strict=True):
+                if found != done.source:
+                    raise differs(folder, "the source changed")
+    return dict(journal.done)
+
+
 def _write_weights(plan: Plan, folder: Path, journal: Journal, verify: bool) -> dict[int, Done]:
     """Write the chunks that the journal does not have; returns all by number."""
-    sizes = {folder / shard.file: shard.nbytes for shard in plan.shards}
-    there = all(file.is_file() and file.stat().st_size == nbytes for file, nbytes in sizes.items())
-    done = dict(journal.done) if there else {}
+    done = _written(plan, folder, journal, verify)
     left = {number: chunk for number, chunk in enumerate(_chunks(plan)) if number not in done}
     if done:
         print(f"resuming: {len(done)} of {len(done) + len(left)} chunks are there", file=sys.stderr)
@@ -230,7 +254,8 @@ def _write_weights(plan: Plan, folder: Path, journal: Journal, verify: bool) -> 
             new.clear()
 
         read = 0
-        results = _each(list(left.values()), lambda chunk: _carry_out(chunk, plan, sources, places, verify))
+        work = list(left.values())
+        results = _each(work, lambda chunk: _carry_out(chunk, plan, sources, places, verify))
         with closing(results):  # the threads end before the files are closed
             for number, (chunk, result) in zip(left, results, strict=True):
                 new[number] = result
@@ -253,11 +278,12 @@ def _check_shards(plan: Plan, folder: Path, chunks: list[_Chunk], done: Mapping[
             row = output.nbytes // output.shape[0]
             pieces[output.name].append(Piece(chunk.start * row, (chunk.stop - chunk.start) * row, known, output.name))
     sha256 = {}
-    for shard in plan.shards:
-        parts = [Piece(0, len(shard.header), checksum(shard.header), "its header")]
-        for name, offset in shard.offsets.items():
-            parts += [Piece(offset + piece.start, piece.nbytes, piece.checksum, name) for piece in pieces[name]]
-        sha256[shard.file] = check_file(folder / shard.file, parts)
+    with bytes_bar("reading again", sum(shard.nbytes for shard in plan.shards)) as bar:
+        for shard in plan.shards:
+            parts = [Piece(0, len(shard.header), checksum(shard.header), "its header")]
+            for name, offset in shard.offsets.items():
+                parts += [Piece(offset + piece.start, piece.nbytes, piece.checksum, name) for piece in pieces[name]]
+            sha256[shard.file] = check_file(folder / shard.file, parts, bar.update)
     return sha256
 
 

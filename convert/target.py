@@ -1,19 +1,54 @@
-"""The folder to be written: what may be written over, and how it appears whole or not at all."""
+"""The folder to be written: what may be written over, and how it appears whole or not at all.
+
+It grows in a hidden folder beside it, which the journal within marks as ours, and takes its name in one step. Folders
+of such names that are not ours are never touched.
+"""
 
 import fcntl
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mlx_qwen35.convert.journal import JOURNAL, OtherConversion
+from mlx_qwen35.convert.apart import Reads, check_apart, key_of
+from mlx_qwen35.convert.exchange import exchange
+from mlx_qwen35.convert.journal import JOURNAL, OtherConversion, note_placing, replaces
 from mlx_qwen35.errors import InputError
 
 
 def _hidden(target: Path, purpose: str) -> Path:
     return target.with_name(f".{target.name}.{purpose}")
+
+
+def written(target: Path) -> tuple[Path, Path, Path]:
+    """What a conversion writes, renames and removes: the target, the folder it grows in, and the one it replaces."""
+    return target, _hidden(target, "converting"), _hidden(target, "replaced")
+
+
+# --- what may be written ---------------------------------------------------------------------------------------------
+
+
+def target_path(named: str | Path) -> Path:
+    """The folder that --mlx-path names, links resolved. InputError where no folder can be made of that name."""
+    if not str(named).strip():
+        raise InputError("option_missing", "--mlx-path must be given: the folder to write")
+    try:
+        target = Path(named).expanduser().resolve()
+        str(target).encode()  # it is printed, and stands in the card
+        for path in written(target):
+            with suppress(FileNotFoundError):
+                path.lstat()
+    except (OSError, TypeError, ValueError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(
+            "output_unwritable",
+            f"--mlx-path must name a folder that can be made; {str(named)[:200]} could not be written: {reason}. "
+            "Choose another",
+        ) from error
+    return target
 
 
 def check_target(target: Path, overwrite: bool) -> None:
@@ -29,7 +64,7 @@ def check_target(target: Path, overwrite: bool) -> None:
             "target_refused",
             f"--mlx-path must be new or empty; {target} is not. Choose another name or add --overwrite",
         )
-    if not (target / "config.json").is_file() or not any(target.glob("*.safetensors")):
+    if not _is_checkpoint(target):
         raise InputError(
             "target_refused",
             f"--overwrite replaces checkpoints only; {target} holds no config.json with *.safetensors. Choose another "
@@ -37,15 +72,8 @@ def check_target(target: Path, overwrite: bool) -> None:
         )
 
 
-def check_apart(source: Path, target: Path) -> None:
-    """InputError when one of the two folders lies in the other."""
-    source = source.resolve()
-    if source == target or source in target.parents or target in source.parents:
-        raise InputError(
-            "target_overlaps_source",
-            f"the source and --mlx-path must lie apart; the source is {source} and --mlx-path is {target}. Choose a "
-            "folder outside the source",
-        )
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
 def check_space(nbytes: int, target: Path) -> None:
@@ -63,6 +91,92 @@ def check_space(nbytes: int, target: Path) -> None:
         )
 
 
+# --- the hidden folder -----------------------------------------------------------------------------------------------
+
+
+def _lock(folder: Path, target: Path) -> int:
+    """A descriptor of a folder whose lock ends with the process, however that ends."""
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = key_of(lock) == key_of(folder)
+    except BlockingIOError:
+        ours = False
+    if not ours:
+        os.close(lock)
+        raise _busy(target)
+    return lock
+
+
+def _busy(target: Path) -> InputError:
+    return InputError("target_busy", f"one conversion at a time writes {target}; another one is running. Wait for it")
+
+
+def _is_ours(folder: Path) -> bool:
+    journal = folder / JOURNAL
+    return journal.is_file() and not journal.is_symlink()
+
+
+def _claim(target: Path) -> int:
+    """Make the hidden folder ours; InputError where another conversion has it, or one that is not ours is there."""
+    _, work, _ = written(target)
+    work.mkdir(parents=True, exist_ok=True)
+    lock = _lock(work, target)
+    try:
+        if any(work.iterdir()) and not _is_ours(work):
+            raise _foreign(work)
+        if _is_ours(target):  # since we looked, another one has placed what it wrote
+            raise _busy(target)
+        (work / JOURNAL).touch()
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _foreign(folder: Path) -> InputError:
+    return InputError(
+        "target_refused",
+        f"{folder} is needed for the conversion, and what is there was not made by one, or by an older version. Move "
+        "or remove it, or choose another --mlx-path",
+    )
+
+
+def _clean(work: Path, resume: bool) -> None:
+    """Remove what a killed conversion left, but with `resume` its journal and its weights."""
+    journal = work / JOURNAL
+    resumes = resume and journal.stat().st_size > 0
+    if resume and not resumes:
+        print(f"nothing to resume in {work}: converting from the start", file=sys.stderr)
+    left = [path for path in work.iterdir() if path != journal and not (resumes and _is_plain(path))]
+    if not resumes:
+        os.truncate(journal, 0)
+    for path in left:
+        remove(path)
+    if left and not resumes:
+        print(f"removed the unfinished conversion in {work} (--resume would have gone on with it)", file=sys.stderr)
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether these are weights that only this folder holds, so that writing on changes nothing elsewhere."""
+    return path.suffix == ".safetensors" and path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1
+
+
+def remove(path: Path) -> None:
+    """A file, link or folder, its journal last: it is known as ours for as long as it is there."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+        return
+    for inner in path.iterdir():
+        if inner.name != JOURNAL:
+            shutil.rmtree(inner) if inner.is_dir() and not inner.is_symlink() else inner.unlink()
+    (path / JOURNAL).unlink(missing_ok=True)
+    path.rmdir()
+
+
+# --- taking the name -------------------------------------------------------------------------------------------------
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -71,82 +185,116 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _claim(work: Path, target: Path) -> int:
-    """Make the working folder ours: a descriptor whose lock ends with the process, however that ends."""
-    work.mkdir(parents=True, exist_ok=True)
-    lock = os.open(work, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        ours = os.path.samestat(os.fstat(lock), os.stat(work))
-    except (BlockingIOError, FileNotFoundError):
-        ours = False
-    if not ours:
-        os.close(lock)
-        raise InputError(
-            "target_busy", f"one conversion at a time writes {target}; another one is running. Wait for it"
-        )
-    return lock
-
-
-def _clean(work: Path, resume: bool) -> None:
-    """Remove what a killed conversion left."""
-    if resume:
-        print(f"nothing to resume in {work}: converting from the start", file=sys.stderr)
-    left = list(work.iterdir())
-    for path in left:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if left:
-        print(f"removed the unfinished conversion in {work} (--resume would have gone on with it)", file=sys.stderr)
-
-
-def _restore(replaced: Path, target: Path) -> None:
-    """A checkpoint that was about to be replaced goes back to its place."""
-    if replaced.exists() and not target.exists():
-        os.rename(replaced, target)
-
-
-def _put_in_place(work: Path, replaced: Path, target: Path) -> None:
-    (work / JOURNAL).unlink(missing_ok=True)  # the conversion is whole
+def _put_in_place(target: Path) -> None:
+    """The hidden folder takes the target's name. The journal tells what is replaced, until that is removed."""
+    _, work, replaced = written(target)
+    full = target.exists() and any(target.iterdir())
+    note_placing(work, [key_of(target)[1]] if full else [])
     for path in (*work.iterdir(), work):
         _sync(path)
-    try:
-        if target.exists():
-            os.rename(target, replaced)
+    if not full:
         os.rename(work, target)
-    except BaseException:
-        _restore(replaced, target)
-        raise
+    elif not exchange(work, target):
+        os.rename(target, replaced)
+        try:
+            os.rename(work, target)
+        except BaseException:
+            os.rename(replaced, target)
+            raise
     _sync(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _finish(target)
+
+
+def _finish(target: Path) -> None:
+    """What the target replaced goes, then the journal: the conversion is whole."""
+    for old in written(target)[1:]:
+        if _is_replaced(old, target):
+            try:
+                shutil.rmtree(old)
+            except OSError as error:
+                warnings.warn(f"{target} is whole, but what it replaced is left in {old}: {error}", stacklevel=2)
+    (target / JOURNAL).unlink()
+
+
+def _is_replaced(old: Path, new: Path) -> bool:
+    """Whether the journal in `new` tells that `old` is what it replaces: by inode, for devices are numbered anew."""
+    found, own = key_of(old), key_of(new)
+    return bool(found and own) and found[0] == own[0] and replaces(new) == [found[1]]
+
+
+def _recover(target: Path) -> None:
+    """Bring to an end what a killed conversion had begun when the target's name was its own already."""
+    if replaces(target) is None:
+        return
+    lock = _lock(target, target)
+    try:
+        _finish(target)
+    finally:
+        os.close(lock)
+
+
+def _restore(target: Path) -> None:
+    """What a killed conversion had moved aside goes back to its name."""
+    _, work, replaced = written(target)
+    if not os.path.lexists(replaced):
+        return
+    ours = _is_replaced(replaced, work)
+    if os.path.lexists(target) or not (ours or _is_checkpoint(replaced)) or replaced.is_symlink():
+        raise _foreign(replaced)
+    os.rename(replaced, target)
+    if not ours:  # nothing tells who moved it there: it is back, and stays
+        check_target(target, overwrite=False)
 
 
 @contextmanager
-def appearing_whole(target: Path, overwrite: bool, resume: bool = False) -> Iterator[Path]:
-    """A hidden folder beside `target` to write into, which takes its name when the block ends well and goes otherwise.
-
-    A killed process leaves the hidden folder; the next conversion to the same target removes it, or with `resume` finds
-    in it what there was. It stays as it is when that turns out to be of another conversion.
-    """
-    work, replaced = _hidden(target, "converting"), _hidden(target, "replaced")
+def _telling(target: Path) -> Iterator[None]:
     try:
-        lock = _claim(work, target)
-        try:
-            if not (resume and (work / JOURNAL).is_file()):
-                _clean(work, resume)
-            _restore(replaced, target)  # a killed conversion was about to replace it
-            shutil.rmtree(replaced, ignore_errors=True)
-            check_target(target, overwrite)
-            yield work
-            _put_in_place(work, replaced, target)
-        except OtherConversion:
-            raise
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
-        finally:
-            os.close(lock)
+        yield
     except OSError as error:
         raise InputError(
             "output_unwritable",
             f"{target} could not be written: {error}. Check permissions and disk, or choose another --mlx-path",
         ) from error
+
+
+def prepare(target: Path, overwrite: bool, reads: Reads | None) -> None:
+    """Bring an earlier conversion to its end. InputError unless the target may be written, apart from what is read."""
+    with _telling(target):
+        if reads:
+            check_apart(reads, target, written(target))
+        _recover(target)
+        check_target(target, overwrite)
+
+
+@contextmanager
+def appearing_whole(target: Path, overwrite: bool, resume: bool = False, reads: Reads | None = None) -> Iterator[Path]:
+    """A hidden folder beside `target` to write into, which takes its name when the block ends well and goes otherwise.
+
+    A killed process leaves the hidden folder; the next conversion to the same target removes it, or with `resume` finds
+    in it what there was. It stays as it is when that turns out to be of another conversion. InputError where `reads`
+    is not apart from what is written, renamed or removed.
+    """
+    _, work, _ = written(target)
+    begun = not resume  # until then what could be resumed stays
+    with _telling(target):
+        prepare(target, overwrite, reads)
+        lock = _claim(target)
+        try:
+            _restore(target)
+            check_target(target, overwrite)
+            _clean(work, resume)
+            begun = True
+            yield work
+            check_target(target, overwrite)
+            if reads:
+                check_apart(reads, target, written(target))
+            _put_in_place(target)
+        except OtherConversion:
+            raise
+        except BaseException:
+            if begun and key_of(lock) == key_of(work):
+                with suppress(OSError):
+                    remove(work)
+            raise
+        finally:
+            os.close(lock)

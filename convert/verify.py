@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_qwen35.convert.progress import Told, silent
 from mlx_qwen35.errors import InputError
 
 _SAFE = 1e-15, 1e15  # magnitudes whose squares float32 can add up
@@ -77,10 +78,10 @@ def checksum(data: np.ndarray | bytes) -> int:
     return zlib.crc32(data)
 
 
-def check_file(file: Path, pieces: Iterable[Piece]) -> str:
+def check_file(file: Path, pieces: Iterable[Piece], told: Told = silent) -> str:
     """Read a file that was written in pieces, from the disk where the system can be told to, and return its sha256.
 
-    InputError names the first tensor that is not what was written.
+    told: called with the bytes of each piece. InputError names the first tensor that is not what was written.
     """
     whole, position = hashlib.sha256(), 0
     with file.open("rb", buffering=0) as stream:
@@ -91,6 +92,7 @@ def check_file(file: Path, pieces: Iterable[Piece]) -> str:
                 raise _differs(file, piece.name)
             whole.update(data)
             position += piece.nbytes
+            told(piece.nbytes)
         if stream.read(1):
             raise _differs(file, "its end")
     return whole.hexdigest()

@@ -30,6 +30,12 @@ def nearest(source: Path, target: Path, **options: Any) -> Path:
     return target
 
 
+def unpacked(source: Path, target: Path, **options: Any) -> Path:
+    """A folder in which everything is as in the source, or in the dtype asked for, and nothing is packed anew."""
+    converted(source, target, **options)
+    return target
+
+
 def arrays_of(folder: Path) -> dict[str, mx.array]:
     """All tensors of a folder by their stored names."""
     return {name: array for file in folder.glob("*.safetensors") for name, array in mx.load(str(file)).items()}

@@ -29,7 +29,7 @@ def test_options_reach_the_conversion(raw, tmp_path, monkeypatch):
     assert text == {"group_size": 32, "bits": 8, "mode": "affine"}
     assert checkpoint.quantization("model.visual.blocks.0.attn.qkv.weight") == Quantization(64, 5, "affine")
     assert checkpoint.entries["model.visual.pos_embed.weight"].dtype == "F16"
-    run(monkeypatch, "--hf-path", raw, "--mlx-path", out, "--overwrite")
+    run(monkeypatch, "--hf-path", raw, "--mlx-path", out, "--overwrite", "--recipe", "bf16")
     assert not open_checkpoint(out).config.quantization
 
 
@@ -51,7 +51,7 @@ def vision_line(capsys):
 def test_summary_tells_size_and_bits_of_the_vision_tower(raw, tmp_path, monkeypatch, capsys):
     run(monkeypatch, "--hf-path", raw, "--mlx-path", tmp_path / "four", "-q", "--q-vision-bits", "4")
     four = vision_line(capsys)
-    run(monkeypatch, "--hf-path", raw, "--mlx-path", tmp_path / "plain")
+    run(monkeypatch, "--hf-path", raw, "--mlx-path", tmp_path / "plain", "--recipe", "bf16")
     plain = vision_line(capsys)
     packed, whole = (open_checkpoint(tmp_path / name).nbytes(("model.visual.",)) for name in ("four", "plain"))
     assert (four[1], plain[1]) == (f"{packed / 1e9:.3f}", f"{whole / 1e9:.3f}")
@@ -203,7 +203,7 @@ def test_a_folder_that_cannot_be_published_is_whole(raw, tmp_path, monkeypatch, 
         (("--dry-run", "--sensitivity", "x"), "option_conflict"),
         (("--sensitivity", "x", "--recipe", "4bit"), "option_conflict"),
         (("--sensitivity", "absent.txt"), "text_unreadable"),
-        (("--mlx-path", "out", "--calibration", "x"), "option_no_effect"),
+        (("--mlx-path", "out", "--recipe", "bf16", "--calibration", "x"), "option_no_effect"),
         (("--mlx-path", "out", "-q", "--rounding", "nearest", "--calibration", "x"), "option_no_effect"),
         (("--mlx-path", "out", "--eval", "absent.txt"), "text_unreadable"),
     ],

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from converting import nearest
+from converting import nearest, unpacked
 from safetensors import safe_open
 
 from mlx_qwen35.checkpoint import EXACT, INDEX, is_matrix, mtp_shapes, open_checkpoint, text_shapes
@@ -27,7 +27,7 @@ def same(a: mx.array, b: mx.array) -> bool:
 
 
 def test_unquantized_folder_repeats_every_tensor_of_the_source(raw, tmp_path):
-    before, after = load(raw), load(convert(raw, tmp_path / "out"))
+    before, after = load(raw), load(unpacked(raw, tmp_path / "out"))
     rounded = {name for name in before if name.endswith("linear_attn.norm.weight")}
     assert set(after) == set(before) | {EXACT + name for name in rounded}
     assert [name for name in before if name not in rounded and not same(before[name], after[name])] == []
@@ -44,7 +44,7 @@ def test_float32_vector_is_rounded_in_place_and_kept_exactly_beside(raw, tmp_pat
 
 
 def test_float32_folder_needs_no_second_copies(raw, tmp_path):
-    before, after = load(raw), load(convert(raw, tmp_path / "out", dtype="float32"))
+    before, after = load(raw), load(unpacked(raw, tmp_path / "out", dtype="float32"))
     assert set(after) == set(before)
     assert [name for name in before if not same(before[name].astype(mx.float32), after[name])] == []
 
@@ -99,14 +99,14 @@ def test_names_of_a_text_only_source_stay_as_they_are(tmp_path):
     (source / INDEX).unlink()
     mx.save_safetensors(str(source / "model.safetensors"), short)
     (source / "config.json").write_text(json.dumps(config["text_config"]))
-    after = load(convert(source, tmp_path / "out"))
+    after = load(unpacked(source, tmp_path / "out"))
     assert {name for name in after if not name.startswith(EXACT)} == set(short)
     assert read_json(tmp_path / "out" / "config.json")["dtype"] == "bfloat16"
 
 
 def test_converting_our_unquantized_folder_gives_what_the_source_gives(raw, tmp_path):
     direct = convert(raw, tmp_path / "direct", quantize=True, dtype="float32")
-    again = convert(convert(raw, tmp_path / "step"), tmp_path / "again", quantize=True, dtype="float32")
+    again = convert(unpacked(raw, tmp_path / "step"), tmp_path / "again", quantize=True, dtype="float32")
     for file in direct.glob("*.safetensors"):
         assert file.read_bytes() == (again / file.name).read_bytes()
 
@@ -156,7 +156,7 @@ def test_config_is_the_sources_with_quantization_tag_and_dtype(raw, tmp_path):
 
 
 def test_unquantized_config_names_no_quantization(raw, tmp_path):
-    config = read_json(convert(raw, tmp_path / "out") / "config.json")
+    config = read_json(unpacked(raw, tmp_path / "out") / "config.json")
     assert "quantization" not in config and "quantization_config" not in config
 
 
@@ -173,7 +173,7 @@ def test_dtype_without_a_config_field_is_that_of_the_embedding(tmp_path):
     config = geometry("tiny")
     del config["text_config"]["dtype"]
     source = write_random_checkpoint(tmp_path / "raw", config, dtype=mx.float16)
-    out = convert(source, tmp_path / "out")
+    out = unpacked(source, tmp_path / "out")
     assert {e.dtype for name, e in open_checkpoint(out).entries.items() if not name.endswith("A_log")} == {"F16"}
     assert read_json(out / "config.json")["text_config"]["dtype"] == "float16"
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from converting import nearest
+from converting import nearest, unpacked
 from mlx.utils import tree_flatten
 
 from mlx_qwen35.checkpoint import open_checkpoint
@@ -207,7 +207,7 @@ def test_mlx_lm_computes_the_same_with_and_without_the_tower(mlx_lm, source_of, 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_our_loader_computes_the_sources_logits_exactly(raw, tmp_path, dtype):
     """bfloat16 too: what it cannot hold is kept exactly beside it."""
-    assert mx.array_equal(by_us(convert(raw, tmp_path / "out", dtype=dtype)), by_us(raw))
+    assert mx.array_equal(by_us(unpacked(raw, tmp_path / "out", dtype=dtype)), by_us(raw))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -242,7 +242,7 @@ def test_with_the_norms_folded_as_they_fold_them_our_logits_of_a_recipe_are_thos
 def test_transformers_loads_the_unquantized_folder(source_of, tmp_path, dtype):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    folder = convert(source_of(dtype), tmp_path / "out")
+    folder = unpacked(source_of(dtype), tmp_path / "out")
 
     def logits(path: Path):
         model, info = transformers.Qwen3_5ForConditionalGeneration.from_pretrained(

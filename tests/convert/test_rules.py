@@ -42,9 +42,7 @@ def source_with(folder, name, values, dtype=mx.bfloat16):
     return write_random_checkpoint(folder, geometry("tiny"), dtype=dtype, tensor=tensor)
 
 
-@pytest.mark.parametrize(
-    "option", [{"q_bits": 4}, {"q_group_size": 64}, {"q_mode": "affine"}, {"q_vision_bits": 8}, {"q_vision_bits": 0}]
-)
+@pytest.mark.parametrize("option", [{"q_bits": 4}, {"q_group_size": 64}, {"q_mode": "affine"}])
 def test_quantization_option_without_quantize_is_refused(raw, refused, option):
     refused(raw, "option_no_effect", **option)
 

@@ -7,7 +7,7 @@ import warnings
 import mlx.core as mx
 import numpy as np
 import pytest
-from converting import arrays_of, converted, files_of, fp8_folder, mlx_layout, nearest
+from converting import arrays_of, converted, files_of, fp8_folder, mlx_layout, nearest, unpacked
 from refusing import refused
 
 from mlx_qwen35 import load
@@ -62,7 +62,7 @@ def fp8(raw, tmp_path):
 def test_fp8_matrices_are_codes_times_the_factors_of_their_blocks(raw, tmp_path, monkeypatch, scales):
     monkeypatch.setattr(stream, "CHUNK_BYTES", 40_000)  # chunks that end in the middle of blocks
     source = fp8_folder(raw, tmp_path / "fp8", scales)
-    after = arrays_of(convert(source, tmp_path / "out", dtype="float32"))
+    after = arrays_of(unpacked(source, tmp_path / "out", dtype="float32"))
     checkpoint, before = open_checkpoint(source, fp8=True), arrays_of(raw)
     assert len(checkpoint.block_scales) == 3 * 6 + 7 + 7
     data = (source / "model.safetensors").read_bytes()
@@ -88,7 +88,7 @@ def test_fp8_matrices_are_those_of_transformers(tmp_path):
     config = changed(geometry("tiny"), intermediate_size=384)  # transformers wants blocks to fill a matrix
     raw = write_random_checkpoint(tmp_path / "raw", config, vision=False, mtp=False)
     tensors = load_file(fp8_folder(raw, tmp_path / "fp8") / "model.safetensors")
-    after = arrays_of(convert(tmp_path / "fp8", tmp_path / "out"))
+    after = arrays_of(unpacked(tmp_path / "fp8", tmp_path / "out"))
     for name in (DOWN, f"{LAYER}linear_attn.out_proj.weight", f"{LAYER}mlp.up_proj.weight"):
         parts = {"weight": tensors[name], "weight_scale_inv": tensors[f"{name}_scale_inv"]}
         theirs = integration.Fp8Dequantize(None).convert(parts)["weight"].to(torch.bfloat16).float().numpy()
@@ -96,7 +96,7 @@ def test_fp8_matrices_are_those_of_transformers(tmp_path):
 
 
 def test_converted_fp8_folder_says_nothing_of_fp8(fp8, tmp_path):
-    plain = read_json(convert(fp8, tmp_path / "plain") / "config.json")
+    plain = read_json(unpacked(fp8, tmp_path / "plain") / "config.json")
     assert "quantization" not in plain and "quantization_config" not in plain
     packed = read_json(convert(fp8, tmp_path / "packed", quantize=True) / "config.json")
     assert packed["quantization_config"] == packed["quantization"] and packed["quantization"]["bits"] == 4
@@ -140,7 +140,7 @@ def test_fp8_config_that_contradicts_the_factors_is_refused(fp8, tmp_path, chang
 
 def test_unquantized_mlx_folder_becomes_the_raw_one(source_of, tmp_path):
     source = source_of("float32")
-    before, after = arrays_of(source), arrays_of(convert(mlx_layout(source, tmp_path / "mlx"), tmp_path / "out"))
+    before, after = arrays_of(source), arrays_of(unpacked(mlx_layout(source, tmp_path / "mlx"), tmp_path / "out"))
     assert set(after) == set(before)  # with the names of Hugging Face
     assert all(after[name].shape == array.shape for name, array in before.items())
     assert [name for name, array in before.items() if largest(after[name], array) > 1e-7] == []
@@ -150,7 +150,7 @@ def test_unquantized_mlx_folder_becomes_the_raw_one(source_of, tmp_path):
 
 def test_folded_norms_are_taken_apart_exactly(raw, tmp_path):
     folder = mlx_layout(raw, tmp_path / "mlx")
-    assert mx.array_equal(logits(convert(folder, tmp_path / "out")), logits(folder))
+    assert mx.array_equal(logits(unpacked(folder, tmp_path / "out")), logits(folder))
     exact = open_checkpoint(tmp_path / "out").exact
     assert f"{LAYER}input_layernorm.weight" in exact
     stored = arrays_of(tmp_path / "out")[f"{EXACT}{LAYER}input_layernorm.weight"]
@@ -251,8 +251,8 @@ def test_recipe_that_packs_nothing_unpacks(raw, tmp_path):
 @pytest.mark.parametrize("mtp", [True, False])
 def test_raw_or_converted_with_and_without_vision_and_draft_head_gives_the_same_logits(tmp_path, mtp, vision):
     raw = write_random_checkpoint(tmp_path / "raw", geometry("tiny"), mtp=mtp, vision=vision)
-    once = convert(raw, tmp_path / "once")
-    folders = [raw, once, convert(once, tmp_path / "again")]
+    once = unpacked(raw, tmp_path / "once")
+    folders = [raw, once, unpacked(once, tmp_path / "again")]
     first, *others = (logits(folder) for folder in folders)
     assert all(mx.array_equal(first, other) for other in others)
     reference = write_random_checkpoint(tmp_path / "reference", geometry("tiny"), mtp=False, vision=False)

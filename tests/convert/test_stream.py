@@ -1,7 +1,7 @@
 """The bytes depend on the source and the options alone, not on chunks, threads or time."""
 
 import pytest
-from converting import files_of
+from converting import files_of, unpacked
 
 from mlx_qwen35.convert import convert, stream
 
@@ -23,9 +23,9 @@ def test_chunked_result_is_that_of_whole_tensors(raw, tmp_path, monkeypatch, opt
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_unquantized_chunks_join_to_the_whole(raw, tmp_path, monkeypatch, dtype):
-    whole = files_of(convert(raw, tmp_path / "whole", dtype=dtype))
+    whole = files_of(unpacked(raw, tmp_path / "whole", dtype=dtype))
     monkeypatch.setattr(stream, "CHUNK_BYTES", 5000)
-    assert files_of(convert(raw, tmp_path / "chunked", dtype=dtype)) == whole
+    assert files_of(unpacked(raw, tmp_path / "chunked", dtype=dtype)) == whole
 
 
 def test_second_run_with_other_threads_gives_the_same_bytes(raw, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from refusing import refused
 
 from mlx_qwen35.checkpoint import open_checkpoint
 from mlx_qwen35.convert import convert, stream, target
+from mlx_qwen35.convert.journal import JOURNAL
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.random_checkpoint import geometry, write_random_checkpoint
 
@@ -112,6 +113,7 @@ def test_rename_that_fails_puts_the_old_checkpoint_back(raw, tmp_path, finished,
             raise OSError("no more renames")
         rename(source, to)
 
+    monkeypatch.setattr(target, "exchange", lambda *_: False)
     monkeypatch.setattr(target.os, "rename", fail_once)
     with refused("output_unwritable"):
         convert(raw, out, quantize=True, overwrite=True)
@@ -185,6 +187,7 @@ def test_left_over_of_a_killed_run_does_not_count_as_used_space(raw, tmp_path, m
         return Usage(1e12, 0, 1e12)
 
     (tmp_path / ".out.converting").mkdir()
+    (tmp_path / ".out.converting" / JOURNAL).touch()
     (tmp_path / ".out.converting" / "model-00001-of-00001.safetensors").write_bytes(b"half")
     monkeypatch.setattr(shutil, "disk_usage", free)
     convert(raw, tmp_path / "out")
@@ -242,10 +245,10 @@ def test_folder_without_permission_is_named(raw, tmp_path):
 
 
 def test_disk_space_is_checked_before_anything_is_written(raw, tmp_path, monkeypatch):
-    needed = sum(path.stat().st_size for path in convert(raw, tmp_path / "measure").iterdir())
+    needed = sum(path.stat().st_size for path in convert(raw, tmp_path / "measure", recipe="bf16").iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1e9, 1e9, needed - 100_000))
     with refused("disk_full", "0.01"):
-        convert(raw, tmp_path / "new" / "out")
+        convert(raw, tmp_path / "new" / "out", recipe="bf16")
     assert not any((tmp_path / "new").iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1e9, 1e9, needed + 100_000))
-    convert(raw, tmp_path / "new" / "out")
+    convert(raw, tmp_path / "new" / "out", recipe="bf16")

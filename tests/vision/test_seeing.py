@@ -264,7 +264,7 @@ def test_a_checkpoint_whose_tower_was_left_out_refuses_images_and_reads_text(tmp
 
 @pytest.mark.parametrize("bits", [None, 0, 8])
 def test_a_converted_checkpoint_sees_the_same(tmp_path, bits):
-    packing = {} if bits is None else {"quantize": True, "q_bits": 8, "q_vision_bits": bits}
+    packing = {"recipe": "bf16"} if bits is None else {"quantize": True, "q_bits": 8, "q_vision_bits": bits}
     folder = convert("nano", tmp_path / "nano", **packing)
     packed = open_checkpoint(folder).quantization(f"{VISION}blocks.0.attn.qkv.weight")
     assert (packed is not None) == bool(bits)
