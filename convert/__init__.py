@@ -5,6 +5,7 @@ stream.py writes it, row by row (rows, rounding), target.py places it. calibrate
 multiplied with, evaluate.py what the result is worth, sensitivity.py what each group of tensors costs; card.py tells.
 """
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,12 +71,12 @@ def convert(
     """
     target = Path(mlx_path).expanduser().resolve()
     check_target(target, overwrite)
-    source = resolve(hf_path, revision)
-    check_apart(source, target)
     options: dict[str, Any] = {
         "recipe": recipe, "quantize": quantize, "bits": q_bits, "group_size": q_group_size, "mode": q_mode,
         "vision_bits": q_vision_bits, "dtype": dtype, "rounding": rounding,
     }  # fmt: skip
+    source = resolve(hf_path, revision, lambda headers: _judge(headers, target, options))
+    check_apart(source, target)
     plan = make_plan(source, **options)
     if calibration is not None:
         if rounding != "search" or not any(job.quantization for job in plan.jobs):
@@ -97,6 +98,12 @@ def convert(
             facts = {**facts, "evaluation": found, "text": Path(evaluation).name}
         write_card(folder, Facts(**facts))
     return target
+
+
+def _judge(headers: Path, target: Path, options: Mapping[str, Any]) -> None:
+    """InputError where the headers show that a conversion could not be written."""
+    with warnings.catch_warnings(action="ignore"):  # they come with the plan that is carried out
+        check_space(make_plan(headers, **options).nbytes, target)
 
 
 def read_text(file: str | Path) -> str:

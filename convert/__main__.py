@@ -18,7 +18,7 @@ from mlx_qwen35.convert.plan import DTYPES, ROUNDINGS, make_plan
 from mlx_qwen35.convert.recipes import RECIPES, save_recipe
 from mlx_qwen35.convert.sensitivity import CANDIDATES, propose, sensitivity, table
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.hub import check_repository, resolve, upload
+from mlx_qwen35.hub import check_repository, look, resolve, upload
 
 COMMAND = "mlx_qwen35.convert"
 # Of how the folder is packed, those that make_plan has by the same or by a shorter name.
@@ -112,16 +112,17 @@ def _look(
             "option_no_effect",
             f"{names} has no effect where nothing is written (--dry-run, --sensitivity); leave it out",
         )
-    source = resolve(options["hf_path"], options["revision"])
+    named = options["hf_path"], options["revision"]
     if dry_run:
-        return describe(make_plan(source, **{name: options[option] for option, name in _PLAN.items()}))
+        with look(*named) as source:
+            return describe(make_plan(source, **{name: options[option] for option, name in _PLAN.items()}))
     given = [option for option in _PLAN if options[option] not in (None, False, "search")]
     if given:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise InputError(
             "option_conflict", f"{names} must not be given with --sensitivity, which tries its own. Leave it out"
         )
-    return _sensitivity(open_checkpoint(source), read_text(sensitivity), cap, save_recipe)
+    return _sensitivity(open_checkpoint(resolve(*named)), read_text(sensitivity), cap, save_recipe)
 
 
 def _sensitivity(checkpoint: Checkpoint, text: str, cap: float | None, file: Path | None) -> str:

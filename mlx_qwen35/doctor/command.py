@@ -16,7 +16,7 @@ from mlx_qwen35.doctor.facts import Facts
 from mlx_qwen35.doctor.plan import format_plans, plans
 from mlx_qwen35.engaged import engaged
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.hub import resolve
+from mlx_qwen35.hub import look, resolve
 from mlx_qwen35.load import DTYPES, default_dtype, load, stored_dtype
 from mlx_qwen35.memory import limit_memory
 from mlx_qwen35.random_checkpoint import geometry
@@ -64,11 +64,12 @@ def show_plan(args: argparse.Namespace) -> None:
             f"{listed} must not be given with --plan, which loads nothing and prints a table. Choose one",
         )
     limit_memory(args.memory_limit)
-    checkpoint = open_checkpoint(resolve(args.plan, args.revision))
-    context = args.context
-    if context is None:
-        context = min(CONTEXT, checkpoint.config.text.max_position_embeddings)
-    print(format_plans(args.plan, plans(checkpoint, context, args.dtype, args.mtp)))
+    with look(args.plan, args.revision) as folder:
+        checkpoint = open_checkpoint(folder)
+        context = args.context
+        if context is None:
+            context = min(CONTEXT, checkpoint.config.text.max_position_embeddings)
+        print(format_plans(args.plan, plans(checkpoint, context, args.dtype, args.mtp)))
 
 
 def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Facts]:
@@ -87,8 +88,8 @@ def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Fac
     limit_memory(args.memory_limit)
     report = {"machine": facts.machine(), "settings of MLX": facts.settings(given)}
     if args.model:
+        model, processor = load(args.model, **load_options(args))  # judges an id before it is downloaded
         checkpoint = open_checkpoint(resolve(args.model, args.revision))
-        model, processor = load(args.model, **load_options(args))
         title, stored = f"model {args.model}", stored_dtype(checkpoint)
     else:
         text, stored = parse_config(geometry("4b")).text, mx.bfloat16
