@@ -5,6 +5,9 @@ stream.py writes it, row by row (rows, rounding), target.py places it. calibrate
 multiplied with, evaluate.py what the result is worth, sensitivity.py what each group of tensors costs; card.py tells.
 """
 
+if __name__ == "convert":  # an editable install puts this folder on the path too
+    raise ModuleNotFoundError("there is no module convert; import mlx_qwen35.convert", name=__name__)
+
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
