@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.checkpoint import MODES, VISION, Checkpoint, is_matrix, open_checkpoint, text_shapes, vision_shapes
-from mlx_qwen35.commands import as_command
+from mlx_qwen35.commands import add_version, as_command
 from mlx_qwen35.convert import convert, read_text
 from mlx_qwen35.convert.card import QUALITY
 from mlx_qwen35.convert.dry_run import describe
@@ -34,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Convert a checkpoint of the Qwen3.5 family to a folder that mlx_qwen35, mlx-lm and mlx-vlm load. "
         "Works in chunks: 1 GB of memory is enough for any size.",
     )
+    add_version(parser)
     parser.add_argument("--hf-path", required=True, help="local folder or Hugging Face id of the source")
     parser.add_argument("--mlx-path", help="folder to write; appears whole or not at all")
     parser.add_argument("--revision", help="branch, tag or commit of the Hugging Face id")

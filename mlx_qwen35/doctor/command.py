@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_qwen35.checkpoint import open_checkpoint
-from mlx_qwen35.commands import add_model_options, as_command, load_options
+from mlx_qwen35.commands import add_model_options, add_version, as_command, load_options
 from mlx_qwen35.config import parse_config
 from mlx_qwen35.doctor import check, facts, probe
 from mlx_qwen35.doctor.facts import Facts
@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
         "and how fast it is: text to paste into an issue. Without --model the figures are those of layers with the "
         "4B's sizes and random weights in 4 bit.",
     )
+    add_version(parser)
     add_model_options(parser)
     parser.add_argument(
         "--plan", metavar="MODEL", help="only show what this model would take of memory, here and on Macs"
