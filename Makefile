@@ -8,7 +8,7 @@ empty :=
 space := $(empty) $(empty)
 extras = $(if $(strip $(BACKEND) $(1)),[$(subst $(space),$(comma),$(strip $(BACKEND) $(1)))])
 
-.PHONY: demo test test-all parity lint clean
+.PHONY: demo test test-all test-lowest parity lint lock clean
 
 demo: .venv/ready
 	$(BIN)/mlx_qwen35.generate --model nano --prompt "What is 34 + 58?"
@@ -20,12 +20,24 @@ test: .venv/ready-test
 
 test-all: .venv/ready-parity
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(MAKE) test-lowest
+
+# Loading, text, pictures, clips, conversion and the hub with the lowest versions that pyproject.toml allows.
+test-lowest: .venv-lowest/ready
+	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile -m "not full" tests/test_nano.py tests/test_hub.py \
+		tests/test_hub_headers.py tests/test_layouts.py tests/text tests/vision/test_seeing.py \
+		tests/vision/test_video_inputs.py tests/convert/test_command.py
 
 parity: .venv/ready-parity
 	$(BIN)/python -m pytest tests/parity
 
 lint: .venv/ready-test
 	$(BIN)/ruff check .
+
+# The newest versions that fit, with hashes and without addresses, for Macs and Linux. Needs uv.
+lock:
+	uv pip compile pyproject.toml --universal --python-version 3.11 --extra cpu --generate-hashes --upgrade \
+		--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" --output-file requirements.lock
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -44,5 +56,12 @@ lint: .venv/ready-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(call extras,test parity)'
 	@touch $@
 
+.venv-lowest/ready: .venv/ready-test
+	$(PYTHON) -m venv .venv-lowest
+	$(BIN)/python tests/lowest.py > .venv-lowest/lowest.txt
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv-lowest/lowest.txt \
+		--editable '.$(call extras,test)'
+	@touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lowest build dist *.egg-info .pytest_cache .ruff_cache

@@ -5,7 +5,11 @@ stream.py writes it, row by row (rows, rounding), target.py places it. calibrate
 multiplied with, evaluate.py what the result is worth, sensitivity.py what each group of tensors costs; card.py tells.
 """
 
+if __name__ == "convert":  # an editable install puts this folder on the path too
+    raise ModuleNotFoundError("there is no module convert; import mlx_qwen35.convert", name=__name__)
+
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,14 +80,14 @@ def convert(
     target = target_path(mlx_path)
     if replaces(target) is None:  # else an earlier conversion must be brought to its end first
         check_target(target, overwrite)
-    source = resolve(hf_path, revision)
-    named = [calibration, evaluation, *([recipe] if is_file(recipe) else [])]
-    reads = Reads(source, tuple(Path(os.path.expanduser(file)) for file in named if file is not None))
-    prepare(target, overwrite, reads)
     options: dict[str, Any] = {
         "recipe": recipe, "quantize": quantize, "bits": q_bits, "group_size": q_group_size, "mode": q_mode,
         "vision_bits": q_vision_bits, "dtype": dtype, "rounding": rounding,
     }  # fmt: skip
+    source = resolve(hf_path, revision, lambda headers: _judge(headers, target, options))
+    named = [calibration, evaluation, *([recipe] if is_file(recipe) else [])]
+    reads = Reads(source, tuple(Path(os.path.expanduser(file)) for file in named if file is not None))
+    prepare(target, overwrite, reads)
     with reading(source):
         options = with_default(source, options)
         plan = make_plan(source, **options)
@@ -121,6 +125,12 @@ def with_default(source: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     checkpoint = open_checkpoint(source, fp8=True)
     packed = any(checkpoint.quantization(name) for name in checkpoint.entries if not name.startswith(MTP))
     return {**options, "recipe": None if packed else DEFAULT}
+
+
+def _judge(headers: Path, target: Path, options: Mapping[str, Any]) -> None:
+    """InputError where the headers show that a conversion could not be written."""
+    with warnings.catch_warnings(action="ignore"):  # they come with the plan that is carried out
+        check_space(make_plan(headers, **with_default(headers, options)).nbytes, target)
 
 
 def read_text(file: str | Path) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.checkpoint import MODES, VISION, Checkpoint, is_matrix, open_checkpoint, text_shapes, vision_shapes
-from mlx_qwen35.commands import as_command
+from mlx_qwen35.commands import add_version, as_command
 from mlx_qwen35.convert import convert, read_text, with_default
 from mlx_qwen35.convert.card import QUALITY
 from mlx_qwen35.convert.dry_run import describe
@@ -19,7 +19,7 @@ from mlx_qwen35.convert.recipes import DEFAULT, RECIPES, check_saving, save_reci
 from mlx_qwen35.convert.sensitivity import CANDIDATES, forms, propose, sensitivity, smallest, table
 from mlx_qwen35.convert.source import reading
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.hub import check_repository, resolve, upload
+from mlx_qwen35.hub import check_repository, look, resolve, upload
 
 COMMAND = "mlx_qwen35.convert"
 # Of how the folder is packed, those that make_plan has by the same or by a shorter name.
@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Convert a checkpoint of the Qwen3.5 family to a folder that mlx_qwen35, mlx-lm and mlx-vlm load. "
         "Works in chunks: 1 GB of memory is enough for any size.",
     )
+    add_version(parser)
     parser.add_argument("--hf-path", required=True, help="local folder or Hugging Face id of the source")
     parser.add_argument("--mlx-path", help="folder to write; appears whole or not at all")
     parser.add_argument("--revision", help="branch, tag or commit of the Hugging Face id")
@@ -118,9 +119,9 @@ def _look(
             "option_no_effect",
             f"{names} has no effect where nothing is written (--dry-run, --sensitivity); leave it out",
         )
-    source = resolve(options["hf_path"], options["revision"])
+    named = options["hf_path"], options["revision"]
     if dry_run:
-        with reading(source):
+        with look(*named) as source, reading(source):
             how = with_default(source, {name: options[option] for option, name in _PLAN.items()})
             plan = make_plan(source, **how)
         print(describe(plan))
@@ -131,6 +132,7 @@ def _look(
         raise InputError(
             "option_conflict", f"{names} must not be given with --sensitivity, which tries its own. Leave it out"
         )
+    source = resolve(*named)
     if save_recipe:
         check_saving(save_recipe, (Path(sensitivity).expanduser(), *source.iterdir()))
     with reading(source):

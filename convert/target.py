@@ -77,11 +77,11 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 def check_space(nbytes: int, target: Path) -> None:
-    """InputError unless the disk of `target`, whose parent exists, has room for `nbytes`.
+    """InputError unless the disk on which `target` is, or is to be, has room for `nbytes`.
 
     What a conversion that is resumed has written already is room too.
     """
-    free = shutil.disk_usage(target.parent).free
+    free = shutil.disk_usage(next(folder for folder in target.parents if folder.is_dir())).free
     there = sum(512 * path.stat().st_blocks for path in _hidden(target, "converting").glob("*.safetensors"))
     if free + there < nbytes:
         raise InputError(

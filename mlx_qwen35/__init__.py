@@ -12,7 +12,10 @@ embeddings of the pixels, positions says where each token stands; `model` embeds
 token of the logits, and the processor text of the tokens. `generate` is the loop around it.
 """
 
+__version__ = "0.1.0"  # pyproject.toml takes it from here
+
 from mlx_qwen35.cache import Cache, Snapshot
+from mlx_qwen35.conversation import Conversation
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.generate import Options, Result, batch_generate, generate, stream_generate
 from mlx_qwen35.image import read_image
@@ -24,6 +27,7 @@ from mlx_qwen35.prompt import Prompt
 from mlx_qwen35.sampling import PRESETS, Sampling
 
 __all__ = [
-    "PRESETS", "Cache", "InputError", "Media", "Model", "Options", "Piece", "Processor", "Prompt", "Result", "Sampling",
-    "Snapshot", "VisionOptions", "batch_generate", "generate", "load", "read_image", "stream_generate",
+    "PRESETS", "Cache", "Conversation", "InputError", "Media", "Model", "Options", "Piece", "Processor", "Prompt",
+    "Result", "Sampling", "Snapshot", "VisionOptions", "__version__", "batch_generate", "generate", "load",
+    "read_image", "stream_generate",
 ]  # fmt: skip

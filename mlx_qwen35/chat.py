@@ -9,6 +9,7 @@ from mlx_qwen35.commands import (
     add_generation_options,
     add_model_options,
     add_sampling_options,
+    add_version,
     add_vision_options,
     as_command,
     given_options,
@@ -37,6 +38,7 @@ Ctrl-C   stop the answer; what was written stays in the conversation"""
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=COMMAND, description="Talk to a model. In the session:\n" + HELP)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_version(parser)
     add_model_options(parser)
     add_generation_options(parser)
     add_sampling_options(parser)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mlx_qwen35 import __version__
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fetch import is_remote
 from mlx_qwen35.generate.speculate import MODES, MOST_DEPTH, ON_DEPTH
@@ -20,6 +21,10 @@ from mlx_qwen35.processor import Piece
 from mlx_qwen35.sampling import PRESETS
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -53,16 +53,22 @@ def load(
         keep_vision: the vision tower is read when the first image comes and given back once a prompt's images are
             encoded; True keeps it in memory from then on.
         memory_limit: GB (10^9 bytes) that models may take in this process; None is what suits the machine. What does
-            not fit is refused before it is read, and a model reads its prompts in smaller chunks.
+            not fit is refused before it is downloaded or read, and a model reads its prompts in smaller chunks.
 
     Raises InputError when the checkpoint cannot be found, is broken, or does not fit into this machine's memory.
     """
     limit_memory(memory_limit)
-    folder = resolve(model, revision)
-    checkpoint = open_checkpoint(folder)
+
+    def judged(folder: Path) -> Checkpoint:
+        checkpoint = open_checkpoint(folder)
+        if keep_vision and not has_tower(checkpoint):
+            raise InputError("vision_missing", f"keep_vision must not be given: {model} has no vision tower to keep")
+        check_model_fits(checkpoint, choose_dtype(checkpoint, dtype), str(model))
+        return checkpoint
+
+    folder = resolve(model, revision, judged)
+    checkpoint = judged(folder)
     processor = Processor.from_folder(folder, checkpoint.config, has_tower(checkpoint))
-    if keep_vision and not has_tower(checkpoint):
-        raise InputError("vision_missing", f"keep_vision must not be given: {model} has no vision tower to keep")
     loaded = load_model(checkpoint, choose_dtype(checkpoint, dtype), str(model))
     if loaded.vision:
         loaded.vision.keep = keep_vision

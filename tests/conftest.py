@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +37,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A run that was started with Ctrl-C ignored (nohup, a script's &) would hand that to every process it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # A warning is an error, except deprecations inside the programs that we only compare with.
     config.addinivalue_line("filterwarnings", "error")
     for program in ("torch", "transformers", "mlx_lm", "mlx_vlm", "huggingface_hub", "PIL", "importlib", "<frozen"):

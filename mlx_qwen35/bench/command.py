@@ -22,7 +22,7 @@ from mlx_qwen35.bench.expected import expectations
 from mlx_qwen35.bench.measure import OURS, PEERS, ProgramError, Settings, measure, started, summarize
 from mlx_qwen35.bench.report import describe_machine, draw, format_table, write_json
 from mlx_qwen35.checkpoint import Checkpoint, open_checkpoint
-from mlx_qwen35.commands import as_command
+from mlx_qwen35.commands import add_version, as_command
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.hub import resolve
 from mlx_qwen35.load import DTYPES, choose_dtype, has_tower
@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         "that they move. Each program, and each image or clip, has a process of its own, all in turn. Ends with status "
         "1 if one that was asked for could not run.",
     )
+    add_version(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", help="local folder, Hugging Face id, or nano, which is the default with --mtp")
     source.add_argument("--geometry", choices=GEOMETRIES, help="random weights of this size, removed afterwards")

@@ -9,14 +9,14 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_qwen35.checkpoint import open_checkpoint
-from mlx_qwen35.commands import add_model_options, as_command, load_options
+from mlx_qwen35.commands import add_model_options, add_version, as_command, load_options
 from mlx_qwen35.config import parse_config
 from mlx_qwen35.doctor import check, facts, probe
 from mlx_qwen35.doctor.facts import Facts
 from mlx_qwen35.doctor.plan import format_plans, plans
 from mlx_qwen35.engaged import engaged
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.hub import resolve
+from mlx_qwen35.hub import look, resolve
 from mlx_qwen35.load import DTYPES, default_dtype, load, stored_dtype
 from mlx_qwen35.memory import limit_memory
 from mlx_qwen35.random_checkpoint import geometry
@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
         "and how fast it is: text to paste into an issue. Without --model the figures are those of layers with the "
         "4B's sizes and random weights in 4 bit.",
     )
+    add_version(parser)
     add_model_options(parser)
     parser.add_argument(
         "--plan", metavar="MODEL", help="only show what this model would take of memory, here and on Macs"
@@ -64,11 +65,12 @@ def show_plan(args: argparse.Namespace) -> None:
             f"{listed} must not be given with --plan, which loads nothing and prints a table. Choose one",
         )
     limit_memory(args.memory_limit)
-    checkpoint = open_checkpoint(resolve(args.plan, args.revision))
-    context = args.context
-    if context is None:
-        context = min(CONTEXT, checkpoint.config.text.max_position_embeddings)
-    print(format_plans(args.plan, plans(checkpoint, context, args.dtype, args.mtp)))
+    with look(args.plan, args.revision) as folder:
+        checkpoint = open_checkpoint(folder)
+        context = args.context
+        if context is None:
+            context = min(CONTEXT, checkpoint.config.text.max_position_embeddings)
+        print(format_plans(args.plan, plans(checkpoint, context, args.dtype, args.mtp)))
 
 
 def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Facts]:
@@ -87,8 +89,8 @@ def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Fac
     limit_memory(args.memory_limit)
     report = {"machine": facts.machine(), "settings of MLX": facts.settings(given)}
     if args.model:
+        model, processor = load(args.model, **load_options(args))  # judges an id before it is downloaded
         checkpoint = open_checkpoint(resolve(args.model, args.revision))
-        model, processor = load(args.model, **load_options(args))
         title, stored = f"model {args.model}", stored_dtype(checkpoint)
     else:
         text, stored = parse_config(geometry("4b")).text, mx.bfloat16

@@ -13,6 +13,7 @@ from mlx_qwen35.commands import (
     add_generation_options,
     add_model_options,
     add_sampling_options,
+    add_version,
     add_vision_options,
     as_command,
     check_there,
@@ -38,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
         prog=COMMAND,
         description="Answer one prompt. The text goes to standard output, statistics and progress to standard error.",
     )
+    add_version(parser)
     add_model_options(parser)
     group = parser.add_argument_group("prompt")
     source = group.add_mutually_exclusive_group()

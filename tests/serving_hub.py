@@ -1,0 +1,114 @@
+"""A hub on this machine: as much of Hugging Face's as is needed to look at repositories and to download them.
+
+What was asked for and how much was sent is counted by repository, so that each repository stands for one case.
+"""
+
+import hashlib
+import json
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass
+class Repository:
+    """A folder that is published. gated: its files are refused. parts: whether a part of a file can be asked for."""
+
+    folder: Path
+    gated: bool = False
+    parts: bool = True
+    sent: Counter = field(default_factory=Counter)  # bytes by path
+
+    @property
+    def files(self) -> dict[str, Path]:
+        return {str(file.relative_to(self.folder)): file for file in self.folder.rglob("*") if file.is_file()}
+
+    def bytes_sent(self, ending: str = "") -> int:
+        return sum(nbytes for path, nbytes in self.sent.items() if path.endswith(ending))
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    repositories: Mapping[str, Repository]
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/[^/]+|/tree/[^/]+)?", path):
+            self._api(found[1], found[2] or "")
+        elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self._file(found[1], found[3])
+        else:
+            self._answer(404, b"")
+
+    def _api(self, name: str, rest: str) -> None:
+        repository = self.repositories.get(name)
+        if repository is None:
+            return self._answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
+        if rest and rest.split("/")[-1] not in ("main", COMMIT):
+            return self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        sizes = {path: file.stat().st_size for path, file in repository.files.items()}
+        if rest.startswith("/tree"):
+            answer = [{"type": "file", "path": path, "size": size, "oid": _tag(path)} for path, size in sizes.items()]
+        else:
+            files = [{"rfilename": path, "size": size, "blobId": _tag(path)} for path, size in sizes.items()]
+            answer = {"id": name, "sha": COMMIT, "siblings": files, "private": False, "tags": [], "downloads": 0}
+        self._answer(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+
+    def _file(self, name: str, path: str) -> None:
+        repository = self.repositories[name]
+        if repository.gated:
+            return self._answer(403, b"", {"X-Error-Code": "GatedRepo"})
+        file = repository.files[path]
+        size = file.stat().st_size
+        headers = {"ETag": f'"{_tag(path)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if asked and not repository.parts:
+            return self._answer(501, b"")
+        start, stop = (int(asked[1]), int(asked[2] or size - 1) + 1) if asked else (0, size)
+        if asked:
+            headers["Content-Range"] = f"bytes {start}-{min(stop, size) - 1}/{size}"
+        if self.command == "HEAD":
+            return self._answer(200, b"", headers | {"Content-Length": str(size)})
+        with file.open("rb") as stream:
+            stream.seek(start)
+            data = stream.read(min(stop, size) - start)
+        repository.sent[path] += len(data)
+        self._answer(206 if asked else 200, data, headers)
+
+    def _answer(self, status: int, data: bytes, headers: Mapping[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(data))} | dict(headers or {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+
+def _tag(path: str) -> str:
+    return hashlib.sha1(path.encode()).hexdigest()
+
+
+@contextmanager
+def hub(repositories: Mapping[str, Repository]) -> Iterator[str]:
+    """The address of a hub with these repositories, until the block ends."""
+    handler = type("Handler", (_Handler,), {"repositories": repositories})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
