@@ -1,10 +1,12 @@
 """A checkpoint's name -> a local folder: a path, a Hugging Face id, or `nano`, which comes with the package."""
 
+import os
 import sys
 from importlib import resources
 from pathlib import Path
 
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.values import shown
 
 NANO = "nano"
 CHOICES = (
@@ -21,7 +23,10 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
     Downloads show a progress bar, resume, and stay in huggingface_hub's cache; HF_HUB_OFFLINE=1 uses the cache alone.
     Raises InputError when there is neither such a folder nor such a repository, or the hub cannot be reached.
     """
-    if revision is not None and (str(name) == NANO or Path(name).expanduser().exists()):
+    if not isinstance(name, str | os.PathLike):
+        raise InputError("model_not_found", f"a checkpoint must be {CHOICES}; got {shown(name)}")
+    folder = _look(name)
+    if revision is not None and (str(name) == NANO or folder.exists()):
         raise InputError(
             "option_no_effect", f"a revision is for Hugging Face ids; {name} is local. Leave --revision out"
         )
@@ -29,7 +34,6 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
         return Path(str(resources.files("mlx_qwen35") / NANO))
     if not str(name).strip():
         raise InputError("model_not_found", f"the name of a checkpoint must not be empty; give {CHOICES}")
-    folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -38,6 +42,16 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
     if len(parts) != 2 or not all(parts) or str(name).startswith((".", "~")):
         raise InputError("model_not_found", f"there is no folder {name}, and it is no Hugging Face id; give {CHOICES}")
     return _download(str(name), revision)
+
+
+def _look(name: str | Path) -> Path:
+    """The path of this name, of which it can be told whether something is there."""
+    try:
+        folder = Path(name).expanduser()
+        folder.is_dir()
+    except (OSError, RuntimeError) as error:  # too long, closed to this user, a home that is none
+        raise InputError("model_not_found", f"{shown(str(name))} cannot be looked at: {error}") from error
+    return folder
 
 
 def _download(repository: str, revision: str | None) -> Path:

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_qwen35 import half
 from mlx_qwen35.checkpoint import (
@@ -25,6 +27,7 @@ from mlx_qwen35.memory_plan import check_model_fits, check_tower_fits, loaded_by
 from mlx_qwen35.model import Model
 from mlx_qwen35.mtp import DraftHead, MultiTokenPrediction
 from mlx_qwen35.processor import Processor
+from mlx_qwen35.values import choice, flag, text
 from mlx_qwen35.vision import Tower, Vision
 from mlx_qwen35.weights import Weights
 
@@ -36,7 +39,7 @@ def load(
     model: str | Path,
     *,
     revision: str | None = None,
-    dtype: str | None = None,
+    dtype: str | mx.Dtype | None = None,
     keep_vision: bool = False,
     memory_limit: float | None = None,
 ) -> tuple[Model, Processor]:
@@ -45,9 +48,9 @@ def load(
     Args:
         model: a local folder, a Hugging Face id, or "nano", the small model that comes with the package.
         revision: branch, tag or commit of a Hugging Face id.
-        dtype: of the activations and the unpacked weights: float32, float16 or bfloat16. None follows the checkpoint
-            on a GPU, but takes float16 for bfloat16 on M1 and M2, which have no arithmetic for it; and is float32 on
-            the CPU, where MLX's half types are 10 to 40 times slower.
+        dtype: of the activations and the unpacked weights: float32, float16 or bfloat16, by name or as mx.float32. None
+            follows the checkpoint on a GPU, but takes float16 for bfloat16 on M1 and M2, which have no arithmetic for
+            it; and is float32 on the CPU, where MLX's half types are 10 to 40 times slower.
         keep_vision: the vision tower is read when the first image comes and given back once a prompt's images are
             encoded; True keeps it in memory from then on.
         memory_limit: GB (10^9 bytes) that models may take in this process; None is what suits the machine. What does
@@ -55,6 +58,9 @@ def load(
 
     Raises InputError when the checkpoint cannot be found, is broken, or does not fit into this machine's memory.
     """
+    keep_vision = flag("keep_vision", keep_vision)
+    if revision is not None:
+        text("revision", revision)
     limit_memory(memory_limit)
     folder = resolve(model, revision)
     checkpoint = open_checkpoint(folder)
@@ -71,13 +77,19 @@ def has_tower(checkpoint: Checkpoint) -> bool:
     return checkpoint.config.vision is not None and checkpoint.has(VISION)
 
 
-def choose_dtype(checkpoint: Checkpoint, dtype: str | None) -> mx.Dtype:
+def choose_dtype(checkpoint: Checkpoint, dtype: str | mx.Dtype | None) -> mx.Dtype:
     """The dtype of this name, or what suits this checkpoint on this machine."""
     if dtype is not None:
-        if dtype not in DTYPES:
-            raise InputError("option_invalid", f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        return DTYPES[dtype]
+        return DTYPES[choice("dtype", _dtype_name(dtype), DTYPES)]
     return default_dtype(stored_dtype(checkpoint))
+
+
+def _dtype_name(dtype: Any) -> Any:
+    """The name of a dtype of MLX or numpy; anything else as it came."""
+    if isinstance(dtype, mx.Dtype):
+        return str(dtype).removeprefix("mlx.core.")
+    of_numpy = isinstance(dtype, np.dtype) or (isinstance(dtype, type) and issubclass(dtype, np.generic))
+    return np.dtype(dtype).name if of_numpy else dtype
 
 
 def stored_dtype(checkpoint: Checkpoint) -> mx.Dtype:
