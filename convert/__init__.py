@@ -101,7 +101,7 @@ def convert(
 
 def read_text(file: str | Path) -> str:
     try:
-        return Path(file).expanduser().read_text(encoding="utf-8")
+        return Path(file).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError("text_unreadable", f"a text must be a readable UTF-8 file: {error}") from error
 

@@ -12,6 +12,7 @@ embeddings of the pixels, positions says where each token stands; `model` embeds
 token of the logits, and the processor text of the tokens. `generate` is the loop around it.
 """
 
+from mlx_qwen35 import interrupt  # noqa: F401 (before all else, for Ctrl-C while the rest is imported)
 from mlx_qwen35.cache import Cache, Snapshot
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.generate import Options, Result, batch_generate, generate, stream_generate

@@ -14,6 +14,7 @@ from mlx_qwen35.generate.prefill import read
 from mlx_qwen35.generate.speculate import attach
 from mlx_qwen35.model import Model
 from mlx_qwen35.preprocess import VISION_OPTIONS
+from mlx_qwen35.process import refuse_fork
 from mlx_qwen35.processor import Piece, Processor
 from mlx_qwen35.prompt import Prompt
 
@@ -72,6 +73,7 @@ class Conversation:
         Stopping early keeps what was answered until then. When the message cannot be read, because it is empty or the
         context is full, InputError is raised and the conversation is as it was before.
         """
+        refuse_fork()
         if not isinstance(content, str):
             content = self.processor.read_parts(content, self.vision)
         if not (content.strip() if isinstance(content, str) else content):

@@ -59,6 +59,9 @@ CODES = {
     "tokens_invalid": "token ids are of the wrong shape or type, out of range, or stand for images",
     "context_length_exceeded": "prompt and answer do not fit into the model's context",
     "memory_exceeded": "something does not fit into memory",
+    # the process
+    "process_forked": "the process was forked after MLX had started, whose threads it does not have",
+    "current_folder_missing": "the current folder was removed, or must not be looked at",
     # the model
     "logits_not_finite": "activations left the range of the dtype, or the checkpoint is damaged",
     "lengths_invalid": "lengths of rows are out of range",
@@ -91,7 +94,7 @@ CODES = {
     "target_overlaps_source": "the folder to write and the source are not apart",
     "target_busy": "another conversion writes the same folder",
     "disk_full": "the disk has too little room",
-    "output_unwritable": "a file or folder cannot be written",
+    "output_unwritable": "a file, a folder or standard output cannot be written",
     "output_differs": "what was written does not read back the same",
     "resume_differs": "the conversion to go on with was another one",
     "source_changed": "a file changed while it was read",

@@ -1,11 +1,13 @@
 """A checkpoint's name -> the model and its processor."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from mlx_qwen35 import half
 from mlx_qwen35.checkpoint import (
@@ -26,11 +28,13 @@ from mlx_qwen35.memory import limit_memory, set_limits
 from mlx_qwen35.memory_plan import check_model_fits, check_tower_fits, loaded_bytes, takes_dtype
 from mlx_qwen35.model import Model
 from mlx_qwen35.mtp import DraftHead, MultiTokenPrediction
+from mlx_qwen35.process import check_folder, refuse_fork
 from mlx_qwen35.processor import Processor
-from mlx_qwen35.values import choice, flag, text
+from mlx_qwen35.values import choice, flag, shown, text
 from mlx_qwen35.vision import Tower, Vision
 from mlx_qwen35.weights import Weights
 
+Progress = Callable[[int, int], None]  # told what was read, of how much in all
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -42,6 +46,7 @@ def load(
     dtype: str | mx.Dtype | None = None,
     keep_vision: bool = False,
     memory_limit: float | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> tuple[Model, Processor]:
     """Load a checkpoint and return the model and the processor that turns messages to tokens and tokens to text.
 
@@ -55,10 +60,16 @@ def load(
             encoded; True keeps it in memory from then on.
         memory_limit: GB (10^9 bytes) that models may take in this process; None is what suits the machine. What does
             not fit is refused before it is read, and a model reads its prompts in smaller chunks.
+        progress: called as progress(bytes_read, bytes_in_all) while the weights are read; for float16 they are read
+            twice.
 
     Raises InputError when the checkpoint cannot be found, is broken, or does not fit into this machine's memory.
     """
+    refuse_fork()
+    check_folder()
     keep_vision = flag("keep_vision", keep_vision)
+    if not callable(progress):
+        raise InputError("option_invalid", f"progress must be a function of two counts, got {shown(progress)}")
     if revision is not None:
         text("revision", revision)
     limit_memory(memory_limit)
@@ -67,7 +78,7 @@ def load(
     processor = Processor.from_folder(folder, checkpoint.config, has_tower(checkpoint))
     if keep_vision and not has_tower(checkpoint):
         raise InputError("vision_missing", f"keep_vision must not be given: {model} has no vision tower to keep")
-    loaded = load_model(checkpoint, choose_dtype(checkpoint, dtype), str(model))
+    loaded = load_model(checkpoint, choose_dtype(checkpoint, dtype), str(model), progress)
     if loaded.vision:
         loaded.vision.keep = keep_vision
     return loaded, processor
@@ -117,17 +128,22 @@ def _stored_float(dtype: str, name: str) -> str:
     return _STORED[dtype]
 
 
-def load_model(checkpoint: Checkpoint, dtype: mx.Dtype, name: str) -> Model:
+def load_model(
+    checkpoint: Checkpoint, dtype: mx.Dtype, name: str, progress: Progress = lambda done, total: None
+) -> Model:
     """Read the text tensors and build the model; vision tower and draft head stay on disk until they are wanted."""
     names = [stored for stored, _ in checkpoint.part(text_shapes(checkpoint.config.text))]
     check_model_fits(checkpoint, dtype, name)
     set_limits()
     config = checkpoint.config.text
-    weights = read_weights(checkpoint, names, dtype)
+    weights = read_weights(checkpoint, names, dtype, progress)
     model = Model(config, weights)
     weights.arrays.clear()  # each layer frees what it was cast from as soon as it is evaluated
+    done, total = 0, _nbytes(model)
     for part in (model.embed_tokens, *([] if config.tie_word_embeddings else [model.lm_head]), *model.layers):
         mx.eval(part.parameters())
+        done += _nbytes(part)
+        progress(done, total)
     mx.eval(model.parameters(), model.rotary.frequencies, model.rotary.axes)  # what is pending belongs to this thread
     mx.clear_cache()
     engaged(model)  # on a Mac, see now and not in the middle of an answer which kernels may be used
@@ -183,18 +199,35 @@ def load_tower(checkpoint: Checkpoint, dtype: mx.Dtype, head: DraftHead | None =
     return tower.eval()
 
 
-def read_weights(checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype) -> Weights:
+def _nbytes(part: nn.Module) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(part.parameters()))
+
+
+def read_weights(
+    checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype, progress: Progress = lambda done, total: None
+) -> Weights:
     """The tensors of these names, still on disk, with those that float16 cannot hold marked to stay in float32."""
     _check_finite(checkpoint, _lazy_arrays(checkpoint, names))
     kept: dict[str, str] = {}
     if dtype == mx.float16:
         cast = [name for name in names if checkpoint.entries[name].dtype in ("BF16", "F32") and takes_dtype(name)]
         # Each array is read, looked at and let go: with those that are computed with, all would stay.
-        kept = half.unfit((name, _lazy_arrays(checkpoint, [name])[name]) for name in cast)
+        kept = half.unfit(
+            (name, _lazy_arrays(checkpoint, [name])[name]) for name in _counted(checkpoint, cast, progress)
+        )
         if kept:
             half.tell(kept)
     arrays = _lazy_arrays(checkpoint, names)
     return Weights(arrays, checkpoint.quantization, dtype, checkpoint.config.text.rms_norm_eps, kept)
+
+
+def _counted(checkpoint: Checkpoint, names: list[str], progress: Progress) -> Iterator[str]:
+    """The names, with the bytes of those before told at each."""
+    done, total = 0, sum(checkpoint.entries[name].nbytes for name in names)
+    for name in names:
+        yield name
+        done += checkpoint.entries[name].nbytes
+        progress(done, total)
 
 
 def _lazy_arrays(checkpoint: Checkpoint, names: list[str]) -> dict[str, mx.array]:

@@ -16,6 +16,7 @@ from mlx_qwen35.generate.options import Options, Plan, encode, plan, refuse_idle
 from mlx_qwen35.generate.prefill import Row, read
 from mlx_qwen35.generate.speculate import Choice, Drafting, Speculation, attach
 from mlx_qwen35.model import Model
+from mlx_qwen35.process import refuse_fork
 from mlx_qwen35.processor import Messages, Piece, Processor
 from mlx_qwen35.prompt import Prompt
 from mlx_qwen35.sampling import Sampler
@@ -196,6 +197,7 @@ def start(
     model: Model, processor: Processor, prompts: Sequence[str | Sequence[int] | Messages], **options: Unpack[Options]
 ) -> Generation:
     """A Generation of these prompts, nothing read yet: for callers that want pieces and the result."""
+    refuse_fork()
     given = check_options(options)
     encoded = [encode(processor, prompt, given) for prompt in prompts]
     refuse_idle_vision(given, encoded)
