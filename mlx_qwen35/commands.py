@@ -180,7 +180,13 @@ def _clean_warnings(name: str) -> Iterator[None]:
 def check_there(media: Sequence[tuple[str, str]]) -> None:
     """Refuse files that are not there, given as pairs of kind and name, before the model is loaded."""
     for kind, name in media:
-        if not is_remote(name) and (not name or not Path(name).expanduser().exists()):
+        if is_remote(name):
+            continue
+        try:
+            there = bool(name) and Path(name).expanduser().exists()
+        except (OSError, RuntimeError) as error:  # too long, in a closed folder, a home that is none
+            raise InputError("media_unreadable", f"--{kind} must name a file that can be read: {error}") from error
+        if not there:
             raise InputError(
                 "media_not_found", f"--{kind} must name a file or an http(s) URL; there is no file {name!r}"
             )

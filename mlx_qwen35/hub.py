@@ -35,6 +35,7 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
     if not str(name).strip():
         raise InputError("model_not_found", f"the name of a checkpoint must not be empty; give {CHOICES}")
     if folder.is_dir():
+        _check_readable(folder)
         return folder
     if folder.exists():
         raise InputError("model_not_found", f"a checkpoint must be {CHOICES}; {folder} is a file")
@@ -52,6 +53,18 @@ def _look(name: str | Path) -> Path:
     except (OSError, RuntimeError) as error:  # too long, closed to this user, a home that is none
         raise InputError("model_not_found", f"{shown(str(name))} cannot be looked at: {error}") from error
     return folder
+
+
+def _check_readable(folder: Path) -> None:
+    """InputError where this user must not read the folder, or a file in it that belongs to a checkpoint."""
+    closed = [folder]
+    if os.access(folder, os.R_OK | os.X_OK):
+        files = (file for pattern in _FILES for file in folder.glob(pattern))
+        closed = [file for file in files if file.is_file() and not os.access(file, os.R_OK)]
+    if closed:
+        raise InputError(
+            "file_unreadable", f"a checkpoint must be open to reading; {closed[0]} is not. Look at its rights"
+        )
 
 
 def _download(repository: str, revision: str | None) -> Path:
