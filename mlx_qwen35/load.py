@@ -145,6 +145,7 @@ def load_model(
         done += _nbytes(part)
         progress(done, total)
     mx.eval(model.parameters(), model.rotary.frequencies, model.rotary.axes)  # what is pending belongs to this thread
+    progress(total, total)
     mx.clear_cache()
     engaged(model)  # on a Mac, see now and not in the middle of an answer which kernels may be used
     tell_unfit(model)
