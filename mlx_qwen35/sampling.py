@@ -12,10 +12,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.values import number, shown, whole
+from mlx_qwen35.values import is_number, is_whole, number, plain, shown, whole
 
 MOST_FLOAT = float(np.finfo(np.float32).max)  # logits are float32: beyond it a number is infinite
-MOST_TOKEN = 2**31 - 1
 _TEMPERATURE = ("0 (greedy) or more, at least 0.001 and finite", 1e-3, MOST_FLOAT)
 # Option -> its rule in words, the least and the most; whether it must be above the least.
 _NUMBERS = {
@@ -56,15 +55,14 @@ class Sampling:
 
 def _biases(given: Mapping[int, float]) -> dict[int, float]:
     """A bias of minus infinity forbids a token; one of infinity would leave no distribution."""
+    rule = "logit_bias must map token ids to numbers below infinity, got"
     if not isinstance(given, Mapping):
-        raise InputError("option_invalid", f"logit_bias must map token ids to numbers, got {shown(given)}")
-    rule = "a number below infinity"
-    return {
-        whole("a token of logit_bias", token, 0, MOST_TOKEN): number(
-            f"logit_bias of token {shown(token)}", bias, rule, -math.inf, MOST_FLOAT
-        )
-        for token, bias in given.items()
-    }
+        raise InputError("option_invalid", f"{rule} {shown(given)}")
+    biases = {plain(token): plain(bias) for token, bias in given.items()}
+    for token, bias in biases.items():
+        if not (is_whole(token) and 0 <= token < 2**31 and is_number(bias) and bias <= MOST_FLOAT):
+            raise InputError("option_invalid", f"{rule} {shown(token)}: {shown(bias)}")
+    return {int(token): float(bias) for token, bias in biases.items()}
 
 
 @dataclass(frozen=True)

@@ -128,12 +128,12 @@ def run(args: argparse.Namespace) -> int:
     return status
 
 
-def wait_for(generation: Generation, reading: Step) -> None:
-    """Run it to its end; how far it has come on stderr, counted in pieces of text."""
-    with Step("writing", "tokens at most") as writing:
-        for count, _ in enumerate(generation, start=1):
-            reading.end()
-            writing(count, generation.plan.limits[0])
+def wait_for(generation: Generation, step: Step) -> None:
+    """Run it to its end; how far it has come on stderr, of the most tokens that it may have, each a piece of text."""
+    for count, _ in enumerate(generation, start=1):
+        if count == 1:
+            step.say("writing")
+        step(count, generation.plan.limits[0])
 
 
 def main() -> None:

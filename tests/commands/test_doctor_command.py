@@ -70,9 +70,7 @@ def test_off_a_mac_every_section_is_there_and_says_what_does_not_apply(run):
     assert list(report["machine"]) == ["chip", "memory", "system", "MLX computes on", "versions"]
     assert report["machine"]["MLX computes on"] == "the CPU"
     assert f"mlx {mx.__version__}" in report["machine"]["versions"]
-    assert report["settings of MLX"] == dict.fromkeys(
-        (OPERATIONS, MEGABYTES), "does not apply: there is no Apple GPU"
-    )
+    assert report["settings of MLX"] == dict.fromkeys((OPERATIONS, MEGABYTES), "does not apply: there is no Apple GPU")
     assert report[SAMPLE]["dtype"].startswith("float32: the CPU computes in the half types 10 to 40 times slower")
     assert "up to a context of 4,096; " in report[SAMPLE]["tokens read at a time"]
     assert "262,144" in report[SAMPLE]["tokens read at a time"]
