@@ -19,16 +19,15 @@ from mlx_qwen35.errors import InputError
 from mlx_qwen35.frames import frame_rate
 from mlx_qwen35.image import MAX_PIXELS, read_image
 from mlx_qwen35.memory import machine_pixels
-from mlx_qwen35.values import flag, shown, whole
+from mlx_qwen35.values import flag, whole
 from mlx_qwen35.video import FrameSampling, read_video, resize
 
 MAX_RATIO = 200  # of the longer side to the shorter
 
 
 _CHECKS = {
-    **dict.fromkeys(("min_pixels", "max_pixels"), partial(whole, least=1)),
+    **dict.fromkeys(("min_pixels", "max_pixels", "video_total_pixels"), partial(whole, least=1, most=10**12)),
     "video_num_frames": partial(whole, least=1, most=10**7),
-    "video_total_pixels": partial(whole, least=1, most=10**12),
     **dict.fromkeys(("fps", "source_fps"), frame_rate),
     **dict.fromkeys(("published_limits", "outer_vision_tags"), flag),
 }
@@ -63,7 +62,7 @@ class VisionOptions:
         for name in ("min_pixels", "max_pixels"):
             if (getattr(self, name) or 0) > MAX_PIXELS:
                 raise InputError(
-                    "option_invalid", f"{name} must be at most {MAX_PIXELS:,}, got {shown(getattr(self, name))}"
+                    "option_invalid", f"{name} must be at most {MAX_PIXELS:,}, got {getattr(self, name):,}"
                 )
         if self.fps is not None and self.video_num_frames is not None:
             raise InputError(
