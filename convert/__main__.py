@@ -78,9 +78,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = vars(_parser().parse_args(arguments))
     start = time.perf_counter()
     with as_command(COMMAND):
+        options = vars(_parser().parse_args(arguments))
         look = {name: options.pop(name) for name in ("dry_run", "sensitivity", "cap", "save_recipe")}
         if look["cap"] is not None and not (look["sensitivity"] and 0 < look["cap"] < math.inf):
             raise InputError(

@@ -17,9 +17,9 @@ from mlx_qwen35.convert.files import DTYPES, beside_weights, generation_config, 
 from mlx_qwen35.convert.packing import Packing, read_options
 from mlx_qwen35.convert.source import Found, Source, Tensor, open_source
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.fields import shown
 from mlx_qwen35.shapes import is_exact
 from mlx_qwen35.tensor_file import DTYPE_BYTES
+from mlx_qwen35.values import shown
 
 ROUNDINGS = ("search", "nearest")
 SHARD_BYTES = 5_000_000_000

@@ -30,8 +30,9 @@ from mlx_qwen35.checkpoint import (
 )
 from mlx_qwen35.convert.packing import brief
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.fields import read_json, shown
+from mlx_qwen35.fields import read_json
 from mlx_qwen35.sidecar import settled
+from mlx_qwen35.values import shown
 
 FLOATS = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}
 BITS = {

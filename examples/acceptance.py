@@ -14,7 +14,7 @@ parser.add_argument("--tokens", type=int, default=1024, help="of each text, at m
 args = parser.parse_args()
 
 model, processor = load(args.model)
-texts = [Text(processor.encode_text(file.read_text(encoding="utf-8")).tokens[: args.tokens]) for file in args.files]
+texts = [Text(processor.encode_text(file.read_text(encoding="utf-8-sig")).tokens[: args.tokens]) for file in args.files]
 for question in QUESTIONS if not texts else ():
     prompt = processor.encode_messages([{"role": "user", "content": question}]).tokens
     answer = generate(model, processor, list(prompt), temp=0, mtp="off", max_tokens=args.tokens).tokens

@@ -63,7 +63,7 @@ class Cache:
         state = (batch, config.linear_num_value_heads, config.linear_value_head_dim, config.linear_key_head_dim)
         empty = DeltaState(mx.zeros(window, dtype), mx.zeros(state, mx.float32))
         self.layers = [KVCache() if kind == FULL else DeltaCache(empty) for kind in config.layer_types]
-        self.rotary = rotary
+        self.config, self.rotary, self.dtype = config, rotary, dtype
         self.batch = batch
         self.place = Place(0, (0,) * batch, (0,) * batch, None)
         self.drafts: Drafts | None = None  # the draft head's part, where one follows the conversation

@@ -13,16 +13,17 @@ from mlx_qwen35.commands import (
     add_vision_options,
     as_command,
     given_options,
-    load_options,
+    load_model,
     print_media,
     print_pieces,
-    prompt_bar,
     require_model,
+    tell_cut,
 )
 from mlx_qwen35.conversation import Conversation
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.generate import Result
-from mlx_qwen35.load import load
+from mlx_qwen35.progress import Step
+from mlx_qwen35.streams import MARK, standard_input
 
 COMMAND = "mlx_qwen35.chat"
 HELP = """\
@@ -49,8 +50,8 @@ def parser() -> argparse.ArgumentParser:
 def answer(conversation: Conversation, content: str | list[dict[str, Any]]) -> bool:
     """Send a message and print the answer; False where it was interrupted before the message was taken."""
     try:
-        with prompt_bar() as progress:
-            print_pieces(conversation.send(content, progress))
+        with Step("reading", "tokens") as reading:
+            print_pieces(conversation.send(content, reading), reading)
     except KeyboardInterrupt:
         print()
     if conversation.result is None:
@@ -63,6 +64,7 @@ def answer(conversation: Conversation, content: str | list[dict[str, Any]]) -> b
         f"second, {result.finish_reason}; {_drafts(result)}{result.peak_memory:.3f} GB]",
         file=sys.stderr,
     )
+    tell_cut(result)
     return bool(result.tokens)
 
 
@@ -76,7 +78,8 @@ def look(conversation: Conversation, command: str, name: str, shown: list[dict[s
     kind = command.removeprefix("/")
     if not name:
         raise InputError("option_missing", f"{command} must name a file or URL")
-    parts = conversation.processor.read_parts([{"type": kind, kind: _unquoted(name)}], conversation.vision)
+    with Step(f"reading {name}"):
+        parts = conversation.processor.read_parts([{"type": kind, kind: _unquoted(name)}], conversation.vision)
     print_media([parts[0][kind]], [part[part["type"]] for part in shown])
     return shown + parts
 
@@ -95,13 +98,15 @@ def session(conversation: Conversation) -> None:
     shown: list[dict[str, Any]] = []  # goes with the next message
     while True:
         try:
-            line = input(">> ").strip()
+            line = input(">> ").removeprefix(MARK).strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return
         except UnicodeDecodeError as error:
-            print(f"error: a line must be UTF-8 text: {error}", file=sys.stderr)
+            print(f"error: a line must be UTF-8 text: {error} [text_unreadable]", file=sys.stderr)
             continue
+        except OSError as error:
+            raise InputError("text_unreadable", f"standard input must be readable: {error}") from error
         if line == "/exit":
             return
         try:
@@ -132,11 +137,12 @@ def _obey(conversation: Conversation, line: str, shown: list[dict[str, Any]]) ->
 
 
 def main() -> None:
-    args = parser().parse_args()
     with as_command(COMMAND):
+        args = parser().parse_args()
         name, options = require_model(args), given_options(args)
-        model, processor = load(name, **load_options(args), keep_vision=args.keep_vision)
-        if sys.stdin.isatty():
+        at_terminal = standard_input().isatty()
+        model, processor = load_model(args)
+        if at_terminal:
             import readline  # noqa: F401  line editing and history for input()
 
             print(f"{name}. /help lists the commands.")

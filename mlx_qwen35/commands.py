@@ -1,11 +1,10 @@
-"""What the commands share: options of a model and of sampling, errors without a traceback, a bar for long prompts."""
+"""What the commands share: options of a model and of sampling, errors without a traceback, text as it comes."""
 
 import argparse
-import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,19 @@ from typing import Any
 from mlx_qwen35 import __version__
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fetch import is_remote
+from mlx_qwen35.generate import Result
 from mlx_qwen35.generate.speculate import MODES, MOST_DEPTH, ON_DEPTH
 from mlx_qwen35.hub import CHOICES
+from mlx_qwen35.interrupt import INTERRUPTED, interruptible
+from mlx_qwen35.load import load
 from mlx_qwen35.machine import tune
+from mlx_qwen35.model import Model
 from mlx_qwen35.preprocess import VISION_OPTIONS, Media
-from mlx_qwen35.processor import Piece
+from mlx_qwen35.process import check_folder
+from mlx_qwen35.processor import Piece, Processor
+from mlx_qwen35.progress import Step
 from mlx_qwen35.sampling import PRESETS
-
-INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+from mlx_qwen35.streams import OutputError, give_up_output, standard_streams
 
 
 def add_version(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +52,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     described = "; ".join(f"{name}: {preset.use}" for name, preset in PRESETS.items())
-    group.add_argument("--preset", choices=tuple(PRESETS), help=f"published settings ({described}; default: by mode)")
+    group.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help=f"published settings, which turn thinking on or off ({described}; default: by mode)",
+    )
     group.add_argument("--temp", type=float, help="temperature; 0 is greedy")
     group.add_argument("--top-p", type=float, help="keep the smallest set of tokens with this much probability")
     group.add_argument("--top-k", type=int, help="keep this many tokens; 0 is all")
@@ -66,7 +74,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--enable-thinking",
         action=argparse.BooleanOptionalAction,
-        help="think first, or answer at once (default: as the model's chat template has it)",
+        help="think first, or answer at once (default: as --preset has it, else the model's chat template)",
     )
     group.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text; repeatable")
     group.add_argument("--prefill-step-size", type=int, help="tokens of the prompt read at a time")
@@ -141,21 +149,26 @@ def require_model(args: argparse.Namespace) -> str:
 def as_command(name: str, tuned: bool = True) -> Iterator[None]:
     """What a command runs in: settings of MLX that suit the machine, if `tuned`, and messages in place of tracebacks.
 
-    What the user can mend is printed in one message, and ends with 2; a warning is printed and ends nothing. Ctrl-C and
-    a reader that left end in silence.
+    What the user can mend is printed in one message, and ends with 2, as does standard output that cannot be written; a
+    warning is printed and ends nothing. Ctrl-C and a reader that left end in silence.
     """
     if tuned:
         tune()
     try:
-        with _clean_warnings(name):
+        with interruptible(), standard_streams(), _clean_warnings(name):
+            check_folder()
             yield
     except InputError as error:
         print(f"{name}: error: {error} [{error.code}]", file=sys.stderr)
         raise SystemExit(2) from None
+    except OutputError as error:
+        give_up_output()
+        print(f"{name}: error: {error} [output_unwritable]", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        give_up_output()
         raise SystemExit(1) from None
 
 
@@ -172,7 +185,13 @@ def _clean_warnings(name: str) -> Iterator[None]:
 def check_there(media: Sequence[tuple[str, str]]) -> None:
     """Refuse files that are not there, given as pairs of kind and name, before the model is loaded."""
     for kind, name in media:
-        if not is_remote(name) and (not name or not Path(name).expanduser().exists()):
+        if is_remote(name):
+            continue
+        try:
+            there = bool(name) and Path(name).expanduser().exists()
+        except (OSError, RuntimeError) as error:  # too long, in a closed folder, a home that is none
+            raise InputError("media_unreadable", f"--{kind} must name a file that can be read: {error}") from error
+        if not there:
             raise InputError(
                 "media_not_found", f"--{kind} must name a file or an http(s) URL; there is no file {name!r}"
             )
@@ -186,34 +205,38 @@ def print_media(media: Sequence[Media], before: Sequence[Media] = ()) -> None:
         print(f"{item.kind} {counts[item.kind]}: {item}", file=sys.stderr, flush=True)
 
 
-def print_pieces(pieces: Iterable[Piece]) -> None:
-    """Text as it comes; reasoning between the tags that the model itself uses."""
-    inside = False
-    for piece in pieces:
-        if piece.reasoning != inside:
-            print("<think>" if piece.reasoning else "</think>\n", flush=True)
-            inside = piece.reasoning
-        print(piece, end="", flush=True)
-    print(flush=True)  # before what goes to standard error
+def print_pieces(pieces: Iterable[Piece], waiting: Step) -> None:
+    """Text as it comes; reasoning between the tags that the model itself uses, of which none is left open.
 
-
-@contextmanager
-def prompt_bar() -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr for prompts longer than one chunk."""
-    from tqdm import tqdm
-
-    bars: list[tqdm] = []
-
-    def progress(done: int, total: int) -> None:
-        if done < total and not bars:
-            bars.append(tqdm(total=total, desc="reading", unit=" tokens", leave=False))
-        if bars:
-            bars[0].update(done - bars[0].n)
-            if done == total:
-                bars[0].close()
-
+    waiting: the step that ends with the first piece.
+    """
+    inside = begun = False
     try:
-        yield progress
+        for piece in pieces:
+            waiting.end()
+            begun = True
+            if piece.reasoning != inside:
+                print("<think>" if piece.reasoning else "</think>\n", flush=True)
+                inside = piece.reasoning
+            print(piece, end="", flush=True)
     finally:
-        if bars:
-            bars[0].close()
+        if begun:
+            print("\n</think>" if inside else "", flush=True)  # before what goes to standard error
+
+
+def tell_cut(result: Result) -> None:
+    """Say on stderr that the end came while the model was thinking, so that there is no answer."""
+    if result.in_reasoning and result.finish_reason == "length":
+        print(
+            f"the answer was cut after {result.generation_tokens} tokens, while the model was thinking: allow more "
+            "with --max-tokens, or let it answer at once with --no-enable-thinking",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def load_model(args: argparse.Namespace) -> tuple[Model, Processor]:
+    """The model that the options name, with progress on stderr."""
+    name = require_model(args)
+    with Step(f"loading {name}", "B") as progress:
+        return load(name, **load_options(args), keep_vision=getattr(args, "keep_vision", False), progress=progress)

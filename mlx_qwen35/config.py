@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.fields import WIDTH, Fields, read_json, shown
+from mlx_qwen35.fields import WIDTH, Fields, read_json
 from mlx_qwen35.rope_fields import RopeConfig, read_rope
+from mlx_qwen35.values import shown
 
 LINEAR, FULL = "linear_attention", "full_attention"
 LAYERS = 1024  # at most; what counts layers is bounded before anything is made for each

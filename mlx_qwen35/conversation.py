@@ -8,11 +8,13 @@ from typing import Any, Unpack
 from mlx_qwen35.cache import Snapshot
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.generate import Generation, Result, see
-from mlx_qwen35.generate.options import Options, check_names, plan, reading_step, vision_options
+from mlx_qwen35.generate.checks import check_options
+from mlx_qwen35.generate.options import Options, plan, reading_step, thinking_switch, vision_options
 from mlx_qwen35.generate.prefill import read
 from mlx_qwen35.generate.speculate import attach
 from mlx_qwen35.model import Model
 from mlx_qwen35.preprocess import VISION_OPTIONS
+from mlx_qwen35.process import refuse_fork
 from mlx_qwen35.processor import Piece, Processor
 from mlx_qwen35.prompt import Prompt
 
@@ -34,11 +36,12 @@ class Conversation:
     """
 
     def __init__(self, model: Model, processor: Processor, **options: Unpack[Options]):
-        given = check_names(options)
-        if refused := _OF_ONE_PROMPT & set(given):
-            raise TypeError(f"a conversation takes no {', '.join(sorted(refused))}")
+        if refused := sorted(name for name in _OF_ONE_PROMPT if options.get(name) is not None):
+            raise TypeError(f"a conversation takes no {', '.join(refused)}")
+        given = check_options(options)
         self.model, self.processor = model, processor
-        self._template = {name: given.pop(name, None) for name in ("enable_thinking", "tools")}
+        self._template = {"enable_thinking": thinking_switch(given), "tools": given.pop("tools", None)}
+        given.pop("enable_thinking", None)
         self._system = given.pop("system_prompt", None)
         idle = sorted(name for name in VISION_OPTIONS if given.get(name))
         if idle and not processor.sees:
@@ -70,6 +73,7 @@ class Conversation:
         Stopping early keeps what was answered until then. When the message cannot be read, because it is empty or the
         context is full, InputError is raised and the conversation is as it was before.
         """
+        refuse_fork()
         if not isinstance(content, str):
             content = self.processor.read_parts(content, self.vision)
         if not (content.strip() if isinstance(content, str) else content):

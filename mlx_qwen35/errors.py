@@ -10,6 +10,7 @@ CODES = {
     "repository_invalid": "the id to publish under is none",
     "upload_failed": "a folder could not be published",
     # files of a checkpoint
+    "file_unreadable": "a file or folder of a checkpoint cannot be opened, or a folder or dead link has the name of a file",
     "config_missing": "there is no config.json",
     "config_field_missing": "a field is absent for which no default would be right",
     "config_field_invalid": "a field of a JSON file is of the wrong type, out of range, or contradicts another",
@@ -18,7 +19,6 @@ CODES = {
     "model_type_unsupported": "the checkpoint is of another family",
     "weights_missing": "there is no safetensors file, or one that the index names is absent",
     "index_invalid": "the index of the safetensors files is damaged",
-    "file_unreadable": "a file of a checkpoint cannot be read, or is a folder or a link that leads to nothing",
     "adapter_unmerged": "a folder holds an adapter, not merged into its model",
     "path_outside_folder": "a file that a checkpoint names lies outside of its folder",
     "safetensors_truncated": "a safetensors file is shorter than its header says",
@@ -61,6 +61,9 @@ CODES = {
     "tokens_invalid": "token ids are of the wrong shape or type, out of range, or stand for images",
     "context_length_exceeded": "prompt and answer do not fit into the model's context",
     "memory_exceeded": "something does not fit into memory",
+    # the process
+    "process_forked": "the process was forked after MLX had started, whose threads it does not have",
+    "current_folder_missing": "the current folder was removed, or must not be looked at",
     # the model
     "logits_not_finite": "activations left the range of the dtype, or the checkpoint is damaged",
     "lengths_invalid": "lengths of rows are out of range",
@@ -93,7 +96,7 @@ CODES = {
     "target_overlaps_source": "what is read and what is written or removed are not apart",
     "target_busy": "another conversion writes the same folder",
     "disk_full": "the disk has too little room",
-    "output_unwritable": "a file or folder cannot be written",
+    "output_unwritable": "a file, a folder or standard output cannot be written",
     "output_differs": "what was written does not read back the same",
     "resume_differs": "the conversion to go on with was another one",
     "journal_damaged": "what a killed conversion had noted was changed since",

@@ -6,26 +6,18 @@ that names file and field; sizes are bounded before anything is counted or fille
 
 import json
 import math
-import reprlib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.values import shown
 
 JSON_BYTES = 8 << 20  # of a settings file or an index; published ones have up to 200 KB
 WIDTH = 1 << 24  # of any axis of a tensor
 _DEPTH = 64  # objects and lists within each other
 _DIGITS = 300  # of a whole number; one more than 308 is no float
-
-_brief = reprlib.Repr()
-_brief.maxstring = 60
-
-
-def shown(value: Any) -> str:
-    """A value as an error shows it: repr, shortened where it is long or deep."""
-    return _brief.repr(value)
 
 
 def read_json(path: Path, most: int = JSON_BYTES) -> dict[str, Any]:

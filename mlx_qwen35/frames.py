@@ -1,6 +1,5 @@
 """Which frames of a clip are used, and the clip itself: sampled, upright, resized RGB frames with their times."""
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.values import number, whole
 
 TEMPORAL_PATCH = 2  # the model reads frames in pairs
 
@@ -39,17 +39,11 @@ class FrameSampling:
                 f"num_frames {self.num_frames}. Leave one out",
             )
         if self.fps is not None:
-            check_rate("fps", self.fps)
+            object.__setattr__(self, "fps", frame_rate("fps", self.fps))
         for name in ("num_frames", "min_frames", "max_frames"):
             value = getattr(self, name)
-            if value is None and name == "num_frames":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < TEMPORAL_PATCH:
-                raise InputError(
-                    "option_invalid",
-                    f"{name} must be a whole number, at least {TEMPORAL_PATCH} (the model reads frames in pairs), "
-                    f"got {value!r}",
-                )
+            if value is not None or name != "num_frames":  # the model reads frames in pairs
+                object.__setattr__(self, name, whole(name, value, TEMPORAL_PATCH))
         if self.max_frames < self.min_frames:
             raise InputError(
                 "option_invalid", f"max_frames must not be below min_frames, {self.min_frames}; got {self.max_frames}"
@@ -57,7 +51,7 @@ class FrameSampling:
 
     def count(self, total: int, source_fps: float) -> int:
         """How many of `total` frames, `source_fps` a second, are used. InputError for fewer than two frames."""
-        check_rate("the source's frames a second", source_fps)
+        source_fps = frame_rate("the source's frames a second", source_fps)
         if total < 1:
             raise InputError("video_too_short", "a video must have frames; it has none")
         if total < TEMPORAL_PATCH:
@@ -75,11 +69,9 @@ class FrameSampling:
         return np.linspace(0, total - 1, self.count(total, source_fps)).round().astype(int).tolist()
 
 
-def check_rate(name: str, value: Any) -> None:
-    """InputError unless `value` is a finite number above 0."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
-        raise InputError("option_invalid", f"{name} must be a number above 0 and finite, got {value!r}")
+def frame_rate(name: str, value: Any) -> float:
+    """Frames a second. InputError unless `value` is a number above 0, of a size that a clip may have."""
+    return number(name, value, "a number above 0 and finite, from 0.000001 to 1,000,000", 1e-6, 1e6)
 
 
 @dataclass(frozen=True)

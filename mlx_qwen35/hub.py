@@ -1,6 +1,7 @@
 """A checkpoint's name -> a local folder: a path, a Hugging Face id, or `nano`, which comes with the package."""
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.values import shown
 
 NANO = "nano"
 CHOICES = (
@@ -54,12 +56,15 @@ def look(name: str | Path, revision: str | None = None) -> Iterator[Path]:
 
 def _local(name: str | Path, revision: str | None) -> Path | None:
     """The folder, or None where the name can only be an id."""
-    if revision is not None and (str(name) == NANO or Path(name).expanduser().exists()):
+    if not isinstance(name, str | os.PathLike):
+        raise InputError("model_not_found", f"a checkpoint must be {CHOICES}; got {shown(name)}")
+    folder = _look(name)
+    if revision is not None and (str(name) == NANO or folder.exists()):
         raise InputError(
             "option_no_effect", f"a revision is for Hugging Face ids; {name} is local. Leave --revision out"
         )
     if str(name) == NANO:
-        if Path(NANO).is_dir():
+        if Path(NANO, "config.json").is_file():
             warnings.warn(
                 f"'{NANO}' is the model that comes with the package; the folder {NANO} here is not read. "
                 f"Give ./{NANO} for that",
@@ -69,8 +74,8 @@ def _local(name: str | Path, revision: str | None) -> Path | None:
         return Path(str(resources.files("mlx_qwen35") / NANO))
     if not str(name).strip():
         raise InputError("model_not_found", f"the name of a checkpoint must not be empty; give {CHOICES}")
-    folder = Path(name).expanduser()
     if folder.is_dir():
+        _check_readable(folder)
         return folder
     if folder.exists():
         raise InputError("model_not_found", f"a checkpoint must be {CHOICES}; {folder} is a file")
@@ -106,6 +111,28 @@ def _headers(repository: str, revision: str | None) -> Iterator[Path | None]:
             )
             folder = None
         yield folder
+
+
+def _look(name: str | Path) -> Path:
+    """The path of this name, of which it can be told whether something is there."""
+    try:
+        folder = Path(name).expanduser()
+        folder.is_dir()
+    except (OSError, RuntimeError) as error:  # too long, closed to this user, a home that is none
+        raise InputError("model_not_found", f"{shown(str(name))} cannot be looked at: {error}") from error
+    return folder
+
+
+def _check_readable(folder: Path) -> None:
+    """InputError where this user must not read the folder, or a file in it that belongs to a checkpoint."""
+    closed = [folder]
+    if os.access(folder, os.R_OK | os.X_OK):
+        files = (file for pattern in _FILES for file in folder.glob(pattern))
+        closed = [file for file in files if file.is_file() and not os.access(file, os.R_OK)]
+    if closed:
+        raise InputError(
+            "file_unreadable", f"a checkpoint must be open to reading; {closed[0]} is not. Look at its rights"
+        )
 
 
 def _download(repository: str, revision: str | None) -> Path:

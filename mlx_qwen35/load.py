@@ -1,8 +1,13 @@
 """A checkpoint's name -> the model and its processor."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
 
 from mlx_qwen35 import half
 from mlx_qwen35.checkpoint import (
@@ -24,11 +29,14 @@ from mlx_qwen35.memory import limit_memory, set_limits
 from mlx_qwen35.memory_plan import check_model_fits, check_tower_fits, loaded_bytes, takes_dtype
 from mlx_qwen35.model import Model
 from mlx_qwen35.mtp import DraftHead, MultiTokenPrediction
+from mlx_qwen35.process import check_folder, refuse_fork
 from mlx_qwen35.processor import Processor
 from mlx_qwen35.tensor_file import open_arrays
+from mlx_qwen35.values import choice, flag, shown, text
 from mlx_qwen35.vision import Tower, Vision
 from mlx_qwen35.weights import Weights
 
+Progress = Callable[[int, int], None]  # told what was read, of how much in all
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _STORED = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -37,26 +45,37 @@ def load(
     model: str | Path,
     *,
     revision: str | None = None,
-    dtype: str | None = None,
+    dtype: str | mx.Dtype | None = None,
     keep_vision: bool = False,
     memory_limit: float | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> tuple[Model, Processor]:
     """Load a checkpoint and return the model and the processor that turns messages to tokens and tokens to text.
 
     Args:
         model: a local folder, a Hugging Face id, or "nano", the small model that comes with the package.
         revision: branch, tag or commit of a Hugging Face id.
-        dtype: of the activations and the unpacked weights: float32, float16 or bfloat16. None follows the checkpoint
-            on a GPU, but takes float16 for bfloat16 on M1 and M2, which have no arithmetic for it; and is float32 on
-            the CPU, where MLX's half types are 10 to 40 times slower. On M5 and NVIDIA MLX shortens float32 products
-            unless MLX_ENABLE_TF32=0 is in the environment when the program starts; where it does, float32 is warned of.
+        dtype: of the activations and the unpacked weights: float32, float16 or bfloat16, by name or as mx.float32. None
+            follows the checkpoint on a GPU, but takes float16 for bfloat16 on M1 and M2, which have no arithmetic for
+            it; and is float32 on the CPU, where MLX's half types are 10 to 40 times slower. On M5 and NVIDIA MLX
+            shortens float32 products unless MLX_ENABLE_TF32=0 is in the environment when the program starts; where it
+            does, float32 is warned of.
         keep_vision: the vision tower is read when the first image comes and given back once a prompt's images are
             encoded; True keeps it in memory from then on.
         memory_limit: GB (10^9 bytes) that models may take in this process; None is what suits the machine. What does
             not fit is refused before it is downloaded or read, and a model reads its prompts in smaller chunks.
+        progress: called as progress(bytes_read, bytes_in_all) while the weights are read; for float16 they are read
+            twice.
 
     Raises InputError when the checkpoint cannot be found, is broken, or does not fit into this machine's memory.
     """
+    refuse_fork()
+    check_folder()
+    keep_vision = flag("keep_vision", keep_vision)
+    if not callable(progress):
+        raise InputError("option_invalid", f"progress must be a function of two counts, got {shown(progress)}")
+    if revision is not None:
+        text("revision", revision)
     limit_memory(memory_limit)
 
     def judged(folder: Path) -> Checkpoint:
@@ -69,7 +88,7 @@ def load(
     folder = resolve(model, revision, judged)
     checkpoint = judged(folder)
     processor = Processor.from_folder(folder, checkpoint.config, has_tower(checkpoint))
-    loaded = load_model(checkpoint, choose_dtype(checkpoint, dtype), str(model))
+    loaded = load_model(checkpoint, choose_dtype(checkpoint, dtype), str(model), progress)
     if loaded.vision:
         loaded.vision.keep = keep_vision
     return loaded, processor
@@ -79,13 +98,19 @@ def has_tower(checkpoint: Checkpoint) -> bool:
     return checkpoint.config.vision is not None and checkpoint.has(VISION)
 
 
-def choose_dtype(checkpoint: Checkpoint, dtype: str | None) -> mx.Dtype:
+def choose_dtype(checkpoint: Checkpoint, dtype: str | mx.Dtype | None) -> mx.Dtype:
     """The dtype of this name, or what suits this checkpoint on this machine."""
     if dtype is not None:
-        if dtype not in DTYPES:
-            raise InputError("option_invalid", f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        return DTYPES[dtype]
+        return DTYPES[choice("dtype", _dtype_name(dtype), DTYPES)]
     return default_dtype(stored_dtype(checkpoint))
+
+
+def _dtype_name(dtype: Any) -> Any:
+    """The name of a dtype of MLX or numpy; anything else as it came."""
+    if isinstance(dtype, mx.Dtype):
+        return str(dtype).removeprefix("mlx.core.")
+    of_numpy = isinstance(dtype, np.dtype) or (isinstance(dtype, type) and issubclass(dtype, np.generic))
+    return np.dtype(dtype).name if of_numpy else dtype
 
 
 def stored_dtype(checkpoint: Checkpoint) -> mx.Dtype:
@@ -105,7 +130,9 @@ def default_dtype(stored: mx.Dtype) -> mx.Dtype:
     return mx.float16 if stored == mx.bfloat16 and chip and not chip.native_bfloat16 else stored
 
 
-def load_model(checkpoint: Checkpoint, dtype: mx.Dtype, name: str) -> Model:
+def load_model(
+    checkpoint: Checkpoint, dtype: mx.Dtype, name: str, progress: Progress = lambda done, total: None
+) -> Model:
     """Read the text tensors and build the model; vision tower and draft head stay on disk until they are wanted."""
     names = [stored for stored, _ in checkpoint.part(text_shapes(checkpoint.config.text))]
     check_model_fits(checkpoint, dtype, name)
@@ -113,12 +140,16 @@ def load_model(checkpoint: Checkpoint, dtype: mx.Dtype, name: str) -> Model:
     if dtype == mx.float32:
         tell_shortened()
     config = checkpoint.config.text
-    weights = read_weights(checkpoint, names, dtype)
+    weights = read_weights(checkpoint, names, dtype, progress)
     model = Model(config, weights)
     weights.arrays.clear()  # each layer frees what it was cast from as soon as it is evaluated
+    done, total = 0, _nbytes(model)
     for part in (model.embed_tokens, *([] if config.tie_word_embeddings else [model.lm_head]), *model.layers):
         mx.eval(part.parameters())
+        done += _nbytes(part)
+        progress(done, total)
     mx.eval(model.parameters(), model.rotary.frequencies, model.rotary.axes)  # what is pending belongs to this thread
+    progress(total, total)
     mx.clear_cache()
     engaged(model)  # on a Mac, see now and not in the middle of an answer which kernels may be used
     tell_unfit(model)
@@ -173,18 +204,36 @@ def load_tower(checkpoint: Checkpoint, dtype: mx.Dtype, head: DraftHead | None =
     return tower.eval()
 
 
-def read_weights(checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype) -> Weights:
+def _nbytes(part: nn.Module) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(part.parameters()))
+
+
+def read_weights(
+    checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype, progress: Progress = lambda done, total: None
+) -> Weights:
     """The tensors of these names, still on disk, with those that float16 cannot hold marked to stay in float32."""
     _check_finite(checkpoint, names)
     kept: dict[str, str] = {}
     if dtype == mx.float16:
         wide = [name for name in names if checkpoint.entries[name].dtype in ("BF16", "F32", "F64")]
         # Each array is read, looked at and let go: with those that are computed with, all would stay.
-        kept = half.unfit((name, _lazy_arrays(checkpoint, [name])[name]) for name in wide if takes_dtype(name))
+        wide = [name for name in wide if takes_dtype(name)]
+        kept = half.unfit(
+            (name, _lazy_arrays(checkpoint, [name])[name]) for name in _counted(checkpoint, wide, progress)
+        )
         if kept:
             half.tell(kept)
     arrays = _lazy_arrays(checkpoint, names)
     return Weights(arrays, checkpoint.quantization, dtype, checkpoint.config.text.rms_norm_eps, kept)
+
+
+def _counted(checkpoint: Checkpoint, names: list[str], progress: Progress) -> Iterator[str]:
+    """The names, with the bytes of those before told at each."""
+    done, total = 0, sum(checkpoint.entries[name].nbytes for name in names)
+    for name in names:
+        yield name
+        done += checkpoint.entries[name].nbytes
+        progress(done, total)
 
 
 def _lazy_arrays(checkpoint: Checkpoint, names: list[str]) -> dict[str, mx.array]:

@@ -5,15 +5,17 @@ import os
 import mlx.core as mx
 
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.values import number
 
 _limit: int | None = None  # set by hand
+_MOST_GIGABYTES = 1e9  # what MLX is told must fit into 64 bits
 
 
 def limit_memory(gigabytes: float | None) -> None:
     """Let a model take so many GB (10^9 bytes), whatever the machine has; None: as much as suits the machine."""
     global _limit
-    if gigabytes is not None and not 0 < gigabytes < float("inf"):
-        raise InputError("option_invalid", f"memory_limit must be a number of GB above 0, got {gigabytes}")
+    if gigabytes is not None:
+        gigabytes = number("memory_limit", gigabytes, "a number of GB above 0", 0.0, _MOST_GIGABYTES, above=True)
     _limit = None if gigabytes is None else int(gigabytes * 1e9)
 
 

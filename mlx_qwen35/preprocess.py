@@ -8,18 +8,28 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
 from mlx_qwen35.config import VisionConfig
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.frames import frame_rate
 from mlx_qwen35.image import MAX_PIXELS, read_image
 from mlx_qwen35.memory import machine_pixels
+from mlx_qwen35.values import flag, whole
 from mlx_qwen35.video import FrameSampling, read_video, resize
 
 MAX_RATIO = 200  # of the longer side to the shorter
+
+
+_CHECKS = {
+    **dict.fromkeys(("min_pixels", "max_pixels", "video_total_pixels"), partial(whole, least=1, most=10**12)),
+    "video_num_frames": partial(whole, least=1, most=10**7),
+    **dict.fromkeys(("fps", "source_fps"), frame_rate),
+    **dict.fromkeys(("published_limits", "outer_vision_tags"), flag),
+}
 
 
 @dataclass(frozen=True)
@@ -45,23 +55,14 @@ class VisionOptions:
     outer_vision_tags: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("min_pixels", "max_pixels", "video_num_frames", "video_total_pixels"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise InputError("option_invalid", f"{name} must be a whole number of at least 1, got {value!r}")
+        for name, check in _CHECKS.items():
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, check(name, getattr(self, name)))
         for name in ("min_pixels", "max_pixels"):
             if (getattr(self, name) or 0) > MAX_PIXELS:
                 raise InputError(
                     "option_invalid", f"{name} must be at most {MAX_PIXELS:,}, got {getattr(self, name):,}"
                 )
-        for name in ("published_limits", "outer_vision_tags"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError("option_invalid", f"{name} must be True or False, got {getattr(self, name)!r}")
-        for name in ("fps", "source_fps"):
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (number and 0 < value < math.inf):
-                raise InputError("option_invalid", f"{name} must be a number above 0, got {value!r}")
         if self.fps is not None and self.video_num_frames is not None:
             raise InputError(
                 "option_conflict",

@@ -14,6 +14,7 @@ from mlx_qwen35.preprocess import Media, Preprocessor, VisionOptions
 from mlx_qwen35.preprocessor_files import read_preprocessor
 from mlx_qwen35.prompt import Placed, Prompt
 from mlx_qwen35.tokenizer_files import load_tokenizer
+from mlx_qwen35.values import shown
 
 Messages = Sequence[Mapping[str, Any]]
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")  # the checkpoint's files name one each; both end a generation
@@ -242,6 +243,11 @@ class TextStream:
         self._started = not thinking  # the blank lines between reasoning and answer belong to neither
         self.stopped = False  # a stop string came
 
+    @property
+    def reasoning(self) -> bool:
+        """Whether it is inside the reasoning now."""
+        return self._reasoning
+
     def add(self, token: int) -> list[Piece]:
         """The text that this token completes, as zero or more pieces."""
         if token == self._think_start or token == self._think_end:
@@ -277,8 +283,8 @@ class TextStream:
 
 def check_stop(stop: Sequence[str]) -> tuple[str, ...]:
     """The stop strings; InputError unless they are a list of strings that are not empty."""
-    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
-        raise InputError("option_invalid", f"stop must be a list of strings that are not empty, got {stop!r}")
+    if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
+        raise InputError("option_invalid", f"stop must be a list of strings that are not empty, got {shown(stop)}")
     return tuple(stop)
 
 

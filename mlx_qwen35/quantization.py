@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.fields import shown
+from mlx_qwen35.values import shown
 
 # Bits and group sizes that MLX offers for each quantization mode, and the dtypes of the packed parts.
 MODES = {

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.fields import Fields, shown
+from mlx_qwen35.fields import Fields
+from mlx_qwen35.values import shown
 
 OLDER = ("rope_scaling", "rope_theta", "partial_rotary_factor")  # before transformers 5 gathered them
 

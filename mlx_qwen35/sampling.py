@@ -5,14 +5,26 @@ seed gives the same text however the tokens are produced: alone, in a batch, or 
 """
 
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.values import is_number, is_whole, number, plain, shown, whole
+
+MOST_FLOAT = float(np.finfo(np.float32).max)  # logits are float32: beyond it a number is infinite
+_TEMPERATURE = ("0 (greedy) or more, at least 0.001 and finite", 1e-3, MOST_FLOAT)
+# Option -> its rule in words, the least and the most; whether it must be above the least.
+_NUMBERS = {
+    "temp": (_TEMPERATURE[0], 0.0, MOST_FLOAT),
+    "top_p": ("above 0 and at most 1 (off)", 0.0, 1.0, True),
+    "min_p": ("0 (off) to 1", 0.0, 1.0),
+    "presence_penalty": ("-2 to 2", -2.0, 2.0),
+    "frequency_penalty": ("-2 to 2", -2.0, 2.0),
+    "repetition_penalty": ("above 0, at least 0.001 and finite; 1 is off", 1e-3, MOST_FLOAT),
+}
 
 
 @dataclass(frozen=True)
@@ -29,28 +41,28 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logit of a token id
 
     def __post_init__(self) -> None:
-        rules = {
-            "temp": (self.temp == 0 or 1e-3 <= self.temp < math.inf, "0 (greedy) or more, at least 0.001 and finite"),
-            "top_k": (isinstance(self.top_k, int) and self.top_k >= 0, "a whole number, 0 (off) or more"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
-            "min_p": (0 <= self.min_p <= 1, "0 (off) to 1"),
-            "presence_penalty": (-2 <= self.presence_penalty <= 2, "-2 to 2"),
-            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "-2 to 2"),
-            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0; 1 is off"),
-        }
-        for name, (holds, rule) in rules.items():
-            if not holds:
-                raise InputError("option_invalid", f"{name} must be {rule}, got {getattr(self, name)}")
-        for token, bias in self.logit_bias.items():
-            if type(token) is not int or token < 0 or not isinstance(bias, (int, float)) or not bias < math.inf:
-                raise InputError(
-                    "option_invalid",
-                    f"logit_bias must map token ids to numbers below infinity, got {token!r}: {bias!r}",
-                )
+        for name, rule in _NUMBERS.items():
+            object.__setattr__(self, name, number(name, getattr(self, name), *rule))
+        if self.temp:
+            number("temp", self.temp, *_TEMPERATURE)
+        object.__setattr__(self, "top_k", whole("top_k", self.top_k, 0))
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
 
     @property
     def penalises(self) -> bool:
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+
+def _biases(given: Mapping[int, float]) -> dict[int, float]:
+    """A bias of minus infinity forbids a token; one of infinity would leave no distribution."""
+    rule = "logit_bias must map token ids to numbers below infinity, got"
+    if not isinstance(given, Mapping):
+        raise InputError("option_invalid", f"{rule} {shown(given)}")
+    biases = {plain(token): plain(bias) for token, bias in given.items()}
+    for token, bias in biases.items():
+        if not (is_whole(token) and 0 <= token < 2**31 and is_number(bias) and bias <= MOST_FLOAT):
+            raise InputError("option_invalid", f"{rule} {shown(token)}: {shown(bias)}")
+    return {int(token): float(bias) for token, bias in biases.items()}
 
 
 @dataclass(frozen=True)
@@ -59,14 +71,15 @@ class Preset:
 
     sampling: Sampling
     max_tokens: int  # published output length
+    thinking: bool  # whether they are for answers with reasoning
     use: str
 
 
 PRESETS = {
-    "thinking": Preset(Sampling(1.0, 20, 0.95, presence_penalty=1.5), 32768, "thinking, general"),
-    "coding": Preset(Sampling(0.6, 20, 0.95), 81920, "thinking, precise coding"),
-    "instruct": Preset(Sampling(0.7, 20, 0.8, presence_penalty=1.5), 32768, "no thinking, general"),
-    "reasoning": Preset(Sampling(1.0, 40, 1.0, presence_penalty=2.0), 32768, "no thinking, reasoning tasks"),
+    "thinking": Preset(Sampling(1.0, 20, 0.95, presence_penalty=1.5), 32768, True, "thinking, general"),
+    "coding": Preset(Sampling(0.6, 20, 0.95), 81920, True, "thinking, precise coding"),
+    "instruct": Preset(Sampling(0.7, 20, 0.8, presence_penalty=1.5), 32768, False, "no thinking, general"),
+    "reasoning": Preset(Sampling(1.0, 40, 1.0, presence_penalty=2.0), 32768, False, "no thinking, reasoning tasks"),
 }
 
 
@@ -113,28 +126,17 @@ def _normalise(logits: mx.array) -> mx.array:
 
 
 def _cut(logprobs: mx.array, sampling: Sampling) -> mx.array:
-    """Top-p, then min-p, normalised again after each."""
-    from mlx_lm.sample_utils import apply_min_p, apply_top_p
-
-    with _uncompiled_on_cpu():
-        if sampling.top_p < 1:
-            logprobs = _normalise(apply_top_p(logprobs, sampling.top_p))
-        if sampling.min_p > 0:
-            logprobs = _normalise(apply_min_p(logprobs, sampling.min_p))
+    """Top-p, then min-p, normalised again after each. A row's best token always stays."""
+    if sampling.top_p < 1:
+        order = mx.argsort(logprobs, axis=-1)
+        sums = mx.cumsum(mx.take_along_axis(mx.exp(logprobs), order, axis=-1), axis=-1)  # from the least probable on
+        kept = (sums > 1 - sampling.top_p) | (mx.arange(order.shape[-1]) == order.shape[-1] - 1)
+        kept = mx.put_along_axis(mx.zeros(order.shape, mx.bool_), order, kept, axis=-1)
+        logprobs = _normalise(mx.where(kept, logprobs, -mx.inf))
+    if sampling.min_p > 0:
+        least = logprobs.max(axis=-1, keepdims=True) + math.log(sampling.min_p)
+        logprobs = _normalise(mx.where(logprobs < least, -mx.inf, logprobs))
     return logprobs
-
-
-@contextmanager
-def _uncompiled_on_cpu() -> Iterator[None]:
-    """mlx-lm compiles its filters, which on the CPU backend runs a C++ compiler, seconds long."""
-    if mx.default_device() != mx.cpu or "MLX_DISABLE_COMPILE" in os.environ:
-        yield
-        return
-    mx.disable_compile()
-    try:
-        yield
-    finally:
-        mx.enable_compile()
 
 
 def noise(vocabulary: int, seed: int, position: int) -> mx.array:
@@ -155,11 +157,9 @@ class Sampler:
     def __init__(
         self, sampling: Sampling | Sequence[Sampling], seeds: Sequence[int], positions: Sequence[int], vocabulary: int
     ):
-        for seed in seeds:
-            check_seed(seed)
         self.sampling = [sampling] * len(seeds) if isinstance(sampling, Sampling) else list(sampling)
         self.vocabulary = vocabulary
-        self.seeds, self.positions = list(seeds), list(positions)
+        self.seeds, self.positions = [check_seed(seed) for seed in seeds], list(positions)
         self.counts: mx.array | None = None  # (B, V), once something is penalised
         self._width = 0  # of logits: V
         self._noise: dict[tuple[int, int], mx.array] = {}  # (V,) by seed and position, from the next token on
@@ -224,6 +224,5 @@ def _counted(counts: mx.array, drafted: mx.array | None, m: int) -> mx.array:
     return counts.at[mx.arange(len(counts))[:, None], drafted[:, :m]].add(1.0)
 
 
-def check_seed(seed: int) -> None:
-    if type(seed) is not int or not 0 <= seed < 2**32:
-        raise InputError("option_invalid", f"seed must be 0 to {2**32 - 1}, got {seed}")
+def check_seed(seed: int) -> int:
+    return whole("seed", seed, 0, 2**32 - 1)

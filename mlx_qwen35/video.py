@@ -10,7 +10,7 @@ import numpy as np
 
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fetch import fetch, is_remote, name_of
-from mlx_qwen35.frames import Clip, Fit, FrameSampling, Timeline, check_rate, collect, resize
+from mlx_qwen35.frames import Clip, Fit, FrameSampling, Timeline, collect, frame_rate, resize
 from mlx_qwen35.image import read_image
 from mlx_qwen35.video_file import VideoFile
 from mlx_qwen35.video_frame import stored_size, upright_rgb
@@ -86,12 +86,12 @@ def _read_frames(
             "option_missing",
             f"frames without a container have no rate; {name} came without source_fps. Say how many are in a second",
         )
-    check_rate("source_fps", source_fps)
-    picks, times = Timeline(total, float(source_fps), None).pick(sampling)
+    source_fps = frame_rate("source_fps", source_fps)
+    picks, times = Timeline(total, source_fps, None).pick(sampling)
     # Every frame is read, so that a broken one, or a stranger among them, is noticed whatever the sampling.
     pictures = iter(frames) if isinstance(frames, np.ndarray) else _read_pictures(name, frames)
     kept, size, _ = collect(pictures, picks, fit, lambda frame: frame.shape[:2], lambda frame: frame)
-    return Clip(kept, times, size, total, float(source_fps))
+    return Clip(kept, times, size, total, source_fps)
 
 
 def _read_pictures(name: str, frames: Sequence[Any]) -> Iterator[np.ndarray]:

@@ -27,6 +27,7 @@ from mlx_qwen35.errors import InputError
 from mlx_qwen35.hub import resolve
 from mlx_qwen35.load import DTYPES, choose_dtype, has_tower
 from mlx_qwen35.names import MTP
+from mlx_qwen35.progress import Step
 from mlx_qwen35.random_checkpoint import GEOMETRIES, geometry, write_random_checkpoint
 
 # The options of each of the modes, and their defaults; None is no default.
@@ -178,12 +179,13 @@ def _check_dispatches(options: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _checkpoint(options: argparse.Namespace) -> Iterator[Path]:
+def _checkpoint(options: argparse.Namespace, step: Step) -> Iterator[Path]:
     """The folder to measure: the model's, or a temporary one with random weights."""
     if options.model:
         yield resolve(options.model, options.revision)
         return
     dtype = options.dtype or ("float32" if mx.default_device() == mx.cpu else "bfloat16")
+    step.say("writing random weights")
     with tempfile.TemporaryDirectory(prefix="mlx_qwen35-bench-") as folder:
         yield write_random_checkpoint(Path(folder), geometry(options.geometry), dtype=DTYPES[dtype], mtp=options.mtp)
 
@@ -210,32 +212,35 @@ def bench(options: argparse.Namespace) -> dict[str, str]:
     """Measure, print, write, and return what could not run, each with the reason."""
     _choose_mode(options)
     _check_outputs(options)
-    if options.dispatches:
-        return _dispatches(options)
-    with _checkpoint(options) as folder:
-        model = options.model or f"random weights of geometry {options.geometry}"
-        return (_mtp if options.mtp else _vision if options.vision else _speed)(options, folder, model)
+    with Step("preparing") as step:
+        if options.dispatches:
+            return _dispatches(options, step)
+        with _checkpoint(options, step) as folder:
+            model = options.model or f"random weights of geometry {options.geometry}"
+            return (_mtp if options.mtp else _vision if options.vision else _speed)(options, folder, model, step)
 
 
 def _dtype(options: argparse.Namespace, checkpoint: Checkpoint) -> str:
     return str(choose_dtype(checkpoint, options.dtype)).removeprefix("mlx.core.")
 
 
-def _speed(options: argparse.Namespace, folder: Path, model: str) -> dict[str, str]:
+def _speed(options: argparse.Namespace, folder: Path, model: str, step: Step) -> dict[str, str]:
     failures: dict[str, str] = {}
     dtype = _dtype(options, open_checkpoint(folder))
     settings = Settings(
         options.prompt_lengths, options.decode_tokens, options.repeats, options.prefill_step_size, dtype
     )
+    step.say("loading the programs")
     with started((OURS, *options.compare), folder, dtype, failures) as workers:
         if OURS in failures:
             raise InputError(
                 "bench_failed", f"{OURS} could not load {options.model or options.geometry}: {failures[OURS]}"
             )
-        runs = measure(workers, settings, failures, _progress)
+        runs = measure(workers, settings, failures, step.say)
         environments = {worker.name: worker.environment for worker in workers}
     if OURS in failures:
         raise InputError("bench_failed", f"{OURS} could not run: {failures[OURS]}")
+    step.end()
     machine, rows = describe_machine(environments), summarize(runs)
     print(format_table(machine, model, settings, rows, median(run.products for run in runs)))
     if options.json:
@@ -245,7 +250,7 @@ def _speed(options: argparse.Namespace, folder: Path, model: str) -> dict[str, s
     return failures
 
 
-def _vision(options: argparse.Namespace, folder: Path, model: str) -> dict[str, str]:
+def _vision(options: argparse.Namespace, folder: Path, model: str, step: Step) -> dict[str, str]:
     failures: dict[str, str] = {}
     checkpoint = open_checkpoint(folder)
     if not has_tower(checkpoint):
@@ -257,21 +262,23 @@ def _vision(options: argparse.Namespace, folder: Path, model: str) -> dict[str, 
         _dtype(options, checkpoint),
     )  # fmt: skip
     cases = settings.cases(checkpoint.config.vision)
-    machine, rows = vision.measure_memory(folder, cases, settings, failures, _progress)
+    machine, rows = vision.measure_memory(folder, cases, settings, failures, step.say)
+    step.end()
     print(vision.format_memory(machine, model, settings, rows))
     if options.json:
         vision.write_memory(options.json, machine, model, settings, rows, failures)
     return failures
 
 
-def _mtp(options: argparse.Namespace, folder: Path, model: str) -> dict[str, str]:
+def _mtp(options: argparse.Namespace, folder: Path, model: str, step: Step) -> dict[str, str]:
     checkpoint = open_checkpoint(folder)
     if not checkpoint.has(MTP):
         raise InputError(
             "draft_head_missing", f"--mtp needs a checkpoint with a draft head (tensors mtp.*); {model} has none"
         )
     settings = mtp.Settings(options.decode_tokens, options.repeats, _dtype(options, checkpoint))
-    found = mtp.measure_mtp(folder, settings, bool(options.model), _progress)
+    found = mtp.measure_mtp(folder, settings, bool(options.model), step.say)
+    step.end()
     expected = expectations({f"{model}, measured here": found.acceptance["shares"]}) if options.model else []
     print(mtp.format_mtp(model, checkpoint.config.text, settings, found, expected))
     if options.json:
@@ -279,10 +286,11 @@ def _mtp(options: argparse.Namespace, folder: Path, model: str) -> dict[str, str
     return {}
 
 
-def _dispatches(options: argparse.Namespace) -> dict[str, str]:
+def _dispatches(options: argparse.Namespace, step: Step) -> dict[str, str]:
     counts: dict[str, dispatches.Dispatches] = {}
     failures: dict[str, str] = {}
     for program in (OURS, *options.compare):
+        step.say(f"counting {program}")
         try:
             counts[program] = dispatches.count_program(program, geometry(options.geometry), options.recipe)
         except ProgramError as error:
@@ -290,6 +298,7 @@ def _dispatches(options: argparse.Namespace) -> dict[str, str]:
     if OURS in failures:
         raise InputError("bench_failed", f"{OURS} could not be counted: {failures[OURS]}")
     drafts = draft_dispatches.count_drafts(geometry(options.geometry), options.recipe) if options.mtp else None
+    step.end()
     title = f"dispatches of one decoded token, geometry {options.geometry}, {options.recipe} recipe"
     print(dispatches.format_dispatches(title, counts))
     if drafts:
@@ -299,22 +308,17 @@ def _dispatches(options: argparse.Namespace) -> dict[str, str]:
     return failures
 
 
-def _progress(line: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if not (options.model or options.geometry):
-        if options.dispatches or not options.mtp:
-            parser.error("one of the arguments --model --geometry is required")
-        options.model = "nano"
     with as_command("mlx_qwen35.bench", tuned=False):
+        parser = _parser()
+        options = parser.parse_args(arguments)
+        if not (options.model or options.geometry):
+            if options.dispatches or not options.mtp:
+                parser.error("one of the arguments --model --geometry is required")
+            options.model = "nano"
         failures = bench(options)
-    if failures:
-        sys.exit("\n".join(f"error: {name} could not run: {reason}" for name, reason in failures.items()))
+        if failures:
+            sys.exit("\n".join(f"error: {name} could not run: {reason}" for name, reason in failures.items()))
 
 
 if __name__ == "__main__":

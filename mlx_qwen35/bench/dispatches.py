@@ -22,6 +22,7 @@ from mlx_qwen35.bench.layout import Layout, fresh
 from mlx_qwen35.bench.measure import OURS, ProgramError
 from mlx_qwen35.bench.report import align
 from mlx_qwen35.config import parse_config
+from mlx_qwen35.streams import write_file
 
 COUNTED = ("mlx-lm", "mlx-vlm")  # what --compare may name here
 # Matrices whose name ends so have other bits than 4, None for not packed; groups are of 64.
@@ -262,4 +263,4 @@ def write_dispatches(
     }
     if drafts:
         content[OURS]["steps_with_drafts"] = {depth: dict(own) for depth, own in drafts.items()}
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(content, indent=2) + "\n")

@@ -17,6 +17,7 @@ from mlx_qwen35.errors import InputError
 from mlx_qwen35.generate.depth import FALL
 from mlx_qwen35.load import DTYPES
 from mlx_qwen35.random_checkpoint import geometry, write_random_checkpoint
+from mlx_qwen35.streams import write_file
 
 READING = 1024  # tokens of the prompt that is read with and without drafts
 LIMIT = 160  # tokens of an answer over which acceptance is taken
@@ -246,4 +247,4 @@ def write_mtp(path: Path, model: str, settings: Settings, found: Measured, expec
     content = {
         "model": model, "settings": asdict(settings), **asdict(found), "expected": [asdict(row) for row in expected]
     }  # fmt: skip
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(content, indent=2) + "\n")

@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from mlx_qwen35.bench.measure import OURS, Row, Run, Settings
 from mlx_qwen35.memory import usable_bytes
+from mlx_qwen35.streams import write_file
 
 _PACKAGES = ("mlx", "mlx-lm", "mlx-vlm", "transformers", "torch")
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
@@ -118,7 +119,7 @@ def write_json(
         "machine": dict(machine), "model": model, "settings": asdict(settings), "failures": dict(failures),
         "rows": [asdict(row) for row in rows], "runs": [asdict(run) for run in runs],
     }  # fmt: skip
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(content, indent=2) + "\n")
 
 
 def draw(path: Path, title: str, rows: Sequence[Row]) -> None:

@@ -15,6 +15,7 @@ from mlx_qwen35.bench.measure import OURS, ProgramError, Worker
 from mlx_qwen35.bench.report import align, describe_machine, header
 from mlx_qwen35.config import VisionConfig
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.streams import write_file
 
 MEGAPIXEL = 1 << 20
 _COLUMNS = (
@@ -168,4 +169,4 @@ def write_memory(
         "machine": dict(machine), "model": model, "settings": asdict(settings), "failures": dict(failures),
         "rows": [asdict(row) | {name: getattr(row, name) for name in working} for row in rows], "spread": spread(rows),
     }  # fmt: skip
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(content, indent=2) + "\n")

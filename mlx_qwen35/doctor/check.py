@@ -1,10 +1,12 @@
 """Speed and memory of a model in half a minute: a prompt as long as the time allows, then tokens one by one."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
+from mlx_qwen35.cache import Cache
 from mlx_qwen35.checkpoint import Quantization, is_matrix, is_zero_centred, text_shapes
 from mlx_qwen35.chunk import suitable_chunk
 from mlx_qwen35.config import TextConfig
@@ -67,12 +69,22 @@ def sample_model(config: TextConfig, dtype: mx.Dtype) -> Model:
     return model.eval()
 
 
-def measure(model: Model, seconds: float = SECONDS) -> Speed:
-    """Read ever longer prompts, then decode, for about `seconds` each; then steps over several tokens, for as long."""
+def measure(
+    model: Model, seconds: float = SECONDS, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Speed:
+    """Read ever longer prompts, then decode, for about `seconds` each; then steps over several tokens, for as long.
+
+    progress: told the seconds that have gone, and those that it takes at most, by and large.
+    """
     mx.clear_cache()
     mx.reset_peak_memory()
     start, prompt, elapsed, cache = time.perf_counter(), 0, 0.0, None
+
+    def tick() -> None:
+        progress(min(int(time.perf_counter() - start), int(3 * seconds)), int(3 * seconds))
+
     for length in PROMPTS:
+        tick()
         cache = model.make_cache()
         begin = time.perf_counter()
         step = suitable_chunk(model.config, model.dtype, length)
@@ -80,13 +92,15 @@ def measure(model: Model, seconds: float = SECONDS) -> Speed:
         prompt, elapsed = length, time.perf_counter() - begin
         if time.perf_counter() - start + 2 * elapsed > seconds:
             break
-    layers, head = _decode(model, cache, seconds)
+    layers, head = _decode(model, cache, seconds, tick)
     peak = mx.get_peak_memory()
-    several = tuple(_decode(model, cache, seconds / 3, tokens) for tokens in (2, 3, 4))
+    several = tuple(_decode(model, cache, seconds / 3, tick, tokens) for tokens in (2, 3, 4))
     return Speed(prompt, elapsed, layers, head, peak, several)
 
 
-def _decode(model: Model, cache, seconds: float, tokens: int = 1) -> tuple[float, float]:
+def _decode(
+    model: Model, cache: Cache, seconds: float, tick: Callable[[], None], tokens: int = 1
+) -> tuple[float, float]:
     """Median seconds of the layers, and of the head, of a step over so many tokens."""
     layers, heads = [], []
     start, token = time.perf_counter(), mx.ones((1, tokens), mx.int32)
@@ -98,4 +112,5 @@ def _decode(model: Model, cache, seconds: float, tokens: int = 1) -> tuple[float
         mx.eval(model.logits(hidden))
         layers.append(middle - begin)
         heads.append(time.perf_counter() - middle)
+        tick()
     return sorted(layers)[len(layers) // 2], sorted(heads)[len(heads) // 2]

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_qwen35.checkpoint import open_checkpoint
-from mlx_qwen35.commands import add_model_options, add_version, as_command, load_options
+from mlx_qwen35.commands import add_model_options, add_version, as_command, load_model
 from mlx_qwen35.config import parse_config
 from mlx_qwen35.doctor import check, facts, probe
 from mlx_qwen35.doctor.facts import Facts
@@ -17,9 +17,11 @@ from mlx_qwen35.doctor.plan import format_plans, plans
 from mlx_qwen35.engaged import engaged
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.hub import look, resolve
-from mlx_qwen35.load import DTYPES, default_dtype, load, stored_dtype
+from mlx_qwen35.load import DTYPES, default_dtype, stored_dtype
 from mlx_qwen35.memory import limit_memory
+from mlx_qwen35.progress import Step
 from mlx_qwen35.random_checkpoint import geometry
+from mlx_qwen35.streams import read_file, write_file
 
 COMMAND = "mlx_qwen35.doctor"
 CONTEXT = 8192  # tokens that --plan plans for where nothing is said
@@ -89,36 +91,37 @@ def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Fac
     limit_memory(args.memory_limit)
     report = {"machine": facts.machine(), "settings of MLX": facts.settings(given)}
     if args.model:
-        model, processor = load(args.model, **load_options(args))  # judges an id before it is downloaded
+        model, processor = load_model(args)  # judges an id before it is downloaded
         checkpoint = open_checkpoint(resolve(args.model, args.revision))
         title, stored = f"model {args.model}", stored_dtype(checkpoint)
     else:
         text, stored = parse_config(geometry("4b")).text, mx.bfloat16
-        model = check.sample_model(text, DTYPES[args.dtype] if args.dtype else default_dtype(stored))
+        with Step("making up weights"):
+            model = check.sample_model(text, DTYPES[args.dtype] if args.dtype else default_dtype(stored))
         title = f"no --model: {check.SAMPLE_LAYERS} layers and the head of the 4B, random weights in 4 bit"
     report[title] = {"dtype": facts.dtype(model.dtype, stored, args.dtype)}
     report[title] |= facts.reading(model.config, model.dtype)
-    report["kernels"] = facts.kernels(engaged(model))
+    with Step("checking kernels"):
+        report["kernels"] = facts.kernels(engaged(model))
     if args.probe:
         tokens = processor.tokenizer.encode(text_to_probe, add_special_tokens=False)
-        maxima = probe.residual_maxima(model, tokens)
+        with Step("reading the text", "tokens") as progress:
+            maxima = probe.residual_maxima(model, tokens, progress)
         report["residual stream"] = {
             f"largest over {len(tokens)} tokens": probe.describe(maxima),
             "after each layer": " ".join(f"{value:.4g}" for value in maxima),
         }
     if not args.no_check:
         scale = 1 if args.model else len(text.layer_types) / check.SAMPLE_LAYERS
-        report["check"] = facts.speed(check.measure(model), scale)
+        with Step("measuring speed", "s") as progress:
+            report["check"] = facts.speed(check.measure(model, progress=progress), scale)
     return report
 
 
 def _read_text(file: Path | None) -> str:
     if file is None:
         return probe.TEXT
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError("text_unreadable", f"--text must be a readable UTF-8 text file: {error}") from error
+    text = read_file("--text", file)
     if not text:
         raise InputError("text_too_short", f"--text must hold some text; {file} is empty")
     return text
@@ -138,8 +141,9 @@ def show(report: Mapping[str, Facts]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    given, args = dict(os.environ), parser().parse_args(arguments)
+    given = dict(os.environ)
     with as_command(COMMAND):
+        args = parser().parse_args(arguments)
         if args.plan:
             show_plan(args)
             return
@@ -149,5 +153,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         report = examine(args, given)
         if args.json:
-            args.json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_file(args.json, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
         show(report)

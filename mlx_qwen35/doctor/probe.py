@@ -1,7 +1,7 @@
 """How large the residual stream grows: whether float16, which ends at 65,504, is enough for a checkpoint."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
@@ -20,10 +20,14 @@ TEXT = (
 )
 
 
-def residual_maxima(model: Model, tokens: Sequence[int]) -> list[float]:
+def residual_maxima(
+    model: Model, tokens: Sequence[int], progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[float]:
     """The largest magnitude of the residual stream after each layer, over these tokens; NaN where there is one."""
-    cache = model.make_cache()
-    chunks = [_maxima(model, cache, tokens[start : start + CHUNK]) for start in range(0, len(tokens), CHUNK)]
+    cache, chunks = model.make_cache(), []
+    for start in range(0, len(tokens), CHUNK):
+        chunks.append(_maxima(model, cache, tokens[start : start + CHUNK]))
+        progress(min(start + CHUNK, len(tokens)), len(tokens))
     return mx.stack(chunks).max(0).tolist()
 
 

@@ -6,17 +6,21 @@ from dataclasses import dataclass
 from typing import Unpack
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_qwen35.cache import Cache, Snapshot
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.generate.checks import check_options
 from mlx_qwen35.generate.loop import decode
-from mlx_qwen35.generate.options import Options, Plan, check_names, encode, plan, refuse_idle_vision
+from mlx_qwen35.generate.options import Options, Plan, encode, plan, refuse_idle_vision
 from mlx_qwen35.generate.prefill import Row, read
 from mlx_qwen35.generate.speculate import Choice, Drafting, Speculation, attach
 from mlx_qwen35.model import Model
+from mlx_qwen35.process import refuse_fork
 from mlx_qwen35.processor import Messages, Piece, Processor
 from mlx_qwen35.prompt import Prompt
 from mlx_qwen35.sampling import Sampler
+from mlx_qwen35.values import shown
 
 
 @dataclass(frozen=True)
@@ -24,15 +28,17 @@ class Result:
     """One finished generation; str() is the answer.
 
     finish_reason: "stop" (an end token or a stop string), "length" (max_tokens or the end of the context), or
-    "interrupted". tokens are the generated ids, the end token included. vision_seconds is what images and clips took in
-    the vision tower. Speeds are in tokens per second: prompt_tps from there to the first token, generation_tps after
-    it. peak_memory is in GB (10^9 bytes), since the program started. mtp says what the draft head did.
+    "interrupted". in_reasoning: whether it ended inside the reasoning, so that there is no answer. tokens are the
+    generated ids, the end token included. vision_seconds is what images and clips took in the vision tower. Speeds are
+    in tokens per second: prompt_tps from there to the first token, generation_tps after it. peak_memory is in GB (10^9
+    bytes), since the program started. mtp says what the draft head did.
     """
 
     text: str
     reasoning: str
     tokens: tuple[int, ...]
     finish_reason: str
+    in_reasoning: bool
     prompt_tokens: int
     generation_tokens: int
     vision_seconds: float
@@ -63,6 +69,8 @@ class Generation:
         """drafts: what was chosen when part of the prompt was read before."""
         self.model, self.processor, self.prompts = model, processor, list(prompts)
         self.cache: Cache = options.get("cache") or model.make_cache(len(self.prompts))
+        if (self.cache.config, self.cache.dtype) != (model.config, model.dtype):
+            raise InputError("option_invalid", "cache must come from make_cache() of this model; it is another model's")
         if self.cache.batch != len(self.prompts):
             raise InputError(
                 "cache_batch_mismatch",
@@ -153,6 +161,7 @@ class Generation:
             reasoning="".join(piece.text for piece in self._pieces[row] if piece.reasoning).strip(),
             tokens=tuple(tokens),
             finish_reason=self._reasons[row],
+            in_reasoning=self._streams[row].reasoning,
             prompt_tokens=prompt,
             generation_tokens=len(tokens),
             vision_seconds=self._vision_seconds,
@@ -188,7 +197,8 @@ def start(
     model: Model, processor: Processor, prompts: Sequence[str | Sequence[int] | Messages], **options: Unpack[Options]
 ) -> Generation:
     """A Generation of these prompts, nothing read yet: for callers that want pieces and the result."""
-    given = check_names(options)
+    refuse_fork()
+    given = check_options(options)
     encoded = [encode(processor, prompt, given) for prompt in prompts]
     refuse_idle_vision(given, encoded)
     generation = Generation(model, processor, encoded, given)
@@ -245,9 +255,12 @@ def batch_generate(
     """Answer several prompts of any lengths together; each gets what it would get alone with the same seed."""
     if isinstance(prompts, str):
         raise TypeError("prompts must be a list; for one prompt there is generate")
-    if not prompts:
+    if not isinstance(prompts, list | tuple | np.ndarray | mx.array):
+        raise InputError("prompt_invalid", f"prompts must be a list, got {shown(prompts)}")
+    if not len(prompts):
+        check_options(options)
         return []
-    generation = start(model, processor, prompts, **options)
+    generation = start(model, processor, list(prompts), **options)
     for _ in generation:
         pass
     return generation.results()

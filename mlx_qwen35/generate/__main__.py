@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.commands import (
-    INTERRUPTED,
     add_generation_options,
     add_model_options,
     add_sampling_options,
@@ -18,18 +17,20 @@ from mlx_qwen35.commands import (
     as_command,
     check_there,
     given_options,
-    load_options,
+    load_model,
     print_media,
     print_pieces,
-    prompt_bar,
     require_model,
+    tell_cut,
 )
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.generate import Result, start
+from mlx_qwen35.generate import Generation, Result, start
 from mlx_qwen35.generate.options import one_message
-from mlx_qwen35.load import load
+from mlx_qwen35.interrupt import INTERRUPTED
 from mlx_qwen35.preprocess import Media
 from mlx_qwen35.processor import Messages
+from mlx_qwen35.progress import Step
+from mlx_qwen35.streams import read_file, read_input, standard_input
 
 COMMAND = "mlx_qwen35.generate"
 
@@ -65,20 +66,14 @@ def parser() -> argparse.ArgumentParser:
 
 def read_prompt(args: argparse.Namespace) -> str:
     if args.prompt_file:
-        try:
-            return args.prompt_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError("text_unreadable", f"--prompt-file must be a readable UTF-8 text file: {error}") from error
+        return read_file("--prompt-file", args.prompt_file)
     if args.prompt not in (None, "-"):
         return args.prompt
-    if args.prompt is None and sys.stdin.isatty():
+    if args.prompt is None and standard_input().isatty():
         raise InputError(
             "option_missing", "a prompt must be given: --prompt TEXT, --prompt-file FILE, or text on standard input"
         )
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise InputError("text_unreadable", f"standard input must be UTF-8 text: {error}") from error
+    return read_input()
 
 
 def with_media(prompt: str, media: Sequence[tuple[str, str]], options: dict[str, Any]) -> str | Messages:
@@ -107,37 +102,45 @@ def print_statistics(result: Result, media: Sequence[Media]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    name, prompt = require_model(args), read_prompt(args)
+    require_model(args)
+    prompt = read_prompt(args)
     options = given_options(args) | {"ignore_chat_template": args.ignore_chat_template or None}
     check_there(args.media)
     prompt = with_media(prompt, args.media, options)
-    model, processor = load(name, **load_options(args), keep_vision=args.keep_vision)
+    model, processor = load_model(args)
     status = 0
-    with prompt_bar() as progress:
-        generation = start(model, processor, [prompt], progress=progress, **options)
+    with Step("reading the prompt", "tokens") as reading:
+        generation = start(model, processor, [prompt], progress=reading, **options)
         media = [placed.media for placed in generation.prompts[0].media]
         print_media(media)
         try:
             if args.json:
-                for _ in generation:
-                    pass
+                wait_for(generation, reading)
             else:
-                print_pieces(piece for _, piece in generation)
+                print_pieces((piece for _, piece in generation), reading)
         except KeyboardInterrupt:
-            print(file=sys.stderr if args.json else sys.stdout)
+            print(file=sys.stderr)
             status = INTERRUPTED
     (result,) = generation.results()
     if args.json:
         print(json.dumps(dataclasses.asdict(result), ensure_ascii=False))
     else:
         print_statistics(result, media)
+    tell_cut(result)
     return status
 
 
+def wait_for(generation: Generation, step: Step) -> None:
+    """Run it to its end; how far it has come on stderr, of the most tokens that it may have, each a piece of text."""
+    for count, _ in enumerate(generation, start=1):
+        if count == 1:
+            step.say("writing")
+        step(count, generation.plan.limits[0])
+
+
 def main() -> None:
-    args = parser().parse_args()
     with as_command(COMMAND):
-        sys.exit(run(args))
+        sys.exit(run(parser().parse_args()))
 
 
 if __name__ == "__main__":

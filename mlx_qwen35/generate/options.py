@@ -5,6 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
 
+import mlx.core as mx
+import numpy as np
+
 from mlx_qwen35.cache import Cache
 from mlx_qwen35.chunk import suitable_chunk
 from mlx_qwen35.errors import InputError
@@ -12,9 +15,10 @@ from mlx_qwen35.generate.speculate import Choice, choose
 from mlx_qwen35.memory_plan import most_tokens
 from mlx_qwen35.model import Model
 from mlx_qwen35.preprocess import IMAGE_OPTIONS, VIDEO_OPTIONS, VISION_OPTIONS, VisionOptions
-from mlx_qwen35.processor import Messages, Processor, check_stop
+from mlx_qwen35.processor import Messages, Processor
 from mlx_qwen35.prompt import Prompt
-from mlx_qwen35.sampling import PRESETS, Preset, Sampling, check_seed
+from mlx_qwen35.sampling import PRESETS, Preset, Sampling
+from mlx_qwen35.values import is_whole, plain, shown
 
 
 class Options(TypedDict, total=False):
@@ -23,12 +27,15 @@ class Options(TypedDict, total=False):
     max_tokens: most tokens to generate, reasoning included. Default: the preset's published length, or what context and
         memory have room for.
     preset: "thinking", "coding", "instruct" or "reasoning", the published sampling settings. Default: thinking when the
-        prompt opens a thinking block, else instruct. Each value below overrides the preset's; temp 0 without a preset
-        is plain greedy decoding, which is also the default of a checkpoint whose generation_config.json says so.
+        prompt opens a thinking block, else instruct. A preset that is given also sets enable_thinking: thinking and
+        coding are for answers with reasoning, instruct and reasoning for those without. Each value below overrides the
+        preset's; temp 0 without a preset is plain greedy decoding, which is also the default of a checkpoint whose
+        generation_config.json says so.
     temp, top_k, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty, logit_bias: see Sampling.
     seed: 0 to 2**32 - 1; the same seed gives the same text. Default: a random one, reported in the result.
     stop: strings that end the answer; they are not part of it.
-    enable_thinking: True or False as the chat template understands it. Default: the template's own.
+    enable_thinking: True or False as the chat template understands it. Default: the preset's, where
+        one is given, else the template's own.
     system_prompt: put in front of a string prompt as the system message.
     tools: function descriptions for the chat template.
     images, videos: put in front of the text of a string prompt, images first; paths, URLs, PIL images, arrays, see
@@ -79,14 +86,20 @@ class Options(TypedDict, total=False):
     progress: Callable[[int, int], None]
 
 
-_SAMPLING = {field.name for field in fields(Sampling)}
+SAMPLING = {field.name for field in fields(Sampling)}
 
 
-def check_names(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that were given, those that are None left out. TypeError for a name that is none."""
-    if unknown := sorted(set(options) - set(Options.__annotations__)):
-        raise TypeError(f"options must be among {', '.join(Options.__annotations__)}; got {', '.join(unknown)}")
-    return {name: value for name, value in options.items() if value is not None}
+def thinking_switch(options: Options) -> bool | None:
+    """enable_thinking for the chat template: as given, or as the preset is meant; None: the template's own default."""
+    given, preset = options.get("enable_thinking"), options.get("preset")
+    meant = given if preset is None else PRESETS[preset].thinking
+    if given not in (None, meant):
+        raise InputError(
+            "option_conflict",
+            f"preset {preset} must not be given with enable_thinking {given}: it is for answers "
+            f"{'with' if meant else 'without'} thinking, and sees to that itself. Leave one out",
+        )
+    return meant
 
 
 def encode(processor: Processor, prompt: str | Sequence[int] | Messages, options: Options) -> Prompt:
@@ -96,18 +109,20 @@ def encode(processor: Processor, prompt: str | Sequence[int] | Messages, options
     integers is tokens as they are; a list of mappings is messages.
     """
     raw = options.get("ignore_chat_template")
+    if isinstance(prompt, np.ndarray | mx.array):
+        prompt = prompt.tolist()
     is_text = isinstance(prompt, str)
     if not isinstance(prompt, str | list | tuple):
         raise InputError(
             "prompt_invalid",
-            f"a prompt must be text, a list of tokens or a list of messages, got {type(prompt).__name__}",
+            f"a prompt must be text, a list of tokens or a list of messages, got {shown(prompt)}",
         )
     if (not is_text and not len(prompt)) or (is_text and not prompt.strip()):
         raise InputError("prompt_empty", "the prompt must not be empty")
     kind = "text" if is_text else "messages" if isinstance(prompt[0], Mapping) else "tokens"
     kind = "raw text" if is_text and raw else kind
     _refuse_idle(kind, options)
-    template = {name: options.get(name) for name in ("enable_thinking", "tools")}
+    template = {"enable_thinking": thinking_switch(options), "tools": options.get("tools")}
     media = {name: options.get(name, ()) for name in ("images", "videos")}
     vision = vision_options(options)
     if kind == "raw text":
@@ -116,13 +131,16 @@ def encode(processor: Processor, prompt: str | Sequence[int] | Messages, options
         return processor.encode_messages(_messages(prompt, options), vision, **template)
     if kind == "messages":
         return processor.encode_messages(prompt, vision, **template)
-    if not all(type(token) is int and 0 <= token < processor.vocabulary for token in prompt):
-        raise InputError("tokens_invalid", f"tokens must be integers from 0 to {processor.vocabulary - 1}")
-    if found := sorted(processor.placeholders & set(prompt)):
+    tokens = [plain(token) for token in prompt]
+    if wrong := [token for token in tokens if not is_whole(token) or not 0 <= token < processor.vocabulary]:
+        raise InputError(
+            "tokens_invalid", f"tokens must be integers from 0 to {processor.vocabulary - 1}, got {shown(wrong[0])}"
+        )
+    if found := sorted(processor.placeholders & set(tokens)):
         raise InputError(
             "tokens_invalid", f"tokens must not stand for images ({found}): there is no image with them. Give messages"
         )
-    return Prompt(tuple(prompt), processor.opens_thinking(prompt))
+    return Prompt(tuple(tokens), processor.opens_thinking(tokens))
 
 
 def _messages(text: str, options: Options) -> Messages:
@@ -149,12 +167,6 @@ _EFFECTIVE = {
 
 def _refuse_idle(kind: str, options: Options) -> None:
     """An option must not be without effect in silence."""
-    for name in ("images", "videos"):
-        if not isinstance(options.get(name, ()), list | tuple):
-            raise InputError(
-                "option_invalid",
-                f"{name} must be a list, got {type(options[name]).__name__}; for one write {name}=[{name[:-1]}]",
-            )
     given = {name for name in set().union(*_EFFECTIVE.values()) if name in options}
     given -= {name for name in ("ignore_chat_template", "images", "videos") if not options.get(name)}
     if idle := sorted(given - _EFFECTIVE[kind]):
@@ -192,9 +204,6 @@ class Plan:
     prefill_step_size: int
     drafts: Choice
 
-    def __post_init__(self) -> None:
-        check_seed(self.seed)
-
 
 def plan(
     options: Options,
@@ -204,12 +213,12 @@ def plan(
     already_read: Sequence[int],
     drafts: Choice | None = None,
 ) -> Plan:
-    """Fill in the defaults for these prompts. InputError when a value breaks its rule or a prompt is too long.
+    """Fill in the defaults for these prompts. InputError when a prompt is too long, or drafts cannot be had.
 
-    drafts: what was chosen before.
+    options: checked. drafts: what was chosen before.
     """
     presets = [_preset(options, prompt) for prompt in prompts]
-    given = {key: value for key, value in options.items() if key in _SAMPLING}
+    given = {key: value for key, value in options.items() if key in SAMPLING}
     plain = "preset" not in options and (options.get("temp") == 0 or (greedy and not given))
     contexts = [before + len(prompt.tokens) for prompt, before in zip(prompts, already_read, strict=True)]
     step = reading_step(options, model, contexts)
@@ -236,7 +245,7 @@ def plan(
         samplings=tuple(replace(Sampling(temp=0) if plain else preset.sampling, **given) for preset in presets),
         seed=options.get("seed", secrets.randbits(32)),
         limits=tuple(limits),
-        stop=check_stop(options.get("stop", ())),
+        stop=options.get("stop", ()),
         prefill_step_size=step,
         drafts=drafts,
     )
@@ -244,10 +253,7 @@ def plan(
 
 def _wanted(options: Options, prompts: Sequence[Prompt]) -> list[int]:
     """Most tokens of each answer, whatever there is room for."""
-    wanted = [options.get("max_tokens", _preset(options, prompt).max_tokens) for prompt in prompts]
-    if type(wanted[0]) is not int or wanted[0] < 1:
-        raise InputError("option_invalid", f"max_tokens must be at least 1, got {wanted[0]}")
-    return wanted
+    return [options.get("max_tokens", _preset(options, prompt).max_tokens) for prompt in prompts]
 
 
 def _check_room(options: Options, room: int, contexts: Sequence[int], drafts: Choice) -> None:
@@ -268,13 +274,8 @@ def reading_step(options: Options, model: Model, contexts: Sequence[int]) -> int
     given = options.get("prefill_step_size")
     if given is None:
         return suitable_chunk(model.config, model.dtype, max(contexts), len(contexts))
-    if type(given) is not int or given < 1:
-        raise InputError("option_invalid", f"prefill_step_size must be at least 1, got {given}")
     return given
 
 
 def _preset(options: Options, prompt: Prompt) -> Preset:
-    name = options.get("preset", "thinking" if prompt.thinking else "instruct")
-    if name not in PRESETS:
-        raise InputError("option_invalid", f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-    return PRESETS[name]
+    return PRESETS[options.get("preset", "thinking" if prompt.thinking else "instruct")]

@@ -118,18 +118,6 @@ def test_drawn_tokens_follow_the_distribution(rng):
     assert ((counts[kept] - 4000 * expected[kept]) ** 2 / (4000 * expected[kept])).sum() < 29.6
 
 
-def test_the_filters_do_not_call_a_compiler_on_the_cpu(logits, monkeypatch):
-    """mlx-lm's filters are compiled functions; with compilation off while they run, no library is built."""
-    if mx.default_device() != mx.cpu:
-        pytest.skip("on a GPU compiling is quick and wanted")
-    states = []
-    monkeypatch.setattr(mx, "disable_compile", lambda: states.append("off"))
-    monkeypatch.setattr(mx, "enable_compile", lambda: states.append("on"))
-    monkeypatch.setattr("mlx_lm.sample_utils.apply_top_p", lambda x, p: states.append("filter") or x)
-    process(logits, Sampling(top_p=0.5))
-    assert states == ["off", "filter", "on"]
-
-
 def test_presets_are_the_published_ones():
     values = {
         n: (p.sampling.temp, p.sampling.top_p, p.sampling.top_k, p.sampling.presence_penalty)

@@ -1,0 +1,44 @@
+"""States of this process in which nothing can be computed or found: forked behind MLX's back, or in a folder that is
+gone."""
+
+import os
+
+import mlx.core as mx
+
+from mlx_qwen35.errors import InputError
+
+_started = False  # whether MLX had computed something when this process, or one that it comes from, was last forked
+_forked = False
+
+
+def _before_fork() -> None:
+    global _started
+    _started = bool(mx.get_peak_memory() or mx.get_active_memory())
+
+
+def _in_child() -> None:
+    global _forked
+    _forked = _forked or _started
+
+
+os.register_at_fork(before=_before_fork, after_in_child=_in_child)
+
+
+def refuse_fork() -> None:
+    """InputError in a process that was forked after MLX had started: its threads are not there, and it would hang."""
+    if _forked:
+        raise InputError(
+            "process_forked",
+            "a model cannot be loaded or run in a process that was forked after MLX had started to compute: MLX's "
+            "threads stayed behind. Start processes with multiprocessing's 'spawn', or fork before the first model",
+        )
+
+
+def check_folder() -> None:
+    """InputError where the current folder was removed, or must not be looked at."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise InputError(
+            "current_folder_missing", f"the current folder must be there: {error.strerror}. Change to another one"
+        ) from error

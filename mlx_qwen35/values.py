@@ -1,0 +1,84 @@
+"""What the values of options must be. One that is not is refused by its name, with the code option_invalid.
+
+Where a number is meant, scalars of numpy and MLX are taken too; all become Python's own.
+"""
+
+import reprlib
+from collections.abc import Collection
+from typing import Any
+
+from mlx_qwen35.errors import InputError
+
+
+def plain(value: Any) -> Any:
+    """The Python value in a scalar of numpy or MLX; anything else as it came."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def is_whole(value: Any) -> bool:
+    """Whether this is an integer of Python; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is an integer or float of Python; True and False are none."""
+    return is_whole(value) or isinstance(value, float)
+
+
+def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """The integer in `value`, from `least` to `most`; None: without end."""
+    found = plain(value)
+    if is_whole(found) and least <= found and (most is None or found <= most):
+        return int(found)
+    span = f"at least {least}" if most is None else f"{least} to {most}"
+    kind = "" if is_whole(found) else ", which is no whole number"
+    raise InputError("option_invalid", f"{name} must be {span}, got {shown(value)}{kind}")
+
+
+def number(name: str, value: Any, rule: str, least: float, most: float, above: bool = False) -> float:
+    """The number in `value`, from `least`, or `above` it, to `most`. rule: the same in words."""
+    found = plain(value)
+    if is_number(found) and least <= found <= most and not (above and found == least):
+        return float(found)
+    raise InputError("option_invalid", f"{name} must be {rule}, got {shown(value)}")
+
+
+def flag(name: str, value: Any) -> bool:
+    found = plain(value)
+    if not isinstance(found, bool):
+        raise InputError("option_invalid", f"{name} must be True or False, got {shown(value)}")
+    return found
+
+
+def text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise InputError("option_invalid", f"{name} must be text, got {shown(value)}")
+    return value
+
+
+def choice(name: str, value: Any, known: Collection[str]) -> str:
+    if not isinstance(value, str) or value not in known:
+        raise InputError("option_invalid", f"{name} must be one of {', '.join(known)}, got {shown(value)}")
+    return value
+
+
+def shown(value: Any) -> str:
+    """Any value for a message: on one line, and never long."""
+    return " ".join(_SHORT.repr(value).split())
+
+
+class _Short(reprlib.Repr):
+    """Names an integer of thousands of digits, which Python refuses to print, by its size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 80
+
+    def repr_int(self, value: int, level: int) -> str:
+        return repr(value) if value.bit_length() <= 256 else f"an integer of {value.bit_length()} bits"
+
+    def repr_array(self, value: Any, level: int) -> str:  # MLX's arrays have the name of Python's
+        return self.repr_instance(value, level)
+
+
+_SHORT = _Short()

@@ -1,0 +1,164 @@
+"""Long steps show on standard error how far they have come; an answer that was cut in its reasoning says so."""
+
+import io
+import json
+import sys
+import time
+
+import pytest
+
+from mlx_qwen35 import load, progress
+from mlx_qwen35.chat import main as chat
+from mlx_qwen35.commands import print_pieces
+from mlx_qwen35.doctor import check, probe
+from mlx_qwen35.doctor.command import main as doctor
+from mlx_qwen35.generate.__main__ import main as command
+from mlx_qwen35.processor import Piece
+from mlx_qwen35.progress import Step
+
+ASK = "What is 34 + 58?"
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return load("nano")
+
+
+@pytest.fixture
+def stderr(monkeypatch):
+    """(whether it is a terminal) -> standard error, on which nothing waits to be shown."""
+
+    def replaced(terminal: bool) -> io.StringIO:
+        stream = io.StringIO()
+        stream.isatty = lambda: terminal
+        monkeypatch.setattr(sys, "stderr", stream)
+        for name in ("SOON", "OFTEN", "SELDOM"):
+            monkeypatch.setattr(progress, name, 0.0)
+        return stream
+
+    return replaced
+
+
+def begun(stream: io.StringIO) -> None:
+    while not stream.getvalue():
+        time.sleep(0.001)
+
+
+def test_a_quick_step_shows_nothing(capsys):
+    with Step("loading", "B") as step:
+        step(5, 10)
+        step.say("checking")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_on_a_terminal_a_step_is_one_line_that_is_written_over_and_erased(stderr):
+    stream = stderr(terminal=True)
+    with Step("loading", "B") as step:
+        begun(stream)
+        step(1_500_000, 3_000_000)
+        step.say("checking")
+    shown = "loading ...", "loading: 1.5 of 3.0 MB, 50 % ...", "checking ...", ""
+    assert stream.getvalue() == "".join(f"\r\033[K{text}" for text in shown)
+
+
+def test_elsewhere_a_step_has_plain_lines(stderr):
+    stream = stderr(terminal=False)
+    with Step("reading", "tokens") as step:
+        begun(stream)
+        step(1024, 4096)
+    assert stream.getvalue() == "reading ...\nreading: 1,024 of 4,096 tokens, 25 % ...\n"
+
+
+def test_nothing_is_shown_after_the_end(stderr):
+    stream = stderr(terminal=False)
+    with Step("reading") as step:
+        begun(stream)
+        step.end()
+        step(1, 2)
+    assert stream.getvalue() == "reading ...\n"
+
+
+@pytest.mark.parametrize(
+    ("run", "arguments", "steps"),
+    [
+        (command, ["-p", ASK, "--max-tokens", "4"], ["loading nano", "reading the prompt"]),
+        (command, ["-p", ASK, "--max-tokens", "4", "--json"], ["loading nano", "reading the prompt", "writing"]),
+        (chat, ["--max-tokens", "4"], ["loading nano", "reading"]),
+        (doctor, ["--no-check", "--probe"], ["loading nano", "reading the text"]),
+    ],
+)
+def test_the_steps_of_a_command_are_shown_and_standard_output_has_none(monkeypatch, capsys, run, arguments, steps):
+    for name in ("SOON", "OFTEN", "SELDOM"):
+        monkeypatch.setattr(progress, name, 0.0)
+    monkeypatch.setattr(sys, "argv", ["mlx_qwen35", "--model", "nano", *arguments])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(ASK))
+    try:
+        run()
+    except SystemExit as end:
+        assert not end.code
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line.endswith(" ...")]
+    for step in steps:
+        assert any(line.startswith(step) for line in lines), (step, err)
+    assert " ...\n" not in out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_loading_tells_the_bytes_read_up_to_all(dtype):
+    told = []
+    load("nano", dtype=dtype, progress=lambda *counts: told.append(counts))
+    assert all(0 < done <= total for done, total in told) and len(told) > 4
+    assert sum(done == total for done, total in told) == (2 if dtype == "float16" else 1), "float16 is read twice"
+
+
+def test_the_check_and_the_probe_tell_how_far_they_are(nano):
+    told = []
+    check.measure(nano[0], seconds=0.01, progress=lambda *counts: told.append(counts))
+    assert len(told) > 3
+    told.clear()
+    probe.residual_maxima(nano[0], [5] * 300, lambda *counts: told.append(counts))
+    assert told == [(256, 300), (300, 300)]
+
+
+# --- an answer that was cut ------------------------------------------------------------------------------------------
+
+
+def _printed(pieces, capsys) -> str:
+    print_pieces(pieces, Step("reading"))
+    return capsys.readouterr().out
+
+
+def test_reasoning_that_was_cut_is_closed_on_standard_output(capsys):
+    assert _printed([Piece("I wonder", True)], capsys) == "<think>\nI wonder\n</think>\n"
+    assert _printed([Piece("so\n", True), Piece("92", False)], capsys) == "<think>\nso\n</think>\n\n92\n"
+
+
+def test_reasoning_that_was_broken_off_by_an_error_is_closed_too(capsys):
+    def broken():
+        yield Piece("I wonder", True)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        print_pieces(broken(), Step("reading"))
+    assert capsys.readouterr().out == "<think>\nI wonder\n</think>\n"
+
+
+@pytest.mark.parametrize(("run", "more"), [(command, []), (command, ["--json"]), (chat, [])])
+@pytest.mark.parametrize(("most", "cut"), [("5", True), ("400", False)])
+def test_an_answer_that_was_cut_while_thinking_says_so_and_names_the_option(monkeypatch, capsys, run, more, most, cut):
+    arguments = ["--model", "nano", "--max-tokens", most, "--temp", "0", *more]
+    monkeypatch.setattr(sys, "argv", ["mlx_qwen35", *arguments])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(ASK))
+    try:
+        run()
+    except SystemExit as end:
+        assert not end.code
+    out, err = capsys.readouterr()
+    assert ("--max-tokens" in err) is cut
+    if more:
+        result = json.loads(out)
+        assert (result["in_reasoning"], result["finish_reason"], result["text"] == "") == (
+            cut, "length" if cut else "stop", cut,
+        )  # fmt: skip
+    else:
+        assert out.count("<think>") == out.count("</think>") == 1

@@ -1,0 +1,226 @@
+"""Every option with values of wrong types and meanings: refused by its name, or taken as what it means."""
+
+import json
+import math
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from refusing import refused
+
+from mlx_qwen35 import InputError, Options, Sampling, VisionOptions, batch_generate, generate, load, stream_generate
+from mlx_qwen35.conversation import Conversation
+from mlx_qwen35.generate import start
+from mlx_qwen35.generate.checks import check_options
+
+NASTY = [
+    "x", "", "1", "false", b"1", True, False, 0, -1, 1, 1.5, 2**40, -(2**70), 10**400, 10**5000, math.nan, math.inf,
+    -math.inf, 1e-320, 1j, [], [1], ["a"], [None], (2.5,), {}, {1: 1}, {"a": 1}, {-1: 1.0}, {1: math.nan}, set(),
+    object(), print, int, Path("x"), np.nan, np.float32(np.inf),
+    np.array([1, 2]), np.array("x"), np.bool_(True), mx.array([1.0, 2.0]), [[[]]] * 40,
+]  # fmt: skip
+
+
+def _whole(least: int, most: float = math.inf):
+    return lambda value: type(value) is int and least <= value <= most
+
+
+def _number(low: float, high: float):
+    return lambda value: type(value) is float and low <= value <= high
+
+
+def _flag(value: object) -> bool:
+    return type(value) is bool
+
+
+# What each option may hold once it was accepted.
+MEANING = {
+    "max_tokens": _whole(1), "prefill_step_size": _whole(1), "seed": _whole(0, 2**32 - 1), "mtp_depth": _whole(1, 3),
+    "top_k": _whole(0), "temp": _number(0, 1e39), "top_p": _number(0, 1), "min_p": _number(0, 1),
+    "presence_penalty": _number(-2, 2), "frequency_penalty": _number(-2, 2), "repetition_penalty": _number(1e-3, 1e39),
+    "logit_bias": lambda value: all(type(t) is int and t >= 0 and b < math.inf for t, b in value.items()),
+    "preset": lambda value: False, "mtp": lambda value: False, "cache": lambda value: False,
+    "stop": lambda value: isinstance(value, tuple) and all(isinstance(text, str) and text for text in value),
+    "system_prompt": lambda value: isinstance(value, str), "enable_thinking": _flag, "ignore_chat_template": _flag,
+    "images": lambda value: isinstance(value, list | tuple), "videos": lambda value: isinstance(value, list | tuple),
+    "progress": callable, "min_pixels": _whole(1, 1 << 30), "max_pixels": _whole(1, 1 << 30), "fps": _number(1e-6, 1e6),
+    "video_num_frames": _whole(1, 10**7), "video_total_pixels": _whole(1, 10**12), "source_fps": _number(1e-6, 1e6),
+    "published_limits": _flag, "outer_vision_tags": _flag, "tools": lambda value: True,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return load("nano")
+
+
+def test_every_option_has_a_meaning_here():
+    assert set(MEANING) == set(Options.__annotations__)
+    assert {field.name for kind in (Sampling, VisionOptions) for field in fields(kind)} <= set(MEANING)
+
+
+@pytest.mark.parametrize("name", sorted(set(MEANING) - {"tools"}))
+def test_a_nasty_value_is_refused_by_name_or_means_something(name):
+    of = {field.name: kind for kind in (Sampling, VisionOptions) for field in fields(kind)}
+    for value in NASTY:
+        try:
+            taken = check_options({name: value})
+            if name in of:
+                taken = asdict(of[name](**{name: value}))
+        except InputError as error:
+            assert error.code == "option_invalid" and name in str(error) and len(str(error)) < 400, (name, str(error))
+        else:
+            assert MEANING[name](taken[name]), (name, value)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda nano, **options: generate(*nano, "hi", **options),
+        lambda nano, **options: list(stream_generate(*nano, "hi", **options)),
+        lambda nano, **options: batch_generate(*nano, ["hi"], **options),
+        lambda nano, **options: batch_generate(*nano, [], **options),
+        lambda nano, **options: Conversation(*nano, **options),
+    ],
+)
+def test_every_way_to_ask_refuses_a_wrong_value_and_an_unknown_name(nano, ask):
+    with refused("option_invalid", "temp", "'x'"):
+        ask(nano, temp="x")
+    with refused("option_invalid", "enable_thinking", "'false'"):
+        ask(nano, enable_thinking="false")
+    with pytest.raises(TypeError, match="temperature"):
+        ask(nano, temperature=1.0)
+
+
+@pytest.mark.parametrize("prompt", [5, True, 1.5, b"hi", {"role": "user"}, object(), mx.array(5), {1, 2}])
+def test_a_prompt_of_another_type_is_refused(nano, prompt):
+    with refused("prompt_invalid"):
+        generate(*nano, prompt)
+
+
+@pytest.mark.parametrize("tokens", [[1.5], [True], ["a", 1], [None], [-1], [10**400], [[1, 2]], np.array([0.5])])
+def test_tokens_that_are_none_are_refused(nano, tokens):
+    with refused("tokens_invalid"):
+        generate(*nano, tokens)
+
+
+def test_prompts_that_are_no_list_are_refused(nano):
+    with refused("prompt_invalid", "5"):
+        batch_generate(*nano, 5)
+
+
+def test_a_cache_of_another_model_is_refused(nano, text_model):
+    with refused("option_invalid", "cache", "make_cache"):
+        generate(*nano, "hi", cache=text_model().make_cache())
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("dtype", value) for value in (5, "float8", "", mx.int32, np.int64, [], {}, float, object(), True)),
+        *(("memory_limit", value) for value in ("8", True, math.nan, math.inf, 0, -1, 10**400, 1e300, [])),
+        *(("revision", value) for value in (5, True, b"main", [])),
+        *(("keep_vision", value) for value in ("no", 1, 0, [], object())),
+    ],
+)  # fmt: skip
+def test_load_refuses_a_wrong_value_by_name(option, value):
+    with refused("option_invalid", option):
+        load("nano", **{option: value})
+
+
+def test_load_refuses_what_is_no_name_of_a_model():
+    for model in (5, None, b"nano", [], "", " ", "a\0b", "x" * 5000, "\ud800", True, "a/b/c", "~nobody-of-this-name/x"):
+        with refused("model_not_found"):
+            load(model)
+
+
+# --- numbers of numpy and MLX ----------------------------------------------------------------------------------------
+
+
+def test_numbers_of_numpy_and_mlx_are_taken_and_become_pythons(nano):
+    options = {
+        "max_tokens": np.int64(4), "seed": np.uint32(7), "top_k": np.int8(5), "temp": np.float32(0.5),
+        "mtp_depth": np.int16(2), "prefill_step_size": mx.array(3), "top_p": np.float64(0.5), "min_p": mx.array(0.25),
+        "presence_penalty": np.array(1), "logit_bias": {np.int64(9): np.float16(-1.5)},
+        "max_pixels": np.int64(65536), "fps": np.float32(2),
+    }  # fmt: skip
+    plain = {name: value.item() for name, value in options.items() if name != "logit_bias"}
+    taken = check_options(options)
+    assert {name: taken[name] for name in ("max_tokens", "seed", "mtp_depth", "prefill_step_size")} == {
+        name: plain[name] for name in ("max_tokens", "seed", "mtp_depth", "prefill_step_size")
+    }
+    assert VisionOptions(max_pixels=np.int64(65536), fps=np.float32(2)) == VisionOptions(max_pixels=65536, fps=2)
+    text = {name: value for name, value in options.items() if name not in ("max_pixels", "fps")}
+    (sampling,) = start(*nano, ["hi"], **text).plan.samplings
+    assert sampling == Sampling(0.5, 5, 0.5, 0.25, 1.0, logit_bias={9: -1.5})
+    kinds = {type(value) for value in (*asdict(sampling).values(), *sampling.logit_bias, *sampling.logit_bias.values())}
+    assert kinds == {float, int, dict}
+    result = generate(*nano, "hi", **text)
+    assert json.loads(json.dumps(asdict(result)))["seed"] == 7
+
+
+def test_tokens_of_numpy_and_mlx_are_those_of_a_list(nano):
+    tokens = nano[1].tokenizer.encode("What is 7 + 5?")
+    said = {
+        generate(*nano, given, temp=0, max_tokens=4).tokens
+        for given in (tokens, tuple(tokens), np.array(tokens), mx.array(tokens), [np.int32(token) for token in tokens])
+    }
+    assert len(said) == 1
+    assert [r.tokens for r in batch_generate(*nano, np.array([tokens]), temp=0, max_tokens=4)] == list(said)
+
+
+@pytest.mark.parametrize("dtype", ["float32", mx.float32, np.float32, np.dtype("float32")])
+def test_a_dtype_is_given_by_its_name_or_as_mlx_and_numpy_have_it(dtype):
+    assert load("nano", dtype=dtype, memory_limit=np.float32(8))[0].dtype == mx.float32
+
+
+# --- presets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("preset", "thinks"), [("thinking", True), ("coding", True), ("instruct", False), ("reasoning", False)]
+)
+def test_a_preset_switches_thinking_as_it_is_meant(nano, preset, thinks):
+    ask = {"preset": preset, "seed": 1, "max_tokens": 8}
+    assert start(*nano, ["hi"], preset=preset).prompts[0].thinking is thinks
+    conversation = Conversation(*nano, **ask)
+    assert {piece.reasoning for piece in conversation.send("What is 34 + 58?")} == {thinks}
+    messages = [{"role": "user", "content": "hi"}]
+    assert start(*nano, [messages], preset=preset, enable_thinking=thinks).prompts[0].thinking is thinks
+    for made in (lambda **options: generate(*nano, "hi", **options), lambda **options: Conversation(*nano, **options)):
+        with refused("option_conflict", preset, f"enable_thinking {not thinks}"):
+            made(**ask, enable_thinking=not thinks)
+
+
+def test_a_preset_without_a_template_is_its_sampling_alone(nano):
+    plan = start(*nano, ["34 + 58 ="], preset="instruct", ignore_chat_template=True).plan
+    assert (plan.samplings[0].temp, plan.samplings[0].top_p) == (0.7, 0.8)
+
+
+# --- an answer that was cut ------------------------------------------------------------------------------------------
+
+
+def test_a_result_says_that_it_ended_inside_the_reasoning(nano):
+    ask = {"temp": 0}
+    cut, whole = (generate(*nano, "What is 34 + 58?", max_tokens=most, **ask) for most in (5, 400))
+    assert (cut.finish_reason, cut.in_reasoning, cut.text) == ("length", True, "")
+    assert (whole.finish_reason, whole.in_reasoning) == ("stop", False)
+
+
+# --- the caller's own settings ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("off", [True, False])
+def test_whether_mlx_compiles_is_left_as_the_caller_has_it(nano, off):
+    """A compiled function runs each time where compiling is off, and is only traced once where it is on."""
+    runs = []
+    (mx.disable_compile if off else mx.enable_compile)()
+    try:
+        generate(*nano, "hi", temp=1.0, top_p=0.5, min_p=0.1, max_tokens=3, seed=1)
+        compiled = mx.compile(lambda x: runs.append(1) or x)
+        compiled(mx.array(1.0)), compiled(mx.array(2.0))
+    finally:
+        mx.enable_compile()
+    assert len(runs) == (2 if off else 1)
