@@ -11,8 +11,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
-from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
@@ -68,10 +66,11 @@ class Packets:
 
 @dataclass(frozen=True)
 class VideoFile:
-    """A file in memory or on disk; `name` is what messages call it. Its methods raise InputError for a damaged one."""
+    """An open file, in memory or on disk; `name` is what messages call it. Its methods read it from its start, one
+    after the other, and raise InputError for a damaged one."""
 
     name: str
-    data: bytes | Path
+    data: BinaryIO
 
     def timeline(self) -> Timeline:
         """Count the frames: by their packets where the container says the same number, else by decoding them all."""
@@ -124,34 +123,24 @@ class VideoFile:
 
     # --- the container ---
 
-    def _file(self) -> BinaryIO:
-        try:
-            return self.data.open("rb") if isinstance(self.data, Path) else BytesIO(self.data)
-        except OSError as error:
-            raise InputError(
-                "media_unreadable",
-                f"a video must be a file that can be read; {self.name} cannot: {error.strerror}. Look at its rights",
-            ) from error
-
     @contextmanager
     def _open(self) -> Iterator[tuple["InputContainer", "VideoStream"]]:
         import av
 
-        with self._file() as file:
-            head = file.read(_HEAD)
-            file.seek(0)
-            self._refuse_picture(head)
-            try:
-                # The file and not its path: FFmpeg would take some names for addresses.
-                container = av.open(_Input(file), container_options=_CONTAINER_OPTIONS, metadata_errors="replace")
-            except av.FFmpegError as error:
-                raise InputError("media_not_opened", self._not_opened(head)) from error
-            with container:
-                yield container, self._stream(container)
+        self.data.seek(0)
+        head = self.data.read(_HEAD)
+        self.data.seek(0)
+        self._refuse_picture(head)
+        try:
+            # The file and not its path: FFmpeg would take some names for addresses.
+            container = av.open(_Input(self.data), container_options=_CONTAINER_OPTIONS, metadata_errors="replace")
+        except av.FFmpegError as error:
+            raise InputError("media_not_opened", self._not_opened(head)) from error
+        with container:
+            yield container, self._stream(container)
 
     def _check_structure(self, packets: Packets) -> None:
-        with self._file() as file:
-            damage = find_damage(file, packets.read)
+        damage = find_damage(self.data, packets.read)
         if damage is not None:
             raise self.broken(len(packets.times), packets.declared, damage)
 
