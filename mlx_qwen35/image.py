@@ -17,7 +17,7 @@ from mlx_qwen35.errors import InputError
 from mlx_qwen35.fetch import fetch, is_remote, name_of
 from mlx_qwen35.image_file import DAMAGE, MAX_PIXELS, bomb, open_image, strict_pillow
 from mlx_qwen35.memory import check_decoding_fits
-from mlx_qwen35.picture import Picture, Size
+from mlx_qwen35.picture import Picture, Size, resizing_bytes
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -68,8 +68,7 @@ def read_resized(
         return picture.resized(fit(*picture.size)), picture.size
 
     def working(height: int, width: int) -> int:
-        small_height, small_width = fit(height, width)
-        return 4 * (height + small_height) * small_width
+        return resizing_bytes((height, width), fit(height, width))
 
     return _read(source, _Wish(make, working), allow_private_urls)
 

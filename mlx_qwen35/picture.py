@@ -2,11 +2,16 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 Size = tuple[int, int]  # (height, width)
 BAND = 1 << 20  # pixels that are converted at a time
+EXACT = 1 << 26  # pixels of a picture up to which resizing is Pillow's to the byte
 
 
 @dataclass(frozen=True)
@@ -32,20 +37,21 @@ class Picture:
         return pixels
 
     def resized(self, size: Size) -> np.ndarray:
-        """(*size, 3) uint8, bicubic with antialiasing.
+        """(*size, 3) uint8, bicubic with antialiasing: what Pillow makes of the whole.
 
-        Pillow resizes rows first and columns then, and rounds to bytes in between. So the rows may be resized band by
-        band, and the result is that of resizing the whole.
+        A picture of more than EXACT pixels is made narrower band by band, and lower then. Pillow 12 does so too; later
+        ones may take the columns first, and as bytes are rounded in between, some then differ.
         """
         from PIL import Image
 
+        height, width = size
         if tuple(size) == self.size:
             return self.pixels()
-        height, width = size
-        narrow = Image.new("RGB", (width, self.height))
+        between = width if _in_bands(self.size, size) else self.width
+        whole = Image.new("RGB", (between, self.height))
         for top, bottom in self._bands():
-            narrow.paste(_resize(Image.fromarray(self.rows(top, bottom)), (width, bottom - top)), (0, top))
-        return np.asarray(_resize(narrow, (width, height)))
+            whole.paste(_resize(Image.fromarray(self.rows(top, bottom)), (between, bottom - top)), (0, top))
+        return np.asarray(_resize(whole, (width, height)))
 
     def _bands(self) -> Iterator[tuple[int, int]]:
         step = max(1, BAND // self.width)
@@ -60,7 +66,18 @@ def resize(pixels: np.ndarray, size: Size) -> np.ndarray:
     return Picture(*pixels.shape[:2], lambda top, bottom: pixels[top:bottom]).resized(size)
 
 
-def _resize(image, size: tuple[int, int]):
+def resizing_bytes(old: Size, new: Size) -> int:
+    """What `resized` takes beside what the rows are made of: the whole, what is between the two steps, the result."""
+    (old_height, old_width), (height, width) = old, new
+    whole = 0 if _in_bands(old, new) else 4 * old_width * old_height
+    return whole + 4 * max(width * old_height, height * old_width) + 4 * height * width
+
+
+def _in_bands(old: Size, new: Size) -> bool:
+    return old[0] * old[1] > EXACT and new[1] < old[1]
+
+
+def _resize(image: "Image.Image", size: tuple[int, int]) -> "Image.Image":
     from PIL.Image import Resampling
 
     return image if image.size == size else image.resize(size, Resampling.BICUBIC)
