@@ -9,11 +9,13 @@ import contextlib
 import functools
 import http.client
 import ipaddress
+import os
 import socket
 import ssl
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
@@ -72,7 +74,7 @@ class Lines:
         with self._lock:
             if self.late:
                 raise TimeoutError
-            self._sockets.append(socket.socket(fileno=sock.dup().detach()))
+            self._sockets.append(socket.socket(fileno=os.dup(sock.fileno())))
 
     def _cut(self) -> None:
         with self._lock:
@@ -182,6 +184,8 @@ class Request(urllib.request.Request):
         self.proxied = False
         scheme, netloc, *rest = urlsplit(url)
         user, at, host = netloc.rpartition("@")
+        host = unquote(host)
+        host = host if host.isascii() else host.encode("idna").decode()
         super().__init__(urlunsplit((scheme, host, *rest)), headers=headers)
         if at:
             pair = unquote(user if ":" in user else f"{user}:")
@@ -195,17 +199,17 @@ class Request(urllib.request.Request):
 class Opener(urllib.request.AbstractHTTPHandler):
     """Opens http and https over `lines`. name_of: how messages call a URL."""
 
-    def __init__(self, lines: Lines, name_of):
+    def __init__(self, lines: Lines, name_of: Callable[[str], str]):
         super().__init__()
         self._lines, self._name_of = lines, name_of
-        self._tls = ssl.create_default_context()
-        self._tls.set_alpn_protocols(["http/1.1"])
 
     def http_open(self, request: Request) -> http.client.HTTPResponse:
         return self._open(request, _Plain)
 
     def https_open(self, request: Request) -> http.client.HTTPResponse:
-        return self._open(request, _Secure, context=self._tls)
+        context = ssl.create_default_context()
+        context.set_alpn_protocols(["http/1.1"])
+        return self._open(request, _Secure, context=context)
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.frames import Timeline
-from mlx_qwen35.image import MAX_PIXELS
+from mlx_qwen35.image_file import MAX_PIXELS
+from mlx_qwen35.memory import check_decoding_fits
 from mlx_qwen35.structure import find_damage
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ _STRICT = {"err_detect": "crccheck+bitstream+buffer+explode"}
 _CONTAINER_OPTIONS = _STRICT | {"format_whitelist": _DEMUXERS}
 _DECODER_OPTIONS = _STRICT | {"max_pixels": str(MAX_PIXELS)}
 _THREADS = 4  # each holds frames of its own
+_FRAME_BYTES = 32  # a pixel, of all frames held at a time; measured with H.264, VP9, FFV1, PNG and GIF: 17 to 29
 # FFmpeg's own decoders of VP8 and VP9 leave the transparency out.
 _WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 _SLACK = 0.5  # seconds that a container's word on its duration may be off; a cut that costs less shows in the structure
@@ -182,6 +184,7 @@ class VideoFile:
                 f"a frame may have at most {MAX_PIXELS:,} pixels; those of {self.name} have "
                 f"{codec.width} x {codec.height}. Make it smaller",
             )
+        check_decoding_fits(self.name, codec.width, codec.height, _FRAME_BYTES * codec.width * codec.height)
         return streams[0]
 
     # --- time ---
