@@ -49,15 +49,20 @@ def not_public(address: str) -> str | None:
 class Lines:
     """The connections of one download. They are cut when its time is over, whatever they wait for.
 
-    late: whether it is. What nothing can cut is a name server that does not answer: it is left alone in a thread.
+    What nothing can cut is the wait for a name server that does not answer: it is left alone, in a thread.
     """
 
     def __init__(self, seconds: float, allow_private: bool):
-        self.late, self._allow_private = False, allow_private
+        self._over, self._allow_private = False, allow_private
         self._end = time.monotonic() + seconds
         self._lock, self._sockets = threading.Lock(), []
         self._timer = threading.Timer(seconds, self._cut)
         self._timer.daemon = True
+
+    @property
+    def late(self) -> bool:
+        """Whether the time is over."""
+        return self._over or time.monotonic() >= self._end
 
     def __enter__(self) -> "Lines":
         self._timer.start()
@@ -78,7 +83,7 @@ class Lines:
 
     def _cut(self) -> None:
         with self._lock:
-            self.late = True
+            self._over = True
             for sock in self._sockets:
                 with contextlib.suppress(OSError):  # it is closed already
                     sock.shutdown(socket.SHUT_RDWR)

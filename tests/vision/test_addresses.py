@@ -21,11 +21,12 @@ from refusing import refused
 
 from mlx_qwen35 import VisionOptions, fetch, load, read_image
 from mlx_qwen35.address import not_public
+from mlx_qwen35.commands import given_options
 from mlx_qwen35.conversation import Conversation
 from mlx_qwen35.fetch import fetch as fetch_bytes
 from mlx_qwen35.fetch import name_of
 from mlx_qwen35.generate import __main__ as command
-from mlx_qwen35.generate import generate
+from mlx_qwen35.generate import start
 from mlx_qwen35.video import FrameSampling, read_video
 
 BODY = b"a picture's bytes"
@@ -138,7 +139,7 @@ def test_an_address_of_the_public_internet_is_known(address):
              "[::ffff:127.0.0.1]", "①②⑦.0.0.1"]
 )  # fmt: skip
 def test_this_machine_is_refused_however_it_is_spelled(host, server):
-    with refused("url_refused", host, "--allow-private-urls", "allow_private_urls=True"):
+    with refused("url_refused", "--allow-private-urls", "allow_private_urls=True"):
         fetch_bytes(f"http://{host}:{server.server_port}/a.png", "image")
     assert not server.asked
 
@@ -411,11 +412,11 @@ def test_generation_messages_and_conversations_take_the_option(server, way):
 
     def see(**options: bool) -> None:
         if way == "generate":
-            generate(model, processor, "What?", images=[server.url], max_tokens=1, **options)
+            start(model, processor, ["What?"], images=[server.url], **options)
         elif way == "messages":
             processor.encode_messages([{"role": "user", "content": content}], VisionOptions(**options))
         else:
-            list(Conversation(model, processor, max_tokens=1, **options).send(content))
+            processor.read_parts(content, Conversation(model, processor, **options).vision)
 
     with refused("url_refused", "127.0.0.1"):
         see()
@@ -423,12 +424,9 @@ def test_generation_messages_and_conversations_take_the_option(server, way):
 
 
 def test_the_command_takes_the_option(server, monkeypatch, capsys):
-    server.answer = lambda handler: send(handler, small_png())
-    words = [command.COMMAND, "--model", "nano", "--image", server.url, "-p", "What?", "--max-tokens", "1"]
-    monkeypatch.setattr(sys, "argv", words)
+    words = ["--model", "nano", "--image", server.url, "-p", "What?"]
+    monkeypatch.setattr(sys, "argv", [command.COMMAND, *words])
     with pytest.raises(SystemExit, match="2"):
         command.main()
     assert "[url_refused]" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", [*words, "--allow-private-urls"])
-    with pytest.raises(SystemExit, match="0"):
-        command.main()
+    assert given_options(command.parser().parse_args([*words, "--allow-private-urls"])) == {"allow_private_urls": True}
