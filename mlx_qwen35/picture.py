@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Size = tuple[int, int]  # (height, width)
-BAND = 1 << 20  # pixels that are converted at a time
+BAND = 1 << 18  # pixels that are converted at a time
 EXACT = 1 << 26  # pixels of a picture up to which resizing is Pillow's to the byte
 
 
