@@ -120,6 +120,12 @@ def add_vision_options(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="keep the vision tags around a whole clip, as transformers 5.10 and later do",
     )
+    group.add_argument(
+        "--allow-private-urls",
+        action="store_true",
+        default=None,
+        help="follow URLs that lead to this machine or into its network",
+    )
 
 
 GENERATION_OPTIONS = (

@@ -10,7 +10,7 @@ CODES = {
     "repository_invalid": "the id to publish under is none",
     "upload_failed": "a folder could not be published",
     # files of a checkpoint
-    "file_unreadable": "a file or folder of a checkpoint cannot be opened, or a folder or dead link has the name of a file",
+    "file_unreadable": "a file or folder of a checkpoint cannot be opened, or is not what its name says",
     "config_missing": "there is no config.json",
     "config_field_missing": "a field is absent for which no default would be right",
     "config_field_invalid": "a field of a JSON file is of the wrong type, out of range, or contradicts another",

@@ -7,12 +7,18 @@ it sends, how much of it, how long it takes, and whether all of it came.
 import base64
 import binascii
 import http.client
-import threading
-import time
+import io
+import re
+import tempfile
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from typing import BinaryIO
 from urllib.parse import quote, unquote_to_bytes
 
+from mlx_qwen35.address import Lines, Opener, Request
 from mlx_qwen35.errors import InputError
 
 CONNECT_SECONDS = 20.0  # for the connection, and for each wait for more of the answer
@@ -30,27 +36,78 @@ def is_remote(source: str) -> bool:
     return source[:8].lower().startswith((*_HTTP, "data:"))
 
 
-def fetch(source: str, kind: str) -> bytes:
+def fetch(source: str, kind: str, allow_private_urls: bool = False) -> bytes:
     """The bytes behind a URL for which is_remote is true.
 
     Args:
         source: an http or https URL, or a data: URI (base64 or percent-encoded).
         kind: "image" or "video": chooses the limits and the media types that are accepted. A type that is absent, or
             application/octet-stream, is accepted for both.
+        allow_private_urls: whether the URL, or what it redirects to, may lead to loopback, private, link-local or
+            reserved addresses. A program that follows URLs of others must not: they would read what it can reach.
 
-    Raises InputError when the host cannot be reached, answers with another status than success, takes too long, sends
-    too much, too little or another type, leads away from http and https; or when the data: URI is malformed.
+    Raises InputError when the host cannot be reached, or must not be, answers with another status than success, takes
+    too long, sends too much, too little or another type, leads away from http and https; or when the data: URI is
+    malformed.
     """
     if source[:5].lower() == "data:":
         return _decode(source, kind)
-    return _before_deadline(source, kind)
+    data = BytesIO()
+    _download(source, kind, allow_private_urls, data)
+    return data.getvalue()
+
+
+@contextmanager
+def fetch_file(source: str, kind: str, allow_private_urls: bool = False) -> Iterator[BinaryIO]:
+    """Like fetch, but on disk, in a file without a name: it is gone afterwards, and if the program ends in any way."""
+    if source[:5].lower() == "data:":
+        yield BytesIO(_decode(source, kind))
+        return
+    with _unnamed_file(kind) as file:
+        _download(source, kind, allow_private_urls, file)
+        file.seek(0)
+        yield io.BufferedReader(file)
+
+
+def _unnamed_file(kind: str) -> io.FileIO:
+    """Without a buffer, so that nothing is left to write, and to fail, when it is closed."""
+    try:
+        return tempfile.TemporaryFile(buffering=0)
+    except OSError as error:
+        raise _not_kept(error, kind) from error
+
+
+def _write(piece: bytes, into: BinaryIO, kind: str) -> None:
+    try:
+        while piece:
+            piece = piece[into.write(piece) :]
+    except OSError as error:
+        raise _not_kept(error, kind) from error
+
+
+def _not_kept(error: OSError, kind: str) -> InputError:
+    return InputError(
+        "disk_full",
+        f"{_article(kind)} from the network is kept on disk while it is read; the disk does not take it: "
+        f"{error.strerror}. Make room, or set TMPDIR to another folder",
+    )
+
+
+_URL = re.compile(r"\s*([a-z][a-z0-9+.-]*://)([^/?#]*)([^?#]*)(\?[^#]*)?(#.*)?", re.IGNORECASE | re.DOTALL)
 
 
 def name_of(source: str) -> str:
-    """How messages call a path, URL or data: URI: short, even where the source holds megabytes."""
+    """How messages call a path, URL or data: URI: short, even where the source holds megabytes, and without secrets: of
+    a URL *** stands for user and password, for the query, and for the fragment."""
     if source[:5].lower() == "data:":
         return f"a data: URI of {len(source):,} characters ({_short(source.partition(',')[0], 60)})"
-    return _short(source, _SHOWN)
+    if (parts := _URL.fullmatch(source)) is None:
+        return _short(source, _SHOWN)
+    scheme, host, path, query, fragment = parts.groups(default="")
+    _, at, host = host.rpartition("@")
+    if not at and "@" in source and re.search(r":[^\]]*\D[^\]]*$", host):  # a password that holds / ? or #
+        return f"{scheme}***"
+    return _short(f"{scheme}{at and '***@'}{host}{path}{query and '?***'}{fragment and '#***'}", _SHOWN)
 
 
 def _short(text: str, length: int) -> str:
@@ -137,72 +194,62 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
+    def redirect_request(self, request, answer, code, message, headers, target):
+        return Request(target, request.headers)
 
-def _opener() -> urllib.request.OpenerDirector:
+
+def _opener(lines: Lines) -> urllib.request.OpenerDirector:
     """An opener that knows http and https and nothing else: no files, no ftp."""
     opener = urllib.request.OpenerDirector()
     for handler in (
-        urllib.request.ProxyHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPErrorProcessor,
-        _Redirects,
+        urllib.request.ProxyHandler(),
+        Opener(lines, name_of),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        _Redirects(),
     ):
-        opener.add_handler(handler())
+        opener.add_handler(handler)
     return opener
 
 
-def _before_deadline(source: str, kind: str) -> bytes:
-    """_download in a thread of its own, so that a name server or a trickle of headers cannot hold the caller."""
-    outcome: list[bytes | InputError] = []
-    end = time.monotonic() + DEADLINE_SECONDS[kind]
-
-    def work() -> None:
-        try:
-            outcome.append(_download(source, kind, end))
-        except InputError as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=work, name="fetch", daemon=True)
-    thread.start()
-    thread.join(DEADLINE_SECONDS[kind])
-    if thread.is_alive():
-        raise _late(source, kind)
-    assert outcome, "the thread failed; its traceback is above"
-    if isinstance(outcome[0], InputError):
-        raise outcome[0]
-    return outcome[0]
-
-
-def _late(source: str, kind: str) -> InputError:
-    return InputError(
+def _download(source: str, kind: str, allow_private_urls: bool, into: BinaryIO) -> None:
+    if not isinstance(allow_private_urls, bool):
+        raise InputError("option_invalid", f"allow_private_urls must be True or False, got {allow_private_urls!r}")
+    late = InputError(
         "fetch_timeout",
         f"{_article(kind)} must arrive within {DEADLINE_SECONDS[kind]:g} seconds (DEADLINE_SECONDS of "
         f"mlx_qwen35.fetch); {name_of(source)} took longer. Try again, or save it to a file and give its path",
     )
+    with Lines(DEADLINE_SECONDS[kind], allow_private_urls) as lines:
+        try:
+            _transfer(source, kind, lines, into)
+        except InputError:
+            if lines.late:
+                raise late from None
+            raise
+        if lines.late:
+            raise late
 
 
-def _download(source: str, kind: str, end: float) -> bytes:
+def _transfer(source: str, kind: str, lines: Lines, into: BinaryIO) -> None:
     name = name_of(source)
     url = quote(source, safe="!#$%&'()*+,/:;=?@[]~")  # spaces and letters beyond ASCII
     headers = {"User-Agent": "mlx-qwen35", "Accept": f"{kind}/*, */*;q=0.5"}
     try:
-        request = urllib.request.Request(url, headers=headers)
-        with _opener().open(request, timeout=CONNECT_SECONDS) as answer:
+        with _opener(lines).open(Request(url, headers), timeout=CONNECT_SECONDS) as answer:
             _check_type(answer.headers.get("Content-Type", ""), kind, name)
-            return _read(answer, source, kind, end)
+            _read(answer, kind, name, into)
     except urllib.error.HTTPError as error:
         error.close()
         raise InputError(
             "fetch_failed",
-            f"a server must answer with the file; for {name} it answered {error.code} {error.reason}. "
-            "Look whether the address is right and open to everyone",
-        ) from error
+            f"a server must answer with the file; for {name} it answered {error.code} "
+            f"{_short(str(error.reason), 100)}. Look whether the address is right and open to everyone",
+        ) from None
     except InputError:
         raise
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise _unreached(error, name) from error
+        raise _unreached(error, name) from None  # whose words may hold what a message must not
 
 
 def _unreached(error: OSError | ValueError | http.client.HTTPException, name: str) -> InputError:
@@ -214,34 +261,31 @@ def _unreached(error: OSError | ValueError | http.client.HTTPException, name: st
             f"that of {name} did not. Try again, or save the file and give its path",
         )
     if isinstance(error, (urllib.error.URLError, http.client.InvalidURL, ValueError)):
+        why = reason if isinstance(reason, OSError) else "it is not written as one"
         return InputError(
             "fetch_failed",
-            f"the host of an address must be reachable; that of {name} is not: {reason}. "
+            f"the host of an address must be reachable; that of {name} is not: {why}. "
             "Look at the address and at the network",
         )
     return InputError(
         "fetch_failed",
-        f"a file must arrive whole; the server broke off the connection for {name} "
-        f"({type(error).__name__}: {error}). Try again",
+        f"a file must arrive whole; the server broke off the connection for {name} ({type(error).__name__}). Try again",
     )
 
 
-def _read(answer: http.client.HTTPResponse, source: str, kind: str, end: float) -> bytes:
-    name = name_of(source)
+def _read(answer: http.client.HTTPResponse, kind: str, name: str, into: BinaryIO) -> None:
     said = answer.headers.get("Content-Length", "")
     expected = int(said) if said.isdecimal() and not answer.headers.get("Transfer-Encoding") else None
     if expected is not None:
         _check_length(expected, kind, name)
-    data = bytearray()
+    length = 0
     while piece := answer.read1(_SLICE):
-        data += piece
-        _check_length(len(data), kind, name, at_least="at least ")
-        if time.monotonic() > end:
-            raise _late(source, kind)
-    if expected is not None and len(data) < expected:
+        length += len(piece)
+        _check_length(length, kind, name, at_least="at least ")
+        _write(piece, into, kind)
+    if expected is not None and length < expected:
         raise InputError(
             "fetch_failed",
-            f"a file must arrive whole; of {name} came {len(data):,} bytes of {expected:,}, then the server broke off. "
+            f"a file must arrive whole; of {name} came {length:,} bytes of {expected:,}, then the server broke off. "
             "Try again",
         )
-    return bytes(data)

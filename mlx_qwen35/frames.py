@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.picture import Size, resize
 from mlx_qwen35.values import number, whole
 
 TEMPORAL_PATCH = 2  # the model reads frames in pairs
 
-Size = tuple[int, int]  # (height, width)
 Fit = Callable[[int, int, int], Size]  # (number of sampled frames, height, width) -> the size to resize them to
 _Frame = TypeVar("_Frame")
 
@@ -111,16 +111,6 @@ class Clip:
     size: Size
     total: int
     source_fps: float
-
-
-def resize(pixels: np.ndarray, size: Size) -> np.ndarray:
-    """(H, W, 3) uint8 RGB -> (height, width, 3) uint8, bicubic with antialiasing; `pixels` itself at the right size."""
-    if pixels.shape[:2] == tuple(size):
-        return pixels
-    from PIL import Image
-
-    height, width = size
-    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def collect(

@@ -65,6 +65,22 @@ def check_encoding_fits(kind: str, size: str, working_bytes: int) -> None:
         )
 
 
+def check_decoding_fits(name: str, width: int, height: int, needed: int) -> None:
+    """Refuse a picture, or a clip's frame, that takes so many bytes to decode and has no room beside what is in memory.
+
+    What it says is a number of pixels: the most of a picture like this one.
+    """
+    left = usable_bytes() - mx.get_active_memory()
+    if needed > left:
+        most = max(0, left) * width * height // needed
+        raise InputError(
+            "media_too_large",
+            f"of its kind, an image or a frame may have at most {most:,} pixels here, as much as memory has room for; "
+            f"{name} has {width} x {height}, which take {needed / 1e9:.1f} GB to decode. Make it smaller, or raise "
+            "memory_limit",
+        )
+
+
 # Up to this much usable memory, an image gets at most so many pixels, and a clip so many in all its frames: what a
 # prompt's tokens cost in KV cache and in time grows with them. With more memory the checkpoint's published limits hold
 # (16.8 million, and 25.2 million for a clip).

@@ -16,10 +16,10 @@ import numpy as np
 from mlx_qwen35.config import VisionConfig
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.frames import frame_rate
-from mlx_qwen35.image import MAX_PIXELS, read_image
+from mlx_qwen35.image import MAX_PIXELS, read_resized
 from mlx_qwen35.memory import machine_pixels
 from mlx_qwen35.values import flag, whole
-from mlx_qwen35.video import FrameSampling, read_video, resize
+from mlx_qwen35.video import FrameSampling, read_video
 
 MAX_RATIO = 200  # of the longer side to the shorter
 
@@ -28,7 +28,7 @@ _CHECKS = {
     **dict.fromkeys(("min_pixels", "max_pixels", "video_total_pixels"), partial(whole, least=1, most=10**12)),
     "video_num_frames": partial(whole, least=1, most=10**7),
     **dict.fromkeys(("fps", "source_fps"), frame_rate),
-    **dict.fromkeys(("published_limits", "outer_vision_tags"), flag),
+    **dict.fromkeys(("published_limits", "outer_vision_tags", "allow_private_urls"), flag),
 }
 
 
@@ -43,6 +43,7 @@ class VisionOptions:
     published_limits: take the checkpoint's own limits instead of those that suit this machine's memory.
     outer_vision_tags: keep <|vision_start|> and <|vision_end|> around a whole clip, as transformers 5.10 and later do;
         by default only each pair of frames has them, as when the model was released.
+    allow_private_urls: whether URLs may lead to this machine or into its network, see `fetch`.
     """
 
     min_pixels: int | None = None
@@ -53,6 +54,7 @@ class VisionOptions:
     source_fps: float | None = None
     published_limits: bool = False
     outer_vision_tags: bool = False
+    allow_private_urls: bool = False
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
@@ -214,9 +216,11 @@ class Preprocessor:
     def image(self, source: Any, options: VisionOptions) -> Media:
         """Read and resize an image from any source that read_image takes."""
         least, most = self._limits(options, options.min_pixels, options.max_pixels, machine_pixels()[0], "max_pixels")
-        pixels = read_image(source)
-        original = pixels.shape[:2]
-        pixels = resize(pixels, image_size(*original, self.factor, least, most))
+
+        def fit(height: int, width: int) -> tuple[int, int]:
+            return image_size(height, width, self.factor, least, most)
+
+        pixels, original = read_resized(source, fit, allow_private_urls=options.allow_private_urls)
         return Media(pixels[None], (), original, self.config, self.values)
 
     def video(self, source: Any, options: VisionOptions) -> Media:
@@ -235,7 +239,8 @@ class Preprocessor:
                 )
             return video_size(count, height, width, self.factor, least, most)
 
-        clip = read_video(source, sampling, fit, source_fps=options.source_fps)
+        private = options.allow_private_urls
+        clip = read_video(source, sampling, fit, source_fps=options.source_fps, allow_private_urls=private)
         pairs, step = clip.frames, self.config.temporal_patch_size
         last = -len(pairs) % step  # an odd number: the last frame counts twice
         pairs = np.concatenate([pairs, pairs[-1:].repeat(last, axis=0)]) if last else pairs

@@ -3,13 +3,14 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.fetch import fetch, is_remote, name_of
+from mlx_qwen35.fetch import fetch_file, is_remote, name_of
 from mlx_qwen35.frames import Clip, Fit, FrameSampling, Timeline, collect, frame_rate, resize
 from mlx_qwen35.image import read_image
 from mlx_qwen35.video_file import VideoFile
@@ -18,7 +19,9 @@ from mlx_qwen35.video_frame import stored_size, upright_rgb
 __all__ = ["Clip", "FrameSampling", "read_video", "resize"]
 
 
-def read_video(source: Any, sampling: FrameSampling, fit: Fit, *, source_fps: float | None = None) -> Clip:
+def read_video(
+    source: Any, sampling: FrameSampling, fit: Fit, *, source_fps: float | None = None, allow_private_urls: bool = False
+) -> Clip:
     """Read the frames that `sampling` asks for, resized one by one, so that memory holds one source frame at a time.
 
     Args:
@@ -29,34 +32,53 @@ def read_video(source: Any, sampling: FrameSampling, fit: Fit, *, source_fps: fl
         fit: (number of sampled frames, height, width) -> (height, width) to resize to. Called once, with the upright
             size of the source.
         source_fps: frames a second of a folder, a list or an array. A file knows its own.
+        allow_private_urls: whether a URL may lead to this machine or into its network, see `fetch`.
 
     Raises InputError where the source is no video, is damaged anywhere, or does not suit source_fps.
     """
     if isinstance(source, np.ndarray):
-        return _read_frames("an array", _check_array(source), sampling, fit, source_fps)
+        frames = _check_array(source)
+        return _read_frames("an array", iter(frames), len(frames), sampling, fit, source_fps)
     if isinstance(source, (list, tuple)):
-        return _read_frames("a list of frames", source, sampling, fit, source_fps)
+        name = "a list of frames"
+        pictures = _read_pictures(name, source, allow_private_urls)
+        return _read_frames(name, pictures, len(source), sampling, fit, source_fps)
     if isinstance(source, (str, os.PathLike)) and not is_remote(str(source)):
-        path, name = os.path.expanduser(source), name_of(os.fspath(source))
-        if os.path.isdir(path):
-            return _read_frames(f"the folder {name}", _pictures(Path(path), name), sampling, fit, source_fps)
-        if not os.path.isfile(path):
-            raise InputError(
-                "media_not_found",
-                f"a video must be a file, a folder of frames or a URL; there is none at {name}. Look at the path",
-            )
-        file = VideoFile(name, Path(path))
-    elif isinstance(source, str):
-        file = VideoFile(name_of(source), fetch(source, "video"))
-    elif isinstance(source, (bytes, bytearray, memoryview)):
-        file = VideoFile("the video", bytes(source))
-    else:
+        return _read_path(source, sampling, fit, source_fps)
+    if isinstance(source, str):
+        with fetch_file(source, "video", allow_private_urls) as file:
+            return _read_file(VideoFile(name_of(source), file), sampling, fit, source_fps)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _read_file(VideoFile("the video", BytesIO(source)), sampling, fit, source_fps)
+    raise InputError(
+        "media_source_invalid",
+        "a video must be a path, a URL, bytes, a folder, a list of frames or an (n, H, W, 3) uint8 array, "
+        f"got {type(source).__name__}",
+    )
+
+
+def _read_path(source: str | os.PathLike, sampling: FrameSampling, fit: Fit, source_fps: float | None) -> Clip:
+    path, name = os.path.expanduser(source), name_of(os.fspath(source))
+    if os.path.isdir(path):
+        pictures, name = _pictures(Path(path), name), f"the folder {name}"
+        return _read_frames(name, _read_pictures(name, pictures), len(pictures), sampling, fit, source_fps)
+    if not os.path.isfile(path):
         raise InputError(
-            "media_source_invalid",
-            "a video must be a path, a URL, bytes, a folder, a list of frames or an (n, H, W, 3) uint8 array, "
-            f"got {type(source).__name__}",
+            "media_not_found",
+            f"a video must be a file, a folder of frames or a URL; there is none at {name}. Look at the path",
         )
-    return _read_file(file, sampling, fit, source_fps)
+    with _opened(path, name) as file:
+        return _read_file(VideoFile(name, file), sampling, fit, source_fps)
+
+
+def _opened(path: str, name: str) -> BinaryIO:
+    try:
+        return Path(path).open("rb")
+    except OSError as error:
+        raise InputError(
+            "media_unreadable",
+            f"a video must be a file that can be read; {name} cannot: {error.strerror}. Look at its rights",
+        ) from error
 
 
 def _read_file(file: VideoFile, sampling: FrameSampling, fit: Fit, source_fps: float | None) -> Clip:
@@ -76,9 +98,8 @@ def _read_file(file: VideoFile, sampling: FrameSampling, fit: Fit, source_fps: f
 
 
 def _read_frames(
-    name: str, frames: Sequence[Any] | np.ndarray, sampling: FrameSampling, fit: Fit, source_fps: float | None
+    name: str, frames: Iterator[np.ndarray], total: int, sampling: FrameSampling, fit: Fit, source_fps: float | None
 ) -> Clip:
-    total = len(frames)
     if not total:
         raise InputError("video_too_short", f"a video must have frames; {name} has none")
     if source_fps is None:
@@ -89,15 +110,14 @@ def _read_frames(
     source_fps = frame_rate("source_fps", source_fps)
     picks, times = Timeline(total, source_fps, None).pick(sampling)
     # Every frame is read, so that a broken one, or a stranger among them, is noticed whatever the sampling.
-    pictures = iter(frames) if isinstance(frames, np.ndarray) else _read_pictures(name, frames)
-    kept, size, _ = collect(pictures, picks, fit, lambda frame: frame.shape[:2], lambda frame: frame)
+    kept, size, _ = collect(frames, picks, fit, lambda frame: frame.shape[:2], lambda frame: frame)
     return Clip(kept, times, size, total, source_fps)
 
 
-def _read_pictures(name: str, frames: Sequence[Any]) -> Iterator[np.ndarray]:
+def _read_pictures(name: str, frames: Sequence[Any], allow_private_urls: bool = False) -> Iterator[np.ndarray]:
     for number, frame in enumerate(frames, start=1):
         try:
-            yield read_image(frame)
+            yield read_image(frame, allow_private_urls=allow_private_urls)
         except InputError as error:
             raise InputError(
                 error.code, f"frame {number} of {len(frames)} in {name} cannot be read: {error}"

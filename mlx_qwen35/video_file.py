@@ -11,15 +11,14 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
-from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.frames import Timeline
-from mlx_qwen35.image import MAX_PIXELS
+from mlx_qwen35.image_file import MAX_PIXELS
+from mlx_qwen35.memory import check_decoding_fits
 from mlx_qwen35.structure import find_damage
 
 if TYPE_CHECKING:
@@ -35,6 +34,7 @@ _STRICT = {"err_detect": "crccheck+bitstream+buffer+explode"}
 _CONTAINER_OPTIONS = _STRICT | {"format_whitelist": _DEMUXERS}
 _DECODER_OPTIONS = _STRICT | {"max_pixels": str(MAX_PIXELS)}
 _THREADS = 4  # each holds frames of its own
+_FRAME_BYTES = 32  # a pixel, of all frames held at a time; measured with H.264, VP9, FFV1, PNG and GIF: 17 to 29
 # FFmpeg's own decoders of VP8 and VP9 leave the transparency out.
 _WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 _SLACK = 0.5  # seconds that a container's word on its duration may be off; a cut that costs less shows in the structure
@@ -68,10 +68,11 @@ class Packets:
 
 @dataclass(frozen=True)
 class VideoFile:
-    """A file in memory or on disk; `name` is what messages call it. Its methods raise InputError for a damaged one."""
+    """An open file, in memory or on disk; `name` is what messages call it. Its methods read it from its start, one
+    after the other, and raise InputError for a damaged one."""
 
     name: str
-    data: bytes | Path
+    data: BinaryIO
 
     def timeline(self) -> Timeline:
         """Count the frames: by their packets where the container says the same number, else by decoding them all."""
@@ -124,34 +125,24 @@ class VideoFile:
 
     # --- the container ---
 
-    def _file(self) -> BinaryIO:
-        try:
-            return self.data.open("rb") if isinstance(self.data, Path) else BytesIO(self.data)
-        except OSError as error:
-            raise InputError(
-                "media_unreadable",
-                f"a video must be a file that can be read; {self.name} cannot: {error.strerror}. Look at its rights",
-            ) from error
-
     @contextmanager
     def _open(self) -> Iterator[tuple["InputContainer", "VideoStream"]]:
         import av
 
-        with self._file() as file:
-            head = file.read(_HEAD)
-            file.seek(0)
-            self._refuse_picture(head)
-            try:
-                # The file and not its path: FFmpeg would take some names for addresses.
-                container = av.open(_Input(file), container_options=_CONTAINER_OPTIONS, metadata_errors="replace")
-            except av.FFmpegError as error:
-                raise InputError("media_not_opened", self._not_opened(head)) from error
-            with container:
-                yield container, self._stream(container)
+        self.data.seek(0)
+        head = self.data.read(_HEAD)
+        self.data.seek(0)
+        self._refuse_picture(head)
+        try:
+            # The file and not its path: FFmpeg would take some names for addresses.
+            container = av.open(_Input(self.data), container_options=_CONTAINER_OPTIONS, metadata_errors="replace")
+        except av.FFmpegError as error:
+            raise InputError("media_not_opened", self._not_opened(head)) from error
+        with container:
+            yield container, self._stream(container)
 
     def _check_structure(self, packets: Packets) -> None:
-        with self._file() as file:
-            damage = find_damage(file, packets.read)
+        damage = find_damage(self.data, packets.read)
         if damage is not None:
             raise self.broken(len(packets.times), packets.declared, damage)
 
@@ -193,6 +184,7 @@ class VideoFile:
                 f"a frame may have at most {MAX_PIXELS:,} pixels; those of {self.name} have "
                 f"{codec.width} x {codec.height}. Make it smaller",
             )
+        check_decoding_fits(self.name, codec.width, codec.height, _FRAME_BYTES * codec.width * codec.height)
         return streams[0]
 
     # --- time ---

@@ -41,8 +41,8 @@ class Options(TypedDict, total=False):
     images, videos: put in front of the text of a string prompt, images first; paths, URLs, PIL images, arrays, see
         read_image and read_video. With ignore_chat_template they go where the text has <|image_pad|> or <|video_pad|>.
         Messages hold theirs as parts, in any order, see Processor.encode_messages.
-    min_pixels, max_pixels, fps, video_num_frames, video_total_pixels, source_fps, published_limits, outer_vision_tags:
-        see VisionOptions; a part of a message may set its own.
+    min_pixels, max_pixels, fps, video_num_frames, video_total_pixels, source_fps, published_limits, outer_vision_tags,
+        allow_private_urls: see VisionOptions; a part of a message may set some for itself.
     ignore_chat_template: take a string prompt as raw text to be completed.
     mtp: "auto", "on" or "off", whether the checkpoint's draft head proposes tokens, which the model then checks several
         at a time. The text is the same. Default auto: as long as it is measured to be faster on this machine.
@@ -78,6 +78,7 @@ class Options(TypedDict, total=False):
     source_fps: float
     published_limits: bool
     outer_vision_tags: bool
+    allow_private_urls: bool
     ignore_chat_template: bool
     mtp: str
     mtp_depth: int

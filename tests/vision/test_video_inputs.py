@@ -215,7 +215,7 @@ def test_every_way_to_give_a_file_reads_the_same(tmp_path: Path, monkeypatch: py
     path = clips.write(tmp_path / "clip.mp4", 5)
     data = path.read_bytes()
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(module, "fetch", lambda *asked: data if asked == ("http://x/c", "video") else b"")
+    monkeypatch.setattr(module, "fetch_file", lambda url, kind, private: BytesIO(data if url == "http://x/c" else b""))
     clips_read = [read(source) for source in (path, str(path), "~/clip.mp4", data, bytearray(data), "http://x/c")]
     assert all(np.array_equal(clip.frames, clips_read[0].frames) for clip in clips_read)
 

@@ -1,0 +1,227 @@
+"""Where a URL leads: its name is resolved once, every address of it is checked, and a checked one is dialled.
+
+So a server that redirects, or a name that resolves differently the next time, leads nowhere else. A proxy that the
+environment names is the user's own choice and dials by itself; there the name is checked as far as it resolves here.
+"""
+
+import base64
+import contextlib
+import functools
+import http.client
+import ipaddress
+import os
+import socket
+import ssl
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from mlx_qwen35.errors import InputError
+
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # an IPv4 address is its last 32 bits
+_UNICAST = ipaddress.ip_network("2000::/3")  # what is given out of IPv6
+_SHARED = ipaddress.ip_network("100.64.0.0/10")
+
+_Address = tuple[socket.AddressFamily, tuple[Any, ...]]  # family, and what connect() takes
+
+
+def not_public(address: str) -> str | None:
+    """Why a numeric address is not one of the public internet; None where it is. An IPv4 address in IPv6 counts."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if ip.version == 6:
+        inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 else ip.ipv4_mapped or ip.sixtofour
+        ip = inner or ip
+    kinds = {
+        "unspecified": ip.is_unspecified,
+        "loopback": ip.is_loopback,
+        "link-local": ip.is_link_local,
+        "multicast": ip.is_multicast,
+        "shared by a provider's customers": ip.version == 4 and ip in _SHARED,
+        "private": ip.is_private,
+        "reserved": not ip.is_global or ip.is_reserved or (ip.version == 6 and (ip not in _UNICAST or ip.teredo)),
+    }
+    return next((kind for kind, applies in kinds.items() if applies), None)
+
+
+class Lines:
+    """The connections of one download. They are cut when its time is over, whatever they wait for.
+
+    What nothing can cut is the wait for a name server that does not answer: it is left alone, in a thread.
+    """
+
+    def __init__(self, seconds: float, allow_private: bool):
+        self._over, self._allow_private = False, allow_private
+        self._end = time.monotonic() + seconds
+        self._lock, self._sockets = threading.Lock(), []
+        self._timer = threading.Timer(seconds, self._cut)
+        self._timer.daemon = True
+
+    @property
+    def late(self) -> bool:
+        """Whether the time is over."""
+        return self._over or time.monotonic() >= self._end
+
+    def __enter__(self) -> "Lines":
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        self._timer.join()
+        for sock in self._sockets:
+            sock.close()
+
+    def watch(self, sock: socket.socket) -> None:
+        """Cut this connection in time: a copy of the handle reaches it whatever is put on top."""
+        with self._lock:
+            if self.late:
+                raise TimeoutError
+            self._sockets.append(socket.socket(fileno=os.dup(sock.fileno())))
+
+    def _cut(self) -> None:
+        with self._lock:
+            self._over = True
+            for sock in self._sockets:
+                with contextlib.suppress(OSError):  # it is closed already
+                    sock.shutdown(socket.SHUT_RDWR)
+
+    def dial(self, host: str, port: int, seconds: float, name: str) -> socket.socket:
+        """A connection to the first address of `host` that takes one; each try may last so many seconds."""
+        failed = OSError("it has no address")
+        for family, address in self.addresses(host, port, name):
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                sock.settimeout(max(0.001, min(seconds, self._end - time.monotonic())))
+                sock.connect(address)
+                sock.settimeout(seconds)
+                return sock
+            except OSError as error:
+                sock.close()
+                failed = error
+        raise failed
+
+    def addresses(self, host: str, port: int, name: str) -> list[_Address]:
+        """What a host's name resolves to. InputError if any of it is not public, unless that is allowed."""
+        local = f".{host}".lower().rstrip(".").endswith(".localhost")
+        found = [] if local and not self._allow_private else self._resolve(host, port)
+        for address, kind in [(host, "this machine")] if local else [(a[0], not_public(a[0])) for _, a in found]:
+            if kind is not None and not self._allow_private:
+                raise InputError(
+                    "url_refused",
+                    f"an address must lead into the public internet; {name} leads to {address} ({kind}). If that is "
+                    "meant, allow it: --allow-private-urls, in Python allow_private_urls=True",
+                )
+        return found
+
+    def _resolve(self, host: str, port: int) -> list[_Address]:
+        outcome: list[list[_Address] | OSError | UnicodeError] = []
+
+        def work() -> None:
+            try:
+                found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+                outcome.append([(family, address) for family, *_, address in found])
+            except (OSError, UnicodeError) as error:  # the latter for a name that cannot be
+                outcome.append(error)
+
+        thread = threading.Thread(target=work, name="resolve", daemon=True)
+        thread.start()
+        thread.join(max(0, self._end - time.monotonic()))
+        if not outcome:
+            raise TimeoutError
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        return outcome[0]
+
+
+# --- connections -----------------------------------------------------------------------------------------------------
+
+
+class _Line:
+    """A connection of http.client's that `lines` watch over from the first byte, those of a proxy's and TLS's included.
+
+    Unless it goes to a proxy, `lines` dial, and check what they dial.
+    """
+
+    def __init__(self, host: str, *, lines: Lines, proxied: bool, name: str, **options: Any):
+        self._lines, self._proxied, self._name, self._sock = lines, proxied, name, None
+        super().__init__(host, **options)
+
+    @property
+    def sock(self) -> socket.socket | None:
+        return self._sock
+
+    @sock.setter
+    def sock(self, sock: socket.socket | None) -> None:
+        self._sock = sock
+        if sock is not None:
+            self._lines.watch(sock)
+
+    def connect(self) -> None:
+        if self._proxied:
+            super().connect()
+        else:
+            self.sock = self._lines.dial(self.host, self.port, self.timeout, self._name)
+
+
+class _Plain(_Line, http.client.HTTPConnection):
+    pass
+
+
+class _Secure(_Line, http.client.HTTPSConnection):
+    def __init__(self, host: str, *, context: ssl.SSLContext, **options: Any):
+        self._tls = context
+        super().__init__(host, context=context, **options)
+
+    def connect(self) -> None:
+        super().connect()
+        if not self._proxied:
+            self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.host)  # the name, not the address
+
+
+class Request(urllib.request.Request):
+    """A request that knows whether it goes through a proxy. user:password@ before a host becomes a header, which
+    redirects do not take along."""
+
+    def __init__(self, url: str, headers: dict[str, str]):
+        self.proxied = False
+        scheme, netloc, *rest = urlsplit(url)
+        user, at, host = netloc.rpartition("@")
+        host = unquote(host)
+        host = host if host.isascii() else host.encode("idna").decode()
+        super().__init__(urlunsplit((scheme, host, *rest)), headers=headers)
+        if at:
+            pair = unquote(user if ":" in user else f"{user}:")
+            self.add_unredirected_header("Authorization", f"Basic {base64.b64encode(pair.encode()).decode()}")
+
+    def set_proxy(self, host: str, type: str) -> None:
+        self.proxied = True
+        super().set_proxy(host, type)
+
+
+class Opener(urllib.request.AbstractHTTPHandler):
+    """Opens http and https over `lines`. name_of: how messages call a URL."""
+
+    def __init__(self, lines: Lines, name_of: Callable[[str], str]):
+        super().__init__()
+        self._lines, self._name_of = lines, name_of
+
+    def http_open(self, request: Request) -> http.client.HTTPResponse:
+        return self._open(request, _Plain)
+
+    def https_open(self, request: Request) -> http.client.HTTPResponse:
+        context = ssl.create_default_context()
+        context.set_alpn_protocols(["http/1.1"])
+        return self._open(request, _Secure, context=context)
+
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+    def _open(self, request: Request, kind: type, **options: Any) -> http.client.HTTPResponse:
+        name = self._name_of(request.full_url)
+        if request.proxied:
+            with contextlib.suppress(OSError, UnicodeError):  # what does not resolve here is the proxy's to resolve
+                self._lines.addresses(urlsplit(request.full_url).hostname or "", 0, name)
+        line = functools.partial(kind, lines=self._lines, proxied=request.proxied, name=name)
+        return self.do_open(line, request, **options)

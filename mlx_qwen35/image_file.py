@@ -1,0 +1,260 @@
+"""A file that holds a picture -> Pillow's image of it, not decoded yet; or what the file is, where it is none.
+
+Pillow's process-wide settings are changed here and nowhere else.
+"""
+
+import codecs
+import io
+import struct
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, BinaryIO
+
+from mlx_qwen35.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_PIXELS = 178_956_970  # Pillow's own limit for an error; a file that says more is taken for a decompression bomb
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
+# What Pillow and its plugins raise for a file that is cut short or damaged, in opening or in decoding it.
+DAMAGE = (OSError, ValueError, SyntaxError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
+DAMAGE += (EOFError, AssertionError, struct.error, zlib.error)
+_HEAD = 512  # bytes of a file that tell what it is
+_PILLOW = threading.Lock()
+
+
+def open_image(file: BinaryIO, name: str) -> "Image.Image":
+    """Pillow's image of a file, its header read. Within `strict_pillow`, as everything done with the image. InputError
+    for what is not a picture, breaks at its beginning, is stored in a way that is not read, or has too many pixels."""
+    from PIL import Image
+    from pillow_heif import register_heif_opener
+
+    head = file.read(_HEAD)
+    if not head:
+        raise InputError("media_empty", f"an image must not be empty; {name} has no bytes. Copy or download it again")
+    if "HEIF" not in Image.OPEN:
+        register_heif_opener()
+    try:
+        file = without_large_notes(file) if head.startswith(_PNG) else file
+        image = Image.open(file, formats=FORMATS)
+        if image.format == "PNG":  # its checksums, which the decoder does not look at
+            image.verify()
+            image = Image.open(file, formats=("PNG",))
+            _scale_transparency(image)
+        return image
+    except Image.DecompressionBombError as error:
+        raise InputError("media_too_large", f"{bomb(name)} ({error})") from error
+    except DAMAGE as error:
+        if (stored := _stored_otherwise(file, head)) is not None:
+            raise InputError(
+                "image_unsupported",
+                f"an image must be stored in a way that Pillow reads; {name} is {stored}. Save it as PNG or JPEG",
+            ) from error
+        raise InputError("media_not_opened", _not_opened(head, name)) from error
+
+
+def bomb(name: str) -> str:
+    return f"an image may have at most {MAX_PIXELS:,} pixels (no decompression bombs); {name} has more. Make it smaller"
+
+
+@contextmanager
+def strict_pillow() -> Iterator[None]:
+    """Pillow without warnings, deaf to a LOAD_TRUNCATED_IMAGES that the program around us may have set, and with the
+    kinds of grey TIFF that it can unpack and does not know.
+
+    All are settings of the whole process, so one picture is decoded at a time; all are put back.
+    """
+    from PIL import ImageFile, TiffImagePlugin
+
+    with _PILLOW, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+        added = {key: value for key, value in _grey_tiffs().items() if key not in TiffImagePlugin.OPEN_INFO}
+        TiffImagePlugin.OPEN_INFO.update(added)
+        try:
+            yield
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = before
+            for key in added:
+                del TiffImagePlugin.OPEN_INFO[key]
+
+
+# --- TIFF ------------------------------------------------------------------------------------------------------------
+
+
+def _grey_tiffs() -> dict[tuple, tuple[str, str]]:
+    """Entries for TiffImagePlugin.OPEN_INFO: byte order, white is zero or black is, sample format, order of bits, bits
+    a sample, extra samples -> mode, and how it is packed. Samples of 12 bits have no byte order."""
+    packed = {(order, white, 12): ("I;16", "I;12") for order in (b"II", b"MM") for white in (0, 1)}
+    packed[b"MM", 0, 16] = ("I;16B", "I;16B")
+    return {(order, white, (1,), 1, (bits,), ()): modes for (order, white, bits), modes in packed.items()}
+
+
+def _stored_otherwise(file: BinaryIO, head: bytes) -> str | None:
+    """How a file stores its picture that Pillow did not open though its header is whole; None where that is not so."""
+    if head.startswith(b"\xff\xd8\xff"):
+        bits = _jpeg_bits(file)
+        return f"a JPEG of {bits} bits a sample" if bits not in (None, 8) else None
+    from PIL.TiffImagePlugin import PREFIXES, ImageFileDirectory_v2
+
+    if not head.startswith(tuple(PREFIXES)):
+        return None
+    try:
+        tags = ImageFileDirectory_v2(head[: 16 if 43 in head[2:4] else 8])
+        file.seek(tags.next)
+        tags.load(file)
+        tags[256], tags[257], tags.get(273) or tags[324]  # width, height, where the strips or tiles are
+    except DAMAGE:
+        return None
+    bits, form, meaning, packing = (tags.get(tag, default) for tag, default in ((258, 1), (339, 1), (262, 0), (259, 1)))
+    return (
+        f"a TIFF with BitsPerSample {_numbers(bits)}, SampleFormat {_numbers(form)}, PhotometricInterpretation "
+        f"{meaning} and Compression {packing}"
+    )
+
+
+def _numbers(value: int | tuple[int, ...]) -> str:
+    return " ".join(map(str, value if isinstance(value, tuple) else (value,)))
+
+
+def _jpeg_bits(file: BinaryIO) -> int | None:
+    """The bits of a sample, from the frame header; None where there is none."""
+    file.seek(2)
+    while len(marker := file.read(4)) == 4 and marker[0] == 0xFF:
+        if 0xC0 <= marker[1] <= 0xCF and marker[1] not in (0xC4, 0xC8, 0xCC):
+            return next(iter(file.read(1)), None)
+        file.seek(struct.unpack(">H", marker[2:])[0] - 2, io.SEEK_CUR)
+    return None
+
+
+# --- PNG -------------------------------------------------------------------------------------------------------------
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def _scale_transparency(image: "Image.Image") -> None:
+    """The value that a PNG marks as transparent, which Pillow leaves as it is stored, scaled as Pillow does pixels."""
+    value, packing = image.info.get("transparency"), image.tile[0].args
+    if value is not None and packing in ("L;2", "L;4"):
+        image.info["transparency"] = value * 255 // (2 ** int(packing[-1]) - 1)
+    elif value is not None and packing == "RGB;16B":
+        image.info["transparency"] = tuple(channel >> 8 for channel in value)
+
+
+def without_large_notes(file: BinaryIO) -> BinaryIO:
+    """A PNG without the texts and the colour profile that are too large for Pillow, which would refuse the picture for
+    them; the file itself where there are none. They are measured no further than up to the limit."""
+    from PIL.PngImagePlugin import MAX_TEXT_CHUNK, MAX_TEXT_MEMORY
+
+    kept, start, at, left = [], 0, len(_PNG), MAX_TEXT_MEMORY
+    whole = file.seek(0, io.SEEK_END)
+    file.seek(at)
+    while len(header := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", header)
+        end = at + 12 + length
+        if end > whole:
+            break
+        if kind in _NOTES:
+            size = _NOTES[kind](file.read(length), MAX_TEXT_CHUNK)
+            if size is None or size > left:
+                kept.append((start, at))
+                start = end
+            elif kind != b"iCCP":
+                left -= size
+        at = file.seek(end)
+    if kept:
+        kept.append((start, whole))
+        slim = io.BytesIO()
+        for start, end in kept:
+            file.seek(start)
+            slim.write(file.read(end - start))
+        file = slim
+    file.seek(0)
+    return file
+
+
+def _inflated(packed: bytes, most: int) -> int | None:
+    """The size of what was packed; None where it is above `most`; 0 where it is damaged."""
+    inflater = zlib.decompressobj()
+    try:
+        size = len(inflater.decompress(packed, most))
+    except zlib.error:
+        return 0
+    return None if inflater.unconsumed_tail else size
+
+
+def _packed_note(body: bytes, most: int) -> int | None:
+    """Of iCCP and zTXt: a name, 0, the method (0), packed bytes."""
+    packed = body.partition(b"\0")[2]
+    return _inflated(packed[1:], most) if packed[:1] in (b"", b"\0") else None
+
+
+def _unicode_note(body: bytes, most: int) -> int | None:
+    """Of iTXt: a name, 0, whether it is packed, the method (0), language, 0, the name translated, 0, text."""
+    rest = body.partition(b"\0")[2]
+    text = rest[2:].partition(b"\0")[2].partition(b"\0")[2]
+    return _inflated(text, most) if rest[:1] not in (b"", b"\0") else len(text)
+
+
+_NOTES = {b"iCCP": _packed_note, b"zTXt": _packed_note, b"iTXt": _unicode_note, b"tEXt": lambda body, _: len(body)}
+
+
+# --- what is not opened ----------------------------------------------------------------------------------------------
+
+_SIGNATURES = (  # offset, bytes, what it is; a format of FORMATS by its name
+    (0, b"\xff\xd8\xff", "JPEG"),
+    (0, b"\x89PNG\r\n\x1a\n", "PNG"),
+    (8, b"WEBP", "WEBP"),
+    (0, b"GIF8", "GIF"),
+    (0, b"BM", "BMP"),
+    (0, b"II*\0", "TIFF"),
+    (0, b"MM\0*", "TIFF"),
+    (0, b"II+\0", "TIFF"),
+    (0, b"MM\0+", "TIFF"),
+    (4, b"ftypavi", "AVIF"),
+    *((4, b"ftyp" + brand, "HEIF") for brand in (b"hei", b"hev", b"mif1", b"msf1")),
+    (4, b"ftypM4A", "a sound file"),
+    (4, b"ftypcrx", "a camera's raw file"),
+    *((4, brand, "a video (MP4 or QuickTime)") for brand in (b"ftyp", b"moov", b"mdat", b"wide", b"free")),
+    (0, b"\x1aE\xdf\xa3", "a video (WebM or Matroska)"),
+    (8, b"AVI ", "a video (AVI)"),
+    (0, b"\0\0\1\xba", "a video (MPEG)"),
+    (0, b"OggS", "a video or a sound file (Ogg)"),
+    (8, b"WAVE", "a sound file"),
+    (0, b"ID3", "a sound file"),
+    (0, b"%PDF", "a PDF document"),
+    (0, b"PK\3\4", "a zip archive, or a document packed as one"),
+    (0, b"\x1f\x8b", "compressed with gzip"),
+    (0, b"\xff\x0a", "a JPEG XL picture"),
+    (4, b"JXL ", "a JPEG XL picture"),
+    (4, b"jP  ", "a JPEG 2000 picture"),
+    (0, b"8BPS", "a Photoshop file"),
+    (0, b"\0\0\1\0", "an icon"),
+)
+_TEXTS = ("<!doctype html", "a web page"), ("<html", "a web page"), ("version https://git-lfs", "a Git LFS pointer")
+
+
+def _not_opened(head: bytes, name: str) -> str:
+    """The message for a file that Pillow cannot open."""
+    what = next((what for at, magic, what in _SIGNATURES if head[at:].startswith(magic)), None) or _text(head)
+    if what in FORMATS:
+        return f"an image must be whole; {name} begins as {what} and is cut short or damaged. Copy or download it again"
+    hint = "Give it as a video" if what.startswith("a video") else "Give a picture, or save it as PNG or JPEG"
+    return f"an image must be JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC; {name} is {what}. {hint}"
+
+
+def _text(head: bytes) -> str:
+    try:
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)
+    except UnicodeDecodeError:
+        return "of no known kind"
+    if any(character < " " and not character.isspace() for character in text):
+        return "of no known kind"
+    text = text.strip().lower()
+    if "<svg" in text:
+        return "an SVG drawing"
+    return next((what for start, what in _TEXTS if text.startswith(start)), "text")
