@@ -34,7 +34,9 @@ _LEAST_SPAN = np.float32(1e-24)  # nothing is searched below; mx.quantize takes 
 _TINY = np.float32(1e-12)
 
 
-def quantize(matrix: mx.array, how: Quantization, stream: mx.Stream, weights: mx.array | None = None) -> list[mx.array]:
+def quantize(
+    matrix: mx.array, how: Quantization, stream: mx.Stream, weights: mx.array | None = None
+) -> list[mx.array]:
     """The parts that mx.quantize gives, in its dtypes and layouts, with less squared error.
 
     matrix: (rows, columns) float32, bfloat16 or float16, finite. weights: (columns,) float32, finite, not negative:
