@@ -1,12 +1,13 @@
 """Control tokens: only the template's own (or a raw text's) become tokens, those in texts from outside stay text.
 
 The string of every added token of the tokenizer, <|im_start|> or <think>, is a control token where the template writes
-it and ordinary text where a user, a tool or an answer does. So the template's own strings are marked inside the tag before
-it is rendered. A tag that bears no mark came from outside, however it got there: in one piece, put together from two
-parts, or from a text and what the template has beside it.
+it, and ordinary text where a user, a tool or an answer does. So the template's own strings are marked inside the tag
+before it is rendered. A tag that bears no mark came from outside, however it got there: in one piece, put together from
+two parts, or from a text and what the template has beside it.
 """
 
 import re
+from collections.abc import Callable
 from functools import cached_property
 from itertools import pairwise
 
@@ -27,13 +28,13 @@ def unmarked(text: str) -> str:
     return text.translate(_MARKS) if MARK in text or VEIL in text else text
 
 
-def check_text(text: str, name: str) -> None:
+def check_text(text: str, name: Callable[[], str]) -> None:
     """InputError unless a text can be written in UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            "text_invalid", f"{name} must be valid Unicode text, in UTF-8 where it is typed or piped: {error}"
+            "text_invalid", f"{name()} must be valid Unicode text, in UTF-8 where it is typed or piped: {error}"
         ) from error
 
 
@@ -61,7 +62,7 @@ class ControlTokens:
         """A text of the template's own, with a mark in each of its tags."""
         return self._tags.sub(lambda match: marked(match.group()), text)
 
-    def lost(self, text: str) -> list[str]:
+    def unmarked_in(self, text: str) -> list[str]:
         """The tags in a rendered text that bear no mark."""
         return self._tags.findall(text)
 

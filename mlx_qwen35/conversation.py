@@ -8,9 +8,10 @@ from typing import Any, Unpack
 from mlx_qwen35.cache import Snapshot
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.generate import Generation, Result, see
-from mlx_qwen35.generate.options import Options, check_names, plan, reading_step, vision_options
+from mlx_qwen35.generate.options import Options, check_names, check_system_prompt, plan, reading_step, vision_options
 from mlx_qwen35.generate.prefill import read
 from mlx_qwen35.generate.speculate import attach
+from mlx_qwen35.messages import Plain, check_template_options
 from mlx_qwen35.model import Model
 from mlx_qwen35.preprocess import VISION_OPTIONS
 from mlx_qwen35.processor import Piece, Processor
@@ -39,7 +40,9 @@ class Conversation:
             raise TypeError(f"a conversation takes no {', '.join(sorted(refused))}")
         self.model, self.processor = model, processor
         self._template = {name: given.pop(name, None) for name in ("enable_thinking", "tools")}
+        check_template_options(self._template, Plain())
         self._system = given.pop("system_prompt", None)
+        check_system_prompt(self._system)
         idle = sorted(name for name in VISION_OPTIONS if given.get(name))
         if idle and not processor.sees:
             raise InputError(

@@ -1,4 +1,4 @@
-"""Messages and tools of any kind -> plain values in the usual form; what is not is refused by name, before it is used."""
+"""Messages and tools -> plain values of the usual form; what is not of it is refused by name, before it is used."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ from mlx_qwen35.errors import InputError
 from mlx_qwen35.parts import kind_of
 
 DEPTH = 64  # of lists and mappings in each other
-VALUES = 1_000_000  # in all messages and tools
+VALUES = 250_000  # in all messages and tools
 _BITS = 4096  # of a whole number: Python itself writes no more than 4,300 digits
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # what the reasoning of a message is called by programs
 
@@ -24,47 +24,52 @@ class Plain:
     def __init__(self):
         self.values = self.chars = 0
 
-    def __call__(self, value: Any, name: str, depth: int = 0) -> Any:
-        """The value. name: where it is, for errors; depth: in how many lists and mappings."""
+    def __call__(self, value: Any, *path: Any, depth: int = 0) -> Any:
+        """The value. path: where it is, for errors; depth: in how many lists and mappings."""
         self.values += 1
         if self.values > VALUES:
-            raise _refused(f"messages and tools must hold at most {VALUES:,} values; {name} goes beyond")
+            raise _refused(f"messages and tools must hold at most {VALUES:,} values; {_name(path)} goes beyond")
         if depth > DEPTH:
-            raise _refused(f"lists and mappings must be nested at most {DEPTH} deep; {name.split('.')[0]} goes deeper")
+            raise _refused(f"lists and mappings must be nested at most {DEPTH} deep; {_name(path[:2])} goes deeper")
         if isinstance(value, Mapping):
-            named = [(self._key(key, name), item) for key, item in value.items()]
-            return {key: self(item, f"{name}.{key[:40]}", depth + 1) for key, item in named}
+            named = [(self._key(key, path), item) for key, item in value.items()]
+            return {key: self(item, *path, key, depth=depth + 1) for key, item in named}
         if isinstance(value, list | tuple):
-            return [self(item, f"{name}[{i}]", depth + 1) for i, item in enumerate(value)]
-        return self._scalar(value, name)
+            return [self(item, *path, i, depth=depth + 1) for i, item in enumerate(value)]
+        return self._scalar(value, path)
 
-    def _key(self, key: Any, name: str) -> str:
+    def _key(self, key: Any, path: tuple) -> str:
         if not isinstance(key, str):
-            raise _refused(f"the names in {name} must be text, got {key!r:.40} ({type(key).__name__})")
-        return self._text(key, f"the names in {name}")
+            raise _refused(f"the names in {_name(path)} must be text, got {key!r:.40} ({type(key).__name__})")
+        return self._text(key, path)
 
-    def _text(self, text: str, name: str) -> str:
-        check_text(text, name)
+    def _text(self, text: str, path: tuple) -> str:
+        check_text(text, lambda: _name(path))
         self.chars += len(text)
         return str.__str__(text)
 
-    def _scalar(self, value: Any, name: str) -> Any:
+    def _scalar(self, value: Any, path: tuple) -> Any:
+        if isinstance(value, str):
+            return self._text(value, path)
         if value is None or isinstance(value, bool | np.bool_):
             return value if value is None else bool(value)
-        if isinstance(value, str):
-            return self._text(value, name)
         if isinstance(value, Integral):
             if int(value).bit_length() > _BITS:
-                raise _refused(f"{name} must be a number of at most {_BITS:,} bits")
+                raise _refused(f"{_name(path)} must be a number of at most {_BITS:,} bits")
             return int(value)
         if isinstance(value, Real):
             if not math.isfinite(value):
-                raise _refused(f"{name} must be a finite number, got {value}")
+                raise _refused(f"{_name(path)} must be a finite number, got {value}")
             return float(value)
         raise _refused(
-            f"{name} must be what JSON can hold (text, a number, true, false, null, a list or a mapping), "
+            f"{_name(path)} must be what JSON can hold (text, a number, true, false, null, a list or a mapping), "
             f"got {type(value).__name__}"
         )
+
+
+def _name(path: tuple) -> str:
+    """messages[0].content, of ("messages", 0, "content")."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part[:40]}" for part in path)[1:]
 
 
 def _refused(message: str) -> InputError:
@@ -75,22 +80,23 @@ def check_messages(messages: Sequence[Mapping[str, Any]], plain: Plain) -> list[
     """The messages in plain values; parts with an image or a clip as they are."""
     if not isinstance(messages, list | tuple):
         raise _refused(f"messages must be a list, got {type(messages).__name__}")
-    return [_message(message, f"messages[{i}]", plain) for i, message in enumerate(messages)]
+    return [_message(message, i, plain) for i, message in enumerate(messages)]
 
 
-def _message(message: Any, name: str, plain: Plain) -> dict[str, Any]:
+def _message(message: Any, number: int, plain: Plain) -> dict[str, Any]:
+    name = f"messages[{number}]"
     if not isinstance(message, Mapping):
         raise _refused(f'a message must be like {{"role": "user", "content": ...}}, got {message!r:.80} as {name}')
-    checked = plain({key: value for key, value in message.items() if key != "content"}, name)
+    checked = plain({key: value for key, value in message.items() if key != "content"}, "messages", number)
     if not isinstance(checked.get("role"), str):
         raise _refused(f'the role of {name} must be text, as "user" or "assistant", got {_got(checked, "role")}')
     _check_calls(checked, name)
     _name_reasoning(checked, name)
     content = message.get("content")
     if isinstance(content, list | tuple):
-        content = [_part(part, f"{name}.content[{i}]", plain) for i, part in enumerate(content)]
+        content = [_part(part, (number, i), plain) for i, part in enumerate(content)]
     elif isinstance(content, str):
-        content = plain(content, f"{name}.content")
+        content = plain(content, "messages", number, "content")
     elif content is not None:
         raise _refused(
             f"the content of a message must be text or a list of parts, got {type(content).__name__} in {name}"
@@ -108,18 +114,19 @@ def _got(message: Mapping[str, Any], name: str) -> str:
     return type(message[name]).__name__ if name in message else "none"
 
 
-def _part(part: Any, name: str, plain: Plain) -> Any:
+def _part(part: Any, numbers: tuple[int, int], plain: Plain) -> Any:
+    path = ("messages", numbers[0], "content", numbers[1])
     if not isinstance(part, Mapping):
         raise InputError(
             "message_part_invalid",
-            f'a part must be like {{"type": "text", "text": ...}}, got {type(part).__name__} as {name}',
+            f'a part must be like {{"type": "text", "text": ...}}, got {type(part).__name__} as {_name(path)}',
         )
     if kind_of(part):
         return part
-    checked = plain(part, name)
+    checked = plain(part, *path)
     if "text" in checked and not isinstance(checked["text"], str):
         raise InputError(
-            "message_part_invalid", f"the text of {name} must be text, got {type(checked['text']).__name__}"
+            "message_part_invalid", f"the text of {_name(path)} must be text, got {type(checked['text']).__name__}"
         )
     return checked
 
@@ -135,7 +142,8 @@ def _check_calls(message: Mapping[str, Any], name: str) -> None:
         function = call.get("function", call) if isinstance(call, Mapping) else call
         if not isinstance(function, Mapping):
             raise _refused(
-                f'{at} must be like {{"function": {{"name": ..., "arguments": {{...}}}}}}, got {type(function).__name__}'
+                f'{at} must be like {{"function": {{"name": ..., "arguments": {{...}}}}}}, got '
+                f"{type(function).__name__}"
             )
         if not isinstance(function.get("name"), str):
             raise _refused(f"the name in {at} must be text, got {_got(function, 'name')}")

@@ -82,7 +82,7 @@ class Processor:
         """
         media = [self.read("image", source, vision) for source in images]
         media += [self.read("video", source, vision) for source in videos]
-        check_text(text, "a prompt")
+        check_text(text, lambda: "a prompt")
         return self._prompt(self._control.mark(text), media, vision, self._control.encode_raw)
 
     def encode_messages(
@@ -99,10 +99,10 @@ class Processor:
         read_image or read_video takes.
 
         `template` goes to the template: enable_thinking True or False (absent: the checkpoint's default), tools, and
-        add_generation_prompt. A control token becomes one only where the template writes it: <|im_end|> in a text, a tool or
-        a call's arguments stays text. Of an assistant's content the template first splits off the reasoning, at </think>;
-        content beside `reasoning_content` is text throughout. Raises InputError with the template's own words when it
-        refuses the messages.
+        add_generation_prompt. A control token becomes one only where the template writes it: <|im_end|> in a text, a
+        tool or a call's arguments stays text. Off an assistant's content the template first splits the reasoning, at
+        </think>; beside `reasoning_content` all content is text. Raises InputError with the template's own words when
+        it refuses the messages.
         """
         plain = Plain()
         checked = check_messages(messages, plain)
@@ -147,7 +147,8 @@ class Processor:
 
     def _rendered(self, messages: Messages, options: dict[str, Any], plain: Plain) -> str:
         """The same with marks, see control.py."""
-        from mlx_qwen35.template import Budget, Template, choose  # brings jinja2, which takes its time
+        from mlx_qwen35.budget import Budget  # these bring jinja2, which takes its time
+        from mlx_qwen35.template import Template, choose
 
         hugging_face = self.tokenizer._tokenizer
         source = choose(hugging_face.chat_template, "tools" in options)

@@ -1,15 +1,13 @@
 """Jinja for templates that come with a checkpoint, which are code from outside: bounded in time, output and recursion.
 
-Jinja's own sandbox keeps a template from Python's inner parts. Here every step of it is counted besides, and nothing large
-is built before its size is known. What a template may use is listed; what is not has no bound here and is refused.
+Jinja's own sandbox keeps a template from Python's inner parts. Here every step of it is counted besides, and nothing
+large is built before its size is known, see budget.py. What a template may use is listed; what is not is refused.
 """
 
 import json
-import re
-import time
-from collections.abc import Callable, Mapping, MappingView
+from collections.abc import Callable
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 from jinja2 import ext, nodes, pass_context
 from jinja2.exceptions import SecurityError, TemplateError
@@ -18,138 +16,26 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
+from mlx_qwen35.budget import Budget, Exceeded, check_operands, estimated
+
 BUDGET = "the budget"  # its place in a context: no name that a template can write
 SOURCE_LIMIT = 200_000  # characters of a template; the published one has 8,000
-_SECONDS = 10  # a backstop: steps run out first unless each is slow
 _DEPTH = 100  # macros and recursive loops in each other
-_NESTING = 100  # lists in each other
-_INTEGER = 100_000  # largest whole number as an argument: most say a width or a count
-_BITS = 10_000  # longest whole number that a product or power may be
+_INDENT = 100
 
-# Methods of strings and filters whose result is about as long as what goes in; those in _estimated() are checked before.
+# Methods of strings, and filters, whose result is about as long as what goes in, or is estimated before.
 _METHODS = frozenset(
-    "capitalize casefold center count endswith expandtabs find format format_map index isalnum isalpha isascii isdecimal "
-    "isdigit isidentifier islower isnumeric isprintable isspace istitle isupper join ljust lower lstrip partition "
-    "removeprefix removesuffix replace rfind rindex rjust rpartition rsplit rstrip split splitlines startswith strip "
-    "swapcase title upper zfill".split()
+    "capitalize casefold center count endswith expandtabs find format format_map index isalnum isalpha isascii "
+    "isdecimal isdigit isidentifier islower isnumeric isprintable isspace istitle isupper join ljust lower lstrip "
+    "partition removeprefix removesuffix replace rfind rindex rjust rpartition rsplit rstrip split splitlines "
+    "startswith strip swapcase title upper zfill".split()
 )
 _FILTERS = (
-    "abs capitalize center count d default dictsort e escape first float forceescape format groupby indent int items join "
-    "last length list lower map max min reject rejectattr replace reverse round safe select selectattr sort string sum "
-    "title trim truncate unique upper urlencode wordcount".split()
+    "abs capitalize center count d default dictsort e escape first float forceescape format groupby indent int items "
+    "join last length list lower map max min reject rejectattr replace reverse round safe select selectattr sort "
+    "string sum title trim truncate unique upper urlencode wordcount".split()
 )
-
-
 _WRITING = frozenset(("default", "d", "format", "format_map", "join"))  # what is given to these comes out of them
-
-
-class Exceeded(TemplateError):
-    """A template went beyond its bounds."""
-
-
-class Budget:
-    """What one rendering may still use.
-
-    Args:
-        values, chars: how many values the messages and tools are, and how many characters they hold; the more there is to
-            render, the longer it may take.
-    """
-
-    def __init__(self, values: int, chars: int):
-        self._steps = self._most_steps = 100_000 + 100 * values
-        self._chars = self._most_chars = 1_000_000 + 32 * chars
-        self._deadline = time.monotonic() + _SECONDS
-        self.depth = 0
-
-    def step(self, count: int = 1) -> None:
-        self._steps -= count
-        if self._steps < 0:
-            raise Exceeded(f"it takes more than {self._most_steps:,} steps for them")
-        if time.monotonic() > self._deadline:
-            raise Exceeded(f"it takes more than {_SECONDS} seconds for them")
-
-    def check(self, chars: float) -> None:
-        """Refuse to build what is so long."""
-        if chars > self._most_chars:
-            raise Exceeded(f"it builds a text or list of more than {self._most_chars:,} characters from them")
-
-    def take(self, value: Any) -> Any:
-        """Count one step and what it made."""
-        self.step()
-        if isinstance(value, str):
-            self._chars -= len(value)
-            if self._chars < 0:
-                raise Exceeded(f"it builds texts of more than {self._most_chars:,} characters from them")
-        elif isinstance(value, list | tuple | dict):
-            self.size(value)
-        return value
-
-    def size(self, value: Any) -> int:
-        """About how many characters a value would be, written out. Lists of lists of the same list are long."""
-        visited, total = 0, 0
-        waiting = [(value, 0)]
-        while waiting:
-            item, depth = waiting.pop()
-            visited += 1
-            total += _length(item)
-            self.check(total)
-            if depth > _NESTING:
-                raise Exceeded(f"it nests lists more than {_NESTING} deep")
-            if isinstance(item, Mapping):
-                waiting += [(inner, depth + 1) for pair in item.items() for inner in pair]
-            elif isinstance(item, list | tuple | set | frozenset | MappingView):
-                waiting += [(inner, depth + 1) for inner in item]
-        self.step(visited // 16)
-        return total
-
-
-def _length(value: Any) -> int:
-    if isinstance(value, str | bytes):
-        return 1 + len(value)
-    return 1 + value.bit_length() // 3 if isinstance(value, int) else 1
-
-
-def _estimated(budget: Budget, name: str, value: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple:
-    """The arguments of a method or filter, where its result is not too long."""
-    given = (*args, *kwargs.values())
-    if name not in ("default", "d") and any(isinstance(one, int) and abs(one) > _INTEGER for one in given):
-        raise Exceeded(f"it gives {name} a number beyond {_INTEGER:,}")
-    length = len(value) if isinstance(value, str) else 1
-    if name == "join":
-        return _join_arguments(budget, value, args)
-    if name == "replace" and len(given) > 1:
-        new = budget.size(given[1])
-        budget.check(length + new * (str(value).count(str(given[0])) if given[0] else length + 1))
-    elif name in ("format", "format_map"):
-        _check_format(budget, str(value), given)
-    elif name in ("indent", "expandtabs"):
-        width = max((one if isinstance(one, int) else budget.size(one) for one in given), default=8)
-        budget.check(length + width * (1 + str(value).count("\n") + str(value).count("\t")))
-    elif name == "sum" and any(not isinstance(one, int | float | str | None) for one in given):
-        raise SecurityError("sum adds numbers alone")
-    return args
-
-
-def _join_arguments(budget: Budget, value: Any, args: tuple) -> tuple:
-    """Of separator.join(items), and of items|join(separator)."""
-    if isinstance(value, str) and args and not isinstance(args[0], str):
-        items = list(args[0])
-        budget.check(budget.size(items) + len(value) * len(items))
-        return (items,)
-    if isinstance(value, list):
-        budget.check(budget.size(value) + (budget.size(args[0]) if args else 0) * len(value))
-    elif isinstance(value, str) and args:
-        budget.check(len(value) * (1 + budget.size(args[0])))
-    return args
-
-
-def _check_format(budget: Budget, pattern: str, given: Any) -> None:
-    width = max((int(digits[:9]) for digits in re.findall("[0-9]+", pattern)), default=0)
-    computed = re.search(r"%[^a-zA-Z%]*\*|\{[^{}]*\{", pattern.replace("{{", ""))
-    if width > _INTEGER or computed:
-        raise Exceeded(f"it formats to a width beyond {_INTEGER:,}, or one that it computes")
-    fields = pattern.count("%") + pattern.count("{")
-    budget.check(len(pattern) + fields * (10 * budget.size(given) + width))
 
 
 # --- what templates call ---------------------------------------------------------------------------------------------
@@ -174,7 +60,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    def __init__(*args: Any, **kwargs: Any):  # noqa: N805 (a template may name a field "self")
+    def __init__(*args: Any, **kwargs: Any):
         for name in dict(*args[1:], **kwargs):
             _check_field(name)
         Namespace.__init__(*args, **kwargs)
@@ -199,9 +85,10 @@ def _to_json(
     """JSON as Hugging Face's templates expect it: letters as they are, no HTML escapes."""
     budget.size(value)
     encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    if indent is None:
+    if isinstance(indent, int) and indent > _INDENT:
+        raise Exceeded(f"it indents JSON by more than {_INDENT}")
+    if indent is None and separators is None:
         return encoder.encode(value)
-    budget.check(_INTEGER if isinstance(indent, int) and indent > 100 else 0)
     return "".join(budget.take(piece) for piece in encoder.iterencode(value))
 
 
@@ -211,7 +98,7 @@ def _to_json(
 class _Generation(ext.Extension):
     """{% generation %}, with which templates for training enclose what is learnt: here it means nothing."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -239,9 +126,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
             "made": _making(lambda _, value: value),
         }
         self.filters["written"] = _making(lambda _, value: value if isinstance(value, str) else str(value))
-        self.filters["compared"] = _looking(lambda value: unmark(value) if isinstance(value, str) else value)
+        self.filters["compared"] = _looking(lambda value: _unmarked(value, unmark))
         self.globals = {name: self.globals[name] for name in ("range", "cycler", "joiner")} | {
-            "raise_exception": _raise_exception, "strftime_now": _strftime_now, "dict": _Dict(), "namespace": _Namespace,
+            "raise_exception": _raise_exception, "strftime_now": _strftime_now, "dict": _Dict(),
+            "namespace": _Namespace,
         }  # fmt: skip
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -251,10 +139,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         budget = context.parent[BUDGET]
-        _check_operands(budget, operator, left, right)
+        check_operands(budget, operator, left, right)
         return budget.take(super().call_binop(context, operator, left, right))
 
-    def call(__self, __context: Context, __called: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902, N805
+    def call(__self, __context: Context, __called: Any, *args: Any, **kwargs: Any) -> Any:
         budget = __context.parent[BUDGET]
         given = {
             name: value for name, value in kwargs.items() if name not in ("_loop_vars", "_block_vars")
@@ -265,7 +153,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(owner, str):
             if method.__name__ not in _METHODS:
                 raise SecurityError(f"a template must not call the method {method.__name__} of a text")
-            args = _estimated(budget, method.__name__, owner, args, given)
+            args = estimated(budget, method.__name__, owner, args, given)
         elif isinstance(owner, bytes | int | float):
             raise SecurityError(f"a template must not call a method of {type(owner).__name__}")
         budget.depth += 1
@@ -275,22 +163,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
             return budget.take(super().call(__context, __called, *args, **kwargs))
         finally:
             budget.depth -= 1
-
-
-def _check_operands(budget: Budget, sign: str, left: Any, right: Any) -> None:
-    numbers = isinstance(left, int) and isinstance(right, int)
-    if numbers and sign in ("*", "**"):
-        bits = left.bit_length() * right if sign == "**" else left.bit_length() + right.bit_length()
-        if abs(left) > 1 and bits > _BITS:
-            raise Exceeded(f"it computes a number of more than {_BITS:,} bits")
-    elif sign == "*":
-        for one, times in ((left, right), (right, left)):
-            if isinstance(times, int):
-                budget.check(budget.size(one) * max(times, 0))
-    elif sign == "%" and isinstance(left, str):
-        _check_format(budget, left, right)
-    elif sign == "+" and not numbers:
-        budget.check(budget.size(left) + budget.size(right))
 
 
 # Filters ask for the context, so Jinja never runs one while it compiles, where nothing is counted.
@@ -326,13 +198,21 @@ def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @pass_context
     def run(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
         budget = context.parent[BUDGET]
-        if name == "join" and not isinstance(value, str | list):
-            value = list(value)
-        args = _estimated(budget, name, value, args, kwargs)
+        value = list(value) if name == "join" else value
+        args = estimated(budget, name, value, args, kwargs)
         first = (of_context[wanted](context),) if wanted else ()
         return budget.take(function(*first, value, *args, **kwargs))
 
     return run
+
+
+def _unmarked(value: Any, unmark: Callable[[str], str]) -> Any:
+    """A text, or a list of them, as it is meant."""
+    if isinstance(value, str):
+        return unmark(value)
+    if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+        return type(value)(map(unmark, value))
+    return value
 
 
 def _joined(budget: Budget, values: list[Any]) -> str:
@@ -361,6 +241,7 @@ class _Counting(NodeTransformer):
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
+        node.test = _filtered(node.test, "compared") if node.test else None
         step = _filtered(nodes.Const(None, lineno=node.lineno), "compared")
         node.body.insert(0, nodes.ExprStmt(step, lineno=node.lineno))
         return node

@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jinja2 import Template as JinjaTemplate
 from jinja2 import meta
 from jinja2.exceptions import TemplateError
 
+from mlx_qwen35.budget import Budget
 from mlx_qwen35.control import ControlTokens, unmarked
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.sandbox import BUDGET, Budget, Sandbox
+from mlx_qwen35.sandbox import BUDGET, Sandbox
 
 # What running code from outside can end in, beside the errors of Jinja.
 _FAULTS = (
@@ -37,8 +39,7 @@ class Template:
         control: the control tokens of the checkpoint's tokenizer.
         special: what the template may ask for by name, as eos_token.
 
-    Raises InputError (chat_template_refused) when it does not compile, or when its control tokens cannot be told from
-    those in messages because it puts them together from pieces.
+    Raises InputError (chat_template_refused) when it does not compile.
     """
 
     def __init__(self, source: str, control: ControlTokens, special: Mapping[str, str]):
@@ -50,32 +51,57 @@ class Template:
             self.reads = frozenset(meta.find_undeclared_variables(environment.parse(source)))  # names of its options
         except (TemplateError, *_FAULTS) as error:
             raise _refused("cannot be used", error) from error
-        self._check_own_tokens()
+        self._source, self._checked = source, False
 
     def render(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], budget: Budget) -> str:
         """The text of a prompt, a mark in each control token that the template wrote.
 
-        messages and options must be plain values, see messages.py. Raises InputError in the template's own words where it
-        refuses the messages, and where it goes beyond the budget.
+        messages and options must be plain values, see messages.py. Raises InputError in the template's own words where
+        it refuses the messages, where it goes beyond the budget, and where its control tokens cannot be told from those
+        in messages.
         """
-        names = {"tools": None, "documents": None, **self._special, **options, "messages": messages, BUDGET: budget}
-        try:
-            return "".join(self._template.generate(names))
-        except (TemplateError, *_FAULTS) as error:
-            raise _refused("refuses these messages", error) from error
+        names = {"tools": None, "documents": None, **self._special, **options, "messages": messages}
+        text = self._run(self._template, names, budget)
+        if not self._checked:
+            self._check_own_tokens()
+            self._checked = True
+        return text
 
     def _check_own_tokens(self) -> None:
+        """With marks the template must render as it does without, and write every control token with its mark."""
+        plain = Sandbox(str, str).from_string(self._source)
         for messages in _SAMPLES:
+            names = {
+                "messages": messages,
+                "tools": None,
+                "documents": None,
+                "add_generation_prompt": True,
+                **self._special,
+            }
             try:
-                text = self.render(messages, {"add_generation_prompt": True}, Budget(100, 100))
+                text = self._run(self._template, names, Budget(100, 100))
+                expected = self._run(plain, names, Budget(100, 100))
             except InputError:  # it need not like the sample
                 continue
-            if lost := self._control.lost(text):
+            if lost := self._control.unmarked_in(text):
                 raise InputError(
                     "chat_template_refused",
-                    "the chat template must write each control token in one piece, so that it can be told from one in a "
-                    f"message; this one puts {lost[0]} together. Use another template",
+                    "the chat template must write each control token in one piece, so that it can be told from one in "
+                    f"a message; this one puts {lost[0]} together. Use another template",
                 )
+            if unmarked(text) != unmarked(expected):
+                raise InputError(
+                    "chat_template_refused",
+                    "the chat template must not take apart what it wrote itself: its control tokens cannot be told "
+                    "from those in messages then. Use another template",
+                )
+
+    @staticmethod
+    def _run(template: JinjaTemplate, names: Mapping[str, Any], budget: Budget) -> str:
+        try:
+            return "".join(template.generate({**names, BUDGET: budget}))
+        except (TemplateError, *_FAULTS) as error:
+            raise _refused("refuses these messages", error) from error
 
 
 def choose(templates: Any, tools: bool) -> str:

@@ -36,7 +36,8 @@ class Options(TypedDict, total=False):
         Messages hold theirs as parts, in any order, see Processor.encode_messages.
     min_pixels, max_pixels, fps, video_num_frames, video_total_pixels, source_fps, published_limits, outer_vision_tags:
         see VisionOptions; a part of a message may set its own.
-    ignore_chat_template: take a string prompt as raw text to be completed.
+    ignore_chat_template: take a string prompt as raw text to be completed. Control tokens in it, as <|im_start|>, are
+        control tokens; in messages, tools and the system prompt they are ordinary text.
     mtp: "auto", "on" or "off", whether the checkpoint's draft head proposes tokens, which the model then checks several
         at a time. The text is the same. Default auto: as long as it is measured to be faster on this machine.
     mtp_depth: tokens it proposes at a time, 1 to 3; with auto, at most. Default: 2 when on, 3 when auto.
@@ -133,9 +134,15 @@ def _messages(text: str, options: Options) -> Messages:
 
 def one_message(text: str, media: Sequence[tuple[str, Any]], system: str | None) -> Messages:
     """One user message of images and clips, as pairs of kind and source, and text; behind the system's, if any."""
+    check_system_prompt(system)
     parts = [{"type": kind, kind: source} for kind, source in media]
     before = [{"role": "system", "content": system}] if system else []
     return [*before, {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}]
+
+
+def check_system_prompt(system: Any) -> None:
+    if not isinstance(system, str | None):
+        raise InputError("option_invalid", f"system_prompt must be text, got {type(system).__name__}")
 
 
 # Which options have an effect on a prompt of this kind, among those that have not on every kind.
