@@ -9,9 +9,16 @@ from mlx_qwen35.cache import Snapshot
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.generate import Generation, Result, see
 from mlx_qwen35.generate.checks import check_options
-from mlx_qwen35.generate.options import Options, plan, reading_step, thinking_switch, vision_options
+from mlx_qwen35.generate.options import (
+    Options,
+    plan,
+    reading_step,
+    thinking_switch,
+    vision_options,
+)
 from mlx_qwen35.generate.prefill import read
 from mlx_qwen35.generate.speculate import attach
+from mlx_qwen35.messages import Plain, check_template_options
 from mlx_qwen35.model import Model
 from mlx_qwen35.preprocess import VISION_OPTIONS
 from mlx_qwen35.process import refuse_fork
@@ -42,6 +49,7 @@ class Conversation:
         self.model, self.processor = model, processor
         self._template = {"enable_thinking": thinking_switch(given), "tools": given.pop("tools", None)}
         given.pop("enable_thinking", None)
+        check_template_options(self._template, Plain())
         self._system = given.pop("system_prompt", None)
         idle = sorted(name for name in VISION_OPTIONS if given.get(name))
         if idle and not processor.sees:

@@ -1,15 +1,17 @@
 """Images and clips among the parts of messages: what each names, and how the text around them stays text."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from mlx_qwen35.control import marked, unmarked
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.preprocess import Media, VisionOptions
 
-IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
-_START, _END = "<|vision_start|>", "<|vision_end|>"
+PADS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+IMAGE_PAD, VIDEO_PAD = map(marked, PADS.values())  # one that bears no mark is a user's text
+_START, _END = marked("<|vision_start|>"), marked("<|vision_end|>")
 _PLACES = re.compile("|".join(map(re.escape, (_START + VIDEO_PAD + _END, VIDEO_PAD, IMAGE_PAD))))
 
 # Where a part may name its source, and which options it may set for itself.
@@ -42,26 +44,25 @@ def kind_of(part: Any) -> str | None:
 def take_media(
     messages: Sequence[Mapping[str, Any]], read: Reader, options: VisionOptions
 ) -> tuple[list[dict[str, Any]], list[Media]]:
-    """The messages with bare parts for the template in the place of images and clips, and those, read, in order."""
+    """Checked messages with bare parts for the template in the place of images and clips, and those, read, in order."""
     media: list[Media] = []
     bare = []
-    if not isinstance(messages, list | tuple):
-        raise InputError("messages_invalid", f"messages must be a list, got {type(messages).__name__}")
     for message in messages:
-        if not isinstance(message, Mapping):
-            raise InputError(
-                "messages_invalid", f'a message must be like {{"role": "user", "content": ...}}, got {message!r:.80}'
-            )
         content = message.get("content")
-        if isinstance(content, list | tuple):
-            content = [_bare(part, read, options, media) for part in content]
-        elif content is not None and not isinstance(content, str):
-            raise InputError(
-                "messages_invalid",
-                f"the content of a message must be text or a list of parts, got {type(content).__name__}",
-            )
-        bare.append({**message, **({"content": content} if "content" in message else {})})
+        if isinstance(content, list):
+            message = {**message, "content": [_bare(part, read, options, media) for part in content]}
+        bare.append(message)
     return bare, media
+
+
+def without_media(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same, and nothing is read."""
+    return [
+        {**message, "content": [{"type": kind_of(part)} if kind_of(part) else part for part in message["content"]]}
+        if isinstance(message.get("content"), list)
+        else dict(message)
+        for message in messages
+    ]
 
 
 def read_parts(parts: Sequence[Any], read: Reader, options: VisionOptions) -> list[Any]:
@@ -122,39 +123,6 @@ def read_part(kind: str, part: Mapping[str, Any], read: Reader, options: VisionO
 # --- placeholders ----------------------------------------------------------------------------------------------------
 
 
-def escape(value: Any) -> tuple[Any, str]:
-    """Messages or tools in which no text is a placeholder, and the mark that was put inside each that was.
-
-    A user may write <|image_pad|> and mean just that. Split at the mark, the two halves are tokenized apart.
-    """
-    strings = list(_strings(value))
-    if not any(pad in text for text in strings for pad in (IMAGE_PAD, VIDEO_PAD)):
-        return value, ""
-    mark = next(chr(code) for code in range(0xE000, 0xF8FF) if not any(chr(code) in text for text in strings))
-    return _mapped(value, lambda text: re.sub(r"<(?=\|(image|video)_pad\|>)", "<" + mark, text)), mark
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.items():
-            yield from _strings(item)
-    elif isinstance(value, Sequence):
-        for item in value:
-            yield from _strings(item)
-
-
-def _mapped(value: Any, function: Callable[[str], str]) -> Any:
-    if isinstance(value, str):
-        return function(value)
-    if isinstance(value, Mapping):
-        return {_mapped(name, function): _mapped(item, function) for name, item in value.items()}
-    if isinstance(value, Sequence):
-        return [_mapped(item, function) for item in value]
-    return value
-
-
 def in_order(text: str, media: Sequence[Media]) -> list[Media]:
     """Images and clips in the order of their placeholders in a text. InputError unless there are as many of each."""
     kinds = {IMAGE_PAD: [m for m in media if not m.is_clip], VIDEO_PAD: [m for m in media if m.is_clip]}
@@ -164,7 +132,7 @@ def in_order(text: str, media: Sequence[Media]) -> list[Media]:
             kind = "images" if pad == IMAGE_PAD else "videos"
             raise InputError(
                 "placeholders_mismatch",
-                f"there must be one {pad} for each of the {kind}; got {found.count(pad)} and {len(given)}",
+                f"there must be one {unmarked(pad)} for each of the {kind}; got {found.count(pad)} and {len(given)}",
             )
     queues = {pad: iter(given) for pad, given in kinds.items()}
     return [next(queues[pad]) for pad in found]

@@ -1,14 +1,16 @@
 """What the user gives -> a prompt, and generated tokens -> text; with the checkpoint's template and tokenizer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.config import Config
+from mlx_qwen35.control import ControlTokens, check_text, unmarked
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.parts import IMAGE_PAD, VIDEO_PAD, escape, in_order, read_parts, spread_clips, take_media
+from mlx_qwen35.messages import Plain, check_messages, check_template_options, veiled
+from mlx_qwen35.parts import PADS, in_order, read_parts, spread_clips, take_media, without_media
 from mlx_qwen35.positions import Run
 from mlx_qwen35.preprocess import Media, Preprocessor, VisionOptions
 from mlx_qwen35.preprocessor_files import read_preprocessor
@@ -58,11 +60,14 @@ class Processor:
     ) -> Prompt:
         """A raw completion prompt: no template. Generation is taken to think if the text leaves a <think> open.
 
+        Control tokens in it, as <|im_start|>, are control tokens: the text is the whole prompt, and its writer's own.
+
         Images go where the text has <|image_pad|>, clips where it has <|video_pad|>, in order; as many as there are.
         """
         media = [self.read("image", source, vision) for source in images]
         media += [self.read("video", source, vision) for source in videos]
-        return self._prompt(text, media, vision)
+        check_text(text, lambda: "a prompt")
+        return self._prompt(self._control.mark(text), media, vision, self._control.encode_raw)
 
     def encode_messages(
         self,
@@ -78,11 +83,16 @@ class Processor:
         read_image or read_video takes.
 
         `template` goes to the template: enable_thinking True or False (absent: the checkpoint's default), tools, and
-        add_generation_prompt. Raises InputError with the template's own words when it refuses the messages.
+        add_generation_prompt. A control token becomes one only where the template writes it: <|im_end|> in a text, a
+        tool or a call's arguments stays text. Off an assistant's content the template first splits the reasoning, at
+        </think>; beside `reasoning_content` all content is text. Raises InputError with the template's own words when
+        it refuses the messages.
         """
-        bare, media = take_media(messages, self.read, vision)
-        (bare, template), mark = escape([bare, template])
-        return self._prompt(self.render(bare, **template), media, vision, mark)
+        plain = Plain()
+        checked = check_messages(messages, plain)
+        options = check_template_options(template, plain)
+        bare, media = take_media(checked, self.read, vision)
+        return self._prompt(self._rendered(bare, options, plain), media, vision, self._control.encode)
 
     def read(self, kind: str, source: Any, vision: VisionOptions) -> Media:
         """An image or a clip (`kind`), read and resized as the checkpoint wants it."""
@@ -115,37 +125,44 @@ class Processor:
 
     def render(self, messages: Messages, **template: Any) -> str:
         """The prompt text of messages, each image and clip one placeholder; see encode_messages."""
-        from jinja2.exceptions import TemplateError
+        plain = Plain()
+        checked = check_messages(messages, plain)
+        return unmarked(self._rendered(without_media(checked), check_template_options(template, plain), plain))
 
-        hugging_face = (
-            self.tokenizer._tokenizer
-        )  # the wrapper would switch thinking on where the template's default is off
-        if hugging_face.chat_template is None:
+    def _rendered(self, messages: Messages, options: dict[str, Any], plain: Plain) -> str:
+        """The same with marks, see control.py."""
+        from mlx_qwen35.budget import Budget  # these bring jinja2, which takes its time
+        from mlx_qwen35.template import Template, choose
+
+        hugging_face = self.tokenizer._tokenizer
+        source = choose(hugging_face.chat_template, "tools" in options)
+        if source not in self._templates:
+            self._templates[source] = Template(source, self._control, hugging_face.special_tokens_map)
+        template = self._templates[source]
+        known = {"add_generation_prompt", "documents", "enable_thinking", "tools"} | template.reads
+        if unknown := sorted(set(options) - known):
             raise InputError(
-                "chat_template_missing",
-                "this checkpoint has no chat template: it completes raw text, which is generate with "
-                "ignore_chat_template (--ignore-chat-template)",
+                "option_no_effect", f"{', '.join(unknown)} must not be given: the chat template reads no such option"
             )
-        given = {key: value for key, value in template.items() if value is not None}
-        options = {"add_generation_prompt": True, "tokenize": False} | given
-        try:
-            return hugging_face.apply_chat_template(list(messages), **options)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise InputError("chat_template_refused", f"the chat template refuses these messages: {error}") from error
+        options = {"add_generation_prompt": True} | options
+        return template.render(veiled(messages, self._control.veil), options, Budget(plain.values, plain.chars))
 
-    def _prompt(self, text: str, media: Sequence[Media], vision: VisionOptions, mark: str = "") -> Prompt:
-        """Text with one placeholder for each image and clip -> tokens with as many as each takes."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                "text_invalid", f"a prompt must be valid Unicode text, in UTF-8 where it is typed or piped: {error}"
-            ) from error
+    @cached_property
+    def _control(self) -> ControlTokens:
+        return ControlTokens(self.tokenizer._tokenizer._tokenizer)
+
+    @cached_property
+    def _templates(self) -> dict[str, Any]:
+        return {}
+
+    def _prompt(
+        self, text: str, media: Sequence[Media], vision: VisionOptions, encode: Callable[[str], list[int]]
+    ) -> Prompt:
+        """Text with one marked placeholder for each image and clip -> tokens with as many as each takes."""
         if self.config.vision:
             media = in_order(text, media)
             text = spread_clips(text, media, vision.outer_vision_tags)
-        pieces = text.split(mark) if mark else [text]
-        tokens = [token for piece in pieces for token in self.tokenizer.encode(piece, add_special_tokens=False)]
+        tokens = encode(text)
         if not tokens:
             raise InputError("prompt_empty", "the prompt must not be empty")
         tokens, placed = self._place(tokens, media)
@@ -169,7 +186,7 @@ class Processor:
         if next(queue, None) is not None:
             raise InputError(
                 "tokenizer_invalid",
-                f"the tokenizer must know {IMAGE_PAD} and {VIDEO_PAD} by the ids that config.json gives them "
+                f"the tokenizer must know {' and '.join(PADS.values())} by the ids that config.json gives them "
                 f"({sorted(pads)}); it does not. Take both files from the same checkpoint",
             )
         return out, [Placed(m, tuple(own)) for m, own in zip(media, runs, strict=True)]
@@ -201,7 +218,7 @@ def _check_ids(known: Mapping[str, int], config: Config, sees: bool) -> None:
             f"the tokenizer must have token ids from 0 to {rows - 1}, as config.json says (vocab_size); "
             f"its highest is {highest if known else 'none'}. Take both files from the same checkpoint",
         )
-    for kind, pad in (("image", IMAGE_PAD), ("video", VIDEO_PAD)):
+    for kind, pad in PADS.items():
         if sees and known.get(pad, config.token_ids[kind]) != config.token_ids[kind]:
             raise InputError(
                 "config_field_invalid",

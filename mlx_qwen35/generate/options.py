@@ -43,7 +43,8 @@ class Options(TypedDict, total=False):
         Messages hold theirs as parts, in any order, see Processor.encode_messages.
     min_pixels, max_pixels, fps, video_num_frames, video_total_pixels, source_fps, published_limits, outer_vision_tags,
         allow_private_urls: see VisionOptions; a part of a message may set some for itself.
-    ignore_chat_template: take a string prompt as raw text to be completed.
+    ignore_chat_template: take a string prompt as raw text to be completed. Control tokens in it, as <|im_start|>, are
+        control tokens; in messages, tools and the system prompt they are ordinary text.
     mtp: "auto", "on" or "off", whether the checkpoint's draft head proposes tokens, which the model then checks several
         at a time. The text is the same. Default auto: as long as it is measured to be faster on this machine.
     mtp_depth: tokens it proposes at a time, 1 to 3; with auto, at most. Default: 2 when on, 3 when auto.
