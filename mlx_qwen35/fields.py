@@ -20,7 +20,7 @@ _DEPTH = 64  # objects and lists within each other
 _DIGITS = 300  # of a whole number; one more than 308 is no float
 
 _brief = reprlib.Repr()
-_brief.maxstring = 60
+_brief.maxstring, _brief.maxdict = 60, 12
 
 
 def shown(value: Any) -> str:
