@@ -7,6 +7,7 @@ from typing import Any
 from mlx_qwen35.checkpoint import MODES, MTP, VISION, Quantization, hugging_face_name, is_matrix
 from mlx_qwen35.convert.recipes import Recipe, find_recipe
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.fields import shown
 
 _AFFINE = {"bits": 4, "group_size": 64}  # mlx-lm's defaults; each other mode offers one choice
 _VISION_GROUPS = (64, 32)  # the first that divides a matrix's width is taken
@@ -128,8 +129,8 @@ def peer_module(name: str) -> str:
     return f"language_model.{module}"
 
 
-def brief(entry: Any) -> Any:
+def brief(entry: Any) -> str:
     """What a config.json says of its quantization in an error's length: without lists and what is said of layers."""
-    if not isinstance(entry, dict):
-        return entry
-    return {key: value for key, value in entry.items() if not isinstance(value, (dict, list))}
+    if isinstance(entry, dict):
+        entry = {key: value for key, value in entry.items() if not isinstance(value, (dict, list))}
+    return shown(entry)

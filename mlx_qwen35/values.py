@@ -73,6 +73,7 @@ class _Short(reprlib.Repr):
     def __init__(self) -> None:
         super().__init__()
         self.maxstring = self.maxother = 80
+        self.maxdict = 12
 
     def repr_int(self, value: int, level: int) -> str:
         return repr(value) if value.bit_length() <= 256 else f"an integer of {value.bit_length()} bits"
