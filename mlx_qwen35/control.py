@@ -28,13 +28,14 @@ def unmarked(text: str) -> str:
     return text.translate(_MARKS) if MARK in text or VEIL in text else text
 
 
-def check_text(text: str, name: Callable[[], str]) -> None:
-    """InputError unless a text can be written in UTF-8."""
+def check_text(text: str, name: Callable[[], str] = lambda: "the text") -> None:
+    """InputError unless a text can be written in UTF-8. name: what the text is."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            "text_invalid", f"{name()} must be valid Unicode text, in UTF-8 where it is typed or piped: {error}"
+            "text_invalid",
+            f"a prompt must be valid Unicode text, in UTF-8 where it is typed or piped; {name()} is not: {error}",
         ) from error
 
 

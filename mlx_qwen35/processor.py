@@ -66,7 +66,7 @@ class Processor:
         """
         media = [self.read("image", source, vision) for source in images]
         media += [self.read("video", source, vision) for source in videos]
-        check_text(text, lambda: "a prompt")
+        check_text(text)
         return self._prompt(self._control.mark(text), media, vision, self._control.encode_raw)
 
     def encode_messages(
