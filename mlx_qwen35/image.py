@@ -57,7 +57,7 @@ def read_image(source: "Source", *, allow_private_urls: bool = False) -> np.ndar
 def read_resized(
     source: "Source", fit: Callable[[int, int], Size], *, allow_private_urls: bool = False
 ) -> tuple[np.ndarray, Size]:
-    """Like read_image, and resized as `resize` does; no second copy of the whole picture is made.
+    """Like read_image, and resized as `resize` does; of a large picture no second copy is made on the way.
 
     Args:
         fit: (height, width) -> (height, width) to resize to. Called before the picture is decoded and again when it

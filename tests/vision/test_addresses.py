@@ -310,7 +310,9 @@ def test_a_server_that_drips_is_left_and_no_thread_stays(server, monkeypatch, wh
     def drip(handler: Handler) -> None:
         handler.wfile.write(start[where])
         try:
-            while not server.over.wait(0.01):
+            for _ in range(500):
+                if server.over.wait(0.01):
+                    break
                 handler.wfile.write(b"H")
         except OSError:
             gone.set()
