@@ -1,5 +1,6 @@
 """What a chat template may use of time and memory: counted as it runs, estimated before it builds something large."""
 
+import math
 import re
 import time
 from collections.abc import Mapping, MappingView
@@ -10,7 +11,7 @@ from jinja2.exceptions import SecurityError, TemplateError
 _SECONDS = 10  # a backstop: steps run out first unless each is slow
 _NESTING = 100  # lists in each other
 _INTEGER = 100_000  # largest whole number as an argument: most say a width or a count
-_BITS = 10_000  # longest whole number that a product or power may be
+_BITS = 10_000  # longest whole number that comes out of anything
 _PARAMETERS = {"replace": ("old", "new", "count"), "join": ("d", "attribute")}
 
 
@@ -53,6 +54,8 @@ class Budget:
                 raise Exceeded(f"it builds texts of more than {self._most_chars:,} characters from them")
         elif isinstance(value, list | tuple | dict):
             self.size(value)
+        elif isinstance(value, int) and value.bit_length() > _BITS:
+            raise Exceeded(f"it computes a number of more than {_BITS:,} bits")
         return value
 
     def size(self, value: Any) -> int:
@@ -87,17 +90,18 @@ def estimated(budget: Budget, name: str, value: Any, args: tuple, kwargs: Mappin
     if name not in ("default", "d") and any(isinstance(one, int) and abs(one) > _INTEGER for one in given):
         raise Exceeded(f"it gives {name} a number beyond {_INTEGER:,}")
     named = dict(zip(_PARAMETERS.get(name, ()), args, strict=False)) | dict(kwargs)
-    length = len(value) if isinstance(value, str) else 1
     if name == "join":
         return _join_arguments(budget, value, args, named.get("d", ""))
     if name == "replace" and {"old", "new"} <= set(named):
-        found = str(value).count(str(named["old"])) if named["old"] else length + 1
-        budget.check(length + budget.size(named["new"]) * found)
+        whole = str(value)  # a filter takes a list for its text
+        found = whole.count(str(named["old"])) if named["old"] else len(whole) + 1
+        budget.check(len(whole) + budget.size(named["new"]) * found)
     elif name in ("format", "format_map"):
         _check_format(budget, str(value), given)
     elif name in ("indent", "expandtabs"):
         width = max((one if isinstance(one, int) else budget.size(one) for one in given), default=8)
-        budget.check(length + width * (1 + str(value).count("\n") + str(value).count("\t")))
+        whole = str(value)
+        budget.check(len(whole) + width * (1 + len(whole.splitlines()) + whole.count("\t")))
     elif name == "sum" and any(not isinstance(one, int | float | str | None) for one in given):
         raise SecurityError("sum adds numbers alone")
     return args
@@ -114,7 +118,8 @@ def _join_arguments(budget: Budget, value: Any, args: tuple, separator: Any) -> 
 
 
 def _check_format(budget: Budget, pattern: str, given: Any) -> None:
-    width = max((int(digits[:9]) for digits in re.findall("[0-9]+", pattern)), default=0)
+    # Digits of any script make a width, and zeros before it count for nothing.
+    width = max((int(digits) if len(digits) < 10 else math.inf for digits in re.findall(r"\d+", pattern)), default=0)
     computed = re.search(r"%[^a-zA-Z%]*\*|\{[^{}]*\{", pattern.replace("{{", ""))
     if width > _INTEGER or computed:
         raise Exceeded(f"it formats to a width beyond {_INTEGER:,}, or one that it computes")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -57,14 +58,19 @@ TOO_MUCH = {
     "a computed width in %": "{{ '%*d' % (999999999, 1) }}",
     "a width in format": "{{ '{:999999999}'.format(1) }}",
     "a computed width in format": "{{ '{:{}}'.format(1, 999999999) }}",
+    "a width in digits of another script": "{{ '{:٩٩٩٩٩٩٩٩٩}'.format(1) }}",
+    "a width behind zeros": "{{ '{:000000000999999999}'.format(1) }}",
     "a width in a filter of a filter": "{{ ['%999999999d'] | map('format', 1) | list }}",
     "replacing": f"{{{{ {LONG}.replace('a', {LONG}) }}}}",
     "replacing nothing": f"{{{{ {LONG}.replace('', {LONG}) }}}}",
+    "replacing in a list": f"{{{{ [{LONG}] | replace('', 'b' * 5000) }}}}",
     "replacing by a filter": f"{{{{ {LONG} | replace(new={LONG}, old='a') }}}}",
     "joining": f"{{{{ {LONG}.join(range(999) | map('string')) }}}}",
     "joining by a filter": f"{{{{ range(999) | join({LONG}) }}}}",
     "joining by a filter with a name": f"{{{{ range(999) | join(attribute='real', d={LONG}) }}}}",
     "indenting": "{{ ('\n' * 9999) | indent(9999) }}",
+    "indenting other lines": "{{ ('\r' * 9999) | indent(9999, true, true) }}",
+    "a long number": f"{{{{ ({LONG} | int(base=16)) // 3 > 0 }}}}",
     "indenting JSON": "{{ [[1]] | tojson(indent=10 ** 9) }}",
     "separating JSON": f"{{{{ (range(999) | list) | tojson(separators=({LONG}, ':')) }}}}",
     "tabs": "{{ ('\t' * 9999).expandtabs(9999) }}",
@@ -76,9 +82,14 @@ TOO_MUCH = {
 
 
 @pytest.mark.parametrize("name", TOO_MUCH)
-def test_a_template_that_takes_too_much_is_refused(processor: Processor, name: str):
-    with refused("chat_template_refused"):
-        render(processor, TOO_MUCH[name])
+def test_a_template_that_takes_too_much_is_refused_before_it_has_taken_it(processor: Processor, name: str):
+    tracemalloc.start()
+    try:
+        with refused("chat_template_refused"):
+            render(processor, TOO_MUCH[name])
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
 
 
 WRONG = {
