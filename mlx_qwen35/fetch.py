@@ -20,6 +20,7 @@ from urllib.parse import quote, unquote_to_bytes
 
 from mlx_qwen35.address import Lines, Opener, Request
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.values import flag
 
 CONNECT_SECONDS = 20.0  # for the connection, and for each wait for more of the answer
 DEADLINE_SECONDS = {"image": 60.0, "video": 900.0}  # for everything: names, redirects, headers and body
@@ -181,10 +182,10 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects to http and https alone."""
 
     def http_error_302(self, request, answer, code, message, headers):
+        answer.close()  # else its body is read, however long it is
         target = headers.get("location") or headers.get("uri") or ""
         scheme, colon, _ = target.partition(":")
         if colon and "/" not in scheme and scheme.lower() not in ("http", "https"):
-            answer.close()
             raise InputError(
                 "url_refused",
                 f"an address may lead on to http and https alone; {name_of(request.full_url)} leads to "
@@ -195,7 +196,8 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
     def redirect_request(self, request, answer, code, message, headers, target):
-        return Request(target, request.headers)
+        headers = {name: text for name, text in request.headers.items() if name != "Proxy-authorization"}
+        return Request(target, headers)  # which goes through the proxy, or not, by itself
 
 
 def _opener(lines: Lines) -> urllib.request.OpenerDirector:
@@ -206,6 +208,7 @@ def _opener(lines: Lines) -> urllib.request.OpenerDirector:
         Opener(lines, name_of),
         urllib.request.HTTPDefaultErrorHandler(),
         urllib.request.HTTPErrorProcessor(),
+        urllib.request.UnknownHandler(),  # a proxy of another kind
         _Redirects(),
     ):
         opener.add_handler(handler)
@@ -213,8 +216,7 @@ def _opener(lines: Lines) -> urllib.request.OpenerDirector:
 
 
 def _download(source: str, kind: str, allow_private_urls: bool, into: BinaryIO) -> None:
-    if not isinstance(allow_private_urls, bool):
-        raise InputError("option_invalid", f"allow_private_urls must be True or False, got {allow_private_urls!r}")
+    flag("allow_private_urls", allow_private_urls)
     late = InputError(
         "fetch_timeout",
         f"{_article(kind)} must arrive within {DEADLINE_SECONDS[kind]:g} seconds (DEADLINE_SECONDS of "
@@ -261,7 +263,8 @@ def _unreached(error: OSError | ValueError | http.client.HTTPException, name: st
             f"that of {name} did not. Try again, or save the file and give its path",
         )
     if isinstance(error, (urllib.error.URLError, http.client.InvalidURL, ValueError)):
-        why = reason if isinstance(reason, OSError) else "it is not written as one"
+        told = isinstance(reason, OSError) or isinstance(error, urllib.error.URLError)  # whose words hold no address
+        why = reason if told else "it is not written as one"
         return InputError(
             "fetch_failed",
             f"the host of an address must be reachable; that of {name} is not: {why}. "

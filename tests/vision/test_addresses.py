@@ -208,6 +208,24 @@ def test_a_proxy_of_the_environment_may_be_on_this_machine(server, public, monke
     assert server.asked[0].path == "http://resolved-by-the-proxy-alone.test/a.png"
 
 
+def test_a_proxy_of_another_kind_is_an_error(server, public, monkeypatch):
+    monkeypatch.setenv("http_proxy", "socks5://proxy.test:1080")
+    with refused("fetch_failed", "socks5"):
+        fetch_bytes("http://pictures.test/a.png", "image")
+
+
+def test_the_word_for_a_proxy_goes_to_no_other(server, public, monkeypatch):
+    public["proxy.test"], public["other.test"] = ["127.0.0.1"], [PUBLIC]
+    monkeypatch.setenv("http_proxy", "http://me:word@proxy.test:3128")
+    monkeypatch.setenv("no_proxy", "other.test")
+    server.answer = lambda handler: (
+        send(handler) if handler.path == "/there" else send(handler, b"", 302, Location="http://other.test/there")
+    )
+    assert fetch_bytes("http://pictures.test/a.png", "image") == BODY
+    first, second = (handler.headers["Proxy-Authorization"] for handler in server.asked)
+    assert first.startswith("Basic ") and second is None
+
+
 @pytest.mark.parametrize("host", ["inside.test", "localhost"])
 def test_a_private_address_behind_a_proxy_is_refused(server, public, monkeypatch, host):
     public["proxy.test"], public["inside.test"] = ["127.0.0.1"], [PRIVATE]

@@ -1,6 +1,7 @@
 """URLs -> bytes, with the limits of mlx_qwen35.fetch. The server is a local one in a thread."""
 
 import base64
+import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -304,6 +305,18 @@ def test_a_redirect_is_followed(server, status):
 def test_a_redirect_leads_to_http_alone(server, status, target):
     url = server.sends("/here", b"", status=status, Location=target)
     refused(url, "url_refused", target.partition(":")[0])
+
+
+def test_what_a_redirect_sends_beside_the_address_is_not_read(server):
+    server.sends("/there")
+
+    def endless(handler: BaseHTTPRequestHandler) -> None:
+        start(handler, {"Location": "/there"}, 302)
+        with contextlib.suppress(OSError):  # until the client leaves
+            while not server.over.is_set():
+                handler.wfile.write(bytes(1 << 20))
+
+    assert fetch(server.does("/here", endless), "image") == BODY
 
 
 def test_redirects_in_a_circle_end(server):
