@@ -89,20 +89,19 @@ def find_recipe(name: str) -> Recipe:
         )
     try:
         file = Path(name).expanduser()
-        if not file.is_file():
-            raise InputError("recipe_not_found", f"--recipe must name a file that is there; there is no {name}")
-        values = read_json(file)
-    except InputError:
-        raise
-    except (OSError, RuntimeError, ValueError) as error:  # nested too deeply, nobody's home, a number of 5,000 digits
-        raise InputError("recipe_invalid", f"--recipe must name a file that can be read; {name}: {error}") from error
+        there = file.is_file()
+    except (OSError, RuntimeError, ValueError):  # an impossible name, nobody's home
+        there = False
+    if not there:
+        raise InputError("recipe_not_found", f"--recipe must name a file that is there; there is no {name}")
     try:
+        values = read_json(file)
         exceptions = {end: None if how is None else _form(how) for end, how in values["exceptions"].items()}
         reasons = values.get("reasons", [])
         if not isinstance(reasons, list) or not all(isinstance(reason, str) for reason in reasons):
             raise TypeError("'reasons' must be a list of texts")
         return Recipe("from a file", _form(values["bulk"]), exceptions, reasons=tuple(reasons))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, OSError, InputError) as error:
         raise InputError(
             "recipe_invalid",
             f"{name} must hold 'bulk' and 'exceptions' as --save-recipe writes them ({type(error).__name__}: {error})",

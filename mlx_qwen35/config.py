@@ -167,7 +167,8 @@ def _text_config(values: Mapping[str, Any], where: str, tied: bool | None) -> Te
             "config_field_invalid",
             f"{where}: 'linear_conv_kernel_dim' must be at least 2, got {sizes['linear_conv_kernel_dim']}",
         )
-    tied = values.get("tie_word_embeddings") if tied is None else tied
+    own = None if values.get("tie_word_embeddings") is None else text.get("tie_word_embeddings", bool)
+    tied = own if tied is None else tied
     if tied is None:
         raise InputError(
             "config_field_missing",
@@ -222,14 +223,13 @@ def _refuse_other_architectures(top: Fields) -> None:
         )
 
 
-def _end_tokens(fields: Fields, vocabulary: int) -> tuple[int, ...]:
+def _end_tokens(fields: Fields) -> tuple[int, ...]:
     value = fields.values.get("eos_token_id")
     tokens = () if value is None else tuple(value) if isinstance(value, list) else (value,)
-    if not all(type(token) is int and 0 <= token < vocabulary for token in tokens):
+    if not all(type(token) is int and 0 <= token < WIDTH for token in tokens):
         raise InputError(
             "config_field_invalid",
-            f"{fields.where}: 'eos_token_id' must be a token id, 0 to {vocabulary - 1}, or a list of them, "
-            f"got {shown(value)}",
+            f"{fields.where}: 'eos_token_id' must be a token id or a list of them, got {shown(value)}",
         )
     return tokens
 
@@ -248,8 +248,8 @@ def parse_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None
     if top.object("vision_config") is not None and nested:
         vision = _vision_config(values["vision_config"], text.hidden_size)
         names = ("image", "video", "vision_start", "vision_end")
-        token_ids = {name: top.whole(f"{name}_token_id", 0, text.vocab_size - 1) for name in names}
-    ends = [_end_tokens(fields, text.vocab_size) for fields in (text_fields, top, generation_fields)]
+        token_ids = {name: top.whole(f"{name}_token_id", 0, WIDTH) for name in names}
+    ends = [_end_tokens(fields) for fields in (text_fields, top, generation_fields)]
     if generation_fields.has("do_sample"):
         generation_fields.get("do_sample", bool)
     return Config(

@@ -218,6 +218,15 @@ def _check_ids(known: Mapping[str, int], config: Config, sees: bool) -> None:
             f"the tokenizer must have token ids from 0 to {rows - 1}, as config.json says (vocab_size); "
             f"its highest is {highest if known else 'none'}. Take both files from the same checkpoint",
         )
+    named = [("eos_token_id", token) for token in config.eos_token_ids]
+    named += [(f"{kind}_token_id", token) for kind, token in config.token_ids.items() if sees]
+    for name, token in named:
+        if token >= rows:
+            raise InputError(
+                "config_field_invalid",
+                f"config.json: {name!r} must be a token id from 0 to {rows - 1}, as vocab_size says; got {token}. "
+                "Download it again",
+            )
     for kind, pad in PADS.items():
         if sees and known.get(pad, config.token_ids[kind]) != config.token_ids[kind]:
             raise InputError(

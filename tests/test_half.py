@@ -40,6 +40,7 @@ def checkpoint_with(checkpoint_copy) -> Callable[..., Path]:
         mx.save_safetensors(str(file), tensors, metadata={"format": "mlx"})
         if bits:
             (target / "model.safetensors.index.json").unlink()
+            file.rename(target / "model.safetensors")
         return target
 
     return folder

@@ -222,6 +222,8 @@ def test_a_local_folder_with_the_name_of_the_bundled_model_is_told_of(tmp_path, 
     monkeypatch.chdir(tmp_path)
     bundled = resolve("nano")
     (tmp_path / "nano").mkdir()
+    assert resolve("nano") == bundled  # any folder of that name, as of examples here
+    (tmp_path / "nano" / "config.json").write_text("{}")
     with pytest.warns(UserWarning, match=r"\./nano"):
         assert resolve("nano") == bundled
     assert resolve("./nano").samefile(tmp_path / "nano")

@@ -16,7 +16,6 @@ from refusing import refused
 
 from mlx_qwen35 import load
 from mlx_qwen35.commands import as_command
-from mlx_qwen35.convert import read_text
 from mlx_qwen35.streams import read_file
 
 FULL = Path("/dev/full")
@@ -127,7 +126,7 @@ def test_an_unreadable_file_of_a_checkpoint_is_refused_by_name(checkpoint_folder
 
 def test_a_mark_at_the_beginning_of_a_text_file_is_no_text(tmp_path):
     (tmp_path / "text").write_bytes(b"\xef\xbb\xbfHello \xef\xbb\xbf")
-    assert read_file("--text", tmp_path / "text") == read_text(tmp_path / "text") == "Hello \ufeff"
+    assert read_file("--text", tmp_path / "text") == "Hello \ufeff"
 
 
 def test_a_mark_at_the_beginning_of_standard_input_is_no_text(monkeypatch):

@@ -128,7 +128,7 @@ def test_a_damaged_recipe_is_refused(raw, tmp_path, text):
 
 @pytest.mark.parametrize("name", ["x" * 300 + ".json", "~nobody-of-this-name/x.json"])
 def test_a_recipe_of_an_impossible_name_is_refused(raw, tmp_path, name):
-    with refused("recipe_invalid"):
+    with refused("recipe_not_found"):
         convert(raw, tmp_path / "out", recipe=name)
 
 

@@ -47,7 +47,7 @@ MEANING = {
     "images": lambda value: isinstance(value, list | tuple), "videos": lambda value: isinstance(value, list | tuple),
     "progress": callable, "min_pixels": _whole(1, 1 << 30), "max_pixels": _whole(1, 1 << 30), "fps": _number(1e-6, 1e6),
     "video_num_frames": _whole(1, 10**7), "video_total_pixels": _whole(1, 10**12), "source_fps": _number(1e-6, 1e6),
-    "published_limits": _flag, "outer_vision_tags": _flag, "tools": lambda value: True,
+    "published_limits": _flag, "outer_vision_tags": _flag, "allow_private_urls": _flag, "tools": lambda value: True,
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from refusing import refused
 
-from mlx_qwen35 import Model, Processor, VisionOptions, batch_generate, generate, load, stream_generate
+from mlx_qwen35 import Model, Processor, VisionOptions, batch_generate, commands, generate, load, stream_generate
 from mlx_qwen35 import chat as chat_command
 from mlx_qwen35.checkpoint import VISION, open_checkpoint
 from mlx_qwen35.conversation import Conversation
@@ -154,7 +154,7 @@ def test_a_list_that_is_neither_messages_nor_tokens_is_refused(nano, prompt):
         generate(*nano, [prompt])
 
 
-@pytest.mark.parametrize("prompt", [np.array([1, 2, 3]), {"role": "user"}, 5])
+@pytest.mark.parametrize("prompt", [np.array(1.5), {"role": "user"}, 5])
 def test_a_prompt_of_another_kind_is_refused(nano, prompt):
     with refused("prompt_invalid"):
         generate(*nano, prompt)
@@ -530,7 +530,7 @@ def test_chat_goes_on_when_the_reading_of_an_image_is_interrupted(talk, monkeypa
 @pytest.mark.parametrize("command", [chat_command, generate_command])
 def test_keep_vision_reaches_the_loader(monkeypatch, command):
     given = []
-    monkeypatch.setattr(command, "load", lambda *_, **options: given.append(options["keep_vision"]) or sys.exit(0))
+    monkeypatch.setattr(commands, "load", lambda *_, **options: given.append(options["keep_vision"]) or sys.exit(0))
     prompt = ["-p", ASK] if command is generate_command else []
     for flags in ([], ["--keep-vision"]):
         monkeypatch.setattr(sys, "argv", ["command", "--model", "nano", *prompt, *flags])
