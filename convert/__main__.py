@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx_qwen35.checkpoint import MODES, VISION, Checkpoint, is_matrix, open_checkpoint, text_shapes, vision_shapes
 from mlx_qwen35.commands import add_version, as_command
-from mlx_qwen35.convert import convert, read_text, with_default
+from mlx_qwen35.convert import convert, with_default
 from mlx_qwen35.convert.card import QUALITY
 from mlx_qwen35.convert.dry_run import describe
 from mlx_qwen35.convert.evaluate import windows
@@ -20,6 +20,7 @@ from mlx_qwen35.convert.sensitivity import CANDIDATES, forms, propose, sensitivi
 from mlx_qwen35.convert.source import reading
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.hub import check_repository, look, resolve, upload
+from mlx_qwen35.streams import read_file
 
 COMMAND = "mlx_qwen35.convert"
 # Of how the folder is packed, those that make_plan has by the same or by a shorter name.
@@ -123,8 +124,8 @@ def _look(
     if dry_run:
         with look(*named) as source, reading(source):
             how = with_default(source, {name: options[option] for option, name in _PLAN.items()})
-            plan = make_plan(source, **how)
-        print(describe(plan))
+            told = describe(make_plan(source, **how))  # while the folder is there
+        print(told)
         return
     given = [option for option in _PLAN if options[option] not in (None, False, "search")]
     if given:
@@ -137,7 +138,7 @@ def _look(
         check_saving(save_recipe, (Path(sensitivity).expanduser(), *source.iterdir()))
     with reading(source):
         checkpoint = open_checkpoint(source)
-    _sensitivity(checkpoint, read_text(sensitivity), cap, save_recipe)
+    _sensitivity(checkpoint, read_file("--sensitivity", Path(sensitivity)), cap, save_recipe)
 
 
 def _sensitivity(checkpoint: Checkpoint, text: str, cap: float | None, file: Path | None) -> None:

@@ -89,20 +89,18 @@ def find_recipe(name: str) -> Recipe:
         )
     try:
         file = Path(name).expanduser()
-        if not file.is_file():
-            raise InputError("recipe_not_found", f"--recipe must name a file that is there; there is no {name}")
-        values = read_json(file)
-    except InputError:
-        raise
-    except (OSError, RuntimeError, ValueError) as error:  # nested too deeply, nobody's home, a number of 5,000 digits
+        values = read_json(file) if file.is_file() else None
+    except (OSError, RuntimeError, ValueError) as error:  # what read_json refuses, a closed folder, nobody's home
         raise InputError("recipe_invalid", f"--recipe must name a file that can be read; {name}: {error}") from error
+    if values is None:
+        raise InputError("recipe_not_found", f"--recipe must name a file that is there; there is no {name}")
     try:
         exceptions = {end: None if how is None else _form(how) for end, how in values["exceptions"].items()}
         reasons = values.get("reasons", [])
         if not isinstance(reasons, list) or not all(isinstance(reason, str) for reason in reasons):
             raise TypeError("'reasons' must be a list of texts")
         return Recipe("from a file", _form(values["bulk"]), exceptions, reasons=tuple(reasons))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, InputError) as error:
         raise InputError(
             "recipe_invalid",
             f"{name} must hold 'bulk' and 'exceptions' as --save-recipe writes them ({type(error).__name__}: {error})",
