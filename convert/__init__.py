@@ -28,6 +28,7 @@ from mlx_qwen35.convert.stream import Report, write
 from mlx_qwen35.convert.target import appearing_whole, check_space, check_target, prepare, target_path
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.hub import resolve
+from mlx_qwen35.streams import read_file
 
 __all__ = ["convert"]
 
@@ -101,9 +102,9 @@ def convert(
                 "--rounding nearest. Leave it out",
             )
         checkpoint = open_checkpoint(source)
-        importance = statistics(checkpoint, windows(checkpoint, read_text(calibration)))
+        importance = statistics(checkpoint, windows(checkpoint, read_file("--calibration", Path(calibration))))
         plan = make_plan(source, **options, statistics=importance)
-    tokens = None if evaluation is None else windows(open_checkpoint(source), read_text(evaluation))
+    tokens = None if evaluation is None else windows(open_checkpoint(source), read_file("--eval", Path(evaluation)))
     with appearing_whole(target, overwrite, resume, reads) as folder:
         check_space(plan.nbytes, target)
         report = write(plan, folder, verify=verify)
@@ -131,13 +132,6 @@ def _judge(headers: Path, target: Path, options: Mapping[str, Any]) -> None:
     """InputError where the headers show that a conversion could not be written."""
     with warnings.catch_warnings(action="ignore"):  # they come with the plan that is carried out
         check_space(make_plan(headers, **with_default(headers, options)).nbytes, target)
-
-
-def read_text(file: str | Path) -> str:
-    try:
-        return Path(file).expanduser().read_text(encoding="utf-8")
-    except (OSError, RuntimeError, ValueError) as error:  # not UTF-8, an impossible name, nobody's home
-        raise InputError("text_unreadable", f"a text must be a readable UTF-8 file: {error}") from error
 
 
 def _facts(
