@@ -102,9 +102,9 @@ def convert(
                 "--rounding nearest. Leave it out",
             )
         checkpoint = open_checkpoint(source)
-        importance = statistics(checkpoint, windows(checkpoint, read_file("calibration", Path(calibration))))
+        importance = statistics(checkpoint, windows(checkpoint, read_file("--calibration", Path(calibration))))
         plan = make_plan(source, **options, statistics=importance)
-    tokens = None if evaluation is None else windows(open_checkpoint(source), read_file("evaluation", Path(evaluation)))
+    tokens = None if evaluation is None else windows(open_checkpoint(source), read_file("--eval", Path(evaluation)))
     with appearing_whole(target, overwrite, resume, reads) as folder:
         check_space(plan.nbytes, target)
         report = write(plan, folder, verify=verify)

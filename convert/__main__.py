@@ -124,7 +124,8 @@ def _look(
     if dry_run:
         with look(*named) as source, reading(source):
             how = with_default(source, {name: options[option] for option, name in _PLAN.items()})
-            print(describe(make_plan(source, **how)))
+            told = describe(make_plan(source, **how))  # while the folder is there
+        print(told)
         return
     given = [option for option in _PLAN if options[option] not in (None, False, "search")]
     if given:

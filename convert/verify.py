@@ -13,7 +13,6 @@ from mlx_qwen35.convert.progress import Told, silent
 from mlx_qwen35.errors import InputError
 
 _SAFE = 1e-15, 1e15  # magnitudes whose squares float32 can add up
-_BUFFER = 16 << 20
 
 
 @dataclass(frozen=True)

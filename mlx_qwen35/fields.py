@@ -30,7 +30,7 @@ def read_json(path: Path, most: int = JSON_BYTES) -> dict[str, Any]:
     if len(data) > most:
         raise InputError("json_invalid", f"{path} must have at most {most:,} bytes; it has more")
     try:
-        values = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_object, parse_int=_whole)
+        values = json.loads(data.decode("utf-8-sig"), object_pairs_hook=without_duplicates, parse_int=_whole)
         _check_depth([values])
     except RecursionError as error:
         raise InputError("json_invalid", f"{path} must not nest objects and lists deeper than {_DEPTH}") from error
@@ -41,7 +41,8 @@ def read_json(path: Path, most: int = JSON_BYTES) -> dict[str, Any]:
     return values
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError where it has a name twice."""
     values = dict(pairs)
     if len(values) < len(pairs):  # programs differ in which they take
         ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)

@@ -38,7 +38,7 @@ class RemoteFile:
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
         headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        data = b""
+        data = bytearray()
         with get_session().stream("GET", self.url, headers=headers, timeout=_TIMEOUT) as response:
             if response.is_error:
                 response.read()
@@ -51,7 +51,7 @@ class RemoteFile:
                     break
         if len(data) < stop - start:
             raise OSError(f"{self.path} ended after {start + len(data)} of {self.nbytes} bytes")
-        return data[: stop - start]
+        return bytes(data[: stop - start])
 
 
 def list_files(repository: str, revision: str | None, patterns: tuple[str, ...]) -> tuple[str, list[RemoteFile]]:

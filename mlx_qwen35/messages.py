@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from mlx_qwen35.control import check_text
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.parts import kind_of
+from mlx_qwen35.values import flag, shown
 
 DEPTH = 64  # of lists and mappings in each other
 VALUES = 250_000  # in all messages and tools
@@ -40,7 +41,7 @@ class Plain:
 
     def _key(self, key: Any, path: tuple) -> str:
         if not isinstance(key, str):
-            raise _refused(f"the names in {_name(path)} must be text, got {key!r:.40} ({type(key).__name__})")
+            raise _refused(f"the names in {_name(path)} must be text, got {shown(key)} ({type(key).__name__})")
         return self._text(key, path)
 
     def _text(self, text: str, path: tuple) -> str:
@@ -57,7 +58,7 @@ class Plain:
             if int(value).bit_length() > _BITS:
                 raise _refused(f"{_name(path)} must be a number of at most {_BITS:,} bits")
             return int(value)
-        if isinstance(value, Real):
+        if isinstance(value, float | np.floating):
             if not math.isfinite(value):
                 raise _refused(f"{_name(path)} must be a finite number, got {value}")
             return float(value)
@@ -86,7 +87,7 @@ def check_messages(messages: Sequence[Mapping[str, Any]], plain: Plain) -> list[
 def _message(message: Any, number: int, plain: Plain) -> dict[str, Any]:
     name = f"messages[{number}]"
     if not isinstance(message, Mapping):
-        raise _refused(f'a message must be like {{"role": "user", "content": ...}}, got {message!r:.80} as {name}')
+        raise _refused(f'a message must be like {{"role": "user", "content": ...}}, got {shown(message)} as {name}')
     checked = plain({key: value for key, value in message.items() if key != "content"}, "messages", number)
     if not isinstance(checked.get("role"), str):
         raise _refused(f'the role of {name} must be text, as "user" or "assistant", got {_got(checked, "role")}')
@@ -168,10 +169,8 @@ def check_template_options(options: Mapping[str, Any], plain: Plain) -> dict[str
     for name, value in options.items():
         if value is None:
             continue
-        if name in ("enable_thinking", "add_generation_prompt") and not isinstance(value, bool | np.bool_):
-            raise InputError(
-                "option_invalid", f"{name} must be True or False, got {value!r:.40} ({type(value).__name__})"
-            )
+        if name in ("enable_thinking", "add_generation_prompt"):
+            value = flag(name, value)
         if name == "tools":
             _check_tools(value)
         checked[name] = plain(value, name)

@@ -8,6 +8,7 @@ from typing import Any
 from mlx_qwen35.control import marked, unmarked
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.preprocess import Media, VisionOptions
+from mlx_qwen35.values import shown
 
 PADS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
 IMAGE_PAD, VIDEO_PAD = map(marked, PADS.values())  # one that bears no mark is a user's text
@@ -36,7 +37,7 @@ def kind_of(part: Any) -> str | None:
     if len(kinds) == 2:
         raise InputError(
             "message_part_invalid",
-            f"a part must be an image or a video, not both; got one with {', '.join(map(str, part))}",
+            f"a part must be an image or a video, not both; got one with {', '.join(map(shown, part))}",
         )
     return kinds[0] if kinds else None
 
@@ -94,7 +95,7 @@ def read_part(kind: str, part: Mapping[str, Any], read: Reader, options: VisionO
             f"a part of type {kind} must name its source once, as {', '.join(_SOURCES[kind])}; got "
             f"{' and '.join(named) or 'none of them'}",
         )
-    if unknown := [str(name) for name in part if name not in ("type", *named, *_OPTIONS[kind])]:
+    if unknown := [shown(name) for name in part if name not in ("type", *named, *_OPTIONS[kind])]:
         raise InputError(
             "message_part_invalid",
             f"a part of type {kind} may hold its source and {', '.join(_OPTIONS[kind])}; got {', '.join(unknown)}",
@@ -103,7 +104,7 @@ def read_part(kind: str, part: Mapping[str, Any], read: Reader, options: VisionO
     if isinstance(source, Mapping):  # {"image_url": {"url": ...}}
         if set(source) - {"detail"} != {"url"} or source.get("detail", "auto") != "auto":
             raise InputError(
-                "message_part_invalid", f"{named[0]} must hold a url alone, got {', '.join(map(str, source))}"
+                "message_part_invalid", f"{named[0]} must hold a url alone, got {', '.join(map(shown, source))}"
             )
         source = source["url"]
     source = f"data:;base64,{source}" if named[0] == "base64" else source

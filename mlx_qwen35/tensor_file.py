@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.fields import without_duplicates
 
 HEADER_BYTES = 100_000_000  # the format's limit
 PIECE = 1 << 22  # numbers read at a time
@@ -90,7 +91,7 @@ def _parse(header: bytes) -> dict[str, dict[str, Any]]:
     """Name -> dtype, shape and data_offsets, each of the right kind and all three agreeing. ValueError where not so."""
     if header[:1] != b"{":
         raise ValueError("it does not begin with a brace")
-    values = json.loads(header.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    values = json.loads(header.decode("utf-8"), object_pairs_hook=without_duplicates)
     metadata = values.pop("__metadata__", None)
     if metadata is not None and not (
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
@@ -101,14 +102,6 @@ def _parse(header: bytes) -> dict[str, dict[str, Any]]:
         if fault := _fault(value):
             raise ValueError(f"{name[:200]!r}: {fault}")
     return values
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"it has {next(name for name in names if names.count(name) > 1)[:200]!r} twice")
-    return found
 
 
 def _fault(value: Any) -> str | None:

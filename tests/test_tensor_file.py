@@ -79,6 +79,12 @@ def test_a_header_that_is_not_of_the_format_is_refused(text, tmp_path):
     assert caught.value.code in ("safetensors_invalid", "safetensors_truncated") and len(str(caught.value)) < 1000
 
 
+def test_a_name_that_comes_twice_among_many_is_found_at_once(tmp_path):
+    names = [f'"{i}":0' for i in range(200_000)]
+    with refused("safetensors_invalid", "199999"):
+        read_header(written(tmp_path / "x", f"{{{','.join([*names, names[-1]])}}}".encode()))
+
+
 def test_a_header_in_another_encoding_is_refused(tmp_path):
     with refused("safetensors_invalid"):
         read_header(written(tmp_path / "x", f'{{"a":{ONE}}}'.encode("utf-16")))

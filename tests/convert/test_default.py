@@ -1,5 +1,6 @@
 """What is written without a recipe, and what the command says of it."""
 
+import json
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ from refusing import refused
 from mlx_qwen35.checkpoint import Quantization, open_checkpoint
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.__main__ import main
+from mlx_qwen35.convert.card import QUALITY
 from mlx_qwen35.random_checkpoint import geometry, write_random_checkpoint
 
 LAYER = "model.language_model.layers.0."
@@ -135,6 +137,18 @@ def test_a_recipe_of_an_impossible_name_is_refused(raw, tmp_path, name):
 def test_a_source_whose_name_is_no_unicode_converts(raw, tmp_path):
     source = shutil.copytree(raw, tmp_path / "caf\udce9")
     assert "caf?" in (convert(source, tmp_path / "out", **NEAREST) / "README.md").read_text()
+
+
+def test_a_mark_at_the_beginning_of_a_text_is_none_of_it(tmp_path):
+    plain, marked = (tmp_path / name for name in ("plain.txt", "marked.txt"))
+    plain.write_text("What is 34 + 58?", encoding="utf-8")
+    marked.write_text("What is 34 + 58?", encoding="utf-8-sig")
+    for file in (plain, marked):
+        convert("nano", tmp_path / file.stem, recipe="bf16", evaluation=file, verify=False)
+    first, second = (
+        json.loads((tmp_path / name / QUALITY).read_text())["evaluation"]["positions"] for name in ("plain", "marked")
+    )
+    assert first == second
 
 
 @pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "a\0b", "x" * 300])

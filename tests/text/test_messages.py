@@ -1,6 +1,7 @@
 """Messages, tools and the template's options of a wrong type or meaning are refused by name, before they are used."""
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,9 @@ WRONG = {
     "a set": (calling([{"name": "f", "arguments": {"a": {1}}}]), ("arguments.a", "set")),
     "a number as key": (calling([{"name": "f", "arguments": {1: "x"}}]), ("arguments", "1", "int")),
     "a long number": (calling([{"name": "f", "arguments": {"a": 10**5000}}]), ("arguments.a", "4,096")),
+    "a long number as key": (calling([{"name": "f", "arguments": {10**5000: "x"}}]), ("arguments", "int")),
+    "a long number as message": ([HI, 10**5000], ("messages[1]",)),
+    "a fraction": (calling([{"name": "f", "arguments": {"a": Fraction(10**400)}}]), ("arguments.a", "Fraction")),
     "an object in a field that nobody reads": ([{**HI, "extra": object()}], ("messages[0].extra", "object")),
 }
 
@@ -111,7 +115,7 @@ def test_what_is_no_unicode_is_refused(processor: Processor, where: str):
     ("options", "facts"),
     [
         ({"enable_thinking": "false"}, ("enable_thinking", "false")),
-        ({"enable_thinking": 0}, ("enable_thinking", "int")),
+        ({"enable_thinking": 0}, ("enable_thinking", "got 0")),
         ({"add_generation_prompt": "no"}, ("add_generation_prompt", "no")),
         ({"tools": {"name": "f"}}, ("tools", "dict")),
         ({"tools": "f"}, ("tools", "str")),
@@ -132,9 +136,9 @@ def test_tools_that_json_cannot_hold_are_refused(processor: Processor, tool: dic
 
 @pytest.mark.parametrize("wrong", [5, ["Be brief."], b"Be brief."])
 def test_a_system_prompt_must_be_text(nano, wrong: Any):
-    with refused("option_invalid", "system_prompt"):
+    with refused("option_invalid", "system_prompt", repr(wrong)):
         generate(*nano, "Hi", system_prompt=wrong)
-    with refused("option_invalid", "system_prompt"):
+    with refused("option_invalid", "system_prompt", repr(wrong)):
         Conversation(*nano, system_prompt=wrong)
 
 

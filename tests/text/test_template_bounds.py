@@ -69,7 +69,7 @@ TOO_MUCH = {
     "joining by a filter": f"{{{{ range(999) | join({LONG}) }}}}",
     "joining by a filter with a name": f"{{{{ range(999) | join(attribute='real', d={LONG}) }}}}",
     "indenting": "{{ ('\n' * 9999) | indent(9999) }}",
-    "indenting other lines": "{{ ('\r' * 9999) | indent(9999, true, true) }}",
+    "indenting other lines": "{{ ('\x0b' * 9999) | indent(9999, true, true) }}",
     "a long number": f"{{{{ ({LONG} | int(base=16)) // 3 > 0 }}}}",
     "indenting JSON": "{{ [[1]] | tojson(indent=10 ** 9) }}",
     "separating JSON": f"{{{{ (range(999) | list) | tojson(separators=({LONG}, ':')) }}}}",
