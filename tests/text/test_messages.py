@@ -39,9 +39,6 @@ def nested(depth: int) -> Any:
 
 LOOP: list = []
 LOOP.append(LOOP)
-WIDE: Any = "x"
-for _ in range(40):
-    WIDE = [WIDE, WIDE]
 
 WRONG = {
     "no content": ([{"role": "user"}], ("messages[0]", "content")),
@@ -68,7 +65,6 @@ WRONG = {
     ),
     "nested 900 deep": (calling([{"name": "f", "arguments": {"a": nested(900)}}]), ("messages[1]", "64")),
     "nested in itself": (calling([{"name": "f", "arguments": {"a": LOOP}}]), ("messages[1]", "64")),
-    "more values than there is memory": (calling([{"name": "f", "arguments": {"a": WIDE}}]), ("250,000",)),
     "NaN": (calling([{"name": "f", "arguments": {"a": math.nan}}]), ("messages[1].tool_calls[0].arguments.a", "nan")),
     "infinity": (calling([{"name": "f", "arguments": {"a": [-math.inf]}}]), ("arguments.a[0]", "inf")),
     "bytes": (calling([{"name": "f", "arguments": {"a": b"x"}}]), ("arguments.a", "bytes")),
@@ -87,6 +83,15 @@ def test_wrong_messages_are_refused_by_name(processor: Processor, name: str):
     messages, facts = WRONG[name]
     with refused("messages_invalid", *facts):
         processor.encode_messages(messages)
+
+
+@pytest.mark.full
+def test_a_list_of_the_same_list_over_and_over_is_refused_before_it_fills_memory(processor: Processor):
+    wide: Any = "x"
+    for _ in range(40):
+        wide = [wide, wide]
+    with refused("messages_invalid", "250,000"):
+        processor.encode_messages(calling([{"name": "f", "arguments": {"a": wide}}]))
 
 
 @pytest.mark.parametrize(
