@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=COMMAND,
         description="Convert a checkpoint of the Qwen3.5 family to a folder that mlx_qwen35, mlx-lm and mlx-vlm load. "
-        "Works in chunks: 1 GB of memory is enough for any size.",
+        "Works in chunks: half a GB of memory is enough for any size.",
     )
     add_version(parser)
     parser.add_argument("--hf-path", required=True, help="local folder or Hugging Face id of the source")
