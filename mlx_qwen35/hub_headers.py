@@ -17,9 +17,9 @@ from tempfile import TemporaryDirectory
 from mlx_qwen35 import sidecar
 from mlx_qwen35.checkpoint import open_checkpoint
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.tensor_file import HEADER_BYTES
 
 SMALL = 1 << 20  # bytes of a JSON file that is fetched whole: config.json, an index; no tokenizer's vocabulary
-_MOST_HEADER = 100_000_000  # bytes: what the format allows
 _MOST_PADDING = 1 << 27
 _AT_A_TIME = 8  # requests, as huggingface_hub has it
 _TIMEOUT = 30  # seconds without an answer
@@ -65,7 +65,12 @@ def list_files(repository: str, revision: str | None, patterns: tuple[str, ...])
     files = []
     for item in info.siblings or ():
         path = PurePosixPath(item.rfilename)
-        if path.is_absolute() or ".." in path.parts or not any(fnmatch.fnmatch(str(path), p) for p in patterns):
+        if (
+            "\0" in item.rfilename
+            or path.is_absolute()
+            or ".." in path.parts
+            or not any(fnmatch.fnmatch(str(path), p) for p in patterns)
+        ):
             continue
         url = hf_hub_url(repository, str(path), revision=info.sha)
         files.append(RemoteFile(str(path), url, get_hf_file_metadata(url).size if item.size is None else item.size))
@@ -114,7 +119,7 @@ def _write(file: RemoteFile, target: Path) -> None:
 
 def _write_header(file: RemoteFile, target: Path) -> None:
     length = struct.unpack("<Q", file.read(0, 8))[0] if file.nbytes >= 8 else 0
-    if not 0 < length <= min(file.nbytes - 8, _MOST_HEADER):
+    if not 0 < length <= min(file.nbytes - 8, HEADER_BYTES):
         _hole(target, struct.pack("<Q", length), file.nbytes)  # as damaged as it is there
         return
     _hole(target, file.read(0, 8 + length), file.nbytes)
