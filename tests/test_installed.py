@@ -51,6 +51,7 @@ def test_the_converter_is_no_module_of_its_own():
     assert "ModuleNotFoundError: there is no module convert; import mlx_qwen35.convert" in done.stderr
 
 
+@pytest.mark.full
 def test_a_run_with_ctrl_c_ignored_takes_it_back():
     code = "import signal, conftest, pytest; conftest.pytest_configure(pytest.Config.fromdictargs({}, []))"
     code += "; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"

@@ -111,6 +111,7 @@ def test_loading_tells_the_bytes_read_up_to_all(dtype):
     assert sum(done == total for done, total in told) == (2 if dtype == "float16" else 1), "float16 is read twice"
 
 
+@pytest.mark.full
 def test_the_check_and_the_probe_tell_how_far_they_are(nano):
     told = []
     check.measure(nano[0], seconds=0.01, progress=lambda *counts: told.append(counts))

@@ -139,6 +139,7 @@ def test_a_source_whose_name_is_no_unicode_converts(raw, tmp_path):
     assert "caf?" in (convert(source, tmp_path / "out", **NEAREST) / "README.md").read_text()
 
 
+@pytest.mark.full
 def test_a_mark_at_the_beginning_of_a_text_is_none_of_it(tmp_path):
     plain, marked = (tmp_path / name for name in ("plain.txt", "marked.txt"))
     plain.write_text("What is 34 + 58?", encoding="utf-8")

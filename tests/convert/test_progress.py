@@ -63,6 +63,7 @@ def test_a_place_where_no_recipe_can_be_saved_is_refused_before_anything_is_meas
     assert "[output_unwritable]" in err and "measuring" not in err
 
 
+@pytest.mark.full
 def test_what_was_measured_is_printed_though_the_recipe_cannot_be_saved(text, tmp_path, capfd, monkeypatch):
     folder = tmp_path / "gone"
     folder.mkdir()

@@ -50,6 +50,7 @@ def small(height: int, width: int) -> tuple[int, int]:
     return 32, 32
 
 
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_large_picture_takes_little_more_than_its_decoded_pixels(tmp_path):
     most = {"1": 3, "L": 3, "I;16": 4, "RGB": 6, "RGBA": 6}  # bytes a pixel
