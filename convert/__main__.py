@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.checkpoint import MODES, VISION, Checkpoint, is_matrix, open_checkpoint, text_shapes, vision_shapes
-from mlx_qwen35.commands import add_version, as_command
+from mlx_qwen35.commands import Parser, add_version, as_command
 from mlx_qwen35.convert import convert, with_default
 from mlx_qwen35.convert.card import QUALITY
 from mlx_qwen35.convert.dry_run import describe
@@ -31,7 +31,7 @@ _PLAN = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=COMMAND,
         description="Convert a checkpoint of the Qwen3.5 family to a folder that mlx_qwen35, mlx-lm and mlx-vlm load. "
         "Works in chunks: half a GB of memory is enough for any size.",
@@ -83,10 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with as_command(COMMAND):
         options = vars(_parser().parse_args(arguments))
         look = {name: options.pop(name) for name in ("dry_run", "sensitivity", "cap", "save_recipe")}
-        if look["cap"] is not None and not (look["sensitivity"] and 0 < look["cap"] < math.inf):
-            raise InputError(
-                "option_invalid", f"--cap must be a number of GB above 0, with --sensitivity; got {look['cap']}"
-            )
+        if look["cap"] is not None and not look["sensitivity"]:
+            raise InputError("option_no_effect", "--cap has no effect without --sensitivity; add it or leave it out")
+        if look["cap"] is not None and not 0 < look["cap"] < math.inf:
+            raise InputError("option_invalid", f"--cap must be a number of GB above 0, got {look['cap']}")
         if look["save_recipe"] and look["cap"] is None:
             raise InputError(
                 "option_no_effect",

@@ -1,9 +1,12 @@
 """Bars on standard error for what takes more than a moment."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
+
+from mlx_qwen35.progress import SELDOM
 
 Told = Callable[[int], object]  # how much has been done since the last time
 
@@ -12,13 +15,18 @@ def silent(done: int) -> None:
     """For work that shows none."""
 
 
+def _interval() -> float:
+    """Seconds from one state to the next: in a file or another program every state is a line of its own."""
+    return 0.1 if sys.stderr.isatty() else SELDOM
+
+
 def bytes_bar(what: str, total: int) -> tqdm:
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True)
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, mininterval=_interval())
 
 
 @contextmanager
 def percent(what: str, total: int) -> Iterator[Told]:
     """Work whose amount tells nobody anything, such as products: its share is shown, and the time left."""
     form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-    with tqdm(total=total, desc=what, bar_format=form) as bar:
+    with tqdm(total=total, desc=what, bar_format=form, mininterval=_interval()) as bar:
         yield bar.update

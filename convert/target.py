@@ -145,7 +145,7 @@ def _foreign(folder: Path) -> InputError:
 def _clean(work: Path, resume: bool) -> None:
     """Remove what a killed conversion left, but with `resume` its journal and its weights."""
     journal = work / JOURNAL
-    resumes = resume and journal.stat().st_size > 0
+    resumes = resume and b"\n" in journal.read_bytes()  # a first line without its end tells nothing
     if resume and not resumes:
         print(f"nothing to resume in {work}: converting from the start", file=sys.stderr)
     left = [path for path in work.iterdir() if path != journal and not (resumes and _is_plain(path))]

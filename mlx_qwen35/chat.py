@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from mlx_qwen35.commands import (
+    Parser,
     add_generation_options,
     add_model_options,
     add_sampling_options,
@@ -37,7 +38,7 @@ Ctrl-C   stop the answer; what was written stays in the conversation"""
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=COMMAND, description="Talk to a model. In the session:\n" + HELP)
+    parser = Parser(prog=COMMAND, description="Talk to a model. In the session:\n" + HELP)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_version(parser)
     add_model_options(parser)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mlx_qwen35 import __version__
 from mlx_qwen35.errors import InputError
@@ -25,6 +25,13 @@ from mlx_qwen35.processor import Piece, Processor
 from mlx_qwen35.progress import Step
 from mlx_qwen35.sampling import PRESETS
 from mlx_qwen35.streams import OutputError, give_up_output, standard_streams
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a wrong command line as every other error is told: in one line, with a code."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; {self.prog} --help lists the options [option_invalid]\n")
 
 
 def add_version(parser: argparse.ArgumentParser) -> None:

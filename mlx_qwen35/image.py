@@ -93,7 +93,8 @@ def _read(source: "Source", wish: _Wish[_Made], allow_private_urls: bool) -> _Ma
             return wish.make(upright_picture(source, name, wish.working))
     raise InputError(
         "media_source_invalid",
-        f"an image must be a path, a URL, a data: URI, bytes, a PIL image or an array; got {type(source).__name__}",
+        "an image must be a path, a URL, a data: URI, bytes, a PIL image or an array of numpy; got "
+        f"{type(source).__module__}.{type(source).__qualname__}",
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.values import shown
 
 MARK = "\ufeff"  # with which editors begin a UTF-8 file; no part of its text
 
@@ -94,7 +95,9 @@ def read_file(option: str, file: Path) -> str:
     try:
         return file.expanduser().read_text(encoding="utf-8-sig")
     except (OSError, RuntimeError, ValueError) as error:  # what cannot be read, a home that is none, other bytes
-        raise InputError("text_unreadable", f"{option} must be a readable UTF-8 text file: {error}") from error
+        raise InputError(
+            "text_unreadable", f"{option} must be a readable UTF-8 text file; {shown(str(file))} is not: {error}"
+        ) from error
 
 
 def write_file(file: Path, text: str) -> None:

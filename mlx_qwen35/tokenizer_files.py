@@ -12,14 +12,15 @@ from mlx_qwen35.fields import JSON_BYTES, read_json
 TOKENIZER_BYTES = 128 << 20  # of tokenizer.json; the published one has 13 MB
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TEMPLATE = "chat_template.jinja"
+_READ = ("tokenizer.json", *_SETTINGS, _TEMPLATE, "chat_template.json", "vocab.json", "merges.txt")  # by the loader
 
 
 def load_tokenizer(folder: Path):
     """mlx-lm's wrapper around the tokenizer of a checkpoint folder. InputError for files that cannot be read."""
-    files = _check_files(folder)
+    _check_files(folder)
     from mlx_lm.tokenizer_utils import load  # brings transformers, which takes its time
 
-    with _without_marks(folder, files) as whole:
+    with _alone(folder) as whole:
         try:
             return load(whole, {"trust_remote_code": False})
         except BaseException as error:
@@ -38,8 +39,8 @@ def _is_of_files(error: BaseException) -> bool:
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
-def _check_files(folder: Path) -> list[Path]:
-    """The tokenizer's files, each read once. InputError names the one that is absent, empty, too large or not text."""
+def _check_files(folder: Path) -> None:
+    """Read each of the tokenizer's files. InputError names one that is absent, empty, too large or not text."""
     if not (folder / "tokenizer.json").is_file():
         raise InputError(
             "tokenizer_missing",
@@ -52,8 +53,6 @@ def _check_files(folder: Path) -> list[Path]:
     template = folder / _TEMPLATE
     if template.is_file():
         _check_text(template)
-        files.append(template)
-    return files
 
 
 def _check_text(file: Path) -> None:
@@ -68,17 +67,20 @@ def _check_text(file: Path) -> None:
 
 
 @contextmanager
-def _without_marks(folder: Path, files: list[Path]) -> Iterator[Path]:
-    """The folder, or where one of the files begins with a byte order mark, copies of them without: it is no text."""
-    contents = {file.name: file.read_bytes() for file in files if _is_marked(file)}
-    if not contents:
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as name:
-        for file in files:
-            content = contents.get(file.name) or file.read_bytes()
-            (Path(name) / file.name).write_bytes(content.removeprefix(codecs.BOM_UTF8))
-        yield Path(name)
+def _alone(folder: Path) -> Iterator[Path]:
+    """A folder of the tokenizer's files alone: links, and copies of those with a byte order mark, without it.
+
+    config.json is not among them: what the loader thinks of it is no matter of the tokenizer's.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        for file in (folder / name for name in _READ if (folder / name).is_file()):
+            target = Path(place) / file.name
+            if _is_marked(file):
+                target.write_bytes(file.read_bytes().removeprefix(codecs.BOM_UTF8))
+            else:
+                target.symlink_to(file.resolve())
+        (Path(place) / "config.json").write_text('{"model_type": "qwen3_5"}')
+        yield Path(place)
 
 
 def _is_marked(file: Path) -> bool:

@@ -22,7 +22,7 @@ from mlx_qwen35.bench.expected import expectations
 from mlx_qwen35.bench.measure import OURS, PEERS, ProgramError, Settings, measure, started, summarize
 from mlx_qwen35.bench.report import describe_machine, draw, format_table, write_json
 from mlx_qwen35.checkpoint import Checkpoint, open_checkpoint
-from mlx_qwen35.commands import add_version, as_command
+from mlx_qwen35.commands import Parser, add_version, as_command
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.hub import resolve
 from mlx_qwen35.load import DTYPES, choose_dtype, has_tower
@@ -71,7 +71,7 @@ def _peers(text: str) -> tuple[str, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx_qwen35.bench",
         description="Measure prefill and decode speed on this machine, beside other programs on the same weights, the "
         "memory that images and clips take, or what drafts of the MTP head gain; or count GPU launches and the bytes "

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_qwen35.checkpoint import open_checkpoint
-from mlx_qwen35.commands import add_model_options, add_version, as_command, load_model
+from mlx_qwen35.commands import Parser, add_model_options, add_version, as_command, load_model
 from mlx_qwen35.config import parse_config
 from mlx_qwen35.doctor import check, facts, probe
 from mlx_qwen35.doctor.facts import Facts
@@ -28,7 +28,7 @@ CONTEXT = 8192  # tokens that --plan plans for where nothing is said
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=COMMAND,
         description="Tell what this machine is, which kernels run on it, the dtype and chunk lengths that are chosen, "
         "and how fast it is: text to paste into an issue. Without --model the figures are those of layers with the "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.commands import (
+    Parser,
     add_generation_options,
     add_model_options,
     add_sampling_options,
@@ -36,7 +37,7 @@ COMMAND = "mlx_qwen35.generate"
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=COMMAND,
         description="Answer one prompt. The text goes to standard output, statistics and progress to standard error.",
     )

@@ -192,7 +192,7 @@ def test_a_folder_that_cannot_be_published_is_whole(raw, tmp_path, monkeypatch, 
     ("options", "code"),
     [
         ((), "option_missing"),
-        (("--cap", "3"), "option_invalid"),
+        (("--cap", "3"), "option_no_effect"),
         (("--sensitivity", "x", "--cap", "nan"), "option_invalid"),
         (("--save-recipe", "x"), "option_no_effect"),
         (("--dry-run", "--mlx-path", "out", "--eval", "x"), "option_no_effect"),

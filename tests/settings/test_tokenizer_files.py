@@ -35,12 +35,23 @@ def processor(folder: Path) -> Processor:
 
 
 @pytest.mark.parametrize(
-    "names", [["tokenizer.json"], ["chat_template.jinja"], ["tokenizer.json", "tokenizer_config.json", "config.json"]]
+    "names",
+    [
+        ["tokenizer.json"], ["chat_template.jinja"], ["config.json"],
+        ["tokenizer.json", "tokenizer_config.json", "config.json"],
+    ],
 )
 def test_a_byte_order_mark_in_a_file_is_no_text(names, folder):
     expected = processor(folder).encode_messages(MESSAGES)
     for name in names:
         (folder / name).write_bytes(codecs.BOM_UTF8 + (folder / name).read_bytes())
+    assert processor(folder).encode_messages(MESSAGES) == expected
+
+
+@pytest.mark.parametrize("fields", [{"quantization_config": "x"}, {"initializer_range": "x"}, {"architectures": 5}])
+def test_what_config_json_says_of_other_things_is_no_matter_of_the_tokenizer(fields, folder):
+    expected = processor(folder).encode_messages(MESSAGES)
+    edit(folder / "config.json", **fields)
     assert processor(folder).encode_messages(MESSAGES) == expected
 
 
