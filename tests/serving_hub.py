@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+_MOST = 1 << 26  # bytes to send at once; more is counted as sent, and refused
 
 
 @dataclass
@@ -83,6 +84,9 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{min(stop, size) - 1}/{size}"
         if self.command == "HEAD":
             return self._answer(200, b"", headers | {"Content-Length": str(size)})
+        if stop - start > _MOST:
+            repository.sent[path] += stop - start
+            return self._answer(507, b"")
         with file.open("rb") as stream:
             stream.seek(start)
             data = stream.read(min(stop, size) - start)
