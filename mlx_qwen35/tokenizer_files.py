@@ -22,7 +22,9 @@ def load_tokenizer(folder: Path):
 
     with _alone(folder) as whole:
         try:
-            return load(whole, {"trust_remote_code": False})
+            tokenizer = load(whole, {"trust_remote_code": False})
+            tokenizer.name_or_path = str(folder)  # where it is to be found again
+            return tokenizer
         except BaseException as error:
             if not _is_of_files(error):
                 raise
