@@ -181,6 +181,13 @@ def test_nothing_to_resume_is_told(raw, tmp_path, capfd):
     assert "nothing to resume in" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("left", [b"", b"[[[", b'{"source": "x'])
+def test_a_journal_without_a_whole_line_has_nothing_to_resume_which_is_told(raw, tmp_path, broken_off, capfd, left):
+    (broken_off / JOURNAL).write_bytes(left)
+    converted(raw, tmp_path / "out", resume=True, **OPTIONS)
+    assert "nothing to resume in" in capfd.readouterr().err
+
+
 def test_line_is_written_after_the_data_is_on_disk(raw, tmp_path, small, monkeypatch):
     events, write, sync, note = [], stream._write_at, os.fsync, stream.Journal.append
 
