@@ -14,7 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_qwen35.checkpoint import MTP, open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import MTP, open_checkpoint
+from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.commands.streams import read_file
 from mlx_qwen35.convert.apart import Reads
 from mlx_qwen35.convert.calibrate import statistics
 from mlx_qwen35.convert.card import Facts, write_card
@@ -27,8 +29,6 @@ from mlx_qwen35.convert.source import check_readable, reading
 from mlx_qwen35.convert.stream import Report, write
 from mlx_qwen35.convert.target import appearing_whole, check_space, check_target, prepare, target_path
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.hub import resolve
-from mlx_qwen35.streams import read_file
 
 __all__ = ["convert"]
 

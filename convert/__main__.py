@@ -8,8 +8,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_qwen35.checkpoint import MODES, VISION, Checkpoint, is_matrix, open_checkpoint, text_shapes, vision_shapes
-from mlx_qwen35.commands import Parser, add_version, as_command
+from mlx_qwen35.checkpoint.checkpoint import (
+    MODES,
+    VISION,
+    Checkpoint,
+    is_matrix,
+    open_checkpoint,
+    text_shapes,
+    vision_shapes,
+)
+from mlx_qwen35.checkpoint.hub import check_repository, look, resolve, upload
+from mlx_qwen35.commands.common import Parser, add_version, as_command
+from mlx_qwen35.commands.streams import read_file
 from mlx_qwen35.convert import convert, with_default
 from mlx_qwen35.convert.card import QUALITY
 from mlx_qwen35.convert.dry_run import describe
@@ -19,8 +29,6 @@ from mlx_qwen35.convert.recipes import DEFAULT, RECIPES, check_saving, save_reci
 from mlx_qwen35.convert.sensitivity import CANDIDATES, forms, propose, sensitivity, smallest, table
 from mlx_qwen35.convert.source import reading
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.hub import check_repository, look, resolve, upload
-from mlx_qwen35.streams import read_file
 
 COMMAND = "mlx_qwen35.convert"
 # Of how the folder is packed, those that make_plan has by the same or by a shorter name.

@@ -10,11 +10,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_qwen35.checkpoint import TEXT, Checkpoint
+from mlx_qwen35.checkpoint.checkpoint import TEXT, Checkpoint
 from mlx_qwen35.convert.layerwise import Layerwise, make_batches
 from mlx_qwen35.convert.progress import percent
-from mlx_qwen35.layers import Joined, Linear
-from mlx_qwen35.weights import Weights
+from mlx_qwen35.model.layers import Joined, Linear
+from mlx_qwen35.model.weights import Weights
 
 
 def statistics(

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlx_qwen35.checkpoint import (
+from mlx_qwen35.checkpoint.checkpoint import (
     MTP,
     TEXT,
     VISION,

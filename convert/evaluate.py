@@ -11,11 +11,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_qwen35.checkpoint import Checkpoint
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.convert.layerwise import CHUNK, Batch, Layerwise, make_batches
 from mlx_qwen35.convert.progress import Told, percent, silent
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.processor import Processor
+from mlx_qwen35.prompt.processor import Processor
 
 WINDOW = 512  # tokens
 MOST = 4096  # tokens, unless more are asked for

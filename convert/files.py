@@ -9,14 +9,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_qwen35.checkpoint import Quantization
-from mlx_qwen35.config import Config
+from mlx_qwen35.checkpoint.checkpoint import Quantization
+from mlx_qwen35.checkpoint.config import Config
+from mlx_qwen35.checkpoint.rope_fields import OLDER, rope_parameters
 from mlx_qwen35.convert.packing import Packing, config_entry
 from mlx_qwen35.convert.source import CLAIMS
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import Fields, read_json
-from mlx_qwen35.rope_fields import OLDER, rope_parameters
-from mlx_qwen35.tokenizer_files import TOKENIZER_BYTES
+from mlx_qwen35.prompt.tokenizer import TOKENIZER_BYTES
 from mlx_qwen35.values import shown
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # option -> safetensors' name

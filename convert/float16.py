@@ -8,10 +8,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mlx_qwen35.checkpoint import is_zero_centred
+from mlx_qwen35.checkpoint.checkpoint import is_zero_centred
+from mlx_qwen35.checkpoint.float16 import SMALLEST, complaint, listed
 from mlx_qwen35.convert.plan import Job
 from mlx_qwen35.convert.source import as_float32
-from mlx_qwen35.half import SMALLEST, complaint, listed
 
 
 def takes_float16(job: Job) -> bool:

@@ -15,16 +15,16 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_qwen35 import half
-from mlx_qwen35.cache import Cache
-from mlx_qwen35.checkpoint import TEXT, Checkpoint, Entry, text_shapes
+from mlx_qwen35.cache.cache import Cache
+from mlx_qwen35.checkpoint import float16 as half
+from mlx_qwen35.checkpoint.checkpoint import TEXT, Checkpoint, Entry, text_shapes
+from mlx_qwen35.checkpoint.tensors import as_array
 from mlx_qwen35.convert.progress import Told, silent
-from mlx_qwen35.decoder import DecoderLayer
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.layers import Linear, RMSNorm, Rotary
 from mlx_qwen35.load import default_dtype, read_weights, stored_dtype
-from mlx_qwen35.tensor_file import as_array
-from mlx_qwen35.weights import Weights
+from mlx_qwen35.model.decoder import DecoderLayer
+from mlx_qwen35.model.layers import Linear, RMSNorm, Rotary
+from mlx_qwen35.model.weights import Weights
 
 CHUNK = 512  # tokens of one pass through a layer
 HEAD_ROWS = 4096  # of a slice of the head

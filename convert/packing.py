@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from mlx_qwen35.checkpoint import MODES, MTP, VISION, Quantization, hugging_face_name, is_matrix
+from mlx_qwen35.checkpoint.checkpoint import MODES, MTP, VISION, Quantization, hugging_face_name, is_matrix
 from mlx_qwen35.convert.recipes import Recipe, find_recipe
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import shown

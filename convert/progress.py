@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from mlx_qwen35.progress import SELDOM
+from mlx_qwen35.commands.progress import SELDOM
 
 Told = Callable[[int], object]  # how much has been done since the last time
 

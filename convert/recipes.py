@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from mlx_qwen35.checkpoint import Quantization
+from mlx_qwen35.checkpoint.checkpoint import Quantization
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import read_json
 

@@ -12,13 +12,13 @@ from fnmatch import fnmatchcase
 
 import mlx.core as mx
 
-from mlx_qwen35.checkpoint import TEXT, Checkpoint, Quantization, is_matrix, text_shapes
+from mlx_qwen35.checkpoint.checkpoint import TEXT, Checkpoint, Quantization, is_matrix, text_shapes
+from mlx_qwen35.checkpoint.tensors import DTYPE_BYTES
 from mlx_qwen35.convert.evaluate import Counted, compare, summary
 from mlx_qwen35.convert.layerwise import Batch, Layerwise, make_batches
 from mlx_qwen35.convert.progress import Told, percent
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.tensor_file import DTYPE_BYTES
-from mlx_qwen35.weights import Weights
+from mlx_qwen35.model.weights import Weights
 
 CANDIDATES = (Quantization(64, 4, "affine"), Quantization(64, 8, "affine"))
 

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_qwen35.checkpoint import (
+from mlx_qwen35.checkpoint.checkpoint import (
     MTP,
     Checkpoint,
     Entry,
@@ -28,10 +28,10 @@ from mlx_qwen35.checkpoint import (
     text_shapes,
     vision_shapes,
 )
+from mlx_qwen35.checkpoint.draft_head import settled
 from mlx_qwen35.convert.packing import brief
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import read_json
-from mlx_qwen35.sidecar import settled
 from mlx_qwen35.values import shown
 
 FLOATS = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}

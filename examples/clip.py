@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from mlx_qwen35 import load
-from mlx_qwen35.generate import start
+from mlx_qwen35.engine.generation import start
 
 clip = Path(__file__).parent / "pictures" / "moving.mp4"
 model, processor = load(sys.argv[1] if len(sys.argv) > 1 else "nano")

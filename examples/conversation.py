@@ -3,7 +3,7 @@
 import sys
 
 from mlx_qwen35 import load
-from mlx_qwen35.conversation import Conversation
+from mlx_qwen35.engine.conversation import Conversation
 
 model, processor = load(sys.argv[1] if len(sys.argv) > 1 else "nano")
 conversation = Conversation(model, processor, enable_thinking=False)

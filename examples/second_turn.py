@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from mlx_qwen35 import load
-from mlx_qwen35.conversation import Conversation
+from mlx_qwen35.engine.conversation import Conversation
 
 picture = Path(__file__).parent / "pictures" / "triangle.png"
 model, processor = load(sys.argv[1] if len(sys.argv) > 1 else "nano")

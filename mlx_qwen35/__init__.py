@@ -14,18 +14,20 @@ token of the logits, and the processor text of the tokens. `generate` is the loo
 
 __version__ = "0.1.0"  # pyproject.toml takes it from here
 
-from mlx_qwen35 import interrupt  # noqa: F401 (before all else, for Ctrl-C while the rest is imported)
-from mlx_qwen35.cache import Cache, Snapshot
-from mlx_qwen35.conversation import Conversation
+from mlx_qwen35.cache.cache import Cache, Snapshot
+from mlx_qwen35.commands import interrupt  # noqa: F401 (before all else, for Ctrl-C while the rest is imported)
+from mlx_qwen35.engine.conversation import Conversation
+from mlx_qwen35.engine.generation import Result
+from mlx_qwen35.engine.options import Options
+from mlx_qwen35.engine.sampling import PRESETS, Sampling
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.generate import Options, Result, batch_generate, generate, stream_generate
-from mlx_qwen35.image import read_image
+from mlx_qwen35.generate import batch_generate, generate, stream_generate
 from mlx_qwen35.load import load
-from mlx_qwen35.model import Model
-from mlx_qwen35.preprocess import Media, VisionOptions
-from mlx_qwen35.processor import Piece, Processor
-from mlx_qwen35.prompt import Prompt
-from mlx_qwen35.sampling import PRESETS, Sampling
+from mlx_qwen35.media.image import read_image
+from mlx_qwen35.media.preprocess import Media, VisionOptions
+from mlx_qwen35.model.model import Model
+from mlx_qwen35.prompt.processor import Piece, Processor
+from mlx_qwen35.prompt.prompt import Prompt
 
 __all__ = [
     "PRESETS", "Cache", "Conversation", "InputError", "Media", "Model", "Options", "Piece", "Processor", "Prompt",

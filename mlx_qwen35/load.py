@@ -9,8 +9,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_qwen35 import half
-from mlx_qwen35.checkpoint import (
+from mlx_qwen35.budget.plan import check_model_fits, check_tower_fits, loaded_bytes, takes_dtype
+from mlx_qwen35.checkpoint import float16 as half
+from mlx_qwen35.checkpoint.checkpoint import (
     MTP,
     TEXT,
     VISION,
@@ -20,21 +21,20 @@ from mlx_qwen35.checkpoint import (
     text_shapes,
     vision_shapes,
 )
-from mlx_qwen35.engaged import engaged, tell_unfit
+from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.checkpoint.tensors import open_arrays
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.hub import resolve
 from mlx_qwen35.kernels.products import tell_shortened
-from mlx_qwen35.machine import this_chip
-from mlx_qwen35.memory import limit_memory, set_limits
-from mlx_qwen35.memory_plan import check_model_fits, check_tower_fits, loaded_bytes, takes_dtype
-from mlx_qwen35.model import Model
-from mlx_qwen35.mtp import DraftHead, MultiTokenPrediction
-from mlx_qwen35.process import check_folder, refuse_fork
-from mlx_qwen35.processor import Processor
-from mlx_qwen35.tensor_file import open_arrays
+from mlx_qwen35.machine.chip import this_chip
+from mlx_qwen35.machine.memory import limit_memory, set_limits
+from mlx_qwen35.machine.process import check_folder, refuse_fork
+from mlx_qwen35.model.enabled import engaged, tell_unfit
+from mlx_qwen35.model.model import Model
+from mlx_qwen35.model.mtp import DraftHead, MultiTokenPrediction
+from mlx_qwen35.model.vision import Tower, Vision
+from mlx_qwen35.model.weights import Weights
+from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.values import choice, flag, shown, text
-from mlx_qwen35.vision import Tower, Vision
-from mlx_qwen35.weights import Weights
 
 Progress = Callable[[int, int], None]  # told what was read, of how much in all
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}

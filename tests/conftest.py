@@ -24,11 +24,11 @@ import numpy as np
 import pytest
 from parity import cases
 
-from mlx_qwen35 import memory
-from mlx_qwen35.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
 from mlx_qwen35.load import load_model
-from mlx_qwen35.model import Model
-from mlx_qwen35.random_checkpoint import geometry, write_random_checkpoint
+from mlx_qwen35.machine import memory
+from mlx_qwen35.model.model import Model
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -14,7 +14,6 @@ import pytest
 import refusing
 from mlx.utils import tree_flatten
 
-from mlx_qwen35 import vision as tower
 from mlx_qwen35.bench import command, main, vision
 from mlx_qwen35.bench.measure import OURS, ProgramError, Run, Settings, in_turn, measure, started, summarize
 from mlx_qwen35.bench.report import draw, format_table
@@ -22,6 +21,7 @@ from mlx_qwen35.bench.vision import Case, Memory, format_memory, measure_memory,
 from mlx_qwen35.bench.vision_program import VisionProgram, noise, prompt
 from mlx_qwen35.kernels import exponential
 from mlx_qwen35.kernels.attention import attention
+from mlx_qwen35.model import vision as tower
 
 SETTINGS = Settings((5, 9), decode_tokens=3, repeats=2, prefill_step_size=4, dtype="float32")
 QUICK = ("--prompt-lengths", "5,9", "--decode-tokens", "2", "--repeats", "1", "--prefill-step-size", "4")

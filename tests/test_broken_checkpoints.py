@@ -11,10 +11,10 @@ import pytest
 import refusing
 from conftest import load_text_model
 
-from mlx_qwen35 import memory
-from mlx_qwen35.checkpoint import INDEX, open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import INDEX, open_checkpoint
+from mlx_qwen35.checkpoint.random import changed, geometry
 from mlx_qwen35.load import load, load_model
-from mlx_qwen35.random_checkpoint import changed, geometry
+from mlx_qwen35.machine import memory
 
 SMALL = changed(geometry("tiny"), num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
 NORM = "model.language_model.layers.0.input_layernorm.weight"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from refusing import refused
 
-from mlx_qwen35.layer_cache import KVCache
+from mlx_qwen35.cache.layer import KVCache
 
 # Rows of a batch go through the same float32 operations, but products of other shapes may sum in another order.
 SAME = 2e-5

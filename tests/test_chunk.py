@@ -8,9 +8,8 @@ from unittest import mock
 import mlx.core as mx
 import pytest
 
-from mlx_qwen35 import chunk
-from mlx_qwen35.checkpoint import text_shapes
-from mlx_qwen35.chunk import (
+from mlx_qwen35.budget import chunk
+from mlx_qwen35.budget.chunk import (
     LAYERS_IN_FLIGHT,
     LENGTHS,
     SUBMISSION_SECONDS,
@@ -21,12 +20,13 @@ from mlx_qwen35.chunk import (
     longest_submission,
     reading_bytes,
 )
-from mlx_qwen35.config import FULL, LINEAR, TextConfig, parse_config
-from mlx_qwen35.generate import prefill
-from mlx_qwen35.generate.prefill import Row, read
+from mlx_qwen35.checkpoint.checkpoint import text_shapes
+from mlx_qwen35.checkpoint.config import FULL, LINEAR, TextConfig, parse_config
+from mlx_qwen35.checkpoint.random import GEOMETRIES, geometry
+from mlx_qwen35.engine import prefill
+from mlx_qwen35.engine.prefill import Row, read
 from mlx_qwen35.kernels.attention import SCORE_BYTES
-from mlx_qwen35.machine import TUNED, CommandBuffers, command_buffers, parse_chip
-from mlx_qwen35.random_checkpoint import GEOMETRIES, geometry
+from mlx_qwen35.machine.chip import TUNED, CommandBuffers, command_buffers, parse_chip
 
 # M5 and later are taken for as fast as M1, see test_machine.py.
 CHIPS = [parse_chip(f"Apple M{n}{tier}") for n in range(1, 5) for tier in ("", " Pro", " Max", " Ultra")]

@@ -6,8 +6,8 @@ import json
 import pytest
 import refusing
 
-from mlx_qwen35.config import FULL, LINEAR, parse_config, read_config
-from mlx_qwen35.random_checkpoint import GEOMETRIES, changed, geometry
+from mlx_qwen35.checkpoint.config import FULL, LINEAR, parse_config, read_config
+from mlx_qwen35.checkpoint.random import GEOMETRIES, changed, geometry
 
 
 def config(**text):

@@ -13,11 +13,11 @@ import pytest
 from conftest import load_text_model
 from refusing import refused
 
-from mlx_qwen35 import half
-from mlx_qwen35.checkpoint import is_matrix, open_checkpoint, text_shapes
-from mlx_qwen35.half import LARGEST, SMALLEST, tell, unfit
+from mlx_qwen35.checkpoint import float16 as half
+from mlx_qwen35.checkpoint.checkpoint import is_matrix, open_checkpoint, text_shapes
+from mlx_qwen35.checkpoint.float16 import LARGEST, SMALLEST, tell, unfit
+from mlx_qwen35.checkpoint.random import changed, geometry
 from mlx_qwen35.load import load_model, load_tower
-from mlx_qwen35.random_checkpoint import changed, geometry
 
 SMALL = changed(geometry("tiny"), num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
 LAYER = "model.language_model.layers.1."

@@ -5,8 +5,8 @@ import pytest
 import refusing
 from huggingface_hub import errors
 
-from mlx_qwen35.checkpoint import open_checkpoint
-from mlx_qwen35.hub import resolve
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.hub import resolve
 
 
 def hub_raises(monkeypatch, error: BaseException) -> None:

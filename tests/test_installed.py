@@ -97,6 +97,6 @@ def test_mypy_sees_the_types_of_an_editable_install(tmp_path):
         [sys.executable, "-m", "mypy", "--cache-dir", os.devnull, "--follow-imports=silent", str(program)],
         cwd=tmp_path, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
-    for fact in ('"mlx_qwen35.model.Model"', '"mlx_qwen35.generate.Result"', '"pathlib.Path"', "temprature"):
+    for fact in ('"mlx_qwen35.model.model.Model"', '"mlx_qwen35.generate.Result"', '"pathlib.Path"', "temprature"):
         assert fact in done.stdout, done.stdout + done.stderr
     assert "Any" not in done.stdout and "import-not-found" not in done.stdout

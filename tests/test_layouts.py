@@ -15,11 +15,11 @@ from conftest import load_text_model
 from parity import cases
 from refusing import refused
 
-from mlx_qwen35.checkpoint import INDEX, MODES, Quantization, is_matrix, is_zero_centred, open_checkpoint
-from mlx_qwen35.hub import resolve
+from mlx_qwen35.checkpoint.checkpoint import INDEX, MODES, Quantization, is_matrix, is_zero_centred, open_checkpoint
+from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.checkpoint.random import changed, geometry
 from mlx_qwen35.load import load, load_tower
-from mlx_qwen35.preprocess import VisionOptions
-from mlx_qwen35.random_checkpoint import changed, geometry
+from mlx_qwen35.media.preprocess import VisionOptions
 
 # One program and the same numbers: only products of differently laid out arrays may round differently.
 SAME = 2e-5

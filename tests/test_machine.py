@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
-from mlx_qwen35 import load, machine
-from mlx_qwen35.commands import as_command
-from mlx_qwen35.machine import MEGABYTES, OPERATIONS, TUNED, CommandBuffers, command_buffers, parse_chip, tune
+from mlx_qwen35 import load
+from mlx_qwen35.commands.common import as_command
+from mlx_qwen35.machine import chip as machine
+from mlx_qwen35.machine.chip import MEGABYTES, OPERATIONS, TUNED, CommandBuffers, command_buffers, parse_chip, tune
 
 TIERS = ("", " Pro", " Max", " Ultra")
 FAMILY = [f"Apple M{n}{tier}" for n in range(1, 6) for tier in TIERS]

@@ -8,9 +8,10 @@ import mlx.core as mx
 import pytest
 from refusing import refused
 
-from mlx_qwen35 import generate, load, memory
+from mlx_qwen35 import generate, load
 from mlx_qwen35.bench.vision_program import noise, prompt
-from mlx_qwen35.checkpoint import (
+from mlx_qwen35.budget.plan import kv_bytes, mac, most_tokens, plan_memory, state_bytes, this_machine
+from mlx_qwen35.checkpoint.checkpoint import (
     Checkpoint,
     Entry,
     Quantization,
@@ -20,14 +21,14 @@ from mlx_qwen35.checkpoint import (
     text_shapes,
     vision_shapes,
 )
-from mlx_qwen35.config import parse_config
+from mlx_qwen35.checkpoint.config import parse_config
+from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.convert.packing import read_options
-from mlx_qwen35.generate.loop import decode
-from mlx_qwen35.generate.prefill import Row, read
+from mlx_qwen35.engine.loop import decode
+from mlx_qwen35.engine.prefill import Row, read
+from mlx_qwen35.engine.sampling import Sampler, Sampling
 from mlx_qwen35.load import load_model
-from mlx_qwen35.memory_plan import kv_bytes, mac, most_tokens, plan_memory, state_bytes, this_machine
-from mlx_qwen35.random_checkpoint import geometry
-from mlx_qwen35.sampling import Sampler, Sampling
+from mlx_qwen35.machine import memory
 
 
 def headers(name: str, recipe: str | None) -> Checkpoint:

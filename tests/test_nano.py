@@ -11,8 +11,8 @@ from ours import completions, marks
 from tasks import TASKS, items_of
 
 from mlx_qwen35 import Model, Processor, generate, load
-from mlx_qwen35.checkpoint import open_checkpoint
-from mlx_qwen35.hub import resolve
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.hub import resolve
 
 EVALUATION = json.loads((resolve("nano") / "evaluation.json").read_text())
 SCORES = {(score["task"], score["thinking"]): score for score in EVALUATION["scores"]}

@@ -8,12 +8,12 @@ import pytest
 from mlx.utils import tree_flatten
 from refusing import refused
 
-from mlx_qwen35.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.random import changed, geometry
 from mlx_qwen35.kernels.gated_delta import gates
-from mlx_qwen35.layers import RMSNorm
 from mlx_qwen35.load import DTYPES, choose_dtype, load_model
-from mlx_qwen35.machine import parse_chip
-from mlx_qwen35.random_checkpoint import changed, geometry
+from mlx_qwen35.machine.chip import parse_chip
+from mlx_qwen35.model.layers import RMSNorm
 
 loading = import_module("mlx_qwen35.load")  # `mlx_qwen35.load` is the function
 HALVES = [mx.float16, mx.bfloat16]

@@ -14,11 +14,11 @@ import pytest
 from conftest import load_text_model
 from refusing import refused
 
-from mlx_qwen35.checkpoint import INDEX, open_checkpoint
-from mlx_qwen35.hub import resolve
+from mlx_qwen35.checkpoint.checkpoint import INDEX, open_checkpoint
+from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.checkpoint.names import hugging_face_name
+from mlx_qwen35.checkpoint.random import changed, geometry
 from mlx_qwen35.load import choose_dtype, load_model
-from mlx_qwen35.names import hugging_face_name
-from mlx_qwen35.random_checkpoint import changed, geometry
 
 SMALL = changed(
     geometry("tiny"), num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], intermediate_size=128
@@ -264,7 +264,7 @@ def test_a_stored_head_that_differs_is_used_whatever_is_said(tie, name, arrays, 
 
 
 def test_a_head_that_differs_in_its_last_number_is_used(arrays, written, monkeypatch):
-    monkeypatch.setattr("mlx_qwen35.tensor_file.PIECE", 100_000)
+    monkeypatch.setattr("mlx_qwen35.checkpoint.tensors.PIECE", 100_000)
     values = np.array(arrays[EMBEDDING].astype(mx.float32))
     values[-1, -1] += 1
     folder = written({**arrays, "lm_head.weight": mx.array(values).astype(mx.bfloat16)})

@@ -8,16 +8,17 @@ import mlx.core as mx
 import pytest
 from refusing import refused
 
-from mlx_qwen35 import load, memory
-from mlx_qwen35.checkpoint import open_checkpoint
-from mlx_qwen35.commands import as_command
+from mlx_qwen35 import load
+from mlx_qwen35.budget.plan import SHORT, plan_memory, this_machine
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.commands.common import as_command
 from mlx_qwen35.convert import convert, target
 from mlx_qwen35.convert import journal as journals
 from mlx_qwen35.convert.card import plot
 from mlx_qwen35.doctor import command, main
 from mlx_qwen35.doctor.plan import plans
-from mlx_qwen35.hub import resolve
-from mlx_qwen35.memory_plan import SHORT, plan_memory, this_machine
+from mlx_qwen35.machine import memory
 
 
 @pytest.fixture

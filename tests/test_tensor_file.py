@@ -10,8 +10,8 @@ import pytest
 import safetensors
 from refusing import refused
 
+from mlx_qwen35.checkpoint.tensors import HEADER_BYTES, open_arrays, read_header, same_numbers
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.tensor_file import HEADER_BYTES, open_arrays, read_header, same_numbers
 
 A, B = "first.weight", "second.weight"
 
@@ -167,7 +167,7 @@ def test_float64_becomes_float32_and_what_lies_beside_it_stays(tmp_path):
 
 
 def test_numbers_are_compared_by_value_and_not_by_dtype(tmp_path, monkeypatch):
-    monkeypatch.setattr("mlx_qwen35.tensor_file.PIECE", 3)
+    monkeypatch.setattr("mlx_qwen35.checkpoint.tensors.PIECE", 3)
     values = np.arange(8, dtype=np.float32).reshape(2, 4)
     other = values.copy()
     other[1, 3] = 7.5

@@ -28,12 +28,12 @@ import mlx_qwen35
 from mlx_qwen35 import Model, Processor
 from mlx_qwen35.bench.acceptance import Text, acceptance
 from mlx_qwen35.bench.mtp_program import Decoded, answer, shares
-from mlx_qwen35.generate import see
-from mlx_qwen35.generate.prefill import Row
-from mlx_qwen35.generate.speculate import Choice
-from mlx_qwen35.model import Visual
-from mlx_qwen35.positions import positions
-from mlx_qwen35.sampling import Sampling
+from mlx_qwen35.engine.drafts.speculate import Choice
+from mlx_qwen35.engine.generation import see
+from mlx_qwen35.engine.prefill import Row
+from mlx_qwen35.engine.sampling import Sampling
+from mlx_qwen35.model.model import Visual
+from mlx_qwen35.prompt.positions import positions
 
 SEED = 0  # of the held-out items, as in evaluation.json
 LIMIT = 160  # tokens of an answer

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_qwen35.decoder import run
-from mlx_qwen35.drafts import Drafts
-from mlx_qwen35.layers import RMSNorm
-from mlx_qwen35.model import Model, Visual
-from mlx_qwen35.sampling import Sampling, noise, process
+from mlx_qwen35.engine.drafts.follower import Drafts
+from mlx_qwen35.engine.sampling import Sampling, noise, process
+from mlx_qwen35.model.decoder import run
+from mlx_qwen35.model.layers import RMSNorm
+from mlx_qwen35.model.model import Model, Visual
 
 ROWS = 32  # of logits at a time
 QUESTIONS = (  # that nano knows too

@@ -21,14 +21,14 @@ from mlx_qwen35.bench import dispatches, draft_dispatches, mtp, vision
 from mlx_qwen35.bench.expected import expectations
 from mlx_qwen35.bench.measure import OURS, PEERS, ProgramError, Settings, measure, started, summarize
 from mlx_qwen35.bench.report import describe_machine, draw, format_table, write_json
-from mlx_qwen35.checkpoint import Checkpoint, open_checkpoint
-from mlx_qwen35.commands import Parser, add_version, as_command
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.checkpoint.names import MTP
+from mlx_qwen35.checkpoint.random import GEOMETRIES, geometry, write_random_checkpoint
+from mlx_qwen35.commands.common import Parser, add_version, as_command
+from mlx_qwen35.commands.progress import Step
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.hub import resolve
 from mlx_qwen35.load import DTYPES, choose_dtype, has_tower
-from mlx_qwen35.names import MTP
-from mlx_qwen35.progress import Step
-from mlx_qwen35.random_checkpoint import GEOMETRIES, geometry, write_random_checkpoint
 
 # The options of each of the modes, and their defaults; None is no default.
 _SPEED = {"prompt_lengths": (128, 1024), "decode_tokens": 32, "repeats": 5, "compare": (), "plot": None}

@@ -149,10 +149,10 @@ def _hollow_peer(model: Any, bits: Bits) -> Any:
 def _our_weights(config: dict[str, Any], bits: Bits, drafts: bool = False) -> tuple[Any, Any]:
     """The text config, and the weights of the text model, with drafts the head's too, as zeros."""
     sys.path.append(str(Path(__file__).parents[2]))  # for a checkout that is not installed
-    from mlx_qwen35.checkpoint import Quantization, is_zero_centred, mtp_shapes, text_shapes
-    from mlx_qwen35.config import parse_config
+    from mlx_qwen35.checkpoint.checkpoint import Quantization, is_zero_centred, mtp_shapes, text_shapes
+    from mlx_qwen35.checkpoint.config import parse_config
     from mlx_qwen35.kernels import metal
-    from mlx_qwen35.weights import Weights
+    from mlx_qwen35.model.weights import Weights
 
     metal.check = lambda name, disagreement: True  # as on a Mac where the kernels agree; nothing is computed here
     text = parse_config(config).text
@@ -174,7 +174,7 @@ def _our_weights(config: dict[str, Any], bits: Bits, drafts: bool = False) -> tu
 
 
 def _our_model(text: Any, weights: Any) -> Any:
-    from mlx_qwen35.model import Model
+    from mlx_qwen35.model.model import Model
 
     model = _hollow(Model(text, weights))
     mx.eval(model.rotary.frequencies, model.rotary.axes)
@@ -190,7 +190,7 @@ def draft_step(config: dict[str, Any], bits: Bits, depth: int) -> dict[str, Any]
     """Record a step of our decoding with so many drafts, to its tokens and the memory it leaves."""
     text, weights = _our_weights(config, bits, drafts=True)
     from mlx_qwen35.bench.draft_step import record_step
-    from mlx_qwen35.mtp import MultiTokenPrediction
+    from mlx_qwen35.model.mtp import MultiTokenPrediction
 
     return record_step(
         _our_model(text, weights), _hollow(MultiTokenPrediction(text, weights.at("mtp"))), depth, _forget

@@ -11,7 +11,7 @@ from mlx_qwen35.bench.dispatches import AROUND, count, recorded
 from mlx_qwen35.bench.draft_step import DRAFT_LOGITS, HEAD, LOGITS, ROWS, SAMPLING, SETTLING, parts
 from mlx_qwen35.bench.measure import OURS
 from mlx_qwen35.bench.report import align
-from mlx_qwen35.generate.speculate import MOST_DEPTH
+from mlx_qwen35.engine.drafts.speculate import MOST_DEPTH
 
 _MEANING = {
     HEAD: "the pairs that wait are joined, embedded and read, and the drafts' tokens joined",

@@ -12,12 +12,12 @@ import mlx.core as mx
 
 from mlx_qwen35.bench import markers
 from mlx_qwen35.bench.dispatch_rule import BOUNDARY
-from mlx_qwen35.drafts import Drafts
-from mlx_qwen35.generate.loop import _Loop, _Rows
-from mlx_qwen35.generate.speculate import Choice, Speculation
-from mlx_qwen35.model import Model
-from mlx_qwen35.mtp import DraftHead, MultiTokenPrediction
-from mlx_qwen35.sampling import Sampler, Sampling
+from mlx_qwen35.engine.drafts.follower import Drafts
+from mlx_qwen35.engine.drafts.speculate import Choice, Speculation
+from mlx_qwen35.engine.loop import _Loop, _Rows
+from mlx_qwen35.engine.sampling import Sampler, Sampling
+from mlx_qwen35.model.model import Model
+from mlx_qwen35.model.mtp import DraftHead, MultiTokenPrediction
 
 READ = 3  # tokens in the cache before
 

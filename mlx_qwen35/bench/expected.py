@@ -18,10 +18,10 @@ from itertools import accumulate
 from operator import mul
 
 from mlx_qwen35.bench.dispatches import RECIPES
-from mlx_qwen35.checkpoint import is_matrix, mtp_shapes, text_shapes
-from mlx_qwen35.config import TextConfig, parse_config
-from mlx_qwen35.generate.depth import FALL
-from mlx_qwen35.random_checkpoint import geometry
+from mlx_qwen35.checkpoint.checkpoint import is_matrix, mtp_shapes, text_shapes
+from mlx_qwen35.checkpoint.config import TextConfig, parse_config
+from mlx_qwen35.checkpoint.random import geometry
+from mlx_qwen35.engine.drafts.depth import FALL
 
 ULTRA_FOUR = 3.2  # V(4), M1 Ultra, 27B: mlxcel, docs/benchmark_results/qwen38-mtp-m1ultra-2026-08-16.md
 MAX_THREE = 227.8 / 133.6  # gain(3), M5 Max, 4B in 4 bit: README of MTPLX 2.2.0

@@ -11,16 +11,16 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_qwen35.bench.acceptance import QUESTIONS, Text, acceptance
-from mlx_qwen35.cache import Cache
-from mlx_qwen35.checkpoint import open_checkpoint
+from mlx_qwen35.cache.cache import Cache
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.engine.drafts.speculate import Choice, Drafting, Speculation, attach, choose
+from mlx_qwen35.engine.loop import decode
+from mlx_qwen35.engine.prefill import Row, read
+from mlx_qwen35.engine.sampling import Sampler, Sampling
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.generate.loop import decode
-from mlx_qwen35.generate.prefill import Row, read
-from mlx_qwen35.generate.speculate import Choice, Drafting, Speculation, attach, choose
 from mlx_qwen35.load import DTYPES, load_model
-from mlx_qwen35.model import Model
-from mlx_qwen35.processor import Processor
-from mlx_qwen35.sampling import Sampler, Sampling
+from mlx_qwen35.model.model import Model
+from mlx_qwen35.prompt.processor import Processor
 
 STEP = 1024  # prompt tokens a pass
 PROMPT = 32  # random tokens, where there is no tokenizer

@@ -13,8 +13,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_qwen35.bench.measure import OURS, Row, Run, Settings
-from mlx_qwen35.memory import usable_bytes
-from mlx_qwen35.streams import write_file
+from mlx_qwen35.commands.streams import write_file
+from mlx_qwen35.machine.memory import usable_bytes
 
 _PACKAGES = ("mlx", "mlx-lm", "mlx-vlm", "transformers", "torch")
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")

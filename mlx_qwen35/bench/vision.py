@@ -13,9 +13,9 @@ from pathlib import Path
 
 from mlx_qwen35.bench.measure import OURS, ProgramError, Worker
 from mlx_qwen35.bench.report import align, describe_machine, header
-from mlx_qwen35.config import VisionConfig
+from mlx_qwen35.checkpoint.config import VisionConfig
+from mlx_qwen35.commands.streams import write_file
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.streams import write_file
 
 MEGAPIXEL = 1 << 20
 _COLUMNS = (

@@ -7,14 +7,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_qwen35.checkpoint import open_checkpoint
-from mlx_qwen35.config import VisionConfig
-from mlx_qwen35.generate.prefill import Row, read
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.config import VisionConfig
+from mlx_qwen35.engine.prefill import Row, read
 from mlx_qwen35.kernels.attention import attention_way
 from mlx_qwen35.load import DTYPES, load_model
-from mlx_qwen35.positions import Run
-from mlx_qwen35.preprocess import Media
-from mlx_qwen35.vision import at_once, working_bytes
+from mlx_qwen35.media.preprocess import Media
+from mlx_qwen35.model.vision import at_once, working_bytes
+from mlx_qwen35.prompt.positions import Run
 
 TEXT_TOKENS = 8  # before each run of placeholders and after the last: about as many as a timestamp and its tags
 

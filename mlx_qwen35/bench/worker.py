@@ -80,7 +80,7 @@ class MLXProgram:
         """Seconds of each pass over all linear maps with one row, the head among them. For our model only."""
         import mlx.core as mx
 
-        from mlx_qwen35.layers import Embedding, Linear
+        from mlx_qwen35.model.layers import Embedding, Linear
 
         tied = self.model.config.tie_word_embeddings
         maps = [m for _, m in self.model.named_modules() if isinstance(m, Linear)]
@@ -127,7 +127,7 @@ def load_vision(folder: Path, dtype: str) -> Any:
 def load_mtp(folder: Path, dtype: str) -> Any:
     find_us()
     from mlx_qwen35.bench.mtp_program import MtpProgram
-    from mlx_qwen35.machine import tune
+    from mlx_qwen35.machine.chip import tune
 
     tune()
     return MtpProgram(folder, dtype)
@@ -135,10 +135,10 @@ def load_mtp(folder: Path, dtype: str) -> Any:
 
 def load_mlx_qwen35(folder: Path, dtype: str) -> MLXProgram:
     find_us()
-    from mlx_qwen35.checkpoint import open_checkpoint
-    from mlx_qwen35.generate.prefill import Pace
+    from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+    from mlx_qwen35.engine.prefill import Pace
     from mlx_qwen35.load import DTYPES, load_model
-    from mlx_qwen35.machine import tune
+    from mlx_qwen35.machine.chip import tune
 
     tune()  # as our commands do, and in this process alone
     model = load_model(open_checkpoint(folder), DTYPES[dtype], str(folder))

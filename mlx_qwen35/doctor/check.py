@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from mlx_qwen35.cache import Cache
-from mlx_qwen35.checkpoint import Quantization, is_matrix, is_zero_centred, text_shapes
-from mlx_qwen35.chunk import suitable_chunk
-from mlx_qwen35.config import TextConfig
-from mlx_qwen35.generate.prefill import Row, read
-from mlx_qwen35.model import Model
-from mlx_qwen35.weights import Weights
+from mlx_qwen35.budget.chunk import suitable_chunk
+from mlx_qwen35.cache.cache import Cache
+from mlx_qwen35.checkpoint.checkpoint import Quantization, is_matrix, is_zero_centred, text_shapes
+from mlx_qwen35.checkpoint.config import TextConfig
+from mlx_qwen35.engine.prefill import Row, read
+from mlx_qwen35.model.model import Model
+from mlx_qwen35.model.weights import Weights
 
 SECONDS = 10.0  # for each of the two
 PROMPTS = (32, 64, 128, 256, 512, 1024)

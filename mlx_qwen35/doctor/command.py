@@ -8,20 +8,20 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_qwen35.checkpoint import open_checkpoint
-from mlx_qwen35.commands import Parser, add_model_options, add_version, as_command, load_model
-from mlx_qwen35.config import parse_config
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.config import parse_config
+from mlx_qwen35.checkpoint.hub import look, resolve
+from mlx_qwen35.checkpoint.random import geometry
+from mlx_qwen35.commands.common import Parser, add_model_options, add_version, as_command, load_model
+from mlx_qwen35.commands.progress import Step
+from mlx_qwen35.commands.streams import read_file, write_file
 from mlx_qwen35.doctor import check, facts, probe
 from mlx_qwen35.doctor.facts import Facts
 from mlx_qwen35.doctor.plan import format_plans, plans
-from mlx_qwen35.engaged import engaged
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.hub import look, resolve
 from mlx_qwen35.load import DTYPES, default_dtype, stored_dtype
-from mlx_qwen35.memory import limit_memory
-from mlx_qwen35.progress import Step
-from mlx_qwen35.random_checkpoint import geometry
-from mlx_qwen35.streams import read_file, write_file
+from mlx_qwen35.machine.memory import limit_memory
+from mlx_qwen35.model.enabled import engaged
 
 COMMAND = "mlx_qwen35.doctor"
 CONTEXT = 8192  # tokens that --plan plans for where nothing is said

@@ -7,15 +7,15 @@ from importlib import metadata
 
 import mlx.core as mx
 
-from mlx_qwen35.chunk import suitable_chunk
-from mlx_qwen35.config import TextConfig
+from mlx_qwen35.budget.chunk import suitable_chunk
+from mlx_qwen35.checkpoint.config import TextConfig
 from mlx_qwen35.doctor.check import Speed
-from mlx_qwen35.engaged import Engaged
 from mlx_qwen35.kernels import metal
 from mlx_qwen35.kernels.attention import attention_way
 from mlx_qwen35.kernels.products import shortened
-from mlx_qwen35.machine import TF32, TUNED, TUNED_UP_TO, this_chip
-from mlx_qwen35.memory import usable_bytes
+from mlx_qwen35.machine.chip import TF32, TUNED, TUNED_UP_TO, this_chip
+from mlx_qwen35.machine.memory import usable_bytes
+from mlx_qwen35.model.enabled import Engaged
 
 Facts = dict[str, str]
 PACKAGES = ("mlx-qwen35", "mlx", "mlx-lm", "numpy", "tokenizers", "transformers", "pillow", "av")

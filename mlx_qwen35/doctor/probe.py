@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
-from mlx_qwen35.cache import Cache
-from mlx_qwen35.half import LARGEST
-from mlx_qwen35.model import Model
+from mlx_qwen35.cache.cache import Cache
+from mlx_qwen35.checkpoint.float16 import LARGEST
+from mlx_qwen35.model.model import Model
 
 CHUNK = 256  # tokens read at a time
 

@@ -8,7 +8,7 @@ wheel never quite (16 rows: 1.3 times slower, 64: 1.06). Measured: (rows, 2560) 
 
 import mlx.core as mx
 
-from mlx_qwen35.checkpoint import Quantization
+from mlx_qwen35.checkpoint.checkpoint import Quantization
 
 MANY_ROWS = 12  # between the two
 SLICE = 1 << 25  # unpacked elements at a time: 134 MB in float32

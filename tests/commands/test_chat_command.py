@@ -7,9 +7,10 @@ import pytest
 from refusing import refused
 
 from mlx_qwen35 import load
-from mlx_qwen35.chat import main
-from mlx_qwen35.conversation import Conversation
-from mlx_qwen35.generate import generate, loop
+from mlx_qwen35.commands.chat import main
+from mlx_qwen35.engine import loop
+from mlx_qwen35.engine.conversation import Conversation
+from mlx_qwen35.generate import generate
 
 TURNS = ["What is 34 + 58?", "Add 10 to that.", "Who are you?"]
 

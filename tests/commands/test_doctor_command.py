@@ -9,15 +9,15 @@ import warnings
 import mlx.core as mx
 import pytest
 
-from mlx_qwen35 import machine
-from mlx_qwen35.commands import as_command
-from mlx_qwen35.config import parse_config
+from mlx_qwen35.checkpoint.config import parse_config
+from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.checkpoint.random import changed, geometry
+from mlx_qwen35.commands.common import as_command
 from mlx_qwen35.doctor import check, command, facts, main
 from mlx_qwen35.doctor.check import PROMPTS, SAMPLE_LAYERS, Speed, measure, sample_model
-from mlx_qwen35.engaged import Engaged
-from mlx_qwen35.hub import resolve
-from mlx_qwen35.machine import MEGABYTES, OPERATIONS, TF32, parse_chip
-from mlx_qwen35.random_checkpoint import changed, geometry
+from mlx_qwen35.machine import chip as machine
+from mlx_qwen35.machine.chip import MEGABYTES, OPERATIONS, TF32, parse_chip
+from mlx_qwen35.model.enabled import Engaged
 
 TINY = parse_config(geometry("tiny")).text
 

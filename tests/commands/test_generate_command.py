@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mlx_qwen35.generate import __main__ as command
-from mlx_qwen35.generate import start
-from mlx_qwen35.generate.__main__ import main
+from mlx_qwen35.commands import generate as command
+from mlx_qwen35.commands.generate import main
+from mlx_qwen35.engine.generation import start
 
 ASK = "What is 34 + 58?"
 

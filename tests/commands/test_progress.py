@@ -7,14 +7,15 @@ import time
 
 import pytest
 
-from mlx_qwen35 import load, progress
-from mlx_qwen35.chat import main as chat
-from mlx_qwen35.commands import print_pieces
+from mlx_qwen35 import load
+from mlx_qwen35.commands import progress
+from mlx_qwen35.commands.chat import main as chat
+from mlx_qwen35.commands.common import print_pieces
+from mlx_qwen35.commands.generate import main as command
+from mlx_qwen35.commands.progress import Step
 from mlx_qwen35.doctor import check, probe
 from mlx_qwen35.doctor.command import main as doctor
-from mlx_qwen35.generate.__main__ import main as command
-from mlx_qwen35.processor import Piece
-from mlx_qwen35.progress import Step
+from mlx_qwen35.prompt.processor import Piece
 
 ASK = "What is 34 + 58?"
 

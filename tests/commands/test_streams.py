@@ -15,8 +15,8 @@ import pytest
 from refusing import refused
 
 from mlx_qwen35 import load
-from mlx_qwen35.commands import as_command
-from mlx_qwen35.streams import read_file
+from mlx_qwen35.commands.common import as_command
+from mlx_qwen35.commands.streams import read_file
 
 FULL = Path("/dev/full")
 HERE = "from mlx_qwen35.commands import as_command\nwith as_command('a'): "
@@ -59,7 +59,7 @@ def full_disk(monkeypatch):
 def test_a_full_disk_that_the_last_flush_meets_is_one_line_of_every_command(ends, monkeypatch, module):
     """--help is written by the flush at the end alone."""
     monkeypatch.setattr(sys, "argv", ["mlx_qwen35", "--help"])
-    monkeypatch.setattr("mlx_qwen35.commands.tune", lambda: None)
+    monkeypatch.setattr("mlx_qwen35.commands.common.tune", lambda: None)
     with full_disk(monkeypatch):
         ends(importlib.import_module(f"mlx_qwen35.{module}").main, "output_unwritable")
 
@@ -93,7 +93,7 @@ def test_text_for_a_closed_standard_error_does_not_go_to_standard_output(monkeyp
 def test_a_closed_standard_input_is_one_line_where_it_is_read(ends, monkeypatch, module):
     monkeypatch.setattr(sys, "stdin", None)
     monkeypatch.setattr(sys, "argv", ["mlx_qwen35", "--model", "nano"])
-    monkeypatch.setattr("mlx_qwen35.commands.tune", lambda: None)
+    monkeypatch.setattr("mlx_qwen35.commands.common.tune", lambda: None)
     ends(importlib.import_module(f"mlx_qwen35.{module}").main, "text_unreadable")
 
 
@@ -130,7 +130,7 @@ def test_a_mark_at_the_beginning_of_a_text_file_is_no_text(tmp_path):
 
 
 def test_a_mark_at_the_beginning_of_standard_input_is_no_text(monkeypatch):
-    from mlx_qwen35.generate.__main__ import parser, read_prompt
+    from mlx_qwen35.commands.generate import parser, read_prompt
 
     monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffHello"))
     assert read_prompt(parser().parse_args([])) == "Hello"

@@ -10,8 +10,8 @@ sys.path.append(str(Path(__file__).parent))  # last: the conftest above is the o
 import mlx.core as mx
 import pytest
 
-from mlx_qwen35.hub import resolve
-from mlx_qwen35.random_checkpoint import changed, geometry, write_random_checkpoint
+from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.checkpoint.random import changed, geometry, write_random_checkpoint
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 

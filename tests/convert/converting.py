@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_qwen35.checkpoint import hugging_face_name, is_zero_centred
+from mlx_qwen35.checkpoint.checkpoint import hugging_face_name, is_zero_centred
 from mlx_qwen35.convert.card import CARD, PLOT, QUALITY
 from mlx_qwen35.convert.plan import make_plan
 from mlx_qwen35.convert.stream import Report, write

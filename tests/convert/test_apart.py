@@ -7,10 +7,10 @@ import shutil
 import pytest
 from refusing import refused
 
+from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.__main__ import main
 from mlx_qwen35.convert.journal import JOURNAL
-from mlx_qwen35.random_checkpoint import geometry, write_random_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_qwen35.checkpoint import is_matrix, open_checkpoint, text_shapes
+from mlx_qwen35.checkpoint.checkpoint import is_matrix, open_checkpoint, text_shapes
+from mlx_qwen35.checkpoint.random import changed, geometry, write_random_checkpoint
 from mlx_qwen35.convert.calibrate import statistics
 from mlx_qwen35.kernels.exponential import silu
 from mlx_qwen35.load import load_model
-from mlx_qwen35.random_checkpoint import changed, geometry, write_random_checkpoint
 
 TEXT = "model.language_model."
 TOKENS = [np.random.default_rng(i).integers(0, 1000, n).tolist() for i, n in enumerate((6, 15))]

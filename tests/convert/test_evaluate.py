@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from refusing import refused
 
-from mlx_qwen35.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.random import changed, geometry, write_random_checkpoint
 from mlx_qwen35.convert import convert, layerwise
 from mlx_qwen35.convert.evaluate import evaluate, standard_error, windows
 from mlx_qwen35.load import load_model
-from mlx_qwen35.random_checkpoint import changed, geometry, write_random_checkpoint
 
 TOKENS = [np.random.default_rng(i).integers(0, 1000, n).tolist() for i, n in enumerate((20, 9, 20))]
 FIRST = [1, 4, 11]

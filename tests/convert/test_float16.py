@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from converting import arrays_of, converted, files_of, nearest, unpacked
 
-from mlx_qwen35.checkpoint import EXACT, open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import EXACT, open_checkpoint
+from mlx_qwen35.checkpoint.float16 import SMALLEST, unfit
+from mlx_qwen35.checkpoint.random import _random_tensor, geometry, write_random_checkpoint
 from mlx_qwen35.convert import stream
-from mlx_qwen35.half import SMALLEST, unfit
 from mlx_qwen35.load import load_model
-from mlx_qwen35.random_checkpoint import _random_tensor, geometry, write_random_checkpoint
 
 LAYER = "model.language_model.layers.1."
 DOWN, NORM, BIAS = f"{LAYER}mlp.down_proj.weight", f"{LAYER}linear_attn.norm.weight", "model.visual.merger.norm.bias"

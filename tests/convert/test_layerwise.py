@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from refusing import refused
 
-from mlx_qwen35.checkpoint import Checkpoint, is_zero_centred, open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint, is_zero_centred, open_checkpoint
+from mlx_qwen35.checkpoint.random import changed, geometry, write_random_checkpoint
 from mlx_qwen35.convert import convert, layerwise
 from mlx_qwen35.convert.layerwise import Layerwise, make_batches, read_rows
 from mlx_qwen35.load import load_model
-from mlx_qwen35.random_checkpoint import changed, geometry, write_random_checkpoint
 
 LENGTHS = (5, 40, 7, 7, 1)
 

@@ -12,13 +12,13 @@ import pytest
 from converting import nearest, unpacked
 from mlx.utils import tree_flatten
 
-from mlx_qwen35.checkpoint import open_checkpoint
-from mlx_qwen35.config import read_json
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.config import read_json
+from mlx_qwen35.checkpoint.random import changed, geometry, write_random_checkpoint
 from mlx_qwen35.convert import convert
-from mlx_qwen35.layers import RMSNorm
 from mlx_qwen35.load import load_model
-from mlx_qwen35.random_checkpoint import changed, geometry, write_random_checkpoint
-from mlx_qwen35.weights import Weights
+from mlx_qwen35.model.layers import RMSNorm
+from mlx_qwen35.model.weights import Weights
 
 IDS = np.random.default_rng(7).integers(0, 980, (1, 6))  # few: on the CPU MLX multiplies half types slowly
 SAME_DTYPE = [(dtype, bits) for dtype in ("float32", "bfloat16", "float16") for bits in (None, 4, 8)]

@@ -3,7 +3,7 @@
 import pytest
 from converting import converted
 
-from mlx_qwen35.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.convert import sensitivity as measuring
 from mlx_qwen35.convert.__main__ import main
 from mlx_qwen35.convert.calibrate import statistics

@@ -9,11 +9,11 @@ import pytest
 from converting import arrays_of, raw_bits, save
 from refusing import refused
 
-from mlx_qwen35.checkpoint import EXACT, open_checkpoint
-from mlx_qwen35.config import read_json
+from mlx_qwen35.checkpoint.checkpoint import EXACT, open_checkpoint
+from mlx_qwen35.checkpoint.config import read_json
+from mlx_qwen35.checkpoint.random import changed, geometry, write_random_checkpoint
 from mlx_qwen35.convert import convert
 from mlx_qwen35.load import load_model
-from mlx_qwen35.random_checkpoint import changed, geometry, write_random_checkpoint
 
 SMALL = changed(
     geometry("tiny"), num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], intermediate_size=128

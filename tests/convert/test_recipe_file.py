@@ -5,7 +5,7 @@ import json
 import pytest
 from refusing import refused
 
-from mlx_qwen35.checkpoint import Quantization
+from mlx_qwen35.checkpoint.checkpoint import Quantization
 from mlx_qwen35.convert.recipes import find_recipe, save_recipe
 
 FOUR, EIGHT = Quantization(64, 4, "affine"), Quantization(64, 8, "affine")

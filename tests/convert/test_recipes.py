@@ -8,12 +8,20 @@ import mlx.core as mx
 import pytest
 from refusing import refused
 
-from mlx_qwen35.checkpoint import MTP, VISION, is_matrix, mtp_shapes, open_checkpoint, text_shapes, vision_shapes
-from mlx_qwen35.config import parse_config
+from mlx_qwen35.checkpoint.checkpoint import (
+    MTP,
+    VISION,
+    is_matrix,
+    mtp_shapes,
+    open_checkpoint,
+    text_shapes,
+    vision_shapes,
+)
+from mlx_qwen35.checkpoint.config import parse_config
+from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.packing import peer_module, read_options
 from mlx_qwen35.convert.recipes import RECIPES
-from mlx_qwen35.random_checkpoint import geometry
 
 CONFIG = parse_config(geometry("4b"))
 TEXT_4B, MTP_4B, VISION_4B = text_shapes(CONFIG.text), mtp_shapes(CONFIG.text), vision_shapes(CONFIG.vision)

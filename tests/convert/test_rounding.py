@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_qwen35.checkpoint import MODES, Quantization
+from mlx_qwen35.checkpoint.checkpoint import MODES, Quantization
 from mlx_qwen35.convert import rounding
 
 DTYPES = (mx.bfloat16, mx.float16, mx.float32)

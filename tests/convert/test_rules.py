@@ -9,9 +9,9 @@ import pytest
 import refusing
 from converting import mlx_layout
 
+from mlx_qwen35.checkpoint.random import _random_tensor, geometry, write_random_checkpoint
 from mlx_qwen35.convert import convert, stream
 from mlx_qwen35.convert import source as rows
-from mlx_qwen35.random_checkpoint import _random_tensor, geometry, write_random_checkpoint
 
 DOWN = "model.language_model.layers.1.mlp.down_proj.weight"
 

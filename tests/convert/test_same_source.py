@@ -8,10 +8,10 @@ import pytest
 from converting import converted, files_of
 from refusing import refused
 
+from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
 from mlx_qwen35.convert import stream
 from mlx_qwen35.convert.journal import JOURNAL
 from mlx_qwen35.convert.plan import make_plan
-from mlx_qwen35.random_checkpoint import geometry, write_random_checkpoint
 
 OPTIONS = {"quantize": True, "rounding": "nearest"}
 

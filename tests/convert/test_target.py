@@ -11,11 +11,11 @@ from collections import namedtuple
 import pytest
 from refusing import refused
 
-from mlx_qwen35.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
 from mlx_qwen35.convert import convert, stream, target
 from mlx_qwen35.convert.journal import JOURNAL
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.random_checkpoint import geometry, write_random_checkpoint
 
 Usage = namedtuple("Usage", "total used free")  # what shutil.disk_usage returns
 

@@ -11,10 +11,10 @@ import pytest
 from converting import arrays_of, converted, files_of
 from refusing import refused
 
-from mlx_qwen35.checkpoint import Quantization, hugging_face_name, open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import Quantization, hugging_face_name, open_checkpoint
+from mlx_qwen35.checkpoint.random import _random_tensor, geometry, write_random_checkpoint
 from mlx_qwen35.convert import stream, verify
 from mlx_qwen35.convert.rounding import quantize
-from mlx_qwen35.random_checkpoint import _random_tensor, geometry, write_random_checkpoint
 
 LAYER = "model.language_model.layers.0."
 DOWN, CONV = f"{LAYER}mlp.down_proj.weight", f"{LAYER}linear_attn.conv1d.weight"

@@ -8,10 +8,10 @@ import mlx.core as mx
 import pytest
 from converting import nearest
 
-from mlx_qwen35.checkpoint import INDEX, Quantization, open_checkpoint
-from mlx_qwen35.config import read_json
+from mlx_qwen35.checkpoint.checkpoint import INDEX, Quantization, open_checkpoint
+from mlx_qwen35.checkpoint.config import read_json
+from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
 from mlx_qwen35.convert import convert
-from mlx_qwen35.random_checkpoint import geometry, write_random_checkpoint
 
 VISUAL = "model.visual."
 LINEAR = ("attn.qkv", "attn.proj", "mlp.linear_fc1", "mlp.linear_fc2")

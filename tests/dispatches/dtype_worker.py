@@ -42,8 +42,8 @@ def _named(number: int, shape: Any, dtype: mx.Dtype) -> tuple[int, Any, SimpleNa
 
 def without_a_cast(place: str) -> Callable[[], None]:
     """Leave a cast out of the program, and return what puts it back."""
-    from mlx_qwen35 import attention, layers
     from mlx_qwen35.kernels import add_norm, metal
+    from mlx_qwen35.model import attention, layers
 
     broken = {
         "norm": (add_norm, "rms_norm", lambda x, gamma, eps: mx.fast.rms_norm(x.astype(mx.float32), gamma, eps)),

@@ -11,9 +11,9 @@ import pytest
 
 from mlx_qwen35.bench import dispatches
 from mlx_qwen35.bench.dispatches import AROUND, RECIPES, Dispatches, count_program
-from mlx_qwen35.checkpoint import text_shapes
-from mlx_qwen35.config import FULL, LINEAR, parse_config
-from mlx_qwen35.random_checkpoint import geometry
+from mlx_qwen35.checkpoint.checkpoint import text_shapes
+from mlx_qwen35.checkpoint.config import FULL, LINEAR, parse_config
+from mlx_qwen35.checkpoint.random import geometry
 
 OURS_4B = {LINEAR: 8, FULL: 12, AROUND: 10}  # of one layer; 298 in all
 MIXED_4B = {LINEAR: 9, FULL: 12, AROUND: 10}  # 322: one more product a DeltaNet layer, of b and a

@@ -11,8 +11,8 @@ from mlx_qwen35.bench import dispatches, main
 from mlx_qwen35.bench.byte_rule import Bytes
 from mlx_qwen35.bench.dispatches import AROUND, Dispatches, Place, count_program, format_dispatches
 from mlx_qwen35.bench.measure import ProgramError
-from mlx_qwen35.config import LINEAR
-from mlx_qwen35.random_checkpoint import geometry
+from mlx_qwen35.checkpoint.config import LINEAR
+from mlx_qwen35.checkpoint.random import geometry
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture) -> str:

@@ -9,7 +9,7 @@ import pytest
 from mlx_qwen35.bench import draft_dispatches, main
 from mlx_qwen35.bench.draft_dispatches import count_drafts, format_drafts
 from mlx_qwen35.bench.draft_step import DRAFT_LOGITS, HEAD, LOGITS, ROWS, SAMPLING, SETTLING
-from mlx_qwen35.random_checkpoint import geometry
+from mlx_qwen35.checkpoint.random import geometry
 
 DEPTH_1 = {HEAD: 40, DRAFT_LOGITS: 1, SETTLING: 1, SAMPLING: 2}  # 44 more than without drafts
 

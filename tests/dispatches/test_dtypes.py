@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from mlx_qwen35.config import parse_config
-from mlx_qwen35.random_checkpoint import geometry
+from mlx_qwen35.checkpoint.config import parse_config
+from mlx_qwen35.checkpoint.random import geometry
 
 CONFIG = geometry("tiny")
 TEXT = parse_config(CONFIG).text

@@ -8,7 +8,7 @@ from statistics import mean
 
 import pytest
 
-from mlx_qwen35.generate.depth import AGAIN, Costs, Depths
+from mlx_qwen35.engine.drafts.depth import AGAIN, Costs, Depths
 
 PROPORTIONAL = (1.0, 2.0, 3.0, 4.0)  # seconds at depth 0, 1, 2, 3
 FLAT = (1.0, 1.05, 1.1, 1.15)

@@ -9,10 +9,10 @@ import pytest
 from refusing import refused
 
 from mlx_qwen35 import Model, Processor, batch_generate, generate, load, stream_generate
-from mlx_qwen35.generate import start
-from mlx_qwen35.generate.loop import decode
-from mlx_qwen35.generate.prefill import Row, read
-from mlx_qwen35.sampling import Sampler, Sampling
+from mlx_qwen35.engine.generation import start
+from mlx_qwen35.engine.loop import decode
+from mlx_qwen35.engine.prefill import Row, read
+from mlx_qwen35.engine.sampling import Sampler, Sampling
 
 ASK = "What is 34 + 58?"
 

@@ -11,12 +11,12 @@ from conftest import load_text_model
 from refusing import refused
 
 from mlx_qwen35 import Model, batch_generate, generate, load
-from mlx_qwen35.conversation import Conversation
 from mlx_qwen35.doctor import probe
 from mlx_qwen35.doctor.probe import TEXT, describe, residual_maxima
-from mlx_qwen35.generate import start
-from mlx_qwen35.generate.loop import decode
-from mlx_qwen35.generate.prefill import Row, read
+from mlx_qwen35.engine.conversation import Conversation
+from mlx_qwen35.engine.generation import start
+from mlx_qwen35.engine.loop import decode
+from mlx_qwen35.engine.prefill import Row, read
 
 ASK = "What is 34 + 58?"
 

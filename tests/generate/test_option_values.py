@@ -11,9 +11,9 @@ import pytest
 from refusing import refused
 
 from mlx_qwen35 import InputError, Options, Sampling, VisionOptions, batch_generate, generate, load, stream_generate
-from mlx_qwen35.conversation import Conversation
-from mlx_qwen35.generate import start
-from mlx_qwen35.generate.checks import check_options
+from mlx_qwen35.engine.checks import check_options
+from mlx_qwen35.engine.conversation import Conversation
+from mlx_qwen35.engine.generation import start
 
 NASTY = [
     "x", "", "1", "false", b"1", True, False, 0, -1, 1, 1.5, 2**40, -(2**70), 10**400, 10**5000, math.nan, math.inf,

@@ -11,11 +11,11 @@ from kernels.delta_cases import DIFFERENT, DTYPES, ODD, REAL, case, same
 from kernels.emulator import Report, emulate, emulated, missing
 
 from mlx_qwen35 import Model, Processor, Result, batch_generate, load
-from mlx_qwen35.drafts import Drafts
-from mlx_qwen35.generate.prefill import Row, read
+from mlx_qwen35.checkpoint.random import geometry
+from mlx_qwen35.engine.drafts.follower import Drafts
+from mlx_qwen35.engine.prefill import Row, read
 from mlx_qwen35.kernels import add_norm, attention, fused_delta, metal, norm_rotary
 from mlx_qwen35.kernels.fused_delta import Heads, verdict
-from mlx_qwen35.random_checkpoint import geometry
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 DEPTHS = (1, 2, 3)

@@ -10,15 +10,15 @@ from conftest import load_text_model
 from kernels.emulator import emulated, missing
 
 from mlx_qwen35 import batch_generate, load
-from mlx_qwen35.checkpoint import Quantization, is_matrix, text_shapes
-from mlx_qwen35.config import parse_config
-from mlx_qwen35.engaged import Engaged, engaged, tell_unfit
-from mlx_qwen35.generate.prefill import Row, read
+from mlx_qwen35.checkpoint.checkpoint import Quantization, is_matrix, text_shapes
+from mlx_qwen35.checkpoint.config import parse_config
+from mlx_qwen35.checkpoint.random import changed, geometry
+from mlx_qwen35.engine.prefill import Row, read
 from mlx_qwen35.kernels import add_norm, attention, fused_delta, metal, norm_rotary
 from mlx_qwen35.kernels.fused_delta import Heads, verdict
-from mlx_qwen35.model import Model
-from mlx_qwen35.random_checkpoint import changed, geometry
-from mlx_qwen35.weights import Weights
+from mlx_qwen35.model.enabled import Engaged, engaged, tell_unfit
+from mlx_qwen35.model.model import Model
+from mlx_qwen35.model.weights import Weights
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 SHAPES = Path(__file__).parents[2] / "examples" / "pictures" / "shapes.png"

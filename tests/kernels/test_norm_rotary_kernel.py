@@ -11,7 +11,7 @@ from kernels.rotary_cases import DTYPES, EPS, ODD, WHOLE, Case, case, difference
 
 from mlx_qwen35.kernels import metal
 from mlx_qwen35.kernels.norm_rotary import Geometry, queries_and_keys, rotate, verdict
-from mlx_qwen35.layers import RMSNorm
+from mlx_qwen35.model.layers import RMSNorm
 
 emulated = pytest.mark.skipif(bool(missing()), reason=missing())
 H, HK = ODD.H, ODD.Hk

@@ -9,17 +9,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_qwen35.cache import Cache
-from mlx_qwen35.checkpoint import is_matrix, open_checkpoint
-from mlx_qwen35.config import FULL, LINEAR
-from mlx_qwen35.drafts import Drafts
-from mlx_qwen35.generate.loop import decode
-from mlx_qwen35.generate.prefill import Row, read
-from mlx_qwen35.generate.speculate import Choice, Speculation, attach
+from mlx_qwen35.cache.cache import Cache
+from mlx_qwen35.checkpoint.checkpoint import is_matrix, open_checkpoint
+from mlx_qwen35.checkpoint.config import FULL, LINEAR
+from mlx_qwen35.checkpoint.random import changed, geometry
+from mlx_qwen35.engine.drafts.follower import Drafts
+from mlx_qwen35.engine.drafts.speculate import Choice, Speculation, attach
+from mlx_qwen35.engine.loop import decode
+from mlx_qwen35.engine.prefill import Row, read
+from mlx_qwen35.engine.sampling import Sampler, Sampling
 from mlx_qwen35.load import load_model
-from mlx_qwen35.model import Model
-from mlx_qwen35.random_checkpoint import changed, geometry
-from mlx_qwen35.sampling import Sampler, Sampling
+from mlx_qwen35.model.model import Model
 
 SMALL = changed(
     geometry("tiny"), num_hidden_layers=3, layer_types=[LINEAR, FULL, LINEAR], hidden_size=128, intermediate_size=192,

@@ -14,13 +14,13 @@ import mlx_qwen35
 from mlx_qwen35.bench import expected, main, mtp
 from mlx_qwen35.bench.acceptance import Acceptance, Text, _coupled, acceptance, guesses
 from mlx_qwen35.bench.mtp_program import MtpProgram, answer, shares
-from mlx_qwen35.checkpoint import mtp_shapes, text_shapes
-from mlx_qwen35.config import parse_config
-from mlx_qwen35.drafts import Drafts
-from mlx_qwen35.generate.prefill import Row
-from mlx_qwen35.generate.speculate import Choice
-from mlx_qwen35.random_checkpoint import geometry
-from mlx_qwen35.sampling import Sampling
+from mlx_qwen35.checkpoint.checkpoint import mtp_shapes, text_shapes
+from mlx_qwen35.checkpoint.config import parse_config
+from mlx_qwen35.checkpoint.random import geometry
+from mlx_qwen35.engine.drafts.follower import Drafts
+from mlx_qwen35.engine.drafts.speculate import Choice
+from mlx_qwen35.engine.prefill import Row
+from mlx_qwen35.engine.sampling import Sampling
 
 TOKENS = tuple((7 * i + i * i) % 900 for i in range(14))
 FOUR = parse_config(geometry("4b")).text

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from mlx_qwen35 import Model, Processor, generate, load, stream_generate
-from mlx_qwen35.cache import Cache
-from mlx_qwen35.conversation import Conversation
-from mlx_qwen35.drafts import Drafts
-from mlx_qwen35.generate import see
-from mlx_qwen35.generate.prefill import Row, read
-from mlx_qwen35.prompt import Prompt
+from mlx_qwen35.cache.cache import Cache
+from mlx_qwen35.engine.conversation import Conversation
+from mlx_qwen35.engine.drafts.follower import Drafts
+from mlx_qwen35.engine.generation import see
+from mlx_qwen35.engine.prefill import Row, read
+from mlx_qwen35.prompt.prompt import Prompt
 
 PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
 SHAPES, TRIANGLE, MOVING = (PICTURES / name for name in ("shapes.png", "triangle.png", "moving.mp4"))

@@ -13,8 +13,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_qwen35.generate import loop
-from mlx_qwen35.sampling import Sampler, Sampling, process
+from mlx_qwen35.engine import loop
+from mlx_qwen35.engine.sampling import Sampler, Sampling, process
 
 SAMPLINGS = {
     "plain": Sampling(),
@@ -259,7 +259,7 @@ def test_a_row_goes_on_behind_the_tokens_that_it_took(counts, name):
 
 
 def test_noise_is_made_once_for_a_draft_and_its_token(monkeypatch):
-    from mlx_qwen35 import sampling
+    from mlx_qwen35.engine import sampling
 
     made, noise = [], sampling.noise
     monkeypatch.setattr(sampling, "noise", lambda *key: made.append(key) or noise(*key))

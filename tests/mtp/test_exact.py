@@ -14,11 +14,12 @@ from mtp import drafting
 from mtp.drafting import Case, Interrupt, cycle, distance, force, head_distance, of_row, prompt, run
 
 from mlx_qwen35 import Processor, batch_generate, generate, load
-from mlx_qwen35.cache import Cache
-from mlx_qwen35.generate import loop, speculate
-from mlx_qwen35.layer_cache import KVCache
-from mlx_qwen35.model import Model
-from mlx_qwen35.sampling import Sampler, Sampling
+from mlx_qwen35.cache.cache import Cache
+from mlx_qwen35.cache.layer import KVCache
+from mlx_qwen35.engine import loop
+from mlx_qwen35.engine.drafts import speculate
+from mlx_qwen35.engine.sampling import Sampler, Sampling
+from mlx_qwen35.model.model import Model
 
 SAME = 2e-5  # of the largest number of an array: products of one and of several rows may sum in another order
 LONG = 24  # tokens of a text

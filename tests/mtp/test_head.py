@@ -15,17 +15,17 @@ from conftest import load_text_model
 from mtp.head_reference import Chain, HeadReference
 
 from mlx_qwen35 import load
-from mlx_qwen35.cache import Cache
-from mlx_qwen35.config import FULL, LINEAR
+from mlx_qwen35.cache.cache import Cache
+from mlx_qwen35.cache.layer import KVCache
+from mlx_qwen35.checkpoint.config import FULL, LINEAR
+from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.checkpoint.random import changed, geometry
 from mlx_qwen35.convert import convert
-from mlx_qwen35.drafts import Drafts
-from mlx_qwen35.generate.prefill import Row, read
-from mlx_qwen35.hub import resolve
-from mlx_qwen35.layer_cache import KVCache
-from mlx_qwen35.model import Model, Visual
-from mlx_qwen35.mtp import MultiTokenPrediction
-from mlx_qwen35.positions import Run, positions
-from mlx_qwen35.random_checkpoint import changed, geometry
+from mlx_qwen35.engine.drafts.follower import Drafts
+from mlx_qwen35.engine.prefill import Row, read
+from mlx_qwen35.model.model import Model, Visual
+from mlx_qwen35.model.mtp import MultiTokenPrediction
+from mlx_qwen35.prompt.positions import Run, positions
 
 SEEDS = (0, 1)
 TOLERANCE = 1e-4  # float32 against float64, numbers up to 4

@@ -8,13 +8,13 @@ import pytest
 from refusing import refused
 
 from mlx_qwen35 import Model, Processor, generate, load
-from mlx_qwen35.checkpoint import open_checkpoint
-from mlx_qwen35.config import FULL, LINEAR
-from mlx_qwen35.generate.depth import Costs
-from mlx_qwen35.generate.speculate import LEAST_TOKENS, Choice, choose
+from mlx_qwen35.budget.plan import most_depth
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.config import FULL, LINEAR
+from mlx_qwen35.checkpoint.random import changed, geometry
+from mlx_qwen35.engine.drafts.depth import Costs
+from mlx_qwen35.engine.drafts.speculate import LEAST_TOKENS, Choice, choose
 from mlx_qwen35.load import load_model
-from mlx_qwen35.memory_plan import most_depth
-from mlx_qwen35.random_checkpoint import changed, geometry
 
 TINY = changed(geometry("tiny"), num_hidden_layers=2, layer_types=[LINEAR, FULL])
 loading = sys.modules["mlx_qwen35.load"]  # the package has a function of that name

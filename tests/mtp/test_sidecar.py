@@ -13,14 +13,14 @@ import pytest
 from conftest import load_text_model
 from refusing import refused
 
-from mlx_qwen35.cache import Cache
-from mlx_qwen35.checkpoint import INDEX, Quantization, is_matrix, is_zero_centred, open_checkpoint
-from mlx_qwen35.config import FULL, read_json
+from mlx_qwen35.cache.cache import Cache
+from mlx_qwen35.checkpoint.checkpoint import INDEX, Quantization, is_matrix, is_zero_centred, open_checkpoint
+from mlx_qwen35.checkpoint.config import FULL, read_json
+from mlx_qwen35.checkpoint.draft_head import PLACES, norms_are_raw
+from mlx_qwen35.checkpoint.random import changed, geometry
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.plan import make_plan
 from mlx_qwen35.convert.stream import write
-from mlx_qwen35.random_checkpoint import changed, geometry
-from mlx_qwen35.sidecar import PLACES, norms_are_raw
 
 SMALL = changed(
     geometry("tiny"), num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], intermediate_size=512

@@ -4,8 +4,8 @@ import mlx.core as mx
 import pytest
 from parity import cases
 
-from mlx_qwen35.config import RopeConfig
-from mlx_qwen35.layers import Rotary
+from mlx_qwen35.checkpoint.config import RopeConfig
+from mlx_qwen35.model.layers import Rotary
 
 # Outputs are of order 1; sums of up to 4096 products in another order differ by a few 1e-6.
 TOLERANCE = 1e-5

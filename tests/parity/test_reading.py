@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import load_text_model
 
-from mlx_qwen35.checkpoint import INDEX, open_checkpoint
-from mlx_qwen35.random_checkpoint import changed, geometry, write_random_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import INDEX, open_checkpoint
+from mlx_qwen35.checkpoint.random import changed, geometry, write_random_checkpoint
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -8,10 +8,10 @@ from parity import vision_cases
 from parity.cases import Case
 from parity.vision_cases import CASES, GRIDS, ODD, TINY, WIDE
 
-from mlx_qwen35 import vision
-from mlx_qwen35.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.load import load_tower
-from mlx_qwen35.vision import Tower, squares_order, table_taps
+from mlx_qwen35.model import vision
+from mlx_qwen35.model.vision import Tower, squares_order, table_taps
 
 # The tower's answers have a standard deviation of 3, its stages of 0.6 to 1.8. MLX on the CPU sums the 4096 products of
 # the 4B's width in a row: it is 4e-5 from the exact answer there, where values go up to 13, and torch 1e-5.

@@ -18,11 +18,11 @@ from parity.vision_cases import FILMS, SHOWN, SIZES
 from PIL import Image
 from refusing import refused
 
-from mlx_qwen35.checkpoint import open_checkpoint
-from mlx_qwen35.hub import resolve
-from mlx_qwen35.preprocess import VisionOptions, image_size, video_size
-from mlx_qwen35.preprocessor_files import read_preprocessor
-from mlx_qwen35.processor import Processor
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.media.preprocess import VisionOptions, image_size, video_size
+from mlx_qwen35.media.preprocessor_files import read_preprocessor
+from mlx_qwen35.prompt.processor import Processor
 
 pillow_processor = pytest.importorskip(
     "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl", reason="needs transformers 5.23"

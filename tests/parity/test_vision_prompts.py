@@ -8,14 +8,14 @@ import pytest
 from parity.cases import Case
 from parity.vision_cases import CASES, GREEDY, ODD, PROMPTS, TINY, TURN, Scene, scenes
 
-from mlx_qwen35.cache import Cache
-from mlx_qwen35.generate import see
-from mlx_qwen35.generate.loop import decode
-from mlx_qwen35.generate.prefill import Row, read
-from mlx_qwen35.model import Model
-from mlx_qwen35.positions import positions
-from mlx_qwen35.prompt import Prompt
-from mlx_qwen35.sampling import Sampler, Sampling
+from mlx_qwen35.cache.cache import Cache
+from mlx_qwen35.engine.generation import see
+from mlx_qwen35.engine.loop import decode
+from mlx_qwen35.engine.prefill import Row, read
+from mlx_qwen35.engine.sampling import Sampler, Sampling
+from mlx_qwen35.model.model import Model
+from mlx_qwen35.prompt.positions import positions
+from mlx_qwen35.prompt.prompt import Prompt
 
 # Of embeddings of images, with a standard deviation of 3; and of logits, 0.2 to 0.3, as in test_logits.py.
 EMBEDDINGS = 3e-5

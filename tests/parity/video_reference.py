@@ -113,7 +113,7 @@ def _film(whole: Any, film: Film, text: str = vision_cases.PLACES, **media: Any)
 def _write(folder: Path) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     library = _import_torchvision()
-    from mlx_qwen35.hub import resolve
+    from mlx_qwen35.checkpoint.hub import resolve
 
     stored, shown = _answers(_processor(resolve("nano")))
     del library

@@ -13,10 +13,10 @@ import numpy as np
 from parity import cases
 from parity.cases import Case
 
-from mlx_qwen35.config import FULL, VisionConfig, parse_config
-from mlx_qwen35.positions import Run
-from mlx_qwen35.preprocess import Media
-from mlx_qwen35.prompt import Placed, Prompt
+from mlx_qwen35.checkpoint.config import FULL, VisionConfig, parse_config
+from mlx_qwen35.media.preprocess import Media
+from mlx_qwen35.prompt.positions import Run
+from mlx_qwen35.prompt.prompt import Placed, Prompt
 
 # Heads of 72 dims as in the 9B and 27B, a table of 7 x 7, and a text model whose sizes and rotary sections differ too.
 _ODD_TOWER = {

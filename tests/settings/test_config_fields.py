@@ -6,8 +6,8 @@ import math
 import pytest
 from refusing import refused
 
-from mlx_qwen35.config import LINEAR, parse_config
-from mlx_qwen35.random_checkpoint import geometry
+from mlx_qwen35.checkpoint.config import LINEAR, parse_config
+from mlx_qwen35.checkpoint.random import geometry
 
 HUGE = 10**8
 

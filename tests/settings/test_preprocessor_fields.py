@@ -6,9 +6,9 @@ import math
 import pytest
 from refusing import refused
 
-from mlx_qwen35.config import parse_config
-from mlx_qwen35.preprocessor_files import read_preprocessor
-from mlx_qwen35.random_checkpoint import geometry
+from mlx_qwen35.checkpoint.config import parse_config
+from mlx_qwen35.checkpoint.random import geometry
+from mlx_qwen35.media.preprocessor_files import read_preprocessor
 
 FILE = {
     "patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,

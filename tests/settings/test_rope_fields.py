@@ -5,9 +5,9 @@ import json
 import pytest
 from refusing import refused
 
-from mlx_qwen35.config import parse_config
+from mlx_qwen35.checkpoint.config import parse_config
+from mlx_qwen35.checkpoint.random import changed, geometry
 from mlx_qwen35.convert.plan import make_plan
-from mlx_qwen35.random_checkpoint import changed, geometry
 
 ROPE = geometry("tiny")["text_config"]["rope_parameters"]
 SECTIONS = {name: ROPE[name] for name in ("mrope_section", "mrope_interleaved")}

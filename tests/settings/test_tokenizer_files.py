@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from refusing import refused
 
-from mlx_qwen35.config import read_config
+from mlx_qwen35.checkpoint.config import read_config
 from mlx_qwen35.convert.files import generation_config
-from mlx_qwen35.processor import Processor
+from mlx_qwen35.prompt.processor import Processor
 
 NANO = Path(str(resources.files("mlx_qwen35") / "nano"))
 MESSAGES = [{"role": "user", "content": "What is 34 + 58?"}]

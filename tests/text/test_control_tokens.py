@@ -13,9 +13,9 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from mlx_qwen35 import Processor
-from mlx_qwen35.config import read_config
-from mlx_qwen35.control import ControlTokens
-from mlx_qwen35.hub import resolve
+from mlx_qwen35.checkpoint.config import read_config
+from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.prompt.control import ControlTokens
 
 FIELDS = (
     "system", "first user", "earlier answer", "user", "answer", "reasoning", "call", "argument name", "argument",

@@ -9,9 +9,9 @@ import pytest
 from refusing import refused
 
 from mlx_qwen35 import Processor, generate, load
-from mlx_qwen35.config import read_config
-from mlx_qwen35.conversation import Conversation
-from mlx_qwen35.hub import resolve
+from mlx_qwen35.checkpoint.config import read_config
+from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.engine.conversation import Conversation
 
 HI = {"role": "user", "content": "Hi"}
 

@@ -4,8 +4,8 @@ import pytest
 from refusing import refused
 
 from mlx_qwen35 import Processor
-from mlx_qwen35.config import read_config
-from mlx_qwen35.hub import resolve
+from mlx_qwen35.checkpoint.config import read_config
+from mlx_qwen35.checkpoint.hub import resolve
 
 
 @pytest.fixture(scope="module")

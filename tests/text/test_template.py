@@ -10,8 +10,8 @@ from refusing import refused
 from transformers import AutoTokenizer
 
 from mlx_qwen35 import Processor
-from mlx_qwen35.config import read_config
-from mlx_qwen35.hub import resolve
+from mlx_qwen35.checkpoint.config import read_config
+from mlx_qwen35.checkpoint.hub import resolve
 
 USER = {"role": "user", "content": "Hi"}
 CITY = {"name": "get_weather", "arguments": {"city": "Köln", "opts": {"a": True}}}

@@ -19,15 +19,16 @@ import pytest
 from PIL import Image
 from refusing import refused
 
-from mlx_qwen35 import VisionOptions, fetch, load, read_image
-from mlx_qwen35.address import not_public
-from mlx_qwen35.commands import given_options
-from mlx_qwen35.conversation import Conversation
-from mlx_qwen35.fetch import fetch as fetch_bytes
-from mlx_qwen35.fetch import name_of
-from mlx_qwen35.generate import __main__ as command
-from mlx_qwen35.generate import start
-from mlx_qwen35.video import FrameSampling, read_video
+from mlx_qwen35 import VisionOptions, load, read_image
+from mlx_qwen35.commands import generate as command
+from mlx_qwen35.commands.common import given_options
+from mlx_qwen35.engine.conversation import Conversation
+from mlx_qwen35.engine.generation import start
+from mlx_qwen35.media import fetch
+from mlx_qwen35.media.address import not_public
+from mlx_qwen35.media.fetch import fetch as fetch_bytes
+from mlx_qwen35.media.fetch import name_of
+from mlx_qwen35.media.video import FrameSampling, read_video
 
 BODY = b"a picture's bytes"
 PUBLIC, ALSO_PUBLIC, PRIVATE = "93.184.215.14", "93.184.215.15", "10.1.2.3"

@@ -12,8 +12,8 @@ from urllib.parse import quote
 import pytest
 import refusing
 
-from mlx_qwen35 import fetch as module
-from mlx_qwen35.fetch import is_remote, name_of
+from mlx_qwen35.media import fetch as module
+from mlx_qwen35.media.fetch import is_remote, name_of
 
 BODY = bytes(range(256)) * 5
 fetch = partial(module.fetch, allow_private_urls=True)  # the server is on this machine

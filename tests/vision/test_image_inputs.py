@@ -17,9 +17,9 @@ import pytest
 import refusing
 from PIL import Image, ImageFile, ImageOps
 
-from mlx_qwen35 import fetch, image
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.image import read_image
+from mlx_qwen35.media import fetch, image
+from mlx_qwen35.media.image import read_image
 
 ORIENTATION = 0x0112
 EXACT = {"PNG": {}, "WEBP": {"lossless": True}, "BMP": {}, "TIFF": {}}  # formats that keep every pixel

@@ -8,11 +8,11 @@ import pytest
 from refusing import refused
 
 from mlx_qwen35 import VisionOptions
-from mlx_qwen35.config import parse_config
-from mlx_qwen35.memory import machine_pixels
-from mlx_qwen35.preprocess import Media, Preprocessor
-from mlx_qwen35.preprocessor_files import read_preprocessor
-from mlx_qwen35.random_checkpoint import geometry
+from mlx_qwen35.checkpoint.config import parse_config
+from mlx_qwen35.checkpoint.random import geometry
+from mlx_qwen35.machine.memory import machine_pixels
+from mlx_qwen35.media.preprocess import Media, Preprocessor
+from mlx_qwen35.media.preprocessor_files import read_preprocessor
 
 COMMON = {
     "patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
@@ -34,7 +34,7 @@ def size(media: Media) -> tuple[int, int]:
 
 @pytest.fixture
 def with_memory(monkeypatch):
-    return lambda usable: monkeypatch.setattr("mlx_qwen35.memory.usable_bytes", lambda: usable)
+    return lambda usable: monkeypatch.setattr("mlx_qwen35.machine.memory.usable_bytes", lambda: usable)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from PIL import Image
 from refusing import refused
 
 from mlx_qwen35 import Processor, VisionOptions
-from mlx_qwen35.config import read_config
-from mlx_qwen35.hub import resolve
-from mlx_qwen35.positions import Run, positions
+from mlx_qwen35.checkpoint.config import read_config
+from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.prompt.positions import Run, positions
 
 RED = Image.new("RGB", (64, 64), (220, 30, 30))
 BLUE = Image.new("RGB", (64, 64), (40, 70, 225))

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 from refusing import refused
 
-from mlx_qwen35.image import read_image
+from mlx_qwen35.media.image import read_image
 
 WIDTH, HEIGHT = 61, 3  # rows of 12 bits a sample end within a byte
 DEFLATE = 8

@@ -11,15 +11,16 @@ import pytest
 from PIL import Image
 from refusing import refused
 
-from mlx_qwen35 import Model, Processor, VisionOptions, batch_generate, commands, generate, load, stream_generate
-from mlx_qwen35 import chat as chat_command
-from mlx_qwen35.checkpoint import VISION, open_checkpoint
-from mlx_qwen35.conversation import Conversation
+from mlx_qwen35 import Model, Processor, VisionOptions, batch_generate, generate, load, stream_generate
+from mlx_qwen35.checkpoint.checkpoint import VISION, open_checkpoint
+from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.commands import chat as chat_command
+from mlx_qwen35.commands import common as commands
+from mlx_qwen35.commands import generate as generate_command
 from mlx_qwen35.convert import convert
-from mlx_qwen35.generate import __main__ as generate_command
-from mlx_qwen35.generate import see, start
-from mlx_qwen35.hub import resolve
-from mlx_qwen35.vision import Tower
+from mlx_qwen35.engine.conversation import Conversation
+from mlx_qwen35.engine.generation import see, start
+from mlx_qwen35.model.vision import Tower
 
 PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
 SHAPES, TRIANGLE, MOVING = (PICTURES / name for name in ("shapes.png", "triangle.png", "moving.mp4"))
@@ -99,7 +100,7 @@ def test_embeddings_must_be_as_many_as_placeholders(nano):
     model, processor = nano
     prompt = processor.encode_messages([{"role": "user", "content": [part(SHAPES)]}])
     (row,) = see(model, [prompt])
-    from mlx_qwen35.generate.prefill import read
+    from mlx_qwen35.engine.prefill import read
 
     for wrong in (row.embeddings[:3], mx.concatenate([row.embeddings] * 2), None):
         with refused("embeddings_mismatch"):
@@ -305,7 +306,7 @@ def next_position(nano, messages) -> list[int]:
     """Where the tokens of a conversation stand when it is read at once."""
     prompt = nano[1].encode_messages(messages, add_generation_prompt=False, enable_thinking=False)
     cache = nano[0].make_cache()
-    from mlx_qwen35.generate.prefill import read
+    from mlx_qwen35.engine.prefill import read
 
     read(nano[0], cache, see(nano[0], [prompt]), 512)
     return cache.next_positions
@@ -503,7 +504,7 @@ def test_chat_takes_names_as_they_are_quoted_or_dropped(talk, tmp_path):
 
 
 def test_chat_keeps_an_image_when_the_message_is_interrupted_before_it_is_taken(talk, monkeypatch):
-    from mlx_qwen35 import conversation
+    from mlx_qwen35.engine import conversation
 
     reads = iter([KeyboardInterrupt()])
     read = conversation.read

@@ -16,11 +16,11 @@ from PIL import Image
 from refusing import refused
 from vision import clips
 
-from mlx_qwen35 import video_file
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.structure import find_damage
-from mlx_qwen35.video import Clip, FrameSampling, read_video
-from mlx_qwen35.video_file import Packets, VideoFile
+from mlx_qwen35.media import container as video_file
+from mlx_qwen35.media.container import Packets, VideoFile
+from mlx_qwen35.media.container_check import find_damage
+from mlx_qwen35.media.video import Clip, FrameSampling, read_video
 
 TWO_A_SECOND = FrameSampling(2, None, 2, 768)
 FIRST = {"movflags": "faststart"}  # the index before the frames, as in files made for the web

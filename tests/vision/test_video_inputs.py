@@ -14,10 +14,10 @@ from PIL import Image
 from refusing import refused
 from vision import clips
 
-from mlx_qwen35 import video as module
-from mlx_qwen35.video import Clip, FrameSampling, read_video, resize
-from mlx_qwen35.video_file import VideoFile
-from mlx_qwen35.video_frame import upright_rgb
+from mlx_qwen35.media import video as module
+from mlx_qwen35.media.container import VideoFile
+from mlx_qwen35.media.video import Clip, FrameSampling, read_video, resize
+from mlx_qwen35.media.video_frame import upright_rgb
 
 ALL = FrameSampling(None, None, 2, 1000)
 CONTAINERS = {

@@ -1,0 +1,253 @@
+"""What a model takes of a machine's memory, from a checkpoint's headers: the plan that loading and generating keep to.
+
+GB are 10^9 bytes. MLX's own limit only makes it wait, and an allocation goes through all the same: the plan guards.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_qwen35.budget.chunk import chunk_length, contexts_up_to, reading_bytes
+from mlx_qwen35.cache.layer import KVCache
+from mlx_qwen35.checkpoint.checkpoint import TEXT, VISION, Checkpoint, mtp_shapes, text_shapes, vision_shapes
+from mlx_qwen35.checkpoint.config import FULL, LINEAR, TextConfig
+from mlx_qwen35.checkpoint.tensors import DTYPE_BYTES
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.kernels.attention import attention_way
+from mlx_qwen35.kernels.quantized_linear import SLICE
+from mlx_qwen35.machine.chip import TUNED, Chip, CommandBuffers, command_buffers, parse_chip, this_chip
+from mlx_qwen35.machine.memory import buffer_bytes, reading_room, usable_bytes
+from mlx_qwen35.model.vision import working_bytes
+
+SAMPLING_ARRAYS = 8  # float32, of the vocabulary's size, while a token is drawn
+WORKING_SET = 2 / 3  # of a Mac's memory: what macOS recommends for the GPU up to 32 GB
+PACKED = 1 / 3.3  # of the bytes of 16-bit weights: what the recipe 4bit leaves of them
+SHORT = 256  # tokens of a context without which a model is of no use
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan depends on beside the checkpoint. way: see `attention_way`."""
+
+    name: str
+    limit: int  # bytes for a model
+    dtype: mx.Dtype  # of activations and unpacked weights
+    way: str
+    chip: Chip | None = None
+    buffers: CommandBuffers | None = None
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.way == "cpu"
+
+    @property
+    def kept(self) -> int:
+        """Bytes of freed buffers that MLX keeps; on the CPU it keeps none."""
+        return 0 if self.on_cpu else buffer_bytes(self.limit)
+
+
+def this_machine(config: TextConfig, dtype: mx.Dtype) -> Machine:
+    chip = None if mx.default_device() == mx.cpu else this_chip()
+    buffers = command_buffers(chip) if chip else None
+    return Machine("this machine", usable_bytes(), dtype, attention_way(config.head_dim, dtype), chip, buffers)
+
+
+def mac(gigabytes: int, dtype: mx.Dtype = mx.float16) -> Machine:
+    """A Mac with an M1 and so much memory."""
+    return Machine(
+        f"M1, {gigabytes} GB", int(WORKING_SET * gigabytes * 2**30), dtype, "fused", parse_chip("Apple M1"),
+        CommandBuffers(*TUNED.values()),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of each part, and how many tokens are read at a time."""
+
+    machine: Machine
+    context: int
+    chunk: int
+    weights: int
+    drafts: int  # of the draft head (MTP), where it is on
+    kv: int
+    state: int  # DeltaNet's, as it was before a chunk and as it becomes; with drafts, after each token of a step
+    reading: int
+    sampling: int
+    buffers: int  # freed ones, which MLX keeps
+    tower: int
+    encoding: int  # of an image, beside the tower
+
+    @property
+    def text(self) -> int:
+        """The most that is in memory while a prompt of text is read and answered."""
+        return self.weights + self.drafts + self.kv + self.state + max(self.reading, self.sampling) + self.buffers
+
+    @property
+    def image(self) -> int:
+        """The most in a first turn with an image: its encoding comes before any keys and values."""
+        return max(self.text, self.weights + self.drafts + self.state // 2 + self.tower + self.encoding + self.buffers)
+
+    @property
+    def fits(self) -> bool:
+        return self.text <= self.machine.limit
+
+
+def plan_memory(
+    checkpoint: Checkpoint,
+    machine: Machine,
+    context: int,
+    *,
+    pixels: int = 0,
+    chunk: int | None = None,
+    mtp: int = 0,
+) -> MemoryPlan:
+    """The plan of one conversation up to `context` tokens.
+
+    pixels: height x width of an image in it. chunk: tokens read at a time; None: what suits the machine. mtp: how many
+    tokens are drafted at a time; 0: the draft head is not loaded.
+    """
+    text, size = checkpoint.config.text, machine.dtype.size
+    tower = encoding = 0
+    if pixels and checkpoint.has(VISION):
+        vision = checkpoint.config.vision
+        tower = loaded_bytes(checkpoint, names(checkpoint, vision_shapes(vision)), machine.dtype)
+        patches = -(-pixels // vision.patch_size**2)
+        encoding = working_bytes(vision, machine.dtype, patches, machine.way)
+        encoding += patches // vision.spatial_merge_size**2 * vision.out_hidden_size * size
+    if chunk is None:
+        room = reading_room(machine.limit)
+        chunk = chunk_length(text, context, room, size, machine.way, machine.chip, machine.buffers)
+    drafts = names(checkpoint, mtp_shapes(text)) if mtp else []
+    return MemoryPlan(
+        machine, context, chunk,
+        weights=loaded_bytes(checkpoint, names(checkpoint, text_shapes(text)), machine.dtype),
+        drafts=loaded_bytes(checkpoint, drafts, machine.dtype),
+        kv=kv_bytes(text, context, size, text.mtp_num_hidden_layers if mtp else 0),
+        state=2 * (1 + mtp) * state_bytes(text, size),
+        reading=most_reading_bytes(checkpoint, machine, context, chunk),
+        sampling=SAMPLING_ARRAYS * 4 * text.vocab_size,
+        buffers=machine.kept,
+        tower=tower,
+        encoding=encoding,
+    )  # fmt: skip
+
+
+def names(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """The tensors of the folder that stand for these, of those that are there."""
+    return [name for name, _ in checkpoint.part(shapes) if name in checkpoint.entries]
+
+
+def loaded_bytes(checkpoint: Checkpoint, tensors: list[str], dtype: mx.Dtype) -> int:
+    """Bytes of these tensors in memory: packed ones as on disk, those that stay float32 in that, the rest in dtype.
+
+    Those of a file with float64 are all there in float32 before the first is cast.
+    """
+    total = 0
+    for name in tensors:
+        entry = checkpoint.entries[name]
+        if entry.dtype.startswith("U"):
+            total += entry.nbytes
+        else:
+            total += entry.nbytes // DTYPE_BYTES[entry.dtype] * (dtype.size if takes_dtype(name) and entry.lazy else 4)
+    return total
+
+
+def takes_dtype(name: str) -> bool:
+    """Whether a tensor is cast to the model's dtype, as matrices are; norms, convolutions and gates are float32."""
+    if name.startswith(VISION):
+        return not name.endswith("pos_embed.weight")
+    return not name.endswith(("norm.weight", "conv1d.weight", "A_log", "dt_bias"))
+
+
+def kv_bytes(config: TextConfig, context: int, itemsize: int, drafting_layers: int = 0) -> int:
+    """Keys and values of so many tokens, one row, in the steps in which a cache grows; with those of a draft head."""
+    columns = -(-context // KVCache.STEP) * KVCache.STEP
+    _, Hk, D, _ = config.attention_heads
+    return 2 * (config.layer_types.count(FULL) + drafting_layers) * columns * Hk * D * itemsize
+
+
+def state_bytes(config: TextConfig, itemsize: int) -> int:
+    """State and window of all DeltaNet layers, one row."""
+    _, Hv, Dk, Dv, K = config.delta_heads
+    return config.layer_types.count(LINEAR) * (4 * Hv * Dv * Dk + (K - 1) * config.conv_dim * itemsize)
+
+
+def most_reading_bytes(checkpoint: Checkpoint, machine: Machine, context: int, chunk: int) -> int:
+    """What reading takes at its worst on the way to this context; on the CPU packed matrices are unpacked for it."""
+    text, size = checkpoint.config.text, machine.dtype.size
+    contexts = [*(S for S in contexts_up_to(context) if context > S), context]
+    most = max(reading_bytes(text, min(chunk, S), S, size, machine.way) for S in contexts)
+    if not machine.on_cpu or not checkpoint.quantization(f"{TEXT}layers.0.mlp.gate_proj.weight"):
+        return most
+    return most + 4 * 4 * min(SLICE, text.intermediate_size * text.hidden_size)
+
+
+# --- the guard -------------------------------------------------------------------------------------------------------
+
+
+def check_model_fits(checkpoint: Checkpoint, dtype: mx.Dtype, name: str) -> None:
+    """Refuse a model that leaves no room for even a short context, before anything is read; say what would fit."""
+    text = checkpoint.config.text
+    plan = plan_memory(checkpoint, this_machine(text, dtype), SHORT)
+    if plan.fits:
+        return
+    need = f"{name} needs {_gb(plan.text)}, of which {_gb(plan.weights)} are its text weights"
+    has = f"a model may take {_gb(plan.machine.limit)}"
+    fits_packed = plan.text - plan.weights * (1 - PACKED) <= plan.machine.limit
+    if checkpoint.raw and not checkpoint.config.quantization and fits_packed:
+        raise InputError(
+            "memory_exceeded",
+            f"{need}; {has}. Convert it to 4 bit, about 3 times smaller:\n  mlx_qwen35.convert --hf-path {name} "
+            f"--mlx-path {name.rstrip('/').split('/')[-1]}-4bit --recipe 4bit",
+        )
+    raise InputError(
+        "memory_exceeded", f"{need}; {has}. Choose a folder with fewer bits, or a smaller model of the family"
+    )
+
+
+def _gb(count: float) -> str:
+    """Bytes as one reads them: 3.1 GB, of small models 0.0031 GB."""
+    return f"{count / 1e9:.{1 if count >= 1e8 else 4}f} GB"
+
+
+def check_tower_fits(config: TextConfig, dtype: mx.Dtype, tower_bytes: int) -> None:
+    """Refuse to load the vision tower where it leaves no room beside the model, before anything is read."""
+    machine, used = this_machine(config, dtype), mx.get_active_memory()
+    limit = machine.limit
+    if used + tower_bytes + machine.kept > limit:
+        raise InputError(
+            "memory_exceeded",
+            f"the vision tower needs {_gb(tower_bytes)}; a model may take {_gb(limit)}, of "
+            f"which {_gb(used)} are in use. Choose a folder with fewer bits, or shorten the conversation",
+        )
+
+
+def most_depth(config: TextConfig, dtype: mx.Dtype, head_bytes: int, rows: int, depth: int) -> int:
+    """How many tokens, up to `depth`, may be drafted at a time in what memory is left; 0: there is no room for drafts.
+
+    head_bytes: what the draft head will take, 0 once it is there.
+    """
+    machine = this_machine(config, dtype)
+    once = reading_room(machine.limit) + rows * SAMPLING_ARRAYS * 4 * config.vocab_size + machine.kept
+    once += rows * kv_bytes(config, SHORT, dtype.size, config.mtp_num_hidden_layers)
+    free = machine.limit - mx.get_active_memory() - once - head_bytes
+    fitting = (n for n in range(depth, 0, -1) if rows * 2 * (1 + n) * state_bytes(config, dtype.size) <= free)
+    return next(fitting, 0)
+
+
+def most_tokens(
+    config: TextConfig, dtype: mx.Dtype, chunk: int, cached: int, rows: int, depth: int = 0, head_bytes: int = 0
+) -> int:
+    """How many columns a cache of so many rows may grow to in what memory is left; `cached` are there already.
+
+    depth: tokens drafted at a time, at most; head_bytes: what the draft head will take, 0 once it is there.
+    """
+    machine = this_machine(config, dtype)
+    reading = reading_bytes(config, chunk * rows, cached + chunk, dtype.size, machine.way)
+    once = max(reading, rows * SAMPLING_ARRAYS * 4 * config.vocab_size)
+    state = rows * (1 + 2 * depth) * state_bytes(config, dtype.size)
+    free = machine.limit - mx.get_active_memory() - once - state - machine.kept - head_bytes
+    step = rows * kv_bytes(config, KVCache.STEP, dtype.size, config.mtp_num_hidden_layers if depth else 0)
+    if not step:
+        return config.max_position_embeddings
+    return cached + KVCache.STEP * int(max(0, free) // step)

@@ -1,0 +1,281 @@
+"""A checkpoint folder as it lies on disk: which tensors there must be, under which names, in which layout.
+
+Everything here works from the safetensors headers; no tensor is read before it is asked for, but for a logits matrix
+that may repeat the embedding.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+from mlx_qwen35.checkpoint import draft_head as sidecar
+from mlx_qwen35.checkpoint import foreign
+from mlx_qwen35.checkpoint.config import Config, read_config
+from mlx_qwen35.checkpoint.folder import INDEX as INDEX
+from mlx_qwen35.checkpoint.folder import check_folder, safetensors_files, shorten
+from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION, head_name, hugging_face_name, is_spare, is_zero_centred
+from mlx_qwen35.checkpoint.shapes import is_matrix, mtp_shapes, text_shapes, vision_shapes
+from mlx_qwen35.checkpoint.tensors import FLOATS, Entry, open_arrays, read_header, same_numbers
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.quantization import MODES as MODES
+from mlx_qwen35.quantization import Quantization
+
+# Our converter rounds a float32 tensor in place, where other programs read it, and keeps the exact one under this
+# prefix, which they pass over (everything named mtp.* is dropped by transformers, mlx-lm and mlx-vlm alike).
+EXACT = "mtp.float32."
+BLOCK_SCALES = "_scale_inv"  # after the name of an FP8 weight: one factor for each block of it
+_HEAD, _EMBEDDING = "lm_head.", f"{TEXT}embed_tokens."
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder whose headers were read and found whole: every tensor there, of the right shape, in a known layout.
+
+    `entries` is keyed by Hugging Face names; `exact` holds the float32 originals of some of them, `block_scales` the
+    factors of FP8 weights. `raw` says that conv1d is [C, 1, K] and norm weights are gamma - 1, as Hugging Face stores
+    them; otherwise an MLX program moved the axis and added the one. `head` is what config.json says of the draft head;
+    `head_fault` is why the one that lies beside the trunk is left out, a sentence.
+    """
+
+    folder: Path
+    config: Config
+    entries: Mapping[str, Entry]
+    exact: Mapping[str, Entry]
+    raw: bool
+    block_scales: Mapping[str, Entry] = field(default_factory=dict)
+    head: sidecar.Declared = field(default_factory=sidecar.Declared)
+    head_fault: str | None = None
+
+    @cached_property
+    def _quantization(self) -> dict[str, Quantization]:
+        values = {} if "quant_method" in self.config.quantization else self.config.quantization
+        overrides = {hugging_face_name(f"{k}."): sidecar.form(v) for k, v in values.items() if isinstance(v, dict)}
+        found = {}
+        for module in (name.removesuffix("scales") for name in self.entries if name.endswith(".scales")):
+            default = sidecar.form(values) | (self.head.packing if module.startswith(MTP) else {})
+            if how := default | overrides.get(module, {}) | self.head.overrides.get(module, {}):
+                found[module] = Quantization(**{"group_size": None, "bits": None, "mode": "affine"} | how)
+        return found
+
+    def quantization(self, weight: str) -> Quantization | None:
+        """How the weight of this name is packed, None when it is not."""
+        return self._quantization.get(weight.removesuffix("weight"))
+
+    @cached_property
+    def _head_is_raw(self) -> bool:
+        told = {name: entry for name, entry in self.entries.items() if sidecar.tells(name)}
+        return sidecar.norms_are_raw(open_arrays(told), self.head.raw)
+
+    def is_folded(self, name: str) -> bool:
+        """Whether the tensor of this name is a norm to which the one was added; for the head's, some are looked at."""
+        if self.raw or not is_zero_centred(name):
+            return False
+        return not (name.startswith(MTP) and self._head_is_raw)
+
+    def has(self, prefix: str) -> bool:
+        return any(name.startswith(prefix) for name in self.entries)
+
+    def part(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and stored shape of everything that stands for the given tensors in this folder's layout."""
+        for name, shape in shapes.items():
+            packed = self.quantization(name) if is_matrix(name, shape) else None
+            if packed:
+                for suffix, size in packed.parts(shape).items():
+                    yield name.removesuffix("weight") + suffix, size
+            elif not self.raw and name.endswith("conv1d.weight"):
+                yield name, (shape[0], shape[2], shape[1])
+            elif not self.raw and name.endswith("patch_embed.proj.weight"):
+                yield name, (shape[0], *shape[2:], shape[1])
+            else:
+                yield name, shape
+
+    def nbytes(self, prefixes: tuple[str, ...] = (TEXT, "lm_head.")) -> int:
+        """Bytes on disk of the tensors whose names start with one of the prefixes; by default the text model's."""
+        return sum(entry.nbytes for name, entry in self.entries.items() if name.startswith(prefixes))
+
+
+def open_checkpoint(folder: Path, *, fp8: bool = False) -> Checkpoint:
+    """Read config and headers of a checkpoint folder and check them against each other; no weights are read.
+
+    fp8: accept FP8 weights with block scales, which can only be converted. Raises InputError that lists what is
+    missing, unexpected or misshapen, or says which rule the folder breaks; a draft head beside the trunk is optional.
+    A logits matrix that is stored beside a tied embedding is compared with it: one that differs makes the model untied.
+    """
+    check_folder(folder)
+    config = read_config(folder)
+    entries = _passing_over(_named(folder), config)
+    config, entries = _settle_head(config, entries)
+    exact = {name.removeprefix(EXACT): entries.pop(name) for name in list(entries) if name.startswith(EXACT)}
+    if stray := [
+        name
+        for name, entry in exact.items()
+        if name not in entries or (entries[name].shape, "F32") != (entry.shape, entry.dtype)
+    ]:
+        raise InputError(
+            "tensors_mismatch",
+            f"{folder}: {EXACT}* must repeat tensors of the folder in float32; not so: {shorten(stray)}",
+        )
+    scales = {name: entries.pop(name) for name in list(entries) if name.endswith(BLOCK_SCALES)}
+    if scales and not fp8:
+        raise InputError(
+            "fp8_not_runnable",
+            f"{folder} holds FP8 weights with block scales, which MLX does not compute with. Convert it first: "
+            f"mlx_qwen35.convert --hf-path {folder} --mlx-path OUT",
+        )
+    scales = {name.removesuffix(BLOCK_SCALES): entry for name, entry in scales.items()}
+    has_head = any(name.startswith(MTP) for name in entries)
+    head = sidecar.declared(folder) if has_head else sidecar.Declared()
+    checkpoint = Checkpoint(folder, config, entries, exact, _is_raw(folder, config, entries), scales, head)
+    _check_tensors(checkpoint)
+    return checkpoint if has_head or not config.text.mtp_num_hidden_layers else _with_head(checkpoint)
+
+
+def _named(folder: Path) -> dict[str, Entry]:
+    """All tensors of the trunk's files by Hugging Face names."""
+    entries: dict[str, Entry] = {}
+    for file in safetensors_files(folder):
+        for stored, entry in read_header(file).items():
+            name = hugging_face_name(stored)
+            if name in entries:
+                raise InputError(
+                    "tensor_duplicate",
+                    f"{folder}: {name} is there twice, in {entries[name].file.name} and in {file.name}",
+                )
+            entries[name] = entry
+    return entries
+
+
+def _passing_over(entries: Mapping[str, Entry], config: Config) -> dict[str, Entry]:
+    """The tensors without spare ones and without those of parts that the configuration does not have."""
+    absent = () if config.vision else (VISION,)
+    absent += () if config.text.mtp_num_hidden_layers else (MTP,)
+    return {
+        name: entry
+        for name, entry in entries.items()
+        if name.startswith(EXACT) or not (is_spare(name) or name.startswith(absent))
+    }
+
+
+def _settle_head(config: Config, entries: Mapping[str, Entry]) -> tuple[Config, dict[str, Entry]]:
+    """Configuration and tensors once it is known whether the logits matrix is the embedding.
+
+    Where they are tied, one of the two stands for both, whichever is stored. Where both are and their numbers differ,
+    both are used and the model is untied, whatever the configuration says, as in transformers.
+    """
+    head = {name.removeprefix(_HEAD): entry for name, entry in entries.items() if name.startswith(_HEAD)}
+    if not head or not config.text.tie_word_embeddings:
+        return config, dict(entries)
+    embedding = {name.removeprefix(_EMBEDDING): e for name, e in entries.items() if name.startswith(_EMBEDDING)}
+    rest = {name: entry for name, entry in entries.items() if not name.startswith(_HEAD)}
+    if not embedding:
+        return config, {_EMBEDDING + part: entry for part, entry in head.items()} | rest
+    if set(head) == set(embedding) and all(same_numbers(entry, embedding[part]) for part, entry in head.items()):
+        return config, rest
+    return replace(config, text=replace(config.text, tie_word_embeddings=False)), dict(entries)
+
+
+def _with_head(trunk: Checkpoint) -> Checkpoint:
+    """The folder with the draft head beside its trunk, or without it and with the reason why it cannot be used."""
+    file = None
+    try:
+        head = sidecar.declared(trunk.folder)
+        if (file := sidecar.find(trunk.folder, head.file)) is None:
+            return trunk
+        own = {
+            head_name(stored): entry
+            for stored, entry in read_header(file).items()
+            if not (sidecar.is_shared(stored) or is_spare(stored))
+        }
+        whole = replace(trunk, entries={**trunk.entries, **own}, head=head)
+        if misfits := _misfits(own, dict(whole.part(mtp_shapes(trunk.config.text))), most=2):
+            raise InputError("tensors_mismatch", "; ".join(misfits))
+        _refuse_dtypes(whole, _wrong_dtypes(whole, own))
+        return whole
+    except (InputError, OSError) as error:
+        where = f"in {file.relative_to(trunk.folder)}" if file else "beside the trunk"
+        return replace(trunk, head_fault=f"the draft head {where} cannot be used: {error}")
+
+
+def _is_raw(folder: Path, config: Config, entries: Mapping[str, Entry]) -> bool:
+    """Raw or converted, decided by the layout of conv1d; means of norm weights are no evidence."""
+    kernel = config.text.linear_conv_kernel_dim
+    layouts = {
+        entry.shape[1:] == (1, kernel)
+        for name, entry in entries.items()
+        if name.startswith(TEXT) and name.endswith("conv1d.weight") and len(entry.shape) == 3
+    }
+    if len(layouts) == 2:
+        raise InputError(
+            "layout_mixed", f"{folder} mixes conv1d weights of both layouts, [C, 1, {kernel}] and [C, {kernel}, 1]"
+        )
+    raw = layouts.pop() if layouts else True
+    tag = config.format_tag
+    if tag is not None:
+        if tag != {**tag, "format": 1, "norms": "zero-centred"}:
+            raise InputError(
+                "layout_tag_unsupported",
+                f"{folder}: its mlx_qwen35 tag must say format 1 and norms 'zero-centred', got {tag}. A newer "
+                "version of this program may have written it: update",
+            )
+        if not raw:
+            raise InputError(
+                "layout_tag_contradicted",
+                f"{folder}: its mlx_qwen35 tag says that norms are zero-centred and conv1d is [C, 1, {kernel}], but "
+                f"conv1d is [C, {kernel}, 1]: the folder was rewritten by another program. Convert the original again",
+            )
+    return raw
+
+
+def _check_tensors(checkpoint: Checkpoint) -> None:
+    config = checkpoint.config
+    expected = dict(checkpoint.part(text_shapes(config.text)))
+    if checkpoint.has(VISION) and config.vision:
+        expected |= checkpoint.part(vision_shapes(config.vision))
+    if checkpoint.has(MTP):
+        expected |= checkpoint.part(mtp_shapes(config.text))
+    misfits, wrong = _misfits(checkpoint.entries, expected), _wrong_dtypes(checkpoint, checkpoint.entries)
+    if (misfits or wrong) and not checkpoint.block_scales:
+        unexpected = [name for name in checkpoint.entries if name not in expected]
+        foreign.refuse(checkpoint.folder, unexpected, {checkpoint.entries[name].dtype for name in wrong})
+    if misfits:
+        raise InputError(
+            "tensors_mismatch",
+            "\n  ".join([f"the tensors of {checkpoint.folder} do not fit its config.json:", *misfits]),
+        )
+    _refuse_dtypes(checkpoint, wrong)
+
+
+def _wrong_dtypes(checkpoint: Checkpoint, entries: Mapping[str, Entry]) -> dict[str, tuple[str, ...]]:
+    """Name -> the dtypes that it may be stored in, of these tensors that are stored in another one."""
+    offered = {}
+    for name in entries:
+        stem, _, part = name.rpartition(".")
+        how = checkpoint.quantization(f"{stem}.weight")
+        if how and part in ("weight", "scales", "biases"):
+            offered[name] = ("U32",) if part == "weight" else how.scale_dtypes
+        elif name not in checkpoint.block_scales:
+            offered[name] = FLOATS
+    return {name: dtypes for name, dtypes in offered.items() if entries[name].dtype not in dtypes}
+
+
+def _refuse_dtypes(checkpoint: Checkpoint, wrong: Mapping[str, tuple[str, ...]]) -> None:
+    for name, dtypes in wrong.items():
+        raise InputError(
+            "dtype_unsupported",
+            f"weights must be floating point numbers or packed by an MLX program; {name} is "
+            f"{checkpoint.entries[name].dtype} and should be {' or '.join(dtypes)}. Give the original checkpoint",
+        )
+
+
+def _misfits(entries: Mapping[str, Entry], expected: Mapping[str, tuple[int, ...]], most: int = 8) -> list[str]:
+    problems = {
+        "missing": [name for name in expected if name not in entries],
+        "unexpected": [name for name in entries if name not in expected],
+        "misshapen": [
+            f"{name} {list(entries[name].shape)} instead of {list(shape)}"
+            for name, shape in expected.items()
+            if name in entries and entries[name].shape != shape
+        ],
+    }
+    return [f"{len(names)} {kind}: {shorten(names, most)}" for kind, names in problems.items() if names]

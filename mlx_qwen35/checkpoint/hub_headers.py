@@ -1,0 +1,143 @@
+"""What a repository on the hub holds, from its headers: a model is judged before its gigabytes are downloaded.
+
+A folder of headers looks like the snapshot to all that reads no weights. A file of weights has its header and its
+length there; the rest is a hole that takes no room on the disk. It is temporary, and never in the hub's cache.
+"""
+
+import fnmatch
+import struct
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+
+from mlx_qwen35.checkpoint import draft_head as sidecar
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.tensors import HEADER_BYTES
+from mlx_qwen35.errors import InputError
+
+SMALL = 1 << 20  # bytes of a JSON file that is fetched whole: config.json, an index; no tokenizer's vocabulary
+_MOST_PADDING = 1 << 27
+_AT_A_TIME = 8  # requests, as huggingface_hub has it
+_TIMEOUT = 30  # seconds without an answer
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a repository: its path there, its address, its bytes."""
+
+    path: str
+    url: str
+    nbytes: int
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Bytes start <= i < stop, and nothing beyond. OSError where the server does not send them."""
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        data = bytearray()
+        with get_session().stream("GET", self.url, headers=headers, timeout=_TIMEOUT) as response:
+            if response.is_error:
+                response.read()
+            hf_raise_for_status(response)
+            if start and response.status_code != 206:
+                raise OSError(f"the server sends no parts of files, asked for a part of {self.path}")
+            for piece in response.iter_bytes():
+                data += piece
+                if len(data) >= stop - start:  # a server that sends everything is left here
+                    break
+        if len(data) < stop - start:
+            raise OSError(f"{self.path} ended after {start + len(data)} of {self.nbytes} bytes")
+        return bytes(data[: stop - start])
+
+
+def list_files(repository: str, revision: str | None, patterns: tuple[str, ...]) -> tuple[str, list[RemoteFile]]:
+    """The commit that a revision stands for, and the files there whose paths match one of the patterns.
+
+    Raises what huggingface_hub raises.
+    """
+    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
+
+    info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=_TIMEOUT)
+    files = []
+    for item in info.siblings or ():
+        path = PurePosixPath(item.rfilename)
+        if (
+            "\0" in item.rfilename
+            or path.is_absolute()
+            or ".." in path.parts
+            or not any(fnmatch.fnmatch(str(path), p) for p in patterns)
+        ):
+            continue
+        url = hf_hub_url(repository, str(path), revision=info.sha)
+        files.append(RemoteFile(str(path), url, get_hf_file_metadata(url).size if item.size is None else item.size))
+    return info.sha, files
+
+
+def in_cache(repository: str, commit: str, files: list[RemoteFile]) -> bool:
+    """Whether all of the files are in huggingface_hub's cache, so that nothing is left to download."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = (try_to_load_from_cache(repository, file.path, revision=commit) for file in files)
+    return all(isinstance(path, str) and Path(path).is_file() for path in found)
+
+
+@contextmanager
+def folder_of_headers(repository: str, files: list[RemoteFile]) -> Iterator[Path]:
+    """A folder with the headers of the files, until the block ends; in errors and warnings of the block it has the
+    repository's name. Raises what the HTTP library raises, and InputError where a header is damaged.
+    """
+    with TemporaryDirectory(prefix="mlx_qwen35-headers-") as place:
+        folder = Path(place).resolve()
+        with warnings.catch_warnings(record=True) as told:
+            try:
+                with ThreadPoolExecutor(_AT_A_TIME) as pool:
+                    list(pool.map(lambda file: _write(file, folder / file.path), files))
+                _write_norms(folder, files)
+                yield folder
+            except InputError as error:
+                raise InputError(error.code, str(error).replace(str(folder), repository)) from error
+        for warning in told:
+            warnings.warn(str(warning.message).replace(str(folder), repository), warning.category, stacklevel=4)
+
+
+def _write(file: RemoteFile, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    json = target.suffix == ".json"
+    if json and file.nbytes <= SMALL:
+        target.write_bytes(file.read(0, file.nbytes) if file.nbytes else b"")
+    elif json and file.nbytes <= _MOST_PADDING:  # its length counts in what a conversion writes; it is read as empty
+        target.write_bytes(b"{}".ljust(file.nbytes))
+    elif target.suffix == ".safetensors":
+        _write_header(file, target)
+    else:
+        _hole(target, b"", file.nbytes)
+
+
+def _write_header(file: RemoteFile, target: Path) -> None:
+    length = struct.unpack("<Q", file.read(0, 8))[0] if file.nbytes >= 8 else 0
+    if not 0 < length <= min(file.nbytes - 8, HEADER_BYTES):
+        _hole(target, struct.pack("<Q", length), file.nbytes)  # as damaged as it is there
+        return
+    _hole(target, file.read(0, 8 + length), file.nbytes)
+
+
+def _write_norms(folder: Path, files: list[RemoteFile]) -> None:
+    """The few numbers that are looked at beside the headers: they tell in which form a draft head is stored."""
+    checkpoint = open_checkpoint(folder, fp8=True)
+    if checkpoint.raw:
+        return
+    remote = {folder / file.path: file for file in files}
+    for entry in (entry for name, entry in checkpoint.entries.items() if sidecar.tells(name)):
+        with entry.file.open("r+b") as stream:
+            stream.seek(entry.start)
+            stream.write(remote[entry.file].read(entry.start, entry.start + entry.nbytes))
+
+
+def _hole(target: Path, begin: bytes, nbytes: int) -> None:
+    with target.open("wb") as stream:
+        stream.write(begin[:nbytes])
+        stream.truncate(nbytes)

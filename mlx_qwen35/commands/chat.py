@@ -1,0 +1,154 @@
+"""The command mlx_qwen35.chat: an interactive conversation in the terminal."""
+
+import argparse
+import shlex
+import sys
+from typing import Any
+
+from mlx_qwen35.commands.common import (
+    Parser,
+    add_generation_options,
+    add_model_options,
+    add_sampling_options,
+    add_version,
+    add_vision_options,
+    as_command,
+    given_options,
+    load_model,
+    print_media,
+    print_pieces,
+    require_model,
+    tell_cut,
+)
+from mlx_qwen35.commands.progress import Step
+from mlx_qwen35.commands.streams import MARK, standard_input
+from mlx_qwen35.engine.conversation import Conversation
+from mlx_qwen35.engine.generation import Result
+from mlx_qwen35.errors import InputError
+
+COMMAND = "mlx_qwen35.chat"
+HELP = """\
+/image F show the image F (a file or URL) with the next message; again for more
+/video F show the clip F (a file, URL or folder of pictures)
+/drop    show none of them after all
+/reset   forget the conversation
+/exit    leave (so does Ctrl-D)
+/help    this list
+Ctrl-C   stop the answer; what was written stays in the conversation"""
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = Parser(prog=COMMAND, description="Talk to a model. In the session:\n" + HELP)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_version(parser)
+    add_model_options(parser)
+    add_generation_options(parser)
+    add_sampling_options(parser)
+    add_vision_options(parser)
+    return parser
+
+
+def answer(conversation: Conversation, content: str | list[dict[str, Any]]) -> bool:
+    """Send a message and print the answer; False where it was interrupted before the message was taken."""
+    try:
+        with Step("reading", "tokens") as reading:
+            print_pieces(conversation.send(content, reading), reading)
+    except KeyboardInterrupt:
+        print()
+    if conversation.result is None:
+        return False
+    result = conversation.result
+    new = conversation.total - conversation.reused
+    print(
+        f"[prompt {conversation.total} tokens, {conversation.reused} reused, {new} read in "
+        f"{conversation.reading_seconds:.2f} s; {result.generation_tokens} tokens at {result.generation_tps:.1f} per "
+        f"second, {result.finish_reason}; {_drafts(result)}{result.peak_memory:.3f} GB]",
+        file=sys.stderr,
+    )
+    tell_cut(result)
+    return bool(result.tokens)
+
+
+def _drafts(result: Result) -> str:
+    drafts = result.mtp
+    return f"{drafts.accepted} of {drafts.drafted} drafts accepted; " if drafts.drafted else ""
+
+
+def look(conversation: Conversation, command: str, name: str, shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Read an image or a clip now, so that it is refused now if it must be; what goes with the next message."""
+    kind = command.removeprefix("/")
+    if not name:
+        raise InputError("option_missing", f"{command} must name a file or URL")
+    with Step(f"reading {name}"):
+        parts = conversation.processor.read_parts([{"type": kind, kind: _unquoted(name)}], conversation.vision)
+    print_media([parts[0][kind]], [part[part["type"]] for part in shown])
+    return shown + parts
+
+
+def _unquoted(name: str) -> str:
+    """A file's name as it was typed, quoted, or dropped from the Finder, which escapes blanks."""
+    try:
+        words = shlex.split(name)
+    except ValueError:
+        return name
+    return words[0] if len(words) == 1 else name
+
+
+def session(conversation: Conversation) -> None:
+    """Read lines until /exit or the end of input; a message that cannot be read is told and the session goes on."""
+    shown: list[dict[str, Any]] = []  # goes with the next message
+    while True:
+        try:
+            line = input(">> ").removeprefix(MARK).strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        except UnicodeDecodeError as error:
+            print(f"error: a line must be UTF-8 text: {error} [text_unreadable]", file=sys.stderr)
+            continue
+        except OSError as error:
+            raise InputError("text_unreadable", f"standard input must be readable: {error}") from error
+        if line == "/exit":
+            return
+        try:
+            shown = _obey(conversation, line, shown)
+        except InputError as error:
+            print(f"error: {error} [{error.code}]", file=sys.stderr)
+        except KeyboardInterrupt:
+            print()
+
+
+def _obey(conversation: Conversation, line: str, shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Do what a line says, and return what goes with the next message."""
+    command, *rest = line.split(None, 1) or [""]
+    if command in ("/image", "/video"):
+        return look(conversation, command, "".join(rest), shown)
+    if line in ("/reset", "/drop"):
+        if line == "/reset":
+            conversation.reset()
+        return []
+    if line == "/help":
+        print(HELP)
+    elif line.startswith("/"):
+        print(f"there is no command {command}; /help lists them", file=sys.stderr)
+    elif line:
+        taken = answer(conversation, [*shown, {"type": "text", "text": line}] if shown else line)
+        return [] if taken else shown
+    return shown
+
+
+def main() -> None:
+    with as_command(COMMAND):
+        args = parser().parse_args()
+        name, options = require_model(args), given_options(args)
+        at_terminal = standard_input().isatty()
+        model, processor = load_model(args)
+        if at_terminal:
+            import readline  # noqa: F401  line editing and history for input()
+
+            print(f"{name}. /help lists the commands.")
+        session(Conversation(model, processor, **options))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""Pixels as the vision tower reads them: how large an image or a clip becomes, and its patches.
+
+Everything here equals transformers' Qwen2VLImageProcessor and Qwen3VLVideoProcessor, in numpy. Resized pixels stay
+bytes until a slice of them goes to the tower: as float32 patches a picture would take eight times as much.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+
+from mlx_qwen35.checkpoint.config import VisionConfig
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.machine.memory import machine_pixels
+from mlx_qwen35.media.frames import frame_rate
+from mlx_qwen35.media.image import MAX_PIXELS, read_resized
+from mlx_qwen35.media.video import FrameSampling, read_video
+from mlx_qwen35.values import flag, whole
+
+MAX_RATIO = 200  # of the longer side to the shorter
+
+
+_CHECKS = {
+    **dict.fromkeys(("min_pixels", "max_pixels", "video_total_pixels"), partial(whole, least=1, most=10**12)),
+    "video_num_frames": partial(whole, least=1, most=10**7),
+    **dict.fromkeys(("fps", "source_fps"), frame_rate),
+    **dict.fromkeys(("published_limits", "outer_vision_tags", "allow_private_urls"), flag),
+}
+
+
+@dataclass(frozen=True)
+class VisionOptions:
+    """What a caller may ask about images and clips. None is the default: of the checkpoint, and of this machine.
+
+    min_pixels, max_pixels: of an image after resizing, height * width.
+    fps: frames of a clip to read a second, or video_num_frames of them in all. source_fps: how many a second there
+        are, for frames that come as a folder, a list or an array.
+    video_total_pixels: of a clip after resizing, frames * height * width of all its frames together.
+    published_limits: take the checkpoint's own limits instead of those that suit this machine's memory.
+    outer_vision_tags: keep <|vision_start|> and <|vision_end|> around a whole clip, as transformers 5.10 and later do;
+        by default only each pair of frames has them, as when the model was released.
+    allow_private_urls: whether URLs may lead to this machine or into its network, see `fetch`.
+    """
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    fps: float | None = None
+    video_num_frames: int | None = None
+    video_total_pixels: int | None = None
+    source_fps: float | None = None
+    published_limits: bool = False
+    outer_vision_tags: bool = False
+    allow_private_urls: bool = False
+
+    def __post_init__(self) -> None:
+        for name, check in _CHECKS.items():
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, check(name, getattr(self, name)))
+        for name in ("min_pixels", "max_pixels"):
+            if (getattr(self, name) or 0) > MAX_PIXELS:
+                raise InputError(
+                    "option_invalid", f"{name} must be at most {MAX_PIXELS:,}, got {getattr(self, name):,}"
+                )
+        if self.fps is not None and self.video_num_frames is not None:
+            raise InputError(
+                "option_conflict",
+                f"fps ({self.fps}) and video_num_frames ({self.video_num_frames}) must not be given together: each "
+                "says how many frames to read. Leave one out",
+            )
+
+
+IMAGE_OPTIONS = {"min_pixels", "max_pixels"}
+VIDEO_OPTIONS = {"fps", "video_num_frames", "video_total_pixels", "source_fps", "outer_vision_tags"}
+VISION_OPTIONS = {option.name for option in fields(VisionOptions)}
+
+
+@dataclass(frozen=True, eq=False)
+class Media:
+    """One image or clip, resized: what the tower encodes. Also accepted wherever an image or a clip is.
+
+    pixels: (frames, height, width, 3) uint8 RGB; one frame for an image, an even number for a clip.
+    times: seconds of each pair of frames of a clip; empty for an image.
+    original: (height, width) before resizing.
+    """
+
+    pixels: np.ndarray = field(repr=False)
+    times: tuple[float, ...]
+    original: tuple[int, int]
+    config: VisionConfig = field(repr=False)
+    values: np.ndarray = field(repr=False)  # (3, 256) float32: what each byte of each channel becomes
+
+    @property
+    def is_clip(self) -> bool:
+        return bool(self.times)
+
+    @property
+    def kind(self) -> str:
+        return "video" if self.is_clip else "image"
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Patches in time, height and width."""
+        _, height, width, _ = self.pixels.shape
+        return max(1, len(self.times)), height // self.config.patch_size, width // self.config.patch_size
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.grid) // self.config.spatial_merge_size**2
+
+    @cached_property
+    def digest(self) -> str:
+        """The identity: SHA-256 of grid and pixels. Where they came from does not count."""
+        digest = hashlib.sha256(repr(self.grid).encode())
+        digest.update(np.ascontiguousarray(self.pixels))
+        return digest.hexdigest()
+
+    def __str__(self) -> str:
+        (old_height, old_width), (_, height, width, _) = self.original, self.pixels.shape
+        size = f"{old_width}x{old_height}"
+        size += f" resized to {width}x{height}" if self.resized else ""
+        frames = f", {len(self.pixels)} frames" if self.is_clip else ""
+        return f"{size}{frames}, {self.tokens:,} tokens"
+
+    @property
+    def resized(self) -> bool:
+        return self.pixels.shape[1:3] != self.original
+
+    def patches(self, frames: slice = slice(None), rows: slice = slice(None)) -> np.ndarray:
+        """(F, n, P) float32: some of the patches of some of the pairs of frames; only those are computed."""
+        step = self.config.temporal_patch_size
+        shape = (self.grid[0], step if self.is_clip else 1, *self.pixels.shape[1:])
+        pairs = np.broadcast_to(self.pixels.reshape(shape), (shape[0], step, *shape[2:]))[frames]
+        height, width = self.grid[1:]
+        start, stop, _ = rows.indices(height * width)
+        merge = self.config.spatial_merge_size
+        line = width * merge  # patches of one line of squares
+        first, last = start // line, -(-stop // line)
+        side = merge * self.config.patch_size
+        lines = patches(pairs[:, :, first * side : last * side], self.config)
+        wanted = lines[:, start - first * line : stop - first * line]
+        return self.values[np.arange(3)[:, None], wanted].reshape(*wanted.shape[:2], -1)
+
+
+def patches(pairs: np.ndarray, config: VisionConfig) -> np.ndarray:
+    """(F, 2, height, width, 3) -> (F, N, 3, 2 * 16^2), N = height * width / 16^2.
+
+    Patches come in squares of merge x merge, which become one token each; a row is laid out as (channel, time, y, x).
+    """
+    F, T, height, width, C = pairs.shape
+    patch, merge = config.patch_size, config.spatial_merge_size
+    x = pairs.reshape(F, T, height // patch // merge, merge, patch, width // patch // merge, merge, patch, C)
+    return x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(F, -1, C, T * patch * patch)
+
+
+def image_size(height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:
+    """Size whose sides are multiples of `factor` and whose area lies between `least` and `most`, of about the same
+    ratio. Ties round to even (transformers, smart_resize)."""
+    _check_ratio(height, width)
+    rounded = round(height / factor) * factor, round(width / factor) * factor
+    return _within(math.prod(rounded), height * width, rounded, (height, width), factor, least, most)
+
+
+def video_size(frames: int, height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:
+    """Like image_size for every frame of a clip, where `least` and `most` bound frames * height * width."""
+    if height < factor or width < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    _check_ratio(height, width)
+    rounded = round(height / factor) * factor, round(width / factor) * factor
+    volume = round(frames / 2) * 2 * math.prod(rounded)
+    return _within(volume, frames * height * width, rounded, (height, width), factor, least, most)
+
+
+def _within(
+    new: int, old: int, rounded: tuple[int, int], sides: tuple[int, int], factor: int, least: int, most: int
+) -> tuple[int, int]:
+    """The rounded sides, or where their area or volume is out of bounds, the sides scaled by the old one."""
+    if new > most:
+        scale = math.sqrt(old / most)
+        height, width = (max(factor, math.floor(side / scale / factor) * factor) for side in sides)
+    elif new < least:
+        scale = math.sqrt(least / old)
+        height, width = (math.ceil(side * scale / factor) * factor for side in sides)
+    else:
+        height, width = rounded
+    return height, width
+
+
+def _check_ratio(height: int, width: int) -> None:
+    if max(height, width) > MAX_RATIO * min(height, width):
+        raise InputError(
+            "aspect_ratio_exceeded",
+            f"the longer side of a picture must be at most {MAX_RATIO} times the shorter; this one is "
+            f"{width}x{height}. Cut it into pieces",
+        )
+
+
+@dataclass(frozen=True)
+class Preprocessor:
+    """The checkpoint's settings for images (or for clips), from its preprocessor files."""
+
+    config: VisionConfig
+    values: np.ndarray
+    least: int  # pixels
+    most: int
+    sampling: Mapping[str, Any]  # fps, min_frames, max_frames of clips
+
+    @property
+    def factor(self) -> int:
+        return self.config.patch_size * self.config.spatial_merge_size
+
+    def image(self, source: Any, options: VisionOptions) -> Media:
+        """Read and resize an image from any source that read_image takes."""
+        least, most = self._limits(options, options.min_pixels, options.max_pixels, machine_pixels()[0], "max_pixels")
+
+        def fit(height: int, width: int) -> tuple[int, int]:
+            return image_size(height, width, self.factor, least, most)
+
+        pixels, original = read_resized(source, fit, allow_private_urls=options.allow_private_urls)
+        return Media(pixels[None], (), original, self.config, self.values)
+
+    def video(self, source: Any, options: VisionOptions) -> Media:
+        """Read, sample and resize a clip from any source that read_video takes."""
+        least, most = self._limits(options, None, options.video_total_pixels, machine_pixels()[1], "video_total_pixels")
+        rate = None if options.video_num_frames else options.fps or self.sampling["fps"]
+        frames = {name: self.sampling[name] for name in ("min_frames", "max_frames")}
+        sampling = FrameSampling(fps=rate, num_frames=options.video_num_frames, **frames)
+
+        def fit(count: int, height: int, width: int) -> tuple[int, int]:
+            if count * self.factor**2 > most:
+                raise InputError(
+                    "video_too_long",
+                    f"all frames of a clip must fit into {most:,} pixels, each of {self.factor}x{self.factor} or more; "
+                    f"{count:,} frames do not. Read fewer, or raise video_total_pixels",
+                )
+            return video_size(count, height, width, self.factor, least, most)
+
+        private = options.allow_private_urls
+        clip = read_video(source, sampling, fit, source_fps=options.source_fps, allow_private_urls=private)
+        pairs, step = clip.frames, self.config.temporal_patch_size
+        last = -len(pairs) % step  # an odd number: the last frame counts twice
+        pairs = np.concatenate([pairs, pairs[-1:].repeat(last, axis=0)]) if last else pairs
+        seconds = [*clip.times, *clip.times[-1:] * last]
+        times = tuple((a + b) / 2 for a, b in zip(seconds[::step], seconds[step - 1 :: step], strict=True))
+        return Media(pairs, times, clip.size, self.config, self.values)
+
+    def _limits(
+        self, options: VisionOptions, least: int | None, most: int | None, machine: float, name: str
+    ) -> tuple[int, int]:
+        low = self.least if least is None else least
+        if most is not None and options.published_limits:
+            raise InputError(
+                "option_conflict",
+                f"{name} ({most}) and published_limits must not be given together: each is a limit. Leave one out",
+            )
+        if most is None:
+            most = self.most if options.published_limits else int(min(self.most, machine))
+            most = max(most, low)
+        if most < max(low, self.factor**2):
+            raise InputError(
+                "option_invalid",
+                f"{name} must be at least {max(low, self.factor**2)}, got {most}"
+                + (". Lower min_pixels too" if name == "max_pixels" and low > self.factor**2 else ""),
+            )
+        return low, most

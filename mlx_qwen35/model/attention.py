@@ -1,0 +1,49 @@
+"""Gated full attention, every fourth layer."""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_qwen35.cache.layer import KVCache, Span
+from mlx_qwen35.checkpoint.config import TextConfig
+from mlx_qwen35.kernels.attention import attention
+from mlx_qwen35.kernels.exponential import sigmoid
+from mlx_qwen35.kernels.metal import fused
+from mlx_qwen35.kernels.norm_rotary import queries_and_keys
+
+
+class GatedAttention(nn.Module):
+    """Grouped-query attention with normed, partly rotated queries and keys, and an output gate per element.
+
+    q_proj holds, for each head, its query and then its gate: not all queries before all gates.
+    """
+
+    def __init__(self, config: TextConfig, weights):
+        super().__init__()
+        self.qkv_proj = weights.joined("q_proj", "k_proj", "v_proj")
+        self.q_norm = weights.norm("q_norm")
+        self.k_norm = weights.norm("k_norm")
+        self.o_proj = weights.linear("o_proj")
+        self.heads, self.head_dim = config.num_attention_heads, config.head_dim
+
+    def __call__(self, x: mx.array, span: Span, cache: KVCache) -> mx.array:
+        """x (B, T, D) normed -> (B, T, D); reads and extends the layer's cache."""
+        B, T, _ = x.shape
+        if span.lengths is not None:  # NaN or infinity at a hole would survive its weight of 0 in the sum of values
+            x = mx.where((mx.arange(T) < span.lengths[:, None])[..., None], x, mx.zeros((), x.dtype))
+        products = self.qkv_proj.whole(x)
+        queries, _, v = self.qkv_proj.split(products)
+        gate = queries.reshape(B, T, self.heads, -1)[..., self.head_dim :]
+        v = v.reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
+        q, k = queries_and_keys(
+            products, self.qkv_proj.split, span.rotary, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps,
+            self.heads, v.shape[1],
+        )  # fmt: skip
+        keys, values = cache.extend(k, v, span.start)
+        out = attention(q, keys, values, self.head_dim**-0.5, span.mask)
+        out = _opened(out.swapaxes(1, 2), gate)
+        return self.o_proj(out.reshape(B, T, -1))
+
+
+@fused
+def _opened(out: mx.array, gate: mx.array) -> mx.array:
+    return out * sigmoid(gate)

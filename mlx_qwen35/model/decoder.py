@@ -1,0 +1,69 @@
+"""The decoder's layers: what they are made of, and the way through a row of them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_qwen35.cache.layer import Span
+from mlx_qwen35.checkpoint.config import FULL, TextConfig
+from mlx_qwen35.model.attention import GatedAttention
+from mlx_qwen35.model.delta_net import GatedDeltaNet
+from mlx_qwen35.model.layers import MLP, RMSNorm
+
+
+class DecoderLayer(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)); the mixer is attention or DeltaNet.
+
+    Each sum is formed together with the norm that follows it, the last one with the norm of what comes after the layer.
+    """
+
+    def __init__(self, config: TextConfig, kind: str, weights):
+        super().__init__()
+        self.input_layernorm = weights.norm("input_layernorm")
+        if kind == FULL:
+            self.self_attn = GatedAttention(config, weights.at("self_attn"))
+        else:
+            self.linear_attn = GatedDeltaNet(config, weights.at("linear_attn"))
+        self.post_attention_layernorm = weights.norm("post_attention_layernorm")
+        self.mlp = MLP(weights.at("mlp"))
+        self.mixer_name = "self_attn" if kind == FULL else "linear_attn"
+
+    def __call__(
+        self, x: mx.array, normed: mx.array, span: Span, cache, following: RMSNorm, at: mx.array | None = None
+    ) -> tuple[mx.array, mx.array]:
+        """x and input_layernorm(x), each (B, T, D) -> the next x, and `following` of it.
+
+        at: (B,), the only column of each row that is wanted; then (B, 1, D) come out.
+        """
+        mixed = self[self.mixer_name](normed, span, cache)
+        if at is not None:
+            x, mixed = (mx.take_along_axis(array, at[:, None, None], axis=1) for array in (x, mixed))
+        x, normed = self.post_attention_layernorm.of_sum(x, mixed)
+        return following.of_sum(x, self.mlp(normed))
+
+
+Pace = Callable[[list[mx.array]], None]  # told what each layer gives, its memory included; it may have that computed
+
+
+def run(
+    layers: Sequence[DecoderLayer],
+    norm: RMSNorm,
+    x: mx.array,
+    span: Span,
+    memories: Sequence[Any],
+    at: mx.array | None = None,
+    pace: Pace = lambda arrays: None,
+) -> mx.array:
+    """x (B, T, D) through the layers, each with its own memory, and the final norm -> (B, T, D).
+
+    at: (B,) integers, the one column wanted of each row; then (B, 1, D), and the last layer's MLP and the norm compute
+    no more than that.
+    """
+    normed = layers[0].input_layernorm(x)
+    after = [*(layer.input_layernorm for layer in layers[1:]), norm]
+    for layer, memory, following in zip(layers, memories, after, strict=True):
+        x, normed = layer(x, normed, span, memory, following, at if following is norm else None)
+        pace([x, normed, *memory.arrays()])
+    return normed

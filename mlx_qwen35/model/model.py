@@ -1,0 +1,101 @@
+"""The model: embed, with image embeddings in their places -> layers -> norm -> logits."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_qwen35.cache.cache import Cache
+from mlx_qwen35.checkpoint.config import TextConfig
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.model.decoder import DecoderLayer, Pace, run
+from mlx_qwen35.model.layers import Rotary
+from mlx_qwen35.model.mtp import DraftHead
+from mlx_qwen35.model.vision import Vision
+
+
+class Visual(NamedTuple):
+    """What stands in the place of the placeholders of one pass."""
+
+    rows: mx.array  # (n,) integers: where they are
+    columns: mx.array
+    embeddings: mx.array  # (n, D)
+
+
+class Model(nn.Module):
+    """A Qwen3.5 model. Holds weights only; a conversation's memory is its `Cache`.
+
+    `vision` is the tower, which makes embeddings of images and clips, and `mtp` the multi-token-prediction head, which
+    drafts tokens; None for a checkpoint without one. Both are read from disk when they are first wanted.
+    """
+
+    def __init__(self, config: TextConfig, weights):
+        super().__init__()
+        language = weights.at("model.language_model")
+        self.embed_tokens = language.embedding("embed_tokens")
+        self.layers = [
+            DecoderLayer(config, kind, language.at(f"layers.{i}")) for i, kind in enumerate(config.layer_types)
+        ]
+        self.norm = language.norm("norm")
+        if not config.tie_word_embeddings:
+            self.lm_head = weights.linear("lm_head")
+        self.config = config
+        self.rotary = Rotary(config.rope)
+        self.dtype = weights.dtype  # of activations
+        self.vision: Vision | None = None
+        self.mtp: DraftHead | None = None
+
+    def make_cache(self, batch: int = 1) -> Cache:
+        """An empty memory for `batch` rows that are read together."""
+        return Cache(self.config, self.rotary, self.dtype, batch)
+
+    def __call__(self, tokens: mx.array, cache: Cache | None = None) -> mx.array:
+        """tokens (B, T) integer -> logits (B, T, V) in the activation dtype, extending the cache if there is one."""
+        return self.logits(self.hidden(tokens, cache))
+
+    def hidden(
+        self,
+        tokens: mx.array,
+        cache: Cache | None = None,
+        lengths: Sequence[int] | None = None,
+        visual: Visual | None = None,
+        positions: np.ndarray | None = None,
+        at: mx.array | None = None,
+        pace: Pace = lambda arrays: None,
+        stepwise: bool = False,
+    ) -> mx.array:
+        """tokens (B, T) -> (B, T, D) after the final norm.
+
+        lengths: of each row, how many of the T tokens are real; the outputs at the rest mean nothing. None: all.
+        visual: embeddings that replace those of some tokens. positions: (3, B, T) integers, see `positions`; None goes
+        on counting where the cache is. at: (B,) integers, the one column wanted of each row; then (B, 1, D), and the
+        last layer's MLP and the norm compute no more than that. pace: see `decoder.run`. stepwise: compute and remember
+        as if the tokens came one by one, so that Cache.keep can take some of them back.
+        Raises InputError when tokens is not (B, T), its ids are not integers, or B is not the cache's.
+        """
+        if tokens.ndim != 2 or not mx.issubdtype(tokens.dtype, mx.integer) or 0 in tokens.shape:
+            raise InputError(
+                "tokens_invalid",
+                f"tokens must be (B, T) integers, B and T at least 1, got {tokens.shape} {tokens.dtype}",
+            )
+        cache = self.make_cache(tokens.shape[0]) if cache is None else cache
+        if cache.batch != tokens.shape[0]:
+            raise InputError(
+                "cache_batch_mismatch", f"the cache is for {cache.batch} rows, tokens have {tokens.shape[0]}"
+            )
+        with cache.reading(tokens.shape[1], lengths, positions, stepwise) as span:
+            return run(self.layers, self.norm, self.embed(tokens, visual), span, cache.layers, at, pace)
+
+    def embed(self, tokens: mx.array, visual: Visual | None = None) -> mx.array:
+        """tokens (B, T) -> (B, T, D) in the activation dtype, image embeddings in their places."""
+        x = self.embed_tokens.look_up(tokens)
+        if visual is not None:
+            x[visual.rows, visual.columns] = visual.embeddings.astype(x.dtype)
+        return x
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """(..., D) after the final norm -> (..., V). Costly: 248,320 products a row, so ask for the rows you need."""
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return head(hidden)

@@ -1,0 +1,251 @@
+"""The vision tower: patches -> image embeddings, a slice of bounded size at a time."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_qwen35.checkpoint.config import VisionConfig
+from mlx_qwen35.kernels.attention import attention, attention_way, score_bytes
+from mlx_qwen35.kernels.exponential import sigmoid
+from mlx_qwen35.kernels.norm_rotary import rotate
+from mlx_qwen35.machine.memory import check_encoding_fits
+from mlx_qwen35.media.preprocess import Media
+
+SLICE = 1024  # patches that are computed with at a time: frames of a clip, or a part of a larger image
+EPS = 1e-6  # of the layer norms: a constant of the architecture, as is the base of the rotary embedding
+THETA = 10_000.0
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / deviation * weight + bias over the last axis, computed in float32."""
+
+    def __init__(self, weights, name: str):
+        super().__init__()
+        self.weight, self.bias = weights.vector(f"{name}.weight"), weights.vector(f"{name}.bias")
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.fast.layer_norm(x, self.weight, self.bias, EPS).astype(x.dtype)  # float32 where weights were kept so
+
+
+class Attention(nn.Module):
+    """Full attention among the patches of one frame; the rows of qkv are all queries, then all keys, then values."""
+
+    def __init__(self, config: VisionConfig, weights):
+        super().__init__()
+        self.qkv = weights.linear("qkv")
+        self.proj = weights.linear("proj")
+        self.heads = config.num_heads
+
+    def project(self, x: mx.array, rotary: tuple[mx.array, mx.array]) -> list[mx.array]:
+        """x (F, n, D) -> q and k, both rotated, and v, each (F, H, n, D / H)."""
+        F, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(F, n, 3, self.heads, -1).transpose(2, 0, 3, 1, 4)
+        return [rotate(q, rotary), rotate(k, rotary), v]
+
+    def __call__(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        F, _, n, D = q.shape
+        out = attention(q, k, v, D**-0.5, None)
+        return self.proj(out.swapaxes(1, 2).reshape(F, n, -1))
+
+
+class MLP(nn.Module):
+    """linear_fc2(gelu(linear_fc1(x))), gelu in its tanh form, which is x sigmoid(sqrt(8 / pi) (x + 0.044715 x^3))."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.linear_fc1 = weights.linear("linear_fc1")
+        self.linear_fc2 = weights.linear("linear_fc2")
+
+    def __call__(self, inputs: mx.array) -> mx.array:
+        x = self.linear_fc1(inputs).astype(mx.float32)
+        x = x * sigmoid(math.sqrt(8 / math.pi) * x * (1.0 + 0.044715 * x * x))
+        return self.linear_fc2(x.astype(inputs.dtype))
+
+
+class Block(nn.Module):
+    """x + attn(norm1(x)), then x + mlp(norm2(x)), over the tiles that a frame was cut into."""
+
+    def __init__(self, config: VisionConfig, weights):
+        super().__init__()
+        self.norm1 = LayerNorm(weights, "norm1")
+        self.attn = Attention(config, weights.at("attn"))
+        self.norm2 = LayerNorm(weights, "norm2")
+        self.mlp = MLP(weights.at("mlp"))
+
+    def __call__(self, tiles: list[mx.array], rotary: list[tuple[mx.array, mx.array]]) -> list[mx.array]:
+        """tiles: (F, n, D) each, together all patches of F frames; rotary: the table of each tile.
+
+        Returns them computed, one after the other: else MLX would hold what lies between for all of them.
+        """
+        queries, keys, values = [], [], []
+        for x, table in zip(tiles, rotary, strict=True):
+            parts = self.attn.project(self.norm1(x), table)
+            mx.eval(parts)
+            for all_parts, part in zip((queries, keys, values), parts, strict=True):
+                all_parts.append(part)
+        k, v = mx.concatenate(keys, axis=2), mx.concatenate(values, axis=2)
+        del keys, values
+        done = []
+        for x, q in zip(tiles, queries, strict=True):
+            x = x + self.attn(q, k, v)
+            done.append(x + self.mlp(self.norm2(x)))
+            mx.eval(done)
+        return done
+
+
+class Merger(nn.Module):
+    """Each square of patches -> one token of the text model's width. Its gelu is the exact one, by erf."""
+
+    def __init__(self, config: VisionConfig, weights):
+        super().__init__()
+        self.norm = LayerNorm(weights, "norm")
+        self.linear_fc1 = weights.linear("linear_fc1")
+        self.linear_fc2 = weights.linear("linear_fc2")
+        self.squares = config.spatial_merge_size**2
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x (F, n, D) -> (F, n / 4, text D)"""
+        F, n, _ = x.shape
+        inner = self.linear_fc1(self.norm(x).reshape(F, n // self.squares, -1)).astype(mx.float32)
+        inner = inner * 0.5 * (1.0 + mx.erf(inner * math.sqrt(0.5)))
+        return self.linear_fc2(inner.astype(x.dtype))
+
+
+class Tower(nn.Module):
+    """Qwen3.5's vision tower. Rows are patches in squares of merge x merge, in row-major order of the squares."""
+
+    def __init__(self, config: VisionConfig, weights):
+        super().__init__()
+        visual = weights.at("model.visual")
+        self.patch_embed = visual.linear("patch_embed.proj")
+        self.pos_embed = visual.float32("pos_embed.weight")
+        self.blocks = [Block(config, visual.at(f"blocks.{i}")) for i in range(config.depth)]
+        self.merger = Merger(config, visual.at("merger"))
+        self.config = config
+        self.dtype = weights.dtype
+
+    def encode(self, media: Media) -> mx.array:
+        """The embeddings of an image or clip, (tokens, text D), computed.
+
+        Activations take no more memory for a long clip than for one slice of SLICE patches. An image of more patches
+        than that is cut into tiles: only its keys, queries and values, and what the blocks pass on, are there whole.
+        """
+        count = math.prod(media.grid[1:])
+        way = attention_way(self.config.hidden_size // self.config.num_heads, self.dtype)
+        check_encoding_fits(media.kind, str(media), working_bytes(self.config, self.dtype, at_once(media.grid), way))
+        out = mx.zeros((media.tokens, self.config.out_hidden_size), self.dtype)
+        step, at = max(1, SLICE // count), 0
+        for first in range(0, media.grid[0], step):
+            frames = slice(first, first + step)
+            rows = (slice(start, start + SLICE) for start in range(0, count, SLICE))
+            embeddings = self((mx.array(media.patches(frames, some)) for some in rows), media.grid[1:])
+            embeddings = embeddings.reshape(-1, embeddings.shape[-1])
+            out[at : at + len(embeddings)] = embeddings
+            at += len(embeddings)
+            mx.eval(out)
+            mx.clear_cache()
+        return out
+
+    def __call__(self, tiles: Iterable[mx.array], grid: tuple[int, int]) -> mx.array:
+        """tiles (F, n, P): together all N patches of F frames of grid (height, width) -> (F, N / 4, text D)."""
+        places = squares_order(*grid, self.config.spatial_merge_size)
+        indices, weights = table_taps(places, grid, math.isqrt(self.config.num_position_embeddings))
+        x, rotary, start = [], [], 0
+        for tile in tiles:
+            rows = slice(start, start + tile.shape[1])
+            x.append(self._embed(tile, mx.array(indices[rows]), mx.array(weights[rows])))
+            rotary.append(self._rotary(mx.array(places[rows])))
+            mx.eval(x, rotary)
+            start = rows.stop
+        for block in self.blocks:
+            x = block(x, rotary)
+        merged = []
+        for tile in x:
+            merged.append(self.merger(tile))
+            mx.eval(merged)
+        return mx.concatenate(merged, axis=1)
+
+    def _embed(self, patches: mx.array, indices: mx.array, weights: mx.array) -> mx.array:
+        """Patch embedding plus the position table, interpolated in float32."""
+        position = sum(self.pos_embed[indices[:, tap]] * weights[:, tap, None] for tap in range(4))
+        return self.patch_embed(patches.astype(self.dtype)) + position.astype(self.dtype)
+
+    def _rotary(self, places: mx.array) -> tuple[mx.array, mx.array]:
+        """places (n, 2): row and column of patches -> cos, sin (1, 1, n, head dim / 2), half of them the row's."""
+        dims = self.config.hidden_size // self.config.num_heads // 2
+        frequencies = mx.power(THETA, mx.arange(0, dims, 2, dtype=mx.float32) / -dims, stream=mx.cpu)
+        angles = (places[:, :, None].astype(mx.float32) * frequencies).reshape(1, 1, -1, dims)
+        return mx.cos(angles), mx.sin(angles)
+
+
+def at_once(grid: tuple[int, int, int]) -> int:
+    """Patches that are encoded together: of one frame, or of as many frames as make a slice."""
+    count = math.prod(grid[1:])
+    return max(count, min(SLICE, grid[0] * count))
+
+
+def working_bytes(config: VisionConfig, dtype: mx.Dtype, patches: int, way: str) -> int:
+    """The stated budget: what encoding frames of so many patches may take beside weights and embeddings.
+
+    Ten times the patches' hidden states, of which queries, keys and values are most, and for a slice of them nine times
+    what goes through the MLP, and the scores. On the CPU packed matrices are unpacked besides. way: see attention_way.
+    """
+    heads, tile = config.num_heads, min(patches, SLICE)
+    scores = score_bytes((1, heads, tile, config.hidden_size // heads), patches, dtype.size, way)
+    within = 9 * tile * config.intermediate_size * dtype.size
+    unpacked = 4 * 4 * config.hidden_size * config.intermediate_size if way == "cpu" else 0
+    return 10 * patches * config.hidden_size * dtype.size + within + scores + unpacked
+
+
+def squares_order(height: int, width: int, merge: int) -> np.ndarray:
+    """(height * width, 2) int32: row and column of each patch, in the order in which the tower reads them."""
+    rows, columns = np.indices((height, width), dtype=np.int32)
+    cut = (height // merge, merge, width // merge, merge)
+    return np.stack([axis.reshape(cut).swapaxes(1, 2).reshape(-1) for axis in (rows, columns)], axis=-1)
+
+
+def table_taps(places: np.ndarray, grid: tuple[int, int], side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which entries of a side x side table, (n, 4), and how much of each, (n, 4) float32, make the position embedding.
+
+    Bilinear, with the table's corners on the image's (transformers, get_vision_interpolation_indices_and_weights with
+    align_corners).
+    """
+    source = places.astype(np.float32) * (side - 1) / np.maximum(np.array(grid, np.float32) - 1, 1)
+    low = np.floor(source)
+    part = source - low
+    near = np.clip(low.astype(np.int32), 0, side - 1)
+    far = np.minimum(near + 1, side - 1)
+    indices = [r * side + c for r in (near[:, 0], far[:, 0]) for c in (near[:, 1], far[:, 1])]
+    shares = [r * c for r in (1 - part[:, 0], part[:, 0]) for c in (1 - part[:, 1], part[:, 1])]
+    return np.stack(indices, -1), np.stack(shares, -1).astype(np.float32)
+
+
+class Vision:
+    """The tower of a loaded model: read from disk when the first image comes, let go by `release`, read again."""
+
+    def __init__(self, load: Callable[[], Tower], keep: bool = False):
+        self._load = load
+        self._tower: Tower | None = None
+        self.keep = keep  # hold the weights between prompts
+
+    @property
+    def loaded(self) -> bool:
+        return self._tower is not None
+
+    def encode(self, media: Sequence[Media]) -> list[mx.array]:
+        """The embeddings of each, (tokens, text D). The same pixels are encoded once."""
+        known: dict[str, mx.array] = {}
+        for item in media:
+            if item.digest not in known:
+                self._tower = self._tower or self._load()
+                known[item.digest] = self._tower.encode(item)
+        return [known[item.digest] for item in media]
+
+    def release(self) -> None:
+        """Give the tower's memory back, unless `keep` is set."""
+        if not self.keep and self._tower is not None:
+            self._tower = None
+            mx.clear_cache()

@@ -1,0 +1,209 @@
+"""Messages and tools -> plain values of the usual form; what is not of it is refused by name, before it is used."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.prompt.control import check_text
+from mlx_qwen35.prompt.parts import kind_of
+from mlx_qwen35.values import flag, shown
+
+DEPTH = 64  # of lists and mappings in each other
+VALUES = 250_000  # in all messages and tools
+_BITS = 4096  # of a whole number: Python itself writes no more than 4,300 digits
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # what the reasoning of a message is called by programs
+
+
+class Plain:
+    """Rebuilds values from what JSON can hold and counts them: what a template sees has no methods of its own."""
+
+    def __init__(self):
+        self.values = self.chars = 0
+
+    def __call__(self, value: Any, *path: Any, depth: int = 0) -> Any:
+        """The value. path: where it is, for errors; depth: in how many lists and mappings."""
+        self.values += 1
+        if self.values > VALUES:
+            raise _refused(f"messages and tools must hold at most {VALUES:,} values; {_name(path)} goes beyond")
+        if depth > DEPTH:
+            raise _refused(f"lists and mappings must be nested at most {DEPTH} deep; {_name(path[:2])} goes deeper")
+        if isinstance(value, Mapping):
+            named = [(self._key(key, path), item) for key, item in value.items()]
+            return {key: self(item, *path, key, depth=depth + 1) for key, item in named}
+        if isinstance(value, list | tuple):
+            return [self(item, *path, i, depth=depth + 1) for i, item in enumerate(value)]
+        return self._scalar(value, path)
+
+    def _key(self, key: Any, path: tuple) -> str:
+        if not isinstance(key, str):
+            raise _refused(f"the names in {_name(path)} must be text, got {shown(key)} ({type(key).__name__})")
+        return self._text(key, path)
+
+    def _text(self, text: str, path: tuple) -> str:
+        check_text(text, lambda: _name(path))
+        self.chars += len(text)
+        return str.__str__(text)
+
+    def _scalar(self, value: Any, path: tuple) -> Any:
+        if isinstance(value, str):
+            return self._text(value, path)
+        if value is None or isinstance(value, bool | np.bool_):
+            return value if value is None else bool(value)
+        if isinstance(value, Integral):
+            if int(value).bit_length() > _BITS:
+                raise _refused(f"{_name(path)} must be a number of at most {_BITS:,} bits")
+            return int(value)
+        if isinstance(value, float | np.floating):
+            if not math.isfinite(value):
+                raise _refused(f"{_name(path)} must be a finite number, got {value}")
+            return float(value)
+        raise _refused(
+            f"{_name(path)} must be what JSON can hold (text, a number, true, false, null, a list or a mapping), "
+            f"got {type(value).__name__}"
+        )
+
+
+def _name(path: tuple) -> str:
+    """messages[0].content, of ("messages", 0, "content")."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part[:40]}" for part in path)[1:]
+
+
+def _refused(message: str) -> InputError:
+    return InputError("messages_invalid", message)
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]], plain: Plain) -> list[dict[str, Any]]:
+    """The messages in plain values; parts with an image or a clip as they are."""
+    if not isinstance(messages, list | tuple):
+        raise _refused(f"messages must be a list, got {type(messages).__name__}")
+    return [_message(message, i, plain) for i, message in enumerate(messages)]
+
+
+def _message(message: Any, number: int, plain: Plain) -> dict[str, Any]:
+    name = f"messages[{number}]"
+    if not isinstance(message, Mapping):
+        raise _refused(f'a message must be like {{"role": "user", "content": ...}}, got {shown(message)} as {name}')
+    checked = plain({key: value for key, value in message.items() if key != "content"}, "messages", number)
+    if not isinstance(checked.get("role"), str):
+        raise _refused(f'the role of {name} must be text, as "user" or "assistant", got {_got(checked, "role")}')
+    _check_calls(checked, name)
+    _name_reasoning(checked, name)
+    content = message.get("content")
+    if isinstance(content, list | tuple):
+        content = [_part(part, (number, i), plain) for i, part in enumerate(content)]
+    elif isinstance(content, str):
+        content = plain(content, "messages", number, "content")
+    elif content is not None:
+        raise _refused(
+            f"the content of a message must be text or a list of parts, got {type(content).__name__} in {name}"
+        )
+    elif checked["role"] != "assistant" or not ("content" in message or checked.get("tool_calls")):
+        raise _refused(
+            f"{name} must have content, which only an assistant's message that calls tools may do without; got "
+            f"{_got(message, 'content')}"
+        )
+    fields = {"role": checked.pop("role"), "content": content, **checked}
+    return {key: value for key, value in fields.items() if value is not None}  # a template takes None for a text
+
+
+def _got(message: Mapping[str, Any], name: str) -> str:
+    return type(message[name]).__name__ if name in message else "none"
+
+
+def _part(part: Any, numbers: tuple[int, int], plain: Plain) -> Any:
+    path = ("messages", numbers[0], "content", numbers[1])
+    if not isinstance(part, Mapping):
+        raise InputError(
+            "message_part_invalid",
+            f'a part must be like {{"type": "text", "text": ...}}, got {type(part).__name__} as {_name(path)}',
+        )
+    if kind_of(part):
+        return part
+    checked = plain(part, *path)
+    if "text" in checked and not isinstance(checked["text"], str):
+        raise InputError(
+            "message_part_invalid", f"the text of {_name(path)} must be text, got {type(checked['text']).__name__}"
+        )
+    return checked
+
+
+def _check_calls(message: Mapping[str, Any], name: str) -> None:
+    calls = message.get("tool_calls")
+    if calls is None:
+        return
+    if not isinstance(calls, list):
+        raise _refused(f"tool_calls of {name} must be a list, got {type(calls).__name__}")
+    for i, call in enumerate(calls):
+        at = f"{name}.tool_calls[{i}]"
+        function = call.get("function", call) if isinstance(call, Mapping) else call
+        if not isinstance(function, Mapping):
+            raise _refused(
+                f'{at} must be like {{"function": {{"name": ..., "arguments": {{...}}}}}}, got '
+                f"{type(function).__name__}"
+            )
+        if not isinstance(function.get("name"), str):
+            raise _refused(f"the name in {at} must be text, got {_got(function, 'name')}")
+        if not isinstance(function.get("arguments", {}), Mapping | str):
+            raise _refused(f"the arguments in {at} must be a mapping, got {type(function['arguments']).__name__}")
+
+
+def _name_reasoning(message: dict[str, Any], name: str) -> None:
+    """The reasoning of a message under the name that templates read, and under that of others."""
+    given = [(key, message[key]) for key in _REASONING if message.get(key) is not None]
+    for key, reasoning in given:
+        if not isinstance(reasoning, str):
+            raise _refused(f"{key} of {name} must be text, got {type(reasoning).__name__}")
+    if given:
+        message["reasoning_content"] = given[0][1]
+        message["thinking"] = message.get("thinking") or given[0][1]
+
+
+def check_template_options(options: Mapping[str, Any], plain: Plain) -> dict[str, Any]:
+    """What goes to the template beside the messages, in plain values, those that are None left out."""
+    checked = {}
+    for name, value in options.items():
+        if value is None:
+            continue
+        if name in ("enable_thinking", "add_generation_prompt"):
+            value = flag(name, value)
+        if name == "tools":
+            _check_tools(value)
+        checked[name] = plain(value, name)
+    return checked
+
+
+def _check_tools(tools: Any) -> None:
+    if not isinstance(tools, list | tuple):
+        raise InputError("option_invalid", f"tools must be a list of mappings, got {type(tools).__name__}")
+    for i, tool in enumerate(tools):
+        if not isinstance(tool, Mapping):
+            raise InputError(
+                "option_invalid",
+                f'tools[{i}] must describe a function, as {{"type": "function", "function": {{"name": ...}}}}, got '
+                f"{type(tool).__name__}",
+            )
+
+
+def veiled(messages: Sequence[Mapping[str, Any]], veil: Callable[[list[str]], list[str]]) -> list[dict[str, Any]]:
+    """The messages with the tags in users' texts veiled: a template takes none of them for one that it looks for.
+
+    An assistant's content is left as it is: templates split the reasoning off it at its tags.
+    """
+    return [{**message, **_veiled(message.get("content"), veil)} if message["role"] == "user" else message
+            for message in messages]  # fmt: skip
+
+
+def _veiled(content: Any, veil: Callable[[list[str]], list[str]]) -> dict[str, Any]:
+    if not isinstance(content, list):
+        return {"content": veil([content])[0]}
+    parts = []
+    for is_text, group in groupby(content, lambda part: isinstance(part.get("text"), str)):
+        run = list(group)
+        texts = veil([part["text"] for part in run]) if is_text else []
+        parts += [{**part, "text": text} for part, text in zip(run, texts, strict=True)] if is_text else run
+    return {"content": parts}
