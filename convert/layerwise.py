@@ -23,7 +23,8 @@ from mlx_qwen35.convert.progress import Told, silent
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import default_dtype, read_weights, stored_dtype
 from mlx_qwen35.model.decoder import DecoderLayer
-from mlx_qwen35.model.layers import Linear, RMSNorm, Rotary
+from mlx_qwen35.model.layers import Linear, RMSNorm
+from mlx_qwen35.model.rotary import Rotary
 from mlx_qwen35.model.weights import Weights
 
 CHUNK = 512  # tokens of one pass through a layer
@@ -111,14 +112,16 @@ class Layerwise:
         layer, weights = self.layer(i), self.weights_from(i) - self.weights_from(i + 1)
         own = replace(self.config, layer_types=self.config.layer_types[i : i + 1])
         for number, x in enumerate(states):
-            cache = Cache(own, self.rotary, self.dtype, len(x))
+            cache = Cache(own, self.dtype, len(x))
             cache.reserve(x.shape[1])
             step = max(1, CHUNK // len(x))
             parts = []
             for start in range(0, x.shape[1], step):
                 part = x[:, start : start + step]
-                with cache.reading(part.shape[1]) as span:
-                    parts.append(layer(part, layer.input_layernorm(part), span, cache.layers[0], _SUM)[0])
+                with cache.forward(part.shape[1]) as context:
+                    rotary = self.rotary.table(context.positions)
+                    normed = layer.input_layernorm(part)
+                    parts.append(layer(part, normed, rotary, context, cache.layers[0], _SUM)[0])
                 mx.eval(parts[-1], cache.layers[0].arrays())
                 told(weights * part.shape[0] * part.shape[1])
             states[number] = mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]

@@ -371,4 +371,4 @@ def test_an_exception_in_a_padded_pass_leaves_no_holes(model):
     logits(model, mx.zeros((2, 4), mx.int32), cache)
     with replaced(model, "norm", SimpleNamespace(of_sum=lambda *_: 1 / 0)), pytest.raises(ZeroDivisionError):
         model.hidden(mx.zeros((2, 4), mx.int32), cache, [4, 1])
-    assert cache.real is None and cache.row_lengths == [4, 4]
+    assert cache.mask is None and cache.row_lengths == [4, 4]

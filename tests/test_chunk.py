@@ -24,7 +24,7 @@ from mlx_qwen35.checkpoint.checkpoint import text_shapes
 from mlx_qwen35.checkpoint.config import FULL, LINEAR, TextConfig, parse_config
 from mlx_qwen35.checkpoint.random import GEOMETRIES, geometry
 from mlx_qwen35.engine import prefill
-from mlx_qwen35.engine.prefill import Row, read
+from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.kernels.attention import SCORE_BYTES
 from mlx_qwen35.machine.chip import TUNED, CommandBuffers, command_buffers, parse_chip
 
@@ -188,7 +188,7 @@ def test_reading_takes_about_what_is_estimated(text_model):
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    read(model, cache, [Row([5] * T)], T)
+    prefill(model, cache, [PromptRow([5] * T)], T)
     estimate = reading_bytes(model.config, T, T, 4, "cpu")
     assert estimate / 1.5 < mx.get_peak_memory() - before - cache.nbytes < 1.5 * estimate
 
@@ -275,10 +275,10 @@ class PaceOnAGpu(prefill.Pace):
 
 def test_on_a_gpu_each_layer_is_handed_over_and_few_are_under_way(text_model, monkeypatch, recorded):
     model, tokens = text_model(), list(range(5, 75))
-    expected = read(model, model.make_cache(), [Row(tokens)], 32)
+    expected = prefill(model, model.make_cache(), [PromptRow(tokens)], 32)
     assert recorded.handed == 0
     monkeypatch.setattr(prefill, "Pace", PaceOnAGpu)
-    out = read(model, model.make_cache(), [Row(tokens)], 32)
+    out = prefill(model, model.make_cache(), [PromptRow(tokens)], 32)
     assert recorded.handed == 3 * len(model.layers) and recorded.most == LAYERS_IN_FLIGHT
     assert mx.array_equal(out, expected)
 
@@ -294,5 +294,5 @@ def test_what_a_layer_remembers_is_handed_over_with_it(text_model):
 
 def test_on_a_cpu_no_layer_is_handed_over(text_model, recorded):
     model = text_model()
-    read(model, model.make_cache(), [Row([5, 6, 7])], 32)
+    prefill(model, model.make_cache(), [PromptRow([5, 6, 7])], 32)
     assert recorded.handed == 0

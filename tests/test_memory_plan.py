@@ -25,7 +25,7 @@ from mlx_qwen35.checkpoint.config import parse_config
 from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.convert.packing import read_options
 from mlx_qwen35.engine.loop import decode
-from mlx_qwen35.engine.prefill import Row, read
+from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.engine.sampling import Sampler, Sampling
 from mlx_qwen35.load import load_model
 from mlx_qwen35.machine import memory
@@ -114,17 +114,17 @@ def test_a_run_takes_what_the_plan_says_within_a_tenth(mid, tokens, image):
     before = mx.get_active_memory()
     model = load_model(mid, mx.float32, "mid")
     mx.reset_peak_memory()
-    row = Row([5] * tokens)
+    row = PromptRow([5] * tokens)
     if image:
         media = noise(mid.config.vision, 1, *image)
         (embeddings,) = model.vision.encode([media])
         model.vision.release()
-        row = Row(*prompt(media.grid, mid.config.vision.spatial_merge_size), embeddings)
+        row = PromptRow(*prompt(media.grid, mid.config.vision.spatial_merge_size), embeddings)
         del embeddings
     pixels = image[0] * image[1] if image else 0
     plan = plan_memory(mid, this_machine(model.config, mx.float32), len(row.tokens) + 4, pixels=pixels)
     cache = model.make_cache()
-    hidden = read(model, cache, [row], plan.chunk)
+    hidden = prefill(model, cache, [row], plan.chunk)
     sampler = Sampler(Sampling(), [0], [len(row.tokens)], model.config.vocab_size)
     for _ in decode(model, cache, hidden, sampler, [4], ()):
         pass
@@ -138,7 +138,7 @@ def test_weights_state_and_keys_are_counted_to_the_byte(mid):
     plan = plan_memory(mid, this_machine(model.config, mx.float32), 40)
     assert abs(mx.get_active_memory() - before - plan.weights) < 200_000  # tables of rotary embedding, and the like
     cache = model.make_cache()
-    read(model, cache, [Row([5] * 40)], 40)
+    prefill(model, cache, [PromptRow([5] * 40)], 40)
     assert cache.nbytes == kv_bytes(model.config, 40, 4) + state_bytes(model.config, 4)
     assert plan.kv + plan.state // 2 == cache.nbytes
 

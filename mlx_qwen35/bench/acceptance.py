@@ -16,7 +16,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_qwen35.engine.drafts.follower import Drafts
+from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.sampling import Sampling, noise, process
 from mlx_qwen35.model.decoder import run
 from mlx_qwen35.model.layers import RMSNorm
@@ -68,8 +68,8 @@ def guesses(model: Model, text: Text, before_norm: bool = False) -> tuple[mx.arr
     tokens = mx.array([list(text.tokens)])
     T, first = tokens.shape[1], max(2, text.first)
     embeddings, seen = model.embed(tokens, text.visual), _Seen(model.norm)
-    cache, head = model.make_cache(), Drafts(model, [0]).cache
-    with cache.reading(T, None, text.positions) as span:
+    cache, head = model.make_cache(), DraftFollower(model, [0]).cache
+    with cache.forward(T, None, text.positions) as span:
         hidden = run(model.layers, seen, embeddings, span, cache.layers)
     given = seen.sum if before_norm else hidden
     where = None if text.positions is None else text.positions[..., :-1]

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from mlx_qwen35.bench import markers
 from mlx_qwen35.bench.dispatch_rule import BOUNDARY
-from mlx_qwen35.engine.drafts.follower import Drafts
+from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.drafts.speculate import Choice, Speculation
 from mlx_qwen35.engine.loop import _Loop, _Rows
 from mlx_qwen35.engine.sampling import Sampler, Sampling
@@ -65,8 +65,8 @@ def record_step(model: Model, head: MultiTokenPrediction, depth: int, forget: Ca
     def prompt(tokens: mx.array) -> list[mx.array]:
         hidden = model.hidden(tokens, cache)
         if depth:
-            cache.drafts = Drafts(model, [0])
-            cache.drafts.read(model, tokens, hidden, [READ], [0])
+            cache.follower = DraftFollower(model, [0])
+            cache.follower.read(model, tokens, hidden, [READ], [0])
         return [hidden, *markers.arrays(cache)]
 
     def step(tokens: mx.array) -> list[mx.array]:

@@ -15,7 +15,7 @@ from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.engine.drafts.speculate import Choice, Drafting, Speculation, attach, choose
 from mlx_qwen35.engine.loop import decode
-from mlx_qwen35.engine.prefill import Row, read
+from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.engine.sampling import Sampler, Sampling
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import DTYPES, load_model
@@ -68,7 +68,7 @@ def _rows_of(model: Model) -> Iterator[list[int]]:
 
 def answer(
     model: Model,
-    row: Row,
+    row: PromptRow,
     choice: Choice,
     limit: int,
     sampling: Sampling = Sampling(temp=0),  # noqa: B008 (frozen)
@@ -79,7 +79,7 @@ def answer(
     """Answer one prompt as generate does, by ids: with no stop ids up to the limit."""
     cache = model.make_cache()
     attach(model, cache, choice)
-    hidden = read(model, cache, [row], STEP)
+    hidden = prefill(model, cache, [row], STEP)
     sampler = Sampler(sampling, [seed], [len(row.tokens)], vocabulary)
     account = Account(model, cache, choice) if choice.depth else None
     tokens, stamps = [], []
@@ -107,7 +107,7 @@ def show(model: Model, tokens: Sequence[int], drafts: bool) -> float:
     if drafts:
         attach(model, cache, Choice(1))
     start = time.perf_counter()
-    read(model, cache, [Row(tokens)], STEP)
+    prefill(model, cache, [PromptRow(tokens)], STEP)
     return time.perf_counter() - start
 
 
@@ -141,7 +141,7 @@ class MtpProgram:
         choice = choose(self.model, mode, depth, 1, tokens)
         prompt = self._prompts()[0] if self.processor else self._noise(PROMPT)
         vocabulary = self.processor.vocabulary if self.processor else 0
-        done = answer(self.model, Row(prompt), choice, tokens, vocabulary=vocabulary)
+        done = answer(self.model, PromptRow(prompt), choice, tokens, vocabulary=vocabulary)
         found = {"seconds": done.seconds, "rows": done.rows, "tokens": done.tokens}
         return asdict(done.drafting) | found
 
@@ -155,7 +155,7 @@ class MtpProgram:
         stop_ids = self.processor.stop_ids if self.processor else ()
         vocabulary = self.processor.vocabulary if self.processor else 0
         for prompt in self._prompts() if self.processor else [self._noise(PROMPT)]:
-            done = answer(self.model, Row(prompt), Choice(3, fixed=True), limit, stop_ids=stop_ids)
+            done = answer(self.model, PromptRow(prompt), Choice(3, fixed=True), limit, stop_ids=stop_ids)
             rounds += done.rounds
             texts.append(Text((*prompt, *done.tokens), len(prompt)))
         after, before = (

@@ -7,13 +7,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_qwen35.budget.encoding import at_once, working_bytes
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.config import VisionConfig
-from mlx_qwen35.engine.prefill import Row, read
+from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.kernels.attention import attention_way
 from mlx_qwen35.load import DTYPES, load_model
 from mlx_qwen35.media.preprocess import Media
-from mlx_qwen35.model.vision import at_once, working_bytes
 from mlx_qwen35.prompt.positions import Run
 
 TEXT_TOKENS = 8  # before each run of placeholders and after the last: about as many as a timestamp and its tags
@@ -40,7 +40,7 @@ class VisionProgram:
         encode_s, encode_peak, encoded = time.perf_counter() - start, mx.get_peak_memory(), _held()
         self.model.vision.release()
         released = _held()
-        row = Row(*prompt(media.grid, self.config.spatial_merge_size), embeddings)
+        row = PromptRow(*prompt(media.grid, self.config.spatial_merge_size), embeddings)
         figures = {
             "tokens": len(row.tokens), "text_bytes": text, "tower_bytes": encoded - released,
             "embeddings_bytes": embeddings.nbytes, "encode_peak_bytes": encode_peak, "released_bytes": released,
@@ -53,10 +53,10 @@ class VisionProgram:
     def _way(self) -> str:
         return attention_way(self.config.hidden_size // self.config.num_heads, self.model.dtype)
 
-    def _read(self, row: Row, step: int) -> dict[str, Any]:
+    def _read(self, row: PromptRow, step: int) -> dict[str, Any]:
         cache, start = self.model.make_cache(), time.perf_counter()
         mx.reset_peak_memory()
-        read(self.model, cache, [row], step)
+        prefill(self.model, cache, [row], step)
         seconds = time.perf_counter() - start
         return {"cache_bytes": cache.nbytes, "read_peak_bytes": mx.get_peak_memory(), "read_s": seconds}
 

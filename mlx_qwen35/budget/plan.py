@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_qwen35.budget.chunk import chunk_length, contexts_up_to, reading_bytes
+from mlx_qwen35.budget.encoding import working_bytes
 from mlx_qwen35.cache.layer import KVCache
 from mlx_qwen35.checkpoint.checkpoint import TEXT, VISION, Checkpoint, mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.checkpoint.config import FULL, LINEAR, TextConfig
@@ -17,7 +18,6 @@ from mlx_qwen35.kernels.attention import attention_way
 from mlx_qwen35.kernels.quantized_linear import SLICE
 from mlx_qwen35.machine.chip import TUNED, Chip, CommandBuffers, command_buffers, parse_chip, this_chip
 from mlx_qwen35.machine.memory import buffer_bytes, reading_room, usable_bytes
-from mlx_qwen35.model.vision import working_bytes
 
 SAMPLING_ARRAYS = 8  # float32, of the vocabulary's size, while a token is drawn
 WORKING_SET = 2 / 3  # of a Mac's memory: what macOS recommends for the GPU up to 32 GB

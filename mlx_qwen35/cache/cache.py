@@ -1,45 +1,55 @@
-"""Everything that belongs to one conversation (or one batch of them): keys and values, DeltaNet memory, lengths.
+"""Everything that belongs to one conversation, or to one batch: keys and values, DeltaNet states, lengths.
 
-The model holds weights only, so any number of caches can use it, interleaved step by step.
+The model holds weights only, so that any number of caches can use it, interleaved step by step.
 
-A batch grows by columns: each call appends T columns to every row, of which the first lengths[i] of row i are tokens
-and the rest are holes. Holes are never attended to, take no position, and leave no trace in the DeltaNet memory.
+A batch grows by columns: each forward pass appends T columns to every row, of which the first lengths[i] of row i are
+tokens and the rest are padding. Padding is never attended to, takes no position, and changes no DeltaNet state.
 """
 
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_qwen35.cache.layer import DeltaCache, KVCache, Place, Span
+from mlx_qwen35.cache.layer import CachePosition, DeltaCache, ForwardContext, KVCache
 from mlx_qwen35.checkpoint.config import FULL, TextConfig
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.gated_delta import DeltaState
-from mlx_qwen35.model.layers import Rotary
 
-if TYPE_CHECKING:
-    from mlx_qwen35.engine.drafts.follower import Drafts
+
+class FollowerSnapshot(Protocol):
+    """Where a follower was."""
+
+    def restored(self) -> "Follower": ...
+
+
+class Follower(Protocol):
+    """What goes along with a cache, and back with it: the draft head's own cache."""
+
+    def reserve(self, T: int) -> None: ...
+    def snapshot(self) -> FollowerSnapshot: ...
+    def arrays(self) -> list[mx.array]: ...
 
 
 class Snapshot:
-    """A place in a conversation to return to. Holds the DeltaNet memory; keys and values stay in the cache.
+    """A position in a conversation to return to. Holds the DeltaNet states; keys and values stay in the cache.
 
-    Only when another branch of the conversation is about to overwrite some of its columns are those copied out.
+    Columns are copied out of the cache only when another branch of the conversation is about to overwrite them.
     """
 
     def __init__(self, cache: "Cache"):
-        self.place = cache.place
-        self.memories = cache.memories()
-        self.intact = cache.length  # columns that still lie in the cache as they were
+        self.position = cache.position
+        self.states = cache.states()
+        self.intact = cache.length  # columns that the cache still holds unchanged
         self.tail: list[tuple[mx.array, mx.array]] | None = None  # the columns after those
-        self.drafts = cache.drafts.snapshot() if cache.drafts else None
+        self.follower = cache.follower.snapshot() if cache.follower else None
 
-    def keep(self, layers: list[KVCache], start: int) -> None:
+    def detach(self, layers: list[KVCache], start: int) -> None:
         """Copy out the columns from `start` on, which the cache is about to overwrite."""
-        kept = [[layer.keys[:, :, start : self.intact], layer.values[:, :, start : self.intact]] for layer in layers]
+        kept = [[array[:, :, start : self.intact] for array in layer.arrays()] for layer in layers]
         if self.tail:
             kept = [
                 [mx.concatenate(pair, 2) for pair in zip(new, old, strict=True)]
@@ -56,143 +66,145 @@ def _copy(array: mx.array) -> mx.array:
 
 
 class Cache:
-    """The memory of B rows that are read together; make one with `model.make_cache()`."""
+    """The cache of B rows that go through the model together; `model.make_cache()` makes one."""
 
-    def __init__(self, config: TextConfig, rotary: Rotary, dtype: mx.Dtype, batch: int = 1):
-        window = (batch, config.linear_conv_kernel_dim - 1, config.conv_dim)
-        state = (batch, config.linear_num_value_heads, config.linear_value_head_dim, config.linear_key_head_dim)
-        empty = DeltaState(mx.zeros(window, dtype), mx.zeros(state, mx.float32))
+    def __init__(self, config: TextConfig, dtype: mx.Dtype, batch: int = 1):
+        conv = (batch, config.linear_conv_kernel_dim - 1, config.conv_dim)
+        recurrent = (batch, config.linear_num_value_heads, config.linear_value_head_dim, config.linear_key_head_dim)
+        empty = DeltaState(mx.zeros(conv, dtype), mx.zeros(recurrent, mx.float32))
         self.layers = [KVCache() if kind == FULL else DeltaCache(empty) for kind in config.layer_types]
-        self.config, self.rotary, self.dtype = config, rotary, dtype
+        self.config, self.dtype = config, dtype
         self.batch = batch
-        self.place = Place(0, (0,) * batch, (0,) * batch, None)
-        self.drafts: Drafts | None = None  # the draft head's part, where one follows the conversation
+        self.position = CachePosition(0, (0,) * batch, (0,) * batch, None)
+        self.follower: Follower | None = None  # the draft head's part, where one follows the conversation
         self._kv = [layer for layer in self.layers if isinstance(layer, KVCache)]
         self._delta = [layer for layer in self.layers if isinstance(layer, DeltaCache)]
         self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
 
     @property
     def length(self) -> int:
-        """Columns: tokens and holes."""
-        return self.place.length
+        """Columns: tokens and padding."""
+        return self.position.length
 
     @property
     def row_lengths(self) -> list[int]:
-        """Tokens each row has read."""
-        return list(self.place.row_lengths)
+        """Tokens of each row."""
+        return list(self.position.row_lengths)
 
     @property
     def next_positions(self) -> list[int]:
         """The position of the next token of each row."""
-        return list(self.place.next_positions)
+        return list(self.position.next_positions)
 
     @property
-    def real(self) -> mx.array | None:
-        """(B, length) boolean, False at holes; None while there are none."""
-        return self.place.real
+    def mask(self) -> mx.array | None:
+        """(B, length) boolean, False at padding; None: no padding."""
+        return self.position.mask
 
     def reserve(self, T: int) -> None:
-        """Say that T columns will come: room for all is made with the first, and nothing is copied on the way."""
+        """Preallocate room for T more columns."""
         for layer in self._kv:
             layer.reserved = self.length + T
-        if self.drafts:
-            self.drafts.cache.reserve(T)
+        if self.follower:
+            self.follower.reserve(T)
 
     @contextmanager
-    def reading(
+    def forward(
         self,
         T: int,
         lengths: Sequence[int] | None = None,
         positions: np.ndarray | None = None,
         stepwise: bool = False,
-    ) -> Iterator[Span]:
-        """Open the span of the next T columns; it counts once the block has ended, and leaves no trace if that raises.
+    ) -> Iterator[ForwardContext]:
+        """Append the next T columns. They count once the block has ended; if it raises, the cache is as before.
 
-        lengths: real tokens of each row, 0 to T; None when all are real. positions: (3, B, T) integers, where a row
-        holds an image; None goes on counting. stepwise: so that `keep` can take some of the tokens back.
+        lengths: tokens of each row, 0 to T, the rest is padding; None: no padding. positions: (3, B, T) integers where
+        a row holds an image or video; None counts on. stepwise: store DeltaNet states for `rollback`.
         """
         if lengths is not None and (len(lengths) != self.batch or not all(0 <= n <= T for n in lengths)):
             raise InputError(
                 "lengths_invalid", f"lengths must be {self.batch} counts of 0 to {T} tokens, got {list(lengths)}"
             )
         self._protect(self.length)
-        before = self.memories()
+        before = self.states()
         counts = list(lengths or [T] * self.batch)
-        after = self.place.after(T, counts)
+        after = self.position.after(T, counts)
         if positions is None:
-            places = mx.array(np.array(self.next_positions, np.int32)[:, None] + np.arange(T, dtype=np.int32))
+            table = mx.array(np.array(self.next_positions, np.int32)[:, None] + np.arange(T, dtype=np.int32))
         else:
-            places = mx.array(positions)
+            table = mx.array(positions)
             highest = [positions[:, row, :n].max(initial=-1) + 1 for row, n in enumerate(counts)]
             following = (max(first, int(high)) for first, high in zip(self.next_positions, highest, strict=True))
             after = after._replace(next_positions=tuple(following))
         padded = None if lengths is None else mx.array(list(lengths), mx.int32)
         try:
-            yield Span(self.length, padded, self.rotary.table(places), _mask(self.length, T, after.real), stepwise)
+            yield ForwardContext(self.length, padded, table, _attention_mask(self.length, T, after.mask), stepwise)
         except BaseException:
-            for layer, memory in zip(self._delta, before, strict=True):
-                layer.memory = memory
+            for layer, state in zip(self._delta, before, strict=True):
+                layer.state = state
             raise
-        self.place = after
+        self.position = after
 
     # --- going back ---
 
-    def keep(self, place: Place, counts: Sequence[int]) -> None:
-        """Go back to where only the first counts[i] tokens of row i were read after `place`.
+    def rollback(self, position: CachePosition, counts: Sequence[int]) -> None:
+        """Take back the last pass, which began at `position`, but for the first counts[i] tokens of row i.
 
-        They must be text, and have come in one stepwise pass, of which no row had fewer than `counts` says.
+        The pass must have been stepwise and of text, with at least counts[i] tokens in row i.
         """
         for layer in self._delta:
-            layer.keep(counts)
-        self.place = place.after(max(counts), counts)
+            layer.rollback(counts)
+        self.position = position.after(max(counts), counts)
         if min(counts) < max(counts):
-            self._clear_holes(place.length)
-        self.close_holes()
+            self._zero_padding(position.length)
+        self.compact()
 
-    def go_back(self, place: Place, memories: Sequence[DeltaState]) -> None:
-        """To where the cache was before a pass, with what `memories` gave then."""
-        self.place = place
-        for layer, memory in zip(self._delta, memories, strict=True):
-            layer.memory, layer.steps = memory, None
+    def rewind(self, position: CachePosition, states: Sequence[DeltaState]) -> None:
+        """Take back the last pass, which began at `position` with these DeltaNet states."""
+        self.position = position
+        for layer, state in zip(self._delta, states, strict=True):
+            layer.state, layer.steps = state, None
 
-    def _clear_holes(self, start: int) -> None:
-        """Zeros where holes are, from column `start` on: infinity of a guess would survive its weight of 0."""
-        real = self.real[:, None, start:, None]
+    def _zero_padding(self, start: int) -> None:
+        """Zero the padding from column `start` on: infinity of a rejected token would survive its weight of 0."""
+        assert self.mask is not None
+        tokens = self.mask[:, None, start:, None]
         for layer in self._kv:
-            for array in (layer.keys, layer.values):
-                array[:, :, start : self.length] = mx.where(real, array[:, :, start : self.length], 0)
+            for array in layer.arrays():
+                array[:, :, start : self.length] = mx.where(tokens, array[:, :, start : self.length], 0)
 
     def detach(self) -> None:
-        """Let go of what `keep` has taken back: the memory that was kept is part of that of all tokens of the pass."""
+        """Copy the DeltaNet states, so that the states of rejected tokens, with which they share memory, are freed."""
         for layer in self._delta:
-            layer.memory = DeltaState(*map(_copy, layer.memory))
-        mx.eval([layer.memory for layer in self._delta])
+            layer.state = DeltaState(*map(_copy, layer.state))
+        mx.eval([layer.state for layer in self._delta])
 
-    def close_holes(self) -> None:
-        """Move each row's keys and values together, once rows that kept different numbers of tokens left many holes."""
-        if self.real is None or self.length <= max(self.row_lengths) + KVCache.STEP:
+    def compact(self) -> None:
+        """Move each row's keys and values together, once rows of different lengths have left much padding."""
+        if self.mask is None or self.length <= max(self.row_lengths) + KVCache.STEP:
             return
         self._protect(0)
         column = mx.arange(self.length)
         longest = max(self.row_lengths)
-        order = mx.argsort(mx.where(self.real, column, column + self.length), axis=1)[:, None, :longest, None]
+        order = mx.argsort(mx.where(self.mask, column, column + self.length), axis=1)[:, None, :longest, None]
         for layer in self._kv:
-            keys, values = (mx.take_along_axis(array, order, axis=2) for array in (layer.keys, layer.values))
+            keys, values = (mx.take_along_axis(array, order, axis=2) for array in layer.arrays())
             layer.extend(keys, values, 0)
-        real = mx.arange(longest) < mx.array(self.row_lengths)[:, None]
-        self.place = self.place._replace(length=longest, real=real)
+        mask = mx.arange(longest) < mx.array(self.row_lengths)[:, None]
+        self.position = self.position._replace(length=longest, mask=mask)
 
-    def memories(self) -> list[DeltaState]:
-        return [layer.memory for layer in self._delta]
+    def states(self) -> list[DeltaState]:
+        """The state of each DeltaNet layer."""
+        return [layer.state for layer in self._delta]
 
     def snapshot(self) -> Snapshot:
-        """Remember this place. Costs references to the DeltaNet memory (about 50 MB for the 4B once it moves on)."""
+        """Remember this position. Costs references to the DeltaNet states (about 50 MB for the 4B once they change)."""
         snapshot = Snapshot(self)
         self._snapshots.add(snapshot)
         return snapshot
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go back (or forward again) to where a snapshot of this cache was taken."""
+        """Return to where a snapshot of this cache was taken, backward or forward."""
         if snapshot not in self._snapshots:
             raise InputError(
                 "snapshot_foreign", "a snapshot can only be restored into the cache that it was taken from"
@@ -201,45 +213,44 @@ class Cache:
             self._protect(snapshot.intact, but=snapshot)
             for layer, (keys, values) in zip(self._kv, snapshot.tail, strict=True):
                 layer.extend(keys, values, snapshot.intact)
-            snapshot.tail, snapshot.intact = None, snapshot.place.length
-        for layer, memory in zip(self._delta, snapshot.memories, strict=True):
-            layer.memory = memory
-        self.place = snapshot.place
-        self.drafts = snapshot.drafts.restored() if snapshot.drafts else None
+            snapshot.tail, snapshot.intact = None, snapshot.position.length
+        for layer, state in zip(self._delta, snapshot.states, strict=True):
+            layer.state = state
+        self.position = snapshot.position
+        self.follower = snapshot.follower.restored() if snapshot.follower else None
 
     def _protect(self, start: int, but: Snapshot | None = None) -> None:
         for snapshot in list(self._snapshots):
             if snapshot.intact > start and snapshot is not but:
-                snapshot.keep(self._kv, start)
+                snapshot.detach(self._kv, start)
 
     # --- what is in it ---
 
     def arrays(self) -> dict[str, mx.array]:
-        """Every array by name, columns in use only: layers.3.keys, layers.3.values, layers.0.window, layers.0.state.
-
-        Those of the draft head are left out: they change no text.
+        """Every array by name, columns in use only: mask, layers.3.keys, layers.3.values, layers.0.conv_state,
+        layers.0.recurrent_state. The draft head's are left out: they change no text.
         """
-        named = {} if self.real is None else {"real": self.real}
+        named = {} if self.mask is None else {"mask": self.mask}
         for i, layer in enumerate(self.layers):
             if isinstance(layer, DeltaCache):
-                named |= {f"layers.{i}.window": layer.memory.window, f"layers.{i}.state": layer.memory.state}
-            elif layer.keys is not None:
-                named[f"layers.{i}.keys"] = layer.keys[:, :, : self.length]
-                named[f"layers.{i}.values"] = layer.values[:, :, : self.length]
+                named |= {f"layers.{i}.{name}": array for name, array in layer.state._asdict().items()}
+            else:
+                for name, array in zip(("keys", "values"), layer.arrays(), strict=False):
+                    named[f"layers.{i}.{name}"] = array[:, :, : self.length]
         return named
 
     def evaluate(self) -> None:
         """Compute what is pending, so that no graph is held."""
-        mx.eval([layer.arrays() for layer in self.layers], self.drafts.arrays() if self.drafts else [])
+        mx.eval([layer.arrays() for layer in self.layers], self.follower.arrays() if self.follower else [])
 
     def first_not_finite(self, row: int) -> int | None:
-        """The first layer whose memory of this row holds NaN or infinity. Columns that are holes do not count."""
+        """The first layer that holds NaN or infinity for this row. Padding does not count."""
         for i, layer in enumerate(self.layers):
             arrays = [array[row] for array in layer.arrays()]
             if isinstance(layer, KVCache):
                 arrays = [array[:, : self.length] for array in arrays]
-                if self.real is not None:
-                    arrays = [mx.where(self.real[row, :, None], array, 0) for array in arrays]
+                if self.mask is not None:
+                    arrays = [mx.where(self.mask[row, :, None], array, 0) for array in arrays]
             if not all(mx.isfinite(array).all().item() for array in arrays):
                 return i
         return None
@@ -248,13 +259,13 @@ class Cache:
     def nbytes(self) -> int:
         """Bytes in memory, unused capacity included."""
         own = sum(array.nbytes for layer in self.layers for array in layer.arrays())
-        return own + sum(array.nbytes for array in (self.drafts.arrays() if self.drafts else ()))
+        return own + sum(array.nbytes for array in (self.follower.arrays() if self.follower else ()))
 
 
-def _mask(start: int, T: int, real: mx.array | None) -> mx.array | str | None:
-    """Each token sees the real columns up to its own. A hole sees itself, so that no row of scores is empty."""
-    if real is None:
+def _attention_mask(start: int, T: int, mask: mx.array | None) -> mx.array | str | None:
+    """Each token attends to the tokens up to its own. Padding attends to itself, so that no row of scores is empty."""
+    if mask is None:
         return None if T == 1 else "causal"
     column, row = mx.arange(start + T), start + mx.arange(T)[:, None]
-    visible = (real[:, None] & (column <= row)) | (column == row)
+    visible = (mask[:, None] & (column <= row)) | (column == row)
     return visible[:, None]

@@ -1,4 +1,4 @@
-"""What one layer remembers of a conversation, and what it is told of the tokens that it reads."""
+"""The cache of one decoder layer, and what a forward pass tells the layer about its tokens."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,35 +8,35 @@ import mlx.core as mx
 from mlx_qwen35.kernels.gated_delta import DeltaState
 
 
-class Span(NamedTuple):
-    """The columns that one forward pass reads."""
+class ForwardContext(NamedTuple):
+    """What the layers need to know about the T columns of one forward pass."""
 
-    start: int  # columns already there
-    lengths: mx.array | None  # (B,) real tokens of each row in this pass; None: all
-    rotary: tuple[mx.array, mx.array]  # cos, sin of their positions
+    start: int  # columns already in the cache
+    lengths: mx.array | None  # (B,) tokens of each row in this pass, the rest is padding; None: no padding
+    positions: mx.array  # (B, T), or (3, B, T) for the T, H and W axes
     mask: mx.array | str | None  # for attention: (B, 1, T, start + T) boolean, "causal", or None for one token
-    stepwise: bool = False  # DeltaNet layers are to remember their memory after each token
+    stepwise: bool = False  # whether DeltaNet layers store their state after each token
 
 
-class Place(NamedTuple):
+class CachePosition(NamedTuple):
     """How far a cache has come."""
 
-    length: int  # columns: tokens and holes
-    row_lengths: tuple[int, ...]  # tokens each row has read
-    next_positions: tuple[int, ...]  # of the next token of each row; an image takes fewer than it has tokens
-    real: mx.array | None  # (B, length) boolean, False at holes; None while there are none
+    length: int  # columns: tokens and padding
+    row_lengths: tuple[int, ...]  # tokens of each row
+    next_positions: tuple[int, ...]  # of the next token of each row; an image takes fewer positions than tokens
+    mask: mx.array | None  # (B, length) boolean, False at padding; None: no padding
 
-    def after(self, T: int, counts: Sequence[int]) -> "Place":
-        """Where T more columns lead, of which the first counts[i] of row i are tokens of text, the rest holes."""
-        real = self.real
-        if real is not None or min(counts) < T:
-            before = mx.ones((len(counts), self.length), mx.bool_) if real is None else real
-            real = mx.concatenate([before, mx.arange(T) < mx.array(list(counts))[:, None]], axis=1)
-        return Place(
+    def after(self, T: int, counts: Sequence[int]) -> "CachePosition":
+        """The position after T more columns, of which the first counts[i] of row i are text and the rest padding."""
+        mask = self.mask
+        if mask is not None or min(counts) < T:
+            before = mx.ones((len(counts), self.length), mx.bool_) if mask is None else mask
+            mask = mx.concatenate([before, mx.arange(T) < mx.array(list(counts))[:, None]], axis=1)
+        return CachePosition(
             self.length + T,
             tuple(n + m for n, m in zip(self.row_lengths, counts, strict=True)),
             tuple(n + m for n, m in zip(self.next_positions, counts, strict=True)),
-            real,
+            mask,
         )
 
 
@@ -48,22 +48,20 @@ class KVCache:
     def __init__(self) -> None:
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
-        self.reserved = 0  # columns that are known to come
+        self.reserved = 0  # columns to allocate with the first
 
     def extend(self, keys: mx.array, values: mx.array, start: int) -> tuple[mx.array, mx.array]:
-        """Write (B, Hk, T, D) at column `start` and return all columns up to there."""
+        """Write (B, Hk, T, D) at column `start`; return all columns up to the last written one."""
         end = start + keys.shape[2]
-        if self.keys is None or end > self.keys.shape[2]:
-            self.keys, self.values = (
-                self._grown(self.keys, keys, start, end),
-                self._grown(self.values, values, start, end),
-            )
+        if self.keys is None or self.values is None or end > self.keys.shape[2]:
+            self.keys = self._grown(self.keys, keys, start, end)
+            self.values = self._grown(self.values, values, start, end)
         self.keys[:, :, start:end] = keys
         self.values[:, :, start:end] = values
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def arrays(self) -> list[mx.array]:
-        return [] if self.keys is None else [self.keys, self.values]
+        return [] if self.keys is None or self.values is None else [self.keys, self.values]
 
     def _grown(self, old: mx.array | None, like: mx.array, start: int, end: int) -> mx.array:
         capacity = -(-max(end, self.reserved) // self.STEP) * self.STEP
@@ -74,26 +72,26 @@ class KVCache:
 
 
 class DeltaCache:
-    """Window and state of one DeltaNet layer. Replaced as a whole by each pass, never changed in place."""
+    """The conv_state and recurrent_state of one DeltaNet layer. Each pass replaces them, none in place."""
 
-    def __init__(self, memory: DeltaState):
-        self.memory = memory
-        self.steps: DeltaState | None = None  # after each token of the last pass, if that was stepwise
+    def __init__(self, state: DeltaState):
+        self.state = state
+        self.steps: DeltaState | None = None  # the state after each token of the last pass, if that was stepwise
 
-    def replace(self, memory: DeltaState, stepwise: bool) -> None:
-        """Take what a pass left: the memory after its last token, or if stepwise after each, (B, T, ...)."""
-        self.steps = memory if stepwise else None
-        self.memory = DeltaState(*(array[:, -1] for array in memory)) if stepwise else memory
+    def replace(self, state: DeltaState, stepwise: bool) -> None:
+        """Store the state after a pass; of a stepwise pass `state` holds one for each token, (B, T, ...)."""
+        self.steps = state if stepwise else None
+        self.state = DeltaState(*(array[:, -1] for array in state)) if stepwise else state
 
-    def keep(self, counts: Sequence[int]) -> None:
-        """Go back, in each row, to the memory after so many tokens of the last pass; after none where it had none."""
+    def rollback(self, counts: Sequence[int]) -> None:
+        """Return row i to the state after counts[i] tokens of the last pass; a row with none has had none in it."""
         assert self.steps is not None, "the last pass was not stepwise"
         last = [max(0, count - 1) for count in counts]
         if len(set(last)) == 1:
-            self.memory = DeltaState(*(array[:, last[0]] for array in self.steps))
+            self.state = DeltaState(*(array[:, last[0]] for array in self.steps))
         else:
-            self.memory = DeltaState(*(array[mx.arange(len(last)), mx.array(last)] for array in self.steps))
+            self.state = DeltaState(*(array[mx.arange(len(last)), mx.array(last)] for array in self.steps))
         self.steps = None
 
     def arrays(self) -> list[mx.array]:
-        return list(self.memory)
+        return list(self.state)

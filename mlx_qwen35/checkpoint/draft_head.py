@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 
@@ -18,9 +18,7 @@ from mlx_qwen35.checkpoint.folder import check_file, inside, is_file
 from mlx_qwen35.checkpoint.names import MTP, head_name
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import Fields, read_json
-
-if TYPE_CHECKING:
-    from mlx_qwen35.checkpoint.checkpoint import Quantization
+from mlx_qwen35.quantization import Quantization
 
 PLACES = ("mtp.safetensors", "mtp/weights.safetensors", "model-mtp.safetensors", "optiq/mtp.safetensors")
 FORM = ("group_size", "bits", "mode")
@@ -146,7 +144,7 @@ def _is_raw(norm: mx.array) -> bool | None:
 # --- for the converter -----------------------------------------------------------------------------------------------
 
 
-def settled(values: Mapping[str, Any], packed: Mapping[str, "Quantization"]) -> dict[str, Any]:
+def settled(values: Mapping[str, Any], packed: Mapping[str, Quantization]) -> dict[str, Any]:
     """The values of config.json without what they say of the head alone; its packing goes where the trunk's is.
 
     packed: Hugging Face name of a weight of the head -> how it is packed.

@@ -10,7 +10,7 @@ from mlx_qwen35.budget.chunk import suitable_chunk
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.checkpoint.checkpoint import Quantization, is_matrix, is_zero_centred, text_shapes
 from mlx_qwen35.checkpoint.config import TextConfig
-from mlx_qwen35.engine.prefill import Row, read
+from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.model.weights import Weights
 
@@ -88,7 +88,7 @@ def measure(
         cache = model.make_cache()
         begin = time.perf_counter()
         step = suitable_chunk(model.config, model.dtype, length)
-        read(model, cache, [Row([i % model.config.vocab_size for i in range(length)])], step)
+        prefill(model, cache, [PromptRow([i % model.config.vocab_size for i in range(length)])], step)
         prompt, elapsed = length, time.perf_counter() - begin
         if time.perf_counter() - start + 2 * elapsed > seconds:
             break

@@ -10,7 +10,7 @@ from mlx_qwen35.engine.checks import check_options
 from mlx_qwen35.engine.drafts.speculate import attach
 from mlx_qwen35.engine.generation import Generation, Result, see
 from mlx_qwen35.engine.options import Options, plan, reading_step, thinking_switch, vision_options
-from mlx_qwen35.engine.prefill import read
+from mlx_qwen35.engine.prefill import prefill
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.machine.process import refuse_fork
 from mlx_qwen35.media.preprocess import VISION_OPTIONS
@@ -109,7 +109,7 @@ class Conversation:
         rows = see(self.model, [new])
         seen = time.perf_counter()
         drafts = attach(self.model, self.cache, drafts)
-        read(self.model, self.cache, rows, step, count)
+        prefill(self.model, self.cache, rows, step, count)
         self._read, self._snapshot = before, self.cache.snapshot()
         self.reading_seconds = time.perf_counter() - start
         vision_seconds = seen - start if new.media else 0.0

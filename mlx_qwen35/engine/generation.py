@@ -12,7 +12,7 @@ from mlx_qwen35.engine.checks import check_options
 from mlx_qwen35.engine.drafts.speculate import Choice, Drafting, Speculation, attach
 from mlx_qwen35.engine.loop import decode
 from mlx_qwen35.engine.options import Options, Plan, encode, plan, refuse_idle_vision
-from mlx_qwen35.engine.prefill import Row, read
+from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.engine.sampling import Sampler
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.machine.process import refuse_fork
@@ -116,7 +116,7 @@ class Generation:
 
         positions = [n + len(prompt.tokens) for n, prompt in zip(self.cache.row_lengths, self.prompts, strict=True)]
         self._drafts = attach(self.model, self.cache, self._drafts)
-        hidden = read(self.model, self.cache, rows, self.plan.prefill_step_size, count)
+        hidden = prefill(self.model, self.cache, rows, self.plan.prefill_step_size, count)
         del rows  # and with them the embeddings
         seeds = [self.plan.seed] * len(self.prompts)
         sampler = Sampler(self.plan.samplings, seeds, positions, self.processor.vocabulary)
@@ -171,11 +171,11 @@ class Generation:
         )
 
 
-def see(model: Model, prompts: Sequence[Prompt]) -> list[Row]:
+def see(model: Model, prompts: Sequence[Prompt]) -> list[PromptRow]:
     """Encode what the prompts show, give the tower's memory back, and return the rows to be read."""
     media = [placed.media for prompt in prompts for placed in prompt.media]
     if not media:
-        return [Row(prompt.tokens) for prompt in prompts]
+        return [PromptRow(prompt.tokens) for prompt in prompts]
     if model.vision is None:
         raise InputError("vision_missing", "this model has no vision tower: its prompts must be text")
     try:
@@ -184,7 +184,7 @@ def see(model: Model, prompts: Sequence[Prompt]) -> list[Row]:
         for prompt in prompts:
             own = [next(shown) for _ in prompt.media]
             embeddings = mx.concatenate(own) if len(own) > 1 else next(iter(own), None)
-            rows.append(Row(prompt.tokens, prompt.runs, embeddings))
+            rows.append(PromptRow(prompt.tokens, prompt.runs, embeddings))
         mx.eval([row.embeddings for row in rows if row.embeddings is not None])
     finally:
         model.vision.release()

@@ -9,12 +9,13 @@ import numpy as np
 
 from mlx_qwen35.budget.chunk import LAYERS_IN_FLIGHT
 from mlx_qwen35.cache.cache import Cache
+from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.model import Model, Visual
 from mlx_qwen35.prompt.positions import Run, positions
 
 
-class Row(NamedTuple):
+class PromptRow(NamedTuple):
     """One prompt as the model reads it."""
 
     tokens: Sequence[int]
@@ -22,10 +23,10 @@ class Row(NamedTuple):
     embeddings: mx.array | None = None  # (n, D): what stands in their place, in order
 
 
-def read(
+def prefill(
     model: Model,
     cache: Cache,
-    rows: Sequence[Row],
+    rows: Sequence[PromptRow],
     step: int,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> mx.array:
@@ -46,11 +47,11 @@ def read(
         visual, positions = _looks(places, start, width)
         ends = mx.array([max(0, n - 1) for n in lengths])
         uneven = None if min(lengths) == width else lengths
-        if cache.drafts:
+        if isinstance(cache.follower, DraftFollower):
             first = cache.next_positions
             hidden = model.hidden(padded, cache, uneven, visual, positions, None, Pace())
             here = mx.take_along_axis(hidden, ends[:, None, None], axis=1)[:, 0]
-            cache.drafts.read(model, padded, hidden, lengths, first, visual, positions)
+            cache.follower.prefill(model, padded, hidden, lengths, first, visual, positions)
         else:
             here = model.hidden(padded, cache, uneven, visual, positions, ends, Pace())[:, 0]
         last = here if last is None else mx.where(mx.array([n > 0 for n in lengths])[:, None], here, last)
@@ -83,7 +84,7 @@ class Pace:
 class _Places:
     """Where one row's placeholders are, and all its positions."""
 
-    def __init__(self, row: Row, first: int):
+    def __init__(self, row: PromptRow, first: int):
         self.columns = np.concatenate([np.arange(run.start, run.stop) for run in row.runs] or [np.zeros(0, int)])
         count = 0 if row.embeddings is None else len(row.embeddings)
         if count != len(self.columns):

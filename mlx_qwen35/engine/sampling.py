@@ -1,6 +1,6 @@
 """Logits -> the processed distribution -> a token. One function each, used by everything that generates.
 
-The noise of a draw depends on (seed, position) alone, position being the token's place in its sequence. So the same
+The noise of a sample depends on (seed, position) alone, position being the token's place in its sequence. So the same
 seed gives the same text however the tokens are produced: alone, in a batch, or several at a time.
 """
 
@@ -29,7 +29,7 @@ _NUMBERS = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw a token. Penalties count every generated token, and no prompt token."""
+    """How to sample a token. Penalties count every generated token, and no prompt token."""
 
     temp: float = 1.0  # 0: greedy, the most probable token
     top_k: int = 0  # 0: off
@@ -84,13 +84,13 @@ PRESETS = {
 
 
 def process(logits: mx.array, sampling: Sampling, counts: mx.array | None = None, vocabulary: int = 0) -> mx.array:
-    """The distribution a token is drawn from: (B, V) logits -> (B, V) float32 log-probabilities, -inf where cut off.
+    """The distribution a token is sampled from: (B, V) logits -> (B, V) float32 log-probabilities, -inf where cut off.
 
     Order, as in transformers: bias and penalties, temperature, top-k, top-p, min-p, each on what the one before left.
 
     Args:
         counts: (B, V) how often each token was generated; None while none was or nothing is penalised.
-        vocabulary: the tokenizer's size. The rows of the head beyond it are padding and never drawn; 0: none are.
+        vocabulary: the tokenizer's size. The rows of the head beyond it are padding and never sampled; 0: none are.
     """
     logits = penalise(logits, sampling, counts, vocabulary)
     if sampling.temp == 0:
@@ -164,36 +164,38 @@ class Sampler:
         self._width = 0  # of logits: V
         self._noise: dict[tuple[int, int], mx.array] = {}  # (V,) by seed and position, from the next token on
 
-    def draw(self, logits: mx.array) -> mx.array:
-        """(B, V) -> (B,) the next tokens, which are taken; nothing is computed yet."""
-        tokens = self.look(logits[:, None])
-        self.take(tokens)
+    def sample(self, logits: mx.array) -> mx.array:
+        """(B, V) -> (B,) the next tokens, which are committed; lazy."""
+        tokens = self.peek(logits[:, None])
+        self.commit(tokens)
         return tokens[:, 0]
 
-    def look(self, logits: mx.array, drafted: mx.array | None = None) -> mx.array:
-        """(B, n, V) -> (B, n): what would be drawn, were the tokens `drafted` (B, m) the next ones.
+    def peek(self, logits: mx.array, drafted: mx.array | None = None) -> mx.array:
+        """(B, n, V) -> (B, n): the tokens that would be sampled if `drafted` (B, m) came first.
 
         The last of the n tokens stands behind all of the drafted, the one before it behind all but one, and so on.
-        Nothing is taken, and nothing is computed yet.
+        Commits nothing; lazy.
         """
         if all(sampling == self.sampling[0] for sampling in self.sampling):
-            return self._look(logits, drafted, slice(None))
+            return self._peek(logits, drafted, slice(None))
         rows = [slice(row, row + 1) for row in range(logits.shape[0])]
-        return mx.concatenate([self._look(logits[r], None if drafted is None else drafted[r], r) for r in rows])
+        return mx.concatenate([self._peek(logits[r], None if drafted is None else drafted[r], r) for r in rows])
 
-    def take(self, tokens: mx.array, counts: Sequence[int] | None = None) -> None:
+    def commit(self, tokens: mx.array, counts: Sequence[int] | None = None) -> None:
         """Go on behind the first counts[i] of row i's tokens (B, n); None: behind all."""
         B, n = tokens.shape
-        taken = [n] * B if counts is None else list(counts)
-        self.positions = [position + m for position, m in zip(self.positions, taken, strict=True)]
+        committed = [n] * B if counts is None else list(counts)
+        self.positions = [position + m for position, m in zip(self.positions, committed, strict=True)]
         near = {(seed, p + i) for seed, p in zip(self.seeds, self.positions, strict=True) for i in range(n)}
         self._noise = {key: noise for key, noise in self._noise.items() if key in near}
         if any(sampling.penalises for sampling in self.sampling):
             before = mx.zeros((B, self._width)) if self.counts is None else self.counts
-            each = mx.ones((B, n)) if counts is None else (mx.arange(n) < mx.array(taken)[:, None]).astype(mx.float32)
+            each = mx.ones((B, n))
+            if counts is not None:
+                each = (mx.arange(n) < mx.array(committed)[:, None]).astype(mx.float32)
             self.counts = before.at[mx.arange(B)[:, None], tokens].add(each)
 
-    def _look(self, logits: mx.array, drafted: mx.array | None, rows: slice) -> mx.array:
+    def _peek(self, logits: mx.array, drafted: mx.array | None, rows: slice) -> mx.array:
         """Rows that share their sampling."""
         sampling = self.sampling[rows][0]
         B, n, V = logits.shape
@@ -207,8 +209,8 @@ class Sampler:
             return mx.argmax(penalise(flat, sampling, counts, self.vocabulary), axis=-1).reshape(B, n)
         places = zip(self.seeds[rows], self.positions[rows], strict=True)
         gumbel = [self._noise_at(V, seed, position + first + i) for seed, position in places for i in range(n)]
-        drawn = mx.argmax(process(flat, sampling, counts, self.vocabulary) + mx.stack(gumbel), axis=-1)
-        return drawn.reshape(B, n)
+        sampled = mx.argmax(process(flat, sampling, counts, self.vocabulary) + mx.stack(gumbel), axis=-1)
+        return sampled.reshape(B, n)
 
     def _noise_at(self, vocabulary: int, seed: int, position: int) -> mx.array:
         """The same array for a guess at a token and for the token."""

@@ -53,18 +53,6 @@ def set_limits() -> None:
     mx.set_memory_limit(limit)
 
 
-def check_encoding_fits(kind: str, size: str, working_bytes: int) -> None:
-    """Refuse an image or a video (`kind`) whose encoding would not fit beside what is in memory."""
-    limit, used = usable_bytes(), mx.get_active_memory()
-    if used + working_bytes > limit:
-        raise InputError(
-            "memory_exceeded",
-            f"to be encoded, this {kind} ({size}) needs {working_bytes / 1e9:.1f} GB; a model may take "
-            f"{limit / 1e9:.1f} GB, of which {used / 1e9:.1f} GB are in use. Lower "
-            + {"image": "max_pixels", "video": "video_total_pixels"}[kind],
-        )
-
-
 def check_decoding_fits(name: str, width: int, height: int, needed: int) -> None:
     """Refuse a picture, or a clip's frame, that takes so many bytes to decode and has no room beside what is in memory.
 

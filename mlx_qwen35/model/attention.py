@@ -3,12 +3,14 @@
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_qwen35.cache.layer import KVCache, Span
+from mlx_qwen35.cache.layer import ForwardContext, KVCache
 from mlx_qwen35.checkpoint.config import TextConfig
 from mlx_qwen35.kernels.attention import attention
 from mlx_qwen35.kernels.exponential import sigmoid
 from mlx_qwen35.kernels.metal import fused
 from mlx_qwen35.kernels.norm_rotary import queries_and_keys
+from mlx_qwen35.model.rotary import Table
+from mlx_qwen35.model.weights import Weights
 
 
 class GatedAttention(nn.Module):
@@ -17,7 +19,7 @@ class GatedAttention(nn.Module):
     q_proj holds, for each head, its query and then its gate: not all queries before all gates.
     """
 
-    def __init__(self, config: TextConfig, weights):
+    def __init__(self, config: TextConfig, weights: Weights):
         super().__init__()
         self.qkv_proj = weights.joined("q_proj", "k_proj", "v_proj")
         self.q_norm = weights.norm("q_norm")
@@ -25,25 +27,25 @@ class GatedAttention(nn.Module):
         self.o_proj = weights.linear("o_proj")
         self.heads, self.head_dim = config.num_attention_heads, config.head_dim
 
-    def __call__(self, x: mx.array, span: Span, cache: KVCache) -> mx.array:
-        """x (B, T, D) normed -> (B, T, D); reads and extends the layer's cache."""
+    def __call__(self, x: mx.array, rotary: Table, context: ForwardContext, cache: KVCache) -> mx.array:
+        """x (B, T, D) normed, rotary table of its positions -> (B, T, D); appends to the layer's cache."""
         B, T, _ = x.shape
-        if span.lengths is not None:  # NaN or infinity at a hole would survive its weight of 0 in the sum of values
-            x = mx.where((mx.arange(T) < span.lengths[:, None])[..., None], x, mx.zeros((), x.dtype))
+        if context.lengths is not None:  # NaN or infinity in padding would survive its weight of 0 in the sum of values
+            x = mx.where((mx.arange(T) < context.lengths[:, None])[..., None], x, mx.zeros((), x.dtype))
         products = self.qkv_proj.whole(x)
         queries, _, v = self.qkv_proj.split(products)
         gate = queries.reshape(B, T, self.heads, -1)[..., self.head_dim :]
         v = v.reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
         q, k = queries_and_keys(
-            products, self.qkv_proj.split, span.rotary, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps,
+            products, self.qkv_proj.split, rotary, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps,
             self.heads, v.shape[1],
         )  # fmt: skip
-        keys, values = cache.extend(k, v, span.start)
-        out = attention(q, keys, values, self.head_dim**-0.5, span.mask)
-        out = _opened(out.swapaxes(1, 2), gate)
+        keys, values = cache.extend(k, v, context.start)
+        out = attention(q, keys, values, self.head_dim**-0.5, context.mask)
+        out = _gated(out.swapaxes(1, 2), gate)
         return self.o_proj(out.reshape(B, T, -1))
 
 
 @fused
-def _opened(out: mx.array, gate: mx.array) -> mx.array:
+def _gated(out: mx.array, gate: mx.array) -> mx.array:
     return out * sigmoid(gate)

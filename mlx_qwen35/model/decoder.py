@@ -1,16 +1,39 @@
-"""The decoder's layers: what they are made of, and the way through a row of them."""
+"""The decoder layers: what they are made of, and the forward pass through them."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_qwen35.cache.layer import Span
+from mlx_qwen35.cache.layer import DeltaCache, ForwardContext, KVCache
 from mlx_qwen35.checkpoint.config import FULL, TextConfig
+from mlx_qwen35.kernels.exponential import silu
+from mlx_qwen35.kernels.metal import fused
 from mlx_qwen35.model.attention import GatedAttention
 from mlx_qwen35.model.delta_net import GatedDeltaNet
-from mlx_qwen35.model.layers import MLP, RMSNorm
+from mlx_qwen35.model.layers import RMSNorm
+from mlx_qwen35.model.rotary import Table
+from mlx_qwen35.model.weights import Weights
+
+LayerCache = KVCache | DeltaCache
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))"""
+
+    def __init__(self, weights: Weights):
+        super().__init__()
+        self.gate_up = weights.joined("gate_proj", "up_proj")
+        self.down_proj = weights.linear("down_proj")
+
+    def __call__(self, x: mx.array) -> mx.array:
+        gate, up = self.gate_up(x)
+        return self.down_proj(_activated(gate, up))
+
+
+@fused
+def _activated(gate: mx.array, up: mx.array) -> mx.array:
+    return silu(gate) * up
 
 
 class DecoderLayer(nn.Module):
@@ -19,7 +42,7 @@ class DecoderLayer(nn.Module):
     Each sum is formed together with the norm that follows it, the last one with the norm of what comes after the layer.
     """
 
-    def __init__(self, config: TextConfig, kind: str, weights):
+    def __init__(self, config: TextConfig, kind: str, weights: Weights):
         super().__init__()
         self.input_layernorm = weights.norm("input_layernorm")
         if kind == FULL:
@@ -31,39 +54,47 @@ class DecoderLayer(nn.Module):
         self.mixer_name = "self_attn" if kind == FULL else "linear_attn"
 
     def __call__(
-        self, x: mx.array, normed: mx.array, span: Span, cache, following: RMSNorm, at: mx.array | None = None
+        self,
+        x: mx.array,
+        normed: mx.array,
+        rotary: Table,
+        context: ForwardContext,
+        cache: LayerCache,
+        following: RMSNorm,
+        at: mx.array | None = None,
     ) -> tuple[mx.array, mx.array]:
         """x and input_layernorm(x), each (B, T, D) -> the next x, and `following` of it.
 
         at: (B,), the only column of each row that is wanted; then (B, 1, D) come out.
         """
-        mixed = self[self.mixer_name](normed, span, cache)
+        mixed = self[self.mixer_name](normed, rotary, context, cache)
         if at is not None:
             x, mixed = (mx.take_along_axis(array, at[:, None, None], axis=1) for array in (x, mixed))
         x, normed = self.post_attention_layernorm.of_sum(x, mixed)
         return following.of_sum(x, self.mlp(normed))
 
 
-Pace = Callable[[list[mx.array]], None]  # told what each layer gives, its memory included; it may have that computed
+Pace = Callable[[list[mx.array]], None]  # called with the arrays of each layer, cache included; may evaluate them
 
 
 def run(
     layers: Sequence[DecoderLayer],
     norm: RMSNorm,
     x: mx.array,
-    span: Span,
-    memories: Sequence[Any],
+    rotary: Table,
+    context: ForwardContext,
+    caches: Sequence[LayerCache],
     at: mx.array | None = None,
     pace: Pace = lambda arrays: None,
 ) -> mx.array:
-    """x (B, T, D) through the layers, each with its own memory, and the final norm -> (B, T, D).
+    """x (B, T, D) through the layers, each with its own cache, and the final norm -> (B, T, D).
 
     at: (B,) integers, the one column wanted of each row; then (B, 1, D), and the last layer's MLP and the norm compute
     no more than that.
     """
     normed = layers[0].input_layernorm(x)
     after = [*(layer.input_layernorm for layer in layers[1:]), norm]
-    for layer, memory, following in zip(layers, memories, after, strict=True):
-        x, normed = layer(x, normed, span, memory, following, at if following is norm else None)
-        pace([x, normed, *memory.arrays()])
+    for layer, cache, following in zip(layers, caches, after, strict=True):
+        x, normed = layer(x, normed, rotary, context, cache, following, at if following is norm else None)
+        pace([x, normed, *cache.arrays()])
     return normed

@@ -3,16 +3,18 @@
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_qwen35.cache.layer import DeltaCache, Span
+from mlx_qwen35.cache.layer import DeltaCache, ForwardContext
 from mlx_qwen35.checkpoint.config import TextConfig
 from mlx_qwen35.kernels.fused_delta import delta_core
 from mlx_qwen35.kernels.gated_delta import DeltaWeights
+from mlx_qwen35.model.rotary import Table
+from mlx_qwen35.model.weights import Weights
 
 
 class GatedDeltaNet(nn.Module):
     """Four projections, the core (`kernels.fused_delta`), and the projection back."""
 
-    def __init__(self, config: TextConfig, weights):
+    def __init__(self, config: TextConfig, weights: Weights):
         super().__init__()
         self.in_proj = weights.joined("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
         self.conv1d = weights.conv("conv1d")
@@ -22,10 +24,10 @@ class GatedDeltaNet(nn.Module):
         self.out_proj = weights.linear("out_proj")
         self.eps = config.rms_norm_eps
 
-    def __call__(self, x: mx.array, span: Span, cache: DeltaCache) -> mx.array:
-        """x (B, T, D) normed -> (B, T, D); reads and replaces the layer's memory."""
+    def __call__(self, x: mx.array, rotary: Table, context: ForwardContext, cache: DeltaCache) -> mx.array:
+        """x (B, T, D) normed -> (B, T, D); replaces the layer's state. Positions do not matter here."""
         core = DeltaWeights(self.conv1d, self.A_log, self.dt_bias, self.norm, self.eps)
         projected = self.in_proj.whole(x)
-        out, memory = delta_core(projected, self.in_proj.split, core, cache.memory, span.lengths, span.stepwise)
-        cache.replace(memory, span.stepwise)
+        out, state = delta_core(projected, self.in_proj.split, core, cache.state, context.lengths, context.stepwise)
+        cache.replace(state, context.stepwise)
         return self.out_proj(out)

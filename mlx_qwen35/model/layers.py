@@ -1,4 +1,4 @@
-"""The small parts that the layers share: linear maps, embedding, norms, MLP, rotary embedding."""
+"""What a checkpoint's tensors become: linear maps, the embedding, RMS norms."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_qwen35.checkpoint.checkpoint import Quantization
-from mlx_qwen35.checkpoint.config import RopeConfig
 from mlx_qwen35.kernels.add_norm import add_norm, rms_norm
-from mlx_qwen35.kernels.exponential import silu
-from mlx_qwen35.kernels.metal import fused
 from mlx_qwen35.kernels.quantized_linear import quantized_linear, unpacks
 
 
@@ -97,54 +94,3 @@ class RMSNorm(nn.Module):
     def of_sum(self, x: mx.array, added: mx.array) -> tuple[mx.array, mx.array]:
         """x + added, and its norm."""
         return add_norm(x, added, self.weight, self.eps)
-
-
-class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x))"""
-
-    def __init__(self, weights):
-        super().__init__()
-        self.gate_up = weights.joined("gate_proj", "up_proj")
-        self.down_proj = weights.linear("down_proj")
-
-    def __call__(self, x: mx.array) -> mx.array:
-        gate, up = self.gate_up(x)
-        return self.down_proj(_gated(gate, up))
-
-
-@fused
-def _gated(gate: mx.array, up: mx.array) -> mx.array:
-    return silu(gate) * up
-
-
-class Rotary:
-    """Interleaved M-RoPE: which of three position axes turns which pair of dims, and how fast.
-
-    Frequency i of dims / 2 follows the H axis for i = 1, 4, 7, ... and the W axis for i = 2, 5, 8, ..., as many as
-    their sections say, and the T axis otherwise (transformers, Qwen3_5TextRotaryEmbedding). For text the three axes are
-    equal and this is plain rotary embedding.
-    """
-
-    def __init__(self, config: RopeConfig):
-        half = config.dims // 2
-        self.dims = config.dims
-        # In the reference's order, on the CPU: a frequency off by its last bit is 0.01 radians at position 262,144.
-        exponents = mx.arange(half, dtype=mx.float32) * 2 / config.dims
-        self.frequencies = mx.reciprocal(mx.power(config.theta, exponents, stream=mx.cpu), stream=mx.cpu)
-        axes = [0] * half
-        for axis in (1, 2):
-            for i in range(axis, 3 * config.sections[axis], 3):
-                axes[i] = axis
-        self.axes = mx.array(axes)
-
-    def table(self, positions: mx.array) -> tuple[mx.array, mx.array]:
-        """positions (B, T), or (3, B, T) for T, H, W -> cos, sin, each (B, 1, T, dims / 2) float32."""
-        positions = positions[..., None] if positions.ndim == 2 else mx.moveaxis(positions[self.axes], 0, -1)
-        cos, sin = _circle(positions, self.frequencies)
-        return cos[:, None], sin[:, None]
-
-
-@fused
-def _circle(positions: mx.array, frequencies: mx.array) -> tuple[mx.array, mx.array]:
-    angles = positions.astype(mx.float32) * frequencies
-    return mx.cos(angles), mx.sin(angles)

@@ -11,9 +11,10 @@ from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.checkpoint.config import TextConfig
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.decoder import DecoderLayer, Pace, run
-from mlx_qwen35.model.layers import Rotary
 from mlx_qwen35.model.mtp import DraftHead
+from mlx_qwen35.model.rotary import Rotary
 from mlx_qwen35.model.vision import Vision
+from mlx_qwen35.model.weights import Weights
 
 
 class Visual(NamedTuple):
@@ -25,13 +26,13 @@ class Visual(NamedTuple):
 
 
 class Model(nn.Module):
-    """A Qwen3.5 model. Holds weights only; a conversation's memory is its `Cache`.
+    """A Qwen3.5 model. Holds weights only; everything of a conversation is in its `Cache`.
 
     `vision` is the tower, which makes embeddings of images and clips, and `mtp` the multi-token-prediction head, which
     drafts tokens; None for a checkpoint without one. Both are read from disk when they are first wanted.
     """
 
-    def __init__(self, config: TextConfig, weights):
+    def __init__(self, config: TextConfig, weights: Weights):
         super().__init__()
         language = weights.at("model.language_model")
         self.embed_tokens = language.embedding("embed_tokens")
@@ -48,8 +49,8 @@ class Model(nn.Module):
         self.mtp: DraftHead | None = None
 
     def make_cache(self, batch: int = 1) -> Cache:
-        """An empty memory for `batch` rows that are read together."""
-        return Cache(self.config, self.rotary, self.dtype, batch)
+        """An empty cache for `batch` rows that go through the model together."""
+        return Cache(self.config, self.dtype, batch)
 
     def __call__(self, tokens: mx.array, cache: Cache | None = None) -> mx.array:
         """tokens (B, T) integer -> logits (B, T, V) in the activation dtype, extending the cache if there is one."""
@@ -68,11 +69,14 @@ class Model(nn.Module):
     ) -> mx.array:
         """tokens (B, T) -> (B, T, D) after the final norm.
 
-        lengths: of each row, how many of the T tokens are real; the outputs at the rest mean nothing. None: all.
-        visual: embeddings that replace those of some tokens. positions: (3, B, T) integers, see `positions`; None goes
-        on counting where the cache is. at: (B,) integers, the one column wanted of each row; then (B, 1, D), and the
-        last layer's MLP and the norm compute no more than that. pace: see `decoder.run`. stepwise: compute and remember
-        as if the tokens came one by one, so that Cache.keep can take some of them back.
+        lengths: tokens of each row, the rest of T is padding, whose outputs mean nothing; None: no padding.
+        visual: embeddings that replace those of some tokens.
+        positions: (3, B, T) integers, see `prompt.positions`; None counts on from the cache's position.
+        at: (B,) integers, the one column wanted of each row; then (B, 1, D), and the last layer's MLP and the norm
+        compute no more than that.
+        pace: see `decoder.run`.
+        stepwise: compute and store states as if the tokens came one by one, for Cache.rollback.
+
         Raises InputError when tokens is not (B, T), its ids are not integers, or B is not the cache's.
         """
         if tokens.ndim != 2 or not mx.issubdtype(tokens.dtype, mx.integer) or 0 in tokens.shape:
@@ -85,8 +89,9 @@ class Model(nn.Module):
             raise InputError(
                 "cache_batch_mismatch", f"the cache is for {cache.batch} rows, tokens have {tokens.shape[0]}"
             )
-        with cache.reading(tokens.shape[1], lengths, positions, stepwise) as span:
-            return run(self.layers, self.norm, self.embed(tokens, visual), span, cache.layers, at, pace)
+        with cache.forward(tokens.shape[1], lengths, positions, stepwise) as context:
+            x, rotary = self.embed(tokens, visual), self.rotary.table(context.positions)
+            return run(self.layers, self.norm, x, rotary, context, cache.layers, at, pace)
 
     def embed(self, tokens: mx.array, visual: Visual | None = None) -> mx.array:
         """tokens (B, T) -> (B, T, D) in the activation dtype, image embeddings in their places."""

@@ -1,17 +1,15 @@
 """The multi-token-prediction head: from a hidden state and the token that followed it, a guess at the one after."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_qwen35.cache.layer import KVCache, Span
+from mlx_qwen35.cache.layer import ForwardContext, KVCache
 from mlx_qwen35.checkpoint.config import FULL, TextConfig
 from mlx_qwen35.model.decoder import DecoderLayer, run
-
-if TYPE_CHECKING:
-    from mlx_qwen35.engine.drafts.depth import Costs
+from mlx_qwen35.model.rotary import Table
+from mlx_qwen35.model.weights import Weights
 
 
 class MultiTokenPrediction(nn.Module):
@@ -21,7 +19,7 @@ class MultiTokenPrediction(nn.Module):
     Its output may take the place of the hidden state for another guess.
     """
 
-    def __init__(self, config: TextConfig, weights):
+    def __init__(self, config: TextConfig, weights: Weights):
         super().__init__()
         self.pre_fc_norm_embedding = weights.norm("pre_fc_norm_embedding")
         self.pre_fc_norm_hidden = weights.norm("pre_fc_norm_hidden")
@@ -35,31 +33,30 @@ class MultiTokenPrediction(nn.Module):
         self,
         embeddings: mx.array,
         hidden: mx.array,
-        span: Span,
+        rotary: Table,
+        context: ForwardContext,
         caches: Sequence[KVCache],
         at: mx.array | None = None,
     ) -> mx.array:
         """embeddings of the tokens i + 1 and the model's hidden states i, each (B, T, D) -> (B, T, D) for tokens i + 2.
 
-        hidden: after the model's final norm, or what this head gave. span: at the positions of the tokens i. caches: of
-        each of its layers. at: (B,), the only column of each row that is wanted; then (B, 1, D).
+        hidden: after the model's final norm, or what this head gave. rotary, context: of the tokens i. caches: of each
+        of its layers. at: (B,), the only column of each row that is wanted; then (B, 1, D).
         """
         both = [self.pre_fc_norm_embedding(embeddings), self.pre_fc_norm_hidden(hidden)]
-        return run(self.layers, self.norm, self.fc(mx.concatenate(both, axis=-1)), span, caches, at)
+        return run(self.layers, self.norm, self.fc(mx.concatenate(both, axis=-1)), rotary, context, caches, at)
 
 
 class DraftHead:
     """The head of a loaded model: read from disk when it is wanted, and given back by `release`.
 
-    `costs` is what rounds of decoding with it were measured to take on this machine, by the number of rows of a batch;
-    `fault` why it cannot be used.
+    `fault` is why it cannot be used.
     """
 
     def __init__(self, load: Callable[[], MultiTokenPrediction], nbytes: int, fault: str | None = None):
         self._load = load
         self._weights: MultiTokenPrediction | None = None
         self.nbytes = nbytes  # in memory, once it is there
-        self.costs: dict[int, Costs] = {}
         self.fault = fault
 
     @property

@@ -7,14 +7,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_qwen35.budget.encoding import SLICE, check_encoding_fits
 from mlx_qwen35.checkpoint.config import VisionConfig
-from mlx_qwen35.kernels.attention import attention, attention_way, score_bytes
+from mlx_qwen35.kernels.attention import attention
 from mlx_qwen35.kernels.exponential import sigmoid
 from mlx_qwen35.kernels.norm_rotary import rotate
-from mlx_qwen35.machine.memory import check_encoding_fits
 from mlx_qwen35.media.preprocess import Media
+from mlx_qwen35.model.weights import Weights
 
-SLICE = 1024  # patches that are computed with at a time: frames of a clip, or a part of a larger image
 EPS = 1e-6  # of the layer norms: a constant of the architecture, as is the base of the rotary embedding
 THETA = 10_000.0
 
@@ -22,7 +22,7 @@ THETA = 10_000.0
 class LayerNorm(nn.Module):
     """(x - mean) / deviation * weight + bias over the last axis, computed in float32."""
 
-    def __init__(self, weights, name: str):
+    def __init__(self, weights: Weights, name: str):
         super().__init__()
         self.weight, self.bias = weights.vector(f"{name}.weight"), weights.vector(f"{name}.bias")
 
@@ -33,7 +33,7 @@ class LayerNorm(nn.Module):
 class Attention(nn.Module):
     """Full attention among the patches of one frame; the rows of qkv are all queries, then all keys, then values."""
 
-    def __init__(self, config: VisionConfig, weights):
+    def __init__(self, config: VisionConfig, weights: Weights):
         super().__init__()
         self.qkv = weights.linear("qkv")
         self.proj = weights.linear("proj")
@@ -54,7 +54,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """linear_fc2(gelu(linear_fc1(x))), gelu in its tanh form, which is x sigmoid(sqrt(8 / pi) (x + 0.044715 x^3))."""
 
-    def __init__(self, weights):
+    def __init__(self, weights: Weights):
         super().__init__()
         self.linear_fc1 = weights.linear("linear_fc1")
         self.linear_fc2 = weights.linear("linear_fc2")
@@ -68,7 +68,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attn(norm1(x)), then x + mlp(norm2(x)), over the tiles that a frame was cut into."""
 
-    def __init__(self, config: VisionConfig, weights):
+    def __init__(self, config: VisionConfig, weights: Weights):
         super().__init__()
         self.norm1 = LayerNorm(weights, "norm1")
         self.attn = Attention(config, weights.at("attn"))
@@ -99,7 +99,7 @@ class Block(nn.Module):
 class Merger(nn.Module):
     """Each square of patches -> one token of the text model's width. Its gelu is the exact one, by erf."""
 
-    def __init__(self, config: VisionConfig, weights):
+    def __init__(self, config: VisionConfig, weights: Weights):
         super().__init__()
         self.norm = LayerNorm(weights, "norm")
         self.linear_fc1 = weights.linear("linear_fc1")
@@ -117,7 +117,7 @@ class Merger(nn.Module):
 class Tower(nn.Module):
     """Qwen3.5's vision tower. Rows are patches in squares of merge x merge, in row-major order of the squares."""
 
-    def __init__(self, config: VisionConfig, weights):
+    def __init__(self, config: VisionConfig, weights: Weights):
         super().__init__()
         visual = weights.at("model.visual")
         self.patch_embed = visual.linear("patch_embed.proj")
@@ -134,8 +134,7 @@ class Tower(nn.Module):
         than that is cut into tiles: only its keys, queries and values, and what the blocks pass on, are there whole.
         """
         count = math.prod(media.grid[1:])
-        way = attention_way(self.config.hidden_size // self.config.num_heads, self.dtype)
-        check_encoding_fits(media.kind, str(media), working_bytes(self.config, self.dtype, at_once(media.grid), way))
+        check_encoding_fits(media, self.config, self.dtype)
         out = mx.zeros((media.tokens, self.config.out_hidden_size), self.dtype)
         step, at = max(1, SLICE // count), 0
         for first in range(0, media.grid[0], step):
@@ -179,25 +178,6 @@ class Tower(nn.Module):
         frequencies = mx.power(THETA, mx.arange(0, dims, 2, dtype=mx.float32) / -dims, stream=mx.cpu)
         angles = (places[:, :, None].astype(mx.float32) * frequencies).reshape(1, 1, -1, dims)
         return mx.cos(angles), mx.sin(angles)
-
-
-def at_once(grid: tuple[int, int, int]) -> int:
-    """Patches that are encoded together: of one frame, or of as many frames as make a slice."""
-    count = math.prod(grid[1:])
-    return max(count, min(SLICE, grid[0] * count))
-
-
-def working_bytes(config: VisionConfig, dtype: mx.Dtype, patches: int, way: str) -> int:
-    """The stated budget: what encoding frames of so many patches may take beside weights and embeddings.
-
-    Ten times the patches' hidden states, of which queries, keys and values are most, and for a slice of them nine times
-    what goes through the MLP, and the scores. On the CPU packed matrices are unpacked besides. way: see attention_way.
-    """
-    heads, tile = config.num_heads, min(patches, SLICE)
-    scores = score_bytes((1, heads, tile, config.hidden_size // heads), patches, dtype.size, way)
-    within = 9 * tile * config.intermediate_size * dtype.size
-    unpacked = 4 * 4 * config.hidden_size * config.intermediate_size if way == "cpu" else 0
-    return 10 * patches * config.hidden_size * dtype.size + within + scores + unpacked
 
 
 def squares_order(height: int, width: int, merge: int) -> np.ndarray:

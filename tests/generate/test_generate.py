@@ -11,7 +11,7 @@ from refusing import refused
 from mlx_qwen35 import Model, Processor, batch_generate, generate, load, stream_generate
 from mlx_qwen35.engine.generation import start
 from mlx_qwen35.engine.loop import decode
-from mlx_qwen35.engine.prefill import Row, read
+from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.engine.sampling import Sampler, Sampling
 
 ASK = "What is 34 + 58?"
@@ -203,7 +203,7 @@ def test_a_cache_continues_a_conversation(nano):
     messages = [{"role": "user", "content": ASK}]
     whole = processor.encode_messages(messages).tokens
     cache = model.make_cache()
-    read(model, cache, [Row(whole[:5])], 1024)
+    prefill(model, cache, [PromptRow(whole[:5])], 1024)
     assert generate(model, processor, whole[5:], cache=cache).tokens == generate(model, processor, whole).tokens
 
 
@@ -211,7 +211,7 @@ def test_the_noise_of_a_continued_conversation_is_that_of_the_whole(nano):
     model, processor = nano
     whole = processor.encode_messages([{"role": "user", "content": ASK}]).tokens
     cache = model.make_cache()
-    read(model, cache, [Row(whole[:5])], 1024)
+    prefill(model, cache, [PromptRow(whole[:5])], 1024)
     options = {"temp": 8.0, "seed": 8, "max_tokens": 20}
     assert (
         generate(model, processor, whole[5:], cache=cache, **options).tokens == generate(*nano, whole, **options).tokens
@@ -240,7 +240,7 @@ def test_memory_stays_flat_over_a_long_generation(nano):
     """Apart from the KV cache, which grows by what its own nbytes say, nothing may pile up over 1,100 steps."""
     model, processor = nano
     cache = model.make_cache()
-    hidden = read(model, cache, [Row(processor.encode_text(ASK).tokens)], 1024)
+    hidden = prefill(model, cache, [PromptRow(processor.encode_text(ASK).tokens)], 1024)
     sampler = Sampler(Sampling(), [0], [0], processor.vocabulary)
     held = []
     for count, _ in enumerate(decode(model, cache, hidden, sampler, [1100], stop_ids=())):

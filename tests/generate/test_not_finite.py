@@ -16,7 +16,7 @@ from mlx_qwen35.doctor.probe import TEXT, describe, residual_maxima
 from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.engine.generation import start
 from mlx_qwen35.engine.loop import decode
-from mlx_qwen35.engine.prefill import Row, read
+from mlx_qwen35.engine.prefill import PromptRow, prefill
 
 ASK = "What is 34 + 58?"
 
@@ -171,7 +171,7 @@ def test_any_value_that_is_not_finite_counts(nano, monkeypatch, value):
 
 def cache_of_two(model):
     cache = model.make_cache(2)
-    read(model, cache, [Row(list(range(5, 25))), Row(list(range(30, 37)))], 64)
+    prefill(model, cache, [PromptRow(list(range(5, 25))), PromptRow(list(range(30, 37)))], 64)
     return cache
 
 
@@ -184,10 +184,10 @@ def test_a_finite_cache_names_no_layer(text_model):
 @pytest.mark.parametrize("value", [mx.nan, mx.inf])
 def test_the_first_layer_of_the_row_is_named(text_model, value):
     cache = cache_of_two(text_model())
-    memory = cache.layers[2].memory
+    memory = cache.layers[2].state
     state = mx.array(memory.state)
     state[1, 0, 0, 0] = value
-    cache.layers[2].memory = memory._replace(state=state)
+    cache.layers[2].state = memory._replace(state=state)
     cache.layers[3].keys[:, :, 3, 0] = value
     assert [cache.first_not_finite(row) for row in (0, 1)] == [3, 2]
 
@@ -209,7 +209,7 @@ def test_holes_and_columns_not_yet_in_use_do_not_count(text_model):
 def test_the_caller_s_cache_is_as_it_was_and_goes_on(nano, poison, step):
     model, processor = nano
     cache = model.make_cache()
-    read(model, cache, [Row(processor.encode_text("Hello").tokens)], 64)
+    prefill(model, cache, [PromptRow(processor.encode_text("Hello").tokens)], 64)
     before = {name: np.array(array) for name, array in cache.arrays().items()}
     poison(step)
     with refused("logits_not_finite"):
@@ -219,7 +219,7 @@ def test_the_caller_s_cache_is_as_it_was_and_goes_on(nano, poison, step):
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[name], np.array(after[name])) for name in before)
     fresh = model.make_cache()
-    read(model, fresh, [Row(processor.encode_text("Hello").tokens)], 64)
+    prefill(model, fresh, [PromptRow(processor.encode_text("Hello").tokens)], 64)
     assert generate(model, processor, ASK, cache=cache).tokens == generate(model, processor, ASK, cache=fresh).tokens
 
 

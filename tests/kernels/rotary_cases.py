@@ -8,7 +8,7 @@ import numpy as np
 
 from mlx_qwen35.checkpoint.config import RopeConfig
 from mlx_qwen35.kernels.norm_rotary import Geometry, norm_rotary, plain_norm_rotary
-from mlx_qwen35.model.layers import Rotary
+from mlx_qwen35.model.rotary import Rotary
 
 EPS = 1e-6
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)

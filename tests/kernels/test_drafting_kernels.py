@@ -12,8 +12,8 @@ from kernels.emulator import Report, emulate, emulated, missing
 
 from mlx_qwen35 import Model, Processor, Result, batch_generate, load
 from mlx_qwen35.checkpoint.random import geometry
-from mlx_qwen35.engine.drafts.follower import Drafts
-from mlx_qwen35.engine.prefill import Row, read
+from mlx_qwen35.engine.drafts.follower import DraftFollower
+from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.kernels import add_norm, attention, fused_delta, metal, norm_rotary
 from mlx_qwen35.kernels.fused_delta import Heads, verdict
 
@@ -108,18 +108,18 @@ def test_what_is_kept_of_a_pass_on_the_kernels_is_what_single_tokens_leave(as_on
 
     def begun():
         cache = model.make_cache(2)
-        read(model, cache, [Row(range(40, 49)), Row(range(60, 64))], 64)
+        prefill(model, cache, [PromptRow(range(40, 49)), PromptRow(range(60, 64))], 64)
         return cache
 
     cache, single = begun(), begun()
-    place = cache.place
+    place = cache.position
     model.hidden(tokens, cache, [4 if n else 0 for n in kept], stepwise=True)
-    cache.keep(place, kept)
+    cache.rollback(place, kept)
     for t in range(max(kept)):
         model.hidden(tokens[:, t : t + 1], single, [int(n > t) for n in kept])
-    assert cache.place[:3] == single.place[:3]
+    assert cache.position[:3] == single.place[:3]
     for layer in range(3):
-        for ours, theirs in zip(cache.layers[layer].memory, single.layers[layer].memory, strict=True):
+        for ours, theirs in zip(cache.layers[layer].state, single.layers[layer].state, strict=True):
             assert mx.abs(ours - theirs).max().item() < 1e-4  # products of many rows round otherwise than of one
 
 
@@ -128,14 +128,14 @@ def test_the_head_reads_and_drafts_the_same_on_the_kernels(as_on_a_mac, monkeypa
 
     def logits() -> mx.array:
         cache, found = model.make_cache(2), []
-        cache.drafts = Drafts(model, cache.row_lengths)
-        read(model, cache, [Row(range(40, 60)), Row(range(60, 64))], 7)
+        cache.follower = DraftFollower(model, cache.row_lengths)
+        prefill(model, cache, [PromptRow(range(40, 60)), PromptRow(range(60, 64))], 7)
 
         def draw(logits: mx.array, _) -> mx.array:
             found.append(logits)
             return mx.argmax(logits, axis=-1)
 
-        cache.drafts.propose(model, mx.array([[8], [9]]), [1, 1], 3, draw)
+        cache.follower.propose(model, mx.array([[8], [9]]), [1, 1], 3, draw)
         return mx.concatenate(found, axis=1)
 
     before = len(as_on_a_mac.launches)

@@ -13,7 +13,7 @@ from mlx_qwen35 import batch_generate, load
 from mlx_qwen35.checkpoint.checkpoint import Quantization, is_matrix, text_shapes
 from mlx_qwen35.checkpoint.config import parse_config
 from mlx_qwen35.checkpoint.random import changed, geometry
-from mlx_qwen35.engine.prefill import Row, read
+from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.kernels import add_norm, attention, fused_delta, metal, norm_rotary
 from mlx_qwen35.kernels.fused_delta import Heads, verdict
 from mlx_qwen35.model.enabled import Engaged, engaged, tell_unfit
@@ -98,11 +98,11 @@ def test_nano_generates_the_same_tokens_with_the_kernel(as_on_a_mac, monkeypatch
 def test_a_tiny_checkpoint_reads_the_same_with_the_kernels(as_on_a_mac, monkeypatch, checkpoint_folder, step):
     model = load_text_model(checkpoint_folder(geometry("tiny")))
     assert len(model.layers[0].linear_attn.in_proj.products) == 1
-    rows = [Row(list(range(5, 45))), Row(list(range(100, 109)))]
+    rows = [PromptRow(list(range(5, 45))), PromptRow(list(range(100, 109)))]
 
     def hidden() -> mx.array:
         cache = model.make_cache(2)
-        out = read(model, cache, rows, step)
+        out = prefill(model, cache, rows, step)
         return mx.concatenate([out, model.hidden(mx.array([[7], [8]]), cache)[:, 0]])
 
     before = len(as_on_a_mac.launches)

@@ -13,10 +13,10 @@ from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.checkpoint.checkpoint import is_matrix, open_checkpoint
 from mlx_qwen35.checkpoint.config import FULL, LINEAR
 from mlx_qwen35.checkpoint.random import changed, geometry
-from mlx_qwen35.engine.drafts.follower import Drafts
+from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.drafts.speculate import Choice, Speculation, attach
 from mlx_qwen35.engine.loop import decode
-from mlx_qwen35.engine.prefill import Row, read
+from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.engine.sampling import Sampler, Sampling
 from mlx_qwen35.load import load_model
 from mlx_qwen35.model.model import Model
@@ -108,7 +108,7 @@ def run(
     deepest = depths if isinstance(depths, int) else max(depths)
     start = [n + len(case.prompt) for n, case in zip(cache.row_lengths, cases, strict=True)]
     attach(model, cache, Choice(deepest, fixed=True))
-    hidden = read(model, cache, [Row(case.prompt) for case in cases], 1024)
+    hidden = prefill(model, cache, [PromptRow(case.prompt) for case in cases], 1024)
     before(cache)
     sampler = Sampler([case.sampling for case in cases], [case.seed for case in cases], start, VOCABULARY)
     speculation = Speculation(model, cache, Choice(deepest, fixed=True)) if deepest else None
@@ -143,10 +143,10 @@ def force(
     begins: tokens each row has read before its text. The first wrong guess is followed by right ones. The head itself
     is asked all the same, so that it reads what it would. Checks that a text goes on as it should.
     """
-    propose, steps = Drafts.propose, iter(range(10**6))
+    propose, steps = DraftFollower.propose, iter(range(10**6))
 
     def forced(
-        drafts: Drafts, model: Model, tokens: mx.array, counts: Sequence[int], depth: int, draw: Callable
+        drafts: DraftFollower, model: Model, tokens: mx.array, counts: Sequence[int], depth: int, draw: Callable
     ) -> mx.array:
         own, step = propose(drafts, model, tokens, counts, depth, draw), next(steps)
         assert own.shape == (len(texts), depth)
@@ -160,7 +160,7 @@ def force(
             guesses[row] = [token if j != right else (token + 1) % VOCABULARY for j, token in enumerate(following)]
         return mx.array(guesses)
 
-    monkeypatch.setattr(Drafts, "propose", forced)
+    monkeypatch.setattr(DraftFollower, "propose", forced)
 
 
 # --- what a cache holds ----------------------------------------------------------------------------------------------
@@ -168,8 +168,8 @@ def force(
 
 def of_row(cache: Cache, row: int = 0) -> Contents:
     """What is remembered of a row: every array without its holes."""
-    columns = slice(None) if cache.real is None else np.array(cache.real[row])
-    found = {name: np.array(array[row]) for name, array in cache.arrays().items() if name != "real"}
+    columns = slice(None) if cache.mask is None else np.array(cache.mask[row])
+    found = {name: np.array(array[row]) for name, array in cache.arrays().items() if name != "mask"}
     return {name: a[:, columns] if name.endswith((".keys", ".values")) else a for name, a in found.items()}
 
 
@@ -188,7 +188,7 @@ def distance(a: Contents, b: Contents, only: Callable[[str], bool] = lambda name
 def step_by_step(model: Model, case: Case, text: Sequence[int]) -> dict[int, Contents]:
     """What a cache holds that read the prompt, and then the text token by token, by the number of tokens read."""
     cache = model.make_cache()
-    read(model, cache, [Row(case.prompt)], 1024)
+    prefill(model, cache, [PromptRow(case.prompt)], 1024)
     found = {len(case.prompt): of_row(cache)}
     for token in text:
         mx.eval(model.hidden(mx.array([[token]]), cache))
@@ -196,20 +196,20 @@ def step_by_step(model: Model, case: Case, text: Sequence[int]) -> dict[int, Con
     return found
 
 
-def head_after(model: Model, tokens: Sequence[int]) -> Drafts:
+def head_after(model: Model, tokens: Sequence[int]) -> DraftFollower:
     """The head's memory of a text that was read at once."""
     cache = model.make_cache()
     attach(model, cache, Choice(1))
-    read(model, cache, [Row(tokens)], 10**6)
-    return cache.drafts
+    prefill(model, cache, [PromptRow(tokens)], 10**6)
+    return cache.follower
 
 
 def head_distance(model: Model, cache: Cache, texts: Sequence[Sequence[int]]) -> float:
     """How far the head's memory is from one that read each row's text at once; what it collected is read first."""
-    cache.drafts.flush(model)
+    cache.follower.flush(model)
     worst = 0.0
     for row, tokens in enumerate(texts):
-        clean, own = head_after(model, tokens), cache.drafts
+        clean, own = head_after(model, tokens), cache.follower
         assert own.cache.row_lengths[row] == clean.cache.row_lengths[0] == len(tokens) - 1
         assert own.cache.next_positions[row] == clean.cache.next_positions[0]
         assert own.followed[row] == len(tokens)

@@ -17,9 +17,9 @@ from mlx_qwen35.bench.mtp_program import MtpProgram, answer, shares
 from mlx_qwen35.checkpoint.checkpoint import mtp_shapes, text_shapes
 from mlx_qwen35.checkpoint.config import parse_config
 from mlx_qwen35.checkpoint.random import geometry
-from mlx_qwen35.engine.drafts.follower import Drafts
+from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.drafts.speculate import Choice
-from mlx_qwen35.engine.prefill import Row
+from mlx_qwen35.engine.prefill import PromptRow
 from mlx_qwen35.engine.sampling import Sampling
 
 TOKENS = tuple((7 * i + i * i) % 900 for i in range(14))
@@ -48,7 +48,7 @@ def test_the_head_s_guesses_are_the_drafts_of_decoding(text_model):
     said = mx.argmax(model.logits(drafted), axis=-1).tolist()
     for j in (2, 3, 9):  # the token that is guessed: the model is about to read the one before it
         cache = model.make_cache()
-        drafts = Drafts(model, [0])
+        drafts = DraftFollower(model, [0])
         tokens = mx.array([TOKENS[: j - 1]])
         drafts.read(model, tokens, model.hidden(tokens, cache), [j - 1], [0])
         last = mx.array([[TOKENS[j - 1]]])
@@ -97,9 +97,9 @@ def test_a_head_that_is_the_model_s_equal_is_always_accepted(text_model, monkeyp
 
 def test_rows_and_rounds_of_an_answer(text_model):
     model = text_model()
-    plain = answer(model, Row(TOKENS), Choice(0), 12)
+    plain = answer(model, PromptRow(TOKENS), Choice(0), 12)
     assert (plain.rows, len(plain.rounds), len(plain.tokens)) == (11, 11, 12)
-    drafted = answer(model, Row(TOKENS), Choice(2, fixed=True), 12)
+    drafted = answer(model, PromptRow(TOKENS), Choice(2, fixed=True), 12)
     assert drafted.tokens == plain.tokens
     assert drafted.rows == sum(1 + made for made, _ in drafted.rounds)
     assert sum(1 + right for _, right in drafted.rounds) == 11 and drafted.drafting.steps == len(drafted.rounds)
@@ -111,7 +111,7 @@ def test_an_answer_is_what_generate_gives(nano):
     prompt = processor.encode_messages([{"role": "user", "content": "What is 34 + 58?"}]).tokens
     result = mlx_qwen35.generate(model, processor, list(prompt), temp=0.8, seed=3, mtp="off", preset="coding")
     ids = (processor.stop_ids, processor.vocabulary)
-    found = answer(model, Row(prompt), Choice(2, fixed=True), 160, Sampling(0.8, 20, 0.95), 3, *ids)
+    found = answer(model, PromptRow(prompt), Choice(2, fixed=True), 160, Sampling(0.8, 20, 0.95), 3, *ids)
     assert found.tokens == result.tokens and found.rows < 3 * len(result.tokens)
 
 

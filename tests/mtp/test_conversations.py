@@ -12,9 +12,9 @@ import pytest
 from mlx_qwen35 import Model, Processor, generate, load, stream_generate
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.engine.conversation import Conversation
-from mlx_qwen35.engine.drafts.follower import Drafts
+from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.generation import see
-from mlx_qwen35.engine.prefill import Row, read
+from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.prompt.prompt import Prompt
 
 PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
@@ -40,22 +40,22 @@ def said(conversation: Conversation, content: Any) -> tuple[int, ...]:
     return conversation.result.tokens
 
 
-def memory(drafts: Drafts) -> np.ndarray:
+def memory(drafts: DraftFollower) -> np.ndarray:
     """Keys and values of the pairs that were read, holes left out: (pairs, ...)."""
-    arrays, real = drafts.cache.arrays(), drafts.cache.real
+    arrays, real = drafts.cache.arrays(), drafts.cache.mask
     both = np.concatenate([np.array(arrays[f"layers.0.{name}"][0]) for name in ("keys", "values")])
     return (both if real is None else both[:, np.array(real[0])]).swapaxes(0, 1)
 
 
-def fresh(model: Model, rows: Sequence[Row]) -> Drafts:
+def fresh(model: Model, rows: Sequence[PromptRow]) -> DraftFollower:
     """The head's side of a cache that reads all at once."""
     cache = model.make_cache(len(rows))
-    cache.drafts = Drafts(model, cache.row_lengths)
-    read(model, cache, rows, 512)
-    return cache.drafts
+    cache.follower = DraftFollower(model, cache.row_lengths)
+    prefill(model, cache, rows, 512)
+    return cache.follower
 
 
-def assert_same_memory(model: Model, drafts: Drafts, rows: Sequence[Row]) -> None:
+def assert_same_memory(model: Model, drafts: DraftFollower, rows: Sequence[PromptRow]) -> None:
     """The head has read the pairs of these tokens, all and no others, and waits with the same hidden state."""
     known = fresh(model, rows)
     drafts.flush(model)
@@ -65,14 +65,14 @@ def assert_same_memory(model: Model, drafts: Drafts, rows: Sequence[Row]) -> Non
     assert following(drafts) == following(known)
 
 
-def following(drafts: Drafts) -> list[list[int]]:
+def following(drafts: DraftFollower) -> list[list[int]]:
     """(3, B): where the next pair stands."""
     if drafts.position is None:
         return [drafts.cache.next_positions] * 3
     return drafts.position.tolist()
 
 
-def model_has_read(conversation: Conversation) -> list[Row]:
+def model_has_read(conversation: Conversation) -> list[PromptRow]:
     """The last prompt and the answer, as far as the model has read them."""
     messages = conversation.messages[:-1]
     prompt = conversation.processor.encode_messages(messages, conversation.vision, **conversation._template)
@@ -103,7 +103,7 @@ def test_the_head_has_read_each_turn_whole(nano):
     conversation = Conversation(*nano, enable_thinking=False, mtp="on", mtp_depth=2, temp=0)
     for content in TURNS:
         said(conversation, content)
-        drafts = conversation.cache.drafts
+        drafts = conversation.cache.follower
         assert list(drafts.followed) == conversation.cache.row_lengths
         assert_same_memory(nano[0], drafts, model_has_read(conversation))
 
@@ -113,7 +113,7 @@ def test_the_head_goes_back_with_the_model(nano):
     for content in TURNS:
         said(conversation, content)
         conversation.cache.restore(conversation._snapshot)
-        drafts = conversation.cache.drafts
+        drafts = conversation.cache.follower
         assert list(drafts.followed) == conversation.cache.row_lengths == [len(conversation._read.tokens)]
         assert_same_memory(nano[0], drafts, see(nano[0], [conversation._read]))
 
@@ -122,18 +122,18 @@ def test_the_head_goes_back_to_a_place_that_another_branch_has_overwritten(nano)
     model, _ = nano
     start, first, second = [[20 + (7 * i + j) % 900 for i in range(12)] for j in range(3)]
     cache = model.make_cache()
-    cache.drafts = Drafts(model, [0])
-    read(model, cache, [Row(start)], 5)
+    cache.follower = DraftFollower(model, [0])
+    prefill(model, cache, [PromptRow(start)], 5)
     before = cache.snapshot()
-    read(model, cache, [Row(first)], 5)
+    prefill(model, cache, [PromptRow(first)], 5)
     after = cache.snapshot()
     cache.restore(before)
-    read(model, cache, [Row(second)], 5)
-    assert_same_memory(model, cache.drafts, [Row(start + second)])
+    prefill(model, cache, [PromptRow(second)], 5)
+    assert_same_memory(model, cache.follower, [PromptRow(start + second)])
     cache.restore(after)
-    assert_same_memory(model, cache.drafts, [Row(start + first)])
+    assert_same_memory(model, cache.follower, [PromptRow(start + first)])
     cache.restore(before)
-    assert_same_memory(model, cache.drafts, [Row(start)])
+    assert_same_memory(model, cache.follower, [PromptRow(start)])
 
 
 def test_a_turn_that_was_stopped_early_leaves_the_head_where_the_model_is(nano):
@@ -141,7 +141,7 @@ def test_a_turn_that_was_stopped_early_leaves_the_head_where_the_model_is(nano):
     for taken in (1, 2, 5):
         for _ in itertools.islice(conversation.send(TURNS[0]), taken):
             pass
-        drafts = conversation.cache.drafts
+        drafts = conversation.cache.follower
         assert list(drafts.followed) == conversation.cache.row_lengths
         assert conversation.result.finish_reason == "interrupted"
         assert_same_memory(nano[0], drafts, model_has_read(conversation))
@@ -158,7 +158,7 @@ def test_drafts_may_be_off_for_a_turn_and_on_again(nano):
         mixed._options["mtp"] = mode
         assert said(mixed, content) == said(plain, content)
         assert bool(mixed.result.mtp.drafted) == (mode == "on")
-        drafts, length = mixed.cache.drafts, mixed.cache.row_lengths[0]
+        drafts, length = mixed.cache.follower, mixed.cache.row_lengths[0]
         if mode == "off":
             assert drafts is None
             gap = len(mixed._read.tokens)
@@ -177,7 +177,7 @@ def test_a_head_that_starts_anew_reads_the_rest_of_the_text_at_its_positions(nan
     said(conversation, TURNS[1])
     conversation._options["mtp"] = "on"
     said(conversation, TURNS[2])
-    drafts = conversation.cache.drafts
+    drafts = conversation.cache.follower
     drafts.flush(model)
     late, whole = memory(drafts), memory(fresh(model, model_has_read(conversation)))
     assert 0 < len(late) < len(whole)
@@ -196,7 +196,7 @@ def test_a_text_goes_on_in_a_cache_alike_with_drafts(nano, modes):
         found = generate(*nano, question, cache=mixed, mtp=mode, **options)
         assert found.tokens == want.tokens
         assert mixed.row_lengths == plain.row_lengths and mixed.next_positions == plain.next_positions
-        assert mixed.drafts is None if mode == "off" else list(mixed.drafts.followed) == mixed.row_lengths
+        assert mixed.follower is None if mode == "off" else list(mixed.follower.followed) == mixed.row_lengths
 
 
 def test_a_head_that_the_model_left_behind_starts_anew(nano):
@@ -204,9 +204,9 @@ def test_a_head_that_the_model_left_behind_starts_anew(nano):
     options = {"cache": cache, "mtp": "on", "temp": 0, "max_tokens": 5}
     generate(*nano, QUESTIONS[0], **options)
     nano[0].hidden(mx.array([[30, 31, 32]]), cache)  # as a caller may
-    before = cache.drafts
+    before = cache.follower
     generate(*nano, QUESTIONS[1], **options)
-    assert cache.drafts is not before and list(cache.drafts.followed) == cache.row_lengths
+    assert cache.follower is not before and list(cache.follower.followed) == cache.row_lengths
 
 
 def test_the_head_follows_a_text_that_goes_on_in_a_cache(nano):
@@ -216,7 +216,7 @@ def test_the_head_follows_a_text_that_goes_on_in_a_cache(nano):
         result = generate(*nano, question, cache=cache, mtp="on", mtp_depth=3, temp=0, max_tokens=9)
         prompt = processor.encode_messages([{"role": "user", "content": question}]).tokens
         tokens = (tokens + prompt + result.tokens)[: cache.row_lengths[0]]
-        assert_same_memory(model, cache.drafts, [Row(tokens)])
+        assert_same_memory(model, cache.follower, [PromptRow(tokens)])
 
 
 # --- several at once -------------------------------------------------------------------------------------------------
@@ -252,15 +252,15 @@ def test_conversations_that_take_turns_give_what_each_gives_alone(nano):
         in_turn(*(one.send(content) for one, content in zip(both, contents, strict=True)))
         for one, answers in zip(both, found, strict=True):
             answers.append(one.result.tokens)
-            assert list(one.cache.drafts.followed) == one.cache.row_lengths
+            assert list(one.cache.follower.followed) == one.cache.row_lengths
     assert found == want
 
 
 def test_caches_share_no_memory_of_the_head(nano):
     model, _ = nano
     first: Cache = model.make_cache()
-    first.drafts = Drafts(model, [0])
-    read(model, first, [Row(range(20, 40))], 512)
-    before = mx.array(first.drafts.cache.layers[0].keys)
-    fresh(model, [Row(range(50, 90))])
-    assert mx.array_equal(first.drafts.cache.layers[0].keys, before)
+    first.follower = DraftFollower(model, [0])
+    prefill(model, first, [PromptRow(range(20, 40))], 512)
+    before = mx.array(first.follower.cache.layers[0].keys)
+    fresh(model, [PromptRow(range(50, 90))])
+    assert mx.array_equal(first.follower.cache.layers[0].keys, before)

@@ -39,7 +39,7 @@ class Chain:
     """A model whose hidden state is the last token."""
 
     def hidden(self, tokens: mx.array, cache: SimpleNamespace, *_, **__) -> mx.array:
-        cache.place = object()  # as reading moves a cache on
+        cache.position = object()  # as reading moves a cache on
         return tokens[..., None].astype(mx.float32)
 
     def logits(self, hidden: mx.array) -> mx.array:
@@ -52,7 +52,7 @@ def likeliest(tokens: mx.array, drafted: list[mx.array], sampler: Sampler) -> mx
 
 def another_model_s(tokens: mx.array, drafted: list[mx.array], sampler: Sampler) -> mx.array:
     """Drawn with the noise of the token, as the draft head's are."""
-    return sampler.look(OTHER[tokens], mx.concatenate(drafted, axis=1) if drafted else None)
+    return sampler.peek(OTHER[tokens], mx.concatenate(drafted, axis=1) if drafted else None)
 
 
 def blind(tokens: mx.array, drafted: list[mx.array], sampler: Sampler) -> mx.array:
@@ -188,7 +188,7 @@ def ahead(name: str) -> Sampler:
     """Three rows, each of which has drawn tokens before."""
     sampler = Sampler(ROWS[name], SEEDS, PLACES, V - 1)
     for i in range(2):
-        sampler.draw(columns(50 + i, 1)[:, 0])
+        sampler.sample(columns(50 + i, 1)[:, 0])
     return sampler
 
 
@@ -197,7 +197,7 @@ def columns(seed: int, n: int) -> mx.array:
 
 
 def one_by_one(sampler: Sampler, logits: mx.array) -> mx.array:
-    return mx.stack([sampler.draw(logits[:, i]) for i in range(logits.shape[1])], axis=1)
+    return mx.stack([sampler.sample(logits[:, i]) for i in range(logits.shape[1])], axis=1)
 
 
 def state(sampler: Sampler) -> tuple:
@@ -208,7 +208,7 @@ def state(sampler: Sampler) -> tuple:
 def test_a_look_behind_drafts_gives_what_would_be_drawn_one_by_one(name):
     logits = columns(0, N)
     drawn = one_by_one(ahead(name), logits)
-    assert ahead(name).look(logits, drawn[:, :-1]).tolist() == drawn.tolist()
+    assert ahead(name).peek(logits, drawn[:, :-1]).tolist() == drawn.tolist()
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -217,7 +217,7 @@ def test_a_look_at_one_column_stands_behind_all_drafts(m, name):
     logits = columns(1, N)
     drawn = one_by_one(ahead(name), logits)
     drafted = drawn[:, :m] if m else None
-    assert ahead(name).look(logits[:, m : m + 1], drafted).tolist() == drawn[:, m : m + 1].tolist()
+    assert ahead(name).peek(logits[:, m : m + 1], drafted).tolist() == drawn[:, m : m + 1].tolist()
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -225,18 +225,18 @@ def test_a_draft_that_was_not_drawn_counts_for_what_is_behind_it(name):
     """As if it had been the token."""
     logits, drafted = columns(2, 2), mx.array([[5], [6], [7]])
     sampler = ahead(name)
-    first = sampler.look(logits[:, :1])
-    sampler.take(drafted)
-    both = mx.concatenate([first, sampler.look(logits[:, 1:])], axis=1)
-    assert ahead(name).look(logits, drafted).tolist() == both.tolist()
+    first = sampler.peek(logits[:, :1])
+    sampler.commit(drafted)
+    both = mx.concatenate([first, sampler.peek(logits[:, 1:])], axis=1)
+    assert ahead(name).peek(logits, drafted).tolist() == both.tolist()
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_look_takes_nothing(name):
     logits, sampler = columns(3, N), ahead(name)
     before = state(sampler)
-    drafted = sampler.look(logits[:, :1])
-    sampler.look(logits[:, :2], drafted)
+    drafted = sampler.peek(logits[:, :1])
+    sampler.peek(logits[:, :2], drafted)
     assert state(sampler) == before
     assert one_by_one(sampler, logits).tolist() == one_by_one(ahead(name), logits).tolist()
 
@@ -246,7 +246,7 @@ def test_a_look_takes_nothing(name):
 def test_a_row_goes_on_behind_the_tokens_that_it_took(counts, name):
     logits, following, sampler = columns(4, N), columns(5, 2), ahead(name)
     drawn = one_by_one(ahead(name), logits)
-    sampler.take(sampler.look(logits, drawn[:, :-1]), counts)
+    sampler.commit(sampler.peek(logits, drawn[:, :-1]), counts)
     after = one_by_one(sampler, following)
     for row, count in enumerate(counts):
         alone = Sampler(ROWS[name][row], [SEEDS[row]], [PLACES[row]], V - 1)
@@ -264,7 +264,7 @@ def test_noise_is_made_once_for_a_draft_and_its_token(monkeypatch):
     made, noise = [], sampling.noise
     monkeypatch.setattr(sampling, "noise", lambda *key: made.append(key) or noise(*key))
     logits, sampler = columns(6, N), Sampler(Sampling(), SEEDS, PLACES, V)
-    drafted = sampler.look(logits[:, :1])
-    sampler.take(sampler.look(logits[:, :2], drafted), [1, 2, 1])
-    sampler.look(logits[:, :2], drafted)
+    drafted = sampler.peek(logits[:, :1])
+    sampler.commit(sampler.peek(logits[:, :2], drafted), [1, 2, 1])
+    sampler.peek(logits[:, :2], drafted)
     assert len(made) == len(set(made)) == 3 * 2 + 4

@@ -186,7 +186,7 @@ def kept(monkeypatch) -> list[list[tuple[int, int, drafting.Contents]]]:
         rows = zip(cache.row_lengths, cache.next_positions, strict=True)
         steps.append([(*row, of_row(cache, i)) for i, row in enumerate(rows)])
 
-    monkeypatch.setattr(Cache, "keep", spy)
+    monkeypatch.setattr(Cache, "rollback", spy)
     return steps
 
 
@@ -245,15 +245,15 @@ def test_of_a_step_only_the_tokens_that_are_kept_leave_a_trace(counts, model):
     cache, other = model.make_cache(2), model.make_cache(2)
     for each in (cache, other):
         model.hidden(begin, each)
-    place = cache.place
+    place = cache.position
     model.hidden(guesses, cache, lengths, stepwise=True)
-    every = cache.memories()
-    cache.keep(place, counts)
+    every = cache.states()
+    cache.rollback(place, counts)
     model.hidden(guesses[:, : max(counts)], other, counts if min(counts) < max(counts) else None)
     assert (cache.row_lengths, cache.next_positions) == (other.row_lengths, other.next_positions)
     for row, count in enumerate(counts):
         assert distance(of_row(cache, row), of_row(other, row)) < SAME
-        for last, kept in zip(every, cache.memories(), strict=True):
+        for last, kept in zip(every, cache.states(), strict=True):
             off = float(mx.abs(last.state[row] - kept.state[row]).max() / mx.abs(kept.state[row]).max())
             assert (off > 1e-2) == (count in (1, 2, 3))
 
@@ -282,7 +282,7 @@ def test_pairs_that_wait_are_read_when_there_are_many(model, plain, forced, monk
     monkeypatch.setattr(speculate, "MOST_UNREAD", 4)
     forced([PLAIN], cycle(1))
     cache = run(model, [PLAIN], 18, [0] * 10 + [2, 0]).cache
-    assert sum(pairs.tokens.shape[1] for pairs in cache.drafts.unread) < 4
+    assert sum(pairs.tokens.shape[1] for pairs in cache.follower.unread) < 4
     assert head_distance(model, cache, [[*PLAIN.prompt, *plain(PLAIN)[:17]]]) < SAME
 
 
@@ -379,7 +379,10 @@ def interrupting(function: Callable, call: int, after: bool) -> Callable:
 @pytest.mark.parametrize("call", [2, 3])
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(loop._Loop, "_look"), (Sampler, "look"), (drafting.Drafts, "propose"), (Model, "hidden"), (Cache, "close_holes")],
+    [
+        (loop._Loop, "_read"), (Sampler, "peek"), (drafting.DraftFollower, "propose"), (Model, "hidden"),
+        (Cache, "compact"),
+    ],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_a_cache_goes_back_to_its_snapshot_after_an_interruption(owner, name, call, model, forced, monkeypatch):
@@ -387,21 +390,21 @@ def test_a_cache_goes_back_to_its_snapshot_after_an_interruption(owner, name, ca
     forced([PLAIN], cycle(2))
 
     def remember(cache: Cache) -> None:
-        places.append((cache.snapshot(), of_row(cache), of_row(cache.drafts.cache)))
+        places.append((cache.snapshot(), of_row(cache), of_row(cache.follower.cache)))
         monkeypatch.setattr(owner, name, interrupting(getattr(owner, name), call, after=False))
 
     result = run(model, [PLAIN], 20, 3, before=remember)
     [(place, contents, head)] = places
     assert 0 < len(result.tokens[0]) < 20
     result.cache.restore(place)
-    assert distance(of_row(result.cache), contents) == distance(of_row(result.cache.drafts.cache), head) == 0
+    assert distance(of_row(result.cache), contents) == distance(of_row(result.cache.follower.cache), head) == 0
     tokens = list(PLAIN.prompt)
     assert head_distance(model, result.cache, [tokens]) < SAME
     assert goes_on_as_plain(model, result.cache, tokens)
 
 
 @pytest.mark.parametrize("call", [2, 3, 4])
-@pytest.mark.parametrize(("owner", "name"), [(loop._Loop, "_look"), (drafting.Drafts, "propose"), (Model, "hidden")])
+@pytest.mark.parametrize(("owner", "name"), [(loop._Loop, "_look"), (drafting.DraftFollower, "propose"), (Model, "hidden")])
 def test_an_interrupted_step_leaves_nothing_that_was_not_yielded(
     owner, name, call, model, plain, clean, forced, monkeypatch
 ):
@@ -425,16 +428,16 @@ def test_an_interrupted_step_leaves_nothing_that_was_not_yielded(
 @pytest.fixture
 def closed(monkeypatch) -> list[int]:
     """Small buffers, whose holes are closed soon; by how many columns, each time, the model's cache became shorter."""
-    gone, close = [], Cache.close_holes
+    gone, close = [], Cache.compact
     monkeypatch.setattr(KVCache, "STEP", 8)
 
     def spy(cache: Cache) -> None:
         before = cache.length
         close(cache)
-        if cache.length < before and cache.drafts is not None:
+        if cache.length < before and cache.follower is not None:
             gone.append(before - cache.length)
 
-    monkeypatch.setattr(Cache, "close_holes", spy)
+    monkeypatch.setattr(Cache, "compact", spy)
     return gone
 
 
@@ -467,8 +470,8 @@ def test_snapshots_from_before_holes_were_closed_are_restored_to_the_bit(model, 
     places, follow = [], drafting.Speculation.follow
 
     def remember(cache: Cache) -> None:
-        contents = [of_row(own, row) for own in (cache, cache.drafts.cache) for row in range(2)]
-        places.append((cache.snapshot(), cache.place, cache.drafts.followed, contents, len(closed)))
+        contents = [of_row(own, row) for own in (cache, cache.follower.cache) for row in range(2)]
+        places.append((cache.snapshot(), cache.position, cache.follower.followed, contents, len(closed)))
 
     caches = []
 
@@ -482,8 +485,8 @@ def test_snapshots_from_before_holes_were_closed_are_restored_to_the_bit(model, 
     for snapshot, place, followed, contents, _ in [*places[::-1], *places[::2]]:
         result.cache.restore(snapshot)
         assert (result.cache.row_lengths, result.cache.length) == (list(place.row_lengths), place.length)
-        assert result.cache.drafts.followed == followed
-        own = [of_row(own, row) for own in (result.cache, result.cache.drafts.cache) for row in range(2)]
+        assert result.cache.follower.followed == followed
+        own = [of_row(own, row) for own in (result.cache, result.cache.follower.cache) for row in range(2)]
         assert [distance(a, b) for a, b in zip(own, contents, strict=True)] == [0] * 4
 
 

@@ -12,7 +12,7 @@ from refusing import refused
 import mlx_qwen35
 from mlx_qwen35 import InputError, Model, Processor, batch_generate, generate, load
 from mlx_qwen35.engine.conversation import Conversation
-from mlx_qwen35.engine.drafts.follower import Drafts
+from mlx_qwen35.engine.drafts.follower import DraftFollower
 
 NANO = Path(mlx_qwen35.__file__).with_name("nano")
 ASKED = ["What is 34 + 58?", "The list says tom: 42, anna: 17, ben: 5, lena: 88. Which number has anna?"]
@@ -78,7 +78,7 @@ def test_a_sidecar_that_is_no_head_leaves_the_text_as_it_is(nano, tmp_path):
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, model: Model, value: float, step: int) -> None:
     """The embedding of token 777 becomes `value`, and the head guesses it for row 0, at a step."""
-    look_up, propose, steps = type(model.embed_tokens).look_up, Drafts.propose, []
+    look_up, propose, steps = type(model.embed_tokens).look_up, DraftFollower.propose, []
 
     def poison(self, tokens):
         return mx.where((tokens == 777)[..., None], mx.array(value), look_up(self, tokens))
@@ -90,7 +90,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, model: Model, value: float, step: 
         return mx.where(first, 777, drafted) if len(steps) == step else drafted
 
     monkeypatch.setattr(type(model.embed_tokens), "look_up", poison)
-    monkeypatch.setattr(Drafts, "propose", guess)
+    monkeypatch.setattr(DraftFollower, "propose", guess)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
@@ -121,9 +121,9 @@ def test_what_is_left_of_a_rejected_guess_is_zero(nano):
     model = nano[0]
     cache = model.make_cache(2)
     model.hidden(mx.array([[5, 6], [7, 8]]), cache)
-    place = cache.place
+    place = cache.position
     model.hidden(mx.array([[9, 10, 11], [12, 13, 14]]), cache, stepwise=True)
-    cache.keep(place, [1, 3])
+    cache.rollback(place, [1, 3])
     keys = next(array for name, array in cache.arrays().items() if name.endswith("keys"))
     assert mx.abs(keys[0, :, 3:]).max().item() == 0 < mx.abs(keys[1, :, 3:]).min(axis=(0, 2)).min().item() + 1e-9
     assert mx.abs(keys[0, :, 2]).max().item() > 0
@@ -179,4 +179,4 @@ def test_a_turn_of_a_conversation_decides_on_drafts_once(nano, monkeypatch):
     conversation = Conversation(*nano, max_tokens=40)
     monkeypatch.setattr(options, "choose", lambda *given: asked.append(given) or choose(*given))
     list(conversation.send(ASKED[0]))
-    assert len(asked) == 1 and conversation.cache.drafts is not None
+    assert len(asked) == 1 and conversation.cache.follower is not None

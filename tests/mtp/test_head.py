@@ -21,8 +21,8 @@ from mlx_qwen35.checkpoint.config import FULL, LINEAR
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.random import changed, geometry
 from mlx_qwen35.convert import convert
-from mlx_qwen35.engine.drafts.follower import Drafts
-from mlx_qwen35.engine.prefill import Row, read
+from mlx_qwen35.engine.drafts.follower import DraftFollower
+from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.model.model import Model, Visual
 from mlx_qwen35.model.mtp import MultiTokenPrediction
 from mlx_qwen35.prompt.positions import Run, positions
@@ -58,11 +58,11 @@ class Given(NamedTuple):
         return self.hidden[:-1], self.embeddings[1:], self.positions[:, :-1]
 
 
-def text(length: int, seed: int = 0) -> Row:
-    return Row(np.random.default_rng(seed).integers(20, 900, length).tolist())
+def text(length: int, seed: int = 0) -> PromptRow:
+    return PromptRow(np.random.default_rng(seed).integers(20, 900, length).tolist())
 
 
-def pictures(name: str) -> Row:
+def pictures(name: str) -> PromptRow:
     """A prompt with images, whose embeddings are of another size than those of tokens."""
     length, runs = PICTURES[name]
     tokens = list(text(length, 5).tokens)
@@ -70,10 +70,10 @@ def pictures(name: str) -> Row:
         tokens[run.start : run.stop] = [PLACEHOLDER] * (run.height * run.width)
     count = sum(run.height * run.width for run in runs)
     embeddings = np.random.default_rng(count).normal(size=(count, WIDTH)).astype(np.float32)
-    return Row(tokens, runs, mx.array(embeddings) / 10)
+    return PromptRow(tokens, runs, mx.array(embeddings) / 10)
 
 
-def given(model: Model, reference: HeadReference, row: Row, after: Sequence[int] = ()) -> Given:
+def given(model: Model, reference: HeadReference, row: PromptRow, after: Sequence[int] = ()) -> Given:
     """Of a prompt and tokens after it, from one pass of the model over all."""
     tokens = [*row.tokens, *after]
     table = positions(len(tokens), row.runs)
@@ -96,26 +96,26 @@ class Followed:
     def __init__(
         self,
         model: Model,
-        rows: Sequence[Row],
+        rows: Sequence[PromptRow],
         step: int,
         monkeypatch: pytest.MonkeyPatch,
         cache: Cache | None = None,
     ):
         self.model, self.cache = model, cache or model.make_cache(len(rows))
-        self.cache.drafts = Drafts(model, self.cache.row_lengths)
+        self.cache.follower = DraftFollower(model, self.cache.row_lengths)
         self.reads: list[list[np.ndarray]] = [[] for _ in rows]
         self.logits: list[np.ndarray] = []  # (B, V) of each draft of the last proposal
         self.after: list[list[int]] = [[] for _ in rows]  # tokens read behind the prompt
         self.spied: list[tuple] = []
         real = MultiTokenPrediction.__call__
 
-        def spy(head, embeddings, hidden, span, caches, at=None):
-            y = real(head, embeddings, hidden, span, caches, at)
-            self.spied.append((y, span.lengths))
+        def spy(head, embeddings, hidden, rotary, context, caches, at=None):
+            y = real(head, embeddings, hidden, rotary, context, caches, at)
+            self.spied.append((y, context.lengths))
             return y
 
         monkeypatch.setattr(MultiTokenPrediction, "__call__", spy)
-        read(model, self.cache, rows, step)
+        prefill(model, self.cache, rows, step)
         mx.eval([y for y, _ in self.spied])
         for y, lengths in self.spied:
             counts = [y.shape[1]] * len(rows) if lengths is None else lengths.tolist()
@@ -123,8 +123,8 @@ class Followed:
                 self.reads[row] += list(np.array(y[row].astype(mx.float32))[:count])
 
     @property
-    def drafts(self) -> Drafts:
-        return self.cache.drafts
+    def drafts(self) -> DraftFollower:
+        return self.cache.follower
 
     def propose(self, tokens: Sequence[int], depth: int, counts: Sequence[int] | None = None) -> mx.array:
         self.logits = []
@@ -138,11 +138,11 @@ class Followed:
 
     def accept(self, tokens: Sequence[int], guesses: mx.array, kept: Sequence[int]) -> None:
         """Read a token of each row and the guesses, and keep the first kept[i] of them all."""
-        place, both = self.cache.place, mx.concatenate([mx.array(tokens)[:, None], guesses], axis=1)
+        place, both = self.cache.position, mx.concatenate([mx.array(tokens)[:, None], guesses], axis=1)
         lengths = [both.shape[1] if n else 0 for n in kept]
         uneven = None if all(kept) else lengths
         hidden = self.model.hidden(both, self.cache, uneven, stepwise=True)
-        self.cache.keep(place, kept)
+        self.cache.rollback(place, kept)
         self.drafts.follow(both, hidden, kept)
         for row, n in enumerate(kept):
             self.after[row] += both[row, :n].tolist()
@@ -159,7 +159,7 @@ class Followed:
         own: Cache = self.drafts.cache
         arrays = own.arrays()
         both = np.concatenate([np.array(arrays[f"layers.0.{name}"][row]) for name in ("keys", "values")])
-        real = np.ones(own.length, bool) if own.real is None else np.array(own.real[row])
+        real = np.ones(own.length, bool) if own.mask is None else np.array(own.mask[row])
         return both[:, real].swapaxes(0, 1)
 
 
@@ -196,7 +196,7 @@ def chain(reference: HeadReference, known: Given, token: int, depth: int) -> Cha
     return Chain(np.array(tokens), reference.logits(hidden[len(known.hidden) :]), hidden[len(known.hidden) :])
 
 
-def assert_proposes(followed: Followed, reference: HeadReference, row: Row, token: int, depth: int) -> mx.array:
+def assert_proposes(followed: Followed, reference: HeadReference, row: PromptRow, token: int, depth: int) -> mx.array:
     """Propose after one row's text and one token more; the drafts, which are the reference's."""
     known = given(followed.model, reference, row, followed.after[0])
     want = chain(reference, known, token, depth)
@@ -291,11 +291,11 @@ def test_pairs_that_wait_are_read_when_another_part_of_the_conversation_comes(on
         followed.plain([token])
     assert len(followed.drafts.unread) == 3
     more = pictures("inside")
-    read(model, followed.cache, [more], 7)
+    prefill(model, followed.cache, [more], 7)
     before, (length, _) = pictures("last"), PICTURES["last"]
     runs = [*before.runs, *(run._replace(start=run.start + length + 3) for run in more.runs)]
     tokens = [*before.tokens, 100, 101, 102, *more.tokens]
-    whole = Row(tokens, runs, mx.concatenate([before.embeddings, more.embeddings]))
+    whole = PromptRow(tokens, runs, mx.concatenate([before.embeddings, more.embeddings]))
     followed.after = [[]]
     assert_proposes(followed, reference, whole, 500, 3)
 
@@ -304,9 +304,9 @@ def test_a_head_that_comes_late_knows_what_it_has_read_at_its_positions(one, mon
     model, reference = one
     cache = model.make_cache()
     before, row = pictures("inside"), text(19)
-    read(model, cache, [before], 64)
+    prefill(model, cache, [before], 64)
     followed = Followed(model, [row], 64, monkeypatch, cache)
-    whole = Row([*before.tokens, *row.tokens], before.runs, before.embeddings)
+    whole = PromptRow([*before.tokens, *row.tokens], before.runs, before.embeddings)
     known = given(model, reference, whole)
     n = len(before.tokens)
     late = Given(known.hidden[n:], known.embeddings[n:], known.positions[:, n:])
@@ -360,13 +360,13 @@ def test_closing_holes_of_the_head_keeps_each_row_s_keys_and_values(one, monkeyp
     model, _ = one
     uneven = Followed(model, BATCH, 64, monkeypatch)
     before = [uneven.keys_and_values(row) for row in range(len(BATCH))]
-    place, own = uneven.drafts.cache.place, uneven.drafts.cache
-    own.place = place.after(0, [0] * len(BATCH))._replace(
-        length=place.length + 300, real=mx.concatenate([place.real, mx.zeros((len(BATCH), 300), mx.bool_)], axis=1)
+    place, own = uneven.drafts.cache.position, uneven.drafts.cache
+    own.position = place.after(0, [0] * len(BATCH))._replace(
+        length=place.length + 300, mask=mx.concatenate([place.mask, mx.zeros((len(BATCH), 300), mx.bool_)], axis=1)
     )
     for layer in own.layers:
         layer.keys, layer.values = (mx.pad(a, [(0, 0), (0, 0), (0, 300), (0, 0)]) for a in layer.arrays())
-    own.close_holes()
+    own.compact()
     assert own.length == max(own.row_lengths) == 39
     for row, known in enumerate(before):
         assert np.array_equal(uneven.keys_and_values(row), known)
@@ -397,7 +397,7 @@ def test_a_head_of_4_bits_is_that_of_its_own_matrices(tmp_path, monkeypatch):
     (embedding,) = (name for name in stored if name.endswith("embed_tokens.weight"))
     reference.head = reference.embedding = matrix(embedding, reference.embedding)
     model, _ = load(folder)
-    row = Row(np.random.default_rng(3).integers(20, 900, 40).tolist())
+    row = PromptRow(np.random.default_rng(3).integers(20, 900, 40).tolist())
     followed = Followed(model, [row], 7, monkeypatch)
     known = given(model, reference, row)
     assert packed >= 7

@@ -43,9 +43,10 @@ def drafted(folder: Path) -> np.ndarray:
     model = load_text_model(folder)
     rng = np.random.default_rng(8)
     hidden, embeddings = (mx.array(rng.normal(size=(1, 9, 256)).astype(np.float32)) for _ in range(2))
-    cache = Cache(replace(model.config, layer_types=(FULL,)), model.rotary, model.dtype, 1)
-    with cache.reading(9) as span:
-        return np.array(model.mtp.weights(embeddings, hidden, span, cache.layers))
+    cache = Cache(replace(model.config, layer_types=(FULL,)), model.dtype, 1)
+    with cache.forward(9) as context:
+        rotary = model.rotary.table(context.positions)
+        return np.array(model.mtp.weights(embeddings, hidden, rotary, context, cache.layers))
 
 
 def difference(folder: Path, expected: np.ndarray) -> float:

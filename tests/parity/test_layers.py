@@ -5,7 +5,7 @@ import pytest
 from parity import cases
 
 from mlx_qwen35.checkpoint.config import RopeConfig
-from mlx_qwen35.model.layers import Rotary
+from mlx_qwen35.model.rotary import Rotary
 
 # Outputs are of order 1; sums of up to 4096 products in another order differ by a few 1e-6.
 TOLERANCE = 1e-5
@@ -16,10 +16,11 @@ every_case = pytest.mark.parametrize("case", (*cases.CASES, cases.REAL_WIDTHS), 
 def layer_outputs(model, x: mx.array):
     """Yield i, the output of layer i alone, and of its mixer alone, for the same input."""
     cache = model.make_cache()
-    with cache.reading(x.shape[1]) as span:
+    with cache.forward(x.shape[1]) as context:
+        rotary = model.rotary.table(context.positions)
         for i, layer in enumerate(model.layers):
-            mixer = layer[layer.mixer_name](x, span, model.make_cache().layers[i])
-            whole, normed = layer(x, layer.input_layernorm(x), span, cache.layers[i], model.norm)
+            mixer = layer[layer.mixer_name](x, rotary, context, model.make_cache().layers[i])
+            whole, normed = layer(x, layer.input_layernorm(x), rotary, context, cache.layers[i], model.norm)
             assert mx.array_equal(normed, model.norm(whole))
             yield i, whole[0], mixer[0]
 

@@ -11,7 +11,7 @@ from parity.vision_cases import CASES, GREEDY, ODD, PROMPTS, TINY, TURN, Scene, 
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.engine.generation import see
 from mlx_qwen35.engine.loop import decode
-from mlx_qwen35.engine.prefill import Row, read
+from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.engine.sampling import Sampler, Sampling
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.prompt.positions import positions
@@ -37,11 +37,11 @@ def model_of(parity_model) -> Callable[[Case], Model]:
 
 
 @pytest.fixture(scope="module")
-def row_of(model_of) -> Callable[[Scene], Row]:
+def row_of(model_of) -> Callable[[Scene], PromptRow]:
     """A scene's prompt with its images encoded, once."""
-    encoded: dict[tuple[str, str], Row] = {}
+    encoded: dict[tuple[str, str], PromptRow] = {}
 
-    def row(scene: Scene) -> Row:
+    def row(scene: Scene) -> PromptRow:
         key = scene.case.name, scene.name
         if key not in encoded:
             (encoded[key],) = see(model_of(scene.case), [scene.prompt])
@@ -63,7 +63,7 @@ def test_positions_equal_transformers(scene, reference):
 def test_the_next_position_is_transformers_delta_plus_the_length(scene, model_of, row_of, reference):
     model = model_of(scene.case)
     cache = model.make_cache()
-    read(model, cache, [row_of(scene)], 1000)
+    prefill(model, cache, [row_of(scene)], 1000)
     (following,) = cache.next_positions
     delta = following - scene.length
     assert reference(scene.case).error(f"{scene.name} delta", np.array([[delta]])) == 0
@@ -117,11 +117,11 @@ def draw(model, cache: Cache, hidden: mx.array, count: int = GREEDY) -> list[lis
     return list(zip(*decode(model, cache, hidden, sampler, [count] * rows, ()), strict=True))
 
 
-def answer(model: Model, rows: list[Row], step: int) -> tuple[Recorder, list[int]]:
+def answer(model: Model, rows: list[PromptRow], step: int) -> tuple[Recorder, list[int]]:
     """Read the prompts one after the other into one cache, then draw."""
     recorder, cache = Recorder(model), model.make_cache()
     for row in rows:
-        hidden = read(recorder, cache, [row], step)
+        hidden = prefill(recorder, cache, [row], step)
     return recorder, draw(recorder, cache, hidden)[0]
 
 
@@ -129,7 +129,7 @@ def answer(model: Model, rows: list[Row], step: int) -> tuple[Recorder, list[int
 def test_merged_embeddings_equal_transformers(scene, model_of, row_of, reference):
     """Read in chunks of 7, which end inside images."""
     recorder = Recorder(model_of(scene.case))
-    read(recorder, recorder.model.make_cache(), [row_of(scene)], 7)
+    prefill(recorder, recorder.model.make_cache(), [row_of(scene)], 7)
     embedded = mx.concatenate(recorder.embedded, axis=1)[0]
     assert len(embedded) == scene.length
     assert reference(scene.case).error(f"{scene.name} embeddings", embedded) < EMBEDDINGS
@@ -165,7 +165,7 @@ def test_text_that_comes_right_behind_an_image_in_another_call_equals_the_whole_
     """The last position of an image, which the text goes on behind, is on the axis of its longer side."""
     whole = row_of(Scene(TINY, "image"))
     stop = whole.runs[0].stop
-    rows = [whole._replace(tokens=whole.tokens[:stop]), Row(whole.tokens[stop:])]
+    rows = [whole._replace(tokens=whole.tokens[:stop]), PromptRow(whole.tokens[stop:])]
     recorder, drawn = answer(model_of(TINY), rows, 1000)
     assert reference(TINY).error("image greedy", np.array([drawn])) == 0
     assert reference(TINY).error("image logits", recorder.all_logits()) < TOLERANCE
@@ -178,10 +178,10 @@ def test_rows_with_different_images_and_none_equal_single_runs(case, step, model
     short = Prompt(Scene(case, "text").prompt.tokens[:3], False)
     rows = see(model, [*(Scene(case, name).prompt for name in names), short])
     cache = model.make_cache(len(rows))
-    last = read(model, cache, rows, step)
-    for row, single in enumerate([*(row_of(Scene(case, name)) for name in names), Row(short.tokens)]):
+    last = prefill(model, cache, rows, step)
+    for row, single in enumerate([*(row_of(Scene(case, name)) for name in names), PromptRow(short.tokens)]):
         own = model.make_cache()
-        alone = read(model, own, [single], 1000)
+        alone = prefill(model, own, [single], 1000)
         assert mx.abs(last[row] - alone[0]).max().item() < TOLERANCE
         assert cache.next_positions[row] == own.next_positions[0]
     together = draw(model, cache, last)
@@ -194,10 +194,10 @@ def test_a_batch_whose_later_turn_shows_images_to_some_rows_equals_single_runs(m
     rows = [[row_of(Scene(TINY, name)) for name in names] for names in (("image", "text"), ("text", "later"))]
     cache = model.make_cache(2)
     for turn in zip(*rows, strict=True):
-        last = read(model, cache, turn, 16)
+        last = prefill(model, cache, turn, 16)
     for row, (first, second) in enumerate(rows):
         own = model.make_cache()
-        read(model, own, [first], 1000)
-        alone = read(model, own, [second], 1000)
+        prefill(model, own, [first], 1000)
+        alone = prefill(model, own, [second], 1000)
         assert mx.abs(last[row] - alone[0]).max().item() < TOLERANCE
         assert cache.next_positions[row] == own.next_positions[0]

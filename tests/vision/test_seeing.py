@@ -100,11 +100,11 @@ def test_embeddings_must_be_as_many_as_placeholders(nano):
     model, processor = nano
     prompt = processor.encode_messages([{"role": "user", "content": [part(SHAPES)]}])
     (row,) = see(model, [prompt])
-    from mlx_qwen35.engine.prefill import read
+    from mlx_qwen35.engine.prefill import prefill
 
     for wrong in (row.embeddings[:3], mx.concatenate([row.embeddings] * 2), None):
         with refused("embeddings_mismatch"):
-            read(model, model.make_cache(), [row._replace(embeddings=wrong)], 512)
+            prefill(model, model.make_cache(), [row._replace(embeddings=wrong)], 512)
 
 
 def test_tokens_that_stand_for_an_image_are_refused_without_one(nano):
@@ -306,9 +306,9 @@ def next_position(nano, messages) -> list[int]:
     """Where the tokens of a conversation stand when it is read at once."""
     prompt = nano[1].encode_messages(messages, add_generation_prompt=False, enable_thinking=False)
     cache = nano[0].make_cache()
-    from mlx_qwen35.engine.prefill import read
+    from mlx_qwen35.engine.prefill import prefill
 
-    read(nano[0], cache, see(nano[0], [prompt]), 512)
+    prefill(nano[0], cache, see(nano[0], [prompt]), 512)
     return cache.next_positions
 
 
@@ -512,9 +512,9 @@ def test_chat_keeps_an_image_when_the_message_is_interrupted_before_it_is_taken(
     def once(*arguments):
         for interrupt in reads:
             raise interrupt
-        return read(*arguments)
+        return prefill(*arguments)
 
-    monkeypatch.setattr(conversation, "read", once)
+    monkeypatch.setattr(conversation, "prefill", once)
     out, _ = talk(f"/image {TRIANGLE}", "What shape is it?", "What shape is it?")
     assert "triangle" in out
 

@@ -16,6 +16,9 @@ from collections.abc import Sequence
 from itertools import accumulate
 from operator import mul
 from statistics import median_low
+from weakref import WeakKeyDictionary
+
+from mlx_qwen35.model.mtp import DraftHead
 
 CLEAR = 1.05  # a gain that is worth a change to drafting, or to another depth of it
 PARK = 1.02  # and one that is worth a change to plain decoding
@@ -85,6 +88,14 @@ class Costs:
         while len(again) >= ENOUGH:
             again.popleft()
         return False
+
+
+_MEASURED: WeakKeyDictionary[DraftHead, dict[int, Costs]] = WeakKeyDictionary()  # of each loaded draft head
+
+
+def measured_costs(head: DraftHead, rows: int) -> Costs:
+    """What decoding `rows` sequences with this head was measured to cost so far; shared by all generations with it."""
+    return _MEASURED.setdefault(head, {}).setdefault(rows, Costs())
 
 
 class Depths:

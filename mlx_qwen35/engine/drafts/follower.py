@@ -27,36 +27,39 @@ class Pairs(NamedTuple):
     counts: tuple[int, ...]  # real ones of each row, from the left
 
 
-class DraftsSnapshot(NamedTuple):
-    """Where the head was at a place of the conversation."""
+class DraftSnapshot(NamedTuple):
+    """Where a DraftFollower was."""
 
-    drafts: "Drafts"
+    follower: "DraftFollower"
     cache: Snapshot
     fields: dict
 
-    def restored(self) -> "Drafts":
-        self.drafts.cache.restore(self.cache)
-        self.drafts.__dict__.update(self.fields)
-        return self.drafts
+    def restored(self) -> "DraftFollower":
+        self.follower.cache.restore(self.cache)
+        self.follower.__dict__.update(self.fields)
+        return self.follower
 
 
-class Drafts:
-    """What the head remembers of the B rows of a cache; it belongs to that cache, and is rewound with it."""
+class DraftFollower:
+    """The MTP head's cache beside the B rows of a model's cache; it belongs to that cache and is rewound with it."""
 
     def __init__(self, model: Model, row_lengths: Sequence[int]):
         """For a cache whose rows have read so many tokens, of which the head will know nothing."""
         batch = len(row_lengths)
         layers = (FULL,) * model.config.mtp_num_hidden_layers
-        self.cache = Cache(replace(model.config, layer_types=layers), model.rotary, model.dtype, batch)
+        self.cache = Cache(replace(model.config, layer_types=layers), model.dtype, batch)
         self.followed = tuple(row_lengths)  # tokens of each row that the model has read, as far as the head was told
         self.hidden: mx.array | None = None  # (B, D) of each row's last token; None before the first
         self.position: np.ndarray | None = None  # (3, B) of the first unread pair, where it does not go on counting
         self.unread: tuple[Pairs, ...] = ()
         self.ahead = False  # by one pair: that of the token which the model is about to read
 
-    def snapshot(self) -> DraftsSnapshot:
+    def reserve(self, T: int) -> None:
+        self.cache.reserve(T)
+
+    def snapshot(self) -> DraftSnapshot:
         fields = {name: value for name, value in self.__dict__.items() if name != "cache"}
-        return DraftsSnapshot(self, self.cache.snapshot(), fields)
+        return DraftSnapshot(self, self.cache.snapshot(), fields)
 
     def arrays(self) -> list[mx.array]:
         found = [array for layer in self.cache.layers for array in layer.arrays()]
@@ -65,7 +68,7 @@ class Drafts:
 
     # --- following the model ---
 
-    def read(
+    def prefill(
         self,
         model: Model,
         tokens: mx.array,
@@ -82,7 +85,7 @@ class Drafts:
         """
         self.flush(model)
         if self.hidden is None:  # the first token follows no hidden state
-            self.cache.place = self.cache.place._replace(next_positions=tuple(first))
+            self.cache.position = self.cache.position._replace(next_positions=tuple(first))
         begins = int(self.hidden is None)
         table = self._positions(tokens.shape[1], counts, first, positions)
         embeddings = model.embed(tokens, visual)[:, begins:]
@@ -154,24 +157,24 @@ class Drafts:
         tokens: mx.array,
         counts: Sequence[int],
         depth: int,
-        draw: Callable[[mx.array, list[mx.array]], mx.array],
+        sample: Callable[[mx.array, list[mx.array]], mx.array],
     ) -> mx.array:
         """Tokens (B, 1) that the model is about to read -> guesses at the next `depth` ones, (B, depth).
 
-        counts: 1 for each row that goes on, else 0. draw(logits (B, 1, V), drafted): a token (B, 1) of the head's
+        counts: 1 for each row that goes on, else 0. sample(logits (B, 1, V), drafted): a token (B, 1) of the head's
         logits, after the ones drafted so far.
         """
         pairs = _joined((*self.unread, Pairs(self.hidden[:, None], tokens, tuple(counts))))
         ends = mx.array([max(0, count - 1) for count in pairs.counts])
         y = self._run(model, model.embed(pairs.tokens), pairs.hidden, pairs.counts, self._counted(pairs), ends)
         self.unread, self.position, self.ahead = (), None, True
-        place = self.cache.place
-        drafted = [draw(model.logits(y), [])]
+        before = self.cache.position
+        drafted = [sample(model.logits(y), [])]
         while len(drafted) < depth:
             y = self._run(model, model.embed(drafted[-1]), y, counts)
-            drafted.append(draw(model.logits(y), drafted))
-        self.cache.place = place  # what was read of guesses will be overwritten
-        self.cache.close_holes()
+            drafted.append(sample(model.logits(y), drafted))
+        self.cache.position = before  # the columns of drafted tokens will be overwritten
+        self.cache.compact()
         return mx.concatenate(drafted, axis=1)
 
     def _counted(self, pairs: Pairs) -> np.ndarray | None:
@@ -193,8 +196,9 @@ class Drafts:
         at: mx.array | None = None,
     ) -> mx.array:
         T = hidden.shape[1]
-        with self.cache.reading(T, None if min(counts) == T else counts, positions) as span:
-            return model.mtp.weights(embeddings, hidden, span, self.cache.layers, at)
+        with self.cache.forward(T, None if min(counts) == T else counts, positions) as context:
+            rotary = model.rotary.table(context.positions)
+            return model.mtp.weights(embeddings, hidden, rotary, context, self.cache.layers, at)
 
 
 def _joined(parts: Sequence[Pairs]) -> Pairs:

@@ -9,8 +9,8 @@ import mlx.core as mx
 
 from mlx_qwen35.budget.plan import most_depth
 from mlx_qwen35.cache.cache import Cache
-from mlx_qwen35.engine.drafts.depth import Costs, Depths
-from mlx_qwen35.engine.drafts.follower import MOST_UNREAD, Drafts
+from mlx_qwen35.engine.drafts.depth import Depths, measured_costs
+from mlx_qwen35.engine.drafts.follower import MOST_UNREAD, DraftFollower
 from mlx_qwen35.engine.sampling import Sampler
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.model import Model
@@ -71,7 +71,7 @@ def _always(model: Model, depth: int, rows: int) -> Choice:
 def _where_it_pays(model: Model, depth: int, rows: int, tokens: int) -> Choice:
     if tokens < LEAST_TOKENS:
         return Choice(0, why=f"not for answers of fewer than {LEAST_TOKENS} tokens")
-    if model.mtp.costs.setdefault(rows, Costs()).hopeless(depth):
+    if measured_costs(model.mtp, rows).hopeless(depth):
         return Choice(0, why="parked: on this machine drafts would not pay even if every one were right")
     return _fitting(model, depth, rows)
 
@@ -88,8 +88,9 @@ def attach(model: Model, cache: Cache, choice: Choice) -> Choice:
     The head is read if it is not there yet, and given back where it is not wanted. One that is damaged is told of; the
     text needs none, so only a choice that says "always" raises its InputError.
     """
-    if choice.depth and not (cache.drafts and list(cache.drafts.followed) == cache.row_lengths):
-        cache.drafts = Drafts(model, cache.row_lengths)
+    follower = cache.follower
+    if choice.depth and not (isinstance(follower, DraftFollower) and list(follower.followed) == cache.row_lengths):
+        cache.follower = DraftFollower(model, cache.row_lengths)
     try:
         if choice.depth:
             model.mtp.weights  # noqa: B018
@@ -102,7 +103,7 @@ def attach(model: Model, cache: Cache, choice: Choice) -> Choice:
         warnings.warn(f"no tokens are drafted, for {model.mtp.fault}", RuntimeWarning, stacklevel=2)
         choice = Choice(0, why=model.mtp.fault)
     if not choice.depth:
-        cache.drafts = None
+        cache.follower = None
         if model.mtp:
             model.mtp.release()
     return choice
@@ -137,9 +138,10 @@ class Speculation:
     """The draft head beside the loop: proposes tokens, follows what the model reads, and keeps the account."""
 
     def __init__(self, model: Model, cache: Cache, choice: Choice):
+        assert isinstance(cache.follower, DraftFollower)
         batch = cache.batch
-        costs = model.mtp.costs.setdefault(batch, Costs())
-        self.model, self.drafts = model, cache.drafts
+        costs = measured_costs(model.mtp, batch)
+        self.model, self.follower = model, cache.follower
         self.depths = Depths(choice.depth, costs, choice.depth if choice.fixed else None)
         self.drafted, self.accepted = [0] * batch, [0] * batch
         self.steps = [0] * batch
@@ -152,19 +154,19 @@ class Speculation:
     def propose(self, tokens: mx.array, counts: Sequence[int], depth: int, sampler: Sampler) -> mx.array:
         """Tokens (B, 1) -> those and `depth` guesses, (B, 1 + depth), drawn like the tokens with the same noise."""
 
-        def draw(logits: mx.array, drafted: list[mx.array]) -> mx.array:
-            return sampler.look(logits, mx.concatenate(drafted, axis=1) if drafted else None)
+        def sample(logits: mx.array, drafted: list[mx.array]) -> mx.array:
+            return sampler.peek(logits, mx.concatenate(drafted, axis=1) if drafted else None)
 
-        guesses = self.drafts.propose(self.model, tokens, counts, depth, draw)
+        guesses = self.follower.propose(self.model, tokens, counts, depth, sample)
         mx.async_eval(guesses)  # a GPU begins while the pass that checks them is put together
         return mx.concatenate([tokens, guesses], axis=1)
 
     def follow(self, tokens: mx.array, hidden: mx.array, counts: Sequence[int]) -> None:
         """Tell the head what the model has read: of row i the first counts[i] of tokens (B, n), and what they gave."""
-        self.drafts.follow(tokens, hidden, counts)
-        if sum(pairs.tokens.shape[1] for pairs in self.drafts.unread) >= MOST_UNREAD:
-            self.drafts.flush(self.model)
-            mx.async_eval(self.drafts.arrays())
+        self.follower.follow(tokens, hidden, counts)
+        if sum(pairs.tokens.shape[1] for pairs in self.follower.unread) >= MOST_UNREAD:
+            self.follower.flush(self.model)
+            mx.async_eval(self.follower.arrays())
 
     def record(self, lengths: Sequence[int], tokens: Sequence[Sequence[int]], paused: float) -> None:
         """A step is known: of row i lengths[i] tokens were read, and so the tokens[i] found.

@@ -1,0 +1,53 @@
+"""What the vision encoder takes to encode an image or a video, and whether memory has room for it."""
+
+import math
+from typing import Protocol
+
+import mlx.core as mx
+
+from mlx_qwen35.checkpoint.config import VisionConfig
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.kernels.attention import attention_way, score_bytes
+from mlx_qwen35.machine.memory import usable_bytes
+
+SLICE = 1024  # patches that are computed with at a time: frames of a video, or a part of a larger image
+
+
+class Encodable(Protocol):
+    """An image or a video: its kind, and its grid of patches (frames, height, width). str() is for messages."""
+
+    kind: str
+    grid: tuple[int, int, int]
+
+
+def check_encoding_fits(media: Encodable, config: VisionConfig, dtype: mx.Dtype) -> None:
+    """Raise InputError for an image or a video whose encoding does not fit beside what is in memory."""
+    way = attention_way(config.hidden_size // config.num_heads, dtype)
+    needed = working_bytes(config, dtype, at_once(media.grid), way)
+    limit, used = usable_bytes(), mx.get_active_memory()
+    if used + needed > limit:
+        raise InputError(
+            "memory_exceeded",
+            f"to be encoded, this {media.kind} ({media}) needs {needed / 1e9:.1f} GB; a model may take "
+            f"{limit / 1e9:.1f} GB, of which {used / 1e9:.1f} GB are in use. Lower "
+            + {"image": "max_pixels", "video": "video_total_pixels"}[media.kind],
+        )
+
+
+def at_once(grid: tuple[int, int, int]) -> int:
+    """Patches that are encoded together: of one frame, or of as many frames as make a slice."""
+    count = math.prod(grid[1:])
+    return max(count, min(SLICE, grid[0] * count))
+
+
+def working_bytes(config: VisionConfig, dtype: mx.Dtype, patches: int, way: str) -> int:
+    """The stated budget: what encoding frames of so many patches may take beside weights and embeddings.
+
+    Ten times the patches' hidden states, of which queries, keys and values are most, and for a slice of them nine times
+    what goes through the MLP, and the scores. On the CPU packed matrices are unpacked besides. way: see attention_way.
+    """
+    heads, tile = config.num_heads, min(patches, SLICE)
+    scores = score_bytes((1, heads, tile, config.hidden_size // heads), patches, dtype.size, way)
+    within = 9 * tile * config.intermediate_size * dtype.size
+    unpacked = 4 * 4 * config.hidden_size * config.intermediate_size if way == "cpu" else 0
+    return 10 * patches * config.hidden_size * dtype.size + within + scores + unpacked
