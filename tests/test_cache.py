@@ -202,7 +202,7 @@ def test_arrays_are_named_after_their_layers_and_hold_used_columns_only(model):
     assert shapes == delta | {"layers.3.keys": (1, 1, 11, 128), "layers.3.values": (1, 1, 11, 128)}
     cache = model.make_cache(2)
     logits(model, mx.zeros((2, 4), mx.int32), cache, [4, 2])
-    assert cache.arrays()["real"].tolist() == [[True] * 4, [True, True, False, False]]
+    assert cache.arrays()["mask"].tolist() == [[True] * 4, [True, True, False, False]]
 
 
 def test_nbytes_counts_states_windows_and_whole_buffers(model):

@@ -117,7 +117,7 @@ def test_what_is_kept_of_a_pass_on_the_kernels_is_what_single_tokens_leave(as_on
     cache.rollback(place, kept)
     for t in range(max(kept)):
         model.hidden(tokens[:, t : t + 1], single, [int(n > t) for n in kept])
-    assert cache.position[:3] == single.place[:3]
+    assert cache.position[:3] == single.position[:3]
     for layer in range(3):
         for ours, theirs in zip(cache.layers[layer].state, single.layers[layer].state, strict=True):
             assert mx.abs(ours - theirs).max().item() < 1e-4  # products of many rows round otherwise than of one

@@ -86,7 +86,7 @@ class Guesses:
 def texts(sampling: Sampling, guesses: Guesses | None) -> list[tuple[int, ...]]:
     """What TEXTS seeds answer to token 0."""
     nothing = lambda *_: None  # noqa: E731
-    cache = SimpleNamespace(memories=list, place=object(), keep=nothing, evaluate=nothing, detach=nothing)
+    cache = SimpleNamespace(states=list, position=object(), rollback=nothing, evaluate=nothing, detach=nothing)
     sampler = Sampler(sampling, range(TEXTS), [1] * TEXTS, VOCABULARY)
     found: list[list[int]] = [[] for _ in range(TEXTS)]
     begin = mx.zeros((TEXTS, 1))

@@ -179,10 +179,10 @@ def test_many_seeds_and_lengths_give_the_same_text(temp, depth, model, plain, fo
 @pytest.fixture
 def kept(monkeypatch) -> list[list[tuple[int, int, drafting.Contents]]]:
     """Of each row, after each step with drafts: tokens read, next position, and what is remembered."""
-    steps, keep = [], Cache.keep
+    steps, rollback = [], Cache.rollback
 
     def spy(cache: Cache, *args: object) -> None:
-        keep(cache, *args)
+        rollback(cache, *args)
         rows = zip(cache.row_lengths, cache.next_positions, strict=True)
         steps.append([(*row, of_row(cache, i)) for i, row in enumerate(rows)])
 
@@ -404,7 +404,7 @@ def test_a_cache_goes_back_to_its_snapshot_after_an_interruption(owner, name, ca
 
 
 @pytest.mark.parametrize("call", [2, 3, 4])
-@pytest.mark.parametrize(("owner", "name"), [(loop._Loop, "_look"), (drafting.DraftFollower, "propose"), (Model, "hidden")])
+@pytest.mark.parametrize(("owner", "name"), [(loop._Loop, "_read"), (drafting.DraftFollower, "propose"), (Model, "hidden")])
 def test_an_interrupted_step_leaves_nothing_that_was_not_yielded(
     owner, name, call, model, plain, clean, forced, monkeypatch
 ):
