@@ -8,8 +8,7 @@ import mlx.nn as nn
 from mlx_qwen35.checkpoint import Quantization
 from mlx_qwen35.config import RopeConfig
 from mlx_qwen35.kernels.add_norm import add_norm, rms_norm
-from mlx_qwen35.kernels.exponential import silu
-from mlx_qwen35.kernels.metal import fused
+from mlx_qwen35.kernels.elementwise import compiled, silu
 from mlx_qwen35.kernels.quantized_linear import quantized_linear, unpacks
 
 
@@ -112,7 +111,7 @@ class MLP(nn.Module):
         return self.down_proj(_gated(gate, up))
 
 
-@fused
+@compiled
 def _gated(gate: mx.array, up: mx.array) -> mx.array:
     return silu(gate) * up
 
@@ -144,7 +143,7 @@ class Rotary:
         return cos[:, None], sin[:, None]
 
 
-@fused
+@compiled
 def _circle(positions: mx.array, frequencies: mx.array) -> tuple[mx.array, mx.array]:
     angles = positions.astype(mx.float32) * frequencies
     return mx.cos(angles), mx.sin(angles)

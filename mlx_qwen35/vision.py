@@ -9,7 +9,7 @@ import numpy as np
 
 from mlx_qwen35.config import VisionConfig
 from mlx_qwen35.kernels.attention import attention, attention_way, score_bytes
-from mlx_qwen35.kernels.exponential import sigmoid
+from mlx_qwen35.kernels.elementwise import sigmoid
 from mlx_qwen35.kernels.norm_rotary import rotate
 from mlx_qwen35.memory import check_encoding_fits
 from mlx_qwen35.preprocess import Media

@@ -3,12 +3,12 @@
 import functools
 import math
 from types import SimpleNamespace
-from unittest import mock
 
 import mlx.core as mx
 import pytest
 
 from mlx_qwen35 import chunk
+from mlx_qwen35.backend import METAL, assume
 from mlx_qwen35.checkpoint import text_shapes
 from mlx_qwen35.chunk import (
     LAYERS_IN_FLIGHT,
@@ -199,11 +199,12 @@ def test_reading_takes_about_what_is_estimated(text_model):
 @pytest.fixture
 def on_an_m1(monkeypatch):
     """With 8 GB; the way of attention is that of a GPU on which MLX has no kernel without scores."""
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     monkeypatch.setattr(chunk, "this_chip", lambda: parse_chip("Apple M1"))
     monkeypatch.setattr(chunk, "usable_bytes", lambda: 5.7e9)
     monkeypatch.setattr(chunk, "command_buffers", lambda chip: CommandBuffers(*TUNED.values()))
     monkeypatch.setattr(mx, "get_active_memory", lambda: 3 * 10**9)
+    with assume(METAL):
+        yield
 
 
 def test_on_a_cpu_no_watchdog_looks_on(monkeypatch):
@@ -266,10 +267,10 @@ def recorded(monkeypatch):
 
 
 class PaceOnAGpu(prefill.Pace):
-    """The default device is a GPU while layers are handed over; they themselves are computed here."""
+    """The backend is a GPU while layers are handed over; they themselves are computed here."""
 
     def __call__(self, arrays):
-        with mock.patch.object(mx, "default_device", lambda: mx.Device(mx.gpu)):
+        with assume(METAL):
             super().__call__(arrays)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from mlx_qwen35.checkpoint import is_matrix, open_checkpoint, text_shapes
 from mlx_qwen35.convert.calibrate import statistics
-from mlx_qwen35.kernels.exponential import silu
+from mlx_qwen35.kernels.elementwise import silu
 from mlx_qwen35.load import load_model
 from mlx_qwen35.random_checkpoint import changed, geometry, write_random_checkpoint
 

@@ -14,6 +14,7 @@ from mtp import drafting
 from mtp.drafting import Case, Interrupt, cycle, distance, force, head_distance, of_row, prompt, run
 
 from mlx_qwen35 import Processor, batch_generate, generate, load
+from mlx_qwen35.backend import backend
 from mlx_qwen35.cache import Cache
 from mlx_qwen35.generate import loop, speculate
 from mlx_qwen35.layer_cache import KVCache
@@ -222,7 +223,7 @@ def packed(checkpoint_folder, tmp_path_factory) -> Model:
     return drafting.load_small(checkpoint_folder(drafting.SMALL, vision=False), folder / "model", bits=4)
 
 
-@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="products of several rows go row by row on the CPU alone")
+@pytest.mark.skipif(not backend().unpacks_for_many_rows, reason="products go row by row on the CPU alone")
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_a_packed_model_s_memory_is_the_same_to_the_bit(depth, packed, monkeypatch, kept):
     """In the layers that no attention precedes: its products are of floats, and may round otherwise."""
