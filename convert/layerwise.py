@@ -15,6 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
+from mlx_qwen35.backend import backend
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.checkpoint import float16 as half
 from mlx_qwen35.checkpoint.checkpoint import TEXT, Checkpoint, Entry, text_shapes
@@ -78,7 +79,7 @@ class Layerwise:
         self.dtype = default_dtype(stored_dtype(checkpoint)) if dtype is None else dtype
         self.rotary = Rotary(self.config.rope)
         self._alter = alter
-        self._by_numpy = mx.default_device() == mx.cpu and self.dtype == mx.float32
+        self._by_numpy = backend().numpy_products and self.dtype == mx.float32
         self._names = [name for name, _ in checkpoint.part(text_shapes(self.config))]
         self.head_weights = self.config.vocab_size * self.config.hidden_size
 

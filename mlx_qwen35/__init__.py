@@ -14,8 +14,12 @@ token of the logits, and the processor text of the tokens. `generate` is the loo
 
 __version__ = "0.1.0"  # pyproject.toml takes it from here
 
+from mlx_qwen35.commands import interrupt  # before all else, for Ctrl-C while the rest is imported
+
+with interrupt.tell_errors():
+    from mlx_qwen35 import backend  # noqa: F401 (next, for a machine on which MLX cannot be loaded)
+
 from mlx_qwen35.cache.cache import Cache, Snapshot
-from mlx_qwen35.commands import interrupt  # noqa: F401 (before all else, for Ctrl-C while the rest is imported)
 from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.engine.generation import Result
 from mlx_qwen35.engine.options import Options

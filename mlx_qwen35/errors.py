@@ -62,6 +62,7 @@ CODES = {
     "context_length_exceeded": "prompt and answer do not fit into the model's context",
     "memory_exceeded": "something does not fit into memory",
     # the process
+    "mlx_unusable": "MLX cannot be loaded: it has no backend, or its backend finds no driver",
     "process_forked": "the process was forked after MLX had started, whose threads it does not have",
     "current_folder_missing": "the current folder was removed, or must not be looked at",
     # the model

@@ -9,6 +9,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_qwen35.backend import backend
 from mlx_qwen35.budget.plan import check_model_fits, check_tower_fits, loaded_bytes, takes_dtype
 from mlx_qwen35.checkpoint import float16 as half
 from mlx_qwen35.checkpoint.checkpoint import (
@@ -124,7 +125,7 @@ def stored_dtype(checkpoint: Checkpoint) -> mx.Dtype:
 
 def default_dtype(stored: mx.Dtype) -> mx.Dtype:
     """What suits this machine: float32 on a CPU, and float16 in the place of bfloat16 on M1 and M2."""
-    if mx.default_device() == mx.cpu:
+    if backend().slow_half:
         return mx.float32
     chip = this_chip()
     return mx.float16 if stored == mx.bfloat16 and chip and not chip.native_bfloat16 else stored

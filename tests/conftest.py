@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 from parity import cases
 
+from mlx_qwen35.backend import CUDA, backend
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
 from mlx_qwen35.load import load_model
@@ -62,11 +63,12 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The mark `metal` says that a test needs the GPU of a Mac."""
-    if not mx.metal.is_available():
-        for item in items:
-            if item.get_closest_marker("metal"):
-                item.add_marker(pytest.mark.skip(reason="needs a Mac with Apple Silicon"))
+    """The mark `gpu` says that a test needs a GPU, `cuda` that it needs one of NVIDIA."""
+    lacking = {"gpu": not backend().fused_kernels, "cuda": backend() != CUDA}
+    for item in items:
+        for mark, lacks in lacking.items():
+            if lacks and item.get_closest_marker(mark):
+                item.add_marker(pytest.mark.skip(reason={"gpu": "needs a GPU", "cuda": "needs an NVIDIA GPU"}[mark]))
 
 
 @pytest.fixture(scope="session")

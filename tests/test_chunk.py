@@ -3,11 +3,11 @@
 import functools
 import math
 from types import SimpleNamespace
-from unittest import mock
 
 import mlx.core as mx
 import pytest
 
+from mlx_qwen35.backend import METAL, assume
 from mlx_qwen35.budget import chunk
 from mlx_qwen35.budget.chunk import (
     LAYERS_IN_FLIGHT,
@@ -23,7 +23,7 @@ from mlx_qwen35.budget.chunk import (
 from mlx_qwen35.checkpoint.checkpoint import text_shapes
 from mlx_qwen35.checkpoint.config import FULL, LINEAR, TextConfig, parse_config
 from mlx_qwen35.checkpoint.random import GEOMETRIES, geometry
-from mlx_qwen35.engine import prefill
+from mlx_qwen35.engine import prefill as prefill_module
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.kernels.attention import SCORE_BYTES
 from mlx_qwen35.machine.chip import TUNED, CommandBuffers, command_buffers, parse_chip
@@ -199,11 +199,12 @@ def test_reading_takes_about_what_is_estimated(text_model):
 @pytest.fixture
 def on_an_m1(monkeypatch):
     """With 8 GB; the way of attention is that of a GPU on which MLX has no kernel without scores."""
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     monkeypatch.setattr(chunk, "this_chip", lambda: parse_chip("Apple M1"))
     monkeypatch.setattr(chunk, "usable_bytes", lambda: 5.7e9)
     monkeypatch.setattr(chunk, "command_buffers", lambda chip: CommandBuffers(*TUNED.values()))
     monkeypatch.setattr(mx, "get_active_memory", lambda: 3 * 10**9)
+    with assume(METAL):
+        yield
 
 
 def test_on_a_cpu_no_watchdog_looks_on(monkeypatch):
@@ -265,11 +266,11 @@ def recorded(monkeypatch):
     return found
 
 
-class PaceOnAGpu(prefill.Pace):
-    """The default device is a GPU while layers are handed over; they themselves are computed here."""
+class PaceOnAGpu(prefill_module.Pace):
+    """The backend is a GPU while layers are handed over; they themselves are computed here."""
 
     def __call__(self, arrays):
-        with mock.patch.object(mx, "default_device", lambda: mx.Device(mx.gpu)):
+        with assume(METAL):
             super().__call__(arrays)
 
 
@@ -277,7 +278,7 @@ def test_on_a_gpu_each_layer_is_handed_over_and_few_are_under_way(text_model, mo
     model, tokens = text_model(), list(range(5, 75))
     expected = prefill(model, model.make_cache(), [PromptRow(tokens)], 32)
     assert recorded.handed == 0
-    monkeypatch.setattr(prefill, "Pace", PaceOnAGpu)
+    monkeypatch.setattr(prefill_module, "Pace", PaceOnAGpu)
     out = prefill(model, model.make_cache(), [PromptRow(tokens)], 32)
     assert recorded.handed == 3 * len(model.layers) and recorded.most == LAYERS_IN_FLIGHT
     assert mx.array_equal(out, expected)

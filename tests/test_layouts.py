@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from importlib import import_module
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from conftest import load_text_model
 from parity import cases
 from refusing import refused
 
+from mlx_qwen35.backend import CPU, CUDA, METAL, assume
 from mlx_qwen35.checkpoint.checkpoint import INDEX, MODES, Quantization, is_matrix, is_zero_centred, open_checkpoint
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.random import changed, geometry
@@ -280,16 +281,14 @@ def test_a_model_of_mixed_packings_equals_the_unpacked_one(tied, rename, checkpo
     assert difference(logits(target), logits(dequantized(folder, tmp_path / "unpacked", mixed))) < TOLERANCE
 
 
+@pytest.mark.parametrize("gpu", [METAL, CUDA], ids=lambda gpu: gpu.name)
 def test_matrices_that_read_the_same_input_are_one_on_a_gpu_where_they_are_packed_alike(
-    checkpoint_folder, tmp_path, monkeypatch
+    checkpoint_folder, tmp_path, gpu
 ):
-    for name in ("engaged", "tell_unfit"):
-        monkeypatch.setattr(import_module("mlx_qwen35.load"), name, lambda *_: None)
-    monkeypatch.setattr("mlx_qwen35.kernels.metal.available", lambda: True)
     folder = checkpoint_folder(SMALL, 3, mtp=False, vision=False)
-    alike = load_text_model(as_converted(folder, tmp_path / "alike", mlx_lm_name, uniform(64, 4)))
-    unlike = load_text_model(as_converted(folder, tmp_path / "unlike", mlx_lm_name, mixed))
-    monkeypatch.undo()
+    with assume(replace(gpu, kernel_language="", usable_memory=CPU.usable_memory)):
+        alike = load_text_model(as_converted(folder, tmp_path / "alike", mlx_lm_name, uniform(64, 4)))
+        unlike = load_text_model(as_converted(folder, tmp_path / "unlike", mlx_lm_name, mixed))
     joined = [[layer.linear_attn.in_proj for layer in (model.layers[0],)] for model in (alike, unlike)]
     assert [len(part.products) for (part,) in joined] == [1, 3]  # qkv in 3 bits, a unpacked, z and b
     assert [len(model.layers[1].self_attn.qkv_proj.products) for model in (alike, unlike)] == [1, 2]

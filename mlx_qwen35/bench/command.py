@@ -15,8 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
-import mlx.core as mx
-
+from mlx_qwen35.backend import backend
 from mlx_qwen35.bench import dispatches, draft_dispatches, mtp, vision
 from mlx_qwen35.bench.expected import expectations
 from mlx_qwen35.bench.measure import OURS, PEERS, ProgramError, Settings, measure, started, summarize
@@ -184,7 +183,7 @@ def _checkpoint(options: argparse.Namespace, step: Step) -> Iterator[Path]:
     if options.model:
         yield resolve(options.model, options.revision)
         return
-    dtype = options.dtype or ("float32" if mx.default_device() == mx.cpu else "bfloat16")
+    dtype = options.dtype or ("float32" if backend().slow_half else "bfloat16")
     step.say("writing random weights")
     with tempfile.TemporaryDirectory(prefix="mlx_qwen35-bench-") as folder:
         yield write_random_checkpoint(Path(folder), geometry(options.geometry), dtype=DTYPES[dtype], mtp=options.mtp)

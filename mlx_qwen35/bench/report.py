@@ -10,8 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
+from mlx_qwen35.backend import backend, system_memory
 from mlx_qwen35.bench.measure import OURS, Row, Run, Settings
 from mlx_qwen35.commands.streams import write_file
 from mlx_qwen35.machine.memory import usable_bytes
@@ -37,9 +36,8 @@ def chip() -> str:
 
 def describe_machine(environments: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Hardware, systems and versions. environments: program -> what its worker said of itself when it had loaded."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    on_gpu = mx.default_device() == mx.gpu
-    gpu = f"{mx.device_info().get('device_name', 'one')}, {usable_bytes() / 1e9:.1f} GB" if on_gpu else "none used"
+    memory, on = system_memory(), backend().device
+    gpu = "none used" if on == "the CPU" else f"{on}, {usable_bytes() / 1e9:.1f} GB"
     threads = [f"{name}={os.environ[name]}" for name in _THREADS if name in os.environ]
     threads += [f"torch {e['torch_threads']}" for e in environments.values() if e["torch_threads"]]
     return {

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from mlx_qwen35.backend import backend
 from mlx_qwen35.checkpoint.config import FULL, LINEAR, TextConfig
 from mlx_qwen35.kernels.attention import attention_way, score_bytes, tile_rows
 from mlx_qwen35.machine.chip import Chip, CommandBuffers, command_buffers, this_chip
@@ -157,9 +158,9 @@ def suitable_chunk(config: TextConfig, dtype: mx.Dtype, S: int, batch: int = 1) 
 
     Rows share the tokens of a submission: two rows of 512 take what one of 1,024 does.
     """
-    limit, on_cpu = usable_bytes(), mx.default_device() == mx.cpu
+    limit = usable_bytes()
     room = min(reading_room(limit), max(0, limit - mx.get_active_memory()))
-    chip = None if on_cpu else this_chip()
+    chip = this_chip() if backend().watchdog else None
     buffers = command_buffers(chip) if chip else None
     way = attention_way(config.head_dim, dtype)
     return max(1, chunk_length(config, S, room, dtype.size, way, chip, buffers) // batch)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_qwen35.backend import backend
 from mlx_qwen35.budget.chunk import chunk_length, contexts_up_to, reading_bytes
 from mlx_qwen35.budget.encoding import working_bytes
 from mlx_qwen35.cache.layer import KVCache
@@ -15,7 +16,7 @@ from mlx_qwen35.checkpoint.config import FULL, LINEAR, TextConfig
 from mlx_qwen35.checkpoint.tensors import DTYPE_BYTES
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.attention import attention_way
-from mlx_qwen35.kernels.quantized_linear import SLICE
+from mlx_qwen35.kernels.cpu import UNPACKED
 from mlx_qwen35.machine.chip import TUNED, Chip, CommandBuffers, command_buffers, parse_chip, this_chip
 from mlx_qwen35.machine.memory import buffer_bytes, reading_room, usable_bytes
 
@@ -47,7 +48,7 @@ class Machine:
 
 
 def this_machine(config: TextConfig, dtype: mx.Dtype) -> Machine:
-    chip = None if mx.default_device() == mx.cpu else this_chip()
+    chip = this_chip() if backend().watchdog else None
     buffers = command_buffers(chip) if chip else None
     return Machine("this machine", usable_bytes(), dtype, attention_way(config.head_dim, dtype), chip, buffers)
 
@@ -179,7 +180,7 @@ def most_reading_bytes(checkpoint: Checkpoint, machine: Machine, context: int, c
     most = max(reading_bytes(text, min(chunk, S), S, size, machine.way) for S in contexts)
     if not machine.on_cpu or not checkpoint.quantization(f"{TEXT}layers.0.mlp.gate_proj.weight"):
         return most
-    return most + 4 * 4 * min(SLICE, text.intermediate_size * text.hidden_size)
+    return most + 4 * 4 * min(UNPACKED, text.intermediate_size * text.hidden_size)
 
 
 # --- the guard -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Ctrl-C while a command is still being imported, or has already ended: the process goes at once and in silence.
+"""Ctrl-C and errors while a command is still being imported; Ctrl-C also after its end: the process goes in silence.
 
 The package imports this module first. In a program that is none of the commands it changes nothing.
 """
@@ -11,14 +11,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mlx_qwen35.errors import InputError
+
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 
 
-def _is_command() -> bool:
-    """Whether this process was started as mlx_qwen35.NAME, by its script or by python -m."""
-    if sys.argv[:1] == ["-m"]:  # while the module is being found
-        return any(word.removeprefix("-m").startswith("mlx_qwen35.") for word in sys.orig_argv)
-    return Path(sys.argv[0] if sys.argv else "").name.startswith("mlx_qwen35.")
+def _command() -> str:
+    """mlx_qwen35.NAME where this process was started as that, by its script or by python -m; otherwise ""."""
+    words = sys.orig_argv if sys.argv[:1] == ["-m"] else sys.argv[:1]  # -m: while the module is being found
+    names = (Path(word.removeprefix("-m")).name for word in words)
+    return next((name for name in names if name.startswith("mlx_qwen35.")), "")
+
+
+@contextmanager
+def tell_errors() -> Iterator[None]:
+    """An InputError in the block ends a command as one of its run does: in one line, with status 2."""
+    try:
+        yield
+    except InputError as error:
+        if not _command():
+            raise
+        print(f"{_command()}: error: {error} [{error.code}]", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def _leave(*_: Any) -> None:
@@ -38,5 +52,5 @@ def interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, _leave)
 
 
-if _is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+if _command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _leave)

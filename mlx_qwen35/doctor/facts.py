@@ -7,13 +7,13 @@ from importlib import metadata
 
 import mlx.core as mx
 
+from mlx_qwen35.backend import TF32, backend, device_name, system_memory
 from mlx_qwen35.budget.chunk import suitable_chunk
 from mlx_qwen35.checkpoint.config import TextConfig
 from mlx_qwen35.doctor.check import Speed
-from mlx_qwen35.kernels import metal
 from mlx_qwen35.kernels.attention import attention_way
 from mlx_qwen35.kernels.products import shortened
-from mlx_qwen35.machine.chip import TF32, TUNED, TUNED_UP_TO, this_chip
+from mlx_qwen35.machine.chip import TUNED, TUNED_UP_TO, this_chip
 from mlx_qwen35.machine.memory import usable_bytes
 from mlx_qwen35.model.enabled import Engaged
 
@@ -23,18 +23,14 @@ CONTEXTS = (4096, 32768, 131072, 262144)
 
 
 def machine() -> Facts:
-    chip, memory = this_chip(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    chip, memory = this_chip(), system_memory()
     return {
-        "chip": f"{chip.name if chip else _processor()}, {os.cpu_count()} cores",
+        "chip": f"{chip.name if chip else device_name(mx.cpu)}, {os.cpu_count()} cores",
         "memory": f"{memory / 1e9:.1f} GB, of which a model may use {usable_bytes() / 1e9:.1f} GB",
         "system": platform.platform(),
-        "MLX computes on": "the GPU" if mx.default_device() == mx.gpu else "the CPU",
+        "MLX computes on": backend().device,
         "versions": ", ".join([f"Python {platform.python_version()}", *map(_version, PACKAGES)]),
     }
-
-
-def _processor() -> str:
-    return str(mx.device_info(mx.cpu).get("device_name", platform.machine()))
 
 
 def _version(package: str) -> str:
@@ -65,7 +61,7 @@ def dtype(chosen: mx.Dtype, stored: mx.Dtype, asked: str | None) -> str:
     name = str(chosen).removeprefix("mlx.core.")
     if asked:
         return f"{name}, as asked for"
-    if mx.default_device() == mx.cpu:
+    if backend().slow_half:
         return f"{name}: the CPU computes in the half types 10 to 40 times slower"
     if chosen != stored:
         return f"{name}: this chip has no arithmetic for bfloat16"
@@ -86,10 +82,9 @@ def speed(found: Speed, scale: float) -> Facts:
 
 
 def kernels(engaged: dict[str, Engaged]) -> Facts:
-    """In how many layers each kernel runs, and why none does."""
-    if not metal.available():
-        why = "the GPU is not the default device" if mx.metal.is_available() else "there is no Metal here"
-        return dict.fromkeys(engaged, f"does not apply: {why}; MLX operations run in its place")
+    """In how many layers each kernel runs."""
+    if not backend().fused_kernels:
+        return dict.fromkeys(engaged, f"does not apply: MLX computes on {backend().device}, by its own operations")
     return {name: _engaged(found) for name, found in engaged.items()}
 
 

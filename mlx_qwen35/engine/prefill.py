@@ -7,6 +7,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlx_qwen35.backend import backend
 from mlx_qwen35.budget.chunk import LAYERS_IN_FLIGHT
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.engine.drafts.follower import DraftFollower
@@ -73,7 +74,7 @@ class Pace:
         self.under_way: deque[list[mx.array]] = deque()
 
     def __call__(self, arrays: list[mx.array]) -> None:
-        if mx.default_device() == mx.cpu:
+        if not backend().queues_layers:
             return
         mx.async_eval(arrays)
         self.under_way.append(arrays)

@@ -1,6 +1,6 @@
 """The core of a Gated DeltaNet layer as one launch of gated_delta.metal; gated_delta.py holds the definition.
 
-`delta_core` chooses between the two: the kernel runs on a Mac's GPU, once `verdict` has seen it agree there with the
+`delta_core` chooses between the two: the kernel runs on a GPU, once `verdict` has seen it agree there with the
 operations on a small case of the same geometry and dtype.
 
 Letters as there: B batch, T tokens, Hk/Hv key/value heads, Dk/Dv head sizes, C = 2 Hk Dk + Hv Dv channels, K taps.
@@ -8,13 +8,14 @@ Letters as there: B batch, T tokens, Hk/Hv key/value heads, Dk/Dv head sizes, C 
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_qwen35.kernels import metal
+from mlx_qwen35.backend import backend
+from mlx_qwen35.kernels import fused
 from mlx_qwen35.kernels.gated_delta import (
     DeltaState,
     DeltaWeights,
@@ -142,7 +143,7 @@ def fused_gated_delta(
         **_constants(heads, chosen),
     }
     threads = chosen.threads(heads)
-    y, window, state = metal.launch("gated_delta", inputs, outputs, template, (threads, heads.Hv, B), (threads, 1, 1))
+    y, window, state = fused.launch("gated_delta", inputs, outputs, template, (threads, heads.Hv, B), (threads, 1, 1))
     memory = DeltaState(window, state)
     return y, memory if snapshots else DeltaState(*(array.squeeze(1) for array in memory))
 
@@ -179,7 +180,7 @@ def delta_core(
     """
     heads = Heads.of(weights.conv, memory.state)
     widths = [array.shape[-1] for array in projected]
-    if metal.available() and fits(widths, heads) and verdict(heads, projected[0].dtype):
+    if backend().fused_kernels and fits(widths, heads) and verdict(heads, projected[0].dtype):
         return fused_gated_delta(projected, weights, memory, lengths, snapshots)
     core = stepwise_gated_delta if snapshots else gated_delta
     return core(*split(projected), weights, memory, lengths)
@@ -198,18 +199,17 @@ def verdict(heads: Heads, dtype: mx.Dtype) -> bool:
     Called at load, so that a kernel that the machine's compiler refuses, or that computes something else, costs a
     warning and speed and never an answer.
     """
-    return metal.check("gated_delta", lambda: _disagreement(heads, dtype))
+    return fused.agrees("gated_delta", lambda: _cases(heads, dtype))
 
 
-def _disagreement(heads: Heads, dtype: mx.Dtype) -> str:
-    """What is wrong with the kernel on a prompt of 19 tokens and one token after it; "" when nothing is.
+def _cases(heads: Heads, dtype: mx.Dtype) -> Iterator[fused.Case]:
+    """A prompt of 19 tokens and one token after it, beside the definition's answer, within what rounding explains.
 
-    Beside the definition's answer, within what rounding explains (it has no matrix product, whose digits would be the
-    machine's choice), the bits of the 20 tokens read at once are wanted, and those of the memories after each of the
-    last two.
+    The definition has no matrix product, whose digits would be the machine's choice. Then the 20 tokens read at once,
+    and the memories after each of the last two, which must have the same bits.
     """
     if plan(heads, 1) is None or plan(heads, 2) is None:
-        return f"it has no plan for {heads}"
+        raise ValueError(f"it has no plan for {heads}")
     key = mx.random.key(0)
     draws = iter(mx.random.split(key, 8))
     normal = functools.partial(mx.random.normal, stream=mx.cpu)
@@ -222,25 +222,19 @@ def _disagreement(heads: Heads, dtype: mx.Dtype) -> str:
     state = normal((1, heads.Hv, heads.Dv, heads.Dk), key=next(draws)) / 10
     start = memory = other = DeltaState(normal((1, heads.K - 1, heads.C), key=next(draws)).astype(dtype), state)
     cuts = [heads.C, heads.C + heads.Hv * heads.Dv, heads.C + heads.Hv * (heads.Dv + 1)]
+    step = {mx.float32: 1e-4, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}[dtype]
     memories = []
     for part in (tokens[:, :19], tokens[:, 19:]):
         ours, memory = fused_gated_delta([part], weights, memory)
-        theirs, other = gated_delta(*mx.split(part, cuts, axis=-1), weights, other, rule=sequential_rule)
-        step = {mx.float32: 1e-4, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}[dtype]
-        for name, a, b, most in (
-            ("output", ours, theirs, step), ("state", memory.state, other.state, 1e-4),
-            ("window", memory.window, other.window, 0.0),
-        ):  # fmt: skip
-            a, b = a.astype(mx.float32), b.astype(mx.float32)
-            error, scale = mx.abs(a - b).max().item(), mx.abs(b).max().item()
-            if not error <= most * max(1.0, scale):  # NaN too
-                return f"its {name} differs from that of operations by {error:.1e} at {scale:.1e}"
+        plain, other = gated_delta(*mx.split(part, cuts, axis=-1), weights, other, rule=sequential_rule)
+        yield "output", ours, plain, fused.relative(step, plain)
+        yield "state", memory.state, other.state, fused.relative(1e-4, other.state)
+        yield "window", memory.window, other.window, 0.0
         memories.append(memory)
     _, whole = fused_gated_delta([tokens], weights, start)
-    if not all(mx.array_equal(a, b).item() for a, b in zip(memory, whole, strict=True)):
-        return "tokens read one by one leave other bits than read at once"
     _, each = fused_gated_delta([tokens], weights, start, snapshots=True)
-    for t, memory in zip((18, 19), memories, strict=True):
-        if not all(mx.array_equal(a[:, t], b).item() for a, b in zip(each, memory, strict=True)):
-            return f"its memory after token {t} has other bits among several than as the last"
-    return ""
+    for name, at_once, in_parts in zip(DeltaState._fields, whole, memory, strict=True):
+        yield f"{name} of tokens read at once", at_once, in_parts, 0.0
+    for t, alone in zip((18, 19), memories, strict=True):
+        for name, among, last in zip(DeltaState._fields, each, alone, strict=True):
+            yield f"{name} after token {t} among others", among[:, t], last, 0.0

@@ -18,7 +18,9 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_qwen35.kernels.exponential import PIECE, exp, silu
+from mlx_qwen35.backend import backend
+from mlx_qwen35.kernels.cpu import PIECE
+from mlx_qwen35.kernels.elementwise import exp, silu
 
 L2_EPS = 1e-6  # added to the sum of squares, under the root (transformers, l2norm)
 CHUNK = 32  # fastest on a CPU with a good BLAS; longer chunks also lose digits
@@ -133,11 +135,11 @@ def _convolve(tokens: mx.array, conv: mx.array, T: int, sizes: tuple[int, int, i
 
 
 def _causal_conv(tokens: mx.array, conv: mx.array, T: int) -> mx.array:
-    """(B, K - 1 + T, C) -> silu of the depthwise conv (B, T, C); on the CPU piece by piece, see exponential.py."""
+    """(B, K - 1 + T, C) -> silu of the depthwise conv (B, T, C); on the CPU piece by piece, see cpu.py."""
     K, C = conv.shape
     if T == 1:
         return silu((tokens * conv).sum(1, keepdims=True))
-    rows = max(1, PIECE // C) if mx.default_device() == mx.cpu else T
+    rows = max(1, PIECE // C) if backend().works_in_pieces else T
     parts = []
     for begin in range(0, T, rows):
         end = min(begin + rows, T)
@@ -241,7 +243,7 @@ def unit_lower_inverse(A: mx.array) -> mx.array:
     series, cancels catastrophically when keys repeat (an error of 8e17 was measured at L = 64).
     """
     L = A.shape[-1]
-    if mx.default_device() == mx.cpu:
+    if backend().inverts_by_lapack:
         return mx.linalg.tri_inv(A + mx.eye(L))
     return doubling_inverse(A)
 

@@ -1,21 +1,22 @@
 """Norm and rotary embedding of an attention layer's queries and keys, in one launch of norm_rotary.metal.
 
 `plain_norm_rotary` is the definition, in MLX operations. `queries_and_keys` chooses between the two: the kernel runs on
-a Mac's GPU, once `verdict` has seen it agree there with the operations on a small case of the same geometry and dtype.
+a GPU, once `verdict` has seen it agree there with the operations on a small case of the same geometry and dtype.
 
 Letters: B batch, T tokens, H/Hk query/key heads, D head size, dims of a head that turn. A projected token is, joined:
 for each head its query and then its gate (2 H D numbers), k (Hk D), v (Hk D).
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_qwen35.kernels import metal
+from mlx_qwen35.backend import backend
+from mlx_qwen35.kernels import fused
 from mlx_qwen35.kernels.add_norm import rms_norm
-from mlx_qwen35.kernels.metal import fused
+from mlx_qwen35.kernels.elementwise import compiled
 
 SIMD = 32
 ROWS = 4  # of a threadgroup, each a simdgroup: a head of a token
@@ -85,7 +86,7 @@ def norm_rotary(
         "HEAD_DIM": sizes.D,
         "DIMS": sizes.dims,
     }
-    q, k = metal.launch("norm_rotary", inputs, outputs, template, (SIMD, H + Hk, B * T), (SIMD, ROWS, 1))
+    q, k = fused.launch("norm_rotary", inputs, outputs, template, (SIMD, H + Hk, B * T), (SIMD, ROWS, 1))
     return q, k
 
 
@@ -117,7 +118,7 @@ def rotate(x: mx.array, table: Table) -> mx.array:
     return mx.concatenate([*_turned(first, second, cos, sin), rest], axis=-1)
 
 
-@fused
+@compiled
 def _turned(first: mx.array, second: mx.array, cos: mx.array, sin: mx.array) -> tuple[mx.array, mx.array]:
     dtype = first.dtype
     first, second = first.astype(mx.float32), second.astype(mx.float32)
@@ -142,7 +143,8 @@ def queries_and_keys(
     products: what the projections give, as it comes; `split` makes q with gates, k, v of it.
     """
     sizes = Geometry.of(rotary, q_norm, H, Hk)
-    if metal.available() and fits([array.shape[-1] for array in products], sizes) and verdict(sizes, products[0].dtype):
+    on, fit = backend().fused_kernels, fits([array.shape[-1] for array in products], sizes)
+    if on and fit and verdict(sizes, products[0].dtype):
         return norm_rotary(products[0], rotary, q_norm, k_norm, eps, H, Hk)
     q, k, _ = split(products)
     return _apart(q, k, rotary, q_norm, k_norm, eps)
@@ -156,13 +158,13 @@ def fits(widths: Sequence[int], sizes: Geometry) -> bool:
 @functools.cache
 def verdict(sizes: Geometry, dtype: mx.Dtype) -> bool:
     """Whether the kernel agrees with the operations on this machine; if not, a warning says so. Called at load."""
-    return metal.check("norm_rotary", lambda: _disagreement(sizes, dtype))
+    return fused.agrees("norm_rotary", lambda: _cases(sizes, dtype))
 
 
-def _disagreement(sizes: Geometry, dtype: mx.Dtype) -> str:
-    """What is wrong with the kernel on two rows of 3 tokens, and on one token; "" when nothing is."""
+def _cases(sizes: Geometry, dtype: mx.Dtype) -> Iterator[fused.Case]:
+    """Two rows of 3 tokens, and one token."""
     if not sizes.planned:
-        return f"it has no plan for {sizes}"
+        raise ValueError(f"it has no plan for {sizes}")
     draws = iter(mx.random.split(mx.random.key(0), 4))
     normal = functools.partial(mx.random.normal, stream=mx.cpu)
     tokens = normal((2, 3, sizes.width), key=next(draws)).astype(dtype)
@@ -172,9 +174,5 @@ def _disagreement(sizes: Geometry, dtype: mx.Dtype) -> str:
     for B, T in ((2, 3), (1, 1)):
         rotary = mx.cos(angles[:B, :, :T]), mx.sin(angles[:B, :, :T])
         call = (tokens[:B, :T], rotary, *norms, 1e-6, sizes.H, sizes.Hk)
-        for name, a, b in zip("qk", norm_rotary(*call), plain_norm_rotary(*call), strict=True):
-            a, b = a.astype(mx.float32), b.astype(mx.float32)
-            error, scale = mx.abs(a - b).max().item(), mx.abs(b).max().item()
-            if not error <= step * max(1.0, scale):  # NaN too
-                return f"its {name} differs from that of operations by {error:.1e} at {scale:.1e}"
-    return ""
+        for name, ours, plain in zip("qk", norm_rotary(*call), plain_norm_rotary(*call), strict=True):
+            yield name, ours, plain, fused.relative(step, plain)

@@ -9,7 +9,7 @@ import warnings
 
 import mlx.core as mx
 
-from mlx_qwen35.machine.chip import TF32
+from mlx_qwen35.backend import TF32
 
 SIDE = 128  # of a matrix that is not too small for such units
 

@@ -1,22 +1,19 @@
 """x times the transpose of a packed matrix.
 
-Metal multiplies packed weights directly, for any number of rows. MLX's CPU backend does so at the speed of one row
-after the other, so there many rows meet the unpacked matrix, a slice of it at a time. Unpacking costs as much as seven
-packed rows: with a fast BLAS that pays from 8 rows (64 rows: 7.7 times faster), with the reference BLAS of the Linux
-wheel never quite (16 rows: 1.3 times slower, 64: 1.06). Measured: (rows, 2560) by (9216, 2560), 4 bit, two cores.
+A GPU multiplies packed weights directly, for any number of rows. MLX's CPU backend does so at the speed of one row
+after the other, so there many rows meet the unpacked matrix, a slice of it at a time.
 """
 
 import mlx.core as mx
 
-from mlx_qwen35.checkpoint.checkpoint import Quantization
-
-MANY_ROWS = 12  # between the two
-SLICE = 1 << 25  # unpacked elements at a time: 134 MB in float32
+from mlx_qwen35.backend import backend
+from mlx_qwen35.kernels import cpu
+from mlx_qwen35.quantization import Quantization
 
 
 def unpacks(x: mx.array) -> bool:
     """Whether so many rows (..., columns) meet an unpacked matrix here."""
-    return mx.default_device() == mx.cpu and x.size >= MANY_ROWS * x.shape[-1]
+    return backend().unpacks_for_many_rows and x.size >= cpu.MANY_ROWS * x.shape[-1]
 
 
 def quantized_linear(
@@ -32,7 +29,7 @@ def quantized_linear(
         # As rows: one row that is part of a longer one keeps its stride otherwise, and MLX copies it first.
         rows = mx.quantized_matmul(x.reshape(-1, columns), weight, scales, biases, transpose=True, **form)
         return rows.reshape(*x.shape[:-1], -1)
-    step, dtype = max(1, SLICE // columns), mx.float32 if scales.dtype == mx.float32 else x.dtype
+    step, dtype = max(1, cpu.UNPACKED // columns), mx.float32 if scales.dtype == mx.float32 else x.dtype
     parts = []
     for row in range(0, weight.shape[0], step):
         rows = slice(row, row + step)

@@ -12,6 +12,8 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mlx_qwen35.backend import TF32
+
 _PEAK = {1: 2.3e12, 2: 2.9e12, 3: 2.8e12, 4: 3.4e12}  # operations a second of the plain chip of a generation
 _TIMES = {"": 1, "Pro": 1.75, "Max": 3.4, "Ultra": 6.8}  # and of the larger ones, as many times that
 _BANDWIDTH = {"": 68e9, "Pro": 150e9, "Max": 300e9, "Ultra": 800e9}  # bytes a second
@@ -57,10 +59,6 @@ def this_chip() -> Chip | None:
     asked = subprocess.run(["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
     return parse_chip(asked.stdout.strip() or "Apple, unknown")
 
-
-# --- products of float32 matrices ------------------------------------------------------------------------------------
-
-TF32 = "MLX_ENABLE_TF32"  # MLX's own is 1; what it does to float32 stands in kernels/products.py
 
 # --- command buffers -------------------------------------------------------------------------------------------------
 

@@ -1,9 +1,8 @@
 """How much memory this machine has for a model."""
 
-import os
-
 import mlx.core as mx
 
+from mlx_qwen35.backend import backend
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.values import number
 
@@ -20,12 +19,8 @@ def limit_memory(gigabytes: float | None) -> None:
 
 
 def usable_bytes() -> int:
-    """What a model may take: as set by hand, else on a Mac the GPU's recommended working set, else all memory."""
-    if _limit is not None:
-        return _limit
-    if mx.metal.is_available():
-        return int(mx.device_info(mx.gpu)["max_recommended_working_set_size"])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes that a model may take: as set by hand, else as the backend says."""
+    return backend().usable_memory() if _limit is None else _limit
 
 
 # Bytes that reading a prompt may take at a time, and half as much for the buffers that MLX keeps for reuse, with up to

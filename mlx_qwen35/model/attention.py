@@ -6,8 +6,7 @@ import mlx.nn as nn
 from mlx_qwen35.cache.layer import ForwardContext, KVCache
 from mlx_qwen35.checkpoint.config import TextConfig
 from mlx_qwen35.kernels.attention import attention
-from mlx_qwen35.kernels.exponential import sigmoid
-from mlx_qwen35.kernels.metal import fused
+from mlx_qwen35.kernels.elementwise import compiled, sigmoid
 from mlx_qwen35.kernels.norm_rotary import queries_and_keys
 from mlx_qwen35.model.rotary import Table
 from mlx_qwen35.model.weights import Weights
@@ -46,6 +45,6 @@ class GatedAttention(nn.Module):
         return self.o_proj(out.reshape(B, T, -1))
 
 
-@fused
+@compiled
 def _gated(out: mx.array, gate: mx.array) -> mx.array:
     return out * sigmoid(gate)

@@ -7,8 +7,7 @@ import mlx.nn as nn
 
 from mlx_qwen35.cache.layer import DeltaCache, ForwardContext, KVCache
 from mlx_qwen35.checkpoint.config import FULL, TextConfig
-from mlx_qwen35.kernels.exponential import silu
-from mlx_qwen35.kernels.metal import fused
+from mlx_qwen35.kernels.elementwise import compiled, silu
 from mlx_qwen35.model.attention import GatedAttention
 from mlx_qwen35.model.delta_net import GatedDeltaNet
 from mlx_qwen35.model.layers import RMSNorm
@@ -31,7 +30,7 @@ class MLP(nn.Module):
         return self.down_proj(_activated(gate, up))
 
 
-@fused
+@compiled
 def _activated(gate: mx.array, up: mx.array) -> mx.array:
     return silu(gate) * up
 

@@ -3,7 +3,8 @@
 import warnings
 from typing import NamedTuple
 
-from mlx_qwen35.kernels import add_norm, attention, fused_delta, metal, norm_rotary
+from mlx_qwen35.backend import backend
+from mlx_qwen35.kernels import add_norm, attention, fused_delta, norm_rotary
 from mlx_qwen35.kernels.fused_delta import Heads
 from mlx_qwen35.kernels.norm_rotary import Geometry
 from mlx_qwen35.model.layers import Joined
@@ -21,8 +22,8 @@ class Engaged(NamedTuple):
 
 
 def engaged(model: Model) -> dict[str, Engaged]:
-    """Kernel -> where it runs. On a Mac this has each run once against its reference; elsewhere none runs."""
-    config, dtype, on = model.config, model.dtype, metal.available()
+    """Kernel -> where it runs. On a GPU this has each run once against its reference; elsewhere none runs."""
+    config, dtype, on = model.config, model.dtype, backend().fused_kernels
     heads, sizes = Heads(*config.delta_heads), Geometry(*config.attention_heads)
     fitting, attentions = _fitting(model), sum("self_attn" in layer for layer in model.layers)
     verdicts = {
@@ -41,14 +42,14 @@ def engaged(model: Model) -> dict[str, Engaged]:
 
 
 def tell_unfit(model: Model) -> None:
-    """On a Mac, warn of layers whose projections come in other products than a kernel reads."""
-    if not metal.available():
+    """Where kernels run, warn of layers whose projections come in other products than a kernel reads."""
+    if not backend().fused_kernels:
         return
     for name, layers in _fitting(model).items():
         if unfit := [i for i, fits in layers.items() if not fits]:
             listed = ", ".join(map(str, unfit[:8])) + (" ..." if len(unfit) > 8 else "")
             warnings.warn(
-                f"the Metal kernel {name} does not run in {len(unfit)} of {len(layers)} layers ({listed}): their sizes "
+                f"the kernel {name} does not run in {len(unfit)} of {len(layers)} layers ({listed}): their sizes "
                 "have no plan, or their projections are packed in different ways. MLX operations take its place, which "
                 "is slower. Projections of a layer that are packed alike, b and a perhaps apart, are what it reads",
                 RuntimeWarning,

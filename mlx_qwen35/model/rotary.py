@@ -3,7 +3,7 @@
 import mlx.core as mx
 
 from mlx_qwen35.checkpoint.config import RopeConfig
-from mlx_qwen35.kernels.metal import fused
+from mlx_qwen35.kernels.elementwise import compiled
 
 Table = tuple[mx.array, mx.array]  # cos, sin of T positions, each (B, 1, T, dims / 2) float32
 
@@ -35,7 +35,7 @@ class Rotary:
         return cos[:, None], sin[:, None]
 
 
-@fused
+@compiled
 def _circle(positions: mx.array, frequencies: mx.array) -> tuple[mx.array, mx.array]:
     angles = positions.astype(mx.float32) * frequencies
     return mx.cos(angles), mx.sin(angles)

@@ -10,7 +10,7 @@ import numpy as np
 from mlx_qwen35.budget.encoding import SLICE, check_encoding_fits
 from mlx_qwen35.checkpoint.config import VisionConfig
 from mlx_qwen35.kernels.attention import attention
-from mlx_qwen35.kernels.exponential import sigmoid
+from mlx_qwen35.kernels.elementwise import sigmoid
 from mlx_qwen35.kernels.norm_rotary import rotate
 from mlx_qwen35.media.preprocess import Media
 from mlx_qwen35.model.weights import Weights

@@ -5,8 +5,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_qwen35.backend import backend
 from mlx_qwen35.checkpoint.checkpoint import Quantization
-from mlx_qwen35.kernels import metal
 from mlx_qwen35.model.layers import Embedding, Joined, Linear, RMSNorm
 
 
@@ -75,7 +75,7 @@ class Weights:
         places = []
         for name in names:
             parts, packing = self._matrix(name)
-            alike = (packing, *(array.dtype for array in parts.values())) if metal.available() else name
+            alike = (packing, *(array.dtype for array in parts.values())) if backend().joins_projections else name
             group = groups.setdefault(alike, [])
             packings[alike] = packing
             start = sum(len(other["weight"]) for other in group)

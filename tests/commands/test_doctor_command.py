@@ -9,6 +9,7 @@ import warnings
 import mlx.core as mx
 import pytest
 
+from mlx_qwen35.backend import CUDA, METAL, TF32, assume
 from mlx_qwen35.checkpoint.config import parse_config
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.random import changed, geometry
@@ -16,7 +17,7 @@ from mlx_qwen35.commands.common import as_command
 from mlx_qwen35.doctor import check, command, facts, main
 from mlx_qwen35.doctor.check import PROMPTS, SAMPLE_LAYERS, Speed, measure, sample_model
 from mlx_qwen35.machine import chip as machine
-from mlx_qwen35.machine.chip import MEGABYTES, OPERATIONS, TF32, parse_chip
+from mlx_qwen35.machine.chip import MEGABYTES, OPERATIONS, parse_chip
 from mlx_qwen35.model.enabled import Engaged
 
 TINY = parse_config(geometry("tiny")).text
@@ -78,7 +79,7 @@ def test_off_a_mac_every_section_is_there_and_says_what_does_not_apply(run):
     assert report[SAMPLE]["attention over many queries"] == "in tiles of queries, by our own code"
     assert list(report["kernels"]) == ["gated_delta", "norm_rotary", "add_norm", "attention without scores"]
     assert set(report["kernels"].values()) == {
-        "does not apply: there is no Metal here; MLX operations run in its place"
+        "does not apply: MLX computes on the CPU, by its own operations"
     }
     assert list(report["check"]) == ["reading", "writing", "steps over 2, 3, 4 tokens", "peak memory"]
 
@@ -128,14 +129,16 @@ def test_where_nothing_is_set_mlx_s_own_settings_hold(run, monkeypatch):
         (mx.bfloat16, mx.bfloat16, "bfloat16", "bfloat16, as asked for"),
     ],
 )
-def test_the_dtype_is_shown_with_its_reason(monkeypatch, chosen, stored, asked, text):
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    assert facts.dtype(chosen, stored, asked) == text
+def test_the_dtype_is_shown_with_its_reason(chosen, stored, asked, text):
+    with assume(METAL):
+        assert facts.dtype(chosen, stored, asked) == text
 
 
-def test_kernels_are_shown_with_their_verdicts_and_layers(monkeypatch):
-    monkeypatch.setattr(facts.metal, "available", lambda: True)
-    assert facts.kernels({"a": Engaged(24, 24), "b": Engaged(0, 8), "c": Engaged(7, 8)}) == {
+@pytest.mark.parametrize("gpu", [METAL, CUDA], ids=lambda gpu: gpu.name)
+def test_kernels_are_shown_with_their_verdicts_and_layers(gpu):
+    with assume(gpu):
+        shown = facts.kernels({"a": Engaged(24, 24), "b": Engaged(0, 8), "c": Engaged(7, 8)})
+    assert shown == {
         "a": "agrees with its reference; runs in 24 of 24 layers", "b": "switched off; runs in 0 of 8 layers",
         "c": "agrees with its reference; runs in 7 of 8 layers",
     }  # fmt: skip

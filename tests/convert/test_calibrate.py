@@ -7,7 +7,7 @@ import pytest
 from mlx_qwen35.checkpoint.checkpoint import is_matrix, open_checkpoint, text_shapes
 from mlx_qwen35.checkpoint.random import changed, geometry, write_random_checkpoint
 from mlx_qwen35.convert.calibrate import statistics
-from mlx_qwen35.kernels.exponential import silu
+from mlx_qwen35.kernels.elementwise import silu
 from mlx_qwen35.load import load_model
 
 TEXT = "model.language_model."

@@ -42,13 +42,14 @@ def _named(number: int, shape: Any, dtype: mx.Dtype) -> tuple[int, Any, SimpleNa
 
 def without_a_cast(place: str) -> Callable[[], None]:
     """Leave a cast out of the program, and return what puts it back."""
-    from mlx_qwen35.kernels import add_norm, metal
+    from mlx_qwen35.kernels import add_norm
+    from mlx_qwen35.kernels.elementwise import compiled
     from mlx_qwen35.model import attention, layers
 
     broken = {
         "norm": (add_norm, "rms_norm", lambda x, gamma, eps: mx.fast.rms_norm(x.astype(mx.float32), gamma, eps)),
-        "gate": (attention, "_opened", metal.fused(lambda out, gate: out * mx.sigmoid(gate.astype(mx.float32)))),
-        "mlp": (layers, "_gated", metal.fused(lambda gate, up: gate.astype(mx.float32) * up)),
+        "gate": (attention, "_opened", compiled(lambda out, gate: out * mx.sigmoid(gate.astype(mx.float32)))),
+        "mlp": (layers, "_gated", compiled(lambda gate, up: gate.astype(mx.float32) * up)),
         "": (layers, "_gated", layers._gated),
     }
     module, name, function = broken[place]
@@ -62,11 +63,11 @@ def record(worker: dict[str, Any], config: dict, dtype: str, recipe: str, path: 
     mx.bfloat16 = HALVES[dtype]  # which the worker builds with
     try:
         network = worker["build_mlx_qwen35"](config, MIXED if recipe == "mixed" else {})
-        from mlx_qwen35.kernels import add_norm, fused_delta, metal, norm_rotary
+        from mlx_qwen35.kernels import add_norm, fused, fused_delta, norm_rotary
 
         for module in (add_norm, fused_delta, norm_rotary):
             module.verdict.cache_clear()
-        metal.check = lambda name, disagreement: path == "kernels"
+        fused.agrees = lambda name, cases: path == "kernels"
         return worker["one_token"](network)
     finally:
         right()

@@ -99,9 +99,8 @@ def test_the_noise_depends_on_seed_and_position_alone():
 
 def test_a_token_is_the_same_alone_and_in_a_batch(logits):
     together = Sampler(Sampling(), [11, 12], [40, 7], V).sample(logits).tolist()
-    alone = [
-        Sampler(Sampling(), [s], [p], V).sample(logits[i : i + 1]).item() for i, (s, p) in enumerate([(11, 40), (12, 7)])
-    ]
+    rows = enumerate([(11, 40), (12, 7)])
+    alone = [Sampler(Sampling(), [s], [p], V).sample(logits[i : i + 1]).item() for i, (s, p) in rows]
     assert together == alone
 
 

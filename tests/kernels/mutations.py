@@ -25,7 +25,7 @@ from kernels.delta_cases import DIFFERENT, ODD, REAL
 from kernels.emulator import CompileError, emulate, missing
 from kernels.mutants import MUTANTS, Mutant
 
-from mlx_qwen35.kernels import metal
+from mlx_qwen35.kernels import fused
 from mlx_qwen35.kernels.add_norm import fused_add_norm, plain_add_norm
 
 Check = Callable[[], list[str]]  # -> what is wrong
@@ -159,18 +159,14 @@ CHECKS: dict[str, Callable[[], list[Check]]] = {
 @contextlib.contextmanager
 def source(kernel: str, text: str) -> Iterator[None]:
     """Within, the kernel has this text."""
-    real = metal.source
-    metal._kernel.cache_clear()
-    try:
-        with mock.patch.object(metal, "source", lambda name: text if name == kernel else real(name)):
-            yield
-    finally:
-        metal._kernel.cache_clear()
+    real = fused.source
+    with mock.patch.object(fused, "source", lambda name: text if name == kernel else real(name)):
+        yield
 
 
 def broken(mutant: Mutant) -> str:
     """The mutant's text. ValueError if what it replaces is not there as often as stated."""
-    text = metal.source(mutant.kernel)
+    text = fused.source(mutant.kernel)
     times = text.count(mutant.find)
     if times != mutant.times:
         raise ValueError(f"NOT APPLIED: {mutant.find!r} is {times} times in the kernel, not {mutant.times}")
@@ -203,7 +199,7 @@ def main(kernels: list[str]) -> int:
     """Print the table; 1 where an unbroken kernel is found wrong or a mutant is not caught."""
     failed = False
     for kernel in kernels:
-        found = wrong(kernel, metal.source(kernel))
+        found = wrong(kernel, fused.source(kernel))
         failed |= bool(found)
         print(ROW.format(kernel, "(unbroken)", f"WRONG: {found}" if found else "passes all checks"), flush=True)
     for mutant in MUTANTS:

@@ -7,14 +7,16 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 from conftest import load_text_model
+from kernels.backends import EMULATED, OPERATIONS
 from kernels.delta_cases import DIFFERENT, DTYPES, ODD, REAL, case, same
 from kernels.emulator import Report, emulate, emulated, missing
 
 from mlx_qwen35 import Model, Processor, Result, batch_generate, load
+from mlx_qwen35.backend import assume
 from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.prefill import PromptRow, prefill
-from mlx_qwen35.kernels import add_norm, attention, fused_delta, metal, norm_rotary
+from mlx_qwen35.kernels import add_norm, attention, fused, fused_delta, norm_rotary
 from mlx_qwen35.kernels.fused_delta import Heads, verdict
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
@@ -23,13 +25,12 @@ NANO = Heads(Hk=2, Hv=4, Dk=32, Dv=32, K=4)
 
 
 @pytest.fixture
-def as_on_a_mac(monkeypatch: pytest.MonkeyPatch) -> Iterator[Report]:
-    """Kernels are taken to be available, and are emulated; the report of their launches."""
-    monkeypatch.setattr(metal, "available", lambda: True)
+def as_on_a_mac() -> Iterator[Report]:
+    """Kernels can run, and are emulated; the report of their launches."""
     verdicts = (verdict, add_norm.verdict, norm_rotary.verdict, attention.fused_verdict)
     for known in verdicts:
         known.cache_clear()
-    with emulated() as report:
+    with assume(EMULATED), emulated() as report:
         yield report
     for known in verdicts:
         known.cache_clear()
@@ -80,13 +81,14 @@ def drafted(nano: tuple[Model, Processor], questions: list[str], depth: int, **o
 def test_nano_generates_the_same_tokens_with_drafts_on_the_kernels(as_on_a_mac, monkeypatch, questions, depth):
     nano, options = load("nano"), {"temp": 0.8, "seed": 1, "max_tokens": 9, "prefill_step_size": 13}
     before = len(as_on_a_mac.launches)
-    fused = drafted(nano, questions, depth, **options)
+    by_kernels = drafted(nano, questions, depth, **options)
     launches = len(as_on_a_mac.launches)
-    assert launches > before and len({len(result.tokens) for result in fused}) == len(questions)
-    monkeypatch.setattr(metal, "available", lambda: False)
-    plain = batch_generate(*nano, questions, mtp="off", enable_thinking=False, **options)
-    assert [result.tokens for result in fused] == [result.tokens for result in plain]
-    assert [result.mtp for result in fused] == [result.mtp for result in drafted(nano, questions, depth, **options)]
+    assert launches > before and len({len(result.tokens) for result in by_kernels}) == len(questions)
+    with assume(OPERATIONS):
+        plain = batch_generate(*nano, questions, mtp="off", enable_thinking=False, **options)
+        again = drafted(nano, questions, depth, **options)
+    assert [result.tokens for result in by_kernels] == [result.tokens for result in plain]
+    assert [result.mtp for result in by_kernels] == [result.mtp for result in again]
     assert len(as_on_a_mac.launches) == launches
 
 
@@ -139,12 +141,12 @@ def test_the_head_reads_and_drafts_the_same_on_the_kernels(as_on_a_mac, monkeypa
         return mx.concatenate(found, axis=1)
 
     before = len(as_on_a_mac.launches)
-    fused = logits()
-    mx.eval(fused)
+    by_kernels = logits()
+    mx.eval(by_kernels)
     # Three chunks through the model and the head, then three drafts: of the head one norm_rotary and two sums each.
     assert len(as_on_a_mac.launches) - before == 3 * (12 + 3) + 3 * 3
-    monkeypatch.setattr(metal, "available", lambda: False)
-    assert mx.abs(fused - logits()).max().item() < 1e-4
+    with assume(OPERATIONS):
+        assert mx.abs(by_kernels - logits()).max().item() < 1e-4
 
 
 # --- the check at load -----------------------------------------------------------------------------------------------
@@ -175,15 +177,13 @@ REST = [pytest.param(name, marks=pytest.mark.full) for name in WRONG if name not
 @pytest.mark.parametrize("fault", [*FIRST, *REST])
 def test_a_kernel_whose_snapshots_are_wrong_is_switched_off_with_a_warning(as_on_a_mac, monkeypatch, fault):
     right, wrong = WRONG[fault]
-    real = metal.source
+    real = fused.source
     text = real("gated_delta")
     assert text.count(right) == 1
     broken = text.replace(right, wrong)
-    monkeypatch.setattr(metal, "source", lambda name: broken if name == "gated_delta" else real(name))
-    metal._kernel.cache_clear()
+    monkeypatch.setattr(fused, "source", lambda name: broken if name == "gated_delta" else real(name))
     with pytest.warns(RuntimeWarning, match=r"gated_delta is switched off: its memory after token 1[89] has other"):
         assert not verdict(NANO, mx.float32)
-    metal._kernel.cache_clear()
 
 
 def test_the_check_at_load_launches_snapshots(as_on_a_mac, monkeypatch):

@@ -7,14 +7,16 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from conftest import load_text_model
+from kernels.backends import EMULATED, OPERATIONS
 from kernels.emulator import emulated, missing
 
 from mlx_qwen35 import batch_generate, load
+from mlx_qwen35.backend import assume
 from mlx_qwen35.checkpoint.checkpoint import Quantization, is_matrix, text_shapes
 from mlx_qwen35.checkpoint.config import parse_config
 from mlx_qwen35.checkpoint.random import changed, geometry
 from mlx_qwen35.engine.prefill import PromptRow, prefill
-from mlx_qwen35.kernels import add_norm, attention, fused_delta, metal, norm_rotary
+from mlx_qwen35.kernels import add_norm, attention, fused, fused_delta, norm_rotary
 from mlx_qwen35.kernels.fused_delta import Heads, verdict
 from mlx_qwen35.model.enabled import Engaged, engaged, tell_unfit
 from mlx_qwen35.model.model import Model
@@ -27,13 +29,12 @@ NANO = Heads(Hk=2, Hv=4, Dk=32, Dv=32, K=4)
 
 
 @pytest.fixture
-def as_on_a_mac(monkeypatch):
-    """Kernels are taken to be available, and are emulated; the report of their launches."""
-    monkeypatch.setattr(metal, "available", lambda: True)
+def as_on_a_mac():
+    """Kernels can run, and are emulated; the report of their launches."""
     verdicts = (verdict, add_norm.verdict, norm_rotary.verdict, attention.fused_verdict)
     for known in verdicts:
         known.cache_clear()
-    with emulated("forward", False) as report:
+    with assume(EMULATED), emulated("forward", False) as report:
         yield report
     for known in verdicts:
         known.cache_clear()
@@ -51,23 +52,21 @@ def test_the_kernel_passes_its_check_at_load(as_on_a_mac, dtype):
     [("rsqrt(", "sqrt("), ("(1.0f + exp(-z))", "(1.0f + exp(z))"), ("decay = exp(-exp(", "decay = exp(-0.9f * exp(")],
 )
 def test_a_kernel_that_disagrees_is_switched_off_with_a_warning(as_on_a_mac, monkeypatch, right, wrong):
-    text = metal.source("gated_delta")
+    text = fused.source("gated_delta")
     assert right in text
-    monkeypatch.setattr(metal, "source", lambda name: text.replace(right, wrong))
-    metal._kernel.cache_clear()
+    monkeypatch.setattr(fused, "source", lambda name: text.replace(right, wrong))
     with pytest.warns(RuntimeWarning, match="gated_delta is switched off: its (output|state) differs"):
         assert not verdict(NANO, mx.float32)
-    metal._kernel.cache_clear()
 
 
 def test_a_kernel_that_does_not_compile_is_switched_off_with_a_warning(as_on_a_mac, monkeypatch):
     def refused(*_):
         raise RuntimeError("[metal::Device] Unable to build metal library from source\nerror: ...")
 
-    monkeypatch.setattr(metal, "launch", refused)
+    monkeypatch.setattr(fused, "launch", refused)
     with pytest.warns(RuntimeWarning, match="is switched off: .* Unable to build metal library from source. MLX"):
         assert not verdict(NANO, mx.float32)
-    with pytest.warns(RuntimeWarning, match=r"the Metal kernel (add_norm|norm_rotary) is switched off"):
+    with pytest.warns(RuntimeWarning, match=r"the kernel (add_norm|norm_rotary) is switched off"):
         model, _ = load("nano")
     mx.eval(model(mx.array([[1, 2, 3]])))  # the verdicts are remembered, and the operations run
 
@@ -85,10 +84,10 @@ def test_nano_generates_the_same_tokens_with_the_kernel(as_on_a_mac, monkeypatch
     ]
     options = {"temp": 0.8, "seed": 1, "prefill_step_size": 13, "max_tokens": 12}
     model, processor = load("nano")
-    fused = [result.tokens for result in batch_generate(model, processor, prompts, **options)]
+    by_kernels = [result.tokens for result in batch_generate(model, processor, prompts, **options)]
     launches = len(as_on_a_mac.launches)
-    monkeypatch.setattr(metal, "available", lambda: False)
-    assert fused == [result.tokens for result in batch_generate(model, processor, prompts, **options)]
+    with assume(OPERATIONS):
+        assert by_kernels == [result.tokens for result in batch_generate(model, processor, prompts, **options)]
     passes = -(-max(len(processor.encode_messages(prompt).tokens) for prompt in prompts) // 13) + 11
     assert launches >= 6 * passes  # six DeltaNet layers, one launch each a pass, and the check at load
     assert len(as_on_a_mac.launches) == launches
@@ -106,11 +105,11 @@ def test_a_tiny_checkpoint_reads_the_same_with_the_kernels(as_on_a_mac, monkeypa
         return mx.concatenate([out, model.hidden(mx.array([[7], [8]]), cache)[:, 0]])
 
     before = len(as_on_a_mac.launches)
-    fused = hidden()
+    by_kernels = hidden()
     passes = -(-40 // step) + 1
     assert len(as_on_a_mac.launches) - before == passes * (3 + 1 + 8)  # three DeltaNet layers, one other, eight sums
-    monkeypatch.setattr(metal, "available", lambda: False)
-    assert mx.abs(fused - hidden()).max().item() < 1e-4
+    with assume(OPERATIONS):
+        assert mx.abs(by_kernels - hidden()).max().item() < 1e-4
 
 
 # --- in how many layers ----------------------------------------------------------------------------------------------
@@ -177,8 +176,9 @@ def test_many_layers_are_named_by_the_first_eight(as_on_a_mac, monkeypatch):
 
 
 def test_a_kernel_that_is_switched_off_runs_in_no_layer(as_on_a_mac, monkeypatch):
-    monkeypatch.setattr(add_norm, "_disagreement", lambda *_: "it is wrong")
-    with pytest.warns(RuntimeWarning, match="add_norm is switched off: it is wrong"):
+    text = fused.source
+    monkeypatch.setattr(fused, "source", lambda name: text(name).replace("+ epsilon", "+ 0.1f"))
+    with pytest.warns(RuntimeWarning, match="add_norm is switched off: its norm differs"):
         assert layers(engaged(packed_model())) == ALL | {"add_norm": (0, 4)}
 
 

@@ -5,7 +5,7 @@ from kernels import mutations
 from kernels.emulator import missing
 from kernels.mutants import MUTANTS, Mutant
 
-from mlx_qwen35.kernels import metal
+from mlx_qwen35.kernels import fused
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 FIRST = [next(mutant for mutant in MUTANTS if mutant.kernel == kernel) for kernel in mutations.CHECKS]
@@ -21,7 +21,7 @@ def test_a_broken_kernel_is_caught_when_it_runs(mutant):
 @pytest.mark.full
 @pytest.mark.parametrize("kernel", mutations.CHECKS)
 def test_the_unbroken_kernel_passes_the_same_checks(kernel):
-    assert mutations.wrong(kernel, metal.source(kernel)) == ""
+    assert mutations.wrong(kernel, fused.source(kernel)) == ""
 
 
 @pytest.mark.full
@@ -42,7 +42,7 @@ def test_the_script_fails_where_a_mutant_is_not_caught(monkeypatch, capsys, muta
 @pytest.mark.full
 def test_the_script_fails_where_the_unbroken_kernel_does(monkeypatch, capsys):
     monkeypatch.setattr(mutations, "MUTANTS", [])
-    text = metal.source("add_norm").replace("WIDTH + epsilon", "WIDTH + 1.0f")
-    monkeypatch.setattr(metal, "source", lambda name: text)
+    text = fused.source("add_norm").replace("WIDTH + epsilon", "WIDTH + 1.0f")
+    monkeypatch.setattr(fused, "source", lambda name: text)
     assert mutations.main(["add_norm"]) == 1
     assert "(unbroken)" in (out := capsys.readouterr().out) and "WRONG: norm differs" in out

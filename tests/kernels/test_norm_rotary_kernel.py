@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
+from kernels.backends import EMULATED, OPERATIONS
 from kernels.emulator import emulate, missing
 from kernels.emulator import emulated as emulation
 from kernels.rotary_cases import DTYPES, EPS, ODD, WHOLE, Case, case, differences, unequal
 
-from mlx_qwen35.kernels import metal
+from mlx_qwen35.backend import assume
+from mlx_qwen35.kernels import fused
 from mlx_qwen35.kernels.norm_rotary import Geometry, queries_and_keys, rotate, verdict
 from mlx_qwen35.model.layers import RMSNorm
 
@@ -148,11 +150,10 @@ def test_a_token_of_the_4b_takes_10_kilobytes_of_projections_5_collectives_a_hea
 
 
 @pytest.fixture
-def as_on_a_mac(monkeypatch):
-    """Kernels are taken to be available, and are emulated; the report of their launches."""
-    monkeypatch.setattr(metal, "available", lambda: True)
+def as_on_a_mac():
+    """Kernels can run, and are emulated; the report of their launches."""
     verdict.cache_clear()
-    with emulation("forward", False) as report:
+    with assume(EMULATED), emulation("forward", False) as report:
         yield report
     verdict.cache_clear()
 
@@ -201,26 +202,22 @@ def test_the_kernel_runs_where_it_is_available_and_agrees(as_on_a_mac):
     ],
 )
 def test_a_kernel_that_disagrees_is_switched_off_with_a_warning(as_on_a_mac, monkeypatch, right, wrong, name):
-    text = metal.source("norm_rotary")
+    text = fused.source("norm_rotary")
     assert right in text
-    monkeypatch.setattr(metal, "source", lambda _: text.replace(right, wrong))
-    metal._kernel.cache_clear()
+    monkeypatch.setattr(fused, "source", lambda _: text.replace(right, wrong))
     given = case(ODD, 2, mx.float32)
-    try:
-        with pytest.warns(RuntimeWarning, match=f"norm_rotary is switched off: its {name} differs"):
-            assert not verdict(given.sizes, mx.float32)
-        launches = len(as_on_a_mac.launches)
-        assert same(chosen(given), given.plain())
-        assert len(as_on_a_mac.launches) == launches
-    finally:
-        metal._kernel.cache_clear()
+    with pytest.warns(RuntimeWarning, match=f"norm_rotary is switched off: its {name} differs"):
+        assert not verdict(given.sizes, mx.float32)
+    launches = len(as_on_a_mac.launches)
+    assert same(chosen(given), given.plain())
+    assert len(as_on_a_mac.launches) == launches
 
 
 def test_a_kernel_that_does_not_compile_is_switched_off_with_a_warning(monkeypatch):
     def refused(*_):
         raise RuntimeError("[metal::Device] Unable to build metal library from source\nerror: ...")
 
-    monkeypatch.setattr(metal, "launch", refused)
+    monkeypatch.setattr(fused, "launch", refused)
     verdict.cache_clear()
     with pytest.warns(RuntimeWarning, match="is switched off: .* Unable to build metal library from source. MLX"):
         assert not verdict(ODD, mx.float32)
@@ -238,15 +235,15 @@ def refused(*_):
 
 @pytest.mark.parametrize("sizes", [Geometry(H, HK, 48, 16), ODD], ids=["no plan", "off a Mac"])
 def test_without_a_plan_or_a_mac_the_operations_run(monkeypatch, sizes):
-    monkeypatch.setattr(metal, "available", lambda: sizes != ODD)
-    monkeypatch.setattr(metal, "launch", refused)
+    monkeypatch.setattr(fused, "launch", refused)
     given = case(sizes, 2, mx.bfloat16, B=2)
-    assert same(chosen(given), given.plain())
+    with assume(OPERATIONS if sizes == ODD else EMULATED):
+        assert same(chosen(given), given.plain())
 
 
 def test_projections_that_come_apart_are_read_by_operations(monkeypatch):
-    monkeypatch.setattr(metal, "available", lambda: True)
-    monkeypatch.setattr(metal, "launch", refused)
+    monkeypatch.setattr(fused, "launch", refused)
     given = case(ODD, 2, mx.bfloat16, B=2)
     products = mx.split(given.projected, [2 * H * ODD.D], axis=-1)
-    assert same(chosen(given, products), given.plain())
+    with assume(EMULATED):
+        assert same(chosen(given, products), given.plain())

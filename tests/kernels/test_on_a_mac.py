@@ -1,6 +1,6 @@
 """The kernels on the GPU of a Mac, at the sizes of the 4B and at small ones, against MLX operations on the same GPU.
 
-Each test runs twice over: launched for real where it is marked `metal`, and in one case or two by the emulator, so that
+Each test runs twice over: launched for real where it is marked `gpu`, and in one case or two by the emulator, so that
 the test's own code is known to work before it reaches a Mac.
 
 What is not known until these have run on one: whether Apple's compiler takes the texts; whether a pipeline may have as
@@ -21,11 +21,13 @@ from unittest import mock
 import mlx.core as mx
 import pytest
 from kernels import delta_cases, norm_cases, rotary_cases
+from kernels.backends import EMULATED, OPERATIONS
 from kernels.emulator import emulated, missing
 
 from mlx_qwen35 import load
+from mlx_qwen35.backend import assume
 from mlx_qwen35.generate import batch_generate, generate
-from mlx_qwen35.kernels import add_norm, fused_delta, metal, norm_rotary
+from mlx_qwen35.kernels import add_norm, fused, fused_delta, norm_rotary
 from mlx_qwen35.kernels.gated_delta import DeltaState
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
@@ -43,7 +45,7 @@ def on_the_gpu(function: Callable[[], Any]) -> Any:
 
 
 def in_the_emulator(function: Callable[[], Any]) -> Any:
-    with mock.patch.object(metal, "available", lambda: True), emulated():
+    with assume(EMULATED), emulated():
         forget_verdicts()
         try:
             return on_the_gpu(function)
@@ -59,7 +61,7 @@ def forget_verdicts() -> None:
 def runs(names: str, on_a_mac: Iterable[tuple], here: Iterable[tuple]) -> pytest.MarkDecorator:
     """Parametrizes a test by `run` and names: on a Mac all the first cases, in the emulator the others."""
     off = pytest.mark.skipif(bool(missing()), reason=missing())
-    cases = [pytest.param(on_the_gpu, *case, marks=pytest.mark.metal) for case in on_a_mac]
+    cases = [pytest.param(on_the_gpu, *case, marks=pytest.mark.gpu) for case in on_a_mac]
     cases += [pytest.param(in_the_emulator, *case, marks=off) for case in here]
     return pytest.mark.parametrize(f"run, {names}", cases, ids=label)
 
@@ -157,9 +159,9 @@ def test_no_threadgroup_has_more_threads_than_a_pipeline_may_have(run: Run, T):
         launches.append((name, threadgroup[0] * threadgroup[1] * threadgroup[2]))
         return launch(name, inputs, outputs, template, grid, threadgroup)
 
-    launch = metal.launch
+    launch = fused.launch
     given = norm_cases.case((1, T, norm_cases.WHOLE), mx.float16)
-    with mock.patch.object(metal, "launch", spy):
+    with mock.patch.object(fused, "launch", spy):
         for heads in (*HEADS, delta_cases.REAL, delta_cases.DIFFERENT):
             run(delta_cases.case(heads, T, mx.float16).launch)
         run(lambda: add_norm.fused_add_norm(*given))
@@ -180,15 +182,15 @@ def nano(dtype: mx.Dtype, use: Callable[..., Any]) -> Callable[[], Any]:
 
 def both(run: Run, function: Callable[[], Any]) -> tuple[Any, Any]:
     """What it gives with the kernels, of which each must have been launched beyond its check, and with operations."""
-    with mock.patch.object(metal, "launch", wraps=metal.launch) as launch:
-        fused = run(function)
+    with mock.patch.object(fused, "launch", wraps=fused.launch) as launch:
+        by_kernels = run(function)
         launches = Counter(call.args[0] for call in launch.call_args_list)
         assert all(launches[name] > 2 for name in ("gated_delta", "add_norm", "norm_rotary"))
         launch.reset_mock()
-        with mock.patch.object(metal, "available", lambda: False):
+        with assume(OPERATIONS):
             plain = on_the_gpu(function)
         launch.assert_not_called()
-    return fused, plain
+    return by_kernels, plain
 
 
 @runs("question", [("What is 34 + 58?",), ("Who are you?",)], [("What is 34 + 58?",)])

@@ -9,10 +9,12 @@ from unittest import mock
 import mlx.core as mx
 import pytest
 from kernels import delta_cases, norm_cases, rotary_cases
+from kernels.backends import EMULATED
 from kernels.emulator import emulated, missing
 from kernels.shortened import rounded, shortened_products
 
-from mlx_qwen35.kernels import add_norm, attention, fused_delta, metal, norm_rotary
+from mlx_qwen35.backend import assume
+from mlx_qwen35.kernels import add_norm, attention, fused, fused_delta, norm_rotary
 from mlx_qwen35.kernels.gated_delta import chunked_rule, gated_delta, sequential_rule
 from mlx_qwen35.kernels.products import shortened
 
@@ -28,10 +30,10 @@ VERDICTS = {
 @contextlib.contextmanager
 def mac(right: str = "", wrong: str = "", forced: Callable[..., Any] = rounded) -> Iterator[None]:
     """A Mac that shortens products, its kernels emulated, `right` in their texts `wrong`. forced: see shortened.py."""
-    source = metal.source
+    source = fused.source
     with (
-        mock.patch.object(metal, "available", lambda: True),
-        mock.patch.object(metal, "source", lambda name: source(name).replace(right, wrong) if right else source(name)),
+        assume(EMULATED),
+        mock.patch.object(fused, "source", lambda name: source(name).replace(right, wrong) if right else source(name)),
         emulated(),
         shortened_products(forced),
     ):
@@ -102,7 +104,7 @@ def test_no_kernel_is_switched_off_where_products_are_shortened(kernel, dtype):
     ],
 )
 def test_a_wrong_kernel_is_switched_off_where_products_are_shortened(kernel, right, wrong):
-    assert right in metal.source(kernel)
+    assert right in fused.source(kernel)
     with mac(right, wrong), pytest.warns(RuntimeWarning, match=f"{kernel} is switched off: its"):
         assert not VERDICTS[kernel](mx.float32)
 
@@ -116,7 +118,6 @@ def test_attention_that_disagrees_is_told_of_where_products_are_shortened(wrong)
 def test_attention_is_held_to_float32_where_products_are_whole(monkeypatch):
     own = mx.fast.scaled_dot_product_attention
     short = lambda *qkv, force_fused, **options: own(*map(rounded, qkv), **options)  # noqa: E731
-    monkeypatch.setattr(metal, "available", lambda: True)
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", short)
-    with pytest.warns(RuntimeWarning, match="differs from the definition"):
+    with assume(EMULATED), pytest.warns(RuntimeWarning, match="differs from the definition"):
         assert not attention.fused_verdict.__wrapped__(256, mx.float32)

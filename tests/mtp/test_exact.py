@@ -14,6 +14,7 @@ from mtp import drafting
 from mtp.drafting import Case, Interrupt, cycle, distance, force, head_distance, of_row, prompt, run
 
 from mlx_qwen35 import Processor, batch_generate, generate, load
+from mlx_qwen35.backend import backend
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.cache.layer import KVCache
 from mlx_qwen35.engine import loop
@@ -223,7 +224,7 @@ def packed(checkpoint_folder, tmp_path_factory) -> Model:
     return drafting.load_small(checkpoint_folder(drafting.SMALL, vision=False), folder / "model", bits=4)
 
 
-@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="products of several rows go row by row on the CPU alone")
+@pytest.mark.skipif(not backend().unpacks_for_many_rows, reason="products go row by row on the CPU alone")
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_a_packed_model_s_memory_is_the_same_to_the_bit(depth, packed, monkeypatch, kept):
     """In the layers that no attention precedes: its products are of floats, and may round otherwise."""
@@ -404,7 +405,9 @@ def test_a_cache_goes_back_to_its_snapshot_after_an_interruption(owner, name, ca
 
 
 @pytest.mark.parametrize("call", [2, 3, 4])
-@pytest.mark.parametrize(("owner", "name"), [(loop._Loop, "_read"), (drafting.DraftFollower, "propose"), (Model, "hidden")])
+@pytest.mark.parametrize(
+    ("owner", "name"), [(loop._Loop, "_read"), (drafting.DraftFollower, "propose"), (Model, "hidden")]
+)
 def test_an_interrupted_step_leaves_nothing_that_was_not_yielded(
     owner, name, call, model, plain, clean, forced, monkeypatch
 ):

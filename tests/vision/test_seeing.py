@@ -507,12 +507,12 @@ def test_chat_keeps_an_image_when_the_message_is_interrupted_before_it_is_taken(
     from mlx_qwen35.engine import conversation
 
     reads = iter([KeyboardInterrupt()])
-    read = conversation.read
+    read = conversation.prefill
 
     def once(*arguments):
         for interrupt in reads:
             raise interrupt
-        return prefill(*arguments)
+        return read(*arguments)
 
     monkeypatch.setattr(conversation, "prefill", once)
     out, _ = talk(f"/image {TRIANGLE}", "What shape is it?", "What shape is it?")

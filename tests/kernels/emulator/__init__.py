@@ -64,20 +64,21 @@ def emulated(order: Order = "forward", police: bool = False) -> Iterator[Report]
         return functools.partial(_call, real(*names, **definition), report, order, police)
 
     mx.disable_compile()
-    _forget_kernels()
+    forget_kernels()
     try:
         with mock.patch.object(mx.fast, "metal_kernel", metal_kernel):
             yield report
     finally:
-        _forget_kernels()
+        forget_kernels()
         mx.enable_compile()
 
 
-def _forget_kernels() -> None:
+def forget_kernels() -> None:
+    """Have every kernel built anew. Without the package there is none."""
     with contextlib.suppress(ImportError):
-        from mlx_qwen35.kernels import metal
+        from mlx_qwen35.kernels import fused
 
-        for value in vars(metal).values():
+        for value in vars(fused).values():
             getattr(value, "cache_clear", lambda: None)()
 
 

@@ -1,0 +1,141 @@
+"""The kernels as CUDA: every instantiation compiles where there is nvcc, and agrees where there is an NVIDIA GPU.
+
+nvcc needs no GPU. What it cannot tell is what the kernels compute; test_on_a_mac.py, which runs on any GPU, tells that.
+"""
+
+import itertools
+import warnings
+from unittest import mock
+
+import mlx.core as mx
+import pytest
+from kernels import cuda, delta_cases, norm_cases, rotary_cases
+
+from mlx_qwen35.backend import CUDA, assume
+from mlx_qwen35.kernels import add_norm, fused, fused_delta, norm_rotary
+
+DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+nvcc = pytest.mark.skipif(bool(cuda.missing()), reason=cuda.missing())
+
+
+def gated_delta(heads: fused_delta.Heads) -> None:
+    """Decoding, prefill, and a step with drafts; b and a beside the rest or apart."""
+    for dtype, (T, snapshots), apart in itertools.product(DTYPES, ((1, False), (33, False), (4, True)), (False, True)):
+        delta_cases.case(heads, T, dtype, B=2).launch([T, T // 2], apart, snapshots=snapshots)
+
+
+def add_norms(width: int) -> None:
+    for dtype in DTYPES:
+        add_norm.fused_add_norm(*norm_cases.case((1, 5, width), dtype))
+
+
+def norm_rotaries(sizes: norm_rotary.Geometry) -> None:
+    for dtype in DTYPES:
+        rotary_cases.case(sizes, 5, dtype, B=2).launch()
+
+
+LAUNCHES = {
+    "gated_delta of the 4B": (gated_delta, delta_cases.WHOLE, 18),
+    "gated_delta, tokens at no multiple of 4 numbers": (gated_delta, delta_cases.ODD, 18),
+    "gated_delta of few heads": (gated_delta, delta_cases.DIFFERENT, 18),
+    "add_norm of the 4B": (add_norms, norm_cases.WHOLE, 3),
+    "add_norm of a width that is no multiple": (add_norms, 136, 3),
+    "norm_rotary of the 4B": (norm_rotaries, rotary_cases.WHOLE, 3),
+    "norm_rotary of an odd number of heads": (norm_rotaries, rotary_cases.ODD, 3),
+}
+
+
+def programs(case: str) -> list[cuda.Program]:
+    launch, sizes, count = LAUNCHES[case]
+    with cuda.recorded() as found:
+        launch(sizes)
+    assert len(found) == count
+    return list(found.values())
+
+
+@nvcc
+@pytest.mark.parametrize("case", LAUNCHES)
+def test_every_instantiation_compiles_and_a_block_of_it_fits(case, tmp_path):
+    made = programs(case)
+    used = cuda.compile_programs(made, tmp_path)
+    for program in made:
+        threads, takes = program.block[0] * program.block[1] * program.block[2], used[program.name]
+        assert threads * -(-takes.registers // 8) * 8 <= cuda.REGISTERS, f"{program.name}: {takes}"
+        assert takes.shared <= cuda.SHARED and not takes.spilled, f"{program.name}: {takes}"
+
+
+MUTANTS = {
+    "a function is missing": ("using metal::simd_shuffle_xor;", ""),
+    "a word of Metal stays": ("#define device\n", ""),
+    "a position is missing": ("#define threadgroup_position_in_grid metal::of_grid()\n", ""),
+    "CUDA's float4 takes the place of ours": ("using metal::float4;", ""),
+    "a vector of halves does not convert": ("template <typename U>\n  __device__ explicit", "__device__ explicit"),
+}
+
+
+@nvcc
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_header_that_lacks_something_does_not_compile(mutant, tmp_path):
+    right, wrong = MUTANTS[mutant]
+    real = fused.source
+    header = real("metal", "cuh")
+    assert header.count(right) == 1
+    broken = header.replace(right, wrong)
+    with mock.patch.object(fused, "source", lambda name, kind="metal": broken if kind == "cuh" else real(name)):
+        made = programs("gated_delta, tokens at no multiple of 4 numbers")
+    with pytest.raises(RuntimeError, match="error"):
+        cuda.compile_programs(made[:1], tmp_path)
+
+
+def test_arrays_of_a_threadgroup_are_shared_and_loops_stay_unrolled():
+    (function, *_) = (program.function for program in programs("gated_delta of the 4B"))
+    assert function.count("__shared__ float4 ") == 2 and function.count("__shared__ float scalars[") == 1
+    assert "#pragma clang" not in function and "#pragma unroll" in function
+    assert "const auto tokens = *tokens_pointer;" in function
+
+
+def test_a_grid_that_is_no_multiple_of_the_threadgroup_gets_a_smaller_one():
+    (program, *_) = programs("norm_rotary of an odd number of heads")
+    assert (program.grid, program.block) == ((32, 7, 10), (32, 1, 1))
+
+
+def test_programs_that_differ_in_a_dtype_alone_differ_in_name():
+    names = []
+    for gates in (mx.float32, mx.float16):
+        given = delta_cases.case(delta_cases.ODD, 1, mx.float16)
+        projected = [*mx.split(given.projected, [given.heads.C + given.heads.Hv * given.heads.Dv], axis=-1)]
+        with cuda.recorded() as found:
+            products = [projected[0], projected[1].astype(gates)]
+            fused_delta.fused_gated_delta(products, given.weights, given.memory)
+        names += found
+    assert len(set(names)) == 2
+
+
+def test_a_compiler_that_refuses_costs_a_warning_and_no_answer():
+    """There is no CUDA here, or none in this MLX: building a kernel fails, as where its compiler refuses it."""
+    if mx.cuda.is_available():
+        pytest.skip("MLX for CUDA builds the kernel")
+    add_norm.verdict.cache_clear()
+    given = norm_cases.case((1, 5, 96), mx.float32)
+    with assume(CUDA), pytest.warns(RuntimeWarning, match="the kernel add_norm is switched off: .*CUDA"):
+        out = add_norm.add_norm(*given)
+    add_norm.verdict.cache_clear()
+    assert not norm_cases.differences(out, add_norm.plain_add_norm(*given))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_on_an_nvidia_gpu_every_kernel_passes_its_check(dtype):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fused_delta.verdict(delta_cases.WHOLE, dtype) and fused_delta.verdict(delta_cases.ODD, dtype)
+        assert add_norm.verdict(norm_cases.WHOLE, dtype) and norm_rotary.verdict(rotary_cases.WHOLE, dtype)
+
+
+@pytest.mark.cuda
+def test_on_an_nvidia_gpu_ten_launches_have_the_same_bits():
+    given = delta_cases.case(delta_cases.WHOLE, 130, mx.bfloat16, B=2)
+    first = given.launch([130, 77])
+    assert all(delta_cases.same(given.launch([130, 77]), first) for _ in range(9))
+
+
