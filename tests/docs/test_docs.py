@@ -1,7 +1,8 @@
 """What the documents say is true: commands parse or run, Python runs, links lead somewhere.
 
-A block marked "sh run" is run, line by line in one folder, with nano in place of Hugging Face ids. In other "sh" blocks, and
-in commands within sentences and tables, every option is parsed. A "text" block is what the run block before it prints.
+A block marked "sh run" is run, line by line in one folder, with nano in place of Hugging Face ids. In other "sh"
+blocks, and in commands within sentences and tables, every option is parsed. A "text" block is what the run block before
+it prints.
 """
 
 import io
@@ -41,7 +42,7 @@ def blocks(document: Path) -> list[Block]:
 
 def commands(text: str) -> list[list[str]]:
     """Its lines as words; two commands may be joined by &&."""
-    lines = (command for line in text.splitlines() for command in line.split(" && "))
+    lines = (command for line in text.replace("\\\n", " ").splitlines() for command in line.split(" && "))
     return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
 
 

@@ -76,7 +76,8 @@ def row(checkpoint: Checkpoint, gigabytes: int, name: str, recipe: str, sold: tu
 
 def table() -> list[str]:
     """Lines of markdown."""
-    heads = ("Mac", "model, recipe", "memory", "context", *(f"{name}: {speed} GB/s" for name, speed in CHIPS.values()))
+    first, *others = (name for name, _ in CHIPS.values())
+    heads = ("Mac", "model, recipe", "memory", "context", f"tokens/s: {first}", *others)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         sources = {name: write_headers(root / name, geometry(name)) for name in dict.fromkeys(row[1] for row in ROWS)}
