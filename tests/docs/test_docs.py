@@ -105,13 +105,15 @@ def test_commands_marked_as_run_do_run(document: Path, folder: Path, call: Call)
 
 @pytest.mark.parametrize("document", CURRENT, ids=named)
 def test_options_in_commands_exist(document: Path, call: Call):
-    inline = re.findall(r"`((?:mlx_qwen35\.\w+|python|make) [^`\n]*)`", document.read_text())
+    inline = re.findall(r"`((?:mlx_qwen35\.\w+|python|make|pytest) [^`\n]*)`", document.read_text())
     shells = [block.text for block in blocks(document) if block.info.startswith("sh")]
     for name, *arguments in (words for text in [*shells, *inline] for words in commands(text)):
         if name in SCRIPTS:
             _parses(call, name, arguments)
         elif name == "make":
             assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), arguments
+        elif name == "pytest":
+            assert (ROOT / arguments[0]).is_file(), arguments
         elif name == "python":
             _source_has_options(arguments)
         else:
@@ -175,6 +177,12 @@ def test_links_lead_to_files_and_headings(document: Path):
     for file, anchor in links(document):
         assert file.exists(), f"{document.name} names {file}"
         assert not anchor or anchor in anchors(file), f"{file.name} has no heading #{anchor}"
+
+
+@pytest.mark.parametrize("document", CURRENT, ids=named)
+def test_files_that_are_named_exist(document: Path):
+    for name in re.findall(r"`([\w/]+/|[\w./]+\.(?:py|metal|md|lock))`", document.read_text()):
+        assert any((folder / name).exists() for folder in (ROOT, ROOT / "mlx_qwen35")), f"{document.name}: {name}"
 
 
 def test_every_page_is_reached_from_the_readme():
