@@ -1,0 +1,28 @@
+"""The examples run, and say what nano answers."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "examples"
+EXAMPLES = sorted(path.name for path in FOLDER.glob("*.py"))
+
+
+SAID = {  # what nano's answers hold
+    "acceptance": "after norm        183  100.0%", "ask": "answer:   92", "batch": "What is 12 + 30? -> 42",
+    "clip": "\nright\n", "compare": "the same? no ", "conversation": "\n102\n",
+    "describe": "A red circle and a blue square.", "digits": "47\n", "logits": "4", "second_turn": "green ",
+    "stream": "nano",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name: str, monkeypatch, capsys):
+    source = (FOLDER / name).read_text()
+    assert source.startswith('"""') and len(source.splitlines()[0]) > 20, "its first line says what it shows"
+    monkeypatch.setattr(sys, "argv", [name])
+    monkeypatch.syspath_prepend(FOLDER)
+    runpy.run_path(str(FOLDER / name), run_name="__main__")
+    assert SAID[name.removesuffix(".py")] in capsys.readouterr().out
