@@ -3,10 +3,10 @@
 import math
 from collections.abc import Sequence
 
-from mlx_qwen35.bench.report import align
 from mlx_qwen35.checkpoint import EXACT, MTP, TEXT, VISION
 from mlx_qwen35.convert.plan import Job, Plan
 from mlx_qwen35.convert.sensitivity import form
+from mlx_qwen35.table import align
 
 _PARTS = {"text model": (TEXT, "lm_head."), "vision tower": (VISION,), "draft head": (MTP,)}
 

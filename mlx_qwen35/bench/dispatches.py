@@ -20,9 +20,9 @@ from mlx_qwen35.bench.byte_rule import Bytes, moved
 from mlx_qwen35.bench.dispatch_rule import BOUNDARY, Node, launches, left_out, stands_for
 from mlx_qwen35.bench.layout import Layout, fresh
 from mlx_qwen35.bench.measure import OURS, ProgramError
-from mlx_qwen35.bench.report import align
 from mlx_qwen35.config import parse_config
 from mlx_qwen35.streams import write_file
+from mlx_qwen35.table import align
 
 COUNTED = ("mlx-lm", "mlx-vlm")  # what --compare may name here
 # Matrices whose name ends so have other bits than 4, None for not packed; groups are of 64.

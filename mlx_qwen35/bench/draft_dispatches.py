@@ -10,8 +10,8 @@ from typing import Any
 from mlx_qwen35.bench.dispatches import AROUND, count, recorded
 from mlx_qwen35.bench.draft_step import DRAFT_LOGITS, HEAD, LOGITS, ROWS, SAMPLING, SETTLING, parts
 from mlx_qwen35.bench.measure import OURS
-from mlx_qwen35.bench.report import align
 from mlx_qwen35.generate.speculate import MOST_DEPTH
+from mlx_qwen35.table import align
 
 _MEANING = {
     HEAD: "the pairs that wait are joined, embedded and read, and the drafts' tokens joined",

@@ -11,13 +11,14 @@ from typing import Any
 
 from mlx_qwen35.bench.expected import DEPTHS, Expected, draft_cost, reading_cost
 from mlx_qwen35.bench.measure import OURS, ProgramError, Worker, in_turn
-from mlx_qwen35.bench.report import align, describe_machine, header
+from mlx_qwen35.bench.report import describe_machine, header
 from mlx_qwen35.config import TextConfig, parse_config
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.generate.depth import FALL
 from mlx_qwen35.load import DTYPES
 from mlx_qwen35.random_checkpoint import geometry, write_random_checkpoint
 from mlx_qwen35.streams import write_file
+from mlx_qwen35.table import align
 
 READING = 1024  # tokens of the prompt that is read with and without drafts
 LIMIT = 160  # tokens of an answer over which acceptance is taken

@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx_qwen35.bench.measure import OURS, Row, Run, Settings
 from mlx_qwen35.memory import usable_bytes
 from mlx_qwen35.streams import write_file
+from mlx_qwen35.table import align
 
 _PACKAGES = ("mlx", "mlx-lm", "mlx-vlm", "transformers", "torch")
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
@@ -68,16 +69,6 @@ def _version(package: str) -> str:
 
 def header(machine: Mapping[str, str]) -> list[str]:
     return [f"{name + ':':10}{value}" for name, value in machine.items()]
-
-
-def align(table: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table: names to the left, figures to the right."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = []
-    for name, *figures in table:
-        padded = [figure.rjust(width) for figure, width in zip(figures, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *padded]))
-    return lines
 
 
 def format_table(

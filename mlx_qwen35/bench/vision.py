@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mlx_qwen35.bench.measure import OURS, ProgramError, Worker
-from mlx_qwen35.bench.report import align, describe_machine, header
+from mlx_qwen35.bench.report import describe_machine, header
 from mlx_qwen35.config import VisionConfig
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.streams import write_file
+from mlx_qwen35.table import align
 
 MEGAPIXEL = 1 << 20
 _COLUMNS = (

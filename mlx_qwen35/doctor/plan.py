@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from mlx_qwen35.bench.report import align
 from mlx_qwen35.checkpoint import VISION, Checkpoint
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import DTYPES, choose_dtype, stored_dtype
 from mlx_qwen35.memory_plan import MemoryPlan, mac, plan_memory, this_machine
+from mlx_qwen35.table import align
 
 MACS = (8, 16, 32)  # GB
 PIXELS = 1 << 20  # of the image that is planned for
