@@ -16,6 +16,7 @@ from mlx_qwen35.kernels.quantized_linear import SLICE
 from mlx_qwen35.layer_cache import KVCache
 from mlx_qwen35.machine import TUNED, Chip, CommandBuffers, command_buffers, parse_chip, this_chip
 from mlx_qwen35.memory import buffer_bytes, reading_room, usable_bytes
+from mlx_qwen35.names import takes_dtype
 from mlx_qwen35.tensor_file import DTYPE_BYTES
 from mlx_qwen35.vision import working_bytes
 
@@ -150,13 +151,6 @@ def loaded_bytes(checkpoint: Checkpoint, tensors: list[str], dtype: mx.Dtype) ->
         else:
             total += entry.nbytes // DTYPE_BYTES[entry.dtype] * (dtype.size if takes_dtype(name) and entry.lazy else 4)
     return total
-
-
-def takes_dtype(name: str) -> bool:
-    """Whether a tensor is cast to the model's dtype, as matrices are; norms, convolutions and gates are float32."""
-    if name.startswith(VISION):
-        return not name.endswith("pos_embed.weight")
-    return not name.endswith(("norm.weight", "conv1d.weight", "A_log", "dt_bias"))
 
 
 def kv_bytes(config: TextConfig, context: int, itemsize: int, drafting_layers: int = 0) -> int:

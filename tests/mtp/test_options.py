@@ -1,13 +1,12 @@
 """Who gets drafts, what is told about it, and what is refused."""
 
-import sys
 from collections.abc import Callable
 
 import mlx.core as mx
 import pytest
 from refusing import refused
 
-from mlx_qwen35 import Model, Processor, generate, load
+from mlx_qwen35 import Model, Processor, generate, load, weights
 from mlx_qwen35.checkpoint import open_checkpoint
 from mlx_qwen35.config import FULL, LINEAR
 from mlx_qwen35.generate.depth import Costs
@@ -17,7 +16,6 @@ from mlx_qwen35.memory_plan import most_depth
 from mlx_qwen35.random_checkpoint import changed, geometry
 
 TINY = changed(geometry("tiny"), num_hidden_layers=2, layer_types=[LINEAR, FULL])
-loading = sys.modules["mlx_qwen35.load"]  # the package has a function of that name
 ASK = "What is 34 + 58?"
 
 
@@ -147,8 +145,8 @@ def test_statistics_count_drafts_and_steps(depth, nano):
 
 
 def test_without_drafts_the_head_stays_on_disk(nano, checkpoint_folder, monkeypatch):
-    names, lazy = [], loading._lazy_arrays
-    monkeypatch.setattr(loading, "_lazy_arrays", lambda checkpoint, own: names.extend(own) or lazy(checkpoint, own))
+    names, lazy = [], weights._lazy_arrays
+    monkeypatch.setattr(weights, "_lazy_arrays", lambda checkpoint, own: names.extend(own) or lazy(checkpoint, own))
     model = load_model(open_checkpoint(checkpoint_folder(TINY, vision=False)), mx.float32, "tiny")
     for options in ({"mtp": "off"}, {"mtp": "auto"}):
         generate(model, nano[1], [5, 6, 7], max_tokens=3, **options)

@@ -18,16 +18,19 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_qwen35 import half
 from mlx_qwen35.cache import Cache
 from mlx_qwen35.checkpoint import TEXT, Checkpoint, Entry, text_shapes
-from mlx_qwen35.convert.progress import Told, silent
 from mlx_qwen35.decoder import DecoderLayer
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.layers import Linear, RMSNorm, Rotary
-from mlx_qwen35.load import default_dtype, read_weights, stored_dtype
 from mlx_qwen35.tensor_file import as_array
-from mlx_qwen35.weights import Weights
+from mlx_qwen35.weights import Weights, read_weights
 
+Told = Callable[[int], object]  # how much work has been done since the last time
 CHUNK = 512  # tokens of one pass through a layer
 HEAD_ROWS = 4096  # of a slice of the head
+
+
+def silent(done: int) -> None:
+    """Nobody is told."""
 
 
 class Batch(NamedTuple):
@@ -64,17 +67,17 @@ def make_batches(tokens: Sequence[Sequence[int]], vocabulary: int) -> list[Batch
 class Layerwise:
     """The text model of a checkpoint, raw or converted, packed or not, read layer by layer.
 
-    dtype: of activations and unpacked weights; None is what suits the machine, float32 on the CPU. alter: what is done
-    with each layer's weights before the layer is built, such as to pack some of them; see `sensitivity`, `calibrate`.
+    dtype: of activations and unpacked weights. alter: what is done with each layer's weights before the layer is built,
+    such as to pack some of them.
 
     Peak memory is one layer in `dtype` (0.45 GB for the 4B in float32), the residual streams, and about 0.2 GB.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: mx.Dtype | None = None, alter: Callable[[Weights], Weights] = lambda w: w
+        self, checkpoint: Checkpoint, dtype: mx.Dtype, alter: Callable[[Weights], Weights] = lambda w: w
     ):
         self.checkpoint, self.config = checkpoint, checkpoint.config.text
-        self.dtype = default_dtype(stored_dtype(checkpoint)) if dtype is None else dtype
+        self.dtype = dtype
         self.rotary = Rotary(self.config.rope)
         self._alter = alter
         self._by_numpy = mx.default_device() == mx.cpu and self.dtype == mx.float32
