@@ -14,9 +14,10 @@ EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 
 SAID = {  # what nano's answers hold
-    "acceptance": "after norm        183  100.0%", "ask": "answer:   92", "batch": "What is 12 + 30? -> 42",
+    "ask": "answer:   92", "batch": "What is 12 + 30? -> 42",
     "clip": "\nright\n", "compare": "the same? no ", "conversation": "\n102\n",
-    "describe": "A red circle and a blue square.", "digits": "47\n", "logits": "4", "second_turn": "green ",
+    "describe": "A red circle and a blue square.", "digits": "47\n", "drafts": "depth 1      95",
+    "image_memory": "clip 256x256, 8 frames", "logits": "4", "second_turn": "green ",
     "stream": "nano",
 }  # fmt: skip
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from image_memory import noise, prompt  # of examples
 from refusing import refused
 
 from mlx_qwen35 import generate, load, memory
-from mlx_qwen35.bench.vision_program import noise, prompt
 from mlx_qwen35.checkpoint import (
     Checkpoint,
     Entry,

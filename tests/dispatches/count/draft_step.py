@@ -1,4 +1,4 @@
-"""The graph of a step of our decoding, with drafts or without, in parts. For dispatch_worker.py, which prepares MLX.
+"""The graph of a step of our decoding, with drafts or without, in parts. For worker.py, which prepares MLX.
 
 It is the loop's own step, greedy, on Metal: what feeds tokens, looks at them and settles the step before the next one,
 after a step whose drafts were all accepted, so that the head has as many pairs to read as it ever has. The parts begin
@@ -10,14 +10,15 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_qwen35.bench import markers
-from mlx_qwen35.bench.dispatch_rule import BOUNDARY
 from mlx_qwen35.drafts import Drafts
 from mlx_qwen35.generate.loop import _Loop, _Rows
 from mlx_qwen35.generate.speculate import Choice, Speculation
 from mlx_qwen35.model import Model
 from mlx_qwen35.mtp import DraftHead, MultiTokenPrediction
 from mlx_qwen35.sampling import Sampler, Sampling
+
+from . import markers
+from .dispatch_rule import BOUNDARY
 
 READ = 3  # tokens in the cache before
 
