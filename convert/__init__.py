@@ -20,7 +20,7 @@ from mlx_qwen35.commands.streams import read_file
 from mlx_qwen35.convert.apart import Reads
 from mlx_qwen35.convert.calibrate import statistics
 from mlx_qwen35.convert.card import Facts, write_card
-from mlx_qwen35.convert.evaluate import evaluate, windows
+from mlx_qwen35.convert.evaluate import evaluate
 from mlx_qwen35.convert.files import find_license
 from mlx_qwen35.convert.journal import replaces
 from mlx_qwen35.convert.plan import make_plan
@@ -29,6 +29,7 @@ from mlx_qwen35.convert.source import check_readable, reading
 from mlx_qwen35.convert.stream import Report, write
 from mlx_qwen35.convert.target import appearing_whole, check_space, check_target, prepare, target_path
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.measure.text import windows
 
 __all__ = ["convert"]
 

@@ -23,12 +23,12 @@ from mlx_qwen35.commands.streams import read_file
 from mlx_qwen35.convert import convert, with_default
 from mlx_qwen35.convert.card import QUALITY
 from mlx_qwen35.convert.dry_run import describe
-from mlx_qwen35.convert.evaluate import windows
 from mlx_qwen35.convert.plan import DTYPES, ROUNDINGS, make_plan
 from mlx_qwen35.convert.recipes import DEFAULT, RECIPES, check_saving, save_recipe
 from mlx_qwen35.convert.sensitivity import CANDIDATES, forms, propose, sensitivity, smallest, table
 from mlx_qwen35.convert.source import reading
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.measure.text import windows
 
 COMMAND = "mlx_qwen35.convert"
 # Of how the folder is packed, those that make_plan has by the same or by a shorter name.

@@ -11,8 +11,9 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_qwen35.checkpoint.checkpoint import TEXT, Checkpoint
-from mlx_qwen35.convert.layerwise import Layerwise, make_batches
 from mlx_qwen35.convert.progress import percent
+from mlx_qwen35.load import choose_dtype
+from mlx_qwen35.measure.layerwise import Layerwise, make_batches
 from mlx_qwen35.model.layers import Joined, Linear
 from mlx_qwen35.model.weights import Weights
 
@@ -26,7 +27,7 @@ def statistics(
     """
     batches = make_batches(tokens, checkpoint.config.text.vocab_size)
     sums: dict[str, np.ndarray] = {}
-    model = Layerwise(checkpoint, dtype, lambda weights: _Watched.of(weights, sums))
+    model = Layerwise(checkpoint, choose_dtype(checkpoint, dtype), lambda weights: _Watched.of(weights, sums))
     states = model.embed(batches)
     count = sum(batch.tokens.size for batch in batches)
     with percent("calibrating", count * model.weights_from(0)) as told:

@@ -25,10 +25,10 @@ from mlx_qwen35.checkpoint.checkpoint import (
     text_shapes,
     vision_shapes,
 )
-from mlx_qwen35.convert.evaluate import Evaluation
 from mlx_qwen35.convert.sensitivity import form
 from mlx_qwen35.convert.verify import Error
 from mlx_qwen35.load import has_tower
+from mlx_qwen35.measure.divergence import Evaluation
 
 CARD, QUALITY, PLOT = "README.md", "quality.json", "error_by_layer.svg"
 _PROGRAMS = ("mlx", "mlx-qwen35")

@@ -1,18 +1,13 @@
 """Bars on standard error for what takes more than a moment."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
 
 from mlx_qwen35.commands.progress import SELDOM
-
-Told = Callable[[int], object]  # how much has been done since the last time
-
-
-def silent(done: int) -> None:
-    """For work that shows none."""
+from mlx_qwen35.measure.layerwise import Told
 
 
 def _interval() -> float:

@@ -14,10 +14,11 @@ import mlx.core as mx
 
 from mlx_qwen35.checkpoint.checkpoint import TEXT, Checkpoint, Quantization, is_matrix, text_shapes
 from mlx_qwen35.checkpoint.tensors import DTYPE_BYTES
-from mlx_qwen35.convert.evaluate import Counted, compare, summary
-from mlx_qwen35.convert.layerwise import Batch, Layerwise, make_batches
-from mlx_qwen35.convert.progress import Told, percent
+from mlx_qwen35.convert.progress import percent
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.load import choose_dtype
+from mlx_qwen35.measure.divergence import Counted, compare, summary
+from mlx_qwen35.measure.layerwise import Batch, Layerwise, Told, make_batches
 from mlx_qwen35.model.weights import Weights
 
 CANDIDATES = (Quantization(64, 4, "affine"), Quantization(64, 8, "affine"))
@@ -97,12 +98,13 @@ def sensitivity(
 ) -> list[Row]:
     """The KL divergence from the source of every group packed by itself, in each of the candidate ways.
 
-    first: as in `evaluate`. Matrices are packed with mx.quantize from the dtype in which they are stored. For each
+    first: as in `divergence`. Matrices are packed with mx.quantize from the dtype in which they are stored. For each
     group a row comes first with how it is in the source. Raises InputError as `forms` does.
     """
     rows = forms(checkpoint, candidates, by_layer)
     batches = make_batches(tokens, checkpoint.config.text.vocab_size)
     counted = Counted(batches, tokens, first)
+    dtype = choose_dtype(checkpoint, dtype)
     source = Layerwise(checkpoint, dtype)
     variants = {row: _Variant(checkpoint, dtype, row) for row in rows if row.how}
     work = counted.tokens * sum(source.weights_from(i) for i in (0, *(v.first for v in variants.values())))
@@ -121,7 +123,7 @@ def sensitivity(
 class _Variant:
     """The model with one group packed one way. states: empty as long as they are the source's."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype | None, row: Row):
+    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype, row: Row):
         self.model = Layerwise(checkpoint, dtype, lambda weights: packed(weights, row.names, row.how))
         self.states: list[mx.array] = []
         self.embeds = any(name.endswith("embed_tokens.weight") for name in row.names)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_qwen35.convert.progress import Told, silent
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.measure.layerwise import Told, silent
 
 _SAFE = 1e-15, 1e15  # magnitudes whose squares float32 can add up
 

@@ -1,6 +1,5 @@
 """A checkpoint's name -> the model and its processor."""
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_qwen35.backend import backend
-from mlx_qwen35.budget.plan import check_model_fits, check_tower_fits, loaded_bytes, takes_dtype
-from mlx_qwen35.checkpoint import float16 as half
+from mlx_qwen35.budget.plan import check_model_fits, check_tower_fits, loaded_bytes
 from mlx_qwen35.checkpoint.checkpoint import (
     MTP,
     TEXT,
@@ -23,7 +21,6 @@ from mlx_qwen35.checkpoint.checkpoint import (
     vision_shapes,
 )
 from mlx_qwen35.checkpoint.hub import resolve
-from mlx_qwen35.checkpoint.tensors import open_arrays
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.products import tell_shortened
 from mlx_qwen35.machine.chip import this_chip
@@ -33,11 +30,10 @@ from mlx_qwen35.model.enabled import engaged, tell_unfit
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.model.mtp import DraftHead, MultiTokenPrediction
 from mlx_qwen35.model.vision import Tower, Vision
-from mlx_qwen35.model.weights import Weights
+from mlx_qwen35.model.weights import Progress, read_weights
 from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.values import choice, flag, shown, text
 
-Progress = Callable[[int, int], None]  # told what was read, of how much in all
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _STORED = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -207,63 +203,3 @@ def load_tower(checkpoint: Checkpoint, dtype: mx.Dtype, head: DraftHead | None =
 
 def _nbytes(part: nn.Module) -> int:
     return sum(array.nbytes for _, array in tree_flatten(part.parameters()))
-
-
-def read_weights(
-    checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype, progress: Progress = lambda done, total: None
-) -> Weights:
-    """The tensors of these names, still on disk, with those that float16 cannot hold marked to stay in float32."""
-    _check_finite(checkpoint, names)
-    kept: dict[str, str] = {}
-    if dtype == mx.float16:
-        wide = [name for name in names if checkpoint.entries[name].dtype in ("BF16", "F32", "F64")]
-        # Each array is read, looked at and let go: with those that are computed with, all would stay.
-        wide = [name for name in wide if takes_dtype(name)]
-        kept = half.unfit(
-            (name, _lazy_arrays(checkpoint, [name])[name]) for name in _counted(checkpoint, wide, progress)
-        )
-        if kept:
-            half.tell(kept)
-    arrays = _lazy_arrays(checkpoint, names)
-    return Weights(arrays, checkpoint.quantization, dtype, checkpoint.config.text.rms_norm_eps, kept)
-
-
-def _counted(checkpoint: Checkpoint, names: list[str], progress: Progress) -> Iterator[str]:
-    """The names, with the bytes of those before told at each."""
-    done, total = 0, sum(checkpoint.entries[name].nbytes for name in names)
-    for name in names:
-        yield name
-        done += checkpoint.entries[name].nbytes
-        progress(done, total)
-
-
-def _lazy_arrays(checkpoint: Checkpoint, names: list[str]) -> dict[str, mx.array]:
-    """Arrays that read themselves from disk when computed, in raw layout: conv1d [C, 1, K], norms gamma - 1."""
-    arrays = open_arrays({name: checkpoint.exact.get(name, checkpoint.entries[name]) for name in names})
-    if checkpoint.raw:
-        return arrays
-    return {name: _to_raw(name, array, checkpoint.is_folded(name)) for name, array in arrays.items()}
-
-
-def _to_raw(name: str, array: mx.array, folded: bool) -> mx.array:
-    """Undo what an MLX program did: move the convolutions' axes back, take the one off in float32, which is exact."""
-    if name.endswith("conv1d.weight"):
-        return array.swapaxes(1, 2)
-    if name.endswith("patch_embed.proj.weight"):
-        return mx.moveaxis(array, -1, 1)
-    return array.astype(mx.float32) - 1.0 if folded else array
-
-
-def _check_finite(checkpoint: Checkpoint, names: list[str]) -> None:
-    """Norms, scales and the other small tensors: a damaged one spoils every answer. Matrices are not scanned."""
-    ends = (".scales", ".biases", "conv1d.weight")
-    names = [name for name in names if len(checkpoint.entries[name].shape) == 1 or name.endswith(ends)]
-    small = {n: a for n, a in _lazy_arrays(checkpoint, names).items() if mx.issubdtype(a.dtype, mx.floating)}
-    counts = [(~mx.isfinite(a)).sum() for a in small.values()]
-    mx.eval(counts)
-    if bad := [f"{name} ({count.item()})" for name, count in zip(small, counts, strict=True) if count.item()]:
-        raise InputError(
-            "weights_not_finite",
-            f"{checkpoint.folder}: scales and norms must be finite; NaN or infinity in {', '.join(bad[:8])}. "
-            "The file is damaged or was converted wrongly; download or convert it again",
-        )

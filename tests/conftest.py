@@ -26,10 +26,13 @@ from parity import cases
 
 from mlx_qwen35.backend import CUDA, backend
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
-from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
+from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.checkpoint.random import changed, geometry, write_random_checkpoint
 from mlx_qwen35.load import load_model
 from mlx_qwen35.machine import memory
 from mlx_qwen35.model.model import Model
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -110,6 +113,30 @@ def checkpoint_copy(checkpoint_folder: Callable[..., Path], tmp_path: Path) -> C
         return Path(shutil.copytree(checkpoint_folder(config, seed, **options), target))
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def source_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function from a dtype's name to the folder of a random checkpoint of that dtype, with a tokenizer."""
+    folders: dict[str, Path] = {}
+
+    def source(dtype: str) -> Path:
+        if dtype not in folders:
+            folder = tmp_path_factory.mktemp("source") / dtype
+            config = changed(geometry("tiny"), dtype=dtype)
+            folders[dtype] = write_random_checkpoint(folder, config, dtype=getattr(mx, dtype), shard_bytes=4e6)
+            for name in TOKENIZER:
+                shutil.copyfile(resolve("nano") / name, folder / name)
+            (folder / "LICENSE").write_text("a licence")
+        return folders[dtype]
+
+    return source
+
+
+@pytest.fixture(scope="session")
+def raw(source_of: Callable[[str], Path]) -> Path:
+    """The bfloat16 one, whose float32 tensors are A_log and linear_attn.norm, as in the published checkpoints."""
+    return source_of("bfloat16")
 
 
 def load_text_model(folder: Path, dtype: mx.Dtype = mx.float32) -> Model:

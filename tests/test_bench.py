@@ -4,25 +4,18 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import mlx.core as mx
-import numpy as np
 import pytest
-import refusing
-from mlx.utils import tree_flatten
 
-from mlx_qwen35.bench import command, main, vision
+from mlx_qwen35.bench import command, main
 from mlx_qwen35.bench.measure import OURS, ProgramError, Run, Settings, in_turn, measure, started, summarize
 from mlx_qwen35.bench.report import draw, format_table
-from mlx_qwen35.bench.vision import Case, Memory, format_memory, measure_memory, spread
-from mlx_qwen35.bench.vision_program import VisionProgram, noise, prompt
-from mlx_qwen35.kernels import cpu, elementwise
-from mlx_qwen35.kernels.attention import attention
-from mlx_qwen35.model import vision as tower
 
+ROOT = Path(__file__).parent.parent
 SETTINGS = Settings((5, 9), decode_tokens=3, repeats=2, prefill_step_size=4, dtype="float32")
 QUICK = ("--prompt-lengths", "5,9", "--decode-tokens", "2", "--repeats", "1", "--prefill-step-size", "4")
 
@@ -203,176 +196,18 @@ def test_one_length_can_be_drawn(tmp_path):
     assert (tmp_path / "one.png").stat().st_size > 1000
 
 
-# --- memory of images and clips ------------------------------------------------------------------------------------
-
-VISION = vision.Settings((0.01,), (4, 8), (64, 32), 16, "float32")
-SHOWN = {
-    "tokens": 1, "text_bytes": 100, "tower_bytes": 10, "embeddings_bytes": 5, "cache_bytes": 7, "budget_bytes": 50,
-    "encode_peak_bytes": 155, "read_peak_bytes": 132, "released_bytes": 105, "left_bytes": 100,
-    "max_rss_bytes": 900, "encode_s": 1.0, "read_s": 2.0,
-}  # fmt: skip
-
-
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What the command says of arguments that it refuses."""
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    assert ended.value.code == 2
-    return capsys.readouterr().err
+@pytest.mark.parametrize("option", list(command.REMOVED))
+def test_a_removed_option_is_answered_with_where_it_went(option, capsys):
+    for given in ([option], [option, "8"], ["--geometry", "tiny", f"{option}=8"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(given)
+        said = capsys.readouterr().err
+        assert "[option_removed]" in said and option in said
+    where = re.findall(r"[a-z_./]+\.py|(?<=-m )[a-z_.]+", command.REMOVED[option])
+    assert where and all((ROOT / path).exists() or (ROOT / path.replace(".", "/")).is_dir() for path in where)
 
 
-def test_memory_of_images_and_clips_is_measured_on_random_weights(temporary, tmp_path, capsys):
-    cases = ("--image-megapixels", "0.01,0.04", "--clip-frames", "4,8", "--clip-size", "64x32")
-    main(["--geometry", "tiny", "--vision", *cases, "--json", str(tmp_path / "all.json")])
-    written, printed = json.loads((tmp_path / "all.json").read_text()), capsys.readouterr().out
-    assert set(written) == {"machine", "model", "settings", "failures", "rows", "spread"}
-    shown = [(row["case"]["frames"], row["case"]["width"], row["case"]["height"]) for row in written["rows"]]
-    assert shown == [(1, 96, 96), (1, 192, 192), (4, 64, 32), (8, 64, 32)]
-    assert [row["tokens"] for row in written["rows"]] == [9 + 16, 36 + 16, 2 * (2 + 8) + 8, 4 * (2 + 8) + 8]
-    assert "image 96x96" in printed and "clip 64x32, 8 frames" in printed and "geometry tiny" in printed
-    assert f"mlx {importlib.metadata.version('mlx')}" in printed
-    assert list(temporary.iterdir()) == []
-
-
-def test_a_prompt_with_a_clip_leaves_only_the_text_weights_in_memory(checkpoint_folder):
-    program = VisionProgram(checkpoint_folder(), "float32")
-    held = sum(array.nbytes for _, array in tree_flatten(program.model.parameters()))
-    shown = program.show(frames=4, height=32, width=64, step=16)
-    assert shown["embeddings_bytes"] == 4 * 4 * program.model.config.hidden_size
-    kept = shown["released_bytes"] - shown["text_bytes"]
-    assert shown["embeddings_bytes"] <= kept < 2 * shown["embeddings_bytes"]  # in a buffer that was at hand
-    assert shown["left_bytes"] == shown["text_bytes"] >= held
-    assert shown["tower_bytes"] > 0 and not program.model.vision.loaded
-
-
-def test_working_memory_does_not_grow_with_the_clip(checkpoint_folder, monkeypatch):
-    """MLX frees while it computes, so that a peak varies by some percent; held whole, the long clip would take 16
-    times as much."""
-    monkeypatch.setattr(tower, "SLICE", 48)  # patches, two pairs of these frames
-    monkeypatch.setattr("mlx_qwen35.kernels.attention.CPU_SCORE_BYTES", 1 << 16)
-    program = VisionProgram(checkpoint_folder(), "float32")
-
-    def working(frames: int) -> Memory:
-        return Memory(Case(frames, 64, 96), max_rss_bytes=0, **program.show(frames, height=64, width=96, step=56))
-
-    short, long = working(8), working(128)
-    assert long.encode_working_bytes < 1.3 * short.encode_working_bytes
-    assert long.read_working_bytes < 1.5 * short.read_working_bytes
-    assert long.encode_working_bytes < long.budget_bytes
-
-
-def test_working_memory_is_the_peak_less_what_its_phase_keeps():
-    row = Memory(Case(4, 32, 64), **SHOWN)
-    assert (row.encode_working_bytes, row.read_working_bytes) == (155 - 100 - 10 - 5, 132 - 100 - 5 - 7)
-
-
-def test_the_spread_is_of_the_clips_alone():
-    rows = [Memory(Case(frames, 32, 64), **SHOWN) for frames in (1, 4, 8)]
-    assert spread(rows) == {"encoding": 0, "reading": 0}
-    rows[0] = replace(rows[0], encode_peak_bytes=1000)
-    rows[2] = replace(rows[2], encode_peak_bytes=159, read_peak_bytes=142)
-    assert spread(rows) == pytest.approx({"encoding": 0.1, "reading": 0.5})
-    assert "exceeds the smallest by 10.0% in encoding, 50.0% in reading" in format_memory({}, "some", VISION, rows)
-    assert spread(rows[:2]) == {}
-
-
-def test_a_clip_that_cannot_be_measured_is_named_and_the_others_go_on(monkeypatch):
-    class Fake:
-        def __init__(self, *arguments):
-            self.environment = {"blas": {"loaded": [], "preloaded": [], "not_found": []}, "torch_threads": None}
-
-        def ask(self, frames: int, **request: int) -> dict:
-            if frames == 4:
-                raise ProgramError("vision", "out of paper")
-            return SHOWN
-
-        def close(self) -> None:
-            pass
-
-    monkeypatch.setattr(vision, "Worker", Fake)
-    cases, failures = [Case(4, 32, 64), Case(8, 32, 64)], {}
-    _, rows = measure_memory(Path(), cases, VISION, failures, lambda line: None)
-    assert [row.case.frames for row in rows] == [8] and failures == {"clip 64x32, 4 frames": "out of paper"}
-    with refusing.refused("bench_failed", "64x32", "4"):
-        measure_memory(Path(), cases[:1], VISION, {}, lambda line: None)
-
-
-def test_a_prompt_has_text_around_the_placeholders_of_every_pair(checkpoint_folder):
-    program = VisionProgram(checkpoint_folder(), "float32")
-    media = noise(program.config, 4, 32, 64)
-    tokens, runs = prompt(media.grid, 2)
-    assert sum(run.stop - run.start for run in runs) == media.tokens == 4
-    assert [run.start for run in runs] == [8, 18] and len(tokens) == 28
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (["--compare", "mlx-lm"], "option_no_effect"),
-        (["--prompt-lengths", "5"], "option_no_effect"),
-        (["--decode-tokens", "32"], "option_no_effect"),  # the default value, yet given
-        (["--repeats", "5"], "option_no_effect"),
-        (["--plot", "speeds.png"], "option_no_effect"),
-        (["--image-megapixels", "1", "--clip-size", "64x64"], "option_no_effect"),
-        (["--image-megapixels", "0"], "must be above 0, got 0"),
-        (["--clip-frames", "3"], "option_invalid"),
-        (["--clip-size", "64x50"], "option_invalid"),
-        (["--clip-size", "64"], "must be WIDTHxHEIGHT, got 64"),
-    ],
-)
-def test_wrong_arguments_with_vision_are_refused(given, message, capsys):
-    assert message in refused(["--geometry", "tiny", "--vision", *given], capsys)
-
-
-@pytest.mark.parametrize(
-    "given", [["--image-megapixels", "1"], ["--clip-frames", "8"], ["--clip-size", "512x512"]], ids=" ".join
-)
-def test_options_of_vision_alone_are_refused(given, capsys):
-    assert "[option_no_effect]" in (said := refused(["--geometry", "tiny", *given], capsys)) and given[0] in said
-
-
-def test_only_the_images_or_only_the_clips_can_be_measured():
-    def cases(*given: str) -> tuple:
-        options = command._parser().parse_args(["--geometry", "tiny", "--vision", *given])
-        command._choose_mode(options)
-        return options.image_megapixels, options.clip_frames
-
-    assert cases() == ((1, 4, 16), (8, 64, 512))
-    assert cases("--image-megapixels", "2") == ((2,), ())
-    assert cases("--clip-frames", "6") == ((), (6,))
-
-
-def test_a_checkpoint_without_a_tower_is_refused(checkpoint_folder, capsys):
-    folder = checkpoint_folder(vision=False)
-    said = refused(["--model", str(folder), "--vision"], capsys)
-    assert "[vision_missing]" in said and str(folder) in said
-
-
-# --- what the CPU does faster by other means -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [1, cpu.MANY - 1, cpu.MANY, cpu.PIECE + 3])
-def test_exp_sigmoid_and_silu_of_any_number_of_elements(size, capsys):
-    x = np.linspace(-30, 30, size, dtype=np.float32)
-    true = x.astype(np.float64)
-    exact = {"exp": np.exp(true), "sigmoid": 1 / (1 + np.exp(-true)), "silu": true / (1 + np.exp(-true))}
-    for name, values in exact.items():
-        error = np.abs(np.array(getattr(elementwise, name)(mx.array(x))) - values) / np.maximum(1, np.abs(values))
-        assert error.max() < 3e-6, name
-
-
-def test_exp_and_sigmoid_at_the_ends(monkeypatch, capsys):
-    monkeypatch.setattr(cpu, "MANY", 1)
-    ends = mx.array([-np.inf, -200.0, 0.0, 200.0, np.inf, np.nan])
-    np.testing.assert_allclose(np.array(elementwise.sigmoid(ends)), [0, 0, 0.5, 1, 1, np.nan], atol=1e-37)
-    np.testing.assert_allclose(np.array(elementwise.exp(ends))[[0, 1, 2, 5]], [0, 0, 1, np.nan], atol=1e-37)
-    assert elementwise.exp(ends)[4].item() > 1e37
-
-
-@pytest.mark.parametrize(("T", "S"), [(16, 16), (130, 130), (129, 300), (257, 258)])
-def test_causal_attention_by_blocks_is_attention(T, S, capsys):
-    shapes = ((2, 6, T, 24), (2, 3, S, 24), (2, 3, S, 24))
-    q, keys, values = (mx.random.normal(shape, key=mx.random.key(i)) for i, shape in enumerate(shapes))
-    blocks = attention(q, keys, values, 0.2, "causal")
-    whole = mx.fast.scaled_dot_product_attention(q, keys, values, scale=0.2, mask="causal")
-    assert mx.abs(blocks - whole).max().item() < 2e-6
+def test_removed_options_are_not_in_the_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert not [option for option in command.REMOVED if option in capsys.readouterr().out]

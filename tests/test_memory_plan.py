@@ -6,10 +6,10 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from image_memory import noise, prompt  # of examples
 from refusing import refused
 
 from mlx_qwen35 import generate, load
-from mlx_qwen35.bench.vision_program import noise, prompt
 from mlx_qwen35.budget.plan import kv_bytes, mac, most_tokens, plan_memory, state_bytes, this_machine
 from mlx_qwen35.checkpoint.checkpoint import (
     Checkpoint,

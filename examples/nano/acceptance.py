@@ -5,7 +5,7 @@
 Every held-out item is answered without drafts and with them at depths 1, 2 and 3, greedily and at temperature 1 with
 a seed of its own; half of them thinking. A step is a pass of the model behind the prompt. Acceptance of draft j counts
 those whose predecessors were accepted. `coupled` and `classical` are expectations at temperature 1 over the greedy
-answers, see mlx_qwen35/bench/acceptance.py. Two tasks run at a time. Needs no torch.
+answers, see guesses.py. Two tasks run at a time. Needs no torch.
 """
 
 from __future__ import annotations
@@ -22,15 +22,13 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from guesses import Answer, Text, acceptance, answer, shares
 from tasks import TASKS, Item, items_of
 
 import mlx_qwen35
 from mlx_qwen35 import Model, Processor
-from mlx_qwen35.bench.acceptance import Text, acceptance
-from mlx_qwen35.bench.mtp_program import Decoded, answer, shares
-from mlx_qwen35.engine.drafts.speculate import Choice
 from mlx_qwen35.engine.generation import see
-from mlx_qwen35.engine.prefill import Row
+from mlx_qwen35.engine.prefill import PromptRow
 from mlx_qwen35.engine.sampling import Sampling
 from mlx_qwen35.model.model import Visual
 from mlx_qwen35.prompt.positions import positions
@@ -67,7 +65,7 @@ class Account:
     same: int = 0
     rounds: dict[int, list[tuple[int, int]]] = field(default_factory=lambda: {depth: [] for depth in DEPTHS})
 
-    def add(self, plain: Decoded, drafted: Sequence[Decoded]) -> None:
+    def add(self, plain: Answer, drafted: Sequence[Answer]) -> None:
         self.tokens += len(plain.tokens)
         for depth, found in zip(DEPTHS, drafted, strict=True):
             self.same += found.tokens == plain.tokens
@@ -81,12 +79,12 @@ class Account:
         return Score(task, temp, items, self.tokens / items, found, a_step, self.same, items * len(DEPTHS))
 
 
-def prompt(model: Model, processor: Processor, item: Item) -> Row:
+def prompt(model: Model, processor: Processor, item: Item) -> PromptRow:
     encoded = processor.encode_messages(item.messages, tools=item.tools, enable_thinking=item.enable_thinking)
     return see(model, [encoded])[0]
 
 
-def transcript(row: Row, tokens: Sequence[int]) -> Text:
+def transcript(row: PromptRow, tokens: Sequence[int]) -> Text:
     """A prompt and its answer, of which the answer counts."""
     whole = [*row.tokens, *tokens]
     if not row.runs:
@@ -105,7 +103,7 @@ def measure(task: str, name: str, items: int) -> list[Score]:
         row = prompt(model, processor, item)
         for temp, account in accounts.items():
             plain, *drafted = (
-                answer(model, row, Choice(depth, fixed=True), LIMIT, Sampling(temp=temp), seed, processor.stop_ids,
+                answer(model, row, depth, LIMIT, Sampling(temp=temp), seed, processor.stop_ids,
                        processor.vocabulary)
                 for depth in (0, *DEPTHS)
             )  # fmt: skip

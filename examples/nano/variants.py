@@ -39,8 +39,9 @@ from mlx_qwen35.bench.report import chip
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint, text_shapes
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.convert import convert
-from mlx_qwen35.convert.evaluate import Evaluation, evaluate
+from mlx_qwen35.convert.evaluate import evaluate
 from mlx_qwen35.convert.recipes import RECIPES
+from mlx_qwen35.measure.divergence import Evaluation
 
 SEED = 0  # of the held-out items, as in evaluation.json
 LESSONS = (

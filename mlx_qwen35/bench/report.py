@@ -13,6 +13,7 @@ from typing import Any
 from mlx_qwen35.backend import backend, system_memory
 from mlx_qwen35.bench.measure import OURS, Row, Run, Settings
 from mlx_qwen35.commands.streams import write_file
+from mlx_qwen35.commands.table import align
 from mlx_qwen35.machine.memory import usable_bytes
 
 _PACKAGES = ("mlx", "mlx-lm", "mlx-vlm", "transformers", "torch")
@@ -66,16 +67,6 @@ def _version(package: str) -> str:
 
 def header(machine: Mapping[str, str]) -> list[str]:
     return [f"{name + ':':10}{value}" for name, value in machine.items()]
-
-
-def align(table: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table: names to the left, figures to the right."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = []
-    for name, *figures in table:
-        padded = [figure.rjust(width) for figure, width in zip(figures, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *padded]))
-    return lines
 
 
 def format_table(

@@ -2,8 +2,6 @@
 
 The first line out says that the model is loaded, each further one answers a request: {"prompt", "decode", "step"} runs
 the model once, {"products": passes} times the linear maps alone. What fails ends the process with its traceback.
-The program "vision" is ours with its tower, and answers {"frames", "height", "width", "step"}: see vision_program.py.
-The program "mtp" is ours with its draft head: see mtp_program.py for what it answers.
 
 Started as a script, not as a module, so that a program meets nothing of the others: each imports its own.
 
@@ -113,28 +111,8 @@ def evaluate_states(cache: Any) -> None:
     mx.eval([layer.state for layer in cache])
 
 
-def find_us() -> None:
-    sys.path.append(str(Path(__file__).parents[2]))  # for a checkout that is not installed
-
-
-def load_vision(folder: Path, dtype: str) -> Any:
-    find_us()
-    from mlx_qwen35.bench.vision_program import VisionProgram
-
-    return VisionProgram(folder, dtype)
-
-
-def load_mtp(folder: Path, dtype: str) -> Any:
-    find_us()
-    from mlx_qwen35.bench.mtp_program import MtpProgram
-    from mlx_qwen35.machine.chip import tune
-
-    tune()
-    return MtpProgram(folder, dtype)
-
-
 def load_mlx_qwen35(folder: Path, dtype: str) -> MLXProgram:
-    find_us()
+    sys.path.append(str(Path(__file__).parents[2]))  # for a checkout that is not installed
     from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
     from mlx_qwen35.engine.prefill import Pace
     from mlx_qwen35.load import DTYPES, load_model
@@ -196,7 +174,6 @@ class Transformers:
 
 LOADERS = {
     "mlx_qwen35": load_mlx_qwen35, "mlx-lm": load_mlx_lm, "mlx-vlm": load_mlx_vlm, "transformers": Transformers,
-    "vision": load_vision, "mtp": load_mtp,
 }  # fmt: skip
 
 
@@ -217,12 +194,8 @@ def max_rss_bytes() -> int:
 
 
 def answer(program: Any, vocabulary: int, request: dict[str, Any]) -> dict[str, Any]:
-    if hasattr(program, "answer"):
-        return program.answer(request)
     if "products" in request:
         return program.products(request["products"])
-    if "frames" in request:
-        return program.show(**request) | {"max_rss_bytes": max_rss_bytes()}
     draw = random.Random(0)
     prompt = [draw.randrange(vocabulary // 2) for _ in range(request["prompt"])]  # special tokens come last
     return program.run(prompt, request["decode"], request["step"]) | {"max_rss_bytes": max_rss_bytes()}

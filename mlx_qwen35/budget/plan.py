@@ -13,6 +13,7 @@ from mlx_qwen35.budget.encoding import working_bytes
 from mlx_qwen35.cache.layer import KVCache
 from mlx_qwen35.checkpoint.checkpoint import TEXT, VISION, Checkpoint, mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.checkpoint.config import FULL, LINEAR, TextConfig
+from mlx_qwen35.checkpoint.names import takes_dtype
 from mlx_qwen35.checkpoint.tensors import DTYPE_BYTES
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.attention import attention_way
@@ -151,13 +152,6 @@ def loaded_bytes(checkpoint: Checkpoint, tensors: list[str], dtype: mx.Dtype) ->
         else:
             total += entry.nbytes // DTYPE_BYTES[entry.dtype] * (dtype.size if takes_dtype(name) and entry.lazy else 4)
     return total
-
-
-def takes_dtype(name: str) -> bool:
-    """Whether a tensor is cast to the model's dtype, as matrices are; norms, convolutions and gates are float32."""
-    if name.startswith(VISION):
-        return not name.endswith("pos_embed.weight")
-    return not name.endswith(("norm.weight", "conv1d.weight", "A_log", "dt_bias"))
 
 
 def kv_bytes(config: TextConfig, context: int, itemsize: int, drafting_layers: int = 0) -> int:

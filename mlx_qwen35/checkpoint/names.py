@@ -46,3 +46,10 @@ def is_zero_centred(name: str) -> bool:
 def is_spare(name: str) -> bool:
     """Whether the tensor of this name is none of a model's weights and passed over, as transformers does."""
     return name.rpartition(".")[2].removeprefix("original_") in _SPARE
+
+
+def takes_dtype(name: str) -> bool:
+    """Whether a tensor is cast to the model's dtype, as matrices are; norms, convolutions and gates are float32."""
+    if name.startswith(VISION):
+        return not name.endswith("pos_embed.weight")
+    return not name.endswith(("norm.weight", "conv1d.weight", "A_log", "dt_bias"))

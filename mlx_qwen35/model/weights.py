@@ -1,13 +1,19 @@
 """Tensors by name, handed to the parts of the model in the form that each computes with."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_qwen35.backend import backend
-from mlx_qwen35.checkpoint.checkpoint import Quantization
+from mlx_qwen35.checkpoint import float16 as half
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint, Quantization
+from mlx_qwen35.checkpoint.names import takes_dtype
+from mlx_qwen35.checkpoint.tensors import open_arrays
+from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.layers import Embedding, Joined, Linear, RMSNorm
+
+Progress = Callable[[int, int], None]  # told what was read, of how much in all
 
 
 class Weights:
@@ -93,3 +99,66 @@ class Weights:
 
 def _stacked(parts: list[mx.array]) -> mx.array:
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=0)
+
+
+# --- from disk -------------------------------------------------------------------------------------------------------
+
+
+def read_weights(
+    checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype, progress: Progress = lambda done, total: None
+) -> Weights:
+    """The tensors of these names, still on disk, with those that float16 cannot hold marked to stay in float32."""
+    _check_finite(checkpoint, names)
+    kept: dict[str, str] = {}
+    if dtype == mx.float16:
+        wide = [name for name in names if checkpoint.entries[name].dtype in ("BF16", "F32", "F64")]
+        # Each array is read, looked at and let go: with those that are computed with, all would stay.
+        wide = [name for name in wide if takes_dtype(name)]
+        kept = half.unfit(
+            (name, _lazy_arrays(checkpoint, [name])[name]) for name in _counted(checkpoint, wide, progress)
+        )
+        if kept:
+            half.tell(kept)
+    arrays = _lazy_arrays(checkpoint, names)
+    return Weights(arrays, checkpoint.quantization, dtype, checkpoint.config.text.rms_norm_eps, kept)
+
+
+def _counted(checkpoint: Checkpoint, names: list[str], progress: Progress) -> Iterator[str]:
+    """The names, with the bytes of those before told at each."""
+    done, total = 0, sum(checkpoint.entries[name].nbytes for name in names)
+    for name in names:
+        yield name
+        done += checkpoint.entries[name].nbytes
+        progress(done, total)
+
+
+def _lazy_arrays(checkpoint: Checkpoint, names: list[str]) -> dict[str, mx.array]:
+    """Arrays that read themselves from disk when computed, in raw layout: conv1d [C, 1, K], norms gamma - 1."""
+    arrays = open_arrays({name: checkpoint.exact.get(name, checkpoint.entries[name]) for name in names})
+    if checkpoint.raw:
+        return arrays
+    return {name: _to_raw(name, array, checkpoint.is_folded(name)) for name, array in arrays.items()}
+
+
+def _to_raw(name: str, array: mx.array, folded: bool) -> mx.array:
+    """Undo what an MLX program did: move the convolutions' axes back, take the one off in float32, which is exact."""
+    if name.endswith("conv1d.weight"):
+        return array.swapaxes(1, 2)
+    if name.endswith("patch_embed.proj.weight"):
+        return mx.moveaxis(array, -1, 1)
+    return array.astype(mx.float32) - 1.0 if folded else array
+
+
+def _check_finite(checkpoint: Checkpoint, names: list[str]) -> None:
+    """Norms, scales and the other small tensors: a damaged one spoils every answer. Matrices are not scanned."""
+    ends = (".scales", ".biases", "conv1d.weight")
+    names = [name for name in names if len(checkpoint.entries[name].shape) == 1 or name.endswith(ends)]
+    small = {n: a for n, a in _lazy_arrays(checkpoint, names).items() if mx.issubdtype(a.dtype, mx.floating)}
+    counts = [(~mx.isfinite(a)).sum() for a in small.values()]
+    mx.eval(counts)
+    if bad := [f"{name} ({count.item()})" for name, count in zip(small, counts, strict=True) if count.item()]:
+        raise InputError(
+            "weights_not_finite",
+            f"{checkpoint.folder}: scales and norms must be finite; NaN or infinity in {', '.join(bad[:8])}. "
+            "The file is damaged or was converted wrongly; download or convert it again",
+        )

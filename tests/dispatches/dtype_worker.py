@@ -1,21 +1,20 @@
 """Graphs of one decoded token of our model, with the dtype of every array: JSON on standard output.
 
 For float16 and bfloat16, packed uniformly and mixed, with the kernels and with the operations that stand in for them,
-and with a cast left out here or there. As the counter of launches does it (mlx_qwen35/bench/dispatch_worker.py): the
-program believes that it has a GPU, and no matrix is in memory. Started as a script.
+and with a cast left out here or there. As the counter of launches does it (count/worker.py): the program believes that
+it has a GPU, and no matrix is in memory. Started in the root of the repository, as a module.
 """
 
 import json
-import runpy
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 
-WORKER = Path(__file__).parents[2] / "mlx_qwen35" / "bench" / "dispatch_worker.py"
+from .count import markers, worker
+
 HALVES = {"float16": mx.float16, "bfloat16": mx.bfloat16}
 MIXED = {"linear_attn.out_proj": 8, "linear_attn.in_proj_a": None, "linear_attn.in_proj_b": None}
 
@@ -58,17 +57,17 @@ def without_a_cast(place: str) -> Callable[[], None]:
     return lambda: setattr(module, name, right)
 
 
-def record(worker: dict[str, Any], config: dict, dtype: str, recipe: str, path: str, broken: str) -> dict[str, Any]:
+def record(config: dict, dtype: str, recipe: str, path: str, broken: str) -> dict[str, Any]:
     right, real = without_a_cast(broken), mx.bfloat16
     mx.bfloat16 = HALVES[dtype]  # which the worker builds with
     try:
-        network = worker["build_mlx_qwen35"](config, MIXED if recipe == "mixed" else {})
+        network = worker.build_mlx_qwen35(config, MIXED if recipe == "mixed" else {})
         from mlx_qwen35.kernels import add_norm, fused, fused_delta, norm_rotary
 
         for module in (add_norm, fused_delta, norm_rotary):
             module.verdict.cache_clear()
         fused.agrees = lambda name, cases: path == "kernels"
-        return worker["one_token"](network)
+        return worker.one_token(network)
     finally:
         right()
         mx.bfloat16 = real
@@ -76,13 +75,13 @@ def record(worker: dict[str, Any], config: dict, dtype: str, recipe: str, path: 
 
 def main() -> None:
     name_dtypes()
-    worker = runpy.run_path(str(WORKER))
-    worker["markers"].prepare()
     config = json.load(sys.stdin)
     cases = [(d, r, p, "") for d in HALVES for r in ("uniform", "mixed") for p in ("kernels", "operations")]
     broken = (("operations", "norm"), ("kernels", "gate"), ("kernels", "mlp"))
     cases += [("float16", "uniform", path, place) for path, place in broken]
-    json.dump({" ".join(case).strip(): record(worker, config, *case)["nodes"] for case in cases}, sys.stdout)
+    with markers.prepared():
+        graphs = {" ".join(case).strip(): record(config, *case)["nodes"] for case in cases}
+    json.dump(graphs, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
 from collections import Counter
 
 import mlx.core as mx
-
-from mlx_qwen35.bench import markers
-from mlx_qwen35.bench.byte_rule import Bytes
-from mlx_qwen35.bench.dispatches import AROUND, count
+from dispatches.count import markers
+from dispatches.count.byte_rule import Bytes
+from dispatches.count.dispatches import AROUND, count
 
 HEADS = (1, 1, 16, 512)  # queries and gates of 16 heads, of one token
 

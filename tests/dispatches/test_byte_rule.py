@@ -1,4 +1,4 @@
-"""mlx_qwen35.bench --dispatches: how many bytes the launches of each operation read and write."""
+"""How many bytes the launches of each operation read and write."""
 
 from functools import partial
 

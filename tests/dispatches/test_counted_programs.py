@@ -1,4 +1,4 @@
-"""mlx_qwen35.bench --dispatches: launches and bytes of whole programs."""
+"""Launches and bytes of whole programs."""
 
 import importlib.metadata
 import importlib.util
@@ -8,9 +8,8 @@ import subprocess
 import sys
 
 import pytest
+from dispatches.count.dispatches import AROUND, RECIPES, ROOT, WORKER, Dispatches, count_program
 
-from mlx_qwen35.bench import dispatches
-from mlx_qwen35.bench.dispatches import AROUND, RECIPES, Dispatches, count_program
 from mlx_qwen35.checkpoint.checkpoint import text_shapes
 from mlx_qwen35.checkpoint.config import FULL, LINEAR, parse_config
 from mlx_qwen35.checkpoint.random import geometry
@@ -174,11 +173,12 @@ def test_ours_moves_what_is_pinned(ours, ours_mixed):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_matrix_is_in_memory():
     code = (  # VmHWM, since ru_maxrss starts with what the process had that started this one
-        "import runpy, sys; sys.argv = ['dispatch_worker.py', 'mlx_qwen35', '{}'];"
-        f"runpy.run_path({dispatches.__file__.replace('dispatches.py', 'dispatch_worker.py')!r}, run_name='__main__');"
+        "import runpy, sys; sys.argv = ['worker', 'mlx_qwen35', '{}'];"
+        f"runpy.run_module({WORKER!r}, run_name='__main__');"
         "print(next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')), file=sys.stderr)"
     )
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, input=json.dumps(geometry("4b")), capture_output=True, text=True, check=True)
+    given = json.dumps(geometry("4b"))
+    done = subprocess.run(command, input=given, capture_output=True, text=True, check=True, cwd=ROOT)
     peak = int(done.stderr.split()[-1]) * 1024
     assert peak < 600e6  # the weights would be 2.4 GB

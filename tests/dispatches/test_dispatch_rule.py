@@ -1,14 +1,13 @@
-"""mlx_qwen35.bench --dispatches: how many launches each operation is."""
+"""How many launches each operation is."""
 
 from collections import Counter
 from functools import partial
 
 import mlx.core as mx
 import pytest
+from dispatches.count import markers
+from dispatches.count.dispatches import AROUND, count
 from dispatches.recording import HEADS, counted, kernel, zeros
-
-from mlx_qwen35.bench import markers
-from mlx_qwen35.bench.dispatches import AROUND, count
 
 
 @pytest.mark.parametrize(

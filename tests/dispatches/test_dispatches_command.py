@@ -1,108 +1,96 @@
-"""mlx_qwen35.bench --dispatches: which options the command takes, and what it shows."""
+"""python -m tests.dispatches.count: which options it takes, what it shows, and what it writes."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from dispatches.count.__main__ import main
+from dispatches.count.byte_rule import Bytes
+from dispatches.count.dispatches import AROUND, ROOT, CountError, Dispatches, Place, count_program, format_dispatches
 
-from mlx_qwen35.bench import dispatches, main
-from mlx_qwen35.bench.byte_rule import Bytes
-from mlx_qwen35.bench.dispatches import AROUND, Dispatches, Place, count_program, format_dispatches
-from mlx_qwen35.bench.measure import ProgramError
 from mlx_qwen35.checkpoint.config import LINEAR
 from mlx_qwen35.checkpoint.random import geometry
 
 
-def refused(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code
-    return capsys.readouterr().err or str(stopped.value.code)
+@pytest.fixture
+def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Puts a module of a name in front of the installed one, which cannot be imported."""
+
+    def module(name: str) -> None:
+        (tmp_path / f"{name}.py").write_text("raise ImportError('out of paper')\n")
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+
+    return module
 
 
 @pytest.mark.parametrize(
-    "given",
+    ("given", "said"),
     [
-        ["--vision"], ["--prompt-lengths", "5"], ["--decode-tokens", "32"], ["--repeats", "5"], ["--plot", "x.png"],
-        ["--image-megapixels", "1"], ["--clip-frames", "8"], ["--clip-size", "512x512"], ["--revision", "main"],
-        ["--dtype", "bfloat16"], ["--prefill-step-size", "1024"],
+        ([], "--geometry"),
+        (["--geometry", "tiny", "--recipe", "3bit"], "'uniform', 'mixed'"),
+        (["--geometry", "tiny", "--compare", "mlx-lm,transformers"], "got transformers"),
+        (["--geometry", "tiny", "--json", "nowhere/counts.json"], "nowhere/counts.json"),
     ],
-    ids=" ".join,
-)  # fmt: skip
-def test_other_options_are_refused(given, capsys):
-    said = refused(["--geometry", "tiny", "--dispatches", *given], capsys)
-    assert "[option_conflict]" in said or "[option_no_effect]" in said
-    assert given[0] in said
+)
+def test_wrong_options_are_refused_before_anything_is_counted(given, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(given)
+    shown = capsys.readouterr()
+    assert said in shown.err and shown.out == ""
 
 
-def test_a_recipe_is_refused_without_dispatches(capsys):
-    for given in ([], ["--vision"]):
-        said = refused(["--geometry", "tiny", "--recipe", "mixed", *given], capsys)
-        assert "[option_no_effect]" in said and "--recipe" in said
-
-
-def test_an_unknown_recipe_is_refused(capsys):
-    assert "'uniform', 'mixed'" in refused(["--geometry", "tiny", "--dispatches", "--recipe", "3bit"], capsys)
-
-
-def test_a_model_is_refused(capsys):
-    assert "[option_conflict]" in refused(["--model", "nano", "--dispatches"], capsys)
-
-
-def test_a_program_without_metal_is_refused(capsys):
-    said = refused(["--geometry", "tiny", "--dispatches", "--compare", "mlx-lm,transformers"], capsys)
-    assert "[option_invalid]" in said and "transformers" in said
-
-
-def test_json_holds_the_table(tmp_path: Path, capsys):
+def test_it_runs_from_the_root_of_the_repository_and_writes_what_it_prints(tmp_path: Path):
     file = tmp_path / "counts.json"
-    main(["--geometry", "tiny", "--dispatches", "--json", str(file)])
+    command = [sys.executable, "-m", "tests.dispatches.count", "--geometry", "tiny", "--json", str(file)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     content = json.loads(file.read_text())
-    assert list(content) == ["mlx_qwen35"]
-    found = content["mlx_qwen35"]
-    assert found["dispatches_per_token"] == sum(place["dispatches"] for place in found["places"].values())
-    printed = capsys.readouterr().out
+    assert set(content) == {"dispatches_per_token", "geometry", "recipe", "programs"}
+    (found,) = content["programs"].values()
+    assert content["dispatches_per_token"] == found["dispatches_per_token"]
+    assert found["dispatches_per_token"] == sum(place["dispatches"] for place in found["places"].values()) > 0
     assert re.search(rf"^mlx_qwen35 .* {found['dispatches_per_token']} +\d+$", printed, re.MULTILINE)
     assert re.search(rf"^mlx_qwen35 .* {found['device_bytes_per_token'] / 1e6:.3f}$", printed, re.MULTILINE)
-
-
-def test_json_holds_the_bytes_by_place(tmp_path: Path):
-    file = tmp_path / "counts.json"
-    main(["--geometry", "tiny", "--dispatches", "--json", str(file)])
-    found = json.loads(file.read_text())["mlx_qwen35"]
     for part in ("read", "written", "matrices"):
         assert found["device_bytes"][part] == sum(place["device_bytes"][part] for place in found["places"].values()) > 0
     assert found["device_bytes_per_token"] == found["device_bytes"]["read"] + found["device_bytes"]["written"]
+    assert [path.name for path in tmp_path.iterdir()] == ["counts.json"]
 
 
 def test_the_recipe_is_in_the_title_and_in_the_json(tmp_path: Path, capsys):
     file = tmp_path / "counts.json"
     for given, recipe in (([], "uniform"), (["--recipe", "mixed"], "mixed")):
-        main(["--geometry", "tiny", "--dispatches", *given, "--json", str(file)])
+        main(["--geometry", "tiny", *given, "--json", str(file)])
         assert f"geometry tiny, {recipe} recipe" in capsys.readouterr().out
-        assert json.loads(file.read_text())["mlx_qwen35"]["recipe"] == recipe
+        assert json.loads(file.read_text())["recipe"] == recipe
 
 
-def test_a_program_that_fails_is_named_and_the_others_are_shown(monkeypatch, capsys):
-    def count_or_fail(program: str, config: dict, recipe: str) -> Dispatches:
-        if program == "mlx-lm":
-            raise ProgramError(program, "out of paper")
-        return Dispatches({AROUND: Place(1, Counter(Exp=3), Bytes())}, Counter(rope=2))
+def test_a_program_that_fails_is_named_and_the_others_are_shown_and_written(tmp_path: Path, broken, capsys):
+    broken("mlx_lm")
+    file = tmp_path / "counts.json"
+    with pytest.raises(SystemExit) as ended:
+        main(["--geometry", "tiny", "--compare", "mlx-lm", "--json", str(file)])
+    assert "mlx-lm could not be counted: ImportError: out of paper" in str(ended.value.code)
+    assert re.search(r"^mlx_qwen35 ", capsys.readouterr().out, re.MULTILINE)
+    assert list(json.loads(file.read_text())["programs"]) == ["mlx_qwen35"]
 
-    monkeypatch.setattr(dispatches, "count_program", count_or_fail)
-    said = refused(["--geometry", "tiny", "--dispatches", "--compare", "mlx-lm,mlx-vlm"], capsys)
-    assert "mlx-lm could not run: out of paper" in said and "mlx-vlm" not in said
 
-
-def test_ours_that_fails_ends_it(monkeypatch, capsys):
-    monkeypatch.setattr(dispatches, "count_program", lambda *_: (_ for _ in ()).throw(ProgramError("x", "no paper")))
-    assert "mlx_qwen35 could not be counted: no paper" in refused(["--geometry", "tiny", "--dispatches"], capsys)
+def test_ours_that_fails_ends_it_and_leaves_the_file_as_it_was(tmp_path: Path, broken, capsys):
+    broken("mlx")
+    file = tmp_path / "counts.json"
+    file.write_text("of before")
+    with pytest.raises(SystemExit) as ended:
+        main(["--geometry", "tiny", "--json", str(file)])
+    assert "mlx_qwen35 could not be counted: ImportError: out of paper" in str(ended.value.code)
+    assert capsys.readouterr().out == "" and file.read_text() == "of before"
 
 
 def test_the_reason_of_a_failure_is_the_last_line_that_the_program_said():
-    with pytest.raises(ProgramError, match=r"KeyError: 'nothing' \(ended with code 1\)"):
+    with pytest.raises(CountError, match=r"KeyError: 'nothing' \(ended with code 1\)"):
         count_program("nothing", geometry("tiny"))
 
 

@@ -1,14 +1,14 @@
-"""mlx_qwen35.bench --dispatches --mtp: launches of a step with drafts."""
+"""--mtp: launches of a step with drafts."""
 
 import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from dispatches.count.__main__ import main
+from dispatches.count.draft_dispatches import count_drafts, format_drafts
+from dispatches.count.draft_step import DRAFT_LOGITS, HEAD, LOGITS, ROWS, SAMPLING, SETTLING
 
-from mlx_qwen35.bench import draft_dispatches, main
-from mlx_qwen35.bench.draft_dispatches import count_drafts, format_drafts
-from mlx_qwen35.bench.draft_step import DRAFT_LOGITS, HEAD, LOGITS, ROWS, SAMPLING, SETTLING
 from mlx_qwen35.checkpoint.random import geometry
 
 DEPTH_1 = {HEAD: 40, DRAFT_LOGITS: 1, SETTLING: 1, SAMPLING: 2}  # 44 more than without drafts
@@ -43,11 +43,10 @@ def test_the_table_shows_what_depth_1_adds():
     assert lines[6].split() == ["sampling", "2", "3", "1"] and lines[7].split() == ["step", "11", "16", "5"]
 
 
-def test_the_command_shows_and_writes_them(tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setattr(draft_dispatches, "count_drafts", lambda config, recipe: count_drafts(config, recipe, 1))
+def test_the_command_shows_and_writes_them(tmp_path: Path, capsys):
     file = tmp_path / "counts.json"
-    main(["--geometry", "tiny", "--dispatches", "--mtp", "--json", str(file)])
-    found = json.loads(file.read_text())["mlx_qwen35"]
+    main(["--geometry", "tiny", "--mtp", "--json", str(file)])
+    found = json.loads(file.read_text())
     steps = found["steps_with_drafts"]
-    assert list(steps) == ["0", "1"] and steps["0"][ROWS] + 1 == found["dispatches_per_token"]
+    assert list(steps) == ["0", "1", "2", "3"] and steps["0"][ROWS] + 1 == found["dispatches_per_token"]
     assert "depth 1 adds" in capsys.readouterr().out

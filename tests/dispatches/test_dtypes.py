@@ -48,8 +48,9 @@ class Node(NamedTuple):
 
 @pytest.fixture(scope="module")
 def graphs() -> dict[str, list[Node]]:
-    command = [sys.executable, Path(__file__).with_name("dtype_worker.py")]
-    done = subprocess.run(command, input=json.dumps(CONFIG), capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "tests.dispatches.dtype_worker"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, input=json.dumps(CONFIG), capture_output=True, text=True, check=True, cwd=root)
     return {case: [_node(node) for node in nodes] for case, nodes in json.loads(done.stdout).items()}
 
 

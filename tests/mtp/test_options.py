@@ -1,6 +1,5 @@
 """Who gets drafts, what is told about it, and what is refused."""
 
-import sys
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -15,9 +14,9 @@ from mlx_qwen35.checkpoint.random import changed, geometry
 from mlx_qwen35.engine.drafts.depth import measured_costs
 from mlx_qwen35.engine.drafts.speculate import LEAST_TOKENS, Choice, choose
 from mlx_qwen35.load import load_model
+from mlx_qwen35.model import weights
 
 TINY = changed(geometry("tiny"), num_hidden_layers=2, layer_types=[LINEAR, FULL])
-loading = sys.modules["mlx_qwen35.load"]  # the package has a function of that name
 ASK = "What is 34 + 58?"
 
 
@@ -147,8 +146,8 @@ def test_statistics_count_drafts_and_steps(depth, nano):
 
 
 def test_without_drafts_the_head_stays_on_disk(nano, checkpoint_folder, monkeypatch):
-    names, lazy = [], loading._lazy_arrays
-    monkeypatch.setattr(loading, "_lazy_arrays", lambda checkpoint, own: names.extend(own) or lazy(checkpoint, own))
+    names, lazy = [], weights._lazy_arrays
+    monkeypatch.setattr(weights, "_lazy_arrays", lambda checkpoint, own: names.extend(own) or lazy(checkpoint, own))
     model = load_model(open_checkpoint(checkpoint_folder(TINY, vision=False)), mx.float32, "tiny")
     for options in ({"mtp": "off"}, {"mtp": "auto"}):
         generate(model, nano[1], [5, 6, 7], max_tokens=3, **options)

@@ -50,6 +50,11 @@ class Costs:
         self.ratios: dict[int, deque[float]] = {}
         self.asked = 0
 
+    def clear(self) -> None:
+        """Forget every time."""
+        self.ratios.clear()
+        self.asked = 0
+
     def add(self, depth: int, ratio: float) -> None:
         self.ratios.setdefault(depth, deque(maxlen=WINDOW)).append(ratio)
 

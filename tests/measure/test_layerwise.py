@@ -12,9 +12,10 @@ from refusing import refused
 
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, is_zero_centred, open_checkpoint
 from mlx_qwen35.checkpoint.random import changed, geometry, write_random_checkpoint
-from mlx_qwen35.convert import convert, layerwise
-from mlx_qwen35.convert.layerwise import Layerwise, make_batches, read_rows
+from mlx_qwen35.convert import convert
 from mlx_qwen35.load import load_model
+from mlx_qwen35.measure import layerwise
+from mlx_qwen35.measure.layerwise import Layerwise, make_batches, read_rows
 
 LENGTHS = (5, 40, 7, 7, 1)
 
@@ -95,7 +96,7 @@ def test_streams_are_in_the_dtype_asked_for(raw, rng, dtype):
 
 
 def test_nothing_of_a_layer_stays_in_memory(raw, rng):
-    model = Layerwise(open_checkpoint(raw))
+    model = Layerwise(open_checkpoint(raw), mx.float32)
     states = model.embed(make_batches(sequences(rng), 1024))
     model.advance(0, states)  # constants of the first pass stay
     before = mx.get_active_memory()
@@ -113,7 +114,7 @@ def test_altered_weights_are_what_a_layer_is_built_from(raw, rng):
                 weights.arrays[name] = mx.zeros_like(weights.arrays[name])
         return weights
 
-    layer = Layerwise(open_checkpoint(raw), alter=without_up).layer(0)
+    layer = Layerwise(open_checkpoint(raw), mx.float32, without_up).layer(0)
     assert isinstance(layer, nn.Module) and not layer.mlp(mx.ones((1, 1, 256))).any()
 
 

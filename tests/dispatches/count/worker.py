@@ -1,44 +1,32 @@
-"""The graph of one decoded token: python dispatch_worker.py PROGRAM BITS, config.json on stdin, nodes on stdout.
-With a number as third argument that of a step of our decoding with so many drafts, see draft_step.py.
+"""The graph of one decoded token: python -m tests.dispatches.count.worker PROGRAM BITS, in the root of the repository.
+
+config.json comes on stdin, nodes go to stdout. With a number as third argument the graph is that of a step of our
+decoding with so many drafts, see draft_step.py.
 
 BITS and nodes are JSON. BITS says how matrices are packed whose name ends so, those not named have 4 bits:
 {"linear_attn.out_proj": 8, "linear_attn.in_proj_a": null} is 8 bits, and not packed.
 
 The program believes that it has a GPU, so that it takes its Metal path, and MLX records what it asks for. Nothing is
-computed and no weight is in memory: every matrix is one zero, broadcast. Started as a script, not as a module: each
-program is imported after MLX has been prepared (markers.py), and meets nothing of the others.
+computed and no weight is in memory: every matrix is one zero, broadcast. Each program is imported after MLX has been
+prepared (markers.py), and meets nothing of the others.
 """
 
-import importlib.util
 import json
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple, TextIO
 
 import mlx.core as mx
 from mlx.utils import tree_map, tree_map_with_path
 
+from . import markers
+from .markers import blank
+
 GROUP_SIZE = 64
 BITS = 4  # where no other number is given
 READ = 3  # tokens in the cache
 BOUNDARY = "boundary"  # a marker that says which layer begins
-
-
-def _load_markers() -> ModuleType:
-    """The file beside this one, without its package, which would import mlx.nn."""
-    name = "mlx_qwen35.bench.markers"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("markers.py"))
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-markers = _load_markers()
-blank = markers.blank
 
 
 class _Layer:
@@ -148,7 +136,6 @@ def _hollow_peer(model: Any, bits: Bits) -> Any:
 
 def _our_weights(config: dict[str, Any], bits: Bits, drafts: bool = False) -> tuple[Any, Any]:
     """The text config, and the weights of the text model, with drafts the head's too, as zeros."""
-    sys.path.append(str(Path(__file__).parents[2]))  # for a checkout that is not installed
     from mlx_qwen35.checkpoint.checkpoint import Quantization, is_zero_centred, mtp_shapes, text_shapes
     from mlx_qwen35.checkpoint.config import parse_config
     from mlx_qwen35.kernels import fused
@@ -189,8 +176,9 @@ def build_mlx_qwen35(config: dict[str, Any], bits: Bits) -> Network:
 def draft_step(config: dict[str, Any], bits: Bits, depth: int) -> dict[str, Any]:
     """Record a step of our decoding with so many drafts, to its tokens and the memory it leaves."""
     text, weights = _our_weights(config, bits, drafts=True)
-    from mlx_qwen35.bench.draft_step import record_step
     from mlx_qwen35.model.mtp import MultiTokenPrediction
+
+    from .draft_step import record_step
 
     return record_step(
         _our_model(text, weights), _hollow(MultiTokenPrediction(text, weights.at("mtp"))), depth, _forget
@@ -226,9 +214,10 @@ BUILDERS = {"mlx_qwen35": build_mlx_qwen35, "mlx-lm": build_mlx_lm, "mlx-vlm": b
 
 
 def serve(name: str, bits: Bits, depth: int | None, config: TextIO, replies: TextIO) -> None:
-    markers.prepare()
     given = json.load(config)
-    json.dump(one_token(BUILDERS[name](given, bits)) if depth is None else draft_step(given, bits, depth), replies)
+    with markers.prepared():
+        nodes = one_token(BUILDERS[name](given, bits)) if depth is None else draft_step(given, bits, depth)
+    json.dump(nodes, replies)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The graph of a step of our decoding, with drafts or without, in parts. For dispatch_worker.py, which prepares MLX.
+"""The graph of a step of our decoding, with drafts or without, in parts. For worker.py, which prepares MLX.
 
 It is the loop's own step, greedy, on Metal: what feeds tokens, looks at them and settles the step before the next one,
 after a step whose drafts were all accepted, so that the head has as many pairs to read as it ever has. The parts begin
@@ -10,14 +10,15 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_qwen35.bench import markers
-from mlx_qwen35.bench.dispatch_rule import BOUNDARY
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.drafts.speculate import Choice, Speculation
 from mlx_qwen35.engine.loop import _Loop, _Rows
 from mlx_qwen35.engine.sampling import Sampler, Sampling
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.model.mtp import DraftHead, MultiTokenPrediction
+
+from . import markers
+from .dispatch_rule import BOUNDARY
 
 READ = 3  # tokens in the cache before
 
@@ -41,8 +42,8 @@ def _around(function: Callable) -> Callable:
 
 
 class _Marked(Sampler):
-    def look(self, logits: mx.array, drafted: mx.array | None = None) -> mx.array:
-        return begin(super().look(logits, drafted))
+    def peek(self, logits: mx.array, drafted: mx.array | None = None) -> mx.array:
+        return begin(super().peek(logits, drafted))
 
 
 class _Head:
@@ -66,7 +67,7 @@ def record_step(model: Model, head: MultiTokenPrediction, depth: int, forget: Ca
         hidden = model.hidden(tokens, cache)
         if depth:
             cache.follower = DraftFollower(model, [0])
-            cache.follower.read(model, tokens, hidden, [READ], [0])
+            cache.follower.prefill(model, tokens, hidden, [READ], [0])
         return [hidden, *markers.arrays(cache)]
 
     def step(tokens: mx.array) -> list[mx.array]:
@@ -74,7 +75,7 @@ def record_step(model: Model, head: MultiTokenPrediction, depth: int, forget: Ca
         done = loop._feed(tokens, depth)
         loop.rows.taken = [1 + depth]
         loop._settle(done, [[0] * (1 + depth)], False)
-        return [done.drawn, done.finite, *markers.arrays(cache)]
+        return [done.sampled, done.finite, *markers.arrays(cache)]
 
     markers.record(prompt, mx.zeros((1, READ), mx.int32))
     forget(cache)

@@ -1,15 +1,18 @@
-"""What an evaluation says is what the logits of both models say."""
+"""Divergence and perplexity are those of the logits of both models."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from refusing import refused
 
-from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.random import changed, geometry, write_random_checkpoint
-from mlx_qwen35.convert import convert, layerwise
-from mlx_qwen35.convert.evaluate import evaluate, standard_error, windows
+from mlx_qwen35.convert import convert
 from mlx_qwen35.load import load_model
+from mlx_qwen35.measure import layerwise
+from mlx_qwen35.measure.divergence import Evaluation, divergence, standard_error
+from mlx_qwen35.measure.layerwise import Layerwise
+from mlx_qwen35.measure.text import windows
 
 TOKENS = [np.random.default_rng(i).integers(0, 1000, n).tolist() for i, n in enumerate((20, 9, 20))]
 FIRST = [1, 4, 11]
@@ -20,6 +23,10 @@ def pair(raw, tmp_path_factory):
     """A source, and the 4-bit pack of it."""
     out = convert(raw, tmp_path_factory.mktemp("packed") / "out", quantize=True)
     return open_checkpoint(raw), open_checkpoint(out)
+
+
+def evaluate(source: Checkpoint, packed: Checkpoint, tokens, first=None) -> Evaluation:
+    return divergence(Layerwise(source, mx.float32), Layerwise(packed, mx.float32), tokens, first)
 
 
 def log_probabilities(checkpoint) -> list[np.ndarray]:

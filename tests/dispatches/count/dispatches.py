@@ -1,8 +1,8 @@
-"""mlx_qwen35.bench --dispatches: how many kernels a program launches on Metal to decode one token, and what they move.
+"""How many kernels a program launches on Metal to decode one token, and how many bytes they move.
 
 From the token to the logits, batch 1, with a cache that holds some tokens; matrices are packed by one of RECIPES, the
 rest is bfloat16. Counted from the graph that MLX records, on any machine: each program records its own in a process of
-its own (dispatch_worker.py). What counts how many launches is written in dispatch_rule.py, how many bytes in
+its own (worker.py). What counts how many launches is written in dispatch_rule.py, how many bytes in
 byte_rule.py.
 """
 
@@ -16,15 +16,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_qwen35.bench.byte_rule import Bytes, moved
-from mlx_qwen35.bench.dispatch_rule import BOUNDARY, Node, launches, left_out, stands_for
-from mlx_qwen35.bench.layout import Layout, fresh
-from mlx_qwen35.bench.measure import OURS, ProgramError
-from mlx_qwen35.bench.report import align
 from mlx_qwen35.checkpoint.config import parse_config
-from mlx_qwen35.commands.streams import write_file
+from mlx_qwen35.commands.table import align
 
-COUNTED = ("mlx-lm", "mlx-vlm")  # what --compare may name here
+from .byte_rule import Bytes, moved
+from .dispatch_rule import BOUNDARY, Node, launches, left_out, stands_for
+from .layout import Layout, fresh
+
+ROOT = Path(__file__).parents[3]  # of the repository
+WORKER = "tests.dispatches.count.worker"
+OURS, PEERS = "mlx_qwen35", ("mlx-lm", "mlx-vlm")  # what --compare may name here
 # Matrices whose name ends so have other bits than 4, None for not packed; groups are of 64.
 RECIPES: Mapping[str, Mapping[str, int | None]] = {
     "uniform": {},
@@ -129,6 +130,10 @@ def _begins_a_layer(node: Mapping[str, Any]) -> bool:
 # --- programs --------------------------------------------------------------------------------------------------------
 
 
+class CountError(Exception):
+    """A program could not be recorded; the message is the reason."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Layers of one kind together, or what is around them."""
@@ -159,19 +164,18 @@ class Dispatches:
 
 
 def count_program(program: str, config: Mapping[str, Any], recipe: str = "uniform") -> Dispatches:
-    """Count one token of a model with this config.json. ProgramError where the program cannot record it."""
+    """Count one token of a model with this config.json. CountError where the program cannot record it."""
     return by_kind(recorded(program, config, recipe), parse_config(config).text.layer_types)
 
 
 def recorded(program: str, config: Mapping[str, Any], recipe: str, depth: int | None = None) -> list[dict[str, Any]]:
     """The nodes of a token; with a depth, of a step of our decoding with so many drafts."""
-    worker = str(Path(__file__).with_name("dispatch_worker.py"))
     steps = [] if depth is None else [str(depth)]
-    command = [sys.executable, "-P", worker, program, json.dumps(RECIPES[recipe]), *steps]
-    done = subprocess.run(command, input=json.dumps(config), capture_output=True, text=True)
+    command = [sys.executable, "-m", WORKER, program, json.dumps(RECIPES[recipe]), *steps]
+    done = subprocess.run(command, input=json.dumps(config), capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
-        raise ProgramError(program, f"{said[-1]} (ended with code {done.returncode})")
+        raise CountError(f"{said[-1]} (ended with code {done.returncode})")
     return json.loads(done.stdout)["nodes"]
 
 
@@ -235,32 +239,37 @@ def _operations(found: Dispatches) -> list[tuple[str, ...]]:
     ]
 
 
-def write_dispatches(
-    path: Path, recipe: str, counts: Mapping[str, Dispatches], drafts: Mapping[int, Counter[str]] | None = None
-) -> None:
-    """Everything counted, as JSON by program; figures of layers are of all layers of the kind.
+def as_json(
+    geometry: str, recipe: str, counts: Mapping[str, Dispatches], drafts: Mapping[int, Counter[str]] | None = None
+) -> str:
+    """Everything counted, by program; figures of layers are of all layers of the kind.
 
     drafts: of our steps with drafts, launches by part, by depth.
     """
     content = {
-        program: {
-            "dispatches_per_token": found.total,
-            "device_bytes_per_token": found.bytes.total,
-            "recipe": recipe,
-            "device_bytes": asdict(found.bytes),
-            "places": {
-                kind: {
-                    "layers": place.layers,
-                    "dispatches": place.dispatches,
-                    "device_bytes": asdict(place.bytes),
-                    "operations": dict(place.operations),
-                }
-                for kind, place in found.places.items()
-            },
-            "not_counted": dict(found.not_counted),
-        }
-        for program, found in counts.items()
+        "dispatches_per_token": counts[OURS].total,
+        "geometry": geometry,
+        "recipe": recipe,
+        "programs": {program: _figures(found) for program, found in counts.items()},
     }
     if drafts:
-        content[OURS]["steps_with_drafts"] = {depth: dict(own) for depth, own in drafts.items()}
-    write_file(path, json.dumps(content, indent=2) + "\n")
+        content["steps_with_drafts"] = {depth: dict(own) for depth, own in drafts.items()}
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _figures(found: Dispatches) -> dict[str, Any]:
+    return {
+        "dispatches_per_token": found.total,
+        "device_bytes_per_token": found.bytes.total,
+        "device_bytes": asdict(found.bytes),
+        "places": {
+            kind: {
+                "layers": place.layers,
+                "dispatches": place.dispatches,
+                "device_bytes": asdict(place.bytes),
+                "operations": dict(place.operations),
+            }
+            for kind, place in found.places.items()
+        },
+        "not_counted": dict(found.not_counted),
+    }

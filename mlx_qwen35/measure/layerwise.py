@@ -20,16 +20,19 @@ from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.checkpoint import float16 as half
 from mlx_qwen35.checkpoint.checkpoint import TEXT, Checkpoint, Entry, text_shapes
 from mlx_qwen35.checkpoint.tensors import as_array
-from mlx_qwen35.convert.progress import Told, silent
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.load import default_dtype, read_weights, stored_dtype
 from mlx_qwen35.model.decoder import DecoderLayer
 from mlx_qwen35.model.layers import Linear, RMSNorm
 from mlx_qwen35.model.rotary import Rotary
-from mlx_qwen35.model.weights import Weights
+from mlx_qwen35.model.weights import Weights, read_weights
 
+Told = Callable[[int], object]  # how much work has been done since the last time
 CHUNK = 512  # tokens of one pass through a layer
 HEAD_ROWS = 4096  # of a slice of the head
+
+
+def silent(done: int) -> None:
+    """Nobody is told."""
 
 
 class Batch(NamedTuple):
@@ -66,17 +69,17 @@ def make_batches(tokens: Sequence[Sequence[int]], vocabulary: int) -> list[Batch
 class Layerwise:
     """The text model of a checkpoint, raw or converted, packed or not, read layer by layer.
 
-    dtype: of activations and unpacked weights; None is what suits the machine, float32 on the CPU. alter: what is done
-    with each layer's weights before the layer is built, such as to pack some of them; see `sensitivity`, `calibrate`.
+    dtype: of activations and unpacked weights. alter: what is done with each layer's weights before the layer is built,
+    such as to pack some of them.
 
     Peak memory is one layer in `dtype` (0.45 GB for the 4B in float32), the residual streams, and about 0.2 GB.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: mx.Dtype | None = None, alter: Callable[[Weights], Weights] = lambda w: w
+        self, checkpoint: Checkpoint, dtype: mx.Dtype, alter: Callable[[Weights], Weights] = lambda w: w
     ):
         self.checkpoint, self.config = checkpoint, checkpoint.config.text
-        self.dtype = default_dtype(stored_dtype(checkpoint)) if dtype is None else dtype
+        self.dtype = dtype
         self.rotary = Rotary(self.config.rope)
         self._alter = alter
         self._by_numpy = backend().numpy_products and self.dtype == mx.float32

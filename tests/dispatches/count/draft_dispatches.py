@@ -1,16 +1,16 @@
-"""mlx_qwen35.bench --dispatches --mtp: GPU launches of a step of our decoding, by part and by the number of drafts.
+"""--mtp: GPU launches of a step of our decoding, by part and by the number of drafts.
 
-Depth 0 is a step without drafts: what --dispatches counts of a token, and sampling. See draft_step.py.
+Depth 0 is a step without drafts: the launches of a token, and sampling. See draft_step.py.
 """
 
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_qwen35.bench.dispatches import AROUND, count, recorded
-from mlx_qwen35.bench.draft_step import DRAFT_LOGITS, HEAD, LOGITS, ROWS, SAMPLING, SETTLING, parts
-from mlx_qwen35.bench.measure import OURS
-from mlx_qwen35.bench.report import align
+from dispatches import AROUND, OURS, count, recorded
+from draft_step import DRAFT_LOGITS, HEAD, LOGITS, ROWS, SAMPLING, SETTLING, parts
+
+from mlx_qwen35.commands.table import align
 from mlx_qwen35.engine.drafts.speculate import MOST_DEPTH
 
 _MEANING = {
@@ -23,7 +23,7 @@ Steps = Mapping[int, Counter[str]]  # depth -> launches by part
 
 
 def count_drafts(config: Mapping[str, Any], recipe: str = "uniform", most: int = MOST_DEPTH) -> Steps:
-    """Of a model with this config.json, at depths 0 to `most`. ProgramError where it cannot be recorded."""
+    """Of a model with this config.json, at depths 0 to `most`. CountError where it cannot be recorded."""
     return {depth: _parts(recorded(OURS, config, recipe, depth), depth) for depth in range(most + 1)}
 
 

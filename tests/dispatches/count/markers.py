@@ -5,12 +5,13 @@ operations that they are made of there, and cannot record `contiguous`. While it
 kernel that does nothing, one node of the graph with the inputs, the output shapes and the name of what it stands for.
 A compiled function's marker says how many launches it is, as MLX's own compiler fuses it.
 
-Imports nothing but MLX's core: `prepare` must come before mlx.nn, whose functions are compiled when it is imported.
+Imports nothing but MLX's core: mlx.nn, whose functions are compiled when it is imported, belongs inside of `prepared`.
 """
 
 import re
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ CASTING = ("rms_norm", "layer_norm", "scaled_dot_product_attention")
 
 
 class _State:
-    """What a process has switched on, and MLX's own functions, which it replaces once.
+    """What a process has switched on, and MLX's own functions in the place of which it records markers.
 
     recording: markers stand in for what they replace. compiling: inside a compiled function, whatever it calls is part
     of it.
@@ -151,16 +152,28 @@ def marked(label: str, inputs: Any, result: Any) -> Any:
     return tree_map(lambda item: next(marks) if isinstance(item, mx.array) else item, result)
 
 
-def prepare() -> None:
-    """Replace what needs a marker, and tell that there is a Metal GPU. Before any program is imported; once."""
+@contextmanager
+def prepared() -> Iterator[None]:
+    """In the block MLX records markers, and tells that there is a Metal GPU. Programs are imported inside of it."""
     fast = ("rms_norm", "layer_norm", "rope", "scaled_dot_product_attention")
-    for module, names in ((mx.fast, fast), (mx, ("dequantize",))):
-        for name in names:
-            setattr(module, name, _standing_in(name, getattr(module, name)))
+    standing = [*((mx.fast, name) for name in fast), (mx, "dequantize")]
+    others = {
+        (mx, "contiguous"): _contiguous,
+        (mx, "compile"): _compile,
+        (mx.metal, "is_available"): lambda: True,
+        (mx, "default_device"): lambda: mx.Device(mx.gpu),
+    }
+    real = {(module, name): getattr(module, name) for module, name in (*standing, *others)}
     _state.real = {"contiguous": mx.contiguous, "compile": mx.compile}
-    mx.contiguous, mx.compile = _contiguous, _compile
-    mx.metal.is_available = lambda: True
-    mx.default_device = lambda: mx.Device(mx.gpu)
+    for module, name in standing:
+        setattr(module, name, _standing_in(name, real[module, name]))
+    for (module, name), function in others.items():
+        setattr(module, name, function)
+    try:
+        yield
+    finally:
+        for (module, name), function in real.items():
+            setattr(module, name, function)
 
 
 # --- recording -------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from mlx_qwen35.bench.layout import Layout, fresh, reshaped
+from .layout import Layout, fresh, reshaped
 
 BOUNDARY = "boundary"  # a marker that costs nothing: here a layer begins
 _EXTRA_BYTES = 16384  # of Contiguous::eval_gpu

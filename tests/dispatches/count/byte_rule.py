@@ -29,7 +29,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mlx_qwen35.bench.dispatch_rule import Node, Result
+from .dispatch_rule import Node, Result
 
 _PRODUCTS = ("QuantizedMatmul", "Matmul", "AddMM")
 _LOOK_UPS = ("Gather", "GatherAxis", "DynamicSlice")

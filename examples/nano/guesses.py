@@ -1,0 +1,164 @@
+"""How often the draft head's guesses are accepted: answers with an account of each step, and texts that are given.
+
+`answer` decodes as generate does and remembers how many tokens each step drafted and accepted. For `acceptance` the
+model and the head read each text. The head guesses token j from the tokens before j - 1, the hidden state of token
+j - 2 and the embedding of token j - 1. Three rules decide whether the guess is accepted:
+
+greedy     the most probable token of both is the same
+coupled    what is used here: both are drawn with the noise of (seed, position), and are equal
+classical  rejection sampling (arXiv:2211.17192) accepts a draft of distribution q for a target p with probability
+           sum over tokens of min(p, q), which no rule that keeps p can exceed
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_qwen35.cache.cache import Cache
+from mlx_qwen35.engine.drafts.follower import DraftFollower
+from mlx_qwen35.engine.drafts.speculate import Choice, Speculation, attach
+from mlx_qwen35.engine.loop import decode
+from mlx_qwen35.engine.prefill import PromptRow, prefill
+from mlx_qwen35.engine.sampling import Sampler, Sampling, noise, process
+from mlx_qwen35.model.model import Model, Visual
+
+PREFILL = 1024  # prompt tokens of a chunk
+ROWS = 32  # of logits at a time
+GREEDY = Sampling(temp=0)
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+class Account(Speculation):
+    """Speculation that remembers each step of a single row: how many tokens were drafted, how many accepted."""
+
+    def __init__(self, model: Model, cache: Cache, choice: Choice):
+        super().__init__(model, cache, choice)
+        self.rounds: list[tuple[int, int]] = []
+
+    def record(self, lengths: Sequence[int], tokens: Sequence[Sequence[int]], paused: float) -> None:
+        super().record(lengths, tokens, paused)
+        if lengths[0]:
+            self.rounds.append((lengths[0] - 1, len(tokens[0]) - 1))
+
+
+class Answer(NamedTuple):
+    """The tokens of one answer, and how many each step behind the prompt drafted and accepted."""
+
+    tokens: tuple[int, ...]
+    rounds: tuple[tuple[int, int], ...]
+
+
+def answer(
+    model: Model,
+    row: PromptRow,
+    depth: int,
+    limit: int,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    stop_ids: Collection[int] = (),
+    vocabulary: int = 0,
+) -> Answer:
+    """Answer one prompt as generate does, with `depth` drafts a step and at most `limit` tokens."""
+    cache, choice = model.make_cache(), Choice(depth, fixed=True)
+    attach(model, cache, choice)
+    hidden = prefill(model, cache, [row], PREFILL)
+    sampler = Sampler(sampling, [seed], [len(row.tokens)], vocabulary)
+    account = Account(model, cache, choice) if depth else None
+    tokens = [token for (token,) in decode(model, cache, hidden, sampler, [limit], stop_ids, speculation=account)]
+    return Answer(tuple(tokens), tuple(account.rounds) if account else ((0, 0),) * (len(tokens) - 1))
+
+
+def shares(rounds: Sequence[tuple[int, int]], depth: int) -> list[float | None]:
+    """p_1 to p_depth: of the drafts j whose predecessors were accepted, how many were; None where there were none."""
+    found: list[float | None] = []
+    for j in range(depth):
+        asked = [accepted > j for drafted, accepted in rounds if drafted > j and accepted >= j]
+        found.append(sum(asked) / len(asked) if asked else None)
+    return found
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+
+class Text(NamedTuple):
+    """Tokens that a model is shown, and from which of them on its guesses count."""
+
+    tokens: Sequence[int]
+    first: int = 2
+    visual: Visual | None = None
+    positions: np.ndarray | None = None  # (3, 1, T), where there are images
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """Shares of `tokens` guesses at depth 1; a step then gives 1 + share tokens."""
+
+    tokens: int
+    greedy: float
+    coupled: float
+    classical: float
+
+
+def guesses(model: Model, text: Text) -> tuple[mx.array, mx.array]:
+    """What model and head make of a text: (N, D) hidden states each, of which logits of tokens[first:] are made."""
+    tokens = mx.array([list(text.tokens)])
+    T, first = tokens.shape[1], max(2, text.first)
+    hidden = model.hidden(tokens, visual=text.visual, positions=text.positions)
+    head = DraftFollower(model, [0]).cache
+    where = None if text.positions is None else text.positions[..., :-1]
+    with head.forward(T - 1, None, where) as context:
+        embeddings = model.embed(tokens, text.visual)
+        rotary = model.rotary.table(context.positions)
+        drafted = model.mtp.weights(embeddings[:, 1:], hidden[:, :-1], rotary, context, head.layers)
+    return hidden[0, first - 1 : T - 1], drafted[0, first - 2 : T - 2]
+
+
+def acceptance(
+    model: Model,
+    texts: Sequence[Text],
+    temp: float = 1.0,
+    seeds: Sequence[int] = range(8),
+    vocabulary: int = 0,
+) -> Acceptance:
+    """The three shares over all guesses; coupled is counted over the seeds, classical is an exact expectation.
+
+    vocabulary: the tokenizer's size, see sampling.process.
+    """
+    found, total = np.zeros(3), 0
+    for text in texts:
+        hidden, drafted = guesses(model, text)
+        for start in range(0, len(hidden), ROWS):
+            here = slice(start, start + ROWS)
+            p, q = (
+                process(model.logits(x[here]), Sampling(temp=temp), vocabulary=vocabulary) for x in (hidden, drafted)
+            )
+            found += accepted(p, q, seeds, max(2, text.first) + start)
+        total += len(hidden)
+    return Acceptance(total, *map(float, found / max(1, total)))
+
+
+def accepted(p: mx.array, q: mx.array, seeds: Sequence[int], place: int) -> tuple[float, float, float]:
+    """Of the rows of two log-probabilities (N, V) how many each rule accepts: greedy, coupled, classical.
+
+    place: the position of the first row's token, on which the noise depends.
+    """
+    return _same(p, q), coupled(p, q, seeds, place), mx.minimum(mx.exp(p), mx.exp(q)).sum().item()
+
+
+def _same(p: mx.array, q: mx.array) -> int:
+    return (mx.argmax(p, axis=-1) == mx.argmax(q, axis=-1)).sum().item()
+
+
+def coupled(p: mx.array, q: mx.array, seeds: Sequence[int], place: int) -> float:
+    """How many rows of the log-probabilities (N, V) draw the same token of both, a mean over the seeds."""
+    N, V = p.shape
+    equal = 0
+    for seed in seeds:
+        gumbel = mx.stack([noise(V, seed, place + i) for i in range(N)])
+        equal += _same(p + gumbel, q + gumbel)
+    return equal / len(seeds)
