@@ -1,4 +1,4 @@
-"""The CUDA programs that MLX would compile on an NVIDIA GPU, on any machine, and nvcc to compile them with.
+"""The CUDA programs that MLX would compile on an NVIDIA GPU, on any machine: nvcc compiles, the emulator runs them.
 
 MLX writes a program of a kernel's definition and arguments (mlx/backend/cuda/custom_kernel.cpp): `program` writes the
 same, but for MLX's own header, of which the kernels use nothing.
@@ -9,15 +9,18 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import mlx.core as mx
-from kernels.emulator import forget_kernels
+from kernels.capture import Buffer, Launch, Parameter
+from kernels.emulator import array_of, bytes_of, forget_kernels
+from kernels.emulator.build import compiled, threadgroup_variables
+from kernels.emulator.run import run
 
-from mlx_qwen35.backend import CUDA, assume
+from mlx_qwen35.backend import CPU, CUDA, Backend, assume
 
 TYPES = {
     mx.float32: "float", mx.float16: "__half", mx.bfloat16: "__nv_bfloat16", mx.int32: "int32_t", mx.uint32: "uint32_t",
@@ -34,6 +37,7 @@ class Program:
     name: str
     header: str
     function: str
+    parameters: tuple[tuple[str, str], ...]  # type and name of each, outputs last
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
 
@@ -50,22 +54,60 @@ class Resources:
 @contextlib.contextmanager
 def recorded() -> Iterator[dict[str, Program]]:
     """Within, the backend is CUDA, and launches give zeros; the programs, by name."""
+
+    def zeros(_: Program, inputs: Sequence[mx.array], outputs: Sequence[tuple]) -> list[mx.array]:
+        return [mx.zeros(*output) for output in outputs]
+
+    with _standing_in(zeros, CUDA) as programs:
+        yield programs
+
+
+@contextlib.contextmanager
+def emulated() -> Iterator[dict[str, Program]]:
+    """Within, the emulator runs what an NVIDIA GPU would; the programs, by name."""
+    with _standing_in(emulate, replace(CPU, kernel_language="cuda")) as programs:
+        yield programs
+
+
+@contextlib.contextmanager
+def _standing_in(launch: Callable[..., list[mx.array]], backend: Backend) -> Iterator[dict[str, Program]]:
     programs: dict[str, Program] = {}
 
     def cuda_kernel(**definition: Any) -> Callable[..., list[mx.array]]:
         def call(**arguments: Any) -> list[mx.array]:
             made = program(definition, **arguments)
             assert programs.setdefault(made.name, made).function == made.function, f"two programs named {made.name}"
-            return [mx.zeros(*out) for out in zip(arguments["output_shapes"], arguments["output_dtypes"], strict=True)]
+            outputs = list(zip(arguments["output_shapes"], arguments["output_dtypes"], strict=True))
+            return launch(made, arguments["inputs"], outputs)
 
         return call
 
     forget_kernels()
     try:
-        with mock.patch.object(mx.fast, "cuda_kernel", cuda_kernel), assume(CUDA):
+        with mock.patch.object(mx.fast, "cuda_kernel", cuda_kernel), assume(backend):
             yield programs
     finally:
         forget_kernels()
+
+
+def emulate(program: Program, inputs: Sequence[mx.array], outputs: Sequence[tuple]) -> list[mx.array]:
+    """Run a program's header and function as C++ on the emulator's runtime, see emulator/cuda.h."""
+    types, names = zip(*program.parameters, strict=True)
+    body = threadgroup_variables(program.function.replace("__shared__", "threadgroup"))
+    arguments = ", ".join(f"({kind})buffers[{i}]" for i, kind in enumerate(types))
+    text = (
+        f'#include "cuda.h"\n{program.header}\nnamespace mlx::core::cu {{\n{body}}}\n'
+        'extern "C" void emu_kernel(void** buffers, const emu_Attributes*) {\n'
+        f"  mlx::core::cu::{program.name}({arguments});\n}}\n"
+    )
+    shapes = [(array.shape, array.dtype) for array in inputs] + list(outputs)
+    buffers = [Buffer(name, "device", *shape, name) for name, shape in zip(names, shapes, strict=True)]
+    parameters = tuple(Parameter(name, "buffer", kind, name) for kind, name in program.parameters)
+    reads, writes = tuple(buffers[: len(inputs)]), tuple(buffers[len(inputs) :])
+    launch = Launch(program.name, "", (), text, program.grid, program.block, parameters, reads, writes, True)
+    results, report = run(compiled(text), launch, [bytes_of(array) for array in inputs])
+    assert not report.faults, report.faults
+    return [array_of(data, *output) for data, output in zip(results, outputs, strict=True)]
 
 
 def program(
@@ -80,14 +122,15 @@ def program(
     """What MLX makes of a kernel's definition and a call."""
     name = "_".join([definition["name"], *(_tag(value) for _, value in template)])
     reads = zip(definition["input_names"], inputs, strict=True)
-    parameters = [f"const {TYPES[array.dtype]}* {each}" for each, array in reads]
+    parameters = [(f"const {TYPES[array.dtype]}*", each) for each, array in reads]
     writes = zip(definition["output_names"], output_dtypes, strict=True)
-    parameters += [f"{TYPES[dtype]}* {each}" for each, dtype in writes]
+    parameters += [(f"{TYPES[dtype]}*", each) for each, dtype in writes]
     constants = "".join(f"  {_constant(*item)};\n" for item in template)
-    function = f"__global__ void {name}({', '.join(parameters)}) {{\n{constants}{definition['source']}\n}}\n"
+    signature = ", ".join(map(" ".join, parameters))
+    function = f"__global__ void {name}({signature}) {{\n{constants}{definition['source']}\n}}\n"
     assert len(output_shapes) == len(output_dtypes)
     assert all(g % t == 0 for g, t in zip(grid, threadgroup, strict=True)), "CUDA would start threads beyond the grid"
-    return Program(name, definition["header"], function, grid, threadgroup)
+    return Program(name, definition["header"], function, tuple(parameters), grid, threadgroup)
 
 
 def _tag(value: Any) -> str:

@@ -1,6 +1,5 @@
-"""The kernels as CUDA: every instantiation compiles where there is nvcc, and agrees where there is an NVIDIA GPU.
-
-nvcc needs no GPU. What it cannot tell is what the kernels compute; test_on_a_mac.py, which runs on any GPU, tells that.
+"""The kernels as CUDA: each instantiation compiles where there is nvcc, and each kernel gives the bits that it gives as
+Metal, both by the emulator. What a GPU makes of it is seen on one: here, and in test_on_a_mac.py, which runs on any.
 """
 
 import itertools
@@ -10,12 +9,14 @@ from unittest import mock
 import mlx.core as mx
 import pytest
 from kernels import cuda, delta_cases, norm_cases, rotary_cases
+from kernels.emulator import emulated, missing
 
 from mlx_qwen35.backend import CUDA, assume
 from mlx_qwen35.kernels import add_norm, fused, fused_delta, norm_rotary
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 nvcc = pytest.mark.skipif(bool(cuda.missing()), reason=cuda.missing())
+emulation = pytest.mark.skipif(bool(missing()), reason=missing())
 
 
 def gated_delta(heads: fused_delta.Heads) -> None:
@@ -37,7 +38,7 @@ def norm_rotaries(sizes: norm_rotary.Geometry) -> None:
 LAUNCHES = {
     "gated_delta of the 4B": (gated_delta, delta_cases.WHOLE, 18),
     "gated_delta, tokens at no multiple of 4 numbers": (gated_delta, delta_cases.ODD, 18),
-    "gated_delta of few heads": (gated_delta, delta_cases.DIFFERENT, 18),
+    "gated_delta of heads of other sizes": (gated_delta, delta_cases.DIFFERENT, 18),
     "add_norm of the 4B": (add_norms, norm_cases.WHOLE, 3),
     "add_norm of a width that is no multiple": (add_norms, 136, 3),
     "norm_rotary of the 4B": (norm_rotaries, rotary_cases.WHOLE, 3),
@@ -54,7 +55,10 @@ def programs(case: str) -> list[cuda.Program]:
 
 
 @nvcc
-@pytest.mark.parametrize("case", LAUNCHES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.full) if case.endswith("other sizes") else case for case in LAUNCHES],
+)
 def test_every_instantiation_compiles_and_a_block_of_it_fits(case, tmp_path):
     made = programs(case)
     used = cuda.compile_programs(made, tmp_path)
@@ -85,6 +89,79 @@ def test_a_header_that_lacks_something_does_not_compile(mutant, tmp_path):
         made = programs("gated_delta, tokens at no multiple of 4 numbers")
     with pytest.raises(RuntimeError, match="error"):
         cuda.compile_programs(made[:1], tmp_path)
+
+
+# --- what the programs compute, by the emulator -----------------------------------------------------------------------
+
+
+def delta_answers(T: int, dtype: mx.Dtype) -> list[mx.array]:
+    """Of rows of different lengths, b and a beside the rest and apart, and of each token."""
+    given, lengths = delta_cases.case(delta_cases.ODD, T, dtype, B=2), [T, T // 2]
+    calls = ((False, False), (True, False), (False, True))
+    return [array for apart, each in calls for array in given.launch(lengths, apart, snapshots=each)]
+
+
+ANSWERS = {
+    "gated_delta, one token": lambda dtype: delta_answers(1, dtype),
+    "gated_delta, several": lambda dtype: delta_answers(19, dtype),
+    "add_norm": lambda dtype: add_norm.fused_add_norm(*norm_cases.case((2, 3, 136), dtype)),
+    "norm_rotary": lambda dtype: rotary_cases.case(rotary_cases.ODD, 3, dtype, B=2).launch(),
+}
+
+
+def differing(kernel: str, dtype: mx.Dtype) -> bool:
+    """Whether the text as CUDA and the text as Metal give other bits, on the same compiler and arithmetic."""
+    with emulated():
+        metal = list(ANSWERS[kernel](dtype))
+        mx.eval(metal)
+    with cuda.emulated() as ran:
+        ours = list(ANSWERS[kernel](dtype))
+    assert ran
+    return not delta_cases.same(ours, metal)
+
+
+@emulation
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", ANSWERS)
+def test_as_cuda_a_kernel_computes_the_same_bits_as_as_metal(kernel, dtype):
+    assert not differing(kernel, dtype)
+
+
+WRONG = {
+    "exp": ("return ::expf(x);", "return ::expf(-x);"),
+    "the exp of a vector": ("::expf(v.y)", "::expf(v.x)"),
+    "log": ("return ::logf(x);", "return ::logf(x) + 1.0f;"),
+    "rsqrt": ("return ::rsqrtf(x);", "return 1.0f / x;"),
+    "fma": ("return ::fmaf(a, b, c);", "return ::fmaf(a, b, -c);"),
+    "the fma of a vector": ("::fmaf(a.z, b.z, c.z)", "::fmaf(a.z, b.z, c.y)"),
+    "min": ("return b < a ? b : a;", "return a;"),
+    "max": ("return a < b ? b : a;", "return a;"),
+    "a product of vectors": ("a.w * b.w}", "a.w * b.z}"),
+    "a product of a vector and a number": ("a.x * b, a.y * b", "a.x * b, a.y + b"),
+    "a quotient": ("a.x / b.x", "a.x * b.x"),
+    "minus": ("return {-a.x", "return {a.x"),
+    "a sum": ("return {a + b.x", "return {a - b.x"),
+    "conversion": ("T(float(o.x)), T(float(o.y))", "T(float(o.y)), T(float(o.x))"),
+    "shuffle": ("0xffffffffu, x, mask", "0xffffffffu, x, mask / 2"),
+    "the position in the threadgroup": ("return {threadIdx.x,", "return {threadIdx.y,"),
+    "the threadgroup's position": ("blockIdx.x, blockIdx.y, blockIdx.z", "blockIdx.x, blockIdx.z, blockIdx.y"),
+}
+
+
+@emulation
+@pytest.mark.parametrize("fault", [name if name in ("exp", "shuffle") else pytest.param(name, marks=pytest.mark.full)
+                                   for name in WRONG])  # fmt: skip
+def test_a_header_that_means_something_else_gives_other_bits(fault):
+    right, wrong = WRONG[fault]
+    real = fused.source
+    header = real("metal", "cuh")
+    assert header.count(right) == 1
+    broken = header.replace(right, wrong)
+    with mock.patch.object(fused, "source", lambda name, kind="metal": broken if kind == "cuh" else real(name)):
+        assert differing("gated_delta, several", mx.float16)
+
+
+# --- how MLX is asked -------------------------------------------------------------------------------------------------
 
 
 def test_arrays_of_a_threadgroup_are_shared_and_loops_stay_unrolled():
@@ -121,6 +198,9 @@ def test_a_compiler_that_refuses_costs_a_warning_and_no_answer():
         out = add_norm.add_norm(*given)
     add_norm.verdict.cache_clear()
     assert not norm_cases.differences(out, add_norm.plain_add_norm(*given))
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.cuda

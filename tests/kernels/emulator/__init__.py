@@ -105,17 +105,17 @@ def _call(
     recording = record(trace, *(mx.zeros(x.shape, x.dtype) for x in given))
     (launch,) = recording.launches
     values = recording.constants | dict(zip(recording.arguments, given, strict=True))
-    contents = [_bytes(values[buffer.key]) for buffer in launch.inputs]
+    contents = [bytes_of(values[buffer.key]) for buffer in launch.inputs]
     outputs, launch_report = run(library(launch, police), launch, contents, order, police, init_value)
     report.launches.append(launch_report)
     if launch_report.faults and not police:
         raise KernelFault("\n".join(map(str, launch_report.faults)))
-    return [_array(data, b.shape, b.dtype) for data, b in zip(outputs, launch.outputs, strict=True)]
+    return [array_of(data, b.shape, b.dtype) for data, b in zip(outputs, launch.outputs, strict=True)]
 
 
-def _bytes(array: mx.array) -> np.ndarray:
+def bytes_of(array: mx.array) -> np.ndarray:
     return np.array(mx.contiguous(array).reshape(-1).view(mx.uint8))
 
 
-def _array(data: np.ndarray, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+def array_of(data: np.ndarray, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     return mx.array(data).view(dtype).reshape(shape)

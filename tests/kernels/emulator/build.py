@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -50,12 +51,16 @@ def missing() -> str:
 
 def library(launch: Launch, police: bool = False) -> Path:
     """The shared library that runs a launch. The text is checked with real address spaces first (CompileError)."""
-    text = translate(launch)
+    return compiled(translate(launch), police, CHECK)
+
+
+def compiled(text: str, police: bool = False, check: Sequence[str] = ()) -> Path:
+    """The shared library of a C++ text that defines emu_kernel. check: options of a compilation before, if any."""
     folder = libraries()
-    target = folder / f"{_hash(text, _headers(), CHECK, RUN, POLICE, police)}.so"
+    target = folder / f"{_hash(text, _headers(), check, RUN, POLICE, police)}.so"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            _compile(text, police, Path(scratch)).rename(target)
+            _compile(text, police, check, Path(scratch)).rename(target)
     return target
 
 
@@ -86,10 +91,11 @@ def cache_folder() -> Path:
     return folder
 
 
-def _compile(text: str, police: bool, folder: Path) -> Path:
+def _compile(text: str, police: bool, check: Sequence[str], folder: Path) -> Path:
     """Check and compile a translated kernel in a folder -> the library there."""
     (folder / "kernel.cpp").write_text(text)
-    builds = [[*CHECK, "-o", "check.o"], [*RUN, *(POLICE if police else []), "-o", "kernel.o"]]
+    builds = [[*check, "-o", "check.o"]] if check else []
+    builds.append([*RUN, *(POLICE if police else []), "-o", "kernel.o"])
     with ThreadPoolExecutor(len(builds)) as pool:
         list(pool.map(lambda build: _compiler(folder, "kernel.cpp", *build), builds))
     _compiler(folder, "-shared", "-nostdlib++", "kernel.o", *map(_runtime, RUNTIME), "-o", "kernel.so")
@@ -124,7 +130,7 @@ def translate(launch: Launch) -> str:
     body = re.sub(rf"\bstatic_cast<(vec<[^<>;]*>|{VECTOR})>\s*\(", r"\1(", body)
     body = re.sub(rf"\b(?:packed_)?{VECTOR}\s*\(", r"emu_vec<\1, \2>::make(", body)
     body = re.sub(r"\bvec<([^<>;]*)>\s*\(", r"emu_vec<\1>::make(", body)
-    body = _threadgroup_variables(body)
+    body = threadgroup_variables(body)
     arguments = ", ".join(_argument(launch, i) for i in range(len(launch.parameters)))
     return f"""#include "metal.h"
 #line 1 "{launch.name[:60]}.metal"
@@ -147,7 +153,7 @@ def _argument(launch: Launch, index: int) -> str:
     return f"uint3{{{value}.x, {value}.y, {value}.z}}" if parameter.type == "uint3" else value
 
 
-def _threadgroup_variables(body: str) -> str:
+def threadgroup_variables(body: str) -> str:
     """`threadgroup float a[4], b[2][3];` -> one EMU_THREADGROUP for each name."""
     sites = iter(range(256))
 
