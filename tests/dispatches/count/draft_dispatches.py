@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from dispatches import AROUND, OURS, count, recorded
-from draft_step import DRAFT_LOGITS, HEAD, LOGITS, ROWS, SAMPLING, SETTLING, parts
-
 from mlx_qwen35.commands.table import align
 from mlx_qwen35.engine.drafts.speculate import MOST_DEPTH
+
+from .dispatches import AROUND, OURS, count, recorded
+from .draft_step import DRAFT_LOGITS, HEAD, LOGITS, ROWS, SAMPLING, SETTLING, parts
 
 _MEANING = {
     HEAD: "the pairs that wait are joined, embedded and read, and the drafts' tokens joined",
