@@ -27,7 +27,7 @@ LANES = 64  # the groups of a block are a multiple of this: numpy sums a single 
 _ENDS = {2: (0.55, 0.25), 3: (0.45, 0.3), 4: (0.3, 0.3), 5: (0.1, 0.4), 6: (-0.2, 0.55), 8: (-0.4, 0.6)}
 # Scale codes tried for a group of an fp mode, counted from mx.quantize's own, which comes first: it stays where none is
 # better. Larger scales of mxfp4 and other scales of mxfp8 were never better.
-_OFFSETS = {"mxfp4": (0, -1), "mxfp8": (0,), "nvfp4": (0, -2, -1, 1, 2, 3, 4, 5, 6)}
+OFFSETS = {"mxfp4": (0, -1), "mxfp8": (0,), "nvfp4": (0, -2, -1, 1, 2, 3, 4, 5, 6)}
 
 _HALF = np.float32(0.5)  # twice the largest float32 has none: ranges are taken in halves
 _LEAST_SPAN = np.float32(1e-24)  # nothing is searched below; mx.quantize takes ranges below 1e-7 for none
@@ -258,7 +258,7 @@ class _Floating:
 
     def __init__(self, how: Quantization, width: int):
         self.format, self.sign = (_E4M3, 7) if how.bits == 8 else (_E2M1, 3)
-        self.mode, self.offsets = how.mode, np.array(_OFFSETS[how.mode])[:, None]
+        self.mode, self.offsets = how.mode, np.array(OFFSETS[how.mode])[:, None]
         self.scaled, self.rounded, self.work = np.empty((3, how.group_size, width), np.float32)
 
     def __call__(self, values: np.ndarray, shares: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

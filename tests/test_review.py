@@ -1,22 +1,21 @@
 """Faults that a review found by using the commands: each stays mended."""
 
 import json
-from functools import partial
 from xml.etree import ElementTree
 
 import mlx.core as mx
 import pytest
 from refusing import refused
+from watching import when_shown
 
 from mlx_qwen35 import load
 from mlx_qwen35.budget.plan import SHORT, plan_memory, this_machine
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.hub import resolve
-from mlx_qwen35.commands.common import as_command
 from mlx_qwen35.convert import convert, target
 from mlx_qwen35.convert import journal as journals
 from mlx_qwen35.convert.card import plot
-from mlx_qwen35.doctor import command, main
+from mlx_qwen35.doctor import main
 from mlx_qwen35.doctor.plan import plans
 from mlx_qwen35.machine import memory
 
@@ -24,8 +23,6 @@ from mlx_qwen35.machine import memory
 @pytest.fixture
 def doctor(capsys, monkeypatch):
     """Runs the command without its half minute: (status, stdout, stderr)."""
-    monkeypatch.setattr(command, "as_command", partial(as_command, tuned=False))
-
     def run(*arguments):
         status = 0
         try:
@@ -44,7 +41,7 @@ def doctor(capsys, monkeypatch):
 
 def test_text_too_short_to_evaluate_on_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("")
-    monkeypatch.setattr("mlx_qwen35.convert.write", lambda *_, **__: pytest.fail("weights were written"))
+    monkeypatch.setattr("os.pwrite", lambda *_, **__: pytest.fail("weights were written"))
     with refused("text_too_short", "2"):
         convert("nano", tmp_path / "out", recipe="4bit", evaluation=tmp_path / "text.txt")
 
@@ -53,13 +50,13 @@ def test_conversion_killed_in_the_evaluation_is_resumed_without_writing_the_weig
     class Killed(BaseException):
         pass
 
-    def killed(*_):
+    def killed():
         raise Killed
 
     (tmp_path / "text.txt").write_text("What is 34 + 58?")
     options = {"recipe": "4bit", "evaluation": tmp_path / "text.txt"}
     with monkeypatch.context() as patched:
-        patched.setattr("mlx_qwen35.convert.evaluate", killed)
+        when_shown("evaluating", killed, patched)
         patched.setattr(target, "remove", lambda *_: None)  # a killed process tidies nothing
         with pytest.raises(Killed):
             convert("nano", tmp_path / "out", **options)

@@ -1,13 +1,16 @@
 """The conversion with every option of plan, target and writing, as the tests of these call it."""
 
+import ctypes
 import json
 import shutil
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
 from mlx_qwen35.checkpoint.checkpoint import hugging_face_name, is_zero_centred
 from mlx_qwen35.convert.card import CARD, PLOT, QUALITY
@@ -22,6 +25,11 @@ def converted(source: Path, target: Path, *, resume: bool = False, verify: bool 
     with appearing_whole(target, False, resume) as folder:
         check_space(plan.nbytes, target)
         return write(plan, folder, verify=verify)
+
+
+def cannot_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system has no call that exchanges two names."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace())
 
 
 def nearest(source: Path, target: Path, **options: Any) -> Path:

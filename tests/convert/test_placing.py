@@ -8,10 +8,10 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from converting import cannot_exchange
 from refusing import refused
 
 from mlx_qwen35.convert import convert
-from mlx_qwen35.convert import target as placing
 from mlx_qwen35.convert.exchange import exchange
 from mlx_qwen35.convert.target import appearing_whole, target_path, written
 
@@ -67,7 +67,7 @@ def test_a_replacement_killed_at_any_step_leaves_one_whole_folder_and_is_recover
     tmp_path, monkeypatch, one_step, exhaustive
 ):
     if not one_step:
-        monkeypatch.setattr(placing, "exchange", lambda *_: False)
+        cannot_exchange(monkeypatch)
     act, seen, tried = 0, set(), Random(7)
     while True:
         act += 1 if exhaustive else tried.randrange(1, 5)
@@ -108,7 +108,7 @@ def test_two_renames_of_which_the_second_fails_put_the_old_folder_back(tmp_path,
             raise OSError("no more renames")
         rename(source, to)
 
-    monkeypatch.setattr(placing, "exchange", lambda *_: False)
+    cannot_exchange(monkeypatch)
     monkeypatch.setattr(os, "rename", fail)
     with refused("output_unwritable", "no more renames"):
         replace(tmp_path / "out", "new")

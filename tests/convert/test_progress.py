@@ -2,6 +2,7 @@
 
 import pytest
 from converting import converted
+from watching import when_shown
 
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.convert import sensitivity as measuring
@@ -46,8 +47,7 @@ def test_what_is_resumed_is_compared_with_a_bar(raw, tmp_path, capfd):
     assert ends(capfd.readouterr().err, "comparing")
 
 
-def test_a_cap_that_nothing_fits_under_is_refused_before_anything_is_measured(text, capfd, monkeypatch):
-    monkeypatch.setattr(measuring, "make_batches", lambda *_: pytest.fail("measured"))
+def test_a_cap_that_nothing_fits_under_is_refused_before_anything_is_measured(text, capfd):
     with pytest.raises(SystemExit) as stop:
         main(["--hf-path", "nano", "--sensitivity", str(text), "--cap", "0.001"])
     err = capfd.readouterr().err
@@ -64,22 +64,16 @@ def test_a_place_where_no_recipe_can_be_saved_is_refused_before_anything_is_meas
 
 
 @pytest.mark.full
-def test_what_was_measured_is_printed_though_the_recipe_cannot_be_saved(text, tmp_path, capfd, monkeypatch):
+def test_what_was_measured_is_printed_though_the_recipe_cannot_be_saved(text, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "gone"
     folder.mkdir()
-    measure = measuring.sensitivity
-
-    def then_gone(*rest):
-        rows = measure(*rest)
-        folder.rmdir()
-        return rows
-
-    monkeypatch.setattr("mlx_qwen35.convert.__main__.sensitivity", then_gone)
+    drawn = []
+    err = when_shown("measuring", lambda: drawn or drawn.append(folder.rmdir()), monkeypatch)
     with pytest.raises(SystemExit):
         main(["--hf-path", "nano", "--sensitivity", str(text), "--cap", "1", "--save-recipe", str(folder / "r.json")])
-    out, err = capfd.readouterr()
-    assert "| DeltaNet out |" in out and "proposed: " in out and "[output_unwritable]" in err
-    assert ends(err, "measuring")
+    out = capsys.readouterr().out
+    assert "| DeltaNet out |" in out and "proposed: " in out and "[output_unwritable]" in err.getvalue()
+    assert ends(err.getvalue(), "measuring")
 
 
 def test_a_recipe_is_written_whole_beside_what_its_name_links_to(tmp_path):

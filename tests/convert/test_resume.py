@@ -1,9 +1,9 @@
 """A killed conversion goes on, and its bytes are those of one that was not disturbed."""
 
-import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -23,17 +23,17 @@ OPTIONS = {"quantize": True, "rounding": "nearest"}
 CHUNK, BATCH = 30_000, 200_000
 # Chunks take a while, so that a kill finds some written, some noted and some neither.
 CONVERT = """
-import json, sys, time
+import json, os, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from converting import converted
 from mlx_qwen35.convert import stream
 stream.CHUNK_BYTES, stream.BATCH_BYTES = json.loads(sys.argv[4])
-plain = stream._carry_out
-def slow(*rest):
-    time.sleep(0.003)
-    return plain(*rest)
-stream._carry_out = slow
+write = os.pwrite
+def slow(*given):
+    time.sleep(0.001)
+    return write(*given)
+os.pwrite = slow
 report = converted(Path(sys.argv[2]), Path(sys.argv[3]), resume=True, **json.loads(sys.argv[5]))
 print(json.dumps({name: [error.relative, error.largest] for name, error in report.errors.items()}))
 """
@@ -97,11 +97,18 @@ def test_run_killed_at_random_moments_ends_with_the_bytes_of_an_undisturbed_one(
 
 
 def test_resumed_run_writes_only_what_is_not_noted(raw, tmp_path, broken_off, monkeypatch):
-    before, carried = noted(broken_off), []
-    plain = stream._carry_out
-    monkeypatch.setattr(stream, "_carry_out", lambda chunk, *rest: (carried.append(chunk), plain(chunk, *rest))[1])
-    converted(raw, tmp_path / "out", resume=True, **OPTIONS)
-    assert len(carried) == len(stream._chunks(make_plan(raw, **OPTIONS))) - before
+    lines = [json.loads(line) for line in (broken_off / JOURNAL).read_text().splitlines()]
+    there = sum(len(line["checksums"]) for line in lines if "chunk" in line)  # one for each part of a chunk
+    write, counts = os.pwrite, {"whole": 0, "out": 0}
+    for name in counts:
+
+        def counted(*given, name=name):
+            counts[name] += 1
+            return write(*given)
+
+        monkeypatch.setattr(os, "pwrite", counted)
+        converted(raw, tmp_path / name, resume=True, **OPTIONS)
+    assert counts["whole"] - counts["out"] == there >= 100
     assert not (tmp_path / "out" / JOURNAL).exists()
 
 
@@ -146,8 +153,9 @@ def test_changed_source_is_refused(tmp_path, small):
     assert noted(work) >= 20
 
 
-def test_other_version_is_refused_by_its_number(raw, tmp_path, broken_off, monkeypatch):
-    monkeypatch.setattr("mlx_qwen35.convert.journal.version", lambda name: "9.9")
+def test_other_version_is_refused_by_its_number(raw, tmp_path, broken_off):
+    identity, *lines = (broken_off / JOURNAL).read_text().splitlines(keepends=True)
+    (broken_off / JOURNAL).write_text("".join([re.sub(r"mlx-qwen35 [^,]+", "mlx-qwen35 9.9", identity), *lines]))
     with refused("resume_differs", "mlx-qwen35", "9.9"):
         converted(raw, tmp_path / "out", resume=True, **OPTIONS)
 
@@ -189,15 +197,31 @@ def test_a_journal_without_a_whole_line_has_nothing_to_resume_which_is_told(raw,
 
 
 def test_line_is_written_after_the_data_is_on_disk(raw, tmp_path, small, monkeypatch):
-    events, write, sync, note = [], stream._write_at, os.fsync, stream.Journal.append
+    monkeypatch.setattr(stream, "THREADS", 1)  # chunks are written in order
+    write, sync, note = os.pwrite, os.fsync, Journal.append
+    written, synced, noted, kept = 0, 0, 0, []
 
-    def seen(name, function):
-        return lambda *rest: (events.append(name), function(*rest))[1]
+    def written_too(*given):
+        nonlocal written
+        count = write(*given)
+        written += 1
+        return count
 
-    monkeypatch.setattr(stream, "_each", lambda chunks, function: ((chunk, function(chunk)) for chunk in chunks))
-    monkeypatch.setattr(stream, "_write_at", seen("data", write))
-    monkeypatch.setattr(stream.os, "fsync", seen("disk", sync))
-    monkeypatch.setattr(stream.Journal, "append", seen("line", note))
-    converted(raw, tmp_path / "out", verify=False)
-    assert events.count("line") > 20
-    assert {before for before, event in itertools.pairwise(events) if event == "line"} == {"disk"}
+    def synced_too(*given):
+        nonlocal synced
+        before = written
+        sync(*given)
+        synced = before
+
+    def noted_too(journal, done):
+        nonlocal noted
+        noted += sum(len(chunk.checksums) for chunk in done.values())
+        kept.append(1 + noted <= synced)  # the header, and each part of a chunk
+        note(journal, done)
+
+    monkeypatch.setattr(os, "pwrite", written_too)
+    monkeypatch.setattr(os, "fsync", synced_too)
+    monkeypatch.setattr(Journal, "append", noted_too)
+    converted(raw, tmp_path / "out", **OPTIONS)
+    assert len(kept) > 20 and all(kept)
+    assert 1 + noted == written

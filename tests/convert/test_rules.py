@@ -1,6 +1,7 @@
 """Each rule of source and options: what is refused, with which code, and that nothing is written."""
 
 import json
+import os
 import shutil
 
 import mlx.core as mx
@@ -11,7 +12,6 @@ from converting import mlx_layout
 
 from mlx_qwen35.checkpoint.random import _random_tensor, geometry, write_random_checkpoint
 from mlx_qwen35.convert import convert, stream
-from mlx_qwen35.convert import source as rows
 
 DOWN = "model.language_model.layers.1.mlp.down_proj.weight"
 
@@ -143,6 +143,6 @@ def test_weights_of_another_dtype_are_named(refused, tmp_path):
 
 def test_source_that_shrinks_while_it_is_read_is_refused(refused, tmp_path, monkeypatch):
     source = write_random_checkpoint(tmp_path / "raw", geometry("tiny"))
-    read = rows.os.pread
-    monkeypatch.setattr(rows.os, "pread", lambda *where: read(*where)[:-1])
+    read = os.pread
+    monkeypatch.setattr(os, "pread", lambda *where: read(*where)[:-1])
     refused(source, "source_changed")

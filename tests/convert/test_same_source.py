@@ -109,7 +109,7 @@ def test_chunks_whose_file_was_gone_are_forgotten_for_good(begun, master, tmp_pa
         def interrupt(*_):
             raise KeyboardInterrupt
 
-        patched.setattr(stream, "convert_rows", interrupt)
+        patched.setattr(os, "pread", interrupt)
         stream.write(make_plan(source, **OPTIONS), work)
     assert '"chunk"' not in (work / JOURNAL).read_text()
 

@@ -9,24 +9,25 @@ import time
 from collections import namedtuple
 
 import pytest
+from converting import cannot_exchange
 from refusing import refused
+from watching import when_shown
 
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
-from mlx_qwen35.convert import convert, stream, target
+from mlx_qwen35.convert import convert, target
 from mlx_qwen35.convert.journal import JOURNAL
-from mlx_qwen35.errors import InputError
 
 Usage = namedtuple("Usage", "total used free")  # what shutil.disk_usage returns
 
 SLOW = """
-import sys, time
-from mlx_qwen35.convert import __main__ as command, stream
-plain = stream._carry_out
-def slow(chunk, *rest):
+import os, sys, time
+from mlx_qwen35.convert import __main__ as command
+write = os.pwrite
+def slow(*given):
     time.sleep(0.05)
-    return plain(chunk, *rest)
-stream._carry_out = slow
+    return write(*given)
+os.pwrite = slow
 sys.argv = ["convert", "--hf-path", sys.argv[1], "--mlx-path", sys.argv[2], *sys.argv[3:]]
 command.main()
 """
@@ -78,10 +79,15 @@ def test_interrupted_command_leaves_nothing(raw, tmp_path):
 
 
 def test_keyboard_interrupt_of_the_function_leaves_nothing(raw, tmp_path, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
+    write, left = os.pwrite, list(range(10))
 
-    monkeypatch.setattr(stream, "convert_rows", interrupt)
+    def interrupt(*given):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return write(*given)
+
+    monkeypatch.setattr(os, "pwrite", interrupt)
     with pytest.raises(KeyboardInterrupt):
         convert(raw, tmp_path / "here" / "out", quantize=True)
     assert not any((tmp_path / "here").iterdir())
@@ -113,8 +119,8 @@ def test_rename_that_fails_puts_the_old_checkpoint_back(raw, tmp_path, finished,
             raise OSError("no more renames")
         rename(source, to)
 
-    monkeypatch.setattr(target, "exchange", lambda *_: False)
-    monkeypatch.setattr(target.os, "rename", fail_once)
+    cannot_exchange(monkeypatch)
+    monkeypatch.setattr(os, "rename", fail_once)
     with refused("output_unwritable"):
         convert(raw, out, quantize=True, overwrite=True)
     assert contents(out) == finished
@@ -122,16 +128,11 @@ def test_rename_that_fails_puts_the_old_checkpoint_back(raw, tmp_path, finished,
 
 
 def test_configuration_is_written_after_the_weights_were_checked(raw, tmp_path, monkeypatch):
-    seen = []
-
-    def look(*_):
-        seen.append(sorted(path.suffix for path in (tmp_path / ".out.converting").iterdir()))
-        raise InputError("output_differs", "not the same")
-
-    monkeypatch.setattr(stream, "check_file", look)
-    with refused("output_differs"):
-        convert(raw, tmp_path / "out")
-    assert seen == [[".jsonl", ".safetensors"]]
+    work, seen = tmp_path / ".out.converting", []
+    when_shown("reading again", lambda: seen.append({path.suffix for path in work.iterdir()}), monkeypatch)
+    convert(raw, tmp_path / "out")
+    assert len(seen) > 1  # at the beginning and, when all was checked, at the end
+    assert all(suffixes == {".jsonl", ".safetensors"} for suffixes in seen)
 
 
 def test_second_conversion_to_the_same_target_waits_for_the_first(raw, tmp_path):
@@ -174,7 +175,7 @@ def test_failed_replacement_keeps_the_old_checkpoint(raw, tmp_path, finished, mo
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(stream, "_write_at", fail)
+    monkeypatch.setattr(os, "pwrite", fail)
     with refused("output_unwritable"):
         convert(raw, out, quantize=True, overwrite=True)
     assert contents(out) == finished

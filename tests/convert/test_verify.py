@@ -14,6 +14,7 @@ from refusing import refused
 from mlx_qwen35.checkpoint.checkpoint import Quantization, hugging_face_name, open_checkpoint
 from mlx_qwen35.checkpoint.random import _random_tensor, geometry, write_random_checkpoint
 from mlx_qwen35.convert import stream, verify
+from mlx_qwen35.convert.journal import Journal
 from mlx_qwen35.convert.rounding import quantize
 
 LAYER = "model.language_model.layers.0."
@@ -85,11 +86,12 @@ def test_search_is_weighted_by_the_statistics_of_the_tensor(raw, tmp_path, monke
     assert changed and all(name.startswith(DOWN.removesuffix("weight")) for name in changed)
 
 
-def test_without_verification_nothing_is_measured_and_the_bytes_are_the_same(raw, tmp_path, monkeypatch):
+def test_without_verification_nothing_is_measured_and_the_bytes_are_the_same(raw, tmp_path, capfd):
     converted(raw, tmp_path / "checked", quantize=True)
-    monkeypatch.delattr(stream, "check_file")
+    assert "reading again" in capfd.readouterr().err
     report = converted(raw, tmp_path / "out", quantize=True, verify=False)
     assert report.errors == report.sha256 == {}
+    assert "reading again" not in capfd.readouterr().err
     assert files_of(tmp_path / "out") == files_of(tmp_path / "checked")
 
 
@@ -103,20 +105,21 @@ def test_report_has_the_hashes_of_all_files(raw, tmp_path):
 
 @pytest.mark.parametrize("position", [40, 5_000_000, -1], ids=["header", "middle", "end"])
 def test_damaged_byte_is_found_and_the_folder_does_not_appear(raw, tmp_path, monkeypatch, position):
-    plain, names = stream.check_file, []
+    converted(raw, tmp_path / "whole")
+    (file,) = (tmp_path / "whole").glob("*.safetensors")
+    place, write, damaged = position % file.stat().st_size, os.pwrite, []
 
-    def damage(file, pieces, *told):
-        if file.suffix == ".safetensors":
-            data = bytearray(file.read_bytes())
-            data[position] ^= 1
-            file.write_bytes(data)
-            names.append(file.name)
-        return plain(file, pieces, *told)
+    def damage(file, data, start):
+        if start <= place < start + len(data):
+            data = bytearray(data)
+            data[place - start] ^= 1
+            damaged.append(place)
+        return write(file, data, start)
 
-    monkeypatch.setattr(stream, "check_file", damage)
+    monkeypatch.setattr(os, "pwrite", damage)
     with refused("output_differs", "model-00001-of-00001"):
         converted(raw, tmp_path / "here" / "out")
-    assert names and not any((tmp_path / "here").iterdir())
+    assert damaged == [place] and not any((tmp_path / "here").iterdir())
 
 
 @pytest.mark.parametrize("damage", [lambda data: data + b"x", lambda data: data[:-1]], ids=["longer", "shorter"])
@@ -139,7 +142,7 @@ def test_damaged_copy_of_the_tokenizer_is_found(raw, tmp_path, monkeypatch):
         copy(source, target)
         target.write_bytes(target.read_bytes()[:-1] + b"?")
 
-    monkeypatch.setattr(stream.shutil, "copyfile", damage)
+    monkeypatch.setattr(shutil, "copyfile", damage)
     with refused("output_differs"):
         converted(raw, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -157,7 +160,7 @@ def test_disk_that_fills_up_in_the_middle_leaves_nothing(raw, tmp_path, monkeypa
         written.append(plain(file, data[:100_000], position))  # a disk may write less than it is given
         return written[-1]
 
-    monkeypatch.setattr(stream.os, "pwrite", full)
+    monkeypatch.setattr(os, "pwrite", full)
     with refused("output_unwritable", "No space left on device"):
         converted(raw, tmp_path / "here" / "out")
     assert sum(written) > 3_000_000 and not any((tmp_path / "here").iterdir())
@@ -170,7 +173,7 @@ def test_no_thread_goes_on_when_the_journal_cannot_be_written(raw, tmp_path, mon
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(stream.Journal, "append", full)
+    monkeypatch.setattr(Journal, "append", full)
     with refused("output_unwritable") as caught:
         converted(raw, tmp_path / "here" / "out")
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")], caught
@@ -180,7 +183,7 @@ def test_no_thread_goes_on_when_the_journal_cannot_be_written(raw, tmp_path, mon
 def test_partial_writes_are_continued(raw, tmp_path, monkeypatch):
     plain = os.pwrite
     converted(raw, tmp_path / "whole")
-    monkeypatch.setattr(stream.os, "pwrite", lambda file, data, position: plain(file, data[:70_001], position))
+    monkeypatch.setattr(os, "pwrite", lambda file, data, position: plain(file, data[:70_001], position))
     converted(raw, tmp_path / "out")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
@@ -212,12 +215,16 @@ def change(source, how):
 @pytest.mark.parametrize("moment", ["before the first byte", "in the middle"])
 def test_source_that_changes_after_its_header_was_read_is_refused(raw, tmp_path, monkeypatch, how, moment):
     source = shutil.copytree(raw, tmp_path / "raw")
-    if moment == "in the middle":
-        plain = stream._write_weights
-        monkeypatch.setattr(stream, "_write_weights", lambda *rest: (plain(*rest), change(source, how))[0])
-    else:
-        plain_write = stream.check_unchanged
-        monkeypatch.setattr(stream, "check_unchanged", lambda files: (change(source, how), plain_write(files)))
+    # When the header of the output is written; and between the plan and the first byte, when room is looked for.
+    owner, name = (os, "pwrite") if moment == "in the middle" else (shutil, "disk_usage")
+    plain, changed = getattr(owner, name), []
+
+    def change_once(*given):
+        if not changed:
+            changed.append(change(source, how))
+        return plain(*given)
+
+    monkeypatch.setattr(owner, name, change_once)
     with refused("source_changed"):
         converted(source, tmp_path / "here" / "out")
     assert not any((tmp_path / "here").iterdir())
