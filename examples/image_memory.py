@@ -9,6 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_qwen35.budget.encoding import at_once, working_bytes
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.config import VisionConfig
 from mlx_qwen35.checkpoint.hub import resolve
@@ -19,7 +20,6 @@ from mlx_qwen35.kernels.attention import attention_way
 from mlx_qwen35.load import choose_dtype, load_model
 from mlx_qwen35.media.preprocess import Media
 from mlx_qwen35.model.model import Model
-from mlx_qwen35.model.vision import at_once, working_bytes
 from mlx_qwen35.prompt.positions import Run
 
 TEXT_TOKENS = 8  # before each pair of frames and after the last: about as many as a timestamp and its tags

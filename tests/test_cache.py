@@ -91,7 +91,7 @@ def test_a_batch_of_unequal_prompts_equals_single_runs(chunk, model):
         for step, out in enumerate(after):
             assert difference(out[row], logits(model, follow[row : row + 1] + step, alone)[0]) < SAME
         for name, state in alone.arrays().items():
-            if name.endswith((".window", ".state")):
+            if name.endswith((".conv_state", ".recurrent_state")):
                 assert difference(cache.arrays()[name][row : row + 1], state) < SAME, name
 
 
@@ -102,7 +102,7 @@ def test_the_content_of_padding_changes_no_bit(model):
     for a, b in zip(one, two, strict=True):
         assert difference(a, b) == 0
     for name, array in first.arrays().items():
-        if name.endswith((".window", ".state")):
+        if name.endswith((".conv_state", ".recurrent_state")):
             assert difference(array, second.arrays()[name]) == 0, name
 
 
@@ -193,11 +193,11 @@ def test_keys_survive_the_growth_of_the_buffer(model):
 
 def test_arrays_are_named_after_their_layers_and_hold_used_columns_only(model):
     cache = model.make_cache()
-    assert set(cache.arrays()) == {f"layers.{i}.{part}" for i in range(3) for part in ("window", "state")}
+    assert set(cache.arrays()) == {f"layers.{i}.{part}" for i in range(3) for part in ("conv_state", "recurrent_state")}
     logits(model, ids(0, 11), cache)
     shapes = {name: array.shape for name, array in cache.arrays().items()}
-    delta = {f"layers.{i}.window": (1, 3, 768) for i in range(3)} | {
-        f"layers.{i}.state": (1, 6, 64, 96) for i in range(3)
+    delta = {f"layers.{i}.conv_state": (1, 3, 768) for i in range(3)} | {
+        f"layers.{i}.recurrent_state": (1, 6, 64, 96) for i in range(3)
     }
     assert shapes == delta | {"layers.3.keys": (1, 1, 11, 128), "layers.3.values": (1, 1, 11, 128)}
     cache = model.make_cache(2)

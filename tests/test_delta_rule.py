@@ -194,7 +194,7 @@ def core_in_float64(projected, weights, memory):
     qkv, z, b, a = (np.array(x, np.float64) for x in projected)
     conv, A_log, dt_bias, norm = (np.array(x, np.float64) for x in weights[:4])
     T = qkv.shape[1]
-    tokens = np.concatenate([np.array(memory.window, np.float64), qkv], axis=1)
+    tokens = np.concatenate([np.array(memory.conv_state, np.float64), qkv], axis=1)
     mixed = np.stack([(tokens[:, t : t + K] * conv).sum(1) for t in range(T)], axis=1)
     mixed /= 1 + np.exp(-mixed)
     q, k, v = np.split(mixed, [Hk * Dk, 2 * Hk * Dk], axis=-1)
@@ -202,7 +202,7 @@ def core_in_float64(projected, weights, memory):
     q /= np.sqrt((q * q).sum(-1, keepdims=True) + 1e-6) * Dk**0.5
     k /= np.sqrt((k * k).sum(-1, keepdims=True) + 1e-6)
     log_decay = -np.exp(A_log) * np.logaddexp(0, a + dt_bias)
-    out, state = recurrence(q, k, v, log_decay, 1 / (1 + np.exp(-b)), np.array(memory.state, np.float64))
+    out, state = recurrence(q, k, v, log_decay, 1 / (1 + np.exp(-b)), np.array(memory.recurrent_state, np.float64))
     z = z.reshape(out.shape)
     out = out / np.sqrt((out * out).mean(-1, keepdims=True) + EPS) * norm * z / (1 + np.exp(-z))
     return out.reshape(B, T, -1), tokens[:, -(K - 1) :], state
@@ -213,12 +213,12 @@ def core_in_float64(projected, weights, memory):
 def test_core_is_the_formulas_of_the_reference(T, scale):
     projected, weights, memory = core_inputs(T)
     projected = (scale * projected[0], *projected[1:])
-    memory = DeltaState(scale * memory.window, scale * memory.state)
+    memory = DeltaState(scale * memory.conv_state, scale * memory.recurrent_state)
     out, new = gated_delta(*projected, weights, memory)
     want_out, want_window, want_state = core_in_float64(projected, weights, memory)
     assert np.abs(np.array(out) - want_out).max() < 1e-4  # the norm of small outputs magnifies their rounding
-    assert np.abs(np.array(new.window) - want_window).max() == 0
-    assert np.abs(np.array(new.state) - want_state).max() < 1e-5
+    assert np.abs(np.array(new.conv_state) - want_window).max() == 0
+    assert np.abs(np.array(new.recurrent_state) - want_state).max() < 1e-5
 
 
 @pytest.mark.parametrize("T", [2, 3, 40])
@@ -234,11 +234,11 @@ def test_padding_of_the_core_leaves_memory_as_the_real_tokens_left_it(T):
                 alone = [x[row : row + 1, :length] for x in projected]
                 want, own = gated_delta(*alone, weights, own)
                 assert mx.abs(out[row : row + 1, :length] - want).max().item() < 1e-5
-            assert mx.array_equal(new.window[row : row + 1], own.window)
-            assert mx.abs(new.state[row : row + 1] - own.state).max().item() < 1e-6
+            assert mx.array_equal(new.conv_state[row : row + 1], own.conv_state)
+            assert mx.abs(new.recurrent_state[row : row + 1] - own.recurrent_state).max().item() < 1e-6
 
 
 def test_zero_queries_and_keys_give_no_nan():
     projected, weights, memory = core_inputs(5)
     out, new = gated_delta(mx.zeros_like(projected[0]), *projected[1:], weights, memory)
-    assert mx.isfinite(out).all().item() and mx.isfinite(new.state).all().item()
+    assert mx.isfinite(out).all().item() and mx.isfinite(new.recurrent_state).all().item()

@@ -33,7 +33,7 @@ def test_state_and_gates_are_float32_in_a_half_model(dtype, text_model):
     model(prompt()[:, :1], cache)  # one token goes another way
     assert logits.dtype == dtype and model.dtype == dtype
     for name, array in cache.arrays().items():
-        assert array.dtype == (mx.float32 if name.endswith(".state") else dtype), name
+        assert array.dtype == (mx.float32 if name.endswith(".recurrent_state") else dtype), name
     for layer in model.layers[:3]:
         mixer = layer.linear_attn
         still = mx.zeros((1, 1, mixer.A_log.size), dtype)

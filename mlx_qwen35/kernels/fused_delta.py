@@ -92,39 +92,39 @@ def plan(heads: Heads, T: int, lanes: int | None = None, staged: int | None = No
 def fused_gated_delta(
     projected: Sequence[mx.array],
     weights: DeltaWeights,
-    memory: DeltaState,
+    state: DeltaState,
     lengths: mx.array | None = None,
     snapshots: bool = False,
     lanes: int | None = None,
     staged: int | None = None,
 ) -> tuple[mx.array, DeltaState]:
-    """Run the core over T tokens and return (B, T, Hv Dv) in the dtype of the projections, and the new memory.
+    """Run the core over T tokens and return (B, T, Hv Dv) in the dtype of the projections, and the new state.
 
     Args:
         projected: the tokens, whole: [q k v z b a] (B, T, C + Hv Dv + 2 Hv), or [q k v z] (B, T, C + Hv Dv) and
-            [b a] (B, T, 2 Hv). A slice of a larger array would be copied. The window has the first's dtype.
-        lengths: (B,) int32. The first lengths[i] tokens of row i are real, the rest is padding: it changes neither
-            window nor state, and its output is 0. None means that all are real.
-        snapshots: return the memory after each token: window (B, T, K - 1, C), state (B, T, Hv, Dv, Dk). Padding
-            repeats the last.
+            [b a] (B, T, 2 Hv). A slice of a larger array would be copied. conv_state has the first's dtype.
+        lengths: (B,) int32. The first lengths[i] tokens of row i count, the rest is padding: it changes no state,
+            and its output is 0. None: no padding.
+        snapshots: return the state after each token: conv_state (B, T, K - 1, C), recurrent_state (B, T, Hv, Dv, Dk).
+            Padding repeats the last.
         lanes, staged: see `plan`, which must not be None.
     """
     B, T, _ = projected[0].shape
-    heads = Heads.of(weights.conv, memory.state)
+    heads = Heads.of(weights.conv, state.recurrent_state)
     chosen = plan(heads, T, lanes, staged)
     assert chosen is not None, f"no plan for {heads}"
-    assert memory.window.dtype == projected[0].dtype, "the window is kept in the dtype of the projected tokens"
+    assert state.conv_state.dtype == projected[0].dtype, "conv_state has the dtype of the projected tokens"
     width = projected[0].shape[-1]
     assert width == heads.C + heads.Hv * heads.Dv + (2 * heads.Hv if len(projected) == 1 else 0), f"{width} for {heads}"
     inputs: dict[str, mx.array | int | float] = {
         "projected": projected[0],
         "gates": projected[-1],
-        "window": memory.window,
+        "window": state.conv_state,
         "conv": weights.conv,
         "A_log": weights.A_log,
         "dt_bias": weights.dt_bias,
         "norm": weights.norm,
-        "state": memory.state,
+        "state": state.recurrent_state,
         "lengths": mx.array([T] * B, mx.int32) if lengths is None else lengths,  # from the host: no launch
         "tokens": T,
         "epsilon": weights.eps,
@@ -132,8 +132,8 @@ def fused_gated_delta(
     P = T if snapshots else 1
     outputs = {
         "y": ((B, T, heads.Hv * heads.Dv), projected[0].dtype),
-        "new_window": ((B, P, *memory.window.shape[1:]), projected[0].dtype),
-        "new_state": ((B, P, *memory.state.shape[1:]), mx.float32),
+        "new_window": ((B, P, *state.conv_state.shape[1:]), projected[0].dtype),
+        "new_state": ((B, P, *state.recurrent_state.shape[1:]), mx.float32),
     }
     template = {
         "Element": projected[0].dtype,
@@ -143,9 +143,10 @@ def fused_gated_delta(
         **_constants(heads, chosen),
     }
     threads = chosen.threads(heads)
-    y, window, state = fused.launch("gated_delta", inputs, outputs, template, (threads, heads.Hv, B), (threads, 1, 1))
-    memory = DeltaState(window, state)
-    return y, memory if snapshots else DeltaState(*(array.squeeze(1) for array in memory))
+    grid, threadgroup = (threads, heads.Hv, B), (threads, 1, 1)
+    y, conv_state, recurrent_state = fused.launch("gated_delta", inputs, outputs, template, grid, threadgroup)
+    after = DeltaState(conv_state, recurrent_state)
+    return y, after if snapshots else DeltaState(*(array.squeeze(1) for array in after))
 
 
 def _constants(heads: Heads, chosen: Plan) -> dict[str, Any]:
@@ -169,21 +170,21 @@ def delta_core(
     projected: Sequence[mx.array],
     split: Callable[[Sequence[mx.array]], Sequence[mx.array]],
     weights: DeltaWeights,
-    memory: DeltaState,
+    state: DeltaState,
     lengths: mx.array | None = None,
     snapshots: bool = False,
 ) -> tuple[mx.array, DeltaState]:
-    """Projections to gated output: by the kernel where it is engaged, else by operations.
+    """Projections to gated output: by the kernel where it is enabled, else by operations.
 
     projected: the products of the projections as they come; `split` makes q k v, z, b, a of them. snapshots: return the
-    memory after each token, see fused_gated_delta.
+    state after each token, see fused_gated_delta.
     """
-    heads = Heads.of(weights.conv, memory.state)
+    heads = Heads.of(weights.conv, state.recurrent_state)
     widths = [array.shape[-1] for array in projected]
     if backend().fused_kernels and fits(widths, heads) and verdict(heads, projected[0].dtype):
-        return fused_gated_delta(projected, weights, memory, lengths, snapshots)
+        return fused_gated_delta(projected, weights, state, lengths, snapshots)
     core = stepwise_gated_delta if snapshots else gated_delta
-    return core(*split(projected), weights, memory, lengths)
+    return core(*split(projected), weights, state, lengths)
 
 
 def fits(widths: Sequence[int], heads: Heads) -> bool:
@@ -206,7 +207,7 @@ def _cases(heads: Heads, dtype: mx.Dtype) -> Iterator[fused.Case]:
     """A prompt of 19 tokens and one token after it, beside the definition's answer, within what rounding explains.
 
     The definition has no matrix product, whose digits would be the machine's choice. Then the 20 tokens read at once,
-    and the memories after each of the last two, which must have the same bits.
+    and the states after each of the last two, which must have the same bits.
     """
     if plan(heads, 1) is None or plan(heads, 2) is None:
         raise ValueError(f"it has no plan for {heads}")
@@ -219,22 +220,23 @@ def _cases(heads: Heads, dtype: mx.Dtype) -> Iterator[fused.Case]:
         normal((heads.K, heads.C), key=next(draws)) / 2, normal((heads.Hv,), key=next(draws)) - 1,
         normal((heads.Hv,), key=next(draws)) - 2, 1 + normal((heads.Dv,), key=next(draws)) / 10, 1e-6,
     )  # fmt: skip
-    state = normal((1, heads.Hv, heads.Dv, heads.Dk), key=next(draws)) / 10
-    start = memory = other = DeltaState(normal((1, heads.K - 1, heads.C), key=next(draws)).astype(dtype), state)
+    recurrent = normal((1, heads.Hv, heads.Dv, heads.Dk), key=next(draws)) / 10
+    start = state = other = DeltaState(normal((1, heads.K - 1, heads.C), key=next(draws)).astype(dtype), recurrent)
     cuts = [heads.C, heads.C + heads.Hv * heads.Dv, heads.C + heads.Hv * (heads.Dv + 1)]
     step = {mx.float32: 1e-4, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}[dtype]
-    memories = []
+    states = []
     for part in (tokens[:, :19], tokens[:, 19:]):
-        ours, memory = fused_gated_delta([part], weights, memory)
+        ours, state = fused_gated_delta([part], weights, state)
         plain, other = gated_delta(*mx.split(part, cuts, axis=-1), weights, other, rule=sequential_rule)
         yield "output", ours, plain, fused.relative(step, plain)
-        yield "state", memory.state, other.state, fused.relative(1e-4, other.state)
-        yield "window", memory.window, other.window, 0.0
-        memories.append(memory)
+        near = fused.relative(1e-4, other.recurrent_state)
+        yield "recurrent_state", state.recurrent_state, other.recurrent_state, near
+        yield "conv_state", state.conv_state, other.conv_state, 0.0
+        states.append(state)
     _, whole = fused_gated_delta([tokens], weights, start)
     _, each = fused_gated_delta([tokens], weights, start, snapshots=True)
-    for name, at_once, in_parts in zip(DeltaState._fields, whole, memory, strict=True):
+    for name, at_once, in_parts in zip(DeltaState._fields, whole, state, strict=True):
         yield f"{name} of tokens read at once", at_once, in_parts, 0.0
-    for t, alone in zip((18, 19), memories, strict=True):
+    for t, alone in zip((18, 19), states, strict=True):
         for name, among, last in zip(DeltaState._fields, each, alone, strict=True):
             yield f"{name} after token {t} among others", among[:, t], last, 0.0

@@ -37,10 +37,10 @@ class DeltaWeights(NamedTuple):
 
 
 class DeltaState(NamedTuple):
-    """What one layer remembers of the tokens it has read."""
+    """The state of one DeltaNet layer, by transformers' names."""
 
-    window: mx.array  # (B, K - 1, C) the last projected tokens, before conv and silu, in the activation dtype
-    state: mx.array  # (B, Hv, Dv, Dk) float32
+    conv_state: mx.array  # (B, K - 1, C) the last projected tokens, before conv and silu, in the activation dtype
+    recurrent_state: mx.array  # (B, Hv, Dv, Dk) float32
 
 
 def gated_delta(
@@ -49,34 +49,34 @@ def gated_delta(
     b: mx.array,
     a: mx.array,
     weights: DeltaWeights,
-    memory: DeltaState,
+    state: DeltaState,
     lengths: mx.array | None = None,
     rule: Callable[..., tuple[mx.array, mx.array]] | None = None,
 ) -> tuple[mx.array, DeltaState]:
-    """Run the core over T tokens and return (B, T, Hv Dv) in qkv's dtype, and the new memory.
+    """Run the core over T tokens and return (B, T, Hv Dv) in qkv's dtype, and the new state.
 
     Args:
         qkv: (B, T, C) projected tokens, q then k then v, head-major.
         z: (B, T, Hv Dv) output gate before silu.
         b, a: (B, T, Hv) write strength before the sigmoid, and the input of the decay.
-        lengths: (B,) int32. The first lengths[i] tokens of row i are real, the rest is padding: it changes neither
-            window nor state, and the outputs there mean nothing. None means that all are real.
+        lengths: (B,) int32. The first lengths[i] tokens of row i count, the rest is padding: it changes no state,
+            and the outputs there mean nothing. None: no padding.
         rule: one of the three forms; None is the fastest for T.
     """
     B, T, _ = qkv.shape
-    _, Hv, Dv, Dk = memory.state.shape
+    _, Hv, Dv, Dk = state.recurrent_state.shape
     valid = None if lengths is None else mx.arange(T) < lengths[:, None]
     if valid is not None:  # whatever came of the padding, NaN included, must not meet the real tokens in a product
         qkv = mx.where(valid[..., None], qkv, mx.zeros((), qkv.dtype))
-    tokens = mx.concatenate([memory.window, qkv], axis=1)
-    window = _last_tokens(tokens, memory.window.shape[1], lengths)
+    tokens = mx.concatenate([state.conv_state, qkv], axis=1)
+    conv_state = _last_tokens(tokens, state.conv_state.shape[1], lengths)
     q, k, v = _convolve(tokens.astype(mx.float32), weights.conv, T, (Hv, Dv, Dk))
     log_decay, beta = gates(b, a, weights, valid)
     rule = rule or (step_rule if T == 1 else chunked_rule)
-    out, state = rule(q, k, v, log_decay, beta, memory.state)
+    out, recurrent_state = rule(q, k, v, log_decay, beta, state.recurrent_state)
     z = z.astype(mx.float32).reshape(B, T, Hv, Dv)
     out = mx.fast.rms_norm(out, weights.norm, weights.eps) * silu(z)
-    return out.reshape(B, T, Hv * Dv).astype(qkv.dtype), DeltaState(window, state)
+    return out.reshape(B, T, Hv * Dv).astype(qkv.dtype), DeltaState(conv_state, recurrent_state)
 
 
 def stepwise_gated_delta(
@@ -85,21 +85,21 @@ def stepwise_gated_delta(
     b: mx.array,
     a: mx.array,
     weights: DeltaWeights,
-    memory: DeltaState,
+    state: DeltaState,
     lengths: mx.array | None = None,
 ) -> tuple[mx.array, DeltaState]:
-    """The same, token by token, with the memory after each: window (B, T, K - 1, C), state (B, T, Hv, Dv, Dk).
+    """The same, token by token, with conv_state (B, T, K - 1, C) and recurrent_state (B, T, Hv, Dv, Dk) after each.
 
-    Outputs and memories are those of single tokens to the bit. Padding repeats the last memory.
+    Outputs and states are those of single tokens to the bit. Padding repeats the last state.
     """
-    outputs, memories = [], []
+    outputs, states = [], []
     for t in range(qkv.shape[1]):
         token = (array[:, t : t + 1] for array in (qkv, z, b, a))
         here = None if lengths is None else (lengths > t).astype(mx.int32)
-        out, memory = gated_delta(*token, weights, memory, here)
+        out, state = gated_delta(*token, weights, state, here)
         outputs.append(out)
-        memories.append(memory)
-    steps = DeltaState(*(mx.stack(each, axis=1) for each in zip(*memories, strict=True)))
+        states.append(state)
+    steps = DeltaState(*(mx.stack(each, axis=1) for each in zip(*states, strict=True)))
     return mx.concatenate(outputs, axis=1), steps
 
 
@@ -117,7 +117,7 @@ def gates(b: mx.array, a: mx.array, weights: DeltaWeights, valid: mx.array | Non
 
 
 def _last_tokens(tokens: mx.array, count: int, lengths: mx.array | None) -> mx.array:
-    """The last `count` real tokens of each row of (B, count + T, C): the next window."""
+    """The last `count` tokens, padding left out, of each row of (B, count + T, C): the next conv_state."""
     if lengths is None:
         return tokens[:, -count:]
     return mx.take_along_axis(tokens, (lengths[:, None] + mx.arange(count))[..., None], axis=1)

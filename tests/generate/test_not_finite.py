@@ -185,9 +185,9 @@ def test_a_finite_cache_names_no_layer(text_model):
 def test_the_first_layer_of_the_row_is_named(text_model, value):
     cache = cache_of_two(text_model())
     memory = cache.layers[2].state
-    state = mx.array(memory.state)
+    state = mx.array(memory.recurrent_state)
     state[1, 0, 0, 0] = value
-    cache.layers[2].state = memory._replace(state=state)
+    cache.layers[2].state = memory._replace(recurrent_state=state)
     cache.layers[3].keys[:, :, 3, 0] = value
     assert [cache.first_not_finite(row) for row in (0, 1)] == [3, 2]
 

@@ -35,13 +35,14 @@ class Case:
         return mx.split(self.projected, [h.C, h.C + h.Hv * h.Dv, h.C + h.Hv * (h.Dv + 1)], axis=-1)
 
     def rows(self, b: slice, t: slice) -> "Case":
-        memory = DeltaState(self.memory.window[b], self.memory.state[b])
+        memory = DeltaState(self.memory.conv_state[b], self.memory.recurrent_state[b])
         return replace(self, projected=self.projected[b, t], memory=memory)
 
     def small(self) -> "Case":
         """Convolved tokens and state a thousand times smaller: every epsilon counts."""
         weights = self.weights._replace(conv=self.weights.conv * 1e-3)
-        return replace(self, weights=weights, memory=self.memory._replace(state=self.memory.state * 1e-3))
+        small = self.memory._replace(recurrent_state=self.memory.recurrent_state * 1e-3)
+        return replace(self, weights=weights, memory=small)
 
     def launch(self, lengths: list[int] | None = None, apart: bool = False, **options: Any) -> tuple[mx.array, ...]:
         """Output, window, state of the kernel; `apart`: b and a come in an array of their own."""
@@ -107,7 +108,7 @@ def definition(case: Case) -> tuple[np.ndarray, np.ndarray]:
     h = case.heads
     qkv, z, b, a = (np.array(x.astype(mx.float32), np.float64) for x in case.parts())
     conv, A_log, dt_bias, norm = (np.array(x, np.float64) for x in case.weights[:4])
-    tokens = np.concatenate([np.array(case.memory.window.astype(mx.float32), np.float64), qkv], axis=1)
+    tokens = np.concatenate([np.array(case.memory.conv_state.astype(mx.float32), np.float64), qkv], axis=1)
     B, T, _ = qkv.shape
     mixed = sum(tokens[:, tap : tap + T] * conv[tap] for tap in range(h.K))
     q, k, v = np.split(mixed / (1 + np.exp(-mixed)), [h.Hk * h.Dk, 2 * h.Hk * h.Dk], axis=-1)
@@ -115,7 +116,7 @@ def definition(case: Case) -> tuple[np.ndarray, np.ndarray]:
     q, k = (x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6) for x in (q, k))
     v, z = v.reshape(B, T, h.Hv, h.Dv), z.reshape(B, T, h.Hv, h.Dv)
     decay, beta = np.exp(-np.exp(A_log) * np.logaddexp(0, a + dt_bias)), 1 / (1 + np.exp(-b))
-    S, out = np.array(case.memory.state, np.float64), np.zeros_like(v)
+    S, out = np.array(case.memory.recurrent_state, np.float64), np.zeros_like(v)
     for t in range(T):
         S = S * decay[:, t, :, None, None]
         change = beta[:, t, :, None] * (v[:, t] - np.einsum("bhvk,bhk->bhv", S, k[:, t]))

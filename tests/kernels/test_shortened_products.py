@@ -71,7 +71,7 @@ def test_the_chunked_rule_has_other_digits_there_and_the_definition_the_same():
     def states() -> list[mx.array]:
         memories = [gated_delta(*case.parts(), case.weights, case.memory, rule=rule)[1] for rule in RULES]
         mx.eval(memories)
-        return [memory.state for memory in memories]
+        return [memory.recurrent_state for memory in memories]
 
     RULES = (sequential_rule, chunked_rule)
     want = states()

@@ -8,8 +8,8 @@ from guesses import Text, acceptance, accepted, answer, coupled, guesses, shares
 from tasks import items_of
 
 import mlx_qwen35
-from mlx_qwen35.engine.drafts.follower import Drafts
-from mlx_qwen35.engine.prefill import Row
+from mlx_qwen35.engine.drafts.follower import DraftFollower
+from mlx_qwen35.engine.prefill import PromptRow
 from mlx_qwen35.engine.sampling import Sampling
 
 TOKENS = tuple((7 * i + i * i) % 900 for i in range(14))
@@ -37,9 +37,9 @@ def test_the_head_s_guesses_are_the_drafts_of_decoding(text_model):
     said = mx.argmax(model.logits(drafted), axis=-1).tolist()
     for j in (2, 3, 9):  # the token that is guessed: the model is about to read the one before it
         cache = model.make_cache()
-        drafts = Drafts(model, [0])
+        drafts = DraftFollower(model, [0])
         tokens = mx.array([TOKENS[: j - 1]])
-        drafts.read(model, tokens, model.hidden(tokens, cache), [j - 1], [0])
+        drafts.prefill(model, tokens, model.hidden(tokens, cache), [j - 1], [0])
         last = mx.array([[TOKENS[j - 1]]])
         token = drafts.propose(model, last, [1], 1, lambda logits, drafted: mx.argmax(logits, axis=-1))
         assert token.item() == said[j - 2]
@@ -76,7 +76,7 @@ def test_what_a_head_that_is_the_model_s_equal_guesses_is_always_accepted():
 
 def test_steps_of_an_answer(text_model):
     model = text_model()
-    plain, drafted = (answer(model, Row(TOKENS), depth, 12) for depth in (0, 2))
+    plain, drafted = (answer(model, PromptRow(TOKENS), depth, 12) for depth in (0, 2))
     assert plain.rounds == ((0, 0),) * 11 and len(plain.tokens) == 12
     assert drafted.tokens == plain.tokens
     assert sum(1 + right for _, right in drafted.rounds) == 11 and max(made for made, _ in drafted.rounds) == 2
@@ -87,7 +87,7 @@ def test_an_answer_is_what_generate_gives(nano):
     prompt = processor.encode_messages([{"role": "user", "content": "What is 34 + 58?"}]).tokens
     result = mlx_qwen35.generate(model, processor, list(prompt), temp=0.8, seed=3, mtp="off", preset="coding")
     ids = (processor.stop_ids, processor.vocabulary)
-    assert answer(model, Row(prompt), 2, 160, Sampling(0.8, 20, 0.95), 3, *ids).tokens == result.tokens
+    assert answer(model, PromptRow(prompt), 2, 160, Sampling(0.8, 20, 0.95), 3, *ids).tokens == result.tokens
 
 
 def test_a_share_is_of_the_drafts_whose_predecessors_were_accepted():
