@@ -33,6 +33,7 @@ parity: .venv/ready-parity
 
 lint: .venv/ready-test
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 # The newest versions that fit, with hashes and without addresses, for Macs and Linux. Needs uv.
 lock:

@@ -15,7 +15,7 @@ IMPORTS = {
     "package": "import mlx_qwen35",
     "function": "from mlx_qwen35 import generate",
     "module": "import mlx_qwen35.generate",
-    "inside": "from mlx_qwen35.generate.loop import decode",
+    "inside": "import mlx_qwen35.engine.loop as loop",
     "convert": "import mlx_qwen35.convert",
 }
 

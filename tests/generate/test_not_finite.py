@@ -137,7 +137,7 @@ class OneByOne:
 
 def decoded(counts: Sequence[int], bad: tuple[int, int], limits: Sequence[int]) -> list[list[int | None]]:
     both = OneByOne(counts, bad)
-    cache = SimpleNamespace(first_not_finite=lambda row: None, place=None)
+    cache = SimpleNamespace(first_not_finite=lambda row: None, position=None)
     return list(decode(both, cache, mx.zeros((len(counts), 1)), both, limits, stop_ids=(0,)))
 
 
@@ -150,7 +150,7 @@ def test_rows_that_have_ended_do_not_matter():
 
 def test_no_token_is_drawn_from_logits_that_are_not_finite():
     both, seen = OneByOne([9], (0, 3)), []
-    cache = SimpleNamespace(first_not_finite=lambda row: 0, place=None)
+    cache = SimpleNamespace(first_not_finite=lambda row: 0, position=None)
     with refused("logits_not_finite", "0"):
         seen.extend(decode(both, cache, mx.zeros((1, 1)), both, [9], stop_ids=(0,)))
     assert seen == [[1]] * 3  # of steps 0, 1 and 2
