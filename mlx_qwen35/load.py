@@ -22,11 +22,11 @@ from mlx_qwen35.checkpoint.checkpoint import (
 )
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.kernels.products import tell_shortened
+from mlx_qwen35.kernels.products import warn_shortened_products
 from mlx_qwen35.machine.chip import this_chip
 from mlx_qwen35.machine.memory import limit_memory, set_limits
 from mlx_qwen35.machine.process import check_folder, refuse_fork
-from mlx_qwen35.model.enabled import engaged, tell_unfit
+from mlx_qwen35.model.enabled import enabled_kernels, warn_unfit_layers
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.model.mtp import DraftHead, MultiTokenPrediction
 from mlx_qwen35.model.vision import LazyVisionEncoder, VisionEncoder
@@ -135,7 +135,7 @@ def load_model(
     check_model_fits(checkpoint, dtype, name)
     set_limits()
     if dtype == mx.float32:
-        tell_shortened()
+        warn_shortened_products()
     config = checkpoint.config.text
     weights = read_weights(checkpoint, names, dtype, progress)
     model = Model(config, weights)
@@ -148,8 +148,8 @@ def load_model(
     mx.eval(model.parameters(), model.rotary.frequencies, model.rotary.axes)  # what is pending belongs to this thread
     progress(total, total)
     mx.clear_cache()
-    engaged(model)  # on a Mac, see now and not in the middle of an answer which kernels may be used
-    tell_unfit(model)
+    enabled_kernels(model)  # on a Mac, see now and not in the middle of an answer which kernels may be used
+    warn_unfit_layers(model)
     head = model.mtp = _draft_head(checkpoint, dtype)
     if has_vision(checkpoint):
         # The draft head and not the model, which would hold itself.
