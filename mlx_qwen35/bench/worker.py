@@ -83,7 +83,7 @@ class MLXProgram:
         tied = self.model.config.tie_word_embeddings
         maps = [m for _, m in self.model.named_modules() if isinstance(m, Linear)]
         maps = maps if tied else [m for m in maps if not isinstance(m, Embedding)]
-        widths = [m.weight.shape[1] * 32 // m.packing.bits if m.packing else m.weight.shape[1] for m in maps]
+        widths = [m.weight.shape[1] * 32 // m.quantization.bits if m.quantization else m.weight.shape[1] for m in maps]
         rows = {width: mx.random.normal((1, 1, width)).astype(self.model.dtype) for width in widths}
         mx.eval(rows)
         seconds = []

@@ -17,7 +17,7 @@ from mlx_qwen35.model.weights import Weights
 SECONDS = 10.0  # for each of the two
 PROMPTS = (32, 64, 128, 256, 512, 1024)
 SAMPLE_LAYERS = 4  # of a model made up for the check: one group of three DeltaNet layers and one of attention
-_PACKING = Quantization(64, 4, "affine")
+_QUANTIZATION = Quantization(64, 4, "affine")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def sample_model(config: TextConfig, dtype: mx.Dtype) -> Model:
     arrays = {}
     for name, shape in text_shapes(small).items():
         if is_matrix(name, shape):
-            parts, stem = _PACKING.parts(shape), name.removesuffix("weight")
+            parts, stem = _QUANTIZATION.parts(shape), name.removesuffix("weight")
             arrays[name] = mx.random.randint(0, 1 << 32, parts["weight"], mx.uint32, key=next(keys))
             arrays[f"{stem}scales"] = mx.random.uniform(0.0, 0.004, parts["scales"], dtype, key=next(keys))
             arrays[f"{stem}biases"] = -7.5 * arrays[f"{stem}scales"]
@@ -61,10 +61,10 @@ def sample_model(config: TextConfig, dtype: mx.Dtype) -> Model:
             centre = 0.0 if is_zero_centred(name) else 1.0
             arrays[name] = (centre + 0.1 * mx.random.normal(shape, key=next(keys))).astype(mx.float32)
 
-    def packing(name: str) -> Quantization | None:
-        return _PACKING if name.removesuffix("weight") + "scales" in arrays else None
+    def quantization(name: str) -> Quantization | None:
+        return _QUANTIZATION if name.removesuffix("weight") + "scales" in arrays else None
 
-    model = Model(small, Weights(arrays, packing, dtype, small.rms_norm_eps))
+    model = Model(small, Weights(arrays, quantization, dtype, small.rms_norm_eps))
     mx.eval(model.parameters(), model.rotary.frequencies, model.rotary.axes)
     return model.eval()
 

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 from mlx_qwen35.cache.cache import Snapshot
 from mlx_qwen35.engine.checks import check_options
 from mlx_qwen35.engine.drafts.speculate import attach
-from mlx_qwen35.engine.generation import Generation, Result, see
+from mlx_qwen35.engine.generation import Generation, Result, encode_media
 from mlx_qwen35.engine.options import Options, plan, reading_step, thinking_switch, vision_options
 from mlx_qwen35.engine.prefill import prefill
 from mlx_qwen35.errors import InputError
@@ -62,7 +62,7 @@ class Conversation:
         self._read = Prompt((), thinking=False)  # up to the snapshot
         self._snapshot: Snapshot = self.cache.snapshot()
         self.reused = self.total = 0
-        self.reading_seconds = 0.0
+        self.prefill_seconds = 0.0
         self.result: Result | None = None
 
     def send(
@@ -106,12 +106,12 @@ class Conversation:
         unread = prompt.after(len(self._read.tokens))
         drafts = plan(self._options, self.model, self.processor.greedy, [unread], self.cache.row_lengths).drafts
         step = reading_step(self._options, self.model, [len(prompt.tokens)])
-        rows = see(self.model, [new])
+        rows = encode_media(self.model, [new])
         seen = time.perf_counter()
         drafts = attach(self.model, self.cache, drafts)
         prefill(self.model, self.cache, rows, step, count)
         self._read, self._snapshot = before, self.cache.snapshot()
-        self.reading_seconds = time.perf_counter() - start
+        self.prefill_seconds = time.perf_counter() - start
         vision_seconds = seen - start if new.media else 0.0
         del rows
         rest = prompt.after(len(before.tokens))

@@ -104,7 +104,7 @@ class Generation:
 
     def _run(self) -> Iterator[tuple[int, Piece]]:
         arrived = time.perf_counter()
-        rows = see(self.model, self.prompts)
+        rows = encode_media(self.model, self.prompts)
         self._start = time.perf_counter()
         self._vision_seconds = self._start - arrived if any(prompt.media for prompt in self.prompts) else 0.0
         total, done = sum(len(prompt.tokens) for prompt in self.prompts), 0
@@ -171,7 +171,7 @@ class Generation:
         )
 
 
-def see(model: Model, prompts: Sequence[Prompt]) -> list[PromptRow]:
+def encode_media(model: Model, prompts: Sequence[Prompt]) -> list[PromptRow]:
     """Encode what the prompts show, give the tower's memory back, and return the rows to be read."""
     media = [placed.media for prompt in prompts for placed in prompt.media]
     if not media:

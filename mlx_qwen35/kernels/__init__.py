@@ -1,4 +1,4 @@
-"""The operations that a Metal kernel does in one launch, each beside its plain-MLX reference.
+"""Operations that a GPU kernel computes in one launch, each beside its definition in MLX operations.
 
-Which of the two runs is decided here and nowhere else.
+Each module chooses between the two, and nothing else does.
 """

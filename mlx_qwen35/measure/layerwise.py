@@ -168,10 +168,10 @@ class _Product(nn.Module):
     def __init__(self, inner: Linear):
         super().__init__()
         self.inner = inner
-        self.packing = None  # to those around it: what is packed is unpacked in here
+        self.quantization = None  # to those around it: what is packed is unpacked in here
 
     def __call__(self, x: mx.array) -> mx.array:
-        weight, how = self.inner.weight, self.inner.packing
+        weight, how = self.inner.weight, self.inner.quantization
         if how:
             form = {"group_size": how.group_size, "bits": how.bits, "mode": how.mode}
             weight = mx.dequantize(weight, self.inner.scales, self.inner.biases, **form).astype(mx.float32)

@@ -199,7 +199,7 @@ def test_the_sample_is_the_first_layers_and_the_whole_head_of_a_model_of_finite_
     assert len(model.layers) == SAMPLE_LAYERS and model.dtype == mx.float16
     assert model.config.vocab_size == TINY.vocab_size
     packed = [p for layer in model.layers for p in layer.mlp.gate_up.products] + [model.embed_tokens]
-    assert all((p.packing.bits, p.scales.dtype) == (4, mx.float16) for p in packed)
+    assert all((p.quantization.bits, p.scales.dtype) == (4, mx.float16) for p in packed)
     logits = model(mx.array([list(range(40))]))
     assert logits.dtype == mx.float16 and mx.isfinite(logits).all().item()
     assert logits.astype(mx.float32).var().item() > 0

@@ -60,7 +60,7 @@ def test_a_kernel_that_disagrees_is_switched_off_with_a_warning(as_on_a_mac, mon
 
 
 def test_a_kernel_that_does_not_compile_is_switched_off_with_a_warning(as_on_a_mac, monkeypatch):
-    def refused(*_):
+    def refused(*_, **__):
         raise RuntimeError("[metal::Device] Unable to build metal library from source\nerror: ...")
 
     monkeypatch.setattr(fused, "launch", refused)
@@ -72,7 +72,7 @@ def test_a_kernel_that_does_not_compile_is_switched_off_with_a_warning(as_on_a_m
 
 
 def test_off_a_mac_the_operations_run(monkeypatch):
-    monkeypatch.setattr(fused_delta, "fused_gated_delta", lambda *_: pytest.fail("the kernel was launched"))
+    monkeypatch.setattr(fused_delta, "fused_gated_delta", lambda *_, **__: pytest.fail("the kernel was launched"))
     model, _ = load("nano")
     mx.eval(model(mx.array([[1, 2, 3]])))
 

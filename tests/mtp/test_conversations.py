@@ -13,7 +13,7 @@ from mlx_qwen35 import Model, Processor, generate, load, stream_generate
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.engine.drafts.follower import DraftFollower
-from mlx_qwen35.engine.generation import see
+from mlx_qwen35.engine.generation import encode_media
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.prompt.prompt import Prompt
 
@@ -77,7 +77,7 @@ def model_has_read(conversation: Conversation) -> list[PromptRow]:
     messages = conversation.messages[:-1]
     prompt = conversation.processor.encode_messages(messages, conversation.vision, **conversation._template)
     whole = prompt.tokens + conversation.result.tokens
-    return see(conversation.model, [Prompt(whole[: conversation.cache.row_lengths[0]], False, prompt.media)])
+    return encode_media(conversation.model, [Prompt(whole[: conversation.cache.row_lengths[0]], False, prompt.media)])
 
 
 # --- turns -----------------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def test_the_head_goes_back_with_the_model(nano):
         conversation.cache.restore(conversation._snapshot)
         drafts = conversation.cache.follower
         assert list(drafts.followed) == conversation.cache.row_lengths == [len(conversation._read.tokens)]
-        assert_same_memory(nano[0], drafts, see(nano[0], [conversation._read]))
+        assert_same_memory(nano[0], drafts, encode_media(nano[0], [conversation._read]))
 
 
 def test_the_head_goes_back_to_a_place_that_another_branch_has_overwritten(nano):

@@ -19,7 +19,7 @@ from mlx_qwen35.commands import common as commands
 from mlx_qwen35.commands import generate as generate_command
 from mlx_qwen35.convert import convert
 from mlx_qwen35.engine.conversation import Conversation
-from mlx_qwen35.engine.generation import see, start
+from mlx_qwen35.engine.generation import encode_media, start
 from mlx_qwen35.model.vision import VisionEncoder
 
 PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
@@ -99,7 +99,7 @@ def test_a_model_that_is_given_a_prompt_with_an_image_but_has_no_tower_says_so(n
 def test_embeddings_must_be_as_many_as_placeholders(nano):
     model, processor = nano
     prompt = processor.encode_messages([{"role": "user", "content": [part(SHAPES)]}])
-    (row,) = see(model, [prompt])
+    (row,) = encode_media(model, [prompt])
     from mlx_qwen35.engine.prefill import prefill
 
     for wrong in (row.embeddings[:3], mx.concatenate([row.embeddings] * 2), None):
@@ -308,7 +308,7 @@ def next_position(nano, messages) -> list[int]:
     cache = nano[0].make_cache()
     from mlx_qwen35.engine.prefill import prefill
 
-    prefill(nano[0], cache, see(nano[0], [prompt]), 512)
+    prefill(nano[0], cache, encode_media(nano[0], [prompt]), 512)
     return cache.next_positions
 
 
