@@ -110,7 +110,8 @@ class _Loop:
         rows = self.rows
         none = [0] * len(rows.limits)
         step = self._sampled(mx.zeros((len(none), 1), mx.int32), none, hidden[:, None], self.cache.position)
-        for count in itertools.count(1):
+        steps = itertools.count(1)
+        while True:
             depth = self.speculation.depth() if self.speculation else 0
             following = None
             if step.depth == depth == 0 and max(rows.left) > 1:
@@ -126,7 +127,7 @@ class _Loop:
                 return
             del step  # and its states, before the next ones are made
             step = following or self._feed(mx.array(rows.lasts)[:, None], min(depth, max(rows.left) - 1))
-            if count % CLEAR_EVERY == 0:
+            if next(steps) % CLEAR_EVERY == 0:
                 mx.clear_cache()
 
     def _feed(self, tokens: mx.array, depth: int) -> Step:
@@ -244,6 +245,6 @@ def _raise_not_finite(cache: Cache, row: int, model: Model) -> None:
     raise InputError(
         "logits_not_finite",
         f"logits must be finite, and are not; {origin}. Activations left the range of {dtype}, or the checkpoint is "
-        "damaged. Try --dtype bfloat16, then float32, or convert it again. mlx_qwen35.doctor --model MODEL --probe shows "
-        "the largest activation of each layer",
+        "damaged. Try --dtype bfloat16, then float32, or convert it again. mlx_qwen35.doctor --model MODEL --probe "
+        "shows the largest activation of each layer",
     )
