@@ -114,8 +114,8 @@ def test_the_head_goes_back_with_the_model(nano):
         said(conversation, content)
         conversation.cache.restore(conversation._snapshot)
         drafts = conversation.cache.follower
-        assert list(drafts.followed) == conversation.cache.row_lengths == [len(conversation._read.tokens)]
-        assert_same_memory(nano[0], drafts, encode_media(nano[0], [conversation._read]))
+        assert list(drafts.followed) == conversation.cache.row_lengths == [len(conversation._cached.tokens)]
+        assert_same_memory(nano[0], drafts, encode_media(nano[0], [conversation._cached]))
 
 
 def test_the_head_goes_back_to_a_place_that_another_branch_has_overwritten(nano):
@@ -161,7 +161,7 @@ def test_drafts_may_be_off_for_a_turn_and_on_again(nano):
         drafts, length = mixed.cache.follower, mixed.cache.row_lengths[0]
         if mode == "off":
             assert drafts is None
-            gap = len(mixed._read.tokens)
+            gap = len(mixed._cached.tokens)
             continue
         assert drafts.followed == (length,)
         drafts.flush(mixed.model)

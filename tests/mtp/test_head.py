@@ -289,7 +289,7 @@ def test_pairs_that_wait_are_read_when_another_part_of_the_conversation_comes(on
     followed = Followed(model, [pictures("last")], 8, monkeypatch)
     for token in (100, 101, 102):
         followed.plain([token])
-    assert len(followed.drafts.unread) == 3
+    assert len(followed.drafts.pending) == 3
     more = pictures("inside")
     prefill(model, followed.cache, [more], 7)
     before, (length, _) = pictures("last"), PICTURES["last"]
