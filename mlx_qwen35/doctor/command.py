@@ -30,14 +30,14 @@ CONTEXT = 8192  # tokens that --plan plans for where nothing is said
 def parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=COMMAND,
-        description="Tell what this machine is, which kernels run on it, the dtype and chunk lengths that are chosen, "
-        "and how fast it is: text to paste into an issue. Without --model the figures are those of layers with the "
-        "4B's sizes and random weights in 4 bit.",
+        description="Show this machine, the kernels that run on it, the dtype and chunk lengths chosen, and its speed: "
+        "text to paste into an issue. Without --model the figures are of layers with the 4B's sizes and random weights "
+        "in 4 bit.",
     )
     add_version(parser)
     add_model_options(parser)
     parser.add_argument(
-        "--plan", metavar="MODEL", help="only show what this model would take of memory, here and on Macs"
+        "--plan", metavar="MODEL", help="only show the memory that this model would take, here and on Macs"
     )
     parser.add_argument("--context", type=int, help=f"tokens that --plan plans for (default {CONTEXT})")
     parser.add_argument(
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         default=0,
         choices=range(1, 4),
         metavar="DEPTH",
-        help="plan with the draft head and drafts of so many tokens at a time, 1 to 3 (default 1)",
+        help="plan with the draft head, and drafts of 1 to 3 tokens at a time (default 1)",
     )
     parser.add_argument("--probe", action="store_true", help="show the largest activation of each layer of --model")
     parser.add_argument("--text", type=Path, metavar="FILE", help="a text for --probe (default: a short one)")
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def show_plan(args: argparse.Namespace) -> None:
-    """The tables of --plan, from headers alone."""
+    """Print the table of --plan, from headers alone."""
     others = [name for name in ("model", "probe", "text", "no_check", "json") if getattr(args, name)]
     if others:
         listed = ", ".join("--" + name.replace("_", "-") for name in others)
@@ -76,7 +76,7 @@ def show_plan(args: argparse.Namespace) -> None:
 
 
 def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Facts]:
-    """Section -> facts. given: the environment as it was before this command set anything."""
+    """Section -> facts. given: the environment before this command changed it."""
     if idle := ["--context"] * (args.context is not None) + ["--mtp"] * args.mtp:
         raise InputError(
             "option_no_effect", f"{', '.join(idle)} has no effect without --plan; add that or leave it out"
@@ -91,21 +91,21 @@ def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Fac
     limit_memory(args.memory_limit)
     report = {"machine": facts.machine(), "settings of MLX": facts.settings(given)}
     if args.model:
-        model, processor = load_model(args)  # judges an id before it is downloaded
+        model, processor = load_model(args)  # refuses a model that does not fit before it is downloaded
         checkpoint = open_checkpoint(resolve(args.model, args.revision))
         title, stored = f"model {args.model}", stored_dtype(checkpoint)
     else:
         text, stored = parse_config(geometry("4b")).text, mx.bfloat16
-        with Step("making up weights"):
+        with Step("making random weights"):
             model = check.sample_model(text, DTYPES[args.dtype] if args.dtype else default_dtype(stored))
         title = f"no --model: {check.SAMPLE_LAYERS} layers and the head of the 4B, random weights in 4 bit"
     report[title] = {"dtype": facts.dtype(model.dtype, stored, args.dtype)}
-    report[title] |= facts.reading(model.config, model.dtype)
+    report[title] |= facts.prefill(model.config, model.dtype)
     with Step("checking kernels"):
         report["kernels"] = facts.kernels(enabled_kernels(model))
     if args.probe:
         tokens = processor.tokenizer.encode(text_to_probe, add_special_tokens=False)
-        with Step("reading the text", "tokens") as progress:
+        with Step("running the text", "tokens") as progress:
             maxima = probe.residual_maxima(model, tokens, progress)
         report["residual stream"] = {
             f"largest over {len(tokens)} tokens": probe.describe(maxima),

@@ -85,7 +85,7 @@ def test_nothing_is_shown_after_the_end(stderr):
         (command, ["-p", ASK, "--max-tokens", "4"], ["loading nano", "reading the prompt"]),
         (command, ["-p", ASK, "--max-tokens", "4", "--json"], ["loading nano", "reading the prompt", "writing"]),
         (chat, ["--max-tokens", "4"], ["loading nano", "reading"]),
-        (doctor, ["--no-check", "--probe"], ["loading nano", "reading the text"]),
+        (doctor, ["--no-check", "--probe"], ["loading nano", "running the text"]),
     ],
 )
 def test_the_steps_of_a_command_are_shown_and_standard_output_has_none(monkeypatch, capsys, run, arguments, steps):
