@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mlx_qwen35.backend import backend
 from mlx_qwen35.bench.measure import OURS, PEERS, Settings, measure, started, summarize
@@ -38,7 +38,7 @@ REMOVED = {  # option -> where it went
 class _Removed(argparse.Action):
     """Refuses an option of REMOVED, which --help does not show."""
 
-    def __init__(self, **options: object):
+    def __init__(self, **options: Any):
         super().__init__(nargs="?", help=argparse.SUPPRESS, **options)
 
     def __call__(self, parser: object, namespace: object, values: object, option: str | None = None) -> NoReturn:
