@@ -249,7 +249,7 @@ def test_working_memory_does_not_grow_with_the_clip(checkpoint_folder, monkeypat
     """MLX frees while it computes, so that a peak varies by some percent; held whole, the long clip would take 16
     times as much."""
     monkeypatch.setattr(tower, "SLICE", 48)  # patches, two pairs of these frames
-    monkeypatch.setattr("mlx_qwen35.kernels.attention.CPU_SCORE_BYTES", 1 << 16)
+    monkeypatch.setattr("mlx_qwen35.kernels.cpu.SCORE_BYTES", 1 << 16)
     program = VisionProgram(checkpoint_folder(), "float32")
 
     def working(frames: int) -> Memory:

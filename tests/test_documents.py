@@ -66,7 +66,7 @@ def test_example(name: str):
 
 
 def test_files_that_the_documents_name_exist():
-    for document in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+    for document in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/nvidia.md"):
         text = (ROOT / document).read_text()
         for target in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (ROOT / target).exists(), f"{document} names {target}"
