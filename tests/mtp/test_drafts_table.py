@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_qwen35.generate.depth import FALL
+from mlx_qwen35.engine.drafts.depth import FALL
 
 TEXT = (Path(__file__).parents[2] / "docs" / "drafts.md").read_text()
 LINES = [line for line in TEXT.splitlines() if line.startswith("| ")][1:]  # without the head
