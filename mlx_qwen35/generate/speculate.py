@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from mlx_qwen35.cache import Cache
-from mlx_qwen35.drafts import MOST_UNREAD, Drafts
+from mlx_qwen35.drafts import Drafts
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.generate.depth import Costs, Depths
 from mlx_qwen35.memory_plan import most_depth
@@ -20,6 +20,7 @@ MOST_DEPTH = 3
 ON_DEPTH = 2  # the model card's advice
 MOST_SHOWN = 6  # changes of depth
 PAUSE = 0.1  # of a step, from which on its time says more of the caller than of the machine
+MOST_UNREAD = 256  # pairs of a row that wait for the draft head: 5 KB each for the 4B
 LEAST_TOKENS = 32  # of an answer for which auto thinks of drafts
 
 

@@ -15,7 +15,7 @@ from mtp.drafting import Case, Interrupt, cycle, distance, force, head_distance,
 
 from mlx_qwen35 import Processor, batch_generate, generate, load
 from mlx_qwen35.cache import Cache
-from mlx_qwen35.generate import loop, speculate
+from mlx_qwen35.generate import speculate
 from mlx_qwen35.layer_cache import KVCache
 from mlx_qwen35.model import Model
 from mlx_qwen35.sampling import Sampler, Sampling
@@ -378,9 +378,12 @@ def interrupting(function: Callable, call: int, after: bool) -> Callable:
 @pytest.mark.parametrize("call", [2, 3])
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(loop._Loop, "_look"), (Sampler, "look"), (drafting.Drafts, "propose"), (Model, "hidden"), (Cache, "close_holes")],
+    [
+        (drafting.Speculation, "record"), (Sampler, "look"), (drafting.Drafts, "propose"), (Model, "hidden"),
+        (Cache, "close_holes"),
+    ],
     ids=lambda value: getattr(value, "__name__", value),
-)
+)  # fmt: skip
 def test_a_cache_goes_back_to_its_snapshot_after_an_interruption(owner, name, call, model, forced, monkeypatch):
     places = []
     forced([PLAIN], cycle(2))
@@ -400,7 +403,9 @@ def test_a_cache_goes_back_to_its_snapshot_after_an_interruption(owner, name, ca
 
 
 @pytest.mark.parametrize("call", [2, 3, 4])
-@pytest.mark.parametrize(("owner", "name"), [(loop._Loop, "_look"), (drafting.Drafts, "propose"), (Model, "hidden")])
+@pytest.mark.parametrize(
+    ("owner", "name"), [(drafting.Speculation, "record"), (drafting.Drafts, "propose"), (Model, "hidden")]
+)
 def test_an_interrupted_step_leaves_nothing_that_was_not_yielded(
     owner, name, call, model, plain, clean, forced, monkeypatch
 ):

@@ -13,6 +13,7 @@ import mlx_qwen35
 from mlx_qwen35 import InputError, Model, Processor, batch_generate, generate, load
 from mlx_qwen35.conversation import Conversation
 from mlx_qwen35.drafts import Drafts
+from mlx_qwen35.generate.depth import Costs
 
 NANO = Path(mlx_qwen35.__file__).with_name("nano")
 ASKED = ["What is 34 + 58?", "The list says tom: 42, anna: 17, ben: 5, lena: 88. Which number has anna?"]
@@ -174,9 +175,9 @@ def test_the_head_is_given_back_where_it_is_not_wanted(nano):
 
 
 def test_a_turn_of_a_conversation_decides_on_drafts_once(nano, monkeypatch):
-    options = sys.modules["mlx_qwen35.generate.options"]
-    asked, choose = [], options.choose
+    """Every now and then the answer to `hopeless` is another, for having asked."""
+    asked, hopeless = [], Costs.hopeless
     conversation = Conversation(*nano, max_tokens=40)
-    monkeypatch.setattr(options, "choose", lambda *given: asked.append(given) or choose(*given))
+    monkeypatch.setattr(Costs, "hopeless", lambda *given: asked.append(given) or hopeless(*given))
     list(conversation.send(ASKED[0]))
     assert len(asked) == 1 and conversation.cache.drafts is not None
