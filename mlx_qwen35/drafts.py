@@ -17,7 +17,6 @@ from mlx_qwen35.config import FULL
 from mlx_qwen35.model import Model, Visual
 
 
-
 class Pairs(NamedTuple):
     """Pairs that the head has not read yet."""
 

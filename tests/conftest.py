@@ -7,8 +7,10 @@ parity tests read their golden files, as they do wherever torch or transformers'
 import importlib.util
 import json
 import os
+import platform
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +26,7 @@ import numpy as np
 import pytest
 from parity import cases
 
-from mlx_qwen35 import memory
+from mlx_qwen35 import machine, memory
 from mlx_qwen35.checkpoint import open_checkpoint
 from mlx_qwen35.load import load_model
 from mlx_qwen35.model import Model
@@ -127,6 +129,32 @@ def text_model(checkpoint_folder: Callable[..., Path]) -> Callable[..., Model]:
         return loaded[key]
 
     return model
+
+
+@pytest.fixture
+def on_chip(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """(brand) -> the system says that this machine is a Mac with that chip. MLX goes on computing on what is here.
+
+    What commands set for MLX in the environment is unset, and unset again when the test ends.
+    """
+    for name in machine.TUNED:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    run = subprocess.run
+
+    def chip(brand: str) -> None:
+        def asked(command: Any, *given: Any, **options: Any) -> subprocess.CompletedProcess:
+            if "machdep.cpu.brand_string" not in command:
+                return run(command, *given, **options)
+            return subprocess.CompletedProcess(command, 0, f"{brand}\n", "")
+
+        machine.this_chip.cache_clear()
+        monkeypatch.setattr(platform, "system", lambda: "Darwin")
+        monkeypatch.setattr(platform, "machine", lambda: "arm64")
+        monkeypatch.setattr(subprocess, "run", asked)
+
+    yield chip
+    machine.this_chip.cache_clear()
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from mlx_qwen35.checkpoint import open_checkpoint
 from mlx_qwen35.kernels.gated_delta import gates
 from mlx_qwen35.layers import RMSNorm
 from mlx_qwen35.load import DTYPES, choose_dtype, load_model
-from mlx_qwen35.machine import parse_chip
 from mlx_qwen35.random_checkpoint import changed, geometry
 
 loading = import_module("mlx_qwen35.load")  # `mlx_qwen35.load` is the function
@@ -130,8 +129,8 @@ def stored_as(checkpoint_folder):
 
 
 @pytest.mark.parametrize("stored", [*HALVES, mx.float32], ids=str)
-def test_the_default_dtype_is_float32_on_the_cpu(stored, stored_as, monkeypatch):
-    monkeypatch.setattr(loading, "this_chip", lambda: pytest.fail("which chip it is does not matter"))
+def test_the_default_dtype_is_float32_on_the_cpu(stored, stored_as, on_chip):
+    on_chip("Apple M1")
     assert choose_dtype(stored_as(stored), None) == mx.float32
 
 
@@ -144,18 +143,19 @@ def test_the_default_dtype_is_float32_on_the_cpu(stored, stored_as, monkeypatch)
     ],
 )  # fmt: skip
 def test_the_default_dtype_on_a_gpu_is_the_stored_one_but_float16_for_bfloat16_on_m1_and_m2(
-    chip, of_bfloat16, stored_as, monkeypatch
+    chip, of_bfloat16, stored_as, on_chip, monkeypatch
 ):
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    monkeypatch.setattr(loading, "this_chip", lambda: parse_chip(chip) if chip else None)
+    if chip:
+        on_chip(chip)
     for stored, expected in ((mx.bfloat16, of_bfloat16), (mx.float16, mx.float16), (mx.float32, mx.float32)):
         assert choose_dtype(stored_as(stored), None) == expected
 
 
 @pytest.mark.parametrize("name", DTYPES)
-def test_a_dtype_that_is_asked_for_wins_on_every_chip(name, stored_as, monkeypatch):
+def test_a_dtype_that_is_asked_for_wins_on_every_chip(name, stored_as, on_chip, monkeypatch):
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    monkeypatch.setattr(loading, "this_chip", lambda: parse_chip("Apple M1"))
+    on_chip("Apple M1")
     assert choose_dtype(stored_as(mx.bfloat16), name) == DTYPES[name]
 
 
