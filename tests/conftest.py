@@ -25,6 +25,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from parity import cases
+from patching import guard
 
 from mlx_qwen35 import machine, memory
 from mlx_qwen35.checkpoint import open_checkpoint
@@ -39,6 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    guard()
     # A run that was started with Ctrl-C ignored (nohup, a script's &) would hand that to every process it starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # A warning is an error, except deprecations inside the programs that we only compare with.
