@@ -25,8 +25,10 @@ from mlx_qwen35.checkpoint.config import FULL, LINEAR, TextConfig, parse_config
 from mlx_qwen35.checkpoint.random import GEOMETRIES, geometry
 from mlx_qwen35.engine import prefill as prefill_module
 from mlx_qwen35.engine.prefill import PromptRow, prefill
+from mlx_qwen35.kernels import attention
 from mlx_qwen35.kernels.attention import SCORE_BYTES
 from mlx_qwen35.machine.chip import TUNED, CommandBuffers, command_buffers, parse_chip
+from mlx_qwen35.machine.memory import reading_room
 
 # M5 and later are taken for as fast as M1, see test_machine.py.
 CHIPS = [parse_chip(f"Apple M{n}{tier}") for n in range(1, 5) for tier in ("", " Pro", " Max", " Ultra")]
@@ -197,32 +199,41 @@ def test_reading_takes_about_what_is_estimated(text_model):
 
 
 @pytest.fixture
-def on_an_m1(monkeypatch):
+def on_an_m1(monkeypatch, on_chip, memory_limit):
     """With 8 GB; the way of attention is that of a GPU on which MLX has no kernel without scores."""
-    monkeypatch.setattr(chunk, "this_chip", lambda: parse_chip("Apple M1"))
-    monkeypatch.setattr(chunk, "usable_bytes", lambda: 5.7e9)
-    monkeypatch.setattr(chunk, "command_buffers", lambda chip: CommandBuffers(*TUNED.values()))
+    on_chip("Apple M1")
+    memory_limit(5.7e9)
+    for name, value in TUNED.items():
+        monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(mx, "get_active_memory", lambda: 3 * 10**9)
     with assume(METAL):
         yield
 
 
-def test_on_a_cpu_no_watchdog_looks_on(monkeypatch):
-    monkeypatch.setattr(chunk, "reading_room", lambda limit: UNLIMITED)
-    monkeypatch.setattr(chunk, "usable_bytes", lambda: 10 * UNLIMITED)
-    monkeypatch.setattr(chunk, "this_chip", lambda: pytest.fail("there is no GPU to ask for"))
-    assert chunk.suitable_chunk(text_config("27b"), mx.float32, 1_048_576) == LENGTHS[0]
+def test_on_a_cpu_no_watchdog_looks_on(on_chip, memory_limit, monkeypatch):
+    config, chip, S = text_config("4b"), parse_chip("Apple M1"), 262_144
+    on_chip("Apple M1")
+    for name in TUNED:  # command buffers that the watchdog would end
+        monkeypatch.setenv(name, "1000000")
+    memory_limit(UNLIMITED)
+    assert chunk_length(config, S, reading_room(UNLIMITED), 2, "cpu", chip, command_buffers(chip)) < LENGTHS[0]
+    assert chunk.suitable_chunk(config, mx.float16, S) == LENGTHS[0]
 
 
 @pytest.mark.usefixtures("on_an_m1")
 @pytest.mark.parametrize("way", ["fused", "tiles"])
-def test_on_an_m1_chip_and_memory_bound_the_chunk(monkeypatch, way):
-    config, chip = text_config("4b"), parse_chip("Apple M1")
-    monkeypatch.setattr(chunk, "attention_way", lambda D, dtype: way)
-    for room, S in ((1e9, 4096), (1e9, 262_144), (1e8, 4096), (1e7, 262_144)):
-        monkeypatch.setattr(chunk, "reading_room", lambda limit, room=room: room if limit == 5.7e9 else 0)
-        expected = chunk_length(config, S, room, 2, way, chip, CommandBuffers(*TUNED.values()))
-        assert chunk.suitable_chunk(config, mx.float16, S) == expected
+def test_on_an_m1_chip_and_memory_bound_the_chunk(monkeypatch, memory_limit, way):
+    config, chip, found = text_config("4b"), parse_chip("Apple M1"), set()
+    monkeypatch.setattr(attention, "fused_verdict", lambda *_: way == "fused")
+    for limit in (5.7e9, 11.5e9, 30e9):
+        memory_limit(limit)
+        for left, S in ((1e9, 4096), (1e9, 262_144), (6e7, 4096), (1e7, 262_144)):
+            monkeypatch.setattr(mx, "get_active_memory", lambda used=limit - left: used)
+            room = min(reading_room(limit), left)
+            expected = chunk_length(config, S, room, 2, way, chip, CommandBuffers(*TUNED.values()))
+            assert chunk.suitable_chunk(config, mx.float16, S) == expected
+            found.add(expected)
+    assert len(found) > 3
 
 
 @pytest.mark.usefixtures("on_an_m1")

@@ -16,7 +16,14 @@ from parity import cases
 from refusing import refused
 
 from mlx_qwen35.backend import CPU, CUDA, METAL, assume
-from mlx_qwen35.checkpoint.checkpoint import INDEX, MODES, Quantization, is_matrix, is_zero_centred, open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import (
+    INDEX,
+    MODES,
+    Quantization,
+    is_matrix,
+    is_zero_centred,
+    open_checkpoint,
+)
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.random import changed, geometry
 from mlx_qwen35.load import load, load_tower

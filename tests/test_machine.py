@@ -1,6 +1,7 @@
 """Chips, and settings of MLX: who sets them, and that importing a command does not start MLX before they are set."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -140,8 +141,8 @@ def test_the_system_is_asked_for_the_chip_on_a_mac_with_apple_silicon_alone(monk
         asked.append(command)
         return subprocess.CompletedProcess(command, 0, f"{brand}\n", "")
 
-    monkeypatch.setattr(machine.platform, "system", lambda: system)
-    monkeypatch.setattr(machine.platform, "machine", lambda: processor)
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(platform, "machine", lambda: processor)
     monkeypatch.setattr(subprocess, "run", run)
     chip = machine.this_chip.__wrapped__()
     assert chip == (None if brand is None else parse_chip(brand or "Apple, unknown"))

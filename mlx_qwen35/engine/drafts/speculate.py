@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_qwen35.budget.plan import most_depth
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.engine.drafts.depth import Depths, measured_costs
-from mlx_qwen35.engine.drafts.follower import MOST_UNREAD, DraftFollower
+from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.sampling import Sampler
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.model import Model
@@ -20,6 +20,7 @@ MOST_DEPTH = 3
 ON_DEPTH = 2  # the model card's advice
 MOST_SHOWN = 6  # changes of depth
 PAUSE = 0.1  # of a step, from which on its time says more of the caller than of the machine
+MOST_UNREAD = 256  # pairs of a row that wait for the draft head: 5 KB each for the 4B
 LEAST_TOKENS = 32  # of an answer for which auto thinks of drafts
 
 
