@@ -38,11 +38,11 @@ def test_a_patch_is_refused(owner, name, monkeypatch):
 @pytest.mark.parametrize("name", ["chunk.this_chip", "chunk._hidden", "chunk.Launch._hidden"])
 def test_a_patch_is_refused_by_its_dotted_name(name, monkeypatch):
     with pytest.raises(PatchRefused):
-        monkeypatch.setattr(f"mlx_qwen35.{name}", None)
+        monkeypatch.setattr(f"mlx_qwen35.budget.{name}", None)
     with pytest.raises(PatchRefused):
-        monkeypatch.delattr(f"mlx_qwen35.{name}")
+        monkeypatch.delattr(f"mlx_qwen35.budget.{name}")
     with pytest.raises(PatchRefused):
-        mock.patch(f"mlx_qwen35.{name}", None)
+        mock.patch(f"mlx_qwen35.budget.{name}", None)
 
 
 def test_a_patch_of_the_names_of_a_module_is_refused(monkeypatch):
@@ -65,14 +65,14 @@ def test_a_public_name_is_replaced_where_it_is_defined(monkeypatch):
 
 # --- without monkeypatch ----------------------------------------------------------------------------------------------
 
-IMPORTS = """import mlx_qwen35 as top, mlx_qwen35.chunk as module, os
-from mlx_qwen35 import chunk
-from mlx_qwen35.chunk import Launch
+IMPORTS = """import mlx_qwen35 as top, mlx_qwen35.budget.chunk as module, os
+from mlx_qwen35.budget import chunk
+from mlx_qwen35.budget.chunk import Launch
 """
 SETS = {
     "chunk.this_chip = None": 1,
     "chunk.Launch._hidden = None": 1,
-    "top.chunk.this_chip, x = None, None": 1,
+    "top.budget.chunk.this_chip, x = None, None": 1,
     "x = module.Launch._hidden = None": 1,
     "Launch._hidden += 1": 1,
     "del Launch._hidden": 1,
