@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -169,7 +170,7 @@ def test_wrong_arguments_are_refused(arguments, message, capsys):
 
 
 def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit) as ended:
         main(["--geometry", "tiny", "--plot", str(tmp_path / "speeds.png")])
     assert ended.value.code == 2
