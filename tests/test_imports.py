@@ -119,7 +119,7 @@ def copy(tmp_path: Path):
     """A package of two rooms; the function writes the file of the lower one."""
     for name in ("engine", "model"):
         (tmp_path / PACKAGE / name).mkdir(parents=True)
-    (tmp_path / PACKAGE / "engine" / "loop.py").write_text("from mlx_qwen35.model.layers import f\ndecode = 1\n")
+    (tmp_path / PACKAGE / "engine" / "loop.py").write_text("from mlx_qwen35.model.layers import Linear\ndecode = 1\n")
 
     def write(text: str) -> Path:
         (tmp_path / PACKAGE / "model" / "layers.py").write_text(text)
