@@ -170,7 +170,7 @@ import os, signal, mlx.core as mx, mlx_qwen35
 assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 child = os.fork()
 if child == 0:
-    from mlx_qwen35.process import refuse_fork
+    from mlx_qwen35.machine.process import refuse_fork
     refuse_fork()
     mx.eval(mx.ones(3) + 1)
     os._exit(0)
