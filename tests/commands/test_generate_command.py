@@ -142,7 +142,7 @@ def test_python_m_runs_it_without_a_warning():
 SLOW = """
 import sys, time
 from mlx_qwen35.generate import __main__ as command
-from mlx_qwen35.model import Model
+from mlx_qwen35.model.model import Model
 hidden = Model.hidden
 def slow(*given, **options):
     print("a pass", file=sys.stderr, flush=True)
