@@ -22,14 +22,14 @@ from mlx_qwen35.checkpoint.checkpoint import (
 )
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.kernels.products import tell_shortened
+from mlx_qwen35.kernels.products import warn_shortened_products
 from mlx_qwen35.machine.chip import this_chip
 from mlx_qwen35.machine.memory import limit_memory, set_limits
 from mlx_qwen35.machine.process import check_folder, refuse_fork
-from mlx_qwen35.model.enabled import engaged, tell_unfit
+from mlx_qwen35.model.enabled import enabled_kernels, warn_unfit_layers
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.model.mtp import DraftHead, MultiTokenPrediction
-from mlx_qwen35.model.vision import Tower, Vision
+from mlx_qwen35.model.vision import LazyVisionEncoder, VisionEncoder
 from mlx_qwen35.model.weights import Progress, read_weights
 from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.values import choice, flag, shown, text
@@ -77,21 +77,21 @@ def load(
 
     def judged(folder: Path) -> Checkpoint:
         checkpoint = open_checkpoint(folder)
-        if keep_vision and not has_tower(checkpoint):
+        if keep_vision and not has_vision(checkpoint):
             raise InputError("vision_missing", f"keep_vision must not be given: {model} has no vision tower to keep")
         check_model_fits(checkpoint, choose_dtype(checkpoint, dtype), str(model))
         return checkpoint
 
     folder = resolve(model, revision, judged)
     checkpoint = judged(folder)
-    processor = Processor.from_folder(folder, checkpoint.config, has_tower(checkpoint))
+    processor = Processor.from_folder(folder, checkpoint.config, has_vision(checkpoint))
     loaded = load_model(checkpoint, choose_dtype(checkpoint, dtype), str(model), progress)
     if loaded.vision:
         loaded.vision.keep = keep_vision
     return loaded, processor
 
 
-def has_tower(checkpoint: Checkpoint) -> bool:
+def has_vision(checkpoint: Checkpoint) -> bool:
     return checkpoint.config.vision is not None and checkpoint.has(VISION)
 
 
@@ -135,7 +135,7 @@ def load_model(
     check_model_fits(checkpoint, dtype, name)
     set_limits()
     if dtype == mx.float32:
-        tell_shortened()
+        warn_shortened_products()
     config = checkpoint.config.text
     weights = read_weights(checkpoint, names, dtype, progress)
     model = Model(config, weights)
@@ -148,11 +148,12 @@ def load_model(
     mx.eval(model.parameters(), model.rotary.frequencies, model.rotary.axes)  # what is pending belongs to this thread
     progress(total, total)
     mx.clear_cache()
-    engaged(model)  # on a Mac, see now and not in the middle of an answer which kernels may be used
-    tell_unfit(model)
+    enabled_kernels(model)  # on a Mac, see now and not in the middle of an answer which kernels may be used
+    warn_unfit_layers(model)
     head = model.mtp = _draft_head(checkpoint, dtype)
-    if has_tower(checkpoint):
-        model.vision = Vision(lambda: load_tower(checkpoint, dtype, head))  # not the model: it would hold itself
+    if has_vision(checkpoint):
+        # The draft head and not the model, which would hold itself.
+        model.vision = LazyVisionEncoder(lambda: load_vision_encoder(checkpoint, dtype, head))
     return model.eval()
 
 
@@ -176,7 +177,7 @@ def load_draft_head(checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype) -
     return head.eval()
 
 
-def load_tower(checkpoint: Checkpoint, dtype: mx.Dtype, head: DraftHead | None = None) -> Tower:
+def load_vision_encoder(checkpoint: Checkpoint, dtype: mx.Dtype, head: DraftHead | None = None) -> VisionEncoder:
     """Read the vision tensors and build the tower. InputError when they do not fit beside what is in memory.
 
     head: is given back where the room that it takes is needed.
@@ -192,7 +193,7 @@ def load_tower(checkpoint: Checkpoint, dtype: mx.Dtype, head: DraftHead | None =
         head.release()
         check_tower_fits(checkpoint.config.text, dtype, nbytes)
     weights = read_weights(checkpoint, names, dtype)
-    tower = Tower(config, weights)
+    tower = VisionEncoder(config, weights)
     weights.arrays.clear()
     for block in tower.blocks:
         mx.eval(block.parameters())

@@ -26,7 +26,7 @@ from mlx_qwen35.checkpoint.checkpoint import (
 )
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.random import changed, geometry
-from mlx_qwen35.load import load, load_tower
+from mlx_qwen35.load import load, load_vision_encoder
 from mlx_qwen35.media.preprocess import VisionOptions
 
 # One program and the same numbers: only products of differently laid out arrays may round differently.
@@ -57,7 +57,7 @@ def logits(folder: Path) -> mx.array:
 def seen(folder: Path) -> mx.array:
     """The tower's embeddings of a random picture of 96 x 64."""
     checkpoint = open_checkpoint(folder)
-    tower = load_tower(checkpoint, mx.float32)
+    tower = load_vision_encoder(checkpoint, mx.float32)
     out = tower([patches_of_a_picture()], (6, 4))
     mx.eval(out)
     return out

@@ -15,7 +15,7 @@ from mlx_qwen35.kernels.attention import attention_way
 from mlx_qwen35.kernels.products import shortened
 from mlx_qwen35.machine.chip import TUNED, TUNED_UP_TO, this_chip
 from mlx_qwen35.machine.memory import usable_bytes
-from mlx_qwen35.model.enabled import Engaged
+from mlx_qwen35.model.enabled import EnabledLayers
 
 Facts = dict[str, str]
 PACKAGES = ("mlx-qwen35", "mlx", "mlx-lm", "numpy", "tokenizers", "transformers", "pillow", "av")
@@ -81,14 +81,14 @@ def speed(found: Speed, scale: float) -> Facts:
     }
 
 
-def kernels(engaged: dict[str, Engaged]) -> Facts:
+def kernels(engaged: dict[str, EnabledLayers]) -> Facts:
     """In how many layers each kernel runs."""
     if not backend().fused_kernels:
         return dict.fromkeys(engaged, f"does not apply: MLX computes on {backend().device}, by its own operations")
     return {name: _engaged(found) for name, found in engaged.items()}
 
 
-def _engaged(found: Engaged) -> str:
+def _engaged(found: EnabledLayers) -> str:
     return f"agrees with its reference; runs in {found}" if found.layers else f"switched off; runs in {found}"
 
 

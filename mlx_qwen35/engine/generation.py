@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlx_qwen35.cache.cache import Cache, Snapshot
 from mlx_qwen35.engine.checks import check_options
-from mlx_qwen35.engine.drafts.speculate import Choice, Drafting, Speculation, attach
+from mlx_qwen35.engine.drafts.speculate import DraftPolicy, DraftStatistics, Speculation, attach
 from mlx_qwen35.engine.loop import decode
 from mlx_qwen35.engine.options import Options, Plan, encode, plan, refuse_idle_vision
 from mlx_qwen35.engine.prefill import PromptRow, prefill
@@ -44,7 +44,7 @@ class Result:
     generation_tps: float
     peak_memory: float
     seed: int
-    mtp: Drafting
+    mtp: DraftStatistics
 
     def __str__(self) -> str:
         return self.text
@@ -62,7 +62,7 @@ class Generation:
         processor: Processor,
         prompts: Sequence[Prompt],
         options: Options,
-        drafts: Choice | None = None,
+        drafts: DraftPolicy | None = None,
     ):
         """drafts: what was chosen when part of the prompt was read before."""
         self.model, self.processor, self.prompts = model, processor, list(prompts)
@@ -167,7 +167,7 @@ class Generation:
             generation_tps=(len(tokens) - 1) / writing if writing > 0 else 0.0,
             peak_memory=mx.get_peak_memory() / 1e9,
             seed=self.plan.seed,
-            mtp=drafts.statistics(row) if drafts else Drafting(self._drafts.why or "nothing was decoded"),
+            mtp=drafts.statistics(row) if drafts else DraftStatistics(self._drafts.reason or "nothing was decoded"),
         )
 
 

@@ -18,7 +18,7 @@ from mlx_qwen35.commands.common import as_command
 from mlx_qwen35.doctor import check, facts, main
 from mlx_qwen35.doctor.check import PROMPTS, SAMPLE_LAYERS, Speed, measure, sample_model
 from mlx_qwen35.machine.chip import MEGABYTES, OPERATIONS
-from mlx_qwen35.model.enabled import Engaged
+from mlx_qwen35.model.enabled import EnabledLayers
 from mlx_qwen35.model.model import Model
 
 TINY = parse_config(geometry("tiny")).text
@@ -126,7 +126,7 @@ def test_the_dtype_is_shown_with_its_reason(chosen, stored, asked, text):
 @pytest.mark.parametrize("gpu", [METAL, CUDA], ids=lambda gpu: gpu.name)
 def test_kernels_are_shown_with_their_verdicts_and_layers(gpu):
     with assume(gpu):
-        shown = facts.kernels({"a": Engaged(24, 24), "b": Engaged(0, 8), "c": Engaged(7, 8)})
+        shown = facts.kernels({"a": EnabledLayers(24, 24), "b": EnabledLayers(0, 8), "c": EnabledLayers(7, 8)})
     assert shown == {
         "a": "agrees with its reference; runs in 24 of 24 layers", "b": "switched off; runs in 0 of 8 layers",
         "c": "agrees with its reference; runs in 7 of 8 layers",

@@ -16,7 +16,7 @@ from mlx_qwen35.checkpoint.config import read_json
 from mlx_qwen35.checkpoint.random import changed, geometry, write_random_checkpoint
 from mlx_qwen35.convert import convert, stream
 from mlx_qwen35.convert.source import e4m3
-from mlx_qwen35.load import load_model, load_tower
+from mlx_qwen35.load import load_model, load_vision_encoder
 
 IDS = mx.array(np.random.default_rng(3).integers(0, 980, (1, 7)))
 LAYER = "model.language_model.layers.0."
@@ -264,7 +264,7 @@ def test_raw_or_converted_with_and_without_vision_and_draft_head_gives_the_same_
 
 def test_packed_tower_loads_from_an_mlx_layout(source_of, tmp_path):
     folder = convert(mlx_layout(source_of("float32"), tmp_path / "mlx"), tmp_path / "out", quantize=True)
-    tower = load_tower(open_checkpoint(folder), mx.float32)
+    tower = load_vision_encoder(open_checkpoint(folder), mx.float32)
     assert tower is not None
 
 

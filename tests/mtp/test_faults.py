@@ -53,8 +53,8 @@ def test_a_damaged_head_is_told_of_once_and_the_text_comes_without_it(nano, dama
     assert generate(*damaged, ASKED[0], mtp="off", **GREEDY).tokens == want.tokens
     with pytest.warns(RuntimeWarning, match="no tokens are drafted, for its draft head cannot be used: .*mtp.norm"):
         result = generate(*damaged, ASKED[0], **GREEDY)
-    assert result.tokens == want.tokens and "mtp.norm" in result.mtp.verdict
-    assert "mtp.norm" in generate(*damaged, ASKED[0], **GREEDY).mtp.verdict
+    assert result.tokens == want.tokens and "mtp.norm" in result.mtp.reason
+    assert "mtp.norm" in generate(*damaged, ASKED[0], **GREEDY).mtp.reason
 
 
 def test_a_damaged_head_is_refused_where_drafts_are_wanted_always(damaged):
@@ -69,7 +69,7 @@ def test_a_sidecar_that_is_no_head_leaves_the_text_as_it_is(nano, tmp_path):
     model, processor = load(folder)
     result = generate(model, processor, ASKED[0], **GREEDY)
     assert result.tokens == generate(*nano, ASKED[0], mtp="off", **GREEDY).tokens
-    assert "mtp.safetensors" in result.mtp.verdict
+    assert "mtp.safetensors" in result.mtp.reason
     with refused("draft_head_unusable", "mtp.safetensors"):
         generate(model, processor, ASKED[0], mtp="on")
 
@@ -144,7 +144,7 @@ def test_auto_gives_up_drafts_rather_than_context(memory_limit):
             continue
         auto = generation(model, processor, prompt).plan
         assert auto.limits == off.limits
-        found.add(auto.drafts.why)
+        found.add(auto.drafts.reason)
     assert found == {"memory has no room for drafts beside this context", ""}
 
 

@@ -19,7 +19,7 @@ from mlx_qwen35.commands import generate as generate_command
 from mlx_qwen35.convert import convert
 from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.engine.generation import see, start
-from mlx_qwen35.model.vision import Tower, Vision
+from mlx_qwen35.model.vision import Vision, VisionEncoder
 
 PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
 SHAPES, TRIANGLE, MOVING = (PICTURES / name for name in ("shapes.png", "triangle.png", "moving.mp4"))
@@ -36,8 +36,8 @@ def nano() -> tuple[Model, Processor]:
 def encoded(monkeypatch) -> list:
     """Every image and clip that a tower encodes."""
     done = []
-    encode = Tower.encode
-    monkeypatch.setattr(Tower, "encode", lambda self, media: done.append(media) or encode(self, media))
+    encode = VisionEncoder.encode
+    monkeypatch.setattr(VisionEncoder, "encode", lambda self, media: done.append(media) or encode(self, media))
     return done
 
 
@@ -214,7 +214,7 @@ def test_keep_vision_holds_it():
 
 def test_the_tower_is_released_when_encoding_fails(nano, monkeypatch):
     model, processor = nano
-    monkeypatch.setattr(Tower, "__call__", lambda *args: 1 / 0)
+    monkeypatch.setattr(VisionEncoder, "__call__", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         generate(model, processor, ASK, images=[SHAPES])
     assert not model.vision.loaded
