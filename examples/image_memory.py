@@ -16,7 +16,7 @@ from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.random import GEOMETRIES, geometry, write_random_checkpoint
 from mlx_qwen35.commands.table import align
 from mlx_qwen35.engine.prefill import PromptRow, prefill
-from mlx_qwen35.kernels.attention import attention_way
+from mlx_qwen35.kernels.attention import attention_impl
 from mlx_qwen35.load import choose_dtype, load_model
 from mlx_qwen35.media.preprocess import Media
 from mlx_qwen35.model.model import Model
@@ -58,7 +58,7 @@ def show(model: Model, config: VisionConfig, frames: int, height: int, width: in
     states for the former, by which images are refused.
     """
     media = noise(config, frames, height, width)
-    way = attention_way(config.hidden_size // config.num_heads, model.dtype)
+    impl = attention_impl(config.hidden_size // config.num_heads, model.dtype)
     text, start = held(), time.perf_counter()
     mx.reset_peak_memory()
     (embeddings,) = model.vision.encode([media])
@@ -75,7 +75,7 @@ def show(model: Model, config: VisionConfig, frames: int, height: int, width: in
     return {
         "tokens": tokens, "text": text, "tower": tower, "embeddings": size, "cache": kept,
         "encode_working": encode_peak - text - tower - size,
-        "budget": working_bytes(config, model.dtype, at_once(media.grid), way),
+        "budget": working_bytes(config, model.dtype, at_once(media.grid), impl),
         "read_working": read_peak - text - size - kept, "released": released, "left": held(), "encode_s": encode_s,
         "read_s": read_s,
     }  # fmt: skip

@@ -157,14 +157,14 @@ def test_a_launch_takes_as_long_as_its_operations_or_its_bytes():
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["cpu", "fused", "tiles"])
+@pytest.mark.parametrize("impl", ["cpu", "fused", "tiles"])
 @pytest.mark.parametrize("name", ["tiny", "4b", "27b"])
-def test_reading_takes_no_more_than_the_room_but_with_the_shortest_chunk(name, way):
+def test_reading_takes_no_more_than_the_room_but_with_the_shortest_chunk(name, impl):
     config = text_config(name)
     for room in (1e6, 5e7, 2e8, 1e9):
         for S in (1024, 100_000, 262_144):
-            T = chunk_length(config, S, room, 2, way)
-            takes = [reading_bytes(config, T, at, 2, way) for at in contexts_up_to(S)]
+            T = chunk_length(config, S, room, 2, impl)
+            takes = [reading_bytes(config, T, at, 2, impl) for at in contexts_up_to(S)]
             assert max(takes) <= room or LENGTHS[-1] == T
 
 
@@ -176,7 +176,7 @@ def test_less_room_never_gives_longer_chunks():
 
 def test_where_scores_are_not_written_out_they_take_nothing():
     config, T, S = text_config("4b"), 1024, 100_000
-    fused, tiles = (reading_bytes(config, T, S, 2, way) for way in ("fused", "tiles"))
+    fused, tiles = (reading_bytes(config, T, S, 2, impl) for impl in ("fused", "tiles"))
     assert tiles - fused == 3 * 2 * 16 * S * max(16, SCORE_BYTES // (4 * 16 * S))
     few = 2048  # of a context in which 64 tokens have few scores: there MLX writes them out all the same
     assert reading_bytes(config, 64, few, 2, "fused") == reading_bytes(config, 64, few, 2, "tiles")
@@ -215,13 +215,13 @@ def test_on_a_cpu_no_watchdog_looks_on(monkeypatch):
 
 
 @pytest.mark.usefixtures("on_an_m1")
-@pytest.mark.parametrize("way", ["fused", "tiles"])
-def test_on_an_m1_chip_and_memory_bound_the_chunk(monkeypatch, way):
+@pytest.mark.parametrize("impl", ["fused", "tiles"])
+def test_on_an_m1_chip_and_memory_bound_the_chunk(monkeypatch, impl):
     config, chip = text_config("4b"), parse_chip("Apple M1")
-    monkeypatch.setattr(chunk, "attention_way", lambda D, dtype: way)
+    monkeypatch.setattr(chunk, "attention_impl", lambda D, dtype: impl)
     for room, S in ((1e9, 4096), (1e9, 262_144), (1e8, 4096), (1e7, 262_144)):
         monkeypatch.setattr(chunk, "reading_room", lambda limit, room=room: room if limit == 5.7e9 else 0)
-        expected = chunk_length(config, S, room, 2, way, chip, CommandBuffers(*TUNED.values()))
+        expected = chunk_length(config, S, room, 2, impl, chip, CommandBuffers(*TUNED.values()))
         assert chunk.suitable_chunk(config, mx.float16, S) == expected
 
 

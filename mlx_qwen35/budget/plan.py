@@ -16,7 +16,7 @@ from mlx_qwen35.checkpoint.config import FULL, LINEAR, TextConfig
 from mlx_qwen35.checkpoint.names import takes_dtype
 from mlx_qwen35.checkpoint.tensors import DTYPE_BYTES
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.kernels.attention import attention_way
+from mlx_qwen35.kernels.attention import attention_impl
 from mlx_qwen35.kernels.cpu import UNPACKED
 from mlx_qwen35.machine.chip import TUNED, Chip, CommandBuffers, command_buffers, parse_chip, this_chip
 from mlx_qwen35.machine.memory import buffer_bytes, reading_room, usable_bytes
@@ -29,18 +29,18 @@ SHORT = 256  # tokens of a context without which a model is of no use
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan depends on beside the checkpoint. way: see `attention_way`."""
+    """What a plan depends on beside the checkpoint. attention_impl: see the function of that name."""
 
     name: str
     limit: int  # bytes for a model
     dtype: mx.Dtype  # of activations and unpacked weights
-    way: str
+    attention_impl: str
     chip: Chip | None = None
     buffers: CommandBuffers | None = None
 
     @property
     def on_cpu(self) -> bool:
-        return self.way == "cpu"
+        return self.attention_impl == "cpu"
 
     @property
     def kept(self) -> int:
@@ -51,7 +51,7 @@ class Machine:
 def this_machine(config: TextConfig, dtype: mx.Dtype) -> Machine:
     chip = this_chip() if backend().watchdog else None
     buffers = command_buffers(chip) if chip else None
-    return Machine("this machine", usable_bytes(), dtype, attention_way(config.head_dim, dtype), chip, buffers)
+    return Machine("this machine", usable_bytes(), dtype, attention_impl(config.head_dim, dtype), chip, buffers)
 
 
 def mac(gigabytes: int, dtype: mx.Dtype = mx.float16) -> Machine:
@@ -114,11 +114,11 @@ def plan_memory(
         vision = checkpoint.config.vision
         tower = loaded_bytes(checkpoint, names(checkpoint, vision_shapes(vision)), machine.dtype)
         patches = -(-pixels // vision.patch_size**2)
-        encoding = working_bytes(vision, machine.dtype, patches, machine.way)
+        encoding = working_bytes(vision, machine.dtype, patches, machine.attention_impl)
         encoding += patches // vision.spatial_merge_size**2 * vision.out_hidden_size * size
     if chunk is None:
         room = reading_room(machine.limit)
-        chunk = chunk_length(text, context, room, size, machine.way, machine.chip, machine.buffers)
+        chunk = chunk_length(text, context, room, size, machine.attention_impl, machine.chip, machine.buffers)
     drafts = names(checkpoint, mtp_shapes(text)) if mtp else []
     return MemoryPlan(
         machine, context, chunk,
@@ -171,7 +171,7 @@ def most_reading_bytes(checkpoint: Checkpoint, machine: Machine, context: int, c
     """What reading takes at its worst on the way to this context; on the CPU packed matrices are unpacked for it."""
     text, size = checkpoint.config.text, machine.dtype.size
     contexts = [*(S for S in contexts_up_to(context) if context > S), context]
-    most = max(reading_bytes(text, min(chunk, S), S, size, machine.way) for S in contexts)
+    most = max(reading_bytes(text, min(chunk, S), S, size, machine.attention_impl) for S in contexts)
     if not machine.on_cpu or not checkpoint.quantization(f"{TEXT}layers.0.mlp.gate_proj.weight"):
         return most
     return most + 4 * 4 * min(UNPACKED, text.intermediate_size * text.hidden_size)
@@ -238,7 +238,7 @@ def most_tokens(
     depth: tokens drafted at a time, at most; head_bytes: what the draft head will take, 0 once it is there.
     """
     machine = this_machine(config, dtype)
-    reading = reading_bytes(config, chunk * rows, cached + chunk, dtype.size, machine.way)
+    reading = reading_bytes(config, chunk * rows, cached + chunk, dtype.size, machine.attention_impl)
     once = max(reading, rows * SAMPLING_ARRAYS * 4 * config.vocab_size)
     state = rows * (1 + 2 * depth) * state_bytes(config, dtype.size)
     free = machine.limit - mx.get_active_memory() - once - state - machine.kept - head_bytes
