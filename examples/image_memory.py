@@ -20,7 +20,7 @@ from mlx_qwen35.kernels.attention import attention_impl
 from mlx_qwen35.load import choose_dtype, load_model
 from mlx_qwen35.media.preprocess import Media
 from mlx_qwen35.model.model import Model
-from mlx_qwen35.prompt.positions import Run
+from mlx_qwen35.prompt.positions import Placeholder
 
 TEXT_TOKENS = 8  # before each pair of frames and after the last: about as many as a timestamp and its tags
 COLUMNS = ("MB", "tokens", "text", "tower", "embeddings", "cache", "encoding: working", "budget", "prefill: working",
@@ -35,12 +35,12 @@ def noise(config: VisionConfig, frames: int, height: int, width: int) -> Media:
     return Media(pixels, times, (height, width), config, values)
 
 
-def prompt(grid: tuple[int, int, int], merge: int) -> tuple[list[int], list[Run]]:
+def prompt(grid: tuple[int, int, int], merge: int) -> tuple[list[int], list[Placeholder]]:
     """Arbitrary tokens, and the places among them of the placeholders of each pair of frames."""
     pairs, height, width = grid[0], grid[1] // merge, grid[2] // merge
     every = TEXT_TOKENS + height * width
     tokens = [1] * (pairs * every + TEXT_TOKENS)
-    return tokens, [Run(pair * every + TEXT_TOKENS, height, width) for pair in range(pairs)]
+    return tokens, [Placeholder(pair * every + TEXT_TOKENS, height, width) for pair in range(pairs)]
 
 
 def held() -> int:

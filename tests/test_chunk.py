@@ -18,7 +18,7 @@ from mlx_qwen35.budget.chunk import (
     contexts_up_to,
     layer_launches,
     longest_submission,
-    reading_bytes,
+    prefill_bytes,
 )
 from mlx_qwen35.checkpoint.checkpoint import text_shapes
 from mlx_qwen35.checkpoint.config import FULL, LINEAR, TextConfig, parse_config
@@ -164,7 +164,7 @@ def test_reading_takes_no_more_than_the_room_but_with_the_shortest_chunk(name, i
     for room in (1e6, 5e7, 2e8, 1e9):
         for S in (1024, 100_000, 262_144):
             T = chunk_length(config, S, room, 2, impl)
-            takes = [reading_bytes(config, T, at, 2, impl) for at in contexts_up_to(S)]
+            takes = [prefill_bytes(config, T, at, 2, impl) for at in contexts_up_to(S)]
             assert max(takes) <= room or LENGTHS[-1] == T
 
 
@@ -176,10 +176,10 @@ def test_less_room_never_gives_longer_chunks():
 
 def test_where_scores_are_not_written_out_they_take_nothing():
     config, T, S = text_config("4b"), 1024, 100_000
-    fused, tiles = (reading_bytes(config, T, S, 2, impl) for impl in ("fused", "tiles"))
+    fused, tiles = (prefill_bytes(config, T, S, 2, impl) for impl in ("fused", "tiles"))
     assert tiles - fused == 3 * 2 * 16 * S * max(16, SCORE_BYTES // (4 * 16 * S))
     few = 2048  # of a context in which 64 tokens have few scores: there MLX writes them out all the same
-    assert reading_bytes(config, 64, few, 2, "fused") == reading_bytes(config, 64, few, 2, "tiles")
+    assert prefill_bytes(config, 64, few, 2, "fused") == prefill_bytes(config, 64, few, 2, "tiles")
 
 
 def test_reading_takes_about_what_is_estimated(text_model):
@@ -189,7 +189,7 @@ def test_reading_takes_about_what_is_estimated(text_model):
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     prefill(model, cache, [PromptRow([5] * T)], T)
-    estimate = reading_bytes(model.config, T, T, 4, "cpu")
+    estimate = prefill_bytes(model.config, T, T, 4, "cpu")
     assert estimate / 1.5 < mx.get_peak_memory() - before - cache.nbytes < 1.5 * estimate
 
 
@@ -208,7 +208,7 @@ def on_an_m1(monkeypatch):
 
 
 def test_on_a_cpu_no_watchdog_looks_on(monkeypatch):
-    monkeypatch.setattr(chunk, "reading_room", lambda limit: UNLIMITED)
+    monkeypatch.setattr(chunk, "prefill_room", lambda limit: UNLIMITED)
     monkeypatch.setattr(chunk, "usable_bytes", lambda: 10 * UNLIMITED)
     monkeypatch.setattr(chunk, "this_chip", lambda: pytest.fail("there is no GPU to ask for"))
     assert chunk.suitable_chunk(text_config("27b"), mx.float32, 1_048_576) == LENGTHS[0]
@@ -220,7 +220,7 @@ def test_on_an_m1_chip_and_memory_bound_the_chunk(monkeypatch, impl):
     config, chip = text_config("4b"), parse_chip("Apple M1")
     monkeypatch.setattr(chunk, "attention_impl", lambda D, dtype: impl)
     for room, S in ((1e9, 4096), (1e9, 262_144), (1e8, 4096), (1e7, 262_144)):
-        monkeypatch.setattr(chunk, "reading_room", lambda limit, room=room: room if limit == 5.7e9 else 0)
+        monkeypatch.setattr(chunk, "prefill_room", lambda limit, room=room: room if limit == 5.7e9 else 0)
         expected = chunk_length(config, S, room, 2, impl, chip, CommandBuffers(*TUNED.values()))
         assert chunk.suitable_chunk(config, mx.float16, S) == expected
 

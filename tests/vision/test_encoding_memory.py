@@ -37,6 +37,6 @@ def test_working_memory_does_not_grow_with_the_clip(text_model, config, monkeypa
 
 def test_a_prompt_has_text_around_the_placeholders_of_every_pair(config):
     media = noise(config, 4, 32, 64)
-    tokens, runs = prompt(media.grid, 2)
-    assert sum(run.stop - run.start for run in runs) == media.tokens == 4
-    assert [run.start for run in runs] == [8, 18] and len(tokens) == 28
+    tokens, placeholders = prompt(media.grid, 2)
+    assert sum(p.stop - p.start for p in placeholders) == media.tokens == 4
+    assert [p.start for p in placeholders] == [8, 18] and len(tokens) == 28
