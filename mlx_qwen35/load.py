@@ -9,7 +9,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_qwen35.backend import backend
-from mlx_qwen35.budget.plan import check_model_fits, check_tower_fits, loaded_bytes
+from mlx_qwen35.budget.plan import check_model_fits, check_vision_encoder_fits, loaded_bytes
 from mlx_qwen35.checkpoint.checkpoint import (
     MTP,
     TEXT,
@@ -186,12 +186,12 @@ def load_vision_encoder(checkpoint: Checkpoint, dtype: mx.Dtype, head: DraftHead
     names = [stored for stored, _ in checkpoint.part(vision_shapes(config))]
     nbytes = loaded_bytes(checkpoint, names, dtype)
     try:
-        check_tower_fits(checkpoint.config.text, dtype, nbytes)
+        check_vision_encoder_fits(checkpoint.config.text, dtype, nbytes)
     except InputError:
         if head is None or not head.loaded:
             raise
         head.release()
-        check_tower_fits(checkpoint.config.text, dtype, nbytes)
+        check_vision_encoder_fits(checkpoint.config.text, dtype, nbytes)
     weights = read_weights(checkpoint, names, dtype)
     tower = VisionEncoder(config, weights)
     weights.arrays.clear()
