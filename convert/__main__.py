@@ -8,16 +8,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_qwen35.checkpoint.checkpoint import (
-    MODES,
-    VISION,
-    Checkpoint,
-    is_matrix,
-    open_checkpoint,
-    text_shapes,
-    vision_shapes,
-)
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.hub import check_repository, look, resolve, upload
+from mlx_qwen35.checkpoint.names import VISION
+from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes, vision_shapes
 from mlx_qwen35.commands.common import Parser, add_version, as_command
 from mlx_qwen35.commands.streams import read_file
 from mlx_qwen35.convert import convert, with_default
@@ -29,6 +23,7 @@ from mlx_qwen35.convert.sensitivity import CANDIDATES, forms, propose, sensitivi
 from mlx_qwen35.convert.source import reading
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.measure.text import windows
+from mlx_qwen35.quantization import MODES
 
 COMMAND = "mlx_qwen35.convert"
 # Of how the folder is packed, those that make_plan has by the same or by a shorter name.

@@ -13,22 +13,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlx_qwen35.checkpoint.checkpoint import (
-    MTP,
-    TEXT,
-    VISION,
-    Checkpoint,
-    Quantization,
-    is_matrix,
-    mtp_shapes,
-    open_checkpoint,
-    text_shapes,
-    vision_shapes,
-)
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION
+from mlx_qwen35.checkpoint.shapes import is_matrix, mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.convert.sensitivity import form
 from mlx_qwen35.convert.verify import Error
 from mlx_qwen35.load import has_tower
 from mlx_qwen35.measure.divergence import Evaluation
+from mlx_qwen35.quantization import Quantization
 
 CARD, QUALITY, PLOT = "README.md", "quality.json", "error_by_layer.svg"
 _PROGRAMS = ("mlx", "mlx-qwen35")

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from mlx_qwen35.checkpoint.checkpoint import EXACT, MTP, TEXT, VISION
+from mlx_qwen35.checkpoint.checkpoint import EXACT
+from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION
 from mlx_qwen35.commands.table import align
 from mlx_qwen35.convert.plan import Job, Plan
 from mlx_qwen35.convert.sensitivity import form

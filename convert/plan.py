@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from mlx_qwen35.checkpoint.checkpoint import EXACT, TEXT, VISION, Quantization
+from mlx_qwen35.checkpoint.checkpoint import EXACT
+from mlx_qwen35.checkpoint.names import TEXT, VISION
 from mlx_qwen35.checkpoint.shapes import is_exact
 from mlx_qwen35.checkpoint.tensors import DTYPE_BYTES
 from mlx_qwen35.convert.files import DTYPES, beside_weights, generation_config, new_config
 from mlx_qwen35.convert.packing import Packing, read_options
 from mlx_qwen35.convert.source import Found, Source, Tensor, open_source
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.quantization import Quantization
 from mlx_qwen35.values import shown
 
 ROUNDINGS = ("search", "nearest")

@@ -16,22 +16,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_qwen35.checkpoint.checkpoint import (
-    MTP,
-    Checkpoint,
-    Entry,
-    Quantization,
-    is_matrix,
-    mtp_shapes,
-    open_checkpoint,
-    safetensors_files,
-    text_shapes,
-    vision_shapes,
-)
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.draft_head import settled
+from mlx_qwen35.checkpoint.folder import safetensors_files
+from mlx_qwen35.checkpoint.names import MTP
+from mlx_qwen35.checkpoint.shapes import is_matrix, mtp_shapes, text_shapes, vision_shapes
+from mlx_qwen35.checkpoint.tensors import Entry
 from mlx_qwen35.convert.packing import brief
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import read_json
+from mlx_qwen35.quantization import Quantization
 from mlx_qwen35.values import shown
 
 FLOATS = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}

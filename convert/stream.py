@@ -18,7 +18,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_qwen35.checkpoint.checkpoint import EXACT, INDEX, open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import EXACT, open_checkpoint
+from mlx_qwen35.checkpoint.folder import INDEX
 from mlx_qwen35.convert import float16
 from mlx_qwen35.convert.journal import Done, Journal, damaged, differs, identity
 from mlx_qwen35.convert.plan import Job, Plan

@@ -10,17 +10,10 @@ from mlx.utils import tree_flatten
 
 from mlx_qwen35.backend import backend
 from mlx_qwen35.budget.plan import check_model_fits, check_tower_fits, loaded_bytes
-from mlx_qwen35.checkpoint.checkpoint import (
-    MTP,
-    TEXT,
-    VISION,
-    Checkpoint,
-    mtp_shapes,
-    open_checkpoint,
-    text_shapes,
-    vision_shapes,
-)
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION
+from mlx_qwen35.checkpoint.shapes import mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.products import tell_shortened
 from mlx_qwen35.machine.chip import this_chip

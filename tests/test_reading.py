@@ -14,7 +14,8 @@ import pytest
 from conftest import load_text_model
 from refusing import refused
 
-from mlx_qwen35.checkpoint.checkpoint import INDEX, open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.folder import INDEX
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.names import hugging_face_name
 from mlx_qwen35.checkpoint.random import changed, geometry

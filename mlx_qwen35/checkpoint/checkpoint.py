@@ -12,13 +12,11 @@ from pathlib import Path
 from mlx_qwen35.checkpoint import draft_head as sidecar
 from mlx_qwen35.checkpoint import foreign
 from mlx_qwen35.checkpoint.config import Config, read_config
-from mlx_qwen35.checkpoint.folder import INDEX as INDEX
 from mlx_qwen35.checkpoint.folder import check_folder, safetensors_files, shorten
 from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION, head_name, hugging_face_name, is_spare, is_zero_centred
 from mlx_qwen35.checkpoint.shapes import is_matrix, mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.checkpoint.tensors import FLOATS, Entry, open_arrays, read_header, same_numbers
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.quantization import MODES as MODES
 from mlx_qwen35.quantization import Quantization
 
 # Our converter rounds a float32 tensor in place, where other programs read it, and keeps the exact one under this

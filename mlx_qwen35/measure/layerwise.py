@@ -18,8 +18,10 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_qwen35.backend import backend
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.checkpoint import float16 as half
-from mlx_qwen35.checkpoint.checkpoint import TEXT, Checkpoint, Entry, text_shapes
-from mlx_qwen35.checkpoint.tensors import as_array
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint
+from mlx_qwen35.checkpoint.names import TEXT
+from mlx_qwen35.checkpoint.shapes import text_shapes
+from mlx_qwen35.checkpoint.tensors import Entry, as_array
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.decoder import DecoderLayer
 from mlx_qwen35.model.layers import Linear, RMSNorm

@@ -7,11 +7,12 @@ import mlx.core as mx
 
 from mlx_qwen35.backend import backend
 from mlx_qwen35.checkpoint import float16 as half
-from mlx_qwen35.checkpoint.checkpoint import Checkpoint, Quantization
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.names import takes_dtype
 from mlx_qwen35.checkpoint.tensors import open_arrays
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.layers import Embedding, Joined, Linear, RMSNorm
+from mlx_qwen35.quantization import Quantization
 
 Progress = Callable[[int, int], None]  # told what was read, of how much in all
 

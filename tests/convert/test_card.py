@@ -13,9 +13,9 @@ from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.card import CARD, PLOT, QUALITY, Facts, card, plot, quality, sizes, write_card
-from mlx_qwen35.convert.evaluate import Evaluation
 from mlx_qwen35.convert.files import find_license
 from mlx_qwen35.convert.verify import Error
+from mlx_qwen35.measure.divergence import Evaluation
 
 TEXT = "model.language_model."
 EVALUATION = Evaluation(

@@ -8,10 +8,11 @@ import sys
 import mlx.core as mx
 import pytest
 
-from mlx_qwen35.checkpoint.checkpoint import Quantization, open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.__main__ import main
+from mlx_qwen35.quantization import Quantization
 
 
 def run(monkeypatch, *options):

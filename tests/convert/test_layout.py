@@ -9,13 +9,15 @@ import pytest
 from converting import nearest, unpacked
 from safetensors import safe_open
 
-from mlx_qwen35.checkpoint.checkpoint import EXACT, INDEX, is_matrix, mtp_shapes, open_checkpoint, text_shapes
-from mlx_qwen35.checkpoint.config import read_json
+from mlx_qwen35.checkpoint.checkpoint import EXACT, open_checkpoint
+from mlx_qwen35.checkpoint.folder import INDEX
 from mlx_qwen35.checkpoint.random import changed, geometry, is_float32, write_random_checkpoint
+from mlx_qwen35.checkpoint.shapes import is_matrix, mtp_shapes, text_shapes
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.card import CARD, PLOT, QUALITY
 from mlx_qwen35.convert.plan import make_plan
 from mlx_qwen35.convert.stream import write
+from mlx_qwen35.fields import read_json
 
 
 def load(folder: Path) -> dict[str, mx.array]:

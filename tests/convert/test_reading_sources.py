@@ -10,9 +10,9 @@ from converting import arrays_of, raw_bits, save
 from refusing import refused
 
 from mlx_qwen35.checkpoint.checkpoint import EXACT, open_checkpoint
-from mlx_qwen35.checkpoint.config import read_json
 from mlx_qwen35.checkpoint.random import changed, geometry, write_random_checkpoint
 from mlx_qwen35.convert import convert
+from mlx_qwen35.fields import read_json
 from mlx_qwen35.load import load_model
 
 SMALL = changed(

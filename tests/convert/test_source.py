@@ -11,12 +11,13 @@ from converting import arrays_of, converted, files_of, fp8_folder, mlx_layout, n
 from refusing import refused
 
 from mlx_qwen35 import load
-from mlx_qwen35.checkpoint.checkpoint import EXACT, Quantization, open_checkpoint
-from mlx_qwen35.checkpoint.config import read_json
+from mlx_qwen35.checkpoint.checkpoint import EXACT, open_checkpoint
 from mlx_qwen35.checkpoint.random import changed, geometry, write_random_checkpoint
 from mlx_qwen35.convert import convert, stream
 from mlx_qwen35.convert.source import e4m3
+from mlx_qwen35.fields import read_json
 from mlx_qwen35.load import load_model, load_tower
+from mlx_qwen35.quantization import Quantization
 
 IDS = mx.array(np.random.default_rng(3).integers(0, 980, (1, 7)))
 LAYER = "model.language_model.layers.0."

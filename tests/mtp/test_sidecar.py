@@ -14,13 +14,18 @@ from conftest import load_text_model
 from refusing import refused
 
 from mlx_qwen35.cache.cache import Cache
-from mlx_qwen35.checkpoint.checkpoint import INDEX, Quantization, is_matrix, is_zero_centred, open_checkpoint
-from mlx_qwen35.checkpoint.config import FULL, read_json
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.config import FULL
 from mlx_qwen35.checkpoint.draft_head import PLACES, norms_are_raw
+from mlx_qwen35.checkpoint.folder import INDEX
+from mlx_qwen35.checkpoint.names import is_zero_centred
 from mlx_qwen35.checkpoint.random import changed, geometry
+from mlx_qwen35.checkpoint.shapes import is_matrix
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.plan import make_plan
 from mlx_qwen35.convert.stream import write
+from mlx_qwen35.fields import read_json
+from mlx_qwen35.quantization import Quantization
 
 SMALL = changed(
     geometry("tiny"), num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], intermediate_size=512
