@@ -191,7 +191,7 @@ def _evaluation_line(folder: Path) -> str:
 
 def _summary(folder: Path, seconds: float) -> str:
     checkpoint = open_checkpoint(folder)
-    tensors = [*checkpoint.entries.values(), *checkpoint.exact.values()]
+    tensors = [*checkpoint.entries.values(), *checkpoint.fp32_original.values()]
     files = {entry.file for entry in tensors}
     return (
         f"wrote {folder}: {len(tensors)} tensors in {len(files)} file{'s' if len(files) > 1 else ''}, "

@@ -83,7 +83,7 @@ def sizes(checkpoint: Checkpoint) -> dict[str, Size]:
         parts["MTP"] = (mtp_shapes(config.text), (MTP,))
     found = {}
     for part, (shapes, prefixes) in parts.items():
-        exact = sum(entry.nbytes for name, entry in checkpoint.exact.items() if name.startswith(prefixes))
+        exact = sum(entry.nbytes for name, entry in checkpoint.fp32_original.items() if name.startswith(prefixes))
         found[part] = Size(sum(map(math.prod, shapes.values())), checkpoint.nbytes(prefixes) + exact)
     whole = Size(sum(size.parameters for size in found.values()), sum(size.nbytes for size in found.values()))
     return {"all": whole} | found

@@ -158,8 +158,9 @@ def open_source(folder: Path) -> Source:
     """
     files = tuple(Found.at(file) for file in safetensors_files(folder)) if folder.is_dir() else ()
     checkpoint = open_checkpoint(folder, fp8=True)
-    if checkpoint.head_fault:
-        warnings.warn(f"{folder} is converted without a draft head: {checkpoint.head_fault}", UserWarning, stacklevel=2)
+    if checkpoint.mtp_head_fault:
+        why = checkpoint.mtp_head_fault
+        warnings.warn(f"{folder} is converted without a draft head: {why}", UserWarning, stacklevel=2)
     beside = {entry.file for entry in checkpoint.entries.values()} - {file.path for file in files}
     files += tuple(map(Found.at, sorted(beside)))
     config = read_json(folder / "config.json")
@@ -217,7 +218,7 @@ def _block(folder: Path, claim: Any, checkpoint: Checkpoint) -> tuple[int, int]:
 
 
 def _tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], block: tuple[int, int] | None) -> Tensor:
-    entry, how = checkpoint.exact.get(name, checkpoint.entries[name]), checkpoint.quantization(name)
+    entry, how = checkpoint.fp32_original.get(name, checkpoint.entries[name]), checkpoint.quantization(name)
     if is_matrix(name, shape) and how:
         stem = name.removesuffix("weight")
         parts = tuple(checkpoint.entries[stem + suffix] for suffix in how.parts(shape))

@@ -151,7 +151,7 @@ def load_model(
 
 def _draft_head(checkpoint: Checkpoint, dtype: mx.Dtype) -> DraftHead | None:
     """The draft head, still on disk; None for a checkpoint without one."""
-    config, fault = checkpoint.config.text, checkpoint.head_fault
+    config, fault = checkpoint.config.text, checkpoint.mtp_head_fault
     if not fault and not (config.mtp_num_hidden_layers and checkpoint.has(MTP)):
         return None
     names = [stored for stored, _ in checkpoint.part(mtp_shapes(config))]

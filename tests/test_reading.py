@@ -185,7 +185,7 @@ def test_a_shard_that_is_no_file_is_told(link, arrays, written):
 def test_a_draft_head_that_is_no_file_is_left_out_and_told(link, arrays, expected, written):
     folder = written(arrays)
     (folder / "mtp.safetensors").symlink_to("absent") if link else (folder / "mtp.safetensors").mkdir()
-    assert "mtp.safetensors" in open_checkpoint(folder).head_fault
+    assert "mtp.safetensors" in open_checkpoint(folder).mtp_head_fault
     assert same(folder, expected)
 
 

@@ -144,7 +144,7 @@ def measure(variant: Variant, out: Path, held: Held) -> Row:
     right = answers(folder, held)
     return Row(
         label=variant.label,
-        nbytes=sum(entry.nbytes for entry in (*packed.entries.values(), *packed.exact.values())),
+        nbytes=sum(entry.nbytes for entry in (*packed.entries.values(), *packed.fp32_original.values())),
         text_nbytes=packed.nbytes(),
         bits=8 * packed.nbytes() / weights,
         evaluation=evaluate(open_checkpoint(resolve("nano")), packed, *lessons(held)),

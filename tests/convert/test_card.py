@@ -90,7 +90,7 @@ def test_no_path_of_this_machine_is_told(folder):
 def test_parts_add_up_to_everything_in_the_files(raw, folder):
     for checkpoint in map(open_checkpoint, (raw, folder)):
         found = sizes(checkpoint)
-        tensors = [*checkpoint.entries.values(), *checkpoint.exact.values()]
+        tensors = [*checkpoint.entries.values(), *checkpoint.fp32_original.values()]
         assert set(found) == {"all", "text", "vision", "MTP"}
         assert found["all"].nbytes == sum(entry.nbytes for entry in tensors)
     assert sizes(open_checkpoint(raw))["all"].parameters == found["all"].parameters
