@@ -20,9 +20,9 @@ from mlx_qwen35.budget.chunk import (
     longest_submission,
     prefill_bytes,
 )
-from mlx_qwen35.checkpoint.checkpoint import text_shapes
 from mlx_qwen35.checkpoint.config import FULL, LINEAR, TextConfig, parse_config
 from mlx_qwen35.checkpoint.random import GEOMETRIES, geometry
+from mlx_qwen35.checkpoint.shapes import text_shapes
 from mlx_qwen35.engine import prefill as prefill_module
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.kernels import attention

@@ -17,10 +17,12 @@ import mlx.core as mx
 import pytest
 from serving_hub import Repository, hub
 
-from mlx_qwen35.checkpoint.checkpoint import INDEX, is_zero_centred, mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.checkpoint.config import parse_config
+from mlx_qwen35.checkpoint.folder import INDEX
 from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.checkpoint.names import is_zero_centred
 from mlx_qwen35.checkpoint.random import geometry
+from mlx_qwen35.checkpoint.shapes import mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.convert.__main__ import main as convert_command
 from mlx_qwen35.doctor.command import main as doctor_command
 

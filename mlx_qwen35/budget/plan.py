@@ -11,9 +11,10 @@ from mlx_qwen35.backend import backend
 from mlx_qwen35.budget.chunk import chunk_length, contexts_up_to, prefill_bytes
 from mlx_qwen35.budget.encoding import working_bytes
 from mlx_qwen35.cache.layer import KVCache
-from mlx_qwen35.checkpoint.checkpoint import TEXT, VISION, Checkpoint, mtp_shapes, text_shapes, vision_shapes
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.config import FULL, LINEAR, TextConfig
-from mlx_qwen35.checkpoint.names import takes_dtype
+from mlx_qwen35.checkpoint.names import TEXT, VISION, takes_dtype
+from mlx_qwen35.checkpoint.shapes import mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.checkpoint.tensors import DTYPE_BYTES
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.attention import attention_impl

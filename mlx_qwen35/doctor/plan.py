@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from mlx_qwen35.budget.plan import MemoryPlan, mac, plan_memory, this_machine
-from mlx_qwen35.checkpoint.checkpoint import VISION, Checkpoint
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint
+from mlx_qwen35.checkpoint.names import VISION
 from mlx_qwen35.commands.table import align
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import DTYPES, choose_dtype, stored_dtype

@@ -13,15 +13,16 @@ from kernels.emulator import emulated, missing
 
 from mlx_qwen35 import batch_generate, load
 from mlx_qwen35.backend import assume
-from mlx_qwen35.checkpoint.checkpoint import Quantization, is_matrix, text_shapes
 from mlx_qwen35.checkpoint.config import parse_config
 from mlx_qwen35.checkpoint.random import changed, geometry
+from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.kernels import add_norm, attention, fused, fused_delta, norm_rotary
 from mlx_qwen35.kernels.fused_delta import Heads, self_check
 from mlx_qwen35.model.enabled import EnabledLayers, enabled_kernels, warn_unfit_layers
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.model.weights import Weights
+from mlx_qwen35.quantization import Quantization
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 SHAPES = Path(__file__).parents[2] / "examples" / "pictures" / "shapes.png"

@@ -12,8 +12,9 @@ from PIL import Image
 from refusing import refused
 
 from mlx_qwen35 import Model, Processor, VisionOptions, batch_generate, generate, load, stream_generate
-from mlx_qwen35.checkpoint.checkpoint import VISION, open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.checkpoint.names import VISION
 from mlx_qwen35.commands import chat as chat_command
 from mlx_qwen35.commands import generate as generate_command
 from mlx_qwen35.convert import convert
