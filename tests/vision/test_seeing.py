@@ -20,7 +20,7 @@ from mlx_qwen35.commands import generate as generate_command
 from mlx_qwen35.convert import convert
 from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.engine.generation import see, start
-from mlx_qwen35.model.vision import Vision, VisionEncoder
+from mlx_qwen35.model.vision import LazyVisionEncoder, VisionEncoder
 
 PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
 SHAPES, TRIANGLE, MOVING = (PICTURES / name for name in ("shapes.png", "triangle.png", "moving.mp4"))
@@ -526,13 +526,13 @@ def test_chat_goes_on_when_the_reading_of_an_image_is_interrupted(talk, monkeypa
 
 
 def test_keep_vision_holds_the_tower_of_a_command(monkeypatch, run, talk):
-    held, release = [], Vision.release
+    held, release = [], LazyVisionEncoder.release
 
     def released(vision: Vision) -> None:
         release(vision)
         held.append(vision.loaded)
 
-    monkeypatch.setattr(Vision, "release", released)
+    monkeypatch.setattr(LazyVisionEncoder, "release", released)
     for flags in ((), ("--keep-vision",)):
         talk(f"/image {TRIANGLE}", "What shape is it?", options=flags)
         run("--image", TRIANGLE, "-p", ASK, "--max-tokens", "1", *flags)
