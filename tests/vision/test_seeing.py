@@ -528,7 +528,7 @@ def test_chat_goes_on_when_the_reading_of_an_image_is_interrupted(talk, monkeypa
 def test_keep_vision_holds_the_tower_of_a_command(monkeypatch, run, talk):
     held, release = [], LazyVisionEncoder.release
 
-    def released(vision: Vision) -> None:
+    def released(vision: LazyVisionEncoder) -> None:
         release(vision)
         held.append(vision.loaded)
 
