@@ -8,16 +8,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_qwen35.checkpoint.checkpoint import (
-    MODES,
-    VISION,
-    Checkpoint,
-    is_matrix,
-    open_checkpoint,
-    text_shapes,
-    vision_shapes,
-)
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.hub import check_repository, look, resolve, upload
+from mlx_qwen35.checkpoint.names import VISION
+from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes, vision_shapes
 from mlx_qwen35.commands.common import Parser, add_version, as_command
 from mlx_qwen35.commands.streams import read_file
 from mlx_qwen35.convert import convert, with_default
@@ -29,6 +23,7 @@ from mlx_qwen35.convert.sensitivity import CANDIDATES, forms, propose, sensitivi
 from mlx_qwen35.convert.source import reading
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.measure.text import windows
+from mlx_qwen35.quantization import MODES
 
 COMMAND = "mlx_qwen35.convert"
 # Of how the folder is packed, those that make_plan has by the same or by a shorter name.
@@ -196,7 +191,7 @@ def _evaluation_line(folder: Path) -> str:
 
 def _summary(folder: Path, seconds: float) -> str:
     checkpoint = open_checkpoint(folder)
-    tensors = [*checkpoint.entries.values(), *checkpoint.exact.values()]
+    tensors = [*checkpoint.entries.values(), *checkpoint.fp32_original.values()]
     files = {entry.file for entry in tensors}
     return (
         f"wrote {folder}: {len(tensors)} tensors in {len(files)} file{'s' if len(files) > 1 else ''}, "

@@ -13,22 +13,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlx_qwen35.checkpoint.checkpoint import (
-    MTP,
-    TEXT,
-    VISION,
-    Checkpoint,
-    Quantization,
-    is_matrix,
-    mtp_shapes,
-    open_checkpoint,
-    text_shapes,
-    vision_shapes,
-)
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION
+from mlx_qwen35.checkpoint.shapes import is_matrix, mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.convert.sensitivity import form
 from mlx_qwen35.convert.verify import Error
 from mlx_qwen35.load import has_vision
 from mlx_qwen35.measure.divergence import Evaluation
+from mlx_qwen35.quantization import Quantization
 
 CARD, QUALITY, PLOT = "README.md", "quality.json", "error_by_layer.svg"
 _PROGRAMS = ("mlx", "mlx-qwen35")
@@ -91,7 +83,7 @@ def sizes(checkpoint: Checkpoint) -> dict[str, Size]:
         parts["MTP"] = (mtp_shapes(config.text), (MTP,))
     found = {}
     for part, (shapes, prefixes) in parts.items():
-        exact = sum(entry.nbytes for name, entry in checkpoint.exact.items() if name.startswith(prefixes))
+        exact = sum(entry.nbytes for name, entry in checkpoint.fp32_original.items() if name.startswith(prefixes))
         found[part] = Size(sum(map(math.prod, shapes.values())), checkpoint.nbytes(prefixes) + exact)
     whole = Size(sum(size.parameters for size in found.values()), sum(size.nbytes for size in found.values()))
     return {"all": whole} | found

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_qwen35.checkpoint.checkpoint import Quantization
 from mlx_qwen35.checkpoint.config import Config
 from mlx_qwen35.checkpoint.rope_fields import OLDER, rope_parameters
 from mlx_qwen35.convert.packing import Packing, config_entry
@@ -17,6 +16,7 @@ from mlx_qwen35.convert.source import CLAIMS
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import Fields, read_json
 from mlx_qwen35.prompt.tokenizer import TOKENIZER_BYTES
+from mlx_qwen35.quantization import Quantization
 from mlx_qwen35.values import shown
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # option -> safetensors' name

@@ -9,18 +9,11 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_qwen35.backend import backend
-from mlx_qwen35.budget.plan import check_model_fits, check_tower_fits, loaded_bytes
-from mlx_qwen35.checkpoint.checkpoint import (
-    MTP,
-    TEXT,
-    VISION,
-    Checkpoint,
-    mtp_shapes,
-    open_checkpoint,
-    text_shapes,
-    vision_shapes,
-)
+from mlx_qwen35.budget.plan import check_model_fits, check_vision_encoder_fits, loaded_bytes
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION
+from mlx_qwen35.checkpoint.shapes import mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.products import warn_shortened_products
 from mlx_qwen35.machine.chip import this_chip
@@ -158,7 +151,7 @@ def load_model(
 
 def _draft_head(checkpoint: Checkpoint, dtype: mx.Dtype) -> DraftHead | None:
     """The draft head, not loaded yet; None for a checkpoint without one."""
-    config, fault = checkpoint.config.text, checkpoint.head_fault
+    config, fault = checkpoint.config.text, checkpoint.mtp_head_fault
     if not fault and not (config.mtp_num_hidden_layers and checkpoint.has(MTP)):
         return None
     names = [stored for stored, _ in checkpoint.part(mtp_shapes(config))]
@@ -187,12 +180,12 @@ def load_vision_encoder(checkpoint: Checkpoint, dtype: mx.Dtype, mtp_head: Draft
     names = [stored for stored, _ in checkpoint.part(vision_shapes(config))]
     nbytes = loaded_bytes(checkpoint, names, dtype)
     try:
-        check_tower_fits(checkpoint.config.text, dtype, nbytes)
+        check_vision_encoder_fits(checkpoint.config.text, dtype, nbytes)
     except InputError:
         if mtp_head is None or not mtp_head.loaded:
             raise
         mtp_head.release()
-        check_tower_fits(checkpoint.config.text, dtype, nbytes)
+        check_vision_encoder_fits(checkpoint.config.text, dtype, nbytes)
     weights = read_weights(checkpoint, names, dtype)
     encoder = VisionEncoder(config, weights)
     weights.arrays.clear()

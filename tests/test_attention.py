@@ -224,8 +224,8 @@ def test_off_a_mac_nothing_is_tried(monkeypatch):
     assert kernel.fused_self_check.__wrapped__(256, mx.float16) is False
 
 
-@pytest.mark.parametrize(("on", "holds", "way"), [(CPU, 1, "cpu"), (METAL, 1, "fused"), (CUDA, 0, "tiles")])
-def test_the_way_follows_backend_and_self_check(monkeypatch, on, holds, way):
+@pytest.mark.parametrize(("on", "holds", "impl"), [(CPU, 1, "cpu"), (METAL, 1, "fused"), (CUDA, 0, "tiles")])
+def test_attention_impl_follows_backend_and_self_check(monkeypatch, on, holds, impl):
     monkeypatch.setattr(kernel, "fused_self_check", lambda *_: bool(holds))
     with assume(on):
-        assert kernel.attention_way(256, mx.float16) == way
+        assert kernel.attention_impl(256, mx.float16) == impl

@@ -11,24 +11,18 @@ from refusing import refused
 
 from mlx_qwen35 import generate, load
 from mlx_qwen35.budget.plan import kv_bytes, mac, most_tokens, plan_memory, state_bytes, this_machine
-from mlx_qwen35.checkpoint.checkpoint import (
-    Checkpoint,
-    Entry,
-    Quantization,
-    is_matrix,
-    mtp_shapes,
-    open_checkpoint,
-    text_shapes,
-    vision_shapes,
-)
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.config import parse_config
 from mlx_qwen35.checkpoint.random import geometry
+from mlx_qwen35.checkpoint.shapes import is_matrix, mtp_shapes, text_shapes, vision_shapes
+from mlx_qwen35.checkpoint.tensors import Entry
 from mlx_qwen35.convert.packing import read_options
 from mlx_qwen35.engine.loop import decode
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.engine.sampling import Sampler, Sampling
 from mlx_qwen35.load import load_model
 from mlx_qwen35.machine import memory
+from mlx_qwen35.quantization import Quantization
 
 
 def headers(name: str, recipe: str | None) -> Checkpoint:

@@ -11,7 +11,7 @@ from mlx_qwen35.backend import TF32, backend, device_name, system_memory
 from mlx_qwen35.budget.chunk import suitable_chunk
 from mlx_qwen35.checkpoint.config import TextConfig
 from mlx_qwen35.doctor.check import Speed
-from mlx_qwen35.kernels.attention import attention_way
+from mlx_qwen35.kernels.attention import attention_impl
 from mlx_qwen35.kernels.products import shortened
 from mlx_qwen35.machine.chip import TUNED, TUNED_UP_TO, this_chip
 from mlx_qwen35.machine.memory import usable_bytes
@@ -95,12 +95,12 @@ def prefill(config: TextConfig, dtype: mx.Dtype) -> Facts:
     """The chunk length for some contexts, and how attention is computed."""
     contexts = [S for S in CONTEXTS if config.max_position_embeddings >= S]
     lengths = [f"{suitable_chunk(config, dtype, S):,} up to a context of {S:,}" for S in contexts]
-    ways = {
+    impls = {
         "cpu": "in tiles of queries, by our own code",
         "fused": "without writing scores out where they would be many",
         "tiles": "in tiles of queries, whose scores are written out",
     }
     return {
         "tokens prefilled at a time": "; ".join(lengths),
-        "attention over many queries": ways[attention_way(config.head_dim, dtype)],
+        "attention over many queries": impls[attention_impl(config.head_dim, dtype)],
     }

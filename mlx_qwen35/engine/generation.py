@@ -184,7 +184,7 @@ def encode_media(model: Model, prompts: Sequence[Prompt]) -> list[PromptRow]:
         for prompt in prompts:
             own = [next(encoded) for _ in prompt.media]
             embeddings = mx.concatenate(own) if len(own) > 1 else next(iter(own), None)
-            rows.append(PromptRow(prompt.tokens, prompt.runs, embeddings))
+            rows.append(PromptRow(prompt.tokens, prompt.placeholders, embeddings))
         mx.eval([row.embeddings for row in rows if row.embeddings is not None])
     finally:
         model.vision.release()

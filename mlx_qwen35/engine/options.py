@@ -138,7 +138,7 @@ def encode(processor: Processor, prompt: str | Sequence[int] | Messages, options
         raise InputError(
             "tokens_invalid", f"tokens must be integers from 0 to {processor.vocabulary - 1}, got {shown(wrong[0])}"
         )
-    if found := sorted(processor.placeholders & set(tokens)):
+    if found := sorted(processor.placeholder_ids & set(tokens)):
         raise InputError(
             "tokens_invalid", f"tokens must not stand for images ({found}): there is no image with them. Give messages"
         )

@@ -13,15 +13,15 @@ from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.model import Model, Visual
-from mlx_qwen35.prompt.positions import Run, positions
+from mlx_qwen35.prompt.positions import Placeholder, positions
 
 
 class PromptRow(NamedTuple):
     """One prompt of a batch."""
 
     tokens: Sequence[int]
-    runs: Sequence[Run] = ()  # its placeholders
-    embeddings: mx.array | None = None  # (n, D), for its placeholders in order
+    placeholders: Sequence[Placeholder] = ()
+    embeddings: mx.array | None = None  # (n, D), for the placeholders in order
 
 
 def prefill(
@@ -38,7 +38,7 @@ def prefill(
     """
     longest = max(len(row.tokens) for row in rows)
     cache.reserve(longest)
-    placeholders = [_placeholders(row) for row in rows]
+    columns = [_placeholder_columns(row) for row in rows]
     table = _position_table(rows, longest, cache.next_positions)
     last = mx.zeros((len(rows), model.config.hidden_size), model.dtype)
     for start in range(0, longest, step):
@@ -46,7 +46,7 @@ def prefill(
         lengths = [len(tokens) for tokens in chunk]
         width = max(lengths)
         padded = mx.array([[*tokens, *[0] * (width - len(tokens))] for tokens in chunk])
-        visual = _visual(rows, placeholders, start, start + width)
+        visual = _visual(rows, columns, start, start + width)
         positions = None if table is None else table[:, :, start : start + width]
         uneven = None if min(lengths) == width else lengths
         ends = mx.array([max(0, n - 1) for n in lengths])
@@ -84,9 +84,9 @@ class Pace:
             mx.eval(self.in_flight.popleft())
 
 
-def _placeholders(row: PromptRow) -> np.ndarray:
+def _placeholder_columns(row: PromptRow) -> np.ndarray:
     """(n,) columns of a row's placeholders, each with an embedding."""
-    columns = np.array([column for run in row.runs for column in range(run.start, run.stop)], np.int32)
+    columns = np.array([column for p in row.placeholders for column in range(p.start, p.stop)], np.int32)
     count = 0 if row.embeddings is None else len(row.embeddings)
     if count != len(columns):
         raise InputError(
@@ -98,23 +98,23 @@ def _placeholders(row: PromptRow) -> np.ndarray:
 
 def _position_table(rows: Sequence[PromptRow], longest: int, firsts: Sequence[int]) -> np.ndarray | None:
     """(3, B, longest) int32 positions, 0 at padding; None for prompts of text alone, which count on."""
-    if not any(row.runs for row in rows):
+    if not any(row.placeholders for row in rows):
         return None
     table = np.zeros((3, len(rows), longest), np.int32)
     for i, (row, first) in enumerate(zip(rows, firsts, strict=True)):
-        table[:, i, : len(row.tokens)] = positions(len(row.tokens), row.runs, first)
+        table[:, i, : len(row.tokens)] = positions(len(row.tokens), row.placeholders, first)
     return table
 
 
-def _visual(rows: Sequence[PromptRow], placeholders: Sequence[np.ndarray], start: int, stop: int) -> Visual | None:
+def _visual(rows: Sequence[PromptRow], columns: Sequence[np.ndarray], start: int, stop: int) -> Visual | None:
     """The embeddings for the placeholders in columns `start` to `stop`, which are a chunk; None if it has none."""
-    owners, columns, embeddings = [], [], []
-    for i, (row, own) in enumerate(zip(rows, placeholders, strict=True)):
+    owners, own_columns, embeddings = [], [], []
+    for i, (row, own) in enumerate(zip(rows, columns, strict=True)):
         low, high = np.searchsorted(own, (start, stop))
         if row.embeddings is not None and low < high:
             owners += [i] * (high - low)
-            columns.append(own[low:high] - start)
+            own_columns.append(own[low:high] - start)
             embeddings.append(row.embeddings[low:high])
     if not embeddings:
         return None
-    return Visual(mx.array(owners), mx.array(np.concatenate(columns)), mx.concatenate(embeddings))
+    return Visual(mx.array(owners), mx.array(np.concatenate(own_columns)), mx.concatenate(embeddings))

@@ -1,4 +1,5 @@
-"""Operations that a GPU kernel computes in one launch, each beside its definition in MLX operations.
+"""The operations that a kernel of our own does in one launch on a GPU, each beside its definition in MLX operations.
 
-Each module chooses between the two, and nothing else does.
+Which of the two runs is decided here and nowhere else. `<name>.metal` is a kernel's text for both kinds of GPU;
+fused.py launches and checks it; cpu.py has what only a CPU needs.
 """

@@ -63,20 +63,20 @@ def tile_rows(shape: tuple[int, ...], S: int, fused: bool) -> int:
     return max(LEAST_ROWS, SCORE_BYTES // row)
 
 
-def score_bytes(shape: tuple[int, ...], S: int, itemsize: int, way: str) -> int:
+def score_bytes(shape: tuple[int, ...], S: int, itemsize: int, impl: str) -> int:
     """Bytes that the scores of (B, H, T, D) over S keys, and what is made of them, take at a time.
 
-    way: "cpu", "fused" where `fused_self_check` holds, or "tiles".
+    impl: "cpu", "fused" where `fused_self_check` holds, or "tiles".
     """
     B, H, T, D = shape
-    if way == "cpu":
+    if impl == "cpu":
         return 16 * B * H * S * min(T, cpu.tile_rows(shape, S))
-    if D in FUSED_HEAD_DIMS or (way == "fused" and 4 * B * H * T * S > SCORE_BYTES):
+    if D in FUSED_HEAD_DIMS or (impl == "fused" and 4 * B * H * T * S > SCORE_BYTES):
         return 0
     return 3 * itemsize * B * H * S * min(T, tile_rows(shape, S, fused=False))
 
 
-def attention_way(D: int, dtype: mx.Dtype) -> str:
+def attention_impl(D: int, dtype: mx.Dtype) -> str:
     """How many queries over many keys are computed here: "cpu", "fused" or "tiles"."""
     if backend().tiles_attention:
         return "cpu"

@@ -7,11 +7,12 @@ import mlx.core as mx
 
 from mlx_qwen35.backend import backend
 from mlx_qwen35.checkpoint import float16
-from mlx_qwen35.checkpoint.checkpoint import Checkpoint, Quantization
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.names import takes_dtype
 from mlx_qwen35.checkpoint.tensors import open_arrays
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.layers import Embedding, Joined, Linear, RMSNorm
+from mlx_qwen35.quantization import Quantization
 
 Progress = Callable[[int, int], None]  # called with the bytes read so far, and all bytes
 
@@ -130,7 +131,7 @@ def _counted(checkpoint: Checkpoint, names: list[str], progress: Progress) -> It
 
 def _lazy_arrays(checkpoint: Checkpoint, names: list[str]) -> dict[str, mx.array]:
     """Arrays read from disk when computed, in raw layout: conv1d [C, 1, K], norms gamma - 1."""
-    arrays = open_arrays({name: checkpoint.exact.get(name, checkpoint.entries[name]) for name in names})
+    arrays = open_arrays({name: checkpoint.fp32_original.get(name, checkpoint.entries[name]) for name in names})
     if checkpoint.raw:
         return arrays
     return {name: _to_raw(name, array, checkpoint.is_folded(name)) for name, array in arrays.items()}

@@ -1,7 +1,8 @@
 """The kernels in the model: when they are engaged, and that they generate what the operations generate."""
 
+import json
 import warnings
-from importlib import import_module
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,19 +13,19 @@ from kernels.emulator import emulated, missing
 
 from mlx_qwen35 import batch_generate, load
 from mlx_qwen35.backend import assume
-from mlx_qwen35.checkpoint.checkpoint import Quantization, is_matrix, text_shapes
 from mlx_qwen35.checkpoint.config import parse_config
 from mlx_qwen35.checkpoint.random import changed, geometry
+from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.kernels import add_norm, attention, fused, fused_delta, norm_rotary
 from mlx_qwen35.kernels.fused_delta import Heads, self_check
 from mlx_qwen35.model.enabled import EnabledLayers, enabled_kernels, warn_unfit_layers
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.model.weights import Weights
+from mlx_qwen35.quantization import Quantization
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 SHAPES = Path(__file__).parents[2] / "examples" / "pictures" / "shapes.png"
-loading = import_module("mlx_qwen35.load")  # `mlx_qwen35.load` is the function
 NANO = Heads(Hk=2, Hv=4, Dk=32, Dv=32, K=4)
 
 
@@ -69,6 +70,11 @@ def test_a_kernel_that_does_not_compile_is_switched_off_with_a_warning(as_on_a_m
     with pytest.warns(RuntimeWarning, match=r"the kernel (add_norm|norm_rotary) is switched off"):
         model, _ = load("nano")
     mx.eval(model(mx.array([[1, 2, 3]])))  # the checks are remembered, and the operations run
+
+
+def test_kernels_need_no_check_where_none_is_asked_for(as_on_a_mac):
+    with assume(replace(EMULATED, checks_kernels=False)):
+        assert self_check(NANO, mx.float32) and not as_on_a_mac.launches
 
 
 def test_off_a_mac_the_operations_run(monkeypatch):
@@ -117,9 +123,11 @@ def test_a_tiny_checkpoint_reads_the_same_with_the_kernels(as_on_a_mac, monkeypa
 MIXER = "linear_attn.in_proj_"
 
 
-def packed_model(unpacked: tuple[str, ...] = (), bits: dict[str, int] | None = None, kind: str = "tiny") -> Model:
+def packed_model(
+    unpacked: tuple[str, ...] = (), bits: dict[str, int] | None = None, config: dict | None = None
+) -> Model:
     """A model of zeros, packed in 4 bit; names that end so are not packed, or in other bits."""
-    config = parse_config(geometry(kind)).text
+    config = parse_config(config or geometry("tiny")).text
     arrays, packings = {}, {}
     for name, shape in text_shapes(config).items():
         stem = name.removesuffix(".weight")
@@ -170,9 +178,8 @@ def test_many_layers_are_named_by_the_first_eight(as_on_a_mac, monkeypatch):
     monkeypatch.setattr(norm_rotary, "self_check", lambda *_: True)
     monkeypatch.setattr(add_norm, "self_check", lambda *_: True)
     twelve = changed(geometry("tiny"), num_hidden_layers=12)
-    monkeypatch.setitem(packed_model.__globals__, "geometry", lambda kind: twelve)
     with pytest.warns(RuntimeWarning, match=r"in 9 of 9 layers \(0, 1, 2, 4, 5, 6, 8, 9 \.\.\.\)"):
-        warn_unfit_layers(packed_model(bits={f"{MIXER}z": 8}))
+        warn_unfit_layers(packed_model(bits={f"{MIXER}z": 8}, config=twelve))
 
 
 def test_a_kernel_that_is_switched_off_runs_in_no_layer(as_on_a_mac, monkeypatch):
@@ -193,8 +200,17 @@ def test_off_a_mac_no_kernel_runs_and_nothing_is_told():
     assert layers(enabled_kernels(model)) == {name: (0, of) for name, (_, of) in ALL.items()}
 
 
-def test_a_model_is_loaded_with_its_kernels_checked_and_misfits_told(as_on_a_mac, monkeypatch, checkpoint_folder):
-    told = []
-    monkeypatch.setattr(loading, "warn_unfit_layers", told.append)
-    model = load_text_model(checkpoint_folder())
-    assert told == [model] and as_on_a_mac.launches
+def test_a_model_is_loaded_with_its_kernels_checked_and_misfits_told(as_on_a_mac, checkpoint_copy):
+    folder = checkpoint_copy(mtp=False, vision=False)
+    (file,) = folder.glob("*.safetensors")
+    arrays = dict(mx.load(str(file)))
+    mx.eval(arrays)
+    stem = f"model.language_model.layers.1.{MIXER}z."
+    parts = mx.quantize(arrays[f"{stem}weight"], group_size=64, bits=4)
+    arrays |= {f"{stem}{part}": array for part, array in zip(("weight", "scales", "biases"), parts, strict=True)}
+    mx.save_safetensors(str(file), arrays, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization": {"group_size": 64, "bits": 4}}))
+    with pytest.warns(RuntimeWarning, match=r"gated_delta does not run in 1 of 3 layers \(1\)"):
+        load_text_model(folder)
+    assert as_on_a_mac.launches

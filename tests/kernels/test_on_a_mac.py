@@ -1,4 +1,4 @@
-"""The kernels on the GPU of a Mac, at the sizes of the 4B and at small ones, against MLX operations on the same GPU.
+"""The kernels on a GPU, of a Mac or of NVIDIA, at the sizes of the 4B and at small ones, against MLX operations there.
 
 Each test runs twice over: launched for real where it is marked `gpu`, and in one case or two by the emulator, so that
 the test's own code is known to work before it reaches a Mac.

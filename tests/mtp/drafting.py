@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from mlx_qwen35.cache.cache import Cache
-from mlx_qwen35.checkpoint.checkpoint import is_matrix, open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.config import FULL, LINEAR
 from mlx_qwen35.checkpoint.random import changed, geometry
+from mlx_qwen35.checkpoint.shapes import is_matrix
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy, Speculation, attach
 from mlx_qwen35.engine.loop import decode

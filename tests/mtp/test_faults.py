@@ -12,6 +12,7 @@ from refusing import refused
 import mlx_qwen35
 from mlx_qwen35 import InputError, Model, Processor, batch_generate, generate, load
 from mlx_qwen35.engine.conversation import Conversation
+from mlx_qwen35.engine.drafts.depth import Costs
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 
 NANO = Path(mlx_qwen35.__file__).with_name("nano")
@@ -174,9 +175,9 @@ def test_the_head_is_given_back_where_it_is_not_wanted(nano):
 
 
 def test_a_turn_of_a_conversation_decides_on_drafts_once(nano, monkeypatch):
-    options = sys.modules["mlx_qwen35.engine.options"]
-    asked, choose = [], options.choose_drafts
+    """Every now and then the answer to `hopeless` is another, for having asked."""
+    asked, hopeless = [], Costs.hopeless
     conversation = Conversation(*nano, max_tokens=40)
-    monkeypatch.setattr(options, "choose_drafts", lambda *given: asked.append(given) or choose(*given))
+    monkeypatch.setattr(Costs, "hopeless", lambda *given: asked.append(given) or hopeless(*given))
     list(conversation.send(ASKED[0]))
     assert len(asked) == 1 and conversation.cache.follower is not None

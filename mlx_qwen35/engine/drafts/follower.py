@@ -16,8 +16,6 @@ from mlx_qwen35.cache.cache import Cache, Snapshot
 from mlx_qwen35.checkpoint.config import FULL
 from mlx_qwen35.model.model import Model, Visual
 
-MOST_PENDING = 256  # collected pairs of a row: 5 KB each for the 4B
-
 
 class Pairs(NamedTuple):
     """Collected pairs."""

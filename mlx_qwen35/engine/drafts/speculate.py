@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_qwen35.budget.plan import most_depth
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.engine.drafts.depth import DepthControl, measured_costs
-from mlx_qwen35.engine.drafts.follower import MOST_PENDING, DraftFollower
+from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.sampling import Sampler
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.model import Model
@@ -22,6 +22,7 @@ ON_DEPTH = 2  # the model card's advice
 MOST_SHOWN = 6  # changes of depth
 PAUSE = 0.1  # share of a step that the caller took from which on its time says little of the machine
 LEAST_TOKENS = 32  # of an answer for which auto drafts
+MOST_PENDING = 256  # collected pairs of a row: 5 KB each for the 4B
 
 
 @dataclass(frozen=True)

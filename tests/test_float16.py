@@ -13,10 +13,11 @@ import pytest
 from conftest import load_text_model
 from refusing import refused
 
-from mlx_qwen35.checkpoint import float16 as half
-from mlx_qwen35.checkpoint.checkpoint import is_matrix, open_checkpoint, text_shapes
+from mlx_qwen35.checkpoint import float16
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.float16 import LARGEST, SMALLEST, tell, unfit
 from mlx_qwen35.checkpoint.random import changed, geometry
+from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes
 from mlx_qwen35.load import load_model, load_vision_encoder
 
 SMALL = changed(geometry("tiny"), num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
@@ -199,7 +200,7 @@ def test_other_dtypes_hold_everything(checkpoint_with, dtype):
 
 
 def test_what_is_stored_in_float16_is_not_looked_at(checkpoint_with, monkeypatch):
-    monkeypatch.setattr(half, "unfit", lambda arrays: pytest.fail("read for nothing") if list(arrays) else {})
+    monkeypatch.setattr(float16, "unfit", lambda arrays: pytest.fail("read for nothing") if list(arrays) else {})
     tiny_rows = functools.partial(vanishing, name=f"{LAYER}mlp.gate_proj.weight")
     load_text_model(checkpoint_with(tiny_rows, mx.float16), mx.float16)
 
