@@ -3,7 +3,6 @@
 Pillow's process-wide settings are changed here and nowhere else.
 """
 
-import codecs
 import io
 import struct
 import threading
@@ -14,16 +13,17 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, BinaryIO
 
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.media.signatures import HEAD, IMAGES, identify
 
 if TYPE_CHECKING:
     from PIL import Image
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for an error; a file that says more is taken for a decompression bomb
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
 # What Pillow and its plugins raise for a file that is cut short or damaged, in opening or in decoding it.
-DAMAGE = (OSError, ValueError, SyntaxError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
-DAMAGE += (EOFError, AssertionError, struct.error, zlib.error)
-_HEAD = 512  # bytes of a file that tell what it is
+DAMAGE = (
+    OSError, ValueError, SyntaxError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, EOFError,
+    AssertionError, struct.error, zlib.error,
+)  # fmt: skip
 _PILLOW = threading.Lock()
 
 
@@ -33,14 +33,14 @@ def open_image(file: BinaryIO, name: str) -> "Image.Image":
     from PIL import Image
     from pillow_heif import register_heif_opener
 
-    head = file.read(_HEAD)
+    head = file.read(HEAD)
     if not head:
         raise InputError("media_empty", f"an image must not be empty; {name} has no bytes. Copy or download it again")
     if "HEIF" not in Image.OPEN:
         register_heif_opener()
     try:
         file = without_large_notes(file) if head.startswith(_PNG) else file
-        image = Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=IMAGES)
         if image.format == "PNG":  # its checksums, which the decoder does not look at
             image.verify()
             image = Image.open(file, formats=("PNG",))
@@ -81,6 +81,15 @@ def strict_pillow() -> Iterator[None]:
             ImageFile.LOAD_TRUNCATED_IMAGES = before
             for key in added:
                 del TiffImagePlugin.OPEN_INFO[key]
+
+
+def _not_opened(head: bytes, name: str) -> str:
+    """The message for a file that Pillow cannot open."""
+    kind = identify(head)
+    if kind in IMAGES:
+        return f"an image must be whole; {name} begins as {kind} and is cut short or damaged. Copy or download it again"
+    hint = "Give it as a video" if kind.startswith("a video") else "Give a picture, or save it as PNG or JPEG"
+    return f"an image must be JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC; {name} is {kind}. {hint}"
 
 
 # --- TIFF ------------------------------------------------------------------------------------------------------------
@@ -201,60 +210,3 @@ def _unicode_note(body: bytes, most: int) -> int | None:
 
 
 _NOTES = {b"iCCP": _packed_note, b"zTXt": _packed_note, b"iTXt": _unicode_note, b"tEXt": lambda body, _: len(body)}
-
-
-# --- what is not opened ----------------------------------------------------------------------------------------------
-
-_SIGNATURES = (  # offset, bytes, what it is; a format of FORMATS by its name
-    (0, b"\xff\xd8\xff", "JPEG"),
-    (0, b"\x89PNG\r\n\x1a\n", "PNG"),
-    (8, b"WEBP", "WEBP"),
-    (0, b"GIF8", "GIF"),
-    (0, b"BM", "BMP"),
-    (0, b"II*\0", "TIFF"),
-    (0, b"MM\0*", "TIFF"),
-    (0, b"II+\0", "TIFF"),
-    (0, b"MM\0+", "TIFF"),
-    (4, b"ftypavi", "AVIF"),
-    *((4, b"ftyp" + brand, "HEIF") for brand in (b"hei", b"hev", b"mif1", b"msf1")),
-    (4, b"ftypM4A", "a sound file"),
-    (4, b"ftypcrx", "a camera's raw file"),
-    *((4, brand, "a video (MP4 or QuickTime)") for brand in (b"ftyp", b"moov", b"mdat", b"wide", b"free")),
-    (0, b"\x1aE\xdf\xa3", "a video (WebM or Matroska)"),
-    (8, b"AVI ", "a video (AVI)"),
-    (0, b"\0\0\1\xba", "a video (MPEG)"),
-    (0, b"OggS", "a video or a sound file (Ogg)"),
-    (8, b"WAVE", "a sound file"),
-    (0, b"ID3", "a sound file"),
-    (0, b"%PDF", "a PDF document"),
-    (0, b"PK\3\4", "a zip archive, or a document packed as one"),
-    (0, b"\x1f\x8b", "compressed with gzip"),
-    (0, b"\xff\x0a", "a JPEG XL picture"),
-    (4, b"JXL ", "a JPEG XL picture"),
-    (4, b"jP  ", "a JPEG 2000 picture"),
-    (0, b"8BPS", "a Photoshop file"),
-    (0, b"\0\0\1\0", "an icon"),
-)
-_TEXTS = ("<!doctype html", "a web page"), ("<html", "a web page"), ("version https://git-lfs", "a Git LFS pointer")
-
-
-def _not_opened(head: bytes, name: str) -> str:
-    """The message for a file that Pillow cannot open."""
-    what = next((what for at, magic, what in _SIGNATURES if head[at:].startswith(magic)), None) or _text(head)
-    if what in FORMATS:
-        return f"an image must be whole; {name} begins as {what} and is cut short or damaged. Copy or download it again"
-    hint = "Give it as a video" if what.startswith("a video") else "Give a picture, or save it as PNG or JPEG"
-    return f"an image must be JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC; {name} is {what}. {hint}"
-
-
-def _text(head: bytes) -> str:
-    try:
-        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)
-    except UnicodeDecodeError:
-        return "of no known kind"
-    if any(character < " " and not character.isspace() for character in text):
-        return "of no known kind"
-    text = text.strip().lower()
-    if "<svg" in text:
-        return "an SVG drawing"
-    return next((what for start, what in _TEXTS if text.startswith(start)), "text")

@@ -7,8 +7,8 @@ import numpy as np
 
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.machine.memory import check_decoding_fits
+from mlx_qwen35.media.decoded import DecodedImage
 from mlx_qwen35.media.image_file import DAMAGE, MAX_PIXELS, bomb
-from mlx_qwen35.media.picture import Picture
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,7 +27,7 @@ def check_size(width: int, height: int, name: str) -> None:
         raise InputError("media_too_large", f"{bomb(name)} ({width} x {height})")
 
 
-def upright_picture(image: "Image.Image", name: str, working: Callable[[int, int], int]) -> Picture:
+def upright_image(image: "Image.Image", name: str, working: Callable[[int, int], int]) -> DecodedImage:
     """A PIL image, decoded or not -> upright rows. Within strict_pillow."""
     from PIL.ImageFile import ImageFile
 
@@ -45,13 +45,13 @@ def upright_picture(image: "Image.Image", name: str, working: Callable[[int, int
     to_rgb = _conversion(image, name)
     orientation = _orientation(image)
     turn = _turns().get(orientation)
-    upright = image.size if orientation in _SIDEWAYS else image.size[::-1]
+    height, width = image.size if orientation in _SIDEWAYS else image.size[::-1]  # loading may have turned it
 
     def rows(top: int, bottom: int) -> np.ndarray:
         band = image.crop(_box(orientation, top, bottom, *image.size))
         return to_rgb(band if turn is None else band.transpose(turn))
 
-    return Picture(*upright, rows)
+    return DecodedImage(height, width, rows)
 
 
 def _bytes_a_pixel(image: "Image.Image") -> int:

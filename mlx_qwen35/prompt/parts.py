@@ -112,7 +112,7 @@ def read_part(kind: str, part: Mapping[str, Any], read: Reader, options: VisionO
     if isinstance(source, Media):
         if own:
             raise InputError("option_no_effect", f"this {kind} was read before; {', '.join(own)} would have no effect")
-        if source.is_clip != (kind == "video"):
+        if source.is_video != (kind == "video"):
             raise InputError("message_part_invalid", f"a part of type {kind} must hold one, got {source}")
         return source
     for one, other in (("fps", "video_num_frames"), ("video_num_frames", "fps")):
@@ -126,7 +126,7 @@ def read_part(kind: str, part: Mapping[str, Any], read: Reader, options: VisionO
 
 def in_order(text: str, media: Sequence[Media]) -> list[Media]:
     """Images and clips in the order of their placeholders in a text. InputError unless there are as many of each."""
-    kinds = {IMAGE_PAD: [m for m in media if not m.is_clip], VIDEO_PAD: [m for m in media if m.is_clip]}
+    kinds = {IMAGE_PAD: [m for m in media if not m.is_video], VIDEO_PAD: [m for m in media if m.is_video]}
     found = [IMAGE_PAD if match == IMAGE_PAD else VIDEO_PAD for match in _PLACES.findall(text)]
     for pad, given in kinds.items():
         if found.count(pad) != len(given):
@@ -139,7 +139,7 @@ def in_order(text: str, media: Sequence[Media]) -> list[Media]:
     return [next(queues[pad]) for pad in found]
 
 
-def spread_clips(text: str, media: Sequence[Media], outer_tags: bool) -> str:
+def expand_videos(text: str, media: Sequence[Media], outer_tags: bool) -> str:
     """The text with the placeholder of each clip made one for each pair of its frames, with the time before it.
 
     media: images and clips in the order of their placeholders. <|vision_start|><|video_pad|><|vision_end|> becomes

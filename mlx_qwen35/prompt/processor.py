@@ -12,7 +12,7 @@ from mlx_qwen35.media.preprocess import Media, Preprocessor, VisionOptions
 from mlx_qwen35.media.preprocessor_files import read_preprocessor
 from mlx_qwen35.prompt.control import ControlTokens, check_text, unmarked
 from mlx_qwen35.prompt.messages import Plain, check_messages, check_template_options, veiled
-from mlx_qwen35.prompt.parts import PADS, in_order, read_parts, spread_clips, take_media, without_media
+from mlx_qwen35.prompt.parts import PADS, expand_videos, in_order, read_parts, take_media, without_media
 from mlx_qwen35.prompt.positions import Placeholder
 from mlx_qwen35.prompt.prompt import Placed, Prompt
 from mlx_qwen35.prompt.tokenizer import load_tokenizer
@@ -161,7 +161,7 @@ class Processor:
         """Text with one marked placeholder for each image and clip -> tokens with as many as each takes."""
         if self.config.vision:
             media = in_order(text, media)
-            text = spread_clips(text, media, vision.outer_vision_tags)
+            text = expand_videos(text, media, vision.outer_vision_tags)
         tokens = encode(text)
         if not tokens:
             raise InputError("prompt_empty", "the prompt must not be empty")

@@ -28,7 +28,8 @@ from mlx_qwen35.media import fetch
 from mlx_qwen35.media.address import not_public
 from mlx_qwen35.media.fetch import fetch as fetch_bytes
 from mlx_qwen35.media.fetch import name_of
-from mlx_qwen35.media.video import FrameSampling, read_video
+from mlx_qwen35.media.frames import FrameSampling
+from mlx_qwen35.media.video import read_video
 
 BODY = b"a picture's bytes"
 PUBLIC, ALSO_PUBLIC, PRIVATE = "93.184.215.14", "93.184.215.15", "10.1.2.3"

@@ -65,7 +65,7 @@ def test_images_and_clips_mix_in_any_order_and_over_several_turns(processor):
         {"role": "user", "content": [clip(), image()]},
     ]
     prompt = processor.encode_messages(messages)
-    assert [placed.media.is_clip for placed in prompt.media] == [False, True, False, True, False]
+    assert [placed.media.is_video for placed in prompt.media] == [False, True, False, True, False]
     assert [len(placed.placeholders) for placed in prompt.media] == [1, 2, 1, 2, 1]
     assert [p.start for p in prompt.placeholders] == sorted(p.start for p in prompt.placeholders)
     pads = processor.placeholder_ids
@@ -130,7 +130,7 @@ def test_raw_text_says_itself_where_its_images_and_clips_go(processor):
     prompt = processor.encode_text(text, images=[RED], videos=[CLIP], vision=VisionOptions(source_fps=2))
     expected = f"a<0.2 seconds>{GROUP}<1.2 seconds>{GROUP}b{'<|image_pad|>' * 4}c"
     assert processor.decode(prompt.tokens) == expected
-    assert [placed.media.is_clip for placed in prompt.media] == [True, False]
+    assert [placed.media.is_video for placed in prompt.media] == [True, False]
 
 
 @pytest.mark.parametrize(

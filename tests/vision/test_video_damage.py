@@ -20,13 +20,14 @@ from mlx_qwen35.errors import InputError
 from mlx_qwen35.media import container as video_file
 from mlx_qwen35.media.container import Packets, VideoFile
 from mlx_qwen35.media.container_check import find_damage
-from mlx_qwen35.media.video import Clip, FrameSampling, read_video
+from mlx_qwen35.media.frames import FrameSampling, Video
+from mlx_qwen35.media.video import read_video
 
 TWO_A_SECOND = FrameSampling(2, None, 2, 768)
 FIRST = {"movflags": "faststart"}  # the index before the frames, as in files made for the web
 
 
-def read(source, **options) -> Clip:
+def read(source, **options) -> Video:
     return read_video(source, TWO_A_SECOND, lambda frames, height, width: (height, width), **options)
 
 
@@ -262,7 +263,7 @@ def pictured(kind: str) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WebP", "BMP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF"])
 def test_a_picture_should_be_given_as_an_image(kind: str):
     with refused("media_type_wrong", kind):
         read(pictured(kind))

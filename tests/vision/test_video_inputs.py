@@ -15,9 +15,10 @@ from refusing import refused
 from vision import clips
 
 from mlx_qwen35.media import video as module
-from mlx_qwen35.media.container import VideoFile
-from mlx_qwen35.media.video import Clip, FrameSampling, read_video, resize
-from mlx_qwen35.media.video_frame import upright_rgb
+from mlx_qwen35.media.container import VideoFile, upright_rgb
+from mlx_qwen35.media.decoded import resize
+from mlx_qwen35.media.frames import FrameSampling, Video
+from mlx_qwen35.media.video import read_video
 
 ALL = FrameSampling(None, None, 2, 1000)
 CONTAINERS = {
@@ -41,7 +42,7 @@ def same(frames: int, height: int, width: int) -> tuple[int, int]:
     return height, width
 
 
-def read(source, sampling: FrameSampling = ALL, **options) -> Clip:
+def read(source, sampling: FrameSampling = ALL, **options) -> Video:
     return read_video(source, sampling, same, **options)
 
 
@@ -291,7 +292,7 @@ def test_frames_are_upright(tmp_path: Path, turned: tuple, expected: list[int]):
 
 def test_a_frame_whose_side_data_cannot_be_named_is_turned_by_its_angle():
     class Unnamed:
-        def get(self, name: str):
+        def __getitem__(self, name: str):
             raise ValueError(name)
 
     frame = SimpleNamespace(
