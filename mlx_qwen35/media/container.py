@@ -101,10 +101,9 @@ class VideoFile:
 
     def broken(self, done: int, total: int, reason: str | None) -> InputError:
         of = f"{done} of {total} frames" if total else f"{done} frame{'' if done == 1 else 's'}"
-        return self._refused("media_damaged", f"whole; it breaks after {of}: {reason}. Copy or download it again")
-
-    def _refused(self, code: str, rule: str) -> InputError:
-        return InputError(code, f"{self.name} must be {rule}")
+        return InputError(
+            "media_damaged", f"{self.name} must be whole; it breaks after {of}: {reason}. Copy or download it again"
+        )
 
     # --- the container ---
 
@@ -116,7 +115,7 @@ class VideoFile:
         kind = identify(self.data.read(HEAD))
         self.data.seek(0)
         if kind in IMAGES and kind != "GIF":
-            raise self._refused("media_type_wrong", f"{FORMATS}; it is a {kind} image. Give it as an image")
+            raise InputError("media_type_wrong", f"{self.name} must be {FORMATS}; it is a {kind}. Give it as an image")
         file = _Input(self.data)  # not a path: FFmpeg would take some names for addresses
         try:
             container = av.open(file, "r", container_options=_CONTAINER_OPTIONS, metadata_errors="replace")
@@ -124,7 +123,7 @@ class VideoFile:
             rule = f"{FORMATS}; it is {kind}. Give the file of the video itself"
             if kind == "GIF" or kind.startswith("a video ("):
                 rule = f"whole; it begins as {kind}, and its header or index is damaged. Copy or download it again"
-            raise self._refused("media_not_opened", rule) from error
+            raise InputError("media_not_opened", f"{self.name} must be {rule}") from error
         with container:
             yield container, self._stream(container)
 
@@ -135,14 +134,14 @@ class VideoFile:
         streams = [stream for stream in container.streams.video if not stream.disposition & cover]
         if not streams:
             what = "sound alone" if container.streams.audio else "neither frames nor sound"
-            raise self._refused("video_stream_missing", f"a video; it holds {what}. Give another file")
+            raise InputError("video_stream_missing", f"{self.name} must be a video; it holds {what}. Give another file")
         codec = streams[0].codec_context
         if codec is None:
-            raise self._refused("video_unsupported", "in a format that FFmpeg decodes. Convert it to mp4")
+            raise InputError("video_unsupported", f"{self.name} must be decodable by FFmpeg. Convert it to mp4")
         if codec.width * codec.height > MAX_PIXELS:
-            raise self._refused(
-                "media_too_large",
-                f"of at most {MAX_PIXELS:,} pixels a frame; it has {codec.width} x {codec.height}. Make it smaller",
+            size = f"{codec.width} x {codec.height}"
+            raise InputError(
+                "media_too_large", f"{self.name} must have at most {MAX_PIXELS:,} pixels a frame, and has {size}"
             )
         check_decoding_fits(self.name, codec.width, codec.height, _FRAME_BYTES * codec.width * codec.height)
         return streams[0]
@@ -193,7 +192,7 @@ class VideoFile:
         if rate and (not len(seconds) or np.all(np.abs(seconds * rate - np.arange(total)) <= 0.5)):
             return Timeline(total, rate, None)
         if not len(seconds) or not seconds[-1]:
-            raise self._refused("video_unsupported", "a video that says when its frames are shown. Convert it to mp4")
+            raise InputError("video_unsupported", f"{self.name} must say when its frames are shown. Convert it to mp4")
         last = packets.last or seconds[-1] / (total - 1)
         return Timeline(total, float(total / (seconds[-1] + last)), seconds)
 
@@ -252,7 +251,7 @@ def upright_rgb(frame: "VideoFrame") -> np.ndarray:
 def _display_matrix(frame: "VideoFrame") -> tuple[float, float, float, float]:
     """(a, b, c, d): the pixel at x, y (rightwards, downwards) is shown at a x + c y, b x + d y."""
     try:
-        data = frame.side_data["DISPLAYMATRIX"]
+        data = frame.side_data["DISPLAYMATRIX"]  # type: ignore[typeddict-item]  # PyAV types a few of its keys
     except KeyError:
         return 1, 0, 0, 1
     except ValueError:  # PyAV has no name for another piece of this frame's side data; it still knows the angle

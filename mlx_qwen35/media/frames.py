@@ -133,7 +133,8 @@ def collect(
     Returns: the video, and the number of frames that came.
     """
     picks, times = timeline.pick(sampling)
-    kept, source, stored, count = np.zeros(0, np.uint8), (0, 0), None, 0
+    kept: np.ndarray = np.zeros(0, np.uint8)
+    source, stored, count = (0, 0), None, 0
     for count, frame in enumerate(frames, start=1):
         stored = stored or size_of(frame)
         if size_of(frame) != stored:

@@ -1,7 +1,4 @@
-"""A file that holds a picture -> Pillow's image of it, not decoded yet; or what the file is, where it is none.
-
-Pillow's process-wide settings are changed here and nowhere else.
-"""
+"""An image file -> Pillow's image of it, not decoded yet. No other module changes Pillow's process-wide settings."""
 
 import io
 import struct
@@ -16,7 +13,7 @@ from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.signatures import HEAD, IMAGES, identify
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from PIL.ImageFile import ImageFile
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for an error; a file that says more is taken for a decompression bomb
 # What Pillow and its plugins raise for a file that is cut short or damaged, in opening or in decoding it.
@@ -27,9 +24,9 @@ DAMAGE = (
 _PILLOW = threading.Lock()
 
 
-def open_image(file: BinaryIO, name: str) -> "Image.Image":
-    """Pillow's image of a file, its header read. Within `strict_pillow`, as everything done with the image. InputError
-    for what is not a picture, breaks at its beginning, is stored in a way that is not read, or has too many pixels."""
+def open_image(file: BinaryIO, name: str) -> "ImageFile":
+    """Pillow's image of a file, its header read. Needs `strict_pillow`, as every use of the image. Raises InputError if
+    the file is no image, breaks at its beginning, is stored in a way that Pillow does not read, or is too large."""
     from PIL import Image
     from pillow_heif import register_heif_opener
 
@@ -39,7 +36,7 @@ def open_image(file: BinaryIO, name: str) -> "Image.Image":
     if "HEIF" not in Image.OPEN:
         register_heif_opener()
     try:
-        file = without_large_notes(file) if head.startswith(_PNG) else file
+        file = _without_large_notes(file) if head.startswith(_PNG) else file
         image = Image.open(file, formats=IMAGES)
         if image.format == "PNG":  # its checksums, which the decoder does not look at
             image.verify()
@@ -63,10 +60,10 @@ def bomb(name: str) -> str:
 
 @contextmanager
 def strict_pillow() -> Iterator[None]:
-    """Pillow without warnings, deaf to a LOAD_TRUNCATED_IMAGES that the program around us may have set, and with the
-    kinds of grey TIFF that it can unpack and does not know.
+    """Pillow without warnings, without a caller's LOAD_TRUNCATED_IMAGES, and with the kinds of grey TIFF that it can
+    unpack and does not know.
 
-    All are settings of the whole process, so one picture is decoded at a time; all are put back.
+    All are settings of the whole process, so one image is decoded at a time, and all are restored.
     """
     from PIL import ImageFile, TiffImagePlugin
 
@@ -103,8 +100,13 @@ def _grey_tiffs() -> dict[tuple, tuple[str, str]]:
     return {(order, white, (1,), 1, (bits,), ()): modes for (order, white, bits), modes in packed.items()}
 
 
+_TIFF_TAGS = (  # name, tag, default
+    ("BitsPerSample", 258, 1), ("SampleFormat", 339, 1), ("PhotometricInterpretation", 262, 0), ("Compression", 259, 1),
+)  # fmt: skip
+
+
 def _stored_otherwise(file: BinaryIO, head: bytes) -> str | None:
-    """How a file stores its picture that Pillow did not open though its header is whole; None where that is not so."""
+    """How a file with a whole header stores its image; None for another file, or the usual way of storing."""
     if head.startswith(b"\xff\xd8\xff"):
         bits = _jpeg_bits(file)
         return f"a JPEG of {bits} bits a sample" if bits not in (None, 8) else None
@@ -119,19 +121,13 @@ def _stored_otherwise(file: BinaryIO, head: bytes) -> str | None:
         tags[256], tags[257], tags.get(273) or tags[324]  # width, height, where the strips or tiles are
     except DAMAGE:
         return None
-    bits, form, meaning, packing = (tags.get(tag, default) for tag, default in ((258, 1), (339, 1), (262, 0), (259, 1)))
-    return (
-        f"a TIFF with BitsPerSample {_numbers(bits)}, SampleFormat {_numbers(form)}, PhotometricInterpretation "
-        f"{meaning} and Compression {packing}"
-    )
-
-
-def _numbers(value: int | tuple[int, ...]) -> str:
-    return " ".join(map(str, value if isinstance(value, tuple) else (value,)))
+    values = ((name, tags.get(tag, default)) for name, tag, default in _TIFF_TAGS)
+    shown = (f"{name} {' '.join(map(str, v if isinstance(v, tuple) else (v,)))}" for name, v in values)
+    return f"a TIFF with {', '.join(shown)}"
 
 
 def _jpeg_bits(file: BinaryIO) -> int | None:
-    """The bits of a sample, from the frame header; None where there is none."""
+    """The bits of a sample, from the frame header; None without one."""
     file.seek(2)
     while len(marker := file.read(4)) == 4 and marker[0] == 0xFF:
         if 0xC0 <= marker[1] <= 0xCF and marker[1] not in (0xC4, 0xC8, 0xCC):
@@ -145,8 +141,8 @@ def _jpeg_bits(file: BinaryIO) -> int | None:
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def _scale_transparency(image: "Image.Image") -> None:
-    """The value that a PNG marks as transparent, which Pillow leaves as it is stored, scaled as Pillow does pixels."""
+def _scale_transparency(image: "ImageFile") -> None:
+    """Scale the value that a PNG marks as transparent, as Pillow scales pixels. Pillow leaves it as it is stored."""
     value, packing = image.info.get("transparency"), image.tile[0].args
     if value is not None and packing in ("L;2", "L;4"):
         image.info["transparency"] = value * 255 // (2 ** int(packing[-1]) - 1)
@@ -154,9 +150,9 @@ def _scale_transparency(image: "Image.Image") -> None:
         image.info["transparency"] = tuple(channel >> 8 for channel in value)
 
 
-def without_large_notes(file: BinaryIO) -> BinaryIO:
-    """A PNG without the texts and the colour profile that are too large for Pillow, which would refuse the picture for
-    them; the file itself where there are none. They are measured no further than up to the limit."""
+def _without_large_notes(file: BinaryIO) -> BinaryIO:
+    """A PNG without texts and a colour profile so large that Pillow would refuse the image; the file itself if there
+    are none. They are inflated no further than up to the limit."""
     from PIL.PngImagePlugin import MAX_TEXT_CHUNK, MAX_TEXT_MEMORY
 
     kept, start, at, left = [], 0, len(_PNG), MAX_TEXT_MEMORY
@@ -187,7 +183,7 @@ def without_large_notes(file: BinaryIO) -> BinaryIO:
 
 
 def _inflated(packed: bytes, most: int) -> int | None:
-    """The size of what was packed; None where it is above `most`; 0 where it is damaged."""
+    """The inflated size; None above `most`, 0 for damaged data."""
     inflater = zlib.decompressobj()
     try:
         size = len(inflater.decompress(packed, most))

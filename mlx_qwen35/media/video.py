@@ -34,7 +34,7 @@ def read_video(
     Raises InputError if the source is no video, is damaged anywhere, or does not suit source_fps.
     """
 
-    def read_frames(frames: Sequence[Any], name: str) -> Video:
+    def read_frames(frames: Sequence[Any] | np.ndarray, name: str) -> Video:
         images = _check_array(frames) if isinstance(frames, np.ndarray) else _images(frames, name, allow_private_urls)
         return _read_frames(images, len(frames), name, source_fps, sampling, fit)
 

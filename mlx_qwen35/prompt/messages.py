@@ -1,4 +1,4 @@
-"""Messages and tools -> plain values of the usual form; what is not of it is refused by name, before it is used."""
+"""Messages and tools -> plain values of the usual form. Anything else is refused by its name, before it is used."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +16,13 @@ from mlx_qwen35.values import flag, shown
 DEPTH = 64  # of lists and mappings in each other
 VALUES = 250_000  # in all messages and tools
 _BITS = 4096  # of a whole number: Python itself writes no more than 4,300 digits
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # what the reasoning of a message is called by programs
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # programs' names for the reasoning of a message
 
 
 class Plain:
-    """Rebuilds values from what JSON can hold and counts them: what a template sees has no methods of its own."""
+    """Rebuilds values from the types of JSON and counts them: a template sees no objects with methods of their own."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.values = self.chars = 0
 
     def __call__(self, value: Any, *path: Any, depth: int = 0) -> Any:
@@ -78,7 +78,7 @@ def _refused(message: str) -> InputError:
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]], plain: Plain) -> list[dict[str, Any]]:
-    """The messages in plain values; parts with an image or a clip as they are."""
+    """The messages in plain values; parts with an image or a video as they are."""
     if not isinstance(messages, list | tuple):
         raise _refused(f"messages must be a list, got {type(messages).__name__}")
     return [_message(message, i, plain) for i, message in enumerate(messages)]
@@ -134,11 +134,9 @@ def _part(part: Any, numbers: tuple[int, int], plain: Plain) -> Any:
 
 def _check_calls(message: Mapping[str, Any], name: str) -> None:
     calls = message.get("tool_calls")
-    if calls is None:
-        return
-    if not isinstance(calls, list):
+    if not isinstance(calls, list | None):
         raise _refused(f"tool_calls of {name} must be a list, got {type(calls).__name__}")
-    for i, call in enumerate(calls):
+    for i, call in enumerate(calls or []):
         at = f"{name}.tool_calls[{i}]"
         function = call.get("function", call) if isinstance(call, Mapping) else call
         if not isinstance(function, Mapping):
@@ -153,7 +151,7 @@ def _check_calls(message: Mapping[str, Any], name: str) -> None:
 
 
 def _name_reasoning(message: dict[str, Any], name: str) -> None:
-    """The reasoning of a message under the name that templates read, and under that of others."""
+    """Give the reasoning of a message the two names that templates read."""
     given = [(key, message[key]) for key in _REASONING if message.get(key) is not None]
     for key, reasoning in given:
         if not isinstance(reasoning, str):
@@ -164,17 +162,12 @@ def _name_reasoning(message: dict[str, Any], name: str) -> None:
 
 
 def check_template_options(options: Mapping[str, Any], plain: Plain) -> dict[str, Any]:
-    """What goes to the template beside the messages, in plain values, those that are None left out."""
-    checked = {}
-    for name, value in options.items():
-        if value is None:
-            continue
-        if name in ("enable_thinking", "add_generation_prompt"):
-            value = flag(name, value)
-        if name == "tools":
-            _check_tools(value)
-        checked[name] = plain(value, name)
-    return checked
+    """The options of a template in plain values; options that are None are left out."""
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given.keys() & {"enable_thinking", "add_generation_prompt"}:
+        given[name] = flag(name, given[name])
+    _check_tools(given.get("tools", []))
+    return {name: plain(value, name) for name, value in given.items()}
 
 
 def _check_tools(tools: Any) -> None:
@@ -189,10 +182,10 @@ def _check_tools(tools: Any) -> None:
             )
 
 
-def veiled(messages: Sequence[Mapping[str, Any]], veil: Callable[[list[str]], list[str]]) -> list[dict[str, Any]]:
-    """The messages with the tags in users' texts veiled: a template takes none of them for one that it looks for.
+def veiled(messages: Sequence[dict[str, Any]], veil: Callable[[list[str]], list[str]]) -> list[dict[str, Any]]:
+    """The messages with veiled tags in users' texts, so that a template does not mistake one for its own.
 
-    An assistant's content is left as it is: templates split the reasoning off it at its tags.
+    An assistant's content stays as it is: templates split its reasoning off at its tags.
     """
     return [{**message, **_veiled(message.get("content"), veil)} if message["role"] == "user" else message
             for message in messages]  # fmt: skip
@@ -201,9 +194,11 @@ def veiled(messages: Sequence[Mapping[str, Any]], veil: Callable[[list[str]], li
 def _veiled(content: Any, veil: Callable[[list[str]], list[str]]) -> dict[str, Any]:
     if not isinstance(content, list):
         return {"content": veil([content])[0]}
-    parts = []
+    parts: list[Any] = []
     for is_text, group in groupby(content, lambda part: isinstance(part.get("text"), str)):
-        run = list(group)
-        texts = veil([part["text"] for part in run]) if is_text else []
-        parts += [{**part, "text": text} for part, text in zip(run, texts, strict=True)] if is_text else run
+        neighbours = list(group)
+        if is_text:
+            texts = veil([part["text"] for part in neighbours])
+            neighbours = [{**part, "text": text} for part, text in zip(neighbours, texts, strict=True)]
+        parts += neighbours
     return {"content": parts}
