@@ -83,8 +83,7 @@ def _disk(kind: str) -> Iterator[None]:
     except OSError as error:
         raise InputError(
             "disk_full",
-            f"{_A[kind]} from the network is kept on disk while it is read; the disk does not take it: "
-            f"{error.strerror}. Make room, or set TMPDIR to another folder",
+            f"the disk must have room for a downloaded {kind}: {error.strerror}. Make some, or set TMPDIR",
         ) from error
 
 
@@ -129,7 +128,7 @@ def _check_length(length: int, kind: str, name: str, at_least: str = "") -> None
     if length > MAX_BYTES[kind]:
         raise InputError(
             "media_too_large",
-            f"{_A[kind]} may have at most {MAX_BYTES[kind]:,} bytes (MAX_BYTES of mlx_qwen35.fetch); {name} has "
+            f"{_A[kind]} may have at most {MAX_BYTES[kind]:,} bytes (MAX_BYTES of mlx_qwen35.media.fetch); {name} has "
             f"{at_least}{length:,}. Make it smaller, or save it to a file and give its path",
         )
 
@@ -154,9 +153,7 @@ def _decode(source: str, kind: str) -> bytes:
     except (binascii.Error, UnicodeEncodeError) as error:
         reason = "it holds characters that are not ASCII" if isinstance(error, UnicodeEncodeError) else str(error)
         raise InputError(
-            "data_uri_invalid",
-            f"the data of a data: URI must be whole base64 or percent-encoded bytes; {name} is not: {reason}. "
-            "Encode it again",
+            "data_uri_invalid", f"the data must be whole base64 or percent-encoded bytes; {name} is not: {reason}"
         ) from error
     _check_length(len(data), kind, name)
     return data
@@ -175,11 +172,8 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         target = headers.get("location") or headers.get("uri") or ""
         scheme, colon, _ = target.partition(":")
         if colon and "/" not in scheme and scheme.lower() not in ("http", "https"):
-            raise InputError(
-                "url_refused",
-                f"an address may lead on to http and https alone; {name_of(req.full_url)} leads to {name_of(target)}. "
-                "Give the address of the file itself",
-            )
+            leads = f"{name_of(req.full_url)} leads to {name_of(target)}"
+            raise InputError("url_refused", f"an address may lead on to http and https alone; {leads}")
         return super().http_error_302(req, fp, code, msg, headers)
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
@@ -211,7 +205,7 @@ def _download(source: str, kind: str, allow_private_urls: bool, into: BinaryIO) 
     late = InputError(
         "fetch_timeout",
         f"{_A[kind]} must arrive within {DEADLINE_SECONDS[kind]:g} seconds (DEADLINE_SECONDS of "
-        f"mlx_qwen35.fetch); {name_of(source)} took longer. Try again, or save it to a file and give its path",
+        f"mlx_qwen35.media.fetch); {name_of(source)} took longer. Try again, or save it to a file and give its path",
     )
     with Connections(DEADLINE_SECONDS[kind], allow_private_urls) as connections:
         try:
@@ -232,13 +226,6 @@ def _transfer(source: str, kind: str, connections: Connections, into: BinaryIO) 
         with _opener(connections).open(Request(url, headers), timeout=CONNECT_SECONDS) as answer:
             _check_type(answer.headers.get("Content-Type", ""), kind, name)
             _read(answer, kind, name, into)
-    except urllib.error.HTTPError as error:
-        error.close()
-        raise InputError(
-            "fetch_failed",
-            f"a server must answer with the file; for {name} it answered {error.code} "
-            f"{_short(str(error.reason), 100)}. Look whether the address is right and open to everyone",
-        ) from None
     except InputError:
         raise
     except (OSError, ValueError, http.client.HTTPException) as error:
@@ -250,21 +237,19 @@ def _unreached(error: OSError | ValueError | http.client.HTTPException, name: st
     if isinstance(reason, TimeoutError):
         return InputError(
             "fetch_timeout",
-            f"a server must send something every {CONNECT_SECONDS:g} seconds (CONNECT_SECONDS of mlx_qwen35.fetch); "
-            f"that of {name} did not. Try again, or save the file and give its path",
+            f"a server must send something every {CONNECT_SECONDS:g} seconds (CONNECT_SECONDS of "
+            f"mlx_qwen35.media.fetch); that of {name} did not. Try again, or save the file and give its path",
         )
-    if isinstance(error, (urllib.error.URLError, http.client.InvalidURL, ValueError)):
-        told = isinstance(reason, OSError) or isinstance(error, urllib.error.URLError)  # whose words hold no address
-        why = reason if told else "it is not written as one"
-        return InputError(
-            "fetch_failed",
-            f"the host of an address must be reachable; that of {name} is not: {why}. "
-            "Look at the address and at the network",
-        )
-    return InputError(
-        "fetch_failed",
-        f"a file must arrive whole; the server broke off the connection for {name} ({type(error).__name__}). Try again",
-    )
+    if isinstance(error, urllib.error.HTTPError):
+        error.close()
+        why = f"the server answered {error.code} {_short(str(reason), 100)}"
+    elif isinstance(error, urllib.error.URLError) or (isinstance(error, ValueError) and isinstance(reason, OSError)):
+        why = f"its host is not: {reason}"
+    elif isinstance(error, (ValueError, http.client.InvalidURL)):
+        why = "its address is not written as one"
+    else:
+        why = f"the server broke off the connection ({type(error).__name__})"
+    return InputError("fetch_failed", f"{name} must be reachable; {why}. Look at the address and at the network")
 
 
 def _read(answer: http.client.HTTPResponse, kind: str, name: str, into: BinaryIO) -> None:
@@ -280,8 +265,5 @@ def _read(answer: http.client.HTTPResponse, kind: str, name: str, into: BinaryIO
             while piece:
                 piece = piece[into.write(piece) :]
     if expected is not None and length < expected:
-        raise InputError(
-            "fetch_failed",
-            f"a file must arrive whole; of {name} came {length:,} bytes of {expected:,}, then the server broke off. "
-            "Try again",
-        )
+        came = f"{length:,} of {expected:,} bytes came"
+        raise InputError("fetch_failed", f"{name} must arrive whole; {came}, then the server broke off. Try again")

@@ -104,22 +104,16 @@ def _opened(
     path = os.path.expanduser(source)
     if not str(source) or str(source).startswith("file:") or os.path.isdir(path):
         raise InputError(
-            "media_source_invalid",
-            f"an image must be the path of one file, without file:// before it; got {name!r}. Give a folder as a video",
+            "media_source_invalid", f"an image must be one file, without file://; got {name!r}. A folder is a video"
         )
     if not os.path.isfile(path):
         what = "is not a regular file" if os.path.exists(path) else "does not exist"
-        raise InputError(
-            "media_not_found",
-            f"an image must be a file, an http(s) URL or a data: URI; {name} {what}. Look at the path",
-        )
+        raise InputError("media_not_found", f"an image must be a file or a URL; {name} {what}. Look at the path")
     try:
         with open(path, "rb") as file:
             yield file, name
     except OSError as error:  # of the file alone: what Pillow raises does not come so far
-        raise InputError(
-            "media_unreadable", f"an image must be a file that can be read; {name} cannot: {error.strerror}"
-        ) from error
+        raise InputError("media_unreadable", f"{name} must be readable: {error.strerror}") from error
 
 
 # --- arrays ---
@@ -128,10 +122,7 @@ def _opened(
 def _from_array(array: np.ndarray) -> DecodedImage:
     name = f"an array of shape {array.shape} and type {array.dtype}"
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
-        raise InputError(
-            "array_invalid",
-            f"an image array must be {ARRAYS}; got {name}. Move its axes, or give its images one by one",
-        )
+        raise InputError("array_invalid", f"an image array must be {ARRAYS}; got {name}. Give one image at a time")
     check_size(array.shape[1], array.shape[0], name)
     convert = _array_conversion(array, name)
     return DecodedImage(array.shape[0], array.shape[1], lambda top, bottom: convert(array[top:bottom]))
@@ -159,10 +150,7 @@ def _eight_bits(array: np.ndarray, name: str) -> Callable[[np.ndarray], np.ndarr
         raise InputError("array_invalid", f"an image array must be {ARRAYS}; got {name}. Convert it to uint8")
     low, high = array.min(), array.max()
     if not (low >= 0 and high <= 1):  # not a number fails as well
-        raise InputError(
-            "array_invalid",
-            f"an image array of floating point must lie from 0 to 1; got {name} from {low} to {high}. "
-            "Divide it by its largest value (255?), or convert it to uint8",
-        )
+        reach = f"got {name} from {low} to {high}. Divide it by 255, or convert it to uint8"
+        raise InputError("array_invalid", f"an image array of floating point must lie from 0 to 1; {reach}")
     exact = np.result_type(array, np.float32)
     return lambda rows: np.rint(rows.astype(exact) * 255).astype(np.uint8)

@@ -48,8 +48,7 @@ def open_image(file: BinaryIO, name: str) -> "ImageFile":
     except DAMAGE as error:
         if (stored := _stored_otherwise(file, head)) is not None:
             raise InputError(
-                "image_unsupported",
-                f"an image must be stored in a way that Pillow reads; {name} is {stored}. Save it as PNG or JPEG",
+                "image_unsupported", f"Pillow must be able to read {name}; it is {stored}. Save it as PNG or JPEG"
             ) from error
         raise InputError("media_not_opened", _not_opened(head, name)) from error
 

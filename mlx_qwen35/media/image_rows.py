@@ -43,8 +43,7 @@ def upright_image(image: "Image.Image", name: str, working: Callable[[int, int],
         image.load()
     except DAMAGE as error:
         raise InputError(
-            "media_damaged",
-            f"an image must be whole; {name} is cut short or damaged ({error}). Copy or download it again",
+            "media_damaged", f"{name} must be whole; it is cut short or damaged ({error}). Copy or download it again"
         ) from error
     to_rgb = _conversion(image, name)
     orientation = _orientation(image)

@@ -251,17 +251,12 @@ class Preprocessor:
     ) -> tuple[int, int]:
         low = self.least if least is None else least
         if most is not None and options.published_limits:
-            raise InputError(
-                "option_conflict",
-                f"{name} ({most}) and published_limits must not be given together: each is a limit. Leave one out",
-            )
+            both = f"{name} ({most}) and published_limits"
+            raise InputError("option_conflict", f"{both} must not be given together: each is a limit. Leave one out")
         if most is None:
             most = self.most if options.published_limits else int(min(self.most, machine))
             most = max(most, low)
-        if most < max(low, self.factor**2):
-            raise InputError(
-                "option_invalid",
-                f"{name} must be at least {max(low, self.factor**2)}, got {most}"
-                + (". Lower min_pixels too" if name == "max_pixels" and low > self.factor**2 else ""),
-            )
+        if most < (fewest := max(low, self.factor**2)):
+            hint = ". Lower min_pixels too" if name == "max_pixels" and low > self.factor**2 else ""
+            raise InputError("option_invalid", f"{name} must be at least {fewest}, got {most}{hint}")
         return low, most

@@ -64,21 +64,15 @@ def read_video(
                 return read_file(VideoFile(name, file))
     except OSError as error:
         raise InputError(
-            "media_unreadable",
-            f"a video must be a file or folder that can be read; {name} cannot: {error.strerror}. Look at its rights",
+            "media_unreadable", f"{name} must be readable: {error.strerror}. Look at its rights"
         ) from error
-    raise InputError(
-        "media_not_found",
-        f"a video must be a file, a folder of frames or a URL; there is none at {name}. Look at the path",
-    )
+    raise InputError("media_not_found", f"a video must be a file, a folder or a URL; {name} is none. Look at the path")
 
 
 def _read_file(file: VideoFile, source_fps: float | None, sampling: FrameSampling, fit: Fit) -> Video:
     if source_fps is not None:
         raise InputError(
-            "option_no_effect",
-            f"source_fps ({source_fps!r}) must not be given for {file.name}: a video file has its own rate. Leave it "
-            "out",
+            "option_no_effect", f"source_fps ({source_fps!r}) must not be given: {file.name} has its own rate"
         )
     timeline = file.timeline()
     # The last frame is always picked, so the file is read to its end, and every frame in it is checked on the way.
@@ -100,9 +94,7 @@ def _read_frames(
     if not total:
         raise too_short(name, 0)
     if source_fps is None:
-        raise InputError(
-            "option_missing", f"source_fps must say how many frames of {name} are in a second; it is missing"
-        )
+        raise InputError("option_missing", f"source_fps must be given: how many frames of {name} are in a second")
     timeline = Timeline(total, frame_rate("source_fps", source_fps), None)
     # Every frame is read, so that a broken one, or a stranger among them, is noticed whatever the sampling.
     video, _ = collect(images, timeline, sampling, fit, lambda image: image, lambda image: image.shape[:2])

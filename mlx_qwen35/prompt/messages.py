@@ -52,8 +52,10 @@ class Plain:
     def _scalar(self, value: Any, path: tuple) -> Any:
         if isinstance(value, str):
             return self._text(value, path)
-        if value is None or isinstance(value, bool | np.bool_):
-            return value if value is None else bool(value)
+        if value is None:
+            return None
+        if isinstance(value, bool | np.bool_):
+            return bool(value)
         if isinstance(value, Integral):
             if int(value).bit_length() > _BITS:
                 raise _refused(f"{_name(path)} must be a number of at most {_BITS:,} bits")
@@ -62,10 +64,7 @@ class Plain:
             if not math.isfinite(value):
                 raise _refused(f"{_name(path)} must be a finite number, got {value}")
             return float(value)
-        raise _refused(
-            f"{_name(path)} must be what JSON can hold (text, a number, true, false, null, a list or a mapping), "
-            f"got {type(value).__name__}"
-        )
+        raise _refused(f"{_name(path)} must be what JSON can hold, got {type(value).__name__}")
 
 
 def _name(path: tuple) -> str:
@@ -95,18 +94,13 @@ def _message(message: Any, number: int, plain: Plain) -> dict[str, Any]:
     _name_reasoning(checked, name)
     content = message.get("content")
     if isinstance(content, list | tuple):
-        content = [_part(part, (number, i), plain) for i, part in enumerate(content)]
+        content = [_part(part, ("messages", number, "content", i), plain) for i, part in enumerate(content)]
     elif isinstance(content, str):
         content = plain(content, "messages", number, "content")
     elif content is not None:
-        raise _refused(
-            f"the content of a message must be text or a list of parts, got {type(content).__name__} in {name}"
-        )
+        raise _refused(f"the content of {name} must be text or a list of parts, got {type(content).__name__}")
     elif checked["role"] != "assistant" or not ("content" in message or checked.get("tool_calls")):
-        raise _refused(
-            f"{name} must have content, which only an assistant's message that calls tools may do without; got "
-            f"{_got(message, 'content')}"
-        )
+        raise _refused(f"{name} must have content, unless an assistant calls tools; got {_got(message, 'content')}")
     fields = {"role": checked.pop("role"), "content": content, **checked}
     return {key: value for key, value in fields.items() if value is not None}  # a template takes None for a text
 
@@ -115,20 +109,16 @@ def _got(message: Mapping[str, Any], name: str) -> str:
     return type(message[name]).__name__ if name in message else "none"
 
 
-def _part(part: Any, numbers: tuple[int, int], plain: Plain) -> Any:
-    path = ("messages", numbers[0], "content", numbers[1])
+def _part(part: Any, path: tuple[str | int, ...], plain: Plain) -> Any:
     if not isinstance(part, Mapping):
-        raise InputError(
-            "message_part_invalid",
-            f'a part must be like {{"type": "text", "text": ...}}, got {type(part).__name__} as {_name(path)}',
-        )
+        rule = f'a part must be like {{"type": "text", "text": ...}}, got {type(part).__name__} as {_name(path)}'
+        raise InputError("message_part_invalid", rule)
     if kind_of(part):
         return part
     checked = plain(part, *path)
-    if "text" in checked and not isinstance(checked["text"], str):
-        raise InputError(
-            "message_part_invalid", f"the text of {_name(path)} must be text, got {type(checked['text']).__name__}"
-        )
+    if not isinstance(checked.get("text", ""), str):
+        got = type(checked["text"]).__name__
+        raise InputError("message_part_invalid", f"the text of {_name(path)} must be text, got {got}")
     return checked
 
 
@@ -140,10 +130,8 @@ def _check_calls(message: Mapping[str, Any], name: str) -> None:
         at = f"{name}.tool_calls[{i}]"
         function = call.get("function", call) if isinstance(call, Mapping) else call
         if not isinstance(function, Mapping):
-            raise _refused(
-                f'{at} must be like {{"function": {{"name": ..., "arguments": {{...}}}}}}, got '
-                f"{type(function).__name__}"
-            )
+            form = '{"function": {"name": ..., "arguments": {...}}}'
+            raise _refused(f"{at} must be like {form}, got {type(function).__name__}")
         if not isinstance(function.get("name"), str):
             raise _refused(f"the name in {at} must be text, got {_got(function, 'name')}")
         if not isinstance(function.get("arguments", {}), Mapping | str):
@@ -175,11 +163,8 @@ def _check_tools(tools: Any) -> None:
         raise InputError("option_invalid", f"tools must be a list of mappings, got {type(tools).__name__}")
     for i, tool in enumerate(tools):
         if not isinstance(tool, Mapping):
-            raise InputError(
-                "option_invalid",
-                f'tools[{i}] must describe a function, as {{"type": "function", "function": {{"name": ...}}}}, got '
-                f"{type(tool).__name__}",
-            )
+            form = '{"type": "function", "function": {"name": ...}}'
+            raise InputError("option_invalid", f"tools[{i}] must be like {form}, got {type(tool).__name__}")
 
 
 def veiled(messages: Sequence[dict[str, Any]], veil: Callable[[list[str]], list[str]]) -> list[dict[str, Any]]:

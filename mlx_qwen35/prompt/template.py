@@ -56,9 +56,8 @@ class Template:
     def render(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], limits: RenderLimits) -> str:
         """The text of a prompt, a mark in each control token that the template wrote.
 
-        messages and options must be plain values, see messages.py. Raises InputError in the template's own words where
-        it refuses the messages, where it goes beyond the limits, and where its control tokens cannot be told from those
-        in messages.
+        messages and options must be plain values, see messages.py. Raises InputError in the template's own words if it
+        refuses the messages, if it exceeds the limits, and if its control tokens cannot be told from those in messages.
         """
         text = self._run(self._template, {**options, "messages": messages}, limits)
         if not self._checked:
@@ -76,17 +75,15 @@ class Template:
             except InputError:  # it may refuse the sample
                 continue
             if lost := self._control.unmarked_in(text):
-                raise InputError(
-                    "chat_template_refused",
-                    "the chat template must write each control token in one piece, so that it can be told from one in "
-                    f"a message; this one puts {lost[0]} together. Use another template",
-                )
-            if unmarked(text) != unmarked(expected):
-                raise InputError(
-                    "chat_template_refused",
-                    "the chat template must not take apart what it wrote itself: its control tokens cannot be told "
-                    "from those in messages then. Use another template",
-                )
+                rule = f"must write each control token in one piece; it puts {lost[0]} together"
+            elif unmarked(text) != unmarked(expected):
+                rule = "must not take apart its own text"
+            else:
+                continue
+            raise InputError(
+                "chat_template_refused",
+                f"the chat template {rule}. Its control tokens cannot be told from those in messages. Use another",
+            )
 
     def _run(self, template: JinjaTemplate, names: Mapping[str, Any], limits: RenderLimits) -> str:
         names = {"tools": None, "documents": None, **self._special, **names, LIMITS: limits}
@@ -103,14 +100,12 @@ def choose(templates: Any, tools: bool) -> str:
     if templates is None:
         raise InputError(
             "chat_template_missing",
-            "this checkpoint has no chat template: it completes raw text, which is generate with "
-            "ignore_chat_template (--ignore-chat-template)",
+            "this checkpoint has no chat template and completes raw text alone: give ignore_chat_template "
+            "(--ignore-chat-template)",
         )
     if not isinstance(templates, str):
-        raise InputError(
-            "chat_template_refused",
-            f"the chat template must be text, got {type(templates).__name__}. Download it again",
-        )
+        kind = type(templates).__name__
+        raise InputError("chat_template_refused", f"the chat template must be text, got {kind}. Download it again")
     return templates
 
 

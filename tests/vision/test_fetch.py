@@ -1,4 +1,4 @@
-"""URLs -> bytes, with the limits of mlx_qwen35.fetch. The server is a local one in a thread."""
+"""URLs -> bytes, with the limits of mlx_qwen35.media.fetch. The server is a local one in a thread."""
 
 import base64
 import contextlib
