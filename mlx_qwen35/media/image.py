@@ -1,4 +1,4 @@
-"""An image, whichever way it comes -> its pixels: upright, RGB, 8 bit. The same pixels give the same bytes.
+"""An image from any source -> its pixels: upright, RGB, 8 bit. The same pixels give the same bytes.
 
 Transparency is put on white, as transformers 5.23 does; other numbers of bits are scaled to 8, never clipped. Its
 header tells how much memory decoding takes; an image without room is refused before it is decoded.

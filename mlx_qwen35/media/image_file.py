@@ -84,7 +84,7 @@ def _not_opened(head: bytes, name: str) -> str:
     kind = identify(head)
     if kind in IMAGES:
         return f"an image must be whole; {name} begins as {kind} and is cut short or damaged. Copy or download it again"
-    hint = "Give it as a video" if kind.startswith("a video") else "Give a picture, or save it as PNG or JPEG"
+    hint = "Give it as a video" if kind.startswith("a video") else "Give an image, or save it as PNG or JPEG"
     return f"an image must be JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC; {name} is {kind}. {hint}"
 
 
@@ -92,8 +92,8 @@ def _not_opened(head: bytes, name: str) -> str:
 
 
 def _grey_tiffs() -> dict[tuple, tuple[str, str]]:
-    """Entries for TiffImagePlugin.OPEN_INFO: byte order, white is zero or black is, sample format, order of bits, bits
-    a sample, extra samples -> mode, and how it is packed. Samples of 12 bits have no byte order."""
+    """Entries for TiffImagePlugin.OPEN_INFO: byte order, photometric interpretation (0: zero is white), sample format,
+    order of bits, bits a sample, extra samples -> mode and raw mode. Samples of 12 bits have no byte order."""
     packed = {(order, white, 12): ("I;16", "I;12") for order in (b"II", b"MM") for white in (0, 1)}
     packed[b"MM", 0, 16] = ("I;16B", "I;16B")
     return {(order, white, (1,), 1, (bits,), ()): modes for (order, white, bits), modes in packed.items()}

@@ -31,8 +31,8 @@ _SIGNATURES = tuple(
         (rb"%PDF", "a PDF document"),
         (rb"PK\x03\x04", "a zip archive, or a document packed as one"),
         (rb"\x1f\x8b", "compressed with gzip"),
-        (rb"\xff\x0a|.{4}JXL ", "a JPEG XL picture"),
-        (rb".{4}jP  ", "a JPEG 2000 picture"),
+        (rb"\xff\x0a|.{4}JXL ", "a JPEG XL image"),
+        (rb".{4}jP  ", "a JPEG 2000 image"),
         (rb"8BPS", "a Photoshop file"),
         (rb"\x00\x00\x01\x00", "an icon"),
     )

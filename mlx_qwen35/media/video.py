@@ -75,7 +75,7 @@ def _read_file(file: VideoFile, source_fps: float | None, sampling: FrameSamplin
             "option_no_effect", f"source_fps ({source_fps!r}) must not be given: {file.name} has its own rate"
         )
     timeline = file.timeline()
-    # The last frame is always picked, so the file is read to its end, and every frame in it is checked on the way.
+    # The last frame is always picked, so the file is read to its end, and every frame in it is checked.
     frames = file.frames(timeline.total)
     video, count = collect(frames, timeline, sampling, fit, upright_rgb, lambda frame: (frame.height, frame.width))
     if count != timeline.total:
@@ -96,7 +96,7 @@ def _read_frames(
     if source_fps is None:
         raise InputError("option_missing", f"source_fps must be given: how many frames of {name} are in a second")
     timeline = Timeline(total, frame_rate("source_fps", source_fps), None)
-    # Every frame is read, so that a broken one, or a stranger among them, is noticed whatever the sampling.
+    # Every frame is read, so that a broken one, or one of another size, is noticed whatever the sampling.
     video, _ = collect(images, timeline, sampling, fit, lambda image: image, lambda image: image.shape[:2])
     return video
 

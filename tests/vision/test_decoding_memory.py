@@ -1,4 +1,4 @@
-"""What large pictures and clips take, and that they are refused from their headers where memory has no room."""
+"""What large pictures and videos take, and that they are refused from their headers where memory has no room."""
 
 import gc
 import struct
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 from refusing import refused
-from vision.clips import write
+from vision.videos import write
 
 from mlx_qwen35.machine.memory import limit_memory
 from mlx_qwen35.media.decoded import resize
@@ -110,10 +110,10 @@ def test_a_progressive_jpeg_counts_its_coefficients(limit):
         read_image(bodies[1])
 
 
-def test_a_clip_whose_frames_memory_has_no_room_for_is_refused(limit, tmp_path):
-    path = write(tmp_path / "clip.mp4", 5)
+def test_a_video_whose_frames_memory_has_no_room_for_is_refused(limit, tmp_path):
+    path = write(tmp_path / "video.mp4", 5)
     limit(0.00005)
-    with refused("media_too_large", "clip.mp4"):
+    with refused("media_too_large", "video.mp4"):
         read_video(path, FrameSampling(2, None, 2, 9), lambda frames, height, width: (height, width))
 
 
