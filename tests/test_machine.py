@@ -38,7 +38,7 @@ def test_importing_every_command_starts_nothing_of_mlx():
     """Streams are numbered as they are made: one of an array computed on the way would have taken the number 0."""
     code = (
         "import mlx.core as mx, mlx_qwen35.generate.__main__, mlx_qwen35.chat, mlx_qwen35.convert.__main__\n"
-        "import mlx_qwen35.bench, mlx_qwen35.doctor, mlx_qwen35.random_checkpoint\n"
+        "import mlx_qwen35.bench, mlx_qwen35.doctor, mlx_qwen35.checkpoint.random\n"
         "print(mx.get_active_memory(), mx.get_peak_memory(), mx.new_stream(mx.cpu))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
