@@ -4,8 +4,8 @@ import pytest
 from image_memory import noise, prompt, show  # of examples
 from mlx.utils import tree_flatten
 
+from mlx_qwen35.budget import encoding
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
-from mlx_qwen35.model import vision as tower
 
 
 @pytest.fixture
@@ -21,13 +21,13 @@ def test_a_prompt_with_a_video_leaves_only_the_text_weights_in_memory(text_model
     kept = shown["released"] - shown["text"]
     assert shown["embeddings"] <= kept < 2 * shown["embeddings"]  # in a buffer that was at hand
     assert shown["left"] == shown["text"] >= weights
-    assert shown["tower"] > 0 and not model.vision.loaded
+    assert shown["encoder"] > 0 and not model.vision.loaded
 
 
 def test_working_memory_does_not_grow_with_the_video(text_model, config, monkeypatch):
     """MLX frees while it computes, so that a peak varies by some percent; held whole, the long video would take 16
     times as much."""
-    monkeypatch.setattr(tower, "SLICE", 48)  # patches, two pairs of these frames
+    monkeypatch.setattr(encoding, "SLICE", 48)  # patches, two pairs of these frames
     monkeypatch.setattr("mlx_qwen35.kernels.cpu.SCORE_BYTES", 1 << 16)
     short, long = (show(text_model(), config, frames, height=64, width=96, step=56) for frames in (8, 128))
     assert long["encode_working"] < 1.3 * short["encode_working"]
