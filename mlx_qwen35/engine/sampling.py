@@ -207,15 +207,11 @@ class Sampler:
         if sampling.temp == 0:
             return mx.argmax(penalise(flat, sampling, counts, self.vocabulary), axis=-1).reshape(B, n)
         nexts = zip(self.seeds[rows], self.positions[rows], strict=True)
-        gumbel = [self._noise_at(V, seed, position + first + i) for seed, position in nexts for i in range(n)]
-        sampled = mx.argmax(process(flat, sampling, counts, self.vocabulary) + mx.stack(gumbel), axis=-1)
-        return sampled.reshape(B, n)
-
-    def _noise_at(self, vocabulary: int, seed: int, position: int) -> mx.array:
-        """The noise of a position: the same array for a drafted token and for the sampled one."""
-        if (seed, position) not in self._noise:
-            self._noise[seed, position] = noise(vocabulary, seed, position)
-        return self._noise[seed, position]
+        keys = [(seed, position + first + i) for seed, position in nexts for i in range(n)]
+        for key in keys:  # the same array for a drafted token and for the sampled one
+            self._noise[key] = self._noise[key] if key in self._noise else noise(V, *key)
+        gumbel = mx.stack([self._noise[key] for key in keys])
+        return mx.argmax(process(flat, sampling, counts, self.vocabulary) + gumbel, axis=-1).reshape(B, n)
 
 
 def _counted(counts: mx.array, drafted: mx.array | None, m: int) -> mx.array:

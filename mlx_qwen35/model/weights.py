@@ -86,16 +86,13 @@ class Weights:
                 stop = start + len(matrices[name][0]["weight"])
                 slices[name], start = (i, slice(start, stop)), stop
             parts, quantization = matrices[group[0]]
-            stacked = {suffix: _stacked([matrices[name][0][suffix] for name in group]) for suffix in parts}
-            products.append(Linear(stacked, quantization))
+            if len(group) > 1:
+                parts = {suffix: mx.concatenate([matrices[name][0][suffix] for name in group]) for suffix in parts}
+            products.append(Linear(parts, quantization))
         return Joined(products, [slices[name] for name in names])
 
     def embedding(self, name: str) -> Embedding:
         return Embedding(*self._matrix(name), self.dtype)
-
-
-def _stacked(parts: list[mx.array]) -> mx.array:
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=0)
 
 
 # --- from disk -------------------------------------------------------------------------------------------------------
