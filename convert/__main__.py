@@ -5,34 +5,28 @@ import json
 import math
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.hub import check_repository, look, resolve, upload
 from mlx_qwen35.checkpoint.names import VISION
-from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes, vision_shapes
+from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes
 from mlx_qwen35.commands.common import Parser, add_version, as_command
 from mlx_qwen35.commands.streams import read_file
 from mlx_qwen35.convert import convert, with_default
 from mlx_qwen35.convert.card import QUALITY
 from mlx_qwen35.convert.dry_run import describe
 from mlx_qwen35.convert.plan import DTYPES, ROUNDINGS, make_plan
-from mlx_qwen35.convert.recipes import DEFAULT, RECIPES, check_saving, save_recipe
-from mlx_qwen35.convert.sensitivity import CANDIDATES, forms, propose, sensitivity, smallest, table
+from mlx_qwen35.convert.recipes import DEFAULT, RECIPES, StorageOptions, check_saving, save_recipe
+from mlx_qwen35.convert.sensitivity import CANDIDATES, propose, sensitivity, smallest, table, unmeasured
 from mlx_qwen35.convert.source import reading
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.measure.text import windows
 from mlx_qwen35.quantization import MODES
 
 COMMAND = "mlx_qwen35.convert"
-# Of how the folder is packed, those that make_plan has by the same or by a shorter name.
-_PLAN = {
-    "recipe": "recipe", "quantize": "quantize", "q_bits": "bits", "q_group_size": "group_size", "q_mode": "mode",
-    "q_vision_bits": "vision_bits", "dtype": "dtype", "rounding": "rounding",
-}  # fmt: skip
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=COMMAND,
@@ -58,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--q-vision-bits",
         type=int,
-        help="bits per weight of the vision tower, always affine (2, 3, 4, 5, 6 or 8; default 8; 0: unquantized); a "
+        help="bits per weight of the vision encoder, always affine (2, 3, 4, 5, 6 or 8; default 8; 0: unquantized); a "
         "matrix whose width is no multiple of 32 stays unquantized",
     )
     group.add_argument("--dtype", choices=tuple(DTYPES), help="of what is not quantized; default: the source's")
@@ -124,13 +118,14 @@ def _look(
             f"{names} has no effect where nothing is written (--dry-run, --sensitivity); leave it out",
         )
     named = options["hf_path"], options["revision"]
+    storage = StorageOptions(**{field.name: options[field.name] for field in fields(StorageOptions)})
     if dry_run:
         with look(*named) as source, reading(source):
-            how = with_default(source, {name: options[option] for option, name in _PLAN.items()})
-            told = describe(make_plan(source, **how))  # while the folder is there
-        print(told)
+            listing = describe(make_plan(source, with_default(source, storage)))  # while the folder is there
+        print(listing)
         return
-    given = [option for option in _PLAN if options[option] not in (None, False, "search")]
+    assert sensitivity is not None
+    given = [field.name for field in fields(storage) if options[field.name] != field.default]
     if given:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise InputError(
@@ -145,20 +140,20 @@ def _look(
 
 
 def _sensitivity(checkpoint: Checkpoint, text: str, cap: float | None, file: Path | None) -> None:
-    """Print the table; under a cap, what is in no group (norms, vision tower, draft head) counts as by default.
+    """Print the table; under a cap, tensors in no group (norms, vision encoder, draft head) count as by default.
 
     A cap that nothing fits under is refused before anything is measured, and what was measured is printed first.
     """
     tokens, limit, other = windows(checkpoint, text), 0, 0
     if cap is not None:
-        planned = forms(checkpoint)
-        grouped = {name for row in planned for name in row.names}
-        jobs = make_plan(checkpoint.folder, recipe=DEFAULT).jobs
+        planned = unmeasured(checkpoint)
+        grouped = {name for cost in planned for name in cost.names}
+        jobs = make_plan(checkpoint.folder, StorageOptions(DEFAULT)).jobs
         limit, other = int(cap * 1e9), sum(job.nbytes for job in jobs if job.source.name not in grouped)
         smallest(planned, limit, other)
-    rows = sensitivity(checkpoint, tokens)
-    proposal = None if cap is None else propose(rows, limit, other)
-    print(table(rows, proposal), flush=True)
+    costs = sensitivity(checkpoint, tokens)
+    proposal = None if cap is None else propose(costs, limit, other)
+    print(table(costs, proposal), flush=True)
     if proposal and file:
         save_recipe(file, proposal.matrices, CANDIDATES[0], f"proposed for at most {cap:g} GB by the KL of each group")
 
@@ -169,14 +164,14 @@ def _size(nbytes: int, shapes: Iterable[tuple[int, ...]]) -> str:
 
 
 def _vision_line(checkpoint: Checkpoint) -> str:
-    """The tower's size, and how many of its matrices a quantized folder holds unquantized; "" without a tower."""
-    if not checkpoint.has(VISION):
+    """The vision encoder's size, and in a quantized folder the number of its unquantized matrices; "" without one."""
+    shapes = {name: shape for name, shape in checkpoint.shapes.items() if name.startswith(VISION)}
+    if not shapes:
         return ""
-    shapes = vision_shapes(checkpoint.config.vision)
     matrices = [name for name, shape in shapes.items() if is_matrix(name, shape)]
     left = sum(checkpoint.quantization(name) is None for name in matrices) if checkpoint.config.quantization else 0
     note = f", {left} of its {len(matrices)} matrices unquantized" if left else ""
-    return f"vision tower: {_size(checkpoint.nbytes((VISION,)), shapes.values())}{note}\n"
+    return f"vision encoder: {_size(checkpoint.nbytes((VISION,)), shapes.values())}{note}\n"
 
 
 def _evaluation_line(folder: Path) -> str:

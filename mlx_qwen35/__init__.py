@@ -29,8 +29,9 @@ from mlx_qwen35.load import load
 from mlx_qwen35.media.image import read_image
 from mlx_qwen35.media.preprocess import Media, VisionOptions
 from mlx_qwen35.model.model import Model
-from mlx_qwen35.prompt.processor import Piece, Processor
+from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.prompt.prompt import Prompt
+from mlx_qwen35.prompt.stream import Piece
 
 __all__ = [
     "PRESETS", "Cache", "Conversation", "InputError", "Media", "Model", "Options", "Piece", "Processor", "Prompt",

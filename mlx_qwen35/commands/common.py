@@ -24,7 +24,8 @@ from mlx_qwen35.machine.process import check_folder
 from mlx_qwen35.media.fetch import is_remote
 from mlx_qwen35.media.preprocess import VISION_OPTIONS, Media
 from mlx_qwen35.model.model import Model
-from mlx_qwen35.prompt.processor import Piece, Processor
+from mlx_qwen35.prompt.processor import Processor
+from mlx_qwen35.prompt.stream import Piece
 
 
 class Parser(argparse.ArgumentParser):

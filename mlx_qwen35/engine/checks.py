@@ -9,7 +9,7 @@ from mlx_qwen35.engine.drafts.speculate import MODES, MOST_DEPTH
 from mlx_qwen35.engine.options import SAMPLING, Options, thinking_switch, vision_options
 from mlx_qwen35.engine.sampling import PRESETS, Sampling, check_seed
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.prompt.processor import check_stop
+from mlx_qwen35.prompt.stream import check_stop
 from mlx_qwen35.values import choice, flag, shown, text, whole
 
 

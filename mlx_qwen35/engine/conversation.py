@@ -16,8 +16,9 @@ from mlx_qwen35.machine.process import refuse_fork
 from mlx_qwen35.media.preprocess import VISION_OPTIONS
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.prompt.messages import Plain, check_template_options
-from mlx_qwen35.prompt.processor import Piece, Processor
+from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.prompt.prompt import Prompt
+from mlx_qwen35.prompt.stream import Piece
 
 _OF_ONE_PROMPT = {"cache", "ignore_chat_template", "progress", "images", "videos"}
 

@@ -17,8 +17,9 @@ from mlx_qwen35.engine.sampler import Sampler
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.machine.process import refuse_fork
 from mlx_qwen35.model.model import Model
-from mlx_qwen35.prompt.processor import Messages, Piece, Processor
+from mlx_qwen35.prompt.processor import Messages, Processor
 from mlx_qwen35.prompt.prompt import Prompt
+from mlx_qwen35.prompt.stream import Piece
 
 
 @dataclass(frozen=True)

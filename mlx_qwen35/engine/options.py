@@ -183,7 +183,7 @@ def vision_options(options: Mapping[str, Any]) -> VisionOptions:
 
 def refuse_idle_vision(options: Options, prompts: Sequence[Prompt]) -> None:
     """Options for images need an image among the prompts, those for clips a clip."""
-    clips = {placed.media.is_clip for prompt in prompts for placed in prompt.media}
+    clips = {placed.media.is_video for prompt in prompts for placed in prompt.media}
     for kind, names, present in (
         ("image", IMAGE_OPTIONS, False in clips), ("video", VIDEO_OPTIONS, True in clips),
         ("image or video", {"published_limits"}, bool(clips)),

@@ -15,7 +15,7 @@ from mlx_qwen35.commands.generate import main as command
 from mlx_qwen35.commands.progress import Step
 from mlx_qwen35.doctor import check, probe
 from mlx_qwen35.doctor.command import main as doctor
-from mlx_qwen35.prompt.processor import Piece
+from mlx_qwen35.prompt.stream import Piece
 
 ASK = "What is 34 + 58?"
 

@@ -8,13 +8,14 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from conftest import load_text_model
+from geometries import changed
 from kernels.backends import EMULATED, OPERATIONS
 from kernels.emulator import emulated, missing
 
 from mlx_qwen35 import batch_generate, load
 from mlx_qwen35.backend import assume
 from mlx_qwen35.checkpoint.config import parse_config
-from mlx_qwen35.checkpoint.random import changed, geometry
+from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.kernels import add_norm, attention, fused, fused_delta, norm_rotary

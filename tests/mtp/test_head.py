@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import load_text_model
+from geometries import changed
 from mtp.head_reference import Chain, HeadReference
 
 from mlx_qwen35 import load
@@ -19,7 +20,7 @@ from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.cache.layer import KVCache
 from mlx_qwen35.checkpoint.config import FULL, LINEAR
 from mlx_qwen35.checkpoint.hub import resolve
-from mlx_qwen35.checkpoint.random import changed, geometry
+from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.convert import convert
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.prefill import PromptRow, prefill

@@ -1,4 +1,4 @@
-"""Images and clips through generation, conversation and the commands: when the tower is there, and what is refused."""
+"""Images and videos through generation, conversation and the commands: when the tower is there, and what is refused."""
 
 import io
 import shutil
@@ -35,7 +35,7 @@ def nano() -> tuple[Model, Processor]:
 
 @pytest.fixture
 def encoded(monkeypatch) -> list:
-    """Every image and clip that a tower encodes."""
+    """Every image and video that a tower encodes."""
     done = []
     encode = VisionEncoder.encode
     monkeypatch.setattr(VisionEncoder, "encode", lambda self, media: done.append(media) or encode(self, media))
@@ -49,7 +49,7 @@ def part(source) -> dict:
 # --- generation ------------------------------------------------------------------------------------------------------
 
 
-def test_an_image_and_a_clip_are_answered(nano):
+def test_an_image_and_a_video_are_answered(nano):
     assert generate(*nano, ASK, images=[SHAPES], enable_thinking=False).text == SEEN
     assert generate(*nano, WHICH, videos=[MOVING], enable_thinking=False).text == "right"
     pieces = stream_generate(*nano, ASK, images=[TRIANGLE], enable_thinking=False)
@@ -470,7 +470,7 @@ def talk(monkeypatch, capsys):
     return session
 
 
-def test_chat_shows_images_and_clips_with_the_next_message(talk):
+def test_chat_shows_images_and_videos_with_the_next_message(talk):
     out, err = talk(f"/image {TRIANGLE}", "What shape is it?", "And what colour is it?", f"/video {MOVING}", WHICH)
     answers = [line.removeprefix(">> ").strip() for line in out.splitlines() if line.strip(" >")]
     assert [answer.removeprefix(">> ") for answer in answers] == ["triangle", "green", "right"]
