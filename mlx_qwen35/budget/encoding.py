@@ -16,8 +16,10 @@ SLICE = 1024  # patches that are encoded at a time: frames of a video, or a part
 class Encodable(Protocol):
     """An image or a video: its kind, and its grid of patches (frames, height, width). str() is for messages."""
 
-    kind: str
-    grid: tuple[int, int, int]
+    @property
+    def kind(self) -> str: ...
+    @property
+    def grid(self) -> tuple[int, int, int]: ...
 
 
 def check_encoding_fits(media: Encodable, config: VisionConfig, dtype: mx.Dtype) -> None:
