@@ -54,7 +54,7 @@ class _RecordedWeights(Weights):
 
     @classmethod
     def of(cls, weights: Weights, sums: dict[str, np.ndarray]) -> "_RecordedWeights":
-        own = cls(weights.arrays, weights.packing, weights.dtype, weights.eps, weights.kept, weights.prefix)
+        own = cls(weights.arrays, weights.quantization, weights.dtype, weights.eps, weights.keep_fp32, weights.prefix)
         own.sums = sums
         return own
 

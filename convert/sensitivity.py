@@ -166,9 +166,9 @@ def quantized(weights: Weights, names: Iterable[str], quantization: Quantization
             arrays |= {name.removesuffix("weight") + s: part for s, part in zip(suffixes, parts, strict=True)}
 
     def quantization_of(name: str) -> Quantization | None:
-        return quantization if name in chosen else weights.packing(name)
+        return quantization if name in chosen else weights.quantization(name)
 
-    return Weights(arrays, quantization_of, weights.dtype, weights.eps, weights.kept, weights.prefix)
+    return Weights(arrays, quantization_of, weights.dtype, weights.eps, weights.keep_fp32, weights.prefix)
 
 
 def quantized_nbytes(shape: tuple[int, ...], quantization: Quantization, dtype: str) -> int:

@@ -18,6 +18,7 @@ class Encodable(Protocol):
 
     @property
     def kind(self) -> str: ...
+
     @property
     def grid(self) -> tuple[int, int, int]: ...
 
