@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_qwen35.budget.encoding import SLICE, check_encoding_fits
+from mlx_qwen35.budget import encoding
 from mlx_qwen35.checkpoint.config import VisionConfig
 from mlx_qwen35.kernels.attention import attention
 from mlx_qwen35.kernels.elementwise import sigmoid
@@ -133,12 +133,12 @@ class VisionEncoder(nn.Module):
         into tiles: only queries, keys, values and the blocks' outputs then exist for all its patches.
         """
         count = math.prod(media.grid[1:])
-        check_encoding_fits(media, self.config, self.dtype)
+        encoding.check_encoding_fits(media, self.config, self.dtype)
         out = mx.zeros((media.tokens, self.config.out_hidden_size), self.dtype)
-        step, at = max(1, SLICE // count), 0
+        step, at = max(1, encoding.SLICE // count), 0
         for first in range(0, media.grid[0], step):
             frames = slice(first, first + step)
-            rows = (slice(start, start + SLICE) for start in range(0, count, SLICE))
+            rows = (slice(start, start + encoding.SLICE) for start in range(0, count, encoding.SLICE))
             embeddings = self((mx.array(media.patches(frames, some)) for some in rows), media.grid[1:])
             embeddings = embeddings.reshape(-1, embeddings.shape[-1])
             out[at : at + len(embeddings)] = embeddings

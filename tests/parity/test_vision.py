@@ -8,9 +8,9 @@ from parity import vision_cases
 from parity.cases import Case
 from parity.vision_cases import CASES, GRIDS, ODD, TINY, WIDE
 
+from mlx_qwen35.budget import encoding
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.load import load_vision_encoder
-from mlx_qwen35.model import vision
 from mlx_qwen35.model.vision import VisionEncoder, squares_order, table_taps
 
 # The tower's answers have a standard deviation of 3, its stages of 0.6 to 1.8. MLX on the CPU sums the 4096 products of
@@ -125,7 +125,7 @@ def test_tower_equals_transformers(case, grid, tower, reference):
 @pytest.mark.parametrize(("case", "grid"), [(TINY, (1, 10, 14)), (TINY, (3, 4, 6)), (ODD, (1, 16, 8))], ids=str)
 def test_tower_in_slices_and_tiles_equals_transformers(case, grid, most, tower, reference, monkeypatch):
     """Slices that hold some of the frames; tiles that end within a line of squares, the last one shorter."""
-    monkeypatch.setattr(vision, "SLICE", most)
+    monkeypatch.setattr(encoding, "SLICE", most)
     item = vision_cases.media(case, str(grid), grid)
     out = tower(case).encode(item)
     assert len(out) == item.tokens
@@ -136,7 +136,7 @@ def test_slices_of_a_clip_hold_as_many_whole_frames_as_fit(tower, monkeypatch):
     item = vision_cases.media(TINY, "frames", (5, 4, 6))
     whole = tower(TINY).encode(item)
     for most, expected in ((4, [1] * 5), (24, [1] * 5), (71, [2, 2, 1]), (72, [3, 2]), (4096, [5])):
-        monkeypatch.setattr(vision, "SLICE", most)
+        monkeypatch.setattr(encoding, "SLICE", most)
         seen = []
         call = VisionEncoder.__call__
         monkeypatch.setattr(VisionEncoder, "__call__", lambda *a, f=call, seen=seen: seen.append(f(*a)) or seen[-1])

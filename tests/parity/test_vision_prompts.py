@@ -93,7 +93,7 @@ class Recorder:
     """A model that keeps what it embedded and put out, for every column of every row that it read."""
 
     def __init__(self, model: Model):
-        self.model = model
+        self.model, self.config, self.dtype = model, model.config, model.dtype
         self.embedded: list[mx.array] = []
         self.hiddens: list[mx.array] = []
 

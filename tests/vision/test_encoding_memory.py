@@ -4,8 +4,8 @@ import pytest
 from image_memory import noise, prompt, show  # of examples
 from mlx.utils import tree_flatten
 
+from mlx_qwen35.budget import encoding
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
-from mlx_qwen35.model import vision as tower
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def test_a_prompt_with_a_video_leaves_only_the_text_weights_in_memory(text_model
 def test_working_memory_does_not_grow_with_the_video(text_model, config, monkeypatch):
     """MLX frees while it computes, so that a peak varies by some percent; held whole, the long video would take 16
     times as much."""
-    monkeypatch.setattr(tower, "SLICE", 48)  # patches, two pairs of these frames
+    monkeypatch.setattr(encoding, "SLICE", 48)  # patches, two pairs of these frames
     monkeypatch.setattr("mlx_qwen35.kernels.cpu.SCORE_BYTES", 1 << 16)
     short, long = (show(text_model(), config, frames, height=64, width=96, step=56) for frames in (8, 128))
     assert long["encode_working"] < 1.3 * short["encode_working"]
