@@ -76,7 +76,7 @@ def test_a_state_in_float32_keeps_what_tokens_add_to_it_in_small_steps(text_mode
     model = text_model(dtype=mx.bfloat16)
     cache = model.make_cache()
     model(prompt(), cache)
-    state = cache.arrays()["layers.0.state"]
+    state = cache.arrays()["layers.0.recurrent_state"]
     assert mx.abs(state - state.astype(mx.bfloat16).astype(mx.float32)).max().item() > 0
 
 

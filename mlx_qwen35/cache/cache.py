@@ -7,7 +7,7 @@ tokens, the rest padding. Padding is never attended to, takes no position, and c
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -20,17 +20,11 @@ from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.gated_delta import DeltaState
 
 
-class FollowerSnapshot(Protocol):
-    """The state of a follower to return to."""
-
-    def restored(self) -> "Follower": ...
-
-
 class Follower(Protocol):
     """The draft head's own cache, which advances and returns with the model's."""
 
     def reserve(self, T: int) -> None: ...
-    def snapshot(self) -> FollowerSnapshot: ...
+    def snapshot(self) -> Callable[[], "Follower"]: ...  # a function that restores the follower and returns it
     def arrays(self) -> list[mx.array]: ...
 
 
@@ -45,7 +39,7 @@ class Snapshot:
         self.states = cache.states()
         self.intact = cache.length  # columns that the cache still holds unchanged
         self.tail: list[tuple[mx.array, mx.array]] | None = None  # keys and values of the columns after them
-        self.follower = cache.follower.snapshot() if cache.follower else None
+        self.restore_follower = cache.follower.snapshot() if cache.follower else None
 
     def detach(self, layers: list[KVCache], start: int) -> None:
         """Copy out the columns from `start` on, which the cache is about to overwrite."""
@@ -215,7 +209,7 @@ class Cache:
                 layer.extend(keys, values, snapshot.intact)
             snapshot.tail, snapshot.intact = None, snapshot.position.length
         self.rewind(snapshot.position, snapshot.states)
-        self.follower = snapshot.follower.restored() if snapshot.follower else None
+        self.follower = snapshot.restore_follower() if snapshot.restore_follower else None
 
     def _protect(self, start: int, but: Snapshot | None = None) -> None:
         for snapshot in list(self._snapshots):

@@ -12,7 +12,7 @@ import numpy as np
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.cache.layer import CachePosition
 from mlx_qwen35.engine.drafts.speculate import Speculation
-from mlx_qwen35.engine.sampling import Sampler
+from mlx_qwen35.engine.sampler import Sampler
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.gated_delta import DeltaState
 from mlx_qwen35.model.model import Model
@@ -163,7 +163,8 @@ class _Loop:
         """The step of a pass over tokens (B, n) with hidden states (B, n, D)."""
         logits = self.model.logits(hidden)
         drafted = tokens[:, 1:] if tokens.shape[1] > 1 else None
-        step = Step(self.sampler.peek(logits, drafted), _finite(logits), tokens, lengths, hidden, position, states)
+        sampled, finite = self.sampler.peek(logits, drafted), (mx.abs(logits) < mx.inf).all(-1)
+        step = Step(sampled, finite, tokens, lengths, hidden, position, states)
         if not step.depth:
             self.sampler.commit(step.sampled)
         mx.async_eval(step.sampled, step.finite)
@@ -230,11 +231,6 @@ class _Loop:
             self.cache.evaluate()
         if self.speculation:
             self.cache.detach()
-
-
-def _finite(logits: mx.array) -> mx.array:
-    """(..., V) -> (...) boolean: whether all logits are finite."""
-    return (mx.abs(logits) < mx.inf).all(-1)
 
 
 def _raise_not_finite(cache: Cache, row: int, model: Model) -> None:

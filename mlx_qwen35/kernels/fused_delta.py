@@ -177,8 +177,10 @@ def delta_core(
     widths = [array.shape[-1] for array in projected]
     if backend().fused_kernels and fits(widths, heads) and self_check(heads, projected[0].dtype):
         return fused_gated_delta(projected, weights, state, lengths, stepwise)
+    if stepwise:
+        return stepwise_gated_delta(split(projected), weights, state, lengths)
     qkv, z, b, a = split(projected)
-    return (stepwise_gated_delta if stepwise else gated_delta)(qkv, z, b, a, weights, state, lengths)
+    return gated_delta(qkv, z, b, a, weights, state, lengths)
 
 
 def fits(widths: Sequence[int], heads: Heads) -> bool:

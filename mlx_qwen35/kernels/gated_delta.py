@@ -13,7 +13,7 @@ K conv taps, L chunk length, N chunks. Value head h reads key head h // r.
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -81,22 +81,17 @@ def gated_delta(
 
 
 def stepwise_gated_delta(
-    qkv: mx.array,
-    z: mx.array,
-    b: mx.array,
-    a: mx.array,
-    weights: DeltaWeights,
-    state: DeltaState,
-    lengths: mx.array | None = None,
+    projected: Sequence[mx.array], weights: DeltaWeights, state: DeltaState, lengths: mx.array | None = None
 ) -> tuple[mx.array, DeltaState]:
-    """`gated_delta` token by token, and the states after each: (B, T, K - 1, C) and (B, T, Hv, Dv, Dk).
+    """`gated_delta` of qkv, z, b, a token by token, with the states after each: (B, T, K - 1, C), (B, T, Hv, Dv, Dk).
 
     Outputs and states equal those of T single calls bit for bit. Padding repeats the last state.
     """
     outputs, states = [], []
-    for t in range(qkv.shape[1]):
-        one, here = slice(t, t + 1), None if lengths is None else (lengths > t).astype(mx.int32)
-        out, state = gated_delta(qkv[:, one], z[:, one], b[:, one], a[:, one], weights, state, here)
+    for t in range(projected[0].shape[1]):
+        qkv, z, b, a = (array[:, t : t + 1] for array in projected)
+        here = None if lengths is None else (lengths > t).astype(mx.int32)
+        out, state = gated_delta(qkv, z, b, a, weights, state, here)
         outputs.append(out)
         states.append(state)
     steps = DeltaState(*(mx.stack(list(each), axis=1) for each in zip(*states, strict=True)))

@@ -7,10 +7,9 @@ import mlx.core as mx
 
 from mlx_qwen35.backend import backend
 from mlx_qwen35.checkpoint import float16
+from mlx_qwen35.checkpoint.arrays import check_finite, lazy_arrays
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.names import takes_dtype
-from mlx_qwen35.checkpoint.tensors import open_arrays
-from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.layers import Embedding, Joined, Linear, RMSNorm
 from mlx_qwen35.quantization import Quantization
 
@@ -86,16 +85,13 @@ class Weights:
                 stop = start + len(matrices[name][0]["weight"])
                 slices[name], start = (i, slice(start, stop)), stop
             parts, quantization = matrices[group[0]]
-            stacked = {suffix: _stacked([matrices[name][0][suffix] for name in group]) for suffix in parts}
-            products.append(Linear(stacked, quantization))
+            if len(group) > 1:
+                parts = {suffix: mx.concatenate([matrices[name][0][suffix] for name in group]) for suffix in parts}
+            products.append(Linear(parts, quantization))
         return Joined(products, [slices[name] for name in names])
 
     def embedding(self, name: str) -> Embedding:
         return Embedding(*self._matrix(name), self.dtype)
-
-
-def _stacked(parts: list[mx.array]) -> mx.array:
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=0)
 
 
 # --- from disk -------------------------------------------------------------------------------------------------------
@@ -105,18 +101,18 @@ def read_weights(
     checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype, progress: Progress = lambda done, total: None
 ) -> Weights:
     """The tensors of these names, lazily read. Tensors beyond the range of float16 stay in float32, with a warning."""
-    _check_finite(checkpoint, names)
+    check_finite(checkpoint, names)
     keep_fp32: dict[str, str] = {}
     if dtype == mx.float16:
         stored = {name: checkpoint.entries[name].dtype for name in names if takes_dtype(name)}
         wide = [name for name in stored if stored[name] in ("BF16", "F32", "F64")]
         # Arrays of their own, freed after the check: the ones returned would stay in memory, all of them.
         keep_fp32 = float16.unfit(
-            (name, _lazy_arrays(checkpoint, [name])[name]) for name in _counted(checkpoint, wide, progress)
+            (name, lazy_arrays(checkpoint, [name])[name]) for name in _counted(checkpoint, wide, progress)
         )
         if keep_fp32:
             float16.tell(keep_fp32)
-    arrays = _lazy_arrays(checkpoint, names)
+    arrays = lazy_arrays(checkpoint, names)
     return Weights(arrays, checkpoint.quantization, dtype, checkpoint.config.text.rms_norm_eps, keep_fp32)
 
 
@@ -127,35 +123,3 @@ def _counted(checkpoint: Checkpoint, names: list[str], progress: Progress) -> It
         yield name
         done += checkpoint.entries[name].nbytes
         progress(done, total)
-
-
-def _lazy_arrays(checkpoint: Checkpoint, names: list[str]) -> dict[str, mx.array]:
-    """Arrays read from disk when computed, in raw layout: conv1d [C, 1, K], norms gamma - 1."""
-    arrays = open_arrays({name: checkpoint.fp32_original.get(name, checkpoint.entries[name]) for name in names})
-    if checkpoint.raw:
-        return arrays
-    return {name: _to_raw(name, array, checkpoint.is_folded(name)) for name, array in arrays.items()}
-
-
-def _to_raw(name: str, array: mx.array, folded: bool) -> mx.array:
-    """An array in MLX's layout -> in raw layout. The 1 is subtracted from folded norms in float32, which is exact."""
-    if name.endswith("conv1d.weight"):
-        return array.swapaxes(1, 2)
-    if name.endswith("patch_embed.proj.weight"):
-        return mx.moveaxis(array, -1, 1)
-    return array.astype(mx.float32) - 1.0 if folded else array
-
-
-def _check_finite(checkpoint: Checkpoint, names: list[str]) -> None:
-    """Refuse NaN and infinity in norms, scales and other small tensors. Matrices are not scanned."""
-    ends = (".scales", ".biases", "conv1d.weight")
-    names = [name for name in names if len(checkpoint.entries[name].shape) == 1 or name.endswith(ends)]
-    small = {n: a for n, a in _lazy_arrays(checkpoint, names).items() if mx.issubdtype(a.dtype, mx.floating)}
-    counts = [(~mx.isfinite(a)).sum() for a in small.values()]
-    mx.eval(counts)
-    if bad := [f"{name} ({count.item()})" for name, count in zip(small, counts, strict=True) if count.item()]:
-        raise InputError(
-            "weights_not_finite",
-            f"{checkpoint.folder}: scales and norms must be finite; NaN or infinity in {', '.join(bad[:8])}. "
-            "The file is damaged or was converted wrongly; download or convert it again",
-        )

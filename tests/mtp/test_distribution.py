@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 from mlx_qwen35.engine import loop
-from mlx_qwen35.engine.sampling import Sampler, Sampling, process
+from mlx_qwen35.engine import sampler as engine_sampler
+from mlx_qwen35.engine.sampler import Sampler, process
+from mlx_qwen35.engine.sampling import Sampling
 
 SAMPLINGS = {
     "plain": Sampling(),
@@ -265,10 +267,8 @@ def test_a_row_goes_on_behind_the_tokens_that_it_took(counts, name):
 
 
 def test_noise_is_made_once_for_a_draft_and_its_token(monkeypatch):
-    from mlx_qwen35.engine import sampling
-
-    made, noise = [], sampling.noise
-    monkeypatch.setattr(sampling, "noise", lambda *key: made.append(key) or noise(*key))
+    made, noise = [], engine_sampler.noise
+    monkeypatch.setattr(engine_sampler, "noise", lambda *key: made.append(key) or noise(*key))
     logits, sampler = columns(6, N), Sampler(Sampling(), SEEDS, PLACES, V)
     drafted = sampler.peek(logits[:, :1])
     sampler.commit(sampler.peek(logits[:, :2], drafted), [1, 2, 1])

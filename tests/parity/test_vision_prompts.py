@@ -12,7 +12,8 @@ from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.engine.generation import encode_media
 from mlx_qwen35.engine.loop import decode
 from mlx_qwen35.engine.prefill import PromptRow, prefill
-from mlx_qwen35.engine.sampling import Sampler, Sampling
+from mlx_qwen35.engine.sampler import Sampler
+from mlx_qwen35.engine.sampling import Sampling
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.prompt.positions import positions
 from mlx_qwen35.prompt.prompt import Prompt
@@ -92,7 +93,7 @@ class Recorder:
     """A model that keeps what it embedded and put out, for every column of every row that it read."""
 
     def __init__(self, model: Model):
-        self.model = model
+        self.model, self.config, self.dtype = model, model.config, model.dtype
         self.embedded: list[mx.array] = []
         self.hiddens: list[mx.array] = []
 

@@ -10,7 +10,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_qwen35.engine.sampling import Sampling, process
+from mlx_qwen35.engine.sampler import process
+from mlx_qwen35.engine.sampling import Sampling
 
 GOLDEN = Path(__file__).parent / "golden" / "warpers.npz"
 ROWS, V = 3, 211

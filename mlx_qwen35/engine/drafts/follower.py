@@ -12,7 +12,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_qwen35.cache.cache import Cache, Snapshot
+from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.checkpoint.config import FULL
 from mlx_qwen35.model.model import Model, Visual
 
@@ -23,19 +23,6 @@ class Pairs(NamedTuple):
     hidden: mx.array  # (B, T, D)
     tokens: mx.array  # (B, T)
     counts: tuple[int, ...]  # pairs of each row; the rest is padding
-
-
-class DraftSnapshot(NamedTuple):
-    """The state of a DraftFollower to return to."""
-
-    follower: "DraftFollower"
-    cache: Snapshot
-    fields: dict[str, object]
-
-    def restored(self) -> "DraftFollower":
-        self.follower.cache.restore(self.cache)
-        self.follower.__dict__.update(self.fields)
-        return self.follower
 
 
 class DraftFollower:
@@ -55,9 +42,16 @@ class DraftFollower:
     def reserve(self, T: int) -> None:
         self.cache.reserve(T)
 
-    def snapshot(self) -> DraftSnapshot:
-        fields = {name: value for name, value in self.__dict__.items() if name != "cache"}
-        return DraftSnapshot(self, self.cache.snapshot(), fields)
+    def snapshot(self) -> Callable[[], "DraftFollower"]:
+        """A function that returns this follower to its present state."""
+        cache, fields = self.cache.snapshot(), dict(self.__dict__)
+
+        def restore() -> DraftFollower:
+            self.__dict__.update(fields)
+            self.cache.restore(cache)
+            return self
+
+        return restore
 
     def arrays(self) -> list[mx.array]:
         found = [array for layer in self.cache.layers for array in layer.arrays()]
