@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.checkpoint.checkpoint import MTP, open_checkpoint
+from mlx_qwen35.checkpoint.dtypes import check_dtype
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.commands.streams import read_file
 from mlx_qwen35.convert.apart import Reads
@@ -84,7 +85,8 @@ def convert(
         check_target(target, overwrite)
     options: dict[str, Any] = {
         "recipe": recipe, "quantize": quantize, "bits": q_bits, "group_size": q_group_size, "mode": q_mode,
-        "vision_bits": q_vision_bits, "dtype": dtype, "rounding": rounding,
+        "vision_bits": q_vision_bits, "dtype": None if dtype is None else check_dtype("--dtype", dtype),
+        "rounding": rounding,
     }  # fmt: skip
     source = resolve(hf_path, revision, lambda headers: _judge(headers, target, options))
     named = [calibration, evaluation, *([recipe] if is_file(recipe) else [])]

@@ -29,12 +29,13 @@ from mlx_qwen35.checkpoint.checkpoint import (
     vision_shapes,
 )
 from mlx_qwen35.checkpoint.draft_head import settled
+from mlx_qwen35.checkpoint.dtypes import DTYPES, STORED
 from mlx_qwen35.convert.packing import brief
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import read_json
 from mlx_qwen35.values import shown
 
-FLOATS = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}
+FLOATS = {stored: DTYPES[name] for name, stored in STORED.items()}
 BITS = {
     "F16": np.uint16, "BF16": np.uint16, "F32": np.uint32, "F64": np.uint64, "U32": np.uint32, "U8": np.uint8,
     "F8_E4M3": np.uint8,

@@ -1,11 +1,10 @@
 """A checkpoint's name -> the model and its processor."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_qwen35.backend import backend
@@ -20,22 +19,43 @@ from mlx_qwen35.checkpoint.checkpoint import (
     text_shapes,
     vision_shapes,
 )
-from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.checkpoint.dtypes import COMPUTED, DTYPES, check_dtype
+from mlx_qwen35.checkpoint.hub import CHOICES, resolve
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.products import tell_shortened
 from mlx_qwen35.machine.chip import this_chip
-from mlx_qwen35.machine.memory import limit_memory, set_limits
+from mlx_qwen35.machine.memory import MOST_GIGABYTES, limit_memory, set_limits
 from mlx_qwen35.machine.process import check_folder, refuse_fork
 from mlx_qwen35.model.enabled import engaged, tell_unfit
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.model.mtp import DraftHead, MultiTokenPrediction
 from mlx_qwen35.model.vision import Tower, Vision
 from mlx_qwen35.model.weights import Progress, read_weights
+from mlx_qwen35.options import check_fields, option, spelled
 from mlx_qwen35.prompt.processor import Processor
-from mlx_qwen35.values import choice, flag, shown, text
+from mlx_qwen35.values import shown
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-_STORED = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Which model, and how it is held."""
+
+    model: str | Path | None = option(help=CHOICES, metavar="MODEL")
+    revision: str | None = option(help="branch, tag or commit of a Hugging Face id", metavar="NAME")
+    dtype: str | mx.Dtype | None = option(
+        help="dtype of activations and unquantized weights (default: the checkpoint's on a GPU, but float16 for "
+        "bfloat16 on M1 and M2; float32 on a CPU)", choices=tuple(DTYPES), check=check_dtype,
+    )  # fmt: skip
+    memory_limit: float | None = option(
+        help="memory that models may take, in GB (10^9 bytes; default: by this machine); a model that does not fit is "
+        "refused before it is downloaded or read", least=0, above=True, most=MOST_GIGABYTES, metavar="GB",
+    )  # fmt: skip
+    keep_vision: bool = option(
+        False, help="keep the vision encoder in memory after the first image; otherwise each prompt releases it"
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def load(
@@ -52,13 +72,13 @@ def load(
     Args:
         model: a local folder, a Hugging Face id, or "nano", the small model that comes with the package.
         revision: branch, tag or commit of a Hugging Face id.
-        dtype: of the activations and the unpacked weights: float32, float16 or bfloat16, by name or as mx.float32. None
-            follows the checkpoint on a GPU, but takes float16 for bfloat16 on M1 and M2, which have no arithmetic for
-            it; and is float32 on the CPU, where MLX's half types are 10 to 40 times slower. On M5 and NVIDIA MLX
+        dtype: of the activations and the unquantized weights: float32, float16 or bfloat16, by name or as mx.float32.
+            None follows the checkpoint on a GPU, but takes float16 for bfloat16 on M1 and M2, which have no arithmetic
+            for it; and is float32 on the CPU, where MLX's half types are 10 to 40 times slower. On M5 and NVIDIA MLX
             shortens float32 products unless MLX_ENABLE_TF32=0 is in the environment when the program starts; where it
             does, float32 is warned of.
-        keep_vision: the vision tower is read when the first image comes and given back once a prompt's images are
-            encoded; True keeps it in memory from then on.
+        keep_vision: the vision encoder is loaded with the first image and released once a prompt's images are encoded;
+            True keeps it in memory from then on.
         memory_limit: GB (10^9 bytes) that models may take in this process; None is what suits the machine. What does
             not fit is refused before it is downloaded or read, and a model reads its prompts in smaller chunks.
         progress: called as progress(bytes_read, bytes_in_all) while the weights are read; for float16 they are read
@@ -68,26 +88,26 @@ def load(
     """
     refuse_fork()
     check_folder()
-    keep_vision = flag("keep_vision", keep_vision)
     if not callable(progress):
         raise InputError("option_invalid", f"progress must be a function of two counts, got {shown(progress)}")
-    if revision is not None:
-        text("revision", revision)
-    limit_memory(memory_limit)
+    given = LoadOptions(model, revision, dtype, memory_limit, keep_vision)
+    limit_memory(given.memory_limit)
 
     def judged(folder: Path) -> Checkpoint:
         checkpoint = open_checkpoint(folder)
-        if keep_vision and not has_tower(checkpoint):
-            raise InputError("vision_missing", f"keep_vision must not be given: {model} has no vision tower to keep")
-        check_model_fits(checkpoint, choose_dtype(checkpoint, dtype), str(model))
+        if given.keep_vision and not has_tower(checkpoint):
+            raise InputError(
+                "vision_missing", f"{spelled('keep_vision')} must not be given: {model} has no vision encoder to keep"
+            )
+        check_model_fits(checkpoint, choose_dtype(checkpoint, given.dtype), str(model))
         return checkpoint
 
     folder = resolve(model, revision, judged)
     checkpoint = judged(folder)
     processor = Processor.from_folder(folder, checkpoint.config, has_tower(checkpoint))
-    loaded = load_model(checkpoint, choose_dtype(checkpoint, dtype), str(model), progress)
+    loaded = load_model(checkpoint, choose_dtype(checkpoint, given.dtype), str(model), progress)
     if loaded.vision:
-        loaded.vision.keep = keep_vision
+        loaded.vision.keep = given.keep_vision
     return loaded, processor
 
 
@@ -98,16 +118,8 @@ def has_tower(checkpoint: Checkpoint) -> bool:
 def choose_dtype(checkpoint: Checkpoint, dtype: str | mx.Dtype | None) -> mx.Dtype:
     """The dtype of this name, or what suits this checkpoint on this machine."""
     if dtype is not None:
-        return DTYPES[choice("dtype", _dtype_name(dtype), DTYPES)]
+        return DTYPES[check_dtype(spelled("dtype"), dtype)]
     return default_dtype(stored_dtype(checkpoint))
-
-
-def _dtype_name(dtype: Any) -> Any:
-    """The name of a dtype of MLX or numpy; anything else as it came."""
-    if isinstance(dtype, mx.Dtype):
-        return str(dtype).removeprefix("mlx.core.")
-    of_numpy = isinstance(dtype, np.dtype) or (isinstance(dtype, type) and issubclass(dtype, np.generic))
-    return np.dtype(dtype).name if of_numpy else dtype
 
 
 def stored_dtype(checkpoint: Checkpoint) -> mx.Dtype:
@@ -116,7 +128,7 @@ def stored_dtype(checkpoint: Checkpoint) -> mx.Dtype:
     if stored == "U32":  # packed: the scales tell, and where those are bytes, the first unpacked vector does
         stored = checkpoint.entries[f"{TEXT}embed_tokens.scales"].dtype
         stored = checkpoint.entries[f"{TEXT}norm.weight"].dtype if stored == "U8" else stored
-    return DTYPES[_STORED[stored]]
+    return COMPUTED[stored]
 
 
 def default_dtype(stored: mx.Dtype) -> mx.Dtype:

@@ -20,7 +20,7 @@ from mlx_qwen35.checkpoint.checkpoint import INDEX, MODES, Quantization, is_matr
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.random import changed, geometry
 from mlx_qwen35.load import load, load_tower
-from mlx_qwen35.media.preprocess import VisionOptions
+from mlx_qwen35.media.options import VisionOptions
 
 # One program and the same numbers: only products of differently laid out arrays may round differently.
 SAME = 2e-5

@@ -10,11 +10,13 @@ import mlx.core as mx
 
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.cache.layer import CachePosition
+from mlx_qwen35.checkpoint.dtypes import dtype_name
 from mlx_qwen35.engine.drafts.speculate import Speculation
 from mlx_qwen35.engine.sampling import Sampler
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.gated_delta import DeltaState
 from mlx_qwen35.model.model import Model
+from mlx_qwen35.options import spelled
 
 CLEAR_EVERY = 256  # steps between returning MLX's unused buffers to the system
 
@@ -246,11 +248,7 @@ def _raise_not_finite(cache: Cache, row: int, model: Model) -> None:
         origin = f"layer {layer} is the first that has read such a value, or made one of what it read"
     raise InputError(
         "logits_not_finite",
-        f"logits must be finite, and are not; {origin}. Activations left the range of {_name(model.dtype)}, or the "
-        "checkpoint is damaged. Try --dtype bfloat16, then float32, or convert it again; the largest activation of "
-        "each layer is shown by mlx_qwen35.doctor --model MODEL --probe",
+        f"logits must be finite, and are not; {origin}. Activations left the range of {dtype_name(model.dtype)}, or "
+        f"the checkpoint is damaged. Try {spelled('dtype', 'bfloat16')}, then float32, or convert it again; the "
+        "largest activation of each layer is shown by mlx_qwen35.doctor --model MODEL --probe",
     )
-
-
-def _name(dtype: mx.Dtype) -> str:
-    return str(dtype).removeprefix("mlx.core.")

@@ -15,6 +15,7 @@ from mlx_qwen35.media.fetch import fetch_file, is_remote, name_of
 from mlx_qwen35.media.frames import Clip, Fit, FrameSampling, Timeline, collect, frame_rate, resize
 from mlx_qwen35.media.image import read_image
 from mlx_qwen35.media.video_frame import stored_size, upright_rgb
+from mlx_qwen35.options import spelled
 
 __all__ = ["Clip", "FrameSampling", "read_video", "resize"]
 
@@ -85,8 +86,8 @@ def _read_file(file: VideoFile, sampling: FrameSampling, fit: Fit, source_fps: f
     if source_fps is not None:
         raise InputError(
             "option_no_effect",
-            f"source_fps is for frames without a container; {file.name} is a video file and has its own rate, "
-            f"so source_fps {source_fps!r} would have no effect. Leave it out",
+            f"{spelled('source_fps')} is for frames without a container; {file.name} is a video file and has its own "
+            f"rate, so {source_fps!r} would have no effect. Leave it out",
         )
     timeline = file.timeline()
     picks, times = timeline.pick(sampling)
@@ -105,9 +106,10 @@ def _read_frames(
     if source_fps is None:
         raise InputError(
             "option_missing",
-            f"frames without a container have no rate; {name} came without source_fps. Say how many are in a second",
+            f"frames without a container have no rate; {name} came without {spelled('source_fps')}. Say how many are "
+            "in a second",
         )
-    source_fps = frame_rate("source_fps", source_fps)
+    source_fps = frame_rate(spelled("source_fps"), source_fps)
     picks, times = Timeline(total, source_fps, None).pick(sampling)
     # Every frame is read, so that a broken one, or a stranger among them, is noticed whatever the sampling.
     kept, size, _ = collect(frames, picks, fit, lambda frame: frame.shape[:2], lambda frame: frame)

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.media.preprocess import Media, VisionOptions
+from mlx_qwen35.media.options import VisionOptions
+from mlx_qwen35.media.preprocess import Media
 from mlx_qwen35.prompt.control import marked, unmarked
 from mlx_qwen35.values import shown
 

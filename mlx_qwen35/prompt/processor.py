@@ -8,7 +8,8 @@ from typing import Any
 
 from mlx_qwen35.checkpoint.config import Config
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.media.preprocess import Media, Preprocessor, VisionOptions
+from mlx_qwen35.media.options import VisionOptions
+from mlx_qwen35.media.preprocess import Media, Preprocessor
 from mlx_qwen35.media.preprocessor_files import read_preprocessor
 from mlx_qwen35.prompt.control import ControlTokens, check_text, unmarked
 from mlx_qwen35.prompt.messages import Plain, check_messages, check_template_options, veiled
@@ -16,7 +17,6 @@ from mlx_qwen35.prompt.parts import PADS, in_order, read_parts, spread_clips, ta
 from mlx_qwen35.prompt.positions import Run
 from mlx_qwen35.prompt.prompt import Placed, Prompt
 from mlx_qwen35.prompt.tokenizer import load_tokenizer
-from mlx_qwen35.values import shown
 
 Messages = Sequence[Mapping[str, Any]]
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")  # the checkpoint's files name one each; both end a generation
@@ -264,7 +264,7 @@ class TextStream:
         self._tokenizer = processor.tokenizer._tokenizer._tokenizer
         self._think_start, self._think_end = processor.think_start, processor.think_end
         self._reasoning = thinking
-        self._stop = check_stop(stop)
+        self._stop = tuple(stop)
         self._held = ""
         self._started = not thinking  # the blank lines between reasoning and answer belong to neither
         self.stopped = False  # a stop string came
@@ -305,13 +305,6 @@ class TextStream:
             keep = max(_overlap(text, stop) for stop in self._stop)
             text, self._held = text[: len(text) - keep], text[len(text) - keep :]
         return [Piece(text, False)] if text else []
-
-
-def check_stop(stop: Sequence[str]) -> tuple[str, ...]:
-    """The stop strings; InputError unless they are a list of strings that are not empty."""
-    if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
-        raise InputError("option_invalid", f"stop must be a list of strings that are not empty, got {shown(stop)}")
-    return tuple(stop)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -8,6 +8,7 @@ from jinja2 import meta
 from jinja2.exceptions import TemplateError
 
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.options import spelled
 from mlx_qwen35.prompt.control import ControlTokens, unmarked
 from mlx_qwen35.prompt.limits import Budget
 from mlx_qwen35.prompt.sandbox import BUDGET, Sandbox
@@ -111,8 +112,8 @@ def choose(templates: Any, tools: bool) -> str:
     if templates is None:
         raise InputError(
             "chat_template_missing",
-            "this checkpoint has no chat template: it completes raw text, which is generate with "
-            "ignore_chat_template (--ignore-chat-template)",
+            "this checkpoint has no chat template: it completes raw text, in generate with "
+            + spelled("ignore_chat_template", True),
         )
     if not isinstance(templates, str):
         raise InputError(

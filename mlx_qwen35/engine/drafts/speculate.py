@@ -14,6 +14,7 @@ from mlx_qwen35.engine.drafts.follower import MOST_UNREAD, DraftFollower
 from mlx_qwen35.engine.sampling import Sampler
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.model import Model
+from mlx_qwen35.options import spelled
 
 MODES = ("auto", "on", "off")
 MOST_DEPTH = 3
@@ -40,15 +41,18 @@ def choose(model: Model, mode: str, depth: int | None, rows: int, tokens: int) -
     """
     if mode == "off":
         if depth is not None:
-            raise InputError("option_no_effect", "mtp_depth must not be given with mtp 'off': it would have no effect")
+            raise InputError(
+                "option_no_effect",
+                f"{spelled('mtp_depth')} must not be given with {spelled('mtp', 'off')}: it would have no effect",
+            )
         return Choice(0, why="off")
     if model.mtp is None or model.mtp.fault:
         why = "the checkpoint has no draft head (tensors mtp.*)" if model.mtp is None else model.mtp.fault
         if mode == "on" or depth is not None:
             raise InputError(
                 "draft_head_unusable" if model.mtp else "draft_head_missing",
-                f"mtp must be 'off' or 'auto' for this model, and mtp_depth not be given: {why}. Many converted "
-                "folders lack a draft head; mlx_qwen35.convert keeps it",
+                f"{spelled('mtp')} must be off or auto for this model, and {spelled('mtp_depth')} not be given: {why}. "
+                "Many converted folders lack a draft head; mlx_qwen35.convert keeps it",
             )
         return Choice(0, why=why)
     if mode == "on":
@@ -59,11 +63,11 @@ def choose(model: Model, mode: str, depth: int | None, rows: int, tokens: int) -
 def _always(model: Model, depth: int, rows: int) -> Choice:
     choice = _fitting(model, depth, rows)
     if choice.depth < depth:
-        room = f"only for {choice.depth}: lower mtp_depth, or" if choice.depth else "not even for one:"
+        room = f"only for {choice.depth}: lower {spelled('mtp_depth')}, or" if choice.depth else "not even for one:"
         raise InputError(
             "memory_exceeded",
-            f"memory has no room for drafts of {depth} tokens at a time, {room} choose mtp 'auto' or 'off', or raise "
-            "memory_limit",
+            f"memory has no room for drafts of {depth} tokens at a time, {room} choose {spelled('mtp', 'auto')} or "
+            f"off, or raise {spelled('memory_limit')}",
         )
     return replace(choice, fixed=True)
 
