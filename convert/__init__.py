@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_qwen35.checkpoint.checkpoint import MTP, open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.dtypes import check_dtype
 from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.checkpoint.names import MTP
 from mlx_qwen35.commands.streams import read_file
 from mlx_qwen35.convert.apart import Reads
 from mlx_qwen35.convert.calibrate import statistics

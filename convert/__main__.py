@@ -8,15 +8,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_qwen35.checkpoint.checkpoint import (
-    VISION,
-    Checkpoint,
-    is_matrix,
-    open_checkpoint,
-    text_shapes,
-    vision_shapes,
-)
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.hub import check_repository, look, resolve, upload
+from mlx_qwen35.checkpoint.names import VISION
+from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes, vision_shapes
 from mlx_qwen35.commands.options import add_options, given_options
 from mlx_qwen35.commands.parser import Parser
 from mlx_qwen35.commands.run import as_command
@@ -142,9 +137,10 @@ def _size(nbytes: int, shapes: Iterable[tuple[int, ...]]) -> str:
 
 def _vision_line(checkpoint: Checkpoint) -> str:
     """The tower's size, and how many of its matrices a quantized folder holds unquantized; "" without a tower."""
-    if not checkpoint.has(VISION):
+    vision = checkpoint.config.vision
+    if vision is None or not checkpoint.has(VISION):
         return ""
-    shapes = vision_shapes(checkpoint.config.vision)
+    shapes = vision_shapes(vision)
     matrices = [name for name, shape in shapes.items() if is_matrix(name, shape)]
     left = sum(checkpoint.quantization(name) is None for name in matrices) if checkpoint.config.quantization else 0
     note = f", {left} of its {len(matrices)} matrices unquantized" if left else ""
@@ -163,7 +159,7 @@ def _evaluation_line(folder: Path) -> str:
 
 def _summary(folder: Path, seconds: float) -> str:
     checkpoint = open_checkpoint(folder)
-    tensors = [*checkpoint.entries.values(), *checkpoint.exact.values()]
+    tensors = [*checkpoint.entries.values(), *checkpoint.fp32_original.values()]
     files = {entry.file for entry in tensors}
     return (
         f"wrote {folder}: {len(tensors)} tensors in {len(files)} file{'s' if len(files) > 1 else ''}, "

@@ -10,7 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_qwen35.checkpoint.checkpoint import TEXT, Checkpoint
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint
+from mlx_qwen35.checkpoint.names import TEXT
 from mlx_qwen35.convert.progress import percent
 from mlx_qwen35.load import choose_dtype
 from mlx_qwen35.measure.layerwise import Layerwise, make_batches

@@ -13,22 +13,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlx_qwen35.checkpoint.checkpoint import (
-    MTP,
-    TEXT,
-    VISION,
-    Checkpoint,
-    Quantization,
-    is_matrix,
-    mtp_shapes,
-    open_checkpoint,
-    text_shapes,
-    vision_shapes,
-)
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION
+from mlx_qwen35.checkpoint.shapes import is_matrix, mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.convert.sensitivity import form
 from mlx_qwen35.convert.verify import Error
-from mlx_qwen35.load import has_tower
+from mlx_qwen35.load import has_vision
 from mlx_qwen35.measure.divergence import Evaluation
+from mlx_qwen35.quantization import Quantization
 
 CARD, QUALITY, PLOT = "README.md", "quality.json", "error_by_layer.svg"
 _PROGRAMS = ("mlx", "mlx-qwen35")
@@ -85,13 +77,13 @@ def sizes(checkpoint: Checkpoint) -> dict[str, Size]:
     """`all`, and the parts that are there: `text`, `vision`, `MTP`. Exact copies count with what they are copies of."""
     config = checkpoint.config
     parts = {"text": (text_shapes(config.text), (TEXT, "lm_head."))}
-    if has_tower(checkpoint):
+    if has_vision(checkpoint):
         parts["vision"] = (vision_shapes(config.vision), (VISION,))
     if checkpoint.has(MTP):
         parts["MTP"] = (mtp_shapes(config.text), (MTP,))
     found = {}
     for part, (shapes, prefixes) in parts.items():
-        exact = sum(entry.nbytes for name, entry in checkpoint.exact.items() if name.startswith(prefixes))
+        exact = sum(entry.nbytes for name, entry in checkpoint.fp32_original.items() if name.startswith(prefixes))
         found[part] = Size(sum(map(math.prod, shapes.values())), checkpoint.nbytes(prefixes) + exact)
     whole = Size(sum(size.parameters for size in found.values()), sum(size.nbytes for size in found.values()))
     return {"all": whole} | found
@@ -196,7 +188,7 @@ def card(checkpoint: Checkpoint, facts: Facts) -> str:
 
 
 def _front_matter(checkpoint: Checkpoint, facts: Facts) -> str:
-    task = "image-text-to-text" if has_tower(checkpoint) else "text-generation"
+    task = "image-text-to-text" if has_vision(checkpoint) else "text-generation"
     bits = checkpoint.config.quantization.get("bits")
     base = facts.source if _is_hub_id(facts.source) else None
     lines = ["---"]
@@ -267,7 +259,7 @@ def _plus_minus(error: float | None, digits: int) -> str:
 
 
 def _use(checkpoint: Checkpoint, facts: Facts) -> str:
-    sees = has_tower(checkpoint)
+    sees = has_vision(checkpoint)
     image = ' --image photo.jpg --prompt "What do you see?"' if sees else ' --prompt "Hello"'
     lines = [
         f"mlx_qwen35.generate --model {facts.name}{image}",

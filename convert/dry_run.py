@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from mlx_qwen35.checkpoint.checkpoint import EXACT, MTP, TEXT, VISION
+from mlx_qwen35.checkpoint.checkpoint import FP32_ORIGINAL
+from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION
 from mlx_qwen35.commands.table import align
 from mlx_qwen35.convert.plan import Job, Plan
 from mlx_qwen35.convert.sensitivity import form
@@ -32,5 +33,5 @@ def _totals(plan: Plan) -> list[str]:
 
 def _bits(jobs: Sequence[Job]) -> float:
     """Stored bits of each weight; an exact copy counts with what it is a copy of."""
-    weights = sum(math.prod(job.source.shape) for job in jobs if not job.outputs[0].name.startswith(EXACT))
+    weights = sum(math.prod(job.source.shape) for job in jobs if not job.outputs[0].name.startswith(FP32_ORIGINAL))
     return 8 * sum(job.nbytes for job in jobs) / max(1, weights)

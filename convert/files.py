@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_qwen35.checkpoint.checkpoint import Quantization
 from mlx_qwen35.checkpoint.config import Config
 from mlx_qwen35.checkpoint.dtypes import STORED
 from mlx_qwen35.checkpoint.rope_fields import OLDER, rope_parameters
@@ -18,6 +17,7 @@ from mlx_qwen35.convert.source import CLAIMS
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import Fields, read_json
 from mlx_qwen35.prompt.tokenizer import TOKENIZER_BYTES
+from mlx_qwen35.quantization import Quantization
 from mlx_qwen35.values import shown
 
 # Tokenizer, template, preprocessors, licence: all that belongs to a checkpoint beside weights and config.json.

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mlx_qwen35.checkpoint.checkpoint import is_zero_centred
 from mlx_qwen35.checkpoint.float16 import SMALLEST, complaint, listed
+from mlx_qwen35.checkpoint.names import is_zero_centred
 from mlx_qwen35.convert.plan import Job
 from mlx_qwen35.convert.source import as_float32
 

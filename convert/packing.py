@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from mlx_qwen35.checkpoint.checkpoint import MODES, MTP, VISION, Quantization, hugging_face_name, is_matrix
+from mlx_qwen35.checkpoint.names import MTP, VISION, hugging_face_name
+from mlx_qwen35.checkpoint.shapes import is_matrix
 from mlx_qwen35.convert.recipes import Recipe, find_recipe
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.fields import shown
+from mlx_qwen35.quantization import MODES, Quantization
+from mlx_qwen35.values import shown
 
 _AFFINE = {"bits": 4, "group_size": 64}  # mlx-lm's defaults; each other mode offers one choice
 _VISION_GROUPS = (64, 32)  # the first that divides a matrix's width is taken

@@ -12,14 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from mlx_qwen35.checkpoint.checkpoint import EXACT, TEXT, VISION, Quantization
+from mlx_qwen35.checkpoint.checkpoint import FP32_ORIGINAL
 from mlx_qwen35.checkpoint.dtypes import STORED
-from mlx_qwen35.checkpoint.shapes import is_exact
+from mlx_qwen35.checkpoint.names import TEXT, VISION
+from mlx_qwen35.checkpoint.shapes import keep_fp32
 from mlx_qwen35.checkpoint.tensors import DTYPE_BYTES
 from mlx_qwen35.convert.files import beside_weights, generation_config, new_config
 from mlx_qwen35.convert.packing import Packing, read_options
 from mlx_qwen35.convert.source import Found, Source, Tensor, open_source
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.quantization import Quantization
 from mlx_qwen35.values import shown
 
 ROUNDINGS = ("search", "nearest")
@@ -93,7 +95,8 @@ class Plan:
     @cached_property
     def index(self) -> dict[str, Any]:
         weight_map = {name: shard.file for shard in self.shards for name in shard.offsets}
-        parameters = sum(math.prod(job.source.shape) for job in self.jobs if not job.outputs[0].name.startswith(EXACT))
+        weights = [job.source for job in self.jobs if not job.outputs[0].name.startswith(FP32_ORIGINAL)]
+        parameters = sum(math.prod(weight.shape) for weight in weights)
         metadata = {"total_size": sum(job.nbytes for job in self.jobs), "total_parameters": parameters}
         return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
 
@@ -112,7 +115,7 @@ class Plan:
             name = job.outputs[0].name
             if job.source.name not in names:
                 jobs.append(job)
-            elif not name.startswith(EXACT):
+            elif not name.startswith(FP32_ORIGINAL):
                 dtype = "BF16" if job.quantization else job.source.dtype
                 jobs.append(_job(job.source, name, dtype, job.quantization, job.rounding))
         return replace(self, jobs=tuple(jobs), shards=_shards(tuple(jobs), self.shard_bytes))
@@ -201,11 +204,11 @@ def _jobs(source: Source, packing: Packing | None, keep: bool, dtype: str, asked
             scales = tensor.parts[1].dtype if how == tensor.how and not asked and how.mode == "affine" else dtype
             yield _job(tensor, stored_name, scales, how, rounding)
             continue
-        own = "F32" if is_exact(name) else dtype
+        own = "F32" if keep_fp32(name) else dtype
         yield _job(tensor, stored_name, own, None)
         is_text = name.startswith((TEXT, "lm_head."))
         if is_text and len(tensor.shape) == 1 and tensor.dtype == "F32" and own != "F32":
-            yield _job(tensor, EXACT + name, "F32", None)
+            yield _job(tensor, FP32_ORIGINAL + name, "F32", None)
 
 
 def _job(source: Tensor, name: str, dtype: str, how: Quantization | None, rounding: str = "nearest") -> Job:

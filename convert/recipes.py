@@ -9,9 +9,9 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from mlx_qwen35.checkpoint.checkpoint import Quantization
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import read_json
+from mlx_qwen35.quantization import Quantization
 
 # Ends of the names of weights: the projections back into the residual stream, behind a gate, and the two small
 # projections that make the DeltaNet's decay and write strength.

@@ -17,7 +17,7 @@ from math import gcd
 import mlx.core as mx
 import numpy as np
 
-from mlx_qwen35.checkpoint.checkpoint import Quantization
+from mlx_qwen35.quantization import Quantization
 
 BLOCK = 1 << 19  # values; in blocks of 1 << 16 two threads, which pass Python's lock to and fro, were as slow as one
 LANES = 64  # the groups of a block are a multiple of this: numpy sums a single column in another order than several

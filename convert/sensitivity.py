@@ -12,7 +12,9 @@ from fnmatch import fnmatchcase
 
 import mlx.core as mx
 
-from mlx_qwen35.checkpoint.checkpoint import TEXT, Checkpoint, Quantization, is_matrix, text_shapes
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint
+from mlx_qwen35.checkpoint.names import TEXT
+from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes
 from mlx_qwen35.checkpoint.tensors import DTYPE_BYTES
 from mlx_qwen35.convert.progress import percent
 from mlx_qwen35.errors import InputError
@@ -20,6 +22,7 @@ from mlx_qwen35.load import choose_dtype
 from mlx_qwen35.measure.divergence import Counted, compare, summary
 from mlx_qwen35.measure.layerwise import Batch, Layerwise, Told, make_batches
 from mlx_qwen35.model.weights import Weights
+from mlx_qwen35.quantization import Quantization
 
 CANDIDATES = (Quantization(64, 4, "affine"), Quantization(64, 8, "affine"))
 

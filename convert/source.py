@@ -16,23 +16,17 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_qwen35.checkpoint.checkpoint import (
-    MTP,
-    Checkpoint,
-    Entry,
-    Quantization,
-    is_matrix,
-    mtp_shapes,
-    open_checkpoint,
-    safetensors_files,
-    text_shapes,
-    vision_shapes,
-)
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.draft_head import settled
 from mlx_qwen35.checkpoint.dtypes import DTYPES, STORED
+from mlx_qwen35.checkpoint.folder import safetensors_files
+from mlx_qwen35.checkpoint.names import MTP
+from mlx_qwen35.checkpoint.shapes import is_matrix, mtp_shapes, text_shapes, vision_shapes
+from mlx_qwen35.checkpoint.tensors import Entry
 from mlx_qwen35.convert.packing import brief
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import read_json
+from mlx_qwen35.quantization import Quantization
 from mlx_qwen35.values import shown
 
 FLOATS = {stored: DTYPES[name] for name, stored in STORED.items()}
@@ -165,8 +159,9 @@ def open_source(folder: Path) -> Source:
     """
     files = tuple(Found.at(file) for file in safetensors_files(folder)) if folder.is_dir() else ()
     checkpoint = open_checkpoint(folder, fp8=True)
-    if checkpoint.head_fault:
-        warnings.warn(f"{folder} is converted without a draft head: {checkpoint.head_fault}", UserWarning, stacklevel=2)
+    if checkpoint.mtp_head_fault:
+        why = checkpoint.mtp_head_fault
+        warnings.warn(f"{folder} is converted without a draft head: {why}", UserWarning, stacklevel=2)
     beside = {entry.file for entry in checkpoint.entries.values()} - {file.path for file in files}
     files += tuple(map(Found.at, sorted(beside)))
     config = read_json(folder / "config.json")
@@ -224,7 +219,7 @@ def _block(folder: Path, claim: Any, checkpoint: Checkpoint) -> tuple[int, int]:
 
 
 def _tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], block: tuple[int, int] | None) -> Tensor:
-    entry, how = checkpoint.exact.get(name, checkpoint.entries[name]), checkpoint.quantization(name)
+    entry, how = checkpoint.fp32_original.get(name, checkpoint.entries[name]), checkpoint.quantization(name)
     if is_matrix(name, shape) and how:
         stem = name.removesuffix("weight")
         parts = tuple(checkpoint.entries[stem + suffix] for suffix in how.parts(shape))

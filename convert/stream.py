@@ -18,7 +18,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_qwen35.checkpoint.checkpoint import EXACT, INDEX, open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import FP32_ORIGINAL, open_checkpoint
+from mlx_qwen35.checkpoint.folder import INDEX
 from mlx_qwen35.convert import float16
 from mlx_qwen35.convert.journal import Done, Journal, damaged, differs, identity
 from mlx_qwen35.convert.plan import Job, Plan
@@ -291,6 +292,6 @@ def _errors(chunks: list[_Chunk], done: Mapping[int, Done]) -> dict[str, Error]:
     """Of every tensor where other programs read it; exact copies have none."""
     differences: dict[str, list] = {}
     for number, chunk in enumerate(chunks):
-        if not chunk.job.outputs[0].name.startswith(EXACT):
+        if not chunk.job.outputs[0].name.startswith(FP32_ORIGINAL):
             differences.setdefault(chunk.job.source.name, []).append(done[number].difference)
     return totals(differences)

@@ -16,11 +16,11 @@ from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.random import GEOMETRIES, geometry, write_random_checkpoint
 from mlx_qwen35.commands.table import align
 from mlx_qwen35.engine.prefill import PromptRow, prefill
-from mlx_qwen35.kernels.attention import attention_way
+from mlx_qwen35.kernels.attention import attention_impl
 from mlx_qwen35.load import choose_dtype, load_model
 from mlx_qwen35.media.preprocess import Media
 from mlx_qwen35.model.model import Model
-from mlx_qwen35.prompt.positions import Run
+from mlx_qwen35.prompt.positions import Placeholder
 
 TEXT_TOKENS = 8  # before each pair of frames and after the last: about as many as a timestamp and its tags
 COLUMNS = ("MB", "tokens", "text", "tower", "embeddings", "cache", "encoding: working", "budget", "prefill: working",
@@ -35,12 +35,12 @@ def noise(config: VisionConfig, frames: int, height: int, width: int) -> Media:
     return Media(pixels, times, (height, width), config, values)
 
 
-def prompt(grid: tuple[int, int, int], merge: int) -> tuple[list[int], list[Run]]:
+def prompt(grid: tuple[int, int, int], merge: int) -> tuple[list[int], list[Placeholder]]:
     """Arbitrary tokens, and the places among them of the placeholders of each pair of frames."""
     pairs, height, width = grid[0], grid[1] // merge, grid[2] // merge
     every = TEXT_TOKENS + height * width
     tokens = [1] * (pairs * every + TEXT_TOKENS)
-    return tokens, [Run(pair * every + TEXT_TOKENS, height, width) for pair in range(pairs)]
+    return tokens, [Placeholder(pair * every + TEXT_TOKENS, height, width) for pair in range(pairs)]
 
 
 def held() -> int:
@@ -58,7 +58,7 @@ def show(model: Model, config: VisionConfig, frames: int, height: int, width: in
     states for the former, by which images are refused.
     """
     media = noise(config, frames, height, width)
-    way = attention_way(config.hidden_size // config.num_heads, model.dtype)
+    impl = attention_impl(config.hidden_size // config.num_heads, model.dtype)
     text, start = held(), time.perf_counter()
     mx.reset_peak_memory()
     (embeddings,) = model.vision.encode([media])
@@ -75,7 +75,7 @@ def show(model: Model, config: VisionConfig, frames: int, height: int, width: in
     return {
         "tokens": tokens, "text": text, "tower": tower, "embeddings": size, "cache": kept,
         "encode_working": encode_peak - text - tower - size,
-        "budget": working_bytes(config, model.dtype, at_once(media.grid), way),
+        "budget": working_bytes(config, model.dtype, at_once(media.grid), impl),
         "read_working": read_peak - text - size - kept, "released": released, "left": held(), "encode_s": encode_s,
         "read_s": read_s,
     }  # fmt: skip

@@ -8,28 +8,21 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_qwen35.backend import backend
-from mlx_qwen35.budget.plan import check_model_fits, check_tower_fits, loaded_bytes
-from mlx_qwen35.checkpoint.checkpoint import (
-    MTP,
-    TEXT,
-    VISION,
-    Checkpoint,
-    mtp_shapes,
-    open_checkpoint,
-    text_shapes,
-    vision_shapes,
-)
+from mlx_qwen35.budget.plan import check_model_fits, check_vision_encoder_fits, loaded_bytes
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.dtypes import COMPUTED, DTYPES, check_dtype
 from mlx_qwen35.checkpoint.hub import CHOICES, resolve
+from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION
+from mlx_qwen35.checkpoint.shapes import mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.kernels.products import tell_shortened
+from mlx_qwen35.kernels.products import warn_shortened_products
 from mlx_qwen35.machine.chip import this_chip
 from mlx_qwen35.machine.memory import MOST_GIGABYTES, limit_memory, set_limits
 from mlx_qwen35.machine.process import check_folder, refuse_fork
-from mlx_qwen35.model.enabled import engaged, tell_unfit
+from mlx_qwen35.model.enabled import enabled_kernels, warn_unfit_layers
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.model.mtp import DraftHead, MultiTokenPrediction
-from mlx_qwen35.model.vision import Tower, Vision
+from mlx_qwen35.model.vision import LazyVisionEncoder, VisionEncoder
 from mlx_qwen35.model.weights import Progress, read_weights
 from mlx_qwen35.options import check_fields, option, spelled
 from mlx_qwen35.prompt.processor import Processor
@@ -95,7 +88,7 @@ def load(
 
     def judged(folder: Path) -> Checkpoint:
         checkpoint = open_checkpoint(folder)
-        if given.keep_vision and not has_tower(checkpoint):
+        if given.keep_vision and not has_vision(checkpoint):
             raise InputError(
                 "vision_missing", f"{spelled('keep_vision')} must not be given: {model} has no vision encoder to keep"
             )
@@ -104,14 +97,14 @@ def load(
 
     folder = resolve(model, revision, judged)
     checkpoint = judged(folder)
-    processor = Processor.from_folder(folder, checkpoint.config, has_tower(checkpoint))
+    processor = Processor.from_folder(folder, checkpoint.config, has_vision(checkpoint))
     loaded = load_model(checkpoint, choose_dtype(checkpoint, given.dtype), str(model), progress)
     if loaded.vision:
         loaded.vision.keep = given.keep_vision
     return loaded, processor
 
 
-def has_tower(checkpoint: Checkpoint) -> bool:
+def has_vision(checkpoint: Checkpoint) -> bool:
     return checkpoint.config.vision is not None and checkpoint.has(VISION)
 
 
@@ -147,7 +140,7 @@ def load_model(
     check_model_fits(checkpoint, dtype, name)
     set_limits()
     if dtype == mx.float32:
-        tell_shortened()
+        warn_shortened_products()
     config = checkpoint.config.text
     weights = read_weights(checkpoint, names, dtype, progress)
     model = Model(config, weights)
@@ -160,17 +153,18 @@ def load_model(
     mx.eval(model.parameters(), model.rotary.frequencies, model.rotary.axes)  # what is pending belongs to this thread
     progress(total, total)
     mx.clear_cache()
-    engaged(model)  # on a Mac, see now and not in the middle of an answer which kernels may be used
-    tell_unfit(model)
+    enabled_kernels(model)  # on a Mac, see now and not in the middle of an answer which kernels may be used
+    warn_unfit_layers(model)
     head = model.mtp = _draft_head(checkpoint, dtype)
-    if has_tower(checkpoint):
-        model.vision = Vision(lambda: load_tower(checkpoint, dtype, head))  # not the model: it would hold itself
+    if has_vision(checkpoint):
+        # The draft head and not the model, which would hold itself.
+        model.vision = LazyVisionEncoder(lambda: load_vision_encoder(checkpoint, dtype, head))
     return model.eval()
 
 
 def _draft_head(checkpoint: Checkpoint, dtype: mx.Dtype) -> DraftHead | None:
     """The draft head, still on disk; None for a checkpoint without one."""
-    config, fault = checkpoint.config.text, checkpoint.head_fault
+    config, fault = checkpoint.config.text, checkpoint.mtp_head_fault
     if not fault and not (config.mtp_num_hidden_layers and checkpoint.has(MTP)):
         return None
     names = [stored for stored, _ in checkpoint.part(mtp_shapes(config))]
@@ -188,7 +182,7 @@ def load_draft_head(checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype) -
     return head.eval()
 
 
-def load_tower(checkpoint: Checkpoint, dtype: mx.Dtype, head: DraftHead | None = None) -> Tower:
+def load_vision_encoder(checkpoint: Checkpoint, dtype: mx.Dtype, head: DraftHead | None = None) -> VisionEncoder:
     """Read the vision tensors and build the tower. InputError when they do not fit beside what is in memory.
 
     head: is given back where the room that it takes is needed.
@@ -197,14 +191,14 @@ def load_tower(checkpoint: Checkpoint, dtype: mx.Dtype, head: DraftHead | None =
     names = [stored for stored, _ in checkpoint.part(vision_shapes(config))]
     nbytes = loaded_bytes(checkpoint, names, dtype)
     try:
-        check_tower_fits(checkpoint.config.text, dtype, nbytes)
+        check_vision_encoder_fits(checkpoint.config.text, dtype, nbytes)
     except InputError:
         if head is None or not head.loaded:
             raise
         head.release()
-        check_tower_fits(checkpoint.config.text, dtype, nbytes)
+        check_vision_encoder_fits(checkpoint.config.text, dtype, nbytes)
     weights = read_weights(checkpoint, names, dtype)
-    tower = Tower(config, weights)
+    tower = VisionEncoder(config, weights)
     weights.arrays.clear()
     for block in tower.blocks:
         mx.eval(block.parameters())

@@ -7,8 +7,10 @@ parity tests read their golden files, as they do wherever torch or transformers'
 import importlib.util
 import json
 import os
+import platform
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,12 +25,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from parity import cases
+from patching import guard
 
 from mlx_qwen35.backend import CUDA, backend
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.random import changed, geometry, write_random_checkpoint
 from mlx_qwen35.load import load_model
+from mlx_qwen35.machine import chip as machine
 from mlx_qwen35.machine import memory
 from mlx_qwen35.model.model import Model
 
@@ -41,6 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    guard()
     # A run that was started with Ctrl-C ignored (nohup, a script's &) would hand that to every process it starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # A warning is an error, except deprecations inside the programs that we only compare with.
@@ -156,6 +161,32 @@ def text_model(checkpoint_folder: Callable[..., Path]) -> Callable[..., Model]:
         return loaded[key]
 
     return model
+
+
+@pytest.fixture
+def on_chip(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """(brand) -> the system says that this machine is a Mac with that chip. MLX goes on computing on what is here.
+
+    What commands set for MLX in the environment is unset, and unset again when the test ends.
+    """
+    for name in machine.TUNED:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    run = subprocess.run
+
+    def chip(brand: str) -> None:
+        def asked(command: Any, *given: Any, **options: Any) -> subprocess.CompletedProcess:
+            if "machdep.cpu.brand_string" not in command:
+                return run(command, *given, **options)
+            return subprocess.CompletedProcess(command, 0, f"{brand}\n", "")
+
+        machine.this_chip.cache_clear()
+        monkeypatch.setattr(platform, "system", lambda: "Darwin")
+        monkeypatch.setattr(platform, "machine", lambda: "arm64")
+        monkeypatch.setattr(subprocess, "run", asked)
+
+    yield chip
+    machine.this_chip.cache_clear()
 
 
 @pytest.fixture

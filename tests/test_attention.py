@@ -120,7 +120,7 @@ GPU_CASES = [  # H, T, S, D; one batch row: are scores many?
 def test_scores_that_would_be_many_are_not_written_where_mlx_has_a_kernel(
     on_a_gpu, small, monkeypatch, H, T, S, D, many, holds
 ):
-    monkeypatch.setattr(kernel, "fused_verdict", lambda *_: holds)
+    monkeypatch.setattr(kernel, "fused_self_check", lambda *_: holds)
     q, k, v = (x[:1] for x in inputs(H, 2, T, S, D))
     kernel.attention(q, k, v, D**-0.5, "causal" if 1 < T <= S else None)
     assert sum(rows for rows, _, _ in on_a_gpu) == T
@@ -137,7 +137,7 @@ def test_scores_that_would_be_many_are_not_written_where_mlx_has_a_kernel(
 @pytest.mark.parametrize(("H", "D"), [(4, 256), (5, 72), (6, 64)])
 @pytest.mark.parametrize("mask", [None, "causal", "given"])
 def test_tiles_on_a_gpu_equal_the_definition(on_a_gpu, small, monkeypatch, H, D, mask, holds):
-    monkeypatch.setattr(kernel, "fused_verdict", lambda *_: holds)
+    monkeypatch.setattr(kernel, "fused_self_check", lambda *_: holds)
     monkeypatch.setattr(kernel, "LAUNCH_FLOPS", 4e7)
     T, S = 150, 260
     q, k, v = inputs(H, 1, T, S, D)
@@ -172,8 +172,8 @@ def test_bytes_of_scores_are_those_of_the_largest_tile(T, S):
 
 
 @pytest.fixture
-def verdict(monkeypatch):
-    """(what MLX does when it is forced) -> the verdict of heads of 256, on a Mac."""
+def self_check(monkeypatch):
+    """(what MLX does when it is forced) -> the self_check of heads of 256, on a Mac."""
     attend = mx.fast.scaled_dot_product_attention
 
     def of(forced):
@@ -182,50 +182,50 @@ def verdict(monkeypatch):
 
         monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", call)
         with assume(METAL):
-            return kernel.fused_verdict.__wrapped__(256, mx.float16)
+            return kernel.fused_self_check.__wrapped__(256, mx.float16)
 
     return of
 
 
-def test_where_mlx_has_no_such_kernel_nothing_is_said(verdict):
+def test_where_mlx_has_no_such_kernel_nothing_is_said(self_check):
     def refuse(*_, **__):
         raise ValueError("[scaled_dot_product_attention] force_fused: no fused kernel for these inputs")
 
-    assert verdict(refuse) is False  # a warning would be an error
+    assert self_check(refuse) is False  # a warning would be an error
 
 
 @pytest.mark.skipif(backend() != CPU, reason="MLX computes on a GPU")
 def test_mlx_itself_refuses_to_be_forced_on_a_cpu():
     with assume(METAL):
-        assert kernel.fused_verdict.__wrapped__(256, mx.float32) is False
+        assert kernel.fused_self_check.__wrapped__(256, mx.float32) is False
 
 
-def test_a_kernel_of_mlx_that_agrees_is_used(verdict):
-    assert verdict(lambda attend, *arrays, **options: attend(*arrays, **options)) is True
+def test_a_kernel_of_mlx_that_agrees_is_used(self_check):
+    assert self_check(lambda attend, *arrays, **options: attend(*arrays, **options)) is True
 
 
 @pytest.mark.parametrize("wrong", [1.05, float("nan")])
-def test_a_kernel_of_mlx_that_disagrees_is_told_of_and_not_used(verdict, wrong):
+def test_a_kernel_of_mlx_that_disagrees_is_told_of_and_not_used(self_check, wrong):
     with pytest.warns(RuntimeWarning, match=r"attention without scores \(force_fused\) is switched off: its output"):
-        assert verdict(lambda attend, *arrays, **options: wrong * attend(*arrays, **options)) is False
+        assert self_check(lambda attend, *arrays, **options: wrong * attend(*arrays, **options)) is False
 
 
-def test_a_kernel_of_mlx_that_does_not_compile_is_told_of(verdict):
+def test_a_kernel_of_mlx_that_does_not_compile_is_told_of(self_check):
     class Uncompiled:
         def astype(self, _):  # MLX compiles when something is computed
             raise RuntimeError("[metal::Device] Unable to load kernel steel_attention")
 
     with pytest.warns(RuntimeWarning, match="is switched off: .* Unable to load kernel"):
-        assert verdict(lambda *_, **__: Uncompiled()) is False
+        assert self_check(lambda *_, **__: Uncompiled()) is False
 
 
 def test_off_a_mac_nothing_is_tried(monkeypatch):
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", lambda *_, **__: pytest.fail("it was called"))
-    assert kernel.fused_verdict.__wrapped__(256, mx.float16) is False
+    assert kernel.fused_self_check.__wrapped__(256, mx.float16) is False
 
 
-@pytest.mark.parametrize(("on", "holds", "way"), [(CPU, 1, "cpu"), (METAL, 1, "fused"), (CUDA, 0, "tiles")])
-def test_the_way_follows_backend_and_verdict(monkeypatch, on, holds, way):
-    monkeypatch.setattr(kernel, "fused_verdict", lambda *_: bool(holds))
+@pytest.mark.parametrize(("on", "holds", "impl"), [(CPU, 1, "cpu"), (METAL, 1, "fused"), (CUDA, 0, "tiles")])
+def test_attention_impl_follows_backend_and_self_check(monkeypatch, on, holds, impl):
+    monkeypatch.setattr(kernel, "fused_self_check", lambda *_: bool(holds))
     with assume(on):
-        assert kernel.attention_way(256, mx.float16) == way
+        assert kernel.attention_impl(256, mx.float16) == impl

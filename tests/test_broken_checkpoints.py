@@ -11,7 +11,8 @@ import pytest
 import refusing
 from conftest import load_text_model
 
-from mlx_qwen35.checkpoint.checkpoint import INDEX, open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.folder import INDEX
 from mlx_qwen35.checkpoint.random import changed, geometry
 from mlx_qwen35.load import load, load_model
 from mlx_qwen35.machine import memory

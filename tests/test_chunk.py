@@ -18,15 +18,17 @@ from mlx_qwen35.budget.chunk import (
     contexts_up_to,
     layer_launches,
     longest_submission,
-    reading_bytes,
+    prefill_bytes,
 )
-from mlx_qwen35.checkpoint.checkpoint import text_shapes
 from mlx_qwen35.checkpoint.config import FULL, LINEAR, TextConfig, parse_config
 from mlx_qwen35.checkpoint.random import GEOMETRIES, geometry
+from mlx_qwen35.checkpoint.shapes import text_shapes
 from mlx_qwen35.engine import prefill as prefill_module
 from mlx_qwen35.engine.prefill import PromptRow, prefill
+from mlx_qwen35.kernels import attention
 from mlx_qwen35.kernels.attention import SCORE_BYTES
 from mlx_qwen35.machine.chip import TUNED, CommandBuffers, command_buffers, parse_chip
+from mlx_qwen35.machine.memory import prefill_room
 
 # M5 and later are taken for as fast as M1, see test_machine.py.
 CHIPS = [parse_chip(f"Apple M{n}{tier}") for n in range(1, 5) for tier in ("", " Pro", " Max", " Ultra")]
@@ -157,14 +159,14 @@ def test_a_launch_takes_as_long_as_its_operations_or_its_bytes():
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["cpu", "fused", "tiles"])
+@pytest.mark.parametrize("impl", ["cpu", "fused", "tiles"])
 @pytest.mark.parametrize("name", ["tiny", "4b", "27b"])
-def test_reading_takes_no_more_than_the_room_but_with_the_shortest_chunk(name, way):
+def test_reading_takes_no_more_than_the_room_but_with_the_shortest_chunk(name, impl):
     config = text_config(name)
     for room in (1e6, 5e7, 2e8, 1e9):
         for S in (1024, 100_000, 262_144):
-            T = chunk_length(config, S, room, 2, way)
-            takes = [reading_bytes(config, T, at, 2, way) for at in contexts_up_to(S)]
+            T = chunk_length(config, S, room, 2, impl)
+            takes = [prefill_bytes(config, T, at, 2, impl) for at in contexts_up_to(S)]
             assert max(takes) <= room or LENGTHS[-1] == T
 
 
@@ -176,10 +178,10 @@ def test_less_room_never_gives_longer_chunks():
 
 def test_where_scores_are_not_written_out_they_take_nothing():
     config, T, S = text_config("4b"), 1024, 100_000
-    fused, tiles = (reading_bytes(config, T, S, 2, way) for way in ("fused", "tiles"))
+    fused, tiles = (prefill_bytes(config, T, S, 2, impl) for impl in ("fused", "tiles"))
     assert tiles - fused == 3 * 2 * 16 * S * max(16, SCORE_BYTES // (4 * 16 * S))
     few = 2048  # of a context in which 64 tokens have few scores: there MLX writes them out all the same
-    assert reading_bytes(config, 64, few, 2, "fused") == reading_bytes(config, 64, few, 2, "tiles")
+    assert prefill_bytes(config, 64, few, 2, "fused") == prefill_bytes(config, 64, few, 2, "tiles")
 
 
 def test_reading_takes_about_what_is_estimated(text_model):
@@ -189,7 +191,7 @@ def test_reading_takes_about_what_is_estimated(text_model):
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     prefill(model, cache, [PromptRow([5] * T)], T)
-    estimate = reading_bytes(model.config, T, T, 4, "cpu")
+    estimate = prefill_bytes(model.config, T, T, 4, "cpu")
     assert estimate / 1.5 < mx.get_peak_memory() - before - cache.nbytes < 1.5 * estimate
 
 
@@ -197,32 +199,41 @@ def test_reading_takes_about_what_is_estimated(text_model):
 
 
 @pytest.fixture
-def on_an_m1(monkeypatch):
+def on_an_m1(monkeypatch, on_chip, memory_limit):
     """With 8 GB; the way of attention is that of a GPU on which MLX has no kernel without scores."""
-    monkeypatch.setattr(chunk, "this_chip", lambda: parse_chip("Apple M1"))
-    monkeypatch.setattr(chunk, "usable_bytes", lambda: 5.7e9)
-    monkeypatch.setattr(chunk, "command_buffers", lambda chip: CommandBuffers(*TUNED.values()))
+    on_chip("Apple M1")
+    memory_limit(5.7e9)
+    for name, value in TUNED.items():
+        monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(mx, "get_active_memory", lambda: 3 * 10**9)
     with assume(METAL):
         yield
 
 
-def test_on_a_cpu_no_watchdog_looks_on(monkeypatch):
-    monkeypatch.setattr(chunk, "reading_room", lambda limit: UNLIMITED)
-    monkeypatch.setattr(chunk, "usable_bytes", lambda: 10 * UNLIMITED)
-    monkeypatch.setattr(chunk, "this_chip", lambda: pytest.fail("there is no GPU to ask for"))
-    assert chunk.suitable_chunk(text_config("27b"), mx.float32, 1_048_576) == LENGTHS[0]
+def test_on_a_cpu_no_watchdog_looks_on(on_chip, memory_limit, monkeypatch):
+    config, chip, S = text_config("4b"), parse_chip("Apple M1"), 262_144
+    on_chip("Apple M1")
+    for name in TUNED:  # command buffers that the watchdog would end
+        monkeypatch.setenv(name, "1000000")
+    memory_limit(UNLIMITED)
+    assert chunk_length(config, S, prefill_room(UNLIMITED), 2, "cpu", chip, command_buffers(chip)) < LENGTHS[0]
+    assert chunk.suitable_chunk(config, mx.float16, S) == LENGTHS[0]
 
 
 @pytest.mark.usefixtures("on_an_m1")
-@pytest.mark.parametrize("way", ["fused", "tiles"])
-def test_on_an_m1_chip_and_memory_bound_the_chunk(monkeypatch, way):
-    config, chip = text_config("4b"), parse_chip("Apple M1")
-    monkeypatch.setattr(chunk, "attention_way", lambda D, dtype: way)
-    for room, S in ((1e9, 4096), (1e9, 262_144), (1e8, 4096), (1e7, 262_144)):
-        monkeypatch.setattr(chunk, "reading_room", lambda limit, room=room: room if limit == 5.7e9 else 0)
-        expected = chunk_length(config, S, room, 2, way, chip, CommandBuffers(*TUNED.values()))
-        assert chunk.suitable_chunk(config, mx.float16, S) == expected
+@pytest.mark.parametrize("impl", ["fused", "tiles"])
+def test_on_an_m1_chip_and_memory_bound_the_chunk(monkeypatch, memory_limit, impl):
+    config, chip, found = text_config("4b"), parse_chip("Apple M1"), set()
+    monkeypatch.setattr(attention, "fused_self_check", lambda *_: impl == "fused")
+    for limit in (5.7e9, 11.5e9, 30e9):
+        memory_limit(limit)
+        for left, S in ((1e9, 4096), (1e9, 262_144), (6e7, 4096), (1e7, 262_144)):
+            monkeypatch.setattr(mx, "get_active_memory", lambda used=limit - left: used)
+            room = min(prefill_room(limit), left)
+            expected = chunk_length(config, S, room, 2, impl, chip, CommandBuffers(*TUNED.values()))
+            assert chunk.suitable_chunk(config, mx.float16, S) == expected
+            found.add(expected)
+    assert len(found) > 3
 
 
 @pytest.mark.usefixtures("on_an_m1")

@@ -17,10 +17,12 @@ import mlx.core as mx
 import pytest
 from serving_hub import Repository, hub
 
-from mlx_qwen35.checkpoint.checkpoint import INDEX, is_zero_centred, mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.checkpoint.config import parse_config
+from mlx_qwen35.checkpoint.folder import INDEX
 from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.checkpoint.names import is_zero_centred
 from mlx_qwen35.checkpoint.random import geometry
+from mlx_qwen35.checkpoint.shapes import mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.convert.__main__ import main as convert_command
 from mlx_qwen35.doctor.command import main as doctor_command
 
@@ -28,11 +30,11 @@ WORK = """
 import contextlib, io, json, os, shutil, sys, tempfile, warnings
 
 from mlx_qwen35 import InputError, load
-from mlx_qwen35.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.__main__ import main as convert_command
 from mlx_qwen35.doctor.command import main as doctor_command
-from mlx_qwen35.hub import resolve
+from mlx_qwen35.checkpoint.hub import resolve
 
 told = {}
 

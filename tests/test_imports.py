@@ -119,10 +119,10 @@ def copy(tmp_path: Path):
     """A package of two rooms; the function writes the file of the lower one."""
     for name in ("engine", "model"):
         (tmp_path / PACKAGE / name).mkdir(parents=True)
-    (tmp_path / PACKAGE / "engine" / "loop.py").write_text("from mlx_qwen35.model.layer import f\ndecode = 1\n")
+    (tmp_path / PACKAGE / "engine" / "loop.py").write_text("from mlx_qwen35.model.layers import Linear\ndecode = 1\n")
 
     def write(text: str) -> Path:
-        (tmp_path / PACKAGE / "model" / "layer.py").write_text(text)
+        (tmp_path / PACKAGE / "model" / "layers.py").write_text(text)
         return tmp_path
 
     return write
@@ -131,7 +131,7 @@ def copy(tmp_path: Path):
 @pytest.mark.parametrize("text", TURNED.values(), ids=TURNED)
 def test_an_import_that_is_turned_round_is_found(copy, text):
     edges = graph(copy(text))
-    assert forbidden(edges) == ["model.layer -> engine.loop"]
+    assert forbidden(edges) == ["model.layers -> engine.loop"]
     with pytest.raises(graphlib.CycleError):
         graphlib.TopologicalSorter(edges).prepare()
 

@@ -16,11 +16,15 @@ from parity import cases
 from refusing import refused
 
 from mlx_qwen35.backend import CPU, CUDA, METAL, assume
-from mlx_qwen35.checkpoint.checkpoint import INDEX, MODES, Quantization, is_matrix, is_zero_centred, open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.folder import INDEX
 from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.checkpoint.names import is_zero_centred
 from mlx_qwen35.checkpoint.random import changed, geometry
-from mlx_qwen35.load import load, load_tower
+from mlx_qwen35.checkpoint.shapes import is_matrix
+from mlx_qwen35.load import load, load_vision_encoder
 from mlx_qwen35.media.options import VisionOptions
+from mlx_qwen35.quantization import MODES, Quantization
 
 # One program and the same numbers: only products of differently laid out arrays may round differently.
 SAME = 2e-5
@@ -50,7 +54,7 @@ def logits(folder: Path) -> mx.array:
 def seen(folder: Path) -> mx.array:
     """The tower's embeddings of a random picture of 96 x 64."""
     checkpoint = open_checkpoint(folder)
-    tower = load_tower(checkpoint, mx.float32)
+    tower = load_vision_encoder(checkpoint, mx.float32)
     out = tower([patches_of_a_picture()], (6, 4))
     mx.eval(out)
     return out

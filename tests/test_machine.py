@@ -1,6 +1,7 @@
 """Chips, and settings of MLX: who sets them, and that importing a command does not start MLX before they are set."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -37,7 +38,7 @@ def test_importing_every_command_starts_nothing_of_mlx():
     """Streams are numbered as they are made: one of an array computed on the way would have taken the number 0."""
     code = (
         "import mlx.core as mx, mlx_qwen35.generate.__main__, mlx_qwen35.chat, mlx_qwen35.convert.__main__\n"
-        "import mlx_qwen35.bench, mlx_qwen35.doctor, mlx_qwen35.random_checkpoint\n"
+        "import mlx_qwen35.bench, mlx_qwen35.doctor, mlx_qwen35.checkpoint.random\n"
         "print(mx.get_active_memory(), mx.get_peak_memory(), mx.new_stream(mx.cpu))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -140,8 +141,8 @@ def test_the_system_is_asked_for_the_chip_on_a_mac_with_apple_silicon_alone(monk
         asked.append(command)
         return subprocess.CompletedProcess(command, 0, f"{brand}\n", "")
 
-    monkeypatch.setattr(machine.platform, "system", lambda: system)
-    monkeypatch.setattr(machine.platform, "machine", lambda: processor)
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(platform, "machine", lambda: processor)
     monkeypatch.setattr(subprocess, "run", run)
     chip = machine.this_chip.__wrapped__()
     assert chip == (None if brand is None else parse_chip(brand or "Apple, unknown"))

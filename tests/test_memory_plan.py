@@ -11,24 +11,18 @@ from refusing import refused
 
 from mlx_qwen35 import generate, load
 from mlx_qwen35.budget.plan import kv_bytes, mac, most_tokens, plan_memory, state_bytes, this_machine
-from mlx_qwen35.checkpoint.checkpoint import (
-    Checkpoint,
-    Entry,
-    Quantization,
-    is_matrix,
-    mtp_shapes,
-    open_checkpoint,
-    text_shapes,
-    vision_shapes,
-)
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.config import parse_config
 from mlx_qwen35.checkpoint.random import geometry
+from mlx_qwen35.checkpoint.shapes import is_matrix, mtp_shapes, text_shapes, vision_shapes
+from mlx_qwen35.checkpoint.tensors import Entry
 from mlx_qwen35.convert.packing import read_options
 from mlx_qwen35.engine.loop import decode
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.engine.sampling import Sampler, Sampling
 from mlx_qwen35.load import load_model
 from mlx_qwen35.machine import memory
+from mlx_qwen35.quantization import Quantization
 
 
 def headers(name: str, recipe: str | None) -> Checkpoint:
@@ -228,7 +222,7 @@ def test_the_command_shows_this_machine_and_three_macs(checkpoint_folder):
     folder = checkpoint_folder()
     done = planned("--plan", str(folder), "--context", "5000")
     assert done.returncode == 0, done.stderr
-    for part in ("a context of 5,000 tokens", "M1, 8 GB", "M1, 16 GB", "M1, 32 GB", "text, at most", "vision tower"):
+    for part in ("a context of 5,000 tokens", "M1, 8 GB", "M1, 16 GB", "M1, 32 GB", "text, at most", "vision encoder"):
         assert part in done.stdout
 
 

@@ -14,7 +14,6 @@ from mlx_qwen35.checkpoint.dtypes import DTYPES
 from mlx_qwen35.checkpoint.random import changed, geometry
 from mlx_qwen35.kernels.gated_delta import gates
 from mlx_qwen35.load import choose_dtype, load_model
-from mlx_qwen35.machine.chip import parse_chip
 from mlx_qwen35.model.layers import RMSNorm
 
 loading = import_module("mlx_qwen35.load")  # `mlx_qwen35.load` is the function
@@ -132,8 +131,8 @@ def stored_as(checkpoint_folder):
 
 
 @pytest.mark.parametrize("stored", [*HALVES, mx.float32], ids=str)
-def test_the_default_dtype_is_float32_on_the_cpu(stored, stored_as, monkeypatch):
-    monkeypatch.setattr(loading, "this_chip", lambda: pytest.fail("which chip it is does not matter"))
+def test_the_default_dtype_is_float32_on_the_cpu(stored, stored_as, on_chip):
+    on_chip("Apple M1")
     assert choose_dtype(stored_as(stored), None) == mx.float32
 
 
@@ -146,17 +145,18 @@ def test_the_default_dtype_is_float32_on_the_cpu(stored, stored_as, monkeypatch)
     ],
 )  # fmt: skip
 def test_the_default_dtype_on_a_gpu_is_the_stored_one_but_float16_for_bfloat16_on_m1_and_m2(
-    chip, of_bfloat16, stored_as, monkeypatch
+    chip, of_bfloat16, stored_as, on_chip
 ):
-    monkeypatch.setattr(loading, "this_chip", lambda: parse_chip(chip) if chip else None)
+    if chip:
+        on_chip(chip)
     for stored, expected in ((mx.bfloat16, of_bfloat16), (mx.float16, mx.float16), (mx.float32, mx.float32)):
         with assume(METAL if chip else CUDA):
             assert choose_dtype(stored_as(stored), None) == expected
 
 
 @pytest.mark.parametrize("name", DTYPES)
-def test_a_dtype_that_is_asked_for_wins_on_every_chip(name, stored_as, monkeypatch):
-    monkeypatch.setattr(loading, "this_chip", lambda: parse_chip("Apple M1"))
+def test_a_dtype_that_is_asked_for_wins_on_every_chip(name, stored_as, on_chip):
+    on_chip("Apple M1")
     with assume(METAL):
         assert choose_dtype(stored_as(mx.bfloat16), name) == DTYPES[name]
 

@@ -14,7 +14,8 @@ import pytest
 from conftest import load_text_model
 from refusing import refused
 
-from mlx_qwen35.checkpoint.checkpoint import INDEX, open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.folder import INDEX
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.names import hugging_face_name
 from mlx_qwen35.checkpoint.random import changed, geometry
@@ -184,7 +185,7 @@ def test_a_shard_that_is_no_file_is_told(link, arrays, written):
 def test_a_draft_head_that_is_no_file_is_left_out_and_told(link, arrays, expected, written):
     folder = written(arrays)
     (folder / "mtp.safetensors").symlink_to("absent") if link else (folder / "mtp.safetensors").mkdir()
-    assert "mtp.safetensors" in open_checkpoint(folder).head_fault
+    assert "mtp.safetensors" in open_checkpoint(folder).mtp_head_fault
     assert same(folder, expected)
 
 

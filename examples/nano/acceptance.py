@@ -87,11 +87,11 @@ def prompt(model: Model, processor: Processor, item: Item) -> PromptRow:
 def transcript(row: PromptRow, tokens: Sequence[int]) -> Text:
     """A prompt and its answer, of which the answer counts."""
     whole = [*row.tokens, *tokens]
-    if not row.runs:
+    if not row.placeholders:
         return Text(whole, len(row.tokens))
-    columns = np.concatenate([np.arange(run.start, run.stop) for run in row.runs]).astype(np.int32)
+    columns = np.concatenate([np.arange(p.start, p.stop) for p in row.placeholders]).astype(np.int32)
     visual = Visual(mx.zeros(len(columns), mx.int32), mx.array(columns), row.embeddings)
-    return Text(whole, len(row.tokens), visual, positions(len(whole), row.runs)[:, None])
+    return Text(whole, len(row.tokens), visual, positions(len(whole), row.placeholders)[:, None])
 
 
 def measure(task: str, name: str, items: int) -> list[Score]:

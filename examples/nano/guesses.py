@@ -19,7 +19,7 @@ import numpy as np
 
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.engine.drafts.follower import DraftFollower
-from mlx_qwen35.engine.drafts.speculate import Choice, Speculation, attach
+from mlx_qwen35.engine.drafts.speculate import DraftPolicy, Speculation, attach
 from mlx_qwen35.engine.loop import decode
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.engine.sampling import Sampler, Sampling, noise, process
@@ -36,7 +36,7 @@ GREEDY = Sampling(temp=0)
 class Account(Speculation):
     """Speculation that remembers each step of a single row: how many tokens were drafted, how many accepted."""
 
-    def __init__(self, model: Model, cache: Cache, choice: Choice):
+    def __init__(self, model: Model, cache: Cache, choice: DraftPolicy):
         super().__init__(model, cache, choice)
         self.rounds: list[tuple[int, int]] = []
 
@@ -64,7 +64,7 @@ def answer(
     vocabulary: int = 0,
 ) -> Answer:
     """Answer one prompt as generate does, with `depth` drafts a step and at most `limit` tokens."""
-    cache, choice = model.make_cache(), Choice(depth, fixed=True)
+    cache, choice = model.make_cache(), DraftPolicy(depth, fixed=True)
     attach(model, cache, choice)
     hidden = prefill(model, cache, [row], PREFILL)
     sampler = Sampler(sampling, [seed], [len(row.tokens)], vocabulary)

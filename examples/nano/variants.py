@@ -36,8 +36,9 @@ from tasks import draw, items_of
 
 import mlx_qwen35
 from mlx_qwen35.bench.report import chip
-from mlx_qwen35.checkpoint.checkpoint import open_checkpoint, text_shapes
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.checkpoint.shapes import text_shapes
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.evaluate import evaluate
 from mlx_qwen35.convert.recipes import RECIPES
@@ -143,7 +144,7 @@ def measure(variant: Variant, out: Path, held: Held) -> Row:
     right = answers(folder, held)
     return Row(
         label=variant.label,
-        nbytes=sum(entry.nbytes for entry in (*packed.entries.values(), *packed.exact.values())),
+        nbytes=sum(entry.nbytes for entry in (*packed.entries.values(), *packed.fp32_original.values())),
         text_nbytes=packed.nbytes(),
         bits=8 * packed.nbytes() / weights,
         evaluation=evaluate(open_checkpoint(resolve("nano")), packed, *lessons(held)),

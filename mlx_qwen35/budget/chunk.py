@@ -13,9 +13,9 @@ import mlx.core as mx
 
 from mlx_qwen35.backend import backend
 from mlx_qwen35.checkpoint.config import FULL, LINEAR, TextConfig
-from mlx_qwen35.kernels.attention import attention_way, score_bytes, tile_rows
+from mlx_qwen35.kernels.attention import attention_impl, score_bytes, tile_rows
 from mlx_qwen35.machine.chip import Chip, CommandBuffers, command_buffers, this_chip
-from mlx_qwen35.machine.memory import reading_room, usable_bytes
+from mlx_qwen35.machine.memory import prefill_room, usable_bytes
 
 LENGTHS = (1024, 512, 256, 128, 64, 32)  # longer ones gain nothing: the weights are read once for 1,024 tokens as it is
 SUBMISSION_SECONDS = 1.0  # most that a command buffer may take by the estimate
@@ -105,10 +105,10 @@ def _submissions(launches: Iterator[Launch], chip: Chip, buffers: CommandBuffers
     yield seconds
 
 
-def reading_bytes(config: TextConfig, T: int, S: int, itemsize: int, way: str) -> int:
+def prefill_bytes(config: TextConfig, T: int, S: int, itemsize: int, impl: str) -> int:
     """Bytes that reading T tokens takes on top of weights and caches: all arrays of the layers in flight, and scores.
 
-    itemsize: bytes of an activation. way: see `attention_way`.
+    itemsize: bytes of an activation. impl: see `attention_impl`.
     """
     D, value, (H, Hk, size, _) = config.hidden_size, config.value_dim, config.attention_heads
     mlp = 3 * config.intermediate_size + 4 * D  # gate, up and their product; two sums and their norms
@@ -117,7 +117,7 @@ def reading_bytes(config: TextConfig, T: int, S: int, itemsize: int, way: str) -
         FULL: 4 * H * size + 3 * Hk * size,
     }
     widest = mlp + max(mixers[kind] for kind in config.layer_types)
-    scores = score_bytes((1, H, T, size), S, itemsize, way) if FULL in config.layer_types else 0
+    scores = score_bytes((1, H, T, size), S, itemsize, impl) if FULL in config.layer_types else 0
     return LAYERS_IN_FLIGHT * T * widest * itemsize + scores
 
 
@@ -126,7 +126,7 @@ def chunk_length(
     S: int,
     room: float,
     itemsize: int,
-    way: str,
+    impl: str,
     chip: Chip | None = None,
     buffers: CommandBuffers | None = None,
 ) -> int:
@@ -135,12 +135,12 @@ def chunk_length(
     Not S alone must suit but all that comes before it, where MLX may end command buffers later, or write scores out
     that it does not at S. So it is never more for a longer context.
 
-    room: bytes that reading may take. itemsize, way: as for reading_bytes. chip, buffers: of a Mac; None where no
+    room: bytes that reading may take. itemsize, impl: as for prefill_bytes. chip, buffers: of a Mac; None where no
     watchdog looks on.
     """
 
     def suits(T: int, S: int) -> bool:
-        fits = reading_bytes(config, T, S, itemsize, way) <= room
+        fits = prefill_bytes(config, T, S, itemsize, impl) <= room
         return fits and (chip is None or longest_submission(config, T, S, chip, buffers) <= SUBMISSION_SECONDS)
 
     contexts = contexts_up_to(S)
@@ -159,8 +159,8 @@ def suitable_chunk(config: TextConfig, dtype: mx.Dtype, S: int, batch: int = 1) 
     Rows share the tokens of a submission: two rows of 512 take what one of 1,024 does.
     """
     limit = usable_bytes()
-    room = min(reading_room(limit), max(0, limit - mx.get_active_memory()))
+    room = min(prefill_room(limit), max(0, limit - mx.get_active_memory()))
     chip = this_chip() if backend().watchdog else None
     buffers = command_buffers(chip) if chip else None
-    way = attention_way(config.head_dim, dtype)
-    return max(1, chunk_length(config, S, room, dtype.size, way, chip, buffers) // batch)
+    impl = attention_impl(config.head_dim, dtype)
+    return max(1, chunk_length(config, S, room, dtype.size, impl, chip, buffers) // batch)

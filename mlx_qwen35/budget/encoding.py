@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from mlx_qwen35.checkpoint.config import VisionConfig
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.kernels.attention import attention_way, score_bytes
+from mlx_qwen35.kernels.attention import attention_impl, score_bytes
 from mlx_qwen35.machine.memory import usable_bytes
 from mlx_qwen35.options import spelled
 
@@ -23,8 +23,8 @@ class Encodable(Protocol):
 
 def check_encoding_fits(media: Encodable, config: VisionConfig, dtype: mx.Dtype) -> None:
     """Raise InputError for an image or a video whose encoding does not fit beside what is in memory."""
-    way = attention_way(config.hidden_size // config.num_heads, dtype)
-    needed = working_bytes(config, dtype, at_once(media.grid), way)
+    impl = attention_impl(config.hidden_size // config.num_heads, dtype)
+    needed = working_bytes(config, dtype, at_once(media.grid), impl)
     limit, used = usable_bytes(), mx.get_active_memory()
     if used + needed > limit:
         raise InputError(
@@ -41,14 +41,16 @@ def at_once(grid: tuple[int, int, int]) -> int:
     return max(count, min(SLICE, grid[0] * count))
 
 
-def working_bytes(config: VisionConfig, dtype: mx.Dtype, patches: int, way: str) -> int:
+def working_bytes(config: VisionConfig, dtype: mx.Dtype, patches: int, impl: str) -> int:
     """The stated budget: what encoding frames of so many patches may take beside weights and embeddings.
 
     Ten times the patches' hidden states, of which queries, keys and values are most, and for a slice of them nine times
-    what goes through the MLP, and the scores. On the CPU packed matrices are unpacked besides. way: see attention_way.
+    what goes through the MLP, and the scores. On the CPU packed matrices are unpacked besides.
+
+    impl: see attention_impl.
     """
     heads, tile = config.num_heads, min(patches, SLICE)
-    scores = score_bytes((1, heads, tile, config.hidden_size // heads), patches, dtype.size, way)
+    scores = score_bytes((1, heads, tile, config.hidden_size // heads), patches, dtype.size, impl)
     within = 9 * tile * config.intermediate_size * dtype.size
-    unpacked = 4 * 4 * config.hidden_size * config.intermediate_size if way == "cpu" else 0
+    unpacked = 4 * 4 * config.hidden_size * config.intermediate_size if impl == "cpu" else 0
     return 10 * patches * config.hidden_size * dtype.size + within + scores + unpacked

@@ -8,18 +8,19 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_qwen35.backend import backend
-from mlx_qwen35.budget.chunk import chunk_length, contexts_up_to, reading_bytes
+from mlx_qwen35.budget.chunk import chunk_length, contexts_up_to, prefill_bytes
 from mlx_qwen35.budget.encoding import working_bytes
 from mlx_qwen35.cache.layer import KVCache
-from mlx_qwen35.checkpoint.checkpoint import TEXT, VISION, Checkpoint, mtp_shapes, text_shapes, vision_shapes
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.config import FULL, LINEAR, TextConfig
-from mlx_qwen35.checkpoint.names import takes_dtype
+from mlx_qwen35.checkpoint.names import TEXT, VISION, takes_dtype
+from mlx_qwen35.checkpoint.shapes import mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.checkpoint.tensors import DTYPE_BYTES
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.kernels.attention import attention_way
+from mlx_qwen35.kernels.attention import attention_impl
 from mlx_qwen35.kernels.cpu import UNPACKED
 from mlx_qwen35.machine.chip import TUNED, Chip, CommandBuffers, command_buffers, parse_chip, this_chip
-from mlx_qwen35.machine.memory import buffer_bytes, reading_room, usable_bytes
+from mlx_qwen35.machine.memory import buffer_bytes, prefill_room, usable_bytes
 
 SAMPLING_ARRAYS = 8  # float32, of the vocabulary's size, while a token is drawn
 WORKING_SET = 2 / 3  # of a Mac's memory: what macOS recommends for the GPU up to 32 GB
@@ -29,18 +30,18 @@ SHORT = 256  # tokens of a context without which a model is of no use
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan depends on beside the checkpoint. way: see `attention_way`."""
+    """What a plan depends on beside the checkpoint. attention_impl: see the function of that name."""
 
     name: str
     limit: int  # bytes for a model
     dtype: mx.Dtype  # of activations and unpacked weights
-    way: str
+    attention_impl: str
     chip: Chip | None = None
     buffers: CommandBuffers | None = None
 
     @property
     def on_cpu(self) -> bool:
-        return self.way == "cpu"
+        return self.attention_impl == "cpu"
 
     @property
     def kept(self) -> int:
@@ -51,7 +52,7 @@ class Machine:
 def this_machine(config: TextConfig, dtype: mx.Dtype) -> Machine:
     chip = this_chip() if backend().watchdog else None
     buffers = command_buffers(chip) if chip else None
-    return Machine("this machine", usable_bytes(), dtype, attention_way(config.head_dim, dtype), chip, buffers)
+    return Machine("this machine", usable_bytes(), dtype, attention_impl(config.head_dim, dtype), chip, buffers)
 
 
 def mac(gigabytes: int, dtype: mx.Dtype = mx.float16) -> Machine:
@@ -73,21 +74,22 @@ class MemoryPlan:
     drafts: int  # of the draft head (MTP), where it is on
     kv: int
     state: int  # DeltaNet's, as it was before a chunk and as it becomes; with drafts, after each token of a step
-    reading: int
+    prefill: int
     sampling: int
     buffers: int  # freed ones, which MLX keeps
-    tower: int
-    encoding: int  # of an image, beside the tower
+    vision_encoder: int
+    encoding: int  # of an image, beside the vision encoder
 
     @property
     def text(self) -> int:
         """The most that is in memory while a prompt of text is read and answered."""
-        return self.weights + self.drafts + self.kv + self.state + max(self.reading, self.sampling) + self.buffers
+        return self.weights + self.drafts + self.kv + self.state + max(self.prefill, self.sampling) + self.buffers
 
     @property
     def image(self) -> int:
         """The most in a first turn with an image: its encoding comes before any keys and values."""
-        return max(self.text, self.weights + self.drafts + self.state // 2 + self.tower + self.encoding + self.buffers)
+        encoding = self.vision_encoder + self.encoding
+        return max(self.text, self.weights + self.drafts + self.state // 2 + encoding + self.buffers)
 
     @property
     def fits(self) -> bool:
@@ -109,16 +111,16 @@ def plan_memory(
     tokens are drafted at a time; 0: the draft head is not loaded.
     """
     text, size = checkpoint.config.text, machine.dtype.size
-    tower = encoding = 0
+    encoder = encoding = 0
     if pixels and checkpoint.has(VISION):
         vision = checkpoint.config.vision
-        tower = loaded_bytes(checkpoint, names(checkpoint, vision_shapes(vision)), machine.dtype)
+        encoder = loaded_bytes(checkpoint, names(checkpoint, vision_shapes(vision)), machine.dtype)
         patches = -(-pixels // vision.patch_size**2)
-        encoding = working_bytes(vision, machine.dtype, patches, machine.way)
+        encoding = working_bytes(vision, machine.dtype, patches, machine.attention_impl)
         encoding += patches // vision.spatial_merge_size**2 * vision.out_hidden_size * size
     if chunk is None:
-        room = reading_room(machine.limit)
-        chunk = chunk_length(text, context, room, size, machine.way, machine.chip, machine.buffers)
+        room = prefill_room(machine.limit)
+        chunk = chunk_length(text, context, room, size, machine.attention_impl, machine.chip, machine.buffers)
     drafts = names(checkpoint, mtp_shapes(text)) if mtp else []
     return MemoryPlan(
         machine, context, chunk,
@@ -126,10 +128,10 @@ def plan_memory(
         drafts=loaded_bytes(checkpoint, drafts, machine.dtype),
         kv=kv_bytes(text, context, size, text.mtp_num_hidden_layers if mtp else 0),
         state=2 * (1 + mtp) * state_bytes(text, size),
-        reading=most_reading_bytes(checkpoint, machine, context, chunk),
+        prefill=most_prefill_bytes(checkpoint, machine, context, chunk),
         sampling=SAMPLING_ARRAYS * 4 * text.vocab_size,
         buffers=machine.kept,
-        tower=tower,
+        vision_encoder=encoder,
         encoding=encoding,
     )  # fmt: skip
 
@@ -167,11 +169,11 @@ def state_bytes(config: TextConfig, itemsize: int) -> int:
     return config.layer_types.count(LINEAR) * (4 * Hv * Dv * Dk + (K - 1) * config.conv_dim * itemsize)
 
 
-def most_reading_bytes(checkpoint: Checkpoint, machine: Machine, context: int, chunk: int) -> int:
+def most_prefill_bytes(checkpoint: Checkpoint, machine: Machine, context: int, chunk: int) -> int:
     """What reading takes at its worst on the way to this context; on the CPU packed matrices are unpacked for it."""
     text, size = checkpoint.config.text, machine.dtype.size
     contexts = [*(S for S in contexts_up_to(context) if context > S), context]
-    most = max(reading_bytes(text, min(chunk, S), S, size, machine.way) for S in contexts)
+    most = max(prefill_bytes(text, min(chunk, S), S, size, machine.attention_impl) for S in contexts)
     if not machine.on_cpu or not checkpoint.quantization(f"{TEXT}layers.0.mlp.gate_proj.weight"):
         return most
     return most + 4 * 4 * min(UNPACKED, text.intermediate_size * text.hidden_size)
@@ -205,14 +207,14 @@ def _gb(count: float) -> str:
     return f"{count / 1e9:.{1 if count >= 1e8 else 4}f} GB"
 
 
-def check_tower_fits(config: TextConfig, dtype: mx.Dtype, tower_bytes: int) -> None:
-    """Refuse to load the vision tower where it leaves no room beside the model, before anything is read."""
+def check_vision_encoder_fits(config: TextConfig, dtype: mx.Dtype, encoder_bytes: int) -> None:
+    """Refuse to load the vision encoder where it leaves no room beside the model, before anything is read."""
     machine, used = this_machine(config, dtype), mx.get_active_memory()
     limit = machine.limit
-    if used + tower_bytes + machine.kept > limit:
+    if used + encoder_bytes + machine.kept > limit:
         raise InputError(
             "memory_exceeded",
-            f"the vision tower needs {_gb(tower_bytes)}; a model may take {_gb(limit)}, of "
+            f"the vision encoder needs {_gb(encoder_bytes)}; a model may take {_gb(limit)}, of "
             f"which {_gb(used)} are in use. Choose a folder with fewer bits, or shorten the conversation",
         )
 
@@ -223,7 +225,7 @@ def most_depth(config: TextConfig, dtype: mx.Dtype, head_bytes: int, rows: int, 
     head_bytes: what the draft head will take, 0 once it is there.
     """
     machine = this_machine(config, dtype)
-    once = reading_room(machine.limit) + rows * SAMPLING_ARRAYS * 4 * config.vocab_size + machine.kept
+    once = prefill_room(machine.limit) + rows * SAMPLING_ARRAYS * 4 * config.vocab_size + machine.kept
     once += rows * kv_bytes(config, SHORT, dtype.size, config.mtp_num_hidden_layers)
     free = machine.limit - mx.get_active_memory() - once - head_bytes
     fitting = (n for n in range(depth, 0, -1) if rows * 2 * (1 + n) * state_bytes(config, dtype.size) <= free)
@@ -238,8 +240,8 @@ def most_tokens(
     depth: tokens drafted at a time, at most; head_bytes: what the draft head will take, 0 once it is there.
     """
     machine = this_machine(config, dtype)
-    reading = reading_bytes(config, chunk * rows, cached + chunk, dtype.size, machine.way)
-    once = max(reading, rows * SAMPLING_ARRAYS * 4 * config.vocab_size)
+    prefill = prefill_bytes(config, chunk * rows, cached + chunk, dtype.size, machine.attention_impl)
+    once = max(prefill, rows * SAMPLING_ARRAYS * 4 * config.vocab_size)
     state = rows * (1 + 2 * depth) * state_bytes(config, dtype.size)
     free = machine.limit - mx.get_active_memory() - once - state - machine.kept - head_bytes
     step = rows * kv_bytes(config, KVCache.STEP, dtype.size, config.mtp_num_hidden_layers if depth else 0)

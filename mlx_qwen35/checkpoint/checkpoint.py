@@ -9,21 +9,18 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from mlx_qwen35.checkpoint import draft_head as sidecar
-from mlx_qwen35.checkpoint import foreign
+from mlx_qwen35.checkpoint import draft_head, foreign
 from mlx_qwen35.checkpoint.config import Config, read_config
-from mlx_qwen35.checkpoint.folder import INDEX as INDEX
 from mlx_qwen35.checkpoint.folder import check_folder, safetensors_files, shorten
-from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION, head_name, hugging_face_name, is_spare, is_zero_centred
+from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION, hugging_face_name, is_spare, is_zero_centred, mtp_name
 from mlx_qwen35.checkpoint.shapes import is_matrix, mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.checkpoint.tensors import FLOATS, Entry, open_arrays, read_header, same_numbers
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.quantization import MODES as MODES
 from mlx_qwen35.quantization import Quantization
 
 # Our converter rounds a float32 tensor in place, where other programs read it, and keeps the exact one under this
 # prefix, which they pass over (everything named mtp.* is dropped by transformers, mlx-lm and mlx-vlm alike).
-EXACT = "mtp.float32."
+FP32_ORIGINAL = "mtp.float32."
 BLOCK_SCALES = "_scale_inv"  # after the name of an FP8 weight: one factor for each block of it
 _HEAD, _EMBEDDING = "lm_head.", f"{TEXT}embed_tokens."
 
@@ -35,26 +32,26 @@ class Checkpoint:
     `entries` is keyed by Hugging Face names; `exact` holds the float32 originals of some of them, `block_scales` the
     factors of FP8 weights. `raw` says that conv1d is [C, 1, K] and norm weights are gamma - 1, as Hugging Face stores
     them; otherwise an MLX program moved the axis and added the one. `head` is what config.json says of the draft head;
-    `head_fault` is why the one that lies beside the trunk is left out, a sentence.
+    `mtp_head_fault` is why the one that lies beside the trunk is left out, a sentence.
     """
 
     folder: Path
     config: Config
     entries: Mapping[str, Entry]
-    exact: Mapping[str, Entry]
+    fp32_original: Mapping[str, Entry]
     raw: bool
     block_scales: Mapping[str, Entry] = field(default_factory=dict)
-    head: sidecar.Declared = field(default_factory=sidecar.Declared)
-    head_fault: str | None = None
+    mtp_head: draft_head.Declared = field(default_factory=draft_head.Declared)
+    mtp_head_fault: str | None = None
 
     @cached_property
     def _quantization(self) -> dict[str, Quantization]:
         values = {} if "quant_method" in self.config.quantization else self.config.quantization
-        overrides = {hugging_face_name(f"{k}."): sidecar.form(v) for k, v in values.items() if isinstance(v, dict)}
+        overrides = {hugging_face_name(f"{k}."): draft_head.form(v) for k, v in values.items() if isinstance(v, dict)}
         found = {}
         for module in (name.removesuffix("scales") for name in self.entries if name.endswith(".scales")):
-            default = sidecar.form(values) | (self.head.packing if module.startswith(MTP) else {})
-            if how := default | overrides.get(module, {}) | self.head.overrides.get(module, {}):
+            default = draft_head.form(values) | (self.mtp_head.packing if module.startswith(MTP) else {})
+            if how := default | overrides.get(module, {}) | self.mtp_head.overrides.get(module, {}):
                 found[module] = Quantization(**{"group_size": None, "bits": None, "mode": "affine"} | how)
         return found
 
@@ -63,15 +60,15 @@ class Checkpoint:
         return self._quantization.get(weight.removesuffix("weight"))
 
     @cached_property
-    def _head_is_raw(self) -> bool:
-        told = {name: entry for name, entry in self.entries.items() if sidecar.tells(name)}
-        return sidecar.norms_are_raw(open_arrays(told), self.head.raw)
+    def _mtp_head_is_raw(self) -> bool:
+        told = {name: entry for name, entry in self.entries.items() if draft_head.tells(name)}
+        return draft_head.norms_are_raw(open_arrays(told), self.mtp_head.raw)
 
     def is_folded(self, name: str) -> bool:
         """Whether the tensor of this name is a norm to which the one was added; for the head's, some are looked at."""
         if self.raw or not is_zero_centred(name):
             return False
-        return not (name.startswith(MTP) and self._head_is_raw)
+        return not (name.startswith(MTP) and self._mtp_head_is_raw)
 
     def has(self, prefix: str) -> bool:
         return any(name.startswith(prefix) for name in self.entries)
@@ -106,7 +103,8 @@ def open_checkpoint(folder: Path, *, fp8: bool = False) -> Checkpoint:
     config = read_config(folder)
     entries = _passing_over(_named(folder), config)
     config, entries = _settle_head(config, entries)
-    exact = {name.removeprefix(EXACT): entries.pop(name) for name in list(entries) if name.startswith(EXACT)}
+    originals = [name for name in entries if name.startswith(FP32_ORIGINAL)]
+    exact = {name.removeprefix(FP32_ORIGINAL): entries.pop(name) for name in originals}
     if stray := [
         name
         for name, entry in exact.items()
@@ -114,7 +112,7 @@ def open_checkpoint(folder: Path, *, fp8: bool = False) -> Checkpoint:
     ]:
         raise InputError(
             "tensors_mismatch",
-            f"{folder}: {EXACT}* must repeat tensors of the folder in float32; not so: {shorten(stray)}",
+            f"{folder}: {FP32_ORIGINAL}* must repeat tensors of the folder in float32; not so: {shorten(stray)}",
         )
     scales = {name: entries.pop(name) for name in list(entries) if name.endswith(BLOCK_SCALES)}
     if scales and not fp8:
@@ -125,7 +123,7 @@ def open_checkpoint(folder: Path, *, fp8: bool = False) -> Checkpoint:
         )
     scales = {name.removesuffix(BLOCK_SCALES): entry for name, entry in scales.items()}
     has_head = any(name.startswith(MTP) for name in entries)
-    head = sidecar.declared(folder) if has_head else sidecar.Declared()
+    head = draft_head.declared(folder) if has_head else draft_head.Declared()
     checkpoint = Checkpoint(folder, config, entries, exact, _is_raw(folder, config, entries), scales, head)
     _check_tensors(checkpoint)
     return checkpoint if has_head or not config.text.mtp_num_hidden_layers else _with_head(checkpoint)
@@ -153,7 +151,7 @@ def _passing_over(entries: Mapping[str, Entry], config: Config) -> dict[str, Ent
     return {
         name: entry
         for name, entry in entries.items()
-        if name.startswith(EXACT) or not (is_spare(name) or name.startswith(absent))
+        if name.startswith(FP32_ORIGINAL) or not (is_spare(name) or name.startswith(absent))
     }
 
 
@@ -179,22 +177,22 @@ def _with_head(trunk: Checkpoint) -> Checkpoint:
     """The folder with the draft head beside its trunk, or without it and with the reason why it cannot be used."""
     file = None
     try:
-        head = sidecar.declared(trunk.folder)
-        if (file := sidecar.find(trunk.folder, head.file)) is None:
+        head = draft_head.declared(trunk.folder)
+        if (file := draft_head.find(trunk.folder, head.file)) is None:
             return trunk
         own = {
-            head_name(stored): entry
+            mtp_name(stored): entry
             for stored, entry in read_header(file).items()
-            if not (sidecar.is_shared(stored) or is_spare(stored))
+            if not (draft_head.is_shared(stored) or is_spare(stored))
         }
-        whole = replace(trunk, entries={**trunk.entries, **own}, head=head)
+        whole = replace(trunk, entries={**trunk.entries, **own}, mtp_head=head)
         if misfits := _misfits(own, dict(whole.part(mtp_shapes(trunk.config.text))), most=2):
             raise InputError("tensors_mismatch", "; ".join(misfits))
         _refuse_dtypes(whole, _wrong_dtypes(whole, own))
         return whole
     except (InputError, OSError) as error:
         where = f"in {file.relative_to(trunk.folder)}" if file else "beside the trunk"
-        return replace(trunk, head_fault=f"the draft head {where} cannot be used: {error}")
+        return replace(trunk, mtp_head_fault=f"the draft head {where} cannot be used: {error}")
 
 
 def _is_raw(folder: Path, config: Config, entries: Mapping[str, Entry]) -> bool:

@@ -3,7 +3,7 @@
 MLX programs add the one to a trunk's norms (gamma - 1 becomes gamma). To those of a head some do and some do not, and
 most do not say which. A wrong guess costs accepted drafts and never changes a text, for every draft is verified.
 
-Nobody needs such a file: a folder that is whole without it opens without it, and keeps the reason (head_fault).
+Nobody needs such a file: a folder that is whole without it opens without it, and keeps the reason (mtp_head_fault).
 """
 
 import os
@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_qwen35.checkpoint.folder import check_file, inside, is_file
-from mlx_qwen35.checkpoint.names import MTP, head_name
+from mlx_qwen35.checkpoint.names import MTP, mtp_name
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import Fields, read_json
 from mlx_qwen35.quantization import Quantization
@@ -64,7 +64,7 @@ def declared(folder: Path) -> Declared:
         file=files.get(_FILE, str) if files.has(_FILE) else None,
         raw=any(word in _RAW for word in words) if words else None,
         packing=form(packing.values),
-        overrides={head_name(f"{name}."): form(value) for name, value in modules.items() if isinstance(value, dict)},
+        overrides={mtp_name(f"{name}."): form(value) for name, value in modules.items() if isinstance(value, dict)},
     )
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
-from mlx_qwen35.checkpoint import draft_head as sidecar
+from mlx_qwen35.checkpoint import draft_head
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.tensors import HEADER_BYTES
 from mlx_qwen35.errors import InputError
@@ -131,7 +131,7 @@ def _write_norms(folder: Path, files: list[RemoteFile]) -> None:
     if checkpoint.raw:
         return
     remote = {folder / file.path: file for file in files}
-    for entry in (entry for name, entry in checkpoint.entries.items() if sidecar.tells(name)):
+    for entry in (entry for name, entry in checkpoint.entries.items() if draft_head.tells(name)):
         with entry.file.open("r+b") as stream:
             stream.seek(entry.start)
             stream.write(remote[entry.file].read(entry.start, entry.start + entry.nbytes))

@@ -32,7 +32,7 @@ def hugging_face_name(name: str) -> str:
     return name if own is None else own + last
 
 
-def head_name(name: str) -> str:
+def mtp_name(name: str) -> str:
     """The same for one of the draft head, which has bare names where nothing else lies beside it."""
     known = hugging_face_name(name)
     return known if known.startswith(MTP) else MTP + name

@@ -13,8 +13,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_qwen35.checkpoint.checkpoint import INDEX, is_zero_centred, mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.checkpoint.config import FULL, LINEAR, parse_config
+from mlx_qwen35.checkpoint.folder import INDEX
+from mlx_qwen35.checkpoint.names import is_zero_centred
+from mlx_qwen35.checkpoint.shapes import mtp_shapes, text_shapes, vision_shapes
 
 # hidden, intermediate, layers, query heads, key/value heads, DeltaNet key heads, DeltaNet value heads, tied head,
 # vision depth, hidden, intermediate, heads.  Published sizes; 27b from public copies of its configuration.

@@ -89,6 +89,6 @@ def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and not name.endswith("pos_embed.weight")
 
 
-def is_exact(name: str) -> bool:
+def keep_fp32(name: str) -> bool:
     """Whether a tensor stays in float32 whatever the model's dtype is: the decay rates, as checkpoints store them."""
     return name.endswith("A_log")

@@ -8,11 +8,13 @@ import mlx.core as mx
 
 from mlx_qwen35.budget.chunk import suitable_chunk
 from mlx_qwen35.cache.cache import Cache
-from mlx_qwen35.checkpoint.checkpoint import Quantization, is_matrix, is_zero_centred, text_shapes
 from mlx_qwen35.checkpoint.config import TextConfig
+from mlx_qwen35.checkpoint.names import is_zero_centred
+from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.model.weights import Weights
+from mlx_qwen35.quantization import Quantization
 
 SECONDS = 10.0  # for each of the two
 PROMPTS = (32, 64, 128, 256, 512, 1024)

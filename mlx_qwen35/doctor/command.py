@@ -24,7 +24,7 @@ from mlx_qwen35.doctor.plan import format_plans, plans
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import default_dtype, stored_dtype
 from mlx_qwen35.machine.memory import limit_memory
-from mlx_qwen35.model.enabled import engaged
+from mlx_qwen35.model.enabled import enabled_kernels
 
 COMMAND = "mlx_qwen35.doctor"
 CONTEXT = 8192  # tokens that --plan plans for where nothing is said
@@ -105,7 +105,7 @@ def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Fac
     report[title] = {"dtype": facts.dtype(model.dtype, stored, args.dtype)}
     report[title] |= facts.reading(model.config, model.dtype)
     with Step("checking kernels"):
-        report["kernels"] = facts.kernels(engaged(model))
+        report["kernels"] = facts.kernels(enabled_kernels(model))
     if args.probe:
         tokens = processor.tokenizer.encode(text_to_probe, add_special_tokens=False)
         with Step("reading the text", "tokens") as progress:

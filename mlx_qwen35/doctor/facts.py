@@ -12,11 +12,11 @@ from mlx_qwen35.budget.chunk import suitable_chunk
 from mlx_qwen35.checkpoint.config import TextConfig
 from mlx_qwen35.checkpoint.dtypes import dtype_name
 from mlx_qwen35.doctor.check import Speed
-from mlx_qwen35.kernels.attention import attention_way
+from mlx_qwen35.kernels.attention import attention_impl
 from mlx_qwen35.kernels.products import shortened
 from mlx_qwen35.machine.chip import TUNED, TUNED_UP_TO, this_chip
 from mlx_qwen35.machine.memory import usable_bytes
-from mlx_qwen35.model.enabled import Engaged
+from mlx_qwen35.model.enabled import EnabledLayers
 
 Facts = dict[str, str]
 PACKAGES = ("mlx-qwen35", "mlx", "mlx-lm", "numpy", "tokenizers", "transformers", "pillow", "av")
@@ -82,14 +82,14 @@ def speed(found: Speed, scale: float) -> Facts:
     }
 
 
-def kernels(engaged: dict[str, Engaged]) -> Facts:
+def kernels(engaged: dict[str, EnabledLayers]) -> Facts:
     """In how many layers each kernel runs."""
     if not backend().fused_kernels:
         return dict.fromkeys(engaged, f"does not apply: MLX computes on {backend().device}, by its own operations")
     return {name: _engaged(found) for name, found in engaged.items()}
 
 
-def _engaged(found: Engaged) -> str:
+def _engaged(found: EnabledLayers) -> str:
     return f"agrees with its reference; runs in {found}" if found.layers else f"switched off; runs in {found}"
 
 
@@ -97,12 +97,12 @@ def reading(config: TextConfig, dtype: mx.Dtype) -> Facts:
     """How prompts are read: tokens at a time for some contexts, and how attention goes over them."""
     contexts = [S for S in CONTEXTS if config.max_position_embeddings >= S]
     lengths = [f"{suitable_chunk(config, dtype, S):,} up to a context of {S:,}" for S in contexts]
-    ways = {
+    impls = {
         "cpu": "in tiles of queries, by our own code",
         "fused": "without writing scores out where they would be many",
         "tiles": "in tiles of queries, whose scores are written out",
     }
     return {
         "tokens read at a time": "; ".join(lengths),
-        "attention over many queries": ways[attention_way(config.head_dim, dtype)],
+        "attention over many queries": impls[attention_impl(config.head_dim, dtype)],
     }

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from mlx_qwen35.budget.plan import MemoryPlan, mac, plan_memory, this_machine
-from mlx_qwen35.checkpoint.checkpoint import VISION, Checkpoint
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.dtypes import DTYPES, dtype_name
+from mlx_qwen35.checkpoint.names import VISION
 from mlx_qwen35.commands.table import align
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import choose_dtype, stored_dtype
@@ -16,9 +17,9 @@ PIXELS = 1 << 20  # of the image that is planned for
 
 _PARTS = (
     ("text weights", "weights"), ("draft head", "drafts"), ("keys and values", "kv"), ("DeltaNet state", "state"),
-    ("reading a chunk", "reading"), ("drawing a token", "sampling"), ("buffers that MLX keeps", "buffers"),
+    ("prefill of a chunk", "prefill"), ("drawing a token", "sampling"), ("buffers that MLX keeps", "buffers"),
 )  # fmt: skip
-_IMAGE = (("vision tower", "tower"), ("encoding an image", "encoding"))
+_IMAGE = (("vision encoder", "vision_encoder"), ("encoding an image", "encoding"))
 
 
 def plans(checkpoint: Checkpoint, context: int, dtype: str | None, mtp: int) -> list[MemoryPlan]:
@@ -43,17 +44,17 @@ def format_plans(name: str, found: Sequence[MemoryPlan]) -> str:
     ]
     rows += [(label, *(_gb(getattr(plan, part)) for plan in found)) for label, part in _PARTS]
     rows.append(("text, at most", *(_gb(plan.text) for plan in found)))
-    if first.tower:
+    if first.vision_encoder:
         rows += [(label, *(_gb(getattr(plan, part)) for plan in found)) for label, part in _IMAGE]
         rows.append(("first turn with an image, at most", *(_gb(plan.image) for plan in found)))
     rows.append(("it fits", *(_verdict(plan) for plan in found)))
     notes = [
         "Reading and drawing come one after the other: the larger counts. The state is there twice.",
     ]
-    if first.tower:
+    if first.vision_encoder:
         notes.append(
             f"The image has {PIXELS / 2**20:g} x 2^20 pixels. It is encoded before keys and values are there; then the "
-            "tower's memory is given back."
+            "vision encoder's memory is given back."
         )
     return "\n".join([f"{name}, a context of {first.context:,} tokens", "", *align(rows), "", *notes])
 

@@ -49,7 +49,7 @@ def _tokens(processor: Processor, prompt: Sequence[Any], options: Options) -> Pr
         raise InputError(
             "tokens_invalid", f"tokens must be integers from 0 to {processor.vocabulary - 1}, got {shown(wrong[0])}"
         )
-    if found := sorted(processor.placeholders & set(tokens)):
+    if found := sorted(processor.placeholder_ids & set(tokens)):
         raise InputError(
             "tokens_invalid", f"tokens must not stand for images ({found}): there is no image with them. Give messages"
         )

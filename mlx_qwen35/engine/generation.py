@@ -8,7 +8,7 @@ from typing import Unpack
 import mlx.core as mx
 
 from mlx_qwen35.cache.cache import Cache, Snapshot
-from mlx_qwen35.engine.drafts.speculate import Choice, Drafting, Speculation, attach
+from mlx_qwen35.engine.drafts.speculate import DraftPolicy, DraftStatistics, Speculation, attach
 from mlx_qwen35.engine.encode import encode, refuse_idle_vision
 from mlx_qwen35.engine.loop import decode
 from mlx_qwen35.engine.options import Options, check_options
@@ -45,7 +45,7 @@ class Result:
     generation_tps: float
     peak_memory: float
     seed: int
-    mtp: Drafting
+    mtp: DraftStatistics
 
     def __str__(self) -> str:
         return self.text
@@ -63,7 +63,7 @@ class Generation:
         processor: Processor,
         prompts: Sequence[Prompt],
         options: Options,
-        drafts: Choice | None = None,
+        drafts: DraftPolicy | None = None,
     ):
         """drafts: what was chosen when part of the prompt was read before."""
         self.model, self.processor, self.prompts = model, processor, list(prompts)
@@ -168,7 +168,7 @@ class Generation:
             generation_tps=(len(tokens) - 1) / writing if writing > 0 else 0.0,
             peak_memory=mx.get_peak_memory() / 1e9,
             seed=self.plan.seed,
-            mtp=drafts.statistics(row) if drafts else Drafting(self._drafts.why or "nothing was decoded"),
+            mtp=drafts.statistics(row) if drafts else DraftStatistics(self._drafts.reason or "nothing was decoded"),
         )
 
 
@@ -185,7 +185,7 @@ def see(model: Model, prompts: Sequence[Prompt]) -> list[PromptRow]:
         for prompt in prompts:
             own = [next(shown) for _ in prompt.media]
             embeddings = mx.concatenate(own) if len(own) > 1 else next(iter(own), None)
-            rows.append(PromptRow(prompt.tokens, prompt.runs, embeddings))
+            rows.append(PromptRow(prompt.tokens, prompt.placeholders, embeddings))
         mx.eval([row.embeddings for row in rows if row.embeddings is not None])
     finally:
         model.vision.release()

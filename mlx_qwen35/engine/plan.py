@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from mlx_qwen35.budget.chunk import suitable_chunk
 from mlx_qwen35.budget.plan import most_tokens
-from mlx_qwen35.engine.drafts.speculate import Choice, choose
+from mlx_qwen35.engine.drafts.speculate import DraftPolicy, choose_drafts
 from mlx_qwen35.engine.options import Options, sampling_options
 from mlx_qwen35.engine.sampling import PRESETS, Preset, Sampling
 from mlx_qwen35.errors import InputError
@@ -24,7 +24,7 @@ class GenerationPlan:
     limits: tuple[int, ...]  # most tokens of each row
     stop: tuple[str, ...]
     prefill_step_size: int
-    drafts: Choice
+    drafts: DraftPolicy
 
 
 def plan(
@@ -33,7 +33,7 @@ def plan(
     greedy: bool,
     prompts: Sequence[Prompt],
     already_read: Sequence[int],
-    drafts: Choice | None = None,
+    drafts: DraftPolicy | None = None,
 ) -> GenerationPlan:
     """Fill in the defaults for these prompts. InputError when a prompt is too long, or drafts cannot be had.
 
@@ -46,12 +46,12 @@ def plan(
     step = reading_step(options, model, contexts)
     wanted = _wanted(options, prompts)
     mode, depth = options.get("mtp", "auto"), options.get("mtp_depth")
-    drafts = drafts or choose(model, mode, depth, len(prompts), max(wanted))
+    drafts = drafts or choose_drafts(model, mode, depth, len(prompts), max(wanted))
     without = most_tokens(model.config, model.dtype, step, max(already_read), len(prompts))
     memory = (max(already_read), len(prompts), drafts.depth, drafts.head_bytes)
     room = most_tokens(model.config, model.dtype, step, *memory) if drafts.depth else without
     if not drafts.fixed and room < min(without, max(contexts) + max(wanted)):
-        drafts, room = Choice(0, why="memory has no room for drafts beside this context"), without
+        drafts, room = DraftPolicy(0, reason="memory has no room for drafts beside this context"), without
     _check_room(options, room, contexts, drafts)
     limits = []
     for most, context in zip(wanted, contexts, strict=True):
@@ -78,7 +78,7 @@ def _wanted(options: Options, prompts: Sequence[Prompt]) -> list[int]:
     return [options.get("max_tokens", _preset(options, prompt).max_tokens) for prompt in prompts]
 
 
-def _check_room(options: Options, room: int, contexts: Sequence[int], drafts: Choice) -> None:
+def _check_room(options: Options, room: int, contexts: Sequence[int], drafts: DraftPolicy) -> None:
     """Refuse a prompt, or an answer whose length was asked for, whose keys and values memory has no room for."""
     rows = f" for each of {len(contexts)} prompts" if len(contexts) > 1 else ""
     wanted, mtp = max(contexts) + options.get("max_tokens", 1), spelled("mtp")

@@ -13,14 +13,14 @@ from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.model import Model, Visual
-from mlx_qwen35.prompt.positions import Run, positions
+from mlx_qwen35.prompt.positions import Placeholder, positions
 
 
 class PromptRow(NamedTuple):
     """One prompt as the model reads it."""
 
     tokens: Sequence[int]
-    runs: Sequence[Run] = ()  # its placeholders
+    placeholders: Sequence[Placeholder] = ()  # its placeholders
     embeddings: mx.array | None = None  # (n, D): what stands in their place, in order
 
 
@@ -86,7 +86,7 @@ class _Places:
     """Where one row's placeholders are, and all its positions."""
 
     def __init__(self, row: PromptRow, first: int):
-        self.columns = np.concatenate([np.arange(run.start, run.stop) for run in row.runs] or [np.zeros(0, int)])
+        self.columns = np.concatenate([np.arange(p.start, p.stop) for p in row.placeholders] or [np.zeros(0, int)])
         count = 0 if row.embeddings is None else len(row.embeddings)
         if count != len(self.columns):
             raise InputError(
@@ -94,7 +94,7 @@ class _Places:
                 f"there must be one embedding for each placeholder; there are {count} for {len(self.columns)}",
             )
         self.embeddings, self.first = row.embeddings, first
-        self.positions = positions(len(row.tokens), row.runs, first)
+        self.positions = positions(len(row.tokens), row.placeholders, first)
 
 
 def _looks(places: Sequence[_Places], start: int, width: int) -> tuple[Visual | None, np.ndarray | None]:

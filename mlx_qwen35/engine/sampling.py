@@ -20,8 +20,9 @@ MOST_SEED = 2**32 - 1
 
 
 def _temperature(name: str, value: float) -> float:
-    least = 0.0 if plain(value) == 0 else 1e-3
-    return number(name, value, "0 (greedy) or more, at least 0.001 and finite", least, MOST_FLOAT)
+    rule = "0 (greedy) or more, at least 0.001 and finite"
+    found = number(name, value, rule, 0.0, MOST_FLOAT)
+    return number(name, found, rule, 1e-3, MOST_FLOAT) if found else found
 
 
 def _biases(name: str, given: Mapping[int, float]) -> dict[int, float]:

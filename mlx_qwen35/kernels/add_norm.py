@@ -16,7 +16,7 @@ THREADS = 256  # of a threadgroup, which owns a row
 
 def add_norm(stream: mx.array, added: mx.array, gamma: mx.array, eps: float) -> tuple[mx.array, mx.array]:
     """stream + added, and the norm of that sum; both (..., D) in the dtype of `stream`. gamma: (D,) float32."""
-    engaged = backend().fused_kernels and verdict(stream.shape[-1], stream.dtype)
+    engaged = backend().fused_kernels and self_check(stream.shape[-1], stream.dtype)
     return (fused_add_norm if engaged else plain_add_norm)(stream, added, gamma, eps)
 
 
@@ -41,7 +41,7 @@ def fused_add_norm(stream: mx.array, added: mx.array, gamma: mx.array, eps: floa
 
 
 @functools.cache
-def verdict(width: int, dtype: mx.Dtype) -> bool:
+def self_check(width: int, dtype: mx.Dtype) -> bool:
     """Whether the kernel agrees with the operations on this machine; if not, a warning says so, once."""
     return fused.agrees("add_norm", lambda: _cases(width, dtype))
 

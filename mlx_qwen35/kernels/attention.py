@@ -31,7 +31,7 @@ def attention(q: mx.array, keys: mx.array, values: mx.array, scale: float, mask:
     """
     T, S = q.shape[2], keys.shape[2]
     on_cpu = backend().tiles_attention
-    forced = not on_cpu and _worth_forcing(q, S) and fused_verdict(q.shape[3], q.dtype)
+    forced = not on_cpu and _worth_forcing(q, S) and fused_self_check(q.shape[3], q.dtype)
     rows = cpu.tile_rows(q.shape, S) if on_cpu else tile_rows(q.shape, S, forced)
     plain = T < cpu.MANY_QUERIES or not on_cpu or isinstance(mask, mx.array)
     tiles = []
@@ -65,28 +65,28 @@ def tile_rows(shape: tuple[int, ...], S: int, fused: bool) -> int:
     return max(LEAST_ROWS, SCORE_BYTES // row)
 
 
-def score_bytes(shape: tuple[int, ...], S: int, itemsize: int, way: str) -> int:
+def score_bytes(shape: tuple[int, ...], S: int, itemsize: int, impl: str) -> int:
     """Bytes that the scores of (B, H, T, D) over S keys, and what is made of them, take at a time.
 
-    way: "cpu", "fused" where `fused_verdict` holds, or "tiles".
+    impl: "cpu", "fused" where `fused_self_check` holds, or "tiles".
     """
     B, H, T, D = shape
-    if way == "cpu":
+    if impl == "cpu":
         return 16 * B * H * S * min(T, cpu.tile_rows(shape, S))
-    if D in FUSED_HEAD_DIMS or (way == "fused" and 4 * B * H * T * S > SCORE_BYTES):
+    if D in FUSED_HEAD_DIMS or (impl == "fused" and 4 * B * H * T * S > SCORE_BYTES):
         return 0
     return 3 * itemsize * B * H * S * min(T, tile_rows(shape, S, fused=False))
 
 
-def attention_way(D: int, dtype: mx.Dtype) -> str:
+def attention_impl(D: int, dtype: mx.Dtype) -> str:
     """How many queries over many keys are computed here: "cpu", "fused" or "tiles"."""
     if backend().tiles_attention:
         return "cpu"
-    return "fused" if fused_verdict(D, dtype) else "tiles"
+    return "fused" if fused_self_check(D, dtype) else "tiles"
 
 
 @functools.cache
-def fused_verdict(D: int, dtype: mx.Dtype) -> bool:
+def fused_self_check(D: int, dtype: mx.Dtype) -> bool:
     """Whether MLX has a kernel for many queries of heads of D that writes no scores, and it agrees with the definition.
 
     Where there is none, tiles are taken, and nothing is lost but some speed; one that disagrees is told of.

@@ -83,13 +83,12 @@ def launch(
     scalars = tuple(key for key, array in arrays.items() if array.ndim == 0)
     kernel = Kernel(name, source(name), tuple(inputs), tuple(outputs), scalars)
     language = backend().kernel_language
-    if language == "cuda":
-        threadgroup = tuple(map(math.gcd, grid, threadgroup))
+    whole = tuple(map(math.gcd, grid, threadgroup)) if language == "cuda" else threadgroup
     return _built(kernel, tuple(array.dtype for array in arrays.values()), language)(
         inputs=list(arrays.values()),
         template=list(template.items()),
         grid=grid,
-        threadgroup=threadgroup,
+        threadgroup=whole,
         output_shapes=[shape for shape, _ in outputs.values()],
         output_dtypes=[dtype for _, dtype in outputs.values()],
     )

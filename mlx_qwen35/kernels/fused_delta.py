@@ -1,6 +1,6 @@
 """The core of a Gated DeltaNet layer as one launch of gated_delta.metal; gated_delta.py holds the definition.
 
-`delta_core` chooses between the two: the kernel runs on a GPU, once `verdict` has seen it agree there with the
+`delta_core` chooses between the two: the kernel runs on a GPU, once `self_check` has seen it agree there with the
 operations on a small case of the same geometry and dtype.
 
 Letters as there: B batch, T tokens, Hk/Hv key/value heads, Dk/Dv head sizes, C = 2 Hk Dk + Hv Dv channels, K taps.
@@ -52,7 +52,7 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """How the threads of a threadgroup share the state of a head. No choice but `parts` shows in the results' bits."""
 
     lanes: int  # threads that share a row
@@ -69,7 +69,7 @@ class Plan:
         return 4 * (self.staged * (numbers + 5) + (heads.K * numbers if self.staged > 1 else 4))
 
 
-def plan(heads: Heads, T: int, lanes: int | None = None, staged: int | None = None) -> Plan | None:
+def launch_plan(heads: Heads, T: int, lanes: int | None = None, staged: int | None = None) -> LaunchPlan | None:
     """The plan for T tokens, or None where this geometry does not fit; `lanes` and `staged` override the choice.
 
     One token: 4 lanes a row, the fewest exchanges between lanes. More: 8 lanes with two rows each, which halves what
@@ -81,7 +81,7 @@ def plan(heads: Heads, T: int, lanes: int | None = None, staged: int | None = No
     first = (4, 8, 2, 1) if T == 1 else (8, 4, 2, 1)
     choice = [lanes for lanes in first if lanes <= parts] if lanes is None else [min(lanes, parts)]
     for lanes, rows in itertools.product(choice, (1, 2, 4, 8)):
-        made = Plan(lanes, rows, parts, staged or (1 if T == 1 else STAGED))
+        made = LaunchPlan(lanes, rows, parts, staged or (1 if T == 1 else STAGED))
         if heads.Dv % rows == 0 and made.threads(heads) % SIMD == 0 and made.threads(heads) <= THREADS:
             while made.memory(heads) > MEMORY and made.staged > 1:
                 made = replace(made, staged=made.staged // 2)
@@ -111,7 +111,7 @@ def fused_gated_delta(
     """
     B, T, _ = projected[0].shape
     heads = Heads.of(weights.conv, state.recurrent_state)
-    chosen = plan(heads, T, lanes, staged)
+    chosen = launch_plan(heads, T, lanes, staged)
     assert chosen is not None, f"no plan for {heads}"
     assert state.conv_state.dtype == projected[0].dtype, "conv_state has the dtype of the projected tokens"
     width = projected[0].shape[-1]
@@ -149,7 +149,7 @@ def fused_gated_delta(
     return y, after if snapshots else DeltaState(*(array.squeeze(1) for array in after))
 
 
-def _constants(heads: Heads, chosen: Plan) -> dict[str, Any]:
+def _constants(heads: Heads, chosen: LaunchPlan) -> dict[str, Any]:
     return {
         "KEY_HEADS": heads.Hk,
         "VALUE_HEADS": heads.Hv,
@@ -181,7 +181,7 @@ def delta_core(
     """
     heads = Heads.of(weights.conv, state.recurrent_state)
     widths = [array.shape[-1] for array in projected]
-    if backend().fused_kernels and fits(widths, heads) and verdict(heads, projected[0].dtype):
+    if backend().fused_kernels and fits(widths, heads) and self_check(heads, projected[0].dtype):
         return fused_gated_delta(projected, weights, state, lengths, snapshots)
     core = stepwise_gated_delta if snapshots else gated_delta
     return core(*split(projected), weights, state, lengths)
@@ -194,7 +194,7 @@ def fits(widths: Sequence[int], heads: Heads) -> bool:
 
 
 @functools.cache
-def verdict(heads: Heads, dtype: mx.Dtype) -> bool:
+def self_check(heads: Heads, dtype: mx.Dtype) -> bool:
     """Whether the kernel agrees with the operations on this machine; if not, a warning says so, once.
 
     Called at load, so that a kernel that the machine's compiler refuses, or that computes something else, costs a
@@ -209,7 +209,7 @@ def _cases(heads: Heads, dtype: mx.Dtype) -> Iterator[fused.Case]:
     The definition has no matrix product, whose digits would be the machine's choice. Then the 20 tokens read at once,
     and the states after each of the last two, which must have the same bits.
     """
-    if plan(heads, 1) is None or plan(heads, 2) is None:
+    if launch_plan(heads, 1) is None or launch_plan(heads, 2) is None:
         raise ValueError(f"it has no plan for {heads}")
     key = mx.random.key(0)
     draws = iter(mx.random.split(key, 8))

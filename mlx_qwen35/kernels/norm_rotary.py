@@ -1,7 +1,7 @@
 """Norm and rotary embedding of an attention layer's queries and keys, in one launch of norm_rotary.metal.
 
 `plain_norm_rotary` is the definition, in MLX operations. `queries_and_keys` chooses between the two: the kernel runs on
-a GPU, once `verdict` has seen it agree there with the operations on a small case of the same geometry and dtype.
+a GPU, once `self_check` has seen it agree there with the operations on a small case of the same geometry and dtype.
 
 Letters: B batch, T tokens, H/Hk query/key heads, D head size, dims of a head that turn. A projected token is, joined:
 for each head its query and then its gate (2 H D numbers), k (Hk D), v (Hk D).
@@ -38,7 +38,7 @@ class Geometry:
         return 2 * (self.H + self.Hk) * self.D
 
     @property
-    def planned(self) -> bool:
+    def supported(self) -> bool:
         """Whether the kernel can do it: heads of whole multiples of 32, of which an even number of dims turn."""
         return self.D % SIMD == 0 and self.dims % 2 == 0 and 0 < self.dims <= self.D
 
@@ -57,11 +57,11 @@ def norm_rotary(
         rotary: cos and sin of each batch row, or of one for all.
         q_norm, k_norm: gamma, (D,) float32.
         eps: of both norms.
-        H, Hk: query and key heads; with D and dims they must have a plan (`Geometry.planned`).
+        H, Hk: query and key heads; with D and dims they must have a plan (`Geometry.supported`).
     """
     B, T, width = projected.shape
     sizes = Geometry.of(rotary, q_norm, H, Hk)
-    assert sizes.planned, f"no plan for {sizes}"
+    assert sizes.supported, f"no plan for {sizes}"
     assert width == sizes.width, f"{width} for {sizes}"
     cos, sin = rotary
     assert cos.shape == sin.shape and cos.shape[0] in (1, B) and cos.shape[2] == T, f"table {cos.shape} for {B} x {T}"
@@ -144,7 +144,7 @@ def queries_and_keys(
     """
     sizes = Geometry.of(rotary, q_norm, H, Hk)
     on, fit = backend().fused_kernels, fits([array.shape[-1] for array in products], sizes)
-    if on and fit and verdict(sizes, products[0].dtype):
+    if on and fit and self_check(sizes, products[0].dtype):
         return norm_rotary(products[0], rotary, q_norm, k_norm, eps, H, Hk)
     q, k, _ = split(products)
     return _apart(q, k, rotary, q_norm, k_norm, eps)
@@ -152,18 +152,18 @@ def queries_and_keys(
 
 def fits(widths: Sequence[int], sizes: Geometry) -> bool:
     """Whether the kernel has a plan and products of these widths are q, k, v as one: it reads whole tokens."""
-    return sizes.planned and list(widths) == [sizes.width]
+    return sizes.supported and list(widths) == [sizes.width]
 
 
 @functools.cache
-def verdict(sizes: Geometry, dtype: mx.Dtype) -> bool:
+def self_check(sizes: Geometry, dtype: mx.Dtype) -> bool:
     """Whether the kernel agrees with the operations on this machine; if not, a warning says so. Called at load."""
     return fused.agrees("norm_rotary", lambda: _cases(sizes, dtype))
 
 
 def _cases(sizes: Geometry, dtype: mx.Dtype) -> Iterator[fused.Case]:
     """Two rows of 3 tokens, and one token."""
-    if not sizes.planned:
+    if not sizes.supported:
         raise ValueError(f"it has no plan for {sizes}")
     draws = iter(mx.random.split(mx.random.key(0), 4))
     normal = functools.partial(mx.random.normal, stream=mx.cpu)

@@ -20,7 +20,7 @@ def shortened() -> bool:
     return not mx.array_equal(whole @ mx.eye(SIDE), whole).item()
 
 
-def tell_shortened() -> None:
+def warn_shortened_products() -> None:
     """Warn where float32 was asked for and products are not of it."""
     if shortened():
         warnings.warn(

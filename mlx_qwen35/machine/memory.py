@@ -23,17 +23,17 @@ def usable_bytes() -> int:
 
 # Bytes that reading a prompt may take at a time, and half as much for the buffers that MLX keeps for reuse, with up to
 # so much usable memory. A Mac with 8 GB has 5.7e9 usable bytes, one with 16 GB 11.5e9.
-_READING = ((6e9, 80e6), (12e9, 200e6), (float("inf"), 400e6))
+_PREFILL = ((6e9, 80e6), (12e9, 200e6), (float("inf"), 400e6))
 
 
-def reading_room(limit: float) -> int:
+def prefill_room(limit: float) -> int:
     """Bytes that reading a prompt may take on top of weights and caches, where a model may take `limit`."""
-    return int(next(room for most, room in _READING if limit <= most))
+    return int(next(room for most, room in _PREFILL if limit <= most))
 
 
 def buffer_bytes(limit: float) -> int:
     """Bytes of freed buffers that MLX may keep."""
-    return reading_room(limit) // 2
+    return prefill_room(limit) // 2
 
 
 def set_limits() -> None:

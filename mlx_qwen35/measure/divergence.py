@@ -74,7 +74,7 @@ def divergence(
         for model, states in zip(models, streams, strict=True):
             rows.append(counted.normed(model, states))
             states.clear()
-        return summary(compare(*models, *rows, counted, told), tuple(errors))
+        return summary(compare(source, packed, rows[0], rows[1], counted, told), tuple(errors))
 
 
 def _relative_error(source: list[mx.array], packed: list[mx.array]) -> float:

@@ -17,9 +17,11 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_qwen35.backend import backend
 from mlx_qwen35.cache.cache import Cache
-from mlx_qwen35.checkpoint import float16 as half
-from mlx_qwen35.checkpoint.checkpoint import TEXT, Checkpoint, Entry, text_shapes
-from mlx_qwen35.checkpoint.tensors import as_array
+from mlx_qwen35.checkpoint import float16
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint
+from mlx_qwen35.checkpoint.names import TEXT
+from mlx_qwen35.checkpoint.shapes import text_shapes
+from mlx_qwen35.checkpoint.tensors import Entry, as_array
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.decoder import DecoderLayer
 from mlx_qwen35.model.layers import Linear, RMSNorm
@@ -157,7 +159,7 @@ class Layerwise:
         entries = {n: self.checkpoint.entries[n] for n in self._names if n.startswith(f"{prefix}{name}.")}
         arrays = {n: read_rows(entry, rows) for n, entry in entries.items()}
         wide = [n for n, entry in entries.items() if entry.dtype in ("BF16", "F32", "F64")]
-        kept = half.unfit((n, arrays[n]) for n in wide) if self.dtype == mx.float16 else {}
+        kept = float16.unfit((n, arrays[n]) for n in wide) if self.dtype == mx.float16 else {}
         weights = Weights(arrays, self.checkpoint.quantization, self.dtype, self.config.rms_norm_eps, kept)
         return self._alter(weights.at(prefix.removesuffix(".")) if prefix else weights)
 

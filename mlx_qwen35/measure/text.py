@@ -17,7 +17,7 @@ def windows(checkpoint: Checkpoint, text: str, length: int = WINDOW, most: int =
         raise InputError(
             "option_invalid", f"a window, and all of them, must be at least 2 tokens long, got {length} and {most}"
         )
-    processor = Processor.from_folder(checkpoint.folder, checkpoint.config, has_tower=False)
+    processor = Processor.from_folder(checkpoint.folder, checkpoint.config, has_vision_encoder=False)
     tokens = list(processor.tokenizer.encode(text, add_special_tokens=False))[:most]
     cut = [tokens[start : start + length] for start in range(0, len(tokens), length)]
     cut = [window for window in cut if len(window) > 1]

@@ -76,8 +76,7 @@ class VideoFile:
 
     def timeline(self) -> Timeline:
         """Count the frames: by their packets where the container says the same number, else by decoding them all."""
-        with self._open() as (container, stream):
-            packets = self._packets(container, stream)
+        packets = self.packets()
         self._check_structure(packets)
         times = packets.times
         if len(times) != packets.declared:
@@ -189,26 +188,28 @@ class VideoFile:
 
     # --- time ---
 
-    def _packets(self, container: "InputContainer", stream: "VideoStream") -> Packets:
+    def packets(self) -> Packets:
+        """Look at all packets, and refuse a file that ends before its container says."""
         from av.error import FFmpegError
 
         spans: list[_Span | None] = []
         reached, read = 0.0, 0  # by all streams: a file that is cut off ends early in each
-        try:
-            for packet in container.demux():
-                span = _span(packet)
-                read += span is not None
-                reached = max(reached, span[1]) if span else reached
-                if packet.stream_index == stream.index and packet.size and not packet.is_discard:
-                    spans.append(span)
-        except FFmpegError as error:
-            raise self.broken(len(spans), stream.frames, error.strerror) from error
-        self._check_end(container, stream, [span for span in spans if span], reached)
-        times = [span[0] if span else None for span in spans]
-        last = max((span for span in spans if span), default=(0.0, 0.0))
-        # VP8 has packets with frames that are never shown; other containers have packets with halves of a frame.
-        exact = container.format.name.startswith(("mov", "matroska", "gif")) and stream.codec_context.name != "vp8"
-        return Packets(stream.frames, times, last[1] - last[0], float(stream.average_rate or 0), exact, read)
+        with self._open() as (container, stream):
+            try:
+                for packet in container.demux():
+                    span = _span(packet)
+                    read += span is not None
+                    reached = max(reached, span[1]) if span else reached
+                    if packet.stream_index == stream.index and packet.size and not packet.is_discard:
+                        spans.append(span)
+            except FFmpegError as error:
+                raise self.broken(len(spans), stream.frames, error.strerror) from error
+            self._check_end(container, stream, [span for span in spans if span], reached)
+            times = [span[0] if span else None for span in spans]
+            last = max((span for span in spans if span), default=(0.0, 0.0))
+            # VP8 has packets with frames that are never shown; other containers have packets with halves of a frame.
+            exact = container.format.name.startswith(("mov", "matroska", "gif")) and stream.codec_context.name != "vp8"
+            return Packets(stream.frames, times, last[1] - last[0], float(stream.average_rate or 0), exact, read)
 
     def _check_end(
         self, container: "InputContainer", stream: "VideoStream", spans: list[_Span], reached: float

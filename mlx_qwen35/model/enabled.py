@@ -11,7 +11,7 @@ from mlx_qwen35.model.layers import Joined
 from mlx_qwen35.model.model import Model
 
 
-class Engaged(NamedTuple):
+class EnabledLayers(NamedTuple):
     """Layers in which a kernel runs, of those that it is made for."""
 
     layers: int
@@ -21,27 +21,27 @@ class Engaged(NamedTuple):
         return f"{self.layers} of {self.of} layers"
 
 
-def engaged(model: Model) -> dict[str, Engaged]:
+def enabled_kernels(model: Model) -> dict[str, EnabledLayers]:
     """Kernel -> where it runs. On a GPU this has each run once against its reference; elsewhere none runs."""
     config, dtype, on = model.config, model.dtype, backend().fused_kernels
     heads, sizes = Heads(*config.delta_heads), Geometry(*config.attention_heads)
     fitting, attentions = _fitting(model), sum("self_attn" in layer for layer in model.layers)
-    verdicts = {
-        "gated_delta": on and fused_delta.verdict(heads, dtype),
-        "norm_rotary": on and sizes.planned and norm_rotary.verdict(sizes, dtype),
+    checks = {
+        "gated_delta": on and fused_delta.self_check(heads, dtype),
+        "norm_rotary": on and sizes.supported and norm_rotary.self_check(sizes, dtype),
     }
     found = {
-        name: Engaged(sum(fitting[name].values()) if verdict else 0, len(fitting[name]))
-        for name, verdict in verdicts.items()
+        name: EnabledLayers(sum(fitting[name].values()) if self_check else 0, len(fitting[name]))
+        for name, self_check in checks.items()
     }
-    norms = on and add_norm.verdict(config.hidden_size, dtype)
-    found["add_norm"] = Engaged(len(model.layers) if norms else 0, len(model.layers))
-    forced = on and attention.fused_verdict(config.head_dim, dtype)
-    found["attention without scores"] = Engaged(attentions if forced else 0, attentions)
+    norms = on and add_norm.self_check(config.hidden_size, dtype)
+    found["add_norm"] = EnabledLayers(len(model.layers) if norms else 0, len(model.layers))
+    forced = on and attention.fused_self_check(config.head_dim, dtype)
+    found["attention without scores"] = EnabledLayers(attentions if forced else 0, attentions)
     return found
 
 
-def tell_unfit(model: Model) -> None:
+def warn_unfit_layers(model: Model) -> None:
     """Where kernels run, warn of layers whose projections come in other products than a kernel reads."""
     if not backend().fused_kernels:
         return

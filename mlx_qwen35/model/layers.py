@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_qwen35.checkpoint.checkpoint import Quantization
 from mlx_qwen35.kernels.add_norm import add_norm, rms_norm
 from mlx_qwen35.kernels.quantized_linear import quantized_linear, unpacks
+from mlx_qwen35.quantization import Quantization
 
 
 class Linear(nn.Module):

@@ -13,7 +13,7 @@ from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.decoder import DecoderLayer, Pace, run
 from mlx_qwen35.model.mtp import DraftHead
 from mlx_qwen35.model.rotary import Rotary
-from mlx_qwen35.model.vision import Vision
+from mlx_qwen35.model.vision import LazyVisionEncoder
 from mlx_qwen35.model.weights import Weights
 
 
@@ -45,7 +45,7 @@ class Model(nn.Module):
         self.config = config
         self.rotary = Rotary(config.rope)
         self.dtype = weights.dtype  # of activations
-        self.vision: Vision | None = None
+        self.vision: LazyVisionEncoder | None = None
         self.mtp: DraftHead | None = None
 
     def make_cache(self, batch: int = 1) -> Cache:

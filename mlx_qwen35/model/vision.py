@@ -114,7 +114,7 @@ class Merger(nn.Module):
         return self.linear_fc2(inner.astype(x.dtype))
 
 
-class Tower(nn.Module):
+class VisionEncoder(nn.Module):
     """Qwen3.5's vision tower. Rows are patches in squares of merge x merge, in row-major order of the squares."""
 
     def __init__(self, config: VisionConfig, weights: Weights):
@@ -203,12 +203,12 @@ def table_taps(places: np.ndarray, grid: tuple[int, int], side: int) -> tuple[np
     return np.stack(indices, -1), np.stack(shares, -1).astype(np.float32)
 
 
-class Vision:
+class LazyVisionEncoder:
     """The tower of a loaded model: read from disk when the first image comes, let go by `release`, read again."""
 
-    def __init__(self, load: Callable[[], Tower], keep: bool = False):
+    def __init__(self, load: Callable[[], VisionEncoder], keep: bool = False):
         self._load = load
-        self._tower: Tower | None = None
+        self._tower: VisionEncoder | None = None
         self.keep = keep  # hold the weights between prompts
 
     @property

@@ -6,12 +6,13 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_qwen35.backend import backend
-from mlx_qwen35.checkpoint import float16 as half
-from mlx_qwen35.checkpoint.checkpoint import Checkpoint, Quantization
+from mlx_qwen35.checkpoint import float16
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.names import takes_dtype
 from mlx_qwen35.checkpoint.tensors import open_arrays
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.layers import Embedding, Joined, Linear, RMSNorm
+from mlx_qwen35.quantization import Quantization
 
 Progress = Callable[[int, int], None]  # told what was read, of how much in all
 
@@ -114,11 +115,11 @@ def read_weights(
         wide = [name for name in names if checkpoint.entries[name].dtype in ("BF16", "F32", "F64")]
         # Each array is read, looked at and let go: with those that are computed with, all would stay.
         wide = [name for name in wide if takes_dtype(name)]
-        kept = half.unfit(
+        kept = float16.unfit(
             (name, _lazy_arrays(checkpoint, [name])[name]) for name in _counted(checkpoint, wide, progress)
         )
         if kept:
-            half.tell(kept)
+            float16.tell(kept)
     arrays = _lazy_arrays(checkpoint, names)
     return Weights(arrays, checkpoint.quantization, dtype, checkpoint.config.text.rms_norm_eps, kept)
 
@@ -134,7 +135,7 @@ def _counted(checkpoint: Checkpoint, names: list[str], progress: Progress) -> It
 
 def _lazy_arrays(checkpoint: Checkpoint, names: list[str]) -> dict[str, mx.array]:
     """Arrays that read themselves from disk when computed, in raw layout: conv1d [C, 1, K], norms gamma - 1."""
-    arrays = open_arrays({name: checkpoint.exact.get(name, checkpoint.entries[name]) for name in names})
+    arrays = open_arrays({name: checkpoint.fp32_original.get(name, checkpoint.entries[name]) for name in names})
     if checkpoint.raw:
         return arrays
     return {name: _to_raw(name, array, checkpoint.is_folded(name)) for name, array in arrays.items()}

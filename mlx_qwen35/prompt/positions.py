@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Run(NamedTuple):
+class Placeholder(NamedTuple):
     """The placeholders of one image, or of one pair of frames of a clip: height * width tokens from `start` on."""
 
     start: int
@@ -18,22 +18,22 @@ class Run(NamedTuple):
         return self.start + self.height * self.width
 
 
-def positions(length: int, runs: Sequence[Run], first: int = 0) -> np.ndarray:
-    """(3, length) int32: the T, H and W position of each of `length` tokens, of which `runs` are visual.
+def positions(length: int, placeholders: Sequence[Placeholder], first: int = 0) -> np.ndarray:
+    """(3, length) int32: the T, H and W position of each of `length` tokens, of which `placeholders` are visual.
 
     Text counts up on all three axes alike, from `first` on. An image's tokens, row by row, share one T and have their
     row and column as H and W, counted from the same number; the text after it goes on behind the longer side, which
     may be less than the number of tokens. Each pair of frames of a clip is such a run: time is told by the text between
     them (transformers, Qwen3_5Model.get_rope_index).
 
-    positions(8, [Run(1, 2, 3)], 4) is
+    positions(8, [Placeholder(1, 2, 3)], 4) is
         [[4, 5, 5, 5, 5, 5, 5, 8],
          [4, 5, 5, 5, 6, 6, 6, 8],
          [4, 5, 6, 7, 5, 6, 7, 8]]
     """
     table = np.empty((3, length), np.int32)
     at, now = 0, first
-    for start, height, width in runs:
+    for start, height, width in placeholders:
         table[:, at:start] = np.arange(now, now + start - at)
         now += start - at
         at = start + height * width

@@ -14,7 +14,7 @@ from mlx_qwen35.media.preprocessor_files import read_preprocessor
 from mlx_qwen35.prompt.control import ControlTokens, check_text, unmarked
 from mlx_qwen35.prompt.messages import Plain, check_messages, check_template_options, veiled
 from mlx_qwen35.prompt.parts import PADS, in_order, read_parts, spread_clips, take_media, without_media
-from mlx_qwen35.prompt.positions import Run
+from mlx_qwen35.prompt.positions import Placeholder
 from mlx_qwen35.prompt.prompt import Placed, Prompt
 from mlx_qwen35.prompt.tokenizer import load_tokenizer
 
@@ -42,12 +42,12 @@ class Processor:
         self.think_start, self.think_end = known.get("<think>"), known.get("</think>")
 
     @classmethod
-    def from_folder(cls, folder: Path, config: Config, has_tower: bool = True) -> "Processor":
+    def from_folder(cls, folder: Path, config: Config, has_vision_encoder: bool = True) -> "Processor":
         """Read tokenizer.json and chat template of a checkpoint folder. No code from the folder is run.
 
-        has_tower: whether the tensors of the vision tower are there; without them images are refused.
+        has_vision_encoder: whether the tensors of the vision encoder are there; without them images are refused.
         """
-        return cls(load_tokenizer(folder), config, folder if has_tower and config.vision else None)
+        return cls(load_tokenizer(folder), config, folder if has_vision_encoder and config.vision else None)
 
     # --- in ---
 
@@ -172,14 +172,14 @@ class Processor:
         """Repeat each placeholder as often as its image, or pair of frames, has tokens."""
         out: list[int] = []
         merge = self.config.vision.spatial_merge_size if media else 1
-        pads = self.placeholders
+        pads = self.placeholder_ids
         groups = [(i, *(side // merge for side in m.grid[1:])) for i, m in enumerate(media) for _ in range(m.grid[0])]
-        runs: list[list[Run]] = [[] for _ in media]
+        placeholders: list[list[Placeholder]] = [[] for _ in media]
         queue = iter(groups)
         for token in tokens:
             if media and token in pads:
                 i, height, width = next(queue)
-                runs[i].append(Run(len(out), height, width))
+                placeholders[i].append(Placeholder(len(out), height, width))
                 out += [token] * (height * width)
             else:
                 out.append(token)
@@ -189,10 +189,10 @@ class Processor:
                 f"the tokenizer must know {' and '.join(PADS.values())} by the ids that config.json gives them "
                 f"({sorted(pads)}); it does not. Take both files from the same checkpoint",
             )
-        return out, [Placed(m, tuple(own)) for m, own in zip(media, runs, strict=True)]
+        return out, [Placed(m, tuple(own)) for m, own in zip(media, placeholders, strict=True)]
 
     @property
-    def placeholders(self) -> frozenset[int]:
+    def placeholder_ids(self) -> frozenset[int]:
         """The token ids that stand for images and clips."""
         return frozenset(self.config.token_ids[name] for name in ("image", "video") if name in self.config.token_ids)
 

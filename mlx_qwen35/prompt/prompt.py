@@ -1,40 +1,47 @@
-"""What is to be read: tokens, and the images and clips behind their placeholders."""
+"""A prompt: its tokens, and the images and videos behind its placeholders."""
 
 from dataclasses import dataclass
 
 from mlx_qwen35.media.preprocess import Media
-from mlx_qwen35.prompt.positions import Run
+from mlx_qwen35.prompt.positions import Placeholder
 
 
 @dataclass(frozen=True)
 class Placed:
-    """An image or a clip and where its tokens are: one run for an image, one for each pair of frames of a clip."""
+    """An image or a video in a prompt. An image has one placeholder, a video one for each pair of frames."""
 
     media: Media
-    runs: tuple[Run, ...]
+    placeholders: tuple[Placeholder, ...]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Tokens to be read, placeholders expanded; whether generation starts inside a thinking block; what they show."""
+    """A prompt for the model.
+
+    tokens: ids, with placeholders repeated. thinking: whether generation starts inside a thinking block. media: the
+    images and videos, in the order of their placeholders.
+    """
 
     tokens: tuple[int, ...]
     thinking: bool
     media: tuple[Placed, ...] = ()
 
     @property
-    def runs(self) -> tuple[Run, ...]:
-        return tuple(run for placed in self.media for run in placed.runs)
+    def placeholders(self) -> tuple[Placeholder, ...]:
+        return tuple(p for placed in self.media for p in placed.placeholders)
 
     def identity(self, length: int | None = None) -> tuple:
         """Equal for prompts whose first `length` tokens are the same and show the same pixels."""
         length = len(self.tokens) if length is None else length
-        shown = (placed for placed in self.media if placed.runs[0].start < length)
-        return self.tokens[:length], tuple((placed.media.digest, placed.runs) for placed in shown)
+        shown = (placed for placed in self.media if placed.placeholders[0].start < length)
+        return self.tokens[:length], tuple((placed.media.digest, placed.placeholders) for placed in shown)
 
     def after(self, length: int) -> "Prompt":
-        """The prompt without its first tokens; the cut must not go through an image."""
-        media = [placed for placed in self.media if placed.runs[-1].stop > length]
-        assert all(placed.runs[0].start >= length for placed in media), "a prompt must not be cut inside an image"
-        moved = (Placed(p.media, tuple(run._replace(start=run.start - length) for run in p.runs)) for p in media)
-        return Prompt(self.tokens[length:], self.thinking, tuple(moved))
+        """The prompt without its first `length` tokens. They must not end inside an image or a video."""
+        rest = []
+        for placed in self.media:
+            placeholders = placed.placeholders
+            if placeholders[-1].stop > length:
+                assert placeholders[0].start >= length, "a prompt must not be cut inside an image or a video"
+                rest.append(Placed(placed.media, tuple(p._replace(start=p.start - length) for p in placeholders)))
+        return Prompt(self.tokens[length:], self.thinking, tuple(rest))

@@ -8,9 +8,9 @@ from refusing import refused
 
 from mlx_qwen35 import load
 from mlx_qwen35.commands.chat import main
-from mlx_qwen35.engine import loop
 from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.generate import generate
+from mlx_qwen35.model.model import Model
 
 TURNS = ["What is 34 + 58?", "Add 10 to that.", "Who are you?"]
 
@@ -155,15 +155,15 @@ def test_an_error_in_a_turn_does_not_end_the_session(talk, nano):
 
 
 def test_ctrl_c_in_an_answer_goes_back_to_the_prompt(talk, monkeypatch):
-    feed, calls = loop._Loop._feed, []
+    hidden, calls = Model.hidden, []
 
-    def interrupt_once(*arguments):
+    def interrupt_once(*given, **options):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 4:  # the first is over the prompt
             raise KeyboardInterrupt
-        return feed(*arguments)
+        return hidden(*given, **options)
 
-    monkeypatch.setattr(loop._Loop, "_feed", interrupt_once)
+    monkeypatch.setattr(Model, "hidden", interrupt_once)
     _, err = talk(TURNS[0], TURNS[1])
     assert "interrupted" in err.splitlines()[0]
     assert "stop" in err.splitlines()[1]

@@ -4,6 +4,7 @@ import functools
 import json
 import re
 import sys
+import time
 import warnings
 
 import mlx.core as mx
@@ -12,13 +13,13 @@ import pytest
 from mlx_qwen35.backend import CUDA, METAL, TF32, assume
 from mlx_qwen35.checkpoint.config import parse_config
 from mlx_qwen35.checkpoint.hub import resolve
-from mlx_qwen35.checkpoint.random import changed, geometry
+from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.commands.run import as_command
-from mlx_qwen35.doctor import check, command, facts, main
+from mlx_qwen35.doctor import check, facts, main
 from mlx_qwen35.doctor.check import PROMPTS, SAMPLE_LAYERS, Speed, measure, sample_model
-from mlx_qwen35.machine import chip as machine
-from mlx_qwen35.machine.chip import MEGABYTES, OPERATIONS, parse_chip
-from mlx_qwen35.model.enabled import Engaged
+from mlx_qwen35.machine.chip import MEGABYTES, OPERATIONS
+from mlx_qwen35.model.enabled import EnabledLayers
+from mlx_qwen35.model.model import Model
 
 TINY = parse_config(geometry("tiny")).text
 
@@ -26,7 +27,7 @@ TINY = parse_config(geometry("tiny")).text
 @pytest.fixture
 def run(monkeypatch, capsys):
     """(arguments) -> (exit status, stdout, stderr), in this process; without --model a tiny model stands for the 4B."""
-    monkeypatch.setattr(command, "geometry", lambda name: geometry("tiny"))
+    monkeypatch.setattr(check, "sample_model", lambda _, dtype: sample_model(TINY, dtype))
     monkeypatch.setattr(check, "measure", functools.partial(measure, seconds=0.0))
 
     def doctor(*arguments: str) -> tuple[int, str, str]:
@@ -39,16 +40,6 @@ def run(monkeypatch, capsys):
         return status, out.out, out.err
 
     return doctor
-
-
-@pytest.fixture
-def on_an_m1(monkeypatch):
-    """The chip is an M1; MLX itself goes on computing on the CPU."""
-    for module in (machine, facts):
-        monkeypatch.setattr(module, "this_chip", lambda: parse_chip("Apple M1"))
-    for name in (OPERATIONS, MEGABYTES):
-        monkeypatch.setenv(name, "")  # put back afterwards, whatever the command sets
-        monkeypatch.delenv(name)
 
 
 def sections(out: str) -> dict[str, dict[str, str]]:
@@ -101,8 +92,8 @@ def test_the_file_holds_what_is_printed(run, tmp_path):
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("on_an_m1")
-def test_on_an_m1_the_settings_and_who_set_them_are_shown(run, monkeypatch):
+def test_on_an_m1_the_settings_and_who_set_them_are_shown(run, on_chip, monkeypatch):
+    on_chip("Apple M1")
     monkeypatch.setenv(MEGABYTES, "77")
     monkeypatch.delenv(TF32)
     report = sections(run("--no-check")[1])
@@ -113,10 +104,8 @@ def test_on_an_m1_the_settings_and_who_set_them_are_shown(run, monkeypatch):
     }  # fmt: skip
 
 
-@pytest.mark.usefixtures("on_an_m1")
-def test_where_nothing_is_set_mlx_s_own_settings_hold(run, monkeypatch):
-    for module in (machine, facts):
-        monkeypatch.setattr(module, "this_chip", lambda: parse_chip("Apple M5"))
+def test_where_nothing_is_set_mlx_s_own_settings_hold(run, on_chip):
+    on_chip("Apple M5")
     settings = sections(run("--no-check")[1])["settings of MLX"]
     assert settings[OPERATIONS] == settings[MEGABYTES] == "MLX's own"
 
@@ -137,7 +126,7 @@ def test_the_dtype_is_shown_with_its_reason(chosen, stored, asked, text):
 @pytest.mark.parametrize("gpu", [METAL, CUDA], ids=lambda gpu: gpu.name)
 def test_kernels_are_shown_with_their_verdicts_and_layers(gpu):
     with assume(gpu):
-        shown = facts.kernels({"a": Engaged(24, 24), "b": Engaged(0, 8), "c": Engaged(7, 8)})
+        shown = facts.kernels({"a": EnabledLayers(24, 24), "b": EnabledLayers(0, 8), "c": EnabledLayers(7, 8)})
     assert shown == {
         "a": "agrees with its reference; runs in 24 of 24 layers", "b": "switched off; runs in 0 of 8 layers",
         "c": "agrees with its reference; runs in 7 of 8 layers",
@@ -206,17 +195,31 @@ def test_the_sample_is_the_first_layers_and_the_whole_head_of_a_model_of_finite_
 
 
 class Clock:
-    """A clock that a model's passes advance: a second for each 64 tokens read, and a quarter for each decoded."""
+    """A clock that a model's passes advance: a second for each 64 tokens read, a quarter for each step that decodes.
+
+    Of that quarter the head takes a fifth. read: tokens of each prompt; done: when the last of them was read.
+    """
 
     def __init__(self, monkeypatch):
-        self.now, self.read = 0.0, []
-        monkeypatch.setattr(check.time, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(check, "read", self._read)
+        self.now, self.done, self.read = 0.0, 0.0, []
+        hidden, logits = Model.hidden, Model.logits
 
-    def _read(self, model, cache, rows, step):
-        (row,) = rows
-        self.read.append(len(row.tokens))
-        self.now += len(row.tokens) / 64
+        def layers(model, tokens, *given, **options):
+            if tokens.shape[1] >= PROMPTS[0]:
+                self.read.append(tokens.shape[1])
+                self.now += tokens.shape[1] / 64
+                self.done = self.now
+            else:
+                self.now += 0.2
+            return hidden(model, tokens, *given, **options)
+
+        def head(model, states):
+            self.now += 0.05
+            return logits(model, states)
+
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(Model, "hidden", layers)
+        monkeypatch.setattr(Model, "logits", head)
 
 
 @pytest.mark.parametrize(
@@ -225,12 +228,12 @@ class Clock:
 )
 def test_prompts_grow_as_long_as_the_time_allows(monkeypatch, seconds, longest):
     model, clock = sample_model(TINY, mx.float32), Clock(monkeypatch)
-    monkeypatch.setattr(check, "_decode", lambda *_: (0.2, 0.05))
     speed = measure(model, seconds)
     assert clock.read == [n for n in PROMPTS if n <= longest]
     assert (speed.prompt, speed.prompt_seconds) == (longest, longest / 64)
-    assert (speed.layers_seconds, speed.head_seconds) == (0.2, 0.05) and speed.several == ((0.2, 0.05),) * 3
-    assert clock.now <= max(seconds, 0.5)
+    step = (speed.layers_seconds, speed.head_seconds)
+    assert all(found == pytest.approx((0.2, 0.05)) for found in (step, *speed.several)) and len(speed.several) == 3
+    assert clock.done <= max(seconds, 0.5)
 
 
 def test_a_measured_model_has_all_figures():
@@ -259,7 +262,5 @@ def test_only_the_sample_is_scaled_to_the_whole_model(run, monkeypatch):
     scales = []
     monkeypatch.setattr(facts, "speed", lambda found, scale: scales.append(scale) or {})
     run()
-    monkeypatch.setattr(command, "geometry", lambda name: changed(geometry("tiny"), num_hidden_layers=32))
-    run()
     run("--model", "nano")
-    assert scales == [1, 8, 1]
+    assert scales == [8, 1]  # the 4B has 32 layers, the sample 4

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_qwen35.commands import generate as command
 from mlx_qwen35.commands.generate import main
-from mlx_qwen35.engine.generation import start
+from mlx_qwen35.engine.generation import Generation
 
 ASK = "What is 34 + 58?"
 
@@ -67,12 +66,13 @@ def test_every_option_has_an_effect(run, monkeypatch):
     """Each changes the plan of the generation: its sampling, limits, stop strings, chunk length, or prompt."""
     planned = []
 
-    def spy(*arguments, **options):
-        generation = start(*arguments, **options)
-        planned.append((generation.plan, generation.prompts))
-        return generation
+    results = Generation.results
 
-    monkeypatch.setattr(command, "start", spy)
+    def spy(generation: Generation):
+        planned.append((generation.plan, generation.prompts))
+        return results(generation)
+
+    monkeypatch.setattr(Generation, "results", spy)
     base = ("--model", "nano", "--json", "--prompt", ASK, "--seed", "3", "--preset", "reasoning", "--max-tokens", "9")
     run(*base)
     for options in (
@@ -141,13 +141,14 @@ def test_python_m_runs_it_without_a_warning():
 
 SLOW = """
 import sys, time
-from mlx_qwen35.generate import __main__ as command, loop
-feed = loop._Loop._feed
-def slow(*arguments):
-    print("feeding", file=sys.stderr, flush=True)
+from mlx_qwen35.generate import __main__ as command
+from mlx_qwen35.model.model import Model
+hidden = Model.hidden
+def slow(*given, **options):
+    print("a pass", file=sys.stderr, flush=True)
     time.sleep(0.5)
-    return feed(*arguments)
-loop._Loop._feed = slow
+    return hidden(*given, **options)
+Model.hidden = slow
 sys.argv = ["mlx_qwen35.generate", "--model", "nano", "--prompt", "What is 34 + 58?", "--mtp", "off", *sys.argv[1:]]
 command.main()
 """
@@ -159,8 +160,8 @@ def test_ctrl_c_ends_cleanly_with_what_was_written(options):
         [sys.executable, "-c", SLOW, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     said = (line for line in process.stderr if not line.endswith(" ...\n"))  # progress, on a slow machine
-    for _ in range(3):  # the third pass begins after the first token was written
-        assert next(said) == "feeding\n"
+    for _ in range(4):  # over the prompt, and three tokens: the last begins after the first token was written
+        assert next(said) == "a pass\n"
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err

@@ -19,7 +19,7 @@ from mlx_qwen35.commands.run import as_command
 from mlx_qwen35.commands.streams import read_file
 
 FULL = Path("/dev/full")
-HERE = "from mlx_qwen35.commands import as_command\nwith as_command('a'): "
+HERE = "from mlx_qwen35.commands.run import as_command\nwith as_command('a'): "
 
 
 def run(code: str, **options) -> subprocess.CompletedProcess[str]:
@@ -55,11 +55,13 @@ def full_disk(monkeypatch):
         assert os.fstat(full.fileno()).st_rdev == os.stat(os.devnull).st_rdev, "the interpreter's last flush would fail"
 
 
-@pytest.mark.parametrize("module", ["generate.__main__", "chat", "doctor.command", "bench.command", "convert.__main__"])
+COMMANDS = ("commands.generate", "commands.chat", "doctor.command", "bench.command", "convert.__main__")
+
+
+@pytest.mark.parametrize("module", COMMANDS)
 def test_a_full_disk_that_the_last_flush_meets_is_one_line_of_every_command(ends, monkeypatch, module):
     """--help is written by the flush at the end alone."""
     monkeypatch.setattr(sys, "argv", ["mlx_qwen35", "--help"])
-    monkeypatch.setattr("mlx_qwen35.commands.run.tune", lambda: None)
     with full_disk(monkeypatch):
         ends(importlib.import_module(f"mlx_qwen35.{module}").main, "output_unwritable")
 
@@ -89,11 +91,10 @@ def test_text_for_a_closed_standard_error_does_not_go_to_standard_output(monkeyp
     assert capsys.readouterr().out == "x\n"
 
 
-@pytest.mark.parametrize("module", ["generate.__main__", "chat"])
+@pytest.mark.parametrize("module", ["commands.generate", "commands.chat"])
 def test_a_closed_standard_input_is_one_line_where_it_is_read(ends, monkeypatch, module):
     monkeypatch.setattr(sys, "stdin", None)
     monkeypatch.setattr(sys, "argv", ["mlx_qwen35", "--model", "nano"])
-    monkeypatch.setattr("mlx_qwen35.commands.run.tune", lambda: None)
     ends(importlib.import_module(f"mlx_qwen35.{module}").main, "text_unreadable")
 
 
@@ -151,7 +152,7 @@ def test_a_text_file_that_cannot_be_read_is_refused_with_its_option(tmp_path, na
 def test_ctrl_c_while_a_command_is_imported_ends_in_silence(tmp_path, start):
     """Python tells of each module that it has imported: after MLX's there are many more."""
     script = tmp_path / "mlx_qwen35.generate"
-    script.write_text("from mlx_qwen35.generate.__main__ import main\nmain()\n")
+    script.write_text("from mlx_qwen35.commands.generate import main\nmain()\n")
     command = [sys.executable, "-X", "importtime", *(start if start[0] == "-m" else [str(script)]), "--help"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -172,7 +173,7 @@ import os, signal, mlx.core as mx, mlx_qwen35
 assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 child = os.fork()
 if child == 0:
-    from mlx_qwen35.process import refuse_fork
+    from mlx_qwen35.machine.process import refuse_fork
     refuse_fork()
     mx.eval(mx.ones(3) + 1)
     os._exit(0)

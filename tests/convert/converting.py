@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_qwen35.checkpoint.checkpoint import hugging_face_name, is_zero_centred
+from mlx_qwen35.checkpoint.names import hugging_face_name, is_zero_centred
 from mlx_qwen35.convert.card import CARD, PLOT, QUALITY
 from mlx_qwen35.convert.plan import make_plan
 from mlx_qwen35.convert.stream import Report, write

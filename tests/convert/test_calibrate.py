@@ -4,8 +4,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_qwen35.checkpoint.checkpoint import is_matrix, open_checkpoint, text_shapes
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.random import changed, geometry, write_random_checkpoint
+from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes
 from mlx_qwen35.convert.calibrate import statistics
 from mlx_qwen35.kernels.elementwise import silu
 from mlx_qwen35.load import load_model

@@ -13,9 +13,9 @@ from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.card import CARD, PLOT, QUALITY, Facts, card, plot, quality, sizes, write_card
-from mlx_qwen35.convert.evaluate import Evaluation
 from mlx_qwen35.convert.files import find_license
 from mlx_qwen35.convert.verify import Error
+from mlx_qwen35.measure.divergence import Evaluation
 
 TEXT = "model.language_model."
 EVALUATION = Evaluation(
@@ -90,7 +90,7 @@ def test_no_path_of_this_machine_is_told(folder):
 def test_parts_add_up_to_everything_in_the_files(raw, folder):
     for checkpoint in map(open_checkpoint, (raw, folder)):
         found = sizes(checkpoint)
-        tensors = [*checkpoint.entries.values(), *checkpoint.exact.values()]
+        tensors = [*checkpoint.entries.values(), *checkpoint.fp32_original.values()]
         assert set(found) == {"all", "text", "vision", "MTP"}
         assert found["all"].nbytes == sum(entry.nbytes for entry in tensors)
     assert sizes(open_checkpoint(raw))["all"].parameters == found["all"].parameters

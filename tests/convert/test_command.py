@@ -8,10 +8,11 @@ import sys
 import mlx.core as mx
 import pytest
 
-from mlx_qwen35.checkpoint.checkpoint import Quantization, open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.__main__ import main
+from mlx_qwen35.quantization import Quantization
 
 
 def run(monkeypatch, *options):
@@ -38,7 +39,7 @@ def test_summary_says_what_was_written(raw, tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     tensors = re.search(r"wrote .*out: (\d+) tensors in 1 file, 0\.0\d+ GB", text)
     checkpoint = open_checkpoint(tmp_path / "out")
-    assert int(tensors[1]) == len(checkpoint.entries) + len(checkpoint.exact)
+    assert int(tensors[1]) == len(checkpoint.entries) + len(checkpoint.fp32_original)
     bits = float(re.search(r"text model: .*, (\S+) bits per weight", text)[1])
     assert 8.5 < bits < 8.6  # 8 bits, and two 16-bit numbers for each 64 weights; few weights are not packed
     assert re.search(r"time: \d+\.\d s", text)
@@ -115,7 +116,7 @@ def test_a_dry_run_tells_every_tensor_and_writes_nothing(raw, tmp_path, monkeypa
             assert entry.stored_name in told, name
     out = next(line for line in told.splitlines() if "layers.0.linear_attn.out_proj.weight" in line)
     assert out.split()[1:5] == ["256", "x", "384", "BF16"] and out.split()[5:10] == ["8", "bit,", "groups", "of", "64"]
-    total = sum(entry.nbytes for entry in [*written.entries.values(), *written.exact.values()])
+    total = sum(entry.nbytes for entry in [*written.entries.values(), *written.fp32_original.values()])
     in_all = float(re.search(r"(\S+) GB in all, nothing was written", told)[1])
     assert abs(in_all - total / 1e9) < 0.002  # the header, the files that are copied, and three digits
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -163,7 +164,7 @@ def test_sensitivity_prints_what_a_group_costs_and_saves_a_recipe_under_a_cap(te
     assert "| DeltaNet out | 4 bit, groups of 64 |" in told and "proposed: 0.002 GB" in told
     run(monkeypatch, "--hf-path", "nano", "--mlx-path", tmp_path / "out", "--recipe", recipe)
     written = open_checkpoint(tmp_path / "out")
-    assert sum(entry.nbytes for entry in [*written.entries.values(), *written.exact.values()]) <= 2.2e6
+    assert sum(entry.nbytes for entry in [*written.entries.values(), *written.fp32_original.values()]) <= 2.2e6
     assert written.quantization("model.language_model.layers.0.linear_attn.out_proj.weight").bits == 8
     assert json.loads((tmp_path / "out" / "quality.json").read_text())["recipe"] == "recipe.json"
 

@@ -7,11 +7,12 @@ import pytest
 from converting import fp8_folder, nearest
 from refusing import refused
 
-from mlx_qwen35.checkpoint.checkpoint import Quantization, open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.__main__ import main
 from mlx_qwen35.convert.card import QUALITY
+from mlx_qwen35.quantization import Quantization
 
 LAYER = "model.language_model.layers.0."
 MATRIX = f"{LAYER}mlp.up_proj.weight"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from converting import arrays_of, converted, files_of, nearest, unpacked
 
-from mlx_qwen35.checkpoint.checkpoint import EXACT, open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import FP32_ORIGINAL, open_checkpoint
 from mlx_qwen35.checkpoint.float16 import SMALLEST, unfit
 from mlx_qwen35.checkpoint.random import _random_tensor, geometry, write_random_checkpoint
 from mlx_qwen35.convert import stream
@@ -75,7 +75,7 @@ def test_vector_that_stays_float32_needs_no_exact_copy(tmp_path):
         converted(source, tmp_path / "out", dtype="float16")
     after = arrays_of(tmp_path / "out")
     assert mx.array_equal(after[NORM], arrays_of(source)[NORM]) and after[NORM].dtype == mx.float32
-    assert EXACT + NORM not in after and EXACT + NORM.replace("s.1.", "s.0.") in after
+    assert FP32_ORIGINAL + NORM not in after and FP32_ORIGINAL + NORM.replace("s.1.", "s.0.") in after
 
 
 @pytest.mark.parametrize(

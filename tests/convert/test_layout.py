@@ -9,13 +9,15 @@ import pytest
 from converting import nearest, unpacked
 from safetensors import safe_open
 
-from mlx_qwen35.checkpoint.checkpoint import EXACT, INDEX, is_matrix, mtp_shapes, open_checkpoint, text_shapes
-from mlx_qwen35.checkpoint.config import read_json
+from mlx_qwen35.checkpoint.checkpoint import FP32_ORIGINAL, open_checkpoint
+from mlx_qwen35.checkpoint.folder import INDEX
 from mlx_qwen35.checkpoint.random import changed, geometry, is_float32, write_random_checkpoint
+from mlx_qwen35.checkpoint.shapes import is_matrix, mtp_shapes, text_shapes
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.card import CARD, PLOT, QUALITY
 from mlx_qwen35.convert.plan import make_plan
 from mlx_qwen35.convert.stream import write
+from mlx_qwen35.fields import read_json
 
 
 def load(folder: Path) -> dict[str, mx.array]:
@@ -29,7 +31,7 @@ def same(a: mx.array, b: mx.array) -> bool:
 def test_unquantized_folder_repeats_every_tensor_of_the_source(raw, tmp_path):
     before, after = load(raw), load(unpacked(raw, tmp_path / "out"))
     rounded = {name for name in before if name.endswith("linear_attn.norm.weight")}
-    assert set(after) == set(before) | {EXACT + name for name in rounded}
+    assert set(after) == set(before) | {FP32_ORIGINAL + name for name in rounded}
     assert [name for name in before if name not in rounded and not same(before[name], after[name])] == []
 
 
@@ -39,8 +41,8 @@ def test_float32_vector_is_rounded_in_place_and_kept_exactly_beside(raw, tmp_pat
     assert len(names) == 3
     for name in names:
         assert same(after[name], before[name].astype(mx.bfloat16))
-        assert same(after[EXACT + name], before[name])
-    assert set(open_checkpoint(tmp_path / "out").exact) == set(names)
+        assert same(after[FP32_ORIGINAL + name], before[name])
+    assert set(open_checkpoint(tmp_path / "out").fp32_original) == set(names)
 
 
 def test_float32_folder_needs_no_second_copies(raw, tmp_path):
@@ -100,7 +102,7 @@ def test_names_of_a_text_only_source_stay_as_they_are(tmp_path):
     mx.save_safetensors(str(source / "model.safetensors"), short)
     (source / "config.json").write_text(json.dumps(config["text_config"]))
     after = load(unpacked(source, tmp_path / "out"))
-    assert {name for name in after if not name.startswith(EXACT)} == set(short)
+    assert {name for name in after if not name.startswith(FP32_ORIGINAL)} == set(short)
     assert read_json(tmp_path / "out" / "config.json")["dtype"] == "bfloat16"
 
 
@@ -121,7 +123,7 @@ def test_tensors_lie_at_multiples_of_their_width(tmp_path):
     config = changed(geometry("tiny"), linear_num_key_heads=1, linear_num_value_heads=3)  # three 16-bit numbers
     source = write_random_checkpoint(tmp_path / "raw", config)
     checkpoint = open_checkpoint(convert(source, tmp_path / "out"))
-    wide = [e for e in (*checkpoint.entries.values(), *checkpoint.exact.values()) if e.dtype == "F32"]
+    wide = [e for e in (*checkpoint.entries.values(), *checkpoint.fp32_original.values()) if e.dtype == "F32"]
     assert len(wide) == 6 and all(entry.start % 4 == 0 for entry in wide)
 
 
@@ -226,9 +228,9 @@ def test_source_without_vision_and_draft_head_converts(tmp_path):
 def test_float32_source_keeps_all_text_vectors_exactly_in_16_bits(source_of, tmp_path):
     before, after = load(source_of("float32")), load(convert(source_of("float32"), tmp_path / "out", dtype="bfloat16"))
     vectors = [n for n, a in before.items() if n.startswith("model.language_model.") and a.ndim == 1]
-    exact = {name.removeprefix(EXACT) for name in after if name.startswith(EXACT)}
+    exact = {name.removeprefix(FP32_ORIGINAL) for name in after if name.startswith(FP32_ORIGINAL)}
     assert exact == {name for name in vectors if not name.endswith("A_log")}
-    assert all(same(after[EXACT + name], before[name]) for name in exact)
+    assert all(same(after[FP32_ORIGINAL + name], before[name]) for name in exact)
     assert not any(is_matrix(name, before[name].shape) for name in exact)
 
 

@@ -13,9 +13,9 @@ from converting import nearest, unpacked
 from mlx.utils import tree_flatten
 
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
-from mlx_qwen35.checkpoint.config import read_json
 from mlx_qwen35.checkpoint.random import changed, geometry, write_random_checkpoint
 from mlx_qwen35.convert import convert
+from mlx_qwen35.fields import read_json
 from mlx_qwen35.load import load_model
 from mlx_qwen35.model.layers import RMSNorm
 from mlx_qwen35.model.weights import Weights

@@ -9,10 +9,10 @@ import pytest
 from converting import arrays_of, raw_bits, save
 from refusing import refused
 
-from mlx_qwen35.checkpoint.checkpoint import EXACT, open_checkpoint
-from mlx_qwen35.checkpoint.config import read_json
+from mlx_qwen35.checkpoint.checkpoint import FP32_ORIGINAL, open_checkpoint
 from mlx_qwen35.checkpoint.random import changed, geometry, write_random_checkpoint
 from mlx_qwen35.convert import convert
+from mlx_qwen35.fields import read_json
 from mlx_qwen35.load import load_model
 
 SMALL = changed(
@@ -43,7 +43,7 @@ def converted(tmp_path, arrays, config=SMALL, recipe="bf16"):
 
 
 def names_in(folder) -> set[str]:
-    return {name for name in arrays_of(folder) if not name.startswith(EXACT)}
+    return {name for name in arrays_of(folder) if not name.startswith(FP32_ORIGINAL)}
 
 
 @pytest.mark.parametrize("rename", [

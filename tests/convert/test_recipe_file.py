@@ -5,8 +5,8 @@ import json
 import pytest
 from refusing import refused
 
-from mlx_qwen35.checkpoint.checkpoint import Quantization
 from mlx_qwen35.convert.recipes import find_recipe, save_recipe
+from mlx_qwen35.quantization import Quantization
 
 FOUR, EIGHT = Quantization(64, 4, "affine"), Quantization(64, 8, "affine")
 

@@ -8,17 +8,11 @@ import mlx.core as mx
 import pytest
 from refusing import refused
 
-from mlx_qwen35.checkpoint.checkpoint import (
-    MTP,
-    VISION,
-    is_matrix,
-    mtp_shapes,
-    open_checkpoint,
-    text_shapes,
-    vision_shapes,
-)
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.config import parse_config
+from mlx_qwen35.checkpoint.names import MTP, VISION
 from mlx_qwen35.checkpoint.random import geometry
+from mlx_qwen35.checkpoint.shapes import is_matrix, mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.packing import peer_module, read_options
 from mlx_qwen35.convert.recipes import RECIPES

@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_qwen35.checkpoint.checkpoint import MODES, Quantization
 from mlx_qwen35.convert import rounding
+from mlx_qwen35.quantization import MODES, Quantization
 
 DTYPES = (mx.bfloat16, mx.float16, mx.float32)
 BITS = MODES["affine"]["bits"]

@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 from refusing import refused
 
-from mlx_qwen35.checkpoint.checkpoint import Quantization, is_matrix, open_checkpoint, text_shapes
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.random import changed, geometry, write_random_checkpoint
+from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.sensitivity import Row, form, groups, packed_bytes, propose, sensitivity, table
 from mlx_qwen35.load import load_model
+from mlx_qwen35.quantization import Quantization
 
 TOKENS = [np.random.default_rng(i).integers(0, 1000, 12).tolist() for i in range(2)]
 FOUR, NVFP4 = Quantization(64, 4, "affine"), Quantization(16, 4, "nvfp4")

@@ -11,12 +11,13 @@ from converting import arrays_of, converted, files_of, fp8_folder, mlx_layout, n
 from refusing import refused
 
 from mlx_qwen35 import load
-from mlx_qwen35.checkpoint.checkpoint import EXACT, Quantization, open_checkpoint
-from mlx_qwen35.checkpoint.config import read_json
+from mlx_qwen35.checkpoint.checkpoint import FP32_ORIGINAL, open_checkpoint
 from mlx_qwen35.checkpoint.random import changed, geometry, write_random_checkpoint
 from mlx_qwen35.convert import convert, stream
 from mlx_qwen35.convert.source import e4m3
-from mlx_qwen35.load import load_model, load_tower
+from mlx_qwen35.fields import read_json
+from mlx_qwen35.load import load_model, load_vision_encoder
+from mlx_qwen35.quantization import Quantization
 
 IDS = mx.array(np.random.default_rng(3).integers(0, 980, (1, 7)))
 LAYER = "model.language_model.layers.0."
@@ -151,9 +152,9 @@ def test_unquantized_mlx_folder_becomes_the_raw_one(source_of, tmp_path):
 def test_folded_norms_are_taken_apart_exactly(raw, tmp_path):
     folder = mlx_layout(raw, tmp_path / "mlx")
     assert mx.array_equal(logits(unpacked(folder, tmp_path / "out")), logits(folder))
-    exact = open_checkpoint(tmp_path / "out").exact
+    exact = open_checkpoint(tmp_path / "out").fp32_original
     assert f"{LAYER}input_layernorm.weight" in exact
-    stored = arrays_of(tmp_path / "out")[f"{EXACT}{LAYER}input_layernorm.weight"]
+    stored = arrays_of(tmp_path / "out")[f"{FP32_ORIGINAL}{LAYER}input_layernorm.weight"]
     folded = arrays_of(folder)["language_model.model.layers.0.input_layernorm.weight"]
     assert mx.array_equal(stored, folded.astype(mx.float32) - 1)
 
@@ -221,7 +222,7 @@ def test_packed_parts_are_copied_whatever_the_chunks(raw, tmp_path, monkeypatch)
 def test_other_dtype_changes_scales_and_not_codes(raw, tmp_path):
     once = convert(raw, tmp_path / "once", quantize=True)
     before, after = arrays_of(once), arrays_of(convert(once, tmp_path / "half", dtype="float16"))
-    for name in [name for name in before if EXACT + name not in before]:
+    for name in [name for name in before if FP32_ORIGINAL + name not in before]:
         array = before[name]
         expected = array.astype(mx.float16) if array.dtype == mx.bfloat16 else array
         assert mx.array_equal(after[name], expected) and after[name].dtype == expected.dtype, name
@@ -264,7 +265,7 @@ def test_raw_or_converted_with_and_without_vision_and_draft_head_gives_the_same_
 
 def test_packed_tower_loads_from_an_mlx_layout(source_of, tmp_path):
     folder = convert(mlx_layout(source_of("float32"), tmp_path / "mlx"), tmp_path / "out", quantize=True)
-    tower = load_tower(open_checkpoint(folder), mx.float32)
+    tower = load_vision_encoder(open_checkpoint(folder), mx.float32)
     assert tower is not None
 
 

@@ -11,11 +11,13 @@ import pytest
 from converting import arrays_of, converted, files_of
 from refusing import refused
 
-from mlx_qwen35.checkpoint.checkpoint import Quantization, hugging_face_name, open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.names import hugging_face_name
 from mlx_qwen35.checkpoint.random import _random_tensor, geometry, write_random_checkpoint
 from mlx_qwen35.convert import stream, verify
 from mlx_qwen35.convert.journal import Journal
 from mlx_qwen35.convert.rounding import quantize
+from mlx_qwen35.quantization import Quantization
 
 LAYER = "model.language_model.layers.0."
 DOWN, CONV = f"{LAYER}mlp.down_proj.weight", f"{LAYER}linear_attn.conv1d.weight"

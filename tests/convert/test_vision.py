@@ -8,10 +8,12 @@ import mlx.core as mx
 import pytest
 from converting import nearest
 
-from mlx_qwen35.checkpoint.checkpoint import INDEX, Quantization, open_checkpoint
-from mlx_qwen35.checkpoint.config import read_json
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.folder import INDEX
 from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
 from mlx_qwen35.convert import convert
+from mlx_qwen35.fields import read_json
+from mlx_qwen35.quantization import Quantization
 
 VISUAL = "model.visual."
 LINEAR = ("attn.qkv", "attn.proj", "mlp.linear_fc1", "mlp.linear_fc2")

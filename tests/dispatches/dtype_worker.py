@@ -65,7 +65,7 @@ def record(config: dict, dtype: str, recipe: str, path: str, broken: str) -> dic
         from mlx_qwen35.kernels import add_norm, fused, fused_delta, norm_rotary
 
         for module in (add_norm, fused_delta, norm_rotary):
-            module.verdict.cache_clear()
+            module.self_check.cache_clear()
         fused.agrees = lambda name, cases: path == "kernels"
         return worker.one_token(network)
     finally:

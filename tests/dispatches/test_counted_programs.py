@@ -10,9 +10,9 @@ import sys
 import pytest
 from dispatches.count.dispatches import AROUND, RECIPES, ROOT, WORKER, Dispatches, count_program
 
-from mlx_qwen35.checkpoint.checkpoint import text_shapes
 from mlx_qwen35.checkpoint.config import FULL, LINEAR, parse_config
 from mlx_qwen35.checkpoint.random import geometry
+from mlx_qwen35.checkpoint.shapes import text_shapes
 
 OURS_4B = {LINEAR: 8, FULL: 12, AROUND: 10}  # of one layer; 298 in all
 MIXED_4B = {LINEAR: 9, FULL: 12, AROUND: 10}  # 322: one more product a DeltaNet layer, of b and a

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from dispatches.count.__main__ import main
+from dispatches.count.__main__ import main, write_whole
 from dispatches.count.byte_rule import Bytes
 from dispatches.count.dispatches import AROUND, ROOT, CountError, Dispatches, Place, count_program, format_dispatches
 
@@ -87,6 +87,16 @@ def test_ours_that_fails_ends_it_and_leaves_the_file_as_it_was(tmp_path: Path, b
         main(["--geometry", "tiny", "--json", str(file)])
     assert "mlx_qwen35 could not be counted: ImportError: out of paper" in str(ended.value.code)
     assert capsys.readouterr().out == "" and file.read_text() == "of before"
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path):
+    file = tmp_path / "counts.json"
+    file.write_text("of before")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(file, "cannot be encoded: \ud800")
+    assert file.read_text() == "of before" and list(tmp_path.iterdir()) == [file]
+    write_whole(file, "whole")
+    assert file.read_text() == "whole" and list(tmp_path.iterdir()) == [file]
 
 
 def test_the_reason_of_a_failure_is_the_last_line_that_the_program_said():

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.budget.plan import loaded_bytes, mac, plan_memory, state_bytes
-from mlx_qwen35.checkpoint.checkpoint import Checkpoint, mtp_shapes, open_checkpoint, text_shapes, vision_shapes
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.config import parse_config
 from mlx_qwen35.checkpoint.random import geometry, is_float32
+from mlx_qwen35.checkpoint.shapes import mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.convert.plan import make_plan
 
 # GB of memory, member of the family, recipe, and the chips that Macs with this memory are sold with.

@@ -8,7 +8,7 @@ from statistics import mean
 
 import pytest
 
-from mlx_qwen35.engine.drafts.depth import AGAIN, Costs, Depths
+from mlx_qwen35.engine.drafts.depth import RETRY_EVERY, Costs, DepthControl
 
 PROPORTIONAL = (1.0, 2.0, 3.0, 4.0)  # seconds at depth 0, 1, 2, 3
 FLAT = (1.0, 1.05, 1.1, 1.15)
@@ -30,7 +30,7 @@ class World:
     """A machine with a model that answers in place of both: one generation, step by step."""
 
     def __init__(self, most: int = 3, costs: Costs | None = None, noise: float = 0.03, seed: int = 0, batch: int = 1):
-        self.depths = Depths(most, costs or Costs())
+        self.depths = DepthControl(most, costs or Costs())
         self.rng, self.noise, self.batch = random.Random(seed), noise, batch
         self.early: int | None = None  # what next() said one round ahead
         self.rounds = 0
@@ -65,7 +65,7 @@ class World:
         return before if row == 12 else most
 
 
-def vain(depths: Depths) -> float:
+def vain(depths: DepthControl) -> float:
     """Rows beyond plain decoding, a token."""
     return (depths.rows - depths.tokens) / depths.tokens
 
@@ -251,7 +251,7 @@ def test_rounds_that_pause_do_not_park_it_for_long():
 
 
 def test_the_first_round_after_a_change_is_not_timed():
-    depths = Depths(1, Costs())
+    depths = DepthControl(1, Costs())
     depth = None
     for _ in range(60):
         before, depth = depth, depths.next()
@@ -265,7 +265,7 @@ def test_the_first_round_after_a_change_is_not_timed():
 
 def test_next_may_be_called_one_round_ahead_of_record():
     def world(ahead: bool) -> list[int]:
-        depths, given, taken = Depths(3, Costs()), [], []
+        depths, given, taken = DepthControl(3, Costs()), [], []
         for _ in range(400):
             while len(given) < 1 + ahead:
                 given.append(depths.next())
@@ -279,7 +279,7 @@ def test_next_may_be_called_one_round_ahead_of_record():
 
 
 def test_drafts_of_unequal_rows_count_where_they_were_made():
-    depths = Depths(3, Costs(), fixed=3)
+    depths = DepthControl(3, Costs(), fixed=3)
     depths.record(3, 1.0, [3, 3, 1, 0], [3, 1, 0, 0])
     # Draft 1: 2 of 3. Draft 2: 1 of 2. Draft 3: the one that was asked.
     assert (depths.tried, depths.right) == ([3, 2, 1], [2, 1, 1])
@@ -288,27 +288,27 @@ def test_drafts_of_unequal_rows_count_where_they_were_made():
 
 
 def test_a_round_in_which_nothing_runs_tells_nothing():
-    depths = Depths(2, Costs())
+    depths = DepthControl(2, Costs())
     for _ in range(20):
         depths.record(depths.next(), 5.0, [], [])
-    assert depths.rows == depths.tokens == 0 and not any(depths.seconds) and "measuring" in depths.verdict()
+    assert depths.rows == depths.tokens == 0 and not any(depths.seconds) and "measuring" in depths.reason()
 
 
 def test_rows_of_plain_rounds_are_one_a_sequence():
-    depths = Depths(2, Costs())
+    depths = DepthControl(2, Costs())
     depths.record(depths.next(), 1.0, [0, 0, 0], [0, 0, 0])
     assert (depths.rows, depths.tokens, depths.drafted) == (3, 3, 0)
 
 
 @pytest.mark.parametrize("fixed", [0, 1, 3])
 def test_a_fixed_depth_is_always_the_depth_and_is_counted(fixed):
-    depths = Depths(3, Costs(), fixed=fixed)
+    depths = DepthControl(3, Costs(), fixed=fixed)
     for _ in range(300):
         assert depths.next() == fixed
         depths.record(fixed, PROPORTIONAL[fixed], [fixed], [0])
     assert depths.history == [(0, fixed)]
     assert (depths.rounds, depths.drafted, depths.rows) == (300, 300 * fixed, 300 * (fixed + 1))
-    assert depths.verdict() == f"fixed at depth {fixed}"
+    assert depths.reason() == f"fixed at depth {fixed}"
 
 
 def test_the_history_is_the_rounds_at_which_the_depth_changed():
@@ -321,13 +321,13 @@ def test_the_history_is_the_rounds_at_which_the_depth_changed():
 
 def test_the_verdict_says_what_pays_and_what_would_not():
     world = World(noise=0)
-    assert world.depths.verdict() == "still measuring what drafting costs and gives"
+    assert world.depths.reason() == "still measuring what drafting costs and gives"
     world.run(MIDDLE, (1.0,) * 3, 600)
-    assert world.depths.verdict().startswith("depth 3 pays: 2.4")
+    assert world.depths.reason().startswith("depth 3 pays: 2.4")
     world = World(noise=0)
     world.run(PROPORTIONAL, NEVER, 600)
-    assert world.depths.verdict().startswith("parked: drafting would give 0.5")
-    assert world.depths.verdict().endswith(" times plain decoding (best depth 1)")
+    assert world.depths.reason().startswith("disabled: drafting would give 0.5")
+    assert world.depths.reason().endswith(" times plain decoding (best depth 1)")
 
 
 # --- from one generation to the next ---------------------------------------------------------------------------------
@@ -372,20 +372,20 @@ def known(ratios: Sequence[float], samples: int = 3) -> Costs:
 
 
 def test_it_is_hopeless_where_no_depth_would_pay_if_every_draft_were_accepted():
-    assert known(PROPORTIONAL[1:]).hopeless(3)
-    assert not known((2.0, 3.0, 3.0)).hopeless(3)
-    assert known((2.0, 3.0, 3.0)).hopeless(2)
+    assert known(PROPORTIONAL[1:]).never_pays(3)
+    assert not known((2.0, 3.0, 3.0)).never_pays(3)
+    assert known((2.0, 3.0, 3.0)).never_pays(2)
 
 
 def test_it_is_not_hopeless_before_all_depths_are_well_known():
-    assert not Costs().hopeless(1)
-    assert not known(PROPORTIONAL[1:], samples=2).hopeless(3)
-    assert not known(PROPORTIONAL[1:3]).hopeless(3)
+    assert not Costs().never_pays(1)
+    assert not known(PROPORTIONAL[1:], samples=2).never_pays(3)
+    assert not known(PROPORTIONAL[1:3]).never_pays(3)
 
 
 def test_generations_one_after_the_other_find_out_that_it_is_hopeless():
     costs, generations = Costs(), 0
-    while generations < 20 and not costs.hopeless(3):
+    while generations < 20 and not costs.never_pays(3):
         World(costs=costs, seed=generations).run(PROPORTIONAL, NEVER, 512)
         generations += 1
     assert generations <= 9
@@ -393,18 +393,18 @@ def test_generations_one_after_the_other_find_out_that_it_is_hopeless():
 
 def test_every_tenth_question_is_answered_no_and_one_depth_is_tried_again():
     costs = known(PROPORTIONAL[1:])
-    answers = [costs.hopeless(3) for _ in range(AGAIN)]
-    assert answers == [True] * (AGAIN - 1) + [False]
+    answers = [costs.never_pays(3) for _ in range(RETRY_EVERY)]
+    assert answers == [True] * (RETRY_EVERY - 1) + [False]
     again = World(costs=costs)
     again.run(PROPORTIONAL, NEVER, 40)
     assert len({depth for _, depth in again.depths.history} - {0}) == 1
-    assert costs.hopeless(3)
+    assert costs.never_pays(3)
 
 
 def test_a_machine_that_was_only_busy_is_not_hopeless_for_good():
     costs, drafted = known(PROPORTIONAL[1:]), False
-    for seed in range(10 * AGAIN):
-        if not costs.hopeless(3):
+    for seed in range(10 * RETRY_EVERY):
+        if not costs.never_pays(3):
             world = World(costs=costs, seed=seed)
             world.run(MIDDLE, GOOD, 600)
             drafted = drafted or world.depths.settled > 0

@@ -2,8 +2,7 @@
 
 from dataclasses import replace
 
-from mlx_qwen35.backend import CPU, METAL, backend
+from mlx_qwen35.backend import backend
 
-EMULATED = replace(CPU, kernel_language="metal", joins_projections=True)  # the CPU, with the emulator's kernels
+EMULATED = replace(backend(), kernel_language="metal", joins_projections=True)  # this machine, emulating
 OPERATIONS = replace(backend(), kernel_language="")  # this machine, without kernels
-UNCHECKED = replace(METAL, checks_kernels=False)  # a Mac whose kernels agree; for graphs that are not computed

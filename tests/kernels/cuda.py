@@ -20,7 +20,7 @@ from kernels.emulator import array_of, bytes_of, forget_kernels
 from kernels.emulator.build import compiled, threadgroup_variables
 from kernels.emulator.run import run
 
-from mlx_qwen35.backend import CPU, CUDA, Backend, assume
+from mlx_qwen35.backend import CUDA, Backend, assume, backend
 
 TYPES = {
     mx.float32: "float", mx.float16: "__half", mx.bfloat16: "__nv_bfloat16", mx.int32: "int32_t", mx.uint32: "uint32_t",
@@ -65,12 +65,12 @@ def recorded() -> Iterator[dict[str, Program]]:
 @contextlib.contextmanager
 def emulated() -> Iterator[dict[str, Program]]:
     """Within, the emulator runs what an NVIDIA GPU would; the programs, by name."""
-    with _standing_in(emulate, replace(CPU, kernel_language="cuda")) as programs:
+    with _standing_in(emulate, replace(backend(), kernel_language="cuda")) as programs:
         yield programs
 
 
 @contextlib.contextmanager
-def _standing_in(launch: Callable[..., list[mx.array]], backend: Backend) -> Iterator[dict[str, Program]]:
+def _standing_in(launch: Callable[..., list[mx.array]], on: Backend) -> Iterator[dict[str, Program]]:
     programs: dict[str, Program] = {}
 
     def cuda_kernel(**definition: Any) -> Callable[..., list[mx.array]]:
@@ -84,7 +84,7 @@ def _standing_in(launch: Callable[..., list[mx.array]], backend: Backend) -> Ite
 
     forget_kernels()
     try:
-        with mock.patch.object(mx.fast, "cuda_kernel", cuda_kernel), assume(backend):
+        with mock.patch.object(mx.fast, "cuda_kernel", cuda_kernel), assume(on):
             yield programs
     finally:
         forget_kernels()

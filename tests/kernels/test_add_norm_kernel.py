@@ -6,7 +6,7 @@ from kernels.emulator import emulate, emulated, missing
 from kernels.norm_cases import DTYPES, WHOLE, case, differences, unequal
 
 from mlx_qwen35.kernels import fused
-from mlx_qwen35.kernels.add_norm import fused_add_norm, plain_add_norm, verdict
+from mlx_qwen35.kernels.add_norm import fused_add_norm, plain_add_norm, self_check
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
@@ -50,15 +50,15 @@ def test_a_token_takes_20_kilobytes_read_one_barrier_and_40_collectives_and_no_r
 
 @pytest.fixture
 def fresh():
-    verdict.cache_clear()
+    self_check.cache_clear()
     with emulated("forward", False):
         yield
-    verdict.cache_clear()
+    self_check.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_kernel_passes_its_check_at_load(fresh, dtype):
-    assert verdict(96, dtype)
+    assert self_check(96, dtype)
 
 
 @pytest.mark.parametrize(("right", "wrong"), [("+ epsilon", "+ 1e-2f"), ("float(sum)", "float(stream[first + at])")])
@@ -67,4 +67,4 @@ def test_a_broken_kernel_is_switched_off_with_a_warning(fresh, monkeypatch, righ
     assert right in text
     monkeypatch.setattr(fused, "source", lambda name: text.replace(right, wrong))
     with pytest.warns(RuntimeWarning, match="the kernel add_norm is switched off: its norm differs"):
-        assert not verdict(96, mx.float32)
+        assert not self_check(96, mx.float32)

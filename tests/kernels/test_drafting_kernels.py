@@ -17,7 +17,7 @@ from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.kernels import add_norm, attention, fused, fused_delta, norm_rotary
-from mlx_qwen35.kernels.fused_delta import Heads, verdict
+from mlx_qwen35.kernels.fused_delta import Heads, self_check
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 DEPTHS = (1, 2, 3)
@@ -27,12 +27,12 @@ NANO = Heads(Hk=2, Hv=4, Dk=32, Dv=32, K=4)
 @pytest.fixture
 def as_on_a_mac() -> Iterator[Report]:
     """Kernels can run, and are emulated; the report of their launches."""
-    verdicts = (verdict, add_norm.verdict, norm_rotary.verdict, attention.fused_verdict)
-    for known in verdicts:
+    checks = (self_check, add_norm.self_check, norm_rotary.self_check, attention.fused_self_check)
+    for known in checks:
         known.cache_clear()
     with assume(EMULATED), emulated() as report:
         yield report
-    for known in verdicts:
+    for known in checks:
         known.cache_clear()
 
 
@@ -184,7 +184,7 @@ def test_a_kernel_whose_snapshots_are_wrong_is_switched_off_with_a_warning(as_on
     monkeypatch.setattr(fused, "source", lambda name: broken if name == "gated_delta" else real(name))
     off = r"gated_delta is switched off: its \w+_state after token 1[89] among others"
     with pytest.warns(RuntimeWarning, match=off):
-        assert not verdict(NANO, mx.float32)
+        assert not self_check(NANO, mx.float32)
 
 
 def test_the_check_at_load_launches_snapshots(as_on_a_mac, monkeypatch):
@@ -198,5 +198,5 @@ def test_the_check_at_load_launches_snapshots(as_on_a_mac, monkeypatch):
     monkeypatch.setattr(fused_delta, "fused_gated_delta", spy)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert verdict(NANO, mx.float32)
+        assert self_check(NANO, mx.float32)
     assert (20, True) in launched and {T for T, snapshots in launched if not snapshots} == {19, 1, 20}

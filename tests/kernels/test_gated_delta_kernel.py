@@ -11,7 +11,7 @@ import pytest
 from kernels.delta_cases import DIFFERENT, DTYPES, KINDS, ODD, REAL, WHOLE, Case, case, definition, differences, same
 from kernels.emulator import emulate, missing
 
-from mlx_qwen35.kernels.fused_delta import MEMORY, THREADS, Heads, fused_gated_delta, plan
+from mlx_qwen35.kernels.fused_delta import MEMORY, THREADS, Heads, fused_gated_delta, launch_plan
 from mlx_qwen35.kernels.gated_delta import DeltaState
 
 emulated = pytest.mark.skipif(bool(missing()), reason=missing())
@@ -171,25 +171,25 @@ def test_padding_changes_no_bit_and_gives_zeros(T):
 def test_every_geometry_of_the_tests_has_a_plan_within_the_limits(T):
     for r, Dk, Dv, K in itertools.product((1, 2, 3, 5), *[(32, 48, 64, 96, 128)] * 2, (3, 4)):
         heads = Heads(2, 2 * r, Dk, Dv, K)
-        made = plan(heads, T)
+        made = launch_plan(heads, T)
         assert made.threads(heads) <= THREADS and made.threads(heads) % 32 == 0
         assert made.memory(heads) <= MEMORY and made.staged == (1 if T == 1 else 16)
-        assert Dk % (4 * made.parts) == 0 == made.parts % made.lanes and made.parts == plan(heads, 1).parts
+        assert Dk % (4 * made.parts) == 0 == made.parts % made.lanes and made.parts == launch_plan(heads, 1).parts
 
 
 def test_a_geometry_that_does_not_fit_has_no_plan():
     for sizes, T in itertools.product(((30, 64, 4), (64, 30, 4), (64, 64, 1), (64, 8192, 4)), (1, 2)):
-        assert plan(Heads(1, 1, *sizes), T) is None
+        assert launch_plan(Heads(1, 1, *sizes), T) is None
 
 
 def test_a_geometry_has_a_plan_for_one_token_if_for_many():
     for Dv, Dk in itertools.product(range(4, 132, 4), repeat=2):
         heads = Heads(1, 1, Dk, Dv, 4)
-        assert (plan(heads, 1) is None) == (plan(heads, 2) is None)
+        assert (launch_plan(heads, 1) is None) == (launch_plan(heads, 2) is None)
 
 
 def test_larger_heads_have_fewer_tokens_staged():
-    made = plan(Heads(1, 1, 256, 128, 4), 2)
+    made = launch_plan(Heads(1, 1, 256, 128, 4), 2)
     assert made.staged == 8 and made.memory(Heads(1, 1, 256, 128, 4)) <= MEMORY
 
 
@@ -224,7 +224,7 @@ def test_many_tokens_take_31_kilobytes_of_threadgroup_memory_and_less_than_a_qua
     launch = policed(WHOLE, 32, 1)
     traffic = launch.device("state", "new_state")
     assert (launch.threadgroups, launch.barriers, launch.collectives) == (32, 32 * (1 + 2 * 2), 32 * 7808)
-    assert launch.threadgroup_memory == plan(WHOLE, 32).memory(WHOLE) == 31_040
+    assert launch.threadgroup_memory == launch_plan(WHOLE, 32).memory(WHOLE) == 31_040
     assert (traffic.read, traffic.written) == (4_190_208, 311_296)  # 140,672 a token
     assert (traffic.unique_read, traffic.unique_written) == (971_520, 311_296)
     assert (launch.threadgroup_read, launch.threadgroup_written) == (32 * 2_818_048, 32 * 72_320)

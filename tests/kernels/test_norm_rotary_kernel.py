@@ -12,7 +12,7 @@ from kernels.rotary_cases import DTYPES, EPS, ODD, WHOLE, Case, case, difference
 
 from mlx_qwen35.backend import assume
 from mlx_qwen35.kernels import fused
-from mlx_qwen35.kernels.norm_rotary import Geometry, queries_and_keys, rotate, verdict
+from mlx_qwen35.kernels.norm_rotary import Geometry, queries_and_keys, rotate, self_check
 from mlx_qwen35.model.layers import RMSNorm
 
 emulated = pytest.mark.skipif(bool(missing()), reason=missing())
@@ -152,10 +152,10 @@ def test_a_token_of_the_4b_takes_10_kilobytes_of_projections_5_collectives_a_hea
 @pytest.fixture
 def as_on_a_mac():
     """Kernels can run, and are emulated; the report of their launches."""
-    verdict.cache_clear()
+    self_check.cache_clear()
     with assume(EMULATED), emulation("forward", False) as report:
         yield report
-    verdict.cache_clear()
+    self_check.cache_clear()
 
 
 def chosen(given: Case, products=None) -> tuple[mx.array, mx.array]:
@@ -173,13 +173,13 @@ def chosen(given: Case, products=None) -> tuple[mx.array, mx.array]:
 def test_the_kernel_passes_its_check_at_load(as_on_a_mac, dtype, sizes):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert verdict(sizes, dtype)
+        assert self_check(sizes, dtype)
 
 
 @emulated
 def test_the_kernel_runs_where_it_is_available_and_agrees(as_on_a_mac):
     given = case(ODD, 2, mx.float16)
-    assert verdict(given.sizes, mx.float16)
+    assert self_check(given.sizes, mx.float16)
     launches = len(as_on_a_mac.launches)
     assert not differences(chosen(given), given.plain(), ODD.dims)
     assert len(as_on_a_mac.launches) == launches + 1
@@ -207,7 +207,7 @@ def test_a_kernel_that_disagrees_is_switched_off_with_a_warning(as_on_a_mac, mon
     monkeypatch.setattr(fused, "source", lambda _: text.replace(right, wrong))
     given = case(ODD, 2, mx.float32)
     with pytest.warns(RuntimeWarning, match=f"norm_rotary is switched off: its {name} differs"):
-        assert not verdict(given.sizes, mx.float32)
+        assert not self_check(given.sizes, mx.float32)
     launches = len(as_on_a_mac.launches)
     assert same(chosen(given), given.plain())
     assert len(as_on_a_mac.launches) == launches
@@ -218,15 +218,15 @@ def test_a_kernel_that_does_not_compile_is_switched_off_with_a_warning(monkeypat
         raise RuntimeError("[metal::Device] Unable to build metal library from source\nerror: ...")
 
     monkeypatch.setattr(fused, "launch", refused)
-    verdict.cache_clear()
+    self_check.cache_clear()
     with pytest.warns(RuntimeWarning, match="is switched off: .* Unable to build metal library from source. MLX"):
-        assert not verdict(ODD, mx.float32)
-    verdict.cache_clear()
+        assert not self_check(ODD, mx.float32)
+    self_check.cache_clear()
 
 
 @pytest.mark.parametrize("sizes", [(48, 16), (96, 98), (20, 20)])
 def test_sizes_that_do_not_fit_have_no_plan(sizes):
-    assert not Geometry(H, HK, *sizes).planned
+    assert not Geometry(H, HK, *sizes).supported
 
 
 def refused(*_):

@@ -1,4 +1,4 @@
-"""The kernels on the GPU of a Mac, at the sizes of the 4B and at small ones, against MLX operations on the same GPU.
+"""The kernels on a GPU, of a Mac or of NVIDIA, at the sizes of the 4B and at small ones, against MLX operations there.
 
 Each test runs twice over: launched for real where it is marked `gpu`, and in one case or two by the emulator, so that
 the test's own code is known to work before it reaches a Mac.
@@ -46,16 +46,16 @@ def on_the_gpu(function: Callable[[], Any]) -> Any:
 
 def in_the_emulator(function: Callable[[], Any]) -> Any:
     with assume(EMULATED), emulated():
-        forget_verdicts()
+        forget_checks()
         try:
             return on_the_gpu(function)
         finally:
-            forget_verdicts()
+            forget_checks()
 
 
-def forget_verdicts() -> None:
+def forget_checks() -> None:
     for module in (fused_delta, add_norm, norm_rotary):
-        module.verdict.cache_clear()
+        module.self_check.cache_clear()
 
 
 def runs(names: str, on_a_mac: Iterable[tuple], here: Iterable[tuple]) -> pytest.MarkDecorator:
@@ -136,19 +136,19 @@ def test_queries_and_keys_equal_those_of_operations(run: Run, sizes, dtype, T):
 
 # --- the choice ------------------------------------------------------------------------------------------------------
 
-VERDICTS = [
-    *((fused_delta.verdict, heads) for heads in HEADS),
-    *((add_norm.verdict, width) for width in WIDTHS),
-    *((norm_rotary.verdict, sizes) for sizes in ATTENTION),
+CHECKS = [
+    *((fused_delta.self_check, heads) for heads in HEADS),
+    *((add_norm.self_check, width) for width in WIDTHS),
+    *((norm_rotary.self_check, sizes) for sizes in ATTENTION),
 ]  # small, 4B, small, 4B, small, 4B
 
 
-@runs("verdict, sizes, dtype", [(*v, d) for v in VERDICTS for d in DTYPES], [(*v, mx.float16) for v in VERDICTS[::2]])
-def test_each_kernel_passes_its_check_at_load_without_a_warning(run: Run, verdict, sizes, dtype):
-    forget_verdicts()
+@runs("self_check, sizes, dtype", [(*v, d) for v in CHECKS for d in DTYPES], [(*v, mx.float16) for v in CHECKS[::2]])
+def test_each_kernel_passes_its_check_at_load_without_a_warning(run: Run, self_check, sizes, dtype):
+    forget_checks()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert run(lambda: verdict(sizes, dtype)) is True
+        assert run(lambda: self_check(sizes, dtype)) is True
 
 
 @runs("T", [(T,) for T in LENGTHS], [(1,), (2,)])

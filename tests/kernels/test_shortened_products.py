@@ -19,11 +19,11 @@ from mlx_qwen35.kernels.gated_delta import chunked_rule, gated_delta, sequential
 from mlx_qwen35.kernels.products import shortened
 
 emulation = pytest.mark.skipif(bool(missing()), reason=missing())
-VERDICTS = {
-    "gated_delta": lambda dtype: fused_delta.verdict(delta_cases.ODD, dtype),
-    "norm_rotary": lambda dtype: norm_rotary.verdict(rotary_cases.ODD, dtype),
-    "add_norm": lambda dtype: add_norm.verdict(136, dtype),
-    "attention": lambda dtype: attention.fused_verdict(256, dtype),
+CHECKS = {
+    "gated_delta": lambda dtype: fused_delta.self_check(delta_cases.ODD, dtype),
+    "norm_rotary": lambda dtype: norm_rotary.self_check(rotary_cases.ODD, dtype),
+    "add_norm": lambda dtype: add_norm.self_check(136, dtype),
+    "attention": lambda dtype: attention.fused_self_check(256, dtype),
 }
 
 
@@ -37,16 +37,16 @@ def mac(right: str = "", wrong: str = "", forced: Callable[..., Any] = rounded) 
         emulated(),
         shortened_products(forced),
     ):
-        forget_verdicts()
+        forget_checks()
         try:
             yield
         finally:
-            forget_verdicts()
+            forget_checks()
 
 
-def forget_verdicts() -> None:
-    for verdict in (fused_delta.verdict, norm_rotary.verdict, add_norm.verdict, attention.fused_verdict):
-        verdict.cache_clear()
+def forget_checks() -> None:
+    for self_check in (fused_delta.self_check, norm_rotary.self_check, add_norm.self_check, attention.fused_self_check):
+        self_check.cache_clear()
 
 
 # --- the simulation --------------------------------------------------------------------------------------------------
@@ -86,11 +86,11 @@ def test_the_chunked_rule_has_other_digits_there_and_the_definition_the_same():
 
 @emulation
 @pytest.mark.parametrize("dtype", norm_cases.DTYPES, ids=str)
-@pytest.mark.parametrize("kernel", VERDICTS)
+@pytest.mark.parametrize("kernel", CHECKS)
 def test_no_kernel_is_switched_off_where_products_are_shortened(kernel, dtype):
     with mac(), warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert VERDICTS[kernel](dtype)
+        assert CHECKS[kernel](dtype)
 
 
 @emulation
@@ -106,13 +106,13 @@ def test_no_kernel_is_switched_off_where_products_are_shortened(kernel, dtype):
 def test_a_wrong_kernel_is_switched_off_where_products_are_shortened(kernel, right, wrong):
     assert right in fused.source(kernel)
     with mac(right, wrong), pytest.warns(RuntimeWarning, match=f"{kernel} is switched off: its"):
-        assert not VERDICTS[kernel](mx.float32)
+        assert not CHECKS[kernel](mx.float32)
 
 
 @pytest.mark.parametrize("wrong", [1.01, float("nan")])
 def test_attention_that_disagrees_is_told_of_where_products_are_shortened(wrong):
     with mac(forced=lambda out: wrong * out), pytest.warns(RuntimeWarning, match="force_fused"):
-        assert not VERDICTS["attention"](mx.float32)
+        assert not CHECKS["attention"](mx.float32)
 
 
 def test_attention_is_held_to_float32_where_products_are_whole(monkeypatch):
@@ -120,4 +120,4 @@ def test_attention_is_held_to_float32_where_products_are_whole(monkeypatch):
     short = lambda *qkv, force_fused, **options: own(*map(rounded, qkv), **options)  # noqa: E731
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", short)
     with assume(EMULATED), pytest.warns(RuntimeWarning, match="differs from the definition"):
-        assert not attention.fused_verdict.__wrapped__(256, mx.float32)
+        assert not attention.fused_self_check.__wrapped__(256, mx.float32)

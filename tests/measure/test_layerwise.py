@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from refusing import refused
 
-from mlx_qwen35.checkpoint.checkpoint import Checkpoint, is_zero_centred, open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mlx_qwen35.checkpoint.names import is_zero_centred
 from mlx_qwen35.checkpoint.random import changed, geometry, write_random_checkpoint
 from mlx_qwen35.convert import convert
 from mlx_qwen35.load import load_model

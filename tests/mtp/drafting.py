@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from mlx_qwen35.cache.cache import Cache
-from mlx_qwen35.checkpoint.checkpoint import is_matrix, open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.config import FULL, LINEAR
 from mlx_qwen35.checkpoint.random import changed, geometry
+from mlx_qwen35.checkpoint.shapes import is_matrix
 from mlx_qwen35.engine.drafts.follower import DraftFollower
-from mlx_qwen35.engine.drafts.speculate import Choice, Speculation, attach
+from mlx_qwen35.engine.drafts.speculate import DraftPolicy, Speculation, attach
 from mlx_qwen35.engine.loop import decode
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.engine.sampling import Sampler, Sampling
@@ -74,7 +75,7 @@ def prompt(seed: int, count: int) -> tuple[int, ...]:
 
 
 class Script:
-    """Depths from a list, the last one for ever; in the place of generate.depth.Depths."""
+    """DepthControl from a list, the last one for ever; in the place of generate.depth.DepthControl."""
 
     def __init__(self, depths: Sequence[int]):
         self.left, self.told = list(depths), []
@@ -107,11 +108,11 @@ def run(
     limits = [limits] * len(cases) if isinstance(limits, int) else list(limits)
     deepest = depths if isinstance(depths, int) else max(depths)
     start = [n + len(case.prompt) for n, case in zip(cache.row_lengths, cases, strict=True)]
-    attach(model, cache, Choice(deepest, fixed=True))
+    attach(model, cache, DraftPolicy(deepest, fixed=True))
     hidden = prefill(model, cache, [PromptRow(case.prompt) for case in cases], 1024)
     before(cache)
     sampler = Sampler([case.sampling for case in cases], [case.seed for case in cases], start, VOCABULARY)
-    speculation = Speculation(model, cache, Choice(deepest, fixed=True)) if deepest else None
+    speculation = Speculation(model, cache, DraftPolicy(deepest, fixed=True)) if deepest else None
     if not isinstance(depths, int):
         speculation.depths = Script(depths)
     tokens: list[list[int]] = [[] for _ in cases]
@@ -199,7 +200,7 @@ def step_by_step(model: Model, case: Case, text: Sequence[int]) -> dict[int, Con
 def head_after(model: Model, tokens: Sequence[int]) -> DraftFollower:
     """The head's memory of a text that was read at once."""
     cache = model.make_cache()
-    attach(model, cache, Choice(1))
+    attach(model, cache, DraftPolicy(1))
     prefill(model, cache, [PromptRow(tokens)], 10**6)
     return cache.follower
 

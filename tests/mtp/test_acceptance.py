@@ -114,4 +114,4 @@ def test_the_transcript_of_a_picture_is_read_as_it_was_answered(nano):
     found = answer(model, row, 0, 160, stop_ids=processor.stop_ids, vocabulary=processor.vocabulary)
     text = nano_acceptance.transcript(row, found.tokens)
     hidden, _ = guesses(model, text)
-    assert row.runs and mx.argmax(model.logits(hidden), axis=-1).tolist() == list(found.tokens)
+    assert row.placeholders and mx.argmax(model.logits(hidden), axis=-1).tolist() == list(found.tokens)

@@ -17,7 +17,6 @@ from mlx_qwen35 import Processor, batch_generate, generate, load
 from mlx_qwen35.backend import backend
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.cache.layer import KVCache
-from mlx_qwen35.engine import loop
 from mlx_qwen35.engine.drafts import speculate
 from mlx_qwen35.engine.sampling import Sampler, Sampling
 from mlx_qwen35.model.model import Model
@@ -381,11 +380,11 @@ def interrupting(function: Callable, call: int, after: bool) -> Callable:
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (loop._Loop, "_read"), (Sampler, "peek"), (drafting.DraftFollower, "propose"), (Model, "hidden"),
+        (drafting.Speculation, "record"), (Sampler, "peek"), (drafting.DraftFollower, "propose"), (Model, "hidden"),
         (Cache, "compact"),
     ],
     ids=lambda value: getattr(value, "__name__", value),
-)
+)  # fmt: skip
 def test_a_cache_goes_back_to_its_snapshot_after_an_interruption(owner, name, call, model, forced, monkeypatch):
     places = []
     forced([PLAIN], cycle(2))
@@ -406,7 +405,7 @@ def test_a_cache_goes_back_to_its_snapshot_after_an_interruption(owner, name, ca
 
 @pytest.mark.parametrize("call", [2, 3, 4])
 @pytest.mark.parametrize(
-    ("owner", "name"), [(loop._Loop, "_read"), (drafting.DraftFollower, "propose"), (Model, "hidden")]
+    ("owner", "name"), [(drafting.Speculation, "record"), (drafting.DraftFollower, "propose"), (Model, "hidden")]
 )
 def test_an_interrupted_step_leaves_nothing_that_was_not_yielded(
     owner, name, call, model, plain, clean, forced, monkeypatch

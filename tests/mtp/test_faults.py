@@ -12,6 +12,7 @@ from refusing import refused
 import mlx_qwen35
 from mlx_qwen35 import InputError, Model, Processor, batch_generate, generate, load
 from mlx_qwen35.engine.conversation import Conversation
+from mlx_qwen35.engine.drafts.depth import Costs
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 
 NANO = Path(mlx_qwen35.__file__).with_name("nano")
@@ -52,8 +53,8 @@ def test_a_damaged_head_is_told_of_once_and_the_text_comes_without_it(nano, dama
     assert generate(*damaged, ASKED[0], mtp="off", **GREEDY).tokens == want.tokens
     with pytest.warns(RuntimeWarning, match="no tokens are drafted, for its draft head cannot be used: .*mtp.norm"):
         result = generate(*damaged, ASKED[0], **GREEDY)
-    assert result.tokens == want.tokens and "mtp.norm" in result.mtp.verdict
-    assert "mtp.norm" in generate(*damaged, ASKED[0], **GREEDY).mtp.verdict
+    assert result.tokens == want.tokens and "mtp.norm" in result.mtp.reason
+    assert "mtp.norm" in generate(*damaged, ASKED[0], **GREEDY).mtp.reason
 
 
 def test_a_damaged_head_is_refused_where_drafts_are_wanted_always(damaged):
@@ -68,7 +69,7 @@ def test_a_sidecar_that_is_no_head_leaves_the_text_as_it_is(nano, tmp_path):
     model, processor = load(folder)
     result = generate(model, processor, ASKED[0], **GREEDY)
     assert result.tokens == generate(*nano, ASKED[0], mtp="off", **GREEDY).tokens
-    assert "mtp.safetensors" in result.mtp.verdict
+    assert "mtp.safetensors" in result.mtp.reason
     with refused("draft_head_unusable", "mtp.safetensors"):
         generate(model, processor, ASKED[0], mtp="on")
 
@@ -143,7 +144,7 @@ def test_auto_gives_up_drafts_rather_than_context(memory_limit):
             continue
         auto = generation(model, processor, prompt).plan
         assert auto.limits == off.limits
-        found.add(auto.drafts.why)
+        found.add(auto.drafts.reason)
     assert found == {"memory has no room for drafts beside this context", ""}
 
 
@@ -174,9 +175,9 @@ def test_the_head_is_given_back_where_it_is_not_wanted(nano):
 
 
 def test_a_turn_of_a_conversation_decides_on_drafts_once(nano, monkeypatch):
-    options = sys.modules["mlx_qwen35.engine.options"]
-    asked, choose = [], options.choose
+    """Every now and then the answer to `hopeless` is another, for having asked."""
+    asked, hopeless = [], Costs.hopeless
     conversation = Conversation(*nano, max_tokens=40)
-    monkeypatch.setattr(options, "choose", lambda *given: asked.append(given) or choose(*given))
+    monkeypatch.setattr(Costs, "hopeless", lambda *given: asked.append(given) or hopeless(*given))
     list(conversation.send(ASKED[0]))
     assert len(asked) == 1 and conversation.cache.follower is not None

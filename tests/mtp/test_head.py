@@ -25,7 +25,7 @@ from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.model.model import Model, Visual
 from mlx_qwen35.model.mtp import MultiTokenPrediction
-from mlx_qwen35.prompt.positions import Run, positions
+from mlx_qwen35.prompt.positions import Placeholder, positions
 
 SEEDS = (0, 1)
 TOLERANCE = 1e-4  # float32 against float64, numbers up to 4
@@ -38,12 +38,12 @@ SMALL = changed(
 PLACEHOLDER = 12
 CHUNKS = (1, 7, 64, 1000)
 PICTURES = {
-    "inside": (30, [Run(5, 2, 3)]),
-    "two": (40, [Run(3, 3, 2), Run(11, 4, 5)]),
-    "side by side": (24, [Run(4, 2, 2), Run(8, 1, 6)]),
-    "first": (20, [Run(0, 2, 4)]),
-    "last": (26, [Run(20, 2, 3)]),
-    "a pixel last": (14, [Run(4, 3, 3), Run(13, 1, 1)]),
+    "inside": (30, [Placeholder(5, 2, 3)]),
+    "two": (40, [Placeholder(3, 3, 2), Placeholder(11, 4, 5)]),
+    "side by side": (24, [Placeholder(4, 2, 2), Placeholder(8, 1, 6)]),
+    "first": (20, [Placeholder(0, 2, 4)]),
+    "last": (26, [Placeholder(20, 2, 3)]),
+    "a pixel last": (14, [Placeholder(4, 3, 3), Placeholder(13, 1, 1)]),
 }
 
 
@@ -64,23 +64,23 @@ def text(length: int, seed: int = 0) -> PromptRow:
 
 def pictures(name: str) -> PromptRow:
     """A prompt with images, whose embeddings are of another size than those of tokens."""
-    length, runs = PICTURES[name]
+    length, placeholders = PICTURES[name]
     tokens = list(text(length, 5).tokens)
-    for run in runs:
-        tokens[run.start : run.stop] = [PLACEHOLDER] * (run.height * run.width)
-    count = sum(run.height * run.width for run in runs)
+    for placeholder in placeholders:
+        tokens[placeholder.start : placeholder.stop] = [PLACEHOLDER] * (placeholder.height * placeholder.width)
+    count = sum(p.height * p.width for p in placeholders)
     embeddings = np.random.default_rng(count).normal(size=(count, WIDTH)).astype(np.float32)
-    return PromptRow(tokens, runs, mx.array(embeddings) / 10)
+    return PromptRow(tokens, placeholders, mx.array(embeddings) / 10)
 
 
 def given(model: Model, reference: HeadReference, row: PromptRow, after: Sequence[int] = ()) -> Given:
     """Of a prompt and tokens after it, from one pass of the model over all."""
     tokens = [*row.tokens, *after]
-    table = positions(len(tokens), row.runs)
+    table = positions(len(tokens), row.placeholders)
     embeddings = np.array(reference.embedding[tokens], np.float64)
     visual = None
     if row.embeddings is not None:
-        columns = np.concatenate([np.arange(run.start, run.stop) for run in row.runs])
+        columns = np.concatenate([np.arange(p.start, p.stop) for p in row.placeholders])
         embeddings[columns] = np.array(row.embeddings)
         visual = Visual(mx.zeros(len(columns), mx.int32), mx.array(columns), row.embeddings)
     hidden = model.hidden(mx.array([tokens]), None, None, visual, table[:, None])
@@ -293,9 +293,9 @@ def test_pairs_that_wait_are_read_when_another_part_of_the_conversation_comes(on
     more = pictures("inside")
     prefill(model, followed.cache, [more], 7)
     before, (length, _) = pictures("last"), PICTURES["last"]
-    runs = [*before.runs, *(run._replace(start=run.start + length + 3) for run in more.runs)]
+    placeholders = [*before.placeholders, *(p._replace(start=p.start + length + 3) for p in more.placeholders)]
     tokens = [*before.tokens, 100, 101, 102, *more.tokens]
-    whole = PromptRow(tokens, runs, mx.concatenate([before.embeddings, more.embeddings]))
+    whole = PromptRow(tokens, placeholders, mx.concatenate([before.embeddings, more.embeddings]))
     followed.after = [[]]
     assert_proposes(followed, reference, whole, 500, 3)
 
@@ -306,7 +306,7 @@ def test_a_head_that_comes_late_knows_what_it_has_read_at_its_positions(one, mon
     before, row = pictures("inside"), text(19)
     prefill(model, cache, [before], 64)
     followed = Followed(model, [row], 64, monkeypatch, cache)
-    whole = PromptRow([*before.tokens, *row.tokens], before.runs, before.embeddings)
+    whole = PromptRow([*before.tokens, *row.tokens], before.placeholders, before.embeddings)
     known = given(model, reference, whole)
     n = len(before.tokens)
     late = Given(known.hidden[n:], known.embeddings[n:], known.positions[:, n:])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5ForCausalLM
 
-from mlx_qwen35.checkpoint.checkpoint import safetensors_files
+from mlx_qwen35.checkpoint.folder import safetensors_files
 
 
 def load_text_model(case: Case, folder: Path) -> Qwen3_5ForCausalLM:

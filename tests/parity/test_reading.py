@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from conftest import load_text_model
 
-from mlx_qwen35.checkpoint.checkpoint import INDEX, open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.folder import INDEX
 from mlx_qwen35.checkpoint.random import changed, geometry, write_random_checkpoint
 
 torch = pytest.importorskip("torch")

@@ -9,9 +9,9 @@ from parity.cases import Case
 from parity.vision_cases import CASES, GRIDS, ODD, TINY, WIDE
 
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
-from mlx_qwen35.load import load_tower
+from mlx_qwen35.load import load_vision_encoder
 from mlx_qwen35.model import vision
-from mlx_qwen35.model.vision import Tower, squares_order, table_taps
+from mlx_qwen35.model.vision import VisionEncoder, squares_order, table_taps
 
 # The tower's answers have a standard deviation of 3, its stages of 0.6 to 1.8. MLX on the CPU sums the 4096 products of
 # the 4B's width in a row: it is 4e-5 from the exact answer there, where values go up to 13, and torch 1e-5.
@@ -26,12 +26,12 @@ every_stage = pytest.mark.parametrize(("case", "grid"), staged, ids=lambda x: ge
 
 
 @pytest.fixture(scope="module")
-def tower(parity_folder) -> Callable[[Case], Tower]:
-    loaded: dict[str, Tower] = {}
+def tower(parity_folder) -> Callable[[Case], VisionEncoder]:
+    loaded: dict[str, VisionEncoder] = {}
 
-    def load(case: Case) -> Tower:
+    def load(case: Case) -> VisionEncoder:
         if case.name not in loaded:
-            loaded[case.name] = load_tower(open_checkpoint(parity_folder(case)), mx.float32)
+            loaded[case.name] = load_vision_encoder(open_checkpoint(parity_folder(case)), mx.float32)
         return loaded[case.name]
 
     return load
@@ -47,7 +47,7 @@ def stage_input(case: Case, grid: tuple[int, int, int]) -> mx.array:
     return mx.array(vision_cases.tower_input(case, grid)).reshape(grid[0], grid[1] * grid[2], -1)
 
 
-def rotary_table(tower: Tower, grid: tuple[int, int, int]) -> tuple[mx.array, mx.array]:
+def rotary_table(tower: VisionEncoder, grid: tuple[int, int, int]) -> tuple[mx.array, mx.array]:
     return tower._rotary(mx.array(squares_order(*grid[1:], 2)))
 
 
@@ -138,8 +138,8 @@ def test_slices_of_a_clip_hold_as_many_whole_frames_as_fit(tower, monkeypatch):
     for most, expected in ((4, [1] * 5), (24, [1] * 5), (71, [2, 2, 1]), (72, [3, 2]), (4096, [5])):
         monkeypatch.setattr(vision, "SLICE", most)
         seen = []
-        call = Tower.__call__
-        monkeypatch.setattr(Tower, "__call__", lambda *a, call=call, seen=seen: seen.append(call(*a)) or seen[-1])
+        call = VisionEncoder.__call__
+        monkeypatch.setattr(VisionEncoder, "__call__", lambda *a, f=call, seen=seen: seen.append(f(*a)) or seen[-1])
         assert mx.abs(tower(TINY).encode(item) - whole).max().item() < TOWER
-        monkeypatch.setattr(Tower, "__call__", call)
+        monkeypatch.setattr(VisionEncoder, "__call__", call)
         assert [len(out) for out in seen] == expected

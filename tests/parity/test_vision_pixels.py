@@ -201,7 +201,7 @@ def test_prompts_with_outer_tags_equal_transformers(golden, processor, frames):
         text = vision_cases.shortened(processor.decode(prompt.tokens))
         assert text == golden[0]["films"][film.key]["text"], film.key
         pad = processor.config.token_ids["video"]
-        places = [place for run in prompt.runs for place in range(run.start, run.stop)]
+        places = [place for p in prompt.placeholders for place in range(p.start, p.stop)]
         assert places == [place for place, token in enumerate(prompt.tokens) if token == pad]
 
 

@@ -55,7 +55,7 @@ def row_of(model_of) -> Callable[[Scene], PromptRow]:
 
 @every_scene
 def test_positions_equal_transformers(scene, reference):
-    ours = positions(scene.length, scene.prompt.runs)
+    ours = positions(scene.length, scene.prompt.placeholders)
     assert reference(scene.case).error(f"{scene.name} positions", ours) == 0
 
 
@@ -67,16 +67,17 @@ def test_the_next_position_is_transformers_delta_plus_the_length(scene, model_of
     (following,) = cache.next_positions
     delta = following - scene.length
     assert reference(scene.case).error(f"{scene.name} delta", np.array([[delta]])) == 0
-    table = positions(scene.length, scene.prompt.runs)
+    table = positions(scene.length, scene.prompt.placeholders)
     assert following == table.max() + 1
 
 
 def test_positions_of_a_later_turn_go_on_from_the_first():
     prompt = Scene(TINY, "turns").prompt
-    whole = positions(len(prompt.tokens), prompt.runs)
+    whole = positions(len(prompt.tokens), prompt.placeholders)
     later = prompt.after(TURN)
-    assert len(later.runs) == 3 and len(prompt.runs) == 4
-    np.testing.assert_array_equal(positions(len(later.tokens), later.runs, whole[:, :TURN].max() + 1), whole[:, TURN:])
+    assert len(later.placeholders) == 3 and len(prompt.placeholders) == 4
+    table = positions(len(later.tokens), later.placeholders, whole[:, :TURN].max() + 1)
+    np.testing.assert_array_equal(table, whole[:, TURN:])
 
 
 def test_golden_files_keep_every_token_of_the_prompts():
@@ -164,7 +165,7 @@ def test_a_later_turn_with_new_images_equals_the_whole_prompt(step, model_of, re
 def test_text_that_comes_right_behind_an_image_in_another_call_equals_the_whole_prompt(model_of, row_of, reference):
     """The last position of an image, which the text goes on behind, is on the axis of its longer side."""
     whole = row_of(Scene(TINY, "image"))
-    stop = whole.runs[0].stop
+    stop = whole.placeholders[0].stop
     rows = [whole._replace(tokens=whole.tokens[:stop]), PromptRow(whole.tokens[stop:])]
     recorder, drawn = answer(model_of(TINY), rows, 1000)
     assert reference(TINY).error("image greedy", np.array([drawn])) == 0

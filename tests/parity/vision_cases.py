@@ -15,7 +15,7 @@ from parity.cases import Case
 
 from mlx_qwen35.checkpoint.config import FULL, VisionConfig, parse_config
 from mlx_qwen35.media.preprocess import Media
-from mlx_qwen35.prompt.positions import Run
+from mlx_qwen35.prompt.positions import Placeholder
 from mlx_qwen35.prompt.prompt import Placed, Prompt
 
 # Heads of 72 dims as in the 9B and 27B, a table of 7 x 7, and a text model whose sizes and rotary sections differ too.
@@ -126,14 +126,14 @@ class Scene:
                 tokens += [next(text) for _ in range(part)]
                 continue
             clip = isinstance(part, Clip)
-            runs = []
+            placeholders = []
             for _ in range(part.pairs if clip else 1):
                 tokens += [next(text) for _ in range(3 if clip else 0)] + [self.ids["vision_start"]]
-                runs.append(Run(len(tokens), part.height, part.width))
+                placeholders.append(Placeholder(len(tokens), part.height, part.width))
                 tokens += [self.ids["video" if clip else "image"]] * (part.height * part.width)
                 tokens += [self.ids["vision_end"]]
-            grid = (len(runs), 2 * part.height, 2 * part.width)
-            placed.append(Placed(media(self.case, f"{self.name} {number}", grid, clip), tuple(runs)))
+            grid = (len(placeholders), 2 * part.height, 2 * part.width)
+            placed.append(Placed(media(self.case, f"{self.name} {number}", grid, clip), tuple(placeholders)))
         return tokens, placed
 
     @property

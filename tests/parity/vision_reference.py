@@ -13,7 +13,8 @@ from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5Config
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5ForConditionalGeneration, Qwen3_5VisionModel
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-from mlx_qwen35.checkpoint.checkpoint import VISION, safetensors_files
+from mlx_qwen35.checkpoint.folder import safetensors_files
+from mlx_qwen35.checkpoint.names import VISION
 
 MARGIN = 3e-4  # between the best and the second logit of each greedy token: a tie would prove nothing
 

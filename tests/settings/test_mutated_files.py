@@ -12,9 +12,10 @@ import pytest
 from mutations import bare, mutants
 
 from mlx_qwen35 import InputError, VisionOptions
-from mlx_qwen35.checkpoint.checkpoint import mtp_shapes, open_checkpoint, text_shapes, vision_shapes
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.config import read_config
 from mlx_qwen35.checkpoint.random import geometry
+from mlx_qwen35.checkpoint.shapes import mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.convert.plan import make_plan
 from mlx_qwen35.media.preprocessor_files import read_preprocessor
 from mlx_qwen35.prompt.processor import Processor

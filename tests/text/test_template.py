@@ -178,7 +178,7 @@ def test_tools_stand_in_the_system_turn_one_a_line_with_the_system_text_after_th
     "part", [{"type": "image", "image": "cat.png"}, {"image_url": "x"}, {"type": "video", "video": "v"}]
 )
 def test_a_checkpoint_without_a_tower_refuses_a_picture_or_clip_and_never_ignores_it(folder: Path, part: dict):
-    processor = Processor.from_folder(folder, read_config(folder), has_tower=False)
+    processor = Processor.from_folder(folder, read_config(folder), has_vision_encoder=False)
     with refused("vision_missing"):
         processor.encode_messages([{"role": "user", "content": [part, {"type": "text", "text": "What is it?"}]}])
 

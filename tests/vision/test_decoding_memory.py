@@ -60,8 +60,8 @@ def test_a_large_picture_takes_little_more_than_its_decoded_pixels(tmp_path):
         import re
         from pathlib import Path
         from PIL import Image
-        from mlx_qwen35 import picture
-        from mlx_qwen35.image import read_resized
+        from mlx_qwen35.media import picture
+        from mlx_qwen35.media.image import read_resized
 
         def most():
             return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024

@@ -28,7 +28,7 @@ def test_working_memory_does_not_grow_with_the_clip(text_model, config, monkeypa
     """MLX frees while it computes, so that a peak varies by some percent; held whole, the long clip would take 16
     times as much."""
     monkeypatch.setattr(tower, "SLICE", 48)  # patches, two pairs of these frames
-    monkeypatch.setattr("mlx_qwen35.kernels.attention.CPU_SCORE_BYTES", 1 << 16)
+    monkeypatch.setattr("mlx_qwen35.kernels.cpu.SCORE_BYTES", 1 << 16)
     short, long = (show(text_model(), config, frames, height=64, width=96, step=56) for frames in (8, 128))
     assert long["encode_working"] < 1.3 * short["encode_working"]
     assert long["read_working"] < 1.5 * short["read_working"]
@@ -37,6 +37,6 @@ def test_working_memory_does_not_grow_with_the_clip(text_model, config, monkeypa
 
 def test_a_prompt_has_text_around_the_placeholders_of_every_pair(config):
     media = noise(config, 4, 32, 64)
-    tokens, runs = prompt(media.grid, 2)
-    assert sum(run.stop - run.start for run in runs) == media.tokens == 4
-    assert [run.start for run in runs] == [8, 18] and len(tokens) == 28
+    tokens, placeholders = prompt(media.grid, 2)
+    assert sum(p.stop - p.start for p in placeholders) == media.tokens == 4
+    assert [p.start for p in placeholders] == [8, 18] and len(tokens) == 28

@@ -446,10 +446,14 @@ def test_a_pipe_is_refused(tmp_path):
 def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(saved(picture(), "PNG"))
 
-    def deny(*args):
-        raise PermissionError(13, "Permission denied")
+    plain = open
 
-    monkeypatch.setattr(image, "open", deny, raising=False)
+    def deny(file, *given, **options):
+        if str(file).endswith("a.png"):
+            raise PermissionError(13, "Permission denied")
+        return plain(file, *given, **options)
+
+    monkeypatch.setattr("builtins.open", deny)
     refused(tmp_path / "a.png", "media_unreadable", "a.png")
 
 

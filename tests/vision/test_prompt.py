@@ -11,7 +11,7 @@ from refusing import refused
 from mlx_qwen35 import Processor, VisionOptions
 from mlx_qwen35.checkpoint.config import read_config
 from mlx_qwen35.checkpoint.hub import resolve
-from mlx_qwen35.prompt.positions import Run, positions
+from mlx_qwen35.prompt.positions import Placeholder, positions
 
 RED = Image.new("RGB", (64, 64), (220, 30, 30))
 BLUE = Image.new("RGB", (64, 64), (40, 70, 225))
@@ -44,7 +44,8 @@ def image(source=RED, **more) -> dict:
 def test_an_image_takes_as_many_placeholders_as_it_has_tokens(processor):
     prompt = encode(processor, image(), WHAT)
     assert processor.decode(prompt.tokens).startswith(f"<|im_start|>user\n{PLACE}What is it?<|im_end|>")
-    assert prompt.runs == (Run(prompt.tokens.index(next(iter(processor.placeholders & set(prompt.tokens)))), 2, 2),)
+    (pad,) = processor.placeholder_ids & set(prompt.tokens)
+    assert prompt.placeholders == (Placeholder(prompt.tokens.index(pad), 2, 2),)
 
 
 def test_each_pair_of_frames_of_a_clip_has_its_time_and_its_tags(processor):
@@ -65,11 +66,11 @@ def test_images_and_clips_mix_in_any_order_and_over_several_turns(processor):
     ]
     prompt = processor.encode_messages(messages)
     assert [placed.media.is_clip for placed in prompt.media] == [False, True, False, True, False]
-    assert [len(placed.runs) for placed in prompt.media] == [1, 2, 1, 2, 1]
-    assert [run.start for run in prompt.runs] == sorted(run.start for run in prompt.runs)
-    pads = processor.placeholders
+    assert [len(placed.placeholders) for placed in prompt.media] == [1, 2, 1, 2, 1]
+    assert [p.start for p in prompt.placeholders] == sorted(p.start for p in prompt.placeholders)
+    pads = processor.placeholder_ids
     shown = [i for i, token in enumerate(prompt.tokens) if token in pads]
-    assert shown == [i for run in prompt.runs for i in range(run.start, run.stop)]
+    assert shown == [i for p in prompt.placeholders for i in range(p.start, p.stop)]
 
 
 @pytest.mark.parametrize("name", ["<|image_pad|>", "<|video_pad|>"])
@@ -77,9 +78,9 @@ def test_a_placeholder_that_a_user_writes_stays_text(processor, name):
     plain = f"What is {name}, and {name}?"
     prompt = encode(processor, image(), {"type": "text", "text": plain})
     assert plain in processor.decode(prompt.tokens)
-    assert len(prompt.runs) == 1 and sum(token in processor.placeholders for token in prompt.tokens) == 4
+    assert len(prompt.placeholders) == 1 and sum(token in processor.placeholder_ids for token in prompt.tokens) == 4
     alone = processor.encode_messages([{"role": "user", "content": plain}])
-    assert plain in processor.decode(alone.tokens) and not processor.placeholders & set(alone.tokens)
+    assert plain in processor.decode(alone.tokens) and not processor.placeholder_ids & set(alone.tokens)
 
 
 def test_a_placeholder_in_a_tool_call_or_a_tool_stays_text(processor):
@@ -91,7 +92,7 @@ def test_a_placeholder_in_a_tool_call_or_a_tool_stays_text(processor):
     ]
     tools = [{"type": "function", "function": {"name": "find", "description": "finds <|image_pad|>"}}]
     prompt = processor.encode_messages(messages, tools=tools)
-    assert not processor.placeholders & set(prompt.tokens)
+    assert not processor.placeholder_ids & set(prompt.tokens)
     assert "no <|video_pad|> found" in processor.decode(prompt.tokens)
 
 
@@ -103,7 +104,7 @@ def test_a_placeholder_that_is_a_name_in_a_tool_call_stays_text(processor):
         {"role": "tool", "content": "none"},
     ]
     prompt = processor.encode_messages(messages)
-    assert not processor.placeholders & set(prompt.tokens)
+    assert not processor.placeholder_ids & set(prompt.tokens)
     assert "<parameter=<|image_pad|>>" in processor.decode(prompt.tokens)
 
 
@@ -245,19 +246,19 @@ def test_an_image_in_the_system_message_is_refused_in_the_template_s_words(proce
 
 def test_a_prompt_without_its_beginning_keeps_its_images_in_place(processor):
     prompt = encode(processor, image(), WHAT, image(BLUE), clip())
-    cut = prompt.runs[1].start - 1
+    cut = prompt.placeholders[1].start - 1
     rest = prompt.after(cut)
     assert rest.tokens == prompt.tokens[cut:]
     assert [placed.media for placed in rest.media] == [placed.media for placed in prompt.media[1:]]
-    assert [run.start + cut for run in rest.runs] == [run.start for run in prompt.runs[1:]]
+    assert [p.start + cut for p in rest.placeholders] == [p.start for p in prompt.placeholders[1:]]
 
 
 def test_the_identity_of_a_beginning_knows_only_what_it_shows(processor):
     one, two = (encode(processor, image(), WHAT, image(last)) for last in (RED, BLUE))
-    assert one.identity(one.runs[1].start) == two.identity(two.runs[1].start)
+    assert one.identity(one.placeholders[1].start) == two.identity(two.placeholders[1].start)
     assert one.identity() != two.identity()
 
 
 def test_positions_of_the_worked_example():
-    table = positions(8, [Run(1, 2, 3)], 4)
+    table = positions(8, [Placeholder(1, 2, 3)], 4)
     assert table.tolist() == [[4, 5, 5, 5, 5, 5, 5, 8], [4, 5, 5, 5, 6, 6, 6, 8], [4, 5, 6, 7, 5, 6, 7, 8]]

@@ -12,15 +12,15 @@ from PIL import Image
 from refusing import refused
 
 from mlx_qwen35 import Model, Processor, VisionOptions, batch_generate, generate, load, stream_generate
-from mlx_qwen35.checkpoint.checkpoint import VISION, open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.checkpoint.names import VISION
 from mlx_qwen35.commands import chat as chat_command
-from mlx_qwen35.commands import common as commands
 from mlx_qwen35.commands import generate as generate_command
 from mlx_qwen35.convert import convert
 from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.engine.generation import see, start
-from mlx_qwen35.model.vision import Tower
+from mlx_qwen35.model.vision import LazyVisionEncoder, VisionEncoder
 
 PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
 SHAPES, TRIANGLE, MOVING = (PICTURES / name for name in ("shapes.png", "triangle.png", "moving.mp4"))
@@ -37,8 +37,8 @@ def nano() -> tuple[Model, Processor]:
 def encoded(monkeypatch) -> list:
     """Every image and clip that a tower encodes."""
     done = []
-    encode = Tower.encode
-    monkeypatch.setattr(Tower, "encode", lambda self, media: done.append(media) or encode(self, media))
+    encode = VisionEncoder.encode
+    monkeypatch.setattr(VisionEncoder, "encode", lambda self, media: done.append(media) or encode(self, media))
     return done
 
 
@@ -182,10 +182,10 @@ def test_images_beside_messages_or_tokens_are_refused(nano, prompt):
 # --- the tower's time in memory ---------------------------------------------------------------------------------------
 
 
-def test_text_never_touches_the_tower(nano, monkeypatch):
-    model, processor = nano
-    monkeypatch.setattr(model.vision, "_load", lambda: pytest.fail("the tower was loaded"))
+def test_text_never_touches_the_tower():
+    model, processor = load("nano", keep_vision=True)
     assert generate(model, processor, "What is 34 + 58?").text == "92"
+    assert not model.vision.loaded
 
 
 def test_the_tower_is_released_before_the_prompt_is_read_and_comes_again(nano):
@@ -215,7 +215,7 @@ def test_keep_vision_holds_it():
 
 def test_the_tower_is_released_when_encoding_fails(nano, monkeypatch):
     model, processor = nano
-    monkeypatch.setattr(Tower, "__call__", lambda *args: 1 / 0)
+    monkeypatch.setattr(VisionEncoder, "__call__", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         generate(model, processor, ASK, images=[SHAPES])
     assert not model.vision.loaded
@@ -504,17 +504,14 @@ def test_chat_takes_names_as_they_are_quoted_or_dropped(talk, tmp_path):
 
 
 def test_chat_keeps_an_image_when_the_message_is_interrupted_before_it_is_taken(talk, monkeypatch):
-    from mlx_qwen35.engine import conversation
+    hidden, interrupts = Model.hidden, iter([KeyboardInterrupt()])
 
-    reads = iter([KeyboardInterrupt()])
-    read = conversation.prefill
-
-    def once(*arguments):
-        for interrupt in reads:
+    def once(*given, **options):
+        for interrupt in interrupts:
             raise interrupt
-        return read(*arguments)
+        return hidden(*given, **options)
 
-    monkeypatch.setattr(conversation, "prefill", once)
+    monkeypatch.setattr(Model, "hidden", once)
     out, _ = talk(f"/image {TRIANGLE}", "What shape is it?", "What shape is it?")
     assert "triangle" in out
 
@@ -528,13 +525,15 @@ def test_chat_goes_on_when_the_reading_of_an_image_is_interrupted(talk, monkeypa
     assert "92" in out
 
 
-@pytest.mark.parametrize("command", [chat_command, generate_command])
-def test_keep_vision_reaches_the_loader(monkeypatch, command):
-    given = []
-    monkeypatch.setattr(commands, "load", lambda *_, **options: given.append(options["keep_vision"]) or sys.exit(0))
-    prompt = ["-p", ASK] if command is generate_command else []
-    for flags in ([], ["--keep-vision"]):
-        monkeypatch.setattr(sys, "argv", ["command", "--model", "nano", *prompt, *flags])
-        with pytest.raises(SystemExit):
-            command.main()
-    assert given == [False, True]
+def test_keep_vision_holds_the_tower_of_a_command(monkeypatch, run, talk):
+    held, release = [], LazyVisionEncoder.release
+
+    def released(vision: LazyVisionEncoder) -> None:
+        release(vision)
+        held.append(vision.loaded)
+
+    monkeypatch.setattr(LazyVisionEncoder, "release", released)
+    for flags in ((), ("--keep-vision",)):
+        talk(f"/image {TRIANGLE}", "What shape is it?", options=flags)
+        run("--image", TRIANGLE, "-p", ASK, "--max-tokens", "1", *flags)
+    assert held == [False, False, True, True]

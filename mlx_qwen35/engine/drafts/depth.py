@@ -38,7 +38,7 @@ PRIOR, WEIGHT = 0.7, 1  # p_1 before any draft, and as how many drafts that coun
 FALL = 0.9  # p_(j+1) / p_j before any draft j + 1
 BRIEF = 2  # drafts as which all that is known of a probability counts when a look begins
 ENOUGH = 3  # times of a depth that make its cost known
-AGAIN = 10  # of that many questions whether it is hopeless, one is answered no
+RETRY_EVERY = 10  # of that many questions whether it is hopeless, one is answered no
 
 
 class Costs:
@@ -79,17 +79,17 @@ class Costs:
         """The greatest gain there could be: if every draft were accepted."""
         return max((1 + depth) / self.ratio(depth) for depth in range(1, most + 1))
 
-    def hopeless(self, most: int) -> bool:
+    def never_pays(self, most: int) -> bool:
         """Whether all depths to `most` are known and none could pay: then the head need not be loaded.
 
-        A time may have been a bad one: every AGAIN-th yes becomes a no, and one depth, in turn, is to be tried again.
+        A time may have been a bad one: every RETRY_EVERY-th yes becomes a no, and one depth, in turn, is tried again.
         """
         if any(self.samples(depth) < ENOUGH for depth in range(1, most + 1)) or self.limit(most) >= CLEAR:
             return False
         self.asked += 1
-        if self.asked % AGAIN:
+        if self.asked % RETRY_EVERY:
             return True
-        again = self.ratios[1 + self.asked // AGAIN % most]
+        again = self.ratios[1 + self.asked // RETRY_EVERY % most]
         while len(again) >= ENOUGH:
             again.popleft()
         return False
@@ -103,7 +103,7 @@ def measured_costs(head: DraftHead, rows: int) -> Costs:
     return _MEASURED.setdefault(head, {}).setdefault(rows, Costs())
 
 
-class Depths:
+class DepthControl:
     """The depth of each round of one generation, of any number of sequences.
 
     most: 1 to 3, what memory and the user allow. fixed: always this depth.
@@ -164,7 +164,7 @@ class Depths:
             if self.settled and not self.plan and self.stayed >= STAY:
                 self._decide()
 
-    def verdict(self) -> str:
+    def reason(self) -> str:
         """One line for users."""
         if self.fixed is not None:
             return f"fixed at depth {self.fixed}"
@@ -175,7 +175,7 @@ class Depths:
         best = max(range(1, self.most + 1), key=self.gain)
         if self.plan or self.gain(best) >= CLEAR:
             return "still measuring what drafting costs and gives"
-        return f"parked: drafting would give {self.gain(best):.2f} times plain decoding (best depth {best})"
+        return f"disabled: drafting would give {self.gain(best):.2f} times plain decoding (best depth {best})"
 
     def gain(self, depth: int) -> float:
         """Expected speed at a depth, in that of plain decoding."""

@@ -16,8 +16,6 @@ from mlx_qwen35.cache.cache import Cache, Snapshot
 from mlx_qwen35.checkpoint.config import FULL
 from mlx_qwen35.model.model import Model, Visual
 
-MOST_UNREAD = 256  # pairs of a row that may wait: 5 KB each for the 4B
-
 
 class Pairs(NamedTuple):
     """Pairs that the head has not read yet."""

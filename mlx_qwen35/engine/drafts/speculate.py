@@ -9,8 +9,8 @@ import mlx.core as mx
 
 from mlx_qwen35.budget.plan import most_depth
 from mlx_qwen35.cache.cache import Cache
-from mlx_qwen35.engine.drafts.depth import Depths, measured_costs
-from mlx_qwen35.engine.drafts.follower import MOST_UNREAD, DraftFollower
+from mlx_qwen35.engine.drafts.depth import DepthControl, measured_costs
+from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.sampling import Sampler
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.model import Model
@@ -21,20 +21,21 @@ MOST_DEPTH = 3
 ON_DEPTH = 2  # the model card's advice
 MOST_SHOWN = 6  # changes of depth
 PAUSE = 0.1  # of a step, from which on its time says more of the caller than of the machine
+MOST_UNREAD = 256  # pairs of a row that wait for the draft head: 5 KB each for the 4B
 LEAST_TOKENS = 32  # of an answer for which auto thinks of drafts
 
 
 @dataclass(frozen=True)
-class Choice:
+class DraftPolicy:
     """Whether to draft, and how many tokens at most; 0: none, and why."""
 
     depth: int
     fixed: bool = False
-    why: str = ""
+    reason: str = ""
     head_bytes: int = 0  # what the draft head will take, where it is not read yet
 
 
-def choose(model: Model, mode: str, depth: int | None, rows: int, tokens: int) -> Choice:
+def choose_drafts(model: Model, mode: str, depth: int | None, rows: int, tokens: int) -> DraftPolicy:
     """What `mode` and `depth` of the options mean for so many answers of up to so many tokens.
 
     Raises InputError when mode "on" cannot be had.
@@ -45,7 +46,7 @@ def choose(model: Model, mode: str, depth: int | None, rows: int, tokens: int) -
                 "option_no_effect",
                 f"{spelled('mtp_depth')} must not be given with {spelled('mtp', 'off')}: it would have no effect",
             )
-        return Choice(0, why="off")
+        return DraftPolicy(0, reason="off")
     if model.mtp is None or model.mtp.fault:
         why = "the checkpoint has no draft head (tensors mtp.*)" if model.mtp is None else model.mtp.fault
         if mode == "on" or depth is not None:
@@ -54,13 +55,13 @@ def choose(model: Model, mode: str, depth: int | None, rows: int, tokens: int) -
                 f"{spelled('mtp')} must be off or auto for this model, and {spelled('mtp_depth')} not be given: {why}. "
                 "Many converted folders lack a draft head; mlx_qwen35.convert keeps it",
             )
-        return Choice(0, why=why)
+        return DraftPolicy(0, reason=why)
     if mode == "on":
         return _always(model, depth or ON_DEPTH, rows)
     return _where_it_pays(model, depth or MOST_DEPTH, rows, tokens)
 
 
-def _always(model: Model, depth: int, rows: int) -> Choice:
+def _always(model: Model, depth: int, rows: int) -> DraftPolicy:
     choice = _fitting(model, depth, rows)
     if choice.depth < depth:
         room = f"only for {choice.depth}: lower {spelled('mtp_depth')}, or" if choice.depth else "not even for one:"
@@ -72,21 +73,23 @@ def _always(model: Model, depth: int, rows: int) -> Choice:
     return replace(choice, fixed=True)
 
 
-def _where_it_pays(model: Model, depth: int, rows: int, tokens: int) -> Choice:
+def _where_it_pays(model: Model, depth: int, rows: int, tokens: int) -> DraftPolicy:
     if tokens < LEAST_TOKENS:
-        return Choice(0, why=f"not for answers of fewer than {LEAST_TOKENS} tokens")
-    if measured_costs(model.mtp, rows).hopeless(depth):
-        return Choice(0, why="parked: on this machine drafts would not pay even if every one were right")
+        return DraftPolicy(0, reason=f"not for answers of fewer than {LEAST_TOKENS} tokens")
+    if measured_costs(model.mtp, rows).never_pays(depth):
+        return DraftPolicy(0, reason="disabled: on this machine drafts would not pay even if every one were right")
     return _fitting(model, depth, rows)
 
 
-def _fitting(model: Model, depth: int, rows: int) -> Choice:
+def _fitting(model: Model, depth: int, rows: int) -> DraftPolicy:
     head = 0 if model.mtp.loaded else model.mtp.nbytes
     fitting = most_depth(model.config, model.dtype, head, rows, depth)
-    return Choice(fitting, head_bytes=head) if fitting else Choice(0, why="memory has no room for the draft head")
+    if not fitting:
+        return DraftPolicy(0, reason="memory has no room for the draft head")
+    return DraftPolicy(fitting, head_bytes=head)
 
 
-def attach(model: Model, cache: Cache, choice: Choice) -> Choice:
+def attach(model: Model, cache: Cache, choice: DraftPolicy) -> DraftPolicy:
     """Have the draft head follow this cache from now on, or not, and return what came of it.
 
     The head is read if it is not there yet, and given back where it is not wanted. One that is damaged is told of; the
@@ -105,7 +108,7 @@ def attach(model: Model, cache: Cache, choice: Choice) -> Choice:
                 "draft_head_unusable", f"{error}; without the draft head the model works: choose mtp 'off'"
             ) from error
         warnings.warn(f"no tokens are drafted, for {model.mtp.fault}", RuntimeWarning, stacklevel=2)
-        choice = Choice(0, why=model.mtp.fault)
+        choice = DraftPolicy(0, reason=model.mtp.fault)
     if not choice.depth:
         cache.follower = None
         if model.mtp:
@@ -114,7 +117,7 @@ def attach(model: Model, cache: Cache, choice: Choice) -> Choice:
 
 
 @dataclass(frozen=True)
-class Drafting:
+class DraftStatistics:
     """What drafts did for a generation.
 
     drafted and accepted count tokens of one row, steps the passes of the model that gave it tokens: 1 each, and those
@@ -122,7 +125,7 @@ class Drafting:
     that changed, and to what.
     """
 
-    verdict: str
+    reason: str
     drafted: int = 0
     accepted: int = 0
     steps: int = 0
@@ -130,23 +133,23 @@ class Drafting:
 
     def __str__(self) -> str:
         if not self.drafted:
-            return f"none; {self.verdict}"
+            return f"none; {self.reason}"
         share = f"{self.accepted} of {self.drafted} tokens accepted ({100 * self.accepted / self.drafted:.0f} %)"
         rate = f"{self.steps} steps of {1 + self.accepted / self.steps:.2f} tokens"
         shown = [f"{depth} from step {step}" for step, depth in self.depths[-MOST_SHOWN:]]
         shown = ["...", *shown] if len(self.depths) > MOST_SHOWN else shown
-        return f"{share}, {rate}; depth {', '.join(shown)}; {self.verdict}"
+        return f"{share}, {rate}; depth {', '.join(shown)}; {self.reason}"
 
 
 class Speculation:
     """The draft head beside the loop: proposes tokens, follows what the model reads, and keeps the account."""
 
-    def __init__(self, model: Model, cache: Cache, choice: Choice):
+    def __init__(self, model: Model, cache: Cache, choice: DraftPolicy):
         assert isinstance(cache.follower, DraftFollower)
         batch = cache.batch
         costs = measured_costs(model.mtp, batch)
         self.model, self.follower = model, cache.follower
-        self.depths = Depths(choice.depth, costs, choice.depth if choice.fixed else None)
+        self.depths = DepthControl(choice.depth, costs, choice.depth if choice.fixed else None)
         self.drafted, self.accepted = [0] * batch, [0] * batch
         self.steps = [0] * batch
         self._last: float | None = None  # when the last step was looked at
@@ -189,6 +192,6 @@ class Speculation:
             self.depths.record(max(lengths) - 1, seconds, drafted, accepted, lasting=paused < PAUSE * seconds)
         self._last = now
 
-    def statistics(self, row: int) -> Drafting:
-        depths = self.depths
-        return Drafting(depths.verdict(), self.drafted[row], self.accepted[row], self.steps[row], tuple(depths.history))
+    def statistics(self, row: int) -> DraftStatistics:
+        counts = self.drafted[row], self.accepted[row], self.steps[row]
+        return DraftStatistics(self.depths.reason(), *counts, tuple(self.depths.history))

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_qwen35.engine.drafts.follower import DraftFollower
-from mlx_qwen35.engine.drafts.speculate import Choice, Speculation
+from mlx_qwen35.engine.drafts.speculate import DraftPolicy, Speculation
 from mlx_qwen35.engine.loop import _Loop, _Rows
 from mlx_qwen35.engine.sampling import Sampler, Sampling
 from mlx_qwen35.model.model import Model
@@ -79,7 +79,7 @@ def record_step(model: Model, head: MultiTokenPrediction, depth: int, forget: Ca
 
     markers.record(prompt, mx.zeros((1, READ), mx.int32))
     forget(cache)
-    speculation = Speculation(model, cache, Choice(depth, fixed=True)) if depth else None
+    speculation = Speculation(model, cache, DraftPolicy(depth, fixed=True)) if depth else None
     model.hidden, model.logits = _around(model.hidden), _around(model.logits)
     rows = _Rows([1 << 20], (), lambda row: False)
     loops.append(_Loop(model, cache, _Marked(Sampling(temp=0), [0], [READ], 0), rows, speculation))

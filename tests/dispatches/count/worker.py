@@ -136,10 +136,12 @@ def _hollow_peer(model: Any, bits: Bits) -> Any:
 
 def _our_weights(config: dict[str, Any], bits: Bits, drafts: bool = False) -> tuple[Any, Any]:
     """The text config, and the weights of the text model, with drafts the head's too, as zeros."""
-    from mlx_qwen35.checkpoint.checkpoint import Quantization, is_zero_centred, mtp_shapes, text_shapes
     from mlx_qwen35.checkpoint.config import parse_config
+    from mlx_qwen35.checkpoint.names import is_zero_centred
+    from mlx_qwen35.checkpoint.shapes import mtp_shapes, text_shapes
     from mlx_qwen35.kernels import fused
     from mlx_qwen35.model.weights import Weights
+    from mlx_qwen35.quantization import Quantization
 
     fused.agrees = lambda name, cases: True  # as on a Mac where the kernels agree; nothing is computed here
     text = parse_config(config).text

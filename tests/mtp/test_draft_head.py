@@ -14,13 +14,18 @@ from conftest import load_text_model
 from refusing import refused
 
 from mlx_qwen35.cache.cache import Cache
-from mlx_qwen35.checkpoint.checkpoint import INDEX, Quantization, is_matrix, is_zero_centred, open_checkpoint
-from mlx_qwen35.checkpoint.config import FULL, read_json
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.config import FULL
 from mlx_qwen35.checkpoint.draft_head import PLACES, norms_are_raw
+from mlx_qwen35.checkpoint.folder import INDEX
+from mlx_qwen35.checkpoint.names import is_zero_centred
 from mlx_qwen35.checkpoint.random import changed, geometry
+from mlx_qwen35.checkpoint.shapes import is_matrix
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.plan import make_plan
 from mlx_qwen35.convert.stream import write
+from mlx_qwen35.fields import read_json
+from mlx_qwen35.quantization import Quantization
 
 SMALL = changed(
     geometry("tiny"), num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], intermediate_size=512
@@ -156,7 +161,7 @@ def test_a_head_in_the_shards_goes_before_one_beside_them(index, trunk, head, ex
     said = {"mlx_lm_extra_tensors": {"mtp_file": "absent.safetensors"}}
     folder = written({"fc.weight": mx.zeros((2, 2))}, PLACES[0], said, trunk | head, index)
     assert difference(folder, expected) < SAME
-    assert open_checkpoint(folder).head_fault is None  # nothing is looked for beside the trunk
+    assert open_checkpoint(folder).mtp_head_fault is None  # nothing is looked for beside the trunk
 
 
 def test_a_folder_whose_configuration_has_no_head_is_not_searched_for_one(head, written):
@@ -191,9 +196,9 @@ def test_a_file_that_config_json_names_is_no_shard_where_no_index_names_those(he
 def left_out(folder: Path) -> str:
     """The folder opens and loads without a head; why."""
     checkpoint = open_checkpoint(folder)
-    assert not checkpoint.has("mtp.") and checkpoint.head_fault is not None
+    assert not checkpoint.has("mtp.") and checkpoint.mtp_head_fault is not None
     load_text_model(folder)
-    return checkpoint.head_fault
+    return checkpoint.mtp_head_fault
 
 
 def renamed(head: Arrays) -> Arrays:
@@ -202,10 +207,10 @@ def renamed(head: Arrays) -> Arrays:
 
 def test_a_folder_has_no_fault_where_its_head_is_used_or_there_is_none(head, trunk, written):
     folder = written(head)
-    assert open_checkpoint(folder).head_fault is None
+    assert open_checkpoint(folder).mtp_head_fault is None
     (folder / PLACES[0]).unlink()
-    assert open_checkpoint(folder).head_fault is None
-    assert open_checkpoint(written({}, "other.safetensors", body=trunk | head)).head_fault is None
+    assert open_checkpoint(folder).mtp_head_fault is None
+    assert open_checkpoint(written({}, "other.safetensors", body=trunk | head)).mtp_head_fault is None
 
 
 @pytest.mark.parametrize("index", [True, False])
@@ -518,4 +523,4 @@ def test_a_head_that_cannot_be_used_is_told_of_and_not_converted(fault, head, wr
     with pytest.warns(UserWarning, match=rf"model is converted without a draft head: .* cannot be used: .*{why}"):
         out = convert(folder, tmp_path / "out")
     after = open_checkpoint(out)
-    assert not after.has("mtp.") and after.head_fault is None
+    assert not after.has("mtp.") and after.mtp_head_fault is None

@@ -13,11 +13,12 @@ import pytest
 from conftest import load_text_model
 from refusing import refused
 
-from mlx_qwen35.checkpoint import float16 as half
-from mlx_qwen35.checkpoint.checkpoint import is_matrix, open_checkpoint, text_shapes
+from mlx_qwen35.checkpoint import float16
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.float16 import LARGEST, SMALLEST, tell, unfit
 from mlx_qwen35.checkpoint.random import changed, geometry
-from mlx_qwen35.load import load_model, load_tower
+from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes
+from mlx_qwen35.load import load_model, load_vision_encoder
 
 SMALL = changed(geometry("tiny"), num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
 LAYER = "model.language_model.layers.1."
@@ -185,7 +186,7 @@ def test_of_an_ordinary_checkpoint_nothing_is_named_or_kept_apart(checkpoint_wit
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = load_text_model(folder, mx.float16)
-        tower = load_tower(open_checkpoint(folder), mx.float16)
+        tower = load_vision_encoder(open_checkpoint(folder), mx.float16)
     for layer in model.layers:
         for product in layer.mlp.gate_up.products:
             assert (product.scales if bits else product.weight).dtype == mx.float16
@@ -199,7 +200,7 @@ def test_other_dtypes_hold_everything(checkpoint_with, dtype):
 
 
 def test_what_is_stored_in_float16_is_not_looked_at(checkpoint_with, monkeypatch):
-    monkeypatch.setattr(half, "unfit", lambda arrays: pytest.fail("read for nothing") if list(arrays) else {})
+    monkeypatch.setattr(float16, "unfit", lambda arrays: pytest.fail("read for nothing") if list(arrays) else {})
     tiny_rows = functools.partial(vanishing, name=f"{LAYER}mlp.gate_proj.weight")
     load_text_model(checkpoint_with(tiny_rows, mx.float16), mx.float16)
 
@@ -236,12 +237,12 @@ def test_of_the_tower_too_what_does_not_fit_is_named_and_its_embeddings_are_in_f
     checkpoint = open_checkpoint(checkpoint_with(plant))
     load_model(checkpoint, mx.float16, "it")  # the tower's tensors are looked at when it is needed
     with pytest.warns(RuntimeWarning, match="3 tensors kept in float32") as told:
-        narrow = load_tower(checkpoint, mx.float16)
+        narrow = load_vision_encoder(checkpoint, mx.float16)
     assert all(f"{name} (" in str(told[0].message) for name in names)
     kept = (narrow.blocks[0].mlp.linear_fc1.weight, narrow.blocks[1].norm1.bias, narrow.merger.norm.bias)
     assert [array.dtype for array in kept] == [mx.float32] * 3
     patches = mx.array(np.random.default_rng(7).uniform(-1, 1, (1, 24, 1536)).astype(np.float32))
-    ours, want = narrow([patches], (6, 4)), load_tower(checkpoint, mx.float32)([patches], (6, 4))
+    ours, want = narrow([patches], (6, 4)), load_vision_encoder(checkpoint, mx.float32)([patches], (6, 4))
     assert ours.dtype == mx.float16
     assert mx.abs(ours.astype(mx.float32) - want).max().item() < 2e-2 * mx.abs(want).max().item()
 

@@ -1,7 +1,8 @@
 """The kernels in the model: when they are engaged, and that they generate what the operations generate."""
 
+import json
 import warnings
-from importlib import import_module
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,31 +13,31 @@ from kernels.emulator import emulated, missing
 
 from mlx_qwen35 import batch_generate, load
 from mlx_qwen35.backend import assume
-from mlx_qwen35.checkpoint.checkpoint import Quantization, is_matrix, text_shapes
 from mlx_qwen35.checkpoint.config import parse_config
 from mlx_qwen35.checkpoint.random import changed, geometry
+from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.kernels import add_norm, attention, fused, fused_delta, norm_rotary
-from mlx_qwen35.kernels.fused_delta import Heads, verdict
-from mlx_qwen35.model.enabled import Engaged, engaged, tell_unfit
+from mlx_qwen35.kernels.fused_delta import Heads, self_check
+from mlx_qwen35.model.enabled import EnabledLayers, enabled_kernels, warn_unfit_layers
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.model.weights import Weights
+from mlx_qwen35.quantization import Quantization
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 SHAPES = Path(__file__).parents[2] / "examples" / "pictures" / "shapes.png"
-loading = import_module("mlx_qwen35.load")  # `mlx_qwen35.load` is the function
 NANO = Heads(Hk=2, Hv=4, Dk=32, Dv=32, K=4)
 
 
 @pytest.fixture
 def as_on_a_mac():
     """Kernels can run, and are emulated; the report of their launches."""
-    verdicts = (verdict, add_norm.verdict, norm_rotary.verdict, attention.fused_verdict)
-    for known in verdicts:
+    checks = (self_check, add_norm.self_check, norm_rotary.self_check, attention.fused_self_check)
+    for known in checks:
         known.cache_clear()
     with assume(EMULATED), emulated("forward", False) as report:
         yield report
-    for known in verdicts:
+    for known in checks:
         known.cache_clear()
 
 
@@ -44,7 +45,7 @@ def as_on_a_mac():
 def test_the_kernel_passes_its_check_at_load(as_on_a_mac, dtype):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert verdict(NANO, dtype)
+        assert self_check(NANO, dtype)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_a_kernel_that_disagrees_is_switched_off_with_a_warning(as_on_a_mac, mon
     assert right in text
     monkeypatch.setattr(fused, "source", lambda name: text.replace(right, wrong))
     with pytest.warns(RuntimeWarning, match="gated_delta is switched off: its (output|state) differs"):
-        assert not verdict(NANO, mx.float32)
+        assert not self_check(NANO, mx.float32)
 
 
 def test_a_kernel_that_does_not_compile_is_switched_off_with_a_warning(as_on_a_mac, monkeypatch):
@@ -65,10 +66,15 @@ def test_a_kernel_that_does_not_compile_is_switched_off_with_a_warning(as_on_a_m
 
     monkeypatch.setattr(fused, "launch", refused)
     with pytest.warns(RuntimeWarning, match="is switched off: .* Unable to build metal library from source. MLX"):
-        assert not verdict(NANO, mx.float32)
+        assert not self_check(NANO, mx.float32)
     with pytest.warns(RuntimeWarning, match=r"the kernel (add_norm|norm_rotary) is switched off"):
         model, _ = load("nano")
-    mx.eval(model(mx.array([[1, 2, 3]])))  # the verdicts are remembered, and the operations run
+    mx.eval(model(mx.array([[1, 2, 3]])))  # the checks are remembered, and the operations run
+
+
+def test_kernels_need_no_check_where_none_is_asked_for(as_on_a_mac):
+    with assume(replace(EMULATED, checks_kernels=False)):
+        assert self_check(NANO, mx.float32) and not as_on_a_mac.launches
 
 
 def test_off_a_mac_the_operations_run(monkeypatch):
@@ -117,9 +123,11 @@ def test_a_tiny_checkpoint_reads_the_same_with_the_kernels(as_on_a_mac, monkeypa
 MIXER = "linear_attn.in_proj_"
 
 
-def packed_model(unpacked: tuple[str, ...] = (), bits: dict[str, int] | None = None, kind: str = "tiny") -> Model:
+def packed_model(
+    unpacked: tuple[str, ...] = (), bits: dict[str, int] | None = None, config: dict | None = None
+) -> Model:
     """A model of zeros, packed in 4 bit; names that end so are not packed, or in other bits."""
-    config = parse_config(geometry(kind)).text
+    config = parse_config(config or geometry("tiny")).text
     arrays, packings = {}, {}
     for name, shape in text_shapes(config).items():
         stem = name.removesuffix(".weight")
@@ -133,7 +141,7 @@ def packed_model(unpacked: tuple[str, ...] = (), bits: dict[str, int] | None = N
     return Model(config, Weights(arrays, packings.get, mx.float32, 1e-6))
 
 
-def layers(found: dict[str, Engaged]) -> dict[str, tuple[int, int]]:
+def layers(found: dict[str, EnabledLayers]) -> dict[str, tuple[int, int]]:
     return {name: tuple(count) for name, count in found.items()}
 
 
@@ -143,9 +151,9 @@ ALL = {"gated_delta": (3, 3), "norm_rotary": (1, 1), "add_norm": (4, 4), "attent
 @pytest.mark.parametrize("unpacked", [(), (f"{MIXER}b", f"{MIXER}a")], ids=["all packed", "b and a are not packed"])
 def test_each_kernel_runs_in_every_layer_that_it_is_made_for(as_on_a_mac, unpacked):
     model = packed_model(unpacked)
-    assert layers(engaged(model)) == ALL
-    tell_unfit(model)  # a warning would be an error
-    assert str(Engaged(3, 4)) == "3 of 4 layers"
+    assert layers(enabled_kernels(model)) == ALL
+    warn_unfit_layers(model)  # a warning would be an error
+    assert str(EnabledLayers(3, 4)) == "3 of 4 layers"
 
 
 @pytest.mark.parametrize(
@@ -160,41 +168,49 @@ def test_each_kernel_runs_in_every_layer_that_it_is_made_for(as_on_a_mac, unpack
 )
 def test_layers_whose_projections_are_packed_in_other_bits_are_named_and_not_counted(as_on_a_mac, bits, name, fewer):
     model = packed_model(bits=bits)
-    assert layers(engaged(model)) == ALL | fewer
+    assert layers(enabled_kernels(model)) == ALL | fewer
     with pytest.warns(RuntimeWarning, match=name) if name else warnings.catch_warnings():
-        tell_unfit(model)
+        warn_unfit_layers(model)
 
 
 def test_many_layers_are_named_by_the_first_eight(as_on_a_mac, monkeypatch):
-    monkeypatch.setattr(fused_delta, "verdict", lambda *_: True)
-    monkeypatch.setattr(norm_rotary, "verdict", lambda *_: True)
-    monkeypatch.setattr(add_norm, "verdict", lambda *_: True)
+    monkeypatch.setattr(fused_delta, "self_check", lambda *_: True)
+    monkeypatch.setattr(norm_rotary, "self_check", lambda *_: True)
+    monkeypatch.setattr(add_norm, "self_check", lambda *_: True)
     twelve = changed(geometry("tiny"), num_hidden_layers=12)
-    monkeypatch.setitem(packed_model.__globals__, "geometry", lambda kind: twelve)
     with pytest.warns(RuntimeWarning, match=r"in 9 of 9 layers \(0, 1, 2, 4, 5, 6, 8, 9 \.\.\.\)"):
-        tell_unfit(packed_model(bits={f"{MIXER}z": 8}))
+        warn_unfit_layers(packed_model(bits={f"{MIXER}z": 8}, config=twelve))
 
 
 def test_a_kernel_that_is_switched_off_runs_in_no_layer(as_on_a_mac, monkeypatch):
     text = fused.source
     monkeypatch.setattr(fused, "source", lambda name: text(name).replace("+ epsilon", "+ 0.1f"))
     with pytest.warns(RuntimeWarning, match="add_norm is switched off: its norm differs"):
-        assert layers(engaged(packed_model())) == ALL | {"add_norm": (0, 4)}
+        assert layers(enabled_kernels(packed_model())) == ALL | {"add_norm": (0, 4)}
 
 
 def test_attention_without_scores_is_counted_where_mlx_has_a_kernel(as_on_a_mac, monkeypatch):
-    monkeypatch.setattr(attention, "fused_verdict", lambda *_: True)
-    assert layers(engaged(packed_model())) == ALL | {"attention without scores": (1, 1)}
+    monkeypatch.setattr(attention, "fused_self_check", lambda *_: True)
+    assert layers(enabled_kernels(packed_model())) == ALL | {"attention without scores": (1, 1)}
 
 
 def test_off_a_mac_no_kernel_runs_and_nothing_is_told():
     model = packed_model(bits={f"{MIXER}z": 8})
-    tell_unfit(model)
-    assert layers(engaged(model)) == {name: (0, of) for name, (_, of) in ALL.items()}
+    warn_unfit_layers(model)
+    assert layers(enabled_kernels(model)) == {name: (0, of) for name, (_, of) in ALL.items()}
 
 
-def test_a_model_is_loaded_with_its_kernels_checked_and_misfits_told(as_on_a_mac, monkeypatch, checkpoint_folder):
-    told = []
-    monkeypatch.setattr(loading, "tell_unfit", told.append)
-    model = load_text_model(checkpoint_folder())
-    assert told == [model] and as_on_a_mac.launches
+def test_a_model_is_loaded_with_its_kernels_checked_and_misfits_told(as_on_a_mac, checkpoint_copy):
+    folder = checkpoint_copy(mtp=False, vision=False)
+    (file,) = folder.glob("*.safetensors")
+    arrays = dict(mx.load(str(file)))
+    mx.eval(arrays)
+    stem = f"model.language_model.layers.1.{MIXER}z."
+    parts = mx.quantize(arrays[f"{stem}weight"], group_size=64, bits=4)
+    arrays |= {f"{stem}{part}": array for part, array in zip(("weight", "scales", "biases"), parts, strict=True)}
+    mx.save_safetensors(str(file), arrays, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization": {"group_size": 64, "bits": 4}}))
+    with pytest.warns(RuntimeWarning, match=r"gated_delta does not run in 1 of 3 layers \(1\)"):
+        load_text_model(folder)
+    assert as_on_a_mac.launches
