@@ -64,10 +64,11 @@ class Option:
     @property
     def rule(self) -> str:
         """What a number must be, in words."""
-        least = "" if self.least is None else f"above {self.least:,}" if self.above else f"at least {self.least:,}"
+        least, most = _digits(self.least), _digits(self.most)
+        rule = f"above {least}" if self.above else f"at least {least}"
         if self.most is None or self.most > 1e30:
-            return least + " and finite" * (self.kind is float)
-        return f"{least} and at most {self.most:,}" if self.above else f"{self.least:,} to {self.most:,}"
+            return rule + " and finite" * (self.kind is float)
+        return f"{rule} and at most {most}" if self.above else f"{least} to {most}"
 
     def checked(self, name: str, value: Any) -> Any:
         """The value to use, numbers of numpy and MLX made Python's. InputError, which calls the option `name`."""
@@ -82,6 +83,10 @@ class Option:
             assert self.least is not None and self.most is not None
             return number(name, value, self.rule, self.least, self.most, self.above)
         return {bool: flag, str: text}.get(self.kind, as_given)(name, value)
+
+
+def _digits(number: float | None) -> str:
+    return f"{number or 0:,.6f}".rstrip("0").rstrip(".")
 
 
 def as_given(name: str, value: Any) -> Any:

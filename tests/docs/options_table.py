@@ -58,8 +58,8 @@ def _code(names: Iterable[str]) -> str:
 def _value(option: Option) -> str:
     if option.choices:
         return _code(option.choices)
-    rule = option.rule.removesuffix(" and finite")
-    return ", ".join(filter(None, (_KINDS.get(option.kind, "file" if option.metavar == "FILE" else ""), rule)))
+    kind = _KINDS.get(option.kind, (option.metavar or "").lower())
+    return f"{kind}, {option.rule.removesuffix(' and finite')}" if option.kind in (int, float) else kind
 
 
 if __name__ == "__main__":
