@@ -11,7 +11,7 @@ from typing import Any
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.hub import check_repository, look, resolve, upload
 from mlx_qwen35.checkpoint.names import VISION
-from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes, vision_shapes
+from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes
 from mlx_qwen35.commands.options import add_options, given_options
 from mlx_qwen35.commands.parser import Parser
 from mlx_qwen35.commands.run import as_command
@@ -19,21 +19,16 @@ from mlx_qwen35.commands.streams import read_file
 from mlx_qwen35.convert import convert, with_default
 from mlx_qwen35.convert.card import QUALITY
 from mlx_qwen35.convert.dry_run import describe
-from mlx_qwen35.convert.options import CommandOptions, FolderOptions, StorageOptions, WritingOptions
+from mlx_qwen35.convert.options import CommandOptions, FolderOptions, WritingOptions
 from mlx_qwen35.convert.plan import make_plan
-from mlx_qwen35.convert.recipes import DEFAULT, check_saving, save_recipe
-from mlx_qwen35.convert.sensitivity import CANDIDATES, forms, propose, sensitivity, smallest, table
+from mlx_qwen35.convert.recipes import DEFAULT, StorageOptions, check_saving, save_recipe
+from mlx_qwen35.convert.sensitivity import CANDIDATES, propose, sensitivity, smallest, table, unmeasured
 from mlx_qwen35.convert.source import reading
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.measure.text import windows
 from mlx_qwen35.options import listed, options_of
 
 COMMAND = "mlx_qwen35.convert"
-# Of how the folder is packed, those that make_plan has by the same or by a shorter name.
-_PLAN = {
-    "recipe": "recipe", "quantize": "quantize", "q_bits": "bits", "q_group_size": "group_size", "q_mode": "mode",
-    "q_vision_bits": "vision_bits", "dtype": "dtype", "rounding": "rounding",
-}  # fmt: skip
 
 
 def _parser() -> Parser:
@@ -91,14 +86,14 @@ def _look(args: argparse.Namespace, options: dict[str, Any]) -> None:
             "option_no_effect",
             f"{listed(idle)} has no effect where nothing is written (--dry-run, --sensitivity); leave it out",
         )
+    given = {name: options[name] for name in options_of(StorageOptions) if name in options}
     if args.dry_run:
-        stored = vars(StorageOptions(**{name: options[name] for name in _PLAN if name in options}))
         with look(args.hf_path, args.revision) as source, reading(source):
-            how = with_default(source, {name: stored[option] for option, name in _PLAN.items()})
-            told = describe(make_plan(source, **how))  # while the folder is there
-        print(told)
+            # while the folder is there
+            listing = describe(make_plan(source, with_default(source, StorageOptions(**given))))
+        print(listing)
         return
-    if given := [name for name in _PLAN if name in options]:
+    if given:
         raise InputError(
             "option_conflict",
             f"{listed(given)} must not be given with --sensitivity, which tries its own. Leave it out",
@@ -112,20 +107,20 @@ def _look(args: argparse.Namespace, options: dict[str, Any]) -> None:
 
 
 def _sensitivity(checkpoint: Checkpoint, text: str, cap: float | None, file: Path | None) -> None:
-    """Print the table; under a cap, what is in no group (norms, vision tower, draft head) counts as by default.
+    """Print the table; under a cap, tensors in no group (norms, vision encoder, draft head) count as by default.
 
     A cap that nothing fits under is refused before anything is measured, and what was measured is printed first.
     """
     tokens, limit, other = windows(checkpoint, text), 0, 0
     if cap is not None:
-        planned = forms(checkpoint)
-        grouped = {name for row in planned for name in row.names}
-        jobs = make_plan(checkpoint.folder, recipe=DEFAULT).jobs
+        planned = unmeasured(checkpoint)
+        grouped = {name for cost in planned for name in cost.names}
+        jobs = make_plan(checkpoint.folder, StorageOptions(DEFAULT)).jobs
         limit, other = int(cap * 1e9), sum(job.nbytes for job in jobs if job.source.name not in grouped)
         smallest(planned, limit, other)
-    rows = sensitivity(checkpoint, tokens)
-    proposal = None if cap is None else propose(rows, limit, other)
-    print(table(rows, proposal), flush=True)
+    costs = sensitivity(checkpoint, tokens)
+    proposal = None if cap is None else propose(costs, limit, other)
+    print(table(costs, proposal), flush=True)
     if proposal and file:
         save_recipe(file, proposal.matrices, CANDIDATES[0], f"proposed for at most {cap:g} GB by the KL of each group")
 
@@ -136,15 +131,14 @@ def _size(nbytes: int, shapes: Iterable[tuple[int, ...]]) -> str:
 
 
 def _vision_line(checkpoint: Checkpoint) -> str:
-    """The tower's size, and how many of its matrices a quantized folder holds unquantized; "" without a tower."""
-    vision = checkpoint.config.vision
-    if vision is None or not checkpoint.has(VISION):
+    """The vision encoder's size, and in a quantized folder the number of its unquantized matrices; "" without one."""
+    shapes = {name: shape for name, shape in checkpoint.shapes.items() if name.startswith(VISION)}
+    if not shapes:
         return ""
-    shapes = vision_shapes(vision)
     matrices = [name for name, shape in shapes.items() if is_matrix(name, shape)]
     left = sum(checkpoint.quantization(name) is None for name in matrices) if checkpoint.config.quantization else 0
     note = f", {left} of its {len(matrices)} matrices unquantized" if left else ""
-    return f"vision tower: {_size(checkpoint.nbytes((VISION,)), shapes.values())}{note}\n"
+    return f"vision encoder: {_size(checkpoint.nbytes((VISION,)), shapes.values())}{note}\n"
 
 
 def _evaluation_line(folder: Path) -> str:

@@ -1,7 +1,6 @@
-"""What is read must not lie in a folder that is written, replaced or removed, by whatever name it is reached.
+"""Files that are read must not lie in a folder that is written, replaced or removed, under any name.
 
-Files and folders are told apart by device and inode: two spellings of a name, links, and a folder that is mounted in
-two places are one.
+Device and inode identify a file or folder: two spellings of a name, links, and a folder mounted in two places are one.
 """
 
 import os
@@ -17,14 +16,14 @@ Key = tuple[int, int]  # device, inode
 
 @dataclass(frozen=True)
 class Reads:
-    """What a conversion reads: the folder of the source, and texts and recipes, wherever they lie."""
+    """What a conversion reads: the folder of the source, and files of texts and recipes."""
 
     folder: Path
     files: tuple[Path, ...] = ()
 
 
 def check_apart(reads: Reads, target: Path, written: tuple[Path, ...]) -> None:
-    """InputError when something that is read is, holds, lies in, or is linked to one of the folders written.
+    """InputError when a path that is read is, holds, lies in, or is linked to one of the folders written.
 
     written: the target and the hidden folders beside it; they need not exist.
     """
@@ -41,7 +40,7 @@ def check_apart(reads: Reads, target: Path, written: tuple[Path, ...]) -> None:
 
 
 def key_of(path: Path | int) -> Key | None:
-    """Of what lies behind a path or descriptor; None where nothing does, or nothing that can be reached."""
+    """The key behind a path or descriptor; None where nothing is there or can be reached."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):
@@ -50,7 +49,7 @@ def key_of(path: Path | int) -> Key | None:
 
 
 def _above(path: Path) -> set[Key]:
-    """Of a path and of all folders that it lies in, as far as they exist."""
+    """The keys of a path and of all folders above it, as far as they exist."""
     path = Path(os.path.realpath(path))
     return {key for part in (path, *path.parents) if (key := key_of(part))}
 
@@ -58,7 +57,7 @@ def _above(path: Path) -> set[Key]:
 def _within(path: Path) -> Iterator[tuple[Path, Key, bool]]:
     """A file or folder and everything within it, and whether it is a folder; links count as themselves.
 
-    What cannot be listed is passed over: nothing in it can be removed either.
+    A folder that cannot be listed is skipped: nothing in it can be removed either.
     """
     left = [path]
     while left:
@@ -73,8 +72,5 @@ def _within(path: Path) -> Iterator[tuple[Path, Key, bool]]:
 
 
 def _overlap(what: str, target: Path) -> InputError:
-    return InputError(
-        "target_overlaps_source",
-        f"what is read and what --mlx-path replaces must lie apart; with --mlx-path {target} {what}. Choose another "
-        "--mlx-path",
-    )
+    rule = "what is read and what --mlx-path replaces must lie apart"
+    return InputError("target_overlaps_source", f"{rule}; with --mlx-path {target} {what}. Choose another --mlx-path")

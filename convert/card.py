@@ -15,9 +15,9 @@ from typing import Any
 
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION
-from mlx_qwen35.checkpoint.shapes import is_matrix, mtp_shapes, text_shapes, vision_shapes
-from mlx_qwen35.convert.sensitivity import form
-from mlx_qwen35.convert.verify import Error
+from mlx_qwen35.checkpoint.shapes import is_matrix
+from mlx_qwen35.commands.table import markdown
+from mlx_qwen35.convert.verify import Difference
 from mlx_qwen35.load import has_vision
 from mlx_qwen35.measure.divergence import Evaluation
 from mlx_qwen35.quantization import Quantization
@@ -31,9 +31,9 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 class Facts:
     """What a card tells beyond what the folder holds.
 
-    name: what the folder is called. source: the source as it was named, an id or a path; of a path only the last part
-    is told. recipe: its name, or the options by hand. errors: Hugging Face name -> the error of that tensor. text: what
-    the evaluation was made on, in a few words. license: as Hugging Face writes it, see files.py.
+    name: of the folder. source: an id or a path, of which the card has the last part. recipe: its name, or the options
+    by hand. errors: Hugging Face name -> the errors of that tensor. text: the name of the text of the evaluation.
+    license: as Hugging Face writes it, see files.py.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Facts:
     recipe: str
     reasons: tuple[str, ...] = ()
     rounding: str = "nearest"
-    errors: Mapping[str, Error] = field(default_factory=dict)
+    errors: Mapping[str, Difference] = field(default_factory=dict)
     evaluation: Evaluation | None = None
     text: str = ""
     license: str | None = None
@@ -74,17 +74,13 @@ class Size:
 
 
 def sizes(checkpoint: Checkpoint) -> dict[str, Size]:
-    """`all`, and the parts that are there: `text`, `vision`, `MTP`. Exact copies count with what they are copies of."""
-    config = checkpoint.config
-    parts = {"text": (text_shapes(config.text), (TEXT, "lm_head."))}
-    if has_vision(checkpoint):
-        parts["vision"] = (vision_shapes(config.vision), (VISION,))
-    if checkpoint.has(MTP):
-        parts["MTP"] = (mtp_shapes(config.text), (MTP,))
+    """`all`, and the parts that are there: `text`, `vision`, `MTP`. float32 originals count with what they repeat."""
     found = {}
-    for part, (shapes, prefixes) in parts.items():
-        exact = sum(entry.nbytes for name, entry in checkpoint.fp32_original.items() if name.startswith(prefixes))
-        found[part] = Size(sum(map(math.prod, shapes.values())), checkpoint.nbytes(prefixes) + exact)
+    for part, prefixes in {"text": (TEXT, "lm_head."), "vision": (VISION,), "MTP": (MTP,)}.items():
+        counts = [math.prod(shape) for name, shape in checkpoint.shapes.items() if name.startswith(prefixes)]
+        originals = [e.nbytes for name, e in checkpoint.fp32_original.items() if name.startswith(prefixes)]
+        if counts:
+            found[part] = Size(sum(counts), checkpoint.nbytes(prefixes) + sum(originals))
     whole = Size(sum(size.parameters for size in found.values()), sum(size.nbytes for size in found.values()))
     return {"all": whole} | found
 
@@ -105,17 +101,14 @@ def quality(checkpoint: Checkpoint, facts: Facts) -> dict[str, Any]:
 
 
 def _tensor(checkpoint: Checkpoint, facts: Facts, name: str) -> dict[str, Any]:
-    how, error = checkpoint.quantization(name), facts.errors.get(name)
+    quantization, error = checkpoint.quantization(name), facts.errors.get(name)
     measured = {"relative_squared_error": error.relative, "largest_error": error.largest} if error else {}
-    return {"quantization": how and asdict(how)} | measured
+    return {"quantization": quantization and asdict(quantization)} | measured
 
 
 def _matrices(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Hugging Face name -> shape of every matrix that the folder holds."""
-    config = checkpoint.config
-    shapes = text_shapes(config.text) | (vision_shapes(config.vision) if config.vision else {})
-    shapes |= mtp_shapes(config.text)
-    return {name: shape for name, shape in shapes.items() if is_matrix(name, shape) and name in checkpoint.entries}
+    return {name: shape for name, shape in checkpoint.shapes.items() if is_matrix(name, shape)}
 
 
 # --- the plot --------------------------------------------------------------------------------------------------------
@@ -126,8 +119,8 @@ def _series(checkpoint: Checkpoint, facts: Facts) -> dict[str, list[float]]:
     lines: dict[str, list[float]] = {}
     squares: dict[int, float] = defaultdict(float)
     counts: dict[int, int] = defaultdict(int)
-    for name, shape in text_shapes(checkpoint.config.text).items():
-        if name in facts.errors and name.startswith(f"{TEXT}layers.") and is_matrix(name, shape):
+    for name, shape in _matrices(checkpoint).items():
+        if name in facts.errors and name.startswith(f"{TEXT}layers."):
             layer = int(name.removeprefix(f"{TEXT}layers.").split(".")[0])
             squares[layer] += facts.errors[name].relative * math.prod(shape)
             counts[layer] += math.prod(shape)
@@ -211,27 +204,27 @@ def _sizes(checkpoint: Checkpoint) -> str:
         [part, f"{size.parameters / 1e6:,.1f} M", f"{size.nbytes / 1e9:#.4g}", f"{size.bits:.3f}"]
         for part, size in sizes(checkpoint).items()
     ]
-    return "## Size\n\nGB is 10^9 bytes.\n\n" + _table(["part", "weights", "GB", "bits per weight"], rows)
+    return "## Size\n\nGB is 10^9 bytes.\n\n" + markdown(["part", "weights", "GB", "bits per weight"], rows)
 
 
 def _settings(checkpoint: Checkpoint, facts: Facts) -> str:
-    """Matrices of one kind and one form in a row, with the layers that they are in where those are not all."""
+    """A row for the matrices of one kind and one quantization, with their layers where these are not all."""
     kinds: dict[str, dict[Quantization | None, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name in _matrices(checkpoint):
         kinds[re.sub(r"\.\d+\.", ".N.", name.removesuffix(".weight"))][checkpoint.quantization(name)].append(name)
     rows = []
-    for kind, forms in kinds.items():
-        for how, names in forms.items():
+    for kind, variants in kinds.items():
+        for quantization, names in variants.items():
             found = [n for name in names for n in re.findall(r"\.(\d+)\.", name)]
-            layers = "all" if found and len(forms) == 1 else ", ".join(found)
+            layers = "all" if found and len(variants) == 1 else ", ".join(found)
             squares = [facts.errors[name].relative for name in names if name in facts.errors]
             error = [f"{100 * math.sqrt(sum(squares) / len(squares)):.2f} %"] if squares else [""]
-            stored = form(how) if how else checkpoint.entries[names[0]].dtype.replace("F", "float").lower()
+            stored = str(quantization or checkpoint.entries[names[0]].dtype.replace("F", "float").lower())
             rows.append([f"`{kind}`", layers, stored, str(len(names)), *(error if facts.errors else [])])
     note = " `error` is the root of the relative squared error, over the matrices of a row." if facts.errors else ""
     header = ["matrices", "N", "stored as", "count", *(["error"] if facts.errors else [])]
-    opening = f"Norms, convolutions, `A_log`, `dt_bias` and biases are not packed.{note}"
-    return f"## How it is stored\n\n{opening}\n\n{_table(header, rows)}"
+    opening = f"Norms, convolutions, `A_log`, `dt_bias` and biases are not quantized.{note}"
+    return f"## How it is stored\n\n{opening}\n\n{markdown(header, rows)}"
 
 
 def _measured(checkpoint: Checkpoint, facts: Facts) -> str:
@@ -246,7 +239,7 @@ def _measured(checkpoint: Checkpoint, facts: Facts) -> str:
         ]
         error = "; ± is one standard error" if e.kl_error is not None else ""
         told = f"{e.positions} tokens of {facts.text or 'a text'} in {e.sequences} pieces, against the source{error}."
-        parts.append(f"{told}\n\n{_table(['figure', ''], rows)}")
+        parts.append(f"{told}\n\n{markdown(['figure', ''], rows)}")
     if _series(checkpoint, facts):
         parts.append(f"Error, root of its mean square as a share of the source's, layer by layer:\n\n![]({PLOT})")
     if not parts:
@@ -267,11 +260,6 @@ def _use(checkpoint: Checkpoint, facts: Facts) -> str:
         *([f"mlx_vlm.generate --model {facts.name}{image}"] if sees else []),
     ]
     return "## Use\n\n```\n" + "\n".join(lines) + "\n```"
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def _last(source: str) -> str:

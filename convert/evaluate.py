@@ -1,4 +1,4 @@
-"""--eval: how far what was written is from its source on a text."""
+"""--eval: the difference between what was written and its source, on a text."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -14,11 +14,11 @@ from mlx_qwen35.measure.layerwise import Layerwise
 
 def evaluate(
     source: Checkpoint,
-    packed: Checkpoint,
+    quantized: Checkpoint,
     tokens: Sequence[Sequence[int]],
     first: Sequence[int] | None = None,
     dtype: mx.Dtype | None = None,
 ) -> Evaluation:
-    """`divergence` of two checkpoints, with a bar. dtype: of the arithmetic of both; None is what suits the machine."""
-    models = (Layerwise(checkpoint, choose_dtype(checkpoint, dtype)) for checkpoint in (source, packed))
-    return divergence(*models, tokens, first, partial(percent, "evaluating"))
+    """`divergence` of two checkpoints, with a bar. dtype: of the arithmetic of both; None: as the machine needs."""
+    ours, theirs = (Layerwise(checkpoint, choose_dtype(checkpoint, dtype)) for checkpoint in (source, quantized))
+    return divergence(ours, theirs, tokens, first, partial(percent, "evaluating"))

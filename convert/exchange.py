@@ -1,4 +1,4 @@
-"""Two folders exchange their names in one step, where the system and the file system can."""
+"""The exchange of two folders' names in one step, where system and file system offer it."""
 
 import ctypes
 import errno
@@ -12,9 +12,9 @@ _CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Each of two folders, both there, gets the name of the other. False where this cannot be done in one step.
+    """Exchange the names of two folders. Returns False where that cannot be done in one step.
 
-    Raises OSError when the system can and the folders do not let it, as without permission.
+    Raises OSError for other reasons, such as missing permission.
     """
     library = ctypes.CDLL(None, use_errno=True)
     paths = os.fsencode(one), os.fsencode(other)

@@ -1,4 +1,4 @@
-"""What stands beside the weights: config.json and generation_config.json as they are written, and the licence."""
+"""The files beside the weights: config.json and generation_config.json as they are written, copies, the licence."""
 
 import copy
 import fnmatch
@@ -6,19 +6,21 @@ import itertools
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.checkpoint.config import Config
 from mlx_qwen35.checkpoint.dtypes import STORED
+from mlx_qwen35.checkpoint.names import TEXT, VISION, hugging_face_name
 from mlx_qwen35.checkpoint.rope_fields import OLDER, rope_parameters
-from mlx_qwen35.convert.packing import Packing, config_entry
+from mlx_qwen35.convert.recipes import Recipe
 from mlx_qwen35.convert.source import CLAIMS
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import Fields, read_json
 from mlx_qwen35.prompt.tokenizer import TOKENIZER_BYTES
 from mlx_qwen35.quantization import Quantization
-from mlx_qwen35.values import shown
+from mlx_qwen35.values import is_whole, shown
 
 # Tokenizer, template, preprocessors, licence: all that belongs to a checkpoint beside weights and config.json.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
@@ -29,12 +31,13 @@ _LICENSES = {"apache-2.0": ("Apache License", "Version 2.0"), "mit": ("MIT Licen
 
 
 def new_config(
-    values: Mapping[str, Any], packing: Packing | None, keep: bool, packed: Mapping[str, Quantization], dtype: str
+    values: Mapping[str, Any], recipe: Recipe | None, quantized: Mapping[str, Quantization], dtype: str
 ) -> dict[str, Any]:
     """The source's config.json with its dtype fields renewed, the quantization as MLX programs read it, and our tag.
 
-    Older rotary fields are gathered in rope_parameters, which mlx-lm takes its defaults for where they are not there.
-    packed: Hugging Face name of a weight -> how it is packed; `keep` says that the source's entry tells just that.
+    Older rotary fields are gathered in rope_parameters: where these are absent, mlx-lm takes defaults of its own.
+    recipe: None keeps the quantization entry of the source. quantized: Hugging Face name of each quantized weight ->
+    its quantization.
     """
     config = copy.deepcopy(dict(values))
     name = next(option for option, stored in STORED.items() if stored == dtype)
@@ -47,20 +50,39 @@ def new_config(
         text["rope_parameters"] = rope_parameters(Fields(text, "config.json"))
         for older in OLDER:
             text.pop(older, None)
-    if not (keep and packed):
+    if recipe or not quantized:
         for part, key in itertools.product(parts, CLAIMS):
             part.pop(key, None)
         config.pop("mlx_qwen35", None)  # comes last
-    if packing:
-        entry = config_entry(packing, packed)
+    if recipe and recipe.bulk:
+        entry = _quantization_entry(recipe.bulk, quantized)
         config |= {"quantization": entry, "quantization_config": entry}
     return config | {"mlx_qwen35": TAG}
 
 
-def belongs(file: Path, folder: Path) -> bool:
-    """Whether a file of a checkpoint is its own: it lies in the folder, or in the hub's cache of this repository.
+def _quantization_entry(bulk: Quantization, quantized: Mapping[str, Quantization]) -> dict[str, Any]:
+    """The `quantization` of config.json, as mlx-lm and mlx-vlm read it: of the bulk, and of each other module."""
+    others = {
+        peer_module(name): asdict(quantization)
+        for name, quantization in quantized.items()
+        if quantization != bulk or name.startswith(VISION)  # mlx-vlm quantizes no part of the encoder by the bulk
+    }
+    return asdict(bulk) | others
 
-    A link may lead anywhere, such as to a key of the user's, who would publish it with the converted folder.
+
+def peer_module(name: str) -> str:
+    """The module that mlx-lm and mlx-vlm make of a weight of this Hugging Face name."""
+    module = hugging_face_name(name).removesuffix(".weight")
+    for own, theirs in ((VISION, "vision_tower."), (TEXT, "language_model.model.")):
+        if module.startswith(own):
+            return theirs + module.removeprefix(own)
+    return f"language_model.{module}"
+
+
+def belongs(file: Path, folder: Path) -> bool:
+    """Whether a file lies in the folder, or in the hub's cache of its repository.
+
+    A link may lead anywhere, such as to a secret key, which would be published with the converted folder.
     """
     folder, file = folder.resolve(), file.resolve()
     cached = [part.parent for part in folder.parents if part.name == "snapshots"]
@@ -69,7 +91,7 @@ def belongs(file: Path, folder: Path) -> bool:
 
 
 def beside_weights(folder: Path) -> tuple[Path, ...]:
-    """The files that are copied. Warns of links that lead out of the folder, which are not."""
+    """The files to copy. Warns of links that lead out of the folder, which are not copied."""
 
     def fits(name: str, patterns: Iterable[str]) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
@@ -89,7 +111,7 @@ def beside_weights(folder: Path) -> tuple[Path, ...]:
 def generation_config(folder: Path, config: Config) -> dict[str, Any] | None:
     """The source's generation_config.json with all end tokens: its own, the end of a turn, and those of config.json.
 
-    None where the source's names them all, and is copied as it is, or where there are none.
+    None where the source's file names them all and is copied, or where there are no end tokens.
     """
     file, turn = folder / "generation_config.json", _end_of_turn(folder, config.text.vocab_size)
     values = read_json(file) if file.is_file() and belongs(file, folder) else {}
@@ -109,7 +131,7 @@ def _end_of_turn(folder: Path, vocabulary: int) -> int | None:
         fields = Fields(read_json(tokenizer, TOKENIZER_BYTES), tokenizer.name)
         tokens = fields.get("added_tokens", list) if fields.has("added_tokens") else []
         found += [token.get("id") for token in tokens if _ends_turn(token)]
-    if found and not (type(found[0]) is int and 0 <= found[0] < vocabulary):
+    if found and not (is_whole(found[0]) and 0 <= found[0] < vocabulary):
         raise InputError(
             "tokenizer_invalid",
             f"the tokenizer of {folder} must give {_END_OF_TURN} a token id, 0 to {vocabulary - 1}; it gives "
@@ -123,7 +145,7 @@ def _ends_turn(token: Any) -> bool:
 
 
 def find_license(source: Path) -> str | None:
-    """The licence as Hugging Face writes it: by the source's card, else by its LICENSE; None when neither says so."""
+    """The licence as Hugging Face writes it, by the source's card, else by its LICENSE; None where it is unknown."""
     card = source / "README.md"
     if card.is_file() and belongs(card, source):
         front = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)

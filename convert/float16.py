@@ -1,6 +1,6 @@
-"""What of a conversion to float16 does not fit it, found by reading the weights once before anything is written.
+"""Tensors that do not fit float16, found by reading the weights once before anything is written.
 
-The rule is that of mlx_qwen35/half.py, which tells the same of a folder when it is loaded in float16.
+The rule is that of mlx_qwen35/checkpoint/float16.py, by which a folder is loaded in float16.
 """
 
 import warnings
@@ -8,10 +8,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mlx_qwen35.checkpoint.float16 import SMALLEST, complaint, listed
+from mlx_qwen35.checkpoint.float16 import SMALLEST, listed, reason
 from mlx_qwen35.checkpoint.names import is_zero_centred
 from mlx_qwen35.convert.plan import Job
-from mlx_qwen35.convert.source import as_float32
+from mlx_qwen35.convert.rows import Chunk, Files
+from mlx_qwen35.convert.source import FLOATS, as_float32, read_rows
+from mlx_qwen35.quantization import Quantization
+
+Extent = tuple[float, int, int]  # largest magnitude of some rows, how many of them vanish in float16, how many they are
 
 
 def takes_float16(job: Job) -> bool:
@@ -21,39 +25,50 @@ def takes_float16(job: Job) -> bool:
     return job.dtype == "F16" != job.source.dtype
 
 
-def extent(job: Job, bits: np.ndarray, dtype: str) -> tuple[float, int, int]:
-    """Largest magnitude of some rows, how many of these vanish in float16, and how many there are.
+def extents_of(chunk: Chunk, files: Files) -> list[Extent]:
+    """The extents of the numbers that are cast to float16: values, or scales and biases that are copied."""
+    job = chunk.job
+    if not job.copies_parts:
+        return [_extent(job, chunk.values(files), job.source.dtype)]
+    parts = [part for part in job.source.parts if part.dtype in FLOATS]
+    return [_extent(job, read_rows(part, chunk.start, chunk.stop, files), part.dtype) for part in parts]
 
-    bits: (rows, columns) of the source, or of its scales or biases where they are copied. A vector is one row.
-    """
-    values = np.abs(as_float32(bits, dtype))
-    rows = values.max(axis=1) if len(job.source.shape) > 1 else values.max(keepdims=True).ravel()
+
+def _extent(job: Job, bits: np.ndarray, dtype: str) -> Extent:
+    """bits: (rows, columns). A vector is one row."""
+    values = as_float32(bits, dtype)
+    rows = np.abs(values).max(axis=1 if len(job.source.shape) > 1 else None, keepdims=True).ravel()
+    largest = float(rows.max())
     if is_zero_centred(job.source.name):  # one is added to it
-        return float(rows.max()), 0, len(rows)
+        return largest, 0, len(rows)
     if job.quantization and job.quantization.mode == "affine" and not job.copies_parts:
-        rows = np.where(rows < SMALLEST * 2**job.quantization.bits, _scales(job, bits, dtype), rows)
-    return float(values.max()), int(np.count_nonzero((rows > 0) & (rows < SMALLEST))), len(rows)
+        low = rows < SMALLEST * 2**job.quantization.bits
+        rows = np.where(low, _scales(values, job.quantization), rows)
+    return largest, int(np.count_nonzero((rows > 0) & (rows < SMALLEST))), len(rows)
 
 
-def _scales(job: Job, bits: np.ndarray, dtype: str) -> np.ndarray:
+def _scales(values: np.ndarray, quantization: Quantization) -> np.ndarray:
     """(rows,): the largest scale that the affine groups of a row will have, rather too small than too large."""
-    groups = as_float32(bits, dtype).reshape(len(bits), -1, job.quantization.group_size)
-    return np.ptp(groups, axis=2).max(axis=1) / (2**job.quantization.bits + 1)
+    groups = values.reshape(len(values), -1, quantization.group_size)
+    return np.ptp(groups, axis=2).max(axis=1) / (2**quantization.bits + 1)
 
 
-def reason(extents: list[tuple[float, int, int]]) -> str | None:
-    """Why a tensor does not fit float16, from the extents of its rows; None when it does, or is not even finite."""
-    largest, (vanishing, rows) = max(extents)[0], np.sum(extents, axis=0)[1:].astype(int)
+def unfit(extents: list[Extent]) -> str | None:
+    """The reason why a tensor does not fit float16, from the extents of its rows; None when it does.
+
+    Values that are not finite are refused elsewhere.
+    """
     if not np.isfinite(np.sum(extents)):
         return None
-    return complaint(largest, vanishing, rows)
+    largest, vanishing, rows = zip(*extents, strict=True)
+    return reason(max(largest), sum(vanishing), sum(rows))
 
 
-def warn(kept: Mapping[str, str]) -> None:
-    """Warn of the tensors that are kept out of float16."""
+def warn(unfit: Mapping[str, str]) -> None:
+    """Warn of the tensors that do not become float16."""
     warnings.warn(
-        f"{len(kept)} tensors stay out of float16, which cannot hold them: {listed(kept)}. They are stored as in the "
-        "source, the scales of packed ones in bfloat16. With --dtype bfloat16 nothing is kept apart",
+        f"{len(unfit)} tensors stay out of float16, which cannot hold them: {listed(unfit)}. They are stored as in the "
+        "source, the scales of quantized ones in bfloat16. With --dtype bfloat16 all tensors have one dtype",
         RuntimeWarning,
         stacklevel=3,
     )

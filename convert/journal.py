@@ -1,37 +1,38 @@
-"""A conversion that was killed goes on: what is on disk for sure, line by line, in the folder that is being written.
+"""The journal of a conversion: what is on disk for sure, line by line, in the folder that is being written.
 
-The first line tells which conversion it is. A line about data is written once the data is on disk, never before. The
-last one is written when the folder takes its name, and tells what it replaces.
+The first line identifies the conversion. A line about data is written once the data is on disk, never before. The last
+line is written when the folder takes its name, and names the folder that it replaces.
 """
 
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlx_qwen35.convert.plan import Plan
+from mlx_qwen35.convert.plan import ConversionPlan
 from mlx_qwen35.convert.verify import Difference
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.values import is_number, is_whole
 
 JOURNAL = ".conversion.jsonl"
 _IDENTITY = ("source", "options", "programs")
 
 
 class OtherConversion(InputError):
-    """The journal belongs to another conversion, or cannot be read: nothing of it was touched."""
+    """The journal belongs to another conversion, or cannot be read; the folder was not touched."""
 
 
 @dataclass(frozen=True)
 class Done:
     """A chunk that is written.
 
-    source: a digest of what was read for it. checksums: of its parts; difference: its errors; both only where the run
-    verifies.
+    source: a digest of what was read for it. checksums: CRC-32 of its parts. difference: its errors. Without
+    verification both are empty.
     """
 
     source: str
@@ -39,18 +40,17 @@ class Done:
     difference: Difference = field(default_factory=Difference)
 
 
-def identity(plan: Plan, **options: Any) -> dict[str, str]:
-    """What must be the same for a conversion to go on: tensors and configuration of the source, options, programs.
+def identity(plan: ConversionPlan, **options: Any) -> dict[str, str]:
+    """The first line: digests of the source's tensors and configuration and of the options, and the programs' versions.
 
-    The weights are compared as they were read, chunk by chunk, see Done. Where files lie and how old they are does not
-    count.
+    Weights are compared as they were read, chunk by chunk, see Done. Paths and times of files do not count.
     """
 
     def digest(*values: Any) -> str:
         return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
     tensors = [
-        replace(job.source, parts=[(part.stored_name, part.dtype, part.shape) for part in job.source.parts])
+        asdict(job.source) | {"parts": [(part.stored_name, part.dtype, part.shape) for part in job.source.parts]}
         for job in plan.jobs
     ]
     config = [found.path.read_bytes() for found in plan.sources if found.path.name == "config.json"]
@@ -68,21 +68,22 @@ def identity(plan: Plan, **options: Any) -> dict[str, str]:
 class Journal:
     """The journal of a folder, open for the next lines.
 
-    identity: of this conversion. If the folder has the journal of the same one, `done` holds its chunks by number.
-    Raises OtherConversion if it is of another, or holds what was never written.
+    identity: of this conversion. done: the chunks that the folder's journal has, by number. unfit: the tensors that do
+    not fit float16, with reasons; None before they are noted. Raises OtherConversion if the folder's journal is of
+    another conversion, or holds what was never written.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, str]):
         self.folder, self.identity = folder, dict(identity)
         file = folder / JOURNAL
         lines, nbytes = _read(file, identity) if file.is_file() else ([], 0)
-        self.kept: dict[str, str] | None = next((line["kept"] for line in lines if "kept" in line), None)
+        self.unfit: dict[str, str] | None = next((line["kept"] for line in lines if "kept" in line), None)
         self.done = {line["chunk"]: _done(line) for line in lines if "chunk" in line}
         self.stream = file.open("r+b" if file.is_file() else "w+b")
         self.stream.truncate(nbytes)  # a line that was cut off
         self.stream.seek(nbytes)
         if not lines:
-            self._append([self.identity])
+            _write(self.stream, [self.identity])
 
     def __enter__(self) -> "Journal":
         return self
@@ -90,12 +91,12 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self.stream.close()
 
-    def keep(self, kept: dict[str, str]) -> None:
-        """Note the tensors that do not fit float16: Hugging Face name -> why. OtherConversion if others are noted."""
-        if self.kept is None:
-            self.kept = kept
-            self._append([{"kept": kept}])
-        if self.kept != kept:
+    def note_unfit(self, unfit: dict[str, str]) -> None:
+        """Note tensors that do not fit float16, Hugging Face name -> reason. OtherConversion if others are noted."""
+        if self.unfit is None:
+            self.unfit = unfit
+            _write(self.stream, [{"kept": unfit}])
+        if self.unfit != unfit:
             raise differs(self.folder, "the source changed")
 
     def restart(self) -> None:
@@ -103,36 +104,31 @@ class Journal:
         self.done = {}
         self.stream.seek(0)
         self.stream.truncate()
-        self._append([self.identity] if self.kept is None else [self.identity, {"kept": self.kept}])
+        _write(self.stream, [self.identity, {"kept": self.unfit}])
 
     def append(self, done: Mapping[int, Done]) -> None:
-        """Note chunks whose data was brought to disk before."""
-        lines = []
+        """Note chunks whose data is on disk."""
+        lines: list[dict[str, Any]] = []
         for number, chunk in done.items():
-            line = {"chunk": number, "source": chunk.source}
-            if chunk.checksums:
-                line |= {"checksums": chunk.checksums, "difference": list(asdict(chunk.difference).values())}
-            lines.append(line)
-        self._append(lines)
-
-    def _append(self, lines: list[dict]) -> None:
+            measured = {"checksums": chunk.checksums, "difference": list(asdict(chunk.difference).values())}
+            lines.append({"chunk": number, "source": chunk.source} | (measured if chunk.checksums else {}))
         _write(self.stream, lines)
 
 
-def _write(stream: BinaryIO, lines: list[dict]) -> None:
+def _write(stream: BinaryIO, lines: list[dict[str, Any]]) -> None:
     stream.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
     stream.flush()
     os.fsync(stream.fileno())
 
 
 def note_placing(folder: Path, replaced: list[int]) -> None:
-    """Note, before the folder takes its name, the inode of the folder that it replaces, if it replaces one."""
+    """Note, before a folder takes its name, the inode of the folder that it replaces; an empty list if none."""
     with (folder / JOURNAL).open("ab") as stream:
         _write(stream, [{"replaces": replaced}])
 
 
 def replaces(folder: Path) -> list[int] | None:
-    """What note_placing noted in a folder; None where nothing is noted."""
+    """The list that note_placing noted in a folder; None where it noted nothing."""
     file = folder / JOURNAL
     if file.is_symlink() or not file.is_file():
         return None
@@ -147,10 +143,10 @@ def replaces(folder: Path) -> list[int] | None:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read(file: Path, identity: Mapping[str, str]) -> tuple[list[dict], int]:
-    """The whole lines, and their bytes. What a killed process leaves is a last line without its end.
+def _read(file: Path, identity: Mapping[str, str]) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines, and their bytes. A killed process may leave a last line without its end.
 
-    Lines are read once the first one tells that this very program wrote them.
+    Further lines are read only if the first one says that the same programs wrote them.
     """
     *whole, _ = file.read_bytes().split(b"\n")
     lines = []
@@ -168,21 +164,21 @@ def _read(file: Path, identity: Mapping[str, str]) -> tuple[list[dict], int]:
 
 
 def _line(text: bytes) -> dict[str, Any]:
-    """A line of one of the kinds that are written. ValueError for anything else."""
+    """A line of one of _KINDS. ValueError for anything else."""
     try:
         line = json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    if not isinstance(line, dict) or not any(line.keys() == kind.keys() for kind in _KINDS):
-        raise ValueError("it is none of what is written there")
-    kind = next(kind for kind in _KINDS if line.keys() == kind.keys())
+    kind = next((kind for kind in _KINDS if isinstance(line, dict) and line.keys() == kind.keys()), None)
+    if kind is None:
+        raise ValueError("it is none of the lines of a journal")
     if wrong := [name for name, is_right in kind.items() if not is_right(line[name])]:
         raise ValueError(f"{wrong[0]!r} cannot be {str(line[wrong[0]])[:50]}")
     return line
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return is_whole(value) and value >= 0
 
 
 def _is_text(value: Any) -> bool:
@@ -194,8 +190,7 @@ def _are_counts(value: Any) -> bool:
 
 
 def _are_sums(value: Any) -> bool:
-    fit = isinstance(value, list) and len(value) == 3
-    return fit and all(type(number) in (int, float) and 0 <= number < math.inf for number in value)
+    return isinstance(value, list) and len(value) == 3 and all(is_number(n) and 0 <= n < math.inf for n in value)
 
 
 def _are_reasons(value: Any) -> bool:
@@ -203,7 +198,7 @@ def _are_reasons(value: Any) -> bool:
 
 
 _CHUNK = {"chunk": _is_count, "source": _is_text}
-_KINDS = (
+_KINDS: tuple[Mapping[str, Callable[[Any], bool]], ...] = (
     dict.fromkeys(_IDENTITY, _is_text), {"kept": _are_reasons}, {"replaces": _are_counts}, _CHUNK,
     _CHUNK | {"checksums": _are_counts, "difference": _are_sums},
 )  # fmt: skip

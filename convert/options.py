@@ -3,11 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_qwen35.checkpoint.dtypes import DTYPES, check_dtype
-from mlx_qwen35.convert.plan import ROUNDINGS
-from mlx_qwen35.convert.recipes import DEFAULT, RECIPES
 from mlx_qwen35.options import option
-from mlx_qwen35.quantization import MODES
 
 
 @dataclass(frozen=True)
@@ -22,37 +18,12 @@ class FolderOptions:
 
 
 @dataclass(frozen=True)
-class StorageOptions:
-    """How weights are stored."""
-
-    recipe: str | None = option(
-        help="; ".join(f"{name}: {recipe.use}" for name, recipe in RECIPES.items())
-        + f"; or a file that --save-recipe has written (default: {DEFAULT}, but a source that an MLX program has "
-        "quantized stays as it is)", metavar="NAME",
-    )  # fmt: skip
-    quantize: bool = option(False, help="quantize everything alike, without a recipe", aliases=("q",))
-    q_bits: int | None = option(help="bits per weight (affine: 2, 3, 4, 5, 6 or 8; default: 4)", least=0, metavar="N")
-    q_group_size: int | None = option(
-        help="weights per scale (affine: 32, 64 or 128; default: 64)", least=0, metavar="N"
-    )
-    q_mode: str | None = option(help="quantization mode (default: affine)", choices=tuple(MODES))
-    q_vision_bits: int | None = option(
-        help="bits per weight of the vision encoder, always affine (2, 3, 4, 5, 6 or 8; default: 8; 0: unquantized); a "
-        "matrix whose width is no multiple of 32 stays unquantized", least=0, metavar="N",
-    )  # fmt: skip
-    dtype: str | None = option(
-        help="dtype of what is not quantized (default: the source's)", choices=tuple(DTYPES), check=check_dtype
-    )
-    rounding: str = option("search", help="how quantized groups are rounded (default: search)", choices=ROUNDINGS)
-    calibration: str | Path | None = option(
-        help="weigh rounding errors by the activations on this text file", metavar="FILE"
-    )
-
-
-@dataclass(frozen=True)
 class WritingOptions:
     """How a folder is written and checked."""
 
+    calibration: str | Path | None = option(
+        help="weigh rounding errors by the activations on this text file", metavar="FILE"
+    )
     overwrite: bool = option(False, help="replace the checkpoint at --mlx-path when done")
     resume: bool = option(False, help="continue a killed conversion to --mlx-path")
     verify: bool = option(True, help="measure no errors, and do not read the folder again")

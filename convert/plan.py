@@ -4,7 +4,7 @@ import json
 import math
 import struct
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,13 +18,12 @@ from mlx_qwen35.checkpoint.names import TEXT, VISION
 from mlx_qwen35.checkpoint.shapes import keep_fp32
 from mlx_qwen35.checkpoint.tensors import DTYPE_BYTES
 from mlx_qwen35.convert.files import beside_weights, generation_config, new_config
-from mlx_qwen35.convert.packing import Packing, read_options
-from mlx_qwen35.convert.source import Found, Source, Tensor, open_source
+from mlx_qwen35.convert.recipes import NO_OPTIONS, ROUNDINGS, Recipe, StorageOptions, choose_recipe
+from mlx_qwen35.convert.source import Source, SourceFile, Tensor, open_source
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.quantization import Quantization
-from mlx_qwen35.values import shown
+from mlx_qwen35.values import choice, shown
 
-ROUNDINGS = ("search", "nearest")
 SHARD_BYTES = 5_000_000_000
 
 
@@ -43,10 +42,10 @@ class Output:
 
 @dataclass(frozen=True)
 class Job:
-    """One tensor of the source and what stands for it: itself in `dtype`, or its parts packed from that dtype.
+    """One tensor of the source and the tensors written for it: itself in `dtype`, or the parts of its quantization.
 
-    rounding: "search" or "nearest", of what is packed here. Parts that are already packed as asked are copied, with
-    scales and biases in `dtype`.
+    rounding: "search" or "nearest", of what is quantized here. Parts of a tensor that is quantized the same way already
+    are copied, with scales and biases in `dtype`.
     """
 
     source: Tensor
@@ -61,7 +60,12 @@ class Job:
 
     @property
     def copies_parts(self) -> bool:
-        return self.quantization is not None and self.quantization == self.source.how
+        return self.quantization is not None and self.quantization == self.source.quantization
+
+    @property
+    def is_original(self) -> bool:
+        """Whether what is written is the float32 original of a tensor that another job writes in 16 bits."""
+        return self.outputs[0].name.startswith(FP32_ORIGINAL)
 
 
 @dataclass(frozen=True)
@@ -75,12 +79,13 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Everything that will be written.
+class ConversionPlan:
+    """Everything that a conversion writes.
 
-    copied: files of the source, generation_config.json perhaps among them. sources: the files read, as they were when
-    the plan was made. statistics: Hugging Face name of a weight -> (columns,) float32, what an error in each input
-    column counts. shard_bytes: of a file, at most.
+    generation: the values of generation_config.json where it is not copied. copied: files of the source. sources: the
+    files that are read, as they were when the plan was made. statistics: Hugging Face name of a weight -> (columns,)
+    float32, the importance of an error in each input column; weights without an entry count all columns alike.
+    shard_bytes: the most that a file of weights takes.
     """
 
     jobs: tuple[Job, ...]
@@ -88,86 +93,66 @@ class Plan:
     config: Mapping[str, Any]
     generation: Mapping[str, Any] | None
     copied: tuple[Path, ...]
-    sources: tuple[Found, ...] = ()
+    sources: tuple[SourceFile, ...] = ()
     statistics: Mapping[str, np.ndarray] = field(default_factory=dict)
     shard_bytes: int = SHARD_BYTES
 
     @cached_property
     def index(self) -> dict[str, Any]:
         weight_map = {name: shard.file for shard in self.shards for name in shard.offsets}
-        weights = [job.source for job in self.jobs if not job.outputs[0].name.startswith(FP32_ORIGINAL)]
-        parameters = sum(math.prod(weight.shape) for weight in weights)
+        parameters = sum(math.prod(job.source.shape) for job in self.jobs if not job.is_original)
         metadata = {"total_size": sum(job.nbytes for job in self.jobs), "total_parameters": parameters}
         return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the folder takes, but for the few of config.json and index."""
+        """Bytes of the folder, without config.json and the index."""
         return sum(shard.nbytes for shard in self.shards) + sum(file.stat().st_size for file in self.copied)
 
-    def keeping(self, names: Collection[str]) -> "Plan":
-        """The same plan with the tensors of these Hugging Face names in a dtype that holds what float16 does not.
+    def without_float16(self, names: Collection[str]) -> "ConversionPlan":
+        """The same plan with tensors of these Hugging Face names, which do not fit float16, in another dtype.
 
-        Packed ones have scales in bfloat16; others stay as the source has them, and need no exact copy beside.
+        Quantized ones have scales in bfloat16. Others stay as the source has them, and need no float32 original.
         """
         jobs = []
         for job in self.jobs:
-            name = job.outputs[0].name
             if job.source.name not in names:
                 jobs.append(job)
-            elif not name.startswith(FP32_ORIGINAL):
+            elif not job.is_original:
                 dtype = "BF16" if job.quantization else job.source.dtype
-                jobs.append(_job(job.source, name, dtype, job.quantization, job.rounding))
-        return replace(self, jobs=tuple(jobs), shards=_shards(tuple(jobs), self.shard_bytes))
+                jobs.append(_job(job.source, job.outputs[0].name, dtype, job.quantization, job.rounding))
+        return replace(self, jobs=tuple(jobs), shards=_shards(jobs, self.shard_bytes))
 
 
 def make_plan(
-    folder: Path,
-    *,
-    recipe: str | None = None,
-    quantize: bool = False,
-    bits: int | None = None,
-    group_size: int | None = None,
-    mode: str | None = None,
-    vision_bits: int | None = None,
-    dtype: str | None = None,
-    rounding: str = "search",
-    statistics: Mapping[str, np.ndarray] | None = None,
-    shard_bytes: int = SHARD_BYTES,
-) -> Plan:
+    folder: Path, options: StorageOptions = NO_OPTIONS, *, shard_bytes: int = SHARD_BYTES
+) -> ConversionPlan:
     """Plan the conversion of a folder; reads headers and configuration, no weights.
 
-    Options are those of `convert`; with neither recipe nor quantize, what is packed stays packed as it is. statistics:
-    see Plan; weights that it does not name count all columns alike. Raises InputError when the folder or the options
-    break a rule. Warns when packed weights are packed in another way.
+    With neither a recipe nor quantize, what is quantized stays as it is. Raises InputError when the folder or the
+    options break a rule. Warns where quantized weights are quantized anew.
     """
-    options = read_options(recipe, quantize, bits, group_size, mode, vision_bits, dtype)
-    if rounding not in ROUNDINGS:
-        raise InputError("option_invalid", f"--rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+    recipe = choose_recipe(options)
+    rounding = choice("--rounding", options.rounding, ROUNDINGS)
     source = open_source(folder)
-    if vision_bits is not None and not source.checkpoint.has(VISION):
-        raise InputError(
-            "option_no_effect",
-            f"--q-vision-bits {vision_bits} has no effect on a checkpoint without a vision tower; {folder} has none. "
-            "Leave it out",
-        )
-    stored = _output_dtype(source, options.dtype)
-    keep = options.recipe is None and options.packing is None
-    jobs = tuple(_jobs(source, options.packing, keep, stored, options.dtype is not None, rounding))
-    _warn_of_packing_anew(folder, jobs)
-    packed = {job.source.name: job.quantization for job in jobs if job.quantization}
+    if options.q_vision_bits is not None and not source.checkpoint.has(VISION):
+        raise InputError("option_no_effect", f"{folder} has no vision encoder: leave --q-vision-bits out")
+    asked = recipe.dtype if recipe else options.dtype
+    stored = _output_dtype(source, asked)
+    jobs = tuple(_jobs(source, recipe, stored, asked is not None, rounding))
+    _warn_of_quantizing_anew(folder, jobs)
+    quantized = {job.source.name: job.quantization for job in jobs if job.quantization}
     copied = beside_weights(folder)
     generation = generation_config(folder, source.checkpoint.config)
     if generation is not None:
         copied = tuple(file for file in copied if file.name != "generation_config.json")
-    return Plan(
+    return ConversionPlan(
         jobs=jobs,
         shards=_shards(jobs, shard_bytes),
-        config=new_config(source.config, options.packing, keep, packed, stored),
+        config=new_config(source.config, recipe, quantized, stored),
         generation=generation,
         copied=copied,
-        sources=source.files + tuple(Found.at(file) for file in (folder / "config.json", *copied)),
-        statistics=statistics or {},
+        sources=source.files + tuple(SourceFile.at(file) for file in (folder / "config.json", *copied)),
         shard_bytes=shard_bytes,
     )
 
@@ -192,61 +177,61 @@ def _output_dtype(source: Source, asked: str | None) -> str:
     return STORED[named]
 
 
-def _jobs(source: Source, packing: Packing | None, keep: bool, dtype: str, asked: bool, rounding: str) -> Iterator[Job]:
-    """The jobs in the order of the data: text, vision, draft head, by the names of Hugging Face's own classes.
+def _jobs(source: Source, recipe: Recipe | None, dtype: str, asked: bool, rounding: str) -> Iterator[Job]:
+    """The jobs in the order of the data: text, vision, MTP head, by the names of Hugging Face's own classes.
 
-    keep: what is packed stays so. asked: the dtype was, so that scales which are copied get it too.
+    asked: whether an option names the dtype, so that scales which are copied get it too.
     """
     for name, tensor in source.tensors.items():
         stored_name = name if source.nested or not name.startswith(TEXT) else f"model.{name.removeprefix(TEXT)}"
-        how = tensor.how if keep else packing and packing.of(name, tensor.shape)
-        if how:
-            scales = tensor.parts[1].dtype if how == tensor.how and not asked and how.mode == "affine" else dtype
-            yield _job(tensor, stored_name, scales, how, rounding)
+        quantization = recipe.quantization(name, tensor.shape) if recipe else tensor.quantization
+        if quantization:
+            same = quantization == tensor.quantization and not asked and quantization.mode == "affine"
+            yield _job(tensor, stored_name, tensor.parts[1].dtype if same else dtype, quantization, rounding)
             continue
         own = "F32" if keep_fp32(name) else dtype
-        yield _job(tensor, stored_name, own, None)
+        yield _job(tensor, stored_name, own)
         is_text = name.startswith((TEXT, "lm_head."))
         if is_text and len(tensor.shape) == 1 and tensor.dtype == "F32" and own != "F32":
-            yield _job(tensor, FP32_ORIGINAL + name, "F32", None)
+            yield _job(tensor, FP32_ORIGINAL + name, "F32")
 
 
-def _job(source: Tensor, name: str, dtype: str, how: Quantization | None, rounding: str = "nearest") -> Job:
-    if how is None:
+def _job(
+    source: Tensor, name: str, dtype: str, quantization: Quantization | None = None, rounding: str = "nearest"
+) -> Job:
+    if quantization is None:
         return Job(source, dtype, None, (Output(name, dtype, source.shape),))
-    columns = source.shape[1]
-    if columns % how.group_size:
+    columns, group_size = source.shape[1], quantization.group_size
+    if columns % group_size:
         raise InputError(
             "quantization_unfit",
             f"the width of every matrix must be a multiple of the group size; {name} is {columns} wide and the group "
-            f"size is {how.group_size}. Choose another --q-group-size",
+            f"size is {group_size}. Choose another --q-group-size",
         )
-    scales = dtype if how.mode == "affine" else "U8"
+    scales = dtype if quantization.mode == "affine" else "U8"
     outputs = tuple(
         Output(name.removesuffix("weight") + suffix, "U32" if suffix == "weight" else scales, shape)
-        for suffix, shape in how.parts(source.shape).items()
+        for suffix, shape in quantization.parts(source.shape).items()
     )
-    return Job(source, dtype, how, outputs, "nearest" if how == source.how else rounding)
+    return Job(source, dtype, quantization, outputs, "nearest" if quantization == source.quantization else rounding)
 
 
-def _warn_of_packing_anew(folder: Path, jobs: tuple[Job, ...]) -> None:
-    anew = [job for job in jobs if job.quantization and job.source.how and not job.copies_parts]
-    if not anew:
-        return
-    kinds = sorted({(job.source.how.bits, job.source.how.mode) for job in anew})
-    warnings.warn(
-        f"{folder} is already quantized ({', '.join(f'{bits}-bit {mode}' for bits, mode in kinds)}) and "
-        f"{len(anew)} of its matrices are packed anew: the new errors add to those that it has, and the errors "
-        "measured are against it. Convert the original where you can",
-        UserWarning,
-        stacklevel=3,
-    )
+def _warn_of_quantizing_anew(folder: Path, jobs: Sequence[Job]) -> None:
+    anew = [q for job in jobs if job.quantization and not job.copies_parts and (q := job.source.quantization)]
+    if anew:
+        before = ", ".join(sorted({f"{q.bits}-bit {q.mode}" for q in anew}))
+        warnings.warn(
+            f"{folder} is already quantized ({before}) and {len(anew)} of its matrices are quantized anew: the new "
+            "errors add to the old ones, which are not measured. Convert the original where you can",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 # --- output ----------------------------------------------------------------------------------------------------------
 
 
-def _shards(jobs: tuple[Job, ...], most: int) -> tuple[Shard, ...]:
+def _shards(jobs: Sequence[Job], most: int) -> tuple[Shard, ...]:
     """Jobs in order, files filled up to `most` bytes; what stands for one source tensor stays in one file."""
     groups: list[list[Output]] = [[]]
     used = 0

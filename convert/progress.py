@@ -1,4 +1,4 @@
-"""Bars on standard error for what takes more than a moment."""
+"""Progress bars of long steps, on standard error."""
 
 import sys
 from collections.abc import Iterator
@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 from mlx_qwen35.commands.progress import SELDOM
-from mlx_qwen35.measure.layerwise import Told
+from mlx_qwen35.measure.layerwise import Progress
 
 
 def _interval() -> float:
-    """Seconds from one state to the next: in a file or another program every state is a line of its own."""
+    """Seconds between two states. In a file or another program every state is a line of its own."""
     return 0.1 if sys.stderr.isatty() else SELDOM
 
 
@@ -20,8 +20,8 @@ def bytes_bar(what: str, total: int) -> tqdm:
 
 
 @contextmanager
-def percent(what: str, total: int) -> Iterator[Told]:
-    """Work whose amount tells nobody anything, such as products: its share is shown, and the time left."""
+def percent(what: str, total: int) -> Iterator[Progress]:
+    """A bar that shows the share of the work and the time left, for work whose unit tells nothing, such as products."""
     form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     with tqdm(total=total, desc=what, bar_format=form, mininterval=_interval()) as bar:
         yield bar.update

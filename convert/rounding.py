@@ -1,4 +1,4 @@
-"""Packed groups with less error than mx.quantize's, in the same format and size, so at the same speed.
+"""Quantization with less error than mx.quantize's, in the same format and size, so at the same speed.
 
 mx.quantize spreads the codes of a group over all its values. Here several ranges are tried, wider and narrower, and the
 scale and bias (affine) or the scale alone (fp modes) of the least squared error are kept, always as they are stored.
@@ -34,9 +34,7 @@ _LEAST_SPAN = np.float32(1e-24)  # nothing is searched below; mx.quantize takes 
 _TINY = np.float32(1e-12)
 
 
-def quantize(
-    matrix: mx.array, how: Quantization, stream: mx.Stream, weights: mx.array | None = None
-) -> list[mx.array]:
+def quantize(matrix: mx.array, quantization: Quantization, weights: np.ndarray | None = None) -> list[mx.array]:
     """The parts that mx.quantize gives, in its dtypes and layouts, with less squared error.
 
     matrix: (rows, columns) float32, bfloat16 or float16, finite. weights: (columns,) float32, finite, not negative:
@@ -44,26 +42,26 @@ def quantize(
     packed codes (rows, columns * bits / 32) uint32 and scales (rows, columns / group_size): in affine mode in the
     matrix's dtype, with biases alike; in the fp modes uint8. Each row is packed by itself.
     """
-    groups = np.asarray(matrix.astype(mx.float32, stream=stream)).reshape(-1, how.group_size)
-    across = matrix.shape[1] // how.group_size  # groups of a row
-    width = min(BLOCK // how.group_size, -(-len(groups) // LANES) * LANES)  # groups of a block
-    shares = None if weights is None else _shares(np.asarray(weights), how.group_size, width)
-    affine = how.mode == "affine"
-    search = _Affine(how, width, matrix.dtype) if affine else _Floating(how, width)
-    packed = np.empty((len(groups), how.group_size * how.bits // 32), np.uint32)
+    size, affine = quantization.group_size, quantization.mode == "affine"
+    groups = np.asarray(matrix.astype(mx.float32, stream=mx.cpu)).reshape(-1, size)
+    across = matrix.shape[1] // size  # groups of a row
+    width = min(BLOCK // size, -(-len(groups) // LANES) * LANES)  # groups of a block
+    shares = None if weights is None else _shares(weights, size, width)
+    search = _Affine(quantization, width, matrix.dtype) if affine else _Floating(quantization, width)
+    packed = np.empty((len(groups), size * quantization.bits // 32), np.uint32)
     stored = np.empty((2 if affine else 1, len(groups)), np.float32)
-    values = np.zeros((how.group_size, width), np.float32)
+    values = np.zeros((size, width), np.float32)
     with np.errstate(all="ignore"):  # what overflows or divides by zero is never the best
         for start in range(0, len(groups), width):
             count = min(width, len(groups) - start)
             values[:, :count] = groups[start : start + count].T
             first = start % across
             codes, found = search(values, None if shares is None else shares[:, first : first + width])
-            packed[start : start + count] = _pack(codes, how.bits)[:, :count].T
+            packed[start : start + count] = _pack(codes, quantization.bits)[:, :count].T
             stored[:, start : start + count] = found[:, :count]
     rows, dtype = len(matrix), matrix.dtype if affine else mx.uint8
     parts = [mx.array(packed.reshape(rows, -1))]
-    parts += [mx.array(part.reshape(rows, -1)).astype(dtype, stream=stream) for part in stored]
+    parts += [mx.array(part.reshape(rows, -1)).astype(dtype, stream=mx.cpu) for part in stored]
     mx.eval(parts)
     return parts
 
@@ -106,13 +104,13 @@ class _Affine:
     of positions stands for the position scale * c + bias; `step` and `least` lead from there to what is stored.
     """
 
-    def __init__(self, how: Quantization, width: int, dtype: mx.Dtype):
-        self.top, self.dtype = np.float32(2**how.bits - 1), dtype
-        centre, spacing = _ENDS[how.bits]
+    def __init__(self, quantization: Quantization, width: int, dtype: mx.Dtype):
+        self.top, self.dtype = np.float32(2**quantization.bits - 1), dtype
+        centre, spacing = _ENDS[quantization.bits]
         ends = (centre - spacing, centre, centre + spacing)
         ranges = [((self.top - low - high) / self.top, low) for low in ends for high in ends]
         self.scales, self.biases = np.array(ranges, np.float32).T[..., None]
-        self.codes, self.rest, self.work = np.empty((3, how.group_size, width), np.float32)
+        self.codes, self.rest, self.work = np.empty((3, quantization.group_size, width), np.float32)
 
     def __call__(self, values: np.ndarray, shares: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """values (overwritten), shares: (group_size, width) float32. Returns codes alike, and (scales, biases)."""
@@ -144,7 +142,9 @@ class _Affine:
         _, scale, code = _least_squares(self._moments(scale, bias, shares), scale, bias, *whole)
         return mean, scale, code
 
-    def _choose(self, choices: np.ndarray, least: np.ndarray, step: np.ndarray, shares: np.ndarray | None):
+    def _choose(
+        self, choices: np.ndarray, least: np.ndarray, step: np.ndarray, shares: np.ndarray | None
+    ) -> np.ndarray:
         """choices: (2, any number, width), scales and biases as stored. Returns the best, (2, width), and sets `codes`.
 
         The first choice wins where several are equal or none gives finite values.
@@ -256,10 +256,10 @@ _E2M1, _E4M3 = _Format(1, 0, 6), _Format(3, -6, 448)
 class _Floating:
     """The search over a block of groups of an fp mode, with its working arrays."""
 
-    def __init__(self, how: Quantization, width: int):
-        self.format, self.sign = (_E4M3, 7) if how.bits == 8 else (_E2M1, 3)
-        self.mode, self.offsets = how.mode, np.array(OFFSETS[how.mode])[:, None]
-        self.scaled, self.rounded, self.work = np.empty((3, how.group_size, width), np.float32)
+    def __init__(self, quantization: Quantization, width: int):
+        self.format, self.sign = (_E4M3, 7) if quantization.bits == 8 else (_E2M1, 3)
+        self.mode, self.offsets = quantization.mode, np.array(OFFSETS[quantization.mode])[:, None]
+        self.scaled, self.rounded, self.work = np.empty((3, quantization.group_size, width), np.float32)
 
     def __call__(self, values: np.ndarray, shares: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """values, shares: (group_size, width) float32. Returns codes of that shape, and (1, width), codes of scales."""

@@ -1,141 +1,137 @@
-"""Rows of one tensor on their way from the source to the file: checked, converted, compared."""
+"""Rows of one tensor on their way from the source to the file: read, checked, converted, compared."""
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_qwen35.convert import float16
 from mlx_qwen35.convert.plan import Job
 from mlx_qwen35.convert.rounding import quantize
-from mlx_qwen35.convert.source import BITS, FLOATS, as_float32, read_rows, read_values, unpack
+from mlx_qwen35.convert.source import BITS, FLOATS, as_float32, dequantize, read_rows, read_values
 from mlx_qwen35.convert.verify import Difference, difference
 from mlx_qwen35.errors import InputError
 
 _EXPONENT = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}  # all ones in infinities and NaN, and only there
 
-Files = Mapping[Path, int]  # the source's, open
+Files = Mapping[Path, int]  # descriptors of the source's files
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows start <= row < stop (along the first axis) of one job's tensor."""
+
+    job: Job
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return (self.stop - self.start) * self.job.source.nbytes // self.job.source.shape[0]
+
+    def values(self, files: Files) -> np.ndarray:
+        """The source's values, as bits of its dtype: (rows, the other axes as one)."""
+        return read_values(self.job.source, self.start, self.stop, files)
 
 
 def _not_finite(bits: np.ndarray, dtype: str) -> int:
+    """The number of infinities and NaN."""
     mask = BITS[dtype](_EXPONENT[dtype])
-    return np.count_nonzero(bits & mask == mask)
+    return int(np.count_nonzero(bits & mask == mask))
 
 
-def _cast(bits: np.ndarray, dtype: str, to: str, stream: mx.Stream) -> mx.array:
-    return mx.view(mx.array(bits), FLOATS[dtype], stream=stream).astype(FLOATS[to], stream=stream)
+def _cast(bits: np.ndarray, dtype: str, to: str) -> mx.array:
+    return mx.view(mx.array(bits), FLOATS[dtype], stream=mx.cpu).astype(FLOATS[to], stream=mx.cpu)
 
 
-def _as_bits(array: mx.array, stream: mx.Stream) -> np.ndarray:
+def _as_bits(array: mx.array) -> np.ndarray:
     """The array's bytes without a copy; numpy has no bfloat16."""
-    return np.asarray(mx.view(array, {2: mx.uint16, 4: mx.uint32}[array.itemsize], stream=stream))
+    unsigned = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.itemsize]
+    return np.asarray(mx.view(array, unsigned, stream=mx.cpu))
 
 
-def convert_rows(
-    job: Job, start: int, stop: int, files: Files, weights: np.ndarray | None, stream: mx.Stream
-) -> list[np.ndarray] | None:
-    """What is written for rows of a job's tensor, one array for each output, bits in C order.
+def convert_rows(chunk: Chunk, files: Files, weights: np.ndarray | None) -> list[np.ndarray] | None:
+    """The rows as they are written: one array of bits in C order for each output of the job.
 
-    weights: (columns,) float32, what an error in each column counts. None when a value is not finite or does not fit.
+    weights: (columns,) float32, the importance of an error in each column; None: all alike. Returns None when a value
+    is not finite, in the source or as written.
     """
+    job = chunk.job
     if job.copies_parts:
-        return _copied(job, start, stop, files, stream)
-    bits, dtype = read_values(job.source, start, stop, files, stream), job.source.dtype
+        return _copied(chunk, files)
+    bits, dtype = chunk.values(files), job.source.dtype
     if _not_finite(bits, dtype):
         return None
     if job.dtype == dtype and job.quantization is None:
         return [bits]
-    array = _cast(bits, dtype, job.dtype, stream)
-    if job.dtype != dtype and _not_finite(_as_bits(array, stream), job.dtype):
+    array = _cast(bits, dtype, job.dtype)
+    if job.dtype != dtype and _not_finite(_as_bits(array), job.dtype):
         return None
     if job.quantization is None:
-        return [_as_bits(array, stream)]
-    packed = _pack(job, array, weights, stream)
-    parts = [np.asarray(part) if part.dtype == mx.uint8 else _as_bits(part, stream) for part in packed]
-    numbers = parts[1:] if job.quantization.mode == "affine" else ()
-    return None if any(_not_finite(part, job.dtype) for part in numbers) else parts
-
-
-def _pack(job: Job, array: mx.array, weights: np.ndarray | None, stream: mx.Stream) -> list[mx.array]:
-    how = job.quantization
+        return [_as_bits(array)]
     if job.rounding == "search":
-        return quantize(array, how, stream, weights)
-    packed = mx.quantize(array, group_size=how.group_size, bits=how.bits, mode=how.mode, stream=stream)
-    mx.eval(packed)
-    return packed
-
-
-def _copied(job: Job, start: int, stop: int, files: Files, stream: mx.Stream) -> list[np.ndarray] | None:
-    """The parts of packed rows as they are, scales and biases cast where another dtype is asked for."""
-    written = []
-    for part, output in zip(job.source.parts, job.outputs, strict=True):
-        bits = read_rows(part, start, stop, files)
-        if output.dtype != part.dtype:
-            bits = _as_bits(_cast(bits, part.dtype, output.dtype, stream), stream)
-        if output.dtype in FLOATS and _not_finite(bits, output.dtype):
-            return None
-        written.append(bits)
-    return written
-
-
-def difference_of(
-    job: Job, start: int, stop: int, parts: list[np.ndarray], files: Files, stream: mx.Stream
-) -> Difference:
-    """What the rows lose, from the parts that convert_rows gave."""
-    same = [output.dtype for output in job.outputs] == [part.dtype for part in job.source.parts]
-    if same and (job.quantization == job.source.how) and not job.source.folded:
-        return Difference()
-    values = read_values(job.source, start, stop, files, stream)
-    if job.quantization:
-        written = unpack(parts, [output.dtype for output in job.outputs], job.quantization, stream)
+        quantized = quantize(array, job.quantization, weights)
     else:
-        written = as_float32(parts[0], job.dtype)
-    return difference(as_float32(values, job.source.dtype), written)
+        quantized = list(mx.quantize(array, **asdict(job.quantization), stream=mx.cpu))
+    parts = [_as_bits(part) for part in quantized]
+    return None if _overflows(job, parts) else parts
 
 
-def digest_of(job: Job, start: int, stop: int, files: Files) -> str:
-    """Of the bytes that are read of the source for rows of a job's tensor."""
-    found = hashlib.sha256()
-    for part in job.source.parts:
-        first, last = start, stop
-        if job.source.block and part is job.source.parts[1]:  # factors, one for each block of rows
-            high, _ = job.source.block
-            first, last = start // high, -(-stop // high)
-        found.update(read_rows(part, first, last, files))
+def _copied(chunk: Chunk, files: Files) -> list[np.ndarray] | None:
+    """The parts of quantized rows as they are; scales and biases are cast where the job's dtype is another."""
+    parts = []
+    for part, output in zip(chunk.job.source.parts, chunk.job.outputs, strict=True):
+        bits = read_rows(part, chunk.start, chunk.stop, files)
+        parts.append(bits if output.dtype == part.dtype else _as_bits(_cast(bits, part.dtype, output.dtype)))
+    return None if _overflows(chunk.job, parts) else parts
+
+
+def _overflows(job: Job, parts: list[np.ndarray]) -> bool:
+    """Whether a scale or bias is not finite."""
+    outputs = zip(job.outputs, parts, strict=True)
+    return any(output.dtype in FLOATS and _not_finite(part, output.dtype) for output, part in outputs)
+
+
+def difference_of(chunk: Chunk, parts: list[np.ndarray], files: Files) -> Difference:
+    """The errors of rows, from the parts that convert_rows gave."""
+    job, dtypes = chunk.job, [output.dtype for output in chunk.job.outputs]
+    same = dtypes == [part.dtype for part in job.source.parts]
+    if same and job.quantization == job.source.quantization and not job.source.folded:
+        return Difference()
+    written = dequantize(parts, dtypes, job.quantization) if job.quantization else as_float32(parts[0], job.dtype)
+    return difference(as_float32(chunk.values(files), job.source.dtype), written)
+
+
+def digest_of(chunk: Chunk, files: Files) -> str:
+    """A digest of the bytes that are read of the source for rows."""
+    found, source = hashlib.sha256(), chunk.job.source
+    for part in source.parts:
+        start, stop = chunk.start, chunk.stop
+        if source.block and part is source.parts[1]:  # factors, one for each block of rows
+            high, _ = source.block
+            start, stop = start // high, -(-stop // high)
+        found.update(read_rows(part, start, stop, files).data)
     return found.hexdigest()[:32]
 
 
-def extents_of(job: Job, start: int, stop: int, files: Files, stream: mx.Stream) -> list[tuple[float, int, int]]:
-    """See float16.extent; of the scales and biases where these are what is cast."""
-    if job.copies_parts:
-        parts = [part for part in job.source.parts if part.dtype in FLOATS]
-        return [float16.extent(job, read_rows(part, start, stop, files), part.dtype) for part in parts]
-    return [float16.extent(job, read_values(job.source, start, stop, files, stream), job.source.dtype)]
-
-
-def refusal(job: Job, rows: list[tuple[int, int]], files: Files, stream: mx.Stream) -> InputError:
-    """The error for a tensor that holds values that cannot be written, counted over all its chunks of rows."""
-    name, bad, over, values = job.source.stored_name, 0, 0, job.source.shape[0] * job.source.width
-    for start, stop in rows:
-        bits = read_values(job.source, start, stop, files, stream)
-        bad += _not_finite(bits, job.source.dtype)
-        over += _not_finite(_as_bits(_cast(bits, job.source.dtype, job.dtype, stream), stream), job.dtype)
-    if bad:
+def refusal(chunks: list[Chunk], files: Files) -> InputError:
+    """The error for a tensor, given as all its chunks, with values that cannot be written."""
+    job = chunks[0].job
+    name, infinite, over, values = job.source.stored_name, 0, 0, job.source.shape[0] * job.source.width
+    for chunk in chunks:
+        bits = chunk.values(files)
+        infinite += _not_finite(bits, job.source.dtype)
+        over += _not_finite(_as_bits(_cast(bits, job.source.dtype, job.dtype)), job.dtype)
+    if infinite:
         return InputError(
             "weights_not_finite",
-            f"weights must be finite; {bad} of the {values} values of {name} are NaN or infinite. Download or make the "
-            "source again",
+            f"weights must be finite; {infinite} of the {values} values of {name} are NaN or infinite. Download or "
+            "make the source again",
         )
-    if over:
-        return InputError(
-            "weights_overflow",
-            f"weights must fit the output dtype; {over} of the {values} values of {name} overflow {job.dtype}. Choose "
-            "--dtype bfloat16 or float32",
-        )
-    return InputError(
-        "weights_overflow",
-        f"the range of a group of weights must fit the dtype of its scale; one of {name} overflows {job.dtype}. Leave "
-        "it unquantized, or give --rounding search",
-    )
+    what, instead = f"{over} of the {values} values of {name}", "choose --dtype bfloat16 or float32"
+    if not over:
+        what = f"the scale of a group of {name}"
+        instead = "leave it unquantized, or give --rounding search"
+    return InputError("weights_overflow", f"weights must fit the output dtype; {what} overflows {job.dtype}: {instead}")

@@ -1,11 +1,10 @@
-"""What may be converted: raw Hugging Face folders, FP8 ones, and folders of MLX programs, quantized or not.
+"""The source of a conversion: a raw Hugging Face folder, an FP8 one, or a folder of an MLX program, quantized or not.
 
-A Tensor is one weight in Hugging Face's layout, whatever stands for it in the files. Those that are stored as such are
-read as they are; packed, FP8 and folded ones are computed, rows by rows, in float32.
+A Tensor is one weight in Hugging Face's layout. Quantized and FP8 weights, and norms with the one added, are computed
+in float32, some rows at a time; all others are read as they are stored.
 """
 
 import math
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,13 +20,12 @@ from mlx_qwen35.checkpoint.draft_head import settled
 from mlx_qwen35.checkpoint.dtypes import DTYPES, STORED
 from mlx_qwen35.checkpoint.folder import safetensors_files
 from mlx_qwen35.checkpoint.names import MTP
-from mlx_qwen35.checkpoint.shapes import is_matrix, mtp_shapes, text_shapes, vision_shapes
-from mlx_qwen35.checkpoint.tensors import Entry
-from mlx_qwen35.convert.packing import brief
+from mlx_qwen35.checkpoint.shapes import is_matrix
+from mlx_qwen35.checkpoint.tensors import Entry, read_bytes
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import read_json
 from mlx_qwen35.quantization import Quantization
-from mlx_qwen35.values import shown
+from mlx_qwen35.values import is_whole, shown
 
 FLOATS = {stored: DTYPES[name] for name, stored in STORED.items()}
 BITS = {
@@ -54,18 +52,18 @@ _E4M3 = e4m3()
 class Tensor:
     """One weight of the source, in Hugging Face's layout.
 
-    parts: the weight alone; with the scales, and the biases of affine mode, when it is packed; with the factors of its
-    blocks when it is FP8. how: of a packed one. block: (rows, columns) of an FP8 one. folded: a norm to which the one
-    was added. last: a convolution with its input channels on the last axis.
+    parts: the weight as stored; quantized, with scales and, in affine mode, biases; in FP8, with the factors of its
+    blocks. block: (rows, columns) of an FP8 block. folded: a norm to which the one was added. channels_last: a
+    convolution with its input channels on the last axis.
     """
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[Entry, ...]
-    how: Quantization | None = None
+    quantization: Quantization | None = None
     block: tuple[int, int] | None = None
     folded: bool = False
-    last: bool = False
+    channels_last: bool = False
 
     @property
     def stored_name(self) -> str:
@@ -73,9 +71,9 @@ class Tensor:
 
     @property
     def dtype(self) -> str:
-        """Of the values as they are read."""
+        """The dtype of the values that read_values gives."""
         stored = self.parts[0].dtype
-        return "F32" if self.how or self.block or self.folded or stored == "F64" else stored
+        return "F32" if self.quantization or self.block or self.folded or stored == "F64" else stored
 
     @property
     def nbytes(self) -> int:
@@ -83,41 +81,41 @@ class Tensor:
 
     @property
     def width(self) -> int:
-        """Values of a row, which is all that one index of the first axis stands for."""
+        """The number of values of a row, which is everything at one index of the first axis."""
         return math.prod(self.shape[1:])
 
 
 @dataclass(frozen=True)
-class Source:
-    """A folder to convert: its tensors by Hugging Face names in the order of the data, and its files as found.
+class SourceFile:
+    """A file as it was when the plan was made."""
 
-    config: of config.json, without what other programs say there of the draft head alone, and with whether the logits
-    matrix is the embedding as the tensors have it.
+    path: Path
+    nbytes: int
+    modified: int  # nanoseconds
+
+    @classmethod
+    def at(cls, path: Path) -> "SourceFile":
+        status = path.stat()
+        return cls(path, status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder to convert.
+
+    config: the values of config.json, without other programs' fields of the draft head, and with tie_word_embeddings
+    as the tensors have it. tensors: by Hugging Face name, in the order of the data. files: the files of weights.
     """
 
     checkpoint: Checkpoint
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
-    files: tuple["Found", ...]
+    files: tuple[SourceFile, ...]
 
     @property
     def nested(self) -> bool:
-        """Whether the text model is a part of a whole with a vision tower, and named as such."""
+        """Whether the text model's tensors have the names that they have beside a vision encoder."""
         return "text_config" in self.config
-
-
-@dataclass(frozen=True)
-class Found:
-    """A file as it was when the plan was made."""
-
-    path: Path
-    nbytes: int
-    time: int  # of the last change of its content: nanoseconds
-
-    @classmethod
-    def at(cls, path: Path) -> "Found":
-        status = path.stat()
-        return cls(path, status.st_size, status.st_mtime_ns)
 
 
 @contextmanager
@@ -133,16 +131,16 @@ def reading(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def check_readable(files: tuple[Found, ...]) -> None:
+def check_readable(files: tuple[SourceFile, ...]) -> None:
     """OSError when one of the files cannot be read."""
     for file in files:
         file.path.open("rb").close()
 
 
-def check_unchanged(files: tuple[Found, ...]) -> None:
+def check_unchanged(files: tuple[SourceFile, ...]) -> None:
     """InputError when a file of the source is not what it was when the plan was made."""
     for file in files:
-        if not file.path.is_file() or Found.at(file.path) != file:
+        if not file.path.is_file() or SourceFile.at(file.path) != file:
             raise InputError(
                 "source_changed",
                 f"the source must stay as it is until the conversion ends; {file.path} has changed. Convert again",
@@ -155,36 +153,39 @@ def check_unchanged(files: tuple[Found, ...]) -> None:
 def open_source(folder: Path) -> Source:
     """Read headers and configuration. InputError when the folder is broken or of a kind that is not converted.
 
-    Warns of a draft head beside the trunk that cannot be used, and goes without it.
+    Warns where a draft head in a file of its own cannot be used; it is left out.
     """
-    files = tuple(Found.at(file) for file in safetensors_files(folder)) if folder.is_dir() else ()
+    files = tuple(map(SourceFile.at, safetensors_files(folder) if folder.is_dir() else ()))
     checkpoint = open_checkpoint(folder, fp8=True)
-    if checkpoint.mtp_head_fault:
-        why = checkpoint.mtp_head_fault
+    if why := checkpoint.mtp_head_fault:
         warnings.warn(f"{folder} is converted without a draft head: {why}", UserWarning, stacklevel=2)
     beside = {entry.file for entry in checkpoint.entries.values()} - {file.path for file in files}
-    files += tuple(map(Found.at, sorted(beside)))
+    files += tuple(map(SourceFile.at, sorted(beside)))
     config = read_json(folder / "config.json")
     claims = [part.get(key) for part in (config, config.get("text_config") or {}) for key in CLAIMS]
-    claim = next((found for found in claims if found), None)
+    claim = next(filter(None, claims), None)
     block = _block(folder, claim, checkpoint) if checkpoint.block_scales else None
-    text = checkpoint.config
-    shapes = text_shapes(text.text) | (vision_shapes(text.vision) if text.vision else {}) | mtp_shapes(text.text)
-    present = {name: shape for name, shape in shapes.items() if name in checkpoint.entries}
-    tensors = {name: _tensor(checkpoint, name, shape, block) for name, shape in present.items()}
-    if claim and not any(tensor.how or tensor.block for tensor in tensors.values()):
+    tensors = {name: _tensor(checkpoint, name, shape, block) for name, shape in checkpoint.shapes.items()}
+    if claim and not any(tensor.quantization or tensor.block for tensor in tensors.values()):
         raise InputError(
             "quantization_unsupported",
-            f"config.json of a quantized source must tell how; {folder} says {brief(claim)} and its tensors are not "
-            "quantized in a way that is read here (FP8 with block scales, or packed by an MLX program). Give the "
-            "original checkpoint",
+            f"the tensors of a quantized source must be FP8 with block scales or quantized by an MLX program; those of "
+            f"{folder} are neither, and its config.json says {_brief(claim)}. Give the original checkpoint",
         )
-    packed = {name: tensor.how for name, tensor in tensors.items() if name.startswith(MTP) and tensor.how}
-    return Source(checkpoint, _with_tie(settled(config, packed), text.text.tie_word_embeddings), tensors, files)
+    mtp = {name: t.quantization for name, t in tensors.items() if name.startswith(MTP) and t.quantization}
+    config = _with_tie(settled(config, mtp), checkpoint.config.text.tie_word_embeddings)
+    return Source(checkpoint, config, tensors, files)
+
+
+def _brief(claim: Any) -> str:
+    """What config.json says of the quantization, without lists and without what it says of single layers."""
+    if isinstance(claim, dict):
+        claim = {key: value for key, value in claim.items() if not isinstance(value, dict | list)}
+    return shown(claim)
 
 
 def _with_tie(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
-    """config.json's values that say what is true of the tensors, where transformers looks and where MLX programs do."""
+    """config.json's values with tie_word_embeddings set, where transformers reads it and where MLX programs do."""
     config = {**config, "tie_word_embeddings": tied}
     if "tie_word_embeddings" in (config.get("text_config") or {}):
         config["text_config"] = {**config["text_config"], "tie_word_embeddings": tied}
@@ -196,13 +197,13 @@ def _block(folder: Path, claim: Any, checkpoint: Checkpoint) -> tuple[int, int]:
     if not isinstance(claim, dict) or claim.get("quant_method") != "fp8":
         raise InputError(
             "quantization_unsupported",
-            f"FP8 weights need a quantization_config of quant_method 'fp8' in config.json; {folder} has {brief(claim)}",
+            f"FP8 weights need a quantization_config of quant_method 'fp8'; that of {folder} is {_brief(claim)}",
         )
     size = claim.get("weight_block_size", _BLOCK)
-    if not (isinstance(size, (list, tuple)) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
+    if not (isinstance(size, list | tuple) and len(size) == 2 and all(is_whole(n) and n > 0 for n in size)):
         raise InputError(
             "config_field_invalid",
-            f"weight_block_size must be [rows, columns]; config.json of {folder} has {shown(size)}",
+            f"config.json of {folder}: weight_block_size must be [rows, columns], got {shown(size)}",
         )
     for name, scales in checkpoint.block_scales.items():
         weight = checkpoint.entries.get(name)
@@ -219,31 +220,29 @@ def _block(folder: Path, claim: Any, checkpoint: Checkpoint) -> tuple[int, int]:
 
 
 def _tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], block: tuple[int, int] | None) -> Tensor:
-    entry, how = checkpoint.fp32_original.get(name, checkpoint.entries[name]), checkpoint.quantization(name)
-    if is_matrix(name, shape) and how:
+    entry, quantization = checkpoint.entries[name], checkpoint.quantization(name)
+    if quantization and is_matrix(name, shape):
         stem = name.removesuffix("weight")
-        parts = tuple(checkpoint.entries[stem + suffix] for suffix in how.parts(shape))
-        return Tensor(name, shape, parts, how)
+        stored = tuple(checkpoint.entries[stem + suffix] for suffix in quantization.parts(shape))
+        return Tensor(name, shape, stored, quantization)
     if name in checkpoint.block_scales:
         return Tensor(name, shape, (entry, checkpoint.block_scales[name]), block=block)
-    if checkpoint.raw:
-        return Tensor(name, shape, (entry,))
-    last = name.endswith("patch_embed.proj.weight")
-    return Tensor(name, shape, (entry,), folded=checkpoint.is_folded(name), last=last)
+    channels_last = not checkpoint.raw and name.endswith("patch_embed.proj.weight")
+    parts = (checkpoint.fp32_original.get(name, entry),)
+    return Tensor(name, shape, parts, folded=checkpoint.is_folded(name), channels_last=channels_last)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
 def read_rows(part: Entry, start: int, stop: int, files: Mapping[Path, int]) -> np.ndarray:
-    """Rows start <= row < stop of a stored tensor as unsigned integers of its width: (rows, the other axes as one)."""
+    """Rows start <= row < stop of a stored tensor as unsigned integers of its width: (rows, the other axes as one).
+
+    files: descriptors of the source's files.
+    """
     row = part.nbytes // part.shape[0]
     with reading(part.file):
-        data = os.pread(files[part.file], (stop - start) * row, part.start + start * row)
-    if len(data) != (stop - start) * row:
-        raise InputError(
-            "source_changed", f"{part.file} ended in the middle of {part.stored_name}: it changed while it was read"
-        )
+        data = read_bytes(part, files[part.file], start * row, (stop - start) * row)
     return np.frombuffer(data, BITS[part.dtype]).reshape(stop - start, -1)
 
 
@@ -261,27 +260,30 @@ def as_float32(bits: np.ndarray, dtype: str) -> np.ndarray:
     return wide.view(np.float32)
 
 
-def unpack(parts: list[np.ndarray], dtypes: list[str], how: Quantization, stream: mx.Stream) -> np.ndarray:
-    """(rows, columns) float32: what packed rows stand for, in float32 arithmetic on what is stored."""
-    numbers = [
+def dequantize(parts: list[np.ndarray], dtypes: list[str], quantization: Quantization) -> np.ndarray:
+    """(rows, columns) float32: the values of quantized rows, in float32 arithmetic on what is stored."""
+    weight, scales, *biases = (
         mx.array(part if dtype in ("U8", "U32") else as_float32(part, dtype))
         for part, dtype in zip(parts, dtypes, strict=True)
-    ]
-    options = {"group_size": how.group_size, "bits": how.bits, "mode": how.mode, "stream": stream}
-    return np.asarray(mx.dequantize(*numbers, dtype=mx.float32, **options))
+    )
+    q = quantization
+    values = mx.dequantize(
+        weight, scales, biases[0] if biases else None, q.group_size, q.bits, q.mode, dtype=mx.float32, stream=mx.cpu
+    )
+    return np.asarray(values)
 
 
-def read_values(tensor: Tensor, start: int, stop: int, files: Mapping[Path, int], stream: mx.Stream) -> np.ndarray:
+def read_values(tensor: Tensor, start: int, stop: int, files: Mapping[Path, int]) -> np.ndarray:
     """Rows of a tensor as bits of tensor.dtype, in Hugging Face's layout: (rows, the other axes as one)."""
-    parts = [read_rows(part, start, stop, files) for part in tensor.parts if not tensor.block]
     if tensor.block:
-        return _fp8(tensor, start, stop, files).view(np.uint32)
-    if tensor.how:
-        return unpack(parts, [part.dtype for part in tensor.parts], tensor.how, stream).view(np.uint32)
+        return _fp8(tensor, tensor.block, start, stop, files).view(np.uint32)
+    parts = [read_rows(part, start, stop, files) for part in tensor.parts]
+    if tensor.quantization:
+        return dequantize(parts, [part.dtype for part in tensor.parts], tensor.quantization).view(np.uint32)
     bits, dtype = parts[0], tensor.parts[0].dtype
     if dtype == "F64":
         bits, dtype = as_float32(bits, dtype).view(np.uint32), "F32"
-    if tensor.last:
+    if tensor.channels_last:
         channels = tensor.shape[1]
         bits = np.ascontiguousarray(bits.reshape(len(bits), -1, channels).swapaxes(1, 2)).reshape(len(bits), -1)
     if tensor.folded:
@@ -289,9 +291,8 @@ def read_values(tensor: Tensor, start: int, stop: int, files: Mapping[Path, int]
     return bits
 
 
-def _fp8(tensor: Tensor, start: int, stop: int, files: Mapping[Path, int]) -> np.ndarray:
-    weight, scales = tensor.parts
-    high, wide = tensor.block
+def _fp8(tensor: Tensor, block: tuple[int, int], start: int, stop: int, files: Mapping[Path, int]) -> np.ndarray:
+    (weight, scales), (high, wide) = tensor.parts, block
     first = start // high
     factors = as_float32(read_rows(scales, first, -(-stop // high), files), scales.dtype)
     values = _E4M3[read_rows(weight, start, stop, files)]

@@ -1,141 +1,119 @@
-"""Carries out a plan: every tensor is read, checked, converted and written in chunks of rows, on a few threads.
+"""A plan carried out: every tensor is read, checked, converted and written in chunks of rows, on a few threads.
 
-Sizes are known in advance, so each chunk goes to its own place in the file and memory does not grow with the model.
-Each row is packed by itself: the bytes do not depend on the chunks.
+Sizes are known in advance, so each chunk has its place in the file and memory does not grow with the model. Each row
+is quantized by itself: the bytes do not depend on the chunks.
 """
 
 import json
 import os
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import local
-from typing import Any
+from typing import TypeVar
+from zlib import crc32
 
-import mlx.core as mx
-
-from mlx_qwen35.checkpoint.checkpoint import FP32_ORIGINAL, open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.folder import INDEX
 from mlx_qwen35.convert import float16
 from mlx_qwen35.convert.journal import Done, Journal, damaged, differs, identity
-from mlx_qwen35.convert.plan import Job, Plan
+from mlx_qwen35.convert.plan import ConversionPlan, Job
 from mlx_qwen35.convert.progress import bytes_bar
-from mlx_qwen35.convert.rows import convert_rows, difference_of, digest_of, extents_of, refusal
+from mlx_qwen35.convert.rows import Chunk, Files, convert_rows, difference_of, digest_of, refusal
 from mlx_qwen35.convert.source import check_unchanged
-from mlx_qwen35.convert.verify import Error, Piece, check_copy, check_file, checksum, totals
+from mlx_qwen35.convert.verify import Difference, FileRange, check_file
 
 CHUNK_BYTES = 4 << 20  # of the source; a thread holds about four times as much
 BATCH_BYTES = 256 << 20  # of the source; what is done is noted for --resume after each
 THREADS = min(4, os.cpu_count() or 1)
 
-_thread = local()
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion tells of what it wrote.
+    """What a conversion tells of the tensors, by Hugging Face name.
 
-    errors: Hugging Face name of a tensor -> its error; sha256: name of a file -> its hash; both empty where it was not
-    to verify. kept: Hugging Face name -> why float16 cannot hold the tensor.
+    errors: empty without verification. unfit: the reason why float16 cannot hold the tensor.
     """
 
-    errors: Mapping[str, Error]
-    sha256: Mapping[str, str]
-    kept: Mapping[str, str]
+    errors: Mapping[str, Difference]
+    unfit: Mapping[str, str]
 
 
-def write(plan: Plan, folder: Path, *, verify: bool = True) -> Report:
+def write(plan: ConversionPlan, folder: Path, *, verify: bool = True) -> Report:
     """Write the planned checkpoint into an existing folder, config.json last: without it nothing loads.
 
-    verify: measure errors, and read again what was written. A folder with a journal of the same plan is gone on with;
-    otherwise it is empty. The journal stays until the folder is put in place: what follows may be killed too. Raises
-    InputError when the source changes or holds what cannot be written, when the folder does not read back as written,
-    or when its journal is another plan's.
+    verify: measure errors, and read again what was written. Resumes if the folder holds this plan's journal; otherwise
+    the folder must be empty. The journal stays, for what follows may be killed too. Raises InputError when the source
+    changes or holds what cannot be written, when the folder does not read back as written, or when its journal is
+    another plan's.
     """
     check_unchanged(plan.sources)
     with Journal(folder, identity(plan, verify=verify, chunk=CHUNK_BYTES)) as journal:
-        kept = _unfit(plan)
-        journal.keep(kept)
-        if kept:
-            float16.warn(kept)
-            plan = plan.keeping(kept)
-        done = _write_weights(plan, folder, journal, verify)
+        unfit = _unfit(plan)
+        journal.note_unfit(unfit)
+        if unfit:
+            float16.warn(unfit)
+            plan = plan.without_float16(unfit)
+        chunks = [chunk for job in plan.jobs for chunk in _chunks_of(job)]
+        done = _write_weights(plan, chunks, folder, journal, verify)
         check_unchanged(plan.sources)
-        chunks = _chunks(plan)
-        sha256 = _check_shards(plan, folder, chunks, done) if verify else {}
-        sha256 |= _write_others(plan, folder, verify)
+        if verify:
+            _check_shards(plan, chunks, folder, done)
+        _write_others(plan, folder, verify)
         open_checkpoint(folder)
-    return Report(_errors(chunks, done) if verify else {}, sha256, kept)
+    errors: dict[str, Difference] = defaultdict(Difference)
+    for number, chunk in enumerate(chunks):
+        if verify and not chunk.job.is_original:
+            errors[chunk.job.source.name] += done[number].difference
+    return Report(errors, unfit)
 
 
-def _write_others(plan: Plan, folder: Path, verify: bool) -> dict[str, str]:
-    """Copied files, index and configuration. Their hashes where they are to be verified."""
-    sha256 = {}
+def _write_others(plan: ConversionPlan, folder: Path, verify: bool) -> None:
+    """Copied files, index and configuration."""
     for file in plan.copied:
         shutil.copyfile(file, folder / file.name)
         if verify:
-            sha256[file.name] = check_copy(folder / file.name, file)
+            _check_text(folder / file.name, file.read_bytes())
     generation = {} if plan.generation is None else {"generation_config.json": plan.generation}
     for name, values in {INDEX: plan.index, **generation, "config.json": plan.config}.items():
         text = (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
         (folder / name).write_bytes(text)
         if verify:
-            sha256[name] = check_file(folder / name, [Piece(0, len(text), checksum(text), "its text")])
-    return sha256
+            _check_text(folder / name, text)
+
+
+def _check_text(file: Path, text: bytes) -> None:
+    check_file(file, [FileRange(0, len(text), crc32(text), "its text")])
 
 
 # --- chunks ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Rows start <= row < stop (along the first axis) of one job's tensor."""
-
-    job: Job
-    start: int
-    stop: int
-
-    @property
-    def nbytes(self) -> int:
-        return (self.stop - self.start) * self.job.source.nbytes // self.job.source.shape[0]
-
-
-def _chunks(plan: Plan) -> list[_Chunk]:
-    return [chunk for job in plan.jobs for chunk in _chunks_of(job)]
-
-
-def _chunks_of(job: Job) -> Iterator[_Chunk]:
+def _chunks_of(job: Job) -> Iterator[Chunk]:
     """Chunks of at most CHUNK_BYTES, counting two bytes a value at least: that is what they become."""
     source = job.source
     rows = source.shape[0]
     step = max(1, CHUNK_BYTES // max(source.parts[0].nbytes // rows, 2 * source.width))
     for start in range(0, rows, step):
-        yield _Chunk(job, start, min(start + step, rows))
-
-
-def _stream() -> mx.Stream:
-    """Of this thread: each evaluates on one of its own, else they take turns."""
-    if not hasattr(_thread, "stream"):
-        _thread.stream = mx.new_stream(mx.cpu)
-    return _thread.stream
+        yield Chunk(job, start, min(start + step, rows))
 
 
 @contextmanager
-def _opened(plan: Plan) -> Iterator[dict[Path, int]]:
+def _opened(plan: ConversionPlan) -> Iterator[dict[Path, int]]:
     """Descriptors of the source's files."""
     with ExitStack() as stack:
         files = {part.file for job in plan.jobs for part in job.source.parts}
         yield {file: stack.enter_context(file.open("rb")).fileno() for file in files}
 
 
-def _each(
-    chunks: list[_Chunk], function: Callable[[_Chunk], Any], what: str = "writing"
-) -> Generator[tuple[_Chunk, Any]]:
-    """Chunks with what the function gives, computed on a few threads, which end when the generator is closed.
+def _each(chunks: list[Chunk], function: Callable[[Chunk], Found], what: str) -> Generator[tuple[Chunk, Found]]:
+    """Chunks with the results of the function, computed on a few threads, which end when the generator is closed.
 
     In order: of several faults the first counts.
     """
@@ -153,22 +131,16 @@ def _each(
             raise
 
 
-def _unfit(plan: Plan) -> dict[str, str]:
-    """Hugging Face name -> why float16 cannot hold the tensor that is to become float16."""
-    chunks = [chunk for chunk in _chunks(plan) if float16.takes_float16(chunk.job)]
-    if not chunks:
-        return {}
-    extents: dict[str, list] = {}
+def _unfit(plan: ConversionPlan) -> dict[str, str]:
+    """Hugging Face name -> the reason why float16 cannot hold the tensor that is to become float16."""
+    chunks = [chunk for job in plan.jobs if float16.takes_float16(job) for chunk in _chunks_of(job)]
+    extents: dict[str, list[float16.Extent]] = defaultdict(list)
     with _opened(plan) as sources:
-
-        def look(chunk: _Chunk) -> list:
-            return extents_of(chunk.job, chunk.start, chunk.stop, sources, _stream())
-
-        with closing(_each(chunks, look, "looking what fits float16")) as results:
+        results = _each(chunks, lambda chunk: float16.extents_of(chunk, sources), "looking what fits float16")
+        with closing(results):
             for chunk, found in results:
-                extents.setdefault(chunk.job.source.name, []).extend(found)
-    reasons = {name: float16.reason(found) for name, found in extents.items()}
-    return {name: why for name, why in reasons.items() if why}
+                extents[chunk.job.source.name] += found
+    return {name: why for name, found in extents.items() if (why := float16.unfit(found))}
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -181,30 +153,29 @@ def _write_at(file: int, data: memoryview, position: int) -> None:
 
 
 def _carry_out(
-    chunk: _Chunk, plan: Plan, sources: Mapping[Path, int], places: Mapping[str, tuple[int, int]], verify: bool
+    chunk: Chunk, plan: ConversionPlan, sources: Files, places: Mapping[str, tuple[int, int]], verify: bool
 ) -> Done:
-    """Convert one chunk. `places`: file descriptor and first byte of each output tensor."""
-    job, stream = chunk.job, _stream()
-    parts = convert_rows(job, chunk.start, chunk.stop, sources, plan.statistics.get(job.source.name), stream)
+    """Convert and write one chunk. places: descriptor and first byte of each output tensor."""
+    job = chunk.job
+    parts = convert_rows(chunk, sources, plan.statistics.get(job.source.name))
     if parts is None:
-        raise refusal(job, [(other.start, other.stop) for other in _chunks_of(job)], sources, stream)
+        raise refusal(list(_chunks_of(job)), sources)
     checksums = []
     for output, part in zip(job.outputs, parts, strict=True):
         file, offset = places[output.name]
-        data = memoryview(part).cast("B")
+        data = part.data.cast("B")
         _write_at(file, data, offset + chunk.start * (output.nbytes // output.shape[0]))
-        checksums += [checksum(data)] if verify else []
-    read = digest_of(job, chunk.start, chunk.stop, sources)
-    if not verify:
-        return Done(read)
-    return Done(read, tuple(checksums), difference_of(job, chunk.start, chunk.stop, parts, sources, stream))
+        checksums += [crc32(data)] if verify else []
+    read = digest_of(chunk, sources)
+    return Done(read, tuple(checksums), difference_of(chunk, parts, sources)) if verify else Done(read)
 
 
 @contextmanager
-def _shards(plan: Plan, folder: Path) -> Iterator[tuple[list[int], dict[str, tuple[int, int]]]]:
-    """The output files at their full size, with what they hold of an earlier run: descriptors, and place of tensors."""
+def _shards(plan: ConversionPlan, folder: Path) -> Iterator[tuple[list[int], dict[str, tuple[int, int]]]]:
+    """The output files at their full size, with what an earlier run wrote: descriptors, and places of tensors."""
     with ExitStack() as stack:
-        files, places = [], {}
+        files: list[int] = []
+        places: dict[str, tuple[int, int]] = {}
         for shard in plan.shards:
             path = folder / shard.file
             file = stack.enter_context(path.open("r+b" if path.is_file() else "w+b", buffering=0)).fileno()
@@ -215,22 +186,22 @@ def _shards(plan: Plan, folder: Path) -> Iterator[tuple[list[int], dict[str, tup
         yield files, places
 
 
-def _written(plan: Plan, folder: Path, journal: Journal, verify: bool) -> dict[int, Done]:
-    """The chunks that an earlier run has written, by number, once the source is known to hold what it read for them.
+def _written(
+    plan: ConversionPlan, chunks: list[Chunk], folder: Path, journal: Journal, verify: bool
+) -> dict[int, Done]:
+    """The chunks of an earlier run, by number, compared with the source that they were read from.
 
-    None of them where a file is gone. OtherConversion when the source or the journal is another.
+    Empty where a file is gone. OtherConversion when the source or the journal is another.
     """
-    chunks, sizes = _chunks(plan), {folder / shard.file: shard.nbytes for shard in plan.shards}
+    sizes = {folder / shard.file: shard.nbytes for shard in plan.shards}
     if not all(file.is_file() and file.stat().st_size == nbytes for file, nbytes in sizes.items()):
         journal.restart()
-    if not journal.done:
-        return {}
     for number, done in journal.done.items():
         if number >= len(chunks) or len(done.checksums) != (len(chunks[number].job.outputs) if verify else 0):
             raise damaged(folder, f"chunk {number} is none of this conversion's")
     with _opened(plan) as sources:
         there = [chunks[number] for number in journal.done]
-        results = _each(there, lambda chunk: digest_of(chunk.job, chunk.start, chunk.stop, sources), "comparing")
+        results = _each(there, lambda chunk: digest_of(chunk, sources), "comparing")
         with closing(results):
             for (_, found), done in zip(results, journal.done.values(), strict=True):
                 if found != done.source:
@@ -238,12 +209,14 @@ def _written(plan: Plan, folder: Path, journal: Journal, verify: bool) -> dict[i
     return dict(journal.done)
 
 
-def _write_weights(plan: Plan, folder: Path, journal: Journal, verify: bool) -> dict[int, Done]:
+def _write_weights(
+    plan: ConversionPlan, chunks: list[Chunk], folder: Path, journal: Journal, verify: bool
+) -> dict[int, Done]:
     """Write the chunks that the journal does not have; returns all by number."""
-    done = _written(plan, folder, journal, verify)
-    left = {number: chunk for number, chunk in enumerate(_chunks(plan)) if number not in done}
+    done = _written(plan, chunks, folder, journal, verify)
+    left = {number: chunk for number, chunk in enumerate(chunks) if number not in done}
     if done:
-        print(f"resuming: {len(done)} of {len(done) + len(left)} chunks are there", file=sys.stderr)
+        print(f"resuming: {len(done)} of {len(chunks)} chunks are there", file=sys.stderr)
     new: dict[int, Done] = {}
     with _opened(plan) as sources, _shards(plan, folder) as (files, places):
 
@@ -255,8 +228,9 @@ def _write_weights(plan: Plan, folder: Path, journal: Journal, verify: bool) -> 
             new.clear()
 
         read = 0
-        work = list(left.values())
-        results = _each(work, lambda chunk: _carry_out(chunk, plan, sources, places, verify))
+        results = _each(
+            list(left.values()), lambda chunk: _carry_out(chunk, plan, sources, places, verify), "writing"
+        )
         with closing(results):  # the threads end before the files are closed
             for number, (chunk, result) in zip(left, results, strict=True):
                 new[number] = result
@@ -268,30 +242,16 @@ def _write_weights(plan: Plan, folder: Path, journal: Journal, verify: bool) -> 
     return done
 
 
-# --- what was written ------------------------------------------------------------------------------------------------
-
-
-def _check_shards(plan: Plan, folder: Path, chunks: list[_Chunk], done: Mapping[int, Done]) -> dict[str, str]:
-    """sha256 of the output files, read again and compared with the checksums of what was written."""
-    pieces: dict[str, list[Piece]] = {name: [] for name in plan.index["weight_map"]}
+def _check_shards(plan: ConversionPlan, chunks: list[Chunk], folder: Path, done: Mapping[int, Done]) -> None:
+    """Read the output files again and compare them with the checksums of what was written."""
+    ranges = {shard.file: [FileRange(0, len(shard.header), crc32(shard.header), "its header")] for shard in plan.shards}
+    offsets = {name: (shard.file, offset) for shard in plan.shards for name, offset in shard.offsets.items()}
     for number, chunk in enumerate(chunks):
         for output, known in zip(chunk.job.outputs, done[number].checksums, strict=True):
+            file, offset = offsets[output.name]
             row = output.nbytes // output.shape[0]
-            pieces[output.name].append(Piece(chunk.start * row, (chunk.stop - chunk.start) * row, known, output.name))
-    sha256 = {}
+            start, nbytes = offset + chunk.start * row, (chunk.stop - chunk.start) * row
+            ranges[file].append(FileRange(start, nbytes, known, output.name))
     with bytes_bar("reading again", sum(shard.nbytes for shard in plan.shards)) as bar:
-        for shard in plan.shards:
-            parts = [Piece(0, len(shard.header), checksum(shard.header), "its header")]
-            for name, offset in shard.offsets.items():
-                parts += [Piece(offset + piece.start, piece.nbytes, piece.checksum, name) for piece in pieces[name]]
-            sha256[shard.file] = check_file(folder / shard.file, parts, bar.update)
-    return sha256
-
-
-def _errors(chunks: list[_Chunk], done: Mapping[int, Done]) -> dict[str, Error]:
-    """Of every tensor where other programs read it; exact copies have none."""
-    differences: dict[str, list] = {}
-    for number, chunk in enumerate(chunks):
-        if not chunk.job.outputs[0].name.startswith(FP32_ORIGINAL):
-            differences.setdefault(chunk.job.source.name, []).append(done[number].difference)
-    return totals(differences)
+        for file, written in ranges.items():
+            check_file(folder / file, written, bar.update)

@@ -1,7 +1,7 @@
-"""The folder to be written: what may be written over, and how it appears whole or not at all.
+"""The folder to be written: which folders may be replaced, and how it appears whole or not at all.
 
-It grows in a hidden folder beside it, which the journal within marks as ours, and takes its name in one step. Folders
-of such names that are not ours are never touched.
+The conversion writes into a hidden folder beside the target, which its journal marks as ours, and which takes the
+target's name in one step. Hidden folders of the same names without a journal of ours are never touched.
 """
 
 import fcntl
@@ -24,7 +24,7 @@ def _hidden(target: Path, purpose: str) -> Path:
 
 
 def written(target: Path) -> tuple[Path, Path, Path]:
-    """What a conversion writes, renames and removes: the target, the folder it grows in, and the one it replaces."""
+    """The target, the hidden folder that is written into, and the hidden name of the folder that is replaced."""
     return target, _hidden(target, "converting"), _hidden(target, "replaced")
 
 
@@ -32,7 +32,7 @@ def written(target: Path) -> tuple[Path, Path, Path]:
 
 
 def target_path(named: str | Path) -> Path:
-    """The folder that --mlx-path names, links resolved. InputError where no folder can be made of that name."""
+    """The folder that --mlx-path names, with links resolved. InputError where no folder can have that name."""
     if not str(named).strip():
         raise InputError("option_missing", "--mlx-path must be given: the folder to write")
     try:
@@ -44,9 +44,7 @@ def target_path(named: str | Path) -> Path:
     except (OSError, TypeError, ValueError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(
-            "output_unwritable",
-            f"--mlx-path must name a folder that can be made; {str(named)[:200]} could not be written: {reason}. "
-            "Choose another",
+            "output_unwritable", f"--mlx-path must name a folder that can be made, got {str(named)[:200]}: {reason}"
         ) from error
     return target
 
@@ -54,22 +52,15 @@ def target_path(named: str | Path) -> Path:
 def check_target(target: Path, overwrite: bool) -> None:
     """InputError unless `target` is absent, an empty folder, or a checkpoint that --overwrite may replace."""
     if target.exists() and not target.is_dir():
-        raise InputError(
-            "target_refused", f"--mlx-path must be a folder to write; {target} is a file. Choose another name"
-        )
+        raise InputError("target_refused", f"--mlx-path must be a folder; {target} is a file. Choose another name")
     if not target.exists() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise InputError(
-            "target_refused",
-            f"--mlx-path must be new or empty; {target} is not. Choose another name or add --overwrite",
-        )
+        advice = "Choose another name or add --overwrite"
+        raise InputError("target_refused", f"--mlx-path must be new or empty; {target} is not. {advice}")
     if not _is_checkpoint(target):
-        raise InputError(
-            "target_refused",
-            f"--overwrite replaces checkpoints only; {target} holds no config.json with *.safetensors. Choose another "
-            "name or empty it yourself",
-        )
+        why = "holds no config.json with *.safetensors. Choose another name or empty it yourself"
+        raise InputError("target_refused", f"--overwrite replaces checkpoints only; {target} {why}")
 
 
 def _is_checkpoint(folder: Path) -> bool:
@@ -77,17 +68,13 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 def check_space(nbytes: int, target: Path) -> None:
-    """InputError unless the disk on which `target` is, or is to be, has room for `nbytes`.
-
-    What a conversion that is resumed has written already is room too.
-    """
+    """InputError unless the target's disk has room for `nbytes`. Weights of an unfinished conversion count as room."""
     free = shutil.disk_usage(next(folder for folder in target.parents if folder.is_dir())).free
     there = sum(512 * path.stat().st_blocks for path in _hidden(target, "converting").glob("*.safetensors"))
     if free + there < nbytes:
         raise InputError(
             "disk_full",
-            f"{target} needs {nbytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free. Make room, or choose "
-            "another disk or fewer bits",
+            f"{target} needs {nbytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free. Make room",
         )
 
 
@@ -95,7 +82,7 @@ def check_space(nbytes: int, target: Path) -> None:
 
 
 def _lock(folder: Path, target: Path) -> int:
-    """A descriptor of a folder whose lock ends with the process, however that ends."""
+    """Lock a folder; return its descriptor. The lock ends with the process, however that ends."""
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -118,14 +105,14 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _claim(target: Path) -> int:
-    """Make the hidden folder ours; InputError where another conversion has it, or one that is not ours is there."""
+    """Make and lock the hidden folder. InputError where another conversion holds it, or it is not ours."""
     _, work, _ = written(target)
     work.mkdir(parents=True, exist_ok=True)
     lock = _lock(work, target)
     try:
         if any(work.iterdir()) and not _is_ours(work):
             raise _foreign(work)
-        if _is_ours(target):  # since we looked, another one has placed what it wrote
+        if _is_ours(target):  # another conversion has placed its folder since we looked
             raise _busy(target)
         (work / JOURNAL).touch()
     except BaseException:
@@ -137,15 +124,15 @@ def _claim(target: Path) -> int:
 def _foreign(folder: Path) -> InputError:
     return InputError(
         "target_refused",
-        f"{folder} is needed for the conversion, and what is there was not made by one, or by an older version. Move "
+        f"the conversion needs the name {folder}, which holds something that no conversion of this version made. Move "
         "or remove it, or choose another --mlx-path",
     )
 
 
 def _clean(work: Path, resume: bool) -> None:
-    """Remove what a killed conversion left, but with `resume` its journal and its weights."""
+    """Remove the leftovers of a killed conversion; `resume` keeps its journal and its weights."""
     journal = work / JOURNAL
-    resumes = resume and b"\n" in journal.read_bytes()  # a first line without its end tells nothing
+    resumes = resume and b"\n" in journal.read_bytes()  # a first line without its end identifies nothing
     if resume and not resumes:
         print(f"nothing to resume in {work}: converting from the start", file=sys.stderr)
     left = [path for path in work.iterdir() if path != journal and not (resumes and _is_plain(path))]
@@ -158,12 +145,12 @@ def _clean(work: Path, resume: bool) -> None:
 
 
 def _is_plain(path: Path) -> bool:
-    """Whether these are weights that only this folder holds, so that writing on changes nothing elsewhere."""
+    """Whether this is a file of weights without other names, so that writing into it changes nothing elsewhere."""
     return path.suffix == ".safetensors" and path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1
 
 
 def remove(path: Path) -> None:
-    """A file, link or folder, its journal last: it is known as ours for as long as it is there."""
+    """Remove a file, link or folder. The journal goes last: without it a folder is not known as ours."""
     if path.is_symlink() or not path.is_dir():
         path.unlink()
         return
@@ -186,10 +173,10 @@ def _sync(path: Path) -> None:
 
 
 def _put_in_place(target: Path) -> None:
-    """The hidden folder takes the target's name. The journal tells what is replaced, until that is removed."""
+    """Give the hidden folder the target's name. The journal names the replaced folder until that is removed."""
     _, work, replaced = written(target)
     full = target.exists() and any(target.iterdir())
-    note_placing(work, [key_of(target)[1]] if full else [])
+    note_placing(work, [target.stat().st_ino] if full else [])
     for path in (*work.iterdir(), work):
         _sync(path)
     if not full:
@@ -206,24 +193,24 @@ def _put_in_place(target: Path) -> None:
 
 
 def _finish(target: Path) -> None:
-    """What the target replaced goes, then the journal: the conversion is whole."""
+    """Remove the replaced folder, then the journal: the conversion is complete."""
     for old in written(target)[1:]:
         if _is_replaced(old, target):
             try:
                 shutil.rmtree(old)
             except OSError as error:
-                warnings.warn(f"{target} is whole, but what it replaced is left in {old}: {error}", stacklevel=2)
+                warnings.warn(f"{target} is complete, but the replaced folder is left in {old}: {error}", stacklevel=2)
     (target / JOURNAL).unlink()
 
 
 def _is_replaced(old: Path, new: Path) -> bool:
-    """Whether the journal in `new` tells that `old` is what it replaces: by inode, for devices are numbered anew."""
+    """Whether the journal in `new` names `old` as the replaced folder: by inode, for devices are numbered anew."""
     found, own = key_of(old), key_of(new)
-    return bool(found and own) and found[0] == own[0] and replaces(new) == [found[1]]
+    return bool(found and own and found[0] == own[0] and replaces(new) == [found[1]])
 
 
 def _recover(target: Path) -> None:
-    """Bring to an end what a killed conversion had begun when the target's name was its own already."""
+    """Finish a conversion that was killed after it took the target's name."""
     if replaces(target) is None:
         return
     lock = _lock(target, target)
@@ -234,7 +221,7 @@ def _recover(target: Path) -> None:
 
 
 def _restore(target: Path) -> None:
-    """What a killed conversion had moved aside goes back to its name."""
+    """Give a folder that a killed conversion moved aside its name back."""
     _, work, replaced = written(target)
     if not os.path.lexists(replaced):
         return
@@ -242,7 +229,7 @@ def _restore(target: Path) -> None:
     if os.path.lexists(target) or not (ours or _is_checkpoint(replaced)) or replaced.is_symlink():
         raise _foreign(replaced)
     os.rename(replaced, target)
-    if not ours:  # nothing tells who moved it there: it is back, and stays
+    if not ours:  # no journal says who moved it: it stays
         check_target(target, overwrite=False)
 
 
@@ -258,7 +245,7 @@ def _telling(target: Path) -> Iterator[None]:
 
 
 def prepare(target: Path, overwrite: bool, reads: Reads | None) -> None:
-    """Bring an earlier conversion to its end. InputError unless the target may be written, apart from what is read."""
+    """Finish an earlier conversion. InputError unless the target may be written and lies apart from what is read."""
     with _telling(target):
         if reads:
             check_apart(reads, target, written(target))
@@ -268,14 +255,14 @@ def prepare(target: Path, overwrite: bool, reads: Reads | None) -> None:
 
 @contextmanager
 def appearing_whole(target: Path, overwrite: bool, resume: bool = False, reads: Reads | None = None) -> Iterator[Path]:
-    """A hidden folder beside `target` to write into, which takes its name when the block ends well and goes otherwise.
+    """A hidden folder beside `target` to write into, which takes its name when the block ends and goes on errors.
 
-    A killed process leaves the hidden folder; the next conversion to the same target removes it, or with `resume` finds
-    in it what there was. It stays as it is when that turns out to be of another conversion. InputError where `reads`
-    is not apart from what is written, renamed or removed.
+    A killed process leaves the hidden folder; the next conversion to the same target removes it, or resumes it with
+    `resume`. The leftovers of another conversion stay. InputError where `reads` does not lie apart from the folders
+    that are written, renamed or removed.
     """
     _, work, _ = written(target)
-    begun = not resume  # until then what could be resumed stays
+    begun = not resume  # until then the leftovers stay
     with _telling(target):
         prepare(target, overwrite, reads)
         lock = _claim(target)

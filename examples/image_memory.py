@@ -1,4 +1,4 @@
-"""Memory of images and clips: MLX's peak while random pixels are encoded, and while a prompt with them is read."""
+"""Memory of images and videos: MLX's peak while random pixels are encoded, and in the prefill of a prompt with them."""
 
 import argparse
 import math
@@ -23,12 +23,12 @@ from mlx_qwen35.model.model import Model
 from mlx_qwen35.prompt.positions import Placeholder
 
 TEXT_TOKENS = 8  # before each pair of frames and after the last: about as many as a timestamp and its tags
-COLUMNS = ("MB", "tokens", "text", "tower", "embeddings", "cache", "encoding: working", "budget", "prefill: working",
+COLUMNS = ("MB", "tokens", "text", "encoder", "embeddings", "cache", "encoding: working", "budget", "prefill: working",
            "released", "at the end", "encoding s", "prefill s")  # fmt: skip
 
 
 def noise(config: VisionConfig, frames: int, height: int, width: int) -> Media:
-    """An image (1 frame) or a clip (an even number) of random pixels, the same each time; no pixel is resized."""
+    """An image (1 frame) or a video (an even number) of random pixels, the same each time; no pixel is resized."""
     pixels = np.random.default_rng(0).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
     times = () if frames == 1 else tuple(pair + 0.5 for pair in range(frames // config.temporal_patch_size))
     values = np.tile(np.linspace(-1, 1, 256, dtype=np.float32), (3, 1))
@@ -51,10 +51,10 @@ def held() -> int:
 
 
 def show(model: Model, config: VisionConfig, frames: int, height: int, width: int, step: int) -> dict[str, float]:
-    """Encode random pixels, release the tower, and read a prompt with them, `step` tokens at a time.
+    """Encode random pixels, release the vision encoder, and prefill a prompt with them, `step` tokens at a time.
 
     Sizes are in bytes, times in seconds. Working memory is MLX's peak in a phase less what stays: text weights,
-    embeddings, and in encoding the tower, in prefill the cache. `budget` is what vision.working_bytes
+    embeddings, and in encoding the vision encoder, in prefill the cache. `budget` is what budget.encoding.working_bytes
     states for the former, by which images are refused.
     """
     media = noise(config, frames, height, width)
@@ -70,11 +70,11 @@ def show(model: Model, config: VisionConfig, frames: int, height: int, width: in
     mx.reset_peak_memory()
     prefill(model, cache, [row], step)
     read_s, read_peak = time.perf_counter() - start, mx.get_peak_memory()
-    tokens, kept, tower = len(row.tokens), cache.nbytes, encoded - released
+    tokens, kept, encoder = len(row.tokens), cache.nbytes, encoded - released
     del row, embeddings, cache
     return {
-        "tokens": tokens, "text": text, "tower": tower, "embeddings": size, "cache": kept,
-        "encode_working": encode_peak - text - tower - size,
+        "tokens": tokens, "text": text, "encoder": encoder, "embeddings": size, "cache": kept,
+        "encode_working": encode_peak - text - encoder - size,
         "budget": working_bytes(config, model.dtype, at_once(media.grid), impl),
         "read_working": read_peak - text - size - kept, "released": released, "left": held(), "encode_s": encode_s,
         "read_s": read_s,
@@ -92,8 +92,8 @@ def main() -> None:
     source.add_argument("--model", default="nano", help="local folder, Hugging Face id, or nano (default)")
     source.add_argument("--geometry", choices=GEOMETRIES, help="random weights of this size")
     parser.add_argument("--megapixels", type=float, nargs="*", default=[0.25], help="square images of so many (0.25)")
-    parser.add_argument("--frames", type=int, nargs="*", default=[4, 8], help="clips of so many (4 8)")
-    parser.add_argument("--clip-side", type=int, default=256, help="width and height of a clip (256)")
+    parser.add_argument("--frames", type=int, nargs="*", default=[4, 8], help="videos of so many frames (4 8)")
+    parser.add_argument("--video-side", type=int, default=256, help="width and height of a video (256)")
     parser.add_argument("--step", type=int, default=1024, help="prompt tokens of a chunk (1024)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -104,10 +104,10 @@ def main() -> None:
         config = checkpoint.config.vision
         factor = config.patch_size * config.spatial_merge_size
         sides = [max(1, round(math.sqrt(size * (1 << 20)) / factor)) * factor for size in args.megapixels]
-        cases = [(1, side) for side in sides] + [(frames, args.clip_side) for frames in args.frames]
+        cases = [(1, side) for side in sides] + [(frames, args.video_side) for frames in args.frames]
         rows = [COLUMNS]
         for frames, side in cases:
-            name = f"{'image' if frames == 1 else 'clip'} {side}x{side}" + (f", {frames} frames" if frames > 1 else "")
+            name = f"{'image' if frames == 1 else 'video'} {side}x{side}" + (f", {frames} frames" if frames > 1 else "")
             rows.append(cells(name, show(model, config, frames, side, side, args.step)))
     print("\n".join(align(rows)))
 

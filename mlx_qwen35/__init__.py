@@ -5,19 +5,18 @@
     model, processor = load("nano")
     print(generate(model, processor, prompt="What is 34 + 58?"))
 
-The way of the data: `load` finds the folder (hub), reads its headers (config, checkpoint) and builds the model. A
-prompt goes through the processor to tokens, its images and clips (image, video, preprocess) to pixels; vision makes
-embeddings of the pixels, positions says where each token stands; `model` embeds the tokens and runs its layers
-(attention, delta_net, with the heavy step in kernels), each with its part of the conversation's cache; sampling makes a
-token of the logits, and the processor text of the tokens. `generate` is the loop around it.
+`load` finds the folder, reads its headers (checkpoint/), checks that the model fits (budget/) and builds it (model/).
+The processor turns messages into tokens (prompt/), images and videos into patches (media/). The engine encodes the
+patches, prefills the tokens in chunks and decodes (engine/): each step runs the layers (model/, with kernels/ for the
+operations and cache/ for the states) and samples a token from the logits. The processor turns tokens into text.
 """
 
 __version__ = "0.1.0"  # pyproject.toml takes it from here
 
-from mlx_qwen35.commands import interrupt  # before all else, for Ctrl-C while the rest is imported
+from mlx_qwen35.commands import interrupt  # first, for Ctrl-C during the other imports
 
 with interrupt.tell_errors():
-    from mlx_qwen35 import backend  # noqa: F401 (next, for a machine on which MLX cannot be loaded)
+    from mlx_qwen35 import backend  # noqa: F401 (second, for a machine on which MLX cannot be loaded)
 
 from mlx_qwen35.cache.cache import Cache, Snapshot
 from mlx_qwen35.engine.conversation import Conversation
@@ -31,8 +30,9 @@ from mlx_qwen35.media.image import read_image
 from mlx_qwen35.media.options import VisionOptions
 from mlx_qwen35.media.preprocess import Media
 from mlx_qwen35.model.model import Model
-from mlx_qwen35.prompt.processor import Piece, Processor
+from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.prompt.prompt import Prompt
+from mlx_qwen35.prompt.stream import Piece
 
 __all__ = [
     "PRESETS", "Cache", "Conversation", "InputError", "Media", "Model", "Options", "Piece", "Processor", "Prompt",

@@ -1,4 +1,4 @@
-"""A checkpoint's name -> the model and its processor."""
+"""A checkpoint's folder or id -> the model and its processor."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,24 +60,23 @@ def load(
     memory_limit: float | None = None,
     progress: Progress = lambda done, total: None,
 ) -> tuple[Model, Processor]:
-    """Load a checkpoint and return the model and the processor that turns messages to tokens and tokens to text.
+    """Load a checkpoint. Return the model, and the processor between messages, tokens and text.
 
     Args:
         model: a local folder, a Hugging Face id, or "nano", the small model that comes with the package.
         revision: branch, tag or commit of a Hugging Face id.
         dtype: of the activations and the unquantized weights: float32, float16 or bfloat16, by name or as mx.float32.
-            None follows the checkpoint on a GPU, but takes float16 for bfloat16 on M1 and M2, which have no arithmetic
-            for it; and is float32 on the CPU, where MLX's half types are 10 to 40 times slower. On M5 and NVIDIA MLX
-            shortens float32 products unless MLX_ENABLE_TF32=0 is in the environment when the program starts; where it
-            does, float32 is warned of.
-        keep_vision: the vision encoder is loaded with the first image and released once a prompt's images are encoded;
-            True keeps it in memory from then on.
-        memory_limit: GB (10^9 bytes) that models may take in this process; None is what suits the machine. What does
-            not fit is refused before it is downloaded or read, and a model reads its prompts in smaller chunks.
-        progress: called as progress(bytes_read, bytes_in_all) while the weights are read; for float16 they are read
-            twice.
+            None is the checkpoint's dtype on a GPU, with float16 for bfloat16 on M1 and M2, which have no bfloat16
+            arithmetic; on the CPU it is float32, since MLX's 16-bit types are 10 to 40 times slower there. On M5 and
+            NVIDIA MLX rounds the operands of float32 products, unless the environment holds MLX_ENABLE_TF32=0 when the
+            program starts. Float32 then costs a warning.
+        keep_vision: whether the vision encoder stays in memory. Otherwise it is loaded for each prompt with images and
+            unloaded after they are encoded.
+        memory_limit: GB (10^9 bytes) that models may take in this process; None is what suits the machine. A larger
+            model is refused before it is downloaded or read. A lower limit makes prefill chunks smaller.
+        progress: called as progress(bytes_read, all_bytes) while the weights are read; for float16 they are read twice.
 
-    Raises InputError when the checkpoint cannot be found, is broken, or does not fit into this machine's memory.
+    Raises InputError when the checkpoint is not found, is broken, or does not fit into this machine's memory.
     """
     refuse_fork()
     check_folder()
@@ -86,7 +85,7 @@ def load(
     given = LoadOptions(model, revision, dtype, memory_limit, keep_vision)
     limit_memory(given.memory_limit)
 
-    def judged(folder: Path) -> Checkpoint:
+    def checked(folder: Path) -> Checkpoint:
         checkpoint = open_checkpoint(folder)
         if given.keep_vision and not has_vision(checkpoint):
             raise InputError(
@@ -95,8 +94,8 @@ def load(
         check_model_fits(checkpoint, choose_dtype(checkpoint, given.dtype), str(model))
         return checkpoint
 
-    folder = resolve(model, revision, judged)
-    checkpoint = judged(folder)
+    folder = resolve(model, revision, checked)
+    checkpoint = checked(folder)
     processor = Processor.from_folder(folder, checkpoint.config, has_vision(checkpoint))
     loaded = load_model(checkpoint, choose_dtype(checkpoint, given.dtype), str(model), progress)
     if loaded.vision:
@@ -109,23 +108,23 @@ def has_vision(checkpoint: Checkpoint) -> bool:
 
 
 def choose_dtype(checkpoint: Checkpoint, dtype: str | mx.Dtype | None) -> mx.Dtype:
-    """The dtype of this name, or what suits this checkpoint on this machine."""
+    """The dtype of this name, or the default for this checkpoint on this machine."""
     if dtype is not None:
         return DTYPES[check_dtype(spelled("dtype"), dtype)]
     return default_dtype(stored_dtype(checkpoint))
 
 
 def stored_dtype(checkpoint: Checkpoint) -> mx.Dtype:
-    """What a checkpoint's activations are meant to be in: the dtype of its embedding, or of the scales of that."""
+    """The dtype that a checkpoint's activations are meant for: its embedding's, or that of the embedding's scales."""
     stored = checkpoint.entries[f"{TEXT}embed_tokens.weight"].dtype
-    if stored == "U32":  # packed: the scales tell, and where those are bytes, the first unpacked vector does
+    if stored == "U32":  # quantized; scales that are bytes have no such dtype, and the norm's is taken
         stored = checkpoint.entries[f"{TEXT}embed_tokens.scales"].dtype
         stored = checkpoint.entries[f"{TEXT}norm.weight"].dtype if stored == "U8" else stored
     return COMPUTED[stored]
 
 
 def default_dtype(stored: mx.Dtype) -> mx.Dtype:
-    """What suits this machine: float32 on a CPU, and float16 in the place of bfloat16 on M1 and M2."""
+    """The dtype for this machine: float32 on a CPU, and float16 instead of bfloat16 on M1 and M2."""
     if backend().slow_half:
         return mx.float32
     chip = this_chip()
@@ -135,7 +134,7 @@ def default_dtype(stored: mx.Dtype) -> mx.Dtype:
 def load_model(
     checkpoint: Checkpoint, dtype: mx.Dtype, name: str, progress: Progress = lambda done, total: None
 ) -> Model:
-    """Read the text tensors and build the model; vision tower and draft head stay on disk until they are wanted."""
+    """Load the text model. Vision encoder and draft head are loaded at their first use."""
     names = [stored for stored, _ in checkpoint.part(text_shapes(checkpoint.config.text))]
     check_model_fits(checkpoint, dtype, name)
     set_limits()
@@ -144,26 +143,26 @@ def load_model(
     config = checkpoint.config.text
     weights = read_weights(checkpoint, names, dtype, progress)
     model = Model(config, weights)
-    weights.arrays.clear()  # each layer frees what it was cast from as soon as it is evaluated
+    weights.arrays.clear()  # so that each layer frees the arrays as stored once it is evaluated
     done, total = 0, _nbytes(model)
     for part in (model.embed_tokens, *([] if config.tie_word_embeddings else [model.lm_head]), *model.layers):
         mx.eval(part.parameters())
         done += _nbytes(part)
         progress(done, total)
-    mx.eval(model.parameters(), model.rotary.frequencies, model.rotary.axes)  # what is pending belongs to this thread
+    mx.eval(model.parameters(), model.rotary.frequencies, model.rotary.axes)  # pending work belongs to this thread
     progress(total, total)
     mx.clear_cache()
-    enabled_kernels(model)  # on a Mac, see now and not in the middle of an answer which kernels may be used
+    enabled_kernels(model)  # the self-checks run now, not in the middle of an answer
     warn_unfit_layers(model)
-    head = model.mtp = _draft_head(checkpoint, dtype)
-    if has_vision(checkpoint):
-        # The draft head and not the model, which would hold itself.
-        model.vision = LazyVisionEncoder(lambda: load_vision_encoder(checkpoint, dtype, head))
-    return model.eval()
+    mtp_head = model.mtp = _draft_head(checkpoint, dtype)
+    if has_vision(checkpoint):  # the lambda must not hold the model, which would then hold itself
+        model.vision = LazyVisionEncoder(lambda: load_vision_encoder(checkpoint, dtype, mtp_head))
+    model.eval()
+    return model
 
 
 def _draft_head(checkpoint: Checkpoint, dtype: mx.Dtype) -> DraftHead | None:
-    """The draft head, still on disk; None for a checkpoint without one."""
+    """The draft head, not loaded yet; None for a checkpoint without one."""
     config, fault = checkpoint.config.text, checkpoint.mtp_head_fault
     if not fault and not (config.mtp_num_hidden_layers and checkpoint.has(MTP)):
         return None
@@ -173,39 +172,42 @@ def _draft_head(checkpoint: Checkpoint, dtype: mx.Dtype) -> DraftHead | None:
 
 
 def load_draft_head(checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype) -> MultiTokenPrediction:
-    """Read the tensors of the draft head, of these names, and build it."""
+    """The draft head, of the tensors of these names."""
     weights = read_weights(checkpoint, names, dtype)
-    head = MultiTokenPrediction(checkpoint.config.text, weights.at("mtp"))
+    mtp_head = MultiTokenPrediction(checkpoint.config.text, weights.at("mtp"))
     weights.arrays.clear()
-    mx.eval(head.parameters())
+    mx.eval(mtp_head.parameters())
     mx.clear_cache()
-    return head.eval()
+    mtp_head.eval()
+    return mtp_head
 
 
-def load_vision_encoder(checkpoint: Checkpoint, dtype: mx.Dtype, head: DraftHead | None = None) -> VisionEncoder:
-    """Read the vision tensors and build the tower. InputError when they do not fit beside what is in memory.
+def load_vision_encoder(checkpoint: Checkpoint, dtype: mx.Dtype, mtp_head: DraftHead | None = None) -> VisionEncoder:
+    """The vision encoder. Raises InputError when it does not fit beside what is in memory.
 
-    head: is given back where the room that it takes is needed.
+    mtp_head: unloaded if its memory is needed.
     """
     config = checkpoint.config.vision
+    assert config is not None, "the checkpoint has a vision encoder"
     names = [stored for stored, _ in checkpoint.part(vision_shapes(config))]
     nbytes = loaded_bytes(checkpoint, names, dtype)
     try:
         check_vision_encoder_fits(checkpoint.config.text, dtype, nbytes)
     except InputError:
-        if head is None or not head.loaded:
+        if mtp_head is None or not mtp_head.loaded:
             raise
-        head.release()
+        mtp_head.release()
         check_vision_encoder_fits(checkpoint.config.text, dtype, nbytes)
     weights = read_weights(checkpoint, names, dtype)
-    tower = VisionEncoder(config, weights)
+    encoder = VisionEncoder(config, weights)
     weights.arrays.clear()
-    for block in tower.blocks:
+    for block in encoder.blocks:
         mx.eval(block.parameters())
-    mx.eval(tower.parameters())
+    mx.eval(encoder.parameters())
     mx.clear_cache()
-    return tower.eval()
+    encoder.eval()
+    return encoder
 
 
 def _nbytes(part: nn.Module) -> int:
-    return sum(array.nbytes for _, array in tree_flatten(part.parameters()))
+    return sum(array.nbytes for array in dict(tree_flatten(part.parameters())).values())

@@ -5,7 +5,7 @@ names an option in a message as the user does, in Python or on the command line.
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import MISSING, dataclass, field, fields
@@ -182,7 +182,7 @@ def spelled(name: str, value: Any = None) -> str:
     return known if value is None else f"{known} {value}"
 
 
-def listed(names: Sequence[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     """Options as the user names them, sorted."""
     return ", ".join(spelled(name) for name in sorted(names))
 

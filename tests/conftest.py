@@ -24,13 +24,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 import mlx.core as mx
 import numpy as np
 import pytest
+from geometries import changed
 from parity import cases
 from patching import guard
 
 from mlx_qwen35.backend import CUDA, backend
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.hub import resolve
-from mlx_qwen35.checkpoint.random import changed, geometry, write_random_checkpoint
+from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
 from mlx_qwen35.load import load_model
 from mlx_qwen35.machine import chip as machine
 from mlx_qwen35.machine import memory

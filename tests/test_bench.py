@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mlx_qwen35.bench import command, main
-from mlx_qwen35.bench.measure import OURS, ProgramError, Run, Settings, in_turn, measure, started, summarize
+from mlx_qwen35.bench.measure import OURS, Measurement, ProgramError, Settings, in_turn, measure, started, summarize
 from mlx_qwen35.bench.report import draw, format_table
 
 ROOT = Path(__file__).parent.parent
@@ -37,15 +37,15 @@ class FakeWorker:
         return {"prefill_s": 2.0, "decode_s": decode, "mlx_peak_bytes": None, "max_rss_bytes": 7}
 
 
-def measured(*names: str, **fails_at: int) -> tuple[list[Run], list[tuple[str, dict]], dict[str, str]]:
+def measured(*names: str, **fails_at: int) -> tuple[list[Measurement], list[tuple[str, dict]], dict[str, str]]:
     asked: list[tuple[str, dict]] = []
     failures: dict[str, str] = {}
     workers = [FakeWorker(name, asked, fails_at.get(name)) for name in names]
     return measure(workers, SETTINGS, failures, lambda line: None), asked, failures
 
 
-def run_of(program: str, round: int, prefill: float, token: float) -> Run:
-    return Run(program, 8, round, prefill, token, 0.25, 10, 20)
+def run_of(program: str, round: int, prefill: float, token: float) -> Measurement:
+    return Measurement(program, 8, round, prefill, token, 0.25, 10, 20)
 
 
 @pytest.fixture

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import refusing
 from conftest import load_text_model
+from geometries import changed
 
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.folder import INDEX
-from mlx_qwen35.checkpoint.random import changed, geometry
+from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.load import load, load_model
 from mlx_qwen35.machine import memory
 

@@ -5,9 +5,10 @@ import json
 
 import pytest
 import refusing
+from geometries import changed
 
 from mlx_qwen35.checkpoint.config import FULL, LINEAR, parse_config, read_config
-from mlx_qwen35.checkpoint.random import GEOMETRIES, changed, geometry
+from mlx_qwen35.checkpoint.random import GEOMETRIES, geometry
 
 
 def config(**text):

@@ -11,12 +11,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import load_text_model
+from geometries import changed
 from refusing import refused
 
 from mlx_qwen35.checkpoint import float16
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.float16 import LARGEST, SMALLEST, tell, unfit
-from mlx_qwen35.checkpoint.random import changed, geometry
+from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes
 from mlx_qwen35.load import load_model, load_vision_encoder
 

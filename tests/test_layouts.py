@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import load_text_model
+from geometries import changed
 from parity import cases
 from refusing import refused
 
@@ -20,7 +21,7 @@ from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.folder import INDEX
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.names import is_zero_centred
-from mlx_qwen35.checkpoint.random import changed, geometry
+from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.checkpoint.shapes import is_matrix
 from mlx_qwen35.load import load, load_vision_encoder
 from mlx_qwen35.media.options import VisionOptions

@@ -14,9 +14,9 @@ from mlx_qwen35.budget.plan import kv_bytes, mac, most_tokens, plan_memory, stat
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.config import parse_config
 from mlx_qwen35.checkpoint.random import geometry
-from mlx_qwen35.checkpoint.shapes import is_matrix, mtp_shapes, text_shapes, vision_shapes
+from mlx_qwen35.checkpoint.shapes import mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.checkpoint.tensors import Entry
-from mlx_qwen35.convert.packing import read_options
+from mlx_qwen35.convert.recipes import RECIPES
 from mlx_qwen35.engine.loop import decode
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.engine.sampling import Sampler, Sampling
@@ -28,11 +28,11 @@ from mlx_qwen35.quantization import Quantization
 def headers(name: str, recipe: str | None) -> Checkpoint:
     """A checkpoint of this geometry and recipe that exists only as headers."""
     config = parse_config(geometry(name) | ({} if recipe is None else {"quantization": {"group_size": 64, "bits": 4}}))
-    packing = recipe and read_options(recipe).packing
+    stored = recipe and RECIPES[recipe]
     entries, hows = {}, {}
     shapes = text_shapes(config.text) | vision_shapes(config.vision) | mtp_shapes(config.text)
     for tensor, shape in shapes.items():
-        how: Quantization | None = packing.of(tensor, shape) if packing and is_matrix(tensor, shape) else None
+        how: Quantization | None = stored.quantization(tensor, shape) if stored else None
         parts = {tensor: (shape, "BF16")}
         if how:
             stem = tensor.removesuffix("weight")

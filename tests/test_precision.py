@@ -5,13 +5,14 @@ from importlib import import_module
 import mlx.core as mx
 import numpy as np
 import pytest
+from geometries import changed
 from mlx.utils import tree_flatten
 from refusing import refused
 
 from mlx_qwen35.backend import CUDA, METAL, assume
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.dtypes import DTYPES
-from mlx_qwen35.checkpoint.random import changed, geometry
+from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.kernels.gated_delta import gates
 from mlx_qwen35.load import choose_dtype, load_model
 from mlx_qwen35.model.layers import RMSNorm

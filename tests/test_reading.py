@@ -12,13 +12,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import load_text_model
+from geometries import changed
 from refusing import refused
 
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.folder import INDEX
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.names import hugging_face_name
-from mlx_qwen35.checkpoint.random import changed, geometry
+from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.load import choose_dtype, load_model
 
 SMALL = changed(

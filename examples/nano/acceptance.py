@@ -27,7 +27,7 @@ from tasks import TASKS, Item, items_of
 
 import mlx_qwen35
 from mlx_qwen35 import Model, Processor
-from mlx_qwen35.engine.generation import see
+from mlx_qwen35.engine.generation import encode_media
 from mlx_qwen35.engine.prefill import PromptRow
 from mlx_qwen35.engine.sampling import Sampling
 from mlx_qwen35.model.model import Visual
@@ -81,7 +81,7 @@ class Account:
 
 def prompt(model: Model, processor: Processor, item: Item) -> PromptRow:
     encoded = processor.encode_messages(item.messages, tools=item.tools, enable_thinking=item.enable_thinking)
-    return see(model, [encoded])[0]
+    return encode_media(model, [encoded])[0]
 
 
 def transcript(row: PromptRow, tokens: Sequence[int]) -> Text:

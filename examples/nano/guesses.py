@@ -23,6 +23,8 @@ from mlx_qwen35.engine.drafts.speculate import DraftPolicy, Speculation, attach
 from mlx_qwen35.engine.loop import decode
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.engine.sampling import Sampler, Sampling, noise, process
+from mlx_qwen35.model.decoder import run
+from mlx_qwen35.model.layers import RMSNorm
 from mlx_qwen35.model.model import Model, Visual
 
 PREFILL = 1024  # prompt tokens of a chunk
@@ -104,17 +106,35 @@ class Acceptance:
     classical: float
 
 
-def guesses(model: Model, text: Text) -> tuple[mx.array, mx.array]:
-    """What model and head make of a text: (N, D) hidden states each, of which logits of tokens[first:] are made."""
+class _Seen:
+    """A final norm that keeps the sum that it normalizes."""
+
+    def __init__(self, norm: RMSNorm):
+        self.norm = norm
+        self.sum: mx.array | None = None
+
+    def of_sum(self, x: mx.array, added: mx.array) -> tuple[mx.array, mx.array]:
+        self.sum, normed = self.norm.of_sum(x, added)
+        return self.sum, normed
+
+
+def guesses(model: Model, text: Text, before_norm: bool = False) -> tuple[mx.array, mx.array]:
+    """The hidden states (N, D) of model and head, whose logits are their guesses at tokens[first:].
+
+    before_norm: the head gets the model's hidden state before the final norm, not the one after it.
+    """
     tokens = mx.array([list(text.tokens)])
     T, first = tokens.shape[1], max(2, text.first)
-    hidden = model.hidden(tokens, visual=text.visual, positions=text.positions)
-    head = DraftFollower(model, [0]).cache
+    embeddings, seen = model.embed(tokens, text.visual), _Seen(model.norm)
+    cache, head = model.make_cache(), DraftFollower(model, [0]).cache
+    with cache.forward(T, None, text.positions) as context:
+        rotary = model.rotary.table(context.positions)
+        hidden = run(model.layers, seen, embeddings, rotary, context, cache.layers)
+    given = seen.sum if before_norm else hidden
     where = None if text.positions is None else text.positions[..., :-1]
     with head.forward(T - 1, None, where) as context:
-        embeddings = model.embed(tokens, text.visual)
         rotary = model.rotary.table(context.positions)
-        drafted = model.mtp.weights(embeddings[:, 1:], hidden[:, :-1], rotary, context, head.layers)
+        drafted = model.mtp.weights(embeddings[:, 1:], given[:, :-1], rotary, context, head.layers)
     return hidden[0, first - 1 : T - 1], drafted[0, first - 2 : T - 2]
 
 
@@ -124,14 +144,15 @@ def acceptance(
     temp: float = 1.0,
     seeds: Sequence[int] = range(8),
     vocabulary: int = 0,
+    before_norm: bool = False,
 ) -> Acceptance:
     """The three shares over all guesses; coupled is counted over the seeds, classical is an exact expectation.
 
-    vocabulary: the tokenizer's size, see sampling.process.
+    vocabulary: the tokenizer's size, see sampling.process. before_norm: see guesses.
     """
     found, total = np.zeros(3), 0
     for text in texts:
-        hidden, drafted = guesses(model, text)
+        hidden, drafted = guesses(model, text, before_norm)
         for start in range(0, len(hidden), ROWS):
             here = slice(start, start + ROWS)
             p, q = (

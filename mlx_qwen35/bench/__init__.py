@@ -1,4 +1,4 @@
-"""Prefill and decode speed on this machine, beside other programs on the same weights. The command is in command.py."""
+"""mlx_qwen35.bench: prefill and decode speed on this machine, beside other programs on the same weights."""
 
 from mlx_qwen35.bench.command import main
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from mlx_qwen35.backend import backend
 from mlx_qwen35.bench.measure import OURS, PEERS, Settings, measure, started, summarize
@@ -42,8 +42,8 @@ REMOVED = {  # option -> where it went
 class _Removed(argparse.Action):
     """Refuses an option of REMOVED, which --help does not show."""
 
-    def __init__(self, **options: Any):
-        super().__init__(nargs="?", help=argparse.SUPPRESS, **options)
+    def __init__(self, option_strings: Sequence[str], dest: str):
+        super().__init__(option_strings, dest, nargs="?", help=argparse.SUPPRESS)
 
     def __call__(self, parser: object, namespace: object, values: object, option: str | None = None) -> NoReturn:
         raise InputError("option_removed", f"{option} was removed: {REMOVED[self.option_strings[0]]}")
@@ -106,7 +106,7 @@ def _parser() -> Parser:
 
 @contextmanager
 def _checkpoint(options: argparse.Namespace, step: Step) -> Iterator[Path]:
-    """The folder to measure: the model's, or a temporary one with random weights."""
+    """The checkpoint's folder: the model's, or a temporary one with random weights."""
     if options.model:
         yield resolve(options.model, options.revision)
         return
@@ -117,7 +117,7 @@ def _checkpoint(options: argparse.Namespace, step: Step) -> Iterator[Path]:
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
-    """What would fail after all the measuring, found before it."""
+    """Refuse outputs that could not be written, before anything is measured."""
     if options.plot and find_spec("matplotlib") is None:
         raise InputError(
             "package_missing", "--plot needs matplotlib, which is not installed: pip install 'mlx-qwen35[plot]'"
@@ -135,7 +135,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 
 def bench(options: argparse.Namespace) -> dict[str, str]:
-    """Measure, print, write, and return what could not run, each with the reason."""
+    """Measure, print and write. Return the programs that could not run, each with the reason."""
     _check_outputs(options)
     with Step("preparing") as step, _checkpoint(options, step) as folder:
         return _speed(options, folder, options.model or f"random weights of geometry {options.geometry}", step)

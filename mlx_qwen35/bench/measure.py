@@ -1,4 +1,4 @@
-"""Programs in worker processes, run in turn, and the figures of their runs."""
+"""Programs in worker processes, measured in turn."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ PEERS = ("mlx-lm", "mlx-vlm", "transformers")
 
 
 class ProgramError(Exception):
-    """A program could not be loaded or run; the message is the reason."""
+    """A program that could not be loaded or run; the message is the reason."""
 
     def __init__(self, program: str, reason: str):
         super().__init__(reason)
@@ -24,7 +24,7 @@ class ProgramError(Exception):
 
 
 class Worker:
-    """One program, loaded in a process of its own that lives until `close`."""
+    """One program in a process of its own, until `close`."""
 
     def __init__(self, name: str, folder: Path, dtype: str):
         """Raises ProgramError when the program is not installed or cannot load the checkpoint."""
@@ -43,6 +43,7 @@ class Worker:
         return self._reply()
 
     def _reply(self) -> dict[str, Any]:
+        assert self._process.stdout is not None, "it is a pipe"
         line = self._process.stdout.readline()
         if line:
             return json.loads(line)
@@ -62,7 +63,7 @@ class Worker:
 
 @contextmanager
 def started(names: Sequence[str], folder: Path, dtype: str, failures: dict[str, str]) -> Iterator[list[Worker]]:
-    """Workers of those programs that load; the others go to `failures` with the reason."""
+    """A worker for each program that loads. The others go to `failures` with the reason."""
     workers: list[Worker] = []
     try:
         for name in names:
@@ -77,15 +78,15 @@ def started(names: Sequence[str], folder: Path, dtype: str, failures: dict[str, 
 
 
 @dataclass(frozen=True)
-class Run:
-    """One program's run of one round. Times are in seconds."""
+class Measurement:
+    """One program in one round. Times are in seconds."""
 
     program: str
     prompt: int
     round: int
     prefill: float  # for the whole prompt and its next token
     token: float  # median over the decoded tokens
-    products: float  # median time of the bare products right after it
+    products: float  # median time of the matrix products alone, right after it
     mlx_peak_bytes: int | None
     max_rss_bytes: int  # the process's, so far
 
@@ -99,7 +100,7 @@ class Run:
 
     @property
     def beyond(self) -> float:
-        """Time of a token that is not spent in the bare products."""
+        """Time of a token beyond its matrix products."""
         return self.token - self.products
 
 
@@ -113,20 +114,20 @@ class Settings:
 
 
 def in_turn(names: Sequence[str], round: int) -> list[str]:
-    """The order of a round: as given in even rounds, backwards in odd ones, so that a drift favours none."""
+    """The order of a round: as given in even rounds, reversed in odd ones, so that drift favours none."""
     return list(names) if round % 2 == 0 else list(reversed(names))
 
 
 def measure(
     workers: Sequence[Worker], settings: Settings, failures: dict[str, str], progress: Callable[[str], None]
-) -> list[Run]:
-    """For each prompt length a warm-up of every program, then `repeats` rounds in which each runs once, in turn.
+) -> list[Measurement]:
+    """For each prompt length a warm-up of every program, then `repeats` rounds in which each runs once.
 
-    The bare products are timed after each run, as often as it decoded tokens. A program that fails goes to `failures`
-    and its runs are dropped; the others go on, unless it is ours that failed.
+    The matrix products alone are timed after each run, as often as it decoded tokens. A program that fails goes to
+    `failures` without its runs. The others go on, unless ours has failed.
     """
     by_name = {worker.name: worker for worker in workers}
-    runs: list[Run] = []
+    runs: list[Measurement] = []
     for prompt in settings.prompt_lengths:
         for round in range(-1, settings.repeats):
             for name in in_turn([name for name in by_name if name not in failures], round):
@@ -142,32 +143,32 @@ def measure(
     return [run for run in runs if run.program not in failures]
 
 
-def _run(worker: Worker, ours: Worker, prompt: int, round: int, settings: Settings) -> Run:
+def _run(worker: Worker, ours: Worker, prompt: int, round: int, settings: Settings) -> Measurement:
     decode = settings.decode_tokens if round >= 0 else 2
     reply = worker.ask(prompt=prompt, decode=decode, step=settings.prefill_step_size)
     products = median(ours.ask(products=decode)["products_s"])
     peak, rss = reply["mlx_peak_bytes"], reply["max_rss_bytes"]
-    return Run(worker.name, prompt, round, reply["prefill_s"], median(reply["decode_s"]), products, peak, rss)
+    return Measurement(worker.name, prompt, round, reply["prefill_s"], median(reply["decode_s"]), products, peak, rss)
 
 
 @dataclass(frozen=True)
-class Row:
-    """One program at one prompt length: medians over its rounds, and how we compare with it, round by round."""
+class Summary:
+    """One program at one prompt length: medians over its rounds, and our ratios to it, round by round."""
 
     program: str
     prompt: int
     prefill_speed: float  # tokens per second
     decode_speed: float
-    beyond: float  # seconds a token beyond the bare products
+    beyond: float  # seconds a token beyond its matrix products
     mlx_peak_bytes: int | None
     max_rss_bytes: int
-    ours_prefill: float  # our speed over its speed: above 1 we are faster
+    ours_prefill: float  # our speed over its: above 1 we are faster
     ours_decode: float
-    ours_beyond: float  # our time over its time: below 1 we lose less
+    ours_beyond: float  # our time over its: below 1 we lose less
 
 
-def summarize(runs: Sequence[Run]) -> list[Row]:
-    """Medians of each program and prompt length; the ratios are medians over the pairs of a round."""
+def summarize(runs: Sequence[Measurement]) -> list[Summary]:
+    """The summary of each program and prompt length; ratios are medians over pairs of one round."""
     rows = []
     for prompt, name in dict.fromkeys((run.prompt, run.program) for run in runs):
         own = [run for run in runs if (run.prompt, run.program) == (prompt, name)]
@@ -175,7 +176,7 @@ def summarize(runs: Sequence[Run]) -> list[Row]:
         pairs = list(zip(ours, own, strict=True))
         peaks = [run.mlx_peak_bytes for run in own if run.mlx_peak_bytes is not None]
         rows.append(
-            Row(
+            Summary(
                 program=name,
                 prompt=prompt,
                 prefill_speed=median(run.prefill_speed for run in own),

@@ -1,4 +1,4 @@
-"""What was measured, as a table, as JSON and as a picture; and what it was measured on."""
+"""The measurements as a table, as JSON and as a plot, and the machine."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.backend import backend, system_memory
-from mlx_qwen35.bench.measure import OURS, Row, Run, Settings
+from mlx_qwen35.bench.measure import OURS, Measurement, Settings, Summary
 from mlx_qwen35.commands.streams import write_file
 from mlx_qwen35.commands.table import align
 from mlx_qwen35.machine.memory import usable_bytes
@@ -36,7 +36,7 @@ def chip() -> str:
 
 
 def describe_machine(environments: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Hardware, systems and versions. environments: program -> what its worker said of itself when it had loaded."""
+    """Hardware, systems and versions. environments: program -> its worker's first reply."""
     memory, on = system_memory(), backend().device
     gpu = "none used" if on == "the CPU" else f"{on}, {usable_bytes() / 1e9:.1f} GB"
     threads = [f"{name}={os.environ[name]}" for name in _THREADS if name in os.environ]
@@ -70,14 +70,14 @@ def header(machine: Mapping[str, str]) -> list[str]:
 
 
 def format_table(
-    machine: Mapping[str, str], model: str, settings: Settings, rows: Sequence[Row], products: float
+    machine: Mapping[str, str], model: str, settings: Settings, rows: Sequence[Summary], products: float
 ) -> str:
     """The text the command prints. products: seconds of the bare products of one token."""
     lines = [
         *header(machine),
         f"{'model:':10}{model}, {settings.dtype}; {settings.repeats} rounds of every program in turn, "
-        f"{settings.decode_tokens} tokens decoded, prompt read {settings.prefill_step_size} tokens at a time",
-        f"{'products:':10}{products * 1e3:.2f} ms a token for the bare matrix-vector products of the linear maps",
+        f"{settings.decode_tokens} tokens decoded, prefill of {settings.prefill_step_size} tokens at a time",
+        f"{'products:':10}{products * 1e3:.2f} ms a token for the matrix-vector products of the linear maps alone",
         "",
         *align([_COLUMNS] + [_cells(row) for row in rows]),
         "",
@@ -86,7 +86,7 @@ def format_table(
     return "\n".join(lines)
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Summary) -> tuple[str, ...]:
     peak = "-" if row.mlx_peak_bytes is None else f"{row.mlx_peak_bytes / 1e9:.2f} GB"
     speeds = (f"{row.prefill_speed:.1f}", f"{row.decode_speed:.1f}", f"{row.beyond * 1e3:.2f} ms")
     ratios = (f"{row.ours_prefill:.2f}x", f"{row.ours_decode:.2f}x", f"{row.ours_beyond:.2f}x")
@@ -99,11 +99,11 @@ def write_json(
     machine: Mapping[str, str],
     model: str,
     settings: Settings,
-    rows: Sequence[Row],
-    runs: Sequence[Run],
+    rows: Sequence[Summary],
+    runs: Sequence[Measurement],
     failures: Mapping[str, str],
 ) -> None:
-    """Everything that was measured: every run, and the medians."""
+    """Every measurement, and the medians."""
     content = {
         "machine": dict(machine), "model": model, "settings": asdict(settings), "failures": dict(failures),
         "rows": [asdict(row) for row in rows], "runs": [asdict(run) for run in runs],
@@ -111,7 +111,7 @@ def write_json(
     write_file(path, json.dumps(content, indent=2) + "\n")
 
 
-def draw(path: Path, title: str, rows: Sequence[Row]) -> None:
+def draw(path: Path, title: str, rows: Sequence[Summary]) -> None:
     """Prefill and decode speed over the prompt length, a line for each program."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

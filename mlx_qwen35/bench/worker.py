@@ -1,12 +1,12 @@
 """One program in a process of its own: python worker.py PROGRAM FOLDER DTYPE, then one JSON request a line on stdin.
 
-The first line out says that the model is loaded, each further one answers a request: {"prompt", "decode", "step"} runs
-the model once, {"products": passes} times the linear maps alone. What fails ends the process with its traceback.
+The first line of output says that the model is loaded; each further one answers a request. {"prompt", "decode", "step"}
+runs the model once, {"products": passes} times the linear maps alone. A failure ends the process with its traceback.
 
-Started as a script, not as a module, so that a program meets nothing of the others: each imports its own.
+The file is run as a script, not as a module, so that a program imports nothing of the others.
 
-All MLX programs go through the same loop: the prompt in chunks of `step` tokens, logits of its last row only, then one
-greedy token after the other, each step queued while the one before is computed, as mlx-lm and mlx-vlm generate.
+All MLX programs run in the same loop: prefill in chunks of `step` tokens, logits of the last token only, then greedy
+decoding, where each step is queued while the one before is computed, as in mlx-lm and mlx-vlm.
 """
 
 import itertools
@@ -24,7 +24,7 @@ Times = tuple[float, list[float]]  # seconds for the prompt, and for each token 
 
 
 class Network(NamedTuple):
-    """What the loop needs of an MLX model."""
+    """An MLX model, for the loop."""
 
     make_cache: Callable[[], Any]
     hidden: Callable[[Any, Any], Any]  # tokens (1, T), cache -> (1, T, D) after the final norm
@@ -75,7 +75,7 @@ class MLXProgram:
         return {"prefill_s": prefill, "decode_s": tokens, "mlx_peak_bytes": mx.get_peak_memory()}
 
     def products(self, passes: int) -> dict[str, Any]:
-        """Seconds of each pass over all linear maps with one row, the head among them. For our model only."""
+        """Seconds of each pass of one row through all linear maps, the LM head too. For our model only."""
         import mlx.core as mx
 
         from mlx_qwen35.model.layers import Embedding, Linear
@@ -83,7 +83,7 @@ class MLXProgram:
         tied = self.model.config.tie_word_embeddings
         maps = [m for _, m in self.model.named_modules() if isinstance(m, Linear)]
         maps = maps if tied else [m for m in maps if not isinstance(m, Embedding)]
-        widths = [m.weight.shape[1] * 32 // m.packing.bits if m.packing else m.weight.shape[1] for m in maps]
+        widths = [m.weight.shape[1] * 32 // m.quantization.bits if m.quantization else m.weight.shape[1] for m in maps]
         rows = {width: mx.random.normal((1, 1, width)).astype(self.model.dtype) for width in widths}
         mx.eval(rows)
         seconds = []
@@ -95,7 +95,7 @@ class MLXProgram:
 
 
 def cast(model: Any, dtype: str) -> Any:
-    """A peer's floating-point weights in the dtype of the run; float32 ones stay in a half-precision run."""
+    """Cast a peer's floating-point weights; float32 ones stay float32 if the dtype is a 16-bit one."""
     import mlx.core as mx
 
     halves = (mx.float16, mx.bfloat16)
@@ -105,7 +105,7 @@ def cast(model: Any, dtype: str) -> Any:
 
 
 def evaluate_states(cache: Any) -> None:
-    """A peer's cache, as its own generate does between the pieces of a prompt."""
+    """Evaluate a peer's cache, as its own generate does between chunks of a prompt."""
     import mlx.core as mx
 
     mx.eval([layer.state for layer in cache])
@@ -151,7 +151,7 @@ def load_mlx_vlm(folder: Path, dtype: str) -> MLXProgram:
 
 
 class Transformers:
-    """The reference in PyTorch, on the CPU. Reads a prompt in one piece, whatever `step` is, as its generate does."""
+    """The reference in PyTorch, on the CPU. It prefills a prompt in one piece, as its generate does."""
 
     def __init__(self, folder: Path, dtype: str):
         import torch
@@ -162,11 +162,11 @@ class Transformers:
     def run(self, prompt: list[int], decode: int, step: int) -> dict[str, Any]:
         import torch
 
-        stamps, memory, tokens = [time.perf_counter()], None, torch.tensor([prompt])
+        stamps, cache, tokens = [time.perf_counter()], None, torch.tensor([prompt])
         with torch.inference_mode():
             for _ in range(decode + 1):
-                out = self.model(input_ids=tokens, past_key_values=memory, use_cache=True, logits_to_keep=1)
-                memory, tokens = out.past_key_values, out.logits[:, -1:].argmax(-1)
+                out = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                cache, tokens = out.past_key_values, out.logits[:, -1:].argmax(-1)
                 tokens.item()
                 stamps.append(time.perf_counter())
         seconds = [after - before for before, after in itertools.pairwise(stamps)]
@@ -197,8 +197,8 @@ def max_rss_bytes() -> int:
 def answer(program: Any, vocabulary: int, request: dict[str, Any]) -> dict[str, Any]:
     if "products" in request:
         return program.products(request["products"])
-    draw = random.Random(0)
-    prompt = [draw.randrange(vocabulary // 2) for _ in range(request["prompt"])]  # special tokens come last
+    generator = random.Random(0)
+    prompt = [generator.randrange(vocabulary // 2) for _ in range(request["prompt"])]  # special tokens come last
     return program.run(prompt, request["decode"], request["step"]) | {"max_rss_bytes": max_rss_bytes()}
 
 

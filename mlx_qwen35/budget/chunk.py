@@ -1,8 +1,8 @@
-"""How many tokens of a prompt are read at a time: as many as memory and the GPU's watchdog allow.
+"""The chunk of a prefill: as many tokens at a time as memory and the GPU's watchdog allow.
 
-macOS ends a command buffer that keeps the GPU for some seconds. Reading hands the layers over one by one, at most two
-at a time (generate/prefill.py), so a command buffer holds at most one layer, and what is in memory for it is at most
-that of two. Both are estimated here, from the launches of a layer and the speed of the chip.
+macOS ends a command buffer that keeps the GPU for some seconds. Prefill submits the layers one by one, at most two at a
+time (engine/prefill.py). So a command buffer holds at most one layer, and memory the arrays of at most two. Both are
+estimated here, from the launches of a layer and the speed of the chip.
 """
 
 import math
@@ -19,12 +19,12 @@ from mlx_qwen35.machine.memory import prefill_room, usable_bytes
 
 LENGTHS = (1024, 512, 256, 128, 64, 32)  # longer ones gain nothing: the weights are read once for 1,024 tokens as it is
 SUBMISSION_SECONDS = 1.0  # most that a command buffer may take by the estimate
-SUSTAINED = 0.4  # of a chip's peak operations, and of its bandwidth: prompts of 4B models are read at 0.5 to 0.7
-LAYERS_IN_FLIGHT = 2  # handed over and not yet finished
+SUSTAINED = 0.4  # of a chip's peak operations, and of its bandwidth: prefill of 4B models reaches 0.5 to 0.7
+LAYERS_IN_FLIGHT = 2  # submitted and not yet finished
 
 
 class Launch(NamedTuple):
-    """One launch, and what MLX counts of it: elements of arrays that no launch before it has named."""
+    """One launch. MLX counts the elements of arrays that no earlier launch of the command buffer has named."""
 
     flops: float
     nbytes: float  # read and written
@@ -33,7 +33,7 @@ class Launch(NamedTuple):
 
 
 def _product(T: int, columns: int, rows: int) -> Launch:
-    """T rows times a matrix in 4 bit; with more bits less goes into one command buffer."""
+    """T rows times a 4-bit matrix. Fewer launches with more bits fit into one command buffer."""
     stored = rows * columns * 4.5 / 32
     return Launch(2 * T * rows * columns, 4 * stored + 2 * T * (rows + columns), stored + T * rows)
 
@@ -43,7 +43,7 @@ def _pointwise(elements: float) -> Launch:
 
 
 def layer_launches(config: TextConfig, kind: str, T: int, S: int, fused: bool) -> Iterator[Launch]:
-    """The launches of one layer that reads T tokens, of a context that then has S, one batch row, in 16 bit."""
+    """The launches of one layer over the last T of S tokens: one batch row, 16-bit activations."""
     c, D = config, config.hidden_size
     if kind == FULL:
         H, Hk, size, _ = c.attention_heads
@@ -67,7 +67,7 @@ def layer_launches(config: TextConfig, kind: str, T: int, S: int, fused: bool) -
 
 
 def _attention_launches(H: int, Hk: int, size: int, T: int, S: int, fused: bool) -> Iterator[Launch]:
-    """By launches that write no scores, or by tiles: two products each, and two passes over the scores between them."""
+    """Fused launches write no scores. A tile takes two products, and two passes over its scores between them."""
     rows = min(T, tile_rows((1, H, T, size), S, fused))
     keys = S * Hk * size
     for start in range(0, T, rows):
@@ -82,7 +82,7 @@ def _attention_launches(H: int, Hk: int, size: int, T: int, S: int, fused: bool)
 
 
 def longest_submission(config: TextConfig, T: int, S: int, chip: Chip, buffers: CommandBuffers) -> float:
-    """Seconds of the longest command buffer while T tokens are read in a context that then has S, by estimate."""
+    """Estimated seconds of the longest command buffer while the last T of S tokens are prefilled."""
     return max(
         seconds
         for kind in dict.fromkeys(config.layer_types)
@@ -92,7 +92,7 @@ def longest_submission(config: TextConfig, T: int, S: int, chip: Chip, buffers: 
 
 
 def _submissions(launches: Iterator[Launch], chip: Chip, buffers: CommandBuffers) -> Iterator[float]:
-    """Seconds of each command buffer of a layer: MLX ends one behind the launch that goes over either number."""
+    """Seconds of each command buffer of a layer. MLX ends one behind the launch that exceeds either limit."""
     seconds = operations = elements = kept = 0.0
     for launch in launches:
         seconds += max(launch.flops / chip.flops, launch.nbytes / chip.bandwidth) / SUSTAINED
@@ -106,7 +106,7 @@ def _submissions(launches: Iterator[Launch], chip: Chip, buffers: CommandBuffers
 
 
 def prefill_bytes(config: TextConfig, T: int, S: int, itemsize: int, impl: str) -> int:
-    """Bytes that reading T tokens takes on top of weights and caches: all arrays of the layers in flight, and scores.
+    """Bytes that prefill of T tokens takes beside weights and caches: all arrays of the layers in flight, and scores.
 
     itemsize: bytes of an activation. impl: see `attention_impl`.
     """
@@ -130,31 +130,32 @@ def chunk_length(
     chip: Chip | None = None,
     buffers: CommandBuffers | None = None,
 ) -> int:
-    """How many tokens to read at a time, up to a context of S: the most of LENGTHS that suit memory and GPU.
+    """Tokens of a chunk up to a context of S: the largest of LENGTHS that suits memory and GPU.
 
-    Not S alone must suit but all that comes before it, where MLX may end command buffers later, or write scores out
-    that it does not at S. So it is never more for a longer context.
+    It must suit every shorter context too, where MLX may end command buffers later, or write scores that it does not
+    write at S. So a longer context never has a longer chunk.
 
-    room: bytes that reading may take. itemsize, impl: as for prefill_bytes. chip, buffers: of a Mac; None where no
-    watchdog looks on.
+    room: bytes that prefill may take. itemsize, impl: as for prefill_bytes. chip, buffers: of a Mac; None without a
+    watchdog.
     """
 
     def suits(T: int, S: int) -> bool:
-        fits = prefill_bytes(config, T, S, itemsize, impl) <= room
-        return fits and (chip is None or longest_submission(config, T, S, chip, buffers) <= SUBMISSION_SECONDS)
+        if prefill_bytes(config, T, S, itemsize, impl) > room:
+            return False
+        return not (chip and buffers) or longest_submission(config, T, S, chip, buffers) <= SUBMISSION_SECONDS
 
     contexts = contexts_up_to(S)
     return next((T for T in LENGTHS if all(suits(T, context) for context in contexts)), LENGTHS[-1])
 
 
 def contexts_up_to(S: int) -> list[int]:
-    """From the longest chunk to S or a little more, each a fifth longer than the one before; the same for every S."""
+    """Contexts from the longest chunk to S or a little more, each a fifth longer than the one before."""
     steps = max(0, math.ceil(4 * math.log2(S / LENGTHS[0])))
     return [round(LENGTHS[0] * 2 ** (step / 4)) for step in range(steps + 1)]
 
 
 def suitable_chunk(config: TextConfig, dtype: mx.Dtype, S: int, batch: int = 1) -> int:
-    """chunk_length on this machine as it is now, for `batch` rows up to a context of S each.
+    """chunk_length on this machine in its present state, for `batch` rows up to a context of S each.
 
     Rows share the tokens of a submission: two rows of 512 take what one of 1,024 does.
     """

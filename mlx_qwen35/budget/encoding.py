@@ -1,4 +1,4 @@
-"""What the vision encoder takes to encode an image or a video, and whether memory has room for it."""
+"""The memory that the vision encoder needs for an image or a video, and whether there is room."""
 
 import math
 from typing import Protocol
@@ -11,14 +11,17 @@ from mlx_qwen35.kernels.attention import attention_impl, score_bytes
 from mlx_qwen35.machine.memory import usable_bytes
 from mlx_qwen35.options import spelled
 
-SLICE = 1024  # patches that are computed with at a time: frames of a video, or a part of a larger image
+SLICE = 1024  # patches that are encoded at a time: frames of a video, or a part of a larger image
 
 
 class Encodable(Protocol):
     """An image or a video: its kind, and its grid of patches (frames, height, width). str() is for messages."""
 
-    kind: str
-    grid: tuple[int, int, int]
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def grid(self) -> tuple[int, int, int]: ...
 
 
 def check_encoding_fits(media: Encodable, config: VisionConfig, dtype: mx.Dtype) -> None:
@@ -42,15 +45,15 @@ def at_once(grid: tuple[int, int, int]) -> int:
 
 
 def working_bytes(config: VisionConfig, dtype: mx.Dtype, patches: int, impl: str) -> int:
-    """The stated budget: what encoding frames of so many patches may take beside weights and embeddings.
+    """The bytes that encoding frames of so many patches may take beside weights and embeddings.
 
-    Ten times the patches' hidden states, of which queries, keys and values are most, and for a slice of them nine times
-    what goes through the MLP, and the scores. On the CPU packed matrices are unpacked besides.
+    They are ten times the hidden states, mostly queries, keys and values, and for one slice nine times the MLP's
+    activations, and the scores. On the CPU quantized matrices are dequantized besides.
 
     impl: see attention_impl.
     """
     heads, tile = config.num_heads, min(patches, SLICE)
     scores = score_bytes((1, heads, tile, config.hidden_size // heads), patches, dtype.size, impl)
     within = 9 * tile * config.intermediate_size * dtype.size
-    unpacked = 4 * 4 * config.hidden_size * config.intermediate_size if impl == "cpu" else 0
-    return 10 * patches * config.hidden_size * dtype.size + within + scores + unpacked
+    dequantized = 4 * 4 * config.hidden_size * config.intermediate_size if impl == "cpu" else 0
+    return 10 * patches * config.hidden_size * dtype.size + within + scores + dequantized

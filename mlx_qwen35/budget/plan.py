@@ -1,6 +1,6 @@
-"""What a model takes of a machine's memory, from a checkpoint's headers: the plan that loading and generating keep to.
+"""The memory plan of a model, from a checkpoint's headers. Loading and generating keep to it.
 
-GB are 10^9 bytes. MLX's own limit only makes it wait, and an allocation goes through all the same: the plan guards.
+GB are 10^9 bytes. MLX's own limit makes an allocation wait, but never refuses one: the plan does.
 """
 
 from dataclasses import dataclass
@@ -22,19 +22,19 @@ from mlx_qwen35.kernels.cpu import UNPACKED
 from mlx_qwen35.machine.chip import TUNED, Chip, CommandBuffers, command_buffers, parse_chip, this_chip
 from mlx_qwen35.machine.memory import buffer_bytes, prefill_room, usable_bytes
 
-SAMPLING_ARRAYS = 8  # float32, of the vocabulary's size, while a token is drawn
+SAMPLING_ARRAYS = 8  # float32, of the vocabulary's size, while a token is sampled
 WORKING_SET = 2 / 3  # of a Mac's memory: what macOS recommends for the GPU up to 32 GB
 PACKED = 1 / 3.3  # of the bytes of 16-bit weights: what the recipe 4bit leaves of them
-SHORT = 256  # tokens of a context without which a model is of no use
+SHORT = 256  # tokens of the shortest useful context
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan depends on beside the checkpoint. attention_impl: see the function of that name."""
+    """The machine that a plan is made for. attention_impl: see the function of that name."""
 
     name: str
     limit: int  # bytes for a model
-    dtype: mx.Dtype  # of activations and unpacked weights
+    dtype: mx.Dtype  # of activations and unquantized weights
     attention_impl: str
     chip: Chip | None = None
     buffers: CommandBuffers | None = None
@@ -45,7 +45,7 @@ class Machine:
 
     @property
     def kept(self) -> int:
-        """Bytes of freed buffers that MLX keeps; on the CPU it keeps none."""
+        """Bytes of freed buffers that MLX keeps. On the CPU it keeps none."""
         return 0 if self.on_cpu else buffer_bytes(self.limit)
 
 
@@ -56,7 +56,7 @@ def this_machine(config: TextConfig, dtype: mx.Dtype) -> Machine:
 
 
 def mac(gigabytes: int, dtype: mx.Dtype = mx.float16) -> Machine:
-    """A Mac with an M1 and so much memory."""
+    """A Mac with an M1 and `gigabytes` of memory."""
     return Machine(
         f"M1, {gigabytes} GB", int(WORKING_SET * gigabytes * 2**30), dtype, "fused", parse_chip("Apple M1"),
         CommandBuffers(*TUNED.values()),
@@ -65,7 +65,7 @@ def mac(gigabytes: int, dtype: mx.Dtype = mx.float16) -> Machine:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of each part, and how many tokens are read at a time."""
+    """Bytes of each part of one conversation, and the tokens of a chunk of its prefill."""
 
     machine: Machine
     context: int
@@ -73,7 +73,7 @@ class MemoryPlan:
     weights: int
     drafts: int  # of the draft head (MTP), where it is on
     kv: int
-    state: int  # DeltaNet's, as it was before a chunk and as it becomes; with drafts, after each token of a step
+    state: int  # DeltaNet's, before a chunk and after it; with drafts, after each token of a step
     prefill: int
     sampling: int
     buffers: int  # freed ones, which MLX keeps
@@ -82,12 +82,12 @@ class MemoryPlan:
 
     @property
     def text(self) -> int:
-        """The most that is in memory while a prompt of text is read and answered."""
+        """The peak of a prompt of text and its answer."""
         return self.weights + self.drafts + self.kv + self.state + max(self.prefill, self.sampling) + self.buffers
 
     @property
     def image(self) -> int:
-        """The most in a first turn with an image: its encoding comes before any keys and values."""
+        """The peak of a first turn with an image, which is encoded before there are keys and values."""
         encoding = self.vision_encoder + self.encoding
         return max(self.text, self.weights + self.drafts + self.state // 2 + encoding + self.buffers)
 
@@ -107,13 +107,13 @@ def plan_memory(
 ) -> MemoryPlan:
     """The plan of one conversation up to `context` tokens.
 
-    pixels: height x width of an image in it. chunk: tokens read at a time; None: what suits the machine. mtp: how many
-    tokens are drafted at a time; 0: the draft head is not loaded.
+    pixels: height x width of an image in it. chunk: tokens of a chunk; None: by the machine. mtp: how many tokens are
+    drafted at a time; 0: the draft head is not loaded.
     """
     text, size = checkpoint.config.text, machine.dtype.size
     encoder = encoding = 0
-    if pixels and checkpoint.has(VISION):
-        vision = checkpoint.config.vision
+    vision = checkpoint.config.vision
+    if pixels and vision is not None and checkpoint.has(VISION):
         encoder = loaded_bytes(checkpoint, names(checkpoint, vision_shapes(vision)), machine.dtype)
         patches = -(-pixels // vision.patch_size**2)
         encoding = working_bytes(vision, machine.dtype, patches, machine.attention_impl)
@@ -137,14 +137,14 @@ def plan_memory(
 
 
 def names(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """The tensors of the folder that stand for these, of those that are there."""
+    """The names in the folder of the tensors of these shapes, if they are there."""
     return [name for name, _ in checkpoint.part(shapes) if name in checkpoint.entries]
 
 
 def loaded_bytes(checkpoint: Checkpoint, tensors: list[str], dtype: mx.Dtype) -> int:
-    """Bytes of these tensors in memory: packed ones as on disk, those that stay float32 in that, the rest in dtype.
+    """Bytes of these tensors in memory: quantized ones as on disk, the rest in dtype, or in float32 if they stay so.
 
-    Those of a file with float64 are all there in float32 before the first is cast.
+    The tensors of a file with float64 are all in float32 before the first is cast.
     """
     total = 0
     for name in tensors:
@@ -157,20 +157,20 @@ def loaded_bytes(checkpoint: Checkpoint, tensors: list[str], dtype: mx.Dtype) ->
 
 
 def kv_bytes(config: TextConfig, context: int, itemsize: int, drafting_layers: int = 0) -> int:
-    """Keys and values of so many tokens, one row, in the steps in which a cache grows; with those of a draft head."""
+    """Bytes of the keys and values of `context` tokens, one row, rounded up to the steps in which a cache grows."""
     columns = -(-context // KVCache.STEP) * KVCache.STEP
     _, Hk, D, _ = config.attention_heads
     return 2 * (config.layer_types.count(FULL) + drafting_layers) * columns * Hk * D * itemsize
 
 
 def state_bytes(config: TextConfig, itemsize: int) -> int:
-    """State and window of all DeltaNet layers, one row."""
+    """Bytes of the recurrent and conv states of all DeltaNet layers, one row."""
     _, Hv, Dk, Dv, K = config.delta_heads
     return config.layer_types.count(LINEAR) * (4 * Hv * Dv * Dk + (K - 1) * config.conv_dim * itemsize)
 
 
 def most_prefill_bytes(checkpoint: Checkpoint, machine: Machine, context: int, chunk: int) -> int:
-    """What reading takes at its worst on the way to this context; on the CPU packed matrices are unpacked for it."""
+    """The most bytes that prefill takes up to this context. On the CPU it dequantizes quantized matrices."""
     text, size = checkpoint.config.text, machine.dtype.size
     contexts = [*(S for S in contexts_up_to(context) if context > S), context]
     most = max(prefill_bytes(text, min(chunk, S), S, size, machine.attention_impl) for S in contexts)
@@ -183,7 +183,7 @@ def most_prefill_bytes(checkpoint: Checkpoint, machine: Machine, context: int, c
 
 
 def check_model_fits(checkpoint: Checkpoint, dtype: mx.Dtype, name: str) -> None:
-    """Refuse a model that leaves no room for even a short context, before anything is read; say what would fit."""
+    """Refuse a model without room for even a short context, before its weights are read. The message says what fits."""
     text = checkpoint.config.text
     plan = plan_memory(checkpoint, this_machine(text, dtype), SHORT)
     if plan.fits:
@@ -203,26 +203,25 @@ def check_model_fits(checkpoint: Checkpoint, dtype: mx.Dtype, name: str) -> None
 
 
 def _gb(count: float) -> str:
-    """Bytes as one reads them: 3.1 GB, of small models 0.0031 GB."""
+    """3.1 GB, of small models 0.0031 GB."""
     return f"{count / 1e9:.{1 if count >= 1e8 else 4}f} GB"
 
 
 def check_vision_encoder_fits(config: TextConfig, dtype: mx.Dtype, encoder_bytes: int) -> None:
-    """Refuse to load the vision encoder where it leaves no room beside the model, before anything is read."""
+    """Refuse to load a vision encoder that has no room beside the model, before its weights are read."""
     machine, used = this_machine(config, dtype), mx.get_active_memory()
-    limit = machine.limit
-    if used + encoder_bytes + machine.kept > limit:
+    if used + encoder_bytes + machine.kept > machine.limit:
         raise InputError(
             "memory_exceeded",
-            f"the vision encoder needs {_gb(encoder_bytes)}; a model may take {_gb(limit)}, of "
+            f"the vision encoder needs {_gb(encoder_bytes)}; a model may take {_gb(machine.limit)}, of "
             f"which {_gb(used)} are in use. Choose a folder with fewer bits, or shorten the conversation",
         )
 
 
 def most_depth(config: TextConfig, dtype: mx.Dtype, head_bytes: int, rows: int, depth: int) -> int:
-    """How many tokens, up to `depth`, may be drafted at a time in what memory is left; 0: there is no room for drafts.
+    """How many tokens, up to `depth`, may be drafted at a time in the free memory; 0: there is no room for drafts.
 
-    head_bytes: what the draft head will take, 0 once it is there.
+    head_bytes: of the draft head; 0 once it is loaded.
     """
     machine = this_machine(config, dtype)
     once = prefill_room(machine.limit) + rows * SAMPLING_ARRAYS * 4 * config.vocab_size + machine.kept
@@ -235,9 +234,9 @@ def most_depth(config: TextConfig, dtype: mx.Dtype, head_bytes: int, rows: int, 
 def most_tokens(
     config: TextConfig, dtype: mx.Dtype, chunk: int, cached: int, rows: int, depth: int = 0, head_bytes: int = 0
 ) -> int:
-    """How many columns a cache of so many rows may grow to in what memory is left; `cached` are there already.
+    """How many tokens a cache of `rows` rows may grow to in the free memory; it holds `cached` already.
 
-    depth: tokens drafted at a time, at most; head_bytes: what the draft head will take, 0 once it is there.
+    depth: tokens drafted at a time, at most; head_bytes: of the draft head; 0 once it is loaded.
     """
     machine = this_machine(config, dtype)
     prefill = prefill_bytes(config, chunk * rows, cached + chunk, dtype.size, machine.attention_impl)

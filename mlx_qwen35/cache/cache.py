@@ -1,9 +1,9 @@
-"""Everything that belongs to one conversation, or to one batch: keys and values, DeltaNet states, lengths.
+"""The state of one conversation, or of one batch: keys and values, DeltaNet states, lengths.
 
-The model holds weights only, so that any number of caches can use it, interleaved step by step.
+The model holds weights only, so any number of caches can share it, step by step.
 
-A batch grows by columns: each forward pass appends T columns to every row, of which the first lengths[i] of row i are
-tokens and the rest are padding. Padding is never attended to, takes no position, and changes no DeltaNet state.
+A batch grows by columns: each forward pass appends T columns to every row. The first lengths[i] columns of row i are
+tokens, the rest padding. Padding is never attended to, takes no position, and changes no DeltaNet state.
 """
 
 import weakref
@@ -14,20 +14,20 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from mlx_qwen35.cache.layer import CachePosition, DeltaCache, ForwardContext, KVCache
+from mlx_qwen35.cache.layer import CachePosition, DeltaCache, ForwardContext, KVCache, LayerCache
 from mlx_qwen35.checkpoint.config import FULL, TextConfig
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.gated_delta import DeltaState
 
 
 class FollowerSnapshot(Protocol):
-    """Where a follower was."""
+    """The state of a follower to return to."""
 
     def restored(self) -> "Follower": ...
 
 
 class Follower(Protocol):
-    """What goes along with a cache, and back with it: the draft head's own cache."""
+    """The draft head's own cache, which advances and returns with the model's."""
 
     def reserve(self, T: int) -> None: ...
     def snapshot(self) -> FollowerSnapshot: ...
@@ -35,48 +35,49 @@ class Follower(Protocol):
 
 
 class Snapshot:
-    """A position in a conversation to return to. Holds the DeltaNet states; keys and values stay in the cache.
+    """A position in a conversation to return to. It holds the DeltaNet states; keys and values stay in the cache.
 
-    Columns are copied out of the cache only when another branch of the conversation is about to overwrite them.
+    Columns are copied out of the cache only when another branch of the conversation overwrites them.
     """
 
     def __init__(self, cache: "Cache"):
         self.position = cache.position
         self.states = cache.states()
         self.intact = cache.length  # columns that the cache still holds unchanged
-        self.tail: list[tuple[mx.array, mx.array]] | None = None  # the columns after those
+        self.tail: list[tuple[mx.array, mx.array]] | None = None  # keys and values of the columns after them
         self.follower = cache.follower.snapshot() if cache.follower else None
 
     def detach(self, layers: list[KVCache], start: int) -> None:
         """Copy out the columns from `start` on, which the cache is about to overwrite."""
-        kept = [[array[:, :, start : self.intact] for array in layer.arrays()] for layer in layers]
+        columns = [[array[:, :, start : self.intact] for array in layer.arrays()] for layer in layers]
         if self.tail:
-            kept = [
-                [mx.concatenate(pair, 2) for pair in zip(new, old, strict=True)]
-                for new, old in zip(kept, self.tail, strict=True)
+            columns = [
+                [mx.concatenate(list(pair), axis=2) for pair in zip(new, old, strict=True)]
+                for new, old in zip(columns, self.tail, strict=True)
             ]
-        self.tail = [(_copy(keys), _copy(values)) for keys, values in kept]
+        self.tail = [(_copy(keys), _copy(values)) for keys, values in columns]
         mx.eval(self.tail)
         self.intact = start
 
 
 def _copy(array: mx.array) -> mx.array:
-    """The array in memory of its own: a plain slice keeps the whole cache buffer shared, and so copied on write."""
+    """The array in memory of its own. A slice would share the cache's buffer, which is then copied when written to."""
     return mx.concatenate([array, array[:, :, :0]], axis=2)
 
 
 class Cache:
-    """The cache of B rows that go through the model together; `model.make_cache()` makes one."""
+    """The cache of a batch of B rows. Made by `model.make_cache()`."""
 
     def __init__(self, config: TextConfig, dtype: mx.Dtype, batch: int = 1):
         conv = (batch, config.linear_conv_kernel_dim - 1, config.conv_dim)
         recurrent = (batch, config.linear_num_value_heads, config.linear_value_head_dim, config.linear_key_head_dim)
         empty = DeltaState(mx.zeros(conv, dtype), mx.zeros(recurrent, mx.float32))
-        self.layers = [KVCache() if kind == FULL else DeltaCache(empty) for kind in config.layer_types]
+        layers = (KVCache() if kind == FULL else DeltaCache(empty) for kind in config.layer_types)
+        self.layers: list[LayerCache] = list(layers)
         self.config, self.dtype = config, dtype
         self.batch = batch
         self.position = CachePosition(0, (0,) * batch, (0,) * batch, None)
-        self.follower: Follower | None = None  # the draft head's part, where one follows the conversation
+        self.follower: Follower | None = None  # the draft head's cache, if tokens are drafted
         self._kv = [layer for layer in self.layers if isinstance(layer, KVCache)]
         self._delta = [layer for layer in self.layers if isinstance(layer, DeltaCache)]
         self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
@@ -93,12 +94,12 @@ class Cache:
 
     @property
     def next_positions(self) -> list[int]:
-        """The position of the next token of each row."""
+        """The next token's position in each row."""
         return list(self.position.next_positions)
 
     @property
     def mask(self) -> mx.array | None:
-        """(B, length) boolean, False at padding; None: no padding."""
+        """(B, length) boolean, False at padding. None: no padding."""
         return self.position.mask
 
     def reserve(self, T: int) -> None:
@@ -116,10 +117,10 @@ class Cache:
         positions: np.ndarray | None = None,
         stepwise: bool = False,
     ) -> Iterator[ForwardContext]:
-        """Append the next T columns. They count once the block has ended; if it raises, the cache is as before.
+        """Append T columns. They count when the block ends; if it raises, the cache is as before.
 
-        lengths: tokens of each row, 0 to T, the rest is padding; None: no padding. positions: (3, B, T) integers where
-        a row holds an image or video; None counts on. stepwise: store DeltaNet states for `rollback`.
+        lengths: tokens of each row, 0 to T; the rest is padding. None: no padding. positions: (3, B, T) integers, for
+        images and videos; None continues from `next_positions`. stepwise: store DeltaNet states for `rollback`.
         """
         if lengths is not None and (len(lengths) != self.batch or not all(0 <= n <= T for n in lengths)):
             raise InputError(
@@ -140,15 +141,14 @@ class Cache:
         try:
             yield ForwardContext(self.length, padded, table, _attention_mask(self.length, T, after.mask), stepwise)
         except BaseException:
-            for layer, state in zip(self._delta, before, strict=True):
-                layer.state = state
+            self.rewind(self.position, before)
             raise
         self.position = after
 
     # --- going back ---
 
     def rollback(self, position: CachePosition, counts: Sequence[int]) -> None:
-        """Take back the last pass, which began at `position`, but for the first counts[i] tokens of row i.
+        """Keep only the first counts[i] tokens of row i of the last pass, which began at `position`.
 
         The pass must have been stepwise and of text, with at least counts[i] tokens in row i.
         """
@@ -160,13 +160,13 @@ class Cache:
         self.compact()
 
     def rewind(self, position: CachePosition, states: Sequence[DeltaState]) -> None:
-        """Take back the last pass, which began at `position` with these DeltaNet states."""
+        """Undo the last pass, which began at `position` with these DeltaNet states."""
         self.position = position
         for layer, state in zip(self._delta, states, strict=True):
             layer.state, layer.steps = state, None
 
     def _zero_padding(self, start: int) -> None:
-        """Zero the padding from column `start` on: infinity of a rejected token would survive its weight of 0."""
+        """Zero the padding from column `start` on. Infinity of a rejected token would pass through its weight of 0."""
         assert self.mask is not None
         tokens = self.mask[:, None, start:, None]
         for layer in self._kv:
@@ -174,13 +174,13 @@ class Cache:
                 array[:, :, start : self.length] = mx.where(tokens, array[:, :, start : self.length], 0)
 
     def detach(self) -> None:
-        """Copy the DeltaNet states, so that the states of rejected tokens, with which they share memory, are freed."""
+        """Copy the DeltaNet states, which share memory with those of rejected tokens, so that the latter are freed."""
         for layer in self._delta:
             layer.state = DeltaState(*map(_copy, layer.state))
         mx.eval([layer.state for layer in self._delta])
 
     def compact(self) -> None:
-        """Move each row's keys and values together, once rows of different lengths have left much padding."""
+        """Remove padding between tokens, once there are more than KVCache.STEP columns of it."""
         if self.mask is None or self.length <= max(self.row_lengths) + KVCache.STEP:
             return
         self._protect(0)
@@ -198,13 +198,13 @@ class Cache:
         return [layer.state for layer in self._delta]
 
     def snapshot(self) -> Snapshot:
-        """Remember this position. Costs references to the DeltaNet states (about 50 MB for the 4B once they change)."""
+        """A snapshot of this position. Costs references to the DeltaNet states (50 MB for the 4B once they change)."""
         snapshot = Snapshot(self)
         self._snapshots.add(snapshot)
         return snapshot
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Return to where a snapshot of this cache was taken, backward or forward."""
+        """Return to the position of a snapshot of this cache, backward or forward."""
         if snapshot not in self._snapshots:
             raise InputError(
                 "snapshot_foreign", "a snapshot can only be restored into the cache that it was taken from"
@@ -214,9 +214,7 @@ class Cache:
             for layer, (keys, values) in zip(self._kv, snapshot.tail, strict=True):
                 layer.extend(keys, values, snapshot.intact)
             snapshot.tail, snapshot.intact = None, snapshot.position.length
-        for layer, state in zip(self._delta, snapshot.states, strict=True):
-            layer.state = state
-        self.position = snapshot.position
+        self.rewind(snapshot.position, snapshot.states)
         self.follower = snapshot.follower.restored() if snapshot.follower else None
 
     def _protect(self, start: int, but: Snapshot | None = None) -> None:
@@ -224,11 +222,11 @@ class Cache:
             if snapshot.intact > start and snapshot is not but:
                 snapshot.detach(self._kv, start)
 
-    # --- what is in it ---
+    # --- contents ---
 
     def arrays(self) -> dict[str, mx.array]:
         """Every array by name, columns in use only: mask, layers.3.keys, layers.3.values, layers.0.conv_state,
-        layers.0.recurrent_state. The draft head's are left out: they change no text.
+        layers.0.recurrent_state. The draft head's arrays are left out, since they change no text.
         """
         named = {} if self.mask is None else {"mask": self.mask}
         for i, layer in enumerate(self.layers):
@@ -240,11 +238,11 @@ class Cache:
         return named
 
     def evaluate(self) -> None:
-        """Compute what is pending, so that no graph is held."""
+        """Evaluate every array, so that no graph is held."""
         mx.eval([layer.arrays() for layer in self.layers], self.follower.arrays() if self.follower else [])
 
     def first_not_finite(self, row: int) -> int | None:
-        """The first layer that holds NaN or infinity for this row. Padding does not count."""
+        """The first layer with NaN or infinity in this row's tokens; None if there is none."""
         for i, layer in enumerate(self.layers):
             arrays = [array[row] for array in layer.arrays()]
             if isinstance(layer, KVCache):
@@ -258,12 +256,12 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Bytes in memory, unused capacity included."""
-        own = sum(array.nbytes for layer in self.layers for array in layer.arrays())
-        return own + sum(array.nbytes for array in (self.follower.arrays() if self.follower else ()))
+        arrays = [array for layer in self.layers for array in layer.arrays()]
+        return sum(array.nbytes for array in arrays + (self.follower.arrays() if self.follower else []))
 
 
 def _attention_mask(start: int, T: int, mask: mx.array | None) -> mx.array | str | None:
-    """Each token attends to the tokens up to its own. Padding attends to itself, so that no row of scores is empty."""
+    """Each token attends to the tokens up to itself. Padding attends to itself, so that no row of scores is empty."""
     if mask is None:
         return None if T == 1 else "causal"
     column, row = mx.arange(start + T), start + mx.arange(T)[:, None]

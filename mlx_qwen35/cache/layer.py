@@ -1,4 +1,4 @@
-"""The cache of one decoder layer, and what a forward pass tells the layer about its tokens."""
+"""The cache of one decoder layer, and the context of a forward pass."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,25 +9,25 @@ from mlx_qwen35.kernels.gated_delta import DeltaState
 
 
 class ForwardContext(NamedTuple):
-    """What the layers need to know about the T columns of one forward pass."""
+    """The T columns of one forward pass, for the layers."""
 
     start: int  # columns already in the cache
-    lengths: mx.array | None  # (B,) tokens of each row in this pass, the rest is padding; None: no padding
+    lengths: mx.array | None  # (B,) tokens of each row in this pass; the rest is padding. None: no padding
     positions: mx.array  # (B, T), or (3, B, T) for the T, H and W axes
     mask: mx.array | str | None  # for attention: (B, 1, T, start + T) boolean, "causal", or None for one token
     stepwise: bool = False  # whether DeltaNet layers store their state after each token
 
 
 class CachePosition(NamedTuple):
-    """How far a cache has come."""
+    """The position of a cache: what its rows hold."""
 
     length: int  # columns: tokens and padding
     row_lengths: tuple[int, ...]  # tokens of each row
-    next_positions: tuple[int, ...]  # of the next token of each row; an image takes fewer positions than tokens
-    mask: mx.array | None  # (B, length) boolean, False at padding; None: no padding
+    next_positions: tuple[int, ...]  # the next token's in each row; an image takes fewer positions than tokens
+    mask: mx.array | None  # (B, length) boolean, False at padding. None: no padding
 
     def after(self, T: int, counts: Sequence[int]) -> "CachePosition":
-        """The position after T more columns, of which the first counts[i] of row i are text and the rest padding."""
+        """The position after T more columns: in row i counts[i] tokens of text, then padding."""
         mask = self.mask
         if mask is not None or min(counts) < T:
             before = mx.ones((len(counts), self.length), mx.bool_) if mask is None else mask
@@ -51,7 +51,7 @@ class KVCache:
         self.reserved = 0  # columns to allocate with the first
 
     def extend(self, keys: mx.array, values: mx.array, start: int) -> tuple[mx.array, mx.array]:
-        """Write (B, Hk, T, D) at column `start`; return all columns up to the last written one."""
+        """Write (B, Hk, T, D) at column `start` and return all columns up to the last one written."""
         end = start + keys.shape[2]
         if self.keys is None or self.values is None or end > self.keys.shape[2]:
             self.keys = self._grown(self.keys, keys, start, end)
@@ -72,19 +72,19 @@ class KVCache:
 
 
 class DeltaCache:
-    """The conv_state and recurrent_state of one DeltaNet layer. Each pass replaces them, none in place."""
+    """The conv_state and recurrent_state of one DeltaNet layer. Each pass replaces them; none writes in place."""
 
     def __init__(self, state: DeltaState):
         self.state = state
-        self.steps: DeltaState | None = None  # the state after each token of the last pass, if that was stepwise
+        self.steps: DeltaState | None = None  # the states after each token of the last pass, if it was stepwise
 
     def replace(self, state: DeltaState, stepwise: bool) -> None:
-        """Store the state after a pass; of a stepwise pass `state` holds one for each token, (B, T, ...)."""
+        """Store the state after a pass. After a stepwise pass `state` holds one for each token, (B, T, ...)."""
         self.steps = state if stepwise else None
         self.state = DeltaState(*(array[:, -1] for array in state)) if stepwise else state
 
     def rollback(self, counts: Sequence[int]) -> None:
-        """Return row i to the state after counts[i] tokens of the last pass; a row with none has had none in it."""
+        """Return row i to the state after counts[i] tokens of the last pass. A row of 0 had no tokens in it."""
         assert self.steps is not None, "the last pass was not stepwise"
         last = [max(0, count - 1) for count in counts]
         if len(set(last)) == 1:
@@ -95,3 +95,6 @@ class DeltaCache:
 
     def arrays(self) -> list[mx.array]:
         return list(self.state)
+
+
+LayerCache = KVCache | DeltaCache

@@ -1,10 +1,9 @@
-"""A checkpoint folder as it lies on disk: which tensors there must be, under which names, in which layout.
+"""A checkpoint folder on disk: the tensors that must be there, their names, their layout.
 
-Everything here works from the safetensors headers; no tensor is read before it is asked for, but for a logits matrix
-that may repeat the embedding.
+Checks use the safetensors headers. Only an lm_head that may repeat the embedding is read.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,13 +12,13 @@ from mlx_qwen35.checkpoint import draft_head, foreign
 from mlx_qwen35.checkpoint.config import Config, read_config
 from mlx_qwen35.checkpoint.folder import check_folder, safetensors_files, shorten
 from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION, hugging_face_name, is_spare, is_zero_centred, mtp_name
-from mlx_qwen35.checkpoint.shapes import is_matrix, mtp_shapes, text_shapes, vision_shapes
+from mlx_qwen35.checkpoint.shapes import Shapes, is_matrix, mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.checkpoint.tensors import FLOATS, Entry, open_arrays, read_header, same_numbers
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.quantization import Quantization
 
-# Our converter rounds a float32 tensor in place, where other programs read it, and keeps the exact one under this
-# prefix, which they pass over (everything named mtp.* is dropped by transformers, mlx-lm and mlx-vlm alike).
+# Our converter rounds a float32 tensor in place, where other programs read it, and stores the original under this
+# prefix, which they ignore: transformers, mlx-lm and mlx-vlm drop everything named mtp.*.
 FP32_ORIGINAL = "mtp.float32."
 BLOCK_SCALES = "_scale_inv"  # after the name of an FP8 weight: one factor for each block of it
 _HEAD, _EMBEDDING = "lm_head.", f"{TEXT}embed_tokens."
@@ -27,12 +26,12 @@ _HEAD, _EMBEDDING = "lm_head.", f"{TEXT}embed_tokens."
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder whose headers were read and found whole: every tensor there, of the right shape, in a known layout.
+    """A folder whose headers were read and checked: every tensor is there, of the right shape, in a known layout.
 
-    `entries` is keyed by Hugging Face names; `exact` holds the float32 originals of some of them, `block_scales` the
-    factors of FP8 weights. `raw` says that conv1d is [C, 1, K] and norm weights are gamma - 1, as Hugging Face stores
-    them; otherwise an MLX program moved the axis and added the one. `head` is what config.json says of the draft head;
-    `mtp_head_fault` is why the one that lies beside the trunk is left out, a sentence.
+    entries: by Hugging Face name. fp32_original: the float32 originals of some of them. raw: conv1d is [C, 1, K] and
+    norm weights are gamma - 1, as Hugging Face stores them; otherwise an MLX program moved the axis and added the one.
+    block_scales: the factors of FP8 weights. mtp_head: the fields of config.json for the MTP head. mtp_head_fault: the
+    reason why a head in a file of its own is left out.
     """
 
     folder: Path
@@ -45,27 +44,35 @@ class Checkpoint:
     mtp_head_fault: str | None = None
 
     @cached_property
+    def shapes(self) -> Shapes:
+        """Hugging Face name -> shape of every tensor of the model that is there: text, vision, MTP head."""
+        config = self.config
+        shapes = text_shapes(config.text) | (vision_shapes(config.vision) if config.vision else {})
+        return {name: shape for name, shape in (shapes | mtp_shapes(config.text)).items() if name in self.entries}
+
+    @cached_property
     def _quantization(self) -> dict[str, Quantization]:
         values = {} if "quant_method" in self.config.quantization else self.config.quantization
         overrides = {hugging_face_name(f"{k}."): draft_head.form(v) for k, v in values.items() if isinstance(v, dict)}
         found = {}
         for module in (name.removesuffix("scales") for name in self.entries if name.endswith(".scales")):
-            default = draft_head.form(values) | (self.mtp_head.packing if module.startswith(MTP) else {})
-            if how := default | overrides.get(module, {}) | self.mtp_head.overrides.get(module, {}):
-                found[module] = Quantization(**{"group_size": None, "bits": None, "mode": "affine"} | how)
+            own = draft_head.form(values) | dict(self.mtp_head.packing if module.startswith(MTP) else {})
+            own |= overrides.get(module, {}) | dict(self.mtp_head.overrides.get(module, {}))
+            if own:
+                found[module] = Quantization(**{"group_size": None, "bits": None, "mode": "affine"} | own)
         return found
 
     def quantization(self, weight: str) -> Quantization | None:
-        """How the weight of this name is packed, None when it is not."""
+        """The quantization of the weight of this name; None for an unquantized one."""
         return self._quantization.get(weight.removesuffix("weight"))
 
     @cached_property
     def _mtp_head_is_raw(self) -> bool:
-        told = {name: entry for name, entry in self.entries.items() if draft_head.tells(name)}
-        return draft_head.norms_are_raw(open_arrays(told), self.mtp_head.raw)
+        norms = {name: entry for name, entry in self.entries.items() if draft_head.tells(name)}
+        return draft_head.norms_are_raw(open_arrays(norms), self.mtp_head.raw)
 
     def is_folded(self, name: str) -> bool:
-        """Whether the tensor of this name is a norm to which the one was added; for the head's, some are looked at."""
+        """Whether the tensor of this name is a norm to which the one was added. Reads some norms of the MTP head."""
         if self.raw or not is_zero_centred(name):
             return False
         return not (name.startswith(MTP) and self._mtp_head_is_raw)
@@ -74,11 +81,11 @@ class Checkpoint:
         return any(name.startswith(prefix) for name in self.entries)
 
     def part(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Name and stored shape of everything that stands for the given tensors in this folder's layout."""
+        """Name and stored shape of each tensor that holds the given tensors in this folder's layout."""
         for name, shape in shapes.items():
-            packed = self.quantization(name) if is_matrix(name, shape) else None
-            if packed:
-                for suffix, size in packed.parts(shape).items():
+            quantization = self.quantization(name) if is_matrix(name, shape) else None
+            if quantization:
+                for suffix, size in quantization.parts(shape).items():
                     yield name.removesuffix("weight") + suffix, size
             elif not self.raw and name.endswith("conv1d.weight"):
                 yield name, (shape[0], shape[2], shape[1])
@@ -96,58 +103,59 @@ def open_checkpoint(folder: Path, *, fp8: bool = False) -> Checkpoint:
     """Read config and headers of a checkpoint folder and check them against each other; no weights are read.
 
     fp8: accept FP8 weights with block scales, which can only be converted. Raises InputError that lists what is
-    missing, unexpected or misshapen, or says which rule the folder breaks; a draft head beside the trunk is optional.
-    A logits matrix that is stored beside a tied embedding is compared with it: one that differs makes the model untied.
+    missing, unexpected or misshapen, or says which rule the folder breaks. A draft head in a file of its own is
+    optional. An lm_head stored beside a tied embedding is compared with it: one that differs makes the model untied.
     """
     check_folder(folder)
     config = read_config(folder)
-    entries = _passing_over(_named(folder), config)
-    config, entries = _settle_head(config, entries)
-    originals = [name for name in entries if name.startswith(FP32_ORIGINAL)]
-    exact = {name.removeprefix(FP32_ORIGINAL): entries.pop(name) for name in originals}
+    config, entries = _settle_lm_head(config, _used(_named(folder), config))
+    originals = _take(entries, lambda name: name.startswith(FP32_ORIGINAL))
+    originals = {name.removeprefix(FP32_ORIGINAL): entry for name, entry in originals.items()}
+    scales = _take(entries, lambda name: name.endswith(BLOCK_SCALES))
+    scales = {name.removesuffix(BLOCK_SCALES): entry for name, entry in scales.items()}
     if stray := [
         name
-        for name, entry in exact.items()
+        for name, entry in originals.items()
         if name not in entries or (entries[name].shape, "F32") != (entry.shape, entry.dtype)
     ]:
         raise InputError(
             "tensors_mismatch",
             f"{folder}: {FP32_ORIGINAL}* must repeat tensors of the folder in float32; not so: {shorten(stray)}",
         )
-    scales = {name: entries.pop(name) for name in list(entries) if name.endswith(BLOCK_SCALES)}
     if scales and not fp8:
         raise InputError(
             "fp8_not_runnable",
             f"{folder} holds FP8 weights with block scales, which MLX does not compute with. Convert it first: "
             f"mlx_qwen35.convert --hf-path {folder} --mlx-path OUT",
         )
-    scales = {name.removesuffix(BLOCK_SCALES): entry for name, entry in scales.items()}
     has_head = any(name.startswith(MTP) for name in entries)
     head = draft_head.declared(folder) if has_head else draft_head.Declared()
-    checkpoint = Checkpoint(folder, config, entries, exact, _is_raw(folder, config, entries), scales, head)
+    checkpoint = Checkpoint(folder, config, entries, originals, _is_raw(folder, config, entries), scales, head)
     _check_tensors(checkpoint)
     return checkpoint if has_head or not config.text.mtp_num_hidden_layers else _with_head(checkpoint)
 
 
+def _take(entries: dict[str, Entry], chosen: Callable[[str], bool]) -> dict[str, Entry]:
+    """Remove the chosen entries and return them."""
+    return {name: entries.pop(name) for name in list(filter(chosen, entries))}
+
+
 def _named(folder: Path) -> dict[str, Entry]:
-    """All tensors of the trunk's files by Hugging Face names."""
+    """All tensors of the base model's files by Hugging Face names."""
     entries: dict[str, Entry] = {}
     for file in safetensors_files(folder):
         for stored, entry in read_header(file).items():
             name = hugging_face_name(stored)
             if name in entries:
-                raise InputError(
-                    "tensor_duplicate",
-                    f"{folder}: {name} is there twice, in {entries[name].file.name} and in {file.name}",
-                )
+                files = f"{entries[name].file.name} and {file.name}"
+                raise InputError("tensor_duplicate", f"{folder}: {name} is there twice, in {files}")
             entries[name] = entry
     return entries
 
 
-def _passing_over(entries: Mapping[str, Entry], config: Config) -> dict[str, Entry]:
-    """The tensors without spare ones and without those of parts that the configuration does not have."""
-    absent = () if config.vision else (VISION,)
-    absent += () if config.text.mtp_num_hidden_layers else (MTP,)
+def _used(entries: Mapping[str, Entry], config: Config) -> dict[str, Entry]:
+    """The tensors without spare ones and without the parts that the configuration does not have."""
+    absent = (VISION,) * (not config.vision) + (MTP,) * (not config.text.mtp_num_hidden_layers)
     return {
         name: entry
         for name, entry in entries.items()
@@ -155,44 +163,44 @@ def _passing_over(entries: Mapping[str, Entry], config: Config) -> dict[str, Ent
     }
 
 
-def _settle_head(config: Config, entries: Mapping[str, Entry]) -> tuple[Config, dict[str, Entry]]:
-    """Configuration and tensors once it is known whether the logits matrix is the embedding.
+def _settle_lm_head(config: Config, entries: dict[str, Entry]) -> tuple[Config, dict[str, Entry]]:
+    """Configuration and tensors once it is known whether lm_head is the embedding.
 
     Where they are tied, one of the two stands for both, whichever is stored. Where both are and their numbers differ,
     both are used and the model is untied, whatever the configuration says, as in transformers.
     """
     head = {name.removeprefix(_HEAD): entry for name, entry in entries.items() if name.startswith(_HEAD)}
     if not head or not config.text.tie_word_embeddings:
-        return config, dict(entries)
+        return config, entries
     embedding = {name.removeprefix(_EMBEDDING): e for name, e in entries.items() if name.startswith(_EMBEDDING)}
     rest = {name: entry for name, entry in entries.items() if not name.startswith(_HEAD)}
     if not embedding:
         return config, {_EMBEDDING + part: entry for part, entry in head.items()} | rest
     if set(head) == set(embedding) and all(same_numbers(entry, embedding[part]) for part, entry in head.items()):
         return config, rest
-    return replace(config, text=replace(config.text, tie_word_embeddings=False)), dict(entries)
+    return replace(config, text=replace(config.text, tie_word_embeddings=False)), entries
 
 
-def _with_head(trunk: Checkpoint) -> Checkpoint:
-    """The folder with the draft head beside its trunk, or without it and with the reason why it cannot be used."""
+def _with_head(base: Checkpoint) -> Checkpoint:
+    """The base model with the draft head in a file of its own, or without it and with the reason."""
     file = None
     try:
-        head = draft_head.declared(trunk.folder)
-        if (file := draft_head.find(trunk.folder, head.file)) is None:
-            return trunk
+        head = draft_head.declared(base.folder)
+        if (file := draft_head.find(base.folder, head.file)) is None:
+            return base
         own = {
             mtp_name(stored): entry
             for stored, entry in read_header(file).items()
             if not (draft_head.is_shared(stored) or is_spare(stored))
         }
-        whole = replace(trunk, entries={**trunk.entries, **own}, mtp_head=head)
-        if misfits := _misfits(own, dict(whole.part(mtp_shapes(trunk.config.text))), most=2):
+        whole = replace(base, entries={**base.entries, **own}, mtp_head=head)
+        if misfits := _misfits(own, dict(whole.part(mtp_shapes(base.config.text))), most=2):
             raise InputError("tensors_mismatch", "; ".join(misfits))
         _refuse_dtypes(whole, _wrong_dtypes(whole, own))
         return whole
     except (InputError, OSError) as error:
-        where = f"in {file.relative_to(trunk.folder)}" if file else "beside the trunk"
-        return replace(trunk, mtp_head_fault=f"the draft head {where} cannot be used: {error}")
+        where = f"in {file.relative_to(base.folder)}" if file else "in a file of its own"
+        return replace(base, mtp_head_fault=f"the draft head {where} cannot be used: {error}")
 
 
 def _is_raw(folder: Path, config: Config, entries: Mapping[str, Entry]) -> bool:
@@ -245,13 +253,13 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
 
 
 def _wrong_dtypes(checkpoint: Checkpoint, entries: Mapping[str, Entry]) -> dict[str, tuple[str, ...]]:
-    """Name -> the dtypes that it may be stored in, of these tensors that are stored in another one."""
-    offered = {}
+    """Name -> the dtypes offered, for each of these tensors that is stored in another one."""
+    offered: dict[str, tuple[str, ...]] = {}
     for name in entries:
         stem, _, part = name.rpartition(".")
-        how = checkpoint.quantization(f"{stem}.weight")
-        if how and part in ("weight", "scales", "biases"):
-            offered[name] = ("U32",) if part == "weight" else how.scale_dtypes
+        quantization = checkpoint.quantization(f"{stem}.weight")
+        if quantization and part in ("weight", "scales", "biases"):
+            offered[name] = ("U32",) if part == "weight" else quantization.scale_dtypes
         elif name not in checkpoint.block_scales:
             offered[name] = FLOATS
     return {name: dtypes for name, dtypes in offered.items() if entries[name].dtype not in dtypes}
@@ -261,7 +269,7 @@ def _refuse_dtypes(checkpoint: Checkpoint, wrong: Mapping[str, tuple[str, ...]])
     for name, dtypes in wrong.items():
         raise InputError(
             "dtype_unsupported",
-            f"weights must be floating point numbers or packed by an MLX program; {name} is "
+            f"weights must be floating point numbers or quantized by an MLX program; {name} is "
             f"{checkpoint.entries[name].dtype} and should be {' or '.join(dtypes)}. Give the original checkpoint",
         )
 

@@ -9,11 +9,11 @@ from typing import Any
 from mlx_qwen35.checkpoint.rope_fields import RopeConfig, read_rope
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import WIDTH, Fields, read_json
-from mlx_qwen35.values import shown
+from mlx_qwen35.values import is_whole, shown
 
 LINEAR, FULL = "linear_attention", "full_attention"
-LAYERS = 1024  # at most; what counts layers is bounded before anything is made for each
-EPS = (2.0**-126, 1.0)  # of a norm: what float32 holds in full; from 1 on there would be nothing left
+LAYERS = 1024  # at most: bounded before anything is made for each layer
+EPS = (2.0**-126, 1.0)  # of a norm: normal numbers of float32, below the size of a normed value
 POSITIONS = 2**31 - 1  # at most: they are int32
 SUPPORTED = "dense Qwen3.5 (0.8B, 2B, 4B, 9B, 27B), model_type 'qwen3_5' or 'qwen3_5_text'"
 
@@ -89,10 +89,9 @@ class VisionConfig:
 class Config:
     """One checkpoint's configuration.
 
-    `vision` is None for a text-only checkpoint. `eos_token_ids` are those that config.json and generation_config.json
-    name; the tokenizer adds its own. `greedy` says that generation_config.json has do_sample false. `quantization` is
-    the "quantization" entry of a folder written by MLX programs: the default {"group_size", "bits", "mode"} and
-    overrides by module path.
+    vision: None for a text-only checkpoint. eos_token_ids: of config.json and generation_config.json; the tokenizer has
+    its own. greedy: whether generation_config.json has do_sample false. quantization: the "quantization" entry of a
+    folder of an MLX program: the default {"group_size", "bits", "mode"} and overrides by module path.
     """
 
     text: TextConfig
@@ -120,29 +119,30 @@ def _layer_types(text: Fields) -> tuple[str, ...]:
     every = text.size("full_attention_interval", LAYERS) if text.has("full_attention_interval") else None
     if not text.has("layer_types"):
         if every is None:
-            raise InputError(
-                "config_field_missing",
-                f"{text.where} must hold 'layer_types' or 'full_attention_interval'; both are absent",
-            )
+            names = "'layer_types' or 'full_attention_interval'"
+            raise InputError("config_field_missing", f"{text.where} must hold {names}; both are absent")
         return tuple(FULL if (i + 1) % every == 0 else LINEAR for i in range(count))
     kinds = text.get("layer_types", list)
     strange = [kind for kind in kinds if kind not in (LINEAR, FULL)]
     if len(kinds) != count or strange:
-        raise InputError(
-            "config_field_invalid",
-            f"{text.where}: 'layer_types' must list {count} times {LINEAR!r} or {FULL!r} (num_hidden_layers), "
-            f"got {len(kinds)} entries" + (f", one of them {shown(strange[0])}" if strange else ""),
-        )
+        rule = f"a list of {count} times {LINEAR!r} or {FULL!r} (num_hidden_layers)"
+        raise text.invalid("layer_types", rule, f"{len(kinds)} entries, {strange[:1]}")
     return tuple(kinds)
 
 
-def _check_multiple(where: str, many: str, size: int, few: str, unit: int) -> None:
+def _unsupported(fields: Fields, name: str) -> InputError:
+    return InputError(
+        "config_field_unsupported",
+        f"{fields.where}: {name!r} is not supported: it must be absent or empty, got {shown(fields.values[name])}",
+    )
+
+
+def _check_multiple(fields: Fields, many: str, size: int, few: str, unit: int) -> None:
     if size % unit:
-        raise InputError("config_field_invalid", f"{where}: {many!r} ({size}) must be a multiple of {few} ({unit})")
+        raise fields.invalid(many, f"a multiple of {few} ({unit})", size)
 
 
-def _text_config(values: Mapping[str, Any], where: str, tied: bool | None) -> TextConfig:
-    text = Fields(values, where)
+def _text_config(text: Fields) -> TextConfig:
     text.only("hidden_act", "silu")
     text.only("attn_output_gate", True, required=False)
     text.only("attention_bias", False)
@@ -150,37 +150,24 @@ def _text_config(values: Mapping[str, Any], where: str, tied: bool | None) -> Te
     text.only("output_gate_type", "swish", "silu", required=False)
     text.only("mtp_use_dedicated_embeddings", False, required=False)
     for name in _ABSENT:
-        if values.get(name):
-            raise InputError(
-                "config_field_unsupported",
-                f"{where}: {name!r} must be absent or empty, got {shown(values[name])}; it is not supported",
-            )
+        if text.values.get(name):
+            raise _unsupported(text, name)
     sizes = {name: text.size(name) for name in _TEXT_SIZES}
     for many, few in (
         ("num_attention_heads", "num_key_value_heads"),
         ("linear_num_value_heads", "linear_num_key_heads"),
     ):
-        _check_multiple(where, many, sizes[many], repr(few), sizes[few])
-    _check_multiple(where, "head_dim", sizes["head_dim"], "the two halves that turn", 2)
+        _check_multiple(text, many, sizes[many], repr(few), sizes[few])
+    _check_multiple(text, "head_dim", sizes["head_dim"], "the two halves that turn", 2)
     if sizes["linear_conv_kernel_dim"] < 2:
-        raise InputError(
-            "config_field_invalid",
-            f"{where}: 'linear_conv_kernel_dim' must be at least 2, got {sizes['linear_conv_kernel_dim']}",
-        )
-    own = None if values.get("tie_word_embeddings") is None else text.get("tie_word_embeddings", bool)
-    tied = own if tied is None else tied
-    if tied is None:
-        raise InputError(
-            "config_field_missing",
-            f"{where} must hold 'tie_word_embeddings'; it is absent, and no default would be right",
-        )
+        raise text.invalid("linear_conv_kernel_dim", "at least 2", sizes["linear_conv_kernel_dim"])
     return TextConfig(
         **sizes,
         layer_types=_layer_types(text),
         rms_norm_eps=text.number("rms_norm_eps", *EPS),
         rope=read_rope(text, sizes["head_dim"]),
         max_position_embeddings=text.size("max_position_embeddings", POSITIONS),
-        tie_word_embeddings=text.check("tie_word_embeddings", tied, bool),
+        tie_word_embeddings=text.get("tie_word_embeddings", bool),
         mtp_num_hidden_layers=text.whole("mtp_num_hidden_layers", 0, LAYERS, absent=0),
     )
 
@@ -189,22 +176,15 @@ def _vision_config(values: Mapping[str, Any], width: int) -> VisionConfig:
     vision = Fields(values, "config.json: vision_config")
     vision.only("hidden_act", "gelu_pytorch_tanh")
     if values.get("deepstack_visual_indexes"):
-        raise InputError(
-            "config_field_unsupported",
-            f"{vision.where}: 'deepstack_visual_indexes' must be empty, got "
-            f"{shown(values['deepstack_visual_indexes'])}",
-        )
+        raise _unsupported(vision, "deepstack_visual_indexes")
     vision.only("in_channels", 3)
     vision.only("temporal_patch_size", 2)
     names = VisionConfig.__dataclass_fields__
     config = VisionConfig(**{name: vision.size(name, _VISION_MOST.get(name, WIDTH)) for name in names})
     heads = 4 * config.num_heads  # half of each head turns by rows, half by columns, in pairs
-    _check_multiple(vision.where, "hidden_size", config.hidden_size, "four times 'num_heads'", heads)
+    _check_multiple(vision, "hidden_size", config.hidden_size, "four times 'num_heads'", heads)
     if config.out_hidden_size != width:
-        raise InputError(
-            "config_field_invalid",
-            f"config.json: vision out_hidden_size ({config.out_hidden_size}) must equal the text hidden_size ({width})",
-        )
+        raise vision.invalid("out_hidden_size", f"the text model's hidden_size ({width})", config.out_hidden_size)
     return config
 
 
@@ -214,23 +194,17 @@ def _refuse_other_architectures(top: Fields) -> None:
     if "moe" in names.lower() or (top.object("text_config") or top.values).get("num_experts"):
         raise InputError(
             "model_type_unsupported",
-            f"this is a mixture-of-experts checkpoint (model_type {shown(kind)}); supported are the {SUPPORTED}. "
-            "Use mlx-lm or mlx-vlm for the mixture-of-experts siblings",
+            f"a mixture-of-experts checkpoint ({shown(kind)}) needs mlx-lm or mlx-vlm; here: {SUPPORTED}",
         )
     if kind not in ("qwen3_5", "qwen3_5_text"):
-        raise InputError(
-            "model_type_unsupported", f"config.json: 'model_type' is {shown(kind)}; supported are the {SUPPORTED}"
-        )
+        raise InputError("model_type_unsupported", f"config.json: 'model_type' is {shown(kind)}; here: {SUPPORTED}")
 
 
 def _end_tokens(fields: Fields) -> tuple[int, ...]:
     value = fields.values.get("eos_token_id")
     tokens = () if value is None else tuple(value) if isinstance(value, list) else (value,)
-    if not all(type(token) is int and 0 <= token < WIDTH for token in tokens):
-        raise InputError(
-            "config_field_invalid",
-            f"{fields.where}: 'eos_token_id' must be a token id or a list of them, got {shown(value)}",
-        )
+    if not all(is_whole(token) and 0 <= token < WIDTH for token in tokens):
+        raise fields.invalid("eos_token_id", "a token id or a list of token ids", value)
     return tokens
 
 
@@ -243,20 +217,20 @@ def parse_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None
     _refuse_other_architectures(top)
     nested = "text_config" in values
     text_fields = Fields(top.object("text_config") or {}, "config.json: text_config") if nested else top
-    text = _text_config(text_fields.values, text_fields.where, values.get("tie_word_embeddings"))
+    tied = [f.get("tie_word_embeddings", bool) for f in (top, text_fields) if f.has("tie_word_embeddings")]
+    text_values = {**text_fields.values, "tie_word_embeddings": tied[0] if tied else None}
+    text = _text_config(Fields(text_values, text_fields.where))
     vision, token_ids = None, {}
     if top.object("vision_config") is not None and nested:
         vision = _vision_config(values["vision_config"], text.hidden_size)
         names = ("image", "video", "vision_start", "vision_end")
         token_ids = {name: top.whole(f"{name}_token_id", 0, WIDTH) for name in names}
     ends = [_end_tokens(fields) for fields in (text_fields, top, generation_fields)]
-    if generation_fields.has("do_sample"):
-        generation_fields.get("do_sample", bool)
     return Config(
         text=text,
         vision=vision,
         eos_token_ids=tuple(dict.fromkeys(itertools.chain(*ends))),
-        greedy=generation_fields.values.get("do_sample") is False,
+        greedy=generation_fields.has("do_sample") and not generation_fields.get("do_sample", bool),
         token_ids=token_ids,
         quantization=top.object("quantization") or {},
         format_tag=top.object("mlx_qwen35"),

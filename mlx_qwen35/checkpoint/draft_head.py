@@ -136,8 +136,8 @@ def _is_raw(norm: mx.array) -> bool | None:
     """
     values = norm.astype(mx.float32)
     less = (values - 1.0).astype(mx.bfloat16).astype(mx.float32)
-    gamma = mx.array_equal(1.0 + less, values).item()
-    raw = mx.array_equal(values.astype(mx.bfloat16).astype(mx.float32), values).item()
+    gamma = bool(mx.array_equal(1.0 + less, values))
+    raw = bool(mx.array_equal(values.astype(mx.bfloat16).astype(mx.float32), values))
     return None if raw == gamma else raw
 
 

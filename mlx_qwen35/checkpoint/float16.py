@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.options import spelled
@@ -29,18 +30,19 @@ def unfit(arrays: Iterable[tuple[str, mx.array]]) -> dict[str, str]:
     for name, array in arrays:
         high, low = array.max(-1), array.min(-1)
         largest = mx.maximum(high, -low).astype(mx.float32)
-        top, vanishing = largest.max().item(), int(((largest > 0) & (largest < SMALLEST)).sum().item())
+        top = float(np.asarray(largest.max()))
+        vanishing = int(np.asarray(((largest > 0) & (largest < SMALLEST)).sum()))
         if not math.isfinite(top):
             raise InputError(
                 "weights_not_finite",
                 f"weights must be finite; {name} holds NaN or infinity. Download or convert it again",
             )
-        if why := complaint(top, vanishing, largest.size):
+        if why := reason(top, vanishing, largest.size):
             found[name] = why
     return found
 
 
-def complaint(largest: float, vanishing: int, rows: int) -> str | None:
+def reason(largest: float, vanishing: int, rows: int) -> str | None:
     """What float16 cannot hold of a tensor with this largest magnitude and so many vanishing rows; None for nothing."""
     if largest > LARGEST:
         return f"holds {largest:.3g}"
@@ -48,7 +50,7 @@ def complaint(largest: float, vanishing: int, rows: int) -> str | None:
 
 
 def listed(found: Mapping[str, str], most: int = 8) -> str:
-    """The first tensors by name, each with its complaint, and how many more there are."""
+    """The first tensors by name, each with its reason, and how many more there are."""
     named = "; ".join(f"{name} ({why})" for name, why in list(found.items())[:most])
     return named + (f"; and {len(found) - most} more" if len(found) > most else "")
 

@@ -205,14 +205,13 @@ def upload(folder: Path, repository: str) -> str:
     Raises InputError when the id is none, the hub cannot be reached, or nobody is logged in.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     check_repository(repository)
     api = HfApi()
     try:
         api.create_repo(repository, repo_type="model", exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=str(folder), repo_type="model")
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError, *_unreachable()) as error:
+    except _failures() as error:
         raise InputError(
             "upload_failed",
             f"{folder} is whole, but could not be published as {repository} ({_reason(error)}). Log in "

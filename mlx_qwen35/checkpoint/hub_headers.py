@@ -65,16 +65,14 @@ def list_files(repository: str, revision: str | None, patterns: tuple[str, ...])
     files = []
     for item in info.siblings or ():
         path = PurePosixPath(item.rfilename)
-        if (
-            "\0" in item.rfilename
-            or path.is_absolute()
-            or ".." in path.parts
-            or not any(fnmatch.fnmatch(str(path), p) for p in patterns)
-        ):
-            continue
-        url = hf_hub_url(repository, str(path), revision=info.sha)
-        files.append(RemoteFile(str(path), url, get_hf_file_metadata(url).size if item.size is None else item.size))
-    return info.sha, files
+        inside = not (path.is_absolute() or ".." in path.parts or "\0" in item.rfilename)
+        if inside and any(fnmatch.fnmatch(str(path), pattern) for pattern in patterns):
+            url = hf_hub_url(repository, str(path), revision=info.sha)
+            nbytes = get_hf_file_metadata(url).size if item.size is None else item.size
+            if nbytes is None:
+                raise OSError(f"the server does not tell the size of {path}")
+            files.append(RemoteFile(str(path), url, nbytes))
+    return info.sha or "", files
 
 
 def in_cache(repository: str, commit: str, files: list[RemoteFile]) -> bool:

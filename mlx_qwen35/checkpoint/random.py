@@ -1,10 +1,5 @@
-"""Random checkpoints in the exact Hugging Face layout, for tests and bench: the text is noise, the sizes are real.
+"""Random checkpoints in Hugging Face's layout, for tests and bench: the text is noise, the sizes are real."""
 
-python -m mlx_qwen35.random_checkpoint OUT --geometry tiny|mid|0.8b|2b|4b|9b|27b [--seed 0]
-"""
-
-import argparse
-import copy
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -73,21 +68,6 @@ def geometry(name: str) -> dict[str, Any]:
             "hidden_act": "gelu_pytorch_tanh", "deepstack_visual_indexes": [], "initializer_range": 0.02,
         },
     }  # fmt: skip
-
-
-def changed(config: Mapping[str, Any], **text_fields: Any) -> dict[str, Any]:
-    """A copy of a config.json with some of its text fields replaced; layer_types follows num_hidden_layers."""
-    config = copy.deepcopy(dict(config))
-    text = config["text_config"]
-    text.update(text_fields)
-    if "num_hidden_layers" in text_fields and "layer_types" not in text_fields:
-        every = text["full_attention_interval"]
-        text["layer_types"] = [FULL if (i + 1) % every == 0 else LINEAR for i in range(text["num_hidden_layers"])]
-    if "tie_word_embeddings" in text_fields:
-        config["tie_word_embeddings"] = text_fields["tie_word_embeddings"]
-    if "hidden_size" in text_fields and config.get("vision_config"):
-        config["vision_config"]["out_hidden_size"] = text_fields["hidden_size"]
-    return config
 
 
 def _log_uniform(low: float, high: float, count: int) -> mx.array:
@@ -173,16 +153,3 @@ def write_random_checkpoint(
     (folder / INDEX).write_text(json.dumps(index, indent=2))
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2))
     return folder
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--geometry", choices=GEOMETRIES, default="tiny")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    write_random_checkpoint(args.out, geometry(args.geometry), seed=args.seed)
-
-
-if __name__ == "__main__":
-    main()

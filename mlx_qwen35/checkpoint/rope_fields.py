@@ -1,4 +1,4 @@
-"""The rotary embedding's fields of config.json, in today's place and in the older ones."""
+"""The rotary embedding's fields of config.json, under rope_parameters and under the older names."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,9 +6,9 @@ from typing import Any
 
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import Fields
-from mlx_qwen35.values import shown
+from mlx_qwen35.values import is_whole, shown
 
-OLDER = ("rope_scaling", "rope_theta", "partial_rotary_factor")  # before transformers 5 gathered them
+OLDER = ("rope_scaling", "rope_theta", "partial_rotary_factor")  # of transformers before 5
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class RopeConfig:
 
 
 def rope_parameters(text: Fields) -> dict[str, Any]:
-    """The entries of rope_parameters, wherever the text fields have them: there, in rope_scaling, or by themselves.
+    """The entries of rope_parameters, which may also be in rope_scaling or be fields by themselves.
 
-    transformers 5.23 reads all three. Where two of them differ it takes one, and other programs another: InputError.
+    transformers 5.23 reads all three. InputError where two of them differ, for programs differ in the one they use.
     """
     older = {name: text.values[name] for name in OLDER if text.has(name)}
     if not older:
@@ -37,7 +37,7 @@ def rope_parameters(text: Fields) -> dict[str, Any]:
 
 
 def _entries(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Those that are not null, with mlx-lm's `type` under the name of today. InputError for scaled positions."""
+    """The entries that are not null, with mlx-lm's `type` renamed to rope_type. InputError for scaled positions."""
     entries = {name: value for name, value in values.items() if value is not None}
     for kind in (entries.pop("type", None), entries.get("rope_type")):
         if kind is not None:
@@ -57,21 +57,15 @@ def _join(found: dict[str, Any], more: Mapping[str, Any], where: str) -> None:
 
 
 def read_rope(text: Fields, head_dim: int) -> RopeConfig:
-    """InputError names what is absent, out of bounds, or asks for another embedding."""
+    """The rotary embedding. InputError for a field that is absent, out of bounds, or asks for another embedding."""
     rope = Fields(rope_parameters(text), f"{text.where}.rope_parameters")
     rope.only("rope_type", "default")
     rope.only("mrope_interleaved", True, required=False)
     dims = int(head_dim * rope.number("partial_rotary_factor", 0, 1))
     sections = tuple(rope.get("mrope_section", list))
-    if len(sections) != 3 or not all(type(s) is int and s >= 0 for s in sections) or 2 * sum(sections) != dims:
-        raise InputError(
-            "config_field_invalid",
-            f"{rope.where}: 'mrope_section' must be three counts that add up to half of the rotated dims "
-            f"({dims} of head_dim {head_dim}), got {shown(list(sections))}",
-        )
+    if len(sections) != 3 or not all(is_whole(s) and s >= 0 for s in sections) or 2 * sum(sections) != dims:
+        rule = f"three counts that add up to half of the rotated dims ({dims} of head_dim {head_dim})"
+        raise rope.invalid("mrope_section", rule, list(sections))
     if not dims or any(axis + 3 * (sections[axis] - 1) >= dims // 2 for axis in (1, 2)):
-        raise InputError(
-            "config_field_invalid",
-            f"{rope.where}: 'mrope_section' {list(sections)} does not interleave within {dims // 2} pairs",
-        )
+        raise rope.invalid("mrope_section", f"counts that interleave within {dims // 2} pairs", list(sections))
     return RopeConfig(rope.number("rope_theta", 1, 1e30), dims, sections)

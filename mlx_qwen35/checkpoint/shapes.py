@@ -1,13 +1,15 @@
-"""Which tensors a model of a given configuration has, by Hugging Face's names, and of which shapes."""
+"""The tensors of a model by its configuration: Hugging Face's names, and shapes."""
 
 from mlx_qwen35.checkpoint.config import FULL, TextConfig, VisionConfig
 from mlx_qwen35.checkpoint.names import TEXT, VISION
 
+Shapes = dict[str, tuple[int, ...]]  # Hugging Face name -> shape
 
-def _decoder_layer(config: TextConfig, kind: str) -> dict[str, tuple[int, ...]]:
+
+def _decoder_layer(config: TextConfig, kind: str) -> Shapes:
     c, hidden, inner = config, config.hidden_size, config.intermediate_size
     query, key_value = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    shapes = {
+    shapes: Shapes = {
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
         "mlp.gate_proj.weight": (inner, hidden),
@@ -37,9 +39,9 @@ def _decoder_layer(config: TextConfig, kind: str) -> dict[str, tuple[int, ...]]:
     }
 
 
-def text_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
-    """Hugging Face name -> shape of every text tensor, in the order of the data."""
-    shapes = {f"{TEXT}embed_tokens.weight": (config.vocab_size, config.hidden_size)}
+def text_shapes(config: TextConfig) -> Shapes:
+    """Every tensor of the text model, in the order of the data."""
+    shapes: Shapes = {f"{TEXT}embed_tokens.weight": (config.vocab_size, config.hidden_size)}
     for i, kind in enumerate(config.layer_types):
         shapes |= {f"{TEXT}layers.{i}.{name}": shape for name, shape in _decoder_layer(config, kind).items()}
     shapes[f"{TEXT}norm.weight"] = (config.hidden_size,)
@@ -48,11 +50,11 @@ def text_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def vision_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
-    """Hugging Face name -> shape of every tensor of the vision tower."""
+def vision_shapes(config: VisionConfig) -> Shapes:
+    """Every tensor of the vision encoder."""
     c, hidden, inner = config, config.hidden_size, config.intermediate_size
     merged = hidden * c.spatial_merge_size**2
-    weights = {"patch_embed.proj": (hidden, c.in_channels, c.temporal_patch_size, c.patch_size, c.patch_size)}
+    weights: Shapes = {"patch_embed.proj": (hidden, c.in_channels, c.temporal_patch_size, c.patch_size, c.patch_size)}
     for i in range(c.depth):
         block = f"blocks.{i}."
         weights |= {
@@ -68,16 +70,16 @@ def vision_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
         "merger.linear_fc1": (merged, merged),
         "merger.linear_fc2": (c.out_hidden_size, merged),
     }
-    shapes = {f"{VISION}pos_embed.weight": (c.num_position_embeddings, hidden)}
+    shapes: Shapes = {f"{VISION}pos_embed.weight": (c.num_position_embeddings, hidden)}
     for name, shape in weights.items():
         shapes |= {f"{VISION}{name}.weight": shape, f"{VISION}{name}.bias": shape[:1]}
     return shapes
 
 
-def mtp_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
-    """Hugging Face name -> shape of every tensor of the multi-token-prediction head."""
+def mtp_shapes(config: TextConfig) -> Shapes:
+    """Every tensor of the multi-token-prediction head."""
     hidden = config.hidden_size
-    shapes = {"mtp.fc.weight": (hidden, 2 * hidden)}
+    shapes: Shapes = {"mtp.fc.weight": (hidden, 2 * hidden)}
     shapes |= {f"mtp.{name}.weight": (hidden,) for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")}
     for i in range(config.mtp_num_hidden_layers):
         shapes |= {f"mtp.layers.{i}.{name}": shape for name, shape in _decoder_layer(config, FULL).items()}
@@ -85,10 +87,10 @@ def mtp_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
 
 
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is the weight of a linear layer or an embedding over tokens: what quantization may pack."""
+    """Whether a tensor can be quantized: the weight of a linear layer, or an embedding over tokens."""
     return len(shape) == 2 and not name.endswith("pos_embed.weight")
 
 
 def keep_fp32(name: str) -> bool:
-    """Whether a tensor stays in float32 whatever the model's dtype is: the decay rates, as checkpoints store them."""
+    """Whether a tensor stays float32 in any dtype of the model: the decay rates, as checkpoints store them."""
     return name.endswith("A_log")

@@ -4,6 +4,7 @@ A header is believed only where it keeps every rule of the format; nothing that 
 """
 
 import json
+import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -151,7 +152,9 @@ def open_arrays(entries: Mapping[str, Entry]) -> dict[str, mx.array]:
             arrays[name] = _read(entry)
             continue
         if entry.file not in files:
-            files[entry.file] = mx.load(str(entry.file))
+            loaded = mx.load(str(entry.file))
+            assert isinstance(loaded, dict)
+            files[entry.file] = loaded
         arrays[name] = files[entry.file][entry.stored_name]
     return arrays
 
@@ -178,19 +181,20 @@ def _read(entry: Entry) -> mx.array:
 
 
 def _pieces(entry: Entry) -> Iterator[bytes]:
-    """The bytes of a tensor, so many numbers at a time that whatever they become stays small."""
-    width = DTYPE_BYTES[entry.dtype]
+    """The bytes of a tensor, PIECE numbers at a time."""
+    step = PIECE * DTYPE_BYTES[entry.dtype]
     with entry.file.open("rb") as stream:
-        stream.seek(entry.start)
-        for start in range(0, entry.nbytes, PIECE * width):
-            count = min(PIECE * width, entry.nbytes - start)
-            data = stream.read(count)
-            if len(data) != count:
-                raise InputError(
-                    "source_changed",
-                    f"{entry.file} ended in the middle of {entry.stored_name}: it changed while it was read",
-                )
-            yield data
+        for start in range(0, entry.nbytes, step):
+            yield read_bytes(entry, stream.fileno(), start, min(step, entry.nbytes - start))
+
+
+def read_bytes(entry: Entry, file: int, start: int, nbytes: int) -> bytes:
+    """Bytes of a tensor from its byte `start` on. file: a descriptor. InputError where the file ends before."""
+    data = os.pread(file, nbytes, entry.start + start)
+    if len(data) != nbytes:
+        where = f"{entry.file} ended in the middle of {entry.stored_name}"
+        raise InputError("source_changed", f"{where}: it changed while it was read")
+    return data
 
 
 def same_numbers(a: Entry, b: Entry) -> bool:

@@ -55,7 +55,7 @@ def answer(conversation: Conversation, content: str | list[dict[str, Any]]) -> b
     new = conversation.total - conversation.reused
     print(
         f"[prompt {conversation.total} tokens, {conversation.reused} reused, {new} prefilled in "
-        f"{conversation.reading_seconds:.2f} s; {result.generation_tokens} tokens at {result.generation_tps:.1f} per "
+        f"{conversation.prefill_seconds:.2f} s; {result.generation_tokens} tokens at {result.generation_tps:.1f} per "
         f"second, {result.finish_reason}; {_drafts(result)}{result.peak_memory:.3f} GB]",
         file=sys.stderr,
     )

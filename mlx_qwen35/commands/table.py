@@ -11,3 +11,8 @@ def align(table: Sequence[Sequence[str]]) -> list[str]:
         padded = [figure.rjust(width) for figure, width in zip(figures, widths[1:], strict=True)]
         lines.append("  ".join([name.ljust(widths[0]), *padded]))
     return lines
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))

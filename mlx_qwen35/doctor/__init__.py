@@ -1,4 +1,4 @@
-"""mlx_qwen35.doctor: what this machine is, what runs on it and how fast, in a form to paste into an issue."""
+"""mlx_qwen35.doctor: this machine, what runs on it and how fast, to paste into an issue."""
 
 from mlx_qwen35.doctor.command import main
 

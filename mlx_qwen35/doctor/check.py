@@ -1,4 +1,4 @@
-"""Speed and memory of a model in half a minute: a prompt as long as the time allows, then tokens one by one."""
+"""Speed and memory of a model, measured in half a minute."""
 
 import time
 from collections.abc import Callable
@@ -16,30 +16,30 @@ from mlx_qwen35.model.model import Model
 from mlx_qwen35.model.weights import Weights
 from mlx_qwen35.quantization import Quantization
 
-SECONDS = 10.0  # for each of the two
+SECONDS = 10.0  # for prefill, and for decoding
 PROMPTS = (32, 64, 128, 256, 512, 1024)
-SAMPLE_LAYERS = 4  # of a model made up for the check: one group of three DeltaNet layers and one of attention
-_PACKING = Quantization(64, 4, "affine")
+SAMPLE_LAYERS = 4  # of a model with random weights: three of DeltaNet, one of attention
+_QUANTIZATION = Quantization(64, 4, "affine")
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds for a prompt of so many tokens and for a decoded token, each without and with the head; and bytes."""
+    """Seconds of prefill and of a decode step, the LM head apart from the layers, and bytes of memory."""
 
-    prompt: int
+    prompt: int  # tokens
     prompt_seconds: float
-    layers_seconds: float  # of a decoded token
+    layers_seconds: float  # of a decode step
     head_seconds: float
     peak_bytes: int
-    several: tuple[tuple[float, float], ...] = ()  # layers and head of a step over 2, 3, 4 tokens, as drafts ask for
+    several: tuple[tuple[float, float], ...] = ()  # layers and head of steps of 2, 3, 4 tokens, as with drafts
 
     def per_second(self, layers: float = 1.0) -> tuple[float, float]:
-        """Tokens a second, of the prompt and decoded, of a model with so many times the layers."""
+        """Tokens per second of prefill and of decoding, for a model with so many times the layers."""
         prompt = self.prompt_seconds * layers + self.head_seconds
         return self.prompt / prompt, 1 / self._step(self.layers_seconds, self.head_seconds, layers)
 
     def wide(self, layers: float = 1.0) -> list[float]:
-        """What steps over 2, 3, 4 tokens take, in steps over one."""
+        """The time of steps of 2, 3, 4 tokens, in steps of one."""
         one = self._step(self.layers_seconds, self.head_seconds, layers)
         return [self._step(*seconds, layers) / one for seconds in self.several]
 
@@ -49,13 +49,13 @@ class Speed:
 
 
 def sample_model(config: TextConfig, dtype: mx.Dtype) -> Model:
-    """The first layers of a model of this shape and its whole head, packed in 4 bit, with random weights."""
+    """The first layers and the whole LM head of a model of this shape, with random weights in 4 bit."""
     small = replace(config, layer_types=config.layer_types[:SAMPLE_LAYERS])
     keys = iter(mx.random.split(mx.random.key(0), 4 * len(text_shapes(small))))
     arrays = {}
     for name, shape in text_shapes(small).items():
         if is_matrix(name, shape):
-            parts, stem = _PACKING.parts(shape), name.removesuffix("weight")
+            parts, stem = _QUANTIZATION.parts(shape), name.removesuffix("weight")
             arrays[name] = mx.random.randint(0, 1 << 32, parts["weight"], mx.uint32, key=next(keys))
             arrays[f"{stem}scales"] = mx.random.uniform(0.0, 0.004, parts["scales"], dtype, key=next(keys))
             arrays[f"{stem}biases"] = -7.5 * arrays[f"{stem}scales"]
@@ -63,24 +63,25 @@ def sample_model(config: TextConfig, dtype: mx.Dtype) -> Model:
             centre = 0.0 if is_zero_centred(name) else 1.0
             arrays[name] = (centre + 0.1 * mx.random.normal(shape, key=next(keys))).astype(mx.float32)
 
-    def packing(name: str) -> Quantization | None:
-        return _PACKING if name.removesuffix("weight") + "scales" in arrays else None
+    def quantization(name: str) -> Quantization | None:
+        return _QUANTIZATION if name.removesuffix("weight") + "scales" in arrays else None
 
-    model = Model(small, Weights(arrays, packing, dtype, small.rms_norm_eps))
+    model = Model(small, Weights(arrays, quantization, dtype, small.rms_norm_eps))
     mx.eval(model.parameters(), model.rotary.frequencies, model.rotary.axes)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def measure(
     model: Model, seconds: float = SECONDS, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Speed:
-    """Read ever longer prompts, then decode, for about `seconds` each; then steps over several tokens, for as long.
+    """Prefill longer and longer prompts, decode, and run steps of several tokens, each for about `seconds`.
 
-    progress: told the seconds that have gone, and those that it takes at most, by and large.
+    progress: called with the seconds so far, and the most that it takes.
     """
     mx.clear_cache()
     mx.reset_peak_memory()
-    start, prompt, elapsed, cache = time.perf_counter(), 0, 0.0, None
+    start, prompt, elapsed, cache = time.perf_counter(), 0, 0.0, model.make_cache()
 
     def tick() -> None:
         progress(min(int(time.perf_counter() - start), int(3 * seconds)), int(3 * seconds))
@@ -103,8 +104,9 @@ def measure(
 def _decode(
     model: Model, cache: Cache, seconds: float, tick: Callable[[], None], tokens: int = 1
 ) -> tuple[float, float]:
-    """Median seconds of the layers, and of the head, of a step over so many tokens."""
-    layers, heads = [], []
+    """Median seconds of the layers, and of the LM head, of a step of so many tokens."""
+    layers: list[float] = []
+    heads: list[float] = []
     start, token = time.perf_counter(), mx.ones((1, tokens), mx.int32)
     while not layers or (len(layers) < 64 and time.perf_counter() - start < seconds):
         begin = time.perf_counter()

@@ -61,7 +61,7 @@ def parser() -> Parser:
 
 
 def show_plan(args: argparse.Namespace) -> None:
-    """The tables of --plan, from headers alone."""
+    """Print the table of --plan, from headers alone."""
     others = [name for name in ("model", "probe", "text", "no_check", "json") if getattr(args, name)]
     if others:
         listed = ", ".join("--" + name.replace("_", "-") for name in others)
@@ -79,7 +79,7 @@ def show_plan(args: argparse.Namespace) -> None:
 
 
 def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Facts]:
-    """Section -> facts. given: the environment as it was before this command set anything."""
+    """Section -> facts. given: the environment before this command changed it."""
     if idle := ["--context"] * (args.context is not None) + ["--mtp"] * args.mtp:
         raise InputError(
             "option_no_effect", f"{', '.join(idle)} has no effect without --plan; add that or leave it out"
@@ -94,21 +94,21 @@ def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Fac
     limit_memory(args.memory_limit)
     report = {"machine": facts.machine(), "settings of MLX": facts.settings(given)}
     if args.model:
-        model, processor = load_model(args)  # judges an id before it is downloaded
+        model, processor = load_model(args)  # refuses a model that does not fit before it is downloaded
         checkpoint = open_checkpoint(resolve(args.model, args.revision))
         title, stored = f"model {args.model}", stored_dtype(checkpoint)
     else:
         text, stored = parse_config(geometry("4b")).text, mx.bfloat16
-        with Step("making up weights"):
+        with Step("making random weights"):
             model = check.sample_model(text, DTYPES[args.dtype] if args.dtype else default_dtype(stored))
         title = f"no --model: {check.SAMPLE_LAYERS} layers and the head of the 4B, random weights in 4 bit"
     report[title] = {"dtype": facts.dtype(model.dtype, stored, args.dtype)}
-    report[title] |= facts.reading(model.config, model.dtype)
+    report[title] |= facts.prefill(model.config, model.dtype)
     with Step("checking kernels"):
         report["kernels"] = facts.kernels(enabled_kernels(model))
     if args.probe:
         tokens = processor.tokenizer.encode(text_to_probe, add_special_tokens=False)
-        with Step("reading the text", "tokens") as progress:
+        with Step("running the text", "tokens") as progress:
             maxima = probe.residual_maxima(model, tokens, progress)
         report["residual stream"] = {
             f"largest over {len(tokens)} tokens": probe.describe(maxima),

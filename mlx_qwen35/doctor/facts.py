@@ -42,59 +42,58 @@ def _version(package: str) -> str:
 
 
 def settings(given: Mapping[str, str]) -> Facts:
-    """What MLX reads when it starts. given: the environment as it was before this command set anything."""
-    products = "operands rounded to 10 bits of mantissa" if shortened() else "whole numbers"
-    found = {TF32: f"{_setting(TF32, given)}; products of float32 matrices are of {products}"}
+    """The settings that MLX reads when it starts. given: the environment before this command changed it."""
+    products = "operands rounded to 10 bits of mantissa" if shortened() else "full precision"
+    found = {TF32: f"{_setting(TF32, given)}; products of float32 matrices have {products}"}
     if this_chip() is None:
         return found | {name: "does not apply: there is no Apple GPU" for name in TUNED}
     return found | {name: _setting(name, given, f" on M1 to M{TUNED_UP_TO}") for name in TUNED}
 
 
 def _setting(name: str, given: Mapping[str, str], where: str = "") -> str:
-    """Its value, and who set it."""
+    """The value of a setting, and who set it."""
     if name not in os.environ:
         return "MLX's own"
     return f"{os.environ[name]}, set by " + ("you" if name in given else f"mlx_qwen35's commands{where}")
 
 
 def dtype(chosen: mx.Dtype, stored: mx.Dtype, asked: str | None) -> str:
-    """The dtype of activations and unpacked weights, and why."""
+    """The dtype of activations and unquantized weights, and why."""
     name = dtype_name(chosen)
     if asked:
         return f"{name}, as asked for"
     if backend().slow_half:
-        return f"{name}: the CPU computes in the half types 10 to 40 times slower"
+        return f"{name}: the CPU computes in 16-bit types 10 to 40 times slower"
     if chosen != stored:
         return f"{name}: this chip has no arithmetic for bfloat16"
     return f"{name}, as the weights are stored"
 
 
 def speed(found: Speed, scale: float) -> Facts:
-    """scale: how many times the measured layers the whole model has."""
+    """scale: the layers of the whole model, in those measured."""
     prompt, decode = found.per_second(scale)
     whole = "" if scale == 1 else f" for a model of {scale:g} times these layers, which is an estimate"
     wide = ", ".join(f"{cost:.2f}" for cost in found.wide(scale))
     return {
-        "reading": f"{prompt:.1f} tokens a second, of a prompt of {found.prompt}{whole}",
-        "writing": f"{decode:.1f} tokens a second{whole}",
-        "steps over 2, 3, 4 tokens": f"{wide} plain ones; a step with drafts must give more tokens than that",
+        "prefill": f"{prompt:.1f} tokens a second, of a prompt of {found.prompt}{whole}",
+        "decoding": f"{decode:.1f} tokens a second{whole}",
+        "steps of 2, 3, 4 tokens": f"{wide} times a step of one; with drafts a step must give more tokens than that",
         "peak memory": f"{found.peak_bytes / 1e9:.3f} GB by MLX's count",
     }
 
 
-def kernels(engaged: dict[str, EnabledLayers]) -> Facts:
-    """In how many layers each kernel runs."""
+def kernels(enabled: dict[str, EnabledLayers]) -> Facts:
+    """The layers in which each kernel runs."""
     if not backend().fused_kernels:
-        return dict.fromkeys(engaged, f"does not apply: MLX computes on {backend().device}, by its own operations")
-    return {name: _engaged(found) for name, found in engaged.items()}
+        return dict.fromkeys(enabled, f"does not apply: MLX computes on {backend().device}, by its own operations")
+    return {
+        name: f"{'agrees with its reference' if found.layers else 'switched off'}; runs in {found}"
+        for name, found in enabled.items()
+    }
 
 
-def _engaged(found: EnabledLayers) -> str:
-    return f"agrees with its reference; runs in {found}" if found.layers else f"switched off; runs in {found}"
-
-
-def reading(config: TextConfig, dtype: mx.Dtype) -> Facts:
-    """How prompts are read: tokens at a time for some contexts, and how attention goes over them."""
+def prefill(config: TextConfig, dtype: mx.Dtype) -> Facts:
+    """The chunk length for some contexts, and how attention is computed."""
     contexts = [S for S in CONTEXTS if config.max_position_embeddings >= S]
     lengths = [f"{suitable_chunk(config, dtype, S):,} up to a context of {S:,}" for S in contexts]
     impls = {
@@ -103,6 +102,6 @@ def reading(config: TextConfig, dtype: mx.Dtype) -> Facts:
         "tiles": "in tiles of queries, whose scores are written out",
     }
     return {
-        "tokens read at a time": "; ".join(lengths),
+        "tokens prefilled at a time": "; ".join(lengths),
         "attention over many queries": impls[attention_impl(config.head_dim, dtype)],
     }

@@ -1,4 +1,4 @@
-"""mlx_qwen35.doctor --plan: what a model would take of this machine's memory and of other Macs', without loading it."""
+"""mlx_qwen35.doctor --plan: the memory that a model would take on this machine and on Macs, without loading it."""
 
 from collections.abc import Sequence
 
@@ -17,13 +17,13 @@ PIXELS = 1 << 20  # of the image that is planned for
 
 _PARTS = (
     ("text weights", "weights"), ("draft head", "drafts"), ("keys and values", "kv"), ("DeltaNet state", "state"),
-    ("prefill of a chunk", "prefill"), ("drawing a token", "sampling"), ("buffers that MLX keeps", "buffers"),
+    ("prefill of a chunk", "prefill"), ("sampling a token", "sampling"), ("buffers that MLX keeps", "buffers"),
 )  # fmt: skip
 _IMAGE = (("vision encoder", "vision_encoder"), ("encoding an image", "encoding"))
 
 
 def plans(checkpoint: Checkpoint, context: int, dtype: str | None, mtp: int) -> list[MemoryPlan]:
-    """For this machine, and for Macs with an M1 and 8, 16 and 32 GB. InputError where the model has no such context."""
+    """For this machine, and for Macs with an M1 and 8, 16 and 32 GB. InputError for a context that is too long."""
     text, pixels = checkpoint.config.text, PIXELS if checkpoint.has(VISION) else 0
     most = text.max_position_embeddings
     if not 1 <= context <= most:
@@ -40,26 +40,24 @@ def format_plans(name: str, found: Sequence[MemoryPlan]) -> str:
         ("GB (10^9 bytes)", *(plan.machine.name for plan in found)),
         ("a model may take", *(_gb(plan.machine.limit) for plan in found)),
         ("dtype", *(dtype_name(plan.machine.dtype) for plan in found)),
-        ("tokens read at a time", *(str(plan.chunk) for plan in found)),
+        ("tokens prefilled at a time", *(str(plan.chunk) for plan in found)),
     ]
     rows += [(label, *(_gb(getattr(plan, part)) for plan in found)) for label, part in _PARTS]
     rows.append(("text, at most", *(_gb(plan.text) for plan in found)))
     if first.vision_encoder:
         rows += [(label, *(_gb(getattr(plan, part)) for plan in found)) for label, part in _IMAGE]
         rows.append(("first turn with an image, at most", *(_gb(plan.image) for plan in found)))
-    rows.append(("it fits", *(_verdict(plan) for plan in found)))
-    notes = [
-        "Reading and drawing come one after the other: the larger counts. The state is there twice.",
-    ]
+    rows.append(("it fits", *(_fits(plan) for plan in found)))
+    notes = ["Prefill and sampling take turns: the larger counts. The state is held twice."]
     if first.vision_encoder:
         notes.append(
-            f"The image has {PIXELS / 2**20:g} x 2^20 pixels. It is encoded before keys and values are there; then the "
-            "vision encoder's memory is given back."
+            f"The image has {PIXELS / 2**20:g} x 2^20 pixels. It is encoded before keys and values are allocated; then "
+            "the vision encoder is unloaded."
         )
     return "\n".join([f"{name}, a context of {first.context:,} tokens", "", *align(rows), "", *notes])
 
 
-def _verdict(plan: MemoryPlan) -> str:
+def _fits(plan: MemoryPlan) -> str:
     if not plan.fits:
         return "no"
     return "yes" if plan.image <= plan.machine.limit else "text only"

@@ -1,17 +1,18 @@
-"""How large the residual stream grows: whether float16, which ends at 65,504, is enough for a checkpoint."""
+"""The largest magnitudes of the residual stream: whether float16, which ends at 65,504, suits a checkpoint."""
 
 import math
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.checkpoint.float16 import LARGEST
 from mlx_qwen35.model.model import Model
 
-CHUNK = 256  # tokens read at a time
+CHUNK = 256  # tokens
 
-# Words, figures, code, another script: what a prompt is made of. A text of one's own tells more (--text).
+# Words, figures, code and other scripts, as in prompts. A text of one's own tells more (--text).
 TEXT = (
     "The lighthouse keeper wrote down 4,096 ships, and counted them again: 12 + 84 = 96.\n\n"
     "```python\ndef area(r: float) -> float:\n    return 3.14159 * r ** 2  # of a circle\n```\n"
@@ -23,16 +24,16 @@ TEXT = (
 def residual_maxima(
     model: Model, tokens: Sequence[int], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[float]:
-    """The largest magnitude of the residual stream after each layer, over these tokens; NaN where there is one."""
+    """The largest magnitude of the residual stream after each layer, over these tokens; NaN if there is one."""
     cache, chunks = model.make_cache(), []
     for start in range(0, len(tokens), CHUNK):
         chunks.append(_maxima(model, cache, tokens[start : start + CHUNK]))
         progress(min(start + CHUNK, len(tokens)), len(tokens))
-    return mx.stack(chunks).max(0).tolist()
+    return np.array(mx.stack(chunks).max(0)).tolist()
 
 
 def _maxima(model: Model, cache: Cache, tokens: Sequence[int]) -> mx.array:
-    """(layers,) float32, computed."""
+    """(layers,) float32, evaluated."""
     maxima: list[mx.array] = []
     model.hidden(mx.array([list(tokens)]), cache, pace=lambda arrays: maxima.append(mx.abs(arrays[0]).max()))
     found = mx.stack(maxima).astype(mx.float32)
@@ -42,12 +43,12 @@ def _maxima(model: Model, cache: Cache, tokens: Sequence[int]) -> mx.array:
 
 
 def describe(maxima: Sequence[float], most: int = 4) -> str:
-    """The largest, where it is, and what part of float16's range that is."""
+    """The largest magnitudes, their layers, and their share of float16's range."""
     bad = [i for i, value in enumerate(maxima) if not math.isfinite(value)]
     if bad:
         return f"not finite from layer {bad[0]} on: take --dtype bfloat16 or float32"
     order = sorted(range(len(maxima)), key=lambda i: -maxima[i])[:most]
     listed = ", ".join(f"{maxima[i]:.4g} after layer {i}" for i in order)
     part = max(maxima) / LARGEST
-    verdict = "float16 has room" if part < 0.25 else "float16 is close to its end: prefer --dtype bfloat16 or float32"
-    return f"{listed}; {100 * part:.2g} % of float16's range: {verdict}"
+    advice = "float16 has room" if part < 0.25 else "float16 is close to its end: prefer --dtype bfloat16 or float32"
+    return f"{listed}; {100 * part:.2g} % of float16's range: {advice}"

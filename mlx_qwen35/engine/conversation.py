@@ -1,4 +1,4 @@
-"""A conversation over several turns that reads each part of it once."""
+"""A conversation of several turns, each part of which is prefilled once."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -7,7 +7,7 @@ from typing import Any, Unpack, cast
 
 from mlx_qwen35.cache.cache import Snapshot
 from mlx_qwen35.engine.drafts.speculate import attach
-from mlx_qwen35.engine.generation import Generation, Result, see
+from mlx_qwen35.engine.generation import Generation, Result, encode_media
 from mlx_qwen35.engine.options import Options, check_options, thinking_switch, vision_options
 from mlx_qwen35.engine.plan import plan, reading_step
 from mlx_qwen35.engine.prefill import prefill
@@ -17,21 +17,22 @@ from mlx_qwen35.media.options import VISION_OPTIONS
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.options import listed, spelled
 from mlx_qwen35.prompt.messages import Plain, check_template_options
-from mlx_qwen35.prompt.processor import Piece, Processor
+from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.prompt.prompt import Prompt
+from mlx_qwen35.prompt.stream import Piece
 
 _OF_ONE_PROMPT = {"cache", "ignore_chat_template", "progress", "images", "videos"}
 
 
 class Conversation:
-    """Messages so far, and the model's memory of them.
+    """Messages so far, and the cache that holds them.
 
-    The chat template rewrites the last assistant turn (its reasoning goes), and the DeltaNet state cannot be trimmed.
-    So the memory is remembered just before each generation prompt: the next turn goes back there and reads only the
-    last answer and the new message. An image or clip in what was read is not encoded again, and stays the one that
-    was sent, whatever becomes of its file.
+    The chat template removes the reasoning from earlier turns, and a DeltaNet state cannot be trimmed. So a snapshot is
+    taken before each generation prompt. The next turn returns there, and prefills only the last answer and the new
+    message. Images and videos of earlier turns are not read or encoded again.
 
-    After each turn `reused` and `total` say how many tokens of its prompt were there already, and how many it has.
+    After each turn `total` is the number of tokens of its prompt, `reused` of those that were in the cache already, and
+    `prefill_seconds` the time for the others.
 
     Args:
         options: of every turn, see `Options`; not cache, ignore_chat_template, progress, images or videos.
@@ -51,30 +52,30 @@ class Conversation:
             raise InputError(
                 "vision_missing", f"{listed(idle)} must not be given: this checkpoint has no vision encoder"
             )
-        self.vision = vision_options(given)  # how the images and clips of coming messages are read
+        self.vision = vision_options(given)  # for the images and videos of coming messages
         self._options = cast(Options, {name: value for name, value in given.items() if name not in VISION_OPTIONS})
-        plan(self._options, model, processor.greedy, [Prompt((0,), thinking=False)], [0])  # tells a bad option
+        plan(self._options, model, processor.greedy, [Prompt((0,), thinking=False)], [0])  # refuses a bad option
         self.reset()
 
     def reset(self) -> None:
         """Forget everything but the system prompt."""
         self.messages: list[dict[str, Any]] = [{"role": "system", "content": self._system}] if self._system else []
         self.cache = self.model.make_cache()
-        self._read = Prompt((), thinking=False)  # up to the snapshot
+        self._cached = Prompt((), thinking=False)  # up to the snapshot
         self._snapshot: Snapshot = self.cache.snapshot()
         self.reused = self.total = 0
-        self.reading_seconds = 0.0
+        self.prefill_seconds = 0.0
         self.result: Result | None = None
 
     def send(
         self, content: str | Sequence[Any], progress: Callable[[int, int], None] = lambda done, total: None
     ) -> Iterator[Piece]:
-        """Say something and yield the answer as it comes; `result` is the whole of it.
+        """Send a message and yield the answer in pieces; `result` then holds all of it.
 
-        content: text, or a list of parts with images and clips, see Processor.encode_messages.
+        content: text, or a list of parts with images and videos, see Processor.encode_messages.
 
-        Stopping early keeps what was answered until then. When the message cannot be read, because it is empty or the
-        context is full, InputError is raised and the conversation is as it was before.
+        If the caller stops early, the answer so far stays in the conversation. Raises InputError for a message that is
+        empty or does not fit into the context; the conversation is then as before.
         """
         refuse_fork()
         if not isinstance(content, str):
@@ -88,7 +89,7 @@ class Conversation:
         assert prompt.identity(len(before.tokens)) == before.identity(), "the generation prompt must come last"
         self._go_back(before)
         start = time.perf_counter()
-        new = before.after(len(self._read.tokens))
+        new = before.after(len(self._cached.tokens))
         room = self.model.config.max_position_embeddings - len(prompt.tokens)
         if room < 1:
             raise InputError(
@@ -96,24 +97,24 @@ class Conversation:
                 f"the conversation has {len(prompt.tokens)} tokens, which fills its context; start a new one, or "
                 f"show less of an image with a lower {spelled('max_pixels')}",
             )
-        self.reused, self.total = len(self._read.tokens), len(prompt.tokens)
-        read_so_far = 0
+        self.reused, self.total = len(self._cached.tokens), len(prompt.tokens)
+        done = 0
 
         def count(tokens: int) -> None:
-            nonlocal read_so_far
-            read_so_far += tokens
-            progress(read_so_far, len(new.tokens))
+            nonlocal done
+            done += tokens
+            progress(done, len(new.tokens))
 
-        unread = prompt.after(len(self._read.tokens))
-        drafts = plan(self._options, self.model, self.processor.greedy, [unread], self.cache.row_lengths).drafts
+        rest = prompt.after(len(self._cached.tokens))
+        drafts = plan(self._options, self.model, self.processor.greedy, [rest], self.cache.row_lengths).drafts
         step = reading_step(self._options, self.model, [len(prompt.tokens)])
-        rows = see(self.model, [new])
-        seen = time.perf_counter()
+        rows = encode_media(self.model, [new])
+        encoded = time.perf_counter()
         drafts = attach(self.model, self.cache, drafts)
         prefill(self.model, self.cache, rows, step, count)
-        self._read, self._snapshot = before, self.cache.snapshot()
-        self.reading_seconds = time.perf_counter() - start
-        vision_seconds = seen - start if new.media else 0.0
+        self._cached, self._snapshot = before, self.cache.snapshot()
+        self.prefill_seconds = time.perf_counter() - start
+        vision_seconds = encoded - start if new.media else 0.0
         del rows
         rest = prompt.after(len(before.tokens))
         generation = Generation(self.model, self.processor, [rest], {**self._options, "cache": self.cache}, drafts)
@@ -127,9 +128,9 @@ class Conversation:
                 self.messages = [*messages, {"role": "assistant", "content": self.result.text}]
 
     def _go_back(self, prompt: Prompt) -> None:
-        """To the remembered place if it begins this prompt, as it does unless the template rewrites earlier turns."""
-        if prompt.identity(len(self._read.tokens)) == self._read.identity():
+        """Return to the snapshot if it holds the beginning of this prompt, else to an empty cache."""
+        if prompt.identity(len(self._cached.tokens)) == self._cached.identity():
             self.cache.restore(self._snapshot)
         else:
             self.cache = self.model.make_cache()
-            self._read, self._snapshot = Prompt((), thinking=False), self.cache.snapshot()
+            self._cached, self._snapshot = Prompt((), thinking=False), self.cache.snapshot()

@@ -1,4 +1,4 @@
-"""Several prompts being answered at once, and the result of each."""
+"""The generation of answers to several prompts at once, and the result of each."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -18,8 +18,9 @@ from mlx_qwen35.engine.sampling import Sampler
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.machine.process import refuse_fork
 from mlx_qwen35.model.model import Model
-from mlx_qwen35.prompt.processor import Messages, Piece, Processor
+from mlx_qwen35.prompt.processor import Messages, Processor
 from mlx_qwen35.prompt.prompt import Prompt
+from mlx_qwen35.prompt.stream import Piece
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,10 @@ class Result:
     """One finished generation; str() is the answer.
 
     finish_reason: "stop" (an end token or a stop string), "length" (max_tokens or the end of the context), or
-    "interrupted". in_reasoning: whether it ended inside the reasoning, so that there is no answer. tokens are the
-    generated ids, the end token included. vision_seconds is what images and clips took in the vision tower. Speeds are
-    in tokens per second: prompt_tps from there to the first token, generation_tps after it. peak_memory is in GB (10^9
-    bytes), since the program started. mtp says what the draft head did.
+    "interrupted". in_reasoning: whether it ended inside the reasoning, without an answer. tokens: the generated ids,
+    the end token included. vision_seconds: of the vision encoder. prompt_tps, generation_tps: tokens per second, from
+    the encoded prompt to the first token, and after it. peak_memory: in GB (10^9 bytes), since the program started.
+    mtp: the drafts.
     """
 
     text: str
@@ -52,9 +53,9 @@ class Result:
 
 
 class Generation:
-    """Several prompts being answered at once: iterate for (row, piece) as they come; `results()` any time.
+    """The answers to several prompts, generated together. Iterate once for (row, piece); `results()` at any time.
 
-    Stopping early is fine: what was drawn until then is in the results, marked "interrupted".
+    The caller may stop early: the results then hold the tokens so far, marked "interrupted".
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Generation:
         options: Options,
         drafts: DraftPolicy | None = None,
     ):
-        """drafts: what was chosen when part of the prompt was read before."""
+        """drafts: the policy chosen when the first part of the prompt was prefilled."""
         self.model, self.processor, self.prompts = model, processor, list(prompts)
         self.cache: Cache = options.get("cache") or model.make_cache(len(self.prompts))
         if (self.cache.config, self.cache.dtype) != (model.config, model.dtype):
@@ -87,12 +88,12 @@ class Generation:
         self._tokens: list[list[int]] = [[] for _ in self.prompts]
         self._pieces: list[list[Piece]] = [[] for _ in self.prompts]
         self._reasons = ["interrupted"] * len(self.prompts)
-        self._first = [0.0] * len(self.prompts)  # when each row's first and last tokens were there
+        self._first = [0.0] * len(self.prompts)  # times of each row's first and last token
         self._last = [0.0] * len(self.prompts)
         self._start = time.perf_counter()
         self._vision_seconds = 0.0
         self._speculation: Speculation | None = None
-        self.before: Snapshot | None = None  # where a cache that the caller goes on with returns to on an error
+        self.before: Snapshot | None = None  # to which the caller's cache returns after an error
 
     def __iter__(self) -> Iterator[tuple[int, Piece]]:
         """Run the loop, once."""
@@ -105,7 +106,7 @@ class Generation:
 
     def _run(self) -> Iterator[tuple[int, Piece]]:
         arrived = time.perf_counter()
-        rows = see(self.model, self.prompts)
+        rows = encode_media(self.model, self.prompts)
         self._start = time.perf_counter()
         self._vision_seconds = self._start - arrived if any(prompt.media for prompt in self.prompts) else 0.0
         total, done = sum(len(prompt.tokens) for prompt in self.prompts), 0
@@ -153,7 +154,7 @@ class Generation:
 
     def _result(self, row: int) -> Result:
         tokens, prompt = self._tokens[row], len(self.prompts[row].tokens)
-        reading, writing = self._first[row] - self._start, self._last[row] - self._first[row]
+        prefill_seconds, seconds = self._first[row] - self._start, self._last[row] - self._first[row]
         drafts = self._speculation
         return Result(
             text="".join(piece.text for piece in self._pieces[row] if not piece.reasoning),
@@ -164,26 +165,26 @@ class Generation:
             prompt_tokens=prompt,
             generation_tokens=len(tokens),
             vision_seconds=self._vision_seconds,
-            prompt_tps=prompt / reading if tokens else 0.0,
-            generation_tps=(len(tokens) - 1) / writing if writing > 0 else 0.0,
+            prompt_tps=prompt / prefill_seconds if tokens else 0.0,
+            generation_tps=(len(tokens) - 1) / seconds if seconds > 0 else 0.0,
             peak_memory=mx.get_peak_memory() / 1e9,
             seed=self.plan.seed,
             mtp=drafts.statistics(row) if drafts else DraftStatistics(self._drafts.reason or "nothing was decoded"),
         )
 
 
-def see(model: Model, prompts: Sequence[Prompt]) -> list[PromptRow]:
-    """Encode what the prompts show, give the tower's memory back, and return the rows to be read."""
+def encode_media(model: Model, prompts: Sequence[Prompt]) -> list[PromptRow]:
+    """The rows to prefill, with images and videos encoded. Unloads the vision encoder, unless it is to be kept."""
     media = [placed.media for prompt in prompts for placed in prompt.media]
     if not media:
         return [PromptRow(prompt.tokens) for prompt in prompts]
     if model.vision is None:
-        raise InputError("vision_missing", "this model has no vision tower: its prompts must be text")
+        raise InputError("vision_missing", "this model has no vision encoder: its prompts must be text")
     try:
-        shown = iter(model.vision.encode(media))
+        encoded = iter(model.vision.encode(media))
         rows = []
         for prompt in prompts:
-            own = [next(shown) for _ in prompt.media]
+            own = [next(encoded) for _ in prompt.media]
             embeddings = mx.concatenate(own) if len(own) > 1 else next(iter(own), None)
             rows.append(PromptRow(prompt.tokens, prompt.placeholders, embeddings))
         mx.eval([row.embeddings for row in rows if row.embeddings is not None])
@@ -195,7 +196,7 @@ def see(model: Model, prompts: Sequence[Prompt]) -> list[PromptRow]:
 def start(
     model: Model, processor: Processor, prompts: Sequence[str | Sequence[int] | Messages], **options: Unpack[Options]
 ) -> Generation:
-    """A Generation of these prompts, nothing read yet: for callers that want pieces and the result."""
+    """A Generation of these prompts, not begun: for callers that want both pieces and results."""
     refuse_fork()
     given = check_options(options)
     encoded = [encode(processor, prompt, given) for prompt in prompts]

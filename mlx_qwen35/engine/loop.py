@@ -1,4 +1,4 @@
-"""The decode loop: sample, feed, sample; with drafts several tokens a step. It knows token ids, never text."""
+"""The decode loop: sample, run the model, sample again; with drafts several tokens a step. It knows token ids alone."""
 
 import itertools
 import operator
@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.cache.layer import CachePosition
@@ -27,10 +28,10 @@ class Step(NamedTuple):
     sampled: mx.array  # (B, 1 + depth): the token after each input token
     finite: mx.array  # (B, 1 + depth) boolean: whether all logits of that token are finite
     inputs: mx.array  # (B, 1 + depth): the last sampled token, then the drafted ones
-    lengths: Sequence[int]  # input tokens of each row, the rest is padding
+    lengths: Sequence[int]  # input tokens of each row; the rest is padding
     hidden: mx.array  # (B, 1 + depth, D): the hidden states of the inputs
     position: CachePosition  # of the cache before the pass
-    states: Sequence[DeltaState] = ()  # of the DeltaNet layers before the pass, where there are drafted tokens
+    states: Sequence[DeltaState] = ()  # of the DeltaNet layers before the pass, if tokens were drafted
 
     @property
     def depth(self) -> int:
@@ -64,15 +65,15 @@ def decode(
 
 
 class _Rows:
-    """What was yielded of each row, and which rows are running."""
+    """The yielded tokens of each row, and which rows are running."""
 
     def __init__(self, limits: Sequence[int], stop_ids: Collection[int], finished: Callable[[int], bool]):
         self.limits, self.stop_ids, self.finished = limits, stop_ids, finished
         self.running = [limit > 0 for limit in limits]
         self.counts = [0] * len(limits)  # tokens yielded
-        self.taken = [0] * len(limits)  # tokens of the last step that were yielded
-        self.lasts = [0] * len(limits)  # the last token of each
-        self.unread = [False] * len(limits)  # whether the last token is not in the cache yet
+        self.taken = [0] * len(limits)  # tokens yielded of the last step
+        self.lasts = [0] * len(limits)  # the last token
+        self.pending = [False] * len(limits)  # whether the last token is not in the cache yet
         self.paused = 0.0  # seconds that the caller took over the last step
 
     def offer(self, tokens: Sequence[Sequence[int]]) -> Iterator[list[int | None]]:
@@ -100,42 +101,42 @@ class _Rows:
 
 
 class _Loop:
-    """The steps: feed, read, offer, settle, and again."""
+    """The steps: feed, receive, offer, settle, and again."""
 
     def __init__(self, model: Model, cache: Cache, sampler: Sampler, rows: _Rows, speculation: Speculation | None):
         self.model, self.cache, self.sampler, self.rows, self.speculation = model, cache, sampler, rows, speculation
-        self.steps = 0
-        self.under_way: CachePosition | None = None  # of the cache before a pass whose tokens are not settled
+        self.pass_start: CachePosition | None = None  # of the cache before a pass that is not settled
 
     def run(self, hidden: mx.array) -> Iterator[list[int | None]]:
         """hidden (B, D): of each row's last prompt token."""
         rows = self.rows
         none = [0] * len(rows.limits)
         step = self._sampled(mx.zeros((len(none), 1), mx.int32), none, hidden[:, None], self.cache.position)
+        steps = itertools.count(1)
         while True:
             depth = self.speculation.depth() if self.speculation else 0
             following = None
             if step.depth == depth == 0 and max(rows.left) > 1:
                 following = self._feed(step.sampled, 0)
-            tokens, rows.taken = [[]] * len(none), none
+            tokens: list[list[int]] = [[]] * len(none)
+            rows.taken = none
             try:
-                step, tokens = self._read(step)
+                step, tokens = self._receive(step)
                 yield from rows.offer(tokens)
             finally:
                 self._settle(step, tokens, following is not None)
             if not any(rows.running):
                 return
-            del step  # and the states that it holds, before the next ones are made
+            del step  # and its states, before the next ones are made
             step = following or self._feed(mx.array(rows.lasts)[:, None], min(depth, max(rows.left) - 1))
-            self.steps += 1
-            if self.steps % CLEAR_EVERY == 0:
+            if next(steps) % CLEAR_EVERY == 0:
                 mx.clear_cache()
 
     def _feed(self, tokens: mx.array, depth: int) -> Step:
         """One pass over (B, 1) tokens and `depth` drafted ones; rows that have ended have padding."""
         rows = self.rows
-        lengths = [min(1 + depth, left) or int(unread) for left, unread in zip(rows.left, rows.unread, strict=True)]
-        if depth:
+        lengths = [min(1 + depth, left) or int(pending) for left, pending in zip(rows.left, rows.pending, strict=True)]
+        if self.speculation and depth:
             tokens = self.speculation.propose(tokens, [min(1, n) for n in lengths], depth, self.sampler)
         return self._pass(tokens, lengths)
 
@@ -143,14 +144,14 @@ class _Loop:
         """One pass over the first lengths[i] of row i's tokens (B, 1 + depth)."""
         depth, position = tokens.shape[1] - 1, self.cache.position
         states = self.cache.states() if depth else []
-        self.under_way = position
         uneven = None if min(lengths) == 1 + depth else lengths
+        self.pass_start = position
         hidden = self.model.hidden(tokens, self.cache, uneven, stepwise=depth > 0)
         if self.speculation and not depth:
             self.speculation.follow(tokens, hidden, lengths)
-        self.rows.unread = [False] * len(lengths)
+        self.rows.pending = [False] * len(lengths)
         if not depth:
-            self.under_way = None
+            self.pass_start = None
         return self._sampled(tokens, lengths, hidden, position, states)
 
     def _sampled(
@@ -170,23 +171,22 @@ class _Loop:
         mx.async_eval(step.sampled, step.finite)
         return step
 
-    def _read(self, step: Step) -> tuple[Step, list[list[int]]]:
-        """Wait for a step; the tokens of each running row are its accepted drafts and one more."""
-        tokens, bad = self._found(step)
+    def _receive(self, step: Step) -> tuple[Step, list[list[int]]]:
+        """Wait for a step. The tokens of each running row are its accepted drafts and one more."""
+        tokens, bad = self._accepted(step)
         if bad and step.depth:  # a drafted token may overflow, and infinity passes through attention weights of 0
             self.cache.rewind(step.position, step.states)
             step = self._pass(step.inputs[:, :1], [min(1, n) for n in step.lengths])
-            tokens, bad = self._found(step)
+            tokens, bad = self._accepted(step)
         if bad:
             _raise_not_finite(self.cache, bad[0], self.model)
         if self.speculation:
             self.speculation.record(step.lengths, tokens, self.rows.paused)
         return step, tokens
 
-    def _found(self, step: Step) -> tuple[list[list[int]], list[int]]:
+    def _accepted(self, step: Step) -> tuple[list[list[int]], list[int]]:
         """The tokens of each row, and the rows with a logit that is not finite."""
-        sampled, finite = step.sampled.tolist(), step.finite.tolist()
-        inputs = step.inputs.tolist() if step.depth else sampled
+        sampled, finite, inputs = (np.array(array).tolist() for array in (step.sampled, step.finite, step.inputs))
         tokens: list[list[int]] = []
         for row, running in enumerate(self.rows.running):
             drafted = inputs[row][1 : step.lengths[row]]
@@ -194,36 +194,36 @@ class _Loop:
             tokens.append(sampled[row][: accepted + 1] if running else [])
         return tokens, [row for row, own in enumerate(tokens) if not all(finite[row][: len(own)])]
 
-    def _settle(self, step: Step, tokens: Sequence[Sequence[int]], read: bool) -> None:
-        """Bring cache and sampler to the tokens that were yielded; the last of each row may be missing in the cache.
+    def _settle(self, step: Step, tokens: Sequence[Sequence[int]], cached: bool) -> None:
+        """Bring cache and sampler to the yielded tokens. The last token of a row may be missing in the cache.
 
-        read: whether the next step has put it there.
+        cached: whether the next step has put it there.
         """
         rows = self.rows
-        if step.depth and self._unsettled:
+        if self.speculation and step.depth and self._unsettled:
             accepted = [max(0, len(own) - 1) for own in tokens]
             kept = [n and 1 + min(m, k) for n, m, k in zip(step.lengths, rows.taken, accepted, strict=True)]
-            self.under_way = None
+            self.pass_start = None
             self.cache.rollback(step.position, kept)
             self.sampler.commit(step.sampled, rows.taken)
             self.speculation.follow(step.inputs, step.hidden, kept)
-        if not read:
-            rows.unread = [0 < n == len(own) for n, own in zip(rows.taken, tokens, strict=True)]
+        if not cached:
+            rows.pending = [0 < n == len(own) for n, own in zip(rows.taken, tokens, strict=True)]
 
     @property
-    def _unsettled(self) -> bool:
-        """Whether the cache holds drafted tokens that are neither accepted nor rejected yet."""
-        return self.under_way is not None and self.cache.position is not self.under_way
+    def _unsettled(self) -> CachePosition | None:
+        """The start of a pass whose drafted tokens are in the cache, neither accepted nor rejected; None without."""
+        return None if self.cache.position is self.pass_start else self.pass_start
 
     def close(self) -> None:
         """Put the last yielded tokens into the cache, unless they reached the longest limit."""
         rows = self.rows
-        if self._unsettled:  # Ctrl-C: no drafted token may stay
-            lengths = zip(self.cache.position.row_lengths, self.under_way.row_lengths, strict=True)
-            self.cache.rollback(self.under_way, [min(1, after - before) for after, before in lengths])
-            rows.unread = [False] * len(rows.unread)
+        if start := self._unsettled:  # Ctrl-C: no drafted token may stay
+            fed = [after - before for after, before in zip(self.cache.row_lengths, start.row_lengths, strict=True)]
+            self.cache.rollback(start, [min(1, n) for n in fed])
+            rows.pending = [False] * len(rows.pending)
         most = max(rows.limits)
-        lengths = [int(unread and n < most) for unread, n in zip(rows.unread, rows.counts, strict=True)]
+        lengths = [int(pending and n < most) for pending, n in zip(rows.pending, rows.counts, strict=True)]
         if any(lengths):
             tokens = mx.array(rows.lasts)[:, None]
             hidden = self.model.hidden(tokens, self.cache, None if all(lengths) else lengths)
@@ -240,15 +240,12 @@ def _finite(logits: mx.array) -> mx.array:
 
 
 def _raise_not_finite(cache: Cache, row: int, model: Model) -> None:
-    """Name the first layer that holds a value of this row that is not finite."""
+    """Name the first layer whose cache, which is computed from the layer's input, is not finite in this row."""
     layer = cache.first_not_finite(row)
-    if layer is None:
-        origin = "the last layer or the head made them so, for no layer has read such a value"
-    else:  # a layer's cache is made from its input
-        origin = f"layer {layer} is the first that has read such a value, or made one of what it read"
+    origin = "the last layer or the LM head made them so" if layer is None else f"they begin in or before layer {layer}"
     raise InputError(
         "logits_not_finite",
         f"logits must be finite, and are not; {origin}. Activations left the range of {dtype_name(model.dtype)}, or "
-        f"the checkpoint is damaged. Try {spelled('dtype', 'bfloat16')}, then float32, or convert it again; the "
-        "largest activation of each layer is shown by mlx_qwen35.doctor --model MODEL --probe",
+        f"the checkpoint is damaged. Try {spelled('dtype', 'bfloat16')}, then float32, or convert it again. "
+        "mlx_qwen35.doctor --model MODEL --probe shows the largest activation of each layer",
     )

@@ -1,4 +1,4 @@
-"""Prompts into the cache, chunk by chunk. It knows ids and embeddings, never text."""
+"""Prefill: prompts into the cache, chunk by chunk. It takes token ids and embeddings, never text."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,11 +17,11 @@ from mlx_qwen35.prompt.positions import Placeholder, positions
 
 
 class PromptRow(NamedTuple):
-    """One prompt as the model reads it."""
+    """One prompt of a batch."""
 
     tokens: Sequence[int]
-    placeholders: Sequence[Placeholder] = ()  # its placeholders
-    embeddings: mx.array | None = None  # (n, D): what stands in their place, in order
+    placeholders: Sequence[Placeholder] = ()
+    embeddings: mx.array | None = None  # (n, D), for the placeholders in order
 
 
 def prefill(
@@ -31,31 +31,33 @@ def prefill(
     step: int,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> mx.array:
-    """Feed prompts of any lengths, one a row, in chunks of `step` columns; (B, D), each row's last hidden.
+    """Append prompts of any lengths, one a row, in chunks of `step` columns; (B, D), each row's last hidden state.
 
-    A chunk may end inside an image. progress is told the number of tokens after each chunk. Where the cache has drafts,
-    the draft head follows: the last layer then computes every column.
+    A chunk may end inside an image. progress is called with the tokens of each chunk. If tokens are drafted, the draft
+    head follows, and the last layer computes every column instead of one a row.
     """
     longest = max(len(row.tokens) for row in rows)
     cache.reserve(longest)
-    places = [_Places(row, first) for row, first in zip(rows, cache.next_positions, strict=True)]
-    last: mx.array | None = None
+    columns = [_placeholder_columns(row) for row in rows]
+    table = _position_table(rows, longest, cache.next_positions)
+    last = mx.zeros((len(rows), model.config.hidden_size), model.dtype)
     for start in range(0, longest, step):
         chunk = [row.tokens[start : start + step] for row in rows]
-        width = max(map(len, chunk))
         lengths = [len(tokens) for tokens in chunk]
+        width = max(lengths)
         padded = mx.array([[*tokens, *[0] * (width - len(tokens))] for tokens in chunk])
-        visual, positions = _looks(places, start, width)
-        ends = mx.array([max(0, n - 1) for n in lengths])
+        visual = _visual(rows, columns, start, start + width)
+        positions = None if table is None else table[:, :, start : start + width]
         uneven = None if min(lengths) == width else lengths
+        ends = mx.array([max(0, n - 1) for n in lengths])
         if isinstance(cache.follower, DraftFollower):
             first = cache.next_positions
             hidden = model.hidden(padded, cache, uneven, visual, positions, None, Pace())
-            here = mx.take_along_axis(hidden, ends[:, None, None], axis=1)[:, 0]
             cache.follower.prefill(model, padded, hidden, lengths, first, visual, positions)
+            hidden = mx.take_along_axis(hidden, ends[:, None, None], axis=1)
         else:
-            here = model.hidden(padded, cache, uneven, visual, positions, ends, Pace())[:, 0]
-        last = here if last is None else mx.where(mx.array([n > 0 for n in lengths])[:, None], here, last)
+            hidden = model.hidden(padded, cache, uneven, visual, positions, ends, Pace())
+        last = mx.where(mx.array(lengths)[:, None] > 0, hidden[:, 0], last)
         cache.evaluate()
         mx.eval(last)
         mx.clear_cache()
@@ -64,55 +66,55 @@ def prefill(
 
 
 class Pace:
-    """Hands layers over to the GPU as their graphs are made, and waits so that at most LAYERS_IN_FLIGHT are under way.
+    """Hands layers to the GPU as their graphs are built, and waits so that at most LAYERS_IN_FLIGHT are computed.
 
-    Else MLX runs ahead, up to ten command buffers, and what they name stays in memory until they end. On the CPU it
-    does not, and there the order of a whole graph takes less memory (163 against 194 MB, 1,024 tokens, mid geometry).
+    Otherwise MLX runs ahead by up to ten command buffers, whose arrays stay in memory. On the CPU it does not run
+    ahead, and the order of a whole graph takes less memory (163 against 194 MB, 1,024 tokens, mid geometry).
     """
 
     def __init__(self) -> None:
-        self.under_way: deque[list[mx.array]] = deque()
+        self.in_flight: deque[list[mx.array]] = deque()
 
     def __call__(self, arrays: list[mx.array]) -> None:
         if not backend().queues_layers:
             return
         mx.async_eval(arrays)
-        self.under_way.append(arrays)
-        if len(self.under_way) == LAYERS_IN_FLIGHT:
-            mx.eval(self.under_way.popleft())
+        self.in_flight.append(arrays)
+        if len(self.in_flight) == LAYERS_IN_FLIGHT:
+            mx.eval(self.in_flight.popleft())
 
 
-class _Places:
-    """Where one row's placeholders are, and all its positions."""
-
-    def __init__(self, row: PromptRow, first: int):
-        self.columns = np.concatenate([np.arange(p.start, p.stop) for p in row.placeholders] or [np.zeros(0, int)])
-        count = 0 if row.embeddings is None else len(row.embeddings)
-        if count != len(self.columns):
-            raise InputError(
-                "embeddings_mismatch",
-                f"there must be one embedding for each placeholder; there are {count} for {len(self.columns)}",
-            )
-        self.embeddings, self.first = row.embeddings, first
-        self.positions = positions(len(row.tokens), row.placeholders, first)
+def _placeholder_columns(row: PromptRow) -> np.ndarray:
+    """(n,) columns of a row's placeholders, each with an embedding."""
+    columns = np.array([column for p in row.placeholders for column in range(p.start, p.stop)], np.int32)
+    count = 0 if row.embeddings is None else len(row.embeddings)
+    if count != len(columns):
+        raise InputError(
+            "embeddings_mismatch",
+            f"there must be one embedding for each placeholder; there are {count} for {len(columns)}",
+        )
+    return columns
 
 
-def _looks(places: Sequence[_Places], start: int, width: int) -> tuple[Visual | None, np.ndarray | None]:
-    """What a chunk of columns shows, and its positions; neither for prompts of text, which go on counting."""
-    if not any(len(row.columns) for row in places):
-        return None, None
-    table = np.zeros((3, len(places), width), np.int32)
-    rows, columns, embeddings = [], [], []
-    for i, row in enumerate(places):
-        own = row.positions[:, start : start + width]
-        table[:, i, : own.shape[1]] = own
-        low, high = np.searchsorted(row.columns, (start, start + width))
-        if low < high:
-            rows.append(np.full(high - low, i))
-            columns.append(row.columns[low:high] - start)
+def _position_table(rows: Sequence[PromptRow], longest: int, firsts: Sequence[int]) -> np.ndarray | None:
+    """(3, B, longest) int32 positions, 0 at padding; None for prompts of text alone, which count on."""
+    if not any(row.placeholders for row in rows):
+        return None
+    table = np.zeros((3, len(rows), longest), np.int32)
+    for i, (row, first) in enumerate(zip(rows, firsts, strict=True)):
+        table[:, i, : len(row.tokens)] = positions(len(row.tokens), row.placeholders, first)
+    return table
+
+
+def _visual(rows: Sequence[PromptRow], columns: Sequence[np.ndarray], start: int, stop: int) -> Visual | None:
+    """The embeddings for the placeholders in columns `start` to `stop`, which are a chunk; None if it has none."""
+    owners, own_columns, embeddings = [], [], []
+    for i, (row, own) in enumerate(zip(rows, columns, strict=True)):
+        low, high = np.searchsorted(own, (start, stop))
+        if row.embeddings is not None and low < high:
+            owners += [i] * (high - low)
+            own_columns.append(own[low:high] - start)
             embeddings.append(row.embeddings[low:high])
-    if not rows:
-        return None, table
-    indices = [np.concatenate(part).astype(np.int32) for part in (rows, columns)]
-    assert indices[1].max() < width, "MLX writes to wherever an index says"
-    return Visual(*map(mx.array, indices), mx.concatenate(embeddings)), table
+    if not embeddings:
+        return None
+    return Visual(mx.array(owners), mx.array(np.concatenate(own_columns)), mx.concatenate(embeddings))

@@ -1,7 +1,7 @@
-"""Logits -> the processed distribution -> a token. One function each, used by everything that generates.
+"""Logits -> the processed distribution -> a token.
 
-The noise of a sample depends on (seed, position) alone, position being the token's place in its sequence. So the same
-seed gives the same text however the tokens are produced: alone, in a batch, or several at a time.
+The noise of a sample depends on its seed and on the token's position in its sequence alone. So a seed gives the same
+text alone, in a batch, and with drafts.
 """
 
 import math
@@ -97,13 +97,13 @@ PRESETS = {
 
 
 def process(logits: mx.array, sampling: Sampling, counts: mx.array | None = None, vocabulary: int = 0) -> mx.array:
-    """The distribution a token is sampled from: (B, V) logits -> (B, V) float32 log-probabilities, -inf where cut off.
+    """(B, V) logits -> (B, V) float32 log-probabilities to sample from, -inf where cut off.
 
-    Order, as in transformers: bias and penalties, temperature, top-k, top-p, min-p, each on what the one before left.
+    In transformers' order: bias and penalties, temperature, top-k, top-p, min-p, each of the distribution before it.
 
     Args:
-        counts: (B, V) how often each token was generated; None while none was or nothing is penalised.
-        vocabulary: the tokenizer's size. The rows of the head beyond it are padding and never sampled; 0: none are.
+        counts: (B, V) how often each token was generated; None for no token or no penalty.
+        vocabulary: the tokenizer's size. The LM head's rows beyond it are padding, never sampled; 0: there are none.
     """
     logits = penalise(logits, sampling, counts, vocabulary)
     if sampling.temp == 0:
@@ -113,12 +113,12 @@ def process(logits: mx.array, sampling: Sampling, counts: mx.array | None = None
     if not 0 < sampling.top_k < logits.shape[-1]:
         return _cut(_normalise(logits), sampling)
     ids = mx.argpartition(-logits, kth=sampling.top_k - 1, axis=-1)[..., : sampling.top_k]
-    kept = _cut(_normalise(mx.take_along_axis(logits, ids, axis=-1)), sampling)
-    return mx.put_along_axis(mx.full(logits.shape, -mx.inf), ids, kept, axis=-1)
+    logprobs = _cut(_normalise(mx.take_along_axis(logits, ids, axis=-1)), sampling)
+    return mx.put_along_axis(mx.full(logits.shape, -mx.inf), ids, logprobs, axis=-1)
 
 
 def penalise(logits: mx.array, sampling: Sampling, counts: mx.array | None, vocabulary: int) -> mx.array:
-    """Bias and penalties, in float32; padding rows of the vocabulary to -inf."""
+    """Bias and penalties, in float32. The vocabulary's padding becomes -inf."""
     logits = logits.astype(mx.float32)
     if 0 < vocabulary < logits.shape[-1]:
         logits = mx.where(mx.arange(logits.shape[-1]) < vocabulary, logits, -mx.inf)
@@ -127,11 +127,10 @@ def penalise(logits: mx.array, sampling: Sampling, counts: mx.array | None, voca
         logits = logits.at[:, ids].add(mx.array(list(sampling.logit_bias.values()), mx.float32))
     if counts is None or not sampling.penalises:
         return logits
-    seen = counts > 0
-    factor = sampling.repetition_penalty
+    generated, factor = counts > 0, sampling.repetition_penalty
     scaled = mx.where(logits < 0, logits * factor, logits / factor)
-    logits = mx.where(seen, scaled, logits)
-    return logits - sampling.presence_penalty * seen - sampling.frequency_penalty * counts
+    logits = mx.where(generated, scaled, logits)
+    return logits - sampling.presence_penalty * generated - sampling.frequency_penalty * counts
 
 
 def _normalise(logits: mx.array) -> mx.array:
@@ -139,13 +138,13 @@ def _normalise(logits: mx.array) -> mx.array:
 
 
 def _cut(logprobs: mx.array, sampling: Sampling) -> mx.array:
-    """Top-p, then min-p, normalised again after each. A row's best token always stays."""
+    """Top-p, then min-p, each normalised again. A row's most probable token always stays."""
     if sampling.top_p < 1:
         order = mx.argsort(logprobs, axis=-1)
         sums = mx.cumsum(mx.take_along_axis(mx.exp(logprobs), order, axis=-1), axis=-1)  # from the least probable on
-        kept = (sums > 1 - sampling.top_p) | (mx.arange(order.shape[-1]) == order.shape[-1] - 1)
-        kept = mx.put_along_axis(mx.zeros(order.shape, mx.bool_), order, kept, axis=-1)
-        logprobs = _normalise(mx.where(kept, logprobs, -mx.inf))
+        stays = (sums > 1 - sampling.top_p) | (mx.arange(order.shape[-1]) == order.shape[-1] - 1)
+        stays = mx.put_along_axis(mx.zeros(order.shape, mx.bool_), order, stays, axis=-1)
+        logprobs = _normalise(mx.where(stays, logprobs, -mx.inf))
     if sampling.min_p > 0:
         least = logprobs.max(axis=-1, keepdims=True) + math.log(sampling.min_p)
         logprobs = _normalise(mx.where(logprobs < least, -mx.inf, logprobs))
@@ -153,18 +152,18 @@ def _cut(logprobs: mx.array, sampling: Sampling) -> mx.array:
 
 
 def noise(vocabulary: int, seed: int, position: int) -> mx.array:
-    """(V,) float32 standard Gumbel noise, a function of seed and position; both below 2**32."""
+    """(V,) float32 standard Gumbel noise, a function of seed and position, both below 2**32."""
     return mx.random.gumbel((vocabulary,), key=mx.random.key(seed << 32 | position))
 
 
 class Sampler:
-    """Draws the tokens of B sequences and counts them for the penalties.
+    """Samples the tokens of B sequences and counts them for the penalties.
 
     Args:
-        sampling: of all rows, or one for each.
+        sampling: for all rows, or one for each.
         seeds: one for each row, 0 to 2**32 - 1.
-        positions: the place of the next token in each row's sequence.
-        vocabulary: the tokenizer's size, see process.
+        positions: the next token's position in each row's sequence.
+        vocabulary: the tokenizer's size, see `process`.
     """
 
     def __init__(
@@ -173,21 +172,21 @@ class Sampler:
         self.sampling = [sampling] * len(seeds) if isinstance(sampling, Sampling) else list(sampling)
         self.vocabulary = vocabulary
         self.seeds, self.positions = [check_seed(seed) for seed in seeds], list(positions)
-        self.counts: mx.array | None = None  # (B, V), once something is penalised
+        self.counts: mx.array | None = None  # (B, V), if there are penalties
         self._width = 0  # of logits: V
-        self._noise: dict[tuple[int, int], mx.array] = {}  # (V,) by seed and position, from the next token on
+        self._noise: dict[tuple[int, int], mx.array] = {}  # (V,) by seed and position, for the next tokens
 
     def sample(self, logits: mx.array) -> mx.array:
-        """(B, V) -> (B,) the next tokens, which are committed; lazy."""
+        """(B, V) -> (B,) the next tokens, committed; lazy."""
         tokens = self.peek(logits[:, None])
         self.commit(tokens)
         return tokens[:, 0]
 
     def peek(self, logits: mx.array, drafted: mx.array | None = None) -> mx.array:
-        """(B, n, V) -> (B, n): the tokens that would be sampled if `drafted` (B, m) came first.
+        """(B, n, V) -> (B, n) the next tokens, not committed; lazy.
 
-        The last of the n tokens stands behind all of the drafted, the one before it behind all but one, and so on.
-        Commits nothing; lazy.
+        drafted: (B, m) tokens assumed to come first. The last of the n tokens follows all of them, the one before it
+        all but the last, and so on.
         """
         if all(sampling == self.sampling[0] for sampling in self.sampling):
             return self._peek(logits, drafted, slice(None))
@@ -195,7 +194,7 @@ class Sampler:
         return mx.concatenate([self._peek(logits[r], None if drafted is None else drafted[r], r) for r in rows])
 
     def commit(self, tokens: mx.array, counts: Sequence[int] | None = None) -> None:
-        """Go on behind the first counts[i] of row i's tokens (B, n); None: behind all."""
+        """Append the first counts[i] of row i's tokens (B, n) to its sequence; None appends all."""
         B, n = tokens.shape
         committed = [n] * B if counts is None else list(counts)
         self.positions = [position + m for position, m in zip(self.positions, committed, strict=True)]
@@ -209,7 +208,7 @@ class Sampler:
             self.counts = before.at[mx.arange(B)[:, None], tokens].add(each)
 
     def _peek(self, logits: mx.array, drafted: mx.array | None, rows: slice) -> mx.array:
-        """Rows that share their sampling."""
+        """`peek` for rows of the same sampling."""
         sampling = self.sampling[rows][0]
         B, n, V = logits.shape
         self._width = V
@@ -220,20 +219,20 @@ class Sampler:
             counts = mx.stack([_counted(before, drafted, first + i) for i in range(n)], axis=1).reshape(B * n, V)
         if sampling.temp == 0:
             return mx.argmax(penalise(flat, sampling, counts, self.vocabulary), axis=-1).reshape(B, n)
-        places = zip(self.seeds[rows], self.positions[rows], strict=True)
-        gumbel = [self._noise_at(V, seed, position + first + i) for seed, position in places for i in range(n)]
+        nexts = zip(self.seeds[rows], self.positions[rows], strict=True)
+        gumbel = [self._noise_at(V, seed, position + first + i) for seed, position in nexts for i in range(n)]
         sampled = mx.argmax(process(flat, sampling, counts, self.vocabulary) + mx.stack(gumbel), axis=-1)
         return sampled.reshape(B, n)
 
     def _noise_at(self, vocabulary: int, seed: int, position: int) -> mx.array:
-        """The same array for a guess at a token and for the token."""
+        """The noise of a position: the same array for a drafted token and for the sampled one."""
         if (seed, position) not in self._noise:
             self._noise[seed, position] = noise(vocabulary, seed, position)
         return self._noise[seed, position]
 
 
 def _counted(counts: mx.array, drafted: mx.array | None, m: int) -> mx.array:
-    """(B, V) counts, with the first m of the drafted tokens (B, ...) among them."""
+    """(B, V) counts, plus the first m of the drafted tokens (B, ...)."""
     if drafted is None or m == 0:
         return counts
     return counts.at[mx.arange(len(counts))[:, None], drafted[:, :m]].add(1.0)

@@ -10,7 +10,8 @@ from mlx_qwen35.engine.generation import Result, start
 from mlx_qwen35.engine.options import Options, check_options
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.model import Model
-from mlx_qwen35.prompt.processor import Messages, Piece, Processor
+from mlx_qwen35.prompt.processor import Messages, Processor
+from mlx_qwen35.prompt.stream import Piece
 from mlx_qwen35.values import shown
 
 

@@ -1,10 +1,9 @@
-"""Softmax attention whose scores never take more than a stated number of bytes, nor one launch more than a stated time.
+"""Softmax attention with a bound on the bytes of its scores and on the time of a launch.
 
-MLX's own kernels do the work on a GPU. For many queries of heads of 256 it writes the scores out unless told not to:
-that is done where they take few bytes, being faster (so its authors); where they would take many, the kernel that keeps
-them on the chip is asked for, or where there is none, tiles of queries are taken. On the CPU MLX takes exp of every
-score one by one; there the tiles are computed here, each with the keys that it sees, which also halves the work of a
-causal prompt.
+On a GPU MLX's kernels compute it. For many queries of heads of 256 MLX writes the scores to memory, which is faster (so
+its authors), and here stays so while they are few. For more, MLX's kernel that keeps them on the chip is forced; where
+MLX has none, the queries are cut into tiles. On the CPU MLX computes exp one score at a time, so cpu.py computes the
+tiles, each over the keys that its queries attend to, which halves the work of a causal prompt.
 """
 
 import functools
@@ -13,15 +12,14 @@ from collections.abc import Iterator
 import mlx.core as mx
 
 from mlx_qwen35.backend import backend
-from mlx_qwen35.kernels import cpu
-from mlx_qwen35.kernels.fused import Case, agrees
+from mlx_qwen35.kernels import cpu, fused
 from mlx_qwen35.kernels.products import shortened
 
-SCORE_BYTES = 16 << 20  # of float32 scores at a time, where MLX writes them out on a GPU
-LEAST_ROWS = 16  # of such a tile: each reads all keys and values again
-FUSED_HEAD_DIMS = (64, 80, 128)  # of these MLX by itself writes no scores, however many queries
-LAUNCH_FLOPS = 2e11  # of one launch that writes no scores: a tenth of a second on an M1
-FEW_QUERIES = 8  # up to here it writes none for any heads
+SCORE_BYTES = 16 << 20  # of float32 scores at a time, where MLX writes them to a GPU's memory
+LEAST_ROWS = 16  # of a tile, since each tile reads all keys and values again
+FUSED_HEAD_DIMS = (64, 80, 128)  # for which MLX writes no scores, however many queries
+LAUNCH_FLOPS = 2e11  # of a launch that writes no scores: a tenth of a second on an M1
+FEW_QUERIES = 8  # for which MLX writes no scores, whatever the heads
 
 
 def attention(q: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None) -> mx.array:
@@ -34,32 +32,32 @@ def attention(q: mx.array, keys: mx.array, values: mx.array, scale: float, mask:
     forced = not on_cpu and _worth_forcing(q, S) and fused_self_check(q.shape[3], q.dtype)
     rows = cpu.tile_rows(q.shape, S) if on_cpu else tile_rows(q.shape, S, forced)
     plain = T < cpu.MANY_QUERIES or not on_cpu or isinstance(mask, mx.array)
-    tiles = []
+    tiles: list[mx.array] = []
     for start in range(0, T, rows):
         stop = min(start + rows, T)
         seen = S - T + stop if mask == "causal" else S
-        # One after the other: MLX would compute all tiles side by side, and hold the scores of all.
+        # In sequence: else MLX computes all tiles side by side, and holds the scores of all.
         queries = mx.depends(q[:, :, start:stop], tiles[-1:]) if tiles else q[:, :, start:stop]
-        part = (queries, keys[:, :, :seen], values[:, :, :seen], scale)
+        part = queries, keys[:, :, :seen], values[:, :, :seen]
         if plain:
             rule = mask[:, :, start:stop] if isinstance(mask, mx.array) else mask
-            force = {"force_fused": True} if forced and stop - start > FEW_QUERIES else {}
-            tiles.append(mx.fast.scaled_dot_product_attention(*part[:3], scale=scale, mask=rule, **force))
+            force = forced and stop - start > FEW_QUERIES
+            tiles.append(mx.fast.scaled_dot_product_attention(*part, scale=scale, mask=rule, force_fused=force))
         else:
-            tiles.append(cpu.attention_tile(*part, causal=mask == "causal"))
+            tiles.append(cpu.attention_tile(*part, scale, causal=mask == "causal"))
     return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)
 
 
 def _worth_forcing(q: mx.array, S: int) -> bool:
-    """Whether MLX would write out so many scores that the kernel without them is worth its lower speed."""
+    """Whether MLX would write so many scores that the slower kernel without them is worth it."""
     B, H, T, D = q.shape
     return D not in FUSED_HEAD_DIMS and T > FEW_QUERIES and 4 * B * H * T * S > SCORE_BYTES
 
 
 def tile_rows(shape: tuple[int, ...], S: int, fused: bool) -> int:
-    """How many queries of (B, H, T, D) go at a time over S keys on a GPU; fused: no scores are written, by force."""
+    """Queries of (B, H, T, D) to a tile on a GPU, over S keys. fused: MLX is forced to write no scores."""
     B, H, _, D = shape
-    row = 4 * B * H * S  # bytes of scores; and times D the operations on them
+    row = 4 * B * H * S  # bytes of a query's scores; times D, the operations on them
     if fused or D in FUSED_HEAD_DIMS:
         return max(1, int(LAUNCH_FLOPS / (row * D)))
     return max(LEAST_ROWS, SCORE_BYTES // row)
@@ -87,29 +85,27 @@ def attention_impl(D: int, dtype: mx.Dtype) -> str:
 
 @functools.cache
 def fused_self_check(D: int, dtype: mx.Dtype) -> bool:
-    """Whether MLX has a kernel for many queries of heads of D that writes no scores, and it agrees with the definition.
+    """Whether MLX has a kernel without scores for many queries of heads of D that agrees with the definition.
 
-    Where there is none, tiles are taken, and nothing is lost but some speed; one that disagrees is told of.
+    Warns once if the kernel differs. Where MLX has none, tiles take its place, which are slower.
     """
     if not backend().fused_kernels:
         return False
-    draw = functools.partial(mx.random.normal, stream=mx.cpu)
-    q, k, v = (draw((1, heads, 40, D), key=mx.random.key(i)).astype(dtype) for i, heads in enumerate((4, 2, 2)))
+    q, k, v = (x.astype(dtype) for x in fused.normal_arrays((1, 4, 40, D), (1, 2, 40, D), (1, 2, 40, D)))
     try:
-        fused = mx.fast.scaled_dot_product_attention(q, k, v, scale=D**-0.5, mask="causal", force_fused=True)
-    except ValueError:  # there is none for these heads on this machine
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=D**-0.5, mask="causal", force_fused=True)
+    except ValueError:  # MLX has none for these heads on this machine
         return False
 
-    def cases() -> Iterator[Case]:
-        digits = mx.float16 if dtype == mx.float32 and shortened() else dtype  # its products' too, then
-        step = {mx.float32: 1e-4, mx.float16: 4e-3, mx.bfloat16: 3.2e-2}[digits]
-        yield "output", fused, _definition(q, k, v), step
+    def cases() -> Iterator[fused.Case]:
+        digits = mx.float16 if dtype == mx.float32 and shortened() else dtype
+        yield "output", out, _definition(q, k, v), max(1e-4, 2 * fused.ROUNDING[digits])
 
-    return agrees("attention without scores (force_fused)", cases)
+    return fused.agrees("attention without scores (force_fused)", cases)
 
 
 def _definition(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-    """Causal attention of (1, H, T, D) by sums in float32: a matrix product's digits would be the machine's choice."""
+    """Causal attention of (1, H, T, D) by float32 sums alone, since a machine may shorten matrix products."""
     k, v = (mx.repeat(x.astype(mx.float32), q.shape[1] // x.shape[1], axis=1) for x in (k, v))
     scores = (q.astype(mx.float32)[..., None, :] * k[:, :, None]).sum(-1) * q.shape[3] ** -0.5
     weights = mx.softmax(scores + mx.triu(mx.full(scores.shape[2:], -mx.inf), 1), axis=-1)

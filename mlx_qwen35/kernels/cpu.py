@@ -1,9 +1,9 @@
-"""What only a CPU needs: exp of many elements, attention over many queries, and the sizes at which either pays.
+"""For the CPU backend alone: exp of many elements, attention over many queries, and the sizes at which each pays.
 
-MLX's CPU backend computes exp one element after the other, about 20 ns each, so that in reading a prompt the sigmoids
-took longer than the matrix products. Sums, products and conversions it vectorises, 0.15 ns each: here exp is made of
-those. They go over a piece of the elements at a time: MLX takes each result's memory from the system, and large ones
-come in pages that the system clears first, which costs several times the arithmetic.
+MLX's CPU backend computes exp one element at a time, about 20 ns each: in prefill the sigmoids took longer than the
+matrix products. It vectorises sums, products and conversions, 0.15 ns each, so exp is made of those. They run over one
+piece of the elements after the other: MLX takes each result's memory from the system, which clears the pages of large
+results first, and that costs several times the arithmetic.
 """
 
 import math
@@ -11,23 +11,23 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-MANY = 1 << 14  # elements, from which a dozen passes of vectorised operations beat one of exp
+MANY = 1 << 14  # elements from which a dozen vectorised passes beat one of exp
 PIECE = 1 << 18  # elements that stay in the caches
-SCORE_BYTES = 8 << 20  # of float32 scores at a time; what is made of them takes four times as much
-TILE_ROWS = 128  # queries of a tile, whose scores then stay in the caches
-MANY_QUERIES = 16  # from here on attention goes by tiles
-# Unpacking a matrix costs as much as seven packed rows: with a fast BLAS that pays from 8 rows (64 rows: 7.7 times
-# faster), with the reference BLAS of the Linux wheel never quite (16 rows: 1.3 times slower, 64: 1.06). Measured:
-# (rows, 2560) by (9216, 2560), 4 bit, two cores.
+SCORE_BYTES = 8 << 20  # of float32 scores at a time; with all that is computed of them, four times as much
+TILE_ROWS = 128  # queries of a tile whose scores stay in the caches
+MANY_QUERIES = 16  # from here on attention is computed in tiles
+# Dequantizing a matrix costs as much as seven rows of a quantized product. With a fast BLAS it pays from 8 rows on (64
+# rows: 7.7 times faster), with the reference BLAS of the Linux wheel never quite (16 rows: 1.3 times slower, 64: 1.06).
+# Measured: (rows, 2560) by (9216, 2560), 4 bit, two cores.
 MANY_ROWS = 12  # between the two
-UNPACKED = 1 << 25  # elements at a time: 134 MB in float32
+UNPACKED = 1 << 25  # dequantized elements at a time: 134 MB in float32
 
-_ROUND = 1.5 * 2.0**23  # x + _ROUND has no room for a fraction, and keeps the integer in its lowest bits
+_ROUND = 1.5 * 2.0**23  # x + _ROUND has no bits for a fraction, and holds the integer in its lowest bits
 _TERMS = (0.00132647272, 0.00967151281, 0.05550733745, 0.24022242083, 0.69314697760, 1.0)  # of 2^f, within 1e-7
 
 
 def exp(x: mx.array) -> mx.array:
-    """exp(x) of x's dtype. Of many float32 elements within 4e-6 of itself, kept inside 2^-126..2^126."""
+    """exp(x) of x's dtype. For many float32 elements within 4e-6 of it, and clipped to 2^-126..2^126."""
     return _by_pieces(lambda x: _exp2(x * math.log2(math.e)), x) if _many(x) else mx.exp(x)
 
 
@@ -50,7 +50,7 @@ def _by_pieces(function: Callable[[mx.array], mx.array], x: mx.array) -> mx.arra
         return function(x)
     done: list[mx.array] = []
     for piece in mx.split(x.reshape(-1), range(PIECE, x.size, PIECE)):
-        # One after the other: MLX would take the first step of all pieces, then the second, and lose what is at hand.
+        # In sequence: else MLX does the first step of all pieces, then the second, and none stays in the caches.
         done.append(function(mx.depends(piece, done[-1]) if done else piece))
     return mx.concatenate(done).reshape(x.shape)
 
@@ -61,7 +61,7 @@ def _one_plus_exp(x: mx.array) -> mx.array:
 
 
 def _exp2(x: mx.array) -> mx.array:
-    """2^x as 2^n 2^f with n the nearest integer, which is added to the exponent's bits."""
+    """2^x as 2^n 2^f, with n the nearest integer, added to the bits of the exponent."""
     x = mx.clip(x, -126.0, 126.0)
     rounded = x + _ROUND
     f = x - (rounded - _ROUND)
@@ -72,13 +72,13 @@ def _exp2(x: mx.array) -> mx.array:
 
 
 def tile_rows(shape: tuple[int, ...], S: int) -> int:
-    """How many queries of (B, H, T, D) go at a time over S keys."""
+    """Queries of (B, H, T, D) to a tile, over S keys."""
     B, H, _, _ = shape
     return max(1, min(TILE_ROWS, SCORE_BYTES // (4 * B * H * S)))
 
 
 def attention_tile(q: mx.array, keys: mx.array, values: mx.array, scale: float, causal: bool) -> mx.array:
-    """Some queries over all the given keys, of which, when causal, the last query sees all and each before one less."""
+    """Queries (B, H, T, D) over S keys. causal: the last query attends to all keys, each before it to one fewer."""
     B, H, T, D = q.shape
     Hk, S = keys.shape[1:3]
     rows = (q.astype(mx.float32) * scale).reshape(B, Hk, -1, D)

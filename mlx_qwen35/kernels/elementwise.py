@@ -1,4 +1,4 @@
-"""Elementwise functions as the backend does them best."""
+"""Elementwise functions, each as it is fastest on the backend."""
 
 import functools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from mlx_qwen35.kernels import cpu
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of elementwise operations, one launch where the backend compiles."""
+    """Decorator for a function of elementwise operations: one launch where the backend compiles."""
     one_launch = mx.compile(function)
 
     @functools.wraps(function)

@@ -1,6 +1,6 @@
-"""Launch the kernels of this folder, and check them: `<name>.metal` is the body of a kernel, MLX writes its signature.
+"""Launches and self-checks of the kernels. `<name>.metal` is the body of a kernel; MLX writes its signature.
 
-On an NVIDIA GPU the same body is compiled as CUDA, behind metal.cuh, which defines there what it uses of Metal.
+On an NVIDIA GPU the same body is compiled as CUDA, behind metal.cuh, which defines the part of Metal that it uses.
 """
 
 import functools
@@ -17,38 +17,42 @@ import mlx.core as mx
 
 from mlx_qwen35.backend import backend
 
-Case = tuple[str, mx.array, mx.array, float | mx.array]  # an output's name, it, what it should be, the error allowed
+Case = tuple[str, mx.array, mx.array, float | mx.array]  # an output's name, the kernel's, the definition's, tolerance
+Shape = tuple[int, ...]
+# What rounding explains of the difference between two orders of the same sums, relative to the largest number.
+ROUNDING = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}
 
 
 @functools.cache
 def source(name: str, kind: str = "metal") -> str:
-    """The body of a kernel, or a header (kind: "cuh")."""
+    """The body of a kernel, or the text of a header (kind: "cuh")."""
     return files("mlx_qwen35.kernels").joinpath(f"{name}.{kind}").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel to be built: its name, body, inputs and outputs in order, and which inputs have no axes."""
+    """The text of a kernel, and the names of its inputs and outputs in order."""
 
     name: str
     body: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    scalars: tuple[str, ...]
+    scalars: tuple[str, ...]  # the inputs without axes
 
     def for_metal(self) -> Callable[..., list[mx.array]]:
-        names = {"input_names": list(self.inputs), "output_names": list(self.outputs)}
-        return mx.fast.metal_kernel(name=self.name, source=self.body, **names)
+        return mx.fast.metal_kernel(  # type: ignore[return-value]  # MLX's stub says object
+            name=self.name, input_names=list(self.inputs), output_names=list(self.outputs), source=self.body
+        )
 
     def for_cuda(self, dtypes: tuple[mx.Dtype, ...]) -> Callable[..., list[mx.array]]:
-        """dtypes: of the inputs. With the text they go into the name, by which MLX may keep what it has compiled."""
-        # What a header cannot define: an array shared by the threads is declared with the word that pointers to it have
-        # too; a pragma; and an input without axes, a reference on Metal, is a pointer.
+        """dtypes: of the inputs. The name holds a checksum of text and dtypes, since MLX may cache kernels by name."""
+        # A header cannot define three things: `threadgroup` declares shared arrays, and pointers to them; a pragma; and
+        # an input without axes is a reference in Metal, and a pointer in CUDA.
         body = re.sub(r"^( *)threadgroup (?=\w+ \w+\[)", r"\1__shared__ ", self.body, flags=re.MULTILINE)
         body = body.replace("#pragma clang loop unroll(full)", "#pragma unroll")
         body = "".join(f"const auto {name} = *{name}_pointer;\n" for name in self.scalars) + body
         header = source("metal", "cuh")
-        return mx.fast.cuda_kernel(
+        return mx.fast.cuda_kernel(  # type: ignore[return-value]  # MLX's stub says object
             name=f"{self.name}_{zlib.crc32(repr((header, body, dtypes)).encode()):08x}",
             input_names=[f"{name}_pointer" if name in self.scalars else name for name in self.inputs],
             output_names=list(self.outputs),
@@ -65,19 +69,19 @@ def _built(kernel: Kernel, dtypes: tuple[mx.Dtype, ...], language: str) -> Calla
 def launch(
     name: str,
     inputs: Mapping[str, mx.array | int | float],
-    outputs: Mapping[str, tuple[tuple[int, ...], mx.Dtype]],
+    outputs: Mapping[str, tuple[Shape, mx.Dtype]],
     template: Mapping[str, Any],
-    grid: tuple[int, int, int],
-    threadgroup: tuple[int, int, int],
+    grid: Shape,
+    threadgroup: Shape,
 ) -> list[mx.array]:
     """Run a kernel once over a grid of threads and return its outputs.
 
     Args:
         name: of the file, without .metal.
-        inputs: arrays, and numbers, which the kernel sees as int32 or float32.
+        inputs: arrays, and numbers, which the kernel reads as int32 or float32.
         outputs: shape and dtype of each; the kernel must write every byte.
         template: compile-time values: int, bool or dtype. Each set of values and dtypes is compiled once.
-        grid, threadgroup: both in threads. CUDA has no threadgroups that are not whole, so there they may be smaller.
+        grid, threadgroup: (x, y, z) in threads. CUDA needs whole threadgroups, so there they may become smaller.
     """
     arrays = {key: as_array(value) for key, value in inputs.items()}
     scalars = tuple(key for key, array in arrays.items() if array.ndim == 0)
@@ -105,10 +109,9 @@ def as_array(value: mx.array | int | float) -> mx.array:
 
 
 def agrees(name: str, cases: Callable[[], Iterable[Case]]) -> bool:
-    """Whether a kernel may be used here: `cases` runs it, and its definition, on small inputs.
+    """Whether a kernel may be used here. `cases` runs the kernel and its definition on small inputs.
 
-    A kernel that the machine's compiler refuses, or that computes something else, costs a warning and speed and never
-    an answer.
+    A kernel that does not compile, or differs, costs a warning and speed. It never costs a right answer.
     """
     if not backend().checks_kernels:
         return True
@@ -134,5 +137,11 @@ def _difference(name: str, ours: mx.array, definition: mx.array, allowed: float 
 
 
 def relative(step: float, definition: mx.array) -> mx.array:
-    """The error that `step` allows where the largest number is above 1: so many times that number."""
+    """The tolerance for an output: `step` times its largest magnitude, or times 1 where that is smaller."""
     return step * mx.maximum(1.0, mx.abs(definition.astype(mx.float32)).max())
+
+
+def normal_arrays(*shapes: Shape) -> list[mx.array]:
+    """Normally distributed float32 arrays, the same on every machine."""
+    keys = mx.random.split(mx.random.key(0), len(shapes))
+    return [mx.random.normal(shape, key=key, stream=mx.cpu) for shape, key in zip(shapes, keys, strict=True)]

@@ -1,16 +1,16 @@
-"""The core of a Gated DeltaNet layer as one launch of gated_delta.metal; gated_delta.py holds the definition.
+"""The core of a Gated DeltaNet layer as one launch of gated_delta.metal. gated_delta.py holds the definition.
 
-`delta_core` chooses between the two: the kernel runs on a GPU, once `self_check` has seen it agree there with the
-operations on a small case of the same geometry and dtype.
+`delta_core` chooses between the two: the kernel runs on a GPU, if it agrees with the definition on a small case of the
+same geometry and dtype (`self_check`).
 
-Letters as there: B batch, T tokens, Hk/Hv key/value heads, Dk/Dv head sizes, C = 2 Hk Dk + Hv Dv channels, K taps.
+Letters as in gated_delta.py: B batch, T tokens, Hk/Hv key/value heads, Dk/Dv head sizes, C = 2 Hk Dk + Hv Dv channels,
+K taps.
 """
 
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import mlx.core as mx
 
@@ -24,10 +24,10 @@ from mlx_qwen35.kernels.gated_delta import (
     stepwise_gated_delta,
 )
 
-THREADS = 512  # of a threadgroup at most: with more a thread has too few registers for its part of the state
-MEMORY = 32 << 10  # bytes of threadgroup memory at most
+THREADS = 512  # the most of a threadgroup: with more, a thread has too few registers for its part of the state
+MEMORY = 32 << 10  # the most bytes of threadgroup memory
 SIMD = 32
-STAGED = 16  # tokens at a time where there is more than one
+STAGED = 16  # tokens staged at a time in a call of several
 
 
 @dataclass(frozen=True)
@@ -53,27 +53,27 @@ class Heads:
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """How the threads of a threadgroup share the state of a head. No choice but `parts` shows in the results' bits."""
+    """How the threads of a threadgroup share the state of a head. Of the choices only `parts` affects the bits."""
 
     lanes: int  # threads that share a row
     rows: int  # rows that a thread has a share of
-    parts: int  # sums that the product of a row is put together from: of Dk only
+    parts: int  # partial sums of a row's product, set by Dk alone
     staged: int  # tokens whose q, k, v lie in threadgroup memory at a time
 
     def threads(self, heads: Heads) -> int:
         return heads.Dv // self.rows * self.lanes
 
     def memory(self, heads: Heads) -> int:
-        """Bytes of threadgroup memory: q, k, v of the staged tokens, five scalars each, and the conv taps for many."""
+        """Bytes of threadgroup memory: q, k, v and five scalars of each staged token, and the conv taps if several."""
         numbers = 2 * heads.Dk + heads.Dv
         return 4 * (self.staged * (numbers + 5) + (heads.K * numbers if self.staged > 1 else 4))
 
 
 def launch_plan(heads: Heads, T: int, lanes: int | None = None, staged: int | None = None) -> LaunchPlan | None:
-    """The plan for T tokens, or None where this geometry does not fit; `lanes` and `staged` override the choice.
+    """The plan for T tokens; None for a geometry that does not fit. `lanes` and `staged` override the choice.
 
-    One token: 4 lanes a row, the fewest exchanges between lanes. More: 8 lanes with two rows each, which halves what
-    is read from threadgroup memory.
+    One token takes 4 lanes a row, which exchange least. Several take 8 lanes with two rows each, which halves the reads
+    from threadgroup memory.
     """
     parts = next((parts for parts in (8, 4, 2, 1) if heads.Dk % (4 * parts) == 0), 0)
     if not parts or heads.Dv % 4 or heads.K < 2:
@@ -94,73 +94,67 @@ def fused_gated_delta(
     weights: DeltaWeights,
     state: DeltaState,
     lengths: mx.array | None = None,
-    snapshots: bool = False,
+    stepwise: bool = False,
     lanes: int | None = None,
     staged: int | None = None,
 ) -> tuple[mx.array, DeltaState]:
-    """Run the core over T tokens and return (B, T, Hv Dv) in the dtype of the projections, and the new state.
+    """Run the kernel over T tokens and return (B, T, Hv Dv) in the dtype of the projections, and the new state.
 
     Args:
         projected: the tokens, whole: [q k v z b a] (B, T, C + Hv Dv + 2 Hv), or [q k v z] (B, T, C + Hv Dv) and
             [b a] (B, T, 2 Hv). A slice of a larger array would be copied. conv_state has the first's dtype.
         lengths: (B,) int32. The first lengths[i] tokens of row i count, the rest is padding: it changes no state,
             and its output is 0. None: no padding.
-        snapshots: return the state after each token: conv_state (B, T, K - 1, C), recurrent_state (B, T, Hv, Dv, Dk).
+        stepwise: return the state after each token: conv_state (B, T, K - 1, C), recurrent_state (B, T, Hv, Dv, Dk).
             Padding repeats the last.
-        lanes, staged: see `plan`, which must not be None.
+        lanes, staged: see `launch_plan`, which must not be None.
     """
-    B, T, _ = projected[0].shape
+    B, T, width = projected[0].shape
     heads = Heads.of(weights.conv, state.recurrent_state)
-    chosen = launch_plan(heads, T, lanes, staged)
-    assert chosen is not None, f"no plan for {heads}"
+    plan = launch_plan(heads, T, lanes, staged)
+    assert plan is not None, f"no plan for {heads}"
+    assert fits([array.shape[-1] for array in projected], heads), f"{width} for {heads}"
     assert state.conv_state.dtype == projected[0].dtype, "conv_state has the dtype of the projected tokens"
-    width = projected[0].shape[-1]
-    assert width == heads.C + heads.Hv * heads.Dv + (2 * heads.Hv if len(projected) == 1 else 0), f"{width} for {heads}"
-    inputs: dict[str, mx.array | int | float] = {
-        "projected": projected[0],
-        "gates": projected[-1],
-        "window": state.conv_state,
-        "conv": weights.conv,
-        "A_log": weights.A_log,
-        "dt_bias": weights.dt_bias,
-        "norm": weights.norm,
-        "state": state.recurrent_state,
-        "lengths": mx.array([T] * B, mx.int32) if lengths is None else lengths,  # from the host: no launch
-        "tokens": T,
-        "epsilon": weights.eps,
-    }
-    P = T if snapshots else 1
-    outputs = {
-        "y": ((B, T, heads.Hv * heads.Dv), projected[0].dtype),
-        "new_window": ((B, P, *state.conv_state.shape[1:]), projected[0].dtype),
-        "new_state": ((B, P, *state.recurrent_state.shape[1:]), mx.float32),
-    }
-    template = {
-        "Element": projected[0].dtype,
-        "ALIGNED": width % 4 == 0,  # so that four channels of any token can be read at once
-        "GATES_APART": len(projected) == 2,
-        "SNAPSHOTS": snapshots,
-        **_constants(heads, chosen),
-    }
-    threads = chosen.threads(heads)
-    grid, threadgroup = (threads, heads.Hv, B), (threads, 1, 1)
-    y, conv_state, recurrent_state = fused.launch("gated_delta", inputs, outputs, template, grid, threadgroup)
-    after = DeltaState(conv_state, recurrent_state)
-    return y, after if snapshots else DeltaState(*(array.squeeze(1) for array in after))
-
-
-def _constants(heads: Heads, chosen: LaunchPlan) -> dict[str, Any]:
-    return {
-        "KEY_HEADS": heads.Hk,
-        "VALUE_HEADS": heads.Hv,
-        "KEY_DIM": heads.Dk,
-        "VALUE_DIM": heads.Dv,
-        "TAPS": heads.K,
-        "LANES": chosen.lanes,
-        "ROWS": chosen.rows,
-        "PARTS": chosen.parts,
-        "STAGED": chosen.staged,
-    }
+    states, threads = T if stepwise else 1, plan.threads(heads)
+    y, *after = fused.launch(
+        "gated_delta",
+        inputs={
+            "projected": projected[0],
+            "gates": projected[-1],
+            "window": state.conv_state,
+            "conv": weights.conv,
+            "A_log": weights.A_log,
+            "dt_bias": weights.dt_bias,
+            "norm": weights.norm,
+            "state": state.recurrent_state,
+            "lengths": mx.array([T] * B, mx.int32) if lengths is None else lengths,  # from the host: no launch
+            "tokens": T,
+            "epsilon": weights.eps,
+        },
+        outputs={
+            "y": ((B, T, heads.Hv * heads.Dv), projected[0].dtype),
+            "new_window": ((B, states, *state.conv_state.shape[1:]), projected[0].dtype),
+            "new_state": ((B, states, *state.recurrent_state.shape[1:]), mx.float32),
+        },
+        template={
+            "Element": projected[0].dtype,
+            "ALIGNED": width % 4 == 0,  # so that four channels of any token can be read at once
+            "GATES_APART": len(projected) == 2,
+            "SNAPSHOTS": stepwise,
+            "KEY_HEADS": heads.Hk,
+            "VALUE_HEADS": heads.Hv,
+            "KEY_DIM": heads.Dk,
+            "VALUE_DIM": heads.Dv,
+            "TAPS": heads.K,
+            "LANES": plan.lanes,
+            "ROWS": plan.rows,
+            "PARTS": plan.parts,
+            "STAGED": plan.staged,
+        },
+        grid=(threads, heads.Hv, B),
+        threadgroup=(threads, 1, 1),
+    )
+    return y, DeltaState(*(after if stepwise else (array.squeeze(1) for array in after)))
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
@@ -172,19 +166,19 @@ def delta_core(
     weights: DeltaWeights,
     state: DeltaState,
     lengths: mx.array | None = None,
-    snapshots: bool = False,
+    stepwise: bool = False,
 ) -> tuple[mx.array, DeltaState]:
-    """Projections to gated output: by the kernel where it is enabled, else by operations.
+    """Projections to gated output, by the kernel where it is enabled, else by operations.
 
-    projected: the products of the projections as they come; `split` makes q k v, z, b, a of them. snapshots: return the
-    state after each token, see fused_gated_delta.
+    projected: the products of the projections; `split` makes q k v, z, b, a of them. stepwise: return the state after
+    each token, see `fused_gated_delta`.
     """
     heads = Heads.of(weights.conv, state.recurrent_state)
     widths = [array.shape[-1] for array in projected]
     if backend().fused_kernels and fits(widths, heads) and self_check(heads, projected[0].dtype):
-        return fused_gated_delta(projected, weights, state, lengths, snapshots)
-    core = stepwise_gated_delta if snapshots else gated_delta
-    return core(*split(projected), weights, state, lengths)
+        return fused_gated_delta(projected, weights, state, lengths, stepwise)
+    qkv, z, b, a = split(projected)
+    return (stepwise_gated_delta if stepwise else gated_delta)(qkv, z, b, a, weights, state, lengths)
 
 
 def fits(widths: Sequence[int], heads: Heads) -> bool:
@@ -195,48 +189,38 @@ def fits(widths: Sequence[int], heads: Heads) -> bool:
 
 @functools.cache
 def self_check(heads: Heads, dtype: mx.Dtype) -> bool:
-    """Whether the kernel agrees with the operations on this machine; if not, a warning says so, once.
-
-    Called at load, so that a kernel that the machine's compiler refuses, or that computes something else, costs a
-    warning and speed and never an answer.
-    """
+    """Whether the kernel agrees with its definition on this machine. Warns once if it does not."""
     return fused.agrees("gated_delta", lambda: _cases(heads, dtype))
 
 
 def _cases(heads: Heads, dtype: mx.Dtype) -> Iterator[fused.Case]:
-    """A prompt of 19 tokens and one token after it, beside the definition's answer, within what rounding explains.
+    """A prompt of 19 tokens and one token more, against `sequential_rule`, which has sums and no matrix products.
 
-    The definition has no matrix product, whose digits would be the machine's choice. Then the 20 tokens read at once,
-    and the states after each of the last two, which must have the same bits.
+    Then all 20 tokens in one call, and the states after each of the last two: these must have the same bits.
     """
     if launch_plan(heads, 1) is None or launch_plan(heads, 2) is None:
         raise ValueError(f"it has no plan for {heads}")
-    key = mx.random.key(0)
-    draws = iter(mx.random.split(key, 8))
-    normal = functools.partial(mx.random.normal, stream=mx.cpu)
-    width = heads.C + heads.Hv * (heads.Dv + 2)
-    tokens = normal((1, 20, width), key=next(draws)).astype(dtype)
-    weights = DeltaWeights(
-        normal((heads.K, heads.C), key=next(draws)) / 2, normal((heads.Hv,), key=next(draws)) - 1,
-        normal((heads.Hv,), key=next(draws)) - 2, 1 + normal((heads.Dv,), key=next(draws)) / 10, 1e-6,
+    Hv, values = heads.Hv, heads.C + heads.Hv * heads.Dv
+    tokens, conv, A_log, dt_bias, norm, recurrent_state, conv_state = fused.normal_arrays(
+        (1, 20, values + 2 * Hv), (heads.K, heads.C), (Hv,), (Hv,), (heads.Dv,), (1, Hv, heads.Dv, heads.Dk),
+        (1, heads.K - 1, heads.C),
     )  # fmt: skip
-    recurrent = normal((1, heads.Hv, heads.Dv, heads.Dk), key=next(draws)) / 10
-    start = state = other = DeltaState(normal((1, heads.K - 1, heads.C), key=next(draws)).astype(dtype), recurrent)
-    cuts = [heads.C, heads.C + heads.Hv * heads.Dv, heads.C + heads.Hv * (heads.Dv + 1)]
-    step = {mx.float32: 1e-4, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}[dtype]
+    tokens = tokens.astype(dtype)
+    weights = DeltaWeights(conv / 2, A_log - 1, dt_bias - 2, 1 + norm / 10, 1e-6)
+    start = state = defined = DeltaState(conv_state.astype(dtype), recurrent_state / 10)
     states = []
     for part in (tokens[:, :19], tokens[:, 19:]):
-        ours, state = fused_gated_delta([part], weights, state)
-        plain, other = gated_delta(*mx.split(part, cuts, axis=-1), weights, other, rule=sequential_rule)
-        yield "output", ours, plain, fused.relative(step, plain)
-        near = fused.relative(1e-4, other.recurrent_state)
-        yield "recurrent_state", state.recurrent_state, other.recurrent_state, near
-        yield "conv_state", state.conv_state, other.conv_state, 0.0
+        out, state = fused_gated_delta([part], weights, state)
+        qkv, z, b, a = mx.split(part, [heads.C, values, values + Hv], axis=-1)
+        plain, defined = gated_delta(qkv, z, b, a, weights, defined, rule=sequential_rule)
+        near = fused.relative(1e-4, defined.recurrent_state)
+        yield "output", out, plain, fused.relative(max(1e-4, fused.ROUNDING[dtype]), plain)
+        yield "recurrent_state", state.recurrent_state, defined.recurrent_state, near
+        yield "conv_state", state.conv_state, defined.conv_state, 0.0
         states.append(state)
-    _, whole = fused_gated_delta([tokens], weights, start)
-    _, each = fused_gated_delta([tokens], weights, start, snapshots=True)
-    for name, at_once, in_parts in zip(DeltaState._fields, whole, state, strict=True):
-        yield f"{name} of tokens read at once", at_once, in_parts, 0.0
-    for t, alone in zip((18, 19), states, strict=True):
-        for name, among, last in zip(DeltaState._fields, each, alone, strict=True):
-            yield f"{name} after token {t} among others", among[:, t], last, 0.0
+    _, at_once = fused_gated_delta([tokens], weights, start)
+    _, steps = fused_gated_delta([tokens], weights, start, stepwise=True)
+    for i, name in enumerate(DeltaState._fields):
+        yield f"{name} of 20 tokens in one call", at_once[i], state[i], 0.0
+        for t, alone in zip((18, 19), states, strict=True):
+            yield f"{name} after token {t} of 20", steps[i][:, t], alone[i], 0.0

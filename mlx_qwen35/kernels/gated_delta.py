@@ -2,10 +2,10 @@
 
     causal conv + silu -> l2 norms of q, k -> gates -> gated delta rule -> RMSNorm gated by silu(z)
 
-`gated_delta` is the one place where a fused kernel plugs in. Here it is composed of MLX operations, with the delta rule
-in three forms that agree up to rounding: `sequential_rule` is the definition, `step_rule` one token of it for decoding,
-`chunked_rule` the WY form for prompts. Everything inside is float32. The last two are made of matrix products, whose
-operands some machines shorten (products.py); the definition has sums alone.
+`gated_delta` composes it of MLX operations; fused_delta.py launches it as one kernel. The delta rule has three forms
+that agree up to rounding: `sequential_rule` is the definition, `step_rule` one token of it for decoding, `chunked_rule`
+the WY form for prompts. All compute in float32. The last two use matrix products, whose operands some machines shorten
+(products.py); the definition uses sums alone.
 
 Letters: B batch, T tokens, Hk/Hv key/value heads, r = Hv / Hk, Dk/Dv head sizes, C = 2 Hk Dk + Hv Dv channels,
 K conv taps, L chunk length, N chunks. Value head h reads key head h // r.
@@ -25,6 +25,7 @@ from mlx_qwen35.kernels.elementwise import exp, silu
 L2_EPS = 1e-6  # added to the sum of squares, under the root (transformers, l2norm)
 CHUNK = 32  # fastest on a CPU with a good BLAS; longer chunks also lose digits
 
+Outputs = tuple[mx.array, mx.array]  # of a delta rule: (B, T, Hv, Dv), and the new recurrent state
 
 class DeltaWeights(NamedTuple):
     """The small parameters of one layer, all float32."""
@@ -51,7 +52,7 @@ def gated_delta(
     weights: DeltaWeights,
     state: DeltaState,
     lengths: mx.array | None = None,
-    rule: Callable[..., tuple[mx.array, mx.array]] | None = None,
+    rule: Callable[..., Outputs] | None = None,
 ) -> tuple[mx.array, DeltaState]:
     """Run the core over T tokens and return (B, T, Hv Dv) in qkv's dtype, and the new state.
 
@@ -66,7 +67,7 @@ def gated_delta(
     B, T, _ = qkv.shape
     _, Hv, Dv, Dk = state.recurrent_state.shape
     valid = None if lengths is None else mx.arange(T) < lengths[:, None]
-    if valid is not None:  # whatever came of the padding, NaN included, must not meet the real tokens in a product
+    if valid is not None:  # NaN of padding must not reach the tokens through a product
         qkv = mx.where(valid[..., None], qkv, mx.zeros((), qkv.dtype))
     tokens = mx.concatenate([state.conv_state, qkv], axis=1)
     conv_state = _last_tokens(tokens, state.conv_state.shape[1], lengths)
@@ -88,23 +89,22 @@ def stepwise_gated_delta(
     state: DeltaState,
     lengths: mx.array | None = None,
 ) -> tuple[mx.array, DeltaState]:
-    """The same, token by token, with conv_state (B, T, K - 1, C) and recurrent_state (B, T, Hv, Dv, Dk) after each.
+    """`gated_delta` token by token, and the states after each: (B, T, K - 1, C) and (B, T, Hv, Dv, Dk).
 
-    Outputs and states are those of single tokens to the bit. Padding repeats the last state.
+    Outputs and states equal those of T single calls bit for bit. Padding repeats the last state.
     """
     outputs, states = [], []
     for t in range(qkv.shape[1]):
-        token = (array[:, t : t + 1] for array in (qkv, z, b, a))
-        here = None if lengths is None else (lengths > t).astype(mx.int32)
-        out, state = gated_delta(*token, weights, state, here)
+        one, here = slice(t, t + 1), None if lengths is None else (lengths > t).astype(mx.int32)
+        out, state = gated_delta(qkv[:, one], z[:, one], b[:, one], a[:, one], weights, state, here)
         outputs.append(out)
         states.append(state)
-    steps = DeltaState(*(mx.stack(each, axis=1) for each in zip(*states, strict=True)))
+    steps = DeltaState(*(mx.stack(list(each), axis=1) for each in zip(*states, strict=True)))
     return mx.concatenate(outputs, axis=1), steps
 
 
 def gates(b: mx.array, a: mx.array, weights: DeltaWeights, valid: mx.array | None) -> tuple[mx.array, mx.array]:
-    """The logarithm of each token's decay, at most 0, and its write strength in 0..1; both (B, T, Hv) float32.
+    """Each token's log decay, at most 0, and its write strength, 0 to 1; both (B, T, Hv) float32.
 
     log decay = -exp(A_log) softplus(a + dt_bias), beta = sigmoid(b) (transformers, Qwen3_5GatedDeltaNet). A padded
     token neither decays (0) nor writes (0).
@@ -150,11 +150,12 @@ def _causal_conv(tokens: mx.array, conv: mx.array, T: int) -> mx.array:
 
 # --- the gated delta rule in three forms -----------------------------------------------------------------------------
 #
-# Each takes q, k (B, T, Hk, Dk), v (B, T, Hv, Dv), log_decay and beta (B, T, Hv), state (B, Hv, Dv, Dk), all float32,
-# and returns the outputs (B, T, Hv, Dv) and the new state.
+# Each takes q, k (B, T, Hk, Dk), v (B, T, Hv, Dv), log_decay and beta (B, T, Hv), state (B, Hv, Dv, Dk), all float32.
 
 
-def sequential_rule(q, k, v, log_decay, beta, state):
+def sequential_rule(
+    q: mx.array, k: mx.array, v: mx.array, log_decay: mx.array, beta: mx.array, state: mx.array
+) -> Outputs:
     """The definition, token by token: decay, predict, correct, then read (arXiv:2412.06464, eq. 10)."""
     repeat = v.shape[2] // k.shape[2]
     q, k = mx.repeat(q, repeat, axis=2), mx.repeat(k, repeat, axis=2)
@@ -168,7 +169,9 @@ def sequential_rule(q, k, v, log_decay, beta, state):
     return mx.stack(outputs, axis=1), state
 
 
-def step_rule(q, k, v, log_decay, beta, state):
+def step_rule(
+    q: mx.array, k: mx.array, v: mx.array, log_decay: mx.array, beta: mx.array, state: mx.array
+) -> Outputs:
     """One token (T = 1), reading the old state once: S' q = decay (S q) + (k . q) change."""
     B, _, Hk, Dk = k.shape
     _, Hv, Dv, _ = state.shape
@@ -182,7 +185,9 @@ def step_rule(q, k, v, log_decay, beta, state):
     return out.reshape(B, 1, Hv, Dv), new.reshape(state.shape)
 
 
-def chunked_rule(q, k, v, log_decay, beta, state, chunk: int = CHUNK):
+def chunked_rule(
+    q: mx.array, k: mx.array, v: mx.array, log_decay: mx.array, beta: mx.array, state: mx.array, chunk: int = CHUNK
+) -> Outputs:
     """The WY form over chunks of `chunk` tokens (a power of two): matrix products, sequential only from chunk to chunk.
 
     In a chunk with G the running sum of log_decay and S the state that enters it (arXiv:2412.06464, section 3.3):
@@ -236,20 +241,17 @@ def chunked_rule(q, k, v, log_decay, beta, state, chunk: int = CHUNK):
 
 
 def unit_lower_inverse(A: mx.array) -> mx.array:
-    """(I + A)^-1 for strictly lower triangular A (..., L, L), L a power of two.
-
-    LAPACK on the CPU, elsewhere by recursive doubling: with the inverses P, Q of two neighbouring diagonal blocks and R
-    the block below P, the block of the pair's inverse is -Q R P. Powers of A are never formed: their sum, the Neumann
-    series, cancels catastrophically when keys repeat (an error of 8e17 was measured at L = 64).
-    """
-    L = A.shape[-1]
-    if backend().inverts_by_lapack:
-        return mx.linalg.tri_inv(A + mx.eye(L))
-    return doubling_inverse(A)
+    """(I + A)^-1 for strictly lower triangular A (..., L, L), L a power of two. By LAPACK or by doubling."""
+    return mx.linalg.tri_inv(A + mx.eye(A.shape[-1])) if backend().inverts_by_lapack else doubling_inverse(A)
 
 
 def doubling_inverse(A: mx.array) -> mx.array:
-    """unit_lower_inverse by recursive doubling, in log2(L) pairs of products."""
+    """`unit_lower_inverse` by recursive doubling, in log2(L) pairs of products.
+
+    With P and Q the inverses of two neighbouring diagonal blocks and R the block below P, the block of the pair's
+    inverse is -Q R P. The Neumann series, a sum of powers of A, would cancel catastrophically where keys repeat (an
+    error of 8e17 was measured at L = 64).
+    """
     L = A.shape[-1]
     index = mx.arange(L)
     inverse = mx.broadcast_to(mx.eye(L), A.shape)

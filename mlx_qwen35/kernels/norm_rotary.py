@@ -1,10 +1,10 @@
 """Norm and rotary embedding of an attention layer's queries and keys, in one launch of norm_rotary.metal.
 
-`plain_norm_rotary` is the definition, in MLX operations. `queries_and_keys` chooses between the two: the kernel runs on
-a GPU, once `self_check` has seen it agree there with the operations on a small case of the same geometry and dtype.
+`plain_norm_rotary` is the definition. `queries_and_keys` chooses between the two: the kernel runs on a GPU, if it
+agrees with the definition on a small case of the same geometry and dtype (`self_check`).
 
-Letters: B batch, T tokens, H/Hk query/key heads, D head size, dims of a head that turn. A projected token is, joined:
-for each head its query and then its gate (2 H D numbers), k (Hk D), v (Hk D).
+Letters: B batch, T tokens, H/Hk query/key heads, D head size, dims of a head that rotate. A projected token holds, for
+each head, its query and then its gate (2 H D numbers), then k (Hk D) and v (Hk D).
 """
 
 import functools
@@ -19,7 +19,7 @@ from mlx_qwen35.kernels.add_norm import rms_norm
 from mlx_qwen35.kernels.elementwise import compiled
 
 SIMD = 32
-ROWS = 4  # of a threadgroup, each a simdgroup: a head of a token
+ROWS = 4  # of a threadgroup: a row is one head of one token, and has a simdgroup
 Table = tuple[mx.array, mx.array]  # cos, sin of the angles, each (B or 1, 1, T, dims / 2) float32
 
 
@@ -39,7 +39,7 @@ class Geometry:
 
     @property
     def supported(self) -> bool:
-        """Whether the kernel can do it: heads of whole multiples of 32, of which an even number of dims turn."""
+        """Whether the kernel has these sizes: D a multiple of 32, and an even number of dims."""
         return self.D % SIMD == 0 and self.dims % 2 == 0 and 0 < self.dims <= self.D
 
     @classmethod
@@ -54,46 +54,37 @@ def norm_rotary(
 
     Args:
         projected: (B, T, 2 H D + 2 Hk D), whole: a slice of a larger array would be copied.
-        rotary: cos and sin of each batch row, or of one for all.
+        rotary: cos and sin of each batch row, or of one row for all.
         q_norm, k_norm: gamma, (D,) float32.
         eps: of both norms.
-        H, Hk: query and key heads; with D and dims they must have a plan (`Geometry.supported`).
+        H, Hk: query and key heads; the geometry must be supported.
     """
     B, T, width = projected.shape
     sizes = Geometry.of(rotary, q_norm, H, Hk)
-    assert sizes.supported, f"no plan for {sizes}"
+    assert sizes.supported, f"not supported: {sizes}"
     assert width == sizes.width, f"{width} for {sizes}"
     cos, sin = rotary
     assert cos.shape == sin.shape and cos.shape[0] in (1, B) and cos.shape[2] == T, f"table {cos.shape} for {B} x {T}"
-    inputs: dict[str, mx.array | int | float] = {
-        "projected": projected,
-        "cosines": cos,
-        "sines": sin,
-        "q_norm": q_norm,
-        "k_norm": k_norm,
-        "tokens": T,
-        "tables": cos.shape[0],
-        "epsilon": eps,
-    }
-    outputs = {
-        "queries": ((B, H, T, sizes.D), projected.dtype),
-        "keys": ((B, Hk, T, sizes.D), projected.dtype),
-    }
-    template = {
-        "Element": projected.dtype,
-        "QUERY_HEADS": H,
-        "KEY_HEADS": Hk,
-        "HEAD_DIM": sizes.D,
-        "DIMS": sizes.dims,
-    }
-    q, k = fused.launch("norm_rotary", inputs, outputs, template, (SIMD, H + Hk, B * T), (SIMD, ROWS, 1))
+    q, k = fused.launch(
+        "norm_rotary",
+        inputs={
+            "projected": projected, "cosines": cos, "sines": sin, "q_norm": q_norm, "k_norm": k_norm, "tokens": T,
+            "tables": cos.shape[0], "epsilon": eps,
+        },
+        outputs={name: ((B, heads, T, sizes.D), projected.dtype) for name, heads in (("queries", H), ("keys", Hk))},
+        template={
+            "Element": projected.dtype, "QUERY_HEADS": H, "KEY_HEADS": Hk, "HEAD_DIM": sizes.D, "DIMS": sizes.dims,
+        },
+        grid=(SIMD, H + Hk, B * T),
+        threadgroup=(SIMD, ROWS, 1),
+    )  # fmt: skip
     return q, k
 
 
 def plain_norm_rotary(
     projected: mx.array, rotary: Table, q_norm: mx.array, k_norm: mx.array, eps: float, H: int, Hk: int
 ) -> tuple[mx.array, mx.array]:
-    """The same by MLX operations, for any sizes."""
+    """`norm_rotary` by MLX operations, for any sizes."""
     D = q_norm.shape[0]
     q, k, _ = mx.split(projected, [2 * H * D, (2 * H + Hk) * D], axis=-1)
     return _apart(q, k, rotary, q_norm, k_norm, eps)
@@ -111,15 +102,15 @@ def _apart(
 
 
 def rotate(x: mx.array, table: Table) -> mx.array:
-    """Turn the first dims of x (B, H, T, D), dim j with dim j + dims / 2; the rest passes. Computed in float32."""
+    """Rotate the first dims of x (B, H, T, D), dim j with dim j + dims / 2, in float32. The other dims stay."""
     cos, sin = table
     half = cos.shape[-1]
     first, second, rest = mx.split(x, [half, 2 * half], axis=-1)
-    return mx.concatenate([*_turned(first, second, cos, sin), rest], axis=-1)
+    return mx.concatenate([*_rotated(first, second, cos, sin), rest], axis=-1)
 
 
 @compiled
-def _turned(first: mx.array, second: mx.array, cos: mx.array, sin: mx.array) -> tuple[mx.array, mx.array]:
+def _rotated(first: mx.array, second: mx.array, cos: mx.array, sin: mx.array) -> tuple[mx.array, mx.array]:
     dtype = first.dtype
     first, second = first.astype(mx.float32), second.astype(mx.float32)
     return (first * cos - second * sin).astype(dtype), (second * cos + first * sin).astype(dtype)
@@ -138,41 +129,36 @@ def queries_and_keys(
     H: int,
     Hk: int,
 ) -> tuple[mx.array, mx.array]:
-    """Projections to q (B, H, T, D) and k (B, Hk, T, D): by the kernel where it is engaged, else by operations.
+    """Projections to q (B, H, T, D) and k (B, Hk, T, D), by the kernel where it is enabled, else by operations.
 
-    products: what the projections give, as it comes; `split` makes q with gates, k, v of it.
+    products: of the projections; `split` makes q with gates, k, v of them.
     """
-    sizes = Geometry.of(rotary, q_norm, H, Hk)
-    on, fit = backend().fused_kernels, fits([array.shape[-1] for array in products], sizes)
-    if on and fit and self_check(sizes, products[0].dtype):
+    sizes, widths = Geometry.of(rotary, q_norm, H, Hk), [array.shape[-1] for array in products]
+    if backend().fused_kernels and fits(widths, sizes) and self_check(sizes, products[0].dtype):
         return norm_rotary(products[0], rotary, q_norm, k_norm, eps, H, Hk)
     q, k, _ = split(products)
     return _apart(q, k, rotary, q_norm, k_norm, eps)
 
 
 def fits(widths: Sequence[int], sizes: Geometry) -> bool:
-    """Whether the kernel has a plan and products of these widths are q, k, v as one: it reads whole tokens."""
+    """Whether the kernel has these sizes, and q, k, v come as one product: it reads whole tokens."""
     return sizes.supported and list(widths) == [sizes.width]
 
 
 @functools.cache
 def self_check(sizes: Geometry, dtype: mx.Dtype) -> bool:
-    """Whether the kernel agrees with the operations on this machine; if not, a warning says so. Called at load."""
+    """Whether the kernel agrees with its definition on this machine. Warns once if it does not."""
     return fused.agrees("norm_rotary", lambda: _cases(sizes, dtype))
 
 
 def _cases(sizes: Geometry, dtype: mx.Dtype) -> Iterator[fused.Case]:
     """Two rows of 3 tokens, and one token."""
     if not sizes.supported:
-        raise ValueError(f"it has no plan for {sizes}")
-    draws = iter(mx.random.split(mx.random.key(0), 4))
-    normal = functools.partial(mx.random.normal, stream=mx.cpu)
-    tokens = normal((2, 3, sizes.width), key=next(draws)).astype(dtype)
-    norms = [1 + normal((sizes.D,), key=next(draws)) / 10 for _ in range(2)]
-    angles = 3 * normal((2, 1, 3, sizes.dims // 2), key=next(draws))
-    step = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}[dtype]
+        raise ValueError(f"it does not support {sizes}")
+    shapes = (2, 3, sizes.width), (sizes.D,), (sizes.D,), (2, 1, 3, sizes.dims // 2)
+    tokens, q_norm, k_norm, angles = fused.normal_arrays(*shapes)
     for B, T in ((2, 3), (1, 1)):
-        rotary = mx.cos(angles[:B, :, :T]), mx.sin(angles[:B, :, :T])
-        call = (tokens[:B, :T], rotary, *norms, 1e-6, sizes.H, sizes.Hk)
+        rotary = mx.cos(3 * angles[:B, :, :T]), mx.sin(3 * angles[:B, :, :T])
+        call = (tokens[:B, :T].astype(dtype), rotary, 1 + q_norm / 10, 1 + k_norm / 10, 1e-6, sizes.H, sizes.Hk)
         for name, ours, plain in zip("qk", norm_rotary(*call), plain_norm_rotary(*call), strict=True):
-            yield name, ours, plain, fused.relative(step, plain)
+            yield name, ours, plain, fused.relative(fused.ROUNDING[dtype], plain)

@@ -1,7 +1,7 @@
 """The machine: which Apple chip it has, and the settings of MLX that suit it.
 
-Speeds of chips are their makers' figures for the smallest one sold under a name, so that an estimate made of them is
-rather too slow than too fast. An unknown chip is taken for the slowest.
+A chip's speed is its maker's figure for the smallest one sold under its name, so an estimate is rather too slow than
+too fast. An unknown chip counts as the slowest.
 """
 
 import functools
@@ -53,7 +53,7 @@ def parse_chip(brand: str) -> Chip:
 
 @functools.cache
 def this_chip() -> Chip | None:
-    """The chip of this Mac, asked of the system and not of MLX, which must not start for it; None where it is none."""
+    """The chip of this Mac, or None on another machine. The system is asked, so that MLX need not start."""
     if (platform.system(), platform.machine()) != ("Darwin", "arm64"):
         return None
     asked = subprocess.run(["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
@@ -64,7 +64,7 @@ def this_chip() -> Chip | None:
 
 # MLX hands work to the GPU in command buffers, and ends one at so many operations or so many MB of arrays (by its
 # sources it counts their elements). Published: on M1 to M4 larger ones decode 5 to 13 % faster; on M5 they change
-# nothing. Reading a prompt ends one with each layer, whatever these say.
+# nothing. Prefill ends one with each layer, whatever these say.
 OPERATIONS, MEGABYTES = "MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER"
 TUNED = {OPERATIONS: 1000, MEGABYTES: 200}
 
@@ -78,9 +78,9 @@ class CommandBuffers:
 
 
 def tune() -> None:
-    """Set what suits: products of whole float32 numbers anywhere, the command buffers of this chip.
+    """Set the environment for MLX: exact float32 products everywhere, the command buffers of this chip.
 
-    The user's values win. For commands, before MLX's first array.
+    The user's values win. Commands call it before MLX's first array.
     """
     os.environ.setdefault(TF32, "0")
     chip = this_chip()
@@ -90,7 +90,7 @@ def tune() -> None:
 
 
 def command_buffers(chip: Chip, environ: Mapping[str, str] | None = None) -> CommandBuffers:
-    """What MLX goes by on this chip: the environment's values, else its own (mlx/backend/metal/device.cpp)."""
+    """MLX's limits on this chip: the environment's values, else its own (mlx/backend/metal/device.cpp)."""
     given = os.environ if environ is None else environ
     own = 50 if chip.tier in ("Max", "Ultra") else 40
     return CommandBuffers(*(_number(given.get(name), own) for name in (OPERATIONS, MEGABYTES)))

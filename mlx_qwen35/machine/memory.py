@@ -17,17 +17,17 @@ def limit_memory(gigabytes: float | None) -> None:
 
 
 def usable_bytes() -> int:
-    """Bytes that a model may take: as set by hand, else as the backend says."""
+    """Bytes that a model may take: the limit set by hand, else the backend's."""
     return backend().usable_memory() if _limit is None else _limit
 
 
-# Bytes that reading a prompt may take at a time, and half as much for the buffers that MLX keeps for reuse, with up to
-# so much usable memory. A Mac with 8 GB has 5.7e9 usable bytes, one with 16 GB 11.5e9.
+# Up to so much usable memory: the bytes that prefill may take. The buffers that MLX keeps for reuse take half as much.
+# A Mac with 8 GB has 5.7e9 usable bytes, one with 16 GB 11.5e9.
 _PREFILL = ((6e9, 80e6), (12e9, 200e6), (float("inf"), 400e6))
 
 
 def prefill_room(limit: float) -> int:
-    """Bytes that reading a prompt may take on top of weights and caches, where a model may take `limit`."""
+    """Bytes that prefill may take beside weights and caches, where a model may take `limit`."""
     return int(next(room for most, room in _PREFILL if limit <= most))
 
 
@@ -47,9 +47,9 @@ def set_limits() -> None:
 
 
 def check_decoding_fits(name: str, width: int, height: int, needed: int) -> None:
-    """Refuse a picture, or a clip's frame, that takes so many bytes to decode and has no room beside what is in memory.
+    """Refuse an image, or a video's frame, whose decoding takes `needed` bytes and has no room.
 
-    What it says is a number of pixels: the most of a picture like this one.
+    The message gives the most pixels of an image like this one.
     """
     left = usable_bytes() - mx.get_active_memory()
     if needed > left:
@@ -62,16 +62,13 @@ def check_decoding_fits(name: str, width: int, height: int, needed: int) -> None
         )
 
 
-# Up to this much usable memory, an image gets at most so many pixels, and a clip so many in all its frames: what a
-# prompt's tokens cost in KV cache and in time grows with them. With more memory the checkpoint's published limits hold
-# (16.8 million, and 25.2 million for a clip).
+# Up to so much usable memory: the most pixels of an image, and of all frames of a video. A prompt's tokens, KV cache
+# and time grow with pixels. With more memory the checkpoint's published limits hold (16.8 million, and 25.2 million
+# for a video).
 _PIXELS = ((6e9, 1 << 20, 6 << 20), (12e9, 4 << 20, 12 << 20))
 
 
 def machine_pixels() -> tuple[float, float]:
-    """The most pixels of an image, and of all frames of a clip, that suit this machine's memory."""
+    """The most pixels of an image, and of all frames of a video, that suit this machine's memory."""
     usable = usable_bytes()
-    for limit, image, clip in _PIXELS:
-        if usable <= limit:
-            return image, clip
-    return float("inf"), float("inf")
+    return next(((image, video) for most, image, video in _PIXELS if usable <= most), (float("inf"), float("inf")))

@@ -1,5 +1,4 @@
-"""States of this process in which nothing can be computed or found: forked behind MLX's back, or in a folder that is
-gone."""
+"""Refusals of a process that cannot work: forked after MLX had started, or in a folder that was removed."""
 
 import os
 

@@ -13,12 +13,12 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.measure.layerwise import CHUNK, Batch, Layerwise, Told, make_batches, silent
+from mlx_qwen35.measure.layerwise import CHUNK, Batch, Layerwise, Progress, make_batches, silent
 
-Bar = Callable[[int], AbstractContextManager[Told]]
+Bar = Callable[[int], AbstractContextManager[Progress]]
 
 
-def _unseen(total: int) -> AbstractContextManager[Told]:
+def _unseen(total: int) -> AbstractContextManager[Progress]:
     return nullcontext(silent)
 
 
@@ -66,22 +66,22 @@ def divergence(
     models = source, packed
     streams = [model.embed(batches) for model in models]
     errors, rows = [], []
-    with bar(2 * (counted.tokens * source.weights_from(0) + counted.head_work(source))) as told:
+    with bar(2 * (counted.tokens * source.weights_from(0) + counted.head_work(source))) as progress:
         for i in range(source.config.num_hidden_layers):
             for model, states in zip(models, streams, strict=True):
-                model.advance(i, states, told)
+                model.advance(i, states, progress)
             errors.append(_relative_error(*streams))
         for model, states in zip(models, streams, strict=True):
             rows.append(counted.normed(model, states))
             states.clear()
-        return summary(compare(source, packed, rows[0], rows[1], counted, told), tuple(errors))
+        return summary(compare(source, packed, rows[0], rows[1], counted, progress), tuple(errors))
 
 
 def _relative_error(source: list[mx.array], packed: list[mx.array]) -> float:
     total = np.zeros(2)
     for a, b in zip(source, packed, strict=True):
         a, b = a.astype(mx.float32), b.astype(mx.float32)
-        total += (mx.square(b - a).sum().item(), mx.square(a).sum().item())
+        total += np.asarray(mx.stack([mx.square(b - a).sum(), mx.square(a).sum()]))
     return float(np.sqrt(total[0] / total[1]))
 
 
@@ -91,7 +91,7 @@ def _relative_error(source: list[mx.array], packed: list[mx.array]) -> float:
 class Counted:
     """The positions of all batches that count: one row each, in the order of the batches."""
 
-    def __init__(self, batches: Sequence[Batch], tokens: Sequence[Sequence[int]], first: Sequence[int] | None):
+    def __init__(self, batches: Sequence[Batch], tokens: Sequence[Sequence[int]], first: Sequence[int] | None = None):
         first = [1] * len(tokens) if first is None else first
         if len(first) != len(tokens) or min(first) < 1:
             raise InputError("option_invalid", f"first must be {len(tokens)} indices of at least 1, got {list(first)}")
@@ -170,11 +170,11 @@ class _Side:
 
 
 def compare(
-    source: Layerwise, packed: Layerwise, x: mx.array, y: mx.array, counted: Counted, told: Told = silent
+    source: Layerwise, packed: Layerwise, x: mx.array, y: mx.array, counted: Counted, progress: Progress = silent
 ) -> Positions:
     """The predictions of two models from what their heads read, x and y (positions, D).
 
-    told: called with the work of each slice of both heads, as in Layerwise.advance.
+    progress: called with the work of each slice of both heads, as in Layerwise.advance.
     """
     count = len(counted.targets)
     ours, theirs = _Side(count), _Side(count)
@@ -186,7 +186,7 @@ def compare(
             shrink, shares = ours.add(at, start, logits, counted.targets[at])
             theirs.add(at, start, others, counted.targets[at])
             gap[at] = gap[at] * shrink + np.asarray((shares * (logits - others)).sum(-1))
-            told(2 * logits.size * x.shape[-1])
+            progress(2 * logits.size * x.shape[-1])
     return Positions(
         sequences=counted.sequences,
         source_loss=ours.normalizer - ours.target,

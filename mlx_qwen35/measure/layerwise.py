@@ -4,16 +4,15 @@ What stays is the residual stream of every token. Embedding and head are read by
 """
 
 import math
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from mlx_qwen35.backend import backend
 from mlx_qwen35.cache.cache import Cache
@@ -21,20 +20,20 @@ from mlx_qwen35.checkpoint import float16
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.names import TEXT
 from mlx_qwen35.checkpoint.shapes import text_shapes
-from mlx_qwen35.checkpoint.tensors import Entry, as_array
+from mlx_qwen35.checkpoint.tensors import Entry, as_array, read_bytes
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.decoder import DecoderLayer
 from mlx_qwen35.model.layers import Linear, RMSNorm
 from mlx_qwen35.model.rotary import Rotary
 from mlx_qwen35.model.weights import Weights, read_weights
 
-Told = Callable[[int], object]  # how much work has been done since the last time
+Progress = Callable[[int], object]  # called with the work done since the last call
 CHUNK = 512  # tokens of one pass through a layer
 HEAD_ROWS = 4096  # of a slice of the head
 
 
 def silent(done: int) -> None:
-    """Nobody is told."""
+    """Show nothing."""
 
 
 class Batch(NamedTuple):
@@ -106,14 +105,13 @@ class Layerwise:
         prefix = f"{TEXT}layers.{i}."
         names = [name for name in self._names if name.startswith(prefix)]
         layer = DecoderLayer(self.config, self.config.layer_types[i], self._read(names).at(prefix.removesuffix(".")))
-        for _, array in tree_flatten(layer.parameters()):  # one by one: each is cast, and what it was is freed
-            mx.eval(array)
+        tree_map(mx.eval, layer.parameters())  # one by one: each is cast, and its source is freed
         return _through_numpy(layer) if self._by_numpy else layer
 
-    def advance(self, i: int, states: list[mx.array], told: Told = silent) -> None:
+    def advance(self, i: int, states: list[mx.array], progress: Progress = silent) -> None:
         """Put the residual stream of each batch, (B, T, D), through layer i, in place.
 
-        told: called with the work of each part, its tokens times the layer's weights.
+        progress: called with the work of each part, its tokens times the layer's weights.
         """
         layer, weights = self.layer(i), self.weights_from(i) - self.weights_from(i + 1)
         own = replace(self.config, layer_types=self.config.layer_types[i : i + 1])
@@ -129,7 +127,7 @@ class Layerwise:
                     normed = layer.input_layernorm(part)
                     parts.append(layer(part, normed, rotary, context, cache.layers[0], _SUM)[0])
                 mx.eval(parts[-1], cache.layers[0].arrays())
-                told(weights * part.shape[0] * part.shape[1])
+                progress(weights * part.shape[0] * part.shape[1])
             states[number] = mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
             mx.eval(states[number])
         del layer
@@ -170,13 +168,12 @@ class _Product(nn.Module):
     def __init__(self, inner: Linear):
         super().__init__()
         self.inner = inner
-        self.packing = None  # to those around it: what is packed is unpacked in here
+        self.quantization = None  # to those around it: what is packed is unpacked in here
 
     def __call__(self, x: mx.array) -> mx.array:
-        weight, how = self.inner.weight, self.inner.packing
+        weight, how = self.inner.weight, self.inner.quantization
         if how:
-            form = {"group_size": how.group_size, "bits": how.bits, "mode": how.mode}
-            weight = mx.dequantize(weight, self.inner.scales, self.inner.biases, **form).astype(mx.float32)
+            weight = mx.dequantize(weight, self.inner.scales, self.inner.biases, **asdict(how)).astype(mx.float32)
         rows = np.asarray(x.reshape(-1, x.shape[-1])) @ np.asarray(weight).T
         return mx.array(rows).reshape(*x.shape[:-1], -1)
 
@@ -191,8 +188,11 @@ def _through_numpy(layer: DecoderLayer) -> DecoderLayer:
     return layer
 
 
-class _Sum:
-    """In the place of the norm that follows a layer: the next layer forms its own."""
+class _Sum(RMSNorm):
+    """A stand-in for the norm after a layer: the next layer computes its own."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
 
     def of_sum(self, x: mx.array, added: mx.array) -> tuple[mx.array, mx.array]:
         return x + added, added
@@ -207,9 +207,5 @@ def read_rows(entry: Entry, rows: np.ndarray) -> mx.array:
     data = bytearray()
     with entry.file.open("rb") as stream:
         for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
-            data += os.pread(stream.fileno(), len(run) * width, entry.start + int(run[0]) * width)
-    if len(data) != len(rows) * width:
-        raise InputError(
-            "source_changed", f"{entry.file} ended in the middle of {entry.stored_name}: it changed while it was read"
-        )
+            data += read_bytes(entry, stream.fileno(), int(run[0]) * width, len(run) * width)
     return as_array(data, entry.dtype).reshape(len(rows), -1)

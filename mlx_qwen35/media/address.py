@@ -1,7 +1,7 @@
-"""Where a URL leads: its name is resolved once, every address of it is checked, and a checked one is dialled.
+"""Connections to the host of a URL: its name is resolved once, every address is checked, and a checked one is dialled.
 
-So a server that redirects, or a name that resolves differently the next time, leads nowhere else. A proxy that the
-environment names is the user's own choice and dials by itself; there the name is checked as far as it resolves here.
+So neither a redirect nor a name that resolves differently the next time leads elsewhere. A proxy that the environment
+names is the user's own choice and dials by itself; there the name is checked as far as it resolves here.
 """
 
 import base64
@@ -23,7 +23,7 @@ from mlx_qwen35.errors import InputError
 from mlx_qwen35.options import spelled
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # an IPv4 address is its last 32 bits
-_UNICAST = ipaddress.ip_network("2000::/3")  # what is given out of IPv6
+_UNICAST = ipaddress.ip_network("2000::/3")  # the part of IPv6 that is assigned
 _SHARED = ipaddress.ip_network("100.64.0.0/10")
 
 _Address = tuple[socket.AddressFamily, tuple[Any, ...]]  # family, and what connect() takes
@@ -47,16 +47,17 @@ def not_public(address: str) -> str | None:
     return next((kind for kind, applies in kinds.items() if applies), None)
 
 
-class Lines:
-    """The connections of one download. They are cut when its time is over, whatever they wait for.
+class Connections:
+    """The connections of one download, which are cut when its time is over, whatever they wait for.
 
-    What nothing can cut is the wait for a name server that does not answer: it is left alone, in a thread.
+    Nothing can cut the wait for a name server that does not answer: it is left alone, in a thread.
     """
 
     def __init__(self, seconds: float, allow_private: bool):
         self._over, self._allow_private = False, allow_private
         self._end = time.monotonic() + seconds
-        self._lock, self._sockets = threading.Lock(), []
+        self._lock = threading.Lock()
+        self._sockets: list[socket.socket] = []
         self._timer = threading.Timer(seconds, self._cut)
         self._timer.daemon = True
 
@@ -65,7 +66,7 @@ class Lines:
         """Whether the time is over."""
         return self._over or time.monotonic() >= self._end
 
-    def __enter__(self) -> "Lines":
+    def __enter__(self) -> "Connections":
         self._timer.start()
         return self
 
@@ -140,14 +141,15 @@ class Lines:
 # --- connections -----------------------------------------------------------------------------------------------------
 
 
-class _Line:
-    """A connection of http.client's that `lines` watch over from the first byte, those of a proxy's and TLS's included.
+class _Connection(http.client.HTTPConnection):
+    """A connection of http.client's that is watched from its first byte, a proxy's answer and TLS included.
 
-    Unless it goes to a proxy, `lines` dial, and check what they dial.
+    It dials, and checks, the host itself; a proxy is dialled by http.client.
     """
 
-    def __init__(self, host: str, *, lines: Lines, proxied: bool, name: str, **options: Any):
-        self._lines, self._proxied, self._name, self._sock = lines, proxied, name, None
+    def __init__(self, host: str, *, connections: Connections, proxied: bool, name: str, **options: Any):
+        self._connections, self._proxied, self._name = connections, proxied, name
+        self._sock: socket.socket | None = None
         super().__init__(host, **options)
 
     @property
@@ -158,27 +160,24 @@ class _Line:
     def sock(self, sock: socket.socket | None) -> None:
         self._sock = sock
         if sock is not None:
-            self._lines.watch(sock)
+            self._connections.watch(sock)
 
     def connect(self) -> None:
         if self._proxied:
             super().connect()
         else:
-            self.sock = self._lines.dial(self.host, self.port, self.timeout, self._name)
+            assert self.timeout is not None
+            self.sock = self._connections.dial(self.host, self.port, self.timeout, self._name)
 
 
-class _Plain(_Line, http.client.HTTPConnection):
-    pass
-
-
-class _Secure(_Line, http.client.HTTPSConnection):
+class _Secure(_Connection, http.client.HTTPSConnection):
     def __init__(self, host: str, *, context: ssl.SSLContext, **options: Any):
         self._tls = context
         super().__init__(host, context=context, **options)
 
     def connect(self) -> None:
         super().connect()
-        if not self._proxied:
+        if self.sock is not None and not self._proxied:
             self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.host)  # the name, not the address
 
 
@@ -203,14 +202,14 @@ class Request(urllib.request.Request):
 
 
 class Opener(urllib.request.AbstractHTTPHandler):
-    """Opens http and https over `lines`. name_of: how messages call a URL."""
+    """Opens http and https over `connections`. name_of: how messages call a URL."""
 
-    def __init__(self, lines: Lines, name_of: Callable[[str], str]):
+    def __init__(self, connections: Connections, name_of: Callable[[str], str]):
         super().__init__()
-        self._lines, self._name_of = lines, name_of
+        self._connections, self._name_of = connections, name_of
 
     def http_open(self, request: Request) -> http.client.HTTPResponse:
-        return self._open(request, _Plain)
+        return self._open(request, _Connection)
 
     def https_open(self, request: Request) -> http.client.HTTPResponse:
         context = ssl.create_default_context()
@@ -223,6 +222,6 @@ class Opener(urllib.request.AbstractHTTPHandler):
         name = self._name_of(request.full_url)
         if request.proxied:
             with contextlib.suppress(OSError, UnicodeError):  # what does not resolve here is the proxy's to resolve
-                self._lines.addresses(urlsplit(request.full_url).hostname or "", 0, name)
-        line = functools.partial(kind, lines=self._lines, proxied=request.proxied, name=name)
+                self._connections.addresses(urlsplit(request.full_url).hostname or "", 0, name)
+        line = functools.partial(kind, connections=self._connections, proxied=request.proxied, name=name)
         return self.do_open(line, request, **options)

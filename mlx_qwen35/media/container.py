@@ -1,13 +1,11 @@
-"""A video file, through PyAV: which frames it has and when they are shown, and the frames.
+"""A video file, through PyAV: which frames it has, when each is shown, and the decoded frames.
 
-Nothing of a damaged file is passed on: the decoder stops at the first error, and what comes out is compared with what
-the container promises.
+A damaged file is refused: the decoder stops at its first error, and the container's counts must agree with the frames.
 """
 
-import codecs
 import errno
+import math
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +16,10 @@ import numpy as np
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.machine.memory import check_decoding_fits
 from mlx_qwen35.media.container_check import find_damage
-from mlx_qwen35.media.frames import Timeline
+from mlx_qwen35.media.frames import Timeline, too_short
+from mlx_qwen35.media.image import read_image
 from mlx_qwen35.media.image_file import MAX_PIXELS
+from mlx_qwen35.media.signatures import HEAD, IMAGES, identify
 
 if TYPE_CHECKING:
     from av import Packet, VideoFrame
@@ -37,30 +37,18 @@ _THREADS = 4  # each holds frames of its own
 _FRAME_BYTES = 32  # a pixel, of all frames held at a time; measured with H.264, VP9, FFV1, PNG and GIF: 17 to 29
 # FFmpeg's own decoders of VP8 and VP9 leave the transparency out.
 _WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
-_SLACK = 0.5  # seconds that a container's word on its duration may be off; a cut that costs less shows in the structure
-
-_HEAD = 512  # bytes that tell what a file is
-_PICTURES = {
-    "JPEG": rb"\xff\xd8\xff",
-    "PNG": rb"\x89PNG\r\n\x1a\n",
-    "WebP": rb"RIFF.{4}WEBP",
-    "BMP": rb"BM.{4}\0{4}",
-    "TIFF": rb"II\*\0|MM\0\*",
-    "HEIC": rb".{4}ftyp(hei[cxms]|mif1)",
-    "AVIF": rb".{4}ftypavif",
-}
-_CONTAINERS = rb".{4}(ftyp|moov|mdat|wide|free|skip)|\x1aE\xdf\xa3|GIF8|RIFF.{4}AVI |FLV|\0\0\1\xba"
+_SLACK = 0.5  # seconds that a container's duration may be off; a cut that costs less shows in the structure
 
 _Span = tuple[float, float]  # seconds, from and to
 
 
 @dataclass(frozen=True)
 class Packets:
-    """What a look at the packets, without decoding, says of the frames. Times in seconds; 0 is for "not said"."""
+    """What the packets say of the frames, without decoding. Times in seconds; 0 stands for "not said"."""
 
-    declared: int  # how many frames the container says it has
+    declared: int  # frames, as the container says
     times: list[float | None]  # when each packet's frame is shown, in the order of the file
-    last: float  # for how long the last frame is shown
+    last: float  # how long the last frame is shown
     rate: float  # frames a second, as the container says
     exact: bool  # each packet holds one frame
     read: int  # packets of all streams
@@ -68,16 +56,18 @@ class Packets:
 
 @dataclass(frozen=True)
 class VideoFile:
-    """An open file, in memory or on disk; `name` is what messages call it. Its methods read it from its start, one
-    after the other, and raise InputError for a damaged one."""
+    """An open file, in memory or on disk; `name` begins messages. Each method reads it from its start, and raises
+    InputError for a damaged one."""
 
     name: str
     data: BinaryIO
 
     def timeline(self) -> Timeline:
-        """Count the frames: by their packets where the container says the same number, else by decoding them all."""
+        """The frames and their times: of the packets if the container declares as many, else of all decoded frames."""
         packets = self.packets()
-        self._check_structure(packets)
+        damage = find_damage(self.data, packets.read)
+        if damage is not None:
+            raise self.broken(len(packets.times), packets.declared, damage)
         times = packets.times
         if len(times) != packets.declared:
             times = [frame.time for frame in self.frames(packets.declared)]
@@ -85,15 +75,8 @@ class VideoFile:
                 raise self.broken(len(times), len(packets.times), "the rest cannot be decoded")
         if not times and packets.declared:
             raise self.broken(0, packets.declared, "none can be read")
-        if not times:
-            raise InputError(
-                "video_too_short",
-                f"a video must have frames; the video stream of {self.name} is empty. Export it again",
-            )
-        if len(times) == 1:
-            raise InputError(
-                "video_too_short", f"a video must have at least two frames; {self.name} has one. Give it as an image"
-            )
+        if len(times) < 2:
+            raise too_short(self.name, len(times))
         return self._timeline(times, packets)
 
     def frames(self, total: int) -> Iterator["VideoFrame"]:
@@ -115,11 +98,10 @@ class VideoFile:
             except FFmpegError as error:
                 raise self.broken(done, total, error.strerror) from error
 
-    def broken(self, done: int, total: int, reason: str) -> InputError:
+    def broken(self, done: int, total: int, reason: str | None) -> InputError:
         of = f"{done} of {total} frames" if total else f"{done} frame{'' if done == 1 else 's'}"
         return InputError(
-            "media_damaged",
-            f"a video must be whole; {self.name} breaks after {of}: {reason}. Copy or download it again",
+            "media_damaged", f"{self.name} must be whole; it breaks after {of}: {reason}. Copy or download it again"
         )
 
     # --- the container ---
@@ -129,37 +111,20 @@ class VideoFile:
         import av
 
         self.data.seek(0)
-        head = self.data.read(_HEAD)
+        kind = identify(self.data.read(HEAD))
         self.data.seek(0)
-        self._refuse_picture(head)
+        if kind in IMAGES and kind != "GIF":
+            raise InputError("media_type_wrong", f"{self.name} must be {FORMATS}; it is a {kind}. Give it as an image")
+        file = _Input(self.data)  # not a path: FFmpeg would take some names for addresses
         try:
-            # The file and not its path: FFmpeg would take some names for addresses.
-            container = av.open(_Input(self.data), container_options=_CONTAINER_OPTIONS, metadata_errors="replace")
+            container = av.open(file, "r", container_options=_CONTAINER_OPTIONS, metadata_errors="replace")
         except av.FFmpegError as error:
-            raise InputError("media_not_opened", self._not_opened(head)) from error
+            rule = f"{FORMATS}; it is {kind}. Give the file of the video itself"
+            if kind == "GIF" or kind.startswith("a video ("):
+                rule = f"whole; it begins as {kind}, and its header or index is damaged. Copy or download it again"
+            raise InputError("media_not_opened", f"{self.name} must be {rule}") from error
         with container:
             yield container, self._stream(container)
-
-    def _check_structure(self, packets: Packets) -> None:
-        damage = find_damage(self.data, packets.read)
-        if damage is not None:
-            raise self.broken(len(packets.times), packets.declared, damage)
-
-    def _refuse_picture(self, head: bytes) -> None:
-        kind = next((name for name, start in _PICTURES.items() if re.match(start, head, re.DOTALL)), None)
-        if kind is not None:
-            raise InputError(
-                "media_type_wrong", f"a video must be {FORMATS}; {self.name} is a {kind} picture. Give it as an image"
-            )
-
-    def _not_opened(self, head: bytes) -> str:
-        if re.match(_CONTAINERS, head, re.DOTALL):
-            return (
-                f"a video must be whole; {self.name} begins as one, but its header or its index is damaged or missing. "
-                "Copy or download it again"
-            )
-        what = "is empty" if not head else "is text" if _is_text(head) else "is of no known kind"
-        return f"a video must be {FORMATS}; {self.name} {what}. Give the file of the video itself"
 
     def _stream(self, container: "InputContainer") -> "VideoStream":
         from av.stream import Disposition
@@ -167,21 +132,15 @@ class VideoFile:
         cover = Disposition.attached_pic
         streams = [stream for stream in container.streams.video if not stream.disposition & cover]
         if not streams:
-            what = "holds sound alone" if container.streams.audio else "holds neither pictures nor sound"
-            raise InputError(
-                "video_stream_missing", f"a video must have a video stream; {self.name} {what}. Give another file"
-            )
+            what = "sound alone" if container.streams.audio else "neither frames nor sound"
+            raise InputError("video_stream_missing", f"{self.name} must be a video; it holds {what}. Give another file")
         codec = streams[0].codec_context
         if codec is None:
-            raise InputError(
-                "video_unsupported",
-                f"a video must be in a format that FFmpeg decodes; {self.name} is not. Convert it to mp4",
-            )
+            raise InputError("video_unsupported", f"{self.name} must be decodable by FFmpeg. Convert it to mp4")
         if codec.width * codec.height > MAX_PIXELS:
+            size = f"{codec.width} x {codec.height}"
             raise InputError(
-                "media_too_large",
-                f"a frame may have at most {MAX_PIXELS:,} pixels; those of {self.name} have "
-                f"{codec.width} x {codec.height}. Make it smaller",
+                "media_too_large", f"{self.name} must have at most {MAX_PIXELS:,} pixels a frame, and has {size}"
             )
         check_decoding_fits(self.name, codec.width, codec.height, _FRAME_BYTES * codec.width * codec.height)
         return streams[0]
@@ -204,9 +163,10 @@ class VideoFile:
                         spans.append(span)
             except FFmpegError as error:
                 raise self.broken(len(spans), stream.frames, error.strerror) from error
-            self._check_end(container, stream, [span for span in spans if span], reached)
+            known = [span for span in spans if span]
+            self._check_end(container, stream, known, reached)
             times = [span[0] if span else None for span in spans]
-            last = max((span for span in spans if span), default=(0.0, 0.0))
+            last = max(known, default=(0.0, 0.0))
             # VP8 has packets with frames that are never shown; other containers have packets with halves of a frame.
             exact = container.format.name.startswith(("mov", "matroska", "gif")) and stream.codec_context.name != "vp8"
             return Packets(stream.frames, times, last[1] - last[0], float(stream.average_rate or 0), exact, read)
@@ -220,7 +180,7 @@ class VideoFile:
         starts = np.sort([start for start, _ in spans])
         ends = max(end for _, end in spans)
         unsaid = np.diff(starts).max(initial=0) if ends == starts[-1] else 0  # the last frame's duration
-        there, said = ends - starts[0], float((stream.duration or 0) * stream.time_base)
+        there, said = ends - starts[0], float((stream.duration or 0) * (stream.time_base or 0))
         if stream.duration is None:
             there, said = reached, (container.duration or 0) / 1e6  # microseconds, of the longest stream
         if there + unsaid + _SLACK < said:
@@ -228,20 +188,18 @@ class VideoFile:
 
     def _timeline(self, times: list[float | None], packets: Packets) -> Timeline:
         total, rate = len(times), packets.rate
-        seconds = np.zeros(0) if None in times else np.sort(times) - np.min(times)
+        known = np.array([time for time in times if time is not None])
+        seconds = np.sort(known) - known.min() if len(known) == total else np.zeros(0)
         if rate and (not len(seconds) or np.all(np.abs(seconds * rate - np.arange(total)) <= 0.5)):
             return Timeline(total, rate, None)
         if not len(seconds) or not seconds[-1]:
-            raise InputError(
-                "video_unsupported",
-                f"a video must say when its frames are shown; {self.name} does not. Convert it to mp4",
-            )
+            raise InputError("video_unsupported", f"{self.name} must say when its frames are shown. Convert it to mp4")
         last = packets.last or seconds[-1] / (total - 1)
         return Timeline(total, float(total / (seconds[-1] + last)), seconds)
 
 
 class _Input:
-    """A file as PyAV reads it: a place before its start is an error code, which FFmpeg expects, and no exception."""
+    """A file as PyAV reads it: seeking before its start is an error code, which FFmpeg expects, and no exception."""
 
     def __init__(self, file: BinaryIO):
         self.read, self.tell, self._seek = file.read, file.tell, file.seek
@@ -254,28 +212,51 @@ class _Input:
 
 
 def _span(packet: "Packet") -> _Span | None:
-    """When a packet's frame is shown, from and to; None where that is not said, and for the empty packet at the end."""
+    """From when to when a packet's frame is shown; None if that is not said, and for the empty packet at the end."""
     if packet.pts is None:
         return None
     return float(packet.pts * packet.time_base), float((packet.pts + (packet.duration or 0)) * packet.time_base)
 
 
-def _is_text(head: bytes) -> bool:
-    try:
-        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)
-    except UnicodeDecodeError:
-        return False
-    return all(character >= " " or character.isspace() for character in text)
-
-
 def _decoder(stream: "VideoStream") -> "VideoCodecContext":
     """A decoder that stops at the first error."""
-    from av import CodecContext
+    from av.video.codeccontext import VideoCodecContext
 
     decoder = stream.codec_context
     if stream.metadata.get("alpha_mode") == "1" and decoder.name in _WITH_ALPHA:
-        decoder = CodecContext.create(_WITH_ALPHA[decoder.name], "r")
+        created = VideoCodecContext.create(_WITH_ALPHA[decoder.name], "r")
+        assert isinstance(created, VideoCodecContext)
+        decoder = created
     decoder.options = dict(_DECODER_OPTIONS)
     decoder.thread_type = "AUTO"  # not "SLICE": threads within a frame switch off what finds damage in H.264
     decoder.thread_count = min(_THREADS, os.cpu_count() or 1)
     return decoder
+
+
+# --- a frame ---
+
+
+def upright_rgb(frame: "VideoFrame") -> np.ndarray:
+    """A frame of any pixel format -> (H, W, 3) uint8 RGB, upright, transparency on white."""
+    if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
+        pixels = read_image(frame.to_ndarray(format="rgba"))
+    else:
+        pixels = frame.to_ndarray(format="rgb24")
+    a, b, c, d = _display_matrix(frame)
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        pixels, a, d = pixels.swapaxes(0, 1), c, b
+    pixels = pixels[:, ::-1] if a < 0 else pixels
+    return pixels[::-1] if d < 0 else pixels
+
+
+def _display_matrix(frame: "VideoFrame") -> tuple[float, float, float, float]:
+    """(a, b, c, d): the pixel at x, y (rightwards, downwards) is shown at a x + c y, b x + d y."""
+    try:
+        data = frame.side_data["DISPLAYMATRIX"]  # type: ignore[typeddict-item]  # PyAV types a few of its keys
+    except KeyError:
+        return 1, 0, 0, 1
+    except ValueError:  # PyAV has no name for another piece of this frame's side data; it still knows the angle
+        angle = math.radians(frame.rotation)
+        return math.cos(angle), -math.sin(angle), math.sin(angle), math.cos(angle)
+    a, b, _, c, d, *_ = np.frombuffer(bytes(data), np.int32).tolist()
+    return a, b, c, d

@@ -1,7 +1,7 @@
-"""Whether the outer structure of a video file is whole: its boxes, elements or blocks end where the next one begins.
+"""A check of the outer structure of a video file: its boxes, elements or blocks end where the next one begins.
 
-FFmpeg goes on behind what it cannot follow and takes the end of a file for the end of the clip, without a word; frames
-would be missing. Only lengths are followed here, what they enclose is left to FFmpeg.
+FFmpeg silently skips damage and takes the end of a file for the end of the video, so that frames are missing. Here only
+lengths are followed; FFmpeg reads the contents.
 """
 
 import struct
@@ -24,7 +24,7 @@ class _Damage(Exception):
 
 
 class _Reader:
-    """A place in a file; what would lie behind its end raises _Damage."""
+    """A position in a file. Going or reading past the file's end raises _Damage."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.size, self.at = file, file.seek(0, 2), 0
@@ -48,9 +48,9 @@ class _Reader:
 
 
 def find_damage(file: BinaryIO, packets: int) -> str | None:
-    """Follow the structure of an mp4, mov, mkv, webm, avi or gif file; of others nothing is known here.
+    """Follow the structure of an mp4, mov, mkv, webm, avi or gif file. Other files pass.
 
-    `packets`: how many FFmpeg has read, of all streams. Returns what is wrong, for a message; None where nothing is.
+    `packets`: how many FFmpeg has read, of all streams. Returns the damage, for a message; None if there is none.
     """
     reader = _Reader(file)
     file.seek(0)
@@ -63,7 +63,7 @@ def find_damage(file: BinaryIO, packets: int) -> str | None:
 
 
 def _walk_for(head: bytes) -> Callable[[_Reader], int] | None:
-    """A function that raises _Damage, or returns how many packets there are at least."""
+    """The function for this kind of file. It raises _Damage, or returns the least number of packets."""
     if head[4:8] in _BOXES:
         return _boxes
     if head[:4] == _EBML.to_bytes(4):
@@ -96,7 +96,7 @@ def _riff(reader: _Reader) -> int:
 
 
 def _gif(reader: _Reader) -> int:
-    """GIF: a screen, then extensions (0x21) and pictures (0x2C), each in chunks of up to 255 bytes, then 0x3B."""
+    """GIF: a screen, then extensions (0x21) and images (0x2C), each in chunks of up to 255 bytes, then 0x3B."""
     _colours(reader, reader.take(13)[10])
     while (kind := reader.byte()) != 0x3B:
         if kind == 0x21:
@@ -117,7 +117,7 @@ def _colours(reader: _Reader, flags: int) -> None:
 
 
 def _elements(reader: _Reader) -> int:
-    """EBML (mkv, webm): elements of a segment, and of its clusters, in one row; each has an id and a length."""
+    """EBML (mkv, webm): elements of a segment and its clusters in one row, each with an id and a length."""
     while True:
         kind, length = _number(reader, keep_marker=True), _number(reader)
         if kind == _SEGMENT:
@@ -127,7 +127,7 @@ def _elements(reader: _Reader) -> int:
     if length is not None:
         end = reader.at + length
         reader.need(end)
-    blocks, inside = 0, end  # of the segment, or of the cluster that we are in
+    blocks, inside = 0, end  # the end of the present cluster, or of the segment
     while reader.at < end:
         start = reader.at
         inside = end if start >= inside else inside

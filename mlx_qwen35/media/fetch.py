@@ -1,7 +1,7 @@
 """URL -> bytes: http and https with limits of time and size, and data: URIs. Standard library only.
 
-A picture or a clip that comes over the network is checked before it is decoded: where the server leads, what it says
-it sends, how much of it, how long it takes, and whether all of it came.
+A download is checked before it is decoded: the addresses of its hosts, its media type, its size, its time, and whether
+all of it came.
 """
 
 import base64
@@ -13,13 +13,14 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from http.client import HTTPMessage
 from io import BytesIO
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 from urllib.parse import quote, unquote_to_bytes
 
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.media.address import Lines, Opener, Request
+from mlx_qwen35.media.address import Connections, Opener, Request
 from mlx_qwen35.values import flag
 
 CONNECT_SECONDS = 20.0  # for the connection, and for each wait for more of the answer
@@ -27,13 +28,14 @@ DEADLINE_SECONDS = {"image": 60.0, "video": 900.0}  # for everything: names, red
 MAX_BYTES = {"image": 64_000_000, "video": 2_000_000_000}
 _HTTP = ("http://", "https://")
 _UNSAID = ("", "application/octet-stream", "binary/octet-stream")  # the last is what S3 says of what it does not know
-_ALSO = {"image": (), "video": ("image/gif",)}  # a GIF is a clip too
+_ALSO = {"image": (), "video": ("image/gif",)}  # a GIF is a video too
+_A = {"image": "an image", "video": "a video"}
 _SLICE = 1 << 20
 _SHOWN = 200  # characters of a name in a message
 
 
 def is_remote(source: str) -> bool:
-    """Whether a source is a http, https or data: URL, and not a path."""
+    """Whether a source is an http, https or data: URL, and not a path."""
     return source[:8].lower().startswith((*_HTTP, "data:"))
 
 
@@ -60,46 +62,37 @@ def fetch(source: str, kind: str, allow_private_urls: bool = False) -> bytes:
 
 @contextmanager
 def fetch_file(source: str, kind: str, allow_private_urls: bool = False) -> Iterator[BinaryIO]:
-    """Like fetch, but on disk, in a file without a name: it is gone afterwards, and if the program ends in any way."""
+    """Like fetch, but in a file on disk without a name: it is gone afterwards, however the program ends."""
     if source[:5].lower() == "data:":
         yield BytesIO(_decode(source, kind))
         return
-    with _unnamed_file(kind) as file:
+    with ExitStack() as stack:
+        with _disk(kind):
+            # Without a buffer: writing its rest could fail when the file is closed.
+            file = stack.enter_context(tempfile.TemporaryFile(buffering=0))
         _download(source, kind, allow_private_urls, file)
         file.seek(0)
         yield io.BufferedReader(file)
 
 
-def _unnamed_file(kind: str) -> io.FileIO:
-    """Without a buffer, so that nothing is left to write, and to fail, when it is closed."""
+@contextmanager
+def _disk(kind: str) -> Iterator[None]:
+    """OSErrors of the block are the disk's."""
     try:
-        return tempfile.TemporaryFile(buffering=0)
+        yield
     except OSError as error:
-        raise _not_kept(error, kind) from error
-
-
-def _write(piece: bytes, into: BinaryIO, kind: str) -> None:
-    try:
-        while piece:
-            piece = piece[into.write(piece) :]
-    except OSError as error:
-        raise _not_kept(error, kind) from error
-
-
-def _not_kept(error: OSError, kind: str) -> InputError:
-    return InputError(
-        "disk_full",
-        f"{_article(kind)} from the network is kept on disk while it is read; the disk does not take it: "
-        f"{error.strerror}. Make room, or set TMPDIR to another folder",
-    )
+        raise InputError(
+            "disk_full",
+            f"the disk must have room for a downloaded {kind}: {error.strerror}. Make some, or set TMPDIR",
+        ) from error
 
 
 _URL = re.compile(r"\s*([a-z][a-z0-9+.-]*://)([^/?#]*)([^?#]*)(\?[^#]*)?(#.*)?", re.IGNORECASE | re.DOTALL)
 
 
 def name_of(source: str) -> str:
-    """How messages call a path, URL or data: URI: short, even where the source holds megabytes, and without secrets: of
-    a URL *** stands for user and password, for the query, and for the fragment."""
+    """A short name of a path, URL or data: URI for messages, without secrets: in a URL, *** stands for user and
+    password, for the query, and for the fragment."""
     if source[:5].lower() == "data:":
         return f"a data: URI of {len(source):,} characters ({_short(source.partition(',')[0], 60)})"
     if (parts := _URL.fullmatch(source)) is None:
@@ -121,28 +114,21 @@ def _check_type(media: str, kind: str, name: str) -> None:
     if media in _UNSAID or media.startswith(f"{kind}/") or media in _ALSO[kind]:
         return
     if media in ("text/html", "application/xhtml+xml"):
-        raise InputError(
-            "media_type_wrong",
-            f"the address of {_article(kind)} must lead to the file itself; {name} is a web page ({media}) and not "
-            f"{_article(kind)}. Open it in a browser and copy the address of the {kind}",
-        )
-    other = media.partition("/")[0]
-    hint = f"Give it as {_article(other)}" if other in MAX_BYTES else f"Give the address of {_article(kind)}"
+        hint = f"It is a web page: open it in a browser and copy the address of the {kind}"
+    else:
+        other = media.partition("/")[0]
+        hint = f"Give it as {_A[other]}" if other in _A else f"Give the address of {_A[kind]}"
     raise InputError(
         "media_type_wrong",
-        f"the media type of {_article(kind)} must be {kind}/...; {name} says {_short(media, 60)}. {hint}",
+        f"the media type of {_A[kind]} must be {kind}/...; {name} says {_short(media, 60)}. {hint}",
     )
-
-
-def _article(kind: str) -> str:
-    return {"image": "an image", "video": "a video"}[kind]
 
 
 def _check_length(length: int, kind: str, name: str, at_least: str = "") -> None:
     if length > MAX_BYTES[kind]:
         raise InputError(
             "media_too_large",
-            f"{_article(kind)} may have at most {MAX_BYTES[kind]:,} bytes (MAX_BYTES of mlx_qwen35.fetch); {name} has "
+            f"{_A[kind]} may have at most {MAX_BYTES[kind]:,} bytes (MAX_BYTES of mlx_qwen35.media.fetch); {name} has "
             f"{at_least}{length:,}. Make it smaller, or save it to a file and give its path",
         )
 
@@ -167,9 +153,7 @@ def _decode(source: str, kind: str) -> bytes:
     except (binascii.Error, UnicodeEncodeError) as error:
         reason = "it holds characters that are not ASCII" if isinstance(error, UnicodeEncodeError) else str(error)
         raise InputError(
-            "data_uri_invalid",
-            f"the data of a data: URI must be whole base64 or percent-encoded bytes; {name} is not: {reason}. "
-            "Encode it again",
+            "data_uri_invalid", f"the data must be whole base64 or percent-encoded bytes; {name} is not: {reason}"
         ) from error
     _check_length(len(data), kind, name)
     return data
@@ -181,31 +165,32 @@ def _decode(source: str, kind: str) -> bytes:
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects to http and https alone."""
 
-    def http_error_302(self, request, answer, code, message, headers):
-        answer.close()  # else its body is read, however long it is
+    def http_error_302(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage
+    ) -> Any | None:
+        fp.close()  # else its body is read, however long it is
         target = headers.get("location") or headers.get("uri") or ""
         scheme, colon, _ = target.partition(":")
         if colon and "/" not in scheme and scheme.lower() not in ("http", "https"):
-            raise InputError(
-                "url_refused",
-                f"an address may lead on to http and https alone; {name_of(request.full_url)} leads to "
-                f"{name_of(target)}. Give the address of the file itself",
-            )
-        return super().http_error_302(request, answer, code, message, headers)
+            leads = f"{name_of(req.full_url)} leads to {name_of(target)}"
+            raise InputError("url_refused", f"an address may lead on to http and https alone; {leads}")
+        return super().http_error_302(req, fp, code, msg, headers)
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
-    def redirect_request(self, request, answer, code, message, headers, target):
-        headers = {name: text for name, text in request.headers.items() if name != "Proxy-authorization"}
-        return Request(target, headers)  # which goes through the proxy, or not, by itself
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> Request:
+        kept = {name: text for name, text in req.headers.items() if name != "Proxy-authorization"}
+        return Request(newurl, kept)  # which goes through the proxy, or not, by itself
 
 
-def _opener(lines: Lines) -> urllib.request.OpenerDirector:
+def _opener(connections: Connections) -> urllib.request.OpenerDirector:
     """An opener that knows http and https and nothing else: no files, no ftp."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),
-        Opener(lines, name_of),
+        Opener(connections, name_of),
         urllib.request.HTTPDefaultErrorHandler(),
         urllib.request.HTTPErrorProcessor(),
         urllib.request.UnknownHandler(),  # a proxy of another kind
@@ -219,35 +204,28 @@ def _download(source: str, kind: str, allow_private_urls: bool, into: BinaryIO) 
     flag("allow_private_urls", allow_private_urls)
     late = InputError(
         "fetch_timeout",
-        f"{_article(kind)} must arrive within {DEADLINE_SECONDS[kind]:g} seconds (DEADLINE_SECONDS of "
-        f"mlx_qwen35.fetch); {name_of(source)} took longer. Try again, or save it to a file and give its path",
+        f"{_A[kind]} must arrive within {DEADLINE_SECONDS[kind]:g} seconds (DEADLINE_SECONDS of "
+        f"mlx_qwen35.media.fetch); {name_of(source)} took longer. Try again, or save it to a file and give its path",
     )
-    with Lines(DEADLINE_SECONDS[kind], allow_private_urls) as lines:
+    with Connections(DEADLINE_SECONDS[kind], allow_private_urls) as connections:
         try:
-            _transfer(source, kind, lines, into)
+            _transfer(source, kind, connections, into)
         except InputError:
-            if lines.late:
+            if connections.late:
                 raise late from None
             raise
-        if lines.late:
+        if connections.late:
             raise late
 
 
-def _transfer(source: str, kind: str, lines: Lines, into: BinaryIO) -> None:
+def _transfer(source: str, kind: str, connections: Connections, into: BinaryIO) -> None:
     name = name_of(source)
     url = quote(source, safe="!#$%&'()*+,/:;=?@[]~")  # spaces and letters beyond ASCII
     headers = {"User-Agent": "mlx-qwen35", "Accept": f"{kind}/*, */*;q=0.5"}
     try:
-        with _opener(lines).open(Request(url, headers), timeout=CONNECT_SECONDS) as answer:
+        with _opener(connections).open(Request(url, headers), timeout=CONNECT_SECONDS) as answer:
             _check_type(answer.headers.get("Content-Type", ""), kind, name)
             _read(answer, kind, name, into)
-    except urllib.error.HTTPError as error:
-        error.close()
-        raise InputError(
-            "fetch_failed",
-            f"a server must answer with the file; for {name} it answered {error.code} "
-            f"{_short(str(error.reason), 100)}. Look whether the address is right and open to everyone",
-        ) from None
     except InputError:
         raise
     except (OSError, ValueError, http.client.HTTPException) as error:
@@ -259,21 +237,19 @@ def _unreached(error: OSError | ValueError | http.client.HTTPException, name: st
     if isinstance(reason, TimeoutError):
         return InputError(
             "fetch_timeout",
-            f"a server must send something every {CONNECT_SECONDS:g} seconds (CONNECT_SECONDS of mlx_qwen35.fetch); "
-            f"that of {name} did not. Try again, or save the file and give its path",
+            f"a server must send something every {CONNECT_SECONDS:g} seconds (CONNECT_SECONDS of "
+            f"mlx_qwen35.media.fetch); that of {name} did not. Try again, or save the file and give its path",
         )
-    if isinstance(error, (urllib.error.URLError, http.client.InvalidURL, ValueError)):
-        told = isinstance(reason, OSError) or isinstance(error, urllib.error.URLError)  # whose words hold no address
-        why = reason if told else "it is not written as one"
-        return InputError(
-            "fetch_failed",
-            f"the host of an address must be reachable; that of {name} is not: {why}. "
-            "Look at the address and at the network",
-        )
-    return InputError(
-        "fetch_failed",
-        f"a file must arrive whole; the server broke off the connection for {name} ({type(error).__name__}). Try again",
-    )
+    if isinstance(error, urllib.error.HTTPError):
+        error.close()
+        why = f"the server answered {error.code} {_short(str(reason), 100)}"
+    elif isinstance(error, urllib.error.URLError) or (isinstance(error, ValueError) and isinstance(reason, OSError)):
+        why = f"its host is not: {reason}"
+    elif isinstance(error, (ValueError, http.client.InvalidURL)):
+        why = "its address is not written as one"
+    else:
+        why = f"the server broke off the connection ({type(error).__name__})"
+    return InputError("fetch_failed", f"{name} must be reachable; {why}. Look at the address and at the network")
 
 
 def _read(answer: http.client.HTTPResponse, kind: str, name: str, into: BinaryIO) -> None:
@@ -285,10 +261,9 @@ def _read(answer: http.client.HTTPResponse, kind: str, name: str, into: BinaryIO
     while piece := answer.read1(_SLICE):
         length += len(piece)
         _check_length(length, kind, name, at_least="at least ")
-        _write(piece, into, kind)
+        with _disk(kind):
+            while piece:
+                piece = piece[into.write(piece) :]
     if expected is not None and length < expected:
-        raise InputError(
-            "fetch_failed",
-            f"a file must arrive whole; of {name} came {length:,} bytes of {expected:,}, then the server broke off. "
-            "Try again",
-        )
+        came = f"{length:,} of {expected:,} bytes came"
+        raise InputError("fetch_failed", f"{name} must arrive whole; {came}, then the server broke off. Try again")

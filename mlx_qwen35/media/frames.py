@@ -1,14 +1,14 @@
-"""Which frames of a clip are used, and the clip itself: sampled, upright, resized RGB frames with their times."""
+"""Sampling of a video's frames, and the sampled video: upright, resized RGB frames with their times."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.media.picture import Size, resize
+from mlx_qwen35.media.decoded import Size, resize
 from mlx_qwen35.values import number, whole
 
 TEMPORAL_PATCH = 2  # the model reads frames in pairs
@@ -19,10 +19,10 @@ _Frame = TypeVar("_Frame")
 
 @dataclass(frozen=True)
 class FrameSampling:
-    """How many frames of a clip are used; they are spread evenly from its first to its last.
+    """How many frames of a video are used, spread evenly from its first to its last.
 
-    fps: frames a second of the clip, held between min_frames and max_frames and never more than there are.
-    num_frames: exactly so many; where the clip has fewer, frames repeat. Neither: all frames, held between min_frames
+    fps: frames a second, held between min_frames and max_frames, never more than the video has.
+    num_frames: exactly so many; frames repeat where the video has fewer. Neither: all frames, held between min_frames
     and max_frames. The rules are those of transformers 5.23 (Qwen3VLVideoProcessor.sample_frames). Raises InputError.
     """
 
@@ -35,14 +35,13 @@ class FrameSampling:
         if self.fps is not None and self.num_frames is not None:
             raise InputError(
                 "option_conflict",
-                f"a clip is sampled by fps or by num_frames, not by both; got fps {self.fps} and "
-                f"num_frames {self.num_frames}. Leave one out",
+                f"fps ({self.fps}) and num_frames ({self.num_frames}) must not be given together. Leave one out",
             )
         if self.fps is not None:
             object.__setattr__(self, "fps", frame_rate("fps", self.fps))
         for name in ("num_frames", "min_frames", "max_frames"):
             value = getattr(self, name)
-            if value is not None or name != "num_frames":  # the model reads frames in pairs
+            if value is not None or name != "num_frames":
                 object.__setattr__(self, name, whole(name, value, TEMPORAL_PATCH))
         if self.max_frames < self.min_frames:
             raise InputError(
@@ -52,12 +51,8 @@ class FrameSampling:
     def count(self, total: int, source_fps: float) -> int:
         """How many of `total` frames, `source_fps` a second, are used. InputError for fewer than two frames."""
         source_fps = frame_rate("the source's frames a second", source_fps)
-        if total < 1:
-            raise InputError("video_too_short", "a video must have frames; it has none")
         if total < TEMPORAL_PATCH:
-            raise InputError(
-                "video_too_short", "a video must have at least two frames; it has one. Give it as an image"
-            )
+            raise too_short("the video", total)
         if self.num_frames is not None:
             return self.num_frames
         if self.fps is None:
@@ -69,8 +64,13 @@ class FrameSampling:
         return np.linspace(0, total - 1, self.count(total, source_fps)).round().astype(int).tolist()
 
 
+def too_short(name: str, total: int) -> InputError:
+    has = "has one. Give it as an image" if total else "has none. Export it again"
+    return InputError("video_too_short", f"a video must have at least two frames; {name} {has}")
+
+
 def frame_rate(name: str, value: Any) -> float:
-    """Frames a second. InputError unless `value` is a number above 0, of a size that a clip may have."""
+    """Frames a second. InputError unless `value` is a number above 0, of a size that a video may have."""
     return number(name, value, "a number above 0 and finite, from 0.000001 to 1,000,000", 1e-6, 1e6)
 
 
@@ -86,8 +86,8 @@ class Timeline:
     times: np.ndarray | None
 
     def pick(self, sampling: FrameSampling) -> tuple[list[int], tuple[float, ...]]:
-        """The frames to use, and their times. With a variable rate: those nearest to evenly spaced times, so that a
-        frame that is shown for long may be picked more than once."""
+        """The frames to use, and their times. With a variable rate: the nearest to evenly spaced times, so a frame that
+        is shown for long may be picked more than once."""
         if self.times is None:
             picks = sampling.indices(self.total, self.fps)
             return picks, tuple(index / self.fps for index in picks)
@@ -98,7 +98,7 @@ class Timeline:
 
 
 @dataclass(frozen=True)
-class Clip:
+class Video:
     """The sampled frames of one video.
 
     frames: (n, height, width, 3) uint8, RGB, upright, resized. times: seconds of each frame from the first frame of
@@ -115,41 +115,40 @@ class Clip:
 
 def collect(
     frames: Iterable[_Frame],
-    picks: Sequence[int],
+    timeline: Timeline,
+    sampling: FrameSampling,
     fit: Fit,
-    size_of: Callable[[_Frame], Size],
     to_rgb: Callable[[_Frame], np.ndarray],
-) -> tuple[np.ndarray, Size, int]:
-    """Go through all frames once and keep the picked ones, resized as they come.
+    size_of: Callable[[_Frame], Size],
+) -> tuple[Video, int]:
+    """Read all frames once and keep the sampled ones, resized as they come.
 
     Args:
         frames: any frames, in order; each may be forgotten once the next is asked for.
-        picks: indices of the frames to keep, ascending, with repeats where a frame is kept twice.
-        fit: called once, with the number of picks and the size of the first picked frame.
-        size_of: a frame's size as stored. Raises InputError if it changes.
-        to_rgb: a frame -> (H, W, 3) uint8, upright. Called for picked frames only.
+        timeline: of these frames.
+        fit: called once, with the number of sampled frames and the size of the first.
+        to_rgb: a frame -> (H, W, 3) uint8, upright. Called for sampled frames only.
+        size_of: a frame's (height, width) as stored. Raises InputError if it changes.
 
-    Returns: the (n, height, width, 3) uint8 frames, the (height, width) before resizing, the number of frames seen.
+    Returns: the video, and the number of frames that came.
     """
-    places: dict[int, list[int]] = defaultdict(list)
-    for place, index in enumerate(picks):
-        places[index].append(place)
-    kept, source, stored, count = None, (0, 0), None, 0
+    picks, times = timeline.pick(sampling)
+    kept: np.ndarray = np.zeros(0, np.uint8)
+    source, stored, count = (0, 0), None, 0
     for count, frame in enumerate(frames, start=1):
         stored = stored or size_of(frame)
         if size_of(frame) != stored:
-            first, now = (f"{width} x {height}" for height, width in (stored, size_of(frame)))
+            at_first, now = (f"{width} x {height}" for height, width in (stored, size_of(frame)))
             raise InputError(
                 "video_sizes_differ",
-                f"all frames of a clip must have one size; the first is {first} pixels, frame {count} is {now}. "
+                f"all frames of a video must have one size; the first is {at_first} pixels, frame {count} is {now}. "
                 "Resize them first, or leave out what does not belong",
             )
-        if count - 1 in places:
+        first, last = bisect_left(picks, count - 1), bisect_right(picks, count - 1)
+        if first < last:
             pixels = to_rgb(frame)
-            if kept is None:
+            if not kept.size:
                 source = (pixels.shape[0], pixels.shape[1])
                 kept = np.empty((len(picks), *fit(len(picks), *source), 3), np.uint8)
-            kept[places[count - 1]] = resize(pixels, kept.shape[1:3])
-    if kept is None:
-        raise InputError("video_too_short", "a video must have frames; it has none")
-    return kept, source, count
+            kept[first:last] = resize(pixels, kept.shape[1:3])
+    return Video(kept, times, source, timeline.total, timeline.fps), count

@@ -1,9 +1,5 @@
-"""A file that holds a picture -> Pillow's image of it, not decoded yet; or what the file is, where it is none.
+"""An image file -> Pillow's image of it, not decoded yet. No other module changes Pillow's process-wide settings."""
 
-Pillow's process-wide settings are changed here and nowhere else.
-"""
-
-import codecs
 import io
 import struct
 import threading
@@ -14,33 +10,34 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, BinaryIO
 
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.media.signatures import HEAD, IMAGES, identify
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from PIL.ImageFile import ImageFile
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for an error; a file that says more is taken for a decompression bomb
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
 # What Pillow and its plugins raise for a file that is cut short or damaged, in opening or in decoding it.
-DAMAGE = (OSError, ValueError, SyntaxError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
-DAMAGE += (EOFError, AssertionError, struct.error, zlib.error)
-_HEAD = 512  # bytes of a file that tell what it is
+DAMAGE = (
+    OSError, ValueError, SyntaxError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, EOFError,
+    AssertionError, struct.error, zlib.error,
+)  # fmt: skip
 _PILLOW = threading.Lock()
 
 
-def open_image(file: BinaryIO, name: str) -> "Image.Image":
-    """Pillow's image of a file, its header read. Within `strict_pillow`, as everything done with the image. InputError
-    for what is not a picture, breaks at its beginning, is stored in a way that is not read, or has too many pixels."""
+def open_image(file: BinaryIO, name: str) -> "ImageFile":
+    """Pillow's image of a file, its header read. Needs `strict_pillow`, as every use of the image. Raises InputError if
+    the file is no image, breaks at its beginning, is stored in a way that Pillow does not read, or is too large."""
     from PIL import Image
     from pillow_heif import register_heif_opener
 
-    head = file.read(_HEAD)
+    head = file.read(HEAD)
     if not head:
         raise InputError("media_empty", f"an image must not be empty; {name} has no bytes. Copy or download it again")
     if "HEIF" not in Image.OPEN:
         register_heif_opener()
     try:
-        file = without_large_notes(file) if head.startswith(_PNG) else file
-        image = Image.open(file, formats=FORMATS)
+        file = _without_large_notes(file) if head.startswith(_PNG) else file
+        image = Image.open(file, formats=IMAGES)
         if image.format == "PNG":  # its checksums, which the decoder does not look at
             image.verify()
             image = Image.open(file, formats=("PNG",))
@@ -51,8 +48,7 @@ def open_image(file: BinaryIO, name: str) -> "Image.Image":
     except DAMAGE as error:
         if (stored := _stored_otherwise(file, head)) is not None:
             raise InputError(
-                "image_unsupported",
-                f"an image must be stored in a way that Pillow reads; {name} is {stored}. Save it as PNG or JPEG",
+                "image_unsupported", f"Pillow must be able to read {name}; it is {stored}. Save it as PNG or JPEG"
             ) from error
         raise InputError("media_not_opened", _not_opened(head, name)) from error
 
@@ -63,10 +59,10 @@ def bomb(name: str) -> str:
 
 @contextmanager
 def strict_pillow() -> Iterator[None]:
-    """Pillow without warnings, deaf to a LOAD_TRUNCATED_IMAGES that the program around us may have set, and with the
-    kinds of grey TIFF that it can unpack and does not know.
+    """Pillow without warnings, without a caller's LOAD_TRUNCATED_IMAGES, and with the kinds of grey TIFF that it can
+    unpack and does not know.
 
-    All are settings of the whole process, so one picture is decoded at a time; all are put back.
+    All are settings of the whole process, so one image is decoded at a time, and all are restored.
     """
     from PIL import ImageFile, TiffImagePlugin
 
@@ -83,19 +79,33 @@ def strict_pillow() -> Iterator[None]:
                 del TiffImagePlugin.OPEN_INFO[key]
 
 
+def _not_opened(head: bytes, name: str) -> str:
+    """The message for a file that Pillow cannot open."""
+    kind = identify(head)
+    if kind in IMAGES:
+        return f"an image must be whole; {name} begins as {kind} and is cut short or damaged. Copy or download it again"
+    hint = "Give it as a video" if kind.startswith("a video") else "Give an image, or save it as PNG or JPEG"
+    return f"an image must be JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC; {name} is {kind}. {hint}"
+
+
 # --- TIFF ------------------------------------------------------------------------------------------------------------
 
 
 def _grey_tiffs() -> dict[tuple, tuple[str, str]]:
-    """Entries for TiffImagePlugin.OPEN_INFO: byte order, white is zero or black is, sample format, order of bits, bits
-    a sample, extra samples -> mode, and how it is packed. Samples of 12 bits have no byte order."""
+    """Entries for TiffImagePlugin.OPEN_INFO: byte order, photometric interpretation (0: zero is white), sample format,
+    order of bits, bits a sample, extra samples -> mode and raw mode. Samples of 12 bits have no byte order."""
     packed = {(order, white, 12): ("I;16", "I;12") for order in (b"II", b"MM") for white in (0, 1)}
     packed[b"MM", 0, 16] = ("I;16B", "I;16B")
     return {(order, white, (1,), 1, (bits,), ()): modes for (order, white, bits), modes in packed.items()}
 
 
+_TIFF_TAGS = (  # name, tag, default
+    ("BitsPerSample", 258, 1), ("SampleFormat", 339, 1), ("PhotometricInterpretation", 262, 0), ("Compression", 259, 1),
+)  # fmt: skip
+
+
 def _stored_otherwise(file: BinaryIO, head: bytes) -> str | None:
-    """How a file stores its picture that Pillow did not open though its header is whole; None where that is not so."""
+    """How a file with a whole header stores its image; None for another file, or the usual way of storing."""
     if head.startswith(b"\xff\xd8\xff"):
         bits = _jpeg_bits(file)
         return f"a JPEG of {bits} bits a sample" if bits not in (None, 8) else None
@@ -110,19 +120,13 @@ def _stored_otherwise(file: BinaryIO, head: bytes) -> str | None:
         tags[256], tags[257], tags.get(273) or tags[324]  # width, height, where the strips or tiles are
     except DAMAGE:
         return None
-    bits, form, meaning, packing = (tags.get(tag, default) for tag, default in ((258, 1), (339, 1), (262, 0), (259, 1)))
-    return (
-        f"a TIFF with BitsPerSample {_numbers(bits)}, SampleFormat {_numbers(form)}, PhotometricInterpretation "
-        f"{meaning} and Compression {packing}"
-    )
-
-
-def _numbers(value: int | tuple[int, ...]) -> str:
-    return " ".join(map(str, value if isinstance(value, tuple) else (value,)))
+    values = ((name, tags.get(tag, default)) for name, tag, default in _TIFF_TAGS)
+    shown = (f"{name} {' '.join(map(str, v if isinstance(v, tuple) else (v,)))}" for name, v in values)
+    return f"a TIFF with {', '.join(shown)}"
 
 
 def _jpeg_bits(file: BinaryIO) -> int | None:
-    """The bits of a sample, from the frame header; None where there is none."""
+    """The bits of a sample, from the frame header; None without one."""
     file.seek(2)
     while len(marker := file.read(4)) == 4 and marker[0] == 0xFF:
         if 0xC0 <= marker[1] <= 0xCF and marker[1] not in (0xC4, 0xC8, 0xCC):
@@ -136,8 +140,8 @@ def _jpeg_bits(file: BinaryIO) -> int | None:
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def _scale_transparency(image: "Image.Image") -> None:
-    """The value that a PNG marks as transparent, which Pillow leaves as it is stored, scaled as Pillow does pixels."""
+def _scale_transparency(image: "ImageFile") -> None:
+    """Scale the value that a PNG marks as transparent, as Pillow scales pixels. Pillow leaves it as it is stored."""
     value, packing = image.info.get("transparency"), image.tile[0].args
     if value is not None and packing in ("L;2", "L;4"):
         image.info["transparency"] = value * 255 // (2 ** int(packing[-1]) - 1)
@@ -145,9 +149,9 @@ def _scale_transparency(image: "Image.Image") -> None:
         image.info["transparency"] = tuple(channel >> 8 for channel in value)
 
 
-def without_large_notes(file: BinaryIO) -> BinaryIO:
-    """A PNG without the texts and the colour profile that are too large for Pillow, which would refuse the picture for
-    them; the file itself where there are none. They are measured no further than up to the limit."""
+def _without_large_notes(file: BinaryIO) -> BinaryIO:
+    """A PNG without texts and a colour profile so large that Pillow would refuse the image; the file itself if there
+    are none. They are inflated no further than up to the limit."""
     from PIL.PngImagePlugin import MAX_TEXT_CHUNK, MAX_TEXT_MEMORY
 
     kept, start, at, left = [], 0, len(_PNG), MAX_TEXT_MEMORY
@@ -178,7 +182,7 @@ def without_large_notes(file: BinaryIO) -> BinaryIO:
 
 
 def _inflated(packed: bytes, most: int) -> int | None:
-    """The size of what was packed; None where it is above `most`; 0 where it is damaged."""
+    """The inflated size; None above `most`, 0 for damaged data."""
     inflater = zlib.decompressobj()
     try:
         size = len(inflater.decompress(packed, most))
@@ -201,60 +205,3 @@ def _unicode_note(body: bytes, most: int) -> int | None:
 
 
 _NOTES = {b"iCCP": _packed_note, b"zTXt": _packed_note, b"iTXt": _unicode_note, b"tEXt": lambda body, _: len(body)}
-
-
-# --- what is not opened ----------------------------------------------------------------------------------------------
-
-_SIGNATURES = (  # offset, bytes, what it is; a format of FORMATS by its name
-    (0, b"\xff\xd8\xff", "JPEG"),
-    (0, b"\x89PNG\r\n\x1a\n", "PNG"),
-    (8, b"WEBP", "WEBP"),
-    (0, b"GIF8", "GIF"),
-    (0, b"BM", "BMP"),
-    (0, b"II*\0", "TIFF"),
-    (0, b"MM\0*", "TIFF"),
-    (0, b"II+\0", "TIFF"),
-    (0, b"MM\0+", "TIFF"),
-    (4, b"ftypavi", "AVIF"),
-    *((4, b"ftyp" + brand, "HEIF") for brand in (b"hei", b"hev", b"mif1", b"msf1")),
-    (4, b"ftypM4A", "a sound file"),
-    (4, b"ftypcrx", "a camera's raw file"),
-    *((4, brand, "a video (MP4 or QuickTime)") for brand in (b"ftyp", b"moov", b"mdat", b"wide", b"free")),
-    (0, b"\x1aE\xdf\xa3", "a video (WebM or Matroska)"),
-    (8, b"AVI ", "a video (AVI)"),
-    (0, b"\0\0\1\xba", "a video (MPEG)"),
-    (0, b"OggS", "a video or a sound file (Ogg)"),
-    (8, b"WAVE", "a sound file"),
-    (0, b"ID3", "a sound file"),
-    (0, b"%PDF", "a PDF document"),
-    (0, b"PK\3\4", "a zip archive, or a document packed as one"),
-    (0, b"\x1f\x8b", "compressed with gzip"),
-    (0, b"\xff\x0a", "a JPEG XL picture"),
-    (4, b"JXL ", "a JPEG XL picture"),
-    (4, b"jP  ", "a JPEG 2000 picture"),
-    (0, b"8BPS", "a Photoshop file"),
-    (0, b"\0\0\1\0", "an icon"),
-)
-_TEXTS = ("<!doctype html", "a web page"), ("<html", "a web page"), ("version https://git-lfs", "a Git LFS pointer")
-
-
-def _not_opened(head: bytes, name: str) -> str:
-    """The message for a file that Pillow cannot open."""
-    what = next((what for at, magic, what in _SIGNATURES if head[at:].startswith(magic)), None) or _text(head)
-    if what in FORMATS:
-        return f"an image must be whole; {name} begins as {what} and is cut short or damaged. Copy or download it again"
-    hint = "Give it as a video" if what.startswith("a video") else "Give a picture, or save it as PNG or JPEG"
-    return f"an image must be JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC; {name} is {what}. {hint}"
-
-
-def _text(head: bytes) -> str:
-    try:
-        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)
-    except UnicodeDecodeError:
-        return "of no known kind"
-    if any(character < " " and not character.isspace() for character in text):
-        return "of no known kind"
-    text = text.strip().lower()
-    if "<svg" in text:
-        return "an SVG drawing"
-    return next((what for start, what in _TEXTS if text.startswith(start)), "text")

@@ -1,13 +1,12 @@
-"""Pixels as the vision tower reads them: how large an image or a clip becomes, and its patches.
+"""Preprocessing for the vision encoder: the size that an image or a video becomes, and its patches.
 
 Everything here equals transformers' Qwen2VLImageProcessor and Qwen3VLVideoProcessor, in numpy. Resized pixels stay
-bytes until a slice of them goes to the tower: as float32 patches a picture would take eight times as much.
+bytes until a slice of them is encoded: float32 patches would take eight times as much memory.
 """
 
 import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,9 +15,10 @@ import numpy as np
 from mlx_qwen35.checkpoint.config import VisionConfig
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.machine.memory import machine_pixels
+from mlx_qwen35.media.frames import FrameSampling
 from mlx_qwen35.media.image import read_resized
 from mlx_qwen35.media.options import VisionOptions
-from mlx_qwen35.media.video import FrameSampling, read_video
+from mlx_qwen35.media.video import read_video
 from mlx_qwen35.options import spelled
 
 MAX_RATIO = 200  # of the longer side to the shorter
@@ -26,10 +26,10 @@ MAX_RATIO = 200  # of the longer side to the shorter
 
 @dataclass(frozen=True, eq=False)
 class Media:
-    """One image or clip, resized: what the tower encodes. Also accepted wherever an image or a clip is.
+    """One image or video, resized: the input of the vision encoder. Accepted wherever an image or a video is.
 
-    pixels: (frames, height, width, 3) uint8 RGB; one frame for an image, an even number for a clip.
-    times: seconds of each pair of frames of a clip; empty for an image.
+    pixels: (frames, height, width, 3) uint8 RGB; one frame for an image, an even number for a video.
+    times: seconds of each pair of frames of a video; empty for an image.
     original: (height, width) before resizing.
     """
 
@@ -40,12 +40,12 @@ class Media:
     values: np.ndarray = field(repr=False)  # (3, 256) float32: what each byte of each channel becomes
 
     @property
-    def is_clip(self) -> bool:
+    def is_video(self) -> bool:
         return bool(self.times)
 
     @property
     def kind(self) -> str:
-        return "video" if self.is_clip else "image"
+        return "video" if self.is_video else "image"
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -59,16 +59,16 @@ class Media:
 
     @cached_property
     def digest(self) -> str:
-        """The identity: SHA-256 of grid and pixels. Where they came from does not count."""
+        """The identity: SHA-256 of grid and pixels, whatever their source."""
         digest = hashlib.sha256(repr(self.grid).encode())
-        digest.update(np.ascontiguousarray(self.pixels))
+        digest.update(np.ascontiguousarray(self.pixels).data)
         return digest.hexdigest()
 
     def __str__(self) -> str:
         (old_height, old_width), (_, height, width, _) = self.original, self.pixels.shape
         size = f"{old_width}x{old_height}"
         size += f" resized to {width}x{height}" if self.resized else ""
-        frames = f", {len(self.pixels)} frames" if self.is_clip else ""
+        frames = f", {len(self.pixels)} frames" if self.is_video else ""
         return f"{size}{frames}, {self.tokens:,} tokens"
 
     @property
@@ -76,9 +76,9 @@ class Media:
         return self.pixels.shape[1:3] != self.original
 
     def patches(self, frames: slice = slice(None), rows: slice = slice(None)) -> np.ndarray:
-        """(F, n, P) float32: some of the patches of some of the pairs of frames; only those are computed."""
+        """(F, n, P) float32: these rows of the patches of these pairs of frames. No others are computed."""
         step = self.config.temporal_patch_size
-        shape = (self.grid[0], step if self.is_clip else 1, *self.pixels.shape[1:])
+        shape = (self.grid[0], step if self.is_video else 1, *self.pixels.shape[1:])
         pairs = np.broadcast_to(self.pixels.reshape(shape), (shape[0], step, *shape[2:]))[frames]
         height, width = self.grid[1:]
         start, stop, _ = rows.indices(height * width)
@@ -103,7 +103,7 @@ def patches(pairs: np.ndarray, config: VisionConfig) -> np.ndarray:
 
 
 def image_size(height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:
-    """Size whose sides are multiples of `factor` and whose area lies between `least` and `most`, of about the same
+    """The nearest size with sides that are multiples of `factor` and an area from `least` to `most`, of about the same
     ratio. Ties round to even (transformers, smart_resize)."""
     _check_ratio(height, width)
     rounded = round(height / factor) * factor, round(width / factor) * factor
@@ -111,7 +111,7 @@ def image_size(height: int, width: int, factor: int, least: int, most: int) -> t
 
 
 def video_size(frames: int, height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:
-    """Like image_size for every frame of a clip, where `least` and `most` bound frames * height * width."""
+    """Like image_size for every frame of a video, where `least` and `most` bound frames * height * width."""
     if height < factor or width < factor:
         scale = max(factor / height, factor / width)
         height, width = int(height * scale), int(width * scale)
@@ -140,20 +140,20 @@ def _check_ratio(height: int, width: int) -> None:
     if max(height, width) > MAX_RATIO * min(height, width):
         raise InputError(
             "aspect_ratio_exceeded",
-            f"the longer side of a picture must be at most {MAX_RATIO} times the shorter; this one is "
-            f"{width}x{height}. Cut it into pieces",
+            f"the longer side of an image must be at most {MAX_RATIO} times the shorter; this one is {width}x{height}. "
+            "Cut it into pieces",
         )
 
 
 @dataclass(frozen=True)
 class Preprocessor:
-    """The checkpoint's settings for images (or for clips), from its preprocessor files."""
+    """The checkpoint's settings for images, or for videos, from its preprocessor files."""
 
     config: VisionConfig
-    values: np.ndarray
+    values: np.ndarray  # see Media
     least: int  # pixels
     most: int
-    sampling: Mapping[str, Any]  # fps, min_frames, max_frames of clips
+    sampling: FrameSampling  # of videos
 
     @property
     def factor(self) -> int:
@@ -170,47 +170,40 @@ class Preprocessor:
         return Media(pixels[None], (), original, self.config, self.values)
 
     def video(self, source: Any, options: VisionOptions) -> Media:
-        """Read, sample and resize a clip from any source that read_video takes."""
+        """Read, sample and resize a video from any source that read_video takes."""
         least, most = self._limits(options, None, options.video_total_pixels, machine_pixels()[1], "video_total_pixels")
-        rate = None if options.video_num_frames else options.fps or self.sampling["fps"]
-        frames = {name: self.sampling[name] for name in ("min_frames", "max_frames")}
-        sampling = FrameSampling(fps=rate, num_frames=options.video_num_frames, **frames)
+        count = options.video_num_frames
+        sampling = replace(self.sampling, fps=None if count else options.fps or self.sampling.fps, num_frames=count)
 
         def fit(count: int, height: int, width: int) -> tuple[int, int]:
             if count * self.factor**2 > most:
                 raise InputError(
                     "video_too_long",
-                    f"all frames of a clip must fit into {most:,} pixels, each of {self.factor}x{self.factor} or more; "
+                    f"the frames of a video must fit into {most:,} pixels, {self.factor}x{self.factor} or more each; "
                     f"{count:,} frames do not. Read fewer, or raise {spelled('video_total_pixels')}",
                 )
             return video_size(count, height, width, self.factor, least, most)
 
         private = options.allow_private_urls
-        clip = read_video(source, sampling, fit, source_fps=options.source_fps, allow_private_urls=private)
-        pairs, step = clip.frames, self.config.temporal_patch_size
-        last = -len(pairs) % step  # an odd number: the last frame counts twice
-        pairs = np.concatenate([pairs, pairs[-1:].repeat(last, axis=0)]) if last else pairs
-        seconds = [*clip.times, *clip.times[-1:] * last]
+        video = read_video(source, sampling, fit, source_fps=options.source_fps, allow_private_urls=private)
+        frames, step = video.frames, self.config.temporal_patch_size
+        last = -len(frames) % step  # of an odd number of frames, the last one counts twice
+        frames = np.concatenate([frames, frames[-1:].repeat(last, axis=0)]) if last else frames
+        seconds = [*video.times, *video.times[-1:] * last]
         times = tuple((a + b) / 2 for a, b in zip(seconds[::step], seconds[step - 1 :: step], strict=True))
-        return Media(pairs, times, clip.size, self.config, self.values)
+        return Media(frames, times, video.size, self.config, self.values)
 
     def _limits(
         self, options: VisionOptions, least: int | None, most: int | None, machine: float, name: str
     ) -> tuple[int, int]:
         low = self.least if least is None else least
         if most is not None and options.published_limits:
-            raise InputError(
-                "option_conflict",
-                f"{spelled(name)} ({most}) and {spelled('published_limits')} must not be given together: each is a "
-                "limit. Leave one out",
-            )
+            both = f"{spelled(name)} ({most}) and {spelled('published_limits')}"
+            raise InputError("option_conflict", f"{both} must not be given together: each is a limit. Leave one out")
         if most is None:
             most = self.most if options.published_limits else int(min(self.most, machine))
             most = max(most, low)
-        if most < max(low, self.factor**2):
-            raise InputError(
-                "option_invalid",
-                f"{spelled(name)} must be at least {max(low, self.factor**2)}, got {most}"
-                + (f". Lower {spelled('min_pixels')} too" if name == "max_pixels" and low > self.factor**2 else ""),
-            )
+        if most < (fewest := max(low, self.factor**2)):
+            hint = f". Lower {spelled('min_pixels')} too" if name == "max_pixels" and low > self.factor**2 else ""
+            raise InputError("option_invalid", f"{spelled(name)} must be at least {fewest}, got {most}{hint}")
         return low, most

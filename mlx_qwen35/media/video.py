@@ -5,28 +5,25 @@ import re
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.media.container import VideoFile
+from mlx_qwen35.media.container import VideoFile, upright_rgb
 from mlx_qwen35.media.fetch import fetch_file, is_remote, name_of
-from mlx_qwen35.media.frames import Clip, Fit, FrameSampling, Timeline, collect, frame_rate, resize
+from mlx_qwen35.media.frames import Fit, FrameSampling, Timeline, Video, collect, frame_rate, too_short
 from mlx_qwen35.media.image import read_image
-from mlx_qwen35.media.video_frame import stored_size, upright_rgb
 from mlx_qwen35.options import spelled
-
-__all__ = ["Clip", "FrameSampling", "read_video", "resize"]
 
 
 def read_video(
     source: Any, sampling: FrameSampling, fit: Fit, *, source_fps: float | None = None, allow_private_urls: bool = False
-) -> Clip:
+) -> Video:
     """Read the frames that `sampling` asks for, resized one by one, so that memory holds one source frame at a time.
 
     Args:
-        source: a file (mp4, mov, webm, mkv, gif) as path, http(s) URL, data: URI or bytes; a folder of pictures, in
+        source: a file (mp4, mov, webm, mkv, gif) as path, http(s) URL, data: URI or bytes; a folder of images, in
             the natural order of their names; a list or tuple of frames, each anything that read_image takes; an
             (n, H, W, 3) uint8 RGB array.
         sampling: which frames are used.
@@ -35,88 +32,80 @@ def read_video(
         source_fps: frames a second of a folder, a list or an array. A file knows its own.
         allow_private_urls: whether a URL may lead to this machine or into its network, see `fetch`.
 
-    Raises InputError where the source is no video, is damaged anywhere, or does not suit source_fps.
+    Raises InputError if the source is no video, is damaged anywhere, or does not suit source_fps.
     """
-    if isinstance(source, np.ndarray):
-        frames = _check_array(source)
-        return _read_frames("an array", iter(frames), len(frames), sampling, fit, source_fps)
-    if isinstance(source, (list, tuple)):
-        name = "a list of frames"
-        pictures = _read_pictures(name, source, allow_private_urls)
-        return _read_frames(name, pictures, len(source), sampling, fit, source_fps)
-    if isinstance(source, (str, os.PathLike)) and not is_remote(str(source)):
-        return _read_path(source, sampling, fit, source_fps)
-    if isinstance(source, str):
-        with fetch_file(source, "video", allow_private_urls) as file:
-            return _read_file(VideoFile(name_of(source), file), sampling, fit, source_fps)
+
+    def read_frames(frames: Sequence[Any] | np.ndarray, name: str) -> Video:
+        images = _check_array(frames) if isinstance(frames, np.ndarray) else _images(frames, name, allow_private_urls)
+        return _read_frames(images, len(frames), name, source_fps, sampling, fit)
+
+    def read_file(file: VideoFile) -> Video:
+        return _read_file(file, source_fps, sampling, fit)
+
+    if isinstance(source, (np.ndarray, list, tuple)):
+        return read_frames(source, "an array" if isinstance(source, np.ndarray) else "a list of frames")
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _read_file(VideoFile("the video", BytesIO(source)), sampling, fit, source_fps)
-    raise InputError(
-        "media_source_invalid",
-        "a video must be a path, a URL, bytes, a folder, a list of frames or an (n, H, W, 3) uint8 array, "
-        f"got {type(source).__name__}",
-    )
-
-
-def _read_path(source: str | os.PathLike, sampling: FrameSampling, fit: Fit, source_fps: float | None) -> Clip:
-    path, name = os.path.expanduser(source), name_of(os.fspath(source))
-    if os.path.isdir(path):
-        pictures, name = _pictures(Path(path), name), f"the folder {name}"
-        return _read_frames(name, _read_pictures(name, pictures), len(pictures), sampling, fit, source_fps)
-    if not os.path.isfile(path):
+        return read_file(VideoFile("the video", BytesIO(source)))
+    if not isinstance(source, (str, os.PathLike)):
         raise InputError(
-            "media_not_found",
-            f"a video must be a file, a folder of frames or a URL; there is none at {name}. Look at the path",
+            "media_source_invalid",
+            "a video must be a path, a URL, bytes, a folder, a list of frames or an (n, H, W, 3) uint8 array, "
+            f"got {type(source).__name__}",
         )
-    with _opened(path, name) as file:
-        return _read_file(VideoFile(name, file), sampling, fit, source_fps)
-
-
-def _opened(path: str, name: str) -> BinaryIO:
+    name = name_of(os.fspath(source))
+    if isinstance(source, str) and is_remote(source):
+        with fetch_file(source, "video", allow_private_urls) as file:
+            return read_file(VideoFile(name, file))
+    path = Path(os.path.expanduser(source))
     try:
-        return Path(path).open("rb")
+        if os.path.isdir(path):
+            return read_frames(_files(path), f"the folder {name}")
+        if os.path.isfile(path):
+            with path.open("rb") as file:
+                return read_file(VideoFile(name, file))
     except OSError as error:
         raise InputError(
-            "media_unreadable",
-            f"a video must be a file that can be read; {name} cannot: {error.strerror}. Look at its rights",
+            "media_unreadable", f"{name} must be readable: {error.strerror}. Look at its rights"
         ) from error
+    raise InputError("media_not_found", f"a video must be a file, a folder or a URL; {name} is none. Look at the path")
 
 
-def _read_file(file: VideoFile, sampling: FrameSampling, fit: Fit, source_fps: float | None) -> Clip:
+def _read_file(file: VideoFile, source_fps: float | None, sampling: FrameSampling, fit: Fit) -> Video:
     if source_fps is not None:
         raise InputError(
             "option_no_effect",
-            f"{spelled('source_fps')} is for frames without a container; {file.name} is a video file and has its own "
-            f"rate, so {source_fps!r} would have no effect. Leave it out",
+            f"{spelled('source_fps')} ({source_fps!r}) must not be given: {file.name} has its own rate",
         )
     timeline = file.timeline()
-    picks, times = timeline.pick(sampling)
-    # The last frame is always picked, so the file is read to its end, and every frame in it is checked on the way.
-    frames, size, count = collect(file.frames(timeline.total), picks, fit, stored_size, upright_rgb)
+    # The last frame is always picked, so the file is read to its end, and every frame in it is checked.
+    frames = file.frames(timeline.total)
+    video, count = collect(frames, timeline, sampling, fit, upright_rgb, lambda frame: (frame.height, frame.width))
     if count != timeline.total:
         raise file.broken(count, timeline.total, "the rest cannot be decoded")
-    return Clip(frames, times, size, timeline.total, timeline.fps)
+    return video
 
 
 def _read_frames(
-    name: str, frames: Iterator[np.ndarray], total: int, sampling: FrameSampling, fit: Fit, source_fps: float | None
-) -> Clip:
+    images: Iterator[np.ndarray] | np.ndarray,
+    total: int,
+    name: str,
+    source_fps: float | None,
+    sampling: FrameSampling,
+    fit: Fit,
+) -> Video:
     if not total:
-        raise InputError("video_too_short", f"a video must have frames; {name} has none")
+        raise too_short(name, 0)
     if source_fps is None:
         raise InputError(
-            "option_missing",
-            f"frames without a container have no rate; {name} came without {spelled('source_fps')}. Say how many are "
-            "in a second",
+            "option_missing", f"{spelled('source_fps')} must be given: how many frames of {name} are in a second"
         )
-    source_fps = frame_rate(spelled("source_fps"), source_fps)
-    picks, times = Timeline(total, source_fps, None).pick(sampling)
-    # Every frame is read, so that a broken one, or a stranger among them, is noticed whatever the sampling.
-    kept, size, _ = collect(frames, picks, fit, lambda frame: frame.shape[:2], lambda frame: frame)
-    return Clip(kept, times, size, total, source_fps)
+    timeline = Timeline(total, frame_rate(spelled("source_fps"), source_fps), None)
+    # Every frame is read, so that a broken one, or one of another size, is noticed whatever the sampling.
+    video, _ = collect(images, timeline, sampling, fit, lambda image: image, lambda image: image.shape[:2])
+    return video
 
 
-def _read_pictures(name: str, frames: Sequence[Any], allow_private_urls: bool = False) -> Iterator[np.ndarray]:
+def _images(frames: Sequence[Any], name: str, allow_private_urls: bool) -> Iterator[np.ndarray]:
     for number, frame in enumerate(frames, start=1):
         try:
             yield read_image(frame, allow_private_urls=allow_private_urls)
@@ -136,18 +125,11 @@ def _check_array(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _pictures(folder: Path, name: str) -> list[Path]:
+def _files(folder: Path) -> list[Path]:
     """The files of a folder, hidden ones left out, frame2 before frame10."""
-    try:
-        paths = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    except OSError as error:
-        raise InputError(
-            "media_unreadable",
-            f"a folder of frames must be open to reading; {name} is not: {error.strerror}. Look at its rights",
-        ) from error
-    return sorted(paths, key=lambda path: _natural(path.name))
+    return sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=_natural)
 
 
-def _natural(name: str) -> tuple[list[str | int], str]:
-    parts = re.split(r"(\d+)", name.lower())
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
+def _natural(path: Path) -> tuple[list[str | int], str]:
+    parts = re.split(r"(\d+)", path.name.lower())
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], path.name

@@ -13,9 +13,9 @@ from mlx_qwen35.model.weights import Weights
 
 
 class GatedAttention(nn.Module):
-    """Grouped-query attention with normed, partly rotated queries and keys, and an output gate per element.
+    """Grouped-query attention with normed, partly rotated queries and keys, and an output gate for each element.
 
-    q_proj holds, for each head, its query and then its gate: not all queries before all gates.
+    q_proj holds, for each head, its query and then its gate.
     """
 
     def __init__(self, config: TextConfig, weights: Weights):
@@ -27,9 +27,9 @@ class GatedAttention(nn.Module):
         self.heads, self.head_dim = config.num_attention_heads, config.head_dim
 
     def __call__(self, x: mx.array, rotary: Table, context: ForwardContext, cache: KVCache) -> mx.array:
-        """x (B, T, D) normed, rotary table of its positions -> (B, T, D); appends to the layer's cache."""
+        """x (B, T, D) normed, and the rotary table of its positions -> (B, T, D). Appends to the layer's cache."""
         B, T, _ = x.shape
-        if context.lengths is not None:  # NaN or infinity in padding would survive its weight of 0 in the sum of values
+        if context.lengths is not None:  # NaN and infinity of padding would pass through its weights of 0
             x = mx.where((mx.arange(T) < context.lengths[:, None])[..., None], x, mx.zeros((), x.dtype))
         products = self.qkv_proj.whole(x)
         queries, _, v = self.qkv_proj.split(products)

@@ -1,11 +1,11 @@
-"""The decoder layers: what they are made of, and the forward pass through them."""
+"""The decoder layers, and the forward pass through them."""
 
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_qwen35.cache.layer import DeltaCache, ForwardContext, KVCache
+from mlx_qwen35.cache.layer import ForwardContext, LayerCache
 from mlx_qwen35.checkpoint.config import FULL, TextConfig
 from mlx_qwen35.kernels.elementwise import compiled, silu
 from mlx_qwen35.model.attention import GatedAttention
@@ -13,8 +13,6 @@ from mlx_qwen35.model.delta_net import GatedDeltaNet
 from mlx_qwen35.model.layers import RMSNorm
 from mlx_qwen35.model.rotary import Table
 from mlx_qwen35.model.weights import Weights
-
-LayerCache = KVCache | DeltaCache
 
 
 class MLP(nn.Module):
@@ -38,7 +36,7 @@ def _activated(gate: mx.array, up: mx.array) -> mx.array:
 class DecoderLayer(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)); the mixer is attention or DeltaNet.
 
-    Each sum is formed together with the norm that follows it, the last one with the norm of what comes after the layer.
+    Each sum is one operation with the norm after it. The last of them belongs to the next layer, or is the final norm.
     """
 
     def __init__(self, config: TextConfig, kind: str, weights: Weights):
@@ -62,9 +60,9 @@ class DecoderLayer(nn.Module):
         following: RMSNorm,
         at: mx.array | None = None,
     ) -> tuple[mx.array, mx.array]:
-        """x and input_layernorm(x), each (B, T, D) -> the next x, and `following` of it.
+        """x and input_layernorm(x), each (B, T, D) -> the next x, and its norm by `following`.
 
-        at: (B,), the only column of each row that is wanted; then (B, 1, D) come out.
+        at: (B,) integers, one column of each row to return, as (B, 1, D); None returns all.
         """
         mixed = self[self.mixer_name](normed, rotary, context, cache)
         if at is not None:
@@ -73,7 +71,7 @@ class DecoderLayer(nn.Module):
         return following.of_sum(x, self.mlp(normed))
 
 
-Pace = Callable[[list[mx.array]], None]  # called with the arrays of each layer, cache included; may evaluate them
+Pace = Callable[[list[mx.array]], None]  # called with each layer's arrays, those of its cache too; may evaluate them
 
 
 def run(
@@ -86,10 +84,9 @@ def run(
     at: mx.array | None = None,
     pace: Pace = lambda arrays: None,
 ) -> mx.array:
-    """x (B, T, D) through the layers, each with its own cache, and the final norm -> (B, T, D).
+    """x (B, T, D) -> (B, T, D) through the layers, each with its own cache, and the final norm.
 
-    at: (B,) integers, the one column wanted of each row; then (B, 1, D), and the last layer's MLP and the norm compute
-    no more than that.
+    at: (B,) integers, one column of each row to return, as (B, 1, D); the last MLP and the norm then compute only that.
     """
     normed = layers[0].input_layernorm(x)
     after = [*(layer.input_layernorm for layer in layers[1:]), norm]

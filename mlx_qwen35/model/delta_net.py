@@ -12,7 +12,7 @@ from mlx_qwen35.model.weights import Weights
 
 
 class GatedDeltaNet(nn.Module):
-    """Four projections, the core (`kernels.fused_delta`), and the projection back."""
+    """Four projections, the core (kernels/fused_delta.py), and the output projection."""
 
     def __init__(self, config: TextConfig, weights: Weights):
         super().__init__()
@@ -25,7 +25,7 @@ class GatedDeltaNet(nn.Module):
         self.eps = config.rms_norm_eps
 
     def __call__(self, x: mx.array, rotary: Table, context: ForwardContext, cache: DeltaCache) -> mx.array:
-        """x (B, T, D) normed -> (B, T, D); replaces the layer's state. Positions do not matter here."""
+        """x (B, T, D) normed -> (B, T, D). Replaces the layer's state. The rotary table is not used."""
         core = DeltaWeights(self.conv1d, self.A_log, self.dt_bias, self.norm, self.eps)
         projected = self.in_proj.whole(x)
         out, state = delta_core(projected, self.in_proj.split, core, cache.state, context.lengths, context.stepwise)

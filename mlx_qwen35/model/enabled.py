@@ -1,6 +1,8 @@
-"""In how many layers of a model each Metal kernel runs, counted when it is loaded and shown by mlx_qwen35.doctor."""
+"""The layers of a model in which each Metal kernel runs, found at load and shown by mlx_qwen35.doctor."""
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from mlx_qwen35.backend import backend
@@ -12,7 +14,7 @@ from mlx_qwen35.model.model import Model
 
 
 class EnabledLayers(NamedTuple):
-    """Layers in which a kernel runs, of those that it is made for."""
+    """In how many layers a kernel runs, and how many it is made for."""
 
     layers: int
     of: int
@@ -21,56 +23,55 @@ class EnabledLayers(NamedTuple):
         return f"{self.layers} of {self.of} layers"
 
 
+class _Kernel(NamedTuple):
+    self_check: Callable[[], bool]
+    fits: dict[int, bool]  # layer that it is made for -> whether it takes the products of the layer's projections
+
+
 def enabled_kernels(model: Model) -> dict[str, EnabledLayers]:
-    """Kernel -> where it runs. On a GPU this has each run once against its reference; elsewhere none runs."""
-    config, dtype, on = model.config, model.dtype, backend().fused_kernels
-    heads, sizes = Heads(*config.delta_heads), Geometry(*config.attention_heads)
-    fitting, attentions = _fitting(model), sum("self_attn" in layer for layer in model.layers)
-    checks = {
-        "gated_delta": on and fused_delta.self_check(heads, dtype),
-        "norm_rotary": on and sizes.supported and norm_rotary.self_check(sizes, dtype),
-    }
-    found = {
-        name: EnabledLayers(sum(fitting[name].values()) if self_check else 0, len(fitting[name]))
-        for name, self_check in checks.items()
-    }
-    norms = on and add_norm.self_check(config.hidden_size, dtype)
-    found["add_norm"] = EnabledLayers(len(model.layers) if norms else 0, len(model.layers))
-    forced = on and attention.fused_self_check(config.head_dim, dtype)
-    found["attention without scores"] = EnabledLayers(attentions if forced else 0, attentions)
+    """Kernel -> the layers in which it runs. On a GPU each kernel is checked, once a process; elsewhere none runs."""
+    found = {}
+    for name, kernel in _kernels(model).items():
+        runs = backend().fused_kernels and any(kernel.fits.values()) and kernel.self_check()
+        found[name] = EnabledLayers(sum(kernel.fits.values()) if runs else 0, len(kernel.fits))
     return found
 
 
 def warn_unfit_layers(model: Model) -> None:
-    """Where kernels run, warn of layers whose projections come in other products than a kernel reads."""
+    """Where kernels run, warn of layers whose projections come in other products than a kernel takes."""
     if not backend().fused_kernels:
         return
-    for name, layers in _fitting(model).items():
-        if unfit := [i for i, fits in layers.items() if not fits]:
+    for name, (_, fits) in _kernels(model).items():
+        if unfit := [i for i, fit in fits.items() if not fit]:
             listed = ", ".join(map(str, unfit[:8])) + (" ..." if len(unfit) > 8 else "")
             warnings.warn(
-                f"the kernel {name} does not run in {len(unfit)} of {len(layers)} layers ({listed}): their sizes "
-                "have no plan, or their projections are packed in different ways. MLX operations take its place, which "
-                "is slower. Projections of a layer that are packed alike, b and a perhaps apart, are what it reads",
+                f"the kernel {name} does not run in {len(unfit)} of {len(fits)} layers ({listed}): it does not support "
+                "their sizes, or their projections are quantized in different ways. MLX operations take its place, "
+                "which is slower. It takes projections of a layer that are quantized alike, b and a perhaps apart",
                 RuntimeWarning,
                 stacklevel=2,
             )
 
 
-def _fitting(model: Model) -> dict[str, dict[int, bool]]:
-    """Kernel -> layer -> whether the products of its projections are those that the kernel reads."""
-    heads, sizes = Heads(*model.config.delta_heads), Geometry(*model.config.attention_heads)
-    layers = dict(enumerate(model.layers))
+def _kernels(model: Model) -> dict[str, _Kernel]:
+    config, dtype, layers = model.config, model.dtype, dict(enumerate(model.layers))
+    heads, sizes = Heads(*config.delta_heads), Geometry(*config.attention_heads)
+    delta = {i: layer.linear_attn.in_proj for i, layer in layers.items() if "linear_attn" in layer}
+    full = {i: layer.self_attn.qkv_proj for i, layer in layers.items() if "self_attn" in layer}
     return {
-        "gated_delta": {
-            i: fused_delta.fits(_widths(layer.linear_attn.in_proj), heads)
-            for i, layer in layers.items() if "linear_attn" in layer
-        },
-        "norm_rotary": {
-            i: norm_rotary.fits(_widths(layer.self_attn.qkv_proj), sizes)
-            for i, layer in layers.items() if "self_attn" in layer
-        },
-    }  # fmt: skip
+        "gated_delta": _Kernel(
+            partial(fused_delta.self_check, heads, dtype),
+            {i: fused_delta.fits(_widths(joined), heads) for i, joined in delta.items()},
+        ),
+        "norm_rotary": _Kernel(
+            partial(norm_rotary.self_check, sizes, dtype),
+            {i: norm_rotary.fits(_widths(joined), sizes) for i, joined in full.items()},
+        ),
+        "add_norm": _Kernel(partial(add_norm.self_check, config.hidden_size, dtype), dict.fromkeys(layers, True)),
+        "attention without scores": _Kernel(
+            partial(attention.fused_self_check, config.head_dim, dtype), dict.fromkeys(full, True)
+        ),
+    }
 
 
 def _widths(joined: Joined) -> list[int]:

@@ -1,4 +1,4 @@
-"""What a checkpoint's tensors become: linear maps, the embedding, RMS norms."""
+"""Layers made of a checkpoint's tensors: linear maps, the embedding, RMS norms."""
 
 from collections.abc import Sequence
 
@@ -6,81 +6,81 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_qwen35.kernels.add_norm import add_norm, rms_norm
-from mlx_qwen35.kernels.quantized_linear import quantized_linear, unpacks
+from mlx_qwen35.kernels.quantized_linear import dequantize, dequantizes, quantized_linear
 from mlx_qwen35.quantization import Quantization
 
 
 class Linear(nn.Module):
-    """y = x W^T, with W (out, in) as it is or packed by MLX, plus a bias in the vision tower."""
+    """y = x W^T, W (out, in) as stored or quantized by MLX; plus a bias in the vision encoder."""
 
-    def __init__(self, parts: dict[str, mx.array], packing: Quantization | None = None):
+    def __init__(self, parts: dict[str, mx.array], quantization: Quantization | None = None):
         super().__init__()
         self.weight = parts["weight"]
-        if packing:
+        if quantization:
             self.scales, self.biases = parts["scales"], parts.get("biases")
-        self.packing = packing
+        self.quantization = quantization
         self.bias = parts.get("bias")
 
     def __call__(self, x: mx.array) -> mx.array:
-        if self.packing is None:
+        if self.quantization is None:
             y = x @ self.weight.T
         else:
-            y = quantized_linear(x, self.weight, self.scales, self.biases, self.packing)
+            y = quantized_linear(x, self.weight, self.scales, self.biases, self.quantization)
         y = y if self.bias is None else y + self.bias
-        return y.astype(x.dtype)  # weights that were kept in float32 give float32
+        return y.astype(x.dtype)  # float32 weights give float32
 
 
 class Joined(nn.Module):
-    """Linear maps that read the same input, those packed alike as one product: their rows stand in one matrix.
+    """Linear maps of one input, as few products as their quantizations allow: their rows stand in one matrix.
 
-    Each row of a packed matrix is packed by itself, so joining changes no value. A map packed otherwise is a product of
-    its own.
+    MLX quantizes each row by itself, so joining changes no value.
     """
 
-    def __init__(self, products: list[Linear], places: list[tuple[int, slice]]):
+    def __init__(self, products: list[Linear], slices: list[tuple[int, slice]]):
         super().__init__()
         self.products = products
-        self.places = places  # of each map: which product, and which of its outputs
+        self.slices = slices  # for each map, the index of its product, and its outputs there
 
     def __call__(self, x: mx.array) -> list[mx.array]:
-        """x (..., D) -> the output of each map, in the order in which they were named."""
+        """x (..., D) -> the output of each map, in the order of their names."""
         return self.split(self.whole(x))
 
     def whole(self, x: mx.array) -> list[mx.array]:
-        """The products as they come, each with the outputs of several maps side by side."""
+        """x (..., D) -> the products, each with the outputs of several maps side by side."""
         products: list[mx.array] = []
         for product in self.products:
-            if products and product.packing and unpacks(x):  # one after the other, or all matrices are unpacked first
+            if products and product.quantization and dequantizes(x):  # in sequence: else MLX dequantizes all at once
                 x = mx.depends(x, products[-1:])
             products.append(product(x))
         return products
 
     def split(self, products: Sequence[mx.array]) -> list[mx.array]:
-        whole = len(self.products) == len(self.places)  # then there is nothing to cut
-        return [products[product] if whole else products[product][..., outputs] for product, outputs in self.places]
+        """The products -> the output of each map."""
+        separate = len(self.products) == len(self.slices)
+        return [products[product] if separate else products[product][..., outputs] for product, outputs in self.slices]
 
 
 class Embedding(Linear):
-    """A table over the vocabulary: looked up on the way in, and where it is tied, multiplied by on the way out."""
+    """A table over the vocabulary, read by row. Where it is tied it is the LM head too."""
 
-    def __init__(self, parts: dict[str, mx.array], packing: Quantization | None, dtype: mx.Dtype):
-        super().__init__(parts, packing)
+    def __init__(self, parts: dict[str, mx.array], quantization: Quantization | None, dtype: mx.Dtype):
+        super().__init__(parts, quantization)
         self.dtype = dtype
 
     def look_up(self, tokens: mx.array) -> mx.array:
         """tokens (B, T) integer -> (B, T, D) in the activation dtype."""
-        if self.packing is None:
-            return self.weight[tokens].astype(self.dtype)
-        biases = None if self.biases is None else self.biases[tokens]
-        form = {"group_size": self.packing.group_size, "bits": self.packing.bits, "mode": self.packing.mode}
-        return mx.dequantize(self.weight[tokens], self.scales[tokens], biases, **form).astype(self.dtype)
+        rows = self.weight[tokens]
+        if self.quantization is not None:
+            biases = None if self.biases is None else self.biases[tokens]
+            rows = dequantize(rows, self.scales[tokens], biases, self.quantization)
+        return rows.astype(self.dtype)
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * gamma, in float32, rounded once to x's dtype.
 
-    `weight` is gamma itself, 1 + w for the zero-centred norms, formed and kept in float32: rounded to bfloat16 the sum
-    would keep 8 bits, the largest error of all where weights have 8 bits or more.
+    `weight` is gamma itself, float32. Zero-centred norms store gamma - 1; the sum 1 + w in bfloat16 would have 8 bits,
+    the largest error of all where weights have 8 bits or more.
     """
 
     def __init__(self, weight: mx.array, eps: float):
@@ -92,5 +92,5 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
     def of_sum(self, x: mx.array, added: mx.array) -> tuple[mx.array, mx.array]:
-        """x + added, and its norm."""
+        """x + added, and the norm of that sum."""
         return add_norm(x, added, self.weight, self.eps)

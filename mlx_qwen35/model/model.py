@@ -1,4 +1,4 @@
-"""The model: embed, with image embeddings in their places -> layers -> norm -> logits."""
+"""The model: tokens and image embeddings -> layers -> norm -> logits."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,18 +18,18 @@ from mlx_qwen35.model.weights import Weights
 
 
 class Visual(NamedTuple):
-    """What stands in the place of the placeholders of one pass."""
+    """Image and video embeddings for the placeholders of one forward pass."""
 
-    rows: mx.array  # (n,) integers: where they are
-    columns: mx.array
+    rows: mx.array  # (n,) integers
+    columns: mx.array  # (n,) integers
     embeddings: mx.array  # (n, D)
 
 
 class Model(nn.Module):
-    """A Qwen3.5 model. Holds weights only; everything of a conversation is in its `Cache`.
+    """A Qwen3.5 model. It holds weights only; the state of a conversation is its `Cache`.
 
-    `vision` is the tower, which makes embeddings of images and clips, and `mtp` the multi-token-prediction head, which
-    drafts tokens; None for a checkpoint without one. Both are read from disk when they are first wanted.
+    `vision` encodes images and videos. `mtp` is the multi-token prediction head, which drafts tokens. Both are loaded
+    at their first use, and None for a checkpoint without one.
     """
 
     def __init__(self, config: TextConfig, weights: Weights):
@@ -49,11 +49,11 @@ class Model(nn.Module):
         self.mtp: DraftHead | None = None
 
     def make_cache(self, batch: int = 1) -> Cache:
-        """An empty cache for `batch` rows that go through the model together."""
+        """An empty cache for a batch of so many rows."""
         return Cache(self.config, self.dtype, batch)
 
     def __call__(self, tokens: mx.array, cache: Cache | None = None) -> mx.array:
-        """tokens (B, T) integer -> logits (B, T, V) in the activation dtype, extending the cache if there is one."""
+        """tokens (B, T) integer -> logits (B, T, V) in the activation dtype. Extends the cache if one is given."""
         return self.logits(self.hidden(tokens, cache))
 
     def hidden(
@@ -69,13 +69,11 @@ class Model(nn.Module):
     ) -> mx.array:
         """tokens (B, T) -> (B, T, D) after the final norm.
 
-        lengths: tokens of each row, the rest of T is padding, whose outputs mean nothing; None: no padding.
-        visual: embeddings that replace those of some tokens.
-        positions: (3, B, T) integers, see `prompt.positions`; None counts on from the cache's position.
-        at: (B,) integers, the one column wanted of each row; then (B, 1, D), and the last layer's MLP and the norm
-        compute no more than that.
-        pace: see `decoder.run`.
-        stepwise: compute and store states as if the tokens came one by one, for Cache.rollback.
+        lengths: tokens of each row; the rest of T is padding, and its outputs mean nothing. None: no padding.
+        visual: embeddings in place of those of the placeholders.
+        positions: (3, B, T) integers, see prompt/positions.py. None continues from the cache's position.
+        at, pace: see `decoder.run`.
+        stepwise: store the DeltaNet states after each token, as if they came one by one, for `Cache.rollback`.
 
         Raises InputError when tokens is not (B, T), its ids are not integers, or B is not the cache's.
         """
@@ -94,13 +92,13 @@ class Model(nn.Module):
             return run(self.layers, self.norm, x, rotary, context, cache.layers, at, pace)
 
     def embed(self, tokens: mx.array, visual: Visual | None = None) -> mx.array:
-        """tokens (B, T) -> (B, T, D) in the activation dtype, image embeddings in their places."""
+        """tokens (B, T) -> (B, T, D) in the activation dtype, with `visual` in place of the placeholders."""
         x = self.embed_tokens.look_up(tokens)
         if visual is not None:
             x[visual.rows, visual.columns] = visual.embeddings.astype(x.dtype)
         return x
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """(..., D) after the final norm -> (..., V). Costly: 248,320 products a row, so ask for the rows you need."""
-        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return head(hidden)
+        """(..., D) after the final norm -> (..., V). Costly: V is 248,320, so pass only the rows you need."""
+        lm_head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return lm_head(hidden)

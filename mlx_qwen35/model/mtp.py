@@ -1,11 +1,11 @@
-"""The multi-token-prediction head: from a hidden state and the token that followed it, a guess at the one after."""
+"""The multi-token prediction (MTP) head: drafts token i + 2 from token i + 1 and the hidden state of token i."""
 
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_qwen35.cache.layer import ForwardContext, KVCache
+from mlx_qwen35.cache.layer import ForwardContext, LayerCache
 from mlx_qwen35.checkpoint.config import FULL, TextConfig
 from mlx_qwen35.model.decoder import DecoderLayer, run
 from mlx_qwen35.model.rotary import Table
@@ -13,10 +13,10 @@ from mlx_qwen35.model.weights import Weights
 
 
 class MultiTokenPrediction(nn.Module):
-    """fc of both normed inputs, the embedding first, then a layer of gated attention and a norm; the model's own head
-    makes logits of what comes out (DeepSeek-V3, arXiv:2412.19437, section 2.2; order as in vLLM's qwen3_next_mtp).
+    """fc of both normed inputs, the embedding first, then a layer of gated attention and a norm. The model's LM head
+    turns its output into logits (DeepSeek-V3, arXiv:2412.19437, section 2.2; order as in vLLM's qwen3_next_mtp).
 
-    Its output may take the place of the hidden state for another guess.
+    The output may replace the hidden state to draft another token.
     """
 
     def __init__(self, config: TextConfig, weights: Weights):
@@ -35,28 +35,25 @@ class MultiTokenPrediction(nn.Module):
         hidden: mx.array,
         rotary: Table,
         context: ForwardContext,
-        caches: Sequence[KVCache],
+        caches: Sequence[LayerCache],
         at: mx.array | None = None,
     ) -> mx.array:
-        """embeddings of the tokens i + 1 and the model's hidden states i, each (B, T, D) -> (B, T, D) for tokens i + 2.
+        """embeddings of tokens i + 1 and hidden states of tokens i, each (B, T, D) -> (B, T, D) for tokens i + 2.
 
-        hidden: after the model's final norm, or what this head gave. rotary, context: of the tokens i. caches: of each
-        of its layers. at: (B,), the only column of each row that is wanted; then (B, 1, D).
+        hidden: after the model's final norm, or this head's output. rotary, context: of tokens i. caches: one for each
+        layer. at: see `decoder.run`.
         """
         both = [self.pre_fc_norm_embedding(embeddings), self.pre_fc_norm_hidden(hidden)]
         return run(self.layers, self.norm, self.fc(mx.concatenate(both, axis=-1)), rotary, context, caches, at)
 
 
 class DraftHead:
-    """The head of a loaded model: read from disk when it is wanted, and given back by `release`.
-
-    `fault` is why it cannot be used.
-    """
+    """The MTP head of a loaded model: loaded at its first use, unloaded by `release`. fault: why it cannot be used."""
 
     def __init__(self, load: Callable[[], MultiTokenPrediction], nbytes: int, fault: str | None = None):
         self._load = load
         self._weights: MultiTokenPrediction | None = None
-        self.nbytes = nbytes  # in memory, once it is there
+        self.nbytes = nbytes  # in memory, once loaded
         self.fault = fault
 
     @property
@@ -69,7 +66,7 @@ class DraftHead:
         return self._weights
 
     def release(self) -> None:
-        """Give its memory back; it is read again when it is wanted."""
+        """Free its memory. The next use loads it again."""
         if self._weights is not None:
             self._weights = None
             mx.clear_cache()

@@ -4,22 +4,21 @@ import mlx.core as mx
 
 from mlx_qwen35.checkpoint.config import RopeConfig
 from mlx_qwen35.kernels.elementwise import compiled
-
-Table = tuple[mx.array, mx.array]  # cos, sin of T positions, each (B, 1, T, dims / 2) float32
+from mlx_qwen35.kernels.norm_rotary import Table
 
 
 class Rotary:
-    """Interleaved M-RoPE: which of three position axes turns which pair of dims, and how fast.
+    """Interleaved M-RoPE: the position axis and the frequency of each pair of dims.
 
-    Frequency i of dims / 2 follows the H axis for i = 1, 4, 7, ... and the W axis for i = 2, 5, 8, ..., as many as
-    their sections say, and the T axis otherwise (transformers, Qwen3_5TextRotaryEmbedding). For text the three axes are
-    equal and this is plain rotary embedding.
+    Frequency i of dims / 2 follows the H axis for i = 1, 4, 7, ... and the W axis for i = 2, 5, 8, ..., up to the
+    length of their sections, and the T axis otherwise (transformers, Qwen3_5TextRotaryEmbedding). For text the three
+    axes are equal and this is plain rotary embedding.
     """
 
     def __init__(self, config: RopeConfig):
         half = config.dims // 2
         self.dims = config.dims
-        # In the reference's order, on the CPU: a frequency off by its last bit is 0.01 radians at position 262,144.
+        # On the CPU, in the reference's order: the last bit of a frequency is 0.01 radians at position 262,144.
         exponents = mx.arange(half, dtype=mx.float32) * 2 / config.dims
         self.frequencies = mx.reciprocal(mx.power(config.theta, exponents, stream=mx.cpu), stream=mx.cpu)
         axes = [0] * half

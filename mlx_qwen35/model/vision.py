@@ -1,4 +1,4 @@
-"""The vision tower: patches -> image embeddings, a slice of bounded size at a time."""
+"""The vision encoder: patches -> image embeddings, in slices of bounded size."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -27,11 +27,11 @@ class LayerNorm(nn.Module):
         self.weight, self.bias = weights.vector(f"{name}.weight"), weights.vector(f"{name}.bias")
 
     def __call__(self, x: mx.array) -> mx.array:
-        return mx.fast.layer_norm(x, self.weight, self.bias, EPS).astype(x.dtype)  # float32 where weights were kept so
+        return mx.fast.layer_norm(x, self.weight, self.bias, EPS).astype(x.dtype)  # float32 weights give float32
 
 
 class Attention(nn.Module):
-    """Full attention among the patches of one frame; the rows of qkv are all queries, then all keys, then values."""
+    """Full attention among the patches of one frame. The rows of qkv are all queries, then keys, then values."""
 
     def __init__(self, config: VisionConfig, weights: Weights):
         super().__init__()
@@ -52,7 +52,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """linear_fc2(gelu(linear_fc1(x))), gelu in its tanh form, which is x sigmoid(sqrt(8 / pi) (x + 0.044715 x^3))."""
+    """linear_fc2(gelu(linear_fc1(x))), with gelu's tanh form, x sigmoid(sqrt(8 / pi) (x + 0.044715 x^3))."""
 
     def __init__(self, weights: Weights):
         super().__init__()
@@ -66,7 +66,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attn(norm1(x)), then x + mlp(norm2(x)), over the tiles that a frame was cut into."""
+    """x + attn(norm1(x)), then x + mlp(norm2(x)), over the tiles of a frame."""
 
     def __init__(self, config: VisionConfig, weights: Weights):
         super().__init__()
@@ -76,19 +76,18 @@ class Block(nn.Module):
         self.mlp = MLP(weights.at("mlp"))
 
     def __call__(self, tiles: list[mx.array], rotary: list[tuple[mx.array, mx.array]]) -> list[mx.array]:
-        """tiles: (F, n, D) each, together all patches of F frames; rotary: the table of each tile.
+        """tiles: (F, n, D) each, together all patches of F frames. rotary: the table of each tile.
 
-        Returns them computed, one after the other: else MLX would hold what lies between for all of them.
+        Evaluates tile by tile, since MLX would hold the intermediate results of all tiles.
         """
-        queries, keys, values = [], [], []
+        projected = []
         for x, table in zip(tiles, rotary, strict=True):
-            parts = self.attn.project(self.norm1(x), table)
-            mx.eval(parts)
-            for all_parts, part in zip((queries, keys, values), parts, strict=True):
-                all_parts.append(part)
+            projected.append(self.attn.project(self.norm1(x), table))
+            mx.eval(projected[-1])
+        queries, keys, values = map(list, zip(*projected, strict=True))
         k, v = mx.concatenate(keys, axis=2), mx.concatenate(values, axis=2)
-        del keys, values
-        done = []
+        del projected, keys, values
+        done: list[mx.array] = []
         for x, q in zip(tiles, queries, strict=True):
             x = x + self.attn(q, k, v)
             done.append(x + self.mlp(self.norm2(x)))
@@ -97,7 +96,7 @@ class Block(nn.Module):
 
 
 class Merger(nn.Module):
-    """Each square of patches -> one token of the text model's width. Its gelu is the exact one, by erf."""
+    """Each square of patches -> one token of the text model's width. Its gelu is exact, by erf."""
 
     def __init__(self, config: VisionConfig, weights: Weights):
         super().__init__()
@@ -115,7 +114,7 @@ class Merger(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """Qwen3.5's vision tower. Rows are patches in squares of merge x merge, in row-major order of the squares."""
+    """Qwen3.5's vision encoder. Its patches come in squares of merge x merge, in row-major order of the squares."""
 
     def __init__(self, config: VisionConfig, weights: Weights):
         super().__init__()
@@ -128,10 +127,10 @@ class VisionEncoder(nn.Module):
         self.dtype = weights.dtype
 
     def encode(self, media: Media) -> mx.array:
-        """The embeddings of an image or clip, (tokens, text D), computed.
+        """The embeddings of an image or video, (tokens, text D), evaluated.
 
-        Activations take no more memory for a long clip than for one slice of SLICE patches. An image of more patches
-        than that is cut into tiles: only its keys, queries and values, and what the blocks pass on, are there whole.
+        Activations of a long video take no more memory than those of one slice of SLICE patches. A larger image is cut
+        into tiles: only queries, keys, values and the blocks' outputs then exist for all its patches.
         """
         count = math.prod(media.grid[1:])
         check_encoding_fits(media, self.config, self.dtype)
@@ -149,14 +148,14 @@ class VisionEncoder(nn.Module):
         return out
 
     def __call__(self, tiles: Iterable[mx.array], grid: tuple[int, int]) -> mx.array:
-        """tiles (F, n, P): together all N patches of F frames of grid (height, width) -> (F, N / 4, text D)."""
-        places = squares_order(*grid, self.config.spatial_merge_size)
-        indices, weights = table_taps(places, grid, math.isqrt(self.config.num_position_embeddings))
+        """tiles (F, n, P), together all N patches of F frames of grid (height, width) -> (F, N / 4, text D)."""
+        positions = squares_order(*grid, self.config.spatial_merge_size)
+        indices, weights = table_taps(positions, grid, math.isqrt(self.config.num_position_embeddings))
         x, rotary, start = [], [], 0
         for tile in tiles:
             rows = slice(start, start + tile.shape[1])
             x.append(self._embed(tile, mx.array(indices[rows]), mx.array(weights[rows])))
-            rotary.append(self._rotary(mx.array(places[rows])))
+            rotary.append(self._rotary(mx.array(positions[rows])))
             mx.eval(x, rotary)
             start = rows.stop
         for block in self.blocks:
@@ -169,31 +168,32 @@ class VisionEncoder(nn.Module):
 
     def _embed(self, patches: mx.array, indices: mx.array, weights: mx.array) -> mx.array:
         """Patch embedding plus the position table, interpolated in float32."""
-        position = sum(self.pos_embed[indices[:, tap]] * weights[:, tap, None] for tap in range(4))
+        taps = (self.pos_embed[indices[:, tap]] * weights[:, tap, None] for tap in range(4))
+        position = sum(taps, mx.array(0.0))
         return self.patch_embed(patches.astype(self.dtype)) + position.astype(self.dtype)
 
-    def _rotary(self, places: mx.array) -> tuple[mx.array, mx.array]:
-        """places (n, 2): row and column of patches -> cos, sin (1, 1, n, head dim / 2), half of them the row's."""
+    def _rotary(self, positions: mx.array) -> tuple[mx.array, mx.array]:
+        """positions (n, 2), row and column -> cos, sin (1, 1, n, head dim / 2), the row's angles first."""
         dims = self.config.hidden_size // self.config.num_heads // 2
         frequencies = mx.power(THETA, mx.arange(0, dims, 2, dtype=mx.float32) / -dims, stream=mx.cpu)
-        angles = (places[:, :, None].astype(mx.float32) * frequencies).reshape(1, 1, -1, dims)
+        angles = (positions[:, :, None].astype(mx.float32) * frequencies).reshape(1, 1, -1, dims)
         return mx.cos(angles), mx.sin(angles)
 
 
 def squares_order(height: int, width: int, merge: int) -> np.ndarray:
-    """(height * width, 2) int32: row and column of each patch, in the order in which the tower reads them."""
+    """(height * width, 2) int32: row and column of each patch, in the encoder's order."""
     rows, columns = np.indices((height, width), dtype=np.int32)
     cut = (height // merge, merge, width // merge, merge)
     return np.stack([axis.reshape(cut).swapaxes(1, 2).reshape(-1) for axis in (rows, columns)], axis=-1)
 
 
-def table_taps(places: np.ndarray, grid: tuple[int, int], side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which entries of a side x side table, (n, 4), and how much of each, (n, 4) float32, make the position embedding.
+def table_taps(positions: np.ndarray, grid: tuple[int, int], side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Four entries of a side x side table, (n, 4), and their weights, (n, 4) float32, for each position (n, 2).
 
     Bilinear, with the table's corners on the image's (transformers, get_vision_interpolation_indices_and_weights with
     align_corners).
     """
-    source = places.astype(np.float32) * (side - 1) / np.maximum(np.array(grid, np.float32) - 1, 1)
+    source = positions.astype(np.float32) * (side - 1) / np.maximum(np.array(grid, np.float32) - 1, 1)
     low = np.floor(source)
     part = source - low
     near = np.clip(low.astype(np.int32), 0, side - 1)
@@ -204,28 +204,31 @@ def table_taps(places: np.ndarray, grid: tuple[int, int], side: int) -> tuple[np
 
 
 class LazyVisionEncoder:
-    """The tower of a loaded model: read from disk when the first image comes, let go by `release`, read again."""
+    """The vision encoder of a loaded model: loaded when needed, unloaded by `release`.
+
+    keep: whether `release` leaves it in memory.
+    """
 
     def __init__(self, load: Callable[[], VisionEncoder], keep: bool = False):
         self._load = load
-        self._tower: VisionEncoder | None = None
-        self.keep = keep  # hold the weights between prompts
+        self._encoder: VisionEncoder | None = None
+        self.keep = keep
 
     @property
     def loaded(self) -> bool:
-        return self._tower is not None
+        return self._encoder is not None
 
     def encode(self, media: Sequence[Media]) -> list[mx.array]:
-        """The embeddings of each, (tokens, text D). The same pixels are encoded once."""
+        """The embeddings of each, (tokens, text D). Equal pixels are encoded once."""
         known: dict[str, mx.array] = {}
         for item in media:
             if item.digest not in known:
-                self._tower = self._tower or self._load()
-                known[item.digest] = self._tower.encode(item)
+                self._encoder = self._encoder or self._load()
+                known[item.digest] = self._encoder.encode(item)
         return [known[item.digest] for item in media]
 
     def release(self) -> None:
-        """Give the tower's memory back, unless `keep` is set."""
-        if not self.keep and self._tower is not None:
-            self._tower = None
+        """Free its memory, unless `keep` is set."""
+        if not self.keep and self._encoder is not None:
+            self._encoder = None
             mx.clear_cache()

@@ -1,7 +1,7 @@
-"""Tensors by name, handed to the parts of the model in the form that each computes with."""
+"""Tensors by name, in the form and dtype that each part of the model computes with."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Hashable, Iterator
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -14,44 +14,39 @@ from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.layers import Embedding, Joined, Linear, RMSNorm
 from mlx_qwen35.quantization import Quantization
 
-Progress = Callable[[int, int], None]  # told what was read, of how much in all
+Progress = Callable[[int, int], None]  # called with the bytes read so far, and all bytes
 
 
+@dataclass(frozen=True)
 class Weights:
     """A view of a checkpoint's tensors under one prefix.
 
-    Args:
-        arrays: Hugging Face name -> array, raw layout (conv1d [C, 1, K]) with gamma - 1 norms in float32 or narrower.
-        packing: name of a weight -> how it is packed, None when it is not.
-        dtype: of activations; matrices, or the scales of packed ones, are cast to it.
-        eps: of the RMS norms; the vision tower has none.
-        kept: names of tensors that stay in float32, for `dtype` cannot hold them.
+    arrays: Hugging Face name -> array, raw layout (conv1d [C, 1, K]) with gamma - 1 norms in float32 or narrower.
+    quantization: name of a weight -> its quantization, or None.
+    dtype: of activations; matrices, or the scales of quantized ones, are cast to it.
+    eps: of the RMS norms; the vision encoder has none.
+    keep_fp32: names of tensors beyond the range of `dtype`, which stay in float32.
     """
 
-    def __init__(
-        self,
-        arrays: Mapping[str, mx.array],
-        packing: Callable[[str], Quantization | None],
-        dtype: mx.Dtype,
-        eps: float,
-        kept: Collection[str] = (),
-        prefix: str = "",
-    ):
-        self.arrays, self.packing, self.dtype, self.eps, self.kept = arrays, packing, dtype, eps, kept
-        self.prefix = prefix
+    arrays: dict[str, mx.array]
+    quantization: Callable[[str], Quantization | None]
+    dtype: mx.Dtype
+    eps: float
+    keep_fp32: Collection[str] = ()
+    prefix: str = ""
 
     def at(self, prefix: str) -> "Weights":
-        return Weights(self.arrays, self.packing, self.dtype, self.eps, self.kept, f"{self.prefix}{prefix}.")
+        return replace(self, prefix=f"{self.prefix}{prefix}.")
 
     def float32(self, name: str) -> mx.array:
         return self.arrays[self.prefix + name].astype(mx.float32)
 
     def vector(self, name: str) -> mx.array:
         path = self.prefix + name
-        return self.arrays[path].astype(mx.float32 if path in self.kept else self.dtype)
+        return self.arrays[path].astype(mx.float32 if path in self.keep_fp32 else self.dtype)
 
     def norm(self, name: str) -> RMSNorm:
-        """A zero-centred norm: the one is added here, in float32."""
+        """A zero-centred norm: gamma is 1 + w, in float32."""
         return RMSNorm(1.0 + self.float32(f"{name}.weight"), self.eps)
 
     def conv(self, name: str) -> mx.array:
@@ -59,40 +54,41 @@ class Weights:
         return mx.contiguous(self.float32(f"{name}.weight")[:, 0].T)
 
     def _matrix(self, name: str) -> tuple[dict[str, mx.array], Quantization | None]:
+        """The tensors of a matrix by suffix (weight, scales, biases, bias), and its quantization."""
         path = f"{self.prefix}{name}."
-        packing = self.packing(f"{path}weight")
-        suffixes = packing.parts((1, packing.group_size)) if packing else ("weight",)
-        suffixes = (*suffixes, "bias") if f"{path}bias" in self.arrays else suffixes
+        quantization = self.quantization(f"{path}weight")
+        suffixes = [*quantization.parts((1, quantization.group_size))] if quantization else ["weight"]
+        suffixes += ["bias"] * (f"{path}bias" in self.arrays)
         parts = {suffix: self.arrays[path + suffix] for suffix in suffixes}
-        dtype = mx.float32 if any(path + suffix in self.kept for suffix in suffixes) else self.dtype
-        return {k: a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a for k, a in parts.items()}, packing
+        dtype = mx.float32 if any(path + suffix in self.keep_fp32 for suffix in suffixes) else self.dtype
+        floating = {suffix: a.astype(dtype) for suffix, a in parts.items() if mx.issubdtype(a.dtype, mx.floating)}
+        return parts | floating, quantization
 
     def linear(self, name: str) -> Linear:
-        """A matrix, its bias where there is one; a convolution over patches that do not overlap is a matrix too."""
-        parts, packing = self._matrix(name)
-        return Linear(parts | {"weight": parts["weight"].flatten(1)}, packing)
+        """A matrix, and its bias if it has one. A convolution over separate patches is a matrix too."""
+        parts, quantization = self._matrix(name)
+        return Linear(parts | {"weight": parts["weight"].flatten(1)}, quantization)
 
     def joined(self, *names: str) -> Joined:
-        """Several matrices of the same width, in as few products as their packings allow; on the CPU each by itself.
+        """Several matrices of the same width, joined where quantization and dtypes agree; on the CPU each by itself.
 
-        There a product costs no launch, and what follows is slower on a part of a row than on a row.
+        There a product costs no launch, and operations on a part of a row are slower than on a whole row.
         """
-        groups: dict[Any, list[dict[str, mx.array]]] = {}
-        packings: dict[Any, Quantization | None] = {}
-        places = []
-        for name in names:
-            parts, packing = self._matrix(name)
-            alike = (packing, *(array.dtype for array in parts.values())) if backend().joins_projections else name
-            group = groups.setdefault(alike, [])
-            packings[alike] = packing
-            start = sum(len(other["weight"]) for other in group)
-            places.append((list(groups).index(alike), slice(start, start + len(parts["weight"]))))
-            group.append(parts)
-        products = [
-            Linear({suffix: _stacked([parts[suffix] for parts in group]) for suffix in group[0]}, packing)
-            for group, packing in zip(groups.values(), packings.values(), strict=True)
-        ]
-        return Joined(products, places)
+        matrices = {name: self._matrix(name) for name in names}
+        groups: dict[Hashable, list[str]] = {}
+        for name, (parts, quantization) in matrices.items():
+            alike = (quantization, *(array.dtype for array in parts.values())) if backend().joins_projections else name
+            groups.setdefault(alike, []).append(name)
+        products, slices = [], {}
+        for i, group in enumerate(groups.values()):
+            start = 0
+            for name in group:
+                stop = start + len(matrices[name][0]["weight"])
+                slices[name], start = (i, slice(start, stop)), stop
+            parts, quantization = matrices[group[0]]
+            stacked = {suffix: _stacked([matrices[name][0][suffix] for name in group]) for suffix in parts}
+            products.append(Linear(stacked, quantization))
+        return Joined(products, [slices[name] for name in names])
 
     def embedding(self, name: str) -> Embedding:
         return Embedding(*self._matrix(name), self.dtype)
@@ -108,24 +104,24 @@ def _stacked(parts: list[mx.array]) -> mx.array:
 def read_weights(
     checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype, progress: Progress = lambda done, total: None
 ) -> Weights:
-    """The tensors of these names, still on disk, with those that float16 cannot hold marked to stay in float32."""
+    """The tensors of these names, lazily read. Tensors beyond the range of float16 stay in float32, with a warning."""
     _check_finite(checkpoint, names)
-    kept: dict[str, str] = {}
+    keep_fp32: dict[str, str] = {}
     if dtype == mx.float16:
-        wide = [name for name in names if checkpoint.entries[name].dtype in ("BF16", "F32", "F64")]
-        # Each array is read, looked at and let go: with those that are computed with, all would stay.
-        wide = [name for name in wide if takes_dtype(name)]
-        kept = float16.unfit(
+        stored = {name: checkpoint.entries[name].dtype for name in names if takes_dtype(name)}
+        wide = [name for name in stored if stored[name] in ("BF16", "F32", "F64")]
+        # Arrays of their own, freed after the check: the ones returned would stay in memory, all of them.
+        keep_fp32 = float16.unfit(
             (name, _lazy_arrays(checkpoint, [name])[name]) for name in _counted(checkpoint, wide, progress)
         )
-        if kept:
-            float16.tell(kept)
+        if keep_fp32:
+            float16.tell(keep_fp32)
     arrays = _lazy_arrays(checkpoint, names)
-    return Weights(arrays, checkpoint.quantization, dtype, checkpoint.config.text.rms_norm_eps, kept)
+    return Weights(arrays, checkpoint.quantization, dtype, checkpoint.config.text.rms_norm_eps, keep_fp32)
 
 
 def _counted(checkpoint: Checkpoint, names: list[str], progress: Progress) -> Iterator[str]:
-    """The names, with the bytes of those before told at each."""
+    """The names; calls progress after each with the bytes so far."""
     done, total = 0, sum(checkpoint.entries[name].nbytes for name in names)
     for name in names:
         yield name
@@ -134,7 +130,7 @@ def _counted(checkpoint: Checkpoint, names: list[str], progress: Progress) -> It
 
 
 def _lazy_arrays(checkpoint: Checkpoint, names: list[str]) -> dict[str, mx.array]:
-    """Arrays that read themselves from disk when computed, in raw layout: conv1d [C, 1, K], norms gamma - 1."""
+    """Arrays read from disk when computed, in raw layout: conv1d [C, 1, K], norms gamma - 1."""
     arrays = open_arrays({name: checkpoint.fp32_original.get(name, checkpoint.entries[name]) for name in names})
     if checkpoint.raw:
         return arrays
@@ -142,7 +138,7 @@ def _lazy_arrays(checkpoint: Checkpoint, names: list[str]) -> dict[str, mx.array
 
 
 def _to_raw(name: str, array: mx.array, folded: bool) -> mx.array:
-    """Undo what an MLX program did: move the convolutions' axes back, take the one off in float32, which is exact."""
+    """An array in MLX's layout -> in raw layout. The 1 is subtracted from folded norms in float32, which is exact."""
     if name.endswith("conv1d.weight"):
         return array.swapaxes(1, 2)
     if name.endswith("patch_embed.proj.weight"):
@@ -151,7 +147,7 @@ def _to_raw(name: str, array: mx.array, folded: bool) -> mx.array:
 
 
 def _check_finite(checkpoint: Checkpoint, names: list[str]) -> None:
-    """Norms, scales and the other small tensors: a damaged one spoils every answer. Matrices are not scanned."""
+    """Refuse NaN and infinity in norms, scales and other small tensors. Matrices are not scanned."""
     ends = (".scales", ".biases", "conv1d.weight")
     names = [name for name in names if len(checkpoint.entries[name].shape) == 1 or name.endswith(ends)]
     small = {n: a for n, a in _lazy_arrays(checkpoint, names).items() if mx.issubdtype(a.dtype, mx.floating)}

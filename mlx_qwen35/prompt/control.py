@@ -1,4 +1,4 @@
-"""Control tokens: only the template's own (or a raw text's) become tokens, those in texts from outside stay text.
+"""Control tokens: the template's own, or a raw text's, become tokens; in texts from outside they stay text.
 
 The string of every added token of the tokenizer, <|im_start|> or <think>, is a control token where the template writes
 it, and ordinary text where a user, a tool or an answer does. So the template's own strings are marked inside the tag
@@ -8,10 +8,13 @@ two parts, or from a text and what the template has beside it.
 
 import re
 from collections.abc import Callable
-from functools import cached_property
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from mlx_qwen35.errors import InputError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 # Lone surrogates, so no valid text holds them: texts are checked before, and no string operation makes one.
 MARK = "\ud800"  # in a control token that is the template's own
@@ -40,35 +43,28 @@ def check_text(text: str, name: Callable[[], str] = lambda: "the text") -> None:
 
 
 class ControlTokens:
-    """The added tokens of one tokenizer.
+    """The added tokens of one tokenizer."""
 
-    Args:
-        tokenizer: a tokenizers.Tokenizer.
-    """
-
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: "Tokenizer"):
         self._tokenizer = tokenizer
-        tokenizer.no_truncation()  # whatever tokenizer.json says: a prompt is read whole
+        tokenizer.no_truncation()  # whatever tokenizer.json says: a prompt is never cut
         tokenizer.no_padding()
         self.ids = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
+        self._numbers = frozenset(self.ids.values())
         longest_first = sorted(filter(None, self.ids), key=len, reverse=True)
         self._tags = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._own = re.compile("|".join(re.escape(marked(tag)) for tag in longest_first) or "(?!)")
 
-    @cached_property
-    def _numbers(self) -> frozenset[int]:
-        return frozenset(self.ids.values())
-
     def mark(self, text: str) -> str:
-        """A text of the template's own, with a mark in each of its tags."""
+        """A text of the template's own, with a mark in each tag."""
         return self._tags.sub(lambda match: marked(match.group()), text)
 
     def unmarked_in(self, text: str) -> list[str]:
-        """The tags in a rendered text that bear no mark."""
+        """The tags without a mark in a rendered text."""
         return self._tags.findall(text)
 
     def veil(self, texts: list[str]) -> list[str]:
-        """Neighbouring texts from outside, with a veil in each tag, also in one that spans several of them."""
+        """Neighbouring texts from outside, with a veil in each tag, even in a tag that spans several texts."""
         joined = "".join(texts)
         places = [match.start() + 1 for match in self._tags.finditer(joined)]
         out, start = [], 0
@@ -83,8 +79,8 @@ class ControlTokens:
     def encode(self, text: str) -> list[int]:
         """Tokens of a rendered text: marked tags are control tokens, all else is ordinary text.
 
-        Where the text without marks has no other control tokens, these are the tokens of that text. Raises InputError
-        if the tokenizer makes a control token of ordinary text whatever is done.
+        If the text without marks has no other control tokens, these are that text's tokens. Raises InputError if the
+        tokenizer makes a control token of ordinary text.
         """
         plain = unmarked(text)
         tokens = self._encode(plain)
@@ -105,16 +101,14 @@ class ControlTokens:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def _as_text(self, text: str) -> list[int]:
-        """Tokens of a text in which no tag means anything: as the tokenizer would make them without added tokens."""
+        """Tokens of a text without control tokens, as a tokenizer without added tokens makes them."""
         tokens = self._encode(text)
         if self._numbers.isdisjoint(tokens):
             return tokens
-        normalizer, splitter, model = (
-            getattr(self._tokenizer, name) for name in ("normalizer", "pre_tokenizer", "model")
-        )
+        normalizer, splitter = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
         text = normalizer.normalize_str(text) if normalizer else text
         words = [word for word, _ in splitter.pre_tokenize_str(text)] if splitter else [text]
-        tokens = [token.id for word in words for token in model.tokenize(word)]
+        tokens = [token.id for word in words for token in self._tokenizer.model.tokenize(word)]
         if not self._numbers.isdisjoint(tokens):
             raise InputError(
                 "text_invalid",

@@ -1,9 +1,9 @@
-"""What a chat template may use of time and memory: counted as it runs, estimated before it builds something large."""
+"""The time and memory that a chat template may use: counted as it runs, estimated before it builds something large."""
 
 import math
 import re
 import time
-from collections.abc import Mapping, MappingView
+from collections.abc import ItemsView, KeysView, Mapping, ValuesView
 from typing import Any
 
 from jinja2.exceptions import SecurityError, TemplateError
@@ -19,12 +19,12 @@ class Exceeded(TemplateError):
     """A template went beyond its bounds."""
 
 
-class Budget:
-    """What one rendering may still use.
+class RenderLimits:
+    """The steps, characters and seconds that one rendering has left.
 
     Args:
-        values, chars: how many values the messages and tools are, and how many characters they hold; the more there is
-            to render, the longer it may take.
+        values, chars: how many values the messages and tools are, and how many characters they hold. More of them may
+            take longer.
     """
 
     def __init__(self, values: int, chars: int):
@@ -41,12 +41,12 @@ class Budget:
             raise Exceeded(f"it takes more than {_SECONDS} seconds for them")
 
     def check(self, chars: float) -> None:
-        """Refuse to build what is so long."""
+        """Refuse to build a text or list of so many characters."""
         if chars > self._most_chars:
             raise Exceeded(f"it builds a text or list of more than {self._most_chars:,} characters from them")
 
     def take(self, value: Any) -> Any:
-        """Count one step and what it made."""
+        """Count one step and its result."""
         self.step()
         if isinstance(value, str):
             self._chars -= len(value)
@@ -73,7 +73,7 @@ class Budget:
                 raise Exceeded(f"it nests lists more than {_NESTING} deep")
             if isinstance(item, Mapping):
                 waiting += [(inner, depth + 1) for pair in item.items() for inner in pair]
-            elif isinstance(item, list | tuple | set | frozenset | MappingView):
+            elif isinstance(item, list | tuple | set | frozenset | KeysView | ValuesView | ItemsView):
                 waiting += [(inner, depth + 1) for inner in item]
         return total
 
@@ -84,50 +84,50 @@ def _length(value: Any) -> int:
     return 1 + value.bit_length() // 3 if isinstance(value, int) else 1
 
 
-def estimated(budget: Budget, name: str, value: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple:
-    """The arguments of a method or filter, where its result is not too long."""
+def estimated(limits: RenderLimits, name: str, value: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple:
+    """The arguments of a method or filter. Refuses a call whose result would be too long."""
     given = (*args, *kwargs.values())
     if name not in ("default", "d") and any(isinstance(one, int) and abs(one) > _INTEGER for one in given):
         raise Exceeded(f"it gives {name} a number beyond {_INTEGER:,}")
     named = dict(zip(_PARAMETERS.get(name, ()), args, strict=False)) | dict(kwargs)
     if name == "join":
-        return _join_arguments(budget, value, args, named.get("d", ""))
+        return _join_arguments(limits, value, args, named.get("d", ""))
     if name == "replace" and {"old", "new"} <= set(named):
         whole = str(value)  # a filter takes a list for its text
         found = whole.count(str(named["old"])) if named["old"] else len(whole) + 1
-        budget.check(len(whole) + budget.size(named["new"]) * found)
+        limits.check(len(whole) + limits.size(named["new"]) * found)
     elif name in ("format", "format_map"):
-        _check_format(budget, str(value), given)
+        _check_format(limits, str(value), given)
     elif name in ("indent", "expandtabs"):
-        width = max((one if isinstance(one, int) else budget.size(one) for one in given), default=8)
+        width = max((one if isinstance(one, int) else limits.size(one) for one in given), default=8)
         whole = str(value)
-        budget.check(len(whole) + width * (1 + len(whole.splitlines()) + whole.count("\t")))
+        limits.check(len(whole) + width * (1 + len(whole.splitlines()) + whole.count("\t")))
     elif name == "sum" and any(not isinstance(one, int | float | str | None) for one in given):
         raise SecurityError("sum adds numbers alone")
     return args
 
 
-def _join_arguments(budget: Budget, value: Any, args: tuple, separator: Any) -> tuple:
-    """Of separator.join(items), and of items|join(separator): a filter is given its items in a list."""
+def _join_arguments(limits: RenderLimits, value: Any, args: tuple, separator: Any) -> tuple:
+    """The arguments of separator.join(items), or of items|join(separator), whose items are a list."""
     if isinstance(value, list):
-        budget.check(budget.size(value) + budget.size(separator) * len(value))
+        limits.check(limits.size(value) + limits.size(separator) * len(value))
         return args
     items = [*args[0]] if args else []
-    budget.check(budget.size(items) + len(value) * len(items))
+    limits.check(limits.size(items) + len(value) * len(items))
     return (items, *args[1:])
 
 
-def _check_format(budget: Budget, pattern: str, given: Any) -> None:
+def _check_format(limits: RenderLimits, pattern: str, given: Any) -> None:
     # Digits of any script make a width, and zeros before it count for nothing.
     width = max((int(digits) if len(digits) < 10 else math.inf for digits in re.findall(r"\d+", pattern)), default=0)
     computed = re.search(r"%[^a-zA-Z%]*\*|\{[^{}]*\{", pattern.replace("{{", ""))
     if width > _INTEGER or computed:
         raise Exceeded(f"it formats to a width beyond {_INTEGER:,}, or one that it computes")
     fields = pattern.count("%") + pattern.count("{")
-    budget.check(len(pattern) + fields * (10 * budget.size(given) + width))
+    limits.check(len(pattern) + fields * (10 * limits.size(given) + width))
 
 
-def check_operands(budget: Budget, sign: str, left: Any, right: Any) -> None:
+def check_operands(limits: RenderLimits, sign: str, left: Any, right: Any) -> None:
     numbers = isinstance(left, int) and isinstance(right, int)
     if numbers and sign in ("*", "**"):
         bits = left.bit_length() * right if sign == "**" else left.bit_length() + right.bit_length()
@@ -136,8 +136,8 @@ def check_operands(budget: Budget, sign: str, left: Any, right: Any) -> None:
     elif sign == "*":
         for one, times in ((left, right), (right, left)):
             if isinstance(times, int):
-                budget.check(budget.size(one) * max(times, 0))
+                limits.check(limits.size(one) * max(times, 0))
     elif sign == "%" and isinstance(left, str):
-        _check_format(budget, left, right)
+        _check_format(limits, left, right)
     elif sign == "+" and not numbers:
-        budget.check(budget.size(left) + budget.size(right))
+        limits.check(limits.size(left) + limits.size(right))

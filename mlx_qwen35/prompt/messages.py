@@ -1,4 +1,4 @@
-"""Messages and tools -> plain values of the usual form; what is not of it is refused by name, before it is used."""
+"""Messages and tools -> plain values of the usual form. Anything else is refused by its name, before it is used."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +16,13 @@ from mlx_qwen35.values import flag, shown
 DEPTH = 64  # of lists and mappings in each other
 VALUES = 250_000  # in all messages and tools
 _BITS = 4096  # of a whole number: Python itself writes no more than 4,300 digits
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # what the reasoning of a message is called by programs
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # programs' names for the reasoning of a message
 
 
 class Plain:
-    """Rebuilds values from what JSON can hold and counts them: what a template sees has no methods of its own."""
+    """Rebuilds values from the types of JSON and counts them: a template sees no objects with methods of their own."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.values = self.chars = 0
 
     def __call__(self, value: Any, *path: Any, depth: int = 0) -> Any:
@@ -52,8 +52,10 @@ class Plain:
     def _scalar(self, value: Any, path: tuple) -> Any:
         if isinstance(value, str):
             return self._text(value, path)
-        if value is None or isinstance(value, bool | np.bool_):
-            return value if value is None else bool(value)
+        if value is None:
+            return None
+        if isinstance(value, bool | np.bool_):
+            return bool(value)
         if isinstance(value, Integral):
             if int(value).bit_length() > _BITS:
                 raise _refused(f"{_name(path)} must be a number of at most {_BITS:,} bits")
@@ -62,10 +64,7 @@ class Plain:
             if not math.isfinite(value):
                 raise _refused(f"{_name(path)} must be a finite number, got {value}")
             return float(value)
-        raise _refused(
-            f"{_name(path)} must be what JSON can hold (text, a number, true, false, null, a list or a mapping), "
-            f"got {type(value).__name__}"
-        )
+        raise _refused(f"{_name(path)} must be what JSON can hold, got {type(value).__name__}")
 
 
 def _name(path: tuple) -> str:
@@ -78,7 +77,7 @@ def _refused(message: str) -> InputError:
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]], plain: Plain) -> list[dict[str, Any]]:
-    """The messages in plain values; parts with an image or a clip as they are."""
+    """The messages in plain values; parts with an image or a video as they are."""
     if not isinstance(messages, list | tuple):
         raise _refused(f"messages must be a list, got {type(messages).__name__}")
     return [_message(message, i, plain) for i, message in enumerate(messages)]
@@ -95,18 +94,13 @@ def _message(message: Any, number: int, plain: Plain) -> dict[str, Any]:
     _name_reasoning(checked, name)
     content = message.get("content")
     if isinstance(content, list | tuple):
-        content = [_part(part, (number, i), plain) for i, part in enumerate(content)]
+        content = [_part(part, ("messages", number, "content", i), plain) for i, part in enumerate(content)]
     elif isinstance(content, str):
         content = plain(content, "messages", number, "content")
     elif content is not None:
-        raise _refused(
-            f"the content of a message must be text or a list of parts, got {type(content).__name__} in {name}"
-        )
+        raise _refused(f"the content of {name} must be text or a list of parts, got {type(content).__name__}")
     elif checked["role"] != "assistant" or not ("content" in message or checked.get("tool_calls")):
-        raise _refused(
-            f"{name} must have content, which only an assistant's message that calls tools may do without; got "
-            f"{_got(message, 'content')}"
-        )
+        raise _refused(f"{name} must have content, unless an assistant calls tools; got {_got(message, 'content')}")
     fields = {"role": checked.pop("role"), "content": content, **checked}
     return {key: value for key, value in fields.items() if value is not None}  # a template takes None for a text
 
@@ -115,37 +109,29 @@ def _got(message: Mapping[str, Any], name: str) -> str:
     return type(message[name]).__name__ if name in message else "none"
 
 
-def _part(part: Any, numbers: tuple[int, int], plain: Plain) -> Any:
-    path = ("messages", numbers[0], "content", numbers[1])
+def _part(part: Any, path: tuple[str | int, ...], plain: Plain) -> Any:
     if not isinstance(part, Mapping):
-        raise InputError(
-            "message_part_invalid",
-            f'a part must be like {{"type": "text", "text": ...}}, got {type(part).__name__} as {_name(path)}',
-        )
+        rule = f'a part must be like {{"type": "text", "text": ...}}, got {type(part).__name__} as {_name(path)}'
+        raise InputError("message_part_invalid", rule)
     if kind_of(part):
         return part
     checked = plain(part, *path)
-    if "text" in checked and not isinstance(checked["text"], str):
-        raise InputError(
-            "message_part_invalid", f"the text of {_name(path)} must be text, got {type(checked['text']).__name__}"
-        )
+    if not isinstance(checked.get("text", ""), str):
+        got = type(checked["text"]).__name__
+        raise InputError("message_part_invalid", f"the text of {_name(path)} must be text, got {got}")
     return checked
 
 
 def _check_calls(message: Mapping[str, Any], name: str) -> None:
     calls = message.get("tool_calls")
-    if calls is None:
-        return
-    if not isinstance(calls, list):
+    if not isinstance(calls, list | None):
         raise _refused(f"tool_calls of {name} must be a list, got {type(calls).__name__}")
-    for i, call in enumerate(calls):
+    for i, call in enumerate(calls or []):
         at = f"{name}.tool_calls[{i}]"
         function = call.get("function", call) if isinstance(call, Mapping) else call
         if not isinstance(function, Mapping):
-            raise _refused(
-                f'{at} must be like {{"function": {{"name": ..., "arguments": {{...}}}}}}, got '
-                f"{type(function).__name__}"
-            )
+            form = '{"function": {"name": ..., "arguments": {...}}}'
+            raise _refused(f"{at} must be like {form}, got {type(function).__name__}")
         if not isinstance(function.get("name"), str):
             raise _refused(f"the name in {at} must be text, got {_got(function, 'name')}")
         if not isinstance(function.get("arguments", {}), Mapping | str):
@@ -153,7 +139,7 @@ def _check_calls(message: Mapping[str, Any], name: str) -> None:
 
 
 def _name_reasoning(message: dict[str, Any], name: str) -> None:
-    """The reasoning of a message under the name that templates read, and under that of others."""
+    """Give the reasoning of a message the two names that templates read."""
     given = [(key, message[key]) for key in _REASONING if message.get(key) is not None]
     for key, reasoning in given:
         if not isinstance(reasoning, str):
@@ -164,17 +150,12 @@ def _name_reasoning(message: dict[str, Any], name: str) -> None:
 
 
 def check_template_options(options: Mapping[str, Any], plain: Plain) -> dict[str, Any]:
-    """What goes to the template beside the messages, in plain values, those that are None left out."""
-    checked = {}
-    for name, value in options.items():
-        if value is None:
-            continue
-        if name in ("enable_thinking", "add_generation_prompt"):
-            value = flag(name, value)
-        if name == "tools":
-            _check_tools(value)
-        checked[name] = plain(value, name)
-    return checked
+    """The options of a template in plain values; options that are None are left out."""
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given.keys() & {"enable_thinking", "add_generation_prompt"}:
+        given[name] = flag(name, given[name])
+    _check_tools(given.get("tools", []))
+    return {name: plain(value, name) for name, value in given.items()}
 
 
 def _check_tools(tools: Any) -> None:
@@ -182,17 +163,14 @@ def _check_tools(tools: Any) -> None:
         raise InputError("option_invalid", f"tools must be a list of mappings, got {type(tools).__name__}")
     for i, tool in enumerate(tools):
         if not isinstance(tool, Mapping):
-            raise InputError(
-                "option_invalid",
-                f'tools[{i}] must describe a function, as {{"type": "function", "function": {{"name": ...}}}}, got '
-                f"{type(tool).__name__}",
-            )
+            form = '{"type": "function", "function": {"name": ...}}'
+            raise InputError("option_invalid", f"tools[{i}] must be like {form}, got {type(tool).__name__}")
 
 
-def veiled(messages: Sequence[Mapping[str, Any]], veil: Callable[[list[str]], list[str]]) -> list[dict[str, Any]]:
-    """The messages with the tags in users' texts veiled: a template takes none of them for one that it looks for.
+def veiled(messages: Sequence[dict[str, Any]], veil: Callable[[list[str]], list[str]]) -> list[dict[str, Any]]:
+    """The messages with veiled tags in users' texts, so that a template does not mistake one for its own.
 
-    An assistant's content is left as it is: templates split the reasoning off it at its tags.
+    An assistant's content stays as it is: templates split its reasoning off at its tags.
     """
     return [{**message, **_veiled(message.get("content"), veil)} if message["role"] == "user" else message
             for message in messages]  # fmt: skip
@@ -201,9 +179,11 @@ def veiled(messages: Sequence[Mapping[str, Any]], veil: Callable[[list[str]], li
 def _veiled(content: Any, veil: Callable[[list[str]], list[str]]) -> dict[str, Any]:
     if not isinstance(content, list):
         return {"content": veil([content])[0]}
-    parts = []
+    parts: list[Any] = []
     for is_text, group in groupby(content, lambda part: isinstance(part.get("text"), str)):
-        run = list(group)
-        texts = veil([part["text"] for part in run]) if is_text else []
-        parts += [{**part, "text": text} for part, text in zip(run, texts, strict=True)] if is_text else run
+        neighbours = list(group)
+        if is_text:
+            texts = veil([part["text"] for part in neighbours])
+            neighbours = [{**part, "text": text} for part, text in zip(neighbours, texts, strict=True)]
+        parts += neighbours
     return {"content": parts}

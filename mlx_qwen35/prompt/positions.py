@@ -1,4 +1,4 @@
-"""Where each token of a prompt stands on the three axes of interleaved M-RoPE: time, height, width. Pure functions."""
+"""The position of each token of a prompt on the three axes of interleaved M-RoPE: time, height, width."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Placeholder(NamedTuple):
-    """The placeholders of one image, or of one pair of frames of a clip: height * width tokens from `start` on."""
+    """The tokens of one image, or of one pair of frames of a video: height * width of them, from `start` on."""
 
     start: int
     height: int  # in tokens, each a merged square of patches
@@ -19,12 +19,12 @@ class Placeholder(NamedTuple):
 
 
 def positions(length: int, placeholders: Sequence[Placeholder], first: int = 0) -> np.ndarray:
-    """(3, length) int32: the T, H and W position of each of `length` tokens, of which `placeholders` are visual.
+    """(3, length) int32: the T, H and W position of each of `length` tokens.
 
     Text counts up on all three axes alike, from `first` on. An image's tokens, row by row, share one T and have their
-    row and column as H and W, counted from the same number; the text after it goes on behind the longer side, which
-    may be less than the number of tokens. Each pair of frames of a clip is such a run: time is told by the text between
-    them (transformers, Qwen3_5Model.get_rope_index).
+    row and column as H and W, counted from the same number. The text after it continues behind the longer side, which
+    may be less than the number of tokens. Each pair of frames of a video has positions like an image: the text between
+    them tells the time (transformers, Qwen3_5Model.get_rope_index).
 
     positions(8, [Placeholder(1, 2, 3)], 4) is
         [[4, 5, 5, 5, 5, 5, 5, 8],

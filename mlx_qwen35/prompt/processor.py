@@ -1,10 +1,9 @@
-"""What the user gives -> a prompt, and generated tokens -> text; with the checkpoint's template and tokenizer."""
+"""A user's text or messages -> a prompt, with the checkpoint's tokenizer, chat template and preprocessor."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_qwen35.checkpoint.config import Config
 from mlx_qwen35.errors import InputError
@@ -13,26 +12,35 @@ from mlx_qwen35.media.preprocess import Media, Preprocessor
 from mlx_qwen35.media.preprocessor_files import read_preprocessor
 from mlx_qwen35.prompt.control import ControlTokens, check_text, unmarked
 from mlx_qwen35.prompt.messages import Plain, check_messages, check_template_options, veiled
-from mlx_qwen35.prompt.parts import PADS, in_order, read_parts, spread_clips, take_media, without_media
-from mlx_qwen35.prompt.positions import Placeholder
-from mlx_qwen35.prompt.prompt import Placed, Prompt
+from mlx_qwen35.prompt.parts import read_parts, take_media, without_media
+from mlx_qwen35.prompt.placeholders import PADS, expand_tokens, expand_videos, in_order
+from mlx_qwen35.prompt.prompt import Prompt
+from mlx_qwen35.prompt.stream import TextStream
 from mlx_qwen35.prompt.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+    from tokenizers import Tokenizer
+
+    from mlx_qwen35.prompt.template import Template
 
 Messages = Sequence[Mapping[str, Any]]
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")  # the checkpoint's files name one each; both end a generation
 
 
 class Processor:
-    """Tokenizer, chat template and image settings of one checkpoint.
+    """Tokenizer, chat template and preprocessor of one checkpoint.
 
     Args:
         tokenizer: mlx-lm's wrapper around the checkpoint's tokenizer.
-        config: the checkpoint's configuration, for its end tokens and its vision tower's sizes.
-        folder: where the checkpoint's preprocessor files are; None for a checkpoint without a vision tower.
+        config: the checkpoint's configuration, for its end tokens and the sizes of its vision encoder.
+        folder: where the checkpoint's preprocessor files are; None for a checkpoint without a vision encoder.
     """
 
-    def __init__(self, tokenizer, config: Config, folder: Path | None = None):
+    def __init__(self, tokenizer: "TokenizerWrapper", config: Config, folder: Path | None = None):
         self.tokenizer, self.config, self._folder = tokenizer, config, folder
+        self._preprocessors: dict[str, Preprocessor] = {}  # by kind of media
+        self._templates: dict[str, Template] = {}  # by source
         known = tokenizer.get_vocab()
         _check_ids(known, config, folder is not None)
         ends = {known[token] for token in END_TOKENS if token in known}
@@ -58,11 +66,12 @@ class Processor:
         videos: Sequence[Any] = (),
         vision: VisionOptions = VisionOptions(),  # noqa: B008 (frozen)
     ) -> Prompt:
-        """A raw completion prompt: no template. Generation is taken to think if the text leaves a <think> open.
+        """A raw completion prompt: no template. Generation starts in the reasoning if the text leaves a <think> open.
 
-        Control tokens in it, as <|im_start|>, are control tokens: the text is the whole prompt, and its writer's own.
+        Control tokens in the text, as <|im_start|>, are control tokens: it is the whole prompt, and its writer's own.
 
-        Images go where the text has <|image_pad|>, clips where it has <|video_pad|>, in order; as many as there are.
+        Images go where the text has <|image_pad|>, videos where it has <|video_pad|>, in order. InputError unless there
+        are as many of each.
         """
         media = [self.read("image", source, vision) for source in images]
         media += [self.read("video", source, vision) for source in videos]
@@ -75,7 +84,7 @@ class Processor:
         vision: VisionOptions = VisionOptions(),  # noqa: B008
         **template: Any,
     ) -> Prompt:
-        """Messages in the usual form, put through the checkpoint's chat template up to the assistant's turn.
+        """Messages in the usual form, rendered by the checkpoint's chat template up to the assistant's turn.
 
         The content of a message is text or a list of parts: {"type": "text", "text": ...}, {"type": "image", "image":
         SOURCE} with min_pixels and max_pixels if wanted, {"type": "video", "video": SOURCE} with fps or num_frames,
@@ -95,43 +104,39 @@ class Processor:
         return self._prompt(self._rendered(bare, options, plain), media, vision, self._control.encode)
 
     def read(self, kind: str, source: Any, vision: VisionOptions) -> Media:
-        """An image or a clip (`kind`), read and resized as the checkpoint wants it."""
+        """An image or a video (`kind`), read and resized by the checkpoint's settings."""
         if isinstance(source, Media):
             return source
         if self._folder is None:
             raise InputError(
                 "vision_missing",
-                f"this checkpoint reads text alone: it has no vision tower, so the {kind} cannot be read. Use the "
-                "original, or a folder that was converted with its tower",
+                f"this checkpoint reads text alone: it has no vision encoder, so the {kind} cannot be read. Use the "
+                "original, or a folder that was converted with its vision encoder",
             )
-        return self._images.image(source, vision) if kind == "image" else self._videos.video(source, vision)
+        if kind not in self._preprocessors:
+            assert self.config.vision is not None
+            self._preprocessors[kind] = read_preprocessor(self._folder, kind, self.config.vision)
+        preprocessor = self._preprocessors[kind]
+        return preprocessor.image(source, vision) if kind == "image" else preprocessor.video(source, vision)
 
     def read_parts(self, parts: Sequence[Any], vision: VisionOptions) -> list[Any]:
-        """The parts of one message with their images and clips read now."""
+        """The parts of one message with their images and videos read now."""
         return read_parts(parts, self.read, vision)
 
     @property
     def sees(self) -> bool:
-        """Whether images and clips can be read."""
+        """Whether images and videos can be read."""
         return self._folder is not None
 
-    @cached_property
-    def _images(self) -> Preprocessor:
-        return read_preprocessor(self._folder, "image", self.config.vision)
-
-    @cached_property
-    def _videos(self) -> Preprocessor:
-        return read_preprocessor(self._folder, "video", self.config.vision)
-
     def render(self, messages: Messages, **template: Any) -> str:
-        """The prompt text of messages, each image and clip one placeholder; see encode_messages."""
+        """The prompt text of messages, each image and video one placeholder; see encode_messages."""
         plain = Plain()
         checked = check_messages(messages, plain)
         return unmarked(self._rendered(without_media(checked), check_template_options(template, plain), plain))
 
-    def _rendered(self, messages: Messages, options: dict[str, Any], plain: Plain) -> str:
-        """The same with marks, see control.py."""
-        from mlx_qwen35.prompt.limits import Budget  # these bring jinja2, which takes its time
+    def _rendered(self, messages: list[dict[str, Any]], options: dict[str, Any], plain: Plain) -> str:
+        """The prompt text with marks, see control.py."""
+        from mlx_qwen35.prompt.limits import RenderLimits  # these bring jinja2, which takes its time
         from mlx_qwen35.prompt.template import Template, choose
 
         hugging_face = self.tokenizer._tokenizer
@@ -145,68 +150,49 @@ class Processor:
                 "option_no_effect", f"{', '.join(unknown)} must not be given: the chat template reads no such option"
             )
         options = {"add_generation_prompt": True} | options
-        return template.render(veiled(messages, self._control.veil), options, Budget(plain.values, plain.chars))
+        return template.render(veiled(messages, self._control.veil), options, RenderLimits(plain.values, plain.chars))
 
     @cached_property
     def _control(self) -> ControlTokens:
-        return ControlTokens(self.tokenizer._tokenizer._tokenizer)
+        return ControlTokens(self._fast_tokenizer)
 
-    @cached_property
-    def _templates(self) -> dict[str, Any]:
-        return {}
+    @property
+    def _fast_tokenizer(self) -> "Tokenizer":
+        return self.tokenizer._tokenizer._tokenizer
 
     def _prompt(
         self, text: str, media: Sequence[Media], vision: VisionOptions, encode: Callable[[str], list[int]]
     ) -> Prompt:
-        """Text with one marked placeholder for each image and clip -> tokens with as many as each takes."""
+        """Text with one marked placeholder for each image and video -> tokens with as many as each takes."""
         if self.config.vision:
             media = in_order(text, media)
-            text = spread_clips(text, media, vision.outer_vision_tags)
+            text = expand_videos(text, media, vision.outer_vision_tags)
         tokens = encode(text)
         if not tokens:
             raise InputError("prompt_empty", "the prompt must not be empty")
-        tokens, placed = self._place(tokens, media)
+        tokens, placed = expand_tokens(tokens, media, self.placeholder_ids)
         return Prompt(tuple(tokens), self.opens_thinking(tokens), tuple(placed))
-
-    def _place(self, tokens: list[int], media: Sequence[Media]) -> tuple[list[int], list[Placed]]:
-        """Repeat each placeholder as often as its image, or pair of frames, has tokens."""
-        out: list[int] = []
-        merge = self.config.vision.spatial_merge_size if media else 1
-        pads = self.placeholder_ids
-        groups = [(i, *(side // merge for side in m.grid[1:])) for i, m in enumerate(media) for _ in range(m.grid[0])]
-        placeholders: list[list[Placeholder]] = [[] for _ in media]
-        queue = iter(groups)
-        for token in tokens:
-            if media and token in pads:
-                i, height, width = next(queue)
-                placeholders[i].append(Placeholder(len(out), height, width))
-                out += [token] * (height * width)
-            else:
-                out.append(token)
-        if next(queue, None) is not None:
-            raise InputError(
-                "tokenizer_invalid",
-                f"the tokenizer must know {' and '.join(PADS.values())} by the ids that config.json gives them "
-                f"({sorted(pads)}); it does not. Take both files from the same checkpoint",
-            )
-        return out, [Placed(m, tuple(own)) for m, own in zip(media, placeholders, strict=True)]
 
     @property
     def placeholder_ids(self) -> frozenset[int]:
-        """The token ids that stand for images and clips."""
+        """The token ids that stand for images and videos."""
         return frozenset(self.config.token_ids[name] for name in ("image", "video") if name in self.config.token_ids)
 
     def opens_thinking(self, tokens: Sequence[int]) -> bool:
         """Whether a prompt ends inside a thinking block."""
-        return _last(tokens, self.think_start) > _last(tokens, self.think_end)
+        start, end = (
+            max((i for i, token in enumerate(tokens) if token == wanted), default=-1)
+            for wanted in (self.think_start, self.think_end)
+        )
+        return start > end
 
     # --- out ---
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(list(tokens))
 
-    def text_stream(self, thinking: bool, stop: Sequence[str] = ()) -> "TextStream":
-        return TextStream(self, thinking, stop)
+    def text_stream(self, thinking: bool, stop: Sequence[str] = ()) -> TextStream:
+        return TextStream(self._fast_tokenizer, (self.think_start, self.think_end), thinking, stop)
 
 
 def _check_ids(known: Mapping[str, int], config: Config, sees: bool) -> None:
@@ -234,79 +220,3 @@ def _check_ids(known: Mapping[str, int], config: Config, sees: bool) -> None:
                 f"config.json: '{kind}_token_id' must be the tokenizer's id of {pad}, {known[pad]}; got "
                 f"{config.token_ids[kind]}. Take both files from the same checkpoint",
             )
-
-
-def _last(tokens: Sequence[int], wanted: int | None) -> int:
-    return max((i for i, token in enumerate(tokens) if token == wanted), default=-1)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some generated text: of the reasoning or of the answer. str() is the text."""
-
-    text: str
-    reasoning: bool
-
-    def __str__(self) -> str:
-        return self.text
-
-
-class TextStream:
-    """Tokens one by one -> pieces of text: whole characters, reasoning apart from answer, ended by a stop string.
-
-    Stop strings are looked for in the answer, not in the reasoning; text that may become one is held back.
-    """
-
-    def __init__(self, processor: Processor, thinking: bool, stop: Sequence[str]):
-        from tokenizers.decoders import DecodeStream
-
-        self._decoder = DecodeStream(skip_special_tokens=True)
-        self._tokenizer = processor.tokenizer._tokenizer._tokenizer
-        self._think_start, self._think_end = processor.think_start, processor.think_end
-        self._reasoning = thinking
-        self._stop = tuple(stop)
-        self._held = ""
-        self._started = not thinking  # the blank lines between reasoning and answer belong to neither
-        self.stopped = False  # a stop string came
-
-    @property
-    def reasoning(self) -> bool:
-        """Whether it is inside the reasoning now."""
-        return self._reasoning
-
-    def add(self, token: int) -> list[Piece]:
-        """The text that this token completes, as zero or more pieces."""
-        if token == self._think_start or token == self._think_end:
-            rest = self.finish()
-            self._reasoning, self._started = token == self._think_start, False
-            return rest
-        text = self._decoder.step(self._tokenizer, token)
-        if not text or self.stopped:
-            return []
-        if not self._started:
-            text = text.lstrip("\n")
-            self._started = bool(text)
-        if self._reasoning or not self._stop:
-            return [Piece(text, self._reasoning)] if text else []
-        return self._until_stop(text)
-
-    def finish(self) -> list[Piece]:
-        """What was held back, at the end. Bytes that make no whole character are dropped."""
-        held, self._held = self._held, ""
-        return [Piece(held, self._reasoning)] if held and not self.stopped else []
-
-    def _until_stop(self, text: str) -> list[Piece]:
-        text, self._held = self._held + text, ""
-        found = [position for position in (text.find(stop) for stop in self._stop) if position >= 0]
-        if found:
-            self.stopped = True
-            text = text[: min(found)]
-        else:
-            keep = max(_overlap(text, stop) for stop in self._stop)
-            text, self._held = text[: len(text) - keep], text[len(text) - keep :]
-        return [Piece(text, False)] if text else []
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` begin `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

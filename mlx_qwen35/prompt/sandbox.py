@@ -1,13 +1,13 @@
-"""Jinja for templates that come with a checkpoint, which are code from outside: bounded in time, output and recursion.
+"""A Jinja environment for the templates of checkpoints, code from outside: bounded in time, output and recursion.
 
-Jinja's own sandbox keeps a template from Python's inner parts. Here every step of it is counted besides, and nothing
-large is built before its size is known, see budget.py. What a template may use is listed; what is not is refused.
+Jinja's own sandbox keeps a template from Python's inner parts. This one also counts every step, and knows the size of
+anything large before it is built, see limits.py. It lists what a template may use, and refuses everything else.
 """
 
 import json
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any
 
 from jinja2 import ext, nodes, pass_context
 from jinja2.exceptions import SecurityError, TemplateError
@@ -16,9 +16,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from mlx_qwen35.prompt.limits import Budget, Exceeded, check_operands, estimated
+from mlx_qwen35.prompt.limits import Exceeded, RenderLimits, check_operands, estimated
 
-BUDGET = "the budget"  # its place in a context: no name that a template can write
+LIMITS = "the limits"  # their name in a context: none that a template can write
 SOURCE_LIMIT = 200_000  # characters of a template; the published one has 8,000
 _DEPTH = 100  # macros and recursive loops in each other
 _INDENT = 100
@@ -35,7 +35,7 @@ _FILTERS = (
     "join last length list lower map max min reject rejectattr replace reverse round safe select selectattr sort "
     "string sum title trim truncate unique upper urlencode wordcount".split()
 )
-_WRITING = frozenset(("default", "d", "format", "format_map", "join"))  # what is given to these comes out of them
+_WRITING = frozenset(("default", "d", "format", "format_map", "join"))  # these write their arguments
 
 
 # --- what templates call ---------------------------------------------------------------------------------------------
@@ -79,17 +79,29 @@ def _check_field(name: Any) -> None:
 
 
 def _to_json(
-    budget: Budget, value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None,
+    limits: RenderLimits, value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None,
     sort_keys: bool = False,
 ) -> str:  # fmt: skip
     """JSON as Hugging Face's templates expect it: letters as they are, no HTML escapes."""
-    budget.size(value)
+    limits.size(value)
     encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     if isinstance(indent, int) and indent > _INDENT:
         raise Exceeded(f"it indents JSON by more than {_INDENT}")
     if indent is None and separators is None:
-        return encoder.encode(value)
-    return "".join(budget.take(piece) for piece in encoder.iterencode(value))
+        return limits.take(encoder.encode(value))
+    return limits.take("".join(limits.take(piece) for piece in encoder.iterencode(value)))
+
+
+def _written(limits: RenderLimits, value: Any) -> str:
+    """What {{ value }} writes."""
+    return limits.take(value if isinstance(value, str) else str(value))
+
+
+def _joined(limits: RenderLimits, values: list[Any]) -> str:
+    """a ~ b ~ c."""
+    texts = [value if isinstance(value, str) else str(value) for value in values]
+    limits.check(sum(map(len, texts)))
+    return limits.take("".join(texts))
 
 
 # --- the environment -------------------------------------------------------------------------------------------------
@@ -98,7 +110,7 @@ def _to_json(
 class _Generation(ext.Extension):
     """{% generation %}, with which templates for training enclose what is learnt: here it means nothing."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -109,8 +121,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
     """The environment of a chat template.
 
     Args:
-        mark: put on every text of the template's own.
-        unmark: takes that off where the template compares a text with others, or looks for it in them.
+        mark: marks every text of the template's own.
+        unmark: removes marks where the template compares a text with others, or searches it in them.
     """
 
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
@@ -118,15 +130,21 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def __init__(self, mark: Callable[[str], str], unmark: Callable[[str], str]):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols])
         self._mark = mark
-        known = {name: self.filters[name] for name in _FILTERS}
-        self.filters = {name: _bounded(name, function) for name, function in known.items()}
-        self.filters |= {
-            "tojson": _making(_to_json),
-            "joined": _making(_joined),
-            "made": _making(lambda _, value: value),
-        }
-        self.filters["written"] = _making(lambda _, value: value if isinstance(value, str) else str(value))
-        self.filters["compared"] = _looking(lambda value: _unmarked(value, unmark))
+
+
+        def compared(limits: RenderLimits, value: Any = None) -> Any:
+            """A text, or each of a list of them, without marks."""
+            limits.step()
+            if isinstance(value, str):
+                return unmark(value)
+            texts = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+            return type(value)(map(unmark, value)) if texts else value
+
+        ours = {
+            "tojson": _to_json, "written": _written, "joined": _joined, "made": RenderLimits.take, "compared": compared
+        }  # fmt: skip
+        self.filters = {name: _bounded(name, self.filters[name]) for name in _FILTERS}
+        self.filters |= {name: _limited(function) for name, function in ours.items()}
         self.globals = {name: self.globals[name] for name in ("range", "cycler", "joiner")} | {
             "raise_exception": _raise_exception, "strftime_now": _strftime_now, "dict": _Dict(),
             "namespace": _Namespace,
@@ -138,54 +156,40 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return _Counting(self._mark).visit(super()._parse(source, name, filename)).set_environment(self)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        budget = context.parent[BUDGET]
-        check_operands(budget, operator, left, right)
-        return budget.take(super().call_binop(context, operator, left, right))
+        limits = context.parent[LIMITS]
+        check_operands(limits, operator, left, right)
+        return limits.take(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __called: Any, *args: Any, **kwargs: Any) -> Any:
-        budget = __context.parent[BUDGET]
-        given = {
-            name: value for name, value in kwargs.items() if name not in ("_loop_vars", "_block_vars")
-        }  # Jinja's own
-        budget.size((args, given))
+        limits = __context.parent[LIMITS]
+        given = {name: kwargs[name] for name in kwargs if name not in ("_loop_vars", "_block_vars")}  # Jinja's own
+        limits.size((args, given))
         method = getattr(__called, "__wrapped__", __called)  # format and format_map are wrapped by the sandbox
         owner = getattr(method, "__self__", None)
         if isinstance(owner, str):
             if method.__name__ not in _METHODS:
                 raise SecurityError(f"a template must not call the method {method.__name__} of a text")
-            args = estimated(budget, method.__name__, owner, args, given)
+            args = estimated(limits, method.__name__, owner, args, given)
         elif isinstance(owner, bytes | int | float):
             raise SecurityError(f"a template must not call a method of {type(owner).__name__}")
-        budget.depth += 1
-        if budget.depth > _DEPTH:
+        limits.depth += 1
+        if limits.depth > _DEPTH:
             raise Exceeded(f"its macros call each other more than {_DEPTH} deep")
         try:
-            return budget.take(super().call(__context, __called, *args, **kwargs))
+            return limits.take(super().call(__context, __called, *args, **kwargs))
         finally:
-            budget.depth -= 1
+            limits.depth -= 1
 
 
 # Filters ask for the context, so Jinja never runs one while it compiles, where nothing is counted.
 
 
-def _making(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter of ours whose result is counted."""
+def _limited(function: Callable[..., Any]) -> Callable[..., Any]:
+    """One of our filters, which counts by itself."""
 
     @pass_context
     def run(context: Context, *args: Any, **kwargs: Any) -> Any:
-        budget = context.parent[BUDGET]
-        return budget.take(function(budget, *args, **kwargs))
-
-    return run
-
-
-def _looking(function: Callable[[Any], Any]) -> Callable[..., Any]:
-    """A filter of ours that makes nothing new."""
-
-    @pass_context
-    def run(context: Context, value: Any = None) -> Any:
-        context.parent[BUDGET].step()
-        return function(value)
+        return function(context.parent[LIMITS], *args, **kwargs)
 
     return run
 
@@ -197,33 +201,17 @@ def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     @pass_context
     def run(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
-        budget = context.parent[BUDGET]
+        limits = context.parent[LIMITS]
         value = list(value) if name == "join" else value
-        args = estimated(budget, name, value, args, kwargs)
+        args = estimated(limits, name, value, args, kwargs)
         first = (of_context[wanted](context),) if wanted else ()
-        return budget.take(function(*first, value, *args, **kwargs))
+        return limits.take(function(*first, value, *args, **kwargs))
 
     return run
 
 
-def _unmarked(value: Any, unmark: Callable[[str], str]) -> Any:
-    """A text, or a list of them, as it is meant."""
-    if isinstance(value, str):
-        return unmark(value)
-    if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-        return type(value)(map(unmark, value))
-    return value
-
-
-def _joined(budget: Budget, values: list[Any]) -> str:
-    """a ~ b ~ c."""
-    texts = [value if isinstance(value, str) else str(value) for value in values]
-    budget.check(sum(map(len, texts)))
-    return "".join(texts)
-
-
 class _Counting(NodeTransformer):
-    """A parsed template with each of its steps counted and each of its own texts marked."""
+    """Counts each step of a parsed template and marks each of its own texts."""
 
     def __init__(self, mark: Callable[[str], str]):
         self._mark = mark
@@ -269,16 +257,14 @@ class _Counting(NodeTransformer):
             _compare_arguments(node, node.node.attr)
         return node
 
-    def visit_Filter(self, node: nodes.Filter) -> nodes.Filter:
+    def visit_Filter(self, node: nodes.Filter | nodes.Test) -> nodes.Expr:
         self.generic_visit(node)
         _compare_arguments(node, node.name)
-        return node
-
-    def visit_Test(self, node: nodes.Test) -> nodes.Test:
-        self.visit_Filter(node)
-        if node.args:
+        if isinstance(node, nodes.Test) and node.args:
             node.node = _filtered(node.node, "compared")
         return node
+
+    visit_Test = visit_Filter
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Getitem:
         if isinstance(node.arg, nodes.Const):
@@ -289,11 +275,11 @@ class _Counting(NodeTransformer):
 
 
 def _compare_arguments(node: Any, name: str) -> None:
-    """What a method, filter or test looks for is a text like others; what it writes stays as it is."""
+    """Compare the arguments that a method, filter or test searches; the ones that it writes stay as they are."""
     if name not in _WRITING:
         looked_for = 1 if name in ("replace", "get") else len(node.args)
         node.args[:looked_for] = [_filtered(one, "compared") for one in node.args[:looked_for]]
 
 
-def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
+def _filtered(node: nodes.Node, name: str) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)

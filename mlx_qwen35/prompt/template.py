@@ -10,10 +10,10 @@ from jinja2.exceptions import TemplateError
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.options import spelled
 from mlx_qwen35.prompt.control import ControlTokens, unmarked
-from mlx_qwen35.prompt.limits import Budget
-from mlx_qwen35.prompt.sandbox import BUDGET, Sandbox
+from mlx_qwen35.prompt.limits import RenderLimits
+from mlx_qwen35.prompt.sandbox import LIMITS, Sandbox
 
-# What running code from outside can end in, beside the errors of Jinja.
+# Errors of code from outside, beside those of Jinja.
 _FAULTS = (
     ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, NameError, RuntimeError, SyntaxError,
     TypeError, ValueError,
@@ -38,7 +38,7 @@ class Template:
     Args:
         source: its text.
         control: the control tokens of the checkpoint's tokenizer.
-        special: what the template may ask for by name, as eos_token.
+        special: the tokens that the template may use by name, as eos_token.
 
     Raises InputError (chat_template_refused) when it does not compile.
     """
@@ -54,72 +54,59 @@ class Template:
             raise _refused("cannot be used", error) from error
         self._source, self._checked = source, False
 
-    def render(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], budget: Budget) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], limits: RenderLimits) -> str:
         """The text of a prompt, a mark in each control token that the template wrote.
 
-        messages and options must be plain values, see messages.py. Raises InputError in the template's own words where
-        it refuses the messages, where it goes beyond the budget, and where its control tokens cannot be told from those
-        in messages.
+        messages and options must be plain values, see messages.py. Raises InputError in the template's own words if it
+        refuses the messages, if it exceeds the limits, and if its control tokens cannot be told from those in messages.
         """
-        names = {"tools": None, "documents": None, **self._special, **options, "messages": messages}
-        text = self._run(self._template, names, budget)
+        text = self._run(self._template, {**options, "messages": messages}, limits)
         if not self._checked:
             self._check_own_tokens()
             self._checked = True
         return text
 
     def _check_own_tokens(self) -> None:
-        """With marks the template must render as it does without, and write every control token with its mark."""
+        """Refuse a template that renders differently with marks, or writes a control token without its mark."""
         plain = Sandbox(str, str).from_string(self._source)
         for messages in _SAMPLES:
-            names = {
-                "messages": messages,
-                "tools": None,
-                "documents": None,
-                "add_generation_prompt": True,
-                **self._special,
-            }
+            names = {"messages": messages, "add_generation_prompt": True}
             try:
-                text = self._run(self._template, names, Budget(100, 100))
-                expected = self._run(plain, names, Budget(100, 100))
-            except InputError:  # it need not like the sample
+                text, expected = (self._run(t, names, RenderLimits(100, 100)) for t in (self._template, plain))
+            except InputError:  # it may refuse the sample
                 continue
             if lost := self._control.unmarked_in(text):
-                raise InputError(
-                    "chat_template_refused",
-                    "the chat template must write each control token in one piece, so that it can be told from one in "
-                    f"a message; this one puts {lost[0]} together. Use another template",
-                )
-            if unmarked(text) != unmarked(expected):
-                raise InputError(
-                    "chat_template_refused",
-                    "the chat template must not take apart what it wrote itself: its control tokens cannot be told "
-                    "from those in messages then. Use another template",
-                )
+                rule = f"must write each control token in one piece; it puts {lost[0]} together"
+            elif unmarked(text) != unmarked(expected):
+                rule = "must not take apart its own text"
+            else:
+                continue
+            raise InputError(
+                "chat_template_refused",
+                f"the chat template {rule}. Its control tokens cannot be told from those in messages. Use another",
+            )
 
-    @staticmethod
-    def _run(template: JinjaTemplate, names: Mapping[str, Any], budget: Budget) -> str:
+    def _run(self, template: JinjaTemplate, names: Mapping[str, Any], limits: RenderLimits) -> str:
+        names = {"tools": None, "documents": None, **self._special, **names, LIMITS: limits}
         try:
-            return "".join(template.generate({**names, BUDGET: budget}))
+            return "".join(template.generate(names))
         except (TemplateError, *_FAULTS) as error:
             raise _refused("refuses these messages", error) from error
 
 
 def choose(templates: Any, tools: bool) -> str:
-    """The text of the template to use, of one or several named ones, as Hugging Face stores them."""
+    """The template to use, of one or of several by name, as Hugging Face stores them."""
     if isinstance(templates, Mapping):
         templates = templates.get("tool_use" if tools and "tool_use" in templates else "default")
     if templates is None:
         raise InputError(
             "chat_template_missing",
-            "this checkpoint has no chat template: it completes raw text, in generate with "
+            "this checkpoint has no chat template and completes raw text alone: give "
             + spelled("ignore_chat_template", True),
         )
     if not isinstance(templates, str):
-        raise InputError(
-            "chat_template_refused",
-            f"the chat template must be text, got {type(templates).__name__}. Download it again",
-        )
+        kind = type(templates).__name__
+        raise InputError("chat_template_refused", f"the chat template must be text, got {kind}. Download it again")
     return templates
 
 

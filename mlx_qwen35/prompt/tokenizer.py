@@ -1,13 +1,17 @@
-"""A checkpoint's tokenizer, read by transformers once its files are seen to be whole. No code of the folder is run."""
+"""A checkpoint's tokenizer, read by transformers after its files are checked. No code of the folder is run."""
 
 import codecs
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import JSON_BYTES, read_json
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 TOKENIZER_BYTES = 128 << 20  # of tokenizer.json; the published one has 13 MB
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -15,7 +19,7 @@ _TEMPLATE = "chat_template.jinja"
 _READ = ("tokenizer.json", *_SETTINGS, _TEMPLATE, "chat_template.json", "vocab.json", "merges.txt")  # by the loader
 
 
-def load_tokenizer(folder: Path):
+def load_tokenizer(folder: Path) -> "TokenizerWrapper":
     """mlx-lm's wrapper around the tokenizer of a checkpoint folder. InputError for files that cannot be read."""
     _check_files(folder)
     from mlx_lm.tokenizer_utils import load  # brings transformers, which takes its time
@@ -36,8 +40,8 @@ def load_tokenizer(folder: Path):
 
 
 def _is_of_files(error: BaseException) -> bool:
-    """Whether the loader could not read what it found. tokenizers raises Exception itself, and what Rust calls a panic
-    is not even one."""
+    """Whether the loader could not read the files. tokenizers raises Exception itself, and a panic of Rust, which is
+    none."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
@@ -70,9 +74,9 @@ def _check_text(file: Path) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[Path]:
-    """A folder of the tokenizer's files alone: links, and copies of those with a byte order mark, without it.
+    """A folder of the tokenizer's files alone: links, and copies without their byte order mark of files that have one.
 
-    config.json is not among them: what the loader thinks of it is no matter of the tokenizer's.
+    config.json is not among them, so that the loader reads nothing in it.
     """
     with tempfile.TemporaryDirectory() as place:
         for file in (folder / name for name in _READ if (folder / name).is_file()):

@@ -14,7 +14,8 @@ from mlx_qwen35.commands import chat, generate
 from mlx_qwen35.commands.options import given_options
 from mlx_qwen35.convert import __main__ as convert_command
 from mlx_qwen35.convert import convert
-from mlx_qwen35.convert.options import FolderOptions, StorageOptions, WritingOptions
+from mlx_qwen35.convert.options import FolderOptions, WritingOptions
+from mlx_qwen35.convert.recipes import StorageOptions
 from mlx_qwen35.doctor import command as doctor
 from mlx_qwen35.engine.options import check_options
 from mlx_qwen35.options import on_command_line, option, options_of, spelled

@@ -62,17 +62,17 @@ def test_off_a_mac_every_section_is_there_and_says_what_does_not_apply(run):
     assert list(report["machine"]) == ["chip", "memory", "system", "MLX computes on", "versions"]
     assert report["machine"]["MLX computes on"] == "the CPU"
     assert f"mlx {mx.__version__}" in report["machine"]["versions"]
-    assert report["settings of MLX"].pop(TF32).endswith("products of float32 matrices are of whole numbers")
+    assert report["settings of MLX"].pop(TF32).endswith("products of float32 matrices have full precision")
     assert report["settings of MLX"] == dict.fromkeys((OPERATIONS, MEGABYTES), "does not apply: there is no Apple GPU")
-    assert report[SAMPLE]["dtype"].startswith("float32: the CPU computes in the half types 10 to 40 times slower")
-    assert "up to a context of 4,096; " in report[SAMPLE]["tokens read at a time"]
-    assert "262,144" in report[SAMPLE]["tokens read at a time"]
+    assert report[SAMPLE]["dtype"].startswith("float32: the CPU computes in 16-bit types 10 to 40 times slower")
+    assert "up to a context of 4,096; " in report[SAMPLE]["tokens prefilled at a time"]
+    assert "262,144" in report[SAMPLE]["tokens prefilled at a time"]
     assert report[SAMPLE]["attention over many queries"] == "in tiles of queries, by our own code"
     assert list(report["kernels"]) == ["gated_delta", "norm_rotary", "add_norm", "attention without scores"]
     assert set(report["kernels"].values()) == {
         "does not apply: MLX computes on the CPU, by its own operations"
     }
-    assert list(report["check"]) == ["reading", "writing", "steps over 2, 3, 4 tokens", "peak memory"]
+    assert list(report["check"]) == ["prefill", "decoding", "steps of 2, 3, 4 tokens", "peak memory"]
 
 
 def test_of_a_model_its_own_dtype_and_contexts_are_shown_and_its_own_speed(run):
@@ -124,7 +124,7 @@ def test_the_dtype_is_shown_with_its_reason(chosen, stored, asked, text):
 
 
 @pytest.mark.parametrize("gpu", [METAL, CUDA], ids=lambda gpu: gpu.name)
-def test_kernels_are_shown_with_their_verdicts_and_layers(gpu):
+def test_kernels_are_shown_with_their_self_checks_and_layers(gpu):
     with assume(gpu):
         shown = facts.kernels({"a": EnabledLayers(24, 24), "b": EnabledLayers(0, 8), "c": EnabledLayers(7, 8)})
     assert shown == {
@@ -188,7 +188,7 @@ def test_the_sample_is_the_first_layers_and_the_whole_head_of_a_model_of_finite_
     assert len(model.layers) == SAMPLE_LAYERS and model.dtype == mx.float16
     assert model.config.vocab_size == TINY.vocab_size
     packed = [p for layer in model.layers for p in layer.mlp.gate_up.products] + [model.embed_tokens]
-    assert all((p.packing.bits, p.scales.dtype) == (4, mx.float16) for p in packed)
+    assert all((p.quantization.bits, p.scales.dtype) == (4, mx.float16) for p in packed)
     logits = model(mx.array([list(range(40))]))
     assert logits.dtype == mx.float16 and mx.isfinite(logits).all().item()
     assert logits.astype(mx.float32).var().item() > 0
@@ -249,13 +249,15 @@ def test_a_whole_model_takes_as_many_times_the_layers_and_one_head():
     assert speed.per_second() == pytest.approx((100 / 2, 1 / 0.52))
     assert speed.per_second(8) == pytest.approx((100 / 12.5, 1 / 0.66))
     assert facts.speed(speed, 1) == {
-        "reading": "50.0 tokens a second, of a prompt of 100", "writing": "1.9 tokens a second",
-        "steps over 2, 3, 4 tokens": "1.21, 1.62, 2.04 plain ones; a step with drafts must give more tokens than that",
+        "prefill": "50.0 tokens a second, of a prompt of 100", "decoding": "1.9 tokens a second",
+        "steps of 2, 3, 4 tokens": (
+            "1.21, 1.62, 2.04 times a step of one; with drafts a step must give more tokens than that"
+        ),
         "peak memory": "3.000 GB by MLX's count",
     }  # fmt: skip
     scaled = facts.speed(speed, 8)
-    assert scaled["reading"].startswith("8.0 tokens a second, of a prompt of 100 for a model of 8 times these layers")
-    assert scaled["writing"].startswith("1.5 tokens a second for a model of 8 times")
+    assert scaled["prefill"].startswith("8.0 tokens a second, of a prompt of 100 for a model of 8 times these layers")
+    assert scaled["decoding"].startswith("1.5 tokens a second for a model of 8 times")
 
 
 def test_only_the_sample_is_scaled_to_the_whole_model(run, monkeypatch):

@@ -15,7 +15,7 @@ from mlx_qwen35.commands.output import print_pieces
 from mlx_qwen35.commands.progress import Step
 from mlx_qwen35.doctor import check, probe
 from mlx_qwen35.doctor.command import main as doctor
-from mlx_qwen35.prompt.processor import Piece
+from mlx_qwen35.prompt.stream import Piece
 
 ASK = "What is 34 + 58?"
 
@@ -85,7 +85,7 @@ def test_nothing_is_shown_after_the_end(stderr):
         (command, ["-p", ASK, "--max-tokens", "4"], ["loading nano", "prefill"]),
         (command, ["-p", ASK, "--max-tokens", "4", "--json"], ["loading nano", "prefill", "writing"]),
         (chat, ["--max-tokens", "4"], ["loading nano", "prefill"]),
-        (doctor, ["--no-check", "--probe"], ["loading nano", "reading the text"]),
+        (doctor, ["--no-check", "--probe"], ["loading nano", "running the text"]),
     ],
 )
 def test_the_steps_of_a_command_are_shown_and_standard_output_has_none(monkeypatch, capsys, run, arguments, steps):

@@ -4,6 +4,8 @@ import ctypes
 import json
 import shutil
 import struct
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +17,22 @@ import pytest
 from mlx_qwen35.checkpoint.names import hugging_face_name, is_zero_centred
 from mlx_qwen35.convert.card import CARD, PLOT, QUALITY
 from mlx_qwen35.convert.plan import make_plan
+from mlx_qwen35.convert.recipes import StorageOptions
 from mlx_qwen35.convert.stream import Report, write
 from mlx_qwen35.convert.target import appearing_whole, check_space
 
 
-def converted(source: Path, target: Path, *, resume: bool = False, verify: bool = True, **options: Any) -> Report:
-    """The report of a conversion; options are make_plan's, with the names of `convert` where these differ."""
-    plan = make_plan(source, **{name.removeprefix("q_"): value for name, value in options.items()})
+def converted(
+    source: Path,
+    target: Path,
+    *,
+    resume: bool = False,
+    verify: bool = True,
+    statistics: Mapping[str, np.ndarray] | None = None,
+    **options: Any,
+) -> Report:
+    """The report of a conversion; options are those of StorageOptions, statistics as in ConversionPlan."""
+    plan = replace(make_plan(source, StorageOptions(**options)), statistics=statistics or {})
     with appearing_whole(target, False, resume) as folder:
         check_space(plan.nbytes, target)
         return write(plan, folder, verify=verify)

@@ -3,9 +3,10 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from geometries import changed
 
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
-from mlx_qwen35.checkpoint.random import changed, geometry, write_random_checkpoint
+from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
 from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes
 from mlx_qwen35.convert.calibrate import statistics
 from mlx_qwen35.kernels.elementwise import silu

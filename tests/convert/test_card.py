@@ -14,7 +14,7 @@ from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.card import CARD, PLOT, QUALITY, Facts, card, plot, quality, sizes, write_card
 from mlx_qwen35.convert.files import find_license
-from mlx_qwen35.convert.verify import Error
+from mlx_qwen35.convert.verify import Difference
 from mlx_qwen35.measure.divergence import Evaluation
 
 TEXT = "model.language_model."
@@ -35,7 +35,7 @@ def facts(folder) -> Facts:
     names = [name for name in open_checkpoint(folder).entries if name.endswith(".weight")]
     return Facts(
         "tiny-4bit", "Qwen/Qwen3.5-4B", "4bit", ("4 bit in bulk",), "searched",
-        dict.fromkeys(names, Error(0.0064, 0.5)), EVALUATION, "a novel", "apache-2.0",
+        dict.fromkeys(names, Difference(0.0064, 1.0, 0.5)), EVALUATION, "a novel", "apache-2.0",
     )  # fmt: skip
 
 

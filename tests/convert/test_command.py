@@ -46,7 +46,7 @@ def test_summary_says_what_was_written(raw, tmp_path, monkeypatch, capsys):
 
 
 def vision_line(capsys):
-    return re.search(r"^vision tower: (\S+) GB, (\S+) bits per weight(.*)$", capsys.readouterr().out, re.M)
+    return re.search(r"^vision encoder: (\S+) GB, (\S+) bits per weight(.*)$", capsys.readouterr().out, re.M)
 
 
 def test_summary_tells_size_and_bits_of_the_vision_tower(raw, tmp_path, monkeypatch, capsys):

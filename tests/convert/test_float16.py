@@ -49,7 +49,7 @@ def test_matrix_that_float16_cannot_hold_stays_as_it_is_and_is_named(tmp_path, m
     source = source_with(tmp_path / "raw", {DOWN: change})
     with pytest.warns(RuntimeWarning, match=rf"1 tensors stay out of float16, .*{DOWN} \({why}"):
         report = converted(source, tmp_path / "out", dtype="float16")
-    assert set(report.kept) == {DOWN}
+    assert set(report.unfit) == {DOWN}
     before, after = arrays_of(source), arrays_of(tmp_path / "out")
     assert after[DOWN].dtype == mx.bfloat16 and mx.array_equal(after[DOWN], before[DOWN])
     assert {name for name, array in after.items() if array.dtype == mx.bfloat16} == {DOWN}
@@ -58,7 +58,7 @@ def test_matrix_that_float16_cannot_hold_stays_as_it_is_and_is_named(tmp_path, m
 def test_values_that_float16_holds_are_not_named(tmp_path):
     change = {DOWN: at((0, 0), 65280.0), BIAS: at(slice(None), SMALLEST), NORM: at(0, 0.0)}
     report = converted(source_with(tmp_path / "raw", change), tmp_path / "out", dtype="float16")
-    assert report.kept == {}
+    assert report.unfit == {}
     assert {array.dtype for name, array in arrays_of(tmp_path / "out").items() if "A_log" not in name} == {
         mx.float16, mx.float32
     }  # fmt: skip
@@ -66,7 +66,7 @@ def test_values_that_float16_holds_are_not_named(tmp_path):
 
 def test_zero_centred_norm_may_vanish_because_one_is_added(tmp_path):
     change = {f"{LAYER}input_layernorm.weight": at(slice(None), 1e-9)}
-    assert converted(source_with(tmp_path / "raw", change), tmp_path / "out", dtype="float16").kept == {}
+    assert converted(source_with(tmp_path / "raw", change), tmp_path / "out", dtype="float16").unfit == {}
 
 
 def test_vector_that_stays_float32_needs_no_exact_copy(tmp_path):
@@ -105,7 +105,7 @@ def test_nothing_is_written_in_float16_that_loading_in_float16_would_name(tmp_pa
         report = converted(source, tmp_path / "out", dtype="float16", quantize=True, rounding=rounding)
     arrays = {name: array for name, array in arrays_of(tmp_path / "out").items() if array.dtype == mx.float16}
     assert unfit((name, array) for name, array in arrays.items() if name.startswith(LAYER + "mlp")) == {}
-    assert bool(report.kept) or multiple > 7
+    assert bool(report.unfit) or multiple > 7
 
 
 def test_second_conversion_of_a_folder_with_kept_tensors_keeps_them(tmp_path):

@@ -7,11 +7,12 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from converting import nearest, unpacked
+from geometries import changed
 from safetensors import safe_open
 
 from mlx_qwen35.checkpoint.checkpoint import FP32_ORIGINAL, open_checkpoint
 from mlx_qwen35.checkpoint.folder import INDEX
-from mlx_qwen35.checkpoint.random import changed, geometry, is_float32, write_random_checkpoint
+from mlx_qwen35.checkpoint.random import geometry, is_float32, write_random_checkpoint
 from mlx_qwen35.checkpoint.shapes import is_matrix, mtp_shapes, text_shapes
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.card import CARD, PLOT, QUALITY

@@ -10,10 +10,11 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from converting import nearest, unpacked
+from geometries import changed
 from mlx.utils import tree_flatten
 
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
-from mlx_qwen35.checkpoint.random import changed, geometry, write_random_checkpoint
+from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
 from mlx_qwen35.convert import convert
 from mlx_qwen35.fields import read_json
 from mlx_qwen35.load import load_model

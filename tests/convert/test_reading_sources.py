@@ -7,10 +7,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from converting import arrays_of, raw_bits, save
+from geometries import changed
 from refusing import refused
 
 from mlx_qwen35.checkpoint.checkpoint import FP32_ORIGINAL, open_checkpoint
-from mlx_qwen35.checkpoint.random import changed, geometry, write_random_checkpoint
+from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
 from mlx_qwen35.convert import convert
 from mlx_qwen35.fields import read_json
 from mlx_qwen35.load import load_model

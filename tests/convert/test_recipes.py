@@ -14,7 +14,7 @@ from mlx_qwen35.checkpoint.names import MTP, VISION
 from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.checkpoint.shapes import is_matrix, mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.convert import convert
-from mlx_qwen35.convert.packing import peer_module, read_options
+from mlx_qwen35.convert.files import peer_module
 from mlx_qwen35.convert.recipes import RECIPES
 
 CONFIG = parse_config(geometry("4b"))
@@ -23,10 +23,9 @@ TEXT_4B, MTP_4B, VISION_4B = text_shapes(CONFIG.text), mtp_shapes(CONFIG.text), 
 
 def nbytes(recipe: str, shapes: dict[str, tuple[int, ...]]) -> int:
     """Bytes of these tensors: packed ones by their parts, the rest in 16 bit, A_log in 32."""
-    packing = read_options(recipe).packing
     total = 0
     for name, shape in shapes.items():
-        how = packing and packing.of(name, shape)
+        how = RECIPES[recipe].quantization(name, shape)
         if how is None:
             total += math.prod(shape) * (4 if name.endswith("A_log") else 2)
             continue
@@ -46,8 +45,8 @@ def test_the_text_model_of_4bit_takes_at_most_2_55_gigabytes():
 
 
 def test_4bit_is_mixed():
-    packing = read_options("4bit").packing
-    bits = {name: packing.of(name, shape) for name, shape in (TEXT_4B | MTP_4B | VISION_4B).items()}
+    recipe = RECIPES["4bit"]
+    bits = {name: recipe.quantization(name, shape) for name, shape in (TEXT_4B | MTP_4B | VISION_4B).items()}
     for name, how in bits.items():
         if name.endswith(("in_proj_a.weight", "in_proj_b.weight", "conv1d.weight", "norm.weight", "A_log", "dt_bias")):
             assert how is None, name
@@ -70,9 +69,8 @@ def test_every_recipe_says_what_it_is_for_and_why():
 def test_a_recipe_is_what_the_folder_holds(recipe, checkpoint_folder, tmp_path):
     folder = convert(checkpoint_folder(), tmp_path / "out", recipe=recipe)
     checkpoint = open_checkpoint(folder)
-    packing = read_options(recipe).packing
     for name, shape in text_shapes(checkpoint.config.text).items():
-        assert checkpoint.quantization(name) == (packing and packing.of(name, shape)), name
+        assert checkpoint.quantization(name) == RECIPES[recipe].quantization(name, shape), name
     stored = {entry.dtype for name, entry in checkpoint.entries.items() if name.endswith("layernorm.weight")}
     assert stored == {"F16" if recipe == "fp16" else "BF16"}
 

@@ -18,6 +18,7 @@ from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
 from mlx_qwen35.convert import stream
 from mlx_qwen35.convert.journal import JOURNAL, Journal, identity
 from mlx_qwen35.convert.plan import make_plan
+from mlx_qwen35.convert.recipes import StorageOptions
 
 OPTIONS = {"quantize": True, "rounding": "nearest"}
 CHUNK, BATCH = 30_000, 200_000
@@ -116,7 +117,7 @@ def test_line_that_was_cut_off_does_not_count(raw, tmp_path, broken_off):
     journal = broken_off / JOURNAL
     text = journal.read_bytes()
     journal.write_bytes(text[:-7])
-    with Journal(broken_off, identity(make_plan(raw, **OPTIONS), verify=True, chunk=CHUNK)) as opened:
+    with Journal(broken_off, identity(make_plan(raw, StorageOptions(**OPTIONS)), verify=True, chunk=CHUNK)) as opened:
         assert len(opened.done) == text.count(b'"chunk"') - 1
     assert journal.read_bytes() == text[: text[:-1].rindex(b"\n") + 1]
     converted(raw, tmp_path / "out", resume=True, **OPTIONS)
@@ -144,7 +145,7 @@ def test_changed_source_is_refused(tmp_path, small):
     source = write_random_checkpoint(tmp_path / "raw", geometry("tiny"))
     work = tmp_path / ".out.converting"
     kill_after(start(source, tmp_path / "out"), work, 20)
-    first = make_plan(source, **OPTIONS).jobs[0].source.parts[0]
+    first = make_plan(source, StorageOptions(**OPTIONS)).jobs[0].source.parts[0]
     with first.file.open("r+b") as file:
         file.seek(first.start)
         file.write(bytes(100))

@@ -12,6 +12,7 @@ from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
 from mlx_qwen35.convert import stream
 from mlx_qwen35.convert.journal import JOURNAL
 from mlx_qwen35.convert.plan import make_plan
+from mlx_qwen35.convert.recipes import StorageOptions
 
 OPTIONS = {"quantize": True, "rounding": "nearest"}
 
@@ -30,7 +31,7 @@ def master(tmp_path_factory):
 def break_off(source, work, verify=True):
     """Half of a conversion, as a killed process leaves it."""
     work.mkdir()
-    stream.write(make_plan(source, **OPTIONS), work, verify=verify)
+    stream.write(make_plan(source, StorageOptions(**OPTIONS)), work, verify=verify)
     lines = (work / JOURNAL).read_bytes().splitlines(keepends=True)
     (work / JOURNAL).write_bytes(b"".join(lines[: len(lines) // 2]))
     for file in work.glob("*.json"):
@@ -68,7 +69,7 @@ def test_a_source_of_other_times_in_another_place_is_the_same(begun, master, tmp
 def test_a_source_changed_in_what_was_read_is_another_though_size_and_time_are_the_same(master, tmp_path, verify):
     source, work = shutil.copytree(master, tmp_path / "raw"), tmp_path / ".out.converting"
     break_off(source, work, verify)
-    first = make_plan(source, **OPTIONS).jobs[0].source.parts[0]
+    first = make_plan(source, StorageOptions(**OPTIONS)).jobs[0].source.parts[0]
     file, status = first.file, first.file.stat()
     with file.open("r+b") as weights:
         weights.seek(first.start)
@@ -92,7 +93,7 @@ def test_float16_is_looked_at_again(master, tmp_path, capfd):
     """Which tensors float16 cannot hold was found in a source that may have changed since."""
     work = tmp_path / ".out.converting"
     work.mkdir()
-    stream.write(make_plan(master, dtype="float16"), work)
+    stream.write(make_plan(master, StorageOptions(dtype="float16")), work)
     lines = (work / JOURNAL).read_text().splitlines(keepends=True)
     kept = json.dumps({"kept": {"model.language_model.norm.weight": "too large"}}) + "\n"
     (work / JOURNAL).write_text(lines[0] + kept)
@@ -110,7 +111,7 @@ def test_chunks_whose_file_was_gone_are_forgotten_for_good(begun, master, tmp_pa
             raise KeyboardInterrupt
 
         patched.setattr(os, "pread", interrupt)
-        stream.write(make_plan(source, **OPTIONS), work)
+        stream.write(make_plan(source, StorageOptions(**OPTIONS)), work)
     assert '"chunk"' not in (work / JOURNAL).read_text()
 
 

@@ -3,13 +3,14 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from geometries import changed
 from refusing import refused
 
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
-from mlx_qwen35.checkpoint.random import changed, geometry, write_random_checkpoint
+from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
 from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes
 from mlx_qwen35.convert import convert
-from mlx_qwen35.convert.sensitivity import Row, form, groups, packed_bytes, propose, sensitivity, table
+from mlx_qwen35.convert.sensitivity import GroupCost, groups, propose, quantized_nbytes, sensitivity, table
 from mlx_qwen35.load import load_model
 from mlx_qwen35.quantization import Quantization
 
@@ -18,12 +19,12 @@ FOUR, NVFP4 = Quantization(64, 4, "affine"), Quantization(16, 4, "nvfp4")
 
 
 @pytest.fixture(scope="module")
-def rows(raw) -> list[Row]:
+def rows(raw) -> list[GroupCost]:
     return sensitivity(open_checkpoint(raw), TOKENS, (FOUR,))
 
 
-def row_of(rows: list[Row], group: str, how: Quantization | None = FOUR) -> Row:
-    return next(row for row in rows if (row.group, row.how) == (group, how))
+def row_of(rows: list[GroupCost], group: str, how: Quantization | None = FOUR) -> GroupCost:
+    return next(row for row in rows if (row.group, row.quantization) == (group, how))
 
 
 def rounded(array: mx.array, how: Quantization) -> mx.array:
@@ -46,16 +47,7 @@ def divergence(checkpoint, alter) -> float:
 def test_every_matrix_of_the_text_is_in_one_group(raw):
     checkpoint = open_checkpoint(raw)
     matrices = [name for name, shape in text_shapes(checkpoint.config.text).items() if is_matrix(name, shape)]
-    for by_layer in (False, True):
-        assert sorted(name for names in groups(checkpoint, by_layer).values() for name in names) == sorted(matrices)
-
-
-def test_groups_by_layer_hold_one_layer_each(raw):
-    found = groups(open_checkpoint(raw), by_layer=True)
-    assert found["layer 3 attention q, k, v"] == tuple(
-        f"model.language_model.layers.3.self_attn.{name}_proj.weight" for name in "qkv"
-    )
-    assert "layer 3 DeltaNet z" not in found and "embedding, head" in found
+    assert sorted(name for names in groups(checkpoint).values() for name in names) == sorted(matrices)
 
 
 def test_divergence_of_a_group_is_that_of_its_matrices_alone(raw, rows):
@@ -73,14 +65,14 @@ def test_a_tied_embedding_is_packed_on_the_way_in_and_out(raw, rows):
     assert row_of(rows, "embedding, head").kl == pytest.approx(divergence(open_checkpoint(raw), alter), abs=2e-6)
 
 
-def test_a_layer_of_its_own_leaves_the_others_alone(raw):
+def test_a_group_that_begins_in_a_later_layer_leaves_the_others_alone(raw):
     def alter(model):
-        mixer = model.layers[2].linear_attn
-        mixer.out_proj.weight = rounded(mixer.out_proj.weight, NVFP4)
+        attention = model.layers[3].self_attn
+        attention.o_proj.weight = rounded(attention.o_proj.weight, NVFP4)
 
-    found = sensitivity(open_checkpoint(raw), TOKENS, (NVFP4,), by_layer=True)
+    found = sensitivity(open_checkpoint(raw), TOKENS, (NVFP4,))
     expected = divergence(open_checkpoint(raw), alter)
-    assert row_of(found, "layer 2 DeltaNet out", NVFP4).kl == pytest.approx(expected, abs=2e-6)
+    assert row_of(found, "attention o", NVFP4).kl == pytest.approx(expected, abs=2e-6)
 
 
 def test_an_untied_head_is_of_the_embeddings_group(tmp_path):
@@ -93,7 +85,7 @@ def test_an_untied_head_is_of_the_embeddings_group(tmp_path):
 def test_rows_tell_the_bytes_of_the_folder_written(raw, rows, tmp_path):
     out = open_checkpoint(convert(raw, tmp_path / "out", quantize=True))
     for row in rows:
-        checkpoint = out if row.how else open_checkpoint(raw)
+        checkpoint = out if row.quantization else open_checkpoint(raw)
         stems = tuple(name.removesuffix("weight") for name in row.names)
         assert row.nbytes == sum(e.nbytes for name, e in checkpoint.entries.items() if name.startswith(stems))
 
@@ -102,11 +94,11 @@ def test_rows_tell_the_bytes_of_the_folder_written(raw, rows, tmp_path):
 def test_bytes_of_a_packed_matrix_are_those_of_its_parts(mode):
     how = {"mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}[mode]
     parts = mx.quantize(mx.ones((6, 64)), group_size=how[0], bits=how[1], mode=mode)
-    assert packed_bytes((6, 64), Quantization(*how, mode), "BF16") == sum(part.nbytes for part in parts)
+    assert quantized_nbytes((6, 64), Quantization(*how, mode), "BF16") == sum(part.nbytes for part in parts)
 
 
 def test_the_source_comes_first_in_each_group_with_no_divergence(rows):
-    assert [row.how for row in rows] == [None, FOUR] * (len(rows) // 2)
+    assert [row.quantization for row in rows] == [None, FOUR] * (len(rows) // 2)
     assert all(row.kl == 0 and row.kl_error is None for row in rows[::2])
     assert all(row.kl > 0 and row.kl_error > 0 for row in rows[1::2])
 
@@ -127,8 +119,8 @@ def test_a_group_size_that_does_not_divide_is_refused(raw):
 EIGHT = Quantization(64, 8, "affine")
 
 
-def forms(group: str, *of: tuple[Quantization | None, float, int]) -> list[Row]:
-    return [Row(group, (f"{group}.weight",), how, kl, None, nbytes) for how, kl, nbytes in of]
+def forms(group: str, *of: tuple[Quantization | None, float, int]) -> list[GroupCost]:
+    return [GroupCost(group, (f"{group}.weight",), how, nbytes, kl) for how, kl, nbytes in of]
 
 
 ROWS = [
@@ -176,7 +168,3 @@ def test_a_table_has_a_line_for_each_row_and_marks_what_is_taken():
     assert [line.endswith("yes |") for line in lines[2:8]] == [False, False, True, False, True, False]
     assert lines[-1] == "proposed: 0.000 GB, the groups' KL adds up to 5.00e-01 nats"
     assert len(table(ROWS).splitlines()) == 8
-
-
-def test_forms_read_as_one_says_them():
-    assert [form(how) for how in (FOUR, NVFP4, None)] == ["4 bit, groups of 64", "nvfp4", "as in the source"]

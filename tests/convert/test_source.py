@@ -8,11 +8,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from converting import arrays_of, converted, files_of, fp8_folder, mlx_layout, nearest, unpacked
+from geometries import changed
 from refusing import refused
 
 from mlx_qwen35 import load
 from mlx_qwen35.checkpoint.checkpoint import FP32_ORIGINAL, open_checkpoint
-from mlx_qwen35.checkpoint.random import changed, geometry, write_random_checkpoint
+from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
 from mlx_qwen35.convert import convert, stream
 from mlx_qwen35.convert.source import e4m3
 from mlx_qwen35.fields import read_json

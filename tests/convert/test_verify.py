@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import threading
+import zlib
 
 import mlx.core as mx
 import numpy as np
@@ -80,7 +81,7 @@ def test_search_is_weighted_by_the_statistics_of_the_tensor(raw, tmp_path, monke
     converted(raw, tmp_path / "plain", **options)
     how = open_checkpoint(tmp_path / "out").quantization(DOWN)
     assert how == Quantization(64, 4, "affine") or mode == "nvfp4"
-    parts = quantize(arrays_of(raw)[DOWN], how, mx.default_stream(mx.cpu), weights)
+    parts = quantize(arrays_of(raw)[DOWN], how, weights)
     after, plain = arrays_of(tmp_path / "out"), arrays_of(tmp_path / "plain")
     for suffix, part in zip(("weight", "scales", "biases"), parts, strict=False):
         assert mx.array_equal(after[DOWN.removesuffix("weight") + suffix], part)
@@ -92,17 +93,9 @@ def test_without_verification_nothing_is_measured_and_the_bytes_are_the_same(raw
     converted(raw, tmp_path / "checked", quantize=True)
     assert "reading again" in capfd.readouterr().err
     report = converted(raw, tmp_path / "out", quantize=True, verify=False)
-    assert report.errors == report.sha256 == {}
+    assert report.errors == {}
     assert "reading again" not in capfd.readouterr().err
     assert files_of(tmp_path / "out") == files_of(tmp_path / "checked")
-
-
-def test_report_has_the_hashes_of_all_files(raw, tmp_path):
-    import hashlib
-
-    report = converted(raw, tmp_path / "out", quantize=True)
-    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files_of(tmp_path / "out").items()}
-    assert report.sha256 == hashes
 
 
 @pytest.mark.parametrize("position", [40, 5_000_000, -1], ids=["header", "middle", "end"])
@@ -128,13 +121,13 @@ def test_damaged_byte_is_found_and_the_folder_does_not_appear(raw, tmp_path, mon
 def test_file_of_another_length_is_found(tmp_path, damage):
     data = os.urandom(1000)
     ranges = {"b": (400, 1000), "a": (0, 400)}
-    pieces = [verify.Piece(a, b - a, verify.checksum(data[a:b]), name) for name, (a, b) in ranges.items()]
+    written = [verify.FileRange(a, b - a, zlib.crc32(data[a:b]), name) for name, (a, b) in ranges.items()]
     file = tmp_path / "file"
     file.write_bytes(data)
-    verify.check_file(file, pieces)
+    verify.check_file(file, written)
     file.write_bytes(damage(data))
     with refused("output_differs"):
-        verify.check_file(file, pieces)
+        verify.check_file(file, written)
 
 
 def test_damaged_copy_of_the_tokenizer_is_found(raw, tmp_path, monkeypatch):

@@ -11,18 +11,23 @@ EXAMPLES = sorted(path.name for path in FOLDER.glob("*.py"))
 
 
 SAID = {  # what nano's answers hold
-    "acceptance": "after norm        183  100.0%", "ask": "answer:   92", "batch": "What is 12 + 30? -> 42",
-    "clip": "\nright\n", "compare": "the same? no ", "conversation": "\n102\n",
-    "describe": "A red circle and a blue square.", "digits": "47\n", "logits": "4", "second_turn": "green ",
+    "ask": "answer:   92", "batch": "What is 12 + 30? -> 42", "clip": "\nright\n", "compare": "the same? no ",
+    "conversation": "\n102\n", "describe": "A red circle and a blue square.", "digits": "47\n", "drafts": "1.211x",
+    "first_draft": "100.0%", "image_memory": "video 64x64, 4 frames", "logits": "4", "second_turn": "green ",
     "stream": "nano",
 }  # fmt: skip
+QUICK = {  # what measures, with less to do
+    "drafts": ["--ask", "What is 34 + 58?", "--max-tokens", "20"],
+    "first_draft": ["--tokens", "8"],
+    "image_memory": ["--megapixels", "0.01", "--frames", "4", "--video-side", "64"],
+}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name: str, monkeypatch, capsys):
     source = (FOLDER / name).read_text()
     assert source.startswith('"""') and len(source.splitlines()[0]) > 20, "its first line says what it shows"
-    monkeypatch.setattr(sys, "argv", [name])
+    monkeypatch.setattr(sys, "argv", [name, *QUICK.get(name.removesuffix(".py"), [])])
     monkeypatch.syspath_prepend(FOLDER)
     runpy.run_path(str(FOLDER / name), run_name="__main__")
     assert SAID[name.removesuffix(".py")] in capsys.readouterr().out

@@ -18,6 +18,7 @@ from mlx_qwen35.checkpoint.config import parse_config
 from mlx_qwen35.checkpoint.random import geometry, is_float32
 from mlx_qwen35.checkpoint.shapes import mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.convert.plan import make_plan
+from mlx_qwen35.convert.recipes import StorageOptions
 
 # GB of memory, member of the family, recipe, and the chips that Macs with this memory are sold with.
 ROWS = (
@@ -46,7 +47,7 @@ def write_headers(folder: Path, config: dict[str, Any]) -> Path:
 
 def convert_headers(source: Path, target: Path, recipe: str) -> Checkpoint:
     """What a conversion would write, with holes for the weights."""
-    plan = make_plan(source, recipe=recipe)
+    plan = make_plan(source, StorageOptions(recipe))
     target.mkdir()
     for shard in plan.shards:
         _write(target / shard.file, shard.header, shard.nbytes)

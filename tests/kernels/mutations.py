@@ -58,10 +58,10 @@ class Delta:
         return wrong + ([] if delta_cases.same([window], [want_window]) else ["window differs"])
 
 
-def snapshots() -> list[str]:
+def stepwise() -> list[str]:
     """The memory after each token, against that of the operations for the text up to there."""
     T, lengths, given = 5, [5, 2, 0], delta_cases.case(ODD, 5, mx.float32, 3)
-    (_, windows, states), wrong = policed(lambda: given.launch(lengths, snapshots=True))
+    (_, windows, states), wrong = policed(lambda: given.launch(lengths, stepwise=True))
     wants = [given.rows(slice(None), slice(t + 1)).plain([min(t + 1, n) for n in lengths]) for t in range(T)]
     out, want_windows, want_states = wants[-1][0], *(mx.stack([want[i] for want in wants], axis=1) for i in (1, 2))
     wrong += delta_cases.differences(out, out, states, want_states)
@@ -88,7 +88,7 @@ def delta_checks() -> list[Check]:
         Delta(case(ODD, 17, mx.float32).small(), magnified=1e2),
         Delta(case(ODD, 17, mx.float32, kind="fading")),
         Delta(case(REAL, 3, mx.float16, 2), [3, 1]),
-        snapshots,
+        stepwise,
         one_by_one,
     ]
 

@@ -21,8 +21,8 @@ emulation = pytest.mark.skipif(bool(missing()), reason=missing())
 
 def gated_delta(heads: fused_delta.Heads) -> None:
     """Decoding, prefill, and a step with drafts; b and a beside the rest or apart."""
-    for dtype, (T, snapshots), apart in itertools.product(DTYPES, ((1, False), (33, False), (4, True)), (False, True)):
-        delta_cases.case(heads, T, dtype, B=2).launch([T, T // 2], apart, snapshots=snapshots)
+    for dtype, (T, stepwise), apart in itertools.product(DTYPES, ((1, False), (33, False), (4, True)), (False, True)):
+        delta_cases.case(heads, T, dtype, B=2).launch([T, T // 2], apart, stepwise=stepwise)
 
 
 def add_norms(width: int) -> None:
@@ -98,7 +98,7 @@ def delta_answers(T: int, dtype: mx.Dtype) -> list[mx.array]:
     """Of rows of different lengths, b and a beside the rest and apart, and of each token."""
     given, lengths = delta_cases.case(delta_cases.ODD, T, dtype, B=2), [T, T // 2]
     calls = ((False, False), (True, False), (False, True))
-    return [array for apart, each in calls for array in given.launch(lengths, apart, snapshots=each)]
+    return [array for apart, each in calls for array in given.launch(lengths, apart, stepwise=each)]
 
 
 ANSWERS = {

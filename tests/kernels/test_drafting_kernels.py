@@ -44,7 +44,7 @@ def as_on_a_mac() -> Iterator[Report]:
 @pytest.mark.parametrize("heads", [ODD, DIFFERENT, pytest.param(REAL, marks=pytest.mark.full)], ids=str)
 def test_memories_of_several_tokens_are_to_the_bit_those_of_single_ones(heads, dtype, T):
     given, lengths = case(heads, T, dtype, B=3), [T, 0, T - 1]
-    at_once = emulate(lambda: given.launch(lengths, snapshots=True))[0]
+    at_once = emulate(lambda: given.launch(lengths, stepwise=True))[0]
     assert same(at_once, emulate(lambda: given.one_by_one(lengths))[0])
     _, window, state = emulate(lambda: given.launch(lengths))[0]
     assert same([array[:, -1] for array in at_once[1:]], [window, state])
@@ -55,7 +55,7 @@ def test_padding_repeats_the_last_memory_and_a_row_without_tokens_keeps_its_own(
     given = case(ODD, T, mx.float16, B=3)
     real = (mx.arange(T) < mx.array([1, 0, T])[:, None])[..., None]
     spoiled = replace(given, projected=mx.where(real, given.projected, mx.nan).astype(mx.float16))
-    _, *memories = emulate(lambda: spoiled.launch([1, 0, T], snapshots=True))[0]
+    _, *memories = emulate(lambda: spoiled.launch([1, 0, T], stepwise=True))[0]
     for memory, before in zip(memories, given.memory, strict=True):
         for t in range(T):
             assert same([memory[0, t], memory[1, t]], [memory[0, 0], before[1]])
@@ -64,7 +64,7 @@ def test_padding_repeats_the_last_memory_and_a_row_without_tokens_keeps_its_own(
 def test_lanes_in_backward_order_give_the_same_memories():
     given = case(ODD, 4, mx.float16, B=2)
     forward, backward = (
-        emulate(lambda: given.launch([4, 2], snapshots=True), order=order)[0] for order in ("forward", "backward")
+        emulate(lambda: given.launch([4, 2], stepwise=True), order=order)[0] for order in ("forward", "backward")
     )
     assert same(forward, backward)
 
@@ -175,28 +175,28 @@ REST = [pytest.param(name, marks=pytest.mark.full) for name in WRONG if name not
 
 
 @pytest.mark.parametrize("fault", [*FIRST, *REST])
-def test_a_kernel_whose_snapshots_are_wrong_is_switched_off_with_a_warning(as_on_a_mac, monkeypatch, fault):
+def test_a_kernel_whose_stepwise_states_are_wrong_is_switched_off_with_a_warning(as_on_a_mac, monkeypatch, fault):
     right, wrong = WRONG[fault]
     real = fused.source
     text = real("gated_delta")
     assert text.count(right) == 1
     broken = text.replace(right, wrong)
     monkeypatch.setattr(fused, "source", lambda name: broken if name == "gated_delta" else real(name))
-    off = r"gated_delta is switched off: its \w+_state after token 1[89] among others"
+    off = r"gated_delta is switched off: its \w+_state after token 1[89] of 20"
     with pytest.warns(RuntimeWarning, match=off):
         assert not self_check(NANO, mx.float32)
 
 
-def test_the_check_at_load_launches_snapshots(as_on_a_mac, monkeypatch):
+def test_the_check_at_load_launches_a_stepwise_call(as_on_a_mac, monkeypatch):
     launched = []
     real = fused_delta.fused_gated_delta
 
     def spy(*arguments, **options):
-        launched.append((arguments[0][0].shape[1], options.get("snapshots", False)))
+        launched.append((arguments[0][0].shape[1], options.get("stepwise", False)))
         return real(*arguments, **options)
 
     monkeypatch.setattr(fused_delta, "fused_gated_delta", spy)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert self_check(NANO, mx.float32)
-    assert (20, True) in launched and {T for T, snapshots in launched if not snapshots} == {19, 1, 20}
+    assert (20, True) in launched and {T for T, stepwise in launched if not stepwise} == {19, 1, 20}

@@ -8,13 +8,14 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from conftest import load_text_model
+from geometries import changed
 from kernels.backends import EMULATED, OPERATIONS
 from kernels.emulator import emulated, missing
 
 from mlx_qwen35 import batch_generate, load
 from mlx_qwen35.backend import assume
 from mlx_qwen35.checkpoint.config import parse_config
-from mlx_qwen35.checkpoint.random import changed, geometry
+from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.kernels import add_norm, attention, fused, fused_delta, norm_rotary
@@ -61,7 +62,7 @@ def test_a_kernel_that_disagrees_is_switched_off_with_a_warning(as_on_a_mac, mon
 
 
 def test_a_kernel_that_does_not_compile_is_switched_off_with_a_warning(as_on_a_mac, monkeypatch):
-    def refused(*_):
+    def refused(*_, **__):
         raise RuntimeError("[metal::Device] Unable to build metal library from source\nerror: ...")
 
     monkeypatch.setattr(fused, "launch", refused)
@@ -78,7 +79,7 @@ def test_kernels_need_no_check_where_none_is_asked_for(as_on_a_mac):
 
 
 def test_off_a_mac_the_operations_run(monkeypatch):
-    monkeypatch.setattr(fused_delta, "fused_gated_delta", lambda *_: pytest.fail("the kernel was launched"))
+    monkeypatch.setattr(fused_delta, "fused_gated_delta", lambda *_, **__: pytest.fail("the kernel was launched"))
     model, _ = load("nano")
     mx.eval(model(mx.array([[1, 2, 3]])))
 

@@ -141,7 +141,7 @@ def test_gates_in_an_array_of_their_own_change_no_bit():
 @emulated
 def test_memory_after_each_token_is_that_of_the_text_up_to_there():
     given = case(ODD, 20, mx.float16, B=2)
-    out, windows, states = run(given, [20, 7], snapshots=True)
+    out, windows, states = run(given, [20, 7], stepwise=True)
     assert same([out], run(given, [20, 7])[:1])
     for t in range(20):
         _, window, state = run(replace(given, projected=given.projected[:, : t + 1]), [t + 1, min(t + 1, 7)])
@@ -204,9 +204,9 @@ def policed(heads: Heads, T: int, B: int, **options):
 
 @emulated
 @pytest.mark.parametrize("T", [1, 35])
-@pytest.mark.parametrize("snapshots", [False, True])
-def test_police_finds_nothing(snapshots, T):
-    policed(ODD, T, B=2, snapshots=snapshots)
+@pytest.mark.parametrize("stepwise", [False, True])
+def test_police_finds_nothing(stepwise, T):
+    policed(ODD, T, B=2, stepwise=stepwise)
 
 
 @emulated

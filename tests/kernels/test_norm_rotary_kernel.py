@@ -214,7 +214,7 @@ def test_a_kernel_that_disagrees_is_switched_off_with_a_warning(as_on_a_mac, mon
 
 
 def test_a_kernel_that_does_not_compile_is_switched_off_with_a_warning(monkeypatch):
-    def refused(*_):
+    def refused(*_, **__):
         raise RuntimeError("[metal::Device] Unable to build metal library from source\nerror: ...")
 
     monkeypatch.setattr(fused, "launch", refused)
@@ -229,7 +229,7 @@ def test_sizes_that_do_not_fit_have_no_plan(sizes):
     assert not Geometry(H, HK, *sizes).supported
 
 
-def refused(*_):
+def refused(*_, **__):
     pytest.fail("the kernel was launched")
 
 

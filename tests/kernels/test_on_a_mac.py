@@ -107,14 +107,14 @@ def test_a_token_has_the_same_bits_among_others_and_alone(run: Run, heads, dtype
 @runs("heads, T", itertools.product(HEADS, LENGTHS), [(HEADS[0], 2)])
 def test_memory_after_each_token_ends_in_that_of_the_whole(run: Run, heads, T):
     given = delta_cases.case(heads, T, mx.float16)
-    out, windows, states = run(lambda: given.launch(snapshots=True))
+    out, windows, states = run(lambda: given.launch(stepwise=True))
     assert delta_cases.same((out, windows[:, -1], states[:, -1]), run(given.launch))
 
 
 @runs("heads, dtype, T", itertools.product(HEADS, DTYPES, (2, 3, 4)), [(HEADS[0], mx.float16, 4)])
 def test_memories_of_several_tokens_are_to_the_bit_those_of_single_ones(run: Run, heads, dtype, T):
     given, lengths = delta_cases.case(heads, T, dtype, B=3), [T, 0, T - 1]
-    at_once = run(lambda: given.launch(lengths, snapshots=True))
+    at_once = run(lambda: given.launch(lengths, stepwise=True))
     assert delta_cases.same(at_once, run(lambda: given.one_by_one(lengths)))
 
 

@@ -3,10 +3,11 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from geometries import changed
 from refusing import refused
 
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from mlx_qwen35.checkpoint.random import changed, geometry, write_random_checkpoint
+from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
 from mlx_qwen35.convert import convert
 from mlx_qwen35.load import load_model
 from mlx_qwen35.measure import layerwise

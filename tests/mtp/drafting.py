@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 import pytest
+from geometries import changed
 
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.config import FULL, LINEAR
-from mlx_qwen35.checkpoint.random import changed, geometry
+from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.checkpoint.shapes import is_matrix
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy, Speculation, attach

@@ -11,6 +11,7 @@ import mlx_qwen35
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.prefill import PromptRow
 from mlx_qwen35.engine.sampling import Sampling
+from mlx_qwen35.model.mtp import MultiTokenPrediction
 
 TOKENS = tuple((7 * i + i * i) % 900 for i in range(14))
 
@@ -43,6 +44,19 @@ def test_the_head_s_guesses_are_the_drafts_of_decoding(text_model):
         last = mx.array([[TOKENS[j - 1]]])
         token = drafts.propose(model, last, [1], 1, lambda logits, drafted: mx.argmax(logits, axis=-1))
         assert token.item() == said[j - 2]
+
+
+def test_before_the_norm_the_head_is_given_what_the_norm_is_of(text_model, monkeypatch):
+    model, given, call = text_model(), [], MultiTokenPrediction.__call__
+
+    def spy(head: MultiTokenPrediction, embeddings: mx.array, hidden: mx.array, *rest: object) -> mx.array:
+        given.append(hidden)
+        return call(head, embeddings, hidden, *rest)
+
+    monkeypatch.setattr(MultiTokenPrediction, "__call__", spy)
+    after, before = (guesses(model, Text(TOKENS), before_norm)[1] for before_norm in (False, True))
+    assert mx.abs(model.norm(given[1]) - given[0]).max().item() < 1e-4
+    assert mx.abs(after - before).max().item() > 1e-3
 
 
 def test_shares_are_of_the_tokens_that_count(text_model):

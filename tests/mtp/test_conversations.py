@@ -13,7 +13,7 @@ from mlx_qwen35 import Model, Processor, generate, load, stream_generate
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.engine.drafts.follower import DraftFollower
-from mlx_qwen35.engine.generation import see
+from mlx_qwen35.engine.generation import encode_media
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.prompt.prompt import Prompt
 
@@ -77,7 +77,7 @@ def model_has_read(conversation: Conversation) -> list[PromptRow]:
     messages = conversation.messages[:-1]
     prompt = conversation.processor.encode_messages(messages, conversation.vision, **conversation._template)
     whole = prompt.tokens + conversation.result.tokens
-    return see(conversation.model, [Prompt(whole[: conversation.cache.row_lengths[0]], False, prompt.media)])
+    return encode_media(conversation.model, [Prompt(whole[: conversation.cache.row_lengths[0]], False, prompt.media)])
 
 
 # --- turns -----------------------------------------------------------------------------------------------------------
@@ -114,8 +114,8 @@ def test_the_head_goes_back_with_the_model(nano):
         said(conversation, content)
         conversation.cache.restore(conversation._snapshot)
         drafts = conversation.cache.follower
-        assert list(drafts.followed) == conversation.cache.row_lengths == [len(conversation._read.tokens)]
-        assert_same_memory(nano[0], drafts, see(nano[0], [conversation._read]))
+        assert list(drafts.followed) == conversation.cache.row_lengths == [len(conversation._cached.tokens)]
+        assert_same_memory(nano[0], drafts, encode_media(nano[0], [conversation._cached]))
 
 
 def test_the_head_goes_back_to_a_place_that_another_branch_has_overwritten(nano):
@@ -161,7 +161,7 @@ def test_drafts_may_be_off_for_a_turn_and_on_again(nano):
         drafts, length = mixed.cache.follower, mixed.cache.row_lengths[0]
         if mode == "off":
             assert drafts is None
-            gap = len(mixed._read.tokens)
+            gap = len(mixed._cached.tokens)
             continue
         assert drafts.followed == (length,)
         drafts.flush(mixed.model)

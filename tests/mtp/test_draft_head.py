@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import load_text_model
+from geometries import changed
 from refusing import refused
 
 from mlx_qwen35.cache.cache import Cache
@@ -19,7 +20,7 @@ from mlx_qwen35.checkpoint.config import FULL
 from mlx_qwen35.checkpoint.draft_head import PLACES, norms_are_raw
 from mlx_qwen35.checkpoint.folder import INDEX
 from mlx_qwen35.checkpoint.names import is_zero_centred
-from mlx_qwen35.checkpoint.random import changed, geometry
+from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.checkpoint.shapes import is_matrix
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.plan import make_plan

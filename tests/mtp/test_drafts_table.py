@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_qwen35.engine.drafts.depth import FALL
+from mlx_qwen35.engine.drafts.depth import PRIOR_RATIO
 
 TEXT = (Path(__file__).parents[2] / "docs" / "drafts.md").read_text()
 LINES = [line for line in TEXT.splitlines() if line.startswith("| ")][1:]  # without the head
@@ -30,7 +30,7 @@ def test_gains_follow_from_acceptance(row: list[str]):
     source, *columns = row
     ultra, most = ([float(gain) for gain in column.split(", ") if gain] for column in columns)
     said = [float(share) / 100 for share in re.findall(r"[\d.]+(?= %|, then| and \d+ %)", source)]
-    shares = said if len(said) == 3 else [said[0] * FALL**j for j in range(3)]
+    shares = said if len(said) == 3 else [said[0] * PRIOR_RATIO**j for j in range(3)]
     four_rows = tokens_a_step(shares) / MAX_AT_THREE - 3 * DRAFT
     assert ultra == pytest.approx(gains(shares, ULTRA), abs=0.011)
     assert most == pytest.approx(gains(shares, four_rows) if four_rows >= 1 else [], abs=0.011)

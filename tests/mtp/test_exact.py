@@ -279,10 +279,10 @@ def test_the_head_has_read_the_text_whatever_the_depths_were(script, begin, mode
 
 
 def test_pairs_that_wait_are_read_when_there_are_many(model, plain, forced, monkeypatch):
-    monkeypatch.setattr(speculate, "MOST_UNREAD", 4)
+    monkeypatch.setattr(speculate, "MOST_PENDING", 4)
     forced([PLAIN], cycle(1))
     cache = run(model, [PLAIN], 18, [0] * 10 + [2, 0]).cache
-    assert sum(pairs.tokens.shape[1] for pairs in cache.follower.unread) < 4
+    assert sum(pairs.tokens.shape[1] for pairs in cache.follower.pending) < 4
     assert head_distance(model, cache, [[*PLAIN.prompt, *plain(PLAIN)[:17]]]) < SAME
 
 

@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import load_text_model
+from geometries import changed
 from mtp.head_reference import Chain, HeadReference
 
 from mlx_qwen35 import load
@@ -19,7 +20,7 @@ from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.cache.layer import KVCache
 from mlx_qwen35.checkpoint.config import FULL, LINEAR
 from mlx_qwen35.checkpoint.hub import resolve
-from mlx_qwen35.checkpoint.random import changed, geometry
+from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.convert import convert
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.prefill import PromptRow, prefill
@@ -289,7 +290,7 @@ def test_pairs_that_wait_are_read_when_another_part_of_the_conversation_comes(on
     followed = Followed(model, [pictures("last")], 8, monkeypatch)
     for token in (100, 101, 102):
         followed.plain([token])
-    assert len(followed.drafts.unread) == 3
+    assert len(followed.drafts.pending) == 3
     more = pictures("inside")
     prefill(model, followed.cache, [more], 7)
     before, (length, _) = pictures("last"), PICTURES["last"]

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from geometries import changed
 from mtp.head_reference import HeadReference, read_tensors
 
-from mlx_qwen35.checkpoint.random import changed, geometry
+from mlx_qwen35.checkpoint.random import geometry
 
 SEEDS = (0, 1)
 TOLERANCE = 1e-11  # float64 against float64, outputs near 1; a wrong head differs by more than 1e-3

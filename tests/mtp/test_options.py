@@ -4,13 +4,14 @@ from collections.abc import Callable
 
 import mlx.core as mx
 import pytest
+from geometries import changed
 from refusing import refused
 
 from mlx_qwen35 import Model, Processor, generate, load
 from mlx_qwen35.budget.plan import most_depth
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.config import FULL, LINEAR
-from mlx_qwen35.checkpoint.random import changed, geometry
+from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.engine.drafts.depth import measured_costs
 from mlx_qwen35.engine.drafts.speculate import LEAST_TOKENS, DraftPolicy, choose_drafts
 from mlx_qwen35.load import load_model

@@ -15,11 +15,12 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from geometries import changed
 
 from mlx_qwen35.checkpoint.config import FULL, LINEAR
 from mlx_qwen35.checkpoint.folder import safetensors_files
 from mlx_qwen35.checkpoint.names import VISION, is_zero_centred
-from mlx_qwen35.checkpoint.random import changed, geometry, write_random_checkpoint
+from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 REMEDY = (

@@ -9,7 +9,7 @@ from parity.cases import Case
 from parity.vision_cases import CASES, GREEDY, ODD, PROMPTS, TINY, TURN, Scene, scenes
 
 from mlx_qwen35.cache.cache import Cache
-from mlx_qwen35.engine.generation import see
+from mlx_qwen35.engine.generation import encode_media
 from mlx_qwen35.engine.loop import decode
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.engine.sampling import Sampler, Sampling
@@ -44,7 +44,7 @@ def row_of(model_of) -> Callable[[Scene], PromptRow]:
     def row(scene: Scene) -> PromptRow:
         key = scene.case.name, scene.name
         if key not in encoded:
-            (encoded[key],) = see(model_of(scene.case), [scene.prompt])
+            (encoded[key],) = encode_media(model_of(scene.case), [scene.prompt])
         return encoded[key]
 
     return row
@@ -157,7 +157,7 @@ def test_logits_and_16_greedy_tokens_equal_transformers(scene, step, model_of, r
 def test_a_later_turn_with_new_images_equals_the_whole_prompt(step, model_of, reference):
     prompt = Scene(TINY, "turns").prompt
     first, model = Prompt(prompt.tokens[:TURN], False, prompt.media[:1]), model_of(TINY)
-    recorder, drawn = answer(model, [see(model, [turn])[0] for turn in (first, prompt.after(TURN))], step)
+    recorder, drawn = answer(model, [encode_media(model, [turn])[0] for turn in (first, prompt.after(TURN))], step)
     assert reference(TINY).error("turns greedy", np.array([drawn])) == 0
     assert reference(TINY).error("turns logits", recorder.all_logits()) < TOLERANCE
 
@@ -177,7 +177,7 @@ def test_rows_with_different_images_and_none_equal_single_runs(case, step, model
     model = model_of(case)
     names = ("mix", "text", "three", "clip", "image") if case is TINY else ("mix", "image")
     short = Prompt(Scene(case, "text").prompt.tokens[:3], False)
-    rows = see(model, [*(Scene(case, name).prompt for name in names), short])
+    rows = encode_media(model, [*(Scene(case, name).prompt for name in names), short])
     cache = model.make_cache(len(rows))
     last = prefill(model, cache, rows, step)
     for row, single in enumerate([*(row_of(Scene(case, name)) for name in names), PromptRow(short.tokens)]):

@@ -63,7 +63,7 @@ def media(case: Case, name: str, grid: tuple[int, int, int], clip: bool | None =
 
 def plain_patches(item: Media) -> np.ndarray:
     """(patches, 1536) float32, one by one: squares of 2 x 2 patches in row-major order, each (channel, time, y, x)."""
-    frames = item.pixels if item.is_clip else np.concatenate([item.pixels] * 2)
+    frames = item.pixels if item.is_video else np.concatenate([item.pixels] * 2)
     _, height, width, _ = frames.shape
     rows = []
     for pair, top, left in product(range(0, len(frames), 2), range(0, height, 32), range(0, width, 32)):
@@ -152,7 +152,7 @@ class Scene:
         return (tokens == self.ids["image"]) + 2 * (tokens == self.ids["video"])
 
     def media(self, clips: bool) -> list[Media]:
-        return [placed.media for placed in self.prompt.media if placed.media.is_clip == clips]
+        return [placed.media for placed in self.prompt.media if placed.media.is_video == clips]
 
 
 def scenes(case: Case) -> list[Scene]:

@@ -3,11 +3,13 @@
 import json
 
 import pytest
+from geometries import changed
 from refusing import refused
 
 from mlx_qwen35.checkpoint.config import parse_config
-from mlx_qwen35.checkpoint.random import changed, geometry
+from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.convert.plan import make_plan
+from mlx_qwen35.convert.recipes import StorageOptions
 
 ROPE = geometry("tiny")["text_config"]["rope_parameters"]
 SECTIONS = {name: ROPE[name] for name in ("mrope_section", "mrope_interleaved")}
@@ -71,5 +73,5 @@ def test_an_absent_older_field_is_named(absent):
 def test_a_conversion_writes_them_where_mlx_lm_reads_them(checkpoint_copy):
     source = checkpoint_copy(vision=False, mtp=False)
     (source / "config.json").write_text(json.dumps(config(rope_parameters=None, **OLDER)))
-    text = make_plan(source, recipe="bf16").config["text_config"]
+    text = make_plan(source, StorageOptions("bf16")).config["text_config"]
     assert text["rope_parameters"] == ROPE and not set(OLDER) & set(text)

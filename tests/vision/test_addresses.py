@@ -28,7 +28,8 @@ from mlx_qwen35.media import fetch
 from mlx_qwen35.media.address import not_public
 from mlx_qwen35.media.fetch import fetch as fetch_bytes
 from mlx_qwen35.media.fetch import name_of
-from mlx_qwen35.media.video import FrameSampling, read_video
+from mlx_qwen35.media.frames import FrameSampling
+from mlx_qwen35.media.video import read_video
 
 BODY = b"a picture's bytes"
 PUBLIC, ALSO_PUBLIC, PRIVATE = "93.184.215.14", "93.184.215.15", "10.1.2.3"
@@ -352,7 +353,7 @@ def test_a_name_server_that_does_not_answer_holds_nobody(server, monkeypatch):
         fetch_bytes("http://slow.test/a.png", "image")
 
 
-# --- clips on disk ---
+# --- videos on disk ---
 
 
 @pytest.fixture
@@ -362,7 +363,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_clip_lies_on_disk_and_is_gone_afterwards(server, folder):
+def test_a_video_lies_on_disk_and_is_gone_afterwards(server, folder):
     server.answer = lambda handler: send(handler, BODY * 1000)
     with fetch.fetch_file(server.url, "video", allow_private_urls=True) as file:
         assert file.fileno() and file.read() == BODY * 1000
@@ -370,7 +371,7 @@ def test_a_clip_lies_on_disk_and_is_gone_afterwards(server, folder):
     assert not list(folder.iterdir())
 
 
-def test_a_clip_that_fails_leaves_nothing(server, folder):
+def test_a_video_that_fails_leaves_nothing(server, folder):
     server.answer = lambda handler: send(handler, BODY, **{"Content-Length": "1000"})
     with refused("fetch_failed", "1,000"), fetch.fetch_file(server.url, "video", allow_private_urls=True):
         pass

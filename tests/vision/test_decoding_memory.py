@@ -1,4 +1,4 @@
-"""What large pictures and clips take, and that they are refused from their headers where memory has no room."""
+"""What large pictures and videos take, and that they are refused from their headers where memory has no room."""
 
 import gc
 import struct
@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 from refusing import refused
-from vision.clips import write
+from vision.videos import write
 
 from mlx_qwen35.machine.memory import limit_memory
+from mlx_qwen35.media.decoded import resize
+from mlx_qwen35.media.frames import FrameSampling
 from mlx_qwen35.media.image import read_image, read_resized
-from mlx_qwen35.media.picture import resize
-from mlx_qwen35.media.video import FrameSampling, read_video
+from mlx_qwen35.media.video import read_video
 
 SIDE = 3000
 MODES = {"1": (1, 0), "L": (8, 0), "I;16": (16, 0), "RGB": (8, 2), "RGBA": (8, 6)}  # bits, and PNG's number of colours
@@ -109,10 +110,10 @@ def test_a_progressive_jpeg_counts_its_coefficients(limit):
         read_image(bodies[1])
 
 
-def test_a_clip_whose_frames_memory_has_no_room_for_is_refused(limit, tmp_path):
-    path = write(tmp_path / "clip.mp4", 5)
+def test_a_video_whose_frames_memory_has_no_room_for_is_refused(limit, tmp_path):
+    path = write(tmp_path / "video.mp4", 5)
     limit(0.00005)
-    with refused("media_too_large", "clip.mp4"):
+    with refused("media_too_large", "video.mp4"):
         read_video(path, FrameSampling(2, None, 2, 9), lambda frames, height, width: (height, width))
 
 
@@ -131,7 +132,7 @@ def test_resizing_in_bands_is_resizing_the_whole(size):
 
 
 def test_a_picture_made_narrower_band_by_band_is_nearly_pillows(monkeypatch):
-    monkeypatch.setattr("mlx_qwen35.media.picture.EXACT", 0)
+    monkeypatch.setattr("mlx_qwen35.media.decoded.EXACT", 0)
     y, x = np.mgrid[:900, :700]
     pixels = np.stack([x % 256, y % 256, (x + y) // 10], axis=-1).astype(np.uint8)
     whole = np.asarray(Image.fromarray(pixels).resize((300, 400), Image.Resampling.BICUBIC))

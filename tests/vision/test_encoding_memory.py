@@ -1,4 +1,4 @@
-"""What an image or a clip holds in memory: nothing when it has been read, and no more for a longer clip."""
+"""What an image or a video holds in memory: nothing when it has been read, and no more for a longer video."""
 
 import pytest
 from image_memory import noise, prompt, show  # of examples
@@ -13,7 +13,7 @@ def config(checkpoint_folder):
     return open_checkpoint(checkpoint_folder()).config.vision
 
 
-def test_a_prompt_with_a_clip_leaves_only_the_text_weights_in_memory(text_model, config):
+def test_a_prompt_with_a_video_leaves_only_the_text_weights_in_memory(text_model, config):
     model = text_model()
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     shown = show(model, config, frames=4, height=32, width=64, step=16)
@@ -24,8 +24,8 @@ def test_a_prompt_with_a_clip_leaves_only_the_text_weights_in_memory(text_model,
     assert shown["tower"] > 0 and not model.vision.loaded
 
 
-def test_working_memory_does_not_grow_with_the_clip(text_model, config, monkeypatch):
-    """MLX frees while it computes, so that a peak varies by some percent; held whole, the long clip would take 16
+def test_working_memory_does_not_grow_with_the_video(text_model, config, monkeypatch):
+    """MLX frees while it computes, so that a peak varies by some percent; held whole, the long video would take 16
     times as much."""
     monkeypatch.setattr(tower, "SLICE", 48)  # patches, two pairs of these frames
     monkeypatch.setattr("mlx_qwen35.kernels.cpu.SCORE_BYTES", 1 << 16)

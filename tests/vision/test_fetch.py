@@ -1,4 +1,4 @@
-"""URLs -> bytes, with the limits of mlx_qwen35.fetch. The server is a local one in a thread."""
+"""URLs -> bytes, with the limits of mlx_qwen35.media.fetch. The server is a local one in a thread."""
 
 import base64
 import contextlib
@@ -186,7 +186,7 @@ def test_a_web_page_is_not_a_picture(server):
     refused(url, "media_type_wrong")
 
 
-def test_a_clip_given_as_a_picture_is_refused(server):
+def test_a_video_given_as_a_picture_is_refused(server):
     refused(server.sends("/a.mp4", kind="video/mp4"), "media_type_wrong", "video/mp4")
 
 
@@ -234,7 +234,7 @@ def test_a_body_beyond_the_limit_is_refused_where_no_length_was_said(server, mon
 
 def test_images_and_videos_have_their_own_limits(server, monkeypatch):
     monkeypatch.setitem(module.MAX_BYTES, "image", 1000)
-    assert fetch(server.sends("/clip", kind="video/mp4"), "video") == BODY
+    assert fetch(server.sends("/video", kind="video/mp4"), "video") == BODY
 
 
 def test_a_body_shorter_than_its_length_is_refused(server):

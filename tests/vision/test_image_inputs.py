@@ -482,7 +482,7 @@ NOT_PICTURES = {
     "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
     "a PDF document": b"%PDF-1.7\n%\xe2\xe3",
     "a Photoshop file": b"8BPS\0\1" + bytes(40),
-    "a JPEG XL picture": b"\xff\x0a" + bytes(40),
+    "a JPEG XL image": b"\xff\x0a" + bytes(40),
     "of no known kind": bytes(range(1, 60)),
     "of no known kind.": b"\xc3\x28 broken UTF-8",
 }
@@ -609,7 +609,7 @@ def test_colours_that_do_not_turn_into_rgb_are_refused():
 # --- URLs, and what is left of it all ---
 
 
-def test_a_url_that_leads_to_a_clip_is_refused(folder_url, tmp_path):
+def test_a_url_that_leads_to_a_video_is_refused(folder_url, tmp_path):
     (tmp_path / "a.mp4").write_bytes(NOT_PICTURES["a video (MP4"])
     refused(f"{folder_url}/a.mp4", "media_type_wrong", folder_url, "/a.mp4")
 

@@ -1,4 +1,4 @@
-"""How large images and clips become: the checkpoint's limits, the machine's, and the caller's."""
+"""How large images and videos become: the checkpoint's limits, the machine's, and the caller's."""
 
 import json
 from pathlib import Path
@@ -38,16 +38,16 @@ def with_memory(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("usable", "image", "clip"),
+    ("usable", "image", "video"),
     [(5.73e9, 2**20, 6 * 2**20), (11.5e9, 2**22, 12 * 2**20), (17.2e9, float("inf"), float("inf"))],
     ids=["8 GB", "16 GB", "24 GB"],
 )
-def test_the_default_limits_follow_the_machine_s_memory(with_memory, usable, image, clip):
+def test_the_default_limits_follow_the_machine_s_memory(with_memory, usable, image, video):
     with_memory(usable)
-    assert machine_pixels() == (image, clip)
+    assert machine_pixels() == (image, video)
 
 
-def test_an_image_and_a_clip_are_resized_to_the_machine_s_limits(with_memory, tmp_path):
+def test_an_image_and_a_video_are_resized_to_the_machine_s_limits(with_memory, tmp_path):
     with_memory(5.73e9)
     image, video = preprocessors(tmp_path)
     large = np.zeros((2000, 3000, 3), np.uint8)
@@ -127,8 +127,8 @@ def test_what_became_of_an_image_is_told(tmp_path):
     assert str(image.image(np.zeros((500, 300, 3), np.uint8), VisionOptions())) == (
         "300x500 resized to 288x512, 144 tokens"
     )
-    clip = video.video(np.zeros((4, 64, 64, 3), np.uint8), VisionOptions(source_fps=2))
-    assert str(clip) == "64x64, 4 frames, 8 tokens" and not clip.resized
+    video = video.video(np.zeros((4, 64, 64, 3), np.uint8), VisionOptions(source_fps=2))
+    assert str(video) == "64x64, 4 frames, 8 tokens" and not video.resized
 
 
 def test_a_shown_image_has_a_short_repr(tmp_path):

@@ -1,4 +1,4 @@
-"""From messages with images and clips to tokens: which parts are understood, where placeholders go, what is refused."""
+"""Messages with images and videos -> tokens: parts that are understood or refused, and the place of placeholders."""
 
 import base64
 import io
@@ -15,7 +15,7 @@ from mlx_qwen35.prompt.positions import Placeholder, positions
 
 RED = Image.new("RGB", (64, 64), (220, 30, 30))
 BLUE = Image.new("RGB", (64, 64), (40, 70, 225))
-CLIP = np.stack([np.full((64, 64, 3), 20 * i, np.uint8) for i in range(4)])
+VIDEO = np.stack([np.full((64, 64, 3), 20 * i, np.uint8) for i in range(4)])
 WHAT = {"type": "text", "text": "What is it?"}
 PLACE = "<|vision_start|><|image_pad|><|image_pad|><|image_pad|><|image_pad|><|vision_end|>"
 GROUP = PLACE.replace("image", "video")
@@ -30,8 +30,8 @@ def encode(processor: Processor, *parts, **options):
     return processor.encode_messages([{"role": "user", "content": list(parts)}], VisionOptions(**options))
 
 
-def clip(**more) -> dict:
-    return {"type": "video", "video": CLIP, "source_fps": 2, **more}
+def video(**more) -> dict:
+    return {"type": "video", "video": VIDEO, "source_fps": 2, **more}
 
 
 def image(source=RED, **more) -> dict:
@@ -48,24 +48,24 @@ def test_an_image_takes_as_many_placeholders_as_it_has_tokens(processor):
     assert prompt.placeholders == (Placeholder(prompt.tokens.index(pad), 2, 2),)
 
 
-def test_each_pair_of_frames_of_a_clip_has_its_time_and_its_tags(processor):
-    text = processor.decode(encode(processor, WHAT, clip()).tokens)
+def test_each_pair_of_frames_of_a_video_has_its_time_and_its_tags(processor):
+    text = processor.decode(encode(processor, WHAT, video()).tokens)
     assert f"user\nWhat is it?<0.2 seconds>{GROUP}<1.2 seconds>{GROUP}<|im_end|>" in text
 
 
-def test_the_newer_form_keeps_the_tags_around_a_whole_clip(processor):
-    text = processor.decode(encode(processor, clip(), outer_vision_tags=True).tokens)
+def test_the_newer_form_keeps_the_tags_around_a_whole_video(processor):
+    text = processor.decode(encode(processor, video(), outer_vision_tags=True).tokens)
     assert f"<|vision_start|><0.2 seconds>{GROUP}<1.2 seconds>{GROUP}<|vision_end|>" in text
 
 
-def test_images_and_clips_mix_in_any_order_and_over_several_turns(processor):
+def test_images_and_videos_mix_in_any_order_and_over_several_turns(processor):
     messages = [
-        {"role": "user", "content": [image(), clip(), {"type": "text", "text": "A"}, image(BLUE)]},
+        {"role": "user", "content": [image(), video(), {"type": "text", "text": "A"}, image(BLUE)]},
         {"role": "assistant", "content": "B"},
-        {"role": "user", "content": [clip(), image()]},
+        {"role": "user", "content": [video(), image()]},
     ]
     prompt = processor.encode_messages(messages)
-    assert [placed.media.is_clip for placed in prompt.media] == [False, True, False, True, False]
+    assert [placed.media.is_video for placed in prompt.media] == [False, True, False, True, False]
     assert [len(placed.placeholders) for placed in prompt.media] == [1, 2, 1, 2, 1]
     assert [p.start for p in prompt.placeholders] == sorted(p.start for p in prompt.placeholders)
     pads = processor.placeholder_ids
@@ -116,7 +116,7 @@ def test_the_mark_of_an_escape_is_a_character_that_the_text_does_not_have(proces
 
 def test_outer_tags_are_kept_and_not_made(processor):
     options = VisionOptions(source_fps=2, outer_vision_tags=True)
-    prompt = processor.encode_text("a<|video_pad|>b", videos=[CLIP], vision=options)
+    prompt = processor.encode_text("a<|video_pad|>b", videos=[VIDEO], vision=options)
     assert processor.decode(prompt.tokens) == f"a<0.2 seconds>{GROUP}<1.2 seconds>{GROUP}b"
 
 
@@ -125,12 +125,12 @@ def test_raw_text_takes_an_image_that_was_read(processor):
     assert processor.encode_text("<|image_pad|>", images=[media]).media[0].media is media
 
 
-def test_raw_text_says_itself_where_its_images_and_clips_go(processor):
+def test_raw_text_says_itself_where_its_images_and_videos_go(processor):
     text = "a<|vision_start|><|video_pad|><|vision_end|>b<|image_pad|>c"
-    prompt = processor.encode_text(text, images=[RED], videos=[CLIP], vision=VisionOptions(source_fps=2))
+    prompt = processor.encode_text(text, images=[RED], videos=[VIDEO], vision=VisionOptions(source_fps=2))
     expected = f"a<0.2 seconds>{GROUP}<1.2 seconds>{GROUP}b{'<|image_pad|>' * 4}c"
     assert processor.decode(prompt.tokens) == expected
-    assert [placed.media.is_clip for placed in prompt.media] == [True, False]
+    assert [placed.media.is_video for placed in prompt.media] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -161,11 +161,11 @@ def test_every_way_to_name_an_image_gives_the_same_prompt(processor, tmp_path):
     assert len({prompt.identity() for prompt in prompts}) == 1
 
 
-def test_a_clip_may_be_named_as_a_url_part(processor, tmp_path):
-    for i, frame in enumerate(CLIP):
+def test_a_video_may_be_named_as_a_url_part(processor, tmp_path):
+    for i, frame in enumerate(VIDEO):
         Image.fromarray(frame).save(tmp_path / f"{i}.png")
     way = {"type": "video_url", "video_url": {"url": str(tmp_path)}, "source_fps": 2}
-    assert encode(processor, {**way, "type": "video"}).identity() == encode(processor, clip()).identity()
+    assert encode(processor, {**way, "type": "video"}).identity() == encode(processor, video()).identity()
 
 
 def test_other_pixels_are_another_identity_with_the_same_tokens(processor):
@@ -189,7 +189,7 @@ def test_an_image_that_was_read_may_be_given_again(processor):
 def test_a_part_sets_its_own_limits(processor):
     prompt = encode(processor, image(max_pixels=9216, min_pixels=4096), image(max_pixels=1024, min_pixels=1))
     assert [placed.media.grid for placed in prompt.media] == [(1, 4, 4), (1, 2, 2)]
-    frames = encode(processor, clip(num_frames=2), clip(fps=1, total_pixels=16384), fps=2)
+    frames = encode(processor, video(num_frames=2), video(fps=1, total_pixels=16384), fps=2)
     assert [placed.media.grid for placed in frames.media] == [(1, 6, 6), (2, 4, 4)]
 
 
@@ -199,11 +199,11 @@ def test_a_part_sets_its_own_limits(processor):
         ({"type": "image"}, "message_part_invalid"),
         ({"type": "image", "image": RED, "path": "red.png"}, "message_part_invalid"),
         ({"type": "image", "image": RED, "fps": 2}, "message_part_invalid"),
-        ({"type": "video", "video": CLIP, "max_pixels": 9}, "message_part_invalid"),
-        ({"image": RED, "video": CLIP}, "message_part_invalid"),
+        ({"type": "video", "video": VIDEO, "max_pixels": 9}, "message_part_invalid"),
+        ({"image": RED, "video": VIDEO}, "message_part_invalid"),
         ({"type": "image_url", "image_url": {"link": "x"}}, "message_part_invalid"),
         ({"type": "image_url", "image_url": {"url": "x", "detail": "low"}}, "message_part_invalid"),
-        ({"type": "video", "video": CLIP, "source_fps": 2, "fps": 1, "num_frames": 4}, "option_conflict"),
+        ({"type": "video", "video": VIDEO, "source_fps": 2, "fps": 1, "num_frames": 4}, "option_conflict"),
         ({"type": ["image"]}, "chat_template_refused"),
     ],
 )
@@ -212,7 +212,7 @@ def test_a_part_that_is_not_understood_is_refused(processor, part, code):
         encode(processor, part)
 
 
-def test_an_image_that_was_read_takes_no_options_and_is_no_clip(processor):
+def test_an_image_that_was_read_takes_no_options_and_is_no_video(processor):
     media = encode(processor, image()).media[0].media
     with refused("option_no_effect", "max_pixels"):
         encode(processor, image(media, max_pixels=4096))
@@ -245,7 +245,7 @@ def test_an_image_in_the_system_message_is_refused_in_the_template_s_words(proce
 
 
 def test_a_prompt_without_its_beginning_keeps_its_images_in_place(processor):
-    prompt = encode(processor, image(), WHAT, image(BLUE), clip())
+    prompt = encode(processor, image(), WHAT, image(BLUE), video())
     cut = prompt.placeholders[1].start - 1
     rest = prompt.after(cut)
     assert rest.tokens == prompt.tokens[cut:]

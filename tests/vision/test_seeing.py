@@ -1,4 +1,4 @@
-"""Images and clips through generation, conversation and the commands: when the tower is there, and what is refused."""
+"""Images and videos through generation, conversation and the commands: when the tower is there, and what is refused."""
 
 import io
 import shutil
@@ -19,7 +19,7 @@ from mlx_qwen35.commands import chat as chat_command
 from mlx_qwen35.commands import generate as generate_command
 from mlx_qwen35.convert import convert
 from mlx_qwen35.engine.conversation import Conversation
-from mlx_qwen35.engine.generation import see, start
+from mlx_qwen35.engine.generation import encode_media, start
 from mlx_qwen35.model.vision import LazyVisionEncoder, VisionEncoder
 
 PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
@@ -35,7 +35,7 @@ def nano() -> tuple[Model, Processor]:
 
 @pytest.fixture
 def encoded(monkeypatch) -> list:
-    """Every image and clip that a tower encodes."""
+    """Every image and video that a tower encodes."""
     done = []
     encode = VisionEncoder.encode
     monkeypatch.setattr(VisionEncoder, "encode", lambda self, media: done.append(media) or encode(self, media))
@@ -49,7 +49,7 @@ def part(source) -> dict:
 # --- generation ------------------------------------------------------------------------------------------------------
 
 
-def test_an_image_and_a_clip_are_answered(nano):
+def test_an_image_and_a_video_are_answered(nano):
     assert generate(*nano, ASK, images=[SHAPES], enable_thinking=False).text == SEEN
     assert generate(*nano, WHICH, videos=[MOVING], enable_thinking=False).text == "right"
     pieces = stream_generate(*nano, ASK, images=[TRIANGLE], enable_thinking=False)
@@ -99,7 +99,7 @@ def test_a_model_that_is_given_a_prompt_with_an_image_but_has_no_tower_says_so(n
 def test_embeddings_must_be_as_many_as_placeholders(nano):
     model, processor = nano
     prompt = processor.encode_messages([{"role": "user", "content": [part(SHAPES)]}])
-    (row,) = see(model, [prompt])
+    (row,) = encode_media(model, [prompt])
     from mlx_qwen35.engine.prefill import prefill
 
     for wrong in (row.embeddings[:3], mx.concatenate([row.embeddings] * 2), None):
@@ -308,7 +308,7 @@ def next_position(nano, messages) -> list[int]:
     cache = nano[0].make_cache()
     from mlx_qwen35.engine.prefill import prefill
 
-    prefill(nano[0], cache, see(nano[0], [prompt]), 512)
+    prefill(nano[0], cache, encode_media(nano[0], [prompt]), 512)
     return cache.next_positions
 
 
@@ -470,7 +470,7 @@ def talk(monkeypatch, capsys):
     return session
 
 
-def test_chat_shows_images_and_clips_with_the_next_message(talk):
+def test_chat_shows_images_and_videos_with_the_next_message(talk):
     out, err = talk(f"/image {TRIANGLE}", "What shape is it?", "And what colour is it?", f"/video {MOVING}", WHICH)
     answers = [line.removeprefix(">> ").strip() for line in out.splitlines() if line.strip(" >")]
     assert [answer.removeprefix(">> ") for answer in answers] == ["triangle", "green", "right"]

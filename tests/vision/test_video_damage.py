@@ -14,18 +14,19 @@ import numpy as np
 import pytest
 from PIL import Image
 from refusing import refused
-from vision import clips
+from vision import videos
 
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.container import Packets, VideoFile
 from mlx_qwen35.media.container_check import find_damage
-from mlx_qwen35.media.video import Clip, FrameSampling, read_video
+from mlx_qwen35.media.frames import FrameSampling, Video
+from mlx_qwen35.media.video import read_video
 
 TWO_A_SECOND = FrameSampling(2, None, 2, 768)
 FIRST = {"movflags": "faststart"}  # the index before the frames, as in files made for the web
 
 
-def read(source, **options) -> Clip:
+def read(source, **options) -> Video:
     return read_video(source, TWO_A_SECOND, lambda frames, height, width: (height, width), **options)
 
 
@@ -39,8 +40,8 @@ def noisy(count: int, height: int = 48, width: int = 64) -> list[np.ndarray]:
 
 def data_of(kind: str, frames: int | list = 31, codec: str = "libx264", pixels: str = "yuv420p", **options) -> bytes:
     with TemporaryDirectory() as folder:  # some containers are written in two passes
-        path = Path(folder, "clip")
-        return clips.write(path, frames, codec=codec, pixels=pixels, kind=kind, **options).read_bytes()
+        path = Path(folder, "video")
+        return videos.write(path, frames, codec=codec, pixels=pixels, kind=kind, **options).read_bytes()
 
 
 def gif() -> bytes:
@@ -52,7 +53,7 @@ def webm() -> bytes:
 
 
 def data_with_places(kind: str, frames: int | list, **options) -> tuple[bytearray, list[int]]:
-    """A clip, and where in it FFmpeg finds each packet."""
+    """A video, and where in it FFmpeg finds each packet."""
     av = pytest.importorskip("av")
     data = data_of(kind, frames, **options)
     with av.open(BytesIO(data)) as file:
@@ -156,14 +157,14 @@ class StandIn(VideoFile):
 
 
 def test_a_packet_marked_as_corrupt_is_refused():
-    frames = StandIn("the clip", [(False, [False]), (True, [False])]).frames(9)
+    frames = StandIn("the video", [(False, [False]), (True, [False])]).frames(9)
     next(frames)
     with refused("media_damaged", "1", "9"):
         next(frames)
 
 
 def test_a_frame_marked_as_corrupt_is_refused():
-    frames = StandIn("the clip", [(False, [False, True])]).frames(0)
+    frames = StandIn("the video", [(False, [False, True])]).frames(0)
     next(frames)
     with refused("media_damaged", "1"):
         next(frames)
@@ -257,11 +258,11 @@ def test_structure(data: bytes, expected: str | None):
 
 def pictured(kind: str) -> bytes:
     buffer = BytesIO()
-    Image.fromarray(clips.quadrants()).save(buffer, kind)
+    Image.fromarray(videos.quadrants()).save(buffer, kind)
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WebP", "BMP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF"])
 def test_a_picture_should_be_given_as_an_image(kind: str):
     with refused("media_type_wrong", kind):
         read(pictured(kind))
@@ -269,7 +270,7 @@ def test_a_picture_should_be_given_as_an_image(kind: str):
 
 def test_an_iphone_photo_should_be_given_as_an_image(tmp_path: Path):
     pillow_heif = pytest.importorskip("pillow_heif")
-    pillow_heif.from_pillow(Image.fromarray(clips.quadrants())).save(tmp_path / "photo.heic")
+    pillow_heif.from_pillow(Image.fromarray(videos.quadrants())).save(tmp_path / "photo.heic")
     with refused("media_type_wrong", "photo.heic"):
         read(tmp_path / "photo.heic")
 
@@ -288,10 +289,10 @@ def test_text_is_refused(tmp_path: Path):
 
 
 def test_a_list_of_files_is_text_and_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    clips.write(tmp_path / "clip.mp4", 3)
+    videos.write(tmp_path / "video.mp4", 3)
     monkeypatch.chdir(tmp_path)
     with refused("media_not_opened"):
-        read(b"ffconcat version 1.0\nfile 'clip.mp4'\n")
+        read(b"ffconcat version 1.0\nfile 'video.mp4'\n")
 
 
 def test_unknown_bytes_are_refused():
@@ -300,14 +301,14 @@ def test_unknown_bytes_are_refused():
 
 
 def test_an_empty_file_is_refused(tmp_path: Path):
-    (tmp_path / "clip.mp4").touch()
-    with refused("media_not_opened", "clip.mp4"):
-        read(tmp_path / "clip.mp4")
+    (tmp_path / "video.mp4").touch()
+    with refused("media_not_opened", "video.mp4"):
+        read(tmp_path / "video.mp4")
 
 
 def test_sound_is_refused(tmp_path: Path):
     with refused("video_stream_missing", "sound.wav"):
-        read(clips.write_sound(tmp_path / "sound.wav"))
+        read(videos.write_sound(tmp_path / "sound.wav"))
 
 
 def test_subtitles_are_refused():
@@ -351,14 +352,14 @@ def test_huge_frames_are_refused():
 
 def test_frames_of_another_size_within_a_file_are_refused(tmp_path: Path):
     av = pytest.importorskip("av")
-    path = tmp_path / "clip.mkv"
+    path = tmp_path / "video.mkv"
     with av.open(str(path), "w") as file:
         stream = file.add_stream("mjpeg", rate=10)
         stream.height, stream.width, stream.pix_fmt = 48, 64, "yuvj420p"
         larger = av.CodecContext.create("mjpeg", "w")
         larger.height, larger.width, larger.pix_fmt, larger.time_base = 96, 64, "yuvj420p", Fraction(1, 10)
         for i in range(12):
-            picture = clips.numbered(i, 48 if i < 6 else 96)
+            picture = videos.numbered(i, 48 if i < 6 else 96)
             frame = av.VideoFrame.from_ndarray(picture, "rgb24").reformat(format="yuvj420p")
             frame.pts, frame.time_base = i, Fraction(1, 10)
             for packet in (stream if i < 6 else larger).encode(frame):
@@ -376,7 +377,7 @@ def test_a_missing_file_is_named(tmp_path: Path):
         read(tmp_path / "nowhere.mp4")
 
 
-@pytest.mark.parametrize("path", ["~nobody-of-this-name/clip.mp4", "x" * 5000, "a\0b"])
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/video.mp4", "x" * 5000, "a\0b"])
 def test_a_path_that_no_system_has_is_missing(path: str):
     with refused("media_not_found"):
         read(path)
@@ -392,13 +393,13 @@ def test_a_folder_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: py
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    path = clips.write(tmp_path / "clip.mp4", 3)
+    path = videos.write(tmp_path / "video.mp4", 3)
 
     def refuse(*call, **options):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)
-    with refused("media_unreadable", "clip.mp4"):
+    with refused("media_unreadable", "video.mp4"):
         read(path)
 
 
@@ -463,7 +464,7 @@ def test_frames_of_different_sizes_are_refused():
 
 def test_a_stranger_in_a_folder_is_named(tmp_path: Path):
     for i in range(3):
-        Image.fromarray(clips.numbered(i)).save(tmp_path / f"{i}.png")
+        Image.fromarray(videos.numbered(i)).save(tmp_path / f"{i}.png")
     (tmp_path / "1a.txt").write_text("notes")
     with refused("media_not_opened", "3", "4", "1a.txt"):
         read(tmp_path, source_fps=1)
@@ -472,5 +473,5 @@ def test_a_stranger_in_a_folder_is_named(tmp_path: Path):
 def test_a_folder_within_a_folder_of_frames_is_refused(tmp_path: Path):
     (tmp_path / "more").mkdir()
     with refused("media_source_invalid", "1", "2"):
-        Image.fromarray(clips.numbered(0)).save(tmp_path / "one.png")
+        Image.fromarray(videos.numbered(0)).save(tmp_path / "one.png")
         read(tmp_path, source_fps=1)

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from refusing import refused
-from vision import clips
+from vision import videos
 
-from mlx_qwen35.media.container import VideoFile
-from mlx_qwen35.media.video import Clip, FrameSampling, read_video, resize
-from mlx_qwen35.media.video_frame import upright_rgb
+from mlx_qwen35.media.container import VideoFile, upright_rgb
+from mlx_qwen35.media.decoded import resize
+from mlx_qwen35.media.frames import FrameSampling, Video
+from mlx_qwen35.media.video import read_video
 
 ALL = FrameSampling(None, None, 2, 1000)
 CONTAINERS = {
@@ -40,7 +41,7 @@ def same(frames: int, height: int, width: int) -> tuple[int, int]:
     return height, width
 
 
-def read(source, sampling: FrameSampling = ALL, **options) -> Clip:
+def read(source, sampling: FrameSampling = ALL, **options) -> Video:
     return read_video(source, sampling, same, **options)
 
 
@@ -75,7 +76,7 @@ def test_no_more_frames_are_used_than_there_are():
     assert FrameSampling(60, None, 4, 768).indices(9, 30) == list(range(9))
 
 
-def test_num_frames_is_exact_and_repeats_frames_of_a_short_clip():
+def test_num_frames_is_exact_and_repeats_frames_of_a_short_video():
     assert exactly(6).indices(3, 30) == [0, 0, 1, 1, 2, 2]
 
 
@@ -111,7 +112,7 @@ def test_sampling_refuses(values: tuple, code):
 
 
 @pytest.mark.parametrize("total, code", [(0, "video_too_short"), (1, "video_too_short")])
-def test_sampling_refuses_a_clip_without_two_frames(total: int, code):
+def test_sampling_refuses_a_video_without_two_frames(total: int, code):
     with refused(code):
         FrameSampling(2, None, 4, 768).indices(total, 30)
 
@@ -123,62 +124,62 @@ def test_sampling_refuses_a_clip_without_two_frames(total: int, code):
 @pytest.mark.parametrize("frames", [30, 31])
 def test_every_frame_of_a_file_is_read(tmp_path: Path, ending: str, frames: int):
     codec, pixels = CONTAINERS[ending]
-    clip = read(clips.write(tmp_path / f"clip.{ending}", frames, codec=codec, pixels=pixels))
-    assert clips.numbers(clip.frames) == list(range(frames))
-    assert clip.times == tuple(i / 10.0 for i in range(frames))
-    assert (clip.total, clip.source_fps, clip.size) == (frames, 10.0, (48, 64))
-    assert clip.frames.dtype == np.uint8
+    video = read(videos.write(tmp_path / f"video.{ending}", frames, codec=codec, pixels=pixels))
+    assert videos.numbers(video.frames) == list(range(frames))
+    assert video.times == tuple(i / 10.0 for i in range(frames))
+    assert (video.total, video.source_fps, video.size) == (frames, 10.0, (48, 64))
+    assert video.frames.dtype == np.uint8
 
 
 def test_vp8_is_read(tmp_path: Path):
-    clip = read(clips.write(tmp_path / "clip.webm", 12, codec="libvpx"))
-    assert clips.numbers(clip.frames) == list(range(12))
+    video = read(videos.write(tmp_path / "video.webm", 12, codec="libvpx"))
+    assert videos.numbers(video.frames) == list(range(12))
 
 
 @pytest.mark.parametrize(
     "ending, options", [("mp4", {"movflags": "frag_keyframe+empty_moov"}), ("avi", {}), ("ts", {}), ("flv", {})]
 )
 def test_other_containers_are_read(tmp_path: Path, ending: str, options: dict[str, str]):
-    clip = read(clips.write(tmp_path / f"clip.{ending}", 31, container=options))
-    assert clips.numbers(clip.frames) == list(range(31))
-    assert clip.times == tuple(i / 10.0 for i in range(31))
+    video = read(videos.write(tmp_path / f"video.{ending}", 31, container=options))
+    assert videos.numbers(video.frames) == list(range(31))
+    assert video.times == tuple(i / 10.0 for i in range(31))
 
 
 @pytest.mark.parametrize("ending", ["mp4", "mkv"])
 @pytest.mark.parametrize("seconds", [1, 5])
 def test_sound_shorter_or_longer_than_the_pictures_does_no_harm(tmp_path: Path, ending: str, seconds: float):
-    assert read(clips.write_with_sound(tmp_path / f"clip.{ending}", seconds)).total == 31
+    assert read(videos.write_with_sound(tmp_path / f"video.{ending}", seconds)).total == 31
 
 
 def test_frames_are_sampled_by_the_rate(tmp_path: Path):
-    clip = read(clips.write(tmp_path / "clip.mp4", 31), per_second(2))
-    assert clips.numbers(clip.frames) == [0, 6, 12, 18, 24, 30]
-    assert clip.times == (0.0, 0.6, 1.2, 1.8, 2.4, 3.0)
+    video = read(videos.write(tmp_path / "video.mp4", 31), per_second(2))
+    assert videos.numbers(video.frames) == [0, 6, 12, 18, 24, 30]
+    assert video.times == (0.0, 0.6, 1.2, 1.8, 2.4, 3.0)
 
 
 def test_times_of_an_uneven_rate_are_index_by_rate(tmp_path: Path):
-    clip = read(clips.write(tmp_path / "clip.mp4", 9, rate=Fraction(30000, 1001)))
+    video = read(videos.write(tmp_path / "video.mp4", 9, rate=Fraction(30000, 1001)))
     rate = float(Fraction(30000, 1001))
-    assert clip.source_fps == rate
-    assert clip.times == tuple(i / rate for i in range(9))
+    assert video.source_fps == rate
+    assert video.times == tuple(i / rate for i in range(9))
 
 
 def test_a_rate_that_milliseconds_cannot_tell_is_constant_still(tmp_path: Path):
-    clip = read(clips.write(tmp_path / "clip.mkv", 50, rate=30))
-    assert clip.times == tuple(i / 30.0 for i in range(50))
+    video = read(videos.write(tmp_path / "video.mkv", 50, rate=30))
+    assert video.times == tuple(i / 30.0 for i in range(50))
 
 
 def test_frames_kept_twice_are_in_both_places(tmp_path: Path):
-    clip = read(clips.write(tmp_path / "clip.mp4", 3), exactly(6))
-    assert clips.numbers(clip.frames) == [0, 0, 1, 1, 2, 2]
+    video = read(videos.write(tmp_path / "video.mp4", 3), exactly(6))
+    assert videos.numbers(video.frames) == [0, 0, 1, 1, 2, 2]
 
 
 def test_a_container_without_a_frame_count_is_counted_by_decoding(tmp_path: Path):
-    path = clips.write(tmp_path / "clip.mkv", 17, container={"live": "1"})
+    path = videos.write(tmp_path / "video.mkv", 17, container={"live": "1"})
     av = pytest.importorskip("av")
     with av.open(str(path)) as file:
         assert (file.streams.video[0].frames, file.duration) == (0, None)
-    assert clips.numbers(read(path).frames) == list(range(17))
+    assert videos.numbers(read(path).frames) == list(range(17))
 
 
 def test_packets_that_hold_no_frame_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -189,47 +190,47 @@ def test_packets_that_hold_no_frame_are_not_counted(tmp_path: Path, monkeypatch:
         return replace(found, times=[*found.times, found.times[-1]], exact=False)
 
     monkeypatch.setattr(VideoFile, "packets", one_more)
-    assert read(clips.write(tmp_path / "clip.webm", 12, codec="libvpx")).total == 12
+    assert read(videos.write(tmp_path / "video.webm", 12, codec="libvpx")).total == 12
 
 
-def test_a_trimmed_clip_starts_where_it_was_trimmed(tmp_path: Path):
+def test_a_trimmed_video_starts_where_it_was_trimmed(tmp_path: Path):
     # The ten frames before time 0 are in the file, and in its frame count, and its edit list hides them.
     times, options = [100 * i - 1000 for i in range(31)], {"avoid_negative_ts": "disabled"}
-    clip = read(clips.write(tmp_path / "clip.mp4", 31, times=times, container=options))
-    assert clips.numbers(clip.frames) == list(range(10, 31))
-    assert clip.times == tuple(i / 10.0 for i in range(21))
+    video = read(videos.write(tmp_path / "video.mp4", 31, times=times, container=options))
+    assert videos.numbers(video.frames) == list(range(10, 31))
+    assert video.times == tuple(i / 10.0 for i in range(21))
 
 
 def test_pixels_equal_those_that_transformers_reads(tmp_path: Path):
     read_video_pyav = pytest.importorskip("transformers.video_utils").read_video_pyav
-    path = clips.write(tmp_path / "clip.mp4", 31)
+    path = videos.write(tmp_path / "video.mp4", 31)
     sampling = per_second(2)
     expected, metadata = read_video_pyav(str(path), lambda metadata: sampling.indices(metadata.total_num_frames, 10.0))
-    clip = read(path, sampling)
-    assert np.array_equal(clip.frames, expected)
-    assert (clip.total, clip.source_fps) == (metadata.total_num_frames, metadata.fps)
+    video = read(path, sampling)
+    assert np.array_equal(video.frames, expected)
+    assert (video.total, video.source_fps) == (metadata.total_num_frames, metadata.fps)
 
 
 def test_every_way_to_give_a_file_reads_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    path = clips.write(tmp_path / "clip.mp4", 5)
+    path = videos.write(tmp_path / "video.mp4", 5)
     data = path.read_bytes()
     monkeypatch.setenv("HOME", str(tmp_path))
     url = f"data:video/mp4;base64,{base64.b64encode(data).decode()}"
-    clips_read = [read(source) for source in (path, str(path), "~/clip.mp4", data, bytearray(data), url)]
-    assert all(np.array_equal(clip.frames, clips_read[0].frames) for clip in clips_read)
+    videos_read = [read(source) for source in (path, str(path), "~/video.mp4", data, bytearray(data), url)]
+    assert all(np.array_equal(video.frames, videos_read[0].frames) for video in videos_read)
 
 
 def test_a_data_uri_is_read(tmp_path: Path):
-    data = clips.write(tmp_path / "clip.mp4", 5).read_bytes()
-    clip = read(f"data:video/mp4;base64,{base64.b64encode(data).decode()}")
-    assert clips.numbers(clip.frames) == list(range(5))
+    data = videos.write(tmp_path / "video.mp4", 5).read_bytes()
+    video = read(f"data:video/mp4;base64,{base64.b64encode(data).decode()}")
+    assert videos.numbers(video.frames) == list(range(5))
 
 
 def test_a_name_with_a_colon_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    clips.write(tmp_path / "clip.mp4", 3)
-    os.rename(tmp_path / "clip.mp4", tmp_path / "concat:clip.mp4")
+    videos.write(tmp_path / "video.mp4", 3)
+    os.rename(tmp_path / "video.mp4", tmp_path / "concat:video.mp4")
     monkeypatch.chdir(tmp_path)
-    assert read("concat:clip.mp4").total == 3
+    assert read("concat:video.mp4").total == 3
 
 
 # --- variable rates ---
@@ -238,33 +239,33 @@ UNEVEN = [0, 100, 200, 300, 400, 2000, 2100, 2200, 2300, 2400, 4000]  # millisec
 
 
 def test_a_variable_rate_is_sampled_by_time(tmp_path: Path):
-    clip = read(clips.write(tmp_path / "clip.mkv", 11, times=UNEVEN), exactly(5))
-    assert clips.numbers(clip.frames) == [0, 4, 5, 9, 10]  # nearest to 0, 1, 2, 3, 4 seconds
-    assert clip.times == (0.0, 0.4, 2.0, 2.4, 4.0)
+    video = read(videos.write(tmp_path / "video.mkv", 11, times=UNEVEN), exactly(5))
+    assert videos.numbers(video.frames) == [0, 4, 5, 9, 10]  # nearest to 0, 1, 2, 3, 4 seconds
+    assert video.times == (0.0, 0.4, 2.0, 2.4, 4.0)
 
 
 def test_a_variable_rate_counts_frames_by_the_real_duration(tmp_path: Path):
     # The container says 10 a second. It lasts 4.1 seconds with its last frame: at 2 a second that makes 8.
-    clip = read(clips.write(tmp_path / "clip.mkv", 11, times=UNEVEN), per_second(2))
-    assert len(clip.times) == 8
-    assert clip.source_fps == pytest.approx(11 / 4.1)
+    video = read(videos.write(tmp_path / "video.mkv", 11, times=UNEVEN), per_second(2))
+    assert len(video.times) == 8
+    assert video.source_fps == pytest.approx(11 / 4.1)
 
 
 def test_the_last_frame_is_picked_when_it_begins(tmp_path: Path):
-    clip = read(clips.write(tmp_path / "clip.mkv", 3, times=[0, 20, 1000]), exactly(3))
-    assert clips.numbers(clip.frames) == [0, 1, 2]  # the clip's middle, 0.5 seconds, is nearer to 0.02 than to 1
+    video = read(videos.write(tmp_path / "video.mkv", 3, times=[0, 20, 1000]), exactly(3))
+    assert videos.numbers(video.frames) == [0, 1, 2]  # the video's middle, 0.5 seconds, is nearer to 0.02 than to 1
 
 
 def test_times_are_counted_from_the_first_frame(tmp_path: Path):
     late = [5000 + time for time in UNEVEN]
-    clip = read(clips.write(tmp_path / "clip.mkv", 11, times=late), exactly(5))
-    assert clip.times == pytest.approx((0.0, 0.4, 2.0, 2.4, 4.0))
+    video = read(videos.write(tmp_path / "video.mkv", 11, times=late), exactly(5))
+    assert video.times == pytest.approx((0.0, 0.4, 2.0, 2.4, 4.0))
 
 
 def test_a_frame_shown_for_long_may_be_picked_twice(tmp_path: Path):
-    clip = read(clips.write(tmp_path / "clip.mkv", 3, times=[0, 100, 3000]), exactly(4))
-    assert clips.numbers(clip.frames) == [0, 1, 2, 2]
-    assert clip.times == (0.0, 0.1, 3.0, 3.0)
+    video = read(videos.write(tmp_path / "video.mkv", 3, times=[0, 100, 3000]), exactly(4))
+    assert videos.numbers(video.frames) == [0, 1, 2, 2]
+    assert video.times == (0.0, 0.1, 3.0, 3.0)
 
 
 # --- how frames look ---
@@ -283,23 +284,23 @@ def test_a_frame_shown_for_long_may_be_picked_twice(tmp_path: Path):
     ],
 )
 def test_frames_are_upright(tmp_path: Path, turned: tuple, expected: list[int]):
-    clip = read(clips.write(tmp_path / "clip.mp4", [clips.quadrants()] * 3, turned=turned))
-    assert clips.corners(clip.frames[1]) == expected
-    assert clip.size == clip.frames.shape[1:3] == ((64, 48) if abs(turned[0]) == 90 else (48, 64))
+    video = read(videos.write(tmp_path / "video.mp4", [videos.quadrants()] * 3, turned=turned))
+    assert videos.corners(video.frames[1]) == expected
+    assert video.size == video.frames.shape[1:3] == ((64, 48) if abs(turned[0]) == 90 else (48, 64))
 
 
 def test_a_frame_whose_side_data_cannot_be_named_is_turned_by_its_angle():
     class Unnamed:
-        def get(self, name: str):
+        def __getitem__(self, name: str):
             raise ValueError(name)
 
     frame = SimpleNamespace(
         format=SimpleNamespace(has_palette=False, components=()),
-        to_ndarray=lambda format: clips.quadrants(),
+        to_ndarray=lambda format: videos.quadrants(),
         side_data=Unnamed(),
         rotation=-90,
     )
-    assert clips.corners(upright_rgb(frame)) == [90, 250, 10, 170]
+    assert videos.corners(upright_rgb(frame)) == [90, 250, 10, 170]
 
 
 def see_through() -> np.ndarray:
@@ -311,8 +312,8 @@ def see_through() -> np.ndarray:
 
 def test_a_transparent_webm_is_put_on_white(tmp_path: Path):
     options = {"auto-alt-ref": "0"}
-    path = tmp_path / "clip.webm"
-    clips.write(path, [see_through()] * 4, codec="libvpx-vp9", pixels="yuva420p", options=options)
+    path = tmp_path / "video.webm"
+    videos.write(path, [see_through()] * 4, codec="libvpx-vp9", pixels="yuva420p", options=options)
     frame = read(path).frames[2]
     assert frame[:, :24].max() < 20
     assert frame[:, 40:].min() > 235
@@ -320,8 +321,8 @@ def test_a_transparent_webm_is_put_on_white(tmp_path: Path):
 
 def test_a_transparent_gif_is_put_on_white(tmp_path: Path):
     pictures = [Image.fromarray(see_through()), Image.fromarray(see_through()[:, ::-1].copy())]
-    pictures[0].save(tmp_path / "clip.gif", save_all=True, append_images=pictures[1:], duration=100, disposal=2)
-    first, second = read(tmp_path / "clip.gif").frames
+    pictures[0].save(tmp_path / "video.gif", save_all=True, append_images=pictures[1:], duration=100, disposal=2)
+    first, second = read(tmp_path / "video.gif").frames
     assert (first[0, 0].tolist(), first[0, -1].tolist()) == ([0] * 3, [255] * 3)
     assert (second[0, 0].tolist(), second[0, -1].tolist()) == ([255] * 3, [0] * 3)
 
@@ -339,15 +340,15 @@ def test_a_transparent_gif_is_put_on_white(tmp_path: Path):
     ],
 )
 def test_any_pixel_format_becomes_rgb(tmp_path: Path, codec: str, pixels: str, ending: str):
-    clip = read(clips.write(tmp_path / f"clip.{ending}", 5, codec=codec, pixels=pixels))
-    assert clips.numbers(clip.frames) == list(range(5))
-    assert clip.frames.max() >= 250 and clip.frames.min() <= 5
+    video = read(videos.write(tmp_path / f"video.{ending}", 5, codec=codec, pixels=pixels))
+    assert videos.numbers(video.frames) == list(range(5))
+    assert video.frames.max() >= 250 and video.frames.min() <= 5
 
 
 def test_odd_sizes_are_read(tmp_path: Path):
-    pictures = [clips.numbered(i, 31, 45) for i in range(3)]
-    clip = read(clips.write(tmp_path / "clip.mp4", pictures, codec="mpeg4"))
-    assert clip.frames.shape == (3, 31, 45, 3)
+    pictures = [videos.numbered(i, 31, 45) for i in range(3)]
+    video = read(videos.write(tmp_path / "video.mp4", pictures, codec="mpeg4"))
+    assert video.frames.shape == (3, 31, 45, 3)
 
 
 def test_frames_are_resized_to_the_fit(tmp_path: Path):
@@ -357,21 +358,21 @@ def test_frames_are_resized_to_the_fit(tmp_path: Path):
         asked.append(shape)
         return 32, 96
 
-    path = clips.write(tmp_path / "clip.mp4", 31)
-    clip = read_video(path, per_second(2), fit)
+    path = videos.write(tmp_path / "video.mp4", 31)
+    video = read_video(path, per_second(2), fit)
     assert asked == [(6, 48, 64)]
-    assert clip.size == (48, 64)
-    assert np.array_equal(clip.frames, [resize(frame, (32, 96)) for frame in read(path, per_second(2)).frames])
+    assert video.size == (48, 64)
+    assert np.array_equal(video.frames, [resize(frame, (32, 96)) for frame in read(path, per_second(2)).frames])
 
 
 def test_resize_is_bicubic_with_antialiasing():
-    pixels = clips.numbered(0b10110010)
+    pixels = videos.numbered(0b10110010)
     expected = Image.fromarray(pixels).resize((20, 30), Image.Resampling.BICUBIC)
     assert np.array_equal(resize(pixels, (30, 20)), np.asarray(expected))
 
 
 def test_resize_to_the_same_size_is_the_identity():
-    pixels = clips.numbered(3)
+    pixels = videos.numbered(3)
     assert resize(pixels, (48, 64)) is pixels
 
 
@@ -381,15 +382,15 @@ def test_resize_to_the_same_size_is_the_identity():
 def folder_of(folder: Path, count: int) -> Path:
     folder.mkdir()
     for i in range(count):
-        Image.fromarray(clips.numbered(i)).save(folder / f"Frame{i}.png")
+        Image.fromarray(videos.numbered(i)).save(folder / f"Frame{i}.png")
     return folder
 
 
 def test_a_folder_is_read_in_natural_order(tmp_path: Path):
-    clip = read(folder_of(tmp_path / "frames", 12), source_fps=5)
-    assert clips.numbers(clip.frames) == list(range(12))
-    assert clip.times == tuple(i / 5.0 for i in range(12))
-    assert (clip.size, clip.total, clip.source_fps) == ((48, 64), 12, 5.0)
+    video = read(folder_of(tmp_path / "frames", 12), source_fps=5)
+    assert videos.numbers(video.frames) == list(range(12))
+    assert video.times == tuple(i / 5.0 for i in range(12))
+    assert (video.size, video.total, video.source_fps) == ((48, 64), 12, 5.0)
 
 
 def test_hidden_files_of_a_folder_are_left_out(tmp_path: Path):
@@ -400,23 +401,23 @@ def test_hidden_files_of_a_folder_are_left_out(tmp_path: Path):
 
 def test_a_list_may_hold_anything_that_is_an_image(tmp_path: Path):
     buffer = BytesIO()
-    Image.fromarray(clips.numbered(1)).save(buffer, "png")
-    Image.fromarray(clips.numbered(2)).save(tmp_path / "two.png")
-    frames = [clips.numbered(0), buffer.getvalue(), tmp_path / "two.png", Image.fromarray(clips.numbered(3))]
-    assert clips.numbers(read(frames, source_fps=1).frames) == [0, 1, 2, 3]
-    assert clips.numbers(read(tuple(frames), source_fps=1).frames) == [0, 1, 2, 3]
+    Image.fromarray(videos.numbered(1)).save(buffer, "png")
+    Image.fromarray(videos.numbered(2)).save(tmp_path / "two.png")
+    frames = [videos.numbered(0), buffer.getvalue(), tmp_path / "two.png", Image.fromarray(videos.numbered(3))]
+    assert videos.numbers(read(frames, source_fps=1).frames) == [0, 1, 2, 3]
+    assert videos.numbers(read(tuple(frames), source_fps=1).frames) == [0, 1, 2, 3]
 
 
 def test_an_array_is_sampled_and_resized():
-    frames = np.stack([clips.numbered(i) for i in range(31)])
-    clip = read_video(frames, per_second(2), lambda *_: (24, 32), source_fps=10)
-    assert clips.numbers(clip.frames) == [0, 6, 12, 18, 24, 30]
-    assert clip.frames.shape == (6, 24, 32, 3)
-    assert clip.times == (0.0, 0.6, 1.2, 1.8, 2.4, 3.0)
+    frames = np.stack([videos.numbered(i) for i in range(31)])
+    video = read_video(frames, per_second(2), lambda *_: (24, 32), source_fps=10)
+    assert videos.numbers(video.frames) == [0, 6, 12, 18, 24, 30]
+    assert video.frames.shape == (6, 24, 32, 3)
+    assert video.times == (0.0, 0.6, 1.2, 1.8, 2.4, 3.0)
 
 
-def test_the_clip_does_not_share_the_arrays_memory():
+def test_the_video_does_not_share_the_arrays_memory():
     frames = np.zeros((2, 48, 64, 3), np.uint8)
-    clip = read(frames, source_fps=10)
+    video = read(frames, source_fps=10)
     frames[:] = 255
-    assert clip.frames.max() == 0
+    assert video.frames.max() == 0

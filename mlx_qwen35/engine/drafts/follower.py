@@ -1,8 +1,8 @@
-"""The draft head's side of a conversation: what it has read, and the tokens that it proposes.
+"""The draft head's side of a conversation: its cache, and the tokens that it drafts.
 
-It reads pairs: the hidden state of a token, after the model's final norm, and the token that followed. A pair has one
-entry of keys and values, at the position of its hidden state. So the head follows one token behind the model, and the
-last hidden state waits for the next token. While nothing is drafted pairs are only collected, to be read all at once.
+Its inputs are pairs: a token's hidden state, after the model's final norm, and the next token. A pair has one entry of
+keys and values, at the position of its hidden state. So the head follows one token behind the model, and the last
+hidden state waits for the next token. While nothing is drafted pairs are only collected, and run together later.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,19 +18,19 @@ from mlx_qwen35.model.model import Model, Visual
 
 
 class Pairs(NamedTuple):
-    """Pairs that the head has not read yet."""
+    """Collected pairs."""
 
     hidden: mx.array  # (B, T, D)
     tokens: mx.array  # (B, T)
-    counts: tuple[int, ...]  # real ones of each row, from the left
+    counts: tuple[int, ...]  # pairs of each row; the rest is padding
 
 
 class DraftSnapshot(NamedTuple):
-    """Where a DraftFollower was."""
+    """The state of a DraftFollower to return to."""
 
     follower: "DraftFollower"
     cache: Snapshot
-    fields: dict
+    fields: dict[str, object]
 
     def restored(self) -> "DraftFollower":
         self.follower.cache.restore(self.cache)
@@ -39,18 +39,18 @@ class DraftSnapshot(NamedTuple):
 
 
 class DraftFollower:
-    """The MTP head's cache beside the B rows of a model's cache; it belongs to that cache and is rewound with it."""
+    """The MTP head's cache beside the B rows of a model's cache, with which it returns to snapshots."""
 
     def __init__(self, model: Model, row_lengths: Sequence[int]):
-        """For a cache whose rows have read so many tokens, of which the head will know nothing."""
+        """row_lengths: tokens in the model's cache, which the head will not see."""
         batch = len(row_lengths)
         layers = (FULL,) * model.config.mtp_num_hidden_layers
         self.cache = Cache(replace(model.config, layer_types=layers), model.dtype, batch)
-        self.followed = tuple(row_lengths)  # tokens of each row that the model has read, as far as the head was told
+        self.followed = tuple(row_lengths)  # the tokens that it follows, of each row
         self.hidden: mx.array | None = None  # (B, D) of each row's last token; None before the first
-        self.position: np.ndarray | None = None  # (3, B) of the first unread pair, where it does not go on counting
-        self.unread: tuple[Pairs, ...] = ()
-        self.ahead = False  # by one pair: that of the token which the model is about to read
+        self.position: np.ndarray | None = None  # (3, B) of the first pending pair; None continues from the cache's
+        self.pending: tuple[Pairs, ...] = ()
+        self.ahead = False  # whether it has run the pair of the token that the model is about to run
 
     def reserve(self, T: int) -> None:
         self.cache.reserve(T)
@@ -61,7 +61,7 @@ class DraftFollower:
 
     def arrays(self) -> list[mx.array]:
         found = [array for layer in self.cache.layers for array in layer.arrays()]
-        found += [array for pairs in self.unread for array in pairs[:2]]
+        found += [array for pairs in self.pending for array in (pairs.hidden, pairs.tokens)]
         return found if self.hidden is None else [*found, self.hidden]
 
     # --- following the model ---
@@ -76,10 +76,10 @@ class DraftFollower:
         visual: Visual | None = None,
         positions: np.ndarray | None = None,
     ) -> None:
-        """Read the pairs of a chunk of a prompt: tokens (B, T), which gave hidden (B, T, D).
+        """Run the pairs of a chunk of a prompt: tokens (B, T) and their hidden states (B, T, D).
 
-        counts: real tokens of each row. first: the position of each row's first. visual, positions: as the model got
-        them. An image's embeddings stand for its tokens here too.
+        counts: tokens of each row; the rest is padding. first: the position of each row's first. visual, positions: as
+        for the model.
         """
         self.flush(model)
         if self.hidden is None:  # the first token follows no hidden state
@@ -88,58 +88,58 @@ class DraftFollower:
         table = self._positions(tokens.shape[1], counts, first, positions)
         embeddings = model.embed(tokens, visual)[:, begins:]
         if embeddings.shape[1]:
-            before = self._before(hidden)
+            before = self._previous(hidden)
             counted = [max(0, count - begins) for count in counts]
             self._run(model, embeddings, before, counted, table)
-        self._wait(hidden, counts)
+        self._advance(hidden, counts)
 
     def _positions(
         self, T: int, counts: Sequence[int], first: Sequence[int], positions: np.ndarray | None
     ) -> np.ndarray | None:
-        """(3, B, T) of a chunk's pairs, each that of the token before, and T - 1 at the beginning; None to count on."""
+        """(3, B, T) of a chunk's pairs, each the token's before; T - 1 of the first chunk. None continues."""
         if positions is None and self.position is None:
             return None
         if positions is None:
             positions = np.broadcast_to(np.array(first)[:, None] + np.arange(T), (3, len(first), T))
-        waiting = self.position
-        if waiting is None:
-            waiting = np.broadcast_to(np.array(self.cache.next_positions), positions.shape[:2])
+        before = self.position
+        if before is None:
+            before = np.broadcast_to(np.array(self.cache.next_positions), positions.shape[:2])
         last = positions[:, np.arange(len(counts)), np.maximum(np.array(counts) - 1, 0)]
-        self.position = np.where(np.array(counts) > 0, last, waiting)
+        self.position = np.where(np.array(counts) > 0, last, before)
         if self.hidden is None:
             return positions[..., :-1]
-        return np.concatenate([waiting[..., None], positions[..., :-1]], axis=-1)
+        return np.concatenate([before[..., None], positions[..., :-1]], axis=-1)
 
     def follow(self, tokens: mx.array, hidden: mx.array, counts: Sequence[int]) -> None:
-        """Collect the pairs of tokens (B, T) that the model read after the prompt, which gave hidden (B, T, D).
+        """Collect the pairs of tokens (B, T) that the model ran after the prompt, and of their hidden states (B, T, D).
 
-        Of row i the first counts[i] are real; where the head is ahead, it has read the pair of the first.
+        counts: tokens of each row; the rest is padding. Where the head is ahead, it has run the pair of the first.
         """
         if self.ahead:
             pairs = Pairs(hidden[:, :-1], tokens[:, 1:], tuple(max(0, count - 1) for count in counts))
         else:
-            pairs = Pairs(self._before(hidden), tokens, tuple(counts))
+            pairs = Pairs(self._previous(hidden), tokens, tuple(counts))
         self.ahead = False
         if any(pairs.counts):
-            self.unread += (pairs,)
-        self._wait(hidden, counts)
+            self.pending += (pairs,)
+        self._advance(hidden, counts)
 
     def flush(self, model: Model) -> None:
-        """Read the pairs that were collected."""
-        if self.unread:
-            pairs = _joined(self.unread)
-            self._run(model, model.embed(pairs.tokens), pairs.hidden, pairs.counts, self._counted(pairs))
-            self.unread, self.position = (), None
+        """Run the collected pairs."""
+        if self.pending:
+            pairs = _concatenated(self.pending)
+            self._run(model, model.embed(pairs.tokens), pairs.hidden, pairs.counts, self._pending_positions(pairs))
+            self.pending, self.position = (), None
 
-    def _before(self, hidden: mx.array) -> mx.array:
-        """(B, T, D) of tokens -> that of the token before each, of the very first there is none."""
+    def _previous(self, hidden: mx.array) -> mx.array:
+        """(B, T, D) of tokens -> (B, T, D) of the tokens before them; T - 1 for the first chunk."""
         if self.hidden is None:
             return hidden[:, :-1]
-        waiting = self.hidden[:, None]
-        return waiting if hidden.shape[1] == 1 else mx.concatenate([waiting, hidden[:, :-1]], axis=1)
+        last = self.hidden[:, None]
+        return last if hidden.shape[1] == 1 else mx.concatenate([last, hidden[:, :-1]], axis=1)
 
-    def _wait(self, hidden: mx.array, counts: Sequence[int]) -> None:
-        """Keep each row's last hidden state, in memory of its own."""
+    def _advance(self, hidden: mx.array, counts: Sequence[int]) -> None:
+        """Store each row's last hidden state, in memory of its own."""
         last = mx.array([max(0, count - 1) for count in counts])
         found = mx.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0] if hidden.shape[1] > 1 else hidden[:, 0]
         if self.hidden is not None and 0 in counts:
@@ -157,26 +157,28 @@ class DraftFollower:
         depth: int,
         sample: Callable[[mx.array, list[mx.array]], mx.array],
     ) -> mx.array:
-        """Tokens (B, 1) that the model is about to read -> guesses at the next `depth` ones, (B, depth).
+        """Tokens (B, 1) that the model is about to run -> `depth` drafts of the next ones, (B, depth).
 
-        counts: 1 for each row that goes on, else 0. sample(logits (B, 1, V), drafted): a token (B, 1) of the head's
-        logits, after the ones drafted so far.
+        counts: 1 for each running row, else 0. sample(logits (B, 1, V), drafted): a token (B, 1) after those drafted
+        so far.
         """
-        pairs = _joined((*self.unread, Pairs(self.hidden[:, None], tokens, tuple(counts))))
+        assert self.hidden is not None, "there is a prompt"
+        pairs = _concatenated((*self.pending, Pairs(self.hidden[:, None], tokens, tuple(counts))))
         ends = mx.array([max(0, count - 1) for count in pairs.counts])
-        y = self._run(model, model.embed(pairs.tokens), pairs.hidden, pairs.counts, self._counted(pairs), ends)
-        self.unread, self.position, self.ahead = (), None, True
+        positions = self._pending_positions(pairs)
+        y = self._run(model, model.embed(pairs.tokens), pairs.hidden, pairs.counts, positions, ends)
+        self.pending, self.position, self.ahead = (), None, True
         before = self.cache.position
         drafted = [sample(model.logits(y), [])]
         while len(drafted) < depth:
             y = self._run(model, model.embed(drafted[-1]), y, counts)
             drafted.append(sample(model.logits(y), drafted))
-        self.cache.position = before  # the columns of drafted tokens will be overwritten
+        self.cache.position = before  # the columns of drafted tokens are overwritten later
         self.cache.compact()
         return mx.concatenate(drafted, axis=1)
 
-    def _counted(self, pairs: Pairs) -> np.ndarray | None:
-        """(3, B, T) positions of collected pairs, where the first one's is known; None to count on."""
+    def _pending_positions(self, pairs: Pairs) -> np.ndarray | None:
+        """(3, B, T) positions of collected pairs; None continues from the cache's."""
         if self.position is None:
             return None
         following = np.maximum(self.cache.next_positions, self.position.max(0) + 1)
@@ -193,21 +195,23 @@ class DraftFollower:
         positions: np.ndarray | None = None,
         at: mx.array | None = None,
     ) -> mx.array:
+        assert model.mtp is not None
         T = hidden.shape[1]
         with self.cache.forward(T, None if min(counts) == T else counts, positions) as context:
             rotary = model.rotary.table(context.positions)
             return model.mtp.weights(embeddings, hidden, rotary, context, self.cache.layers, at)
 
 
-def _joined(parts: Sequence[Pairs]) -> Pairs:
-    """Pairs behind one another in each row, holes only at the end."""
+def _concatenated(parts: Sequence[Pairs]) -> Pairs:
+    """Pairs one after the other in each row, with padding only at the end."""
     if len(parts) == 1:
         return parts[0]
-    hidden, tokens = (mx.concatenate([part[i] for part in parts], axis=1) for i in (0, 1))
-    real = np.concatenate([np.arange(p.tokens.shape[1]) < np.array(p.counts)[:, None] for p in parts], axis=1)
-    counts = tuple(map(int, real.sum(1)))
-    if not real.all():
-        order = mx.array(np.argsort(~real, axis=1, kind="stable")[:, : max(counts)])
+    hidden = mx.concatenate([part.hidden for part in parts], axis=1)
+    tokens = mx.concatenate([part.tokens for part in parts], axis=1)
+    mask = np.concatenate([np.arange(p.tokens.shape[1]) < np.array(p.counts)[:, None] for p in parts], axis=1)
+    counts = tuple(map(int, mask.sum(1)))
+    if not mask.all():
+        order = mx.array(np.argsort(~mask, axis=1, kind="stable")[:, : max(counts)])
         hidden = mx.take_along_axis(hidden, order[..., None], axis=1)
         tokens = mx.take_along_axis(tokens, order, axis=1)
     return Pairs(hidden, tokens, counts)

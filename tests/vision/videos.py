@@ -1,4 +1,4 @@
-"""Small clips for the tests: every frame shows its own number, in bars that survive compression and resizing."""
+"""Small videos for the tests: every frame shows its own number, in bars that survive compression and resizing."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -53,7 +53,7 @@ def write(
     times: Sequence[int] | None = None,
     turned: tuple | None = None,
 ) -> Path | BytesIO:
-    """Write a clip and return `target`.
+    """Write a video and return `target`.
 
     frames: that many numbered ones, or (H, W, 3 or 4) uint8 arrays. kind: the container's name for a BytesIO. times:
     milliseconds at which frames are shown. turned: degrees counterclockwise, and whether to mirror after that. Skips

@@ -1,4 +1,4 @@
-"""A decoded picture as rows that become RGB a band at a time: no second copy of a large one is ever in memory."""
+"""A decoded image that is converted and resized in bands of rows: memory never holds a second copy of a large one."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int]  # (height, width)
 BAND = 1 << 18  # pixels that are converted at a time
-EXACT = 1 << 26  # pixels of a picture up to which resizing is Pillow's to the byte
+EXACT = 1 << 26  # pixels of an image up to which resizing is Pillow's to the byte
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture that stands upright.
+class DecodedImage:
+    """An upright image.
 
-    rows: (from, to) -> those rows, (to - from, width, 3) uint8 RGB.
+    rows: (top, bottom) -> the rows between, (bottom - top, width, 3) uint8 RGB.
     """
 
     height: int
@@ -37,10 +37,10 @@ class Picture:
         return pixels
 
     def resized(self, size: Size) -> np.ndarray:
-        """(*size, 3) uint8, bicubic with antialiasing: what Pillow makes of the whole.
+        """(*size, 3) uint8, bicubic with antialiasing, as Pillow resizes the whole image.
 
-        A picture of more than EXACT pixels is made narrower band by band, and lower then. Pillow 12 does so too; later
-        ones may take the columns first, and as bytes are rounded in between, some then differ.
+        An image of more than EXACT pixels becomes narrower band by band, then lower. Pillow 12 keeps this order too;
+        another order rounds other bytes in between, and some pixels differ.
         """
         from PIL import Image
 
@@ -63,11 +63,11 @@ def resize(pixels: np.ndarray, size: Size) -> np.ndarray:
     """(H, W, 3) uint8 RGB -> (height, width, 3) uint8, bicubic with antialiasing; `pixels` itself at the right size."""
     if pixels.shape[:2] == tuple(size):
         return pixels
-    return Picture(*pixels.shape[:2], lambda top, bottom: pixels[top:bottom]).resized(size)
+    return DecodedImage(pixels.shape[0], pixels.shape[1], lambda top, bottom: pixels[top:bottom]).resized(size)
 
 
 def resizing_bytes(old: Size, new: Size) -> int:
-    """What `resized` takes beside what the rows are made of: the whole, what is between the two steps, the result."""
+    """Bytes that `resized` takes beside the decoded image: the whole as RGB, the narrower image, the result."""
     (old_height, old_width), (height, width) = old, new
     whole = 0 if _in_bands(old, new) else 4 * old_width * old_height
     return whole + 4 * max(width * old_height, height * old_width) + 4 * height * width
