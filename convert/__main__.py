@@ -5,7 +5,6 @@ import json
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,130 +12,98 @@ from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.hub import check_repository, look, resolve, upload
 from mlx_qwen35.checkpoint.names import VISION
 from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes
-from mlx_qwen35.commands.common import Parser, add_version, as_command
+from mlx_qwen35.commands.options import add_options, given_options
+from mlx_qwen35.commands.parser import Parser
+from mlx_qwen35.commands.run import as_command
 from mlx_qwen35.commands.streams import read_file
 from mlx_qwen35.convert import convert, with_default
 from mlx_qwen35.convert.card import QUALITY
 from mlx_qwen35.convert.dry_run import describe
-from mlx_qwen35.convert.plan import DTYPES, ROUNDINGS, make_plan
-from mlx_qwen35.convert.recipes import DEFAULT, RECIPES, StorageOptions, check_saving, save_recipe
+from mlx_qwen35.convert.options import CommandOptions, FolderOptions, WritingOptions
+from mlx_qwen35.convert.plan import make_plan
+from mlx_qwen35.convert.recipes import DEFAULT, StorageOptions, check_saving, save_recipe
 from mlx_qwen35.convert.sensitivity import CANDIDATES, propose, sensitivity, smallest, table, unmeasured
 from mlx_qwen35.convert.source import reading
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.measure.text import windows
-from mlx_qwen35.quantization import MODES
+from mlx_qwen35.options import listed, options_of
 
 COMMAND = "mlx_qwen35.convert"
-def _parser() -> argparse.ArgumentParser:
+
+
+def _parser() -> Parser:
     parser = Parser(
         prog=COMMAND,
+        usage="%(prog)s --hf-path MODEL --mlx-path FOLDER [options]",
         description="Convert a checkpoint of the Qwen3.5 family to a folder that mlx_qwen35, mlx-lm and mlx-vlm load. "
         "Works in chunks: half a GB of memory is enough for any size.",
     )
-    add_version(parser)
-    parser.add_argument("--hf-path", required=True, help="local folder or Hugging Face id of the source")
-    parser.add_argument("--mlx-path", help="folder to write; appears whole or not at all")
-    parser.add_argument("--revision", help="branch, tag or commit of the Hugging Face id")
-    group = parser.add_argument_group("how it is stored")
-    uses = "; ".join(f"{name}: {recipe.use}" for name, recipe in RECIPES.items())
-    group.add_argument(
-        "--recipe",
-        metavar="NAME",
-        help=f"{uses}; or a file that --save-recipe has written (default: {DEFAULT}, but a source that an MLX program "
-        "has packed stays as it is packed)",
-    )
-    group.add_argument("-q", "--quantize", action="store_true", help="pack everything alike, by hand, not by a recipe")
-    group.add_argument("--q-bits", type=int, help="bits per weight (affine: 2, 3, 4, 5, 6 or 8; default 4)")
-    group.add_argument("--q-group-size", type=int, help="weights per scale (affine: 32, 64 or 128; default 64)")
-    group.add_argument("--q-mode", choices=tuple(MODES), help="default affine")
-    group.add_argument(
-        "--q-vision-bits",
-        type=int,
-        help="bits per weight of the vision encoder, always affine (2, 3, 4, 5, 6 or 8; default 8; 0: unquantized); a "
-        "matrix whose width is no multiple of 32 stays unquantized",
-    )
-    group.add_argument("--dtype", choices=tuple(DTYPES), help="of what is not quantized; default: the source's")
-    group.add_argument("--rounding", choices=ROUNDINGS, default="search", help="how packed groups are rounded")
-    group.add_argument("--calibration", metavar="TEXT", help="weigh the errors by what is computed on this text file")
+    own = options_of(CommandOptions)
+    add_options(parser, options_of(FolderOptions).values())
+    add_options(parser.add_argument_group("storage"), options_of(StorageOptions).values())
     group = parser.add_argument_group("writing and checking")
-    group.add_argument("--overwrite", action="store_true", help="replace the checkpoint at --mlx-path when done")
-    group.add_argument("--resume", action="store_true", help="go on where a killed conversion to --mlx-path stopped")
-    group.add_argument("--no-verify", dest="verify", action="store_false", help="measure no errors, read nothing again")
-    group.add_argument(
-        "--eval", dest="evaluation", metavar="TEXT",
-        help="compare with the source on this text file: perplexity, KL divergence, top-1 agreement",
-    )  # fmt: skip
-    group.add_argument("--upload-repo", metavar="ID", help="publish the folder on Hugging Face under this id")
-    group = parser.add_argument_group("only look")
-    group.add_argument("--dry-run", action="store_true", help="print what would be written, from the headers alone")
-    group.add_argument("--sensitivity", metavar="TEXT", help="measure on this text what packing a group costs")
-    group.add_argument("--cap", type=float, metavar="GB", help="with --sensitivity: propose a recipe of at most this")
-    group.add_argument("--save-recipe", type=Path, metavar="FILE", help="write the proposed recipe, for --recipe FILE")
+    add_options(group, [*options_of(WritingOptions).values(), own["upload_repo"]])
+    group = parser.add_argument_group("measurements, which write no weights")
+    add_options(group, [option for name, option in own.items() if name != "upload_repo"])
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     with as_command(COMMAND):
-        options = vars(_parser().parse_args(arguments))
-        look = {name: options.pop(name) for name in ("dry_run", "sensitivity", "cap", "save_recipe")}
-        if look["cap"] is not None and not look["sensitivity"]:
+        args = _parser().parse(arguments)
+        options = given_options(args, (FolderOptions, StorageOptions, WritingOptions))
+        if not args.hf_path:
+            raise InputError("option_missing", "--hf-path must be given: a local folder or a Hugging Face id")
+        if args.cap is not None and not args.sensitivity:
             raise InputError("option_no_effect", "--cap has no effect without --sensitivity; add it or leave it out")
-        if look["cap"] is not None and not 0 < look["cap"] < math.inf:
-            raise InputError("option_invalid", f"--cap must be a number of GB above 0, got {look['cap']}")
-        if look["save_recipe"] and look["cap"] is None:
+        if args.save_recipe and args.cap is None:
             raise InputError(
                 "option_no_effect",
                 "--save-recipe has no effect without --sensitivity and --cap; add them or leave it out",
             )
-        if look["dry_run"] or look["sensitivity"]:
-            _look(options, **look)
+        if args.dry_run or args.sensitivity:
+            _look(args, options)
             return
-        if not options["mlx_path"]:
+        if not args.mlx_path:
             raise InputError("option_missing", "--mlx-path must be given: the folder to write")
-        repository = options.pop("upload_repo")
-        if repository:
-            check_repository(repository)
-        folder = convert(options.pop("hf_path"), options.pop("mlx_path"), **options)
+        if args.upload_repo:
+            check_repository(args.upload_repo)
+        folder = convert(**options)
         print(_summary(folder, time.perf_counter() - start))
-        if repository:
-            print(f"published: {upload(folder, repository)}")
+        if args.upload_repo:
+            print(f"published: {upload(folder, args.upload_repo)}")
 
 
-def _look(
-    options: dict[str, Any], dry_run: bool, sensitivity: str | None, cap: float | None, save_recipe: Path | None
-) -> None:
-    """Print what --dry-run or --sensitivity finds."""
-    if dry_run and sensitivity:
+def _look(args: argparse.Namespace, options: dict[str, Any]) -> None:
+    """Print what --dry-run or --sensitivity finds. options: of `convert`, as far as they were given."""
+    if args.dry_run and args.sensitivity:
         raise InputError("option_conflict", "--dry-run reads headers alone and --sensitivity all weights. Choose one")
-    writing = ("mlx_path", "calibration", "evaluation", "overwrite", "resume", "upload_repo")
-    idle = [name for name in writing if options[name]] + ([] if options["verify"] else ["no_verify"])
+    writing = {"mlx_path", "calibration", *options_of(WritingOptions)}
+    idle = [name for name in options if name in writing] + ["upload_repo"] * bool(args.upload_repo)
     if idle:
-        names = ", ".join("--" + {"evaluation": "eval"}.get(name, name).replace("_", "-") for name in idle)
         raise InputError(
             "option_no_effect",
-            f"{names} has no effect where nothing is written (--dry-run, --sensitivity); leave it out",
+            f"{listed(idle)} has no effect where nothing is written (--dry-run, --sensitivity); leave it out",
         )
-    named = options["hf_path"], options["revision"]
-    storage = StorageOptions(**{field.name: options[field.name] for field in fields(StorageOptions)})
-    if dry_run:
-        with look(*named) as source, reading(source):
-            listing = describe(make_plan(source, with_default(source, storage)))  # while the folder is there
+    given = {name: options[name] for name in options_of(StorageOptions) if name in options}
+    if args.dry_run:
+        with look(args.hf_path, args.revision) as source, reading(source):
+            # while the folder is there
+            listing = describe(make_plan(source, with_default(source, StorageOptions(**given))))
         print(listing)
         return
-    assert sensitivity is not None
-    given = [field.name for field in fields(storage) if options[field.name] != field.default]
     if given:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise InputError(
-            "option_conflict", f"{names} must not be given with --sensitivity, which tries its own. Leave it out"
+            "option_conflict",
+            f"{listed(given)} must not be given with --sensitivity, which tries its own. Leave it out",
         )
-    source = resolve(*named)
-    if save_recipe:
-        check_saving(save_recipe, (Path(sensitivity).expanduser(), *source.iterdir()))
+    source = resolve(args.hf_path, args.revision)
+    if args.save_recipe:
+        check_saving(args.save_recipe, (args.sensitivity.expanduser(), *source.iterdir()))
     with reading(source):
         checkpoint = open_checkpoint(source)
-    _sensitivity(checkpoint, read_file("--sensitivity", Path(sensitivity)), cap, save_recipe)
+    _sensitivity(checkpoint, read_file("--sensitivity", args.sensitivity), args.cap, args.save_recipe)
 
 
 def _sensitivity(checkpoint: Checkpoint, text: str, cap: float | None, file: Path | None) -> None:

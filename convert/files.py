@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.checkpoint.config import Config
+from mlx_qwen35.checkpoint.dtypes import STORED
 from mlx_qwen35.checkpoint.names import TEXT, VISION, hugging_face_name
 from mlx_qwen35.checkpoint.rope_fields import OLDER, rope_parameters
 from mlx_qwen35.convert.recipes import Recipe
@@ -21,7 +22,6 @@ from mlx_qwen35.prompt.tokenizer import TOKENIZER_BYTES
 from mlx_qwen35.quantization import Quantization
 from mlx_qwen35.values import is_whole, shown
 
-DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # option -> safetensors' name
 # Tokenizer, template, preprocessors, licence: all that belongs to a checkpoint beside weights and config.json.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
 _NOT_COPIED = ("config.json", "quality.json", "evaluation.json", "*.index.json", ".*")
@@ -40,7 +40,7 @@ def new_config(
     its quantization.
     """
     config = copy.deepcopy(dict(values))
-    name = next(option for option, stored in DTYPES.items() if stored == dtype)
+    name = next(option for option, stored in STORED.items() if stored == dtype)
     parts = [part for part in (config, config.get("text_config"), config.get("vision_config")) if part]
     fields = [(part, key) for part in parts for key in ("dtype", "torch_dtype") if key in part]
     text = config.get("text_config", config)

@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 
 from mlx_qwen35.checkpoint.checkpoint import FP32_ORIGINAL
+from mlx_qwen35.checkpoint.dtypes import STORED
 from mlx_qwen35.checkpoint.names import TEXT, VISION
 from mlx_qwen35.checkpoint.shapes import keep_fp32
 from mlx_qwen35.checkpoint.tensors import DTYPE_BYTES
-from mlx_qwen35.convert.files import DTYPES, beside_weights, generation_config, new_config
-from mlx_qwen35.convert.recipes import NO_OPTIONS, Recipe, StorageOptions, choose_recipe
+from mlx_qwen35.convert.files import beside_weights, generation_config, new_config
+from mlx_qwen35.convert.recipes import NO_OPTIONS, ROUNDINGS, Recipe, StorageOptions, choose_recipe
 from mlx_qwen35.convert.source import Source, SourceFile, Tensor, open_source
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.quantization import Quantization
 from mlx_qwen35.values import choice, shown
 
-ROUNDINGS = ("search", "nearest")
 SHARD_BYTES = 5_000_000_000
 
 
@@ -162,21 +162,19 @@ def make_plan(
 
 def _output_dtype(source: Source, asked: str | None) -> str:
     """The option, else what config.json names, else what the embedding is stored in; as safetensors calls it."""
-    if asked is not None and asked not in DTYPES:
-        raise InputError("option_invalid", f"--dtype must be one of {', '.join(DTYPES)}, got {asked!r}")
     values, text = source.config, source.config.get("text_config", {})
     named = asked or values.get("torch_dtype") or values.get("dtype") or text.get("torch_dtype") or text.get("dtype")
     if named is None:
         tensors = (source.tensors[TEXT + name] for name in ("embed_tokens.weight", "norm.weight"))
         parts = (part.dtype for tensor in tensors if not tensor.block for part in tensor.parts)
-        return next((part for part in parts if part in DTYPES.values()), "BF16")
+        return next((part for part in parts if part in STORED.values()), "BF16")
     named = "float32" if named == "float64" else named  # the widest that is written
-    if not isinstance(named, str) or named not in DTYPES:
+    if not isinstance(named, str) or named not in STORED:
         raise InputError(
             "config_field_unsupported",
-            f"config.json names the dtype {shown(named)}; choose one of {', '.join(DTYPES)} with --dtype",
+            f"config.json names the dtype {shown(named)}; choose one of {', '.join(STORED)} with --dtype",
         )
-    return DTYPES[named]
+    return STORED[named]
 
 
 def _jobs(source: Source, recipe: Recipe | None, dtype: str, asked: bool, rounding: str) -> Iterator[Job]:

@@ -9,11 +9,13 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+from mlx_qwen35.checkpoint.dtypes import DTYPES, check_dtype
 from mlx_qwen35.checkpoint.folder import is_file
 from mlx_qwen35.checkpoint.names import MTP, VISION
 from mlx_qwen35.checkpoint.shapes import is_matrix
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import read_json
+from mlx_qwen35.options import option
 from mlx_qwen35.quantization import MODES, Quantization
 
 # Ends of the names of weights: the projections back into the residual stream, behind a gate, and the two small
@@ -31,23 +33,6 @@ _GATES_PLAIN = (
 )
 _VISION_BITS = (0, *MODES["affine"]["bits"])
 _VISION_GROUPS = (64, 32)  # the first that divides a matrix's width is taken
-
-
-@dataclass(frozen=True)
-class StorageOptions:
-    """The options of `convert` that say how the folder is stored; their meaning is told there."""
-
-    recipe: str | None = None
-    quantize: bool = False
-    q_bits: int | None = None
-    q_group_size: int | None = None
-    q_mode: str | None = None
-    q_vision_bits: int | None = None
-    dtype: str | None = None
-    rounding: str = "search"
-
-
-NO_OPTIONS = StorageOptions()
 
 
 @dataclass(frozen=True)
@@ -95,6 +80,7 @@ def _mixed(use: str, bulk: Quantization, *reasons: str) -> Recipe:
 
 
 DEFAULT = "4bit"
+ROUNDINGS = ("search", "nearest")
 RECIPES = {
     "bf16": Recipe("as published", None, dtype="bfloat16", reasons=("nothing is lost",)),
     "fp16": Recipe(
@@ -116,6 +102,38 @@ RECIPES = {
         "NVFP4 in bulk: groups of 16 with scales of 8 bits",
     ),
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StorageOptions:
+    """How weights are stored."""
+
+    recipe: str | None = option(
+        help="; ".join(f"{name}: {recipe.use}" for name, recipe in RECIPES.items())
+        + f"; or a file that --save-recipe has written (default: {DEFAULT}, but a source that an MLX program has "
+        "quantized stays as it is)", metavar="NAME",
+    )  # fmt: skip
+    quantize: bool = option(False, help="quantize everything alike, without a recipe", aliases=("q",))
+    q_bits: int | None = option(help="bits per weight (affine: 2, 3, 4, 5, 6 or 8; default: 4)", least=0, metavar="N")
+    q_group_size: int | None = option(
+        help="weights per scale (affine: 32, 64 or 128; default: 64)", least=0, metavar="N"
+    )
+    q_mode: str | None = option(help="quantization mode (default: affine)", choices=tuple(MODES))
+    q_vision_bits: int | None = option(
+        help="bits per weight of the vision encoder, always affine (2, 3, 4, 5, 6 or 8; default: 8; 0: unquantized); a "
+        "matrix whose width is no multiple of 32 stays unquantized", least=0, metavar="N",
+    )  # fmt: skip
+    dtype: str | None = option(
+        help="dtype of what is not quantized (default: the source's)", choices=tuple(DTYPES), check=check_dtype
+    )
+    rounding: str = option("search", help="how quantized groups are rounded (default: search)", choices=ROUNDINGS)
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", check_dtype("--dtype", self.dtype))
+
+
+NO_OPTIONS = StorageOptions()
 
 
 def choose_recipe(options: StorageOptions) -> Recipe | None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.draft_head import settled
+from mlx_qwen35.checkpoint.dtypes import DTYPES, STORED
 from mlx_qwen35.checkpoint.folder import safetensors_files
 from mlx_qwen35.checkpoint.names import MTP
 from mlx_qwen35.checkpoint.shapes import is_matrix
@@ -26,7 +27,7 @@ from mlx_qwen35.fields import read_json
 from mlx_qwen35.quantization import Quantization
 from mlx_qwen35.values import is_whole, shown
 
-FLOATS = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}
+FLOATS = {stored: DTYPES[name] for name, stored in STORED.items()}
 BITS = {
     "F16": np.uint16, "BF16": np.uint16, "F32": np.uint32, "F64": np.uint64, "U32": np.uint32, "U8": np.uint8,
     "F8_E4M3": np.uint8,

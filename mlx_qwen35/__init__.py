@@ -27,7 +27,8 @@ from mlx_qwen35.errors import InputError
 from mlx_qwen35.generate import batch_generate, generate, stream_generate
 from mlx_qwen35.load import load
 from mlx_qwen35.media.image import read_image
-from mlx_qwen35.media.preprocess import Media, VisionOptions
+from mlx_qwen35.media.options import VisionOptions
+from mlx_qwen35.media.preprocess import Media
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.prompt.prompt import Prompt

@@ -45,6 +45,7 @@ CODES = {
     # options
     "option_invalid": "a value is of the wrong type or out of range",
     "option_missing": "something must be given",
+    "option_unknown": "there is no option of this name",
     "option_conflict": "two options exclude each other",
     "option_no_effect": "an option would have no effect",
     "option_removed": "an option of an earlier version; the message says where it went",

@@ -1,34 +1,54 @@
 """A checkpoint's folder or id -> the model and its processor."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_qwen35.backend import backend
 from mlx_qwen35.budget.plan import check_model_fits, check_vision_encoder_fits, loaded_bytes
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.checkpoint.dtypes import COMPUTED, DTYPES, check_dtype
+from mlx_qwen35.checkpoint.hub import CHOICES, resolve
 from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION
 from mlx_qwen35.checkpoint.shapes import mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.products import warn_shortened_products
 from mlx_qwen35.machine.chip import this_chip
-from mlx_qwen35.machine.memory import limit_memory, set_limits
+from mlx_qwen35.machine.memory import MOST_GIGABYTES, limit_memory, set_limits
 from mlx_qwen35.machine.process import check_folder, refuse_fork
 from mlx_qwen35.model.enabled import enabled_kernels, warn_unfit_layers
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.model.mtp import DraftHead, MultiTokenPrediction
 from mlx_qwen35.model.vision import LazyVisionEncoder, VisionEncoder
 from mlx_qwen35.model.weights import Progress, read_weights
+from mlx_qwen35.options import check_fields, option, spelled
 from mlx_qwen35.prompt.processor import Processor
-from mlx_qwen35.values import choice, flag, shown, text
+from mlx_qwen35.values import shown
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-_STORED = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Which model, and how it is held."""
+
+    model: str | Path | None = option(help=CHOICES, metavar="MODEL")
+    revision: str | None = option(help="branch, tag or commit of a Hugging Face id", metavar="NAME")
+    dtype: str | mx.Dtype | None = option(
+        help="dtype of activations and unquantized weights (default: the checkpoint's on a GPU, but float16 for "
+        "bfloat16 on M1 and M2; float32 on a CPU)", choices=tuple(DTYPES), check=check_dtype,
+    )  # fmt: skip
+    memory_limit: float | None = option(
+        help="memory that models may take, in GB (10^9 bytes; default: by this machine); a model that does not fit is "
+        "refused before it is downloaded or read", least=0, above=True, most=MOST_GIGABYTES, metavar="GB",
+    )  # fmt: skip
+    keep_vision: bool = option(
+        False, help="keep the vision encoder in memory after the first image; otherwise each prompt releases it"
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def load(
@@ -60,26 +80,26 @@ def load(
     """
     refuse_fork()
     check_folder()
-    keep_vision = flag("keep_vision", keep_vision)
     if not callable(progress):
         raise InputError("option_invalid", f"progress must be a function of two counts, got {shown(progress)}")
-    if revision is not None:
-        text("revision", revision)
-    limit_memory(memory_limit)
+    given = LoadOptions(model, revision, dtype, memory_limit, keep_vision)
+    limit_memory(given.memory_limit)
 
     def checked(folder: Path) -> Checkpoint:
         checkpoint = open_checkpoint(folder)
-        if keep_vision and not has_vision(checkpoint):
-            raise InputError("vision_missing", f"keep_vision must not be given: {model} has no vision encoder to keep")
-        check_model_fits(checkpoint, choose_dtype(checkpoint, dtype), str(model))
+        if given.keep_vision and not has_vision(checkpoint):
+            raise InputError(
+                "vision_missing", f"{spelled('keep_vision')} must not be given: {model} has no vision encoder to keep"
+            )
+        check_model_fits(checkpoint, choose_dtype(checkpoint, given.dtype), str(model))
         return checkpoint
 
     folder = resolve(model, revision, checked)
     checkpoint = checked(folder)
     processor = Processor.from_folder(folder, checkpoint.config, has_vision(checkpoint))
-    loaded = load_model(checkpoint, choose_dtype(checkpoint, dtype), str(model), progress)
+    loaded = load_model(checkpoint, choose_dtype(checkpoint, given.dtype), str(model), progress)
     if loaded.vision:
-        loaded.vision.keep = keep_vision
+        loaded.vision.keep = given.keep_vision
     return loaded, processor
 
 
@@ -90,16 +110,8 @@ def has_vision(checkpoint: Checkpoint) -> bool:
 def choose_dtype(checkpoint: Checkpoint, dtype: str | mx.Dtype | None) -> mx.Dtype:
     """The dtype of this name, or the default for this checkpoint on this machine."""
     if dtype is not None:
-        return DTYPES[choice("dtype", _dtype_name(dtype), DTYPES)]
+        return DTYPES[check_dtype(spelled("dtype"), dtype)]
     return default_dtype(stored_dtype(checkpoint))
-
-
-def _dtype_name(dtype: Any) -> Any:
-    """The name of a dtype of MLX or numpy; any other value unchanged."""
-    if isinstance(dtype, mx.Dtype):
-        return str(dtype).removeprefix("mlx.core.")
-    of_numpy = isinstance(dtype, np.dtype) or (isinstance(dtype, type) and issubclass(dtype, np.generic))
-    return np.dtype(dtype).name if of_numpy else dtype
 
 
 def stored_dtype(checkpoint: Checkpoint) -> mx.Dtype:
@@ -108,7 +120,7 @@ def stored_dtype(checkpoint: Checkpoint) -> mx.Dtype:
     if stored == "U32":  # quantized; scales that are bytes have no such dtype, and the norm's is taken
         stored = checkpoint.entries[f"{TEXT}embed_tokens.scales"].dtype
         stored = checkpoint.entries[f"{TEXT}norm.weight"].dtype if stored == "U8" else stored
-    return DTYPES[_STORED[stored]]
+    return COMPUTED[stored]
 
 
 def default_dtype(stored: mx.Dtype) -> mx.Dtype:

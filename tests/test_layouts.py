@@ -24,7 +24,7 @@ from mlx_qwen35.checkpoint.names import is_zero_centred
 from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.checkpoint.shapes import is_matrix
 from mlx_qwen35.load import load, load_vision_encoder
-from mlx_qwen35.media.preprocess import VisionOptions
+from mlx_qwen35.media.options import VisionOptions
 from mlx_qwen35.quantization import MODES, Quantization
 
 # One program and the same numbers: only products of differently laid out arrays may round differently.

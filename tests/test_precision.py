@@ -11,9 +11,10 @@ from refusing import refused
 
 from mlx_qwen35.backend import CUDA, METAL, assume
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.dtypes import DTYPES
 from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.kernels.gated_delta import gates
-from mlx_qwen35.load import DTYPES, choose_dtype, load_model
+from mlx_qwen35.load import choose_dtype, load_model
 from mlx_qwen35.model.layers import RMSNorm
 
 loading = import_module("mlx_qwen35.load")  # `mlx_qwen35.load` is the function

@@ -15,12 +15,16 @@ from mlx_qwen35.backend import backend
 from mlx_qwen35.bench.measure import OURS, PEERS, Settings, measure, started, summarize
 from mlx_qwen35.bench.report import describe_machine, draw, format_table, write_json
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.dtypes import DTYPES, dtype_name
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.random import GEOMETRIES, geometry, write_random_checkpoint
-from mlx_qwen35.commands.common import Parser, add_version, as_command
+from mlx_qwen35.commands.options import add_options
+from mlx_qwen35.commands.parser import Parser
 from mlx_qwen35.commands.progress import Step
+from mlx_qwen35.commands.run import as_command
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.load import DTYPES, choose_dtype
+from mlx_qwen35.load import LoadOptions, choose_dtype
+from mlx_qwen35.options import options_of
 
 _COUNT = "launches are counted by python -m tests.dispatches.count, in a clone of the repository"
 _IMAGES = "the memory of images and videos is measured by examples/image_memory.py, in a clone of the repository"
@@ -63,27 +67,38 @@ def _peers(text: str) -> tuple[str, ...]:
     return names
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="mlx_qwen35.bench",
+        usage="%(prog)s (--model MODEL | --geometry SIZE) [options]",
         description="Measure prefill and decode speed on this machine, beside other programs on the same weights. Each "
         "program runs in a process of its own, all in turn. Ends with status 1 if one of them could not run.",
     )
-    add_version(parser)
+    loaded = options_of(LoadOptions)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", help="local folder, Hugging Face id, or nano")
+    add_options(source, [loaded["model"]])
     source.add_argument("--geometry", choices=GEOMETRIES, help="random weights of this size, removed afterwards")
-    parser.add_argument("--revision", help="branch, tag or commit of the Hugging Face id")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: float32 on the CPU, else the checkpoint's")
-    parser.add_argument("--prompt-lengths", type=_lengths, default=(128, 1024), help="default 128,1024")
-    parser.add_argument("--decode-tokens", type=_positive, default=32, help="tokens timed after the first; default 32")
-    parser.add_argument("--repeats", type=_positive, default=5, help="rounds, each program once in each; default 5")
+    add_options(parser, [loaded["revision"], loaded["dtype"]])
     parser.add_argument(
-        "--prefill-step-size", type=_positive, default=1024, help="prompt tokens of a chunk; default 1024"
+        "--prompt-lengths",
+        type=_lengths,
+        default=(128, 1024),
+        metavar="N,N",
+        help="tokens of each prompt (default: 128,1024)",
     )
-    parser.add_argument("--compare", type=_peers, default=(), help=f"some of {','.join(PEERS)}")
-    parser.add_argument("--json", type=Path, help="file for everything that was measured")
-    parser.add_argument("--plot", type=Path, help="PNG file for the speeds over the prompt lengths; needs matplotlib")
+    for option, default, meaning in (
+        ("--decode-tokens", 32, "tokens timed after the first"),
+        ("--repeats", 5, "rounds; each program runs once in each"),
+        ("--prefill-step-size", 1024, "prompt tokens of a prefill chunk"),
+    ):
+        parser.add_argument(
+            option, type=_positive, default=default, metavar="N", help=f"{meaning} (default: {default})"
+        )
+    parser.add_argument("--compare", type=_peers, default=(), metavar="NAMES", help=f"some of {','.join(PEERS)}")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement to this file")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="PNG file for the speeds over the prompt lengths; needs matplotlib"
+    )
     for option in REMOVED:
         parser.add_argument(option, action=_Removed)
     return parser
@@ -128,7 +143,7 @@ def bench(options: argparse.Namespace) -> dict[str, str]:
 
 def _speed(options: argparse.Namespace, folder: Path, model: str, step: Step) -> dict[str, str]:
     failures: dict[str, str] = {}
-    dtype = str(choose_dtype(open_checkpoint(folder), options.dtype)).removeprefix("mlx.core.")
+    dtype = dtype_name(choose_dtype(open_checkpoint(folder), options.dtype))
     settings = Settings(
         options.prompt_lengths, options.decode_tokens, options.repeats, options.prefill_step_size, dtype
     )
@@ -154,7 +169,7 @@ def _speed(options: argparse.Namespace, folder: Path, model: str, step: Step) ->
 
 def main(arguments: Sequence[str] | None = None) -> None:
     with as_command("mlx_qwen35.bench", tuned=False):
-        failures = bench(_parser().parse_args(arguments))
+        failures = bench(_parser().parse(arguments))
         if failures:
             sys.exit("\n".join(f"error: {name} could not run: {reason}" for name, reason in failures.items()))
 

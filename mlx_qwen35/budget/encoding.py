@@ -9,6 +9,7 @@ from mlx_qwen35.checkpoint.config import VisionConfig
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.attention import attention_impl, score_bytes
 from mlx_qwen35.machine.memory import usable_bytes
+from mlx_qwen35.options import spelled
 
 SLICE = 1024  # patches that are encoded at a time: frames of a video, or a part of a larger image
 
@@ -33,7 +34,7 @@ def check_encoding_fits(media: Encodable, config: VisionConfig, dtype: mx.Dtype)
             "memory_exceeded",
             f"to be encoded, this {media.kind} ({media}) needs {needed / 1e9:.1f} GB; a model may take "
             f"{limit / 1e9:.1f} GB, of which {used / 1e9:.1f} GB are in use. Lower "
-            + {"image": "max_pixels", "video": "video_total_pixels"}[media.kind],
+            + spelled({"image": "max_pixels", "video": "video_total_pixels"}[media.kind]),
         )
 
 

@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.options import spelled
 
 LARGEST = 65504.0
 # Rounding to float16 is at most 2**-25 off below its normal range, rounding to bfloat16 at most 2**-9 of the value.
@@ -55,7 +56,7 @@ def tell(found: Mapping[str, str]) -> None:
     """Warn of the tensors that stay in float32."""
     warnings.warn(
         f"{len(found)} tensor{'s'[: len(found) > 1]} kept in float32, for float16 cannot hold them: {listed(found)}. "
-        "With --dtype bfloat16 nothing is kept apart",
+        f"With {spelled('dtype', 'bfloat16')} nothing is kept apart",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.options import spelled
 from mlx_qwen35.values import shown
 
 NANO = "nano"
@@ -60,7 +61,7 @@ def _local(name: str | Path, revision: str | None) -> Path | None:
     folder = _look(name)
     if revision is not None and (str(name) == NANO or folder.exists()):
         raise InputError(
-            "option_no_effect", f"a revision is for Hugging Face ids; {name} is local. Leave --revision out"
+            "option_no_effect", f"{spelled('revision')} is for Hugging Face ids; {name} is local. Leave it out"
         )
     if str(name) == NANO:
         if Path(NANO, "config.json").is_file():

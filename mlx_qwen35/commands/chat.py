@@ -5,54 +5,48 @@ import shlex
 import sys
 from typing import Any
 
-from mlx_qwen35.commands.common import (
-    Parser,
-    add_generation_options,
-    add_model_options,
-    add_sampling_options,
-    add_version,
-    add_vision_options,
-    as_command,
-    given_options,
-    load_model,
-    print_media,
-    print_pieces,
-    require_model,
-    tell_cut,
-)
+from mlx_qwen35.commands.options import add_answer_options, add_model_options, given_options
+from mlx_qwen35.commands.output import print_media, print_pieces, tell_cut
+from mlx_qwen35.commands.parser import Parser
 from mlx_qwen35.commands.progress import Step
+from mlx_qwen35.commands.run import as_command, load_model, require_model
 from mlx_qwen35.commands.streams import MARK, standard_input
 from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.engine.generation import Result
+from mlx_qwen35.engine.options import PromptOptions
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.options import options_of
 
 COMMAND = "mlx_qwen35.chat"
 HELP = """\
-/image F show the image F (a file or URL) with the next message; again for more
-/video F show the clip F (a file, URL or folder of pictures)
-/drop    show none of them after all
+/image F add the image F (a file or URL) to the next message; again for more
+/video F add the video F (a file, URL or folder of images)
+/drop    remove what was added
 /reset   forget the conversation
 /exit    leave (so does Ctrl-D)
 /help    this list
 Ctrl-C   stop the answer; what was written stays in the conversation"""
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = Parser(prog=COMMAND, description="Talk to a model. In the session:\n" + HELP)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add_version(parser)
+def parser() -> Parser:
+    parser = Parser(
+        prog=COMMAND,
+        usage="%(prog)s --model MODEL [options]",
+        description="Talk to a model. In the session:\n" + HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    prompt = options_of(PromptOptions)
     add_model_options(parser)
-    add_generation_options(parser)
-    add_sampling_options(parser)
-    add_vision_options(parser)
+    group = parser.add_argument_group("prompt")
+    add_answer_options(parser, group, [prompt["system_prompt"], prompt["enable_thinking"]])
     return parser
 
 
 def answer(conversation: Conversation, content: str | list[dict[str, Any]]) -> bool:
     """Send a message and print the answer; False where it was interrupted before the message was taken."""
     try:
-        with Step("reading", "tokens") as reading:
-            print_pieces(conversation.send(content, reading), reading)
+        with Step("prefill", "tokens") as prefill:
+            print_pieces(conversation.send(content, prefill), prefill)
     except KeyboardInterrupt:
         print()
     if conversation.result is None:
@@ -60,7 +54,7 @@ def answer(conversation: Conversation, content: str | list[dict[str, Any]]) -> b
     result = conversation.result
     new = conversation.total - conversation.reused
     print(
-        f"[prompt {conversation.total} tokens, {conversation.reused} reused, {new} read in "
+        f"[prompt {conversation.total} tokens, {conversation.reused} reused, {new} prefilled in "
         f"{conversation.prefill_seconds:.2f} s; {result.generation_tokens} tokens at {result.generation_tps:.1f} per "
         f"second, {result.finish_reason}; {_drafts(result)}{result.peak_memory:.3f} GB]",
         file=sys.stderr,
@@ -74,8 +68,10 @@ def _drafts(result: Result) -> str:
     return f"{drafts.accepted} of {drafts.drafted} drafts accepted; " if drafts.drafted else ""
 
 
-def look(conversation: Conversation, command: str, name: str, shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Read an image or a clip now, so that it is refused now if it must be; what goes with the next message."""
+def read_media(
+    conversation: Conversation, command: str, name: str, shown: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Read an image or a video, which is refused now if it must be, and return the media of the next message."""
     kind = command.removeprefix("/")
     if not name:
         raise InputError("option_missing", f"{command} must name a file or URL")
@@ -122,7 +118,7 @@ def _obey(conversation: Conversation, line: str, shown: list[dict[str, Any]]) ->
     """Do what a line says, and return what goes with the next message."""
     command, *rest = line.split(None, 1) or [""]
     if command in ("/image", "/video"):
-        return look(conversation, command, "".join(rest), shown)
+        return read_media(conversation, command, "".join(rest), shown)
     if line in ("/reset", "/drop"):
         if line == "/reset":
             conversation.reset()
@@ -139,7 +135,7 @@ def _obey(conversation: Conversation, line: str, shown: list[dict[str, Any]]) ->
 
 def main() -> None:
     with as_command(COMMAND):
-        args = parser().parse_args()
+        args = parser().parse()
         name, options = require_model(args), given_options(args)
         at_terminal = standard_input().isatty()
         model, processor = load_model(args)

@@ -8,60 +8,70 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_qwen35.commands.common import (
-    Parser,
-    add_generation_options,
-    add_model_options,
-    add_sampling_options,
-    add_version,
-    add_vision_options,
-    as_command,
-    check_there,
-    given_options,
-    load_model,
-    print_media,
-    print_pieces,
-    require_model,
-    tell_cut,
-)
 from mlx_qwen35.commands.interrupt import INTERRUPTED
+from mlx_qwen35.commands.options import add_answer_options, add_model_options, add_options, given_options
+from mlx_qwen35.commands.output import print_media, print_pieces, tell_cut
+from mlx_qwen35.commands.parser import Parser
 from mlx_qwen35.commands.progress import Step
+from mlx_qwen35.commands.run import as_command, load_model, require_model
 from mlx_qwen35.commands.streams import read_file, read_input, standard_input
+from mlx_qwen35.engine.encode import one_message
 from mlx_qwen35.engine.generation import Generation, Result, start
-from mlx_qwen35.engine.options import one_message
+from mlx_qwen35.engine.options import PromptOptions
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.media.fetch import is_remote
 from mlx_qwen35.media.preprocess import Media
+from mlx_qwen35.options import note_spelling, option, options_of
 from mlx_qwen35.prompt.processor import Messages
 
 COMMAND = "mlx_qwen35.generate"
 
 
-def parser() -> argparse.ArgumentParser:
+@dataclasses.dataclass(frozen=True)
+class CommandOptions:
+    """What generate on the command line takes beside the options of the Python function."""
+
+    prompt: str | None = option(
+        help="the message; - reads standard input, as a pipe does without this option", aliases=("p",), metavar="TEXT"
+    )
+    prompt_file: Path | None = option(help="a text file that holds the message", metavar="FILE")
+    json: bool = option(False, help="print one JSON object instead of text and statistics")
+
+
+class _MediaAction(argparse.Action):
+    """Collects images and videos in one list, in the order given."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        assert option_string is not None
+        kind = option_string.removeprefix("--")
+        note_spelling(f"{kind}s", option_string)
+        namespace.media = [*namespace.media, *((kind, name) for name in values)]
+
+
+def parser() -> Parser:
     parser = Parser(
         prog=COMMAND,
+        usage="%(prog)s --model MODEL --prompt TEXT [options]",
         description="Answer one prompt. The text goes to standard output, statistics and progress to standard error.",
+        stray="a prompt follows --prompt",
     )
-    add_version(parser)
+    own, prompt = options_of(CommandOptions), options_of(PromptOptions)
     add_model_options(parser)
     group = parser.add_argument_group("prompt")
-    source = group.add_mutually_exclusive_group()
-    source.add_argument("--prompt", "-p", help="the message; - reads standard input, as does giving none with a pipe")
-    source.add_argument("--prompt-file", type=Path, help="a text file that holds the message")
-    for kind, source in (("image", "a file, URL or data: URI"), ("video", "a file, URL, or a folder of pictures")):
+    add_options(group.add_mutually_exclusive_group(), [own["prompt"], own["prompt_file"]])
+    for name in ("images", "videos"):
         group.add_argument(
-            f"--{kind}",
-            dest="media",
-            action="append",
-            default=[],
-            type=lambda name, kind=kind: (kind, name),
-            metavar="FILE",
-            help=f"{source}, put before the message; images and videos may repeat and mix and keep their order",
-        )
-    group.add_argument("--ignore-chat-template", action="store_true", help="complete the raw text instead of chatting")
-    add_generation_options(parser)
-    add_sampling_options(parser)
-    add_vision_options(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text and statistics")
+            *prompt[name].flags, dest="media", action=_MediaAction, nargs="+", default=[], metavar="FILE",
+            help=prompt[name].help,
+        )  # fmt: skip
+    add_answer_options(parser, group, [option for option in prompt.values() if option.name not in ("images", "videos")])
+    add_options(parser.add_argument_group("output"), [own["json"]])
     return parser
 
 
@@ -77,8 +87,24 @@ def read_prompt(args: argparse.Namespace) -> str:
     return read_input()
 
 
+def check_there(media: Sequence[tuple[str, str]]) -> None:
+    """Refuse files that are not there, given as pairs of kind and name, before the model is loaded."""
+    for kind, name in media:
+        if is_remote(name):
+            continue
+        try:
+            there = bool(name) and Path(name).expanduser().exists()
+        except (OSError, RuntimeError) as error:  # too long, in a closed folder, a home that is none
+            raise InputError("media_unreadable", f"--{kind} must name a file that can be read: {error}") from error
+        if not there:
+            raise InputError(
+                "media_not_found",
+                f"--{kind} must name files or http(s) URLs; there is no file {name!r}. A prompt follows --prompt",
+            )
+
+
 def with_media(prompt: str, media: Sequence[tuple[str, str]], options: dict[str, Any]) -> str | Messages:
-    """The prompt, as a message with its images and clips where there are some; takes what it uses out of options."""
+    """The prompt, as messages where it has images or videos; takes what it uses out of options."""
     if options.get("ignore_chat_template"):
         for kind, source in media:
             options.setdefault(f"{kind}s", []).append(source)
@@ -104,21 +130,20 @@ def print_statistics(result: Result, media: Sequence[Media]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     require_model(args)
-    prompt = read_prompt(args)
-    options = given_options(args) | {"ignore_chat_template": args.ignore_chat_template or None}
+    text, options = read_prompt(args), given_options(args)
     check_there(args.media)
-    prompt = with_media(prompt, args.media, options)
+    prompt = with_media(text, args.media, options)
     model, processor = load_model(args)
     status = 0
-    with Step("reading the prompt", "tokens") as reading:
-        generation = start(model, processor, [prompt], progress=reading, **options)
+    with Step("prefill", "tokens") as prefill:
+        generation = start(model, processor, [prompt], progress=prefill, **options)
         media = [placed.media for placed in generation.prompts[0].media]
         print_media(media)
         try:
             if args.json:
-                wait_for(generation, reading)
+                wait_for(generation, prefill)
             else:
-                print_pieces((piece for _, piece in generation), reading)
+                print_pieces((piece for _, piece in generation), prefill)
         except KeyboardInterrupt:
             print(file=sys.stderr)
             status = INTERRUPTED
@@ -141,7 +166,7 @@ def wait_for(generation: Generation, step: Step) -> None:
 
 def main() -> None:
     with as_command(COMMAND):
-        sys.exit(run(parser().parse_args()))
+        sys.exit(run(parser().parse()))
 
 
 if __name__ == "__main__":

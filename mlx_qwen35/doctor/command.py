@@ -10,16 +10,19 @@ import mlx.core as mx
 
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.config import parse_config
+from mlx_qwen35.checkpoint.dtypes import DTYPES
 from mlx_qwen35.checkpoint.hub import look, resolve
 from mlx_qwen35.checkpoint.random import geometry
-from mlx_qwen35.commands.common import Parser, add_model_options, add_version, as_command, load_model
+from mlx_qwen35.commands.options import add_model_options
+from mlx_qwen35.commands.parser import Parser
 from mlx_qwen35.commands.progress import Step
+from mlx_qwen35.commands.run import as_command, load_model
 from mlx_qwen35.commands.streams import read_file, write_file
 from mlx_qwen35.doctor import check, facts, probe
 from mlx_qwen35.doctor.facts import Facts
 from mlx_qwen35.doctor.plan import format_plans, plans
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.load import DTYPES, default_dtype, stored_dtype
+from mlx_qwen35.load import default_dtype, stored_dtype
 from mlx_qwen35.machine.memory import limit_memory
 from mlx_qwen35.model.enabled import enabled_kernels
 
@@ -27,19 +30,19 @@ COMMAND = "mlx_qwen35.doctor"
 CONTEXT = 8192  # tokens that --plan plans for where nothing is said
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     parser = Parser(
         prog=COMMAND,
-        description="Show this machine, the kernels that run on it, the dtype and chunk lengths chosen, and its speed: "
-        "text to paste into an issue. Without --model the figures are of layers with the 4B's sizes and random weights "
-        "in 4 bit.",
+        usage="%(prog)s [--model MODEL | --plan MODEL] [options]",
+        description="Print the machine, the kernels that run on it, the dtype and chunk lengths that are chosen, and "
+        "the speed: text to paste into an issue. Without --model, layers of the 4B with random weights in 4 bit are "
+        "measured.",
     )
-    add_version(parser)
     add_model_options(parser)
     parser.add_argument(
-        "--plan", metavar="MODEL", help="only show the memory that this model would take, here and on Macs"
+        "--plan", metavar="MODEL", help="print the memory plan of this model, here and on Macs, and load nothing"
     )
-    parser.add_argument("--context", type=int, help=f"tokens that --plan plans for (default {CONTEXT})")
+    parser.add_argument("--context", type=int, metavar="N", help=f"tokens for --plan (default: {CONTEXT})")
     parser.add_argument(
         "--mtp",
         type=int,
@@ -48,12 +51,12 @@ def parser() -> argparse.ArgumentParser:
         default=0,
         choices=range(1, 4),
         metavar="DEPTH",
-        help="plan with the draft head, and drafts of 1 to 3 tokens at a time (default 1)",
+        help="with --plan: count the draft head, and 1 to 3 drafted tokens for a step (default: 1)",
     )
     parser.add_argument("--probe", action="store_true", help="show the largest activation of each layer of --model")
     parser.add_argument("--text", type=Path, metavar="FILE", help="a text for --probe (default: a short one)")
-    parser.add_argument("--no-check", action="store_true", help="leave out the half minute that measures speed")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to this file too")
+    parser.add_argument("--no-check", action="store_true", help="do not measure speed, which takes half a minute")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to this file too")
     return parser
 
 
@@ -143,7 +146,7 @@ def show(report: Mapping[str, Facts]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     given = dict(os.environ)
     with as_command(COMMAND):
-        args = parser().parse_args(arguments)
+        args = parser().parse(arguments)
         if args.plan:
             show_plan(args)
             return

@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx_qwen35.backend import TF32, backend, device_name, system_memory
 from mlx_qwen35.budget.chunk import suitable_chunk
 from mlx_qwen35.checkpoint.config import TextConfig
+from mlx_qwen35.checkpoint.dtypes import dtype_name
 from mlx_qwen35.doctor.check import Speed
 from mlx_qwen35.kernels.attention import attention_impl
 from mlx_qwen35.kernels.products import shortened
@@ -58,7 +59,7 @@ def _setting(name: str, given: Mapping[str, str], where: str = "") -> str:
 
 def dtype(chosen: mx.Dtype, stored: mx.Dtype, asked: str | None) -> str:
     """The dtype of activations and unquantized weights, and why."""
-    name = str(chosen).removeprefix("mlx.core.")
+    name = dtype_name(chosen)
     if asked:
         return f"{name}, as asked for"
     if backend().slow_half:

@@ -6,10 +6,11 @@ import mlx.core as mx
 
 from mlx_qwen35.budget.plan import MemoryPlan, mac, plan_memory, this_machine
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
+from mlx_qwen35.checkpoint.dtypes import DTYPES, dtype_name
 from mlx_qwen35.checkpoint.names import VISION
 from mlx_qwen35.commands.table import align
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.load import DTYPES, choose_dtype, stored_dtype
+from mlx_qwen35.load import choose_dtype, stored_dtype
 
 MACS = (8, 16, 32)  # GB
 PIXELS = 1 << 20  # of the image that is planned for
@@ -38,7 +39,7 @@ def format_plans(name: str, found: Sequence[MemoryPlan]) -> str:
     rows = [
         ("GB (10^9 bytes)", *(plan.machine.name for plan in found)),
         ("a model may take", *(_gb(plan.machine.limit) for plan in found)),
-        ("dtype", *(str(plan.machine.dtype).removeprefix("mlx.core.") for plan in found)),
+        ("dtype", *(dtype_name(plan.machine.dtype) for plan in found)),
         ("tokens prefilled at a time", *(str(plan.chunk) for plan in found)),
     ]
     rows += [(label, *(_gb(getattr(plan, part)) for plan in found)) for label, part in _PARTS]

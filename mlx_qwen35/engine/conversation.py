@@ -3,18 +3,19 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 from mlx_qwen35.cache.cache import Snapshot
-from mlx_qwen35.engine.checks import check_options
 from mlx_qwen35.engine.drafts.speculate import attach
 from mlx_qwen35.engine.generation import Generation, Result, encode_media
-from mlx_qwen35.engine.options import Options, plan, reading_step, thinking_switch, vision_options
+from mlx_qwen35.engine.options import Options, check_options, thinking_switch, vision_options
+from mlx_qwen35.engine.plan import plan, reading_step
 from mlx_qwen35.engine.prefill import prefill
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.machine.process import refuse_fork
-from mlx_qwen35.media.preprocess import VISION_OPTIONS
+from mlx_qwen35.media.options import VISION_OPTIONS
 from mlx_qwen35.model.model import Model
+from mlx_qwen35.options import listed, spelled
 from mlx_qwen35.prompt.messages import Plain, check_template_options
 from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.prompt.prompt import Prompt
@@ -46,13 +47,13 @@ class Conversation:
         given.pop("enable_thinking", None)
         check_template_options(self._template, Plain())
         self._system = given.pop("system_prompt", None)
-        idle = sorted(name for name in VISION_OPTIONS if given.get(name))
+        idle = [name for name in VISION_OPTIONS if given.get(name)]
         if idle and not processor.sees:
             raise InputError(
-                "vision_missing", f"{', '.join(idle)} must not be given: this checkpoint has no vision encoder"
+                "vision_missing", f"{listed(idle)} must not be given: this checkpoint has no vision encoder"
             )
         self.vision = vision_options(given)  # for the images and videos of coming messages
-        self._options = {name: value for name, value in given.items() if name not in VISION_OPTIONS}
+        self._options = cast(Options, {name: value for name, value in given.items() if name not in VISION_OPTIONS})
         plan(self._options, model, processor.greedy, [Prompt((0,), thinking=False)], [0])  # refuses a bad option
         self.reset()
 
@@ -94,7 +95,7 @@ class Conversation:
             raise InputError(
                 "context_length_exceeded",
                 f"the conversation has {len(prompt.tokens)} tokens, which fills its context; start a new one, or "
-                "show less of an image with a lower max_pixels",
+                f"show less of an image with a lower {spelled('max_pixels')}",
             )
         self.reused, self.total = len(self._cached.tokens), len(prompt.tokens)
         done = 0

@@ -8,10 +8,11 @@ from typing import Unpack
 import mlx.core as mx
 
 from mlx_qwen35.cache.cache import Cache, Snapshot
-from mlx_qwen35.engine.checks import check_options
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy, DraftStatistics, Speculation, attach
+from mlx_qwen35.engine.encode import encode, refuse_idle_vision
 from mlx_qwen35.engine.loop import decode
-from mlx_qwen35.engine.options import Options, Plan, encode, plan, refuse_idle_vision
+from mlx_qwen35.engine.options import Options, check_options
+from mlx_qwen35.engine.plan import GenerationPlan, plan
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.engine.sampler import Sampler
 from mlx_qwen35.errors import InputError
@@ -75,7 +76,7 @@ class Generation:
                 "cache_batch_mismatch",
                 f"the cache is for {self.cache.batch} rows, there are {len(self.prompts)} prompts",
             )
-        self.plan: Plan = plan(options, model, processor.greedy, self.prompts, self.cache.row_lengths, drafts)
+        self.plan: GenerationPlan = plan(options, model, processor.greedy, self.prompts, self.cache.row_lengths, drafts)
         self._drafts = self.plan.drafts
         for token in self.plan.samplings[0].logit_bias:
             if token >= processor.vocabulary:

@@ -11,11 +11,13 @@ import numpy as np
 
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.cache.layer import CachePosition
+from mlx_qwen35.checkpoint.dtypes import dtype_name
 from mlx_qwen35.engine.drafts.speculate import Speculation
 from mlx_qwen35.engine.sampler import Sampler
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.gated_delta import DeltaState
 from mlx_qwen35.model.model import Model
+from mlx_qwen35.options import spelled
 
 CLEAR_EVERY = 256  # steps between returning MLX's unused buffers to the system
 
@@ -237,10 +239,9 @@ def _raise_not_finite(cache: Cache, row: int, model: Model) -> None:
     """Name the first layer whose cache, which is computed from the layer's input, is not finite in this row."""
     layer = cache.first_not_finite(row)
     origin = "the last layer or the LM head made them so" if layer is None else f"they begin in or before layer {layer}"
-    dtype = str(model.dtype).removeprefix("mlx.core.")
     raise InputError(
         "logits_not_finite",
-        f"logits must be finite, and are not; {origin}. Activations left the range of {dtype}, or the checkpoint is "
-        "damaged. Try --dtype bfloat16, then float32, or convert it again. mlx_qwen35.doctor --model MODEL --probe "
-        "shows the largest activation of each layer",
+        f"logits must be finite, and are not; {origin}. Activations left the range of {dtype_name(model.dtype)}, or "
+        f"the checkpoint is damaged. Try {spelled('dtype', 'bfloat16')}, then float32, or convert it again. "
+        "mlx_qwen35.doctor --model MODEL --probe shows the largest activation of each layer",
     )

@@ -6,9 +6,8 @@ from typing import Unpack
 import mlx.core as mx
 import numpy as np
 
-from mlx_qwen35.engine.checks import check_options
 from mlx_qwen35.engine.generation import Result, start
-from mlx_qwen35.engine.options import Options
+from mlx_qwen35.engine.options import Options, check_options
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.prompt.processor import Messages, Processor
@@ -17,9 +16,11 @@ from mlx_qwen35.values import shown
 
 
 def _one(prompt: str | Sequence[int] | None, messages: Messages | None) -> str | Sequence[int] | Messages:
-    if (prompt is None) == (messages is None):
+    if prompt is None and messages is not None:
+        return messages
+    if prompt is None or messages is not None:
         raise TypeError("give either prompt or messages")
-    return messages if prompt is None else prompt
+    return prompt
 
 
 def generate(
@@ -35,7 +36,7 @@ def generate(
     Args:
         model, processor: from `load`.
         prompt: one user message, put through the chat template; with ignore_chat_template=True raw text; or token ids.
-        messages: instead of prompt, a conversation: [{"role": "user", "content": "..."}, ...]; with images and clips
+        messages: instead of prompt, a conversation: [{"role": "user", "content": "..."}, ...]; with images and videos
             see Processor.encode_messages.
         options: see `Options`.
 

@@ -4,17 +4,15 @@ import mlx.core as mx
 
 from mlx_qwen35.backend import backend
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.values import number
+from mlx_qwen35.options import spelled
 
 _limit: int | None = None  # set by hand
-_MOST_GIGABYTES = 1e9  # what MLX is told must fit into 64 bits
+MOST_GIGABYTES = 1e9  # what MLX is told must fit into 64 bits
 
 
 def limit_memory(gigabytes: float | None) -> None:
     """Let a model take so many GB (10^9 bytes), whatever the machine has; None: as much as suits the machine."""
     global _limit
-    if gigabytes is not None:
-        gigabytes = number("memory_limit", gigabytes, "a number of GB above 0", 0.0, _MOST_GIGABYTES, above=True)
     _limit = None if gigabytes is None else int(gigabytes * 1e9)
 
 
@@ -60,7 +58,7 @@ def check_decoding_fits(name: str, width: int, height: int, needed: int) -> None
             "media_too_large",
             f"of its kind, an image or a frame may have at most {most:,} pixels here, as much as memory has room for; "
             f"{name} has {width} x {height}, which take {needed / 1e9:.1f} GB to decode. Make it smaller, or raise "
-            "memory_limit",
+            + spelled("memory_limit"),
         )
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.options import spelled
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # an IPv4 address is its last 32 bits
 _UNICAST = ipaddress.ip_network("2000::/3")  # the part of IPv6 that is assigned
@@ -114,7 +115,7 @@ class Connections:
                 raise InputError(
                     "url_refused",
                     f"an address must lead into the public internet; {name} leads to {address} ({kind}). If that is "
-                    "meant, allow it: --allow-private-urls, in Python allow_private_urls=True",
+                    f"meant, allow it: {spelled('allow_private_urls', True)}",
                 )
         return found
 

@@ -6,8 +6,8 @@ bytes until a slice of them is encoded: float32 patches would take eight times a
 
 import hashlib
 import math
-from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,66 +15,13 @@ import numpy as np
 from mlx_qwen35.checkpoint.config import VisionConfig
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.machine.memory import machine_pixels
-from mlx_qwen35.media.frames import FrameSampling, frame_rate
-from mlx_qwen35.media.image import MAX_PIXELS, read_resized
+from mlx_qwen35.media.frames import FrameSampling
+from mlx_qwen35.media.image import read_resized
+from mlx_qwen35.media.options import VisionOptions
 from mlx_qwen35.media.video import read_video
-from mlx_qwen35.values import flag, whole
+from mlx_qwen35.options import spelled
 
 MAX_RATIO = 200  # of the longer side to the shorter
-
-
-_CHECKS = {
-    **dict.fromkeys(("min_pixels", "max_pixels", "video_total_pixels"), partial(whole, least=1, most=10**12)),
-    "video_num_frames": partial(whole, least=1, most=10**7),
-    **dict.fromkeys(("fps", "source_fps"), frame_rate),
-    **dict.fromkeys(("published_limits", "outer_vision_tags", "allow_private_urls"), flag),
-}
-
-
-@dataclass(frozen=True)
-class VisionOptions:
-    """What a caller may ask about images and clips. None is the default: of the checkpoint, and of this machine.
-
-    min_pixels, max_pixels: of an image after resizing, height * width.
-    fps: frames of a clip to read a second, or video_num_frames of them in all. source_fps: how many a second there
-        are, for frames that come as a folder, a list or an array.
-    video_total_pixels: of a clip after resizing, frames * height * width of all its frames together.
-    published_limits: take the checkpoint's own limits instead of those that suit this machine's memory.
-    outer_vision_tags: keep <|vision_start|> and <|vision_end|> around a whole clip, as transformers 5.10 and later do;
-        by default only each pair of frames has them, as when the model was released.
-    allow_private_urls: whether URLs may lead to this machine or into its network, see `fetch`.
-    """
-
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    fps: float | None = None
-    video_num_frames: int | None = None
-    video_total_pixels: int | None = None
-    source_fps: float | None = None
-    published_limits: bool = False
-    outer_vision_tags: bool = False
-    allow_private_urls: bool = False
-
-    def __post_init__(self) -> None:
-        for name, check in _CHECKS.items():
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, check(name, getattr(self, name)))
-        for name in ("min_pixels", "max_pixels"):
-            if (getattr(self, name) or 0) > MAX_PIXELS:
-                raise InputError(
-                    "option_invalid", f"{name} must be at most {MAX_PIXELS:,}, got {getattr(self, name):,}"
-                )
-        if self.fps is not None and self.video_num_frames is not None:
-            raise InputError(
-                "option_conflict",
-                f"fps ({self.fps}) and video_num_frames ({self.video_num_frames}) must not be given together: each "
-                "says how many frames to read. Leave one out",
-            )
-
-
-IMAGE_OPTIONS = {"min_pixels", "max_pixels"}
-VIDEO_OPTIONS = {"fps", "video_num_frames", "video_total_pixels", "source_fps", "outer_vision_tags"}
-VISION_OPTIONS = {option.name for option in fields(VisionOptions)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,7 +180,7 @@ class Preprocessor:
                 raise InputError(
                     "video_too_long",
                     f"the frames of a video must fit into {most:,} pixels, {self.factor}x{self.factor} or more each; "
-                    f"{count:,} frames do not. Read fewer, or raise video_total_pixels",
+                    f"{count:,} frames do not. Read fewer, or raise {spelled('video_total_pixels')}",
                 )
             return video_size(count, height, width, self.factor, least, most)
 
@@ -251,12 +198,12 @@ class Preprocessor:
     ) -> tuple[int, int]:
         low = self.least if least is None else least
         if most is not None and options.published_limits:
-            both = f"{name} ({most}) and published_limits"
+            both = f"{spelled(name)} ({most}) and {spelled('published_limits')}"
             raise InputError("option_conflict", f"{both} must not be given together: each is a limit. Leave one out")
         if most is None:
             most = self.most if options.published_limits else int(min(self.most, machine))
             most = max(most, low)
         if most < (fewest := max(low, self.factor**2)):
-            hint = ". Lower min_pixels too" if name == "max_pixels" and low > self.factor**2 else ""
-            raise InputError("option_invalid", f"{name} must be at least {fewest}, got {most}{hint}")
+            hint = f". Lower {spelled('min_pixels')} too" if name == "max_pixels" and low > self.factor**2 else ""
+            raise InputError("option_invalid", f"{spelled(name)} must be at least {fewest}, got {most}{hint}")
         return low, most

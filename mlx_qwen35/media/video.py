@@ -14,6 +14,7 @@ from mlx_qwen35.media.container import VideoFile, upright_rgb
 from mlx_qwen35.media.fetch import fetch_file, is_remote, name_of
 from mlx_qwen35.media.frames import Fit, FrameSampling, Timeline, Video, collect, frame_rate, too_short
 from mlx_qwen35.media.image import read_image
+from mlx_qwen35.options import spelled
 
 
 def read_video(
@@ -72,7 +73,8 @@ def read_video(
 def _read_file(file: VideoFile, source_fps: float | None, sampling: FrameSampling, fit: Fit) -> Video:
     if source_fps is not None:
         raise InputError(
-            "option_no_effect", f"source_fps ({source_fps!r}) must not be given: {file.name} has its own rate"
+            "option_no_effect",
+            f"{spelled('source_fps')} ({source_fps!r}) must not be given: {file.name} has its own rate",
         )
     timeline = file.timeline()
     # The last frame is always picked, so the file is read to its end, and every frame in it is checked.
@@ -94,8 +96,10 @@ def _read_frames(
     if not total:
         raise too_short(name, 0)
     if source_fps is None:
-        raise InputError("option_missing", f"source_fps must be given: how many frames of {name} are in a second")
-    timeline = Timeline(total, frame_rate("source_fps", source_fps), None)
+        raise InputError(
+            "option_missing", f"{spelled('source_fps')} must be given: how many frames of {name} are in a second"
+        )
+    timeline = Timeline(total, frame_rate(spelled("source_fps"), source_fps), None)
     # Every frame is read, so that a broken one, or one of another size, is noticed whatever the sampling.
     video, _ = collect(images, timeline, sampling, fit, lambda image: image, lambda image: image.shape[:2])
     return video

@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.media.preprocess import Media, VisionOptions
+from mlx_qwen35.media.options import VisionOptions
+from mlx_qwen35.media.preprocess import Media
 from mlx_qwen35.values import shown
 
 # Where a part may name its source, and which options it may set for itself.

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_qwen35.checkpoint.config import Config
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.media.preprocess import Media, Preprocessor, VisionOptions
+from mlx_qwen35.media.options import VisionOptions
+from mlx_qwen35.media.preprocess import Media, Preprocessor
 from mlx_qwen35.media.preprocessor_files import read_preprocessor
 from mlx_qwen35.prompt.control import ControlTokens, check_text, unmarked
 from mlx_qwen35.prompt.messages import Plain, check_messages, check_template_options, veiled

@@ -4,9 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mlx_qwen35.errors import InputError
-from mlx_qwen35.values import shown
-
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -41,7 +38,7 @@ class TextStream:
 
         self._tokenizer, self._decoder = tokenizer, DecodeStream(skip_special_tokens=True)
         self._think = think
-        self._stop = check_stop(stop)
+        self._stop = tuple(stop)
         self._held = ""
         self._started = not reasoning  # the blank lines between reasoning and answer belong to neither
         self.reasoning = reasoning  # whether the next token is inside the reasoning
@@ -77,13 +74,6 @@ class TextStream:
         keep = len(text) - max(_overlap(text, stop) for stop in self._stop)
         text, self._held = text[:keep], text[keep:]
         return text
-
-
-def check_stop(stop: Sequence[str]) -> tuple[str, ...]:
-    """The stop strings; InputError unless they are a list of strings that are not empty."""
-    if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
-        raise InputError("option_invalid", f"stop must be a list of strings that are not empty, got {shown(stop)}")
-    return tuple(stop)
 
 
 def _overlap(text: str, stop: str) -> int:

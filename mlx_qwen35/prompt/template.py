@@ -8,6 +8,7 @@ from jinja2 import meta
 from jinja2.exceptions import TemplateError
 
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.options import spelled
 from mlx_qwen35.prompt.control import ControlTokens, unmarked
 from mlx_qwen35.prompt.limits import RenderLimits
 from mlx_qwen35.prompt.sandbox import LIMITS, Sandbox
@@ -100,8 +101,8 @@ def choose(templates: Any, tools: bool) -> str:
     if templates is None:
         raise InputError(
             "chat_template_missing",
-            "this checkpoint has no chat template and completes raw text alone: give ignore_chat_template "
-            "(--ignore-chat-template)",
+            "this checkpoint has no chat template and completes raw text alone: give "
+            + spelled("ignore_chat_template", True),
         )
     if not isinstance(templates, str):
         kind = type(templates).__name__

@@ -10,8 +10,8 @@ import pytest
 from mlx_qwen35 import load
 from mlx_qwen35.commands import progress
 from mlx_qwen35.commands.chat import main as chat
-from mlx_qwen35.commands.common import print_pieces
 from mlx_qwen35.commands.generate import main as command
+from mlx_qwen35.commands.output import print_pieces
 from mlx_qwen35.commands.progress import Step
 from mlx_qwen35.doctor import check, probe
 from mlx_qwen35.doctor.command import main as doctor
@@ -82,9 +82,9 @@ def test_nothing_is_shown_after_the_end(stderr):
 @pytest.mark.parametrize(
     ("run", "arguments", "steps"),
     [
-        (command, ["-p", ASK, "--max-tokens", "4"], ["loading nano", "reading the prompt"]),
-        (command, ["-p", ASK, "--max-tokens", "4", "--json"], ["loading nano", "reading the prompt", "writing"]),
-        (chat, ["--max-tokens", "4"], ["loading nano", "reading"]),
+        (command, ["-p", ASK, "--max-tokens", "4"], ["loading nano", "prefill"]),
+        (command, ["-p", ASK, "--max-tokens", "4", "--json"], ["loading nano", "prefill", "writing"]),
+        (chat, ["--max-tokens", "4"], ["loading nano", "prefill"]),
         (doctor, ["--no-check", "--probe"], ["loading nano", "running the text"]),
     ],
 )

@@ -15,11 +15,11 @@ import pytest
 from refusing import refused
 
 from mlx_qwen35 import load
-from mlx_qwen35.commands.common import as_command
+from mlx_qwen35.commands.run import as_command
 from mlx_qwen35.commands.streams import read_file
 
 FULL = Path("/dev/full")
-HERE = "from mlx_qwen35.commands.common import as_command\nwith as_command('a'): "
+HERE = "from mlx_qwen35.commands.run import as_command\nwith as_command('a'): "
 
 
 def run(code: str, **options) -> subprocess.CompletedProcess[str]:
@@ -134,7 +134,7 @@ def test_a_mark_at_the_beginning_of_standard_input_is_no_text(monkeypatch):
     from mlx_qwen35.commands.generate import parser, read_prompt
 
     monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffHello"))
-    assert read_prompt(parser().parse_args([])) == "Hello"
+    assert read_prompt(parser().parse([])) == "Hello"
 
 
 @pytest.mark.parametrize("name", ["", "text/x", "~nobody-of-this-name/x", "x" * 5000])

@@ -202,3 +202,9 @@ def test_the_readme_is_short():
 def test_the_table_of_models_is_what_the_plan_computes():
     table = runpy.run_path(str(ROOT / "tests/docs/which_model.py"))["table"]()
     assert "\n".join(table) in (ROOT / "README.md").read_text(), "\n".join(table)
+
+
+def test_the_table_of_options_is_what_the_code_declares():
+    """`python tests/docs/options_table.py` renews it."""
+    made = runpy.run_path(str(ROOT / "tests/docs/options_table.py"))
+    assert made["PAGE"].read_text() == made["page"](), "renew docs/options.md: python tests/docs/options_table.py"

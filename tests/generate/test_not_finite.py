@@ -68,7 +68,7 @@ def test_overflow_in_float16_stops_with_the_layer_that_first_read_it_and_advice(
     with refused("logits_not_finite", "3") as stopped:
         generate(model, nano[1], ASK, max_tokens=5)
     assert "Activations left the range of float16" in str(stopped.value)
-    assert "--dtype bfloat16" in str(stopped.value) and "--probe" in str(stopped.value)
+    assert "dtype='bfloat16'" in str(stopped.value) and "--probe" in str(stopped.value)
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32], ids=str)

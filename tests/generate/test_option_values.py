@@ -3,7 +3,10 @@
 import json
 import math
 from dataclasses import asdict, fields
+from inspect import Parameter, signature
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_type_hints
 
 import mlx.core as mx
 import numpy as np
@@ -11,9 +14,11 @@ import pytest
 from refusing import refused
 
 from mlx_qwen35 import InputError, Options, Sampling, VisionOptions, batch_generate, generate, load, stream_generate
-from mlx_qwen35.engine.checks import check_options
 from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.engine.generation import start
+from mlx_qwen35.engine.options import GROUPS, check_options
+from mlx_qwen35.load import LoadOptions
+from mlx_qwen35.options import options_of
 
 NASTY = [
     "x", "", "1", "false", b"1", True, False, 0, -1, 1, 1.5, 2**40, -(2**70), 10**400, 10**5000, math.nan, math.inf,
@@ -57,8 +62,54 @@ def nano():
 
 
 def test_every_option_has_a_meaning_here():
-    assert set(MEANING) == set(Options.__annotations__)
-    assert {field.name for kind in (Sampling, VisionOptions) for field in fields(kind)} <= set(MEANING)
+    assert set(MEANING) == {name for group in GROUPS for name in options_of(group)}
+
+
+def test_the_keywords_for_type_checkers_are_the_declared_ones():
+    """Options names every declared option and alias, with the same type, and nothing else."""
+    declared = {
+        keyword: _without_none(field.type)
+        for group in GROUPS
+        for field in fields(group)
+        for keyword in options_of(group)[field.name].keywords
+    }
+    assert {name: {kind} for name, kind in get_type_hints(Options).items()} == declared
+
+
+def test_load_takes_the_declared_options_with_their_defaults():
+    parameters = {name: parameter.default for name, parameter in signature(load).parameters.items()}
+    del parameters["progress"]
+    declared = {name: option.default for name, option in options_of(LoadOptions).items()}
+    assert parameters == declared | {"model": Parameter.empty}
+
+
+def _without_none(kind: Any) -> set[Any]:
+    return set(get_args(kind)) - {NoneType} if isinstance(kind, UnionType) else {kind}
+
+
+@pytest.mark.parametrize(("name", "alias", "value"), [("temp", "temperature", 0.5), ("system_prompt", "system", "hi")])
+def test_an_alias_is_the_same_option_and_is_named_in_errors(name, alias, value):
+    assert check_options({alias: value}) == check_options({name: value}) == {name: value}
+    assert check_options({alias: value, name: None}) == {name: value}
+    with refused("option_conflict", name, alias):
+        check_options({name: value, alias: value})
+    with refused("option_invalid", f"{alias} must"):
+        check_options({alias: b"x"})
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("max_token", "max_tokens"), ("max_new_tokens", "max_tokens"), ("temprature", "temperature"), ("image", "images")],
+)
+def test_an_unknown_name_is_refused_with_the_nearest(name, nearest):
+    with refused("option_unknown", f"no option {name};", f"{nearest}?"):
+        check_options({name: 1})
+
+
+def test_a_name_like_no_other_is_refused_without_advice():
+    with refused("option_unknown", "zzz") as caught:
+        check_options({"zzz": 1})
+    assert "?" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", sorted(set(MEANING) - {"tools"}))
@@ -90,8 +141,8 @@ def test_every_way_to_ask_refuses_a_wrong_value_and_an_unknown_name(nano, ask):
         ask(nano, temp="x")
     with refused("option_invalid", "enable_thinking", "'false'"):
         ask(nano, enable_thinking="false")
-    with pytest.raises(TypeError, match="temperature"):
-        ask(nano, temperature=1.0)
+    with refused("option_unknown", "tempreature", "temperature"):
+        ask(nano, tempreature=1.0)
 
 
 @pytest.mark.parametrize("prompt", [5, True, 1.5, b"hi", {"role": "user"}, object(), mx.array(5), {1, 2}])
@@ -190,7 +241,7 @@ def test_a_preset_switches_thinking_as_it_is_meant(nano, preset, thinks):
     messages = [{"role": "user", "content": "hi"}]
     assert start(*nano, [messages], preset=preset, enable_thinking=thinks).prompts[0].thinking is thinks
     for made in (lambda **options: generate(*nano, "hi", **options), lambda **options: Conversation(*nano, **options)):
-        with refused("option_conflict", preset, f"enable_thinking {not thinks}"):
+        with refused("option_conflict", preset, f"enable_thinking={not thinks}"):
             made(**ask, enable_thinking=not thinks)
 
 

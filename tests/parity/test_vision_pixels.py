@@ -20,7 +20,8 @@ from refusing import refused
 
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.hub import resolve
-from mlx_qwen35.media.preprocess import VisionOptions, image_size, video_size
+from mlx_qwen35.media.options import VisionOptions
+from mlx_qwen35.media.preprocess import image_size, video_size
 from mlx_qwen35.media.preprocessor_files import read_preprocessor
 from mlx_qwen35.prompt.processor import Processor
 

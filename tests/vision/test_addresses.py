@@ -21,7 +21,7 @@ from refusing import refused
 
 from mlx_qwen35 import VisionOptions, load, read_image
 from mlx_qwen35.commands import generate as command
-from mlx_qwen35.commands.common import given_options
+from mlx_qwen35.commands.options import given_options
 from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.engine.generation import start
 from mlx_qwen35.media import fetch
@@ -141,7 +141,7 @@ def test_an_address_of_the_public_internet_is_known(address):
              "[::ffff:127.0.0.1]", "①②⑦.0.0.1"]
 )  # fmt: skip
 def test_this_machine_is_refused_however_it_is_spelled(host, server):
-    with refused("url_refused", "--allow-private-urls", "allow_private_urls=True"):
+    with refused("url_refused", "allow_private_urls=True"):
         fetch_bytes(f"http://{host}:{server.server_port}/a.png", "image")
     assert not server.asked
 
@@ -451,4 +451,4 @@ def test_the_command_takes_the_option(server, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         command.main()
     assert "[url_refused]" in capsys.readouterr().err
-    assert given_options(command.parser().parse_args([*words, "--allow-private-urls"])) == {"allow_private_urls": True}
+    assert given_options(command.parser().parse([*words, "--allow-private-urls"])) == {"allow_private_urls": True}

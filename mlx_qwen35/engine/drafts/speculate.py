@@ -15,6 +15,7 @@ from mlx_qwen35.engine.sampler import Sampler
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.model.mtp import DraftHead
+from mlx_qwen35.options import spelled
 
 MODES = ("auto", "on", "off")
 MOST_DEPTH = 3
@@ -42,7 +43,10 @@ def choose_drafts(model: Model, mode: str, depth: int | None, rows: int, tokens:
     """
     if mode == "off":
         if depth is not None:
-            raise InputError("option_no_effect", "mtp_depth must not be given with mtp 'off': it would have no effect")
+            raise InputError(
+                "option_no_effect",
+                f"{spelled('mtp_depth')} must not be given with {spelled('mtp', 'off')}: it would have no effect",
+            )
         return DraftPolicy(0, reason="off")
     mtp_head = model.mtp
     if mtp_head is None or mtp_head.fault:
@@ -50,8 +54,8 @@ def choose_drafts(model: Model, mode: str, depth: int | None, rows: int, tokens:
         if mode == "on" or depth is not None:
             raise InputError(
                 "draft_head_unusable" if mtp_head else "draft_head_missing",
-                f"mtp must be 'off' or 'auto' for this model, and mtp_depth not be given: {reason}. Many converted "
-                "folders lack a draft head; mlx_qwen35.convert keeps it",
+                f"{spelled('mtp')} must be off or auto for this model, and {spelled('mtp_depth')} not be given: "
+                f"{reason}. Many converted folders lack a draft head; mlx_qwen35.convert keeps it",
             )
         return DraftPolicy(0, reason=reason)
     if mode == "on":
@@ -67,11 +71,11 @@ def choose_drafts(model: Model, mode: str, depth: int | None, rows: int, tokens:
 def _always(model: Model, mtp_head: DraftHead, depth: int, rows: int) -> DraftPolicy:
     policy = _fitting(model, mtp_head, depth, rows)
     if policy.depth < depth:
-        room = f"only for {policy.depth}: lower mtp_depth, or" if policy.depth else "not even for one:"
+        room = f"only for {policy.depth}: lower {spelled('mtp_depth')}, or" if policy.depth else "not even for one:"
         raise InputError(
             "memory_exceeded",
-            f"memory has no room for drafts of {depth} tokens at a time, {room} choose mtp 'auto' or 'off', or raise "
-            "memory_limit",
+            f"memory has no room for drafts of {depth} tokens at a time, {room} choose {spelled('mtp', 'auto')} or "
+            f"off, or raise {spelled('memory_limit')}",
         )
     return replace(policy, fixed=True)
 

@@ -1,0 +1,88 @@
+"""Declared options (mlx_qwen35/options.py) on a command line."""
+
+import argparse
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from mlx_qwen35.engine.options import GROUPS, GenerationOptions
+from mlx_qwen35.engine.sampling import Sampling
+from mlx_qwen35.load import LoadOptions
+from mlx_qwen35.media.options import VisionOptions
+from mlx_qwen35.options import Option, note_spelling, options_of
+
+
+class _Accepts(Protocol):
+    """A parser, or a group of its options."""
+
+    def add_argument(self, *flags: str, **settings: Any) -> argparse.Action: ...
+
+
+class _Declared(argparse.Action):
+    """Checks the value of a declared option, names the option in errors as it was typed, and keeps the value."""
+
+    def __init__(self, option_strings: list[str], dest: str, declared: Option, **settings: Any):
+        super().__init__(option_strings, dest, **settings)
+        self.declared = declared
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        assert option_string is not None
+        note_spelling(self.dest, option_string)
+        setattr(
+            namespace, self.dest, self.declared.checked(option_string, self._value(namespace, values, option_string))
+        )
+
+    def _value(self, namespace: argparse.Namespace, text: Any, typed: str) -> Any:
+        if self.declared.kind is bool:
+            return not typed.startswith("--no-")
+        if self.declared.each:
+            return [*(getattr(namespace, self.dest) or ()), text]
+        try:
+            return self.declared.kind(text) if self.declared.kind in (int, float, Path) else text
+        except ValueError:  # its check says what it must be
+            return text
+
+
+def add_options(accepts: _Accepts, declared: Iterable[Option]) -> None:
+    """Options that are absent from the command line have the value None."""
+    for option in declared:
+        if not option.python_only:
+            accepts.add_argument(
+                *option.flags,
+                dest=option.name,
+                action=_Declared,
+                declared=option,
+                nargs=0 if option.kind is bool else None,
+                metavar=f"{{{','.join(option.choices)}}}" if option.choices else option.metavar,
+                help=option.help.replace("%", "%%"),
+            )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    options = options_of(LoadOptions)
+    add_options(
+        parser.add_argument_group("model"), [option for name, option in options.items() if name != "keep_vision"]
+    )
+
+
+def add_answer_options(parser: argparse.ArgumentParser, prompt: _Accepts, of_prompt: Iterable[Option]) -> None:
+    """What generate and chat share; `of_prompt` are put into the group `prompt`."""
+    keep_vision = options_of(LoadOptions)["keep_vision"]
+    add_options(prompt, of_prompt)
+    add_options(parser.add_argument_group("generation"), options_of(GenerationOptions).values())
+    add_options(parser.add_argument_group("sampling"), options_of(Sampling).values())
+    vision = [*options_of(VisionOptions).values(), keep_vision]
+    add_options(parser.add_argument_group("images and video"), vision)
+
+
+def given_options(args: argparse.Namespace, groups: Iterable[type] = GROUPS) -> dict[str, Any]:
+    """The options of these groups that the command line holds."""
+    values: Mapping[str, Any] = vars(args)
+    names = [name for group in groups for name in options_of(group)]
+    return {name: values[name] for name in names if values.get(name) is not None}

@@ -1,0 +1,66 @@
+"""The table of docs/options.md, from the declared options. `python tests/docs/options_table.py` renews the page."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from mlx_qwen35.commands.generate import CommandOptions
+from mlx_qwen35.engine.options import GenerationOptions, PromptOptions
+from mlx_qwen35.engine.sampling import Sampling
+from mlx_qwen35.load import LoadOptions
+from mlx_qwen35.media.options import VisionOptions
+from mlx_qwen35.options import Option, options_of
+
+PAGE = Path(__file__).parents[2] / "docs" / "options.md"
+BEGIN, END = "<!-- options: generated, see tests/docs -->\n", "<!-- end -->"
+TITLES: dict[str, tuple[type, ...]] = {
+    "model": (LoadOptions,),
+    "prompt and output": (CommandOptions, PromptOptions),
+    "generation": (GenerationOptions,),
+    "sampling": (Sampling,),
+    "images and video": (VisionOptions,),
+}
+_KINDS = {int: "integer", float: "number", bool: "switch", str: "text"}
+
+
+def table() -> str:
+    return "\n".join(_lines())
+
+
+def page() -> str:
+    """The whole page, with the table as it must be."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    return f"{before}{BEGIN}{table()}\n{END}{rest.partition(END)[2]}"
+
+
+def _lines() -> Iterator[str]:
+    yield "| command line | Python | value | meaning |"
+    yield "|---|---|---|---|"
+    for title, groups in TITLES.items():
+        yield f"| **{title}** | | | |"
+        for group in groups:
+            for option in options_of(group).values():
+                yield _row(option, in_python=group is not CommandOptions or option.name == "prompt")
+
+
+def _row(option: Option, in_python: bool) -> str:
+    flags = () if option.python_only else option.flags
+    meaning = option.help + (f". Only for {option.media}" if option.media and option.media not in option.help else "")
+    if option.prompts and option.name != "ignore_chat_template":
+        meaning += f". For a prompt of {' or '.join(option.prompts)}"
+    cells = (_code(flags), _code(option.keywords) if in_python else "", _value(option), meaning)
+    return f"| {' | '.join(cells)} |"
+
+
+def _code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _value(option: Option) -> str:
+    if option.choices:
+        return _code(option.choices)
+    kind = _KINDS.get(option.kind, (option.metavar or "").lower())
+    return f"{kind}, {option.rule.removesuffix(' and finite')}" if option.kind in (int, float) else kind
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
