@@ -43,13 +43,13 @@ def without_a_cast(place: str) -> Callable[[], None]:
     """Leave a cast out of the program, and return what puts it back."""
     from mlx_qwen35.kernels import add_norm
     from mlx_qwen35.kernels.elementwise import compiled
-    from mlx_qwen35.model import attention, layers
+    from mlx_qwen35.model import attention, decoder
 
     broken = {
         "norm": (add_norm, "rms_norm", lambda x, gamma, eps: mx.fast.rms_norm(x.astype(mx.float32), gamma, eps)),
-        "gate": (attention, "_opened", compiled(lambda out, gate: out * mx.sigmoid(gate.astype(mx.float32)))),
-        "mlp": (layers, "_gated", compiled(lambda gate, up: gate.astype(mx.float32) * up)),
-        "": (layers, "_gated", layers._gated),
+        "gate": (attention, "_gated", compiled(lambda out, gate: out * mx.sigmoid(gate.astype(mx.float32)))),
+        "mlp": (decoder, "_activated", compiled(lambda gate, up: gate.astype(mx.float32) * up)),
+        "": (decoder, "_activated", decoder._activated),
     }
     module, name, function = broken[place]
     right = getattr(module, name)
