@@ -1,6 +1,6 @@
-"""What the values of options must be. One that is not is refused by its name, with the code option_invalid.
+"""Checks of the values of options. Each raises InputError option_invalid, which names the option.
 
-Where a number is meant, scalars of numpy and MLX are taken too; all become Python's own.
+Numbers may be scalars of numpy and MLX; all become Python's own.
 """
 
 import reprlib
@@ -11,22 +11,22 @@ from mlx_qwen35.errors import InputError
 
 
 def plain(value: Any) -> Any:
-    """The Python value in a scalar of numpy or MLX; anything else as it came."""
+    """The Python value of a scalar of numpy or MLX; anything else unchanged."""
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def is_whole(value: Any) -> bool:
-    """Whether this is an integer of Python; True and False are none."""
+    """Whether this is a Python int, and no bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Whether this is an integer or float of Python; True and False are none."""
+    """Whether this is a Python int or float, and no bool."""
     return is_whole(value) or isinstance(value, float)
 
 
 def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
-    """The integer in `value`, from `least` to `most`; None: without end."""
+    """The integer in `value`, from `least` to `most`; None: unbounded."""
     found = plain(value)
     if is_whole(found) and least <= found and (most is None or found <= most):
         return int(found)
@@ -36,7 +36,7 @@ def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
 
 
 def number(name: str, value: Any, rule: str, least: float, most: float, above: bool = False) -> float:
-    """The number in `value`, from `least`, or `above` it, to `most`. rule: the same in words."""
+    """The float in `value`, from `least` to `most`. above: excludes `least`. rule: the bounds in words."""
     found = plain(value)
     if is_number(found) and least <= found <= most and not (above and found == least):
         return float(found)
@@ -63,12 +63,12 @@ def choice(name: str, value: Any, known: Collection[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """Any value for a message: on one line, and never long."""
+    """Any value for a message: on one line, shortened."""
     return " ".join(_SHORT.repr(value).split())
 
 
 class _Short(reprlib.Repr):
-    """Names an integer of thousands of digits, which Python refuses to print, by its size."""
+    """Shows an integer of thousands of digits, which Python refuses to print, as its size."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -285,6 +285,6 @@ def test_a_tag_of_ours_that_is_true(folder):
 
 def test_load_refuses_an_unknown_dtype(folder):
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(Path(memory.__file__).parent / "nano" / file, folder)
+        shutil.copy(Path(memory.__file__).parent.parent / "nano" / file, folder)
     with refusing.refused("option_invalid", "float32", "float16", "bfloat16", "int4"):
         load(folder, dtype="int4")

@@ -53,10 +53,11 @@ class Checkpoint:
     @cached_property
     def _quantization(self) -> dict[str, Quantization]:
         values = {} if "quant_method" in self.config.quantization else self.config.quantization
-        overrides = {hugging_face_name(f"{k}."): draft_head.form(v) for k, v in values.items() if isinstance(v, dict)}
+        modules = {name: value for name, value in values.items() if isinstance(value, dict)}
+        overrides = {hugging_face_name(f"{name}."): draft_head.settings(value) for name, value in modules.items()}
         found = {}
         for module in (name.removesuffix("scales") for name in self.entries if name.endswith(".scales")):
-            own = draft_head.form(values) | dict(self.mtp_head.packing if module.startswith(MTP) else {})
+            own = draft_head.settings(values) | dict(self.mtp_head.quantization if module.startswith(MTP) else {})
             own |= overrides.get(module, {}) | dict(self.mtp_head.overrides.get(module, {}))
             if own:
                 found[module] = Quantization(**{"group_size": None, "bits": None, "mode": "affine"} | own)

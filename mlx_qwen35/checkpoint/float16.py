@@ -1,7 +1,7 @@
-"""Weights in float16: which tensors it cannot hold, told by name and kept in float32.
+"""Weights in float16: the tensors that it cannot hold are named and stay float32.
 
-float16 has more digits than bfloat16 and a smaller range: above 65,504 it has infinity, below 6.1e-5 fewer and fewer
-digits, below 3e-8 nothing. M1 and M2 compute in it natively and not in bfloat16.
+float16 has more digits than bfloat16 and a smaller range: infinity above 65,504, fewer and fewer digits below 6.1e-5,
+zero below 3e-8. M1 and M2 compute in it natively and not in bfloat16.
 """
 
 import math
@@ -20,10 +20,10 @@ SMALLEST = 2.0**-16
 
 
 def unfit(arrays: Iterable[tuple[str, mx.array]]) -> dict[str, str]:
-    """Name -> what float16 cannot hold of it, for the floating point arrays that it cannot hold.
+    """Name -> the reason, for each floating point array that float16 cannot hold.
 
-    A row of a matrix (one output; one row of scales) vanishes when its largest magnitude, not 0, is below SMALLEST: the
-    smaller numbers beside larger ones lose nothing that counts. A vector is one row.
+    A row of a matrix (one output; one row of scales) vanishes when its largest magnitude is not 0 and below SMALLEST.
+    Small numbers beside larger ones do not matter. A vector is one row.
     """
     found = {}
     for name, array in arrays:
@@ -32,24 +32,21 @@ def unfit(arrays: Iterable[tuple[str, mx.array]]) -> dict[str, str]:
         top = float(np.asarray(largest.max()))
         vanishing = int(np.asarray(((largest > 0) & (largest < SMALLEST)).sum()))
         if not math.isfinite(top):
-            raise InputError(
-                "weights_not_finite",
-                f"weights must be finite; {name} holds NaN or infinity. Download or convert it again",
-            )
+            raise InputError("weights_not_finite", f"{name} holds NaN or infinity: download or convert it again")
         if why := reason(top, vanishing, largest.size):
             found[name] = why
     return found
 
 
 def reason(largest: float, vanishing: int, rows: int) -> str | None:
-    """What float16 cannot hold of a tensor with this largest magnitude and so many vanishing rows; None for nothing."""
+    """Why float16 cannot hold a tensor of this largest magnitude and these vanishing rows; None where it can."""
     if largest > LARGEST:
         return f"holds {largest:.3g}"
     return f"{vanishing} of {rows} rows are below {SMALLEST:.1e}" if vanishing else None
 
 
 def listed(found: Mapping[str, str], most: int = 8) -> str:
-    """The first tensors by name, each with its reason, and how many more there are."""
+    """The first tensors by name, each with its reason, and the number of the others."""
     named = "; ".join(f"{name} ({why})" for name, why in list(found.items())[:most])
     return named + (f"; and {len(found) - most} more" if len(found) > most else "")
 

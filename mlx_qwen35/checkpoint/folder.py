@@ -1,4 +1,4 @@
-"""A checkpoint folder's files: which of them hold the weights, and what is said where they are not there."""
+"""The files of a checkpoint folder: those of the weights, and the error where there are none."""
 
 import os
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# What is read by its name, here or by the tokenizer's library.
+# Files that are read by their names, here or by the tokenizer's library.
 _READ = (
     SINGLE, INDEX, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
@@ -19,9 +19,9 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".npz", ".h5", ".msgpack")
 
 
 def check_folder(folder: Path) -> None:
-    """InputError when there is no such folder, or when it holds an adapter, GGUF files, or names that are no files.
+    """InputError when there is no such folder, or it holds an adapter, GGUF files, or no file under a file's name.
 
-    In the hub's cache every file is a link to a place outside of the folder: links are followed.
+    Links are followed: in the hub's cache every file is a link out of the folder.
     """
     if not folder.is_dir():
         raise InputError(
@@ -37,9 +37,9 @@ def check_folder(folder: Path) -> None:
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """The trunk's files: model.safetensors where it is there, else those that the index names, and nothing else.
+    """The files of the weights: model.safetensors where it is there, else the files that the index names.
 
-    InputError when there is neither, or when one of those files is absent or outside of the folder.
+    InputError when there is neither, or when a file is absent or outside of the folder.
     """
     check_folder(folder)
     if is_file(folder / SINGLE):
@@ -64,9 +64,9 @@ def safetensors_files(folder: Path) -> list[Path]:
 
 
 def inside(folder: Path, name: str, where: str) -> Path:
-    """The file of this name in the folder; InputError when the name, which stands in `where`, leads out of it.
+    """The file of this name in the folder; InputError, which calls the name's source `where`, for a name outside.
 
-    By name alone: the file itself may be a link, as in the hub's cache.
+    Only the name counts: the file itself may be a link, as in the hub's cache.
     """
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name:
@@ -83,7 +83,7 @@ def is_file(path: Path) -> bool:
 
 
 def check_file(path: Path) -> None:
-    """InputError when what has this name is no file: a folder, a link that leads to nothing, a pipe."""
+    """InputError for anything but a file: a folder, a link to nothing, a pipe."""
     if is_file(path):
         return
     kind = "something else"
@@ -95,7 +95,7 @@ def check_file(path: Path) -> None:
 
 
 def shorten(names: list[str], most: int = 8) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of the others."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -118,7 +118,7 @@ def _adapter(names: Iterable[str]) -> list[str]:
 
 
 def _without_weights(folder: Path, names: list[str]) -> InputError:
-    """The error for a folder with neither model.safetensors nor index: what it holds in their place, and what to do."""
+    """The error for a folder with neither model.safetensors nor index: what it holds instead, and what to do."""
     if adapter := _adapter(names):
         return InputError(
             "adapter_unmerged",

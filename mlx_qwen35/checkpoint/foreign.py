@@ -1,7 +1,6 @@
-"""Weights that are stored in another way than they are read here: by which program, as far as a folder tells.
+"""Folders of programs whose quantization is not read here: GPTQ, AWQ, bitsandbytes and the like.
 
-A folder of GPTQ, AWQ, bitsandbytes and the like lacks dozens of tensors and has dozens of others: their lists say
-nothing, its quant_method does.
+Such a folder lacks dozens of tensors and has dozens of others. An error that names the program says more than lists.
 """
 
 import re
@@ -13,14 +12,14 @@ from mlx_qwen35.checkpoint.folder import is_file
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import read_json
 
-# Where a folder's JSON files tell how it is quantized: file, field (None: the whole), and by whom if it names none.
+# Where a folder's JSON files name the program: file, field (None: the whole), and the program by default.
 _CLAIMS = (
     ("config.json", "quantization", None), ("config.json", "quantization_config", None),
     ("config.json", "compression_config", "compressed-tensors"), ("hf_quant_config.json", "quantization", "modelopt"),
     ("quantize_config.json", None, "gptq"), ("quant_config.json", None, "awq"),
 )  # fmt: skip
 
-# What is told by the names of tensors alone: the first that fits.
+# The program by the names of tensors: the first pattern that fits.
 _SIGNS = (
     (r"\.(absmax|quant_map|nested_absmax|quant_state\..*|SCB)$", "bitsandbytes"),
     (r"\.(weight_packed|weight_global_scale|weight_shape)$", "compressed-tensors"),
@@ -36,15 +35,15 @@ _SIGNS = (
 )  # fmt: skip
 _LORA = re.compile(r"\.(lora_[ABab]|lora_embedding_[AB]|lora_magnitude_vector|base_layer)\b|^base_model\.")
 _ASK = (
-    "give the unquantized original, a folder that an MLX program has packed, or to the converter FP8 with block scales "
+    "give the unquantized original, a folder quantized by an MLX program, or to the converter FP8 with block scales "
     "(weight_scale_inv)"
 )
 
 
 def refuse(folder: Path, unexpected: Collection[str], dtypes: Collection[str]) -> None:
-    """InputError that says how weights are stored which are not read, where something tells; otherwise nothing.
+    """InputError that names the program, where the folder shows it.
 
-    unexpected: names of tensors that the model does not have; dtypes: those that its own should not have.
+    unexpected: names of tensors that the model does not have. dtypes: unexpected dtypes of the model's own tensors.
     """
     if not unexpected and not dtypes:
         return
@@ -61,7 +60,7 @@ def refuse(folder: Path, unexpected: Collection[str], dtypes: Collection[str]) -
 
 
 def _claimed(folder: Path) -> str | None:
-    """What a folder's JSON files say that it is quantized by; None for one of an MLX program, which names no method."""
+    """The program by a folder's JSON files; None for an MLX program, which names no method."""
     for file, field, default in _CLAIMS:
         whole = read_json(folder / file) if is_file(folder / file) else {}
         inner = whole.get("text_config")

@@ -26,8 +26,7 @@ def resolve(name: str | Path, revision: str | None = None, judge: Callable[[Path
 
     Downloads show a progress bar, resume, and stay in huggingface_hub's cache; HF_HUB_OFFLINE=1 uses the cache alone.
     Warns where a local folder has the bundled model's name.
-    judge: is shown a folder of headers before anything is downloaded, and refuses with InputError what is of no use; it
-    is not asked where there is nothing to download.
+    judge: called with a folder of headers before anything is downloaded; it raises InputError to prevent the download.
     Raises InputError when there is neither such a folder nor such a repository, or the hub cannot be reached.
     """
     folder = _local(name, revision)
@@ -42,7 +41,7 @@ def resolve(name: str | Path, revision: str | None = None, judge: Callable[[Path
 
 @contextmanager
 def look(name: str | Path, revision: str | None = None) -> Iterator[Path]:
-    """The folder of a checkpoint for those who read headers and configuration alone; nothing else is downloaded.
+    """The folder of a checkpoint whose headers and configuration alone are read; nothing else is downloaded.
 
     Raises InputError like `resolve`.
     """
@@ -87,7 +86,7 @@ def _local(name: str | Path, revision: str | None) -> Path | None:
 
 @contextmanager
 def _headers(repository: str, revision: str | None) -> Iterator[Path | None]:
-    """A folder of headers; None where there is nothing to download, or the hub does not say what there is."""
+    """A folder of headers; None where nothing must be downloaded, or the hub lists no files."""
     from mlx_qwen35.checkpoint.hub_headers import folder_of_headers, in_cache, list_files
 
     try:
@@ -114,7 +113,7 @@ def _headers(repository: str, revision: str | None) -> Iterator[Path | None]:
 
 
 def _look(name: str | Path) -> Path:
-    """The path of this name, of which it can be told whether something is there."""
+    """The path of this name; InputError where the system cannot say whether it exists."""
     try:
         folder = Path(name).expanduser()
         folder.is_dir()
@@ -124,7 +123,7 @@ def _look(name: str | Path) -> Path:
 
 
 def _check_readable(folder: Path) -> None:
-    """InputError where this user must not read the folder, or a file in it that belongs to a checkpoint."""
+    """InputError where this user may not read the folder, or a checkpoint's file in it."""
     closed = [folder]
     if os.access(folder, os.R_OK | os.X_OK):
         files = (file for pattern in _FILES for file in folder.glob(pattern))
@@ -145,7 +144,7 @@ def _download(repository: str, revision: str | None) -> Path:
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """What huggingface_hub raises where it does not deliver: its errors, most of which are OSError, and others'."""
+    """The exceptions of huggingface_hub, most of which are OSError, and of its HTTP library."""
     from huggingface_hub.errors import HFValidationError
 
     return HFValidationError, OSError, json.JSONDecodeError, *_unreachable()
@@ -173,35 +172,34 @@ def _told(repository: str, revision: str | None, error: Exception) -> InputError
 
 
 def _reason(error: Exception) -> str:
-    """The kind of an error and the first line of what it says."""
+    """The type of an error and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 def _unreachable() -> tuple[type[Exception], ...]:
-    """What huggingface_hub's HTTP library, which differs by version, raises where a request fails."""
+    """The exceptions for failed requests of huggingface_hub's HTTP library, which differs by version."""
     modules = (sys.modules.get(name) for name in ("httpx", "httpx2"))
     return tuple(module.RequestError for module in modules if module)
 
 
 def check_repository(repository: str) -> None:
-    """InputError where this can be no repository's id."""
+    """InputError for an invalid repository id."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
+    rule = f"--upload-repo must be an id such as name/model, got {repository!r}"
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise InputError(
-            "repository_invalid", f"--upload-repo must be an id such as name/model, got {repository!r}: {error}"
-        ) from error
+        raise InputError("repository_invalid", f"{rule}: {error}") from error
     if repository.count("/") != 1:
-        raise InputError("repository_invalid", f"--upload-repo must be an id such as name/model, got {repository!r}")
+        raise InputError("repository_invalid", rule)
 
 
 def upload(folder: Path, repository: str) -> str:
-    """Publish a folder as a model repository of this id, made if it is not there; return its address.
+    """Publish a folder as a model repository of this id, created if needed; return its address.
 
-    Raises InputError when the id is none, the hub cannot be reached, or nobody is logged in.
+    Raises InputError when the id is invalid, the hub cannot be reached, or nobody is logged in.
     """
     from huggingface_hub import HfApi
 

@@ -1,7 +1,7 @@
-"""What a repository on the hub holds, from its headers: a model is judged before its gigabytes are downloaded.
+"""A folder of headers: a repository on the hub as far as it can be checked before gigabytes are downloaded.
 
-A folder of headers looks like the snapshot to all that reads no weights. A file of weights has its header and its
-length there; the rest is a hole that takes no room on the disk. It is temporary, and never in the hub's cache.
+A file of weights has its header and its length; the rest is a hole that takes no room on the disk. Code that reads no
+weights works as with the snapshot. The folder is temporary, and never in the hub's cache.
 """
 
 import fnmatch
@@ -34,7 +34,7 @@ class RemoteFile:
     nbytes: int
 
     def read(self, start: int, stop: int) -> bytes:
-        """Bytes start <= i < stop, and nothing beyond. OSError where the server does not send them."""
+        """Bytes start <= i < stop. OSError where the server does not send them."""
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
         headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
@@ -55,9 +55,9 @@ class RemoteFile:
 
 
 def list_files(repository: str, revision: str | None, patterns: tuple[str, ...]) -> tuple[str, list[RemoteFile]]:
-    """The commit that a revision stands for, and the files there whose paths match one of the patterns.
+    """The commit of a revision, and its files whose paths match one of the patterns.
 
-    Raises what huggingface_hub raises.
+    Raises exceptions of huggingface_hub.
     """
     from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
 
@@ -76,7 +76,7 @@ def list_files(repository: str, revision: str | None, patterns: tuple[str, ...])
 
 
 def in_cache(repository: str, commit: str, files: list[RemoteFile]) -> bool:
-    """Whether all of the files are in huggingface_hub's cache, so that nothing is left to download."""
+    """Whether all of the files are in huggingface_hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
     found = (try_to_load_from_cache(repository, file.path, revision=commit) for file in files)
@@ -85,8 +85,9 @@ def in_cache(repository: str, commit: str, files: list[RemoteFile]) -> bool:
 
 @contextmanager
 def folder_of_headers(repository: str, files: list[RemoteFile]) -> Iterator[Path]:
-    """A folder with the headers of the files, until the block ends; in errors and warnings of the block it has the
-    repository's name. Raises what the HTTP library raises, and InputError where a header is damaged.
+    """A folder with the headers of the files, until the block ends. Messages call it by the repository's name.
+
+    Raises InputError where a header is damaged, and exceptions of the HTTP library.
     """
     with TemporaryDirectory(prefix="mlx_qwen35-headers-") as place:
         folder = Path(place).resolve()
@@ -124,7 +125,7 @@ def _write_header(file: RemoteFile, target: Path) -> None:
 
 
 def _write_norms(folder: Path, files: list[RemoteFile]) -> None:
-    """The few numbers that are looked at beside the headers: they tell in which form a draft head is stored."""
+    """Fetch the norms by which the form of the MTP head's norms is recognized."""
     checkpoint = open_checkpoint(folder, fp8=True)
     if checkpoint.raw:
         return

@@ -1,8 +1,8 @@
-"""The names that programs give to a checkpoint's tensors, and what a name tells of how norms are stored."""
+"""The names of a checkpoint's tensors in each program, and the properties that follow from a name."""
 
 TEXT, VISION, MTP = "model.language_model.", "model.visual.", "mtp."
 
-# Modules inside modules: each program, and each class of Hugging Face's, has others of these in front, or none.
+# Modules around the model: each program, and each class of Hugging Face's, puts some of them in front of a name.
 _WRAPPERS = ("model.", "language_model.")
 _PARTS = {
     "visual.": VISION, "vision_tower.": VISION, "mtp.": MTP, "lm_head.": "lm_head.",
@@ -14,8 +14,8 @@ _ZERO_CENTRED = (
     "language_model.norm.weight", "mtp.norm.weight", "pre_fc_norm_embedding.weight", "pre_fc_norm_hidden.weight",
 )  # fmt: skip
 
-# What is stored beside weights and can be computed, or is for caches of another form: rotary frequencies, masks and
-# positions of older programs, factors of a quantized KV cache.
+# Tensors beside the weights that are not needed: rotary frequencies, masks and positions of older programs, factors of
+# a quantized KV cache.
 _SPARE = (
     "inv_freq", "position_ids", "masked_bias", "k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale",
     "k_zero_point", "v_zero_point",
@@ -23,7 +23,7 @@ _SPARE = (
 
 
 def hugging_face_name(name: str) -> str:
-    """The name that Hugging Face gives to a tensor or module of any layout; unknown names stay as they are."""
+    """Hugging Face's name of a tensor or module of any layout; unknown names stay as they are."""
     rest = name
     while rest.startswith(_WRAPPERS):
         rest = rest.partition(".")[2]
@@ -33,7 +33,7 @@ def hugging_face_name(name: str) -> str:
 
 
 def mtp_name(name: str) -> str:
-    """The same for one of the draft head, which has bare names where nothing else lies beside it."""
+    """Hugging Face's name of a tensor or module of the MTP head, whose file may have bare names."""
     known = hugging_face_name(name)
     return known if known.startswith(MTP) else MTP + name
 
@@ -44,12 +44,12 @@ def is_zero_centred(name: str) -> bool:
 
 
 def is_spare(name: str) -> bool:
-    """Whether the tensor of this name is none of a model's weights and passed over, as transformers does."""
+    """Whether the tensor of this name is no weight of a model, and ignored, as transformers does."""
     return name.rpartition(".")[2].removeprefix("original_") in _SPARE
 
 
 def takes_dtype(name: str) -> bool:
-    """Whether a tensor is cast to the model's dtype, as matrices are; norms, convolutions and gates are float32."""
+    """Whether a tensor is cast to the model's dtype, like matrices; norms, convolutions and gates are float32."""
     if name.startswith(VISION):
         return not name.endswith("pos_embed.weight")
     return not name.endswith(("norm.weight", "conv1d.weight", "A_log", "dt_bias"))

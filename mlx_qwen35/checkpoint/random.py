@@ -31,10 +31,10 @@ GEOMETRIES = tuple(_FAMILY)
 
 
 def geometry(name: str) -> dict[str, Any]:
-    """The config.json of a member of the family, or of one of two small shapes.
+    """The config.json of a member of the family, or of one of two small models.
 
-    `mid` has 61M text parameters with the real head sizes; `tiny` runs anywhere, and all its sizes differ, so that a
-    swapped axis shows, while they stay multiples of 64, so that every matrix quantizes.
+    `mid` has 61M text parameters with the real head sizes. All sizes of `tiny` differ, so that a swapped axis shows,
+    and are multiples of 64 where a matrix is quantized.
     """
     hidden, inner, layers, heads, kv, key_heads, value_heads, tied, *vision = _FAMILY[name]
     vocabulary = _VOCABULARY.get(name, 248320)
@@ -79,10 +79,7 @@ def _alternate(slow: mx.array, fast: mx.array) -> mx.array:
 
 
 def _random_tensor(name: str, shape: tuple[int, ...]) -> mx.array:
-    """Values in the range that trained ones have.
-
-    Even heads decay slowly (0.99 a token or slower), odd ones fast (down to nothing in a few tokens).
-    """
+    """Values in the range of trained ones. Even heads decay slowly (0.99 a token or slower), odd heads fast."""
     if name.endswith("A_log"):
         return mx.log(_alternate(_log_uniform(0.05, 0.5, *shape), _log_uniform(1.0, 16.0, *shape)))
     if name.endswith("dt_bias"):
@@ -100,7 +97,7 @@ def _random_tensor(name: str, shape: tuple[int, ...]) -> mx.array:
 
 
 def is_float32(name: str) -> bool:
-    """The two tensors that the published checkpoints keep in float32 among bfloat16 ones."""
+    """Whether a tensor is float32 in the published checkpoints, among bfloat16 ones."""
     return name.endswith(("A_log", "linear_attn.norm.weight"))
 
 

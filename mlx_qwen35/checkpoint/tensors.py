@@ -1,6 +1,6 @@
 """The safetensors format: eight bytes of length, a JSON header, and the numbers, without gaps and overlaps.
 
-A header is believed only where it keeps every rule of the format; nothing that it describes is read before.
+A header is used only after every rule of the format was checked.
 """
 
 import json
@@ -40,7 +40,7 @@ _ARRAYS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies: the file, the byte range in it, and what the header says of it."""
+    """One tensor in a file: its byte range, and its name, dtype and shape by the header."""
 
     file: Path
     stored_name: str
@@ -48,20 +48,18 @@ class Entry:
     shape: tuple[int, ...]
     start: int  # bytes from the beginning of the file
     nbytes: int
-    lazy: bool = True  # whether mx.load opens the file
+    lazy: bool = True  # whether mx.load can open the file
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """The tensors of one safetensors file by stored name. InputError when it is cut short or breaks the format."""
+    """The tensors of one safetensors file by stored name. InputError when it is truncated or breaks the format."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = struct.unpack("<Q", stream.read(8).ljust(8, b"\0"))[0] if size >= 8 else 0
             if not 0 < length <= size - 8:
-                raise InputError(
-                    "safetensors_truncated",
-                    f"{file} is truncated or not a safetensors file ({size} bytes); download it again",
-                )
+                why = f"is truncated or not a safetensors file ({size} bytes); download it again"
+                raise InputError("safetensors_truncated", f"{file} {why}")
             header = stream.read(length) if length <= HEADER_BYTES else b""
     except OSError as error:
         raise InputError("file_unreadable", f"{file} cannot be read ({error.strerror}); mend that first") from error
@@ -71,9 +69,7 @@ def read_header(file: Path) -> dict[str, Entry]:
         tensors = _parse(header)
         end = _contiguous(tensors)
     except (ValueError, RecursionError) as error:
-        raise InputError(
-            "safetensors_invalid", f"the header of {file} is corrupted ({error}); download it again"
-        ) from error
+        raise InputError("safetensors_invalid", f"the header of {file} is damaged: {error}; get it again") from error
     data = 8 + length
     if data + end != size:
         raise InputError(
@@ -89,7 +85,7 @@ def read_header(file: Path) -> dict[str, Entry]:
 
 
 def _parse(header: bytes) -> dict[str, dict[str, Any]]:
-    """Name -> dtype, shape and data_offsets, each of the right kind and all three agreeing. ValueError where not so."""
+    """Name -> dtype, shape and data_offsets, each of the right type and in agreement; otherwise ValueError."""
     if header[:1] != b"{":
         raise ValueError("it does not begin with a brace")
     values = json.loads(header.decode("utf-8"), object_pairs_hook=without_duplicates)
@@ -106,7 +102,7 @@ def _parse(header: bytes) -> dict[str, dict[str, Any]]:
 
 
 def _fault(value: Any) -> str | None:
-    """Which rule the description of one tensor breaks."""
+    """The rule that the description of one tensor breaks; None for none."""
     if not isinstance(value, dict) or set(value) != _ENTRY_KEYS:
         return f"not described by {', '.join(sorted(_ENTRY_KEYS))}"
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -127,7 +123,7 @@ def _is_sizes(values: Any) -> bool:
 
 
 def _contiguous(tensors: Mapping[str, Mapping[str, Any]]) -> int:
-    """Where the last tensor ends, in bytes from the first. ValueError where one does not begin where another ends."""
+    """The end of the last tensor, in bytes from the first. ValueError for gaps and overlaps."""
     position = 0
     for (begin, end), name in sorted((tensor["data_offsets"], name) for name, tensor in tensors.items()):
         if begin != position:
@@ -141,9 +137,9 @@ def _contiguous(tensors: Mapping[str, Mapping[str, Any]]) -> int:
 
 
 def open_arrays(entries: Mapping[str, Entry]) -> dict[str, mx.array]:
-    """Arrays of these tensors that read themselves from disk when computed, in the dtype of the file.
+    """Lazy arrays of these tensors, in the dtype of the file; float64 becomes float32.
 
-    Those of a file that MLX does not open are read at once; float64 becomes float32, which every device computes in.
+    Tensors of a file that MLX cannot open are read at once.
     """
     files: dict[Path, Mapping[str, mx.array]] = {}
     arrays = {}
@@ -160,12 +156,12 @@ def open_arrays(entries: Mapping[str, Entry]) -> dict[str, mx.array]:
 
 
 def as_array(data: bytes | bytearray, dtype: str) -> mx.array:
-    """The numbers, flat, that these bytes of a tensor of this dtype stand for; float64 as float32."""
+    """The flat array of these bytes of a tensor of this dtype; float64 as float32."""
     return mx.view(mx.array(_numbers(data, dtype)), _ARRAYS[dtype][1])
 
 
 def _numbers(data: bytes | bytearray, dtype: str) -> np.ndarray:
-    """The same as numpy holds them, which has no bfloat16: bits, but float32 for float64."""
+    """The bits as unsigned integers, for numpy has no bfloat16; float64 as float32."""
     numbers = np.frombuffer(data, _ARRAYS[dtype][0])
     if dtype != "F64":
         return numbers
@@ -198,7 +194,7 @@ def read_bytes(entry: Entry, file: int, start: int, nbytes: int) -> bytes:
 
 
 def same_numbers(a: Entry, b: Entry) -> bool:
-    """Whether two tensors hold the same numbers, looked at piece by piece; those of different kinds do not."""
+    """Whether two tensors have the same shape and numbers, compared piece by piece."""
     if a.shape != b.shape or not {a.dtype, b.dtype} <= set(_ARRAYS):
         return False
     return all(

@@ -1,7 +1,7 @@
-"""How far a packed model is from its source on a text: perplexity, KL divergence, top-1 agreement, error by layer.
+"""The difference between a quantized model and its source on a text: perplexity, KL, top-1 agreement, error by layer.
 
-Both go through their layers side by side, one layer in memory at a time, and through slices of their heads: no logits
-of a whole text are ever stored, and neither model need fit in memory.
+Both models go through their layers side by side, one layer in memory at a time, and through slices of lm_head: the
+logits of a whole text are never stored, and neither model must fit in memory.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,46 +24,43 @@ def _unseen(total: int) -> AbstractContextManager[Progress]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A packed model against its source. Means are over positions: places whose next token was predicted.
+    """A quantized model against its source. Means are over positions, which are tokens whose next token is predicted.
 
-    Standard errors are those of a mean over sequences, whose positions are not independent; None for one sequence.
+    Standard errors are over sequences, whose positions are not independent; None for one sequence.
     """
 
     sequences: int
     positions: int
     source_perplexity: float
     perplexity: float
-    kl: float  # nats, mean of KL(source || packed)
+    kl: float  # nats, mean of KL(source || quantized)
     kl_error: float | None  # standard error
     kl_99: float  # 99th percentile over positions
     top1: float  # share of positions where both have the same most likely token
     top1_error: float | None
-    layers: tuple[float, ...]  # rms(packed - source) / rms(source) of the residual stream after each layer
+    layers: tuple[float, ...]  # rms(quantized - source) / rms(source) of the residual stream after each layer
 
 
 def divergence(
     source: Layerwise,
-    packed: Layerwise,
+    quantized: Layerwise,
     tokens: Sequence[Sequence[int]],
     first: Sequence[int] | None = None,
     bar: Bar = _unseen,
 ) -> Evaluation:
     """Compare two forms of one model on sequences of tokens.
 
-    first: for each sequence, the index of the first token whose prediction counts, at least 1. None means 1 for all.
-    bar: opens a progress bar for the total work; what it gives is called with the work of each part.
+    first: for each sequence, the index of the first token whose prediction counts, at least 1; None: 1 for all.
+    bar: opens a progress bar for the total work, and yields a function of the work of each part.
 
     Raises InputError when the two models differ in config, or no token is predicted.
     """
-    if source.config != packed.config:
-        raise InputError(
-            "models_differ",
-            f"source and packed must be one model; {source.checkpoint.folder} and {packed.checkpoint.folder} differ "
-            "in config",
-        )
+    if source.config != quantized.config:
+        folders = f"{source.checkpoint.folder} and {quantized.checkpoint.folder}"
+        raise InputError("models_differ", f"two forms of one model have one config; those of {folders} differ")
     batches = make_batches(tokens, source.config.vocab_size)
     counted = Counted(batches, tokens, first)
-    models = source, packed
+    models = source, quantized
     streams = [model.embed(batches) for model in models]
     errors, rows = [], []
     with bar(2 * (counted.tokens * source.weights_from(0) + counted.head_work(source))) as progress:
@@ -74,12 +71,12 @@ def divergence(
         for model, states in zip(models, streams, strict=True):
             rows.append(counted.normed(model, states))
             states.clear()
-        return summary(compare(source, packed, rows[0], rows[1], counted, progress), tuple(errors))
+        return summary(compare(source, quantized, rows[0], rows[1], counted, progress), tuple(errors))
 
 
-def _relative_error(source: list[mx.array], packed: list[mx.array]) -> float:
+def _relative_error(source: list[mx.array], quantized: list[mx.array]) -> float:
     total = np.zeros(2)
-    for a, b in zip(source, packed, strict=True):
+    for a, b in zip(source, quantized, strict=True):
         a, b = a.astype(mx.float32), b.astype(mx.float32)
         total += np.asarray(mx.stack([mx.square(b - a).sum(), mx.square(a).sum()]))
     return float(np.sqrt(total[0] / total[1]))
@@ -89,7 +86,7 @@ def _relative_error(source: list[mx.array], packed: list[mx.array]) -> float:
 
 
 class Counted:
-    """The positions of all batches that count: one row each, in the order of the batches."""
+    """The positions that count, of all batches in their order."""
 
     def __init__(self, batches: Sequence[Batch], tokens: Sequence[Sequence[int]], first: Sequence[int] | None = None):
         first = [1] * len(tokens) if first is None else first
@@ -101,7 +98,7 @@ class Counted:
         self.targets = np.concatenate([b.tokens[:, 1:][mask] for b, mask in zip(batches, self.masks, strict=True)])
         counts = [mask.sum(axis=1) for mask in self.masks]
         which = [i for batch in batches for i in batch.rows]
-        self.sequences = np.repeat(which, np.concatenate(counts))  # which sequence each position is of
+        self.sequences = np.repeat(which, np.concatenate(counts))  # of each position
         if not len(self.targets):
             raise InputError("text_too_short", "there must be a token to predict: give sequences of at least 2 tokens")
 
@@ -113,7 +110,7 @@ class Counted:
         return len(self.targets) * model.head_weights
 
     def normed(self, model: Layerwise, states: Sequence[mx.array]) -> mx.array:
-        """The residual streams after the last layer -> (positions, D), what the head reads."""
+        """The residual streams after the last layer -> (positions, D), the input of lm_head."""
         norm = model.norm()
         picked = []
         for x, mask in zip(states, self.masks, strict=True):
@@ -127,17 +124,17 @@ class Counted:
 
 @dataclass(frozen=True)
 class Positions:
-    """What was found at each position; all arrays (positions,)."""
+    """The predictions at each position; all arrays (positions,)."""
 
-    sequences: np.ndarray  # int: which sequence it is of
-    source_loss: np.ndarray  # float64, nats: of the token that came next
+    sequences: np.ndarray  # int, the index of the sequence
+    source_loss: np.ndarray  # float64, nats, of the next token
     loss: np.ndarray
     kl: np.ndarray
-    same: np.ndarray  # bool: the most likely token of both is one
+    same: np.ndarray  # bool, whether both have the same most likely token
 
 
 class _Side:
-    """One model's logits at each position, seen a slice of the vocabulary at a time."""
+    """One model's logits at each position, reduced slice by slice of the vocabulary."""
 
     def __init__(self, count: int):
         self.highest = np.full(count, -np.inf)
@@ -146,9 +143,9 @@ class _Side:
         self.target = np.zeros(count)
 
     def add(self, at: slice, start: int, logits: mx.array, targets: np.ndarray) -> tuple[np.ndarray, mx.array]:
-        """Take in logits (rows, width) from token `start` on.
+        """Add logits (rows, width) of the tokens from `start` on.
 
-        Returns what the totals so far of these rows must be multiplied with, and exp(logits - the new highest).
+        Returns the factor by which earlier totals of these rows shrink, and exp(logits - the new highest).
         """
         width = logits.shape[-1]
         own, best = np.asarray(logits.max(-1)).astype(np.float64), np.asarray(logits.argmax(-1))
@@ -170,16 +167,16 @@ class _Side:
 
 
 def compare(
-    source: Layerwise, packed: Layerwise, x: mx.array, y: mx.array, counted: Counted, progress: Progress = silent
+    source: Layerwise, quantized: Layerwise, x: mx.array, y: mx.array, counted: Counted, progress: Progress = silent
 ) -> Positions:
-    """The predictions of two models from what their heads read, x and y (positions, D).
+    """The predictions of two models from the inputs of lm_head, x and y (positions, D).
 
-    progress: called with the work of each slice of both heads, as in Layerwise.advance.
+    progress: called with the work of each slice, as in Layerwise.advance.
     """
     count = len(counted.targets)
     ours, theirs = _Side(count), _Side(count)
     gap = np.zeros(count)  # of exp(logit - highest) * (logit - the other's logit)
-    for (start, head), (_, other) in zip(source.head(), packed.head(), strict=True):
+    for (start, head), (_, other) in zip(source.head(), quantized.head(), strict=True):
         for row in range(0, count, CHUNK):
             at = slice(row, min(row + CHUNK, count))
             logits, others = _logits(head, x[at]), _logits(other, y[at])
@@ -220,7 +217,7 @@ def summary(found: Positions, layers: tuple[float, ...] = ()) -> Evaluation:
 
 
 def standard_error(values: np.ndarray, sequences: np.ndarray) -> float | None:
-    """Of the mean of `values`, those of one sequence taken together (linearized ratio estimator); None for one."""
+    """The standard error of the mean of `values` over sequences (linearized ratio estimator); None for one sequence."""
     _, of = np.unique(sequences, return_inverse=True)
     count = of.max() + 1
     if count < 2:

@@ -1,6 +1,6 @@
-"""A text model of any size with one layer in memory: all sequences pass a layer before the next one is read.
+"""A text model of any size with one layer in memory: all sequences pass a layer before the next one is loaded.
 
-What stays is the residual stream of every token. Embedding and head are read by rows, never whole.
+Only the residual streams stay in memory. Embedding and lm_head are read by rows, never whole.
 """
 
 import math
@@ -39,16 +39,16 @@ def silent(done: int) -> None:
 class Batch(NamedTuple):
     """Sequences of equal length that pass a layer together."""
 
-    rows: tuple[int, ...]  # which of the sequences
+    rows: tuple[int, ...]  # indices of the sequences
     tokens: np.ndarray  # (B, T) int32
 
 
 def make_batches(tokens: Sequence[Sequence[int]], vocabulary: int) -> list[Batch]:
-    """Sequences of one length side by side, up to CHUNK tokens in all. InputError for an empty one or a wrong token."""
+    """Batches of sequences of one length, up to CHUNK tokens. InputError for an empty sequence or a wrong token."""
     if not tokens or not all(len(row) for row in tokens):
         raise InputError(
             "tokens_invalid",
-            f"there must be sequences, each of at least 1 token; got lengths {[len(r) for r in tokens]}",
+            f"there must be sequences, each of at least 1 token; got lengths {[len(row) for row in tokens]}",
         )
     if wrong := [token for row in tokens for token in row if not 0 <= token < vocabulary]:
         raise InputError(
@@ -68,10 +68,10 @@ def make_batches(tokens: Sequence[Sequence[int]], vocabulary: int) -> list[Batch
 
 
 class Layerwise:
-    """The text model of a checkpoint, raw or converted, packed or not, read layer by layer.
+    """The text model of a checkpoint, raw or converted, quantized or not, loaded layer by layer.
 
-    dtype: of activations and unpacked weights. alter: what is done with each layer's weights before the layer is built,
-    such as to pack some of them.
+    dtype: of activations and unquantized weights. alter: changes each layer's weights before the layer is built, such
+    as to quantize some of them.
 
     Peak memory is one layer in `dtype` (0.45 GB for the 4B in float32), the residual streams, and about 0.2 GB.
     """
@@ -88,7 +88,7 @@ class Layerwise:
         self.head_weights = self.config.vocab_size * self.config.hidden_size
 
     def embed(self, batches: Sequence[Batch]) -> list[mx.array]:
-        """The residual stream where it begins: (B, T, D) of each batch. Only the rows needed are read."""
+        """The input of the first layer, (B, T, D) of each batch. Only the rows of its tokens are read."""
         used = np.unique(np.concatenate([batch.tokens.ravel() for batch in batches]))
         table = self._rows("embed_tokens", used).embedding("embed_tokens")
         states = [table.look_up(mx.array(np.searchsorted(used, batch.tokens))) for batch in batches]
@@ -96,12 +96,12 @@ class Layerwise:
         return states
 
     def weights_from(self, first: int) -> int:
-        """How many weights the layers from `first` on have: the work that they are, for one token."""
+        """The number of weights of the layers from `first` on, a measure of the work for one token."""
         layers = tuple(f"{TEXT}layers.{i}." for i in range(first, self.config.num_hidden_layers))
         return sum(math.prod(shape) for name, shape in text_shapes(self.config).items() if name.startswith(layers))
 
     def layer(self, i: int) -> DecoderLayer:
-        """Layer i, in memory for as long as it is held."""
+        """Load layer i."""
         prefix = f"{TEXT}layers.{i}."
         names = [name for name in self._names if name.startswith(prefix)]
         layer = DecoderLayer(self.config, self.config.layer_types[i], self._read(names).at(prefix.removesuffix(".")))
@@ -134,11 +134,11 @@ class Layerwise:
         mx.clear_cache()
 
     def norm(self) -> RMSNorm:
-        """The norm before the head."""
+        """The norm before lm_head."""
         return self._read([f"{TEXT}norm.weight"]).at(TEXT.removesuffix(".")).norm("norm")
 
     def head(self) -> Iterator[tuple[int, nn.Module]]:
-        """Slices of the head, in order: the first token of each, and the map (..., D) -> its logits."""
+        """Slices of lm_head, in order: the first token of each, and the map (..., D) -> its logits."""
         name = "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
         for start in range(0, self.config.vocab_size, HEAD_ROWS):
             weights = self._rows(name, np.arange(start, min(start + HEAD_ROWS, self.config.vocab_size)))
@@ -152,7 +152,7 @@ class Layerwise:
         return self._alter(read_weights(self.checkpoint, names, self.dtype))
 
     def _rows(self, name: str, rows: np.ndarray) -> Weights:
-        """The weights of embed_tokens or lm_head that are left with these rows alone, ascending."""
+        """The weights of embed_tokens or lm_head with these rows alone, ascending."""
         prefix = "" if name == "lm_head" else TEXT
         entries = {n: self.checkpoint.entries[n] for n in self._names if n.startswith(f"{prefix}{name}.")}
         arrays = {n: read_rows(entry, rows) for n, entry in entries.items()}
@@ -168,7 +168,7 @@ class _Product(nn.Module):
     def __init__(self, inner: Linear):
         super().__init__()
         self.inner = inner
-        self.quantization = None  # to those around it: what is packed is unpacked in here
+        self.quantization = None  # a quantized weight is dequantized in here
 
     def __call__(self, x: mx.array) -> mx.array:
         weight, how = self.inner.weight, self.inner.quantization

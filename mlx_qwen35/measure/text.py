@@ -9,14 +9,12 @@ MOST = 4096  # tokens, unless more are asked for
 
 
 def windows(checkpoint: Checkpoint, text: str, length: int = WINDOW, most: int = MOST) -> list[list[int]]:
-    """A text as tokens of the checkpoint's tokenizer, cut in windows of `length` tokens, the first `most` of them all.
+    """The first `most` tokens of a text, by the checkpoint's tokenizer, in windows of `length` tokens.
 
     A last window of 1 token, which predicts nothing, is left out. InputError when the text is shorter than 2 tokens.
     """
     if length < 2 or most < 2:
-        raise InputError(
-            "option_invalid", f"a window, and all of them, must be at least 2 tokens long, got {length} and {most}"
-        )
+        raise InputError("option_invalid", f"length and most must be at least 2 tokens, got {length} and {most}")
     processor = Processor.from_folder(checkpoint.folder, checkpoint.config, has_vision_encoder=False)
     tokens = list(processor.tokenizer.encode(text, add_special_tokens=False))[:most]
     cut = [tokens[start : start + length] for start in range(0, len(tokens), length)]

@@ -16,6 +16,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
@@ -118,23 +119,17 @@ class Connections:
         return found
 
     def _resolve(self, host: str, port: int) -> list[_Address]:
-        outcome: list[list[_Address] | OSError | UnicodeError] = []
+        resolved: Future[list[_Address]] = Future()
 
         def work() -> None:
             try:
                 found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-                outcome.append([(family, address) for family, *_, address in found])
+                resolved.set_result([(family, address) for family, *_, address in found])
             except (OSError, UnicodeError) as error:  # the latter for a name that cannot be
-                outcome.append(error)
+                resolved.set_exception(error)
 
-        thread = threading.Thread(target=work, name="resolve", daemon=True)
-        thread.start()
-        thread.join(max(0, self._end - time.monotonic()))
-        if not outcome:
-            raise TimeoutError
-        if isinstance(outcome[0], Exception):
-            raise outcome[0]
-        return outcome[0]
+        threading.Thread(target=work, name="resolve", daemon=True).start()
+        return resolved.result(max(0, self._end - time.monotonic()))
 
 
 # --- connections -----------------------------------------------------------------------------------------------------

@@ -131,7 +131,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols])
         self._mark = mark
 
-
         def compared(limits: RenderLimits, value: Any = None) -> Any:
             """A text, or each of a list of them, without marks."""
             limits.step()

@@ -29,20 +29,14 @@ def load_tokenizer(folder: Path) -> "TokenizerWrapper":
             tokenizer = load(whole, {"trust_remote_code": False})
             tokenizer.name_or_path = str(folder)  # where it is to be found again
             return tokenizer
-        except BaseException as error:
-            if not _is_of_files(error):
+        except BaseException as error:  # tokenizers raises Exception itself, and a panic of Rust, which is none
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise InputError(
                 "tokenizer_invalid",
                 f"the tokenizer files of {folder} could not be read ({type(error).__name__}: {str(error)[:200]}). "
                 "Download them again",
             ) from error
-
-
-def _is_of_files(error: BaseException) -> bool:
-    """Whether the loader could not read the files. tokenizers raises Exception itself, and a panic of Rust, which is
-    none."""
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _check_files(folder: Path) -> None:

@@ -32,7 +32,7 @@ def peaked(columns=640):
 
 def ours(matrix, how, weights=None):
     weights = None if weights is None else mx.array(weights)
-    return rounding.quantize(matrix, how, weights)
+    return rounding.quantize(matrix, how, None if weights is None else np.asarray(weights))
 
 
 def plain(matrix, how):

@@ -145,7 +145,7 @@ def test_a_proposal_takes_the_most_divergence_saved_for_a_byte(cap, chosen, nbyt
     proposal = propose(ROWS, cap)
     assert proposal.matrices == {f"{group}.weight": how for group, how in chosen.items()}
     assert proposal.nbytes == nbytes
-    assert proposal.kl == pytest.approx(sum(r.kl for r in ROWS if chosen[r.group] == r.how))
+    assert proposal.kl == pytest.approx(sum(r.kl for r in ROWS if chosen[r.group] == r.quantization))
 
 
 def test_other_bytes_count_against_the_cap():

@@ -21,7 +21,7 @@ def test_a_prompt_with_a_video_leaves_only_the_text_weights_in_memory(text_model
     kept = shown["released"] - shown["text"]
     assert shown["embeddings"] <= kept < 2 * shown["embeddings"]  # in a buffer that was at hand
     assert shown["left"] == shown["text"] >= weights
-    assert shown["tower"] > 0 and not model.vision.loaded
+    assert shown["encoder"] > 0 and not model.vision.loaded
 
 
 def test_working_memory_does_not_grow_with_the_video(text_model, config, monkeypatch):

@@ -476,6 +476,8 @@ NOT_PICTURES = {
     "a video (MP4": b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41" + bytes(40),
     "a video (WebM": b"\x1aE\xdf\xa3\x01\0\0\0" + bytes(40),
     "a video (AVI": b"RIFF\xff\0\0\0AVI LIST" + bytes(40),
+    "a video (FLV": b"FLV\1\5\0\0\0\x09" + bytes(40),
+    "an image sequence": b"\0\0\0\x18ftypmsf1\0\0\0\0msf1hevc" + bytes(40),
     "text": b"Nothing to see here.\n" * 3,
     "a web page": b"\xef\xbb\xbf\n<!DOCTYPE html>\n<html></html>",
     "an SVG drawing": b"<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg'/>",

@@ -268,6 +268,11 @@ def test_a_picture_should_be_given_as_an_image(kind: str):
         read(pictured(kind))
 
 
+def test_a_big_tiff_should_be_given_as_an_image():
+    with refused("media_type_wrong", "TIFF"):
+        read(b"II+\0\x08\0\0\0" + bytes(56))
+
+
 def test_an_iphone_photo_should_be_given_as_an_image(tmp_path: Path):
     pillow_heif = pytest.importorskip("pillow_heif")
     pillow_heif.from_pillow(Image.fromarray(videos.quadrants())).save(tmp_path / "photo.heic")
