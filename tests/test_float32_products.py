@@ -59,6 +59,6 @@ def test_the_doctor_shows_what_products_are_made_of_and_who_chose(monkeypatch):
     monkeypatch.setenv(TF32, "1")
     with shortened_products():
         shown = facts.settings(dict(os.environ))[TF32]
-    assert shown == "1, set by you; products of float32 matrices are of operands rounded to 10 bits of mantissa"
+    assert shown == "1, set by you; products of float32 matrices have operands rounded to 10 bits of mantissa"
     monkeypatch.delenv(TF32)
     assert facts.settings(dict(os.environ))[TF32] == "MLX's own; products of float32 matrices have full precision"

@@ -128,10 +128,10 @@ class OneByOne:
         self.step += 1
         return mx.array(rows)[:, None]
 
-    def look(self, logits, drafted=None):
+    def peek(self, logits, drafted=None):
         return mx.argmax(mx.nan_to_num(logits), axis=-1)
 
-    def take(self, tokens):
+    def commit(self, tokens):
         pass
 
 

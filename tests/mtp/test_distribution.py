@@ -170,13 +170,13 @@ def test_each_seed_has_its_text_whatever_is_guessed(depth, name):
 
 @pytest.mark.parametrize("name", ["every processor", *(pytest.param(n, marks=pytest.mark.full) for n in REST)])
 def test_a_guess_that_is_accepted_though_it_was_not_drawn_would_be_noticed(name, monkeypatch):
-    look = Sampler.look
+    look = Sampler.peek
 
     def first_guess(self: Sampler, logits: mx.array, guesses: mx.array | None = None) -> mx.array:
         drawn = look(self, logits, guesses)
         return drawn if guesses is None else mx.concatenate([guesses[:, :1], drawn[:, 1:]], axis=1)
 
-    monkeypatch.setattr(Sampler, "look", first_guess)
+    monkeypatch.setattr(Sampler, "peek", first_guess)
     assert chance(texts(SAMPLINGS[name], Guesses(blind, 3)), probabilities(SAMPLINGS[name])) < DOUBTFUL
 
 

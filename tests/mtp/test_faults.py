@@ -175,9 +175,9 @@ def test_the_head_is_given_back_where_it_is_not_wanted(nano):
 
 
 def test_a_turn_of_a_conversation_decides_on_drafts_once(nano, monkeypatch):
-    """Every now and then the answer to `hopeless` is another, for having asked."""
-    asked, hopeless = [], Costs.hopeless
+    """Every now and then the answer of `never_pays` is another, for having asked."""
+    asked, never_pays = [], Costs.never_pays
     conversation = Conversation(*nano, max_tokens=40)
-    monkeypatch.setattr(Costs, "hopeless", lambda *given: asked.append(given) or hopeless(*given))
+    monkeypatch.setattr(Costs, "never_pays", lambda *given: asked.append(given) or never_pays(*given))
     list(conversation.send(ASKED[0]))
     assert len(asked) == 1 and conversation.cache.follower is not None
