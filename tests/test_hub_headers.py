@@ -30,11 +30,11 @@ WORK = """
 import contextlib, io, json, os, shutil, sys, tempfile, warnings
 
 from mlx_qwen35 import InputError, load
-from mlx_qwen35.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.__main__ import main as convert_command
 from mlx_qwen35.doctor.command import main as doctor_command
-from mlx_qwen35.hub import resolve
+from mlx_qwen35.checkpoint.hub import resolve
 
 told = {}
 
