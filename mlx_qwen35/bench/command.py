@@ -27,7 +27,7 @@ from mlx_qwen35.load import LoadOptions, choose_dtype
 from mlx_qwen35.options import options_of
 
 _COUNT = "launches are counted by python -m tests.dispatches.count, in a clone of the repository"
-_IMAGES = "the memory of images and clips is measured by examples/image_memory.py, in a clone of the repository"
+_IMAGES = "the memory of images and videos is measured by examples/image_memory.py, in a clone of the repository"
 REMOVED = {  # option -> where it went
     "--dispatches": _COUNT,
     "--recipe": _COUNT,
