@@ -24,9 +24,9 @@ test-all: .venv/ready-parity
 
 # Loading, text, pictures, clips, conversion and the hub with the lowest versions that pyproject.toml allows.
 test-lowest: .venv-lowest/ready
-	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile -m "not full" tests/test_nano.py tests/test_hub.py \
-		tests/test_hub_headers.py tests/text tests/vision/test_seeing.py \
-		tests/vision/test_video_inputs.py tests/convert/test_command.py
+	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile -m "not full" tests/test_nano.py tests/checkpoint/test_hub.py \
+		tests/checkpoint/test_hub_headers.py tests/prompt tests/engine/test_seeing.py \
+		tests/media/test_video_inputs.py tests/convert/test_command.py
 
 parity: .venv/ready-parity
 	$(BIN)/python -m pytest tests/parity

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from media import videos
 from PIL import Image
 from refusing import refused
-from vision import videos
 
 from mlx_qwen35.media.container import VideoFile, upright_rgb
 from mlx_qwen35.media.decoded import resize

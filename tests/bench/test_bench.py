@@ -16,7 +16,7 @@ from mlx_qwen35.bench import command, main
 from mlx_qwen35.bench.measure import OURS, Measurement, ProgramError, Settings, in_turn, measure, started, summarize
 from mlx_qwen35.bench.report import draw, format_table
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SETTINGS = Settings((5, 9), decode_tokens=3, repeats=2, prefill_step_size=4, dtype="float32")
 QUICK = ("--prompt-lengths", "5,9", "--decode-tokens", "2", "--repeats", "1", "--prefill-step-size", "4")
 

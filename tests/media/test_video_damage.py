@@ -12,9 +12,9 @@ from types import SimpleNamespace as Namespace
 
 import numpy as np
 import pytest
+from media import videos
 from PIL import Image
 from refusing import refused
-from vision import videos
 
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.container import Packets, VideoFile

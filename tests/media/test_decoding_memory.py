@@ -11,9 +11,9 @@ from io import BytesIO
 import mlx.core as mx
 import numpy as np
 import pytest
+from media.videos import write
 from PIL import Image, ImageFile
 from refusing import refused
-from vision.videos import write
 
 from mlx_qwen35.machine.memory import limit_memory
 from mlx_qwen35.media.decoded import resize
@@ -61,13 +61,13 @@ def test_a_large_picture_takes_little_more_than_its_decoded_pixels(tmp_path):
         import re
         from pathlib import Path
         from PIL import Image
-        from mlx_qwen35.media import picture
+        from mlx_qwen35.media import decoded
         from mlx_qwen35.media.image import read_resized
 
         def most():
             return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
-        picture.EXACT = 1 << 20
+        decoded.EXACT = 1 << 20
         read_resized(Image.new("RGB", (64, 64)), lambda height, width: (32, 32))  # what is loaded once
         before = most()
         for mode in {list(most)}:
