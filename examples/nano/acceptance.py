@@ -29,7 +29,7 @@ import mlx_qwen35
 from mlx_qwen35 import Model, Processor
 from mlx_qwen35.engine.generation import encode_media
 from mlx_qwen35.engine.prefill import PromptRow
-from mlx_qwen35.engine.sampling import Sampling
+from mlx_qwen35.engine.presets import Sampling
 from mlx_qwen35.model.model import Visual
 from mlx_qwen35.prompt.positions import positions
 

@@ -22,8 +22,8 @@ from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy, Speculation, attach
 from mlx_qwen35.engine.loop import decode
 from mlx_qwen35.engine.prefill import PromptRow, prefill
-from mlx_qwen35.engine.sampler import Sampler, noise, process
-from mlx_qwen35.engine.sampling import Sampling
+from mlx_qwen35.engine.presets import Sampling
+from mlx_qwen35.engine.sampling import Sampler, noise, process
 from mlx_qwen35.model.decoder import run
 from mlx_qwen35.model.layers import RMSNorm
 from mlx_qwen35.model.model import Model, Visual

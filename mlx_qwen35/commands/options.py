@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mlx_qwen35.engine.options import GROUPS, GenerationOptions
-from mlx_qwen35.engine.sampling import Sampling
+from mlx_qwen35.engine.presets import Sampling
 from mlx_qwen35.load import LoadOptions
 from mlx_qwen35.media.options import VisionOptions
 from mlx_qwen35.options import Option, note_spelling, options_of

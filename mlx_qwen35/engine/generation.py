@@ -14,7 +14,7 @@ from mlx_qwen35.engine.loop import decode
 from mlx_qwen35.engine.options import Options, check_options
 from mlx_qwen35.engine.plan import GenerationPlan, plan
 from mlx_qwen35.engine.prefill import PromptRow, prefill
-from mlx_qwen35.engine.sampler import Sampler
+from mlx_qwen35.engine.sampling import Sampler
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.machine.process import refuse_fork
 from mlx_qwen35.model.model import Model

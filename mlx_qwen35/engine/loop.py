@@ -13,7 +13,7 @@ from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.cache.layer import CachePosition
 from mlx_qwen35.checkpoint.dtypes import dtype_name
 from mlx_qwen35.engine.drafts.speculate import Speculation
-from mlx_qwen35.engine.sampler import Sampler
+from mlx_qwen35.engine.sampling import Sampler
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.gated_delta import DeltaState
 from mlx_qwen35.model.model import Model

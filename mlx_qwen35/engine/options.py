@@ -6,7 +6,7 @@ from typing import Any, TypedDict, cast
 
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.engine.drafts.speculate import MODES, MOST_DEPTH, ON_DEPTH
-from mlx_qwen35.engine.sampling import MOST_SEED, PRESETS, Sampling
+from mlx_qwen35.engine.presets import MOST_SEED, PRESETS, Sampling
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.options import VISION_OPTIONS, VisionOptions
 from mlx_qwen35.options import check_keywords, option, options_of, spelled

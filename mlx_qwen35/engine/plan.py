@@ -8,7 +8,7 @@ from mlx_qwen35.budget.chunk import suitable_chunk
 from mlx_qwen35.budget.plan import most_tokens
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy, choose_drafts
 from mlx_qwen35.engine.options import Options, sampling_options
-from mlx_qwen35.engine.sampling import PRESETS, Preset, Sampling
+from mlx_qwen35.engine.presets import PRESETS, Preset, Sampling
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.options import spelled

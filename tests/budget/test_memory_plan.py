@@ -19,8 +19,8 @@ from mlx_qwen35.checkpoint.tensors import Entry
 from mlx_qwen35.convert.recipes import RECIPES
 from mlx_qwen35.engine.loop import decode
 from mlx_qwen35.engine.prefill import PromptRow, prefill
-from mlx_qwen35.engine.sampler import Sampler
-from mlx_qwen35.engine.sampling import Sampling
+from mlx_qwen35.engine.presets import Sampling
+from mlx_qwen35.engine.sampling import Sampler
 from mlx_qwen35.load import load_model
 from mlx_qwen35.machine import memory
 from mlx_qwen35.quantization import Quantization

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mlx_qwen35.commands.generate import CommandOptions
 from mlx_qwen35.engine.options import GenerationOptions, PromptOptions
-from mlx_qwen35.engine.sampling import Sampling
+from mlx_qwen35.engine.presets import Sampling
 from mlx_qwen35.load import LoadOptions
 from mlx_qwen35.media.options import VisionOptions
 from mlx_qwen35.options import Option, options_of

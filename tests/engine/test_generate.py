@@ -12,8 +12,8 @@ from mlx_qwen35 import Model, Processor, batch_generate, generate, load, stream_
 from mlx_qwen35.engine.generation import start
 from mlx_qwen35.engine.loop import decode
 from mlx_qwen35.engine.prefill import PromptRow, prefill
-from mlx_qwen35.engine.sampler import Sampler
-from mlx_qwen35.engine.sampling import Sampling
+from mlx_qwen35.engine.presets import Sampling
+from mlx_qwen35.engine.sampling import Sampler
 
 ASK = "What is 34 + 58?"
 

@@ -6,7 +6,7 @@ import pytest
 from refusing import refused
 
 from mlx_qwen35 import PRESETS, Sampling
-from mlx_qwen35.engine.sampler import Sampler, noise, process
+from mlx_qwen35.engine.sampling import Sampler, noise, process
 
 V = 300
 

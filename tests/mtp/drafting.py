@@ -19,8 +19,8 @@ from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy, Speculation, attach
 from mlx_qwen35.engine.loop import decode
 from mlx_qwen35.engine.prefill import PromptRow, prefill
-from mlx_qwen35.engine.sampler import Sampler
-from mlx_qwen35.engine.sampling import Sampling
+from mlx_qwen35.engine.presets import Sampling
+from mlx_qwen35.engine.sampling import Sampler
 from mlx_qwen35.load import load_model
 from mlx_qwen35.model.model import Model
 

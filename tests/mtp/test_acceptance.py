@@ -10,7 +10,7 @@ from tasks import items_of
 import mlx_qwen35
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.prefill import PromptRow
-from mlx_qwen35.engine.sampling import Sampling
+from mlx_qwen35.engine.presets import Sampling
 from mlx_qwen35.model.mtp import MultiTokenPrediction
 
 TOKENS = tuple((7 * i + i * i) % 900 for i in range(14))

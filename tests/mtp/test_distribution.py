@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from mlx_qwen35.engine import loop
-from mlx_qwen35.engine import sampler as engine_sampler
-from mlx_qwen35.engine.sampler import Sampler, process
-from mlx_qwen35.engine.sampling import Sampling
+from mlx_qwen35.engine import sampling as engine_sampler
+from mlx_qwen35.engine.presets import Sampling
+from mlx_qwen35.engine.sampling import Sampler, process
 
 SAMPLINGS = {
     "plain": Sampling(),

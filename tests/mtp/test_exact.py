@@ -18,8 +18,8 @@ from mlx_qwen35.backend import backend
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.cache.layer import KVCache
 from mlx_qwen35.engine.drafts import speculate
-from mlx_qwen35.engine.sampler import Sampler
-from mlx_qwen35.engine.sampling import Sampling
+from mlx_qwen35.engine.presets import Sampling
+from mlx_qwen35.engine.sampling import Sampler
 from mlx_qwen35.model.model import Model
 
 SAME = 2e-5  # of the largest number of an array: products of one and of several rows may sum in another order

@@ -12,8 +12,8 @@ from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.engine.generation import encode_media
 from mlx_qwen35.engine.loop import decode
 from mlx_qwen35.engine.prefill import PromptRow, prefill
-from mlx_qwen35.engine.sampler import Sampler
-from mlx_qwen35.engine.sampling import Sampling
+from mlx_qwen35.engine.presets import Sampling
+from mlx_qwen35.engine.sampling import Sampler
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.prompt.positions import positions
 from mlx_qwen35.prompt.prompt import Prompt

@@ -11,7 +11,7 @@ from mlx_qwen35.budget.plan import most_depth
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.engine.drafts.depth import DepthControl, measured_costs
 from mlx_qwen35.engine.drafts.follower import DraftFollower
-from mlx_qwen35.engine.sampler import Sampler
+from mlx_qwen35.engine.sampling import Sampler
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.model.mtp import DraftHead

@@ -13,8 +13,8 @@ import mlx.core as mx
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy, Speculation
 from mlx_qwen35.engine.loop import _Loop, _Rows
-from mlx_qwen35.engine.sampler import Sampler
-from mlx_qwen35.engine.sampling import Sampling
+from mlx_qwen35.engine.presets import Sampling
+from mlx_qwen35.engine.sampling import Sampler
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.model.mtp import DraftHead, MultiTokenPrediction
 
