@@ -145,7 +145,7 @@ def test_above_the_limit_float16_rounds_no_worse_than_bfloat16_and_far_below_wor
 
 
 def test_of_many_tensors_eight_are_named_and_the_rest_are_counted():
-    with pytest.warns(RuntimeWarning, match=r"11 tensors kept in float32.*t7 \(why\); and 3 more\. .*--dtype bfloat16"):
+    with pytest.warns(RuntimeWarning, match=r"11 tensors kept in float32.*t7 \(why\); and 3 more\. .*dtype='bfloat16'"):
         tell({f"t{i}": "why" for i in range(11)})
     with pytest.warns(RuntimeWarning, match=r"hold them: t0 \(why\)\. With"):
         tell({"t0": "why"})

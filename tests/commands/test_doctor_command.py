@@ -224,7 +224,8 @@ class Clock:
 
 @pytest.mark.parametrize(
     ("seconds", "longest"),
-    [(0.0, 32), (1.4, 32), (2.5, 64), (10.0, 256), (1000.0, PROMPTS[-1])],  # each takes twice as long as the one before
+    # each takes twice as long as the one before
+    [(0.0, 32), (1.4, 32), (2.5, 64), (10.0, 256), pytest.param(1000.0, PROMPTS[-1], marks=pytest.mark.full)],
 )
 def test_prompts_grow_as_long_as_the_time_allows(monkeypatch, seconds, longest):
     model, clock = sample_model(TINY, mx.float32), Clock(monkeypatch)

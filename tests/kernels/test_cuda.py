@@ -46,6 +46,9 @@ LAUNCHES = {
 }
 
 
+FIRST = next(iter(LAUNCHES))
+
+
 def programs(case: str) -> list[cuda.Program]:
     launch, sizes, count = LAUNCHES[case]
     with cuda.recorded() as found:
@@ -57,7 +60,10 @@ def programs(case: str) -> list[cuda.Program]:
 @nvcc
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, marks=pytest.mark.full) if case.endswith("other sizes") else case for case in LAUNCHES],
+    [
+        pytest.param(case, marks=pytest.mark.full) if case.startswith("gated_delta") and case != FIRST else case
+        for case in LAUNCHES
+    ],
 )
 def test_every_instantiation_compiles_and_a_block_of_it_fits(case, tmp_path):
     made = programs(case)
