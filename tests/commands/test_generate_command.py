@@ -154,7 +154,7 @@ command.main()
 """
 
 
-@pytest.mark.parametrize("options", [(), ("--json",)])
+@pytest.mark.parametrize("options", [(), pytest.param(("--json",), marks=pytest.mark.full)])
 def test_ctrl_c_ends_cleanly_with_what_was_written(options):
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
