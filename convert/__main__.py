@@ -36,7 +36,7 @@ def _parser() -> Parser:
         prog=COMMAND,
         usage="%(prog)s --hf-path MODEL --mlx-path FOLDER [options]",
         description="Convert a checkpoint of the Qwen3.5 family to a folder that mlx_qwen35, mlx-lm and mlx-vlm load. "
-        "Works in chunks: half a GB of memory is enough for any size.",
+        "Works in chunks: a quarter of a GB of memory is enough for any size.",
     )
     own = options_of(CommandOptions)
     add_options(parser, options_of(FolderOptions).values())

@@ -38,7 +38,7 @@ CODES = {
     "chat_template_missing": "the checkpoint completes raw text alone",
     "chat_template_refused": "the chat template refuses the messages",
     "preprocessor_missing": "a settings file of images or videos is absent",
-    "vision_missing": "the checkpoint has no vision tower",
+    "vision_missing": "the checkpoint has no vision encoder",
     "draft_head_missing": "the checkpoint has no draft head, or the named file is absent",
     "draft_head_unusable": "the draft head is damaged",
     "draft_head_contradicted": "config.json says of the draft head's norms what they cannot be",

@@ -160,7 +160,7 @@ class Cache:
             layer.state, layer.steps = state, None
 
     def _zero_padding(self, start: int) -> None:
-        """Zero the padding from column `start` on. Infinity of a rejected token would pass through its weight of 0."""
+        """Zero the padding from column `start` on. A rejected token may hold infinity, and 0 x infinity is NaN."""
         assert self.mask is not None
         tokens = self.mask[:, None, start:, None]
         for layer in self._kv:
