@@ -129,6 +129,7 @@ class StorageOptions:
     rounding: str = option("search", help="how quantized groups are rounded (default: search)", choices=ROUNDINGS)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "quantize", bool(self.quantize))  # None chooses nothing
         if self.dtype is not None:
             object.__setattr__(self, "dtype", check_dtype("--dtype", self.dtype))
 
@@ -183,6 +184,14 @@ def names_file(recipe: str | None) -> bool:
     return recipe is not None and recipe not in RECIPES and recipe.endswith(".json")
 
 
+def _read(values: Mapping[str, Any]) -> Quantization:
+    """An entry of a recipe file; what else it says is for people."""
+    sizes = values["group_size"], values["bits"]
+    if not all(type(size) is int for size in sizes):
+        raise TypeError(f"group_size and bits must be whole numbers, got {sizes}")
+    return Quantization(*sizes, values["mode"])
+
+
 def find_recipe(name: str) -> Recipe:
     """The recipe of this name, or in this file. InputError when there is none, or the file is no recipe."""
     if name in RECIPES:
@@ -193,11 +202,11 @@ def find_recipe(name: str) -> Recipe:
         raise InputError("recipe_not_found", f"--recipe must be one of {known}, or a file *.json; there is no {name}")
     try:
         values = read_json(file)
-        chosen = {end: None if of is None else Quantization(**of) for end, of in values["exceptions"].items()}
+        chosen = {end: None if of is None else _read(of) for end, of in values["exceptions"].items()}
         reasons = values.get("reasons", [])
         if not isinstance(reasons, list) or not all(isinstance(reason, str) for reason in reasons):
             raise TypeError("'reasons' must be a list of texts")
-        return Recipe("from a file", Quantization(**values["bulk"]), chosen, reasons=tuple(reasons))
+        return Recipe("from a file", _read(values["bulk"]), chosen, reasons=tuple(reasons))
     except (KeyError, TypeError, AttributeError, OSError, InputError) as error:
         raise InputError(
             "recipe_invalid",

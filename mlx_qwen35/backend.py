@@ -66,6 +66,11 @@ def system_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def _cpu_memory() -> int:
+    """On a Mac what the GPU may take, since both share the memory; elsewhere all of it."""
+    return _metal_memory() if mx.metal.is_available() else system_memory()
+
+
 def _metal_memory() -> int:
     return int(mx.device_info(mx.gpu)["max_recommended_working_set_size"])
 
@@ -78,7 +83,7 @@ def _cuda_memory() -> int:
 CPU = Backend(
     "cpu", kernel_language="", checks_kernels=True, compiles=False, joins_projections=False, queues_layers=False,
     watchdog=False, slow_half=True, works_in_pieces=True, tiles_attention=True, unpacks_for_many_rows=True,
-    inverts_by_lapack=True, numpy_products=True, usable_memory=system_memory,
+    inverts_by_lapack=True, numpy_products=True, usable_memory=_cpu_memory,
 )  # fmt: skip
 METAL = Backend(
     "metal", kernel_language="metal", checks_kernels=True, compiles=True, joins_projections=True, queues_layers=True,

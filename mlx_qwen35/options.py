@@ -112,10 +112,11 @@ def options_of(group: type) -> Mapping[str, Option]:
 
 
 def check_fields(group: Any) -> None:
-    """Replace the fields of a frozen dataclass of options by their checked values; None stays."""
+    """Replace the fields of a frozen dataclass of options by their checked values; None stays where the type has it."""
+    types = {own.name: own.type for own in fields(group)}
     for name, declared in options_of(type(group)).items():
         value = getattr(group, name)
-        if value is not None:
+        if value is not None or type(None) not in get_args(types[name]):
             object.__setattr__(group, name, declared.checked(spelled(name), value))
 
 

@@ -99,3 +99,10 @@ def test_a_program_that_imports_the_package_gets_an_error_with_a_code(without_ml
     done = without_mlx(said, "-c", program)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"mlx_unusable MLX cannot be loaded ({said})") and remedy in done.stdout
+
+
+def test_on_a_mac_that_computes_on_its_cpu_a_model_may_take_what_the_gpu_may(monkeypatch):
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda device: {"max_recommended_working_set_size": 5_726_623_061})
+    with assume(CPU):
+        assert usable_bytes() == 5_726_623_061

@@ -33,7 +33,8 @@ class _Declared(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         assert option_string is not None
-        note_spelling(self.dest, option_string)
+        if self.declared.kind is not bool:  # of a switch the last word counts
+            note_spelling(self.dest, option_string)
         setattr(
             namespace, self.dest, self.declared.checked(option_string, self._value(namespace, values, option_string))
         )

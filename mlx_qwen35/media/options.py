@@ -47,6 +47,9 @@ class VisionOptions:
     )
 
     def __post_init__(self) -> None:
+        for name, declared in options_of(VisionOptions).items():
+            if declared.kind is bool and getattr(self, name) is None:  # chooses nothing
+                object.__setattr__(self, name, declared.default)
         check_fields(self)
         if self.fps is not None and self.video_num_frames is not None:
             raise InputError(

@@ -74,7 +74,6 @@ def test_dtypes_have_short_names(names):
     ("words", "said"),
     [
         (("--temp", "1", "--temperature", "1"), ("--temp", "--temperature")),
-        (("--enable-thinking", "--no-enable-thinking"), ("--enable-thinking", "--no-enable-thinking")),
         (("-m", "5", "--max-tokens", "5"), ("-m", "--max-tokens")),
     ],
 )
@@ -222,3 +221,10 @@ def test_help_fits_a_terminal_of_80_columns(command, monkeypatch):
     text = command.parser().format_help()
     assert max(map(len, text.splitlines())) <= 80
     assert not {"clip", "tower", "None"} & set(text.split())
+
+
+@pytest.mark.parametrize(("last", "thinks"), [("--enable-thinking", True), ("--no-enable-thinking", False)])
+def test_of_a_switch_the_last_word_counts(last, thinks):
+    with on_command_line():
+        found = given_options(parse("--prompt", "Hi", "--enable-thinking", "--no-enable-thinking", last))
+    assert found["enable_thinking"] is thinks

@@ -35,6 +35,12 @@ def test_without_a_recipe_the_4bit_one_is_taken(raw, four, tmp_path):
     assert "recipe `4bit`" in (out / "README.md").read_text()
 
 
+def test_quantize_that_is_none_chooses_nothing(raw, four, tmp_path):
+    for given in ({}, {"recipe": "4bit"}):
+        out = convert(raw, tmp_path / f"out{len(given)}", quantize=None, **given, **NEAREST)
+        assert tensors(out) == tensors(four)
+
+
 def test_the_command_has_the_same_default(raw, four, tmp_path):
     main(["--hf-path", str(raw), "--mlx-path", str(tmp_path / "out"), "--rounding", "nearest", "--no-verify"])
     assert tensors(tmp_path / "out") == tensors(four)

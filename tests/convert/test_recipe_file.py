@@ -38,3 +38,12 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path, values):
 def test_a_recipe_that_cannot_be_written_is_told(tmp_path):
     with refused("output_unwritable", "--save-recipe"):
         save_recipe(tmp_path / "absent" / "own.json", {}, FOUR, "")
+
+
+def test_what_else_an_entry_says_is_for_people(tmp_path):
+    file = tmp_path / "recipe.json"
+    bulk = {"group_size": 64, "bits": 4, "mode": "affine"}
+    exceptions = {"o_proj.weight": bulk | {"comment": "not mine"}}
+    file.write_text(json.dumps({"bulk": bulk | {"comment": "mine"}, "exceptions": exceptions}))
+    found = find_recipe(str(file))
+    assert found.bulk == found.exceptions["o_proj.weight"] == Quantization(64, 4, "affine")

@@ -275,3 +275,18 @@ def test_whether_mlx_compiles_is_left_as_the_caller_has_it(nano, off):
     finally:
         mx.enable_compile()
     assert len(runs) == (2 if off else 1)
+
+
+@pytest.mark.parametrize("name", ["temp", "top_k", "top_p", "min_p", "repetition_penalty", "logit_bias"])
+def test_a_sampling_has_all_its_values(name):
+    with refused("option_invalid", name):
+        Sampling(**{name: None})
+
+
+def test_loading_has_a_word_on_keeping_the_vision_encoder():
+    with refused("option_invalid", "keep_vision"):
+        load("nano", keep_vision=None)
+
+
+def test_a_vision_switch_that_is_none_chooses_nothing():
+    assert VisionOptions(published_limits=None, outer_vision_tags=None, allow_private_urls=None) == VisionOptions()
