@@ -20,9 +20,9 @@ with interrupt.tell_errors():
 
 from mlx_qwen35.cache.cache import Cache, Snapshot
 from mlx_qwen35.engine.conversation import Conversation
-from mlx_qwen35.engine.generation import Result
 from mlx_qwen35.engine.options import Options
 from mlx_qwen35.engine.presets import PRESETS, Sampling
+from mlx_qwen35.engine.sequence import Result
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.generate import batch_generate, generate, stream_generate
 from mlx_qwen35.load import load

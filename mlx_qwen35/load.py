@@ -20,9 +20,10 @@ from mlx_qwen35.machine.chip import this_chip
 from mlx_qwen35.machine.memory import MOST_GIGABYTES, limit_memory, set_limits
 from mlx_qwen35.machine.process import check_folder, refuse_fork
 from mlx_qwen35.model.enabled import enabled_kernels, warn_unfit_layers
+from mlx_qwen35.model.lazy import LazyPart
 from mlx_qwen35.model.model import Model
-from mlx_qwen35.model.mtp import DraftHead, MultiTokenPrediction
-from mlx_qwen35.model.vision import LazyVisionEncoder, VisionEncoder
+from mlx_qwen35.model.mtp import MultiTokenPrediction
+from mlx_qwen35.model.vision import VisionEncoder
 from mlx_qwen35.model.weights import Progress, read_weights
 from mlx_qwen35.options import check_fields, option, spelled
 from mlx_qwen35.prompt.processor import Processor
@@ -156,19 +157,19 @@ def load_model(
     warn_unfit_layers(model)
     mtp_head = model.mtp = _draft_head(checkpoint, dtype)
     if has_vision(checkpoint):  # the lambda must not hold the model, which would then hold itself
-        model.vision = LazyVisionEncoder(lambda: load_vision_encoder(checkpoint, dtype, mtp_head))
+        model.vision = LazyPart(lambda: load_vision_encoder(checkpoint, dtype, mtp_head))
     model.eval()
     return model
 
 
-def _draft_head(checkpoint: Checkpoint, dtype: mx.Dtype) -> DraftHead | None:
+def _draft_head(checkpoint: Checkpoint, dtype: mx.Dtype) -> LazyPart[MultiTokenPrediction] | None:
     """The draft head, not loaded yet; None for a checkpoint without one."""
     config, fault = checkpoint.config.text, checkpoint.mtp_head_fault
     if not fault and not (config.mtp_num_hidden_layers and checkpoint.has(MTP)):
         return None
     names = [stored for stored, _ in checkpoint.part(mtp_shapes(config))]
     nbytes = 0 if fault else loaded_bytes(checkpoint, names, dtype)
-    return DraftHead(lambda: load_draft_head(checkpoint, names, dtype), nbytes, fault)
+    return LazyPart(lambda: load_draft_head(checkpoint, names, dtype), nbytes, fault)
 
 
 def load_draft_head(checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype) -> MultiTokenPrediction:
@@ -182,7 +183,9 @@ def load_draft_head(checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype) -
     return mtp_head
 
 
-def load_vision_encoder(checkpoint: Checkpoint, dtype: mx.Dtype, mtp_head: DraftHead | None = None) -> VisionEncoder:
+def load_vision_encoder(
+    checkpoint: Checkpoint, dtype: mx.Dtype, mtp_head: LazyPart[MultiTokenPrediction] | None = None
+) -> VisionEncoder:
     """The vision encoder. Raises InputError when it does not fit beside what is in memory.
 
     mtp_head: unloaded if its memory is needed.
@@ -196,7 +199,7 @@ def load_vision_encoder(checkpoint: Checkpoint, dtype: mx.Dtype, mtp_head: Draft
     except InputError:
         if mtp_head is None or not mtp_head.loaded:
             raise
-        mtp_head.release()
+        mtp_head.unload()
         check_vision_encoder_fits(checkpoint.config.text, dtype, nbytes)
     weights = read_weights(checkpoint, names, dtype)
     encoder = VisionEncoder(config, weights)

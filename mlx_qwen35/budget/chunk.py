@@ -154,14 +154,11 @@ def contexts_up_to(S: int) -> list[int]:
     return [round(LENGTHS[0] * 2 ** (step / 4)) for step in range(steps + 1)]
 
 
-def suitable_chunk(config: TextConfig, dtype: mx.Dtype, S: int, batch: int = 1) -> int:
-    """chunk_length on this machine in its present state, for `batch` rows up to a context of S each.
-
-    Rows share the tokens of a submission: two rows of 512 take what one of 1,024 does.
-    """
+def suitable_chunk(config: TextConfig, dtype: mx.Dtype, S: int) -> int:
+    """chunk_length on this machine in its present state."""
     limit = usable_bytes()
     room = min(prefill_room(limit), max(0, limit - mx.get_active_memory()))
     chip = this_chip() if backend().watchdog else None
     buffers = command_buffers(chip) if chip else None
     impl = attention_impl(config.head_dim, dtype)
-    return max(1, chunk_length(config, S, room, dtype.size, impl, chip, buffers) // batch)
+    return chunk_length(config, S, room, dtype.size, impl, chip, buffers)

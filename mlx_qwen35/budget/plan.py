@@ -3,6 +3,7 @@
 GB are 10^9 bytes. MLX's own limit makes an allocation wait, but never refuses one: the plan does.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -76,14 +77,20 @@ class MemoryPlan:
     state: int  # DeltaNet's, before a chunk and after it; with drafts, after each token of a step
     prefill: int
     sampling: int
+    growth: int  # of keys or values of one layer, which memory holds twice while they grow
     buffers: int  # freed ones, which MLX keeps
     vision_encoder: int
     encoding: int  # of an image, beside the vision encoder
 
     @property
+    def working(self) -> int:
+        """What a pass takes at most, of a prompt or of its answer."""
+        return max(self.prefill, self.sampling + self.growth)
+
+    @property
     def text(self) -> int:
         """The peak of a prompt of text and its answer."""
-        return self.weights + self.drafts + self.kv + self.state + max(self.prefill, self.sampling) + self.buffers
+        return self.weights + self.drafts + self.kv + self.state + self.working + self.buffers
 
     @property
     def image(self) -> int:
@@ -122,14 +129,17 @@ def plan_memory(
         room = prefill_room(machine.limit)
         chunk = chunk_length(text, context, room, size, machine.attention_impl, machine.chip, machine.buffers)
     drafts = names(checkpoint, mtp_shapes(text)) if mtp else []
+    kv = kv_bytes(text, context, size, text.mtp_num_hidden_layers if mtp else 0)
+    layers = text.layer_types.count(FULL) + (text.mtp_num_hidden_layers if mtp else 0)
     return MemoryPlan(
         machine, context, chunk,
         weights=loaded_bytes(checkpoint, names(checkpoint, text_shapes(text)), machine.dtype),
         drafts=loaded_bytes(checkpoint, drafts, machine.dtype),
-        kv=kv_bytes(text, context, size, text.mtp_num_hidden_layers if mtp else 0),
+        kv=kv,
         state=2 * (1 + mtp) * state_bytes(text, size),
         prefill=most_prefill_bytes(checkpoint, machine, context, chunk),
         sampling=SAMPLING_ARRAYS * 4 * text.vocab_size,
+        growth=kv // max(1, 2 * layers),
         buffers=machine.kept,
         vision_encoder=encoder,
         encoding=encoding,
@@ -232,18 +242,22 @@ def most_depth(config: TextConfig, dtype: mx.Dtype, head_bytes: int, rows: int, 
 
 
 def most_tokens(
-    config: TextConfig, dtype: mx.Dtype, chunk: int, cached: int, rows: int, depth: int = 0, head_bytes: int = 0
+    config: TextConfig, dtype: mx.Dtype, chunk: int, cached: Sequence[int], depth: int = 0, head_bytes: int = 0
 ) -> int:
-    """How many tokens a cache of `rows` rows may grow to in the free memory; it holds `cached` already.
+    """How many tokens the caches of several rows may grow to in the free memory, all together.
 
-    depth: tokens drafted at a time, at most; head_bytes: of the draft head; 0 once it is loaded.
+    cached: tokens that each holds already. depth: tokens drafted at a time, at most; head_bytes: of the draft head; 0
+    once it is loaded.
     """
-    machine = this_machine(config, dtype)
-    prefill = prefill_bytes(config, chunk * rows, cached + chunk, dtype.size, machine.attention_impl)
-    once = max(prefill, rows * SAMPLING_ARRAYS * 4 * config.vocab_size)
-    state = rows * (1 + 2 * depth) * state_bytes(config, dtype.size)
-    free = machine.limit - mx.get_active_memory() - once - state - machine.kept - head_bytes
-    step = rows * kv_bytes(config, KVCache.STEP, dtype.size, config.mtp_num_hidden_layers if depth else 0)
-    if not step:
-        return config.max_position_embeddings
-    return cached + KVCache.STEP * int(max(0, free) // step)
+    machine, rows = this_machine(config, dtype), len(cached)
+    prefill = prefill_bytes(config, chunk, max(cached) + chunk, dtype.size, machine.attention_impl)
+    sampling = rows * SAMPLING_ARRAYS * 4 * config.vocab_size
+    once = max(prefill, sampling)
+    state = rows * 2 * (1 + depth) * state_bytes(config, dtype.size)
+    free = max(0, machine.limit - mx.get_active_memory() - once - state - machine.kept - head_bytes)
+    layers = config.layer_types.count(FULL) + (config.mtp_num_hidden_layers if depth else 0)
+    if not layers:
+        return rows * config.max_position_embeddings
+    step = kv_bytes(config, KVCache.STEP, dtype.size, layers - config.layer_types.count(FULL))
+    steps = min(free // step, (free + once - sampling) // (step + step // (2 * layers)))
+    return sum(cached) + KVCache.STEP * max(0, int(steps) - (rows - 1))

@@ -1,6 +1,21 @@
-"""The cache of one decoder layer, and the context of a forward pass."""
+"""The cache of one decoder layer, for B rows: keys and values, or the states of DeltaNet.
 
-from collections.abc import Sequence
+Both kinds have one interface, so `Cache` never asks which it holds:
+
+    reserve(counts)      room for counts[i] more tokens of row i
+    append(...)          what a pass adds: keys and values, or new states
+    view(row)            the arrays of a row by name, tokens in use only
+    rollback(fed, kept)  of the fed[i] tokens of row i in the last pass, keep the first kept[i]
+    select(rows)         a cache of these rows alone
+    joined(caches)       a cache of the rows of several
+    copy()               a cache with the same content; the two go on apart
+    compact()            free the memory that is not in use
+    state(), from_state  the content as arrays, and back
+    arrays(), nbytes     every array in memory, and their bytes
+"""
+
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -11,90 +26,227 @@ from mlx_qwen35.kernels.gated_delta import DeltaState
 class ForwardContext(NamedTuple):
     """The T columns of one forward pass, for the layers."""
 
-    start: int  # columns already in the cache
-    lengths: mx.array | None  # (B,) tokens of each row in this pass; the rest is padding. None: no padding
+    counts: tuple[int, ...]  # tokens of each row; the rest of T is padding
+    lengths: mx.array | None  # (B,) the same; None: no padding
     positions: mx.array  # (B, T), or (3, B, T) for the T, H and W axes
-    mask: mx.array | str | None  # for attention: (B, 1, T, start + T) boolean, "causal", or None for one token
     stepwise: bool = False  # whether DeltaNet layers store their state after each token
 
 
 class CachePosition(NamedTuple):
-    """The position of a cache: what its rows hold."""
+    """What the rows of a cache hold."""
 
-    length: int  # columns: tokens and padding
-    row_lengths: tuple[int, ...]  # tokens of each row
+    lengths: tuple[int, ...]  # tokens of each row
     next_positions: tuple[int, ...]  # the next token's in each row; an image takes fewer positions than tokens
-    mask: mx.array | None  # (B, length) boolean, False at padding. None: no padding
 
-    def after(self, T: int, counts: Sequence[int]) -> "CachePosition":
-        """The position after T more columns: in row i counts[i] tokens of text, then padding."""
-        mask = self.mask
-        if mask is not None or min(counts) < T:
-            before = mx.ones((len(counts), self.length), mx.bool_) if mask is None else mask
-            mask = mx.concatenate([before, mx.arange(T) < mx.array(list(counts))[:, None]], axis=1)
-        return CachePosition(
-            self.length + T,
-            tuple(n + m for n, m in zip(self.row_lengths, counts, strict=True)),
-            tuple(n + m for n, m in zip(self.next_positions, counts, strict=True)),
-            mask,
-        )
+    def after(self, counts: Sequence[int]) -> "CachePosition":
+        """The position after counts[i] more tokens of text in row i."""
+        pairs = [tuple(map(sum, zip(own, counts, strict=True))) for own in self]
+        return CachePosition(*pairs)
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+class Buffers:
+    """The keys and values of a row, (1, Hk, capacity, D) each. Several rows may share them, see KVRow."""
+
+    def __init__(self, keys: mx.array, values: mx.array):
+        self.keys, self.values = keys, values
+        self.rows: weakref.WeakSet[KVRow] = weakref.WeakSet()
+
+
+class KVRow:
+    """One row of a KVCache: the first `length` columns of its buffers.
+
+    Copies of a row share its buffers. A row writes behind its own columns, and before it would overwrite a column of
+    another row it moves to buffers of its own. So each column in use is written once.
+    """
+
+    STEP = 256  # columns by which the capacity grows
+
+    def __init__(self, heads: int, dim: int, dtype: mx.Dtype):
+        empty = mx.zeros((1, heads, 0, dim), dtype)
+        self.length = 0
+        self._use(Buffers(empty, empty))
+
+    def _use(self, buffers: Buffers) -> None:
+        self.buffers = buffers
+        buffers.rows.add(self)
+
+    @property
+    def capacity(self) -> int:
+        return self.buffers.keys.shape[2]
+
+    def copy(self) -> "KVRow":
+        row = KVRow.__new__(KVRow)
+        row.length = self.length
+        row._use(self.buffers)
+        return row
+
+    def reserve(self, T: int) -> None:
+        """Make room for T more columns. Evaluates one array after the other, so that memory holds one of them twice."""
+        shared, end = self.buffers, self.length + T
+        if T and any(row.length > self.length for row in shared.rows):
+            shared.rows.discard(self)
+            self._use(Buffers(shared.keys, shared.values))
+            self._resize(end)
+        elif end > self.capacity:
+            self._resize(end)
+
+    def _resize(self, columns: int) -> None:
+        """Buffers of `columns`, rounded up, with the present content. Rows that share them have the new ones too."""
+        capacity = -(-columns // self.STEP) * self.STEP
+        buffers, kept = self.buffers, min(capacity, max(row.length for row in self.buffers.rows))
+        for name in ("keys", "values"):
+            old = getattr(buffers, name)
+            _, heads, _, dim = old.shape
+            room = mx.zeros((1, heads, capacity - kept, dim), old.dtype)
+            resized = mx.concatenate([old[:, :, :kept], room], axis=2) if kept else room
+            setattr(buffers, name, resized)
+            del old
+            mx.eval(resized)
+
+    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Write (1, Hk, T, D) behind the columns in use, where `reserve` made room, and return all in use."""
+        start, self.length = self.length, self.length + keys.shape[2]
+        self.buffers.keys[:, :, start : self.length] = keys
+        self.buffers.values[:, :, start : self.length] = values
+        return self.view()
+
+    def view(self) -> tuple[mx.array, mx.array]:
+        return self.buffers.keys[:, :, : self.length], self.buffers.values[:, :, : self.length]
+
+    def compact(self) -> None:
+        """Free columns beyond those that this row and the rows that share its buffers use."""
+        used = max(row.length for row in self.buffers.rows)
+        if self.capacity >= used + self.STEP:
+            self._resize(used)
 
 
 class KVCache:
-    """Keys (normed and rotated) and values of one attention layer: (B, Hk, capacity, D), capacity in steps of STEP."""
+    """Keys (normed and rotated) and values of one attention layer, each row in buffers of its own."""
 
-    STEP = 256
+    STEP = KVRow.STEP
 
-    def __init__(self) -> None:
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
-        self.reserved = 0  # columns to allocate with the first
+    def __init__(self, rows: Sequence[KVRow]):
+        self.rows = list(rows)
 
-    def extend(self, keys: mx.array, values: mx.array, start: int) -> tuple[mx.array, mx.array]:
-        """Write (B, Hk, T, D) at column `start` and return all columns up to the last one written."""
-        end = start + keys.shape[2]
-        if self.keys is None or self.values is None or end > self.keys.shape[2]:
-            self.keys = self._grown(self.keys, keys, start, end)
-            self.values = self._grown(self.values, values, start, end)
-        self.keys[:, :, start:end] = keys
-        self.values[:, :, start:end] = values
-        return self.keys[:, :, :end], self.values[:, :, :end]
+    def reserve(self, counts: Sequence[int]) -> None:
+        for row, count in zip(self.rows, counts, strict=True):
+            row.reserve(count)
+
+    def append(self, keys: mx.array, values: mx.array, counts: Sequence[int]) -> list[tuple[mx.array, mx.array]]:
+        """Append the first counts[i] columns of row i of (B, Hk, T, D); each row's keys and values, (1, Hk, S, D)."""
+        if len(self.rows) == 1:
+            return [self.rows[0].append(keys, values)]
+        columns = [(slice(i, i + 1), slice(None), slice(count)) for i, count in enumerate(counts)]
+        return [row.append(keys[own], values[own]) for row, own in zip(self.rows, columns, strict=True)]
+
+    def view(self, row: int) -> dict[str, mx.array]:
+        return dict(zip(("keys", "values"), self.rows[row].view(), strict=True))
+
+    def rollback(self, fed: Sequence[int], kept: Sequence[int]) -> None:
+        for row, n, m in zip(self.rows, fed, kept, strict=True):
+            row.length -= n - m
+
+    def select(self, rows: Sequence[int]) -> "KVCache":
+        return KVCache([self.rows[row].copy() for row in rows])
+
+    @staticmethod
+    def joined(caches: Sequence["KVCache"]) -> "KVCache":
+        return KVCache([row.copy() for cache in caches for row in cache.rows])
+
+    def copy(self) -> "KVCache":
+        return self.select(range(len(self.rows)))
+
+    def compact(self) -> None:
+        for row in self.rows:
+            row.compact()
+
+    def state(self) -> list[dict[str, mx.array]]:
+        return [self.view(row) for row in range(len(self.rows))]
+
+    @classmethod
+    def from_state(cls, state: Sequence[Mapping[str, mx.array]]) -> "KVCache":
+        rows = []
+        for own in state:
+            keys, values = own["keys"], own["values"]
+            row = KVRow(keys.shape[1], keys.shape[3], keys.dtype)
+            row.reserve(keys.shape[2])
+            row.append(keys, values)
+            rows.append(row)
+        return cls(rows)
 
     def arrays(self) -> list[mx.array]:
-        return [] if self.keys is None or self.values is None else [self.keys, self.values]
+        return [array for row in self.rows for array in (row.buffers.keys, row.buffers.values)]
 
-    def _grown(self, old: mx.array | None, like: mx.array, start: int, end: int) -> mx.array:
-        capacity = -(-max(end, self.reserved) // self.STEP) * self.STEP
-        B, H, _, D = like.shape
-        if old is None or start == 0:
-            return mx.zeros((B, H, capacity, D), like.dtype)
-        return mx.concatenate([old[:, :, :start], mx.zeros((B, H, capacity - start, D), like.dtype)], axis=2)
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays())
+
+
+# --- DeltaNet --------------------------------------------------------------------------------------------------------
 
 
 class DeltaCache:
-    """The conv_state and recurrent_state of one DeltaNet layer. Each pass replaces them; none writes in place."""
+    """The conv_state and recurrent_state of one DeltaNet layer, all rows in one array. None is written in place."""
 
-    def __init__(self, state: DeltaState):
-        self.state = state
+    def __init__(self, values: DeltaState):
+        self.values = values
         self.steps: DeltaState | None = None  # the states after each token of the last pass, if it was stepwise
 
-    def replace(self, state: DeltaState, stepwise: bool) -> None:
-        """Store the state after a pass. After a stepwise pass `state` holds one for each token, (B, T, ...)."""
-        self.steps = state if stepwise else None
-        self.state = DeltaState(*(array[:, -1] for array in state)) if stepwise else state
+    def reserve(self, counts: Sequence[int]) -> None:
+        """A state has one size."""
 
-    def rollback(self, counts: Sequence[int]) -> None:
-        """Return row i to the state after counts[i] tokens of the last pass. A row of 0 had no tokens in it."""
+    def append(self, values: DeltaState, stepwise: bool) -> None:
+        """Replace the states by those after a pass: (B, ...), or after each of T tokens where it was stepwise, (B, T,
+        ...).
+        """
+        self.steps = values if stepwise else None
+        self.values = DeltaState(*(array[:, -1] for array in values)) if stepwise else values
+
+    def view(self, row: int) -> dict[str, mx.array]:
+        return {name: array[row : row + 1] for name, array in self.values._asdict().items()}
+
+    def rollback(self, fed: Sequence[int], kept: Sequence[int]) -> None:
         assert self.steps is not None, "the last pass was not stepwise"
-        last = [max(0, count - 1) for count in counts]
+        last = [max(0, count - 1) for count in kept]  # a row that was fed nothing has its old state in every step
         if len(set(last)) == 1:
-            self.state = DeltaState(*(array[:, last[0]] for array in self.steps))
+            self.values = DeltaState(*(array[:, last[0]] for array in self.steps))
         else:
-            self.state = DeltaState(*(array[mx.arange(len(last)), mx.array(last)] for array in self.steps))
+            self.values = DeltaState(*(array[mx.arange(len(last)), mx.array(last)] for array in self.steps))
         self.steps = None
 
+    def select(self, rows: Sequence[int]) -> "DeltaCache":
+        index = mx.array(list(rows))
+        return DeltaCache(DeltaState(*(array[index] for array in self.values)))
+
+    @staticmethod
+    def joined(caches: Sequence["DeltaCache"]) -> "DeltaCache":
+        arrays = zip(*(cache.values for cache in caches), strict=True)
+        return DeltaCache(DeltaState(*(mx.concatenate(list(own)) for own in arrays)))
+
+    def copy(self) -> "DeltaCache":
+        return DeltaCache(self.values)
+
+    def compact(self) -> None:
+        """Move the states out of the arrays of all steps, which are freed."""
+        self.values = DeltaState(*(mx.concatenate([array, array[:, :0]], axis=1) for array in self.values))
+
+    def state(self) -> list[dict[str, mx.array]]:
+        return [self.view(row) for row in range(len(self.values.conv_state))]
+
+    @classmethod
+    def from_state(cls, state: Sequence[Mapping[str, mx.array]]) -> "DeltaCache":
+        names = DeltaState._fields
+        return cls.joined([cls(DeltaState(*(own[name] for name in names))) for own in state])
+
     def arrays(self) -> list[mx.array]:
-        return list(self.state)
+        return list(self.values)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.values)
 
 
 LayerCache = KVCache | DeltaCache

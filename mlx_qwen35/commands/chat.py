@@ -12,8 +12,8 @@ from mlx_qwen35.commands.progress import Step
 from mlx_qwen35.commands.run import as_command, load_model, require_model
 from mlx_qwen35.commands.streams import MARK, standard_input
 from mlx_qwen35.engine.conversation import Conversation
-from mlx_qwen35.engine.generation import Result
 from mlx_qwen35.engine.options import PromptOptions
+from mlx_qwen35.engine.sequence import Result
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.options import options_of
 
@@ -46,16 +46,17 @@ def answer(conversation: Conversation, content: str | list[dict[str, Any]]) -> b
     """Send a message and print the answer; False where it was interrupted before the message was taken."""
     try:
         with Step("prefill", "tokens") as prefill:
-            print_pieces(conversation.send(content, prefill), prefill)
+            turn = conversation.send(content, prefill)
+            print_pieces(turn, prefill)
     except KeyboardInterrupt:
+        turn.cancel()
         print()
-    if conversation.result is None:
+    result = turn.result
+    if result is None:
         return False
-    result = conversation.result
-    new = conversation.total - conversation.reused
     print(
-        f"[prompt {conversation.total} tokens, {conversation.reused} reused, {new} prefilled in "
-        f"{conversation.prefill_seconds:.2f} s; {result.generation_tokens} tokens at {result.generation_tps:.1f} per "
+        f"[prompt {turn.total} tokens, {turn.reused} reused, {turn.total - turn.reused} prefilled in "
+        f"{turn.prefill_seconds:.2f} s; {result.generation_tokens} tokens at {result.generation_tps:.1f} per "
         f"second, {result.finish_reason}; {_drafts(result)}{result.peak_memory:.3f} GB]",
         file=sys.stderr,
     )

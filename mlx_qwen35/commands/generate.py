@@ -16,8 +16,9 @@ from mlx_qwen35.commands.progress import Step
 from mlx_qwen35.commands.run import as_command, load_model, require_model
 from mlx_qwen35.commands.streams import read_file, read_input, standard_input
 from mlx_qwen35.engine.encode import one_message
-from mlx_qwen35.engine.generation import Generation, Result, start
+from mlx_qwen35.engine.generation import Generation, start
 from mlx_qwen35.engine.options import PromptOptions
+from mlx_qwen35.engine.sequence import Result
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.fetch import is_remote
 from mlx_qwen35.media.preprocess import Media
@@ -137,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
     status = 0
     with Step("prefill", "tokens") as prefill:
         generation = start(model, processor, [prompt], progress=prefill, **options)
-        media = [placed.media for placed in generation.prompts[0].media]
+        media = [placed.media for placed in generation.requests[0].prompt.media]
         print_media(media)
         try:
             if args.json:
@@ -161,7 +162,7 @@ def wait_for(generation: Generation, step: Step) -> None:
     for count, _ in enumerate(generation, start=1):
         if count == 1:
             step.say("writing")
-        step(count, generation.plan.limits[0])
+        step(count, generation.requests[0].limit)
 
 
 def main() -> None:

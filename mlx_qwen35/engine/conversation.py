@@ -1,16 +1,16 @@
 """A conversation of several turns, each part of which is prefilled once."""
 
-import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any, Unpack, cast
+from typing import Any, NamedTuple, Unpack, cast
 
 from mlx_qwen35.cache.cache import Snapshot
-from mlx_qwen35.engine.drafts.speculate import attach
-from mlx_qwen35.engine.generation import Generation, Result, encode_media
+from mlx_qwen35.engine.engine import Engine
+from mlx_qwen35.engine.generation import make_request
 from mlx_qwen35.engine.options import Options, check_options, thinking_switch, vision_options
-from mlx_qwen35.engine.plan import plan, reading_step
-from mlx_qwen35.engine.prefill import prefill
+from mlx_qwen35.engine.plan import plan
+from mlx_qwen35.engine.sequence import Result
+from mlx_qwen35.engine.sequence import Sequence as Request
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.machine.process import refuse_fork
 from mlx_qwen35.media.options import VISION_OPTIONS
@@ -21,7 +21,8 @@ from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.prompt.prompt import Prompt
 from mlx_qwen35.prompt.stream import Piece
 
-_OF_ONE_PROMPT = {"cache", "ignore_chat_template", "progress", "images", "videos"}
+_OF_ONE_PROMPT = {"cache", "ignore_chat_template", "progress", "images", "videos", "constraint"}
+_NOTHING = Prompt((), thinking=False)
 
 
 class Conversation:
@@ -31,11 +32,10 @@ class Conversation:
     taken before each generation prompt. The next turn returns there, and prefills only the last answer and the new
     message. Images and videos of earlier turns are not read or encoded again.
 
-    After each turn `total` is the number of tokens of its prompt, `reused` of those that were in the cache already, and
-    `prefill_seconds` the time for the others.
+    Any thread may send, and go on with a turn. One turn runs at a time: the start of one ends another where it is.
 
     Args:
-        options: of every turn, see `Options`; not cache, ignore_chat_template, progress, images or videos.
+        options: of every turn, see `Options`; not cache, ignore_chat_template, progress, constraint, images or videos.
     """
 
     def __init__(self, model: Model, processor: Processor, **options: Unpack[Options]):
@@ -55,77 +55,71 @@ class Conversation:
         self.vision = vision_options(given)  # for the images and videos of coming messages
         self._options = cast(Options, {name: value for name, value in given.items() if name not in VISION_OPTIONS})
         plan(self._options, model, processor.greedy, [Prompt((0,), thinking=False)], [0])  # refuses a bad option
+        self._turn: Turn | None = None  # that runs
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything but the system prompt."""
+        """Forget everything but the system prompt. A turn that runs is cancelled."""
+        if self._turn:
+            self._turn.cancel()
         self.messages: list[dict[str, Any]] = [{"role": "system", "content": self._system}] if self._system else []
         self.cache = self.model.make_cache()
-        self._cached = Prompt((), thinking=False)  # up to the snapshot
+        self._cached = _NOTHING  # up to the snapshot
         self._snapshot: Snapshot = self.cache.snapshot()
-        self.reused = self.total = 0
-        self.prefill_seconds = 0.0
-        self.result: Result | None = None
 
     def send(
         self, content: str | Sequence[Any], progress: Callable[[int, int], None] = lambda done, total: None
-    ) -> Iterator[Piece]:
-        """Send a message and yield the answer in pieces; `result` then holds all of it.
+    ) -> "Turn":
+        """A turn with this message: iterate over it for the answer in pieces, or ask for its text.
 
-        content: text, or a list of parts with images and videos, see Processor.encode_messages.
+        content: text, or a list of parts with images and videos, see Processor.encode_messages. They are read now.
+        progress: called with the tokens that were prefilled, and all that must be.
 
-        If the caller stops early, the answer so far stays in the conversation. Raises InputError for a message that is
-        empty or does not fit into the context; the conversation is then as before.
+        Raises InputError for a message that is empty or whose media cannot be read.
         """
         refuse_fork()
         if not isinstance(content, str):
             content = self.processor.read_parts(content, self.vision)
         if not (content.strip() if isinstance(content, str) else content):
             raise InputError("message_empty", "the message must not be empty")
-        self.result = None
-        messages = [*self.messages, {"role": "user", "content": content}]
-        prompt = self.processor.encode_messages(messages, self.vision, **self._template)
-        before = self.processor.encode_messages(messages, self.vision, add_generation_prompt=False, **self._template)
+        return Turn(self, content, progress)
+
+    # --- for a turn ---
+
+    def begin(self, turn: "Turn") -> "Begun":
+        """Prepare the answer to a turn's message, behind the turns so far."""
+        if self._turn:
+            self._turn.cancel()
+        messages = [*self.messages, {"role": "user", "content": turn.content}]
+        encode = self.processor.encode_messages
+        prompt = encode(messages, self.vision, **self._template)
+        before = encode(messages, self.vision, add_generation_prompt=False, **self._template)
         assert prompt.identity(len(before.tokens)) == before.identity(), "the generation prompt must come last"
-        self._go_back(before)
-        start = time.perf_counter()
-        new = before.after(len(self._cached.tokens))
-        room = self.model.config.max_position_embeddings - len(prompt.tokens)
-        if room < 1:
+        if len(prompt.tokens) >= self.model.config.max_position_embeddings:
             raise InputError(
                 "context_length_exceeded",
                 f"the conversation has {len(prompt.tokens)} tokens, which fills its context; start a new one, or "
                 f"show less of an image with a lower {spelled('max_pixels')}",
             )
-        self.reused, self.total = len(self._cached.tokens), len(prompt.tokens)
-        done = 0
+        self._go_back(before)
+        reused = len(self._cached.tokens)
+        new, mark = prompt.after(reused), len(before.tokens) - reused
+        (planned,) = plan(self._options, self.model, self.processor.greedy, [new], [reused])
+        request = make_request(
+            self.processor, new, planned, self.cache, self._options, progress=turn.count, marks=[mark]
+        )
+        self._turn = turn
+        return Begun(request, before, reused)
 
-        def count(tokens: int) -> None:
-            nonlocal done
-            done += tokens
-            progress(done, len(new.tokens))
-
-        rest = prompt.after(len(self._cached.tokens))
-        drafts = plan(self._options, self.model, self.processor.greedy, [rest], self.cache.row_lengths).drafts
-        step = reading_step(self._options, self.model, [len(prompt.tokens)])
-        rows = encode_media(self.model, [new])
-        encoded = time.perf_counter()
-        drafts = attach(self.model, self.cache, drafts)
-        prefill(self.model, self.cache, rows, step, count)
-        self._cached, self._snapshot = before, self.cache.snapshot()
-        self.prefill_seconds = time.perf_counter() - start
-        vision_seconds = encoded - start if new.media else 0.0
-        del rows
-        rest = prompt.after(len(before.tokens))
-        generation = Generation(self.model, self.processor, [rest], {**self._options, "cache": self.cache}, drafts)
-        try:
-            for _, piece in generation:
-                yield piece
-        finally:
-            (result,) = generation.results()
-            self.result = replace(result, vision_seconds=vision_seconds)
-            if self.result.tokens:
-                self.messages = [*messages, {"role": "assistant", "content": self.result.text}]
+    def end(self, turn: "Turn", begun: "Begun") -> None:
+        """Take in what has come of a turn: its message and its answer, if that has a token."""
+        if self._turn is turn:
+            self._turn = None
+        for snapshot in begun.request.snapshots.values():
+            self._cached, self._snapshot = begun.before, snapshot
+        if begun.request.tokens:
+            answer = {"role": "assistant", "content": begun.request.result().text}
+            self.messages = [*self.messages, {"role": "user", "content": turn.content}, answer]
 
     def _go_back(self, prompt: Prompt) -> None:
         """Return to the snapshot if it holds the beginning of this prompt, else to an empty cache."""
@@ -133,4 +127,112 @@ class Conversation:
             self.cache.restore(self._snapshot)
         else:
             self.cache = self.model.make_cache()
-            self._cached, self._snapshot = Prompt((), thinking=False), self.cache.snapshot()
+            self._cached, self._snapshot = _NOTHING, self.cache.snapshot()
+
+
+class Begun(NamedTuple):
+    """A turn that has started."""
+
+    request: Request
+    before: Prompt  # up to the generation prompt
+    reused: int  # tokens of it that were in the cache already
+
+
+class Turn:
+    """A message and its answer, from `Conversation.send`.
+
+    Nothing happens before the first piece, the text or the end is asked for: then the turn starts, and takes its place
+    behind the turns that started before. A turn that never starts leaves no trace. The start of a turn ends another
+    one that runs. A turn that is left early, cancelled or ended so keeps the answer as far as it came; if that has no
+    token, the conversation is as before. After an error it is as before, too, or has the answer up to the error.
+
+    Any thread may go on with a turn.
+    """
+
+    def __init__(self, conversation: Conversation, content: str | Sequence[Any], progress: Callable[[int, int], None]):
+        self.content = content
+        self._conversation, self._progress = conversation, progress
+        self._engine = Engine(conversation.model)
+        self._begun: Begun | None = None
+        self._ended = False
+        self._prefilled = 0
+        self._waiting: deque[Piece] = deque()
+        self.pieces: list[Piece] = []  # that were given out
+
+    def __iter__(self) -> Iterator[Piece]:
+        """The pieces of the answer that are still to come. Leaving the iteration early cancels the turn."""
+        try:
+            while (piece := self._next()) is not None:
+                yield piece
+        finally:
+            self.cancel()
+
+    def __next__(self) -> Piece:
+        piece = self._next()
+        if piece is None:
+            raise StopIteration
+        return piece
+
+    @property
+    def text(self) -> str:
+        """The whole answer, generated to its end first."""
+        for _ in self:
+            pass
+        return self.result.text if self.result else ""
+
+    @property
+    def result(self) -> Result | None:
+        """What it has come to, at any time; None before it starts."""
+        return self._begun.request.result() if self._begun else None
+
+    @property
+    def reused(self) -> int:
+        """Tokens of its prompt that were in the cache already."""
+        return self._begun.reused if self._begun else 0
+
+    @property
+    def total(self) -> int:
+        """Tokens of its prompt; 0 before it starts."""
+        return self._begun.reused + len(self._begun.request.prompt.tokens) if self._begun else 0
+
+    @property
+    def prefill_seconds(self) -> float:
+        """Seconds to the first token; 0 before it."""
+        clock = self._begun.request.clock if self._begun else None
+        return clock.vision + clock.first - clock.began if clock and clock.first else 0.0
+
+    def cancel(self) -> None:
+        """End it with the answer as far as it came. A turn that has not started never will."""
+        if self._ended:
+            return
+        self._ended = True
+        if self._begun:
+            self._engine.cancel(self._begun.request)
+            self._conversation.end(self, self._begun)
+
+    def count(self, tokens: int) -> None:
+        """So many more tokens of its prompt are prefilled."""
+        self._prefilled += tokens
+        self._progress(self._prefilled, self.total - self.reused)
+
+    def _next(self) -> Piece | None:
+        """The next piece; None behind the last."""
+        while not self._waiting:
+            if self._ended:
+                return None
+            if self._begun is None:
+                self._begun = self._conversation.begin(self)
+                self._engine.add(self._begun.request)
+            request = self._begun.request
+            try:
+                self._engine.step()
+            except BaseException:
+                self.cancel()
+                raise
+            self._waiting.extend(request.pieces())
+            if request.finished:
+                self.cancel()
+                if request.error:
+                    raise request.error
+        self.pieces.append(self._waiting.popleft())
+        return self.pieces[-1]

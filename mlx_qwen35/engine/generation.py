@@ -1,20 +1,16 @@
-"""The generation of answers to several prompts at once, and the result of each."""
+"""Prompts and options -> sequences, and a generation that runs them."""
 
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Unpack
 
-import mlx.core as mx
-
-from mlx_qwen35.cache.cache import Cache, Snapshot
-from mlx_qwen35.engine.drafts.speculate import DraftPolicy, DraftStatistics, Speculation, attach
+from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.engine.encode import encode, refuse_idle_vision
-from mlx_qwen35.engine.loop import decode
+from mlx_qwen35.engine.engine import Engine
 from mlx_qwen35.engine.options import Options, check_options
-from mlx_qwen35.engine.plan import GenerationPlan, plan
-from mlx_qwen35.engine.prefill import PromptRow, prefill
+from mlx_qwen35.engine.plan import SequencePlan, plan
 from mlx_qwen35.engine.sampling import Sampler
+from mlx_qwen35.engine.sequence import Result
+from mlx_qwen35.engine.sequence import Sequence as Request
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.machine.process import refuse_fork
 from mlx_qwen35.model.model import Model
@@ -22,188 +18,123 @@ from mlx_qwen35.prompt.processor import Messages, Processor
 from mlx_qwen35.prompt.prompt import Prompt
 from mlx_qwen35.prompt.stream import Piece
 
+Given = str | Sequence[int] | Messages  # a prompt as generate takes it
 
-@dataclass(frozen=True)
-class Result:
-    """One finished generation; str() is the answer.
 
-    finish_reason: "stop" (an end token or a stop string), "length" (max_tokens or the end of the context), or
-    "interrupted". in_reasoning: whether it ended inside the reasoning, without an answer. tokens: the generated ids,
-    the end token included. vision_seconds: of the vision encoder. prompt_tps, generation_tps: tokens per second, from
-    the encoded prompt to the first token, and after it. peak_memory: in GB (10^9 bytes), since the program started.
-    mtp: the drafts.
+def request(model: Model, processor: Processor, prompt: Given, **options: Unpack[Options]) -> Request:
+    """A sequence for an engine, of a prompt and options as `generate` takes them.
+
+    Raises InputError for a prompt or an option that breaks a rule, and where memory has no room for it now.
     """
+    return start(model, processor, [prompt], **options).requests[0]
 
-    text: str
-    reasoning: str
-    tokens: tuple[int, ...]
-    finish_reason: str
-    in_reasoning: bool
-    prompt_tokens: int
-    generation_tokens: int
-    vision_seconds: float
-    prompt_tps: float
-    generation_tps: float
-    peak_memory: float
-    seed: int
-    mtp: DraftStatistics
 
-    def __str__(self) -> str:
-        return self.text
+def start(model: Model, processor: Processor, prompts: Sequence[Given], **options: Unpack[Options]) -> "Generation":
+    """A Generation of these prompts, not begun: for callers that want both pieces and results."""
+    refuse_fork()
+    given = check_options(options)
+    if len(prompts) > 1 and "constraint" in given:
+        raise InputError("option_conflict", "constraint holds a place in one answer: it must be given with one prompt")
+    encoded = [encode(processor, prompt, given) for prompt in prompts]
+    refuse_idle_vision(given, encoded)
+    caches = check_caches(given, model, len(prompts))
+    cached = [cache.length if cache else 0 for cache in caches]
+    plans = plan(given, model, processor.greedy, encoded, cached)
+    count = _counter(given, sum(len(prompt.tokens) for prompt in encoded))
+    rows = zip(encoded, plans, caches, strict=True)
+    return Generation(model, [make_request(processor, *row, given, progress=count) for row in rows])
+
+
+def make_request(
+    processor: Processor,
+    prompt: Prompt,
+    planned: SequencePlan,
+    cache: Cache | None,
+    options: Options,
+    *,
+    progress: Callable[[int], None] = lambda tokens: None,
+    marks: Sequence[int] = (),
+) -> Request:
+    """The sequence of an encoded prompt and its plan. options: checked; for stop strings and the caller's functions."""
+    for token in planned.sampling.logit_bias:
+        if token >= processor.vocabulary:
+            raise InputError(
+                "option_invalid", f"logit_bias must name tokens from 0 to {processor.vocabulary - 1}, got {token}"
+            )
+    sampler = Sampler(
+        planned.sampling, planned.seed, (cache.length if cache else 0) + len(prompt.tokens), processor.vocabulary,
+        processors=options.get("logits_processors", ()), choose=options.get("sampler"),
+        constraint=options.get("constraint"), prompt=prompt.tokens,
+    )  # fmt: skip
+    return Request(
+        prompt, sampler, planned.limit, prefill_step_size=planned.prefill_step_size, stop_ids=processor.stop_ids,
+        stream=processor.text_stream(prompt.thinking, tuple(options.get("stop", ()))), cache=cache,
+        drafts=planned.drafts, progress=progress, marks=marks,
+    )  # fmt: skip
+
+
+def check_caches(options: Options, model: Model, rows: int) -> list[Cache | None]:
+    """The cache that each prompt goes on with. InputError unless each has one of this model, and of its own."""
+    given = options.get("cache")
+    if given is None:
+        return [None] * rows
+    caches = [given] if isinstance(given, Cache) else list(given)
+    if len(caches) != rows or any(cache.batch != 1 for cache in caches):
+        sizes = ", ".join(str(cache.batch) for cache in caches)
+        raise InputError(
+            "cache_batch_mismatch",
+            f"cache must be one conversation, for several prompts a list with one for each of {rows}; got caches of "
+            f"{sizes} rows" if sizes else f"cache must be a list with one for each of {rows} prompts, got none",
+        )
+    if len({id(cache) for cache in caches}) < rows:
+        raise InputError("cache_batch_mismatch", f"each of {rows} prompts needs a cache of its own; one is given twice")
+    if any((cache.config, cache.dtype) != (model.config, model.dtype) for cache in caches):
+        raise InputError("option_invalid", "cache must come from make_cache() of this model; it is another model's")
+    return list(caches)
+
+
+def _counter(options: Options, total: int) -> Callable[[int], None]:
+    """Counts prefilled tokens, and tells the caller of them."""
+    done, progress = 0, options.get("progress", lambda done, total: None)
+
+    def count(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        progress(done, total)
+
+    return count
 
 
 class Generation:
     """The answers to several prompts, generated together. Iterate once for (row, piece); `results()` at any time.
 
-    The caller may stop early: the results then hold the tokens so far, marked "interrupted".
+    The caller may stop early: the results then hold the tokens so far, marked "interrupted". Where all prompts fail,
+    the first one's error is raised in the end; where some do, the error is in the result.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        processor: Processor,
-        prompts: Sequence[Prompt],
-        options: Options,
-        drafts: DraftPolicy | None = None,
-    ):
-        """drafts: the policy chosen when the first part of the prompt was prefilled."""
-        self.model, self.processor, self.prompts = model, processor, list(prompts)
-        self.cache: Cache = options.get("cache") or model.make_cache(len(self.prompts))
-        if (self.cache.config, self.cache.dtype) != (model.config, model.dtype):
-            raise InputError("option_invalid", "cache must come from make_cache() of this model; it is another model's")
-        if self.cache.batch != len(self.prompts):
-            raise InputError(
-                "cache_batch_mismatch",
-                f"the cache is for {self.cache.batch} rows, there are {len(self.prompts)} prompts",
-            )
-        self.plan: GenerationPlan = plan(options, model, processor.greedy, self.prompts, self.cache.row_lengths, drafts)
-        self._drafts = self.plan.drafts
-        for token in self.plan.samplings[0].logit_bias:
-            if token >= processor.vocabulary:
-                raise InputError(
-                    "option_invalid", f"logit_bias must name tokens from 0 to {processor.vocabulary - 1}, got {token}"
-                )
-        self.progress = options.get("progress", lambda done, total: None)
-        self._streams = [processor.text_stream(prompt.thinking, self.plan.stop) for prompt in self.prompts]
-        self._tokens: list[list[int]] = [[] for _ in self.prompts]
-        self._pieces: list[list[Piece]] = [[] for _ in self.prompts]
-        self._reasons = ["interrupted"] * len(self.prompts)
-        self._first = [0.0] * len(self.prompts)  # times of each row's first and last token
-        self._last = [0.0] * len(self.prompts)
-        self._start = time.perf_counter()
-        self._vision_seconds = 0.0
-        self._speculation: Speculation | None = None
-        self.before: Snapshot | None = None  # to which the caller's cache returns after an error
+    def __init__(self, model: Model, requests: Sequence[Request]):
+        self.model, self.requests = model, list(requests)
+        self._begun = False
 
     def __iter__(self) -> Iterator[tuple[int, Piece]]:
-        """Run the loop, once."""
-        try:
-            yield from self._run()
-        except InputError:
-            if self.before is not None:
-                self.cache.restore(self.before)
-            raise
+        if self._begun:
+            raise InputError("generation_spent", "a generation runs once; its results() remain. Start another")
+        self._begun = True
+        return self._run()
 
     def _run(self) -> Iterator[tuple[int, Piece]]:
-        arrived = time.perf_counter()
-        rows = encode_media(self.model, self.prompts)
-        self._start = time.perf_counter()
-        self._vision_seconds = self._start - arrived if any(prompt.media for prompt in self.prompts) else 0.0
-        total, done = sum(len(prompt.tokens) for prompt in self.prompts), 0
-
-        def count(tokens: int) -> None:
-            nonlocal done
-            done += tokens
-            self.progress(done, total)
-
-        positions = [n + len(prompt.tokens) for n, prompt in zip(self.cache.row_lengths, self.prompts, strict=True)]
-        self._drafts = attach(self.model, self.cache, self._drafts)
-        hidden = prefill(self.model, self.cache, rows, self.plan.prefill_step_size, count)
-        del rows  # and with them the embeddings
-        seeds = [self.plan.seed] * len(self.prompts)
-        sampler = Sampler(self.plan.samplings, seeds, positions, self.processor.vocabulary)
-        if self._drafts.depth:
-            self._speculation = Speculation(self.model, self.cache, self._drafts)
-        steps = decode(
-            self.model, self.cache, hidden, sampler, self.plan.limits, self.processor.stop_ids,
-            finished=lambda row: self._streams[row].stopped, speculation=self._speculation,
-        )  # fmt: skip
-        for step in steps:
-            for row, token in enumerate(step):
-                if token is not None:
-                    yield from ((row, piece) for piece in self._take(row, token))
-
-    def _take(self, row: int, token: int) -> list[Piece]:
-        self._last[row] = time.perf_counter()
-        self._first[row] = self._first[row] or self._last[row]
-        self._tokens[row].append(token)
-        stream = self._streams[row]
-        ended = token in self.processor.stop_ids
-        pieces = [] if ended else stream.add(token)
-        if ended or stream.stopped:
-            self._reasons[row] = "stop"
-        elif len(self._tokens[row]) == self.plan.limits[row]:
-            self._reasons[row] = "length"
-        if self._reasons[row] != "interrupted":
-            pieces += stream.finish()
-        self._pieces[row] += pieces
-        return pieces
+        engine, rows = Engine(self.model), {id(request): row for row, request in enumerate(self.requests)}
+        engine.add(*self.requests)
+        try:
+            while not engine.idle:
+                for request in engine.step():
+                    yield from ((rows[id(request)], piece) for piece in request.pieces())
+        finally:
+            for request in self.requests:
+                engine.cancel(request)
+        errors = [request.error for request in self.requests if request.error]
+        if len(errors) == len(self.requests):
+            raise errors[0]
 
     def results(self) -> list[Result]:
-        return [self._result(row) for row in range(len(self.prompts))]
-
-    def _result(self, row: int) -> Result:
-        tokens, prompt = self._tokens[row], len(self.prompts[row].tokens)
-        prefill_seconds, seconds = self._first[row] - self._start, self._last[row] - self._first[row]
-        drafts = self._speculation
-        return Result(
-            text="".join(piece.text for piece in self._pieces[row] if not piece.reasoning),
-            reasoning="".join(piece.text for piece in self._pieces[row] if piece.reasoning).strip(),
-            tokens=tuple(tokens),
-            finish_reason=self._reasons[row],
-            in_reasoning=self._streams[row].reasoning,
-            prompt_tokens=prompt,
-            generation_tokens=len(tokens),
-            vision_seconds=self._vision_seconds,
-            prompt_tps=prompt / prefill_seconds if tokens else 0.0,
-            generation_tps=(len(tokens) - 1) / seconds if seconds > 0 else 0.0,
-            peak_memory=mx.get_peak_memory() / 1e9,
-            seed=self.plan.seed,
-            mtp=drafts.statistics(row) if drafts else DraftStatistics(self._drafts.reason or "nothing was decoded"),
-        )
-
-
-def encode_media(model: Model, prompts: Sequence[Prompt]) -> list[PromptRow]:
-    """The rows to prefill, with images and videos encoded. Unloads the vision encoder, unless it is to be kept."""
-    media = [placed.media for prompt in prompts for placed in prompt.media]
-    if not media:
-        return [PromptRow(prompt.tokens) for prompt in prompts]
-    if model.vision is None:
-        raise InputError("vision_missing", "this model has no vision encoder: its prompts must be text")
-    try:
-        encoded = iter(model.vision.encode(media))
-        rows = []
-        for prompt in prompts:
-            own = [next(encoded) for _ in prompt.media]
-            embeddings = mx.concatenate(own) if len(own) > 1 else next(iter(own), None)
-            rows.append(PromptRow(prompt.tokens, prompt.placeholders, embeddings))
-        mx.eval([row.embeddings for row in rows if row.embeddings is not None])
-    finally:
-        model.vision.release()
-    return rows
-
-
-def start(
-    model: Model, processor: Processor, prompts: Sequence[str | Sequence[int] | Messages], **options: Unpack[Options]
-) -> Generation:
-    """A Generation of these prompts, not begun: for callers that want both pieces and results."""
-    refuse_fork()
-    given = check_options(options)
-    encoded = [encode(processor, prompt, given) for prompt in prompts]
-    refuse_idle_vision(given, encoded)
-    generation = Generation(model, processor, encoded, given)
-    if "cache" in given:
-        generation.before = generation.cache.snapshot()
-    return generation
-
-
+        return [request.result() for request in self.requests]

@@ -4,13 +4,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, cast
 
+import numpy as np
+
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.engine.drafts.speculate import MODES, MOST_DEPTH, ON_DEPTH
 from mlx_qwen35.engine.presets import MOST_SEED, PRESETS, Sampling
+from mlx_qwen35.engine.sampling import Choice, Constraint, Processor
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.options import VISION_OPTIONS, VisionOptions
-from mlx_qwen35.options import check_keywords, option, options_of, spelled
-from mlx_qwen35.values import shown
+from mlx_qwen35.options import check_keywords, listed, option, options_of, spelled
+from mlx_qwen35.values import shown, whole
 
 
 def _a_list(name: str, value: Any) -> Sequence[Any]:
@@ -22,9 +25,44 @@ def _a_list(name: str, value: Any) -> Sequence[Any]:
     return value
 
 
-def _a_cache(name: str, value: Any) -> Cache:
-    if not isinstance(value, Cache):
-        raise InputError("option_invalid", f"{name} must come from model.make_cache(), got {shown(value)}")
+def _a_cache(name: str, value: Any) -> Cache | Sequence[Cache]:
+    several = isinstance(value, list | tuple)
+    if not all(isinstance(cache, Cache) for cache in (value if several else [value])):
+        raise InputError(
+            "option_invalid",
+            f"{name} must come from model.make_cache(), for several prompts a list with one for each; got "
+            f"{shown(value)}",
+        )
+    return value
+
+
+def _a_seed(name: str, value: Any) -> int | list[int]:
+    if isinstance(value, list | tuple | np.ndarray):
+        return [whole(name, seed, 0, MOST_SEED) for seed in value]
+    return whole(name, value, 0, MOST_SEED)
+
+
+def _a_sampler(name: str, value: Any) -> Choice:
+    if not callable(value):
+        raise InputError(
+            "option_invalid", f"{name} must be a function of log-probabilities (1, V), got {shown(value)}"
+        )
+    return value
+
+
+def _processors(name: str, value: Any) -> list[Processor]:
+    if not isinstance(value, list | tuple) or not all(map(callable, value)):
+        raise InputError(
+            "option_invalid", f"{name} must be a list of functions of tokens (n,) and logits (1, V), got {shown(value)}"
+        )
+    return list(value)
+
+
+def _a_constraint(name: str, value: Any) -> Constraint:
+    if not all(callable(getattr(value, method, None)) for method in ("mask", "accept", "rollback")):
+        raise InputError(
+            "option_invalid", f"{name} must have the methods mask, accept and rollback, got {shown(value)}"
+        )
     return value
 
 
@@ -86,8 +124,8 @@ class GenerationOptions:
         choices=tuple(PRESETS),
     )
     seed: int | None = option(
-        help="the same seed gives the same text, alone or in a batch (default: a random one)",
-        least=0, most=MOST_SEED, metavar="N",
+        help="the same seed gives the same text, alone or in a batch; of several prompts, row i has seed + i, or its "
+        "own in a list (default: a random one)", least=0, most=MOST_SEED, check=_a_seed, metavar="N",
     )  # fmt: skip
     mtp: str | None = option(
         help="draft tokens with the checkpoint's multi-token prediction head; the text is the same (default: auto, "
@@ -100,15 +138,31 @@ class GenerationOptions:
     prefill_step_size: int | None = option(
         help="prompt tokens of a prefill chunk (default: by memory, context and chip)", least=1, metavar="N"
     )
-    cache: Cache | None = option(
-        help="a conversation to continue, from model.make_cache(); it then holds the prompt and every generated token, "
-        "except the last one where max_tokens ended the generation", check=_a_cache, python_only=True,
+    cache: Cache | Sequence[Cache] | None = option(
+        help="a conversation to continue, from model.make_cache(); in the end it holds the prompt and every generated "
+        "token, except the last one where max_tokens ended the generation; of several prompts, a list",
+        check=_a_cache, python_only=True,
+    )  # fmt: skip
+    sampler: Choice | None = option(
+        help="function that chooses a token: log-probabilities (1, V) -> (1,), as in mlx-lm; it takes the place of "
+        "temp, top_k, top_p and min_p, and the seed is its own affair; without drafts", check=_a_sampler,
+        python_only=True,
+    )  # fmt: skip
+    logits_processors: Sequence[Processor] | None = option(
+        help="functions (tokens (n,), logits (1, V)) -> logits, as in mlx-lm, applied in order before sampling; the "
+        "same seed gives the same text if they depend on their arguments alone; without drafts", check=_processors,
+        python_only=True,
+    )  # fmt: skip
+    constraint: Constraint | None = option(
+        help="object with mask(), accept(token) and rollback(count) that allows tokens; of one prompt",
+        check=_a_constraint, python_only=True,
     )  # fmt: skip
     progress: Callable[[int, int], object] | None = option(
         help="called during prefill with the tokens done and the tokens in all", check=_a_function, python_only=True
     )
 
 
+WARPERS = ("temp", "top_k", "top_p", "min_p")  # the options whose work a caller's sampler does
 GROUPS = (PromptOptions, GenerationOptions, Sampling, VisionOptions)
 
 
@@ -129,11 +183,14 @@ class Options(TypedDict, total=False):
     max_tokens: int
     stop: Sequence[str]
     preset: str
-    seed: int
+    seed: int | Sequence[int]
     mtp: str
     mtp_depth: int
     prefill_step_size: int
-    cache: Cache
+    cache: Cache | Sequence[Cache]
+    sampler: Choice
+    logits_processors: Sequence[Processor]
+    constraint: Constraint
     progress: Callable[[int, int], object]
     temp: float
     temperature: float
@@ -163,7 +220,26 @@ def check_options(given: Mapping[str, Any]) -> Options:
     options = cast(Options, check_keywords(given, GROUPS))
     vision_options(options)
     thinking_switch(options)
+    draft_options(options)
+    if "sampler" in options and (idle := [name for name in WARPERS if name in options]):
+        raise InputError(
+            "option_conflict", f"{listed(idle)} must not be given with sampler, which chooses the token by itself"
+        )
     return options
+
+
+def draft_options(options: Options) -> tuple[str, int | None]:
+    """mtp and mtp_depth. The caller's own functions are asked for one token at a time, so no drafts go with them."""
+    mode, depth = options.get("mtp", "auto"), options.get("mtp_depth")
+    own = [name for name in ("sampler", "logits_processors") if options.get(name)]
+    if not own:
+        return mode, depth
+    if mode == "on" or depth is not None:
+        drafts = spelled("mtp" if depth is None else "mtp_depth")
+        raise InputError(
+            "option_conflict", f"{drafts} must not be given with {listed(own)}, with which nothing is drafted"
+        )
+    return "off", None
 
 
 def vision_options(options: Options) -> VisionOptions:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from mlx_qwen35.budget.chunk import suitable_chunk
 from mlx_qwen35.budget.plan import most_tokens
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy, choose_drafts
-from mlx_qwen35.engine.options import Options, sampling_options
-from mlx_qwen35.engine.presets import PRESETS, Preset, Sampling
+from mlx_qwen35.engine.options import Options, draft_options, sampling_options
+from mlx_qwen35.engine.presets import MOST_SEED, PRESETS, Preset, Sampling
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.options import spelled
@@ -16,85 +16,93 @@ from mlx_qwen35.prompt.prompt import Prompt
 
 
 @dataclass(frozen=True)
-class GenerationPlan:
-    """The options of one generation, every default filled in."""
+class SequencePlan:
+    """The options of one sequence, every default filled in."""
 
-    samplings: tuple[Sampling, ...]  # of each row
+    sampling: Sampling
     seed: int
-    limits: tuple[int, ...]  # most tokens of each row
-    stop: tuple[str, ...]
+    limit: int  # most tokens of the answer
     prefill_step_size: int
     drafts: DraftPolicy
 
 
 def plan(
-    options: Options,
-    model: Model,
-    greedy: bool,
-    prompts: Sequence[Prompt],
-    already_read: Sequence[int],
-    drafts: DraftPolicy | None = None,
-) -> GenerationPlan:
-    """Fill in the defaults for these prompts. InputError when a prompt is too long, or drafts cannot be had.
+    options: Options, model: Model, greedy: bool, prompts: Sequence[Prompt], cached: Sequence[int]
+) -> list[SequencePlan]:
+    """Fill in the defaults for prompts that are answered together.
 
-    options: checked. drafts: what was chosen before.
+    InputError when a prompt is too long, or drafts cannot be had.
+
+    options: checked. greedy: what the checkpoint advises. cached: tokens in the cache of each, before its prompt.
     """
     presets = [_preset(options, prompt) for prompt in prompts]
+    wanted = [options.get("max_tokens", preset.max_tokens) for preset in presets]
+    contexts = [before + len(prompt.tokens) for prompt, before in zip(prompts, cached, strict=True)]
+    chunk = options.get("prefill_step_size") or suitable_chunk(model.config, model.dtype, max(contexts))
+    drafts, room = _drafts_and_room(options, model, chunk, contexts, cached, wanted)
+    window = model.config.max_position_embeddings
+    if max(contexts) >= window:
+        raise InputError(
+            "context_length_exceeded",
+            f"a prompt must leave room for an answer in the context of {window} tokens; this one has {max(contexts)}. "
+            "Shorten it",
+        )
     given = sampling_options(options)
     plain = "preset" not in options and (options.get("temp") == 0 or (greedy and not given))
-    contexts = [before + len(prompt.tokens) for prompt, before in zip(prompts, already_read, strict=True)]
-    step = reading_step(options, model, contexts)
-    wanted = _wanted(options, prompts)
-    mode, depth = options.get("mtp", "auto"), options.get("mtp_depth")
-    drafts = drafts or choose_drafts(model, mode, depth, len(prompts), max(wanted))
-    without = most_tokens(model.config, model.dtype, step, max(already_read), len(prompts))
-    memory = (max(already_read), len(prompts), drafts.depth, drafts.head_bytes)
-    room = most_tokens(model.config, model.dtype, step, *memory) if drafts.depth else without
-    if not drafts.fixed and room < min(without, max(contexts) + max(wanted)):
-        drafts, room = DraftPolicy(0, reason="memory has no room for drafts beside this context"), without
-    _check_room(options, room, contexts, drafts)
-    limits = []
-    for most, context in zip(wanted, contexts, strict=True):
-        left = model.config.max_position_embeddings - context
-        if left < 1:
-            raise InputError(
-                "context_length_exceeded",
-                "a prompt must leave room for an answer in the context of "
-                f"{model.config.max_position_embeddings} tokens; this one has {context}. Shorten it",
-            )
-        limits.append(max(1, min(most, left, room - max(contexts))))
-    return GenerationPlan(
-        samplings=tuple(replace(Sampling(temp=0) if plain else preset.sampling, **given) for preset in presets),
-        seed=options.get("seed", secrets.randbits(32)),
-        limits=tuple(limits),
-        stop=tuple(options.get("stop", ())),
-        prefill_step_size=step,
-        drafts=drafts,
-    )
+    samplings = [replace(Sampling(temp=0) if plain else preset.sampling, **given) for preset in presets]
+    limits = [max(1, min(n, window - context, room)) for n, context in zip(wanted, contexts, strict=True)]
+    seeds = _seeds(options, len(prompts))
+    return [SequencePlan(*own, chunk, drafts) for own in zip(samplings, seeds, limits, strict=True)]
 
 
-def _wanted(options: Options, prompts: Sequence[Prompt]) -> list[int]:
-    """Most tokens of each answer, whatever there is room for."""
-    return [options.get("max_tokens", _preset(options, prompt).max_tokens) for prompt in prompts]
-
-
-def _check_room(options: Options, room: int, contexts: Sequence[int], drafts: DraftPolicy) -> None:
-    """Refuse a prompt, or an answer whose length was asked for, whose keys and values memory has no room for."""
-    rows = f" for each of {len(contexts)} prompts" if len(contexts) > 1 else ""
-    wanted, mtp = max(contexts) + options.get("max_tokens", 1), spelled("mtp")
-    if room < wanted:
+def _seeds(options: Options, rows: int) -> list[int]:
+    """The seed of each row. Of a single seed that is given, row i has seed + i."""
+    given = options.get("seed", secrets.randbits(32))
+    if isinstance(given, int):
+        return [(given + row) % (MOST_SEED + 1) for row in range(rows)]
+    if len(given) != rows:
         raise InputError(
-            "memory_exceeded",
-            f"memory has room for a context of {room:,} tokens{rows}; prompt and answer have {wanted:,}. Shorten the "
-            f"prompt, lower {spelled('max_tokens')}, answer fewer prompts at once, choose a folder with fewer bits, "
-            f"{f'do without drafts ({mtp} auto or off), ' if drafts.fixed else ''}or raise {spelled('memory_limit')}",
+            "option_invalid",
+            f"seed must be one number, or one for each of {rows} {'prompts' if rows > 1 else 'prompt'}; there are "
+            f"{len(given)}",
         )
+    return list(given)
 
 
-def reading_step(options: Options, model: Model, contexts: Sequence[int]) -> int:
-    """Prompt tokens of a prefill chunk, where each row will have a context of so many."""
-    given = options.get("prefill_step_size")
-    return given or suitable_chunk(model.config, model.dtype, max(contexts), len(contexts))
+def _drafts_and_room(
+    options: Options,
+    model: Model,
+    chunk: int,
+    contexts: Sequence[int],
+    cached: Sequence[int],
+    wanted: Sequence[int],
+) -> tuple[DraftPolicy, int]:
+    """The drafts, and how many tokens each answer may have by memory."""
+    rows = len(contexts)
+    mode, depth = draft_options(options)
+    drafts = choose_drafts(model, mode, depth, rows, max(wanted))
+    without = most_tokens(model.config, model.dtype, chunk, cached)
+    room = most_tokens(model.config, model.dtype, chunk, cached, drafts.depth, drafts.head_bytes)
+    needed = sum(contexts) + sum(wanted)
+    if drafts.depth and not drafts.fixed and room < min(without, needed):
+        drafts, room = DraftPolicy(0, reason="memory has no room for drafts beside this context"), without
+    answer = (room - sum(contexts)) // rows
+    if answer < options.get("max_tokens", 1):
+        _refuse(options, room, contexts, drafts)
+    return drafts, answer
+
+
+def _refuse(options: Options, room: int, contexts: Sequence[int], drafts: DraftPolicy) -> None:
+    """Refuse a prompt, or an answer whose length was asked for, whose keys and values memory has no room for."""
+    rows = len(contexts)
+    together = f" for {rows} prompts together" if rows > 1 else ""
+    wanted, mtp = sum(contexts) + rows * options.get("max_tokens", 1), spelled("mtp")
+    raise InputError(
+        "memory_exceeded",
+        f"memory has room for a context of {room:,} tokens{together}; prompt and answer have {wanted:,}. Shorten the "
+        f"prompt, lower {spelled('max_tokens')}, answer fewer prompts at once, choose a folder with fewer bits, "
+        f"{f'do without drafts ({mtp} auto or off), ' if drafts.fixed else ''}or raise {spelled('memory_limit')}",
+    )
 
 
 def _preset(options: Options, prompt: Prompt) -> Preset:

@@ -1,7 +1,8 @@
-"""Prefill: prompts into the cache, chunk by chunk. It takes token ids and embeddings, never text."""
+"""Prefill: a prompt into a cache, chunk by chunk. It takes token ids and embeddings, never text."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -17,7 +18,7 @@ from mlx_qwen35.prompt.positions import Placeholder, positions
 
 
 class PromptRow(NamedTuple):
-    """One prompt of a batch."""
+    """A prompt as the model takes it."""
 
     tokens: Sequence[int]
     placeholders: Sequence[Placeholder] = ()
@@ -25,44 +26,50 @@ class PromptRow(NamedTuple):
 
 
 def prefill(
-    model: Model,
-    cache: Cache,
-    rows: Sequence[PromptRow],
-    step: int,
-    progress: Callable[[int], None] = lambda tokens: None,
+    model: Model, cache: Cache, row: PromptRow, step: int, progress: Callable[[int], None] = lambda tokens: None
 ) -> mx.array:
-    """Append prompts of any lengths, one a row, in chunks of `step` columns; (B, D), each row's last hidden state.
+    """Append a prompt to a cache of one row in chunks of `step` tokens; (1, D), its last hidden state.
 
-    A chunk may end inside an image. progress is called with the tokens of each chunk. If tokens are drafted, the draft
-    head follows, and the last layer computes every column instead of one a row.
+    progress is called with the tokens of each chunk.
     """
-    longest = max(len(row.tokens) for row in rows)
-    cache.reserve(longest)
-    columns = [_placeholder_columns(row) for row in rows]
-    table = _position_table(rows, longest, cache.next_positions)
-    last = mx.zeros((len(rows), model.config.hidden_size), model.dtype)
-    for start in range(0, longest, step):
-        chunk = [row.tokens[start : start + step] for row in rows]
-        lengths = [len(tokens) for tokens in chunk]
-        width = max(lengths)
-        padded = mx.array([[*tokens, *[0] * (width - len(tokens))] for tokens in chunk])
-        visual = _visual(rows, columns, start, start + width)
-        positions = None if table is None else table[:, :, start : start + width]
-        uneven = None if min(lengths) == width else lengths
-        ends = mx.array([max(0, n - 1) for n in lengths])
+    for chunk in chunks(model, cache, row, step):
+        progress(chunk.tokens)
+    return chunk.hidden
+
+
+class Chunk(NamedTuple):
+    """A chunk that is in the cache: its tokens, and the hidden state (1, D) of the last one."""
+
+    tokens: int
+    hidden: mx.array
+
+
+def chunks(model: Model, cache: Cache, row: PromptRow, step: int, ends: Sequence[int] = ()) -> Iterator[Chunk]:
+    """The chunks of `prefill`, each computed when it is asked for. ends: numbers of tokens at which a chunk must end.
+
+    A chunk may end inside an image. If tokens are drafted, the draft head follows, and the last layer computes every
+    token instead of the last one.
+    """
+    total = len(row.tokens)
+    cache.reserve(total)
+    columns = _placeholder_columns(row)
+    table = positions(total, row.placeholders, cache.next_positions[0])[:, None] if row.placeholders else None
+    borders = sorted({end for begin, until in pairwise([0, *ends, total]) for end in range(begin, until, step)})
+    for start, stop in pairwise([*borders, total]):
+        tokens = mx.array([row.tokens[start:stop]])
+        visual = _visual(row, columns, start, stop)
+        own = None if table is None else table[:, :, start:stop]
         if isinstance(cache.follower, DraftFollower):
             first = cache.next_positions
-            hidden = model.hidden(padded, cache, uneven, visual, positions, None, Pace())
-            cache.follower.prefill(model, padded, hidden, lengths, first, visual, positions)
-            hidden = mx.take_along_axis(hidden, ends[:, None, None], axis=1)
+            hidden = model.hidden(tokens, cache, None, visual, own, None, Pace())
+            cache.follower.prefill(model, tokens, hidden, [stop - start], first, visual, own)
+            hidden = hidden[:, -1]
         else:
-            hidden = model.hidden(padded, cache, uneven, visual, positions, ends, Pace())
-        last = mx.where(mx.array(lengths)[:, None] > 0, hidden[:, 0], last)
+            hidden = model.hidden(tokens, cache, None, visual, own, mx.array([stop - start - 1]), Pace())[:, 0]
         cache.evaluate()
-        mx.eval(last)
+        mx.eval(hidden)
         mx.clear_cache()
-        progress(sum(lengths))
-    return last
+        yield Chunk(stop - start, hidden)
 
 
 class Pace:
@@ -85,7 +92,7 @@ class Pace:
 
 
 def _placeholder_columns(row: PromptRow) -> np.ndarray:
-    """(n,) columns of a row's placeholders, each with an embedding."""
+    """(n,) the places of a prompt's placeholders, each with an embedding."""
     columns = np.array([column for p in row.placeholders for column in range(p.start, p.stop)], np.int32)
     count = 0 if row.embeddings is None else len(row.embeddings)
     if count != len(columns):
@@ -96,25 +103,10 @@ def _placeholder_columns(row: PromptRow) -> np.ndarray:
     return columns
 
 
-def _position_table(rows: Sequence[PromptRow], longest: int, firsts: Sequence[int]) -> np.ndarray | None:
-    """(3, B, longest) int32 positions, 0 at padding; None for prompts of text alone, which count on."""
-    if not any(row.placeholders for row in rows):
-        return None
-    table = np.zeros((3, len(rows), longest), np.int32)
-    for i, (row, first) in enumerate(zip(rows, firsts, strict=True)):
-        table[:, i, : len(row.tokens)] = positions(len(row.tokens), row.placeholders, first)
-    return table
-
-
-def _visual(rows: Sequence[PromptRow], columns: Sequence[np.ndarray], start: int, stop: int) -> Visual | None:
+def _visual(row: PromptRow, columns: np.ndarray, start: int, stop: int) -> Visual | None:
     """The embeddings for the placeholders in columns `start` to `stop`, which are a chunk; None if it has none."""
-    owners, own_columns, embeddings = [], [], []
-    for i, (row, own) in enumerate(zip(rows, columns, strict=True)):
-        low, high = np.searchsorted(own, (start, stop))
-        if row.embeddings is not None and low < high:
-            owners += [i] * (high - low)
-            own_columns.append(own[low:high] - start)
-            embeddings.append(row.embeddings[low:high])
-    if not embeddings:
+    low, high = np.searchsorted(columns, (start, stop))
+    if row.embeddings is None or low == high:
         return None
-    return Visual(mx.array(owners), mx.array(np.concatenate(own_columns)), mx.concatenate(embeddings))
+    own = mx.array(columns[low:high] - start)
+    return Visual(mx.zeros_like(own), own, row.embeddings[low:high])

@@ -2,12 +2,17 @@
 
 The noise of a sample depends on its seed and on the token's position in its sequence alone. So a seed gives the same
 text alone, in a batch, and with drafts.
+
+A sequence may have a constraint and the caller's own functions. They are told tokens by number, so such a row is
+sampled after its last token is known on the host; the pass that gives its logits need not wait.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_qwen35.engine.presets import Sampling, check_seed
 
@@ -21,7 +26,11 @@ def process(logits: mx.array, sampling: Sampling, counts: mx.array | None = None
         counts: (B, V) how often each token was generated; None for no token or no penalty.
         vocabulary: the tokenizer's size. The LM head's rows beyond it are padding, never sampled; 0: there are none.
     """
-    logits = penalise(logits, sampling, counts, vocabulary)
+    return warp(penalise(logits, sampling, counts, vocabulary), sampling)
+
+
+def warp(logits: mx.array, sampling: Sampling) -> mx.array:
+    """(B, V) float32 logits -> log-probabilities after temperature, top-k, top-p and min-p."""
     if sampling.temp == 0:
         best = mx.argmax(logits, axis=-1, keepdims=True)
         return mx.where(mx.arange(logits.shape[-1]) == best, 0.0, -mx.inf)
@@ -72,80 +81,185 @@ def noise(vocabulary: int, seed: int, position: int) -> mx.array:
     return mx.random.gumbel((vocabulary,), key=mx.random.key(seed << 32 | position))
 
 
+class Constraint(Protocol):
+    """What tokens a sequence may go on with. It holds its place in the sequence."""
+
+    def mask(self) -> np.ndarray | None:
+        """(V,) boolean, True for a token that may come next; V may be the tokenizer's size. None: any."""
+
+    def accept(self, token: int) -> None:
+        """The sequence goes on with this token."""
+
+    def rollback(self, count: int) -> None:
+        """Undo the last `count` accepted tokens."""
+
+
+Processor = Callable[[mx.array, mx.array], mx.array]  # tokens (n,), logits (1, V) -> logits, as in mlx-lm
+Choice = Callable[[mx.array], mx.array]  # log-probabilities (1, V) -> token (1,), as in mlx-lm
+
+
 class Sampler:
-    """Samples the tokens of B sequences and counts them for the penalties.
+    """Samples the tokens of one sequence and counts them for the penalties.
 
     Args:
-        sampling: for all rows, or one for each.
-        seeds: one for each row, 0 to 2**32 - 1.
-        positions: the next token's position in each row's sequence.
+        seed: 0 to 2**32 - 1.
+        position: the next token's position in the sequence.
         vocabulary: the tokenizer's size, see `process`.
+        processors, choose: the caller's logits_processors and sampler.
+        constraint: what tokens are allowed.
+        prompt: the tokens before, for the processors.
     """
 
     def __init__(
-        self, sampling: Sampling | Sequence[Sampling], seeds: Sequence[int], positions: Sequence[int], vocabulary: int
+        self,
+        sampling: Sampling,
+        seed: int,
+        position: int,
+        vocabulary: int,
+        *,
+        processors: Sequence[Processor] = (),
+        choose: Choice | None = None,
+        constraint: Constraint | None = None,
+        prompt: Sequence[int] = (),
     ):
-        self.sampling = [sampling] * len(seeds) if isinstance(sampling, Sampling) else list(sampling)
-        self.vocabulary = vocabulary
-        self.seeds, self.positions = [check_seed(seed) for seed in seeds], list(positions)
-        self.counts: mx.array | None = None  # (B, V), if there are penalties
+        self.sampling, self.vocabulary = sampling, vocabulary
+        self.seed, self.position = check_seed(seed), position
+        self.processors, self.choose, self.constraint = tuple(processors), choose, constraint
+        self.counts: mx.array | None = None  # (1, V), if there are penalties
+        self._tokens = list(prompt) if self.processors else []
         self._width = 0  # of logits: V
-        self._noise: dict[tuple[int, int], mx.array] = {}  # (V,) by seed and position, for the next tokens
+        self._noise: dict[int, mx.array] = {}  # (V,) by position, for the next tokens
 
-    def sample(self, logits: mx.array) -> mx.array:
-        """(B, V) -> (B,) the next tokens, committed; lazy."""
-        tokens = self.peek(logits[:, None])
-        self.commit(tokens)
-        return tokens[:, 0]
+    @property
+    def waits(self) -> bool:
+        """Whether a token can be sampled only once the host knows the one before."""
+        return bool(self.processors or self.constraint)
 
-    def peek(self, logits: mx.array, drafted: mx.array | None = None) -> mx.array:
-        """(B, n, V) -> (B, n) the next tokens, not committed; lazy.
+    @property
+    def alone(self) -> bool:
+        """Whether its row is not sampled together with others."""
+        return self.waits or self.choose is not None
 
-        drafted: (B, m) tokens assumed to come first. The last of the n tokens follows all of them, the one before it
-        all but the last, and so on.
+    def accept(self, token: int) -> None:
+        """The host knows the next token of the sequence."""
+        if self.processors:
+            self._tokens.append(token)
+        if self.constraint:
+            self.constraint.accept(token)
+
+    def noise(self, position: int) -> mx.array:
+        """The same array for a drafted token and for the sampled one."""
+        if position not in self._noise:
+            self._noise[position] = noise(self._width, self.seed, position)
+        return self._noise[position]
+
+    def counted(self, drafted: mx.array | None, m: int) -> mx.array:
+        """(1, V) how often each token was generated, plus the first m of the drafted tokens (1, ...)."""
+        counts = mx.zeros((1, self._width)) if self.counts is None else self.counts
+        return counts if drafted is None or m == 0 else counts.at[mx.zeros((1, 1), mx.int32), drafted[:, :m]].add(1.0)
+
+    def arrays(self) -> list[mx.array]:
+        """What it holds."""
+        return [*self._noise.values(), *([] if self.counts is None else [self.counts])]
+
+    def see(self, width: int) -> None:
+        """Logits have this many columns."""
+        self._width = width
+
+    def commit(self, tokens: mx.array, count: int | None = None) -> None:
+        """Append the first `count` of the tokens (1, n); None: all."""
+        n = tokens.shape[1]
+        self.position += n if count is None else count
+        near = range(self.position, self.position + n)
+        self._noise = {position: noise for position, noise in self._noise.items() if position in near}
+        if self.sampling.penalises:
+            each = mx.ones((1, n)) if count is None else (mx.arange(n) < count).astype(mx.float32)[None]
+            self.counts = self.counted(None, 0).at[mx.zeros((1, 1), mx.int32), tokens].add(each)
+
+    def restricted(self, logits: mx.array, drafted: Sequence[int], places: range) -> mx.array:
+        """(n, V) penalised logits, each at its place among the drafted tokens -> what processors and constraint leave.
+
+        A place behind a drafted token that the constraint forbids is never used.
         """
-        if all(sampling == self.sampling[0] for sampling in self.sampling):
-            return self._peek(logits, drafted, slice(None))
-        rows = [slice(row, row + 1) for row in range(logits.shape[0])]
-        return mx.concatenate([self._peek(logits[r], None if drafted is None else drafted[r], r) for r in rows])
-
-    def commit(self, tokens: mx.array, counts: Sequence[int] | None = None) -> None:
-        """Append the first counts[i] of row i's tokens (B, n) to its sequence; None appends all."""
-        B, n = tokens.shape
-        committed = [n] * B if counts is None else list(counts)
-        self.positions = [position + m for position, m in zip(self.positions, committed, strict=True)]
-        near = {(seed, p + i) for seed, p in zip(self.seeds, self.positions, strict=True) for i in range(n)}
-        self._noise = {key: noise for key, noise in self._noise.items() if key in near}
-        if any(sampling.penalises for sampling in self.sampling):
-            before = mx.zeros((B, self._width)) if self.counts is None else self.counts
-            each = mx.ones((B, n))
-            if counts is not None:
-                each = (mx.arange(n) < mx.array(committed)[:, None]).astype(mx.float32)
-            self.counts = before.at[mx.arange(B)[:, None], tokens].add(each)
-
-    def _peek(self, logits: mx.array, drafted: mx.array | None, rows: slice) -> mx.array:
-        """`peek` for rows of the same sampling."""
-        sampling = self.sampling[rows][0]
-        B, n, V = logits.shape
-        self._width = V
-        first = 1 - n + (0 if drafted is None else drafted.shape[1])  # drafted tokens before the first of the n
-        flat, counts = logits.reshape(B * n, V), None
-        if sampling.penalises and (self.counts is not None or drafted is not None):
-            before = mx.zeros((B, V)) if self.counts is None else self.counts[rows]
-            counts = mx.stack([_counted(before, drafted, first + i) for i in range(n)], axis=1).reshape(B * n, V)
-        if sampling.temp == 0:
-            return mx.argmax(penalise(flat, sampling, counts, self.vocabulary), axis=-1).reshape(B, n)
-        nexts = zip(self.seeds[rows], self.positions[rows], strict=True)
-        keys = [(seed, position + first + i) for seed, position in nexts for i in range(n)]
-        for key in keys:  # the same array for a drafted token and for the sampled one
-            if key not in self._noise:
-                self._noise[key] = noise(V, *key)
-        gumbel = mx.stack([self._noise[key] for key in keys])
-        return mx.argmax(process(flat, sampling, counts, self.vocabulary) + gumbel, axis=-1).reshape(B, n)
+        rows = []
+        for row, place in zip(mx.split(logits, len(places)), places, strict=True):
+            for processor in self.processors:
+                row = processor(mx.array([*self._tokens, *drafted[:place]]), row)
+            rows.append(row)
+        if not self.constraint:
+            return mx.concatenate(rows)
+        accepted = 0
+        for i, place in enumerate(places):
+            mask = self.constraint.mask()
+            if mask is not None:
+                rows[i] = mx.where(_widened(mask, rows[i].shape[-1]), rows[i], -mx.inf)
+            if place == len(drafted) or not (mask is None or mask[drafted[place]]):
+                break
+            self.constraint.accept(drafted[place])
+            accepted += 1
+        if accepted:
+            self.constraint.rollback(accepted)
+        return mx.concatenate(rows)
 
 
-def _counted(counts: mx.array, drafted: mx.array | None, m: int) -> mx.array:
-    """(B, V) counts, plus the first m of the drafted tokens (B, ...)."""
-    if drafted is None or m == 0:
-        return counts
-    return counts.at[mx.arange(len(counts))[:, None], drafted[:, :m]].add(1.0)
+def _widened(mask: np.ndarray, width: int) -> mx.array:
+    """(V,) boolean of the logits' width; tokens beyond the mask are forbidden."""
+    allowed = np.zeros(width, bool)
+    allowed[: len(mask)] = mask
+    return mx.array(allowed)
+
+
+def sample(samplers: Sequence[Sampler], logits: mx.array) -> mx.array:
+    """(B, V) -> (B,) the next token of each sequence, committed; lazy."""
+    tokens = peek(samplers, logits[:, None])
+    commit(samplers, tokens)
+    return tokens[:, 0]
+
+
+def peek(
+    samplers: Sequence[Sampler], logits: mx.array, drafted: mx.array | None = None, drafting: bool = False
+) -> mx.array:
+    """(B, n, V) -> (B, n) the next tokens, not committed; lazy.
+
+    drafted: (B, m) tokens assumed to come first. The last of the n tokens follows all of them, the one before it all
+    but the last, and so on. drafting: the logits are the draft head's, whose tokens no constraint is asked about.
+    """
+    plain = drafting or not any(sampler.alone for sampler in samplers)
+    if plain and all(sampler.sampling == samplers[0].sampling for sampler in samplers):
+        return _peek(samplers, logits, drafted, drafting)
+    rows = [slice(row, row + 1) for row in range(len(samplers))]
+    return mx.concatenate(
+        [_peek(samplers[r], logits[r], None if drafted is None else drafted[r], drafting) for r in rows]
+    )
+
+
+def commit(samplers: Sequence[Sampler], tokens: mx.array, counts: Sequence[int] | None = None) -> None:
+    """Append the first counts[i] of row i's tokens (B, n) to its sequence; None appends all."""
+    for row, sampler in enumerate(samplers):
+        own = tokens if len(samplers) == 1 else tokens[row : row + 1]
+        sampler.commit(own, None if counts is None else counts[row])
+
+
+def _peek(samplers: Sequence[Sampler], logits: mx.array, drafted: mx.array | None, drafting: bool) -> mx.array:
+    """`peek` for rows of the same sampling."""
+    first, sampling = samplers[0], samplers[0].sampling
+    B, n, V = logits.shape
+    before = 1 - n + (0 if drafted is None else drafted.shape[1])  # drafted tokens before the first of the n
+    for sampler in samplers:
+        sampler.see(V)
+    flat, counts = logits.reshape(B * n, V), None
+    if sampling.penalises and (drafted is not None or any(sampler.counts is not None for sampler in samplers)):
+        own = [None if drafted is None else drafted[row : row + 1] for row in range(B)]
+        all_counts = [s.counted(d, before + i) for s, d in zip(samplers, own, strict=True) for i in range(n)]
+        counts = all_counts[0] if len(all_counts) == 1 else mx.concatenate(all_counts)
+    flat = penalise(flat, sampling, counts, first.vocabulary)
+    if first.waits and not drafting:
+        known = [] if drafted is None else np.array(drafted[0]).tolist()
+        flat = first.restricted(flat, known, range(before, before + n))
+    if first.choose and not drafting:
+        chosen = mx.stack([first.choose(_normalise(row)).reshape(1) for row in mx.split(flat, n)], axis=1)
+        return mx.where((chosen >= 0) & (chosen < (first.vocabulary or V)), chosen, -1)  # -1: none of the tokens
+    if sampling.temp == 0:
+        return mx.argmax(flat, axis=-1).reshape(B, n)
+    gumbel = mx.stack([s.noise(s.position + before + i) for s in samplers for i in range(n)])
+    return mx.argmax(warp(flat, sampling) + gumbel, axis=-1).reshape(B, n)

@@ -6,8 +6,9 @@ from typing import Unpack
 import mlx.core as mx
 import numpy as np
 
-from mlx_qwen35.engine.generation import Result, start
+from mlx_qwen35.engine.generation import start
 from mlx_qwen35.engine.options import Options, check_options
+from mlx_qwen35.engine.sequence import Result
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.prompt.processor import Messages, Processor

@@ -22,29 +22,28 @@ LAUNCH_FLOPS = 2e11  # of a launch that writes no scores: a tenth of a second on
 FEW_QUERIES = 8  # for which MLX writes no scores, whatever the heads
 
 
-def attention(q: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None) -> mx.array:
+def attention(q: mx.array, keys: mx.array, values: mx.array, scale: float, causal: bool) -> mx.array:
     """q (B, H, T, D), keys and values (B, Hk, S, D) -> (B, H, T, D); head h reads key head h // (H / Hk).
 
-    mask: boolean (B, 1, T, S), "causal" for the last T of S positions, or None for all.
+    causal: the queries are of the last T of S positions, and attend to the positions up to their own; else to all.
     """
     T, S = q.shape[2], keys.shape[2]
     on_cpu = backend().tiles_attention
     forced = not on_cpu and _worth_forcing(q, S) and fused_self_check(q.shape[3], q.dtype)
     rows = cpu.tile_rows(q.shape, S) if on_cpu else tile_rows(q.shape, S, forced)
-    plain = T < cpu.MANY_QUERIES or not on_cpu or isinstance(mask, mx.array)
+    plain = T < cpu.MANY_QUERIES or not on_cpu
     tiles: list[mx.array] = []
     for start in range(0, T, rows):
         stop = min(start + rows, T)
-        seen = S - T + stop if mask == "causal" else S
+        seen = S - T + stop if causal else S
         # In sequence: else MLX computes all tiles side by side, and holds the scores of all.
         queries = mx.depends(q[:, :, start:stop], tiles[-1:]) if tiles else q[:, :, start:stop]
         part = queries, keys[:, :, :seen], values[:, :, :seen]
         if plain:
-            rule = mask[:, :, start:stop] if isinstance(mask, mx.array) else mask
-            force = forced and stop - start > FEW_QUERIES
-            tiles.append(mx.fast.scaled_dot_product_attention(*part, scale=scale, mask=rule, force_fused=force))
+            mask, force = "causal" if causal else None, forced and stop - start > FEW_QUERIES
+            tiles.append(mx.fast.scaled_dot_product_attention(*part, scale=scale, mask=mask, force_fused=force))
         else:
-            tiles.append(cpu.attention_tile(*part, scale, causal=mask == "causal"))
+            tiles.append(cpu.attention_tile(*part, scale, causal))
     return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)
 
 

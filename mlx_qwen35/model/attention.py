@@ -27,10 +27,11 @@ class GatedAttention(nn.Module):
         self.heads, self.head_dim = config.num_attention_heads, config.head_dim
 
     def __call__(self, x: mx.array, rotary: Table, context: ForwardContext, cache: KVCache) -> mx.array:
-        """x (B, T, D) normed, and the rotary table of its positions -> (B, T, D). Appends to the layer's cache."""
+        """x (B, T, D) normed, and the rotary table of its positions -> (B, T, D). Appends to the layer's cache.
+
+        Each row attends to its own keys, so neither neighbours nor padding can reach it.
+        """
         B, T, _ = x.shape
-        if context.lengths is not None:  # NaN and infinity of padding would pass through its weights of 0
-            x = mx.where((mx.arange(T) < context.lengths[:, None])[..., None], x, mx.zeros((), x.dtype))
         products = self.qkv_proj.whole(x)
         queries, _, v = self.qkv_proj.split(products)
         gate = queries.reshape(B, T, self.heads, -1)[..., self.head_dim :]
@@ -39,10 +40,20 @@ class GatedAttention(nn.Module):
             products, self.qkv_proj.split, rotary, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps,
             self.heads, v.shape[1],
         )  # fmt: skip
-        keys, values = cache.extend(k, v, context.start)
-        out = attention(q, keys, values, self.head_dim**-0.5, context.mask)
+        seen = cache.append(k, v, context.counts)
+        own = [q] if B == 1 else list(mx.split(q, B))
+        rows = [self._row(*row) for row in zip(own, seen, context.counts, strict=True)]
+        out = rows[0] if B == 1 else mx.concatenate(rows)
         out = _gated(out.swapaxes(1, 2), gate)
         return self.o_proj(out.reshape(B, T, -1))
+
+    def _row(self, q: mx.array, seen: tuple[mx.array, mx.array], n: int) -> mx.array:
+        """The first n of T queries (1, H, T, D) over the row's keys and values; 0 for the padding."""
+        T = q.shape[2]
+        if n == 0:
+            return mx.zeros_like(q)
+        out = attention(q if n == T else q[:, :, :n], *seen, self.head_dim**-0.5, causal=n > 1)
+        return out if n == T else mx.pad(out, [(0, 0), (0, 0), (0, T - n), (0, 0)])
 
 
 @compiled

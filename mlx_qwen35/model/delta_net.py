@@ -28,6 +28,6 @@ class GatedDeltaNet(nn.Module):
         """x (B, T, D) normed -> (B, T, D). Replaces the layer's state. The rotary table is not used."""
         core = DeltaWeights(self.conv1d, self.A_log, self.dt_bias, self.norm, self.eps)
         projected = self.in_proj.whole(x)
-        out, state = delta_core(projected, self.in_proj.split, core, cache.state, context.lengths, context.stepwise)
-        cache.replace(state, context.stepwise)
+        out, state = delta_core(projected, self.in_proj.split, core, cache.values, context.lengths, context.stepwise)
+        cache.append(state, context.stepwise)
         return self.out_proj(out)

@@ -11,9 +11,10 @@ from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.checkpoint.config import TextConfig
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.decoder import DecoderLayer, Pace, run
-from mlx_qwen35.model.mtp import DraftHead
+from mlx_qwen35.model.lazy import LazyPart
+from mlx_qwen35.model.mtp import MultiTokenPrediction
 from mlx_qwen35.model.rotary import Rotary
-from mlx_qwen35.model.vision import LazyVisionEncoder
+from mlx_qwen35.model.vision import VisionEncoder
 from mlx_qwen35.model.weights import Weights
 
 
@@ -45,8 +46,8 @@ class Model(nn.Module):
         self.config = config
         self.rotary = Rotary(config.rope)
         self.dtype = weights.dtype  # of activations
-        self.vision: LazyVisionEncoder | None = None
-        self.mtp: DraftHead | None = None
+        self.vision: LazyPart[VisionEncoder] | None = None
+        self.mtp: LazyPart[MultiTokenPrediction] | None = None
 
     def make_cache(self, batch: int = 1) -> Cache:
         """An empty cache for a batch of so many rows."""

@@ -1,6 +1,6 @@
 """The multi-token prediction (MTP) head: drafts token i + 2 from token i + 1 and the hidden state of token i."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -45,28 +45,3 @@ class MultiTokenPrediction(nn.Module):
         """
         both = [self.pre_fc_norm_embedding(embeddings), self.pre_fc_norm_hidden(hidden)]
         return run(self.layers, self.norm, self.fc(mx.concatenate(both, axis=-1)), rotary, context, caches, at)
-
-
-class DraftHead:
-    """The MTP head of a loaded model: loaded at its first use, unloaded by `release`. fault: why it cannot be used."""
-
-    def __init__(self, load: Callable[[], MultiTokenPrediction], nbytes: int, fault: str | None = None):
-        self._load = load
-        self._weights: MultiTokenPrediction | None = None
-        self.nbytes = nbytes  # in memory, once loaded
-        self.fault = fault
-
-    @property
-    def loaded(self) -> bool:
-        return self._weights is not None
-
-    @property
-    def weights(self) -> MultiTokenPrediction:
-        self._weights = self._weights or self._load()
-        return self._weights
-
-    def release(self) -> None:
-        """Free its memory. The next use loads it again."""
-        if self._weights is not None:
-            self._weights = None
-            mx.clear_cache()

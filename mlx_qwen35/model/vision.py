@@ -1,7 +1,7 @@
 """The vision encoder: patches -> image embeddings, in slices of bounded size."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -47,7 +47,7 @@ class Attention(nn.Module):
 
     def __call__(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         F, _, n, D = q.shape
-        out = attention(q, k, v, D**-0.5, None)
+        out = attention(q, k, v, D**-0.5, causal=False)
         return self.proj(out.swapaxes(1, 2).reshape(F, n, -1))
 
 
@@ -201,34 +201,3 @@ def table_taps(positions: np.ndarray, grid: tuple[int, int], side: int) -> tuple
     indices = [r * side + c for r in (near[:, 0], far[:, 0]) for c in (near[:, 1], far[:, 1])]
     shares = [r * c for r in (1 - part[:, 0], part[:, 0]) for c in (1 - part[:, 1], part[:, 1])]
     return np.stack(indices, -1), np.stack(shares, -1).astype(np.float32)
-
-
-class LazyVisionEncoder:
-    """The vision encoder of a loaded model: loaded when needed, unloaded by `release`.
-
-    keep: whether `release` leaves it in memory.
-    """
-
-    def __init__(self, load: Callable[[], VisionEncoder], keep: bool = False):
-        self._load = load
-        self._encoder: VisionEncoder | None = None
-        self.keep = keep
-
-    @property
-    def loaded(self) -> bool:
-        return self._encoder is not None
-
-    def encode(self, media: Sequence[Media]) -> list[mx.array]:
-        """The embeddings of each, (tokens, text D). Equal pixels are encoded once."""
-        known: dict[str, mx.array] = {}
-        for item in media:
-            if item.digest not in known:
-                self._encoder = self._encoder or self._load()
-                known[item.digest] = self._encoder.encode(item)
-        return [known[item.digest] for item in media]
-
-    def release(self) -> None:
-        """Free its memory, unless `keep` is set."""
-        if not self.keep and self._encoder is not None:
-            self._encoder = None
-            mx.clear_cache()

@@ -17,9 +17,6 @@ from collections.abc import Sequence
 from itertools import accumulate
 from operator import mul
 from statistics import median_low
-from weakref import WeakKeyDictionary
-
-from mlx_qwen35.model.mtp import DraftHead
 
 SWITCH_GAIN = 1.05  # relative gain that is worth a change to drafting, or to another depth
 DISABLE_GAIN = 1.02  # relative gain that is worth a change to plain decoding
@@ -96,14 +93,6 @@ class Costs:
         return False
 
 
-_MEASURED: WeakKeyDictionary[DraftHead, dict[int, Costs]] = WeakKeyDictionary()  # of each loaded draft head
-
-
-def measured_costs(mtp_head: DraftHead, rows: int) -> Costs:
-    """The costs of decoding `rows` sequences with this head, shared by all generations."""
-    return _MEASURED.setdefault(mtp_head, {}).setdefault(rows, Costs())
-
-
 class DepthControl:
     """Chooses the depth of each round of one generation, for any number of sequences.
 
@@ -112,7 +101,8 @@ class DepthControl:
     depth, probes included. switches: how often another depth was settled on.
     """
 
-    def __init__(self, most: int, costs: Costs, fixed: int | None = None):
+    def __init__(self, most: int, costs: Costs, fixed: int | None = None, before: "DepthControl | None" = None):
+        """before: of the same sequences, or most of them, whose accepted drafts are told of."""
         assert 1 <= most <= 3 and (fixed is None or 0 <= fixed <= most), (most, fixed)
         self.most, self.costs, self.fixed = most, costs, fixed
         self.rounds = self.tokens = self.switches = 0
@@ -123,6 +113,9 @@ class DepthControl:
         self.timed = [0 if costs.samples(depth) else -OLD for depth in range(most + 1)]  # the round of the last time
         # Drafts j + 1 whose predecessors were accepted, and the accepted ones among them.
         self.tried, self.accepted = [0.0] * most, [0.0] * most
+        if before:
+            known = min(most, before.most)
+            self.tried[:known], self.accepted[:known] = before.tried[:known], before.accepted[:known]
         self.rejected_rows = [0] * (most + 1)  # at each depth, in probes while settled on depth 0
         self.running = 1  # sequences in the last round
         self.interval, self.since, self.stayed = MIN_INTERVAL, 0, 0

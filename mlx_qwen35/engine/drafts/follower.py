@@ -42,19 +42,42 @@ class DraftFollower:
     def reserve(self, T: int) -> None:
         self.cache.reserve(T)
 
-    def snapshot(self) -> Callable[[], "DraftFollower"]:
-        """A function that returns this follower to its present state."""
-        cache, fields = self.cache.snapshot(), dict(self.__dict__)
+    def copy(self) -> "DraftFollower":
+        """A follower with the same content, which goes on apart."""
+        return self._with(self.cache.copy())
 
-        def restore() -> DraftFollower:
-            self.__dict__.update(fields)
-            self.cache.restore(cache)
-            return self
+    def select(self, rows: Sequence[int]) -> "DraftFollower":
+        """A follower of these rows alone."""
+        index = mx.array(list(rows))
+        follower = self._with(self.cache.select(rows))
+        follower.followed = tuple(self.followed[row] for row in rows)
+        follower.hidden = None if self.hidden is None else self.hidden[index]
+        follower.position = None if self.position is None else self.position[:, list(rows)]
+        follower.pending = tuple(
+            Pairs(pairs.hidden[index], pairs.tokens[index], tuple(pairs.counts[row] for row in rows))
+            for pairs in self.pending
+        )
+        return follower
 
-        return restore
+    @staticmethod
+    def joined(model: Model, followers: Sequence["DraftFollower"]) -> "DraftFollower":
+        """A follower of the rows of several, each of which has followed a prompt."""
+        for follower in followers:
+            follower.flush(model)
+        if len(followers) == 1:
+            return followers[0]
+        joined = followers[0]._with(Cache.joined([follower.cache for follower in followers]))
+        joined.followed = sum((follower.followed for follower in followers), ())
+        joined.hidden = mx.concatenate([follower.hidden for follower in followers if follower.hidden is not None])
+        return joined
+
+    def _with(self, cache: Cache) -> "DraftFollower":
+        follower = DraftFollower.__new__(DraftFollower)
+        follower.__dict__.update(self.__dict__ | {"cache": cache})
+        return follower
 
     def arrays(self) -> list[mx.array]:
-        found = [array for layer in self.cache.layers for array in layer.arrays()]
+        found = self.cache.held()
         found += [array for pairs in self.pending for array in (pairs.hidden, pairs.tokens)]
         return found if self.hidden is None else [*found, self.hidden]
 
@@ -167,8 +190,7 @@ class DraftFollower:
         while len(drafted) < depth:
             y = self._run(model, model.embed(drafted[-1]), y, counts)
             drafted.append(sample(model.logits(y), drafted))
-        self.cache.position = before  # the columns of drafted tokens are overwritten later
-        self.cache.compact()
+        self.cache.rollback(before, [0] * len(counts))
         return mx.concatenate(drafted, axis=1)
 
     def _pending_positions(self, pairs: Pairs) -> np.ndarray | None:
@@ -193,7 +215,7 @@ class DraftFollower:
         T = hidden.shape[1]
         with self.cache.forward(T, None if min(counts) == T else counts, positions) as context:
             rotary = model.rotary.table(context.positions)
-            return model.mtp.weights(embeddings, hidden, rotary, context, self.cache.layers, at)
+            return model.mtp.part(embeddings, hidden, rotary, context, self.cache.layers, at)
 
 
 def _concatenated(parts: Sequence[Pairs]) -> Pairs:

@@ -1,20 +1,24 @@
-"""Drafts for the decode loop: whether and how deep to draft, the drafted tokens, and the statistics."""
+"""Drafts for the running rows: whether and how deep to draft, the drafted tokens, and the statistics."""
 
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass, field, replace
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 
 from mlx_qwen35.budget.plan import most_depth
 from mlx_qwen35.cache.cache import Cache
-from mlx_qwen35.engine.drafts.depth import DepthControl, measured_costs
+from mlx_qwen35.engine.drafts.depth import Costs, DepthControl
 from mlx_qwen35.engine.drafts.follower import DraftFollower
-from mlx_qwen35.engine.sampling import Sampler
+from mlx_qwen35.engine.sampling import Sampler, peek
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.model.lazy import LazyPart
 from mlx_qwen35.model.model import Model
-from mlx_qwen35.model.mtp import DraftHead
+from mlx_qwen35.model.mtp import MultiTokenPrediction
 from mlx_qwen35.options import spelled
 
 MODES = ("auto", "on", "off")
@@ -24,6 +28,21 @@ MOST_SHOWN = 6  # changes of depth
 PAUSE = 0.1  # share of a step that the caller took from which on its time says little of the machine
 LEAST_TOKENS = 32  # of an answer for which auto drafts
 MOST_PENDING = 256  # collected pairs of a row: 5 KB each for the 4B
+
+
+@dataclass
+class HeadRecord:
+    """What this process has found out about a loaded model's draft head. Generations share it."""
+
+    costs: dict[int, Costs] = field(default_factory=lambda: defaultdict(Costs))  # of passes, by their rows
+    fault: str | None = None  # why it cannot be used
+
+
+_RECORDS: WeakKeyDictionary[LazyPart[MultiTokenPrediction], HeadRecord] = WeakKeyDictionary()
+
+
+def head_record(mtp_head: LazyPart[MultiTokenPrediction]) -> HeadRecord:
+    return _RECORDS.setdefault(mtp_head, HeadRecord(fault=mtp_head.fault))
 
 
 @dataclass(frozen=True)
@@ -49,8 +68,9 @@ def choose_drafts(model: Model, mode: str, depth: int | None, rows: int, tokens:
             )
         return DraftPolicy(0, reason="off")
     mtp_head = model.mtp
-    if mtp_head is None or mtp_head.fault:
-        reason = (mtp_head and mtp_head.fault) or "the checkpoint has no draft head (tensors mtp.*)"
+    fault = head_record(mtp_head).fault if mtp_head else None
+    if mtp_head is None or fault:
+        reason = fault or "the checkpoint has no draft head (tensors mtp.*)"
         if mode == "on" or depth is not None:
             raise InputError(
                 "draft_head_unusable" if mtp_head else "draft_head_missing",
@@ -63,12 +83,12 @@ def choose_drafts(model: Model, mode: str, depth: int | None, rows: int, tokens:
     depth = depth or MOST_DEPTH
     if tokens < LEAST_TOKENS:
         return DraftPolicy(0, reason=f"not for answers of fewer than {LEAST_TOKENS} tokens")
-    if measured_costs(mtp_head, rows).never_pays(depth):
+    if head_record(mtp_head).costs[rows].never_pays(depth):
         return DraftPolicy(0, reason="disabled: on this machine drafts would not pay even if all were accepted")
     return _fitting(model, mtp_head, depth, rows)
 
 
-def _always(model: Model, mtp_head: DraftHead, depth: int, rows: int) -> DraftPolicy:
+def _always(model: Model, mtp_head: LazyPart[MultiTokenPrediction], depth: int, rows: int) -> DraftPolicy:
     policy = _fitting(model, mtp_head, depth, rows)
     if policy.depth < depth:
         room = f"only for {policy.depth}: lower {spelled('mtp_depth')}, or" if policy.depth else "not even for one:"
@@ -80,7 +100,7 @@ def _always(model: Model, mtp_head: DraftHead, depth: int, rows: int) -> DraftPo
     return replace(policy, fixed=True)
 
 
-def _fitting(model: Model, mtp_head: DraftHead, depth: int, rows: int) -> DraftPolicy:
+def _fitting(model: Model, mtp_head: LazyPart[MultiTokenPrediction], depth: int, rows: int) -> DraftPolicy:
     head_bytes = 0 if mtp_head.loaded else mtp_head.nbytes
     fitting = most_depth(model.config, model.dtype, head_bytes, rows, depth)
     if not fitting:
@@ -91,33 +111,44 @@ def _fitting(model: Model, mtp_head: DraftHead, depth: int, rows: int) -> DraftP
 def attach(model: Model, cache: Cache, policy: DraftPolicy) -> DraftPolicy:
     """Load the draft head and make it follow the cache, or unload it, and return the policy that holds from now on.
 
-    A damaged head costs a warning, since the text needs none. With a fixed depth it raises InputError.
+    A damaged head costs a warning, since the text needs none. With a fixed depth it raises InputError. A policy with
+    drafts has acquired the head: `detach` releases it.
     """
     if policy.depth:
         assert model.mtp is not None
         try:
-            model.mtp.weights  # noqa: B018 (loads it)
+            model.mtp.part  # noqa: B018 (loads it)
         except InputError as error:
-            model.mtp.fault = f"its draft head cannot be used: {error}"
+            fault = head_record(model.mtp).fault = f"its draft head cannot be used: {error}"
             if policy.fixed:
                 raise InputError(
-                    "draft_head_unusable", f"{error}; without the draft head the model works: choose mtp 'off'"
+                    "draft_head_unusable",
+                    f"{error}; without the draft head the model works: choose {spelled('mtp', 'off')}",
                 ) from error
-            warnings.warn(f"no tokens are drafted, for {model.mtp.fault}", RuntimeWarning, stacklevel=2)
-            policy = DraftPolicy(0, reason=model.mtp.fault)
+            warnings.warn(f"no tokens are drafted, for {fault}", RuntimeWarning, stacklevel=2)
+            policy = DraftPolicy(0, reason=fault)
     follower = cache.follower
     if not policy.depth:
         cache.follower = None
         if model.mtp:
-            model.mtp.release()
-    elif not (isinstance(follower, DraftFollower) and list(follower.followed) == cache.row_lengths):
+            model.mtp.unload()
+        return policy
+    if not (isinstance(follower, DraftFollower) and list(follower.followed) == cache.row_lengths):
         cache.follower = DraftFollower(model, cache.row_lengths)
+    assert model.mtp is not None
+    model.mtp.acquire()
     return policy
+
+
+def detach(model: Model, policy: DraftPolicy) -> None:
+    """A sequence with this policy, to which a cache was attached, has ended."""
+    if policy.depth and model.mtp:
+        model.mtp.release()
 
 
 @dataclass(frozen=True)
 class DraftStatistics:
-    """The drafts of one row of a generation.
+    """The drafts of one sequence.
 
     reason: why tokens were drafted so, or none. drafted, accepted: tokens; the last accepted ones may lie behind the
     end. steps: passes of the model, each of which gave one token besides. depths: (steps before it, tokens drafted in a
@@ -140,55 +171,150 @@ class DraftStatistics:
         return f"{share}, {rate}; depth {', '.join(shown)}; {self.reason}"
 
 
-class Speculation:
-    """The draft head beside the decode loop: drafts tokens, follows the model, and counts."""
+@dataclass
+class RowDrafts:
+    """The drafts of one sequence: its policy, and what came of them."""
 
-    def __init__(self, model: Model, cache: Cache, policy: DraftPolicy):
-        assert isinstance(cache.follower, DraftFollower) and model.mtp is not None
-        costs = measured_costs(model.mtp, cache.batch)
-        self.model, self.follower = model, cache.follower
-        self.depths = DepthControl(policy.depth, costs, policy.depth if policy.fixed else None)
-        self.drafted, self.accepted, self.steps = ([0] * cache.batch for _ in range(3))
-        self._last = 0.0  # time at which the last step was recorded
+    policy: DraftPolicy
+    drafted: int = 0
+    accepted: int = 0
+    steps: int = 0
+    depths: list[tuple[int, int]] = field(default_factory=list)
+    control: DepthControl | None = None  # of the passes that it is in, or was in last
+
+    def count(self, depth: int, drafted: int, accepted: int) -> None:
+        """A pass with so many drafts, in which this sequence had `drafted`."""
+        if not self.depths or self.depths[-1][1] != depth:
+            self.depths.append((self.steps, depth))
+        self.steps, self.drafted, self.accepted = self.steps + 1, self.drafted + drafted, self.accepted + accepted
+
+    def statistics(self) -> DraftStatistics:
+        if self.control is None:
+            return DraftStatistics(self.policy.reason or "nothing was decoded")
+        return DraftStatistics(self.control.reason(), self.drafted, self.accepted, self.steps, tuple(self.depths))
+
+
+class Speculation:
+    """The draft head beside the running rows: drafts tokens, follows the model, and counts.
+
+    Some rows may have no drafts. One depth holds for all that have; each keeps to its own most.
+    """
+
+    def __init__(self, model: Model):
+        self.model = model
+        self.rows: list[RowDrafts] = []
+        self.follower: DraftFollower | None = None  # of the drafting rows
+        self.control: DepthControl | None = None
+        self._last = 0.0  # time at which the last pass was recorded, or the first begun
+
+    def copy(self) -> "Speculation":
+        """The same rows with a draft head's cache that goes on apart."""
+        copied = copy(self)
+        copied.follower = self.follower.copy() if self.follower else None
+        return copied
+
+    def arrays(self) -> list[mx.array]:
+        return self.follower.arrays() if self.follower else []
+
+    # --- rows ---
+
+    @property
+    def _drafting(self) -> list[int]:
+        return [i for i, row in enumerate(self.rows) if row.policy.depth]
+
+    def join(self, rows: Sequence[RowDrafts], followers: Sequence[DraftFollower]) -> None:
+        """More rows, and the followers of those of them that draft, in order."""
+        if followers:
+            have = [self.follower] if self.follower else []
+            self.follower = DraftFollower.joined(self.model, [*have, *followers])
+        self.rows = [*self.rows, *rows]
+        self._restart()
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone."""
+        drafting = self._drafting
+        stay = [drafting.index(row) for row in rows if row in drafting]
+        if self.follower and len(stay) < len(drafting):
+            self.follower = self.follower.select(stay) if stay else None
+        self.rows = [self.rows[row] for row in rows]
+        self._restart()
+
+    def follower_of(self, row: int) -> DraftFollower | None:
+        drafting = self._drafting
+        if self.follower is None or row not in drafting:
+            return None
+        return self.follower if len(drafting) == 1 else self.follower.select([drafting.index(row)])
+
+    def _restart(self) -> None:
+        """Passes cost something else with other rows."""
+        self._last = time.perf_counter()
+        policies = [row.policy for row in self.rows if row.policy.depth]
+        if not policies:
+            self.control = None
+            return
+        assert self.model.mtp is not None
+        fixed = max((policy.depth for policy in policies if policy.fixed), default=None)
+        costs = head_record(self.model.mtp).costs[len(self.rows)]
+        self.control = DepthControl(max(policy.depth for policy in policies), costs, fixed, self.control)
+        for row in self._drafting:
+            self.rows[row].control = self.control
+
+    # --- passes ---
 
     def depth(self) -> int:
-        """How many tokens to draft in the next step. May be called before the present one is recorded."""
-        return self.depths.next()
+        """How many tokens to draft in the next pass. May be called before the present one is recorded."""
+        return self.control.next() if self.control else 0
 
-    def propose(self, tokens: mx.array, counts: Sequence[int], depth: int, sampler: Sampler) -> mx.array:
-        """Tokens (B, 1) -> those and `depth` drafted ones, (B, 1 + depth), sampled with their positions' noise."""
+    def most(self, row: int, depth: int) -> int:
+        """How many of them in this row."""
+        return min(depth, self.rows[row].policy.depth)
+
+    def propose(self, tokens: mx.array, counts: Sequence[int], depth: int, samplers: Sequence[Sampler]) -> mx.array:
+        """Tokens (B, 1) -> those and `depth` drafted ones, (B, 1 + depth), sampled with their positions' noise.
+
+        counts: 1 for each row that has drafts now, else 0.
+        """
+        assert self.follower is not None
+        own = self._drafting
+        sampling = [samplers[row] for row in own]
 
         def sample(logits: mx.array, drafted: list[mx.array]) -> mx.array:
-            return sampler.peek(logits, mx.concatenate(drafted, axis=1) if drafted else None)
+            return peek(sampling, logits, mx.concatenate(drafted, axis=1) if drafted else None, drafting=True)
 
-        drafted = self.follower.propose(self.model, tokens, counts, depth, sample)
+        drafted = self.follower.propose(self.model, self._own(tokens), [counts[row] for row in own], depth, sample)
         mx.async_eval(drafted)  # a GPU starts while the graph of the pass that checks them is built
+        if len(own) < len(self.rows):
+            every = mx.zeros((len(self.rows), depth), drafted.dtype)
+            every[mx.array(own)] = drafted
+            drafted = every
         return mx.concatenate([tokens, drafted], axis=1)
 
     def follow(self, tokens: mx.array, hidden: mx.array, counts: Sequence[int]) -> None:
         """Tell the draft head of a pass: in row i the first counts[i] of tokens (B, n), and their hidden states."""
-        self.follower.follow(tokens, hidden, counts)
+        if self.follower is None:
+            return
+        self.follower.follow(self._own(tokens), self._own(hidden), [counts[row] for row in self._drafting])
         if sum(pairs.tokens.shape[1] for pairs in self.follower.pending) >= MOST_PENDING:
             self.follower.flush(self.model)
             mx.async_eval(self.follower.arrays())
 
+    def _own(self, array: mx.array) -> mx.array:
+        """The drafting rows of an array (B, ...)."""
+        own = self._drafting
+        return array if len(own) == len(self.rows) else array[mx.array(own)]
+
     def record(self, lengths: Sequence[int], tokens: Sequence[Sequence[int]], paused: float) -> None:
-        """Count a step: row i was fed lengths[i] tokens and yields tokens[i].
+        """Count a pass: row i was fed lengths[i] tokens and yields tokens[i].
 
-        paused: seconds of it that the caller took over the tokens of the step before.
+        paused: seconds of it that the caller took over the tokens of the pass before.
         """
-        now = time.perf_counter()
-        if any(lengths):
-            rows = [row for row, found in enumerate(tokens) if found]
-            drafted, accepted = [lengths[row] - 1 for row in rows], [len(tokens[row]) - 1 for row in rows]
-            for row, n, m in zip(rows, drafted, accepted, strict=True):
-                self.drafted[row] += n
-                self.accepted[row] += m
-                self.steps[row] += 1
-            seconds = now - self._last
-            self.depths.record(max(lengths) - 1, seconds, drafted, accepted, lasting=paused < PAUSE * seconds)
+        now, seconds = time.perf_counter(), time.perf_counter() - self._last
         self._last = now
-
-    def statistics(self, row: int) -> DraftStatistics:
-        counts = self.drafted[row], self.accepted[row], self.steps[row]
-        return DraftStatistics(self.depths.reason(), *counts, tuple(self.depths.history))
+        if self.control is None:
+            return
+        depth = max(lengths) - 1
+        rows = [row for row in self._drafting if tokens[row]]
+        drafted, accepted = [lengths[row] - 1 for row in rows], [len(tokens[row]) - 1 for row in rows]
+        self.control.record(depth, seconds, drafted, accepted, lasting=paused < PAUSE * seconds)
+        for row, n, m in zip(rows, drafted, accepted, strict=True):
+            self.rows[row].count(depth, n, m)

@@ -1,0 +1,234 @@
+"""One request: its prompt, options, sampler, drafts, tokens, text and statistics. Everything of a request is here."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_qwen35.cache.cache import Cache, Snapshot
+from mlx_qwen35.engine.drafts.follower import DraftFollower
+from mlx_qwen35.engine.drafts.speculate import DraftPolicy, DraftStatistics, RowDrafts, attach, detach
+from mlx_qwen35.engine.prefill import Chunk, PromptRow, chunks
+from mlx_qwen35.engine.sampling import Sampler
+from mlx_qwen35.model.model import Model
+from mlx_qwen35.prompt.prompt import Prompt
+from mlx_qwen35.prompt.stream import Piece, TextStream
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished answer; str() is its text.
+
+    finish_reason: "stop" (an end token or a stop string), "length" (max_tokens or the end of the context),
+    "interrupted", or "error". in_reasoning: whether it ended inside the reasoning, without an answer. tokens: the
+    generated ids, the end token included. vision_seconds: of the vision encoder. prompt_tps, generation_tps: tokens per
+    second, from the encoded prompt to the first token, and after it. peak_memory: in GB (10^9 bytes), since the program
+    started. mtp: the drafts. error: why it ended, with finish_reason "error".
+    """
+
+    text: str
+    reasoning: str
+    tokens: tuple[int, ...]
+    finish_reason: str
+    in_reasoning: bool
+    prompt_tokens: int
+    generation_tokens: int
+    vision_seconds: float
+    prompt_tps: float
+    generation_tps: float
+    peak_memory: float
+    seed: int
+    mtp: DraftStatistics
+    error: Exception | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass
+class Clock:
+    """Times of a sequence, in seconds."""
+
+    began: float = 0.0  # its prefill, after its images were encoded
+    vision: float = 0.0  # that encoding took
+    first: float = 0.0  # its first token
+    last: float = 0.0  # its last token
+
+
+class Sequence:
+    """One request, from its prompt to its answer.
+
+    Args:
+        prompt: its tokens, and what they show.
+        sampler: how its tokens are sampled; its position is behind the prompt.
+        limit: most tokens of the answer.
+        prefill_step_size: prompt tokens of a prefill chunk.
+        stop_ids: token ids that end it.
+        stream: turns its tokens into text; None for tokens alone.
+        cache: a conversation of one row that it goes on with. It holds prompt and answer when the sequence has ended,
+            except a last token at the limit; after an error it is as before. None: a cache of its own.
+        drafts: whether to draft, and how deep.
+        progress: called with the tokens of each chunk of the prompt that is prefilled.
+        marks: numbers of prompt tokens at which a snapshot is to be taken: `snapshots` has them.
+    """
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        sampler: Sampler,
+        limit: int,
+        *,
+        prefill_step_size: int,
+        stop_ids: Collection[int] = (),
+        stream: TextStream | None = None,
+        cache: Cache | None = None,
+        drafts: DraftPolicy = DraftPolicy(0),  # noqa: B008 (frozen)
+        progress: Callable[[int], None] = lambda tokens: None,
+        marks: Many[int] = (),
+    ):
+        self.prompt, self.sampler, self.limit, self.stop_ids, self.stream = prompt, sampler, limit, stop_ids, stream
+        self.prefill_step_size, self.progress, self.marks = prefill_step_size, progress, tuple(marks)
+        self.cache = cache
+        self._held = cache.length if cache else 0  # tokens in it
+        self.drafts = RowDrafts(drafts)
+        self.tokens: list[int] = []
+        self.finish_reason: str | None = None  # None while it goes on
+        self.error: Exception | None = None
+        self.snapshots: dict[int, Snapshot] = {}
+        self.clock = Clock()
+        self._said: list[Piece] = []
+        self._new: deque[Piece] = deque()
+        self._chunks: Iterator[Chunk] | None = None
+        self.own: Cache | None = None  # its cache, until it is a running row
+        self._attached = DraftPolicy(0)
+
+    # --- what it has come to ---
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def left(self) -> int:
+        """How many more tokens it may get."""
+        return 0 if self.finished else self.limit - len(self.tokens)
+
+    @property
+    def last(self) -> int:
+        return self.tokens[-1]
+
+    def pieces(self) -> Iterator[Piece]:
+        """The pieces of text that came since they were asked for last."""
+        while self._new:
+            yield self._new.popleft()
+
+    def take(self, token: int) -> None:
+        """Go on with a token: it may end the sequence."""
+        self.clock.last = time.perf_counter()
+        self.clock.first = self.clock.first or self.clock.last
+        self.tokens.append(token)
+        self.sampler.accept(token)
+        ended = token in self.stop_ids
+        if self.stream and not ended:
+            self._say(self.stream.add(token))
+        if ended or (self.stream and self.stream.stopped):
+            self.finish("stop")
+        elif len(self.tokens) >= self.limit:
+            self.finish("length")
+
+    def finish(self, reason: str) -> None:
+        """End it, and give out the text that was held back."""
+        if self.finished:
+            return
+        self.finish_reason = reason
+        if self.stream and reason in ("stop", "length"):
+            self._say(self.stream.finish())
+
+    def fail(self, error: Exception) -> None:
+        """End it with an error."""
+        self.error = error
+        self.finish("error")
+
+    def _say(self, pieces: list[Piece]) -> None:
+        self._said += pieces
+        self._new.extend(pieces)
+
+    def result(self) -> Result:
+        """What it has come to, at any time."""
+        clock, tokens, prompt = self.clock, len(self.tokens), len(self.prompt.tokens)
+        prefill_seconds, seconds = clock.first - clock.began, clock.last - clock.first
+        return Result(
+            text="".join(piece.text for piece in self._said if not piece.reasoning),
+            reasoning="".join(piece.text for piece in self._said if piece.reasoning).strip(),
+            tokens=tuple(self.tokens),
+            finish_reason=self.finish_reason or "interrupted",
+            in_reasoning=bool(self.stream and self.stream.reasoning),
+            prompt_tokens=prompt,
+            generation_tokens=tokens,
+            vision_seconds=clock.vision,
+            prompt_tps=prompt / prefill_seconds if tokens else 0.0,
+            generation_tps=(tokens - 1) / seconds if seconds > 0 else 0.0,
+            peak_memory=mx.get_peak_memory() / 1e9,
+            seed=self.sampler.seed,
+            mtp=self.drafts.statistics(),
+            error=self.error,
+        )
+
+    # --- its prefill ---
+
+    def prefill(self, model: Model, encode: Callable[[Prompt], PromptRow]) -> mx.array | None:
+        """Prefill one chunk; (1, D), the last hidden state, once the prompt is done.
+
+        encode: encodes the images and videos of a prompt.
+        """
+        if self._chunks is None:
+            arrived = time.perf_counter()
+            row = encode(self.prompt)
+            self.clock.began = time.perf_counter()
+            self.clock.vision = self.clock.began - arrived if self.prompt.media else 0.0
+            self.own = self.cache.copy() if self.cache else model.make_cache()
+            self._attached = attach(model, self.own, self.drafts.policy)
+            self.drafts.policy = self._attached
+            self._chunks, self._done = chunks(model, self.own, row, self.prefill_step_size, self.marks), 0
+        chunk = next(self._chunks)
+        self._done += chunk.tokens
+        if self._done in self.marks:
+            assert self.own is not None
+            self.snapshots[self._done] = self.own.snapshot()
+        self.progress(chunk.tokens)
+        if self._done < len(self.prompt.tokens):
+            return None
+        self._chunks = None
+        return chunk.hidden
+
+    def take_cache(self) -> Cache:
+        """The cache with the prompt, which from now on is a running row."""
+        assert self.own is not None, "the prompt is prefilled"
+        cache, self.own = self.own, None
+        return cache
+
+    # --- its end ---
+
+    def end(self, model: Model, cache: Cache | None) -> None:
+        """Let go of everything but text and statistics. cache: what its row held, if it was running.
+
+        Brings the caller's cache to the last token; with an error or without a token that stays as it was.
+        """
+        cache, self.own, self._chunks = cache or self.own, None, None
+        detach(model, self._attached)
+        self._attached, caller = DraftPolicy(0), self.cache
+        if caller is None or cache is None or self.error or not self.tokens:
+            return
+        held = self._held + len(self.prompt.tokens) + len(self.tokens)
+        if cache.length < held and self.finish_reason != "length":
+            tokens = mx.array([[self.last]])
+            hidden = model.hidden(tokens, cache)
+            if isinstance(cache.follower, DraftFollower):
+                cache.follower.follow(tokens, hidden, [1])
+        if cache.follower:
+            cache.compact()
+        cache.evaluate()
+        caller.assign(cache)

@@ -1,0 +1,50 @@
+"""A part of a model that is loaded at its first use: the vision encoder, the draft head."""
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+Part = TypeVar("Part", bound=nn.Module)
+
+
+class LazyPart(Generic[Part]):
+    """A part that may be in memory. Whoever uses it says so, and it is not unloaded before all have released it.
+
+    Args:
+        load: reads it from disk. Must not hold the model, which would then hold itself.
+        nbytes: that it takes in memory, once loaded.
+        fault: why it cannot be used, as far as the checkpoint's headers tell.
+        keep: whether `unload` leaves it in memory.
+    """
+
+    def __init__(self, load: Callable[[], Part], nbytes: int = 0, fault: str | None = None, keep: bool = False):
+        self._load, self.nbytes, self.fault, self.keep = load, nbytes, fault, keep
+        self._part: Part | None = None
+        self.users = 0
+
+    @property
+    def loaded(self) -> bool:
+        return self._part is not None
+
+    @property
+    def part(self) -> Part:
+        """The part, loaded now if it was not."""
+        self._part = self._part or self._load()
+        return self._part
+
+    def acquire(self) -> None:
+        """Count a user. It is loaded when `part` is asked for."""
+        self.users += 1
+
+    def release(self) -> None:
+        """Count a user less."""
+        assert self.users > 0, "it was acquired"
+        self.users -= 1
+
+    def unload(self) -> None:
+        """Free its memory, unless it is in use or to be kept. The next use loads it again."""
+        if self.loaded and not self.users and not self.keep:
+            self._part = None
+            mx.clear_cache()
