@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import JSON_BYTES, read_json
+from mlx_qwen35.values import shown
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -198,7 +199,7 @@ def _backend(description: Values, prefix_space: bool) -> "Backend":
 
     model = description["model"]
     if model.get("type", "BPE") != "BPE":
-        raise ValueError(f"its model must be of type BPE, got {model['type']}")
+        raise ValueError(f"its model must be of type BPE, got {shown(model['type'])}")
     bare = {**model, "type": "BPE", "vocab": {}, "merges": []}
     rest = Tokenizer.from_str(json.dumps({**description, "model": bare, "added_tokens": []}))  # checks the other parts
     merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model.get("merges") or ()]
