@@ -34,9 +34,22 @@ def test_generate_is_the_function_after_any_order_of_imports(order):
     assert python("; ".join([*lines, check, both])) == "yes\n"
 
 
-def test_importing_the_package_brings_neither_transformers_nor_mlx_lm():
-    heavy = "import sys, mlx_qwen35; print(sorted({'transformers', 'mlx_lm', 'torch', 'PIL'} & set(sys.modules)))"
-    assert python(heavy) == "[]\n"
+HEAVY = {"transformers", "mlx_lm", "mlx_vlm", "torch"}
+ANSWER = """
+import sys
+from mlx_qwen35 import generate, load
+model, processor = load("nano")
+assert "92" in str(generate(model, processor, "What is 34 + 58?", max_tokens=100))
+print(*sys.modules)
+"""
+
+
+def test_importing_the_package_brings_nothing_heavy():
+    assert not (HEAVY | {"PIL"}) & set(python("import sys, mlx_qwen35; print(*sys.modules)").split())
+
+
+def test_loading_a_model_and_answering_brings_nothing_heavy():
+    assert not HEAVY & set(python(ANSWER).split())
 
 
 def test_every_folder_with_python_is_listed_as_a_package():
@@ -52,16 +65,18 @@ def test_every_command_exists():
         assert python(f"from {module} import {function}; print(callable({function}))") == "True\n", name
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "convert", "bench"])
-def test_python_m_shows_the_help_of_every_command_without_a_warning(command):
+@pytest.mark.parametrize("command", ["generate", "chat", "convert", "bench", "doctor"])
+def test_python_m_shows_the_help_of_every_command_without_a_warning_or_a_heavy_import(command):
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", f"mlx_qwen35.{command}", "--help"],
+        [sys.executable, "-W", "error", "-X", "importtime", "-m", f"mlx_qwen35.{command}", "--help"],
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: mlx_qwen35.{command}")
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "numpy" in imported and not HEAVY & imported
 
 
 @pytest.mark.full

@@ -19,7 +19,7 @@ from mlx_qwen35.machine.memory import usable_bytes
 from mlx_qwen35.model.enabled import EnabledLayers
 
 Facts = dict[str, str]
-PACKAGES = ("mlx-qwen35", "mlx", "mlx-lm", "numpy", "tokenizers", "transformers", "pillow", "av")
+PACKAGES = ("mlx-qwen35", "mlx", "mlx-lm", "numpy", "tokenizers", "pillow", "av")
 CONTEXTS = (4096, 32768, 131072, 262144)
 
 

@@ -47,8 +47,6 @@ class ControlTokens:
 
     def __init__(self, tokenizer: "Tokenizer"):
         self._tokenizer = tokenizer
-        tokenizer.no_truncation()  # whatever tokenizer.json says: a prompt is never cut
-        tokenizer.no_padding()
         self.ids = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
         self._numbers = frozenset(self.ids.values())
         longest_first = sorted(filter(None, self.ids), key=len, reverse=True)

@@ -16,12 +16,9 @@ from mlx_qwen35.prompt.parts import read_parts, take_media, without_media
 from mlx_qwen35.prompt.placeholders import PADS, expand_tokens, expand_videos, in_order
 from mlx_qwen35.prompt.prompt import Prompt
 from mlx_qwen35.prompt.stream import TextStream
-from mlx_qwen35.prompt.tokenizer import load_tokenizer
+from mlx_qwen35.prompt.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
-    from tokenizers import Tokenizer
-
     from mlx_qwen35.prompt.template import Template
 
 Messages = Sequence[Mapping[str, Any]]
@@ -32,19 +29,19 @@ class Processor:
     """Tokenizer, chat template and preprocessor of one checkpoint.
 
     Args:
-        tokenizer: mlx-lm's wrapper around the checkpoint's tokenizer.
+        tokenizer: the checkpoint's tokenizer and chat template.
         config: the checkpoint's configuration, for its end tokens and the sizes of its vision encoder.
         folder: where the checkpoint's preprocessor files are; None for a checkpoint without a vision encoder.
     """
 
-    def __init__(self, tokenizer: "TokenizerWrapper", config: Config, folder: Path | None = None):
+    def __init__(self, tokenizer: Tokenizer, config: Config, folder: Path | None = None):
         self.tokenizer, self.config, self._folder = tokenizer, config, folder
         self._preprocessors: dict[str, Preprocessor] = {}  # by kind of media
         self._templates: dict[str, Template] = {}  # by source
         known = tokenizer.get_vocab()
         _check_ids(known, config, folder is not None)
         ends = {known[token] for token in END_TOKENS if token in known}
-        self.stop_ids = frozenset(ends | set(config.eos_token_ids) | set(tokenizer.eos_token_ids))
+        self.stop_ids = frozenset(ends | set(config.eos_token_ids) | tokenizer.eos_token_ids)
         self.vocabulary = max(known.values()) + 1
         self.greedy = config.greedy
         self.think_start, self.think_end = known.get("<think>"), known.get("</think>")
@@ -139,10 +136,9 @@ class Processor:
         from mlx_qwen35.prompt.limits import RenderLimits  # these bring jinja2, which takes its time
         from mlx_qwen35.prompt.template import Template, choose
 
-        hugging_face = self.tokenizer._tokenizer
-        source = choose(hugging_face.chat_template, "tools" in options)
+        source = choose(self.tokenizer.chat_template, "tools" in options)
         if source not in self._templates:
-            self._templates[source] = Template(source, self._control, hugging_face.special_tokens_map)
+            self._templates[source] = Template(source, self._control, self.tokenizer.special_tokens)
         template = self._templates[source]
         known = {"add_generation_prompt", "documents", "enable_thinking", "tools"} | template.reads
         if unknown := sorted(set(options) - known):
@@ -154,11 +150,7 @@ class Processor:
 
     @cached_property
     def _control(self) -> ControlTokens:
-        return ControlTokens(self._fast_tokenizer)
-
-    @property
-    def _fast_tokenizer(self) -> "Tokenizer":
-        return self.tokenizer._tokenizer._tokenizer
+        return ControlTokens(self.tokenizer.backend)
 
     def _prompt(
         self, text: str, media: Sequence[Media], vision: VisionOptions, encode: Callable[[str], list[int]]
@@ -192,7 +184,7 @@ class Processor:
         return self.tokenizer.decode(list(tokens))
 
     def text_stream(self, thinking: bool, stop: Sequence[str] = ()) -> TextStream:
-        return TextStream(self._fast_tokenizer, (self.think_start, self.think_end), thinking, stop)
+        return TextStream(self.tokenizer.backend, (self.think_start, self.think_end), thinking, stop)
 
 
 def _check_ids(known: Mapping[str, int], config: Config, sees: bool) -> None:

@@ -58,17 +58,24 @@ def test_what_config_json_says_of_other_things_is_no_matter_of_the_tokenizer(fie
 @pytest.mark.parametrize(
     "fields",
     [
-        {"chat_template_type": "x"}, {"tool_parser_type": 5}, {"model_max_length": "x"}, {"added_tokens_decoder": [1]},
-        {"added_tokens_decoder": {"10": {"content": 5}}}, {"eos_token": {"x": 1}}, {"extra_special_tokens": 5},
+        {"added_tokens_decoder": [1]}, {"added_tokens_decoder": {"10": {"content": 5}}}, {"eos_token": {"x": 1}},
+        {"extra_special_tokens": 5}, {"add_prefix_space": "x"}, {"chat_template": [5]},
     ],
     ids=lambda fields: next(iter(fields)),
 )  # fmt: skip
 def test_what_the_loader_cannot_take_is_one_sentence(fields, folder):
+    (folder / "chat_template.jinja").unlink()
     edit(folder / "tokenizer_config.json", **fields)
-    try:
+    with refused("tokenizer_invalid") as caught:
         processor(folder)
-    except ValueError as error:
-        assert error.code == "tokenizer_invalid" and "\n" not in str(error)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("fields", [{"chat_template_type": "x"}, {"tool_parser_type": 5}, {"model_max_length": "x"}])
+def test_what_tokenizer_config_says_to_other_programs_is_no_matter(fields, folder):
+    expected = processor(folder).encode_messages(MESSAGES)
+    edit(folder / "tokenizer_config.json", **fields)
+    assert processor(folder).encode_messages(MESSAGES) == expected
 
 
 @pytest.mark.parametrize(
