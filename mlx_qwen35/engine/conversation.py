@@ -12,6 +12,7 @@ from mlx_qwen35.engine.options import Options, check_options, thinking_switch, v
 from mlx_qwen35.engine.plan import plan, reading_step
 from mlx_qwen35.engine.prefill import prefill
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.machine.memory import set_limits
 from mlx_qwen35.machine.process import refuse_fork
 from mlx_qwen35.media.options import VISION_OPTIONS
 from mlx_qwen35.model.model import Model
@@ -108,6 +109,7 @@ class Conversation:
         rest = prompt.after(len(self._cached.tokens))
         drafts = plan(self._options, self.model, self.processor.greedy, [rest], self.cache.row_lengths).drafts
         step = reading_step(self._options, self.model, [len(prompt.tokens)])
+        set_limits(self.model.memory_limit)
         rows = encode_media(self.model, [new])
         encoded = time.perf_counter()
         drafts = attach(self.model, self.cache, drafts)

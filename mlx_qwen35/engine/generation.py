@@ -16,6 +16,7 @@ from mlx_qwen35.engine.plan import GenerationPlan, plan
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.engine.sampling import Sampler
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.machine.memory import set_limits
 from mlx_qwen35.machine.process import refuse_fork
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.prompt.processor import Messages, Processor
@@ -105,6 +106,7 @@ class Generation:
             raise
 
     def _run(self) -> Iterator[tuple[int, Piece]]:
+        set_limits(self.model.memory_limit)
         arrived = time.perf_counter()
         rows = encode_media(self.model, self.prompts)
         self._start = time.perf_counter()

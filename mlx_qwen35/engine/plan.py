@@ -47,9 +47,9 @@ def plan(
     wanted = _wanted(options, prompts)
     mode, depth = options.get("mtp", "auto"), options.get("mtp_depth")
     drafts = drafts or choose_drafts(model, mode, depth, len(prompts), max(wanted))
-    without = most_tokens(model.config, model.dtype, step, max(already_read), len(prompts))
+    without = most_tokens(model.config, model.dtype, model.memory_limit, step, max(already_read), len(prompts))
     memory = (max(already_read), len(prompts), drafts.depth, drafts.head_bytes)
-    room = most_tokens(model.config, model.dtype, step, *memory) if drafts.depth else without
+    room = most_tokens(model.config, model.dtype, model.memory_limit, step, *memory) if drafts.depth else without
     if not drafts.fixed and room < min(without, max(contexts) + max(wanted)):
         drafts, room = DraftPolicy(0, reason="memory has no room for drafts beside this context"), without
     _check_room(options, room, contexts, drafts)
@@ -94,7 +94,7 @@ def _check_room(options: Options, room: int, contexts: Sequence[int], drafts: Dr
 def reading_step(options: Options, model: Model, contexts: Sequence[int]) -> int:
     """Prompt tokens of a prefill chunk, where each row will have a context of so many."""
     given = options.get("prefill_step_size")
-    return given or suitable_chunk(model.config, model.dtype, max(contexts), len(contexts))
+    return given or suitable_chunk(model.config, model.dtype, model.memory_limit, max(contexts), len(contexts))
 
 
 def _preset(options: Options, prompt: Prompt) -> Preset:

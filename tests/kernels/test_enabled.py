@@ -139,7 +139,7 @@ def packed_model(
         packings[name] = Quantization(64, number, "affine")
         for suffix, size in packings[name].parts(shape).items():
             arrays[f"{stem}.{suffix}"] = mx.zeros(size, mx.uint32 if suffix == "weight" else mx.float32)
-    return Model(config, Weights(arrays, packings.get, mx.float32, 1e-6))
+    return Model(config, Weights(arrays, packings.get, mx.float32, 1e-6), memory_limit=0)
 
 
 def layers(found: dict[str, EnabledLayers]) -> dict[str, tuple[int, int]]:

@@ -157,7 +157,7 @@ def _our_weights(config: dict[str, Any], bits: Bits, drafts: bool = False) -> tu
 def _our_model(text: Any, weights: Any) -> Any:
     from mlx_qwen35.model.model import Model
 
-    model = _hollow(Model(text, weights))
+    model = _hollow(Model(text, weights, memory_limit=0))
     mx.eval(model.rotary.frequencies, model.rotary.axes)
     return model
 
