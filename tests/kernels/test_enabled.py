@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -71,11 +70,6 @@ def test_a_kernel_that_does_not_compile_is_switched_off_with_a_warning(as_on_a_m
     with pytest.warns(RuntimeWarning, match=r"the kernel (add_norm|norm_rotary) is switched off"):
         model, _ = load("nano")
     mx.eval(model(mx.array([[1, 2, 3]])))  # the checks are remembered, and the operations run
-
-
-def test_kernels_need_no_check_where_none_is_asked_for(as_on_a_mac):
-    with assume(replace(EMULATED, checks_kernels=False)):
-        assert self_check(NANO, mx.float32) and not as_on_a_mac.launches
 
 
 def test_off_a_mac_the_operations_run(monkeypatch):
