@@ -93,10 +93,11 @@ def _look(args: argparse.Namespace, options: dict[str, Any]) -> None:
             listing = describe(make_plan(source, with_default(source, StorageOptions(**given))))
         print(listing)
         return
-    if given:
+    stored = options_of(StorageOptions)
+    if others := [name for name, value in given.items() if value != stored[name].default]:
         raise InputError(
             "option_conflict",
-            f"{listed(given)} must not be given with --sensitivity, which tries its own. Leave it out",
+            f"{listed(others)} must not be given with --sensitivity, which tries its own. Leave it out",
         )
     source = resolve(args.hf_path, args.revision)
     if args.save_recipe:

@@ -1,5 +1,6 @@
 """Options of a conversion."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,7 @@ class CommandOptions:
     dry_run: bool = option(False, help="print what would be written, from the headers alone")
     sensitivity: Path | None = option(help="measure on this text file what quantizing a group costs", metavar="FILE")
     cap: float | None = option(
-        help="with --sensitivity: propose a recipe of at most this size", least=0, above=True, most=1e9, metavar="GB"
-    )
+        help="with --sensitivity: propose a recipe of at most this size", least=0, above=True,
+        most=sys.float_info.max / 1e9, metavar="GB",
+    )  # fmt: skip
     save_recipe: Path | None = option(help="write the proposed recipe, for --recipe FILE", metavar="FILE")

@@ -15,7 +15,7 @@ from mlx_qwen35.checkpoint.names import MTP, VISION
 from mlx_qwen35.checkpoint.shapes import is_matrix
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import read_json
-from mlx_qwen35.options import option
+from mlx_qwen35.options import option, settle_switches
 from mlx_qwen35.quantization import MODES, Quantization
 
 # Ends of the names of weights: the projections back into the residual stream, behind a gate, and the two small
@@ -129,7 +129,7 @@ class StorageOptions:
     rounding: str = option("search", help="how quantized groups are rounded (default: search)", choices=ROUNDINGS)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "quantize", bool(self.quantize))  # None chooses nothing
+        settle_switches(self)
         if self.dtype is not None:
             object.__setattr__(self, "dtype", check_dtype("--dtype", self.dtype))
 
@@ -147,7 +147,7 @@ def choose_recipe(options: StorageOptions) -> Recipe | None:
     given = [f"--q-{name.replace('_', '-')} {value}" for name, value in by_hand.items()]
     bits = options.q_vision_bits
     if options.recipe is not None:
-        return _named(options, bits, ["--quantize"] * options.quantize + given)
+        return _named(options, bits, ["--quantize"] * bool(options.quantize) + given)
     given += [] if bits is None else [f"--q-vision-bits {bits}"]
     if options.quantize:
         mode = options.q_mode or "affine"

@@ -32,7 +32,6 @@ class Backend:
 
     name: str
     kernel_language: str  # what kernels/*.metal are compiled as, "metal" or "cuda"; "" where they cannot run
-    checks_kernels: bool  # each kernel runs once against its definition before it is used
     compiles: bool  # mx.compile makes one launch of several elementwise operations; on the CPU it calls a C++ compiler
     joins_projections: bool  # one product instead of several saves launches; on the CPU the parts' strides cost more
     queues_layers: bool  # MLX runs ahead of the device, so prefill waits for earlier layers; on the CPU it does not
@@ -81,14 +80,14 @@ def _cuda_memory() -> int:
 
 
 CPU = Backend(
-    "cpu", kernel_language="", checks_kernels=True, compiles=False, joins_projections=False, queues_layers=False,
-    watchdog=False, slow_half=True, works_in_pieces=True, tiles_attention=True, unpacks_for_many_rows=True,
-    inverts_by_lapack=True, numpy_products=True, usable_memory=_cpu_memory,
+    "cpu", kernel_language="", compiles=False, joins_projections=False, queues_layers=False, watchdog=False,
+    slow_half=True, works_in_pieces=True, tiles_attention=True, unpacks_for_many_rows=True, inverts_by_lapack=True,
+    numpy_products=True, usable_memory=_cpu_memory,
 )  # fmt: skip
 METAL = Backend(
-    "metal", kernel_language="metal", checks_kernels=True, compiles=True, joins_projections=True, queues_layers=True,
-    watchdog=True, slow_half=False, works_in_pieces=False, tiles_attention=False, unpacks_for_many_rows=False,
-    inverts_by_lapack=False, numpy_products=False, usable_memory=_metal_memory,
+    "metal", kernel_language="metal", compiles=True, joins_projections=True, queues_layers=True, watchdog=True,
+    slow_half=False, works_in_pieces=False, tiles_attention=False, unpacks_for_many_rows=False, inverts_by_lapack=False,
+    numpy_products=False, usable_memory=_metal_memory,
 )  # fmt: skip
 CUDA = replace(METAL, name="cuda", kernel_language="cuda", watchdog=False, usable_memory=_cuda_memory)
 

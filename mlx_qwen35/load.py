@@ -17,7 +17,7 @@ from mlx_qwen35.checkpoint.shapes import mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.products import warn_shortened_products
 from mlx_qwen35.machine.chip import this_chip
-from mlx_qwen35.machine.memory import MOST_GIGABYTES, limit_memory, set_limits
+from mlx_qwen35.machine.memory import MOST_GIGABYTES, limit_of, set_limits, usable_bytes
 from mlx_qwen35.machine.process import check_folder, refuse_fork
 from mlx_qwen35.model.enabled import enabled_kernels, warn_unfit_layers
 from mlx_qwen35.model.lazy import LazyPart
@@ -41,8 +41,8 @@ class LoadOptions:
         "bfloat16 on M1 and M2; float32 on a CPU)", choices=tuple(DTYPES), check=check_dtype,
     )  # fmt: skip
     memory_limit: float | None = option(
-        help="memory that models may take, in GB (10^9 bytes; default: by this machine); a model that does not fit is "
-        "refused before it is downloaded or read", least=0, above=True, most=MOST_GIGABYTES, metavar="GB",
+        help="memory that the model may take, in GB (10^9 bytes; default: by this machine); a model that does not fit "
+        "is refused before it is downloaded or read", least=0, above=True, most=MOST_GIGABYTES, metavar="GB",
     )  # fmt: skip
     keep_vision: bool = option(
         False, help="keep the vision encoder in memory after the first image; otherwise each prompt releases it"
@@ -73,8 +73,9 @@ def load(
             program starts. Float32 then costs a warning.
         keep_vision: whether the vision encoder stays in memory. Otherwise it is loaded for each prompt with images and
             unloaded after they are encoded.
-        memory_limit: GB (10^9 bytes) that models may take in this process; None is what suits the machine. A larger
-            model is refused before it is downloaded or read. A lower limit makes prefill chunks smaller.
+        memory_limit: GB (10^9 bytes) that this model may take; None is what suits the machine. What other models of the
+            process hold counts too. A larger model is refused before it is downloaded or read. A lower limit makes
+            images and prefill chunks smaller.
         progress: called as progress(bytes_read, all_bytes) while the weights are read; for float16 they are read twice.
 
     Raises InputError when the checkpoint is not found, is broken, or does not fit into this machine's memory.
@@ -84,7 +85,7 @@ def load(
     if not callable(progress):
         raise InputError("option_invalid", f"progress must be a function of two counts, got {shown(progress)}")
     given = LoadOptions(model, revision, dtype, memory_limit, keep_vision)
-    limit_memory(given.memory_limit)
+    limit = limit_of(given.memory_limit)
 
     def checked(folder: Path) -> Checkpoint:
         checkpoint = open_checkpoint(folder)
@@ -92,13 +93,13 @@ def load(
             raise InputError(
                 "vision_missing", f"{spelled('keep_vision')} must not be given: {model} has no vision encoder to keep"
             )
-        check_model_fits(checkpoint, choose_dtype(checkpoint, given.dtype), str(model))
+        check_model_fits(checkpoint, choose_dtype(checkpoint, given.dtype), limit, str(model))
         return checkpoint
 
     folder = resolve(model, revision, checked)
     checkpoint = checked(folder)
-    processor = Processor.from_folder(folder, checkpoint.config, has_vision(checkpoint))
-    loaded = load_model(checkpoint, choose_dtype(checkpoint, given.dtype), str(model), progress)
+    processor = Processor.from_folder(folder, checkpoint.config, has_vision(checkpoint), limit)
+    loaded = load_model(checkpoint, choose_dtype(checkpoint, given.dtype), str(model), progress, limit)
     if loaded.vision:
         loaded.vision.keep = given.keep_vision
     return loaded, processor
@@ -133,17 +134,25 @@ def default_dtype(stored: mx.Dtype) -> mx.Dtype:
 
 
 def load_model(
-    checkpoint: Checkpoint, dtype: mx.Dtype, name: str, progress: Progress = lambda done, total: None
+    checkpoint: Checkpoint,
+    dtype: mx.Dtype,
+    name: str,
+    progress: Progress = lambda done, total: None,
+    memory_limit: int | None = None,
 ) -> Model:
-    """Load the text model. Vision encoder and draft head are loaded at their first use."""
+    """Load the text model. Vision encoder and draft head are loaded at their first use.
+
+    memory_limit: bytes; None is what suits the machine.
+    """
+    limit = usable_bytes(memory_limit)
     names = [stored for stored, _ in checkpoint.part(text_shapes(checkpoint.config.text))]
-    check_model_fits(checkpoint, dtype, name)
-    set_limits()
+    check_model_fits(checkpoint, dtype, limit, name)
+    set_limits(limit)
     if dtype == mx.float32:
         warn_shortened_products()
     config = checkpoint.config.text
     weights = read_weights(checkpoint, names, dtype, progress)
-    model = Model(config, weights)
+    model = Model(config, weights, limit)
     weights.arrays.clear()  # so that each layer frees the arrays as stored once it is evaluated
     done, total = 0, _nbytes(model)
     for part in (model.embed_tokens, *([] if config.tie_word_embeddings else [model.lm_head]), *model.layers):
@@ -157,7 +166,7 @@ def load_model(
     warn_unfit_layers(model)
     mtp_head = model.mtp = _draft_head(checkpoint, dtype)
     if has_vision(checkpoint):  # the lambda must not hold the model, which would then hold itself
-        model.vision = LazyPart(lambda: load_vision_encoder(checkpoint, dtype, mtp_head))
+        model.vision = LazyPart(lambda: load_vision_encoder(checkpoint, dtype, mtp_head, limit))
     model.eval()
     return model
 
@@ -184,25 +193,29 @@ def load_draft_head(checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype) -
 
 
 def load_vision_encoder(
-    checkpoint: Checkpoint, dtype: mx.Dtype, mtp_head: LazyPart[MultiTokenPrediction] | None = None
+    checkpoint: Checkpoint,
+    dtype: mx.Dtype,
+    mtp_head: LazyPart[MultiTokenPrediction] | None = None,
+    memory_limit: int | None = None,
 ) -> VisionEncoder:
     """The vision encoder. Raises InputError when it does not fit beside what is in memory.
 
-    mtp_head: unloaded if its memory is needed.
+    mtp_head: unloaded if its memory is needed. memory_limit: bytes; None is what suits the machine.
     """
+    limit = usable_bytes(memory_limit)
     config = checkpoint.config.vision
     assert config is not None, "the checkpoint has a vision encoder"
     names = [stored for stored, _ in checkpoint.part(vision_shapes(config))]
     nbytes = loaded_bytes(checkpoint, names, dtype)
     try:
-        check_vision_encoder_fits(checkpoint.config.text, dtype, nbytes)
+        check_vision_encoder_fits(checkpoint.config.text, dtype, limit, nbytes)
     except InputError:
         if mtp_head is None or not mtp_head.loaded:
             raise
         mtp_head.unload()
-        check_vision_encoder_fits(checkpoint.config.text, dtype, nbytes)
+        check_vision_encoder_fits(checkpoint.config.text, dtype, limit, nbytes)
     weights = read_weights(checkpoint, names, dtype)
-    encoder = VisionEncoder(config, weights)
+    encoder = VisionEncoder(config, weights, limit)
     weights.arrays.clear()
     for block in encoder.blocks:
         mx.eval(block.parameters())

@@ -5,6 +5,7 @@ names an option in a message as the user does, in Python or on the command line.
 """
 
 import difflib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -30,11 +31,13 @@ class Option:
     python_only: absent from command lines.
     prompts: the kinds of prompt that it has an effect on ("text", "raw text", "messages", "tokens"); empty: all.
     media: what a prompt must show for it to have an effect: "image", "video", "image or video"; empty: nothing.
+    optional: whether its value may be None.
     """
 
     name: str
     kind: Any
     default: Any
+    optional: bool
     help: str
     least: float | None = None
     most: float | None = None
@@ -100,24 +103,33 @@ def option(default: Any = None, *, default_factory: Any = MISSING, **declared: A
     return field(default=default, metadata=declared)
 
 
+@functools.cache
 def options_of(group: type) -> Mapping[str, Option]:
     """The options that a dataclass declares, by name."""
     found = {}
     for declared in fields(group):
-        kinds = set(get_args(declared.type)) - {type(None)} if isinstance(declared.type, UnionType) else {declared.type}
+        kinds = set(get_args(declared.type) if isinstance(declared.type, UnionType) else [declared.type])
+        optional = type(None) in kinds
+        kinds.discard(type(None))
         kind = kinds.pop() if len(kinds) == 1 else object
         default = None if declared.default is MISSING else declared.default
-        found[declared.name] = Option(declared.name, kind, default, **declared.metadata)
+        found[declared.name] = Option(declared.name, kind, default, optional, **declared.metadata)
     return found
 
 
 def check_fields(group: Any) -> None:
     """Replace the fields of a frozen dataclass of options by their checked values; None stays where the type has it."""
-    types = {own.name: own.type for own in fields(group)}
-    for name, declared in options_of(type(group)).items():
+    for name, declared in options_of(group.__class__).items():
         value = getattr(group, name)
-        if value is not None or type(None) not in get_args(types[name]):
+        if value is not None or not declared.optional:
             object.__setattr__(group, name, declared.checked(spelled(name), value))
+
+
+def settle_switches(group: Any) -> None:
+    """Replace None, which chooses nothing, by the default in the switches of a frozen dataclass of options."""
+    for name, declared in options_of(group.__class__).items():
+        if declared.kind is bool and getattr(group, name) is None:
+            object.__setattr__(group, name, declared.default)
 
 
 def check_keywords(given: Mapping[str, Any], groups: Iterable[type]) -> dict[str, Any]:

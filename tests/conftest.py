@@ -34,7 +34,6 @@ from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
 from mlx_qwen35.load import load_model
 from mlx_qwen35.machine import chip as machine
-from mlx_qwen35.machine import memory
 from mlx_qwen35.model.model import Model
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -188,13 +187,6 @@ def on_chip(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
 
     yield chip
     machine.this_chip.cache_clear()
-
-
-@pytest.fixture
-def memory_limit() -> Iterator[Callable[[float], None]]:
-    """Sets the bytes that a model may take, until the test ends."""
-    yield lambda nbytes: memory.limit_memory(nbytes / 1e9)
-    memory.limit_memory(None)
 
 
 # --- parity with transformers ----------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import pytest
 
 from mlx_qwen35.backend import CPU, CUDA, METAL, assume, backend
 from mlx_qwen35.doctor import facts
-from mlx_qwen35.machine.memory import usable_bytes
 
 ROOT = Path(__file__).parent.parent
 H100 = {  # what MLX 0.32.4 tells of one (mlx/backend/cuda/device_info.cpp)
@@ -24,6 +23,10 @@ M1 = {"device_name": "Apple M1", "memory_size": 16 << 30, "max_recommended_worki
 def test_the_backend_follows_the_default_device():
     with mx.stream(mx.cpu):
         assert backend() is CPU
+
+
+def test_the_machine_has_memory():
+    assert 1e9 < backend().usable_memory() < 1e13
 
 
 def test_another_backend_is_assumed_within_a_block_alone_even_where_it_fails():
@@ -43,8 +46,8 @@ def test_on_a_gpu_its_name_and_memory_are_told(monkeypatch, gpu, told, usable):
     known = mx.device_info
     monkeypatch.setattr(mx, "device_info", lambda device: told if device == mx.gpu else known(device))
     with assume(gpu):
-        assert usable_bytes() == usable
-        shown = facts.machine()
+        assert backend().usable_memory() == usable
+        shown = facts.machine(usable)
     assert shown["MLX computes on"] == f"the GPU, {told['device_name']}"
     assert shown["memory"].endswith(f"of which a model may use {usable / 1e9:.1f} GB")
 
@@ -105,4 +108,4 @@ def test_on_a_mac_that_computes_on_its_cpu_a_model_may_take_what_the_gpu_may(mon
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(mx, "device_info", lambda device: {"max_recommended_working_set_size": 5_726_623_061})
     with assume(CPU):
-        assert usable_bytes() == 5_726_623_061
+        assert backend().usable_memory() == 5_726_623_061

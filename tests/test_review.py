@@ -17,7 +17,6 @@ from mlx_qwen35.convert import journal as journals
 from mlx_qwen35.convert.card import plot
 from mlx_qwen35.doctor import main
 from mlx_qwen35.doctor.plan import plans
-from mlx_qwen35.machine import memory
 
 
 @pytest.fixture
@@ -32,8 +31,7 @@ def doctor(capsys, monkeypatch):
         out, err = capsys.readouterr()
         return status, out, err
 
-    yield run
-    memory.limit_memory(None)
+    return run
 
 
 # --- the converter ---------------------------------------------------------------------------------------------------
@@ -79,30 +77,19 @@ def test_names_of_the_lines_stand_above_the_plot():
 # --- the memory plan -------------------------------------------------------------------------------------------------
 
 
-def test_loading_without_a_limit_takes_back_what_an_earlier_limit_told_mlx(memory_limit):
-    load("nano", memory_limit=0.05)
-    load("nano")
-    held = mx.set_memory_limit(memory.usable_bytes())
-    assert held == memory.usable_bytes() > 50_000_000
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_plan_for_macs_is_in_the_dtype_that_was_asked_for(dtype):
-    found = plans(open_checkpoint(resolve("nano")), 1024, dtype, False)
+    found = plans(open_checkpoint(resolve("nano")), 1024, dtype, 0, 10**9)
     assert {str(plan.machine.dtype) for plan in found} == {f"mlx.core.{dtype}"}
 
 
 def test_conversion_is_not_advised_where_4_bit_would_not_fit_either():
     checkpoint = open_checkpoint(resolve("nano"))
-    memory.limit_memory(None)
-    plan = plan_memory(checkpoint, this_machine(checkpoint.config.text, mx.float32), SHORT)
-    try:
-        with refused("memory_exceeded"):
-            load("nano", memory_limit=(plan.text - 0.9 * plan.weights) / 1e9)
-        with refused("memory_exceeded", "--recipe", "4bit"):
-            load("nano", memory_limit=(plan.text - 0.3 * plan.weights) / 1e9)
-    finally:
-        memory.limit_memory(None)
+    plan = plan_memory(checkpoint, this_machine(checkpoint.config.text, mx.float32, 10**9), SHORT)
+    with refused("memory_exceeded"):
+        load("nano", memory_limit=(plan.text - 0.9 * plan.weights) / 1e9)
+    with refused("memory_exceeded", "--recipe", "4bit"):
+        load("nano", memory_limit=(plan.text - 0.3 * plan.weights) / 1e9)
 
 
 # --- the doctor ------------------------------------------------------------------------------------------------------

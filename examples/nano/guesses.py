@@ -24,8 +24,6 @@ from mlx_qwen35.engine.loop import decode
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.engine.presets import Sampling
 from mlx_qwen35.engine.sampling import Sampler, noise, process
-from mlx_qwen35.model.decoder import run
-from mlx_qwen35.model.layers import RMSNorm
 from mlx_qwen35.model.model import Model, Visual
 
 PREFILL = 1024  # prompt tokens of a chunk
@@ -107,18 +105,6 @@ class Acceptance:
     classical: float
 
 
-class _Seen:
-    """A final norm that keeps the sum that it normalizes."""
-
-    def __init__(self, norm: RMSNorm):
-        self.norm = norm
-        self.sum: mx.array | None = None
-
-    def of_sum(self, x: mx.array, added: mx.array) -> tuple[mx.array, mx.array]:
-        self.sum, normed = self.norm.of_sum(x, added)
-        return self.sum, normed
-
-
 def guesses(model: Model, text: Text, before_norm: bool = False) -> tuple[mx.array, mx.array]:
     """The hidden states (N, D) of model and head, whose logits are their guesses at tokens[first:].
 
@@ -126,12 +112,14 @@ def guesses(model: Model, text: Text, before_norm: bool = False) -> tuple[mx.arr
     """
     tokens = mx.array([list(text.tokens)])
     T, first = tokens.shape[1], max(2, text.first)
-    embeddings, seen = model.embed(tokens, text.visual), _Seen(model.norm)
+    x = embeddings = model.embed(tokens, text.visual)
     cache, head = model.make_cache(), DraftFollower(model, [0]).cache
     with cache.forward(T, None, text.positions) as context:
-        rotary = model.rotary.table(context.positions)
-        hidden = run(model.layers, seen, embeddings, rotary, context, cache.layers)
-    given = seen.sum if before_norm else hidden
+        rotary, delta = model.rotary.table(context.positions), None
+        for layer, state in zip(model.layers, cache.layers, strict=True):
+            x, delta = layer(x, delta, rotary, context, state)
+    x, hidden = model.norm.of_sum(x, delta)
+    given = x if before_norm else hidden
     where = None if text.positions is None else text.positions[..., :-1]
     with head.forward(T - 1, None, where) as context:
         rotary = model.rotary.table(context.positions)

@@ -75,7 +75,7 @@ def _parser() -> Parser:
         "program runs in a process of its own, all in turn. Ends with status 1 if one of them could not run.",
     )
     loaded = options_of(LoadOptions)
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = parser.add_mutually_exclusive_group()
     add_options(source, [loaded["model"]])
     source.add_argument("--geometry", choices=GEOMETRIES, help="random weights of this size, removed afterwards")
     add_options(parser, [loaded["revision"], loaded["dtype"]])
@@ -136,6 +136,8 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 def bench(options: argparse.Namespace) -> dict[str, str]:
     """Measure, print and write. Return the programs that could not run, each with the reason."""
+    if not options.model and not options.geometry:
+        raise InputError("option_missing", "--model MODEL or --geometry SIZE must be given: what is measured")
     _check_outputs(options)
     with Step("preparing") as step, _checkpoint(options, step) as folder:
         return _speed(options, folder, options.model or f"random weights of geometry {options.geometry}", step)

@@ -14,7 +14,6 @@ from mlx_qwen35.backend import backend, system_memory
 from mlx_qwen35.bench.measure import OURS, Measurement, Settings, Summary
 from mlx_qwen35.commands.streams import write_file
 from mlx_qwen35.commands.table import align
-from mlx_qwen35.machine.memory import usable_bytes
 
 _PACKAGES = ("mlx", "mlx-lm", "mlx-vlm", "transformers", "torch")
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
@@ -38,7 +37,7 @@ def chip() -> str:
 def describe_machine(environments: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Hardware, systems and versions. environments: program -> its worker's first reply."""
     memory, on = system_memory(), backend().device
-    gpu = "none used" if on == "the CPU" else f"{on}, {usable_bytes() / 1e9:.1f} GB"
+    gpu = "none used" if on == "the CPU" else f"{on}, {backend().usable_memory() / 1e9:.1f} GB"
     threads = [f"{name}={os.environ[name]}" for name in _THREADS if name in os.environ]
     threads += [f"torch {e['torch_threads']}" for e in environments.values() if e["torch_threads"]]
     return {

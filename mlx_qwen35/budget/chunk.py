@@ -15,7 +15,7 @@ from mlx_qwen35.backend import backend
 from mlx_qwen35.checkpoint.config import FULL, LINEAR, TextConfig
 from mlx_qwen35.kernels.attention import attention_impl, score_bytes, tile_rows
 from mlx_qwen35.machine.chip import Chip, CommandBuffers, command_buffers, this_chip
-from mlx_qwen35.machine.memory import prefill_room, usable_bytes
+from mlx_qwen35.machine.memory import prefill_room
 
 LENGTHS = (1024, 512, 256, 128, 64, 32)  # longer ones gain nothing: the weights are read once for 1,024 tokens as it is
 SUBMISSION_SECONDS = 1.0  # most that a command buffer may take by the estimate
@@ -154,9 +154,8 @@ def contexts_up_to(S: int) -> list[int]:
     return [round(LENGTHS[0] * 2 ** (step / 4)) for step in range(steps + 1)]
 
 
-def suitable_chunk(config: TextConfig, dtype: mx.Dtype, S: int) -> int:
-    """chunk_length on this machine in its present state."""
-    limit = usable_bytes()
+def suitable_chunk(config: TextConfig, dtype: mx.Dtype, limit: int, S: int) -> int:
+    """chunk_length on this machine in its present state. limit: bytes that the model may take."""
     room = min(prefill_room(limit), max(0, limit - mx.get_active_memory()))
     chip = this_chip() if backend().watchdog else None
     buffers = command_buffers(chip) if chip else None

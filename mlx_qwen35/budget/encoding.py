@@ -8,7 +8,6 @@ import mlx.core as mx
 from mlx_qwen35.checkpoint.config import VisionConfig
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.attention import attention_impl, score_bytes
-from mlx_qwen35.machine.memory import usable_bytes
 from mlx_qwen35.options import spelled
 
 SLICE = 1024  # patches that are encoded at a time: frames of a video, or a part of a larger image
@@ -24,11 +23,14 @@ class Encodable(Protocol):
     def grid(self) -> tuple[int, int, int]: ...
 
 
-def check_encoding_fits(media: Encodable, config: VisionConfig, dtype: mx.Dtype) -> None:
-    """Raise InputError for an image or a video whose encoding does not fit beside what is in memory."""
+def check_encoding_fits(media: Encodable, config: VisionConfig, dtype: mx.Dtype, limit: int) -> None:
+    """Raise InputError for an image or a video whose encoding does not fit beside what is in memory.
+
+    limit: bytes that the model may take.
+    """
     impl = attention_impl(config.hidden_size // config.num_heads, dtype)
     needed = working_bytes(config, dtype, at_once(media.grid), impl)
-    limit, used = usable_bytes(), mx.get_active_memory()
+    used = mx.get_active_memory()
     if used + needed > limit:
         raise InputError(
             "memory_exceeded",

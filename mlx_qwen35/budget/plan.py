@@ -21,7 +21,7 @@ from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.attention import attention_impl
 from mlx_qwen35.kernels.cpu import UNPACKED
 from mlx_qwen35.machine.chip import TUNED, Chip, CommandBuffers, command_buffers, parse_chip, this_chip
-from mlx_qwen35.machine.memory import buffer_bytes, prefill_room, usable_bytes
+from mlx_qwen35.machine.memory import buffer_bytes, prefill_room
 
 SAMPLING_ARRAYS = 8  # float32, of the vocabulary's size, while a token is sampled
 WORKING_SET = 2 / 3  # of a Mac's memory: what macOS recommends for the GPU up to 32 GB
@@ -50,10 +50,11 @@ class Machine:
         return 0 if self.on_cpu else buffer_bytes(self.limit)
 
 
-def this_machine(config: TextConfig, dtype: mx.Dtype) -> Machine:
+def this_machine(config: TextConfig, dtype: mx.Dtype, limit: int) -> Machine:
+    """limit: bytes that the model may take."""
     chip = this_chip() if backend().watchdog else None
     buffers = command_buffers(chip) if chip else None
-    return Machine("this machine", usable_bytes(), dtype, attention_impl(config.head_dim, dtype), chip, buffers)
+    return Machine("this machine", limit, dtype, attention_impl(config.head_dim, dtype), chip, buffers)
 
 
 def mac(gigabytes: int, dtype: mx.Dtype = mx.float16) -> Machine:
@@ -192,10 +193,10 @@ def most_prefill_bytes(checkpoint: Checkpoint, machine: Machine, context: int, c
 # --- the guard -------------------------------------------------------------------------------------------------------
 
 
-def check_model_fits(checkpoint: Checkpoint, dtype: mx.Dtype, name: str) -> None:
+def check_model_fits(checkpoint: Checkpoint, dtype: mx.Dtype, limit: int, name: str) -> None:
     """Refuse a model without room for even a short context, before its weights are read. The message says what fits."""
     text = checkpoint.config.text
-    plan = plan_memory(checkpoint, this_machine(text, dtype), SHORT)
+    plan = plan_memory(checkpoint, this_machine(text, dtype, limit), SHORT)
     if plan.fits:
         return
     need = f"{name} needs {_gb(plan.text)}, of which {_gb(plan.weights)} are its text weights"
@@ -217,9 +218,9 @@ def _gb(count: float) -> str:
     return f"{count / 1e9:.{1 if count >= 1e8 else 4}f} GB"
 
 
-def check_vision_encoder_fits(config: TextConfig, dtype: mx.Dtype, encoder_bytes: int) -> None:
+def check_vision_encoder_fits(config: TextConfig, dtype: mx.Dtype, limit: int, encoder_bytes: int) -> None:
     """Refuse to load a vision encoder that has no room beside the model, before its weights are read."""
-    machine, used = this_machine(config, dtype), mx.get_active_memory()
+    machine, used = this_machine(config, dtype, limit), mx.get_active_memory()
     if used + encoder_bytes + machine.kept > machine.limit:
         raise InputError(
             "memory_exceeded",
@@ -228,12 +229,12 @@ def check_vision_encoder_fits(config: TextConfig, dtype: mx.Dtype, encoder_bytes
         )
 
 
-def most_depth(config: TextConfig, dtype: mx.Dtype, head_bytes: int, rows: int, depth: int) -> int:
+def most_depth(config: TextConfig, dtype: mx.Dtype, limit: int, head_bytes: int, rows: int, depth: int) -> int:
     """How many tokens, up to `depth`, may be drafted at a time in the free memory; 0: there is no room for drafts.
 
-    head_bytes: of the draft head; 0 once it is loaded.
+    limit: bytes that the model may take. head_bytes: of the draft head; 0 once it is loaded.
     """
-    machine = this_machine(config, dtype)
+    machine = this_machine(config, dtype, limit)
     once = prefill_room(machine.limit) + rows * SAMPLING_ARRAYS * 4 * config.vocab_size + machine.kept
     once += rows * kv_bytes(config, SHORT, dtype.size, config.mtp_num_hidden_layers)
     free = machine.limit - mx.get_active_memory() - once - head_bytes
@@ -242,22 +243,22 @@ def most_depth(config: TextConfig, dtype: mx.Dtype, head_bytes: int, rows: int, 
 
 
 def most_tokens(
-    config: TextConfig, dtype: mx.Dtype, chunk: int, cached: Sequence[int], depth: int = 0, head_bytes: int = 0
+    config: TextConfig, machine: Machine, chunk: int, cached: Sequence[int], depth: int = 0, head_bytes: int = 0
 ) -> int:
     """How many tokens the caches of several rows may grow to in the free memory, all together.
 
     cached: tokens that each holds already. depth: tokens drafted at a time, at most; head_bytes: of the draft head; 0
     once it is loaded.
     """
-    machine, rows = this_machine(config, dtype), len(cached)
-    prefill = prefill_bytes(config, chunk, max(cached) + chunk, dtype.size, machine.attention_impl)
+    rows, size = len(cached), machine.dtype.size
+    prefill = prefill_bytes(config, chunk, max(cached) + chunk, size, machine.attention_impl)
     sampling = rows * SAMPLING_ARRAYS * 4 * config.vocab_size
     once = max(prefill, sampling)
-    state = rows * 2 * (1 + depth) * state_bytes(config, dtype.size)
+    state = rows * 2 * (1 + depth) * state_bytes(config, size)
     free = max(0, machine.limit - mx.get_active_memory() - once - state - machine.kept - head_bytes)
     layers = config.layer_types.count(FULL) + (config.mtp_num_hidden_layers if depth else 0)
     if not layers:
         return rows * config.max_position_embeddings
-    step = kv_bytes(config, KVCache.STEP, dtype.size, layers - config.layer_types.count(FULL))
+    step = kv_bytes(config, KVCache.STEP, size, layers - config.layer_types.count(FULL))
     steps = min(free // step, (free + once - sampling) // (step + step // (2 * layers)))
     return sum(cached) + KVCache.STEP * max(0, int(steps) - (rows - 1))

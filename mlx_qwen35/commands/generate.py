@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.commands.interrupt import INTERRUPTED
-from mlx_qwen35.commands.options import add_answer_options, add_model_options, add_options, given_options
+from mlx_qwen35.commands.options import (
+    DeclaredAction,
+    add_answer_options,
+    add_model_options,
+    add_options,
+    given_options,
+)
 from mlx_qwen35.commands.output import print_media, print_pieces, tell_cut
 from mlx_qwen35.commands.parser import Parser
 from mlx_qwen35.commands.progress import Step
@@ -22,7 +28,7 @@ from mlx_qwen35.engine.sequence import Result
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.fetch import is_remote
 from mlx_qwen35.media.preprocess import Media
-from mlx_qwen35.options import note_spelling, option, options_of
+from mlx_qwen35.options import option, options_of
 from mlx_qwen35.prompt.processor import Messages
 
 COMMAND = "mlx_qwen35.generate"
@@ -39,20 +45,11 @@ class CommandOptions:
     json: bool = option(False, help="print one JSON object instead of text and statistics")
 
 
-class _MediaAction(argparse.Action):
-    """Collects images and videos in one list, in the order given."""
+class _MediaAction(DeclaredAction):
+    """Collects images and videos in one list, each with its kind, in the order given."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        assert option_string is not None
-        kind = option_string.removeprefix("--")
-        note_spelling(f"{kind}s", option_string)
-        namespace.media = [*namespace.media, *((kind, name) for name in values)]
+    def value(self, namespace: argparse.Namespace, text: list[str], typed: str) -> list[tuple[str, str]]:
+        return [*namespace.media, *((self.declared.flag, name) for name in text)]
 
 
 def parser() -> Parser:
@@ -68,8 +65,8 @@ def parser() -> Parser:
     add_options(group.add_mutually_exclusive_group(), [own["prompt"], own["prompt_file"]])
     for name in ("images", "videos"):
         group.add_argument(
-            *prompt[name].flags, dest="media", action=_MediaAction, nargs="+", default=[], metavar="FILE",
-            help=prompt[name].help,
+            *prompt[name].flags, dest="media", action=_MediaAction, declared=prompt[name], nargs="+", default=[],
+            metavar="FILE", help=prompt[name].help,
         )  # fmt: skip
     add_answer_options(parser, group, [option for option in prompt.values() if option.name not in ("images", "videos")])
     add_options(parser.add_argument_group("output"), [own["json"]])

@@ -18,7 +18,7 @@ class _Accepts(Protocol):
     def add_argument(self, *flags: str, **settings: Any) -> argparse.Action: ...
 
 
-class _Declared(argparse.Action):
+class DeclaredAction(argparse.Action):
     """Checks the value of a declared option, names the option in errors as it was typed, and keeps the value."""
 
     def __init__(self, option_strings: list[str], dest: str, declared: Option, **settings: Any):
@@ -34,12 +34,13 @@ class _Declared(argparse.Action):
     ) -> None:
         assert option_string is not None
         if self.declared.kind is not bool:  # of a switch the last word counts
-            note_spelling(self.dest, option_string)
+            note_spelling(self.declared.name, option_string)
         setattr(
-            namespace, self.dest, self.declared.checked(option_string, self._value(namespace, values, option_string))
+            namespace, self.dest, self.declared.checked(option_string, self.value(namespace, values, option_string))
         )
 
-    def _value(self, namespace: argparse.Namespace, text: Any, typed: str) -> Any:
+    def value(self, namespace: argparse.Namespace, text: Any, typed: str) -> Any:
+        """The value that is checked and kept. text: what follows the option, which was typed as `typed`."""
         if self.declared.kind is bool:
             return not typed.startswith("--no-")
         if self.declared.each:
@@ -57,7 +58,7 @@ def add_options(accepts: _Accepts, declared: Iterable[Option]) -> None:
             accepts.add_argument(
                 *option.flags,
                 dest=option.name,
-                action=_Declared,
+                action=DeclaredAction,
                 declared=option,
                 nargs=0 if option.kind is bool else None,
                 metavar=f"{{{','.join(option.choices)}}}" if option.choices else option.metavar,

@@ -48,7 +48,7 @@ class Speed:
         return layers_seconds * layers + head_seconds
 
 
-def sample_model(config: TextConfig, dtype: mx.Dtype) -> Model:
+def sample_model(config: TextConfig, dtype: mx.Dtype, memory_limit: int) -> Model:
     """The first layers and the whole LM head of a model of this shape, with random weights in 4 bit."""
     small = replace(config, layer_types=config.layer_types[:SAMPLE_LAYERS])
     keys = iter(mx.random.split(mx.random.key(0), 4 * len(text_shapes(small))))
@@ -66,7 +66,7 @@ def sample_model(config: TextConfig, dtype: mx.Dtype) -> Model:
     def quantization(name: str) -> Quantization | None:
         return _QUANTIZATION if name.removesuffix("weight") + "scales" in arrays else None
 
-    model = Model(small, Weights(arrays, quantization, dtype, small.rms_norm_eps))
+    model = Model(small, Weights(arrays, quantization, dtype, small.rms_norm_eps), memory_limit)
     mx.eval(model.parameters(), model.rotary.frequencies, model.rotary.axes)
     model.eval()
     return model
@@ -90,7 +90,7 @@ def measure(
         tick()
         cache = model.make_cache()
         begin = time.perf_counter()
-        step = suitable_chunk(model.config, model.dtype, length)
+        step = suitable_chunk(model.config, model.dtype, model.memory_limit, length)
         prefill(model, cache, PromptRow([i % model.config.vocab_size for i in range(length)]), step)
         prompt, elapsed = length, time.perf_counter() - begin
         if time.perf_counter() - start + 2 * elapsed > seconds:

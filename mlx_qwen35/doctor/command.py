@@ -23,7 +23,7 @@ from mlx_qwen35.doctor.facts import Facts
 from mlx_qwen35.doctor.plan import format_plans, plans
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import default_dtype, stored_dtype
-from mlx_qwen35.machine.memory import limit_memory
+from mlx_qwen35.machine.memory import limit_of
 from mlx_qwen35.model.enabled import enabled_kernels
 
 COMMAND = "mlx_qwen35.doctor"
@@ -69,13 +69,12 @@ def show_plan(args: argparse.Namespace) -> None:
             "option_conflict",
             f"{listed} must not be given with --plan, which loads nothing and prints a table. Choose one",
         )
-    limit_memory(args.memory_limit)
     with look(args.plan, args.revision) as folder:
         checkpoint = open_checkpoint(folder)
         context = args.context
         if context is None:
             context = min(CONTEXT, checkpoint.config.text.max_position_embeddings)
-        print(format_plans(args.plan, plans(checkpoint, context, args.dtype, args.mtp)))
+        print(format_plans(args.plan, plans(checkpoint, context, args.dtype, args.mtp, limit_of(args.memory_limit))))
 
 
 def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Facts]:
@@ -91,8 +90,8 @@ def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Fac
             "option_no_effect", f"{', '.join(idle)} must be given with --model: there is no other model to look at"
         )
     text_to_probe = _read_text(args.text)
-    limit_memory(args.memory_limit)
-    report = {"machine": facts.machine(), "settings of MLX": facts.settings(given)}
+    limit = limit_of(args.memory_limit)
+    report = {"machine": facts.machine(limit), "settings of MLX": facts.settings(given)}
     if args.model:
         model, processor = load_model(args)  # refuses a model that does not fit before it is downloaded
         checkpoint = open_checkpoint(resolve(args.model, args.revision))
@@ -100,10 +99,10 @@ def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Fac
     else:
         text, stored = parse_config(geometry("4b")).text, mx.bfloat16
         with Step("making random weights"):
-            model = check.sample_model(text, DTYPES[args.dtype] if args.dtype else default_dtype(stored))
+            model = check.sample_model(text, DTYPES[args.dtype] if args.dtype else default_dtype(stored), limit)
         title = f"no --model: {check.SAMPLE_LAYERS} layers and the head of the 4B, random weights in 4 bit"
     report[title] = {"dtype": facts.dtype(model.dtype, stored, args.dtype)}
-    report[title] |= facts.prefill(model.config, model.dtype)
+    report[title] |= facts.prefill(model)
     with Step("checking kernels"):
         report["kernels"] = facts.kernels(enabled_kernels(model))
     if args.probe:

@@ -9,25 +9,25 @@ import mlx.core as mx
 
 from mlx_qwen35.backend import TF32, backend, device_name, system_memory
 from mlx_qwen35.budget.chunk import suitable_chunk
-from mlx_qwen35.checkpoint.config import TextConfig
 from mlx_qwen35.checkpoint.dtypes import dtype_name
 from mlx_qwen35.doctor.check import Speed
 from mlx_qwen35.kernels.attention import attention_impl
 from mlx_qwen35.kernels.products import shortened
 from mlx_qwen35.machine.chip import TUNED, TUNED_UP_TO, this_chip
-from mlx_qwen35.machine.memory import usable_bytes
 from mlx_qwen35.model.enabled import EnabledLayers
+from mlx_qwen35.model.model import Model
 
 Facts = dict[str, str]
 PACKAGES = ("mlx-qwen35", "mlx", "mlx-lm", "numpy", "tokenizers", "pillow", "av")
 CONTEXTS = (4096, 32768, 131072, 262144)
 
 
-def machine() -> Facts:
+def machine(memory_limit: int) -> Facts:
+    """memory_limit: bytes that a model may take."""
     chip, memory = this_chip(), system_memory()
     return {
         "chip": f"{chip.name if chip else device_name(mx.cpu)}, {os.cpu_count()} cores",
-        "memory": f"{memory / 1e9:.1f} GB, of which a model may use {usable_bytes() / 1e9:.1f} GB",
+        "memory": f"{memory / 1e9:.1f} GB, of which a model may use {memory_limit / 1e9:.1f} GB",
         "system": platform.platform(),
         "MLX computes on": backend().device,
         "versions": ", ".join([f"Python {platform.python_version()}", *map(_version, PACKAGES)]),
@@ -92,10 +92,11 @@ def kernels(enabled: dict[str, EnabledLayers]) -> Facts:
     }
 
 
-def prefill(config: TextConfig, dtype: mx.Dtype) -> Facts:
+def prefill(model: Model) -> Facts:
     """The chunk length for some contexts, and how attention is computed."""
+    config, dtype, limit = model.config, model.dtype, model.memory_limit
     contexts = [S for S in CONTEXTS if config.max_position_embeddings >= S]
-    lengths = [f"{suitable_chunk(config, dtype, S):,} up to a context of {S:,}" for S in contexts]
+    lengths = [f"{suitable_chunk(config, dtype, limit, S):,} up to a context of {S:,}" for S in contexts]
     impls = {
         "cpu": "in tiles of queries, by our own code",
         "fused": "without writing scores out where they would be many",

@@ -22,15 +22,19 @@ _PARTS = (
 _IMAGE = (("vision encoder", "vision_encoder"), ("encoding an image", "encoding"))
 
 
-def plans(checkpoint: Checkpoint, context: int, dtype: str | None, mtp: int) -> list[MemoryPlan]:
-    """For this machine, and for Macs with an M1 and 8, 16 and 32 GB. InputError for a context that is too long."""
+def plans(checkpoint: Checkpoint, context: int, dtype: str | None, mtp: int, limit: int) -> list[MemoryPlan]:
+    """For this machine, and for Macs with an M1 and 8, 16 and 32 GB. InputError for a context that is too long.
+
+    limit: bytes that a model may take on this machine.
+    """
     text, pixels = checkpoint.config.text, PIXELS if checkpoint.has(VISION) else 0
     most = text.max_position_embeddings
     if not 1 <= context <= most:
         raise InputError("option_invalid", f"--context must be 1 to {most:,} tokens for this model, got {context:,}")
     stored = stored_dtype(checkpoint)
     on_m1 = DTYPES[dtype] if dtype else mx.float16 if stored == mx.bfloat16 else stored
-    machines = [this_machine(text, choose_dtype(checkpoint, dtype)), *(mac(gigabytes, on_m1) for gigabytes in MACS)]
+    here = this_machine(text, choose_dtype(checkpoint, dtype), limit)
+    machines = [here, *(mac(gigabytes, on_m1) for gigabytes in MACS)]
     return [plan_memory(checkpoint, machine, context, pixels=pixels, mtp=mtp) for machine in machines]
 
 

@@ -35,7 +35,12 @@ def residual_maxima(
 def _maxima(model: Model, cache: Cache, tokens: Sequence[int]) -> mx.array:
     """(layers,) float32, evaluated."""
     maxima: list[mx.array] = []
-    model.hidden(mx.array([list(tokens)]), cache, pace=lambda arrays: maxima.append(mx.abs(arrays[0]).max()))
+
+    def measure(arrays: list[mx.array]) -> None:
+        x, delta, *_ = arrays
+        maxima.append(mx.abs(x + delta).max())
+
+    model.hidden(mx.array([list(tokens)]), cache, pace=measure)
     found = mx.stack(maxima).astype(mx.float32)
     mx.eval(found)
     cache.evaluate()

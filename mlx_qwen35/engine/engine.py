@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx_qwen35.engine.media import MediaEncoder
 from mlx_qwen35.engine.rows import Rows
 from mlx_qwen35.engine.sequence import Sequence
+from mlx_qwen35.machine.memory import set_limits
 from mlx_qwen35.model.model import Model
 
 CLEAR_EVERY = 256  # passes between returning MLX's unused buffers to the system
@@ -57,6 +58,7 @@ class Engine:
         """
         with _ONE:
             paused = time.perf_counter() - self._left
+            set_limits(self.model.memory_limit)
             try:
                 news = self._prefill()
                 if not self.waiting or self.interleave:

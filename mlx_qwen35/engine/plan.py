@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mlx_qwen35.budget.chunk import suitable_chunk
-from mlx_qwen35.budget.plan import most_tokens
+from mlx_qwen35.budget.plan import most_tokens, this_machine
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy, choose_drafts
 from mlx_qwen35.engine.options import Options, draft_options, sampling_options
 from mlx_qwen35.engine.presets import MOST_SEED, PRESETS, Preset, Sampling
@@ -38,7 +38,8 @@ def plan(
     presets = [_preset(options, prompt) for prompt in prompts]
     wanted = [options.get("max_tokens", preset.max_tokens) for preset in presets]
     contexts = [before + len(prompt.tokens) for prompt, before in zip(prompts, cached, strict=True)]
-    chunk = options.get("prefill_step_size") or suitable_chunk(model.config, model.dtype, max(contexts))
+    suitable = suitable_chunk(model.config, model.dtype, model.memory_limit, max(contexts))
+    chunk = options.get("prefill_step_size", suitable)
     drafts, room = _drafts_and_room(options, model, chunk, contexts, cached, wanted)
     window = model.config.max_position_embeddings
     if max(contexts) >= window:
@@ -81,8 +82,9 @@ def _drafts_and_room(
     rows = len(contexts)
     mode, depth = draft_options(options)
     drafts = choose_drafts(model, mode, depth, rows, max(wanted))
-    without = most_tokens(model.config, model.dtype, chunk, cached)
-    room = most_tokens(model.config, model.dtype, chunk, cached, drafts.depth, drafts.head_bytes)
+    machine = this_machine(model.config, model.dtype, model.memory_limit)
+    without = most_tokens(model.config, machine, chunk, cached)
+    room = most_tokens(model.config, machine, chunk, cached, drafts.depth, drafts.head_bytes)
     needed = sum(contexts) + sum(wanted)
     if drafts.depth and not drafts.fixed and room < min(without, needed):
         drafts, room = DraftPolicy(0, reason="memory has no room for drafts beside this context"), without

@@ -1,4 +1,7 @@
-"""How much memory this machine has for a model."""
+"""How much memory a model may take, and what follows from it.
+
+A limit is in bytes. It belongs to one loaded model; None is as much as suits the machine.
+"""
 
 import mlx.core as mx
 
@@ -6,19 +9,17 @@ from mlx_qwen35.backend import backend
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.options import spelled
 
-_limit: int | None = None  # set by hand
 MOST_GIGABYTES = 1e9  # what MLX is told must fit into 64 bits
 
 
-def limit_memory(gigabytes: float | None) -> None:
-    """Let a model take so many GB (10^9 bytes), whatever the machine has; None: as much as suits the machine."""
-    global _limit
-    _limit = None if gigabytes is None else int(gigabytes * 1e9)
+def usable_bytes(limit: int | None) -> int:
+    """Bytes that a model with this limit may take."""
+    return backend().usable_memory() if limit is None else limit
 
 
-def usable_bytes() -> int:
-    """Bytes that a model may take: the limit set by hand, else the backend's."""
-    return backend().usable_memory() if _limit is None else _limit
+def limit_of(gigabytes: float | None) -> int:
+    """The limit that a user gives in GB (10^9 bytes), whatever the machine has, in bytes."""
+    return usable_bytes(None if gigabytes is None else int(gigabytes * 1e9))
 
 
 # Up to so much usable memory: the bytes that prefill may take. The buffers that MLX keeps for reuse take half as much.
@@ -36,22 +37,22 @@ def buffer_bytes(limit: float) -> int:
     return prefill_room(limit) // 2
 
 
-def set_limits() -> None:
+def set_limits(limit: int) -> None:
     """Tell MLX how many freed buffers to keep, and from where on to wait before it allocates.
 
-    The wired limit is never raised: that has ended in kernel panics.
+    MLX has one setting for the process, so each model that begins to compute sets its own. The wired limit is never
+    raised: that has ended in kernel panics.
     """
-    limit = usable_bytes()
     mx.set_cache_limit(buffer_bytes(limit))
     mx.set_memory_limit(limit)
 
 
-def check_decoding_fits(name: str, width: int, height: int, needed: int) -> None:
+def check_decoding_fits(name: str, width: int, height: int, needed: int, limit: int | None) -> None:
     """Refuse an image, or a video's frame, whose decoding takes `needed` bytes and has no room.
 
     The message gives the most pixels of an image like this one.
     """
-    left = usable_bytes() - mx.get_active_memory()
+    left = usable_bytes(limit) - mx.get_active_memory()
     if needed > left:
         most = max(0, left) * width * height // needed
         raise InputError(
@@ -68,7 +69,7 @@ def check_decoding_fits(name: str, width: int, height: int, needed: int) -> None
 _PIXELS = ((6e9, 1 << 20, 6 << 20), (12e9, 4 << 20, 12 << 20))
 
 
-def machine_pixels() -> tuple[float, float]:
-    """The most pixels of an image, and of all frames of a video, that suit this machine's memory."""
-    usable = usable_bytes()
+def most_pixels(limit: int | None) -> tuple[float, float]:
+    """The most pixels of an image, and of all frames of a video, that suit so much memory."""
+    usable = usable_bytes(limit)
     return next(((image, video) for most, image, video in _PIXELS if usable <= most), (float("inf"), float("inf")))

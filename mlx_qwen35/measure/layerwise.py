@@ -124,8 +124,8 @@ class Layerwise:
                 part = x[:, start : start + step]
                 with cache.forward(part.shape[1]) as context:
                     rotary = self.rotary.table(context.positions)
-                    normed = layer.input_layernorm(part)
-                    parts.append(layer(part, normed, rotary, context, cache.layers[0], _SUM)[0])
+                    stream, delta = layer(part, None, rotary, context, cache.layers[0])
+                    parts.append(stream + delta)
                 mx.eval(parts[-1], cache.layers[0].arrays())
                 progress(weights * part.shape[0] * part.shape[1])
             states[number] = mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
@@ -186,19 +186,6 @@ def _through_numpy(layer: DecoderLayer) -> DecoderLayer:
     )
     layer.update_modules(products)
     return layer
-
-
-class _Sum(RMSNorm):
-    """A stand-in for the norm after a layer: the next layer computes its own."""
-
-    def __init__(self) -> None:
-        nn.Module.__init__(self)
-
-    def of_sum(self, x: mx.array, added: mx.array) -> tuple[mx.array, mx.array]:
-        return x + added, added
-
-
-_SUM = _Sum()
 
 
 def read_rows(entry: Entry, rows: np.ndarray) -> mx.array:

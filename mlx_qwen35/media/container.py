@@ -57,10 +57,11 @@ class Packets:
 @dataclass(frozen=True)
 class VideoFile:
     """An open file, in memory or on disk; `name` begins messages. Each method reads it from its start, and raises
-    InputError for a damaged one."""
+    InputError for a damaged one, and for one whose frames do not fit into memory_limit, see read_image."""
 
     name: str
     data: BinaryIO
+    memory_limit: int | None
 
     def timeline(self) -> Timeline:
         """The frames and their times: of the packets if the container declares as many, else of all decoded frames."""
@@ -142,7 +143,8 @@ class VideoFile:
             raise InputError(
                 "media_too_large", f"{self.name} must have at most {MAX_PIXELS:,} pixels a frame, and has {size}"
             )
-        check_decoding_fits(self.name, codec.width, codec.height, _FRAME_BYTES * codec.width * codec.height)
+        needed = _FRAME_BYTES * codec.width * codec.height
+        check_decoding_fits(self.name, codec.width, codec.height, needed, self.memory_limit)
         return streams[0]
 
     # --- time ---

@@ -28,7 +28,9 @@ __all__ = ["ARRAYS", "MAX_PIXELS", "read_image", "read_resized"]
 ARRAYS = "(height, width[, 1, 3 or 4]), channels last, of uint8, uint16, or floating point from 0 to 1"
 
 
-def read_image(source: "Source", *, allow_private_urls: bool = False) -> np.ndarray:
+def read_image(
+    source: "Source", *, allow_private_urls: bool = False, memory_limit: int | None = None
+) -> np.ndarray:
     """The pixels of one image.
 
     Args:
@@ -36,18 +38,24 @@ def read_image(source: "Source", *, allow_private_urls: bool = False) -> np.ndar
             says. Files are JPEG, PNG, WebP, GIF (the first frame), BMP, TIFF, AVIF or HEIC; their EXIF orientation,
             and that of a PIL image, is applied. A PIL image is left as it is, except that it is loaded.
         allow_private_urls: whether a URL may lead to this machine or into its network, see `fetch`.
+        memory_limit: bytes that may be in use while a file is decoded, loaded models included. None is what suits the
+            machine.
 
     Returns: (height, width, 3) uint8, RGB, contiguous, the caller's own.
 
     Raises InputError if the source is no image, is cut short, has no pixels, more than MAX_PIXELS, or more than fit
     into memory.
     """
-    with _decoded(source, lambda height, width: 3 * height * width, allow_private_urls) as image:
+    with _decoded(source, lambda height, width: 3 * height * width, allow_private_urls, memory_limit) as image:
         return image.pixels()
 
 
 def read_resized(
-    source: "Source", fit: Callable[[int, int], Size], *, allow_private_urls: bool = False
+    source: "Source",
+    fit: Callable[[int, int], Size],
+    *,
+    allow_private_urls: bool = False,
+    memory_limit: int | None = None,
 ) -> tuple[np.ndarray, Size]:
     """Like read_image, and resized as `resize` does, without a second copy of a large image.
 
@@ -61,20 +69,20 @@ def read_resized(
     def working(height: int, width: int) -> int:
         return resizing_bytes((height, width), fit(height, width))
 
-    with _decoded(source, working, allow_private_urls) as image:
+    with _decoded(source, working, allow_private_urls, memory_limit) as image:
         return image.resized(fit(*image.size)), image.size
 
 
 @contextmanager
 def _decoded(
-    source: "Source", working: Callable[[int, int], int], allow_private_urls: bool
+    source: "Source", working: Callable[[int, int], int], allow_private_urls: bool, memory_limit: int | None
 ) -> Iterator[DecodedImage]:
     """working: (height, width) -> the bytes that are needed beside the decoded image."""
     if isinstance(source, np.ndarray):
         yield _from_array(source)
     elif isinstance(source, (str, Path, bytes, bytearray, memoryview)):
         with _opened(source, allow_private_urls) as (file, name), strict_pillow():
-            yield upright_image(open_image(file, name), name, working)
+            yield upright_image(open_image(file, name), name, working, memory_limit)
     else:
         from PIL import Image
 
@@ -86,7 +94,7 @@ def _decoded(
             )
         with strict_pillow():
             name = f"the PIL image of mode {source.mode} and size {source.width} x {source.height}"
-            yield upright_image(source, name, working)
+            yield upright_image(source, name, working, memory_limit)
 
 
 @contextmanager

@@ -27,10 +27,12 @@ def check_size(width: int, height: int, name: str) -> None:
         raise InputError("media_too_large", f"{bomb(name)} ({width} x {height})")
 
 
-def upright_image(image: "Image.Image", name: str, working: Callable[[int, int], int]) -> DecodedImage:
+def upright_image(
+    image: "Image.Image", name: str, working: Callable[[int, int], int], memory_limit: int | None
+) -> DecodedImage:
     """A PIL image, decoded or not -> its upright rows. Needs strict_pillow.
 
-    working: (height, width) -> the bytes that are needed beside the decoded image.
+    working: (height, width) -> the bytes that are needed beside the decoded image. memory_limit: see read_image.
     """
     from PIL.Image import Transpose
     from PIL.ImageFile import ImageFile
@@ -38,7 +40,8 @@ def upright_image(image: "Image.Image", name: str, working: Callable[[int, int],
     check_size(*image.size, name)
     width, height = image.size
     if isinstance(image, ImageFile):
-        check_decoding_fits(name, width, height, _bytes_a_pixel(image) * width * height + working(height, width))
+        needed = _bytes_a_pixel(image) * width * height + working(height, width)
+        check_decoding_fits(name, width, height, needed, memory_limit)
     try:
         image.load()
     except DAMAGE as error:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.image import MAX_PIXELS
-from mlx_qwen35.options import check_fields, option, options_of, spelled
+from mlx_qwen35.options import check_fields, option, options_of, settle_switches, spelled
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,7 @@ class VisionOptions:
     )
 
     def __post_init__(self) -> None:
-        for name, declared in options_of(VisionOptions).items():
-            if declared.kind is bool and getattr(self, name) is None:  # chooses nothing
-                object.__setattr__(self, name, declared.default)
+        settle_switches(self)
         check_fields(self)
         if self.fps is not None and self.video_num_frames is not None:
             raise InputError(

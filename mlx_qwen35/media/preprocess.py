@@ -14,7 +14,7 @@ import numpy as np
 
 from mlx_qwen35.checkpoint.config import VisionConfig
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.machine.memory import machine_pixels
+from mlx_qwen35.machine.memory import most_pixels
 from mlx_qwen35.media.frames import FrameSampling
 from mlx_qwen35.media.image import read_resized
 from mlx_qwen35.media.options import VisionOptions
@@ -154,6 +154,7 @@ class Preprocessor:
     least: int  # pixels
     most: int
     sampling: FrameSampling  # of videos
+    memory_limit: int | None = None  # see read_image; it bounds the pixels too
 
     @property
     def factor(self) -> int:
@@ -161,17 +162,21 @@ class Preprocessor:
 
     def image(self, source: Any, options: VisionOptions) -> Media:
         """Read and resize an image from any source that read_image takes."""
-        least, most = self._limits(options, options.min_pixels, options.max_pixels, machine_pixels()[0], "max_pixels")
+        suits, _ = most_pixels(self.memory_limit)
+        least, most = self._limits(options, options.min_pixels, options.max_pixels, suits, "max_pixels")
 
         def fit(height: int, width: int) -> tuple[int, int]:
             return image_size(height, width, self.factor, least, most)
 
-        pixels, original = read_resized(source, fit, allow_private_urls=options.allow_private_urls)
+        pixels, original = read_resized(
+            source, fit, allow_private_urls=options.allow_private_urls, memory_limit=self.memory_limit
+        )
         return Media(pixels[None], (), original, self.config, self.values)
 
     def video(self, source: Any, options: VisionOptions) -> Media:
         """Read, sample and resize a video from any source that read_video takes."""
-        least, most = self._limits(options, None, options.video_total_pixels, machine_pixels()[1], "video_total_pixels")
+        _, suits = most_pixels(self.memory_limit)
+        least, most = self._limits(options, None, options.video_total_pixels, suits, "video_total_pixels")
         count = options.video_num_frames
         sampling = replace(self.sampling, fps=None if count else options.fps or self.sampling.fps, num_frames=count)
 
@@ -184,8 +189,10 @@ class Preprocessor:
                 )
             return video_size(count, height, width, self.factor, least, most)
 
-        private = options.allow_private_urls
-        video = read_video(source, sampling, fit, source_fps=options.source_fps, allow_private_urls=private)
+        video = read_video(
+            source, sampling, fit, source_fps=options.source_fps, allow_private_urls=options.allow_private_urls,
+            memory_limit=self.memory_limit,
+        )  # fmt: skip
         frames, step = video.frames, self.config.temporal_patch_size
         last = -len(frames) % step  # of an odd number of frames, the last one counts twice
         frames = np.concatenate([frames, frames[-1:].repeat(last, axis=0)]) if last else frames
@@ -194,14 +201,14 @@ class Preprocessor:
         return Media(frames, times, video.size, self.config, self.values)
 
     def _limits(
-        self, options: VisionOptions, least: int | None, most: int | None, machine: float, name: str
+        self, options: VisionOptions, least: int | None, most: int | None, suits: float, name: str
     ) -> tuple[int, int]:
         low = self.least if least is None else least
         if most is not None and options.published_limits:
             both = f"{spelled(name)} ({most}) and {spelled('published_limits')}"
             raise InputError("option_conflict", f"{both} must not be given together: each is a limit. Leave one out")
         if most is None:
-            most = self.most if options.published_limits else int(min(self.most, machine))
+            most = self.most if options.published_limits else int(min(self.most, suits))
             most = max(most, low)
         if most < (fewest := max(low, self.factor**2)):
             hint = f". Lower {spelled('min_pixels')} too" if name == "max_pixels" and low > self.factor**2 else ""

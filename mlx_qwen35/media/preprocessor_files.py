@@ -18,9 +18,11 @@ _MOST = 1 << 40  # what longest_edge may ask for; the machine's own limit lies f
 _FRAMES = 1 << 20
 
 
-def read_preprocessor(folder: Path, kind: str, config: VisionConfig) -> Preprocessor:
+def read_preprocessor(
+    folder: Path, kind: str, config: VisionConfig, memory_limit: int | None = None
+) -> Preprocessor:
     """The settings for kind "image" or "video": from its own file, as published checkpoints have it, or from the file
-    that newer programs save for both.
+    that newer programs save for both. memory_limit: see read_image.
 
     Raises InputError if the file is absent, asks for what is not implemented, or a field is out of bounds.
     """
@@ -34,7 +36,7 @@ def read_preprocessor(folder: Path, kind: str, config: VisionConfig) -> Preproce
     size = Fields(settings.get("size", dict), f"{settings.where}: size")
     least = size.size("shortest_edge", _LEAST)
     most = size.whole("longest_edge", max(least, (config.patch_size * config.spatial_merge_size) ** 2), _MOST)
-    return Preprocessor(config, _byte_values(settings), least, most, _sampling(settings))
+    return Preprocessor(config, _byte_values(settings), least, most, _sampling(settings), memory_limit)
 
 
 def _settings(folder: Path, kind: str) -> Fields:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -18,7 +18,13 @@ from mlx_qwen35.options import spelled
 
 
 def read_video(
-    source: Any, sampling: FrameSampling, fit: Fit, *, source_fps: float | None = None, allow_private_urls: bool = False
+    source: Any,
+    sampling: FrameSampling,
+    fit: Fit,
+    *,
+    source_fps: float | None = None,
+    allow_private_urls: bool = False,
+    memory_limit: int | None = None,
 ) -> Video:
     """Read the frames that `sampling` asks for, resized one by one, so that memory holds one source frame at a time.
 
@@ -31,21 +37,27 @@ def read_video(
             size of the source.
         source_fps: frames a second of a folder, a list or an array. A file knows its own.
         allow_private_urls: whether a URL may lead to this machine or into its network, see `fetch`.
+        memory_limit: see read_image.
 
-    Raises InputError if the source is no video, is damaged anywhere, or does not suit source_fps.
+    Raises InputError if the source is no video, is damaged anywhere, does not suit source_fps, or its frames do not fit
+    into memory.
     """
 
     def read_frames(frames: Sequence[Any] | np.ndarray, name: str) -> Video:
-        images = _check_array(frames) if isinstance(frames, np.ndarray) else _images(frames, name, allow_private_urls)
+        images = (
+            _check_array(frames)
+            if isinstance(frames, np.ndarray)
+            else _images(frames, name, allow_private_urls, memory_limit)
+        )
         return _read_frames(images, len(frames), name, source_fps, sampling, fit)
 
-    def read_file(file: VideoFile) -> Video:
-        return _read_file(file, source_fps, sampling, fit)
+    def read_file(name: str, file: BinaryIO) -> Video:
+        return _read_file(VideoFile(name, file, memory_limit), source_fps, sampling, fit)
 
     if isinstance(source, (np.ndarray, list, tuple)):
         return read_frames(source, "an array" if isinstance(source, np.ndarray) else "a list of frames")
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return read_file(VideoFile("the video", BytesIO(source)))
+        return read_file("the video", BytesIO(source))
     if not isinstance(source, (str, os.PathLike)):
         raise InputError(
             "media_source_invalid",
@@ -55,14 +67,14 @@ def read_video(
     name = name_of(os.fspath(source))
     if isinstance(source, str) and is_remote(source):
         with fetch_file(source, "video", allow_private_urls) as file:
-            return read_file(VideoFile(name, file))
+            return read_file(name, file)
     path = Path(os.path.expanduser(source))
     try:
         if os.path.isdir(path):
             return read_frames(_files(path), f"the folder {name}")
         if os.path.isfile(path):
             with path.open("rb") as file:
-                return read_file(VideoFile(name, file))
+                return read_file(name, file)
     except OSError as error:
         raise InputError(
             "media_unreadable", f"{name} must be readable: {error.strerror}. Look at its rights"
@@ -105,10 +117,12 @@ def _read_frames(
     return video
 
 
-def _images(frames: Sequence[Any], name: str, allow_private_urls: bool) -> Iterator[np.ndarray]:
+def _images(
+    frames: Sequence[Any], name: str, allow_private_urls: bool, memory_limit: int | None
+) -> Iterator[np.ndarray]:
     for number, frame in enumerate(frames, start=1):
         try:
-            yield read_image(frame, allow_private_urls=allow_private_urls)
+            yield read_image(frame, allow_private_urls=allow_private_urls, memory_limit=memory_limit)
         except InputError as error:
             raise InputError(
                 error.code, f"frame {number} of {len(frames)} in {name} cannot be read: {error}"

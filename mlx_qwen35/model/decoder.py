@@ -36,7 +36,8 @@ def _activated(gate: mx.array, up: mx.array) -> mx.array:
 class DecoderLayer(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)); the mixer is attention or DeltaNet.
 
-    Each sum is one operation with the norm after it. The last of them belongs to the next layer, or is the final norm.
+    Each sum is one operation with the norm after it. The MLP's output stays apart, as `delta`: the next layer adds it,
+    or the final norm.
     """
 
     def __init__(self, config: TextConfig, kind: str, weights: Weights):
@@ -53,25 +54,25 @@ class DecoderLayer(nn.Module):
     def __call__(
         self,
         x: mx.array,
-        normed: mx.array,
+        delta: mx.array | None,
         rotary: Table,
         context: ForwardContext,
         cache: LayerCache,
-        following: RMSNorm,
         at: mx.array | None = None,
     ) -> tuple[mx.array, mx.array]:
-        """x and input_layernorm(x), each (B, T, D) -> the next x, and its norm by `following`.
+        """(x, delta) -> (x, delta), each (B, T, D); the residual stream is their sum. delta None is zero.
 
         at: (B,) integers, one column of each row to return, as (B, 1, D); None returns all.
         """
+        x, normed = self.input_layernorm.of_sum(x, delta)
         mixed = self[self.mixer_name](normed, rotary, context, cache)
         if at is not None:
             x, mixed = (mx.take_along_axis(array, at[:, None, None], axis=1) for array in (x, mixed))
         x, normed = self.post_attention_layernorm.of_sum(x, mixed)
-        return following.of_sum(x, self.mlp(normed))
+        return x, self.mlp(normed)
 
 
-Pace = Callable[[list[mx.array]], None]  # called with each layer's arrays, those of its cache too; may evaluate them
+Pace = Callable[[list[mx.array]], None]  # called with each layer's x, delta and arrays of its cache; may evaluate them
 
 
 def run(
@@ -88,9 +89,8 @@ def run(
 
     at: (B,) integers, one column of each row to return, as (B, 1, D); the last MLP and the norm then compute only that.
     """
-    normed = layers[0].input_layernorm(x)
-    after = [*(layer.input_layernorm for layer in layers[1:]), norm]
-    for layer, cache, following in zip(layers, caches, after, strict=True):
-        x, normed = layer(x, normed, rotary, context, cache, following, at if following is norm else None)
-        pace([x, normed, *cache.arrays()])
-    return normed
+    delta: mx.array | None = None
+    for i, (layer, cache) in enumerate(zip(layers, caches, strict=True), 1):
+        x, delta = layer(x, delta, rotary, context, cache, at if i == len(layers) else None)
+        pace([x, delta, *cache.arrays()])
+    return norm.of_sum(x, delta)[1]

@@ -91,6 +91,6 @@ class RMSNorm(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         return rms_norm(x, self.weight, self.eps)
 
-    def of_sum(self, x: mx.array, added: mx.array) -> tuple[mx.array, mx.array]:
-        """x + added, and the norm of that sum."""
-        return add_norm(x, added, self.weight, self.eps)
+    def of_sum(self, x: mx.array, added: mx.array | None) -> tuple[mx.array, mx.array]:
+        """x + added, and the norm of that sum. None adds nothing."""
+        return (x, self(x)) if added is None else add_norm(x, added, self.weight, self.eps)

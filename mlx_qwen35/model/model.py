@@ -33,8 +33,10 @@ class Model(nn.Module):
     at their first use, and None for a checkpoint without one.
     """
 
-    def __init__(self, config: TextConfig, weights: Weights):
+    def __init__(self, config: TextConfig, weights: Weights, memory_limit: int):
+        """memory_limit: bytes that the model may take, with its caches and all that it computes."""
         super().__init__()
+        self.memory_limit = memory_limit
         language = weights.at("model.language_model")
         self.embed_tokens = language.embedding("embed_tokens")
         self.layers = [

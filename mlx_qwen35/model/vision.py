@@ -116,8 +116,10 @@ class Merger(nn.Module):
 class VisionEncoder(nn.Module):
     """Qwen3.5's vision encoder. Its patches come in squares of merge x merge, in row-major order of the squares."""
 
-    def __init__(self, config: VisionConfig, weights: Weights):
+    def __init__(self, config: VisionConfig, weights: Weights, memory_limit: int):
+        """memory_limit: bytes that the model may take."""
         super().__init__()
+        self.memory_limit = memory_limit
         visual = weights.at("model.visual")
         self.patch_embed = visual.linear("patch_embed.proj")
         self.pos_embed = visual.float32("pos_embed.weight")
@@ -133,7 +135,7 @@ class VisionEncoder(nn.Module):
         into tiles: only queries, keys, values and the blocks' outputs then exist for all its patches.
         """
         count = math.prod(media.grid[1:])
-        encoding.check_encoding_fits(media, self.config, self.dtype)
+        encoding.check_encoding_fits(media, self.config, self.dtype, self.memory_limit)
         out = mx.zeros((media.tokens, self.config.out_hidden_size), self.dtype)
         step, at = max(1, encoding.SLICE // count), 0
         for first in range(0, media.grid[0], step):

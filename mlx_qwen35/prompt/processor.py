@@ -32,10 +32,17 @@ class Processor:
         tokenizer: the checkpoint's tokenizer and chat template.
         config: the checkpoint's configuration, for its end tokens and the sizes of its vision encoder.
         folder: where the checkpoint's preprocessor files are; None for a checkpoint without a vision encoder.
+        memory_limit: bytes that the model may take, see read_image. The pixels of images and videos follow from it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, config: Config, folder: Path | None = None):
-        self.tokenizer, self.config, self._folder = tokenizer, config, folder
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        config: Config,
+        folder: Path | None = None,
+        memory_limit: int | None = None,
+    ):
+        self.tokenizer, self.config, self._folder, self.memory_limit = tokenizer, config, folder, memory_limit
         self._preprocessors: dict[str, Preprocessor] = {}  # by kind of media
         self._templates: dict[str, Template] = {}  # by source
         known = tokenizer.get_vocab()
@@ -47,12 +54,15 @@ class Processor:
         self.think_start, self.think_end = known.get("<think>"), known.get("</think>")
 
     @classmethod
-    def from_folder(cls, folder: Path, config: Config, has_vision_encoder: bool = True) -> "Processor":
+    def from_folder(
+        cls, folder: Path, config: Config, has_vision_encoder: bool = True, memory_limit: int | None = None
+    ) -> "Processor":
         """Read tokenizer.json and chat template of a checkpoint folder. No code from the folder is run.
 
         has_vision_encoder: whether the tensors of the vision encoder are there; without them images are refused.
         """
-        return cls(load_tokenizer(folder), config, folder if has_vision_encoder and config.vision else None)
+        media = folder if has_vision_encoder and config.vision else None
+        return cls(load_tokenizer(folder), config, media, memory_limit)
 
     # --- in ---
 
@@ -112,7 +122,7 @@ class Processor:
             )
         if kind not in self._preprocessors:
             assert self.config.vision is not None
-            self._preprocessors[kind] = read_preprocessor(self._folder, kind, self.config.vision)
+            self._preprocessors[kind] = read_preprocessor(self._folder, kind, self.config.vision, self.memory_limit)
         preprocessor = self._preprocessors[kind]
         return preprocessor.image(source, vision) if kind == "image" else preprocessor.video(source, vision)
 

@@ -34,7 +34,8 @@ from mlx_qwen35.machine.memory import prefill_room
 CHIPS = [parse_chip(f"Apple M{n}{tier}") for n in range(1, 5) for tier in ("", " Pro", " Max", " Ultra")]
 BUFFERS = ("MLX's own", "ours", "one for all")
 CONTEXTS = (256, 65_536, 262_144, 1_048_576)
-UNLIMITED = 1e15  # bytes
+UNLIMITED = 10**15  # bytes
+M1_8_GB = 5_700_000_000  # bytes that a model may take there
 
 
 def text_config(name: str) -> TextConfig:
@@ -199,10 +200,9 @@ def test_reading_takes_about_what_is_estimated(text_model):
 
 
 @pytest.fixture
-def on_an_m1(monkeypatch, on_chip, memory_limit):
-    """With 8 GB; the way of attention is that of a GPU on which MLX has no kernel without scores."""
+def on_an_m1(monkeypatch, on_chip):
+    """The way of attention is that of a GPU on which MLX has no kernel without scores."""
     on_chip("Apple M1")
-    memory_limit(5.7e9)
     for name, value in TUNED.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(mx, "get_active_memory", lambda: 3 * 10**9)
@@ -210,28 +210,26 @@ def on_an_m1(monkeypatch, on_chip, memory_limit):
         yield
 
 
-def test_on_a_cpu_no_watchdog_looks_on(on_chip, memory_limit, monkeypatch):
+def test_on_a_cpu_no_watchdog_looks_on(on_chip, monkeypatch):
     config, chip, S = text_config("4b"), parse_chip("Apple M1"), 262_144
     on_chip("Apple M1")
     for name in TUNED:  # command buffers that the watchdog would end
         monkeypatch.setenv(name, "1000000")
-    memory_limit(UNLIMITED)
     assert chunk_length(config, S, prefill_room(UNLIMITED), 2, "cpu", chip, command_buffers(chip)) < LENGTHS[0]
-    assert chunk.suitable_chunk(config, mx.float16, S) == LENGTHS[0]
+    assert chunk.suitable_chunk(config, mx.float16, UNLIMITED, S) == LENGTHS[0]
 
 
 @pytest.mark.usefixtures("on_an_m1")
 @pytest.mark.parametrize("impl", ["fused", "tiles"])
-def test_on_an_m1_chip_and_memory_bound_the_chunk(monkeypatch, memory_limit, impl):
+def test_on_an_m1_chip_and_memory_bound_the_chunk(monkeypatch, impl):
     config, chip, found = text_config("4b"), parse_chip("Apple M1"), set()
     monkeypatch.setattr(attention, "fused_self_check", lambda *_: impl == "fused")
-    for limit in (5.7e9, 11.5e9, 30e9):
-        memory_limit(limit)
+    for limit in (M1_8_GB, 11_500_000_000, 30_000_000_000):
         for left, S in ((1e9, 4096), (1e9, 262_144), (6e7, 4096), (1e7, 262_144)):
             monkeypatch.setattr(mx, "get_active_memory", lambda used=limit - left: used)
             room = min(prefill_room(limit), left)
             expected = chunk_length(config, S, room, 2, impl, chip, CommandBuffers(*TUNED.values()))
-            assert chunk.suitable_chunk(config, mx.float16, S) == expected
+            assert chunk.suitable_chunk(config, mx.float16, limit, S) == expected
             found.add(expected)
     assert len(found) > 3
 
@@ -239,15 +237,15 @@ def test_on_an_m1_chip_and_memory_bound_the_chunk(monkeypatch, memory_limit, imp
 @pytest.mark.usefixtures("on_an_m1")
 def test_rows_share_the_tokens_of_a_chunk():
     config = text_config("4b")
-    one = chunk.suitable_chunk(config, mx.float16, 4096)
-    rows = {batch: chunk.suitable_chunk(config, mx.float16, 4096, batch) for batch in (2, 5, 10_000)}
+    one = chunk.suitable_chunk(config, mx.float16, M1_8_GB, 4096)
+    rows = {batch: chunk.suitable_chunk(config, mx.float16, M1_8_GB, 4096, batch) for batch in (2, 5, 10_000)}
     assert rows == {2: one // 2, 5: one // 5, 10_000: 1}
 
 
 @pytest.mark.usefixtures("on_an_m1")
 def test_weights_that_fill_the_memory_leave_the_shortest_chunk(monkeypatch):
     monkeypatch.setattr(mx, "get_active_memory", lambda: 5.699e9)
-    assert chunk.suitable_chunk(text_config("4b"), mx.float16, 4096) == LENGTHS[-1]
+    assert chunk.suitable_chunk(text_config("4b"), mx.float16, M1_8_GB, 4096) == LENGTHS[-1]
 
 
 # --- layers handed over one by one -----------------------------------------------------------------------------------

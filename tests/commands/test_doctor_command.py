@@ -27,7 +27,7 @@ TINY = parse_config(geometry("tiny")).text
 @pytest.fixture
 def run(monkeypatch, capsys):
     """(arguments) -> (exit status, stdout, stderr), in this process; without --model a tiny model stands for the 4B."""
-    monkeypatch.setattr(check, "sample_model", lambda _, dtype: sample_model(TINY, dtype))
+    monkeypatch.setattr(check, "sample_model", lambda _, dtype, limit: sample_model(TINY, dtype, limit))
     monkeypatch.setattr(check, "measure", functools.partial(measure, seconds=0.0))
 
     def doctor(*arguments: str) -> tuple[int, str, str]:
@@ -184,7 +184,7 @@ def test_a_text_that_is_not_utf_8_is_refused(run, tmp_path):
 
 
 def test_the_sample_is_the_first_layers_and_the_whole_head_of_a_model_of_finite_activations():
-    model = sample_model(TINY, mx.float16)
+    model = sample_model(TINY, mx.float16, 10**9)
     assert len(model.layers) == SAMPLE_LAYERS and model.dtype == mx.float16
     assert model.config.vocab_size == TINY.vocab_size
     packed = [p for layer in model.layers for p in layer.mlp.gate_up.products] + [model.embed_tokens]
@@ -228,7 +228,7 @@ class Clock:
     [(0.0, 32), (1.4, 32), (2.5, 64), (10.0, 256), pytest.param(1000.0, PROMPTS[-1], marks=pytest.mark.full)],
 )
 def test_prompts_grow_as_long_as_the_time_allows(monkeypatch, seconds, longest):
-    model, clock = sample_model(TINY, mx.float32), Clock(monkeypatch)
+    model, clock = sample_model(TINY, mx.float32, 10**9), Clock(monkeypatch)
     speed = measure(model, seconds)
     assert clock.read == [n for n in PROMPTS if n <= longest]
     assert (speed.prompt, speed.prompt_seconds) == (longest, longest / 64)
@@ -238,7 +238,7 @@ def test_prompts_grow_as_long_as_the_time_allows(monkeypatch, seconds, longest):
 
 
 def test_a_measured_model_has_all_figures():
-    speed = measure(sample_model(TINY, mx.float32), seconds=0.0)
+    speed = measure(sample_model(TINY, mx.float32, 10**9), seconds=0.0)
     assert speed.prompt == 32 and min(speed.prompt_seconds, speed.layers_seconds, speed.head_seconds) > 0
     assert speed.peak_bytes >= mx.get_active_memory() > 0
 

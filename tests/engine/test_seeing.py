@@ -20,6 +20,7 @@ from mlx_qwen35.commands import generate as generate_command
 from mlx_qwen35.convert import convert
 from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.engine.generation import encode_media, start
+from mlx_qwen35.load import load_vision_encoder
 from mlx_qwen35.model.vision import LazyVisionEncoder, VisionEncoder
 
 PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
@@ -221,27 +222,19 @@ def test_the_tower_is_released_when_encoding_fails(nano, monkeypatch):
     assert not model.vision.loaded
 
 
-def test_a_tower_that_does_not_fit_is_refused(nano, memory_limit):
-    model, processor = nano
-    media = processor.read("image", SHAPES, VisionOptions())
-    memory_limit(mx.get_active_memory() + 500_000)
-    with refused("memory_exceeded"):
-        model.vision.encode([media])
+def test_a_tower_that_does_not_fit_is_refused():
+    with refused("memory_exceeded", "vision encoder"):
+        load_vision_encoder(open_checkpoint(resolve("nano")), mx.float32, None, mx.get_active_memory() + 500_000)
 
 
 @pytest.mark.parametrize(("kind", "option"), [("image", "max_pixels"), ("video", "video_total_pixels")])
-def test_what_cannot_be_encoded_in_this_memory_is_refused_with_the_option_that_helps(
-    nano, memory_limit, monkeypatch, kind, option
-):
-    model, processor = nano
-    media = processor.read(kind, SHAPES if kind == "image" else MOVING, VisionOptions())
-    monkeypatch.setattr(model.vision, "keep", True)
-    model.vision.encode([media])  # with the tower in memory, only the encoding counts
-    memory_limit(mx.get_active_memory() + 50_000)
+def test_what_cannot_be_encoded_in_this_memory_is_refused_with_the_option_that_helps(nano, kind, option):
+    media = nano[1].read(kind, SHAPES if kind == "image" else MOVING, VisionOptions())
+    encoder = load_vision_encoder(open_checkpoint(resolve("nano")), mx.float32)
+    encoder.encode(media)
+    encoder.memory_limit = mx.get_active_memory() + 50_000
     with refused("memory_exceeded", kind, "0.0", option):
-        model.vision.encode([media])
-    monkeypatch.undo()
-    model.vision.release()
+        encoder.encode(media)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def test_layers_tell_the_error_of_the_residual_stream(pair, evaluation):
         model = load_model(checkpoint, mx.float32, "model")
         seen: list[mx.array] = []
         for row in TOKENS:
-            model.hidden(mx.array([row]), pace=lambda arrays, seen=seen: seen.append(arrays[0]))
+            model.hidden(mx.array([row]), pace=lambda arrays, seen=seen: seen.append(arrays[0] + arrays[1]))
         count = len(model.layers)
         states.append([np.concatenate([np.array(x)[0] for x in seen[i::count]]) for i in range(count)])
     errors = [np.sqrt(np.square(b - a).sum() / np.square(a).sum()) for a, b in zip(*states, strict=True)]

@@ -15,7 +15,6 @@ from media.videos import write
 from PIL import Image, ImageFile
 from refusing import refused
 
-from mlx_qwen35.machine.memory import limit_memory
 from mlx_qwen35.media.decoded import resize
 from mlx_qwen35.media.frames import FrameSampling
 from mlx_qwen35.media.image import read_image, read_resized
@@ -26,12 +25,10 @@ MODES = {"1": (1, 0), "L": (8, 0), "I;16": (16, 0), "RGB": (8, 2), "RGBA": (8, 6
 CHANNELS = {0: 1, 2: 3, 6: 4}
 
 
-@pytest.fixture
-def limit():
-    """Sets how many GB there are beside what other tests have left in memory."""
+def limit(beside: int) -> int:
+    """So many bytes beside what other tests have left in memory."""
     gc.collect()
-    yield lambda gigabytes: limit_memory(mx.get_active_memory() / 1e9 + gigabytes)
-    limit_memory(None)
+    return mx.get_active_memory() + beside
 
 
 def black_png(mode: str, side: int) -> bytes:
@@ -81,40 +78,44 @@ def test_a_large_picture_takes_little_more_than_its_decoded_pixels(tmp_path):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_picture_that_memory_has_no_room_for_is_refused_before_it_is_decoded(mode, limit, monkeypatch):
+def test_a_picture_that_memory_has_no_room_for_is_refused_before_it_is_decoded(mode, monkeypatch):
     body = black_png(mode, 1000)
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("it was decoded"))
-    limit(0.0009)
     with refused("media_too_large", "1000 x 1000"):
-        read_image(body)
+        read_image(body, memory_limit=limit(900_000))
     with refused("media_too_large", "1000 x 1000"):
-        read_resized(body, small)
+        read_resized(body, small, memory_limit=limit(900_000))
 
 
-def test_the_pixels_that_are_allowed_are_named_and_fit(limit):
-    limit(0.00700007)
+def test_the_pixels_that_are_allowed_are_named_and_fit():
+    most = limit(7_000_070)
     with refused("media_too_large", "1,000,0", "1100 x 1100"):
-        read_image(black_png("RGB", 1100))  # 4 bytes a pixel decoded, 3 as an array
-    assert read_image(black_png("RGB", 1000)).shape == (1000, 1000, 3)
+        read_image(black_png("RGB", 1100), memory_limit=most)  # 4 bytes a pixel decoded, 3 as an array
+    assert read_image(black_png("RGB", 1000), memory_limit=most).shape == (1000, 1000, 3)
 
 
-def test_a_progressive_jpeg_counts_its_coefficients(limit):
+def test_a_progressive_jpeg_counts_its_coefficients():
     bodies = []
     for progressive in (False, True):
         file = BytesIO()
         Image.new("RGB", (1000, 1000)).save(file, "JPEG", progressive=progressive)
         bodies.append(file.getvalue())
-    limit(0.01)
-    read_image(bodies[0])
+    read_image(bodies[0], memory_limit=limit(10_000_000))
     with refused("media_too_large", "1000 x 1000"):
-        read_image(bodies[1])
+        read_image(bodies[1], memory_limit=limit(10_000_000))
 
 
-def test_a_video_whose_frames_memory_has_no_room_for_is_refused(limit, tmp_path):
-    path = write(tmp_path / "video.mp4", 5)
-    limit(0.00005)
+def test_a_video_whose_frames_memory_has_no_room_for_is_refused(tmp_path):
+    path, sampling = write(tmp_path / "video.mp4", 5), FrameSampling(2, None, 2, 9)
     with refused("media_too_large", "video.mp4"):
-        read_video(path, FrameSampling(2, None, 2, 9), lambda frames, height, width: (height, width))
+        read_video(path, sampling, lambda frames, height, width: (height, width), memory_limit=limit(50_000))
+
+
+def test_a_frame_that_memory_has_no_room_for_is_refused(tmp_path):
+    for number in range(2):
+        (tmp_path / f"{number}.png").write_bytes(black_png("RGB", 1000))
+    with refused("media_too_large", "frame 1", "1000 x 1000"):
+        read_video(tmp_path, FrameSampling(2, None, 2, 9), small, source_fps=1, memory_limit=limit(900_000))
 
 
 # --- bands change nothing ---

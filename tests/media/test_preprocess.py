@@ -1,6 +1,7 @@
 """How large images and videos become: the checkpoint's limits, the machine's, and the caller's."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 from refusing import refused
 
 from mlx_qwen35 import VisionOptions
+from mlx_qwen35.backend import CPU, assume
 from mlx_qwen35.checkpoint.config import parse_config
 from mlx_qwen35.checkpoint.random import geometry
-from mlx_qwen35.machine.memory import machine_pixels
+from mlx_qwen35.machine.memory import most_pixels
 from mlx_qwen35.media.preprocess import Media, Preprocessor
 from mlx_qwen35.media.preprocessor_files import read_preprocessor
 
@@ -21,20 +23,18 @@ IMAGE = COMMON | {"size": {"shortest_edge": 65536, "longest_edge": 16777216}}  #
 VIDEO = COMMON | {"size": {"shortest_edge": 4096, "longest_edge": 25165824}}
 
 
-def preprocessors(folder: Path, image: dict = IMAGE, video: dict = VIDEO) -> tuple[Preprocessor, Preprocessor]:
+def preprocessors(
+    folder: Path, image: dict = IMAGE, video: dict = VIDEO, memory_limit: int | None = None
+) -> tuple[Preprocessor, Preprocessor]:
     (folder / "preprocessor_config.json").write_text(json.dumps(image))
     (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
     config = parse_config(geometry("tiny")).vision
-    return read_preprocessor(folder, "image", config), read_preprocessor(folder, "video", config)
+    image, video = (read_preprocessor(folder, kind, config, memory_limit) for kind in ("image", "video"))
+    return image, video
 
 
 def size(media: Media) -> tuple[int, int]:
     return media.pixels.shape[1:3]
-
-
-@pytest.fixture
-def with_memory(monkeypatch):
-    return lambda usable: monkeypatch.setattr("mlx_qwen35.machine.memory.usable_bytes", lambda: usable)
 
 
 @pytest.mark.parametrize(
@@ -42,14 +42,14 @@ def with_memory(monkeypatch):
     [(5.73e9, 2**20, 6 * 2**20), (11.5e9, 2**22, 12 * 2**20), (17.2e9, float("inf"), float("inf"))],
     ids=["8 GB", "16 GB", "24 GB"],
 )
-def test_the_default_limits_follow_the_machine_s_memory(with_memory, usable, image, video):
-    with_memory(usable)
-    assert machine_pixels() == (image, video)
+def test_the_default_limits_follow_the_machine_s_memory(usable, image, video):
+    assert most_pixels(int(usable)) == (image, video)
+    with assume(replace(CPU, usable_memory=lambda: int(usable))):
+        assert most_pixels(None) == (image, video)
 
 
-def test_an_image_and_a_video_are_resized_to_the_machine_s_limits(with_memory, tmp_path):
-    with_memory(5.73e9)
-    image, video = preprocessors(tmp_path)
+def test_an_image_and_a_video_are_resized_to_the_machine_s_limits(tmp_path):
+    image, video = preprocessors(tmp_path, memory_limit=5_730_000_000)
     large = np.zeros((2000, 3000, 3), np.uint8)
     assert size(image.image(large, VisionOptions())) == (832, 1248)
     assert size(image.image(large, VisionOptions(published_limits=True))) == (1984, 3008)
@@ -60,17 +60,16 @@ def test_an_image_and_a_video_are_resized_to_the_machine_s_limits(with_memory, t
     assert size(video.video(frames, VisionOptions(source_fps=2, video_total_pixels=2**20))) == (512, 512)
 
 
-def test_a_caller_s_limit_may_exceed_the_published_one(with_memory, tmp_path):
-    with_memory(64e9)
-    image, _ = preprocessors(tmp_path, IMAGE | {"size": {"shortest_edge": 4096, "longest_edge": 65536}})
+def test_a_caller_s_limit_may_exceed_the_published_one(tmp_path):
+    small = IMAGE | {"size": {"shortest_edge": 4096, "longest_edge": 65536}}
+    image, _ = preprocessors(tmp_path, small, memory_limit=64 * 10**9)
     picture = np.zeros((512, 512, 3), np.uint8)
     assert size(image.image(picture, VisionOptions())) == (256, 256)
     assert size(image.image(picture, VisionOptions(max_pixels=2**20))) == (512, 512)
 
 
-def test_a_caller_s_minimum_lifts_the_machine_s_limit(with_memory, tmp_path):
-    with_memory(5.73e9)
-    image, _ = preprocessors(tmp_path)
+def test_a_caller_s_minimum_lifts_the_machine_s_limit(tmp_path):
+    image, _ = preprocessors(tmp_path, memory_limit=5_730_000_000)
     assert size(image.image(np.zeros((64, 64, 3), np.uint8), VisionOptions(min_pixels=2**21))) == (1472, 1472)
 
 

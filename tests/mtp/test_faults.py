@@ -133,11 +133,11 @@ def test_what_is_left_of_a_rejected_guess_is_zero(nano):
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-def test_auto_gives_up_drafts_rather_than_context(memory_limit):
+def test_auto_gives_up_drafts_rather_than_context():
     model, processor = load("nano")
     prompt, found = [5] * 30000, set()
     for megabytes in range(60, 140):
-        memory_limit(mx.get_active_memory() + megabytes * 1e6)
+        model.memory_limit = mx.get_active_memory() + megabytes * 1_000_000
         try:
             off = generation(model, processor, prompt, mtp="off").plan
         except InputError:

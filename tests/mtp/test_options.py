@@ -1,7 +1,5 @@
 """Who gets drafts, what is told about it, and what is refused."""
 
-from collections.abc import Callable
-
 import mlx.core as mx
 import pytest
 from geometries import changed
@@ -63,30 +61,30 @@ def test_drafts_of_a_checkpoint_without_a_head_are_refused(options, nano, headle
         generate(headless, nano[1], ASK, **options)
 
 
-def allow(model: Model, depth: int, rows: int, memory_limit: Callable[[float], None]) -> None:
+def allow(model: Model, depth: int, rows: int) -> None:
     """Leave memory for so many drafts at a time and no more."""
     low, high = 0.0, 1e9
     while high - low > 1e4:  # the most that has no room for one more
         middle = (low + high) / 2
-        memory_limit(mx.get_active_memory() + middle)
-        fits = most_depth(model.config, model.dtype, model.mtp.nbytes, rows, 4) > depth
+        model.memory_limit = int(mx.get_active_memory() + middle)
+        fits = most_depth(model.config, model.dtype, model.memory_limit, model.mtp.nbytes, rows, 4) > depth
         low, high = (low, middle) if fits else (middle, high)
-    memory_limit(mx.get_active_memory() + low)
-    assert most_depth(model.config, model.dtype, model.mtp.nbytes, rows, 4) == depth
+    model.memory_limit = int(mx.get_active_memory() + low)
+    assert most_depth(model.config, model.dtype, model.memory_limit, model.mtp.nbytes, rows, 4) == depth
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize(("most", "told"), [(2, "only for 2: lower mtp_depth, or"), (1, "only for 1: lower mtp_depth")])
-def test_more_drafts_than_memory_has_room_for_are_refused(most, told, rows, model, memory_limit):
-    allow(model, most, rows, memory_limit)
+def test_more_drafts_than_memory_has_room_for_are_refused(most, told, rows, model):
+    allow(model, most, rows)
     with refused("memory_exceeded", "3", told):
         choose_drafts(model, "on", 3, rows, 100)
     assert choose_drafts(model, "on", most, rows, 100) == DraftPolicy(most, fixed=True, head_bytes=model.mtp.nbytes)
     assert choose_drafts(model, "auto", None, rows, 100) == DraftPolicy(most, head_bytes=model.mtp.nbytes)
 
 
-def test_a_head_that_memory_has_no_room_for_is_refused_or_left_out(model, memory_limit):
-    allow(model, 0, 1, memory_limit)
+def test_a_head_that_memory_has_no_room_for_is_refused_or_left_out(model):
+    allow(model, 0, 1)
     with refused("memory_exceeded", "2"):
         choose_drafts(model, "on", None, 1, 100)
     assert choose_drafts(model, "auto", None, 1, 100) == DraftPolicy(0, reason="memory has no room for the draft head")

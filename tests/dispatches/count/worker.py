@@ -29,39 +29,31 @@ READ = 3  # tokens in the cache
 BOUNDARY = "boundary"  # a marker that says which layer begins
 
 
-class _Layer:
-    """A layer that says where it begins."""
+class _Beginning:
+    """A module at whose input a layer begins, or what is around the layers."""
 
-    def __init__(self, layer: Any):
-        self._layer = layer
+    def __init__(self, module: Any):
+        self._module = module
 
-    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if hasattr(self._layer, "mixer_name"):  # ours gets the residual stream, and that normed
-            normed, *args = args
-            return self._layer(x, markers.marked(BOUNDARY, normed, normed), *args, **kwargs)
-        return self._layer(markers.marked(BOUNDARY, x, x), *args, **kwargs)
-
-    def of_sum(self, x: mx.array, added: mx.array) -> tuple[mx.array, mx.array]:
-        """Our final norm, which belongs to the last layer's sum: what is around the layers begins behind it."""
-        x, normed = self._layer.of_sum(x, added)
-        return x, markers.marked(BOUNDARY, normed, normed)
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        return self._module(markers.marked(BOUNDARY, x, x), *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
+        return getattr(self._module, name)
 
 
 class Network(NamedTuple):
-    holder: Any  # what has the list of layers, as `layers`
+    """A program's model. beginnings: where each layer begins, then what is around them; a container and a key each."""
+
+    beginnings: list[tuple[Any, Any]]
     make_cache: Callable[[], Any]
     forward: Callable[[mx.array, Any], mx.array]  # tokens (1, T), cache -> logits
-    norm: str = "norm"  # the holder's final norm
 
 
 def one_token(network: Network) -> dict[str, Any]:
     """Record the pass over one token, with a cache that holds READ tokens, to the logits and the written cache."""
-    holder = network.holder
-    holder.layers = [_Layer(layer) for layer in holder.layers]
-    setattr(holder, network.norm, _Layer(getattr(holder, network.norm)))
+    for container, key in network.beginnings:
+        container[key] = _Beginning(container[key])
     cache = network.make_cache()
 
     def step(tokens: mx.array) -> list[mx.array]:
@@ -165,14 +157,17 @@ def _our_weights(config: dict[str, Any], bits: Bits, drafts: bool = False) -> tu
 def _our_model(text: Any, weights: Any) -> Any:
     from mlx_qwen35.model.model import Model
 
-    model = _hollow(Model(text, weights))
+    model = _hollow(Model(text, weights, memory_limit=0))
     mx.eval(model.rotary.frequencies, model.rotary.axes)
     return model
 
 
 def build_mlx_qwen35(config: dict[str, Any], bits: Bits) -> Network:
+    """A layer of ours begins at its mixer: the norm before it is one launch with the sum of the layer before."""
     model = _our_model(*_our_weights(config, bits))
-    return Network(model, model.make_cache, model)
+    lm_head = "embed_tokens" if model.config.tie_word_embeddings else "lm_head"
+    beginnings = [*((layer, layer.mixer_name) for layer in model.layers), (model, lm_head)]
+    return Network(beginnings, model.make_cache, model)
 
 
 def draft_step(config: dict[str, Any], bits: Bits, depth: int) -> dict[str, Any]:
@@ -187,12 +182,16 @@ def draft_step(config: dict[str, Any], bits: Bits, depth: int) -> dict[str, Any]
     )
 
 
+def _peer_beginnings(model: Any) -> list[tuple[Any, Any]]:
+    return [*((model.layers, i) for i in range(len(model.layers))), (model, "norm")]
+
+
 def build_mlx_lm(config: dict[str, Any], bits: Bits) -> Network:
     from mlx_lm.models.qwen3_5 import Model, ModelArgs
 
     model = _hollow_peer(Model(ModelArgs.from_dict(config)), bits)
     text = model.language_model
-    return Network(text.model, text.make_cache, lambda tokens, cache: text(tokens, cache=cache))
+    return Network(_peer_beginnings(text.model), text.make_cache, lambda tokens, cache: text(tokens, cache=cache))
 
 
 def build_mlx_vlm(config: dict[str, Any], bits: Bits) -> Network:
@@ -209,7 +208,7 @@ def build_mlx_vlm(config: dict[str, Any], bits: Bits) -> Network:
             setattr(text, name, None if value is None else blank(value.shape, value.dtype))
         return logits
 
-    return Network(text.model, text.make_cache, forward)
+    return Network(_peer_beginnings(text.model), text.make_cache, forward)
 
 
 BUILDERS = {"mlx_qwen35": build_mlx_qwen35, "mlx-lm": build_mlx_lm, "mlx-vlm": build_mlx_vlm}
