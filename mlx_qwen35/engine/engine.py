@@ -51,7 +51,7 @@ class Engine:
                 self.waiting.append(sequence)
 
     def step(self) -> list[Sequence]:
-        """Do a bounded piece of work: one chunk of a prompt, one token for each running sequence, or both.
+        """Do a bounded piece of work: one token for each running sequence, one chunk of a prompt, or both.
 
         Returns the sequences that have a new token or are finished. An error of a sequence ends that sequence. Any
         other exception, as KeyboardInterrupt, ends the running ones, each with the tokens that it has.
@@ -60,9 +60,9 @@ class Engine:
             paused = time.perf_counter() - self._left
             set_limits(self.model.memory_limit)
             try:
-                news = self._prefill()
-                if not self.waiting or self.interleave:
-                    news += self._decode(paused)
+                decodes = self.interleave or not self.waiting
+                news = self._decode(paused) if decodes else []
+                news += self._prefill()
             except BaseException:
                 self._abandon()
                 raise

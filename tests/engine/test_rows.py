@@ -1,0 +1,312 @@
+"""Rows join and leave: what a sequence gets depends on itself alone, and what leaves is gone."""
+
+import gc
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from engine.schedules import VOCABULARY, Case, alone, check, random_cases, together
+from mtp.drafting import SMALL, load_small
+from refusing import refused
+
+from mlx_qwen35 import batch_generate, generate, load
+from mlx_qwen35.cache.cache import Cache
+from mlx_qwen35.engine.drafts.speculate import DraftPolicy
+from mlx_qwen35.engine.engine import Engine
+from mlx_qwen35.engine.generation import request
+from mlx_qwen35.engine.presets import Sampling
+from mlx_qwen35.engine.sampling import Sampler
+from mlx_qwen35.engine.sequence import Sequence
+from mlx_qwen35.model.model import Model
+from mlx_qwen35.prompt.prompt import Prompt
+
+PICTURE = "examples/pictures/shapes.png"
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint_folder, tmp_path_factory) -> Model:
+    return load_small(checkpoint_folder(SMALL), tmp_path_factory.mktemp("rows") / "model")
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return load("nano")
+
+
+def sequence(prompt, limit=20, seed=0, **options) -> Sequence:
+    sampler = Sampler(Sampling(temp=1.0), seed, len(prompt), VOCABULARY, **options.pop("own", {}))
+    return Sequence(Prompt(tuple(prompt), thinking=False), sampler, limit, prefill_step_size=64, **options)
+
+
+def run(engine: Engine) -> None:
+    while not engine.idle:
+        engine.step()
+
+
+# --- I1: joins and leaves change no text ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.full) for seed in range(4, 304))])
+def test_a_sequence_in_any_schedule_gets_what_it_gets_alone(model, seed):
+    check(model, seed)
+
+
+def test_texts_and_images_that_come_and_go_get_what_each_gets_alone(nano):
+    asked = [
+        ({"prompt": "What do you see?", "images": [PICTURE]}, 5),
+        ({"prompt": "What is 34 + 58?", "mtp": "on", "mtp_depth": 3}, 0),
+        ({"prompt": "What do you see?", "images": [PICTURE], "mtp": "on"}, 2),
+        ({"prompt": "Who are you?", "temp": 0, "stop": ["mlx"]}, 9),
+        ({"prompt": "What is 3 + 4?", "presence_penalty": 1.5, "min_p": 0.1}, 7),
+    ]
+    engine, requests = Engine(nano[0], interleave=True), []
+    for step in range(10):
+        for seed, (options, arrives) in enumerate(asked):
+            if arrives == step:
+                requests.append((request(*nano, seed=seed, max_tokens=30, **options), options, seed))
+                engine.add(requests[-1][0])
+        engine.step()
+    run(engine)
+    for made, options, seed in requests:
+        assert made.result().tokens == generate(*nano, seed=seed, max_tokens=30, **options).tokens
+
+
+def test_equal_prompts_of_a_batch_get_seeds_of_their_own(nano):
+    question = "What is 34 + 58?"
+    options = {"max_tokens": 12, "temp": 1.5, "enable_thinking": True}
+    results = batch_generate(*nano, [question] * 3, seed=7, **options)
+    assert [result.seed for result in results] == [7, 8, 9] and len({result.tokens for result in results}) == 3
+    assert [generate(*nano, question, seed=7 + row, **options).tokens for row in range(3)] == [r.tokens for r in results]
+    again = batch_generate(*nano, [question] * 3, seed=[9, 7, 7], **options)
+    assert [result.tokens for result in again] == [results[2].tokens, results[0].tokens, results[0].tokens]
+    with refused("option_invalid", "3", "2"):
+        batch_generate(*nano, [question] * 3, seed=[1, 2])
+
+
+# --- I3, I4: what leaves is gone --------------------------------------------------------------------------------------
+
+
+def active() -> int:
+    gc.collect()
+    mx.synchronize()
+    mx.clear_cache()
+    return mx.get_active_memory()
+
+
+def test_no_array_is_left_of_rows_that_left(model):
+    together(model, random_cases(1), interleave=True)  # what a model holds from its first use on
+    before = active()
+    engine = Engine(model, interleave=True)
+    for seed in range(20, 28):
+        for case in random_cases(seed):
+            engine.add(case.sequence())
+            engine.step()
+        run(engine)
+    assert active() == before
+
+
+@pytest.mark.parametrize("when", ["waiting", "prefilling", "decoding", "drafting"])
+def test_a_cancelled_sequence_frees_its_memory_within_one_step_and_the_other_goes_on(model, when):
+    depth = 2 if when == "drafting" else 0
+    drafts = DraftPolicy(depth, fixed=bool(depth))
+    long, short = np.random.default_rng(0).integers(0, VOCABULARY, 700).tolist(), [1, 2, 3]
+    run(engine := Engine(model))
+    first, expected = sequence(short, 40, drafts=drafts), sequence(short, 40)
+    engine.add(first)
+    engine.step()
+    before = active()
+    second = sequence(long, 40, drafts=drafts)
+    engine.add(second)
+    for _ in range({"waiting": 0, "prefilling": 3, "decoding": 14, "drafting": 13}[when]):
+        engine.step()
+    assert bool(second.tokens) == (when in ("decoding", "drafting"))
+    held = active() - before
+    engine.cancel(second)
+    engine.step()
+    assert second.finish_reason == "interrupted"
+    if when != "waiting":
+        assert active() - before < held / 4
+    run(engine)
+    engine.add(expected)
+    run(engine)
+    assert first.tokens == expected.tokens and len(first.tokens) == 40
+
+
+# --- I8: an error ends its own row ------------------------------------------------------------------------------------
+
+
+class Broken(Exception):
+    pass
+
+
+def failing(after: int):
+    calls = iter(range(after))
+
+    def processor(tokens: mx.array, logits: mx.array) -> mx.array:
+        if next(calls, None) is None:
+            raise Broken
+        return logits
+
+    return processor
+
+
+class Dead:
+    """A constraint that allows nothing behind the third token."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def mask(self) -> np.ndarray:
+        return np.full(VOCABULARY, self.count < 3)
+
+    def accept(self, token: int) -> None:
+        self.count += 1
+
+    def rollback(self, count: int) -> None:
+        self.count -= count
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+@pytest.mark.parametrize(
+    ("own", "kind"),
+    [
+        ({"processors": [failing(0)]}, Broken),
+        ({"processors": [failing(4)]}, Broken),
+        ({"choose": lambda logprobs: mx.array([10**6])}, Exception),
+        ({"choose": lambda logprobs: logprobs}, Exception),
+        ({"constraint": Dead()}, Exception),
+    ],
+    ids=["processor at once", "processor later", "token that is none", "choice of another shape", "nothing allowed"],
+)
+def test_an_error_of_a_row_ends_that_row_alone(model, own, kind, depth):
+    cases = [case for case in random_cases(3) if case.leaves is None]
+    engine, others = Engine(model), [case.sequence() for case in cases]
+    bad = sequence([5, 6, 7], own=own, drafts=DraftPolicy(depth, fixed=bool(depth)))
+    engine.add(*others, bad)
+    run(engine)
+    assert isinstance(bad.error, kind) and bad.result().finish_reason == "error" and bad.result().error is bad.error
+    for case, other in zip(cases, others, strict=True):
+        assert other.error is None and other.tokens == alone(model, case)
+
+
+def test_an_error_in_a_pass_of_all_rows_ends_them_and_the_engine_goes_on(model, monkeypatch):
+    engine, rows = Engine(model), [sequence([1, 2, 3]), sequence([4, 5])]
+    caches = [model.make_cache() for _ in rows]
+    for row, cache in zip(rows, caches, strict=True):
+        row.cache = cache
+    engine.add(*rows)
+    for _ in range(5):
+        engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(Model, "logits", lambda self, hidden: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    assert engine.idle and [row.finish_reason for row in rows] == ["interrupted"] * 2
+    for row, cache, prompt in zip(rows, caches, ([1, 2, 3], [4, 5]), strict=True):
+        read = model.make_cache()
+        mx.eval(model.hidden(mx.array([[*prompt, *row.tokens]]), read))
+        assert cache.row_lengths == read.row_lengths
+    after = sequence([1, 2, 3])
+    engine.add(after)
+    run(engine)
+    assert after.tokens[: len(rows[0].tokens)] == rows[0].tokens
+
+
+# --- the caller's own functions ---------------------------------------------------------------------------------------
+
+
+def test_a_constraint_holds_and_changes_no_text_with_drafts(model):
+    cases = [case for seed in range(40) for case in random_cases(seed) if case.constrained and case.depth]
+    for case in cases[:6]:
+        plain = Case(**{**case.__dict__, "depth": 0})
+        tokens = alone(model, case)
+        assert tokens == alone(model, plain)
+        assert all(token % 2 == place % 2 for place, token in enumerate(tokens))
+
+
+def test_mlx_lm_s_samplers_and_processors_work(nano):
+    from mlx_lm.sample_utils import make_logits_processors, make_sampler
+
+    question = "What is 34 + 58?"
+    greedy = generate(*nano, question, temp=0, max_tokens=20)
+    assert generate(*nano, question, sampler=make_sampler(temp=0.0), max_tokens=20).tokens == greedy.tokens
+    seen = []
+
+    def spy(tokens: mx.array, logits: mx.array) -> mx.array:
+        seen.append((tokens.tolist(), logits.shape))
+        return logits
+
+    told = generate(*nano, question, temp=0, max_tokens=20, logits_processors=[spy])
+    assert told.tokens == greedy.tokens and told.mtp.drafted == 0
+    first = seen[0][0]
+    assert [tokens for tokens, _ in seen] == [first + list(told.tokens[:n]) for n in range(len(told.tokens))]
+    assert {shape for _, shape in seen} == {(1, nano[0].config.vocab_size)}
+    banned = greedy.tokens[0]
+    bias = make_logits_processors(logit_bias={banned: -1e9})
+    assert banned not in generate(*nano, question, temp=0, max_tokens=20, logits_processors=bias).tokens
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": lambda x: x, "temp": 0.5}, {"sampler": lambda x: x, "mtp": "on"},
+        {"logits_processors": [lambda t, x: x], "mtp_depth": 2},
+    ],
+)  # fmt: skip
+def test_options_without_effect_beside_the_caller_s_functions_are_refused(nano, options):
+    with refused("option_conflict"):
+        generate(*nano, "Hello", **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"sampler": 3}, {"logits_processors": [3]}, {"logits_processors": 3}, {"constraint": 3}, {"seed": [-1]}]
+)
+def test_functions_of_another_kind_are_refused(nano, options):
+    with refused("option_invalid", next(iter(options))):
+        generate(*nano, "Hello", **options)
+
+
+def test_a_constraint_belongs_to_one_prompt(nano):
+    with refused("option_conflict"):
+        batch_generate(*nano, ["a", "b"], constraint=Dead())
+
+
+# --- caches -----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_a_batch_go_on_with_caches_of_their_own(nano):
+    model, processor = nano
+    caches, singles = [model.make_cache() for _ in range(2)], [model.make_cache() for _ in range(2)]
+    for questions in (["What is 34 + 58?", "Who are you?"], ["Who are you?", "What is 3 + 4?"]):
+        together_ = batch_generate(model, processor, questions, cache=caches, seed=[1, 2], max_tokens=20)
+        for row, question in enumerate(questions):
+            one = generate(model, processor, question, cache=singles[row], seed=row + 1, max_tokens=20)
+            assert together_[row].tokens == one.tokens
+            assert caches[row].row_lengths == singles[row].row_lengths
+
+
+def test_caches_that_do_not_fit_the_prompts_are_refused(nano):
+    model, processor = nano
+    one = model.make_cache()
+    for cache in (one, [one], [one, one], [one, model.make_cache(2)]):
+        with refused("cache_batch_mismatch"):
+            batch_generate(model, processor, ["a", "b"], cache=cache)
+
+
+def test_two_streams_on_one_cache_do_not_harm_each_other(nano):
+    from mlx_qwen35 import stream_generate
+
+    model, processor = nano
+    cache = model.make_cache()
+    generate(model, processor, "Who are you?", cache=cache, seed=0, max_tokens=8)
+
+    def stream(seed: int, own: Cache):
+        return stream_generate(model, processor, "What is 34 + 58?", cache=own, seed=seed, max_tokens=20)
+
+    expected = [[str(p) for p in stream(seed, cache.copy())] for seed in range(2)]
+    streams, told = [stream(seed, cache) for seed in range(2)], [[], []]
+    for _ in range(40):
+        for own, text in zip(streams, told, strict=True):
+            if (piece := next(own, None)) is not None:
+                text.append(str(piece))
+    assert told == expected
