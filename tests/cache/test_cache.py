@@ -1,4 +1,4 @@
-"""The memory of a conversation: padding leaves no trace, conversations do not meet, and one can go back."""
+"""The cache of a conversation: padding leaves no trace, conversations do not meet, and one can go back."""
 
 import gc
 from collections.abc import Iterator
@@ -9,9 +9,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from geometries import changed
 from refusing import refused
 
-from mlx_qwen35.cache.layer import KVCache
+from mlx_qwen35.cache.cache import Cache
+from mlx_qwen35.cache.layer import KVCache, KVRow
+from mlx_qwen35.checkpoint.random import geometry
 
 # Rows of a batch go through the same float32 operations, but products of other shapes may sum in another order.
 SAME = 2e-5
@@ -47,11 +50,13 @@ def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
         setattr(module, name, own)
 
 
-def contents(cache) -> dict[str, np.ndarray]:
-    return {name: np.array(array) for name, array in cache.arrays().items()}
+def contents(cache) -> dict[tuple[int, str], np.ndarray]:
+    """The arrays of every row."""
+    rows = range(cache.batch)
+    return {(row, name): np.array(array) for row in rows for name, array in cache.arrays(row).items()}
 
 
-def assert_same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+def assert_same_bits(a: dict[tuple[int, str], np.ndarray], b: dict[tuple[int, str], np.ndarray]) -> None:
     assert a.keys() == b.keys()
     for name, array in a.items():
         assert array.tobytes() == b[name].tobytes(), name
@@ -90,9 +95,8 @@ def test_a_batch_of_unequal_prompts_equals_single_runs(chunk, model):
         assert difference(batch[row], logits(model, tokens, alone)[0]) < SAME
         for step, out in enumerate(after):
             assert difference(out[row], logits(model, follow[row : row + 1] + step, alone)[0]) < SAME
-        for name, state in alone.arrays().items():
-            if name.endswith((".conv_state", ".recurrent_state")):
-                assert difference(cache.arrays()[name][row : row + 1], state) < SAME, name
+        for name, array in alone.arrays().items():
+            assert difference(cache.arrays(row)[name], array) < SAME, name
 
 
 def test_the_content_of_padding_changes_no_bit(model):
@@ -101,9 +105,7 @@ def test_the_content_of_padding_changes_no_bit(model):
     two, second = read_padded(model, rows, 16, filler=2)
     for a, b in zip(one, two, strict=True):
         assert difference(a, b) == 0
-    for name, array in first.arrays().items():
-        if name.endswith((".conv_state", ".recurrent_state")):
-            assert difference(array, second.arrays()[name]) == 0, name
+    assert_same_bits(contents(first), contents(second))
 
 
 def test_nan_in_the_embedding_of_padding_spoils_nothing(model):
@@ -131,8 +133,7 @@ def test_one_wanted_column_of_each_row_is_that_of_all(model):
     assert wanted.shape == (2, 1, every.shape[-1])
     for row, column in enumerate((19, 8)):
         assert difference(wanted[row, 0], every[row, column]) < 10 * SAME  # before the head
-    for name, array in caches[0].arrays().items():
-        assert mx.array_equal(array, caches[1].arrays()[name]), name
+    assert_same_bits(contents(caches[0]), contents(caches[1]))
 
 
 @pytest.mark.parametrize("lengths", [[3], [3, -1], [3, 6], [1, 2, 3]])
@@ -192,17 +193,23 @@ def test_keys_survive_the_growth_of_the_buffer(model):
 
 
 def test_arrays_are_named_after_their_layers_and_hold_used_columns_only(model):
-    cache = model.make_cache()
-    assert set(cache.arrays()) == {f"layers.{i}.{part}" for i in range(3) for part in ("conv_state", "recurrent_state")}
-    logits(model, ids(0, 11), cache)
-    shapes = {name: array.shape for name, array in cache.arrays().items()}
     delta = {f"layers.{i}.conv_state": (1, 3, 768) for i in range(3)} | {
         f"layers.{i}.recurrent_state": (1, 6, 64, 96) for i in range(3)
     }
-    assert shapes == delta | {"layers.3.keys": (1, 1, 11, 128), "layers.3.values": (1, 1, 11, 128)}
+
+    def shapes(cache, row: int = 0) -> dict[str, tuple[int, ...]]:
+        return {name: array.shape for name, array in cache.arrays(row).items()}
+
+    def expected(tokens: int) -> dict[str, tuple[int, ...]]:
+        return delta | {f"layers.3.{part}": (1, 1, tokens, 128) for part in ("keys", "values")}
+
+    cache = model.make_cache()
+    assert shapes(cache) == expected(0)
+    logits(model, ids(0, 11), cache)
+    assert shapes(cache) == expected(11)
     cache = model.make_cache(2)
     logits(model, mx.zeros((2, 4), mx.int32), cache, [4, 2])
-    assert cache.arrays()["mask"].tolist() == [[True] * 4, [True, True, False, False]]
+    assert [shapes(cache, row) for row in (0, 1)] == [expected(4), expected(2)]
 
 
 def test_nbytes_counts_states_windows_and_whole_buffers(model):
@@ -266,7 +273,7 @@ def test_branches_written_in_small_steps_come_back(model):
         assert_same_bits(held, contents(cache))
 
 
-def test_a_snapshot_of_a_padded_batch_remembers_its_holes(model):
+def test_a_snapshot_of_a_padded_batch_remembers_its_lengths(model):
     cache = model.make_cache(2)
     logits(model, mx.broadcast_to(ids(1, 8), (2, 8)), cache, [8, 5])
     place, before = cache.snapshot(), contents(cache)
@@ -282,51 +289,106 @@ def test_a_snapshot_of_an_empty_cache_starts_over(model):
     empty = cache.snapshot()
     first = logits(model, ids(1, 7), cache)
     cache.restore(empty)
-    assert cache.length == 0 and set(cache.arrays()) == set(model.make_cache().arrays()) | {
-        "layers.3.keys",
-        "layers.3.values",
-    }
+    assert cache.length == 0
+    assert_same_bits(contents(cache), contents(model.make_cache()))
     assert difference(first, logits(model, ids(1, 7), cache)) == 0
 
 
 def test_a_snapshot_copies_keys_only_when_their_columns_are_overwritten(model):
     cache = model.make_cache()
     logits(model, ids(1, 30), cache)
-    cache.evaluate()
+    buffers = cache.layers[3].rows[0].buffers
     s1 = cache.snapshot()
-    logits(model, ids(2, 10), cache)
-    s2 = cache.snapshot()
-    for _ in range(3):  # going back and writing after the snapshot's own columns copies nothing of s1
+    for length in (10, 2, 5):  # nothing holds the columns behind the snapshot's own
         cache.restore(s1)
-        logits(model, ids(3, 2), cache)
-    assert s1.tail is None
-    assert [keys.shape[2] for keys, _ in s2.tail] == [10]
+        logits(model, ids(2, length), cache)
+        assert cache.layers[3].rows[0].buffers is buffers
+    s2 = cache.snapshot()
+    cache.restore(s1)
+    logits(model, ids(3, 2), cache)  # over columns of s2
+    assert cache.layers[3].rows[0].buffers is not buffers
+    cache.restore(s2)
+    assert cache.layers[3].rows[0].buffers is buffers
 
 
 def test_a_step_does_not_copy_the_keys_of_a_long_cache():
-    cache_keys = mx.zeros((1, 4, 4096, 128))  # 8 MB a buffer
-    layer = KVCache()
-    layer.extend(cache_keys, cache_keys, 0)
-    del cache_keys
-    mx.eval(layer.keys, layer.values)
+    layer = KVCache([KVRow(4, 128, mx.float32)])
+
+    def extend(columns: mx.array) -> list[tuple[mx.array, mx.array]]:
+        counts = [columns.shape[2]]
+        layer.reserve(counts)
+        return layer.append(columns, columns, counts)
+
+    extend(mx.zeros((1, 4, 4096, 128)))  # 8 MB a buffer
+    mx.eval(layer.arrays())
     step = mx.zeros((1, 4, 1, 128))
-    layer.extend(step, step, 4096)  # grows
-    mx.eval(layer.keys, layer.values)
+    extend(step)  # grows
+    mx.eval(layer.arrays())
     gc.collect()
     mx.clear_cache()
     held = mx.get_active_memory()
     mx.reset_peak_memory()
-    for t in range(4):
-        keys, values = layer.extend(step, step, 4097 + t)
-        mx.eval(layer.keys, layer.values, keys.sum(), values.sum())
+    for _ in range(4):
+        ((keys, values),) = extend(step)
+        mx.eval(layer.arrays(), keys.sum(), values.sum())
         del keys, values
     assert mx.get_peak_memory() - held < 4e6, "a step copied the buffer"
 
 
-def test_a_snapshot_of_another_cache_is_refused(model):
-    foreign = model.make_cache().snapshot()
+def test_a_snapshot_is_restored_into_any_cache_of_the_model_and_both_go_on_apart(model):
+    first, second = model.make_cache(), model.make_cache()
+    logits(model, ids(1, 20), first)
+    place, before = first.snapshot(), contents(first)
+    logits(model, ids(2, 9), second)
+    second.restore(place)
+    assert_same_bits(before, contents(second))
+    ways = [logits(model, ids(seed, 4), cache) for seed, cache in ((3, first), (4, second), (3, second), (4, first))]
+    alone = []
+    for seeds in ((3, 4), (4, 3)):
+        cache = model.make_cache()
+        logits(model, ids(1, 20), cache)
+        alone.append([logits(model, ids(seed, 4), cache) for seed in seeds])
+    for out, expected in zip(ways, (alone[0][0], alone[1][0], alone[1][1], alone[0][1]), strict=True):
+        assert difference(out, expected) == 0
+    first.restore(place)
+    assert_same_bits(before, contents(first))
+
+
+@pytest.mark.parametrize("other", ["rows", "dtype", "model"])
+def test_a_snapshot_of_other_rows_or_of_another_model_is_refused(other, model, text_model):
+    foreign = {
+        "rows": lambda: model.make_cache(2),
+        "dtype": lambda: text_model(dtype=mx.bfloat16).make_cache(),
+        "model": lambda: text_model(changed(geometry("tiny"), num_hidden_layers=8)).make_cache(),
+    }
+    cache = model.make_cache()
+    logits(model, ids(1, 5), cache)
+    before = contents(cache)
     with refused("snapshot_foreign"):
-        model.make_cache().restore(foreign)
+        cache.restore(foreign[other]().snapshot())
+    assert_same_bits(before, contents(cache))
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def test_joined_and_selected_rows_go_on_as_each_alone(model):
+    caches = [model.make_cache() for _ in range(3)]
+    for seed, (cache, length) in enumerate(zip(caches, (12, 1, 30), strict=True)):
+        logits(model, ids(seed, length), cache)
+    before = [contents(cache) for cache in caches]
+    joined = Cache.joined(caches)
+    assert joined.row_lengths == [12, 1, 30]
+    logits(model, mx.array([[1], [2], [3]]), joined)
+    chosen = joined.select([2, 0])
+    assert chosen.row_lengths == [31, 13] and chosen.next_positions == [31, 13]
+    out = logits(model, mx.array([[4], [5]]), chosen)
+    for cache, held in zip(caches, before, strict=True):  # what was joined is as it was
+        assert_same_bits(held, contents(cache))
+    for row, (own, tokens) in enumerate(((2, [3, 4]), (0, [1, 5]))):
+        steps = [logits(model, mx.array([[token]]), caches[own]) for token in tokens]
+        assert difference(out[row], steps[-1][0]) < SAME
+    assert joined.row_lengths == [13, 2, 31]
 
 
 class Stop(Exception):
@@ -363,9 +425,11 @@ def test_an_exception_in_the_middle_of_a_pass_leaves_the_cache_unharmed(broken, 
         assert_same_bits(before, contents(cache))
 
 
-def test_an_exception_in_a_padded_pass_leaves_no_holes(model):
+def test_an_exception_in_a_padded_pass_leaves_the_cache_unharmed(model):
     cache = model.make_cache(2)
     logits(model, mx.zeros((2, 4), mx.int32), cache)
+    before = contents(cache)
     with replaced(model, "norm", SimpleNamespace(of_sum=lambda *_: 1 / 0)), pytest.raises(ZeroDivisionError):
         model.hidden(mx.zeros((2, 4), mx.int32), cache, [4, 1])
-    assert cache.mask is None and cache.row_lengths == [4, 4]
+    assert cache.row_lengths == [4, 4]
+    assert_same_bits(before, contents(cache))
