@@ -49,13 +49,13 @@ def at_once(grid: tuple[int, int, int]) -> int:
 def working_bytes(config: VisionConfig, dtype: mx.Dtype, patches: int, impl: str) -> int:
     """The bytes that encoding frames of so many patches may take beside weights and embeddings.
 
-    They are ten times the hidden states, mostly queries, keys and values, and for one slice nine times the MLP's
-    activations, and the scores. On the CPU quantized matrices are dequantized besides.
+    They are eight times the hidden states, mostly queries, keys and values, and of one slice the hidden states twice
+    more, nine times the MLP's activations, and the scores. On the CPU quantized matrices are dequantized besides.
 
     impl: see attention_impl.
     """
     heads, tile = config.num_heads, min(patches, SLICE)
     scores = score_bytes((1, heads, tile, config.hidden_size // heads), patches, dtype.size, impl)
-    within = 9 * tile * config.intermediate_size * dtype.size
+    within = tile * (2 * config.hidden_size + 9 * config.intermediate_size) * dtype.size
     dequantized = 4 * 4 * config.hidden_size * config.intermediate_size if impl == "cpu" else 0
-    return 10 * patches * config.hidden_size * dtype.size + within + scores + dequantized
+    return 8 * patches * config.hidden_size * dtype.size + within + scores + dequantized

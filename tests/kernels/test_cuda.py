@@ -1,5 +1,5 @@
 """The kernels as CUDA: each instantiation compiles where there is nvcc, and each kernel gives the bits that it gives as
-Metal, both by the emulator. What a GPU makes of it is seen on one: here, and in test_on_a_mac.py, which runs on any.
+Metal, both by the emulator. What a GPU makes of it is seen on one: here, and in test_on_a_gpu.py, which runs on any.
 """
 
 import itertools

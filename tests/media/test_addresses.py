@@ -12,10 +12,9 @@ import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from media.serving import BODY, Handler, Server, send
 from PIL import Image
 from refusing import refused
 
@@ -31,7 +30,6 @@ from mlx_qwen35.media.fetch import name_of
 from mlx_qwen35.media.frames import FrameSampling
 from mlx_qwen35.media.video import read_video
 
-BODY = b"a picture's bytes"
 PUBLIC, ALSO_PUBLIC, PRIVATE = "93.184.215.14", "93.184.215.15", "10.1.2.3"
 
 
@@ -39,53 +37,6 @@ def small_png() -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (32, 32)).save(file, "PNG")
     return file.getvalue()
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.server.asked.append(self)
-        self.server.answer(self)
-
-    def log_message(self, *args):
-        pass
-
-
-class Server(ThreadingHTTPServer):
-    """Answers every request with `answer`; `asked` holds what came."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.asked: list[Handler] = []
-        self.over = threading.Event()
-        self.answer = send
-        self.url = f"http://127.0.0.1:{self.server_port}/a.png"
-
-    def handle_error(self, *_):  # a client that leaves
-        pass
-
-
-def send(handler: Handler, body: bytes = BODY, status: int = 200, **headers: str) -> None:
-    handler.send_response(status)
-    for name, value in {"Content-Length": str(len(body)), **headers}.items():
-        handler.send_header(name, value)
-    handler.end_headers()
-    handler.wfile.write(body)
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    with Server() as local:
-        thread = threading.Thread(target=local.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield local
-        local.over.set()
-        local.shutdown()
-        thread.join()
 
 
 @pytest.fixture
@@ -372,8 +323,8 @@ def test_a_video_lies_on_disk_and_is_gone_afterwards(server, folder):
 
 
 def test_a_video_that_fails_leaves_nothing(server, folder):
-    server.answer = lambda handler: send(handler, BODY, **{"Content-Length": "1000"})
-    with refused("fetch_failed", "1,000"), fetch.fetch_file(server.url, "video", allow_private_urls=True):
+    server.answer = lambda handler: send(handler, BODY, **{"Content-Length": "2000"})
+    with refused("fetch_failed", "2,000"), fetch.fetch_file(server.url, "video", allow_private_urls=True):
         pass
     assert not list(folder.iterdir())
 

@@ -1,80 +1,19 @@
-"""URLs -> bytes, with the limits of mlx_qwen35.media.fetch. The server is a local one in a thread."""
+"""URLs -> bytes, with the limits of mlx_qwen35.media.fetch."""
 
 import base64
 import contextlib
 import socket
-import threading
-from collections.abc import Callable, Iterator
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import quote
 
 import pytest
 import refusing
+from media.serving import BODY, Answer, Handler, Server, start
 
 from mlx_qwen35.media import fetch as module
 from mlx_qwen35.media.fetch import is_remote, name_of
 
-BODY = bytes(range(256)) * 5
 fetch = partial(module.fetch, allow_private_urls=True)  # the server is on this machine
-
-
-class Server(ThreadingHTTPServer):
-    """Answers each path with what `routes` says. `address` leads to it; `over` is set when the test is over."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        self.routes: dict[str, Callable[[BaseHTTPRequestHandler], object]] = {}
-        self.over = threading.Event()
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.address = f"http://127.0.0.1:{self.server_port}"
-
-    def sends(self, path: str, body: bytes = BODY, kind: str | None = "image/png", status: int = 200, **headers) -> str:
-        """A plain answer at `path`; a header of value None is left out. Returns the URL."""
-        headers = {"Content-Type": kind, "Content-Length": str(len(body))} | headers
-
-        def answer(handler: BaseHTTPRequestHandler) -> None:
-            start(handler, {name: value for name, value in headers.items() if value is not None}, status)
-            handler.wfile.write(body)
-
-        return self.does(path, answer)
-
-    def does(self, path: str, answer: Callable[[BaseHTTPRequestHandler], object]) -> str:
-        self.routes[path] = answer
-        return self.address + path
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        self.close_connection = True
-        self.server.routes[self.path](self)
-
-    def log_message(self, *args):
-        pass
-
-
-def start(handler: BaseHTTPRequestHandler, headers: dict[str, str], status: int = 200) -> None:
-    handler.send_response(status)
-    for name, value in headers.items():
-        handler.send_header(name, value)
-    handler.end_headers()
-    handler.wfile.flush()
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    with Server() as local:
-        thread = threading.Thread(target=local.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield local
-        local.over.set()
-        local.shutdown()
-        thread.join()
 
 
 def refused(source: str, code: str, *facts: object, kind: str = "image") -> None:
@@ -208,8 +147,8 @@ def test_chunks_are_put_together(server):
     assert fetch(server.does("/chunks", chunks(BODY[:700], BODY[700:])), "image") == BODY
 
 
-def chunks(*pieces: bytes, end: bool = True) -> Callable[[BaseHTTPRequestHandler], object]:
-    def answer(handler: BaseHTTPRequestHandler) -> None:
+def chunks(*pieces: bytes, end: bool = True) -> Answer:
+    def answer(handler: Handler) -> None:
         start(handler, {"Content-Type": "image/png", "Transfer-Encoding": "chunked"})
         for piece in pieces:
             handler.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
@@ -249,7 +188,7 @@ def test_chunks_that_break_off_are_refused(server):
 # --- times ---
 
 
-def silence(server: Server) -> Callable[[BaseHTTPRequestHandler], object]:
+def silence(server: Server) -> Answer:
     return lambda handler: server.over.wait(30)
 
 
@@ -267,7 +206,7 @@ def test_the_deadline_counts_before_the_headers_come(server, monkeypatch):
 def test_the_deadline_ends_a_download_that_trickles(server, monkeypatch):
     monkeypatch.setitem(module.DEADLINE_SECONDS, "image", 0.2)
 
-    def drip(handler: BaseHTTPRequestHandler) -> None:
+    def drip(handler: Handler) -> None:
         start(handler, {"Content-Type": "image/png", "Content-Length": "1000"})
         while not server.over.wait(0.01):
             handler.wfile.write(b"a")
@@ -310,7 +249,7 @@ def test_a_redirect_leads_to_http_alone(server, status, target):
 def test_what_a_redirect_sends_beside_the_address_is_not_read(server):
     server.sends("/there")
 
-    def endless(handler: BaseHTTPRequestHandler) -> None:
+    def endless(handler: Handler) -> None:
         start(handler, {"Location": "/there"}, 302)
         with contextlib.suppress(OSError):  # until the client leaves
             while not server.over.is_set():

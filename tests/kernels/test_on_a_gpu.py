@@ -1,7 +1,7 @@
 """The kernels on a GPU, of a Mac or of NVIDIA, at the sizes of the 4B and at small ones, against MLX operations there.
 
 Each test runs twice over: launched for real where it is marked `gpu`, and in one case or two by the emulator, so that
-the test's own code is known to work before it reaches a Mac.
+the test's own code is known to work before it reaches a GPU.
 
 What is not known until these have run on one: whether Apple's compiler takes the texts; whether a pipeline may have as
 many threads as it is launched with (gated_delta's state fills the registers; MLX does not ask); what Metal's exp, log
