@@ -152,10 +152,7 @@ def _assembled(
     else:
         named, unnamed = _special_tokens({**settings, **special_map})
         special = {token.content for token in (*named.values(), *unnamed)}
-        tokens = {
-            number: _added_token({"content": text, "normalized": text not in special, "special": text in special})
-            for text, number in added.items()
-        }
+        tokens = {n: _added_token({"content": text, "special": text in special}) for text, n in added.items()}
         tokens |= {token["id"]: _added_token(token) for token in description.get("added_tokens", ())}
     names = {token.content for token in named.values()}
     for token in tokens.values():
