@@ -71,6 +71,7 @@ CODES = {
     "logits_not_finite": "activations left the range of the dtype, or the checkpoint is damaged",
     "lengths_invalid": "lengths of rows are out of range",
     "cache_batch_mismatch": "a cache is for another number of rows",
+    "generation_spent": "a generation was run before",
     "snapshot_foreign": "a snapshot belongs to another cache",
     "embeddings_mismatch": "there are more or fewer embeddings than placeholders",
     # images and videos

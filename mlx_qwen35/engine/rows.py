@@ -20,7 +20,7 @@ from mlx_qwen35.cache.layer import CachePosition
 from mlx_qwen35.checkpoint.dtypes import dtype_name
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.drafts.speculate import Speculation
-from mlx_qwen35.engine.sampling import commit, peek
+from mlx_qwen35.engine.sampling import NONE, commit, peek
 from mlx_qwen35.engine.sequence import Sequence
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.model import Model
@@ -108,9 +108,12 @@ class Rows:
 
     def _take(self, sequence: Sequence, token: int) -> None:
         try:
-            if token < 0:
-                most = sequence.sampler.vocabulary - 1
-                raise InputError("option_invalid", f"sampler must choose tokens from 0 to {most}; it chose another")
+            if token == NONE:
+                raise InputError(
+                    "option_invalid",
+                    f"sampler must choose tokens from 0 to {sequence.sampler.vocabulary - 1}, and constraint and "
+                    "logits_processors must leave one with a finite logit; there is none to go on with",
+                )
             sequence.take(token)
         except Exception as error:  # of a constraint
             sequence.fail(error)
@@ -216,11 +219,12 @@ class Rows:
 
         The last token of a row is in the cache if the next pass is fed already, else that pass will bring it.
         """
-        made, following, self.current, self._following = self.current, self._following, self._following, None
+        made, following = self.current, self._following
+        if made is None or self.cache is None or not (made.tokens or made.depth or following):
+            return  # nothing was taken of a pass that is under way
+        self.current, self._following = following, None
         if following:
             self._depth = None  # which was that pass's
-        if made is None or self.cache is None:
-            return
         if made.depth:
             accepted = [max(0, len(own) - 1) for own in made.tokens or [[] for _ in made.lengths]]
             kept = [n and 1 + min(m, k) for n, m, k in zip(made.lengths, made.taken, accepted, strict=True)]

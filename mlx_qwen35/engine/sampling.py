@@ -94,6 +94,7 @@ class Constraint(Protocol):
         """Undo the last `count` accepted tokens."""
 
 
+NONE = -1  # in place of a token where none is allowed, or the caller's sampler chose none of the vocabulary
 Processor = Callable[[mx.array, mx.array], mx.array]  # tokens (n,), logits (1, V) -> logits, as in mlx-lm
 Choice = Callable[[mx.array], mx.array]  # log-probabilities (1, V) -> token (1,), as in mlx-lm
 
@@ -253,13 +254,18 @@ def _peek(samplers: Sequence[Sampler], logits: mx.array, drafted: mx.array | Non
         all_counts = [s.counted(d, before + i) for s, d in zip(samplers, own, strict=True) for i in range(n)]
         counts = all_counts[0] if len(all_counts) == 1 else mx.concatenate(all_counts)
     flat = penalise(flat, sampling, counts, first.vocabulary)
-    if first.waits and not drafting:
+    own = not drafting and first.alone
+    if own and first.waits:
         known = [] if drafted is None else np.array(drafted[0]).tolist()
         flat = first.restricted(flat, known, range(before, before + n))
-    if first.choose and not drafting:
-        chosen = mx.stack([first.choose(_normalise(row)).reshape(1) for row in mx.split(flat, n)], axis=1)
-        return mx.where((chosen >= 0) & (chosen < (first.vocabulary or V)), chosen, -1)  # -1: none of the tokens
-    if sampling.temp == 0:
-        return mx.argmax(flat, axis=-1).reshape(B, n)
-    gumbel = mx.stack([s.noise(s.position + before + i) for s in samplers for i in range(n)])
-    return mx.argmax(warp(flat, sampling) + gumbel, axis=-1).reshape(B, n)
+    if own and first.choose:
+        tokens = mx.concatenate([first.choose(_normalise(row)).reshape(1) for row in mx.split(flat, n)])
+    elif sampling.temp == 0:
+        tokens = mx.argmax(flat, axis=-1)
+    else:
+        gumbel = mx.stack([s.noise(s.position + before + i) for s in samplers for i in range(n)])
+        tokens = mx.argmax(warp(flat, sampling) + gumbel, axis=-1)
+    if own:
+        valid = (tokens >= 0) & (tokens < (first.vocabulary or V)) & (flat.max(-1) > -mx.inf)
+        tokens = mx.where(valid, tokens.astype(mx.int32), NONE)
+    return tokens.reshape(B, n)
