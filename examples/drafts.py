@@ -5,7 +5,7 @@ from statistics import median
 
 from mlx_qwen35 import Result, generate, load
 from mlx_qwen35.commands.table import align
-from mlx_qwen35.engine.drafts.depth import measured_costs
+from mlx_qwen35.engine.drafts.speculate import head_record
 
 QUESTIONS = ("What is 34 + 58?", "What is 126 + 347?", "Who are you?", "Hello!")  # that nano knows too
 MODES = {
@@ -28,7 +28,7 @@ prompts = [list(processor.encode_messages([{"role": "user", "content": ask}]).to
 
 
 def answers(options: dict) -> list[Result]:
-    measured_costs(model.mtp, rows=1).clear()  # auto begins without what former answers have measured
+    head_record(model.mtp).costs.clear()  # auto begins without what former answers have measured
     common = {"temp": args.temp, "seed": 0, "max_tokens": args.max_tokens}
     return [generate(model, processor, prompt, **common, **options) for prompt in prompts]
 

@@ -27,11 +27,11 @@ from tasks import TASKS, Item, items_of
 
 import mlx_qwen35
 from mlx_qwen35 import Model, Processor
-from mlx_qwen35.engine.generation import encode_media
-from mlx_qwen35.engine.prefill import PromptRow
+from mlx_qwen35.engine.media import encode_media
 from mlx_qwen35.engine.presets import Sampling
 from mlx_qwen35.model.model import Visual
 from mlx_qwen35.prompt.positions import positions
+from mlx_qwen35.prompt.prompt import Prompt
 
 SEED = 0  # of the held-out items, as in evaluation.json
 LIMIT = 160  # tokens of an answer
@@ -79,13 +79,13 @@ class Account:
         return Score(task, temp, items, self.tokens / items, found, a_step, self.same, items * len(DEPTHS))
 
 
-def prompt(model: Model, processor: Processor, item: Item) -> PromptRow:
-    encoded = processor.encode_messages(item.messages, tools=item.tools, enable_thinking=item.enable_thinking)
-    return encode_media(model, [encoded])[0]
+def prompt(processor: Processor, item: Item) -> Prompt:
+    return processor.encode_messages(item.messages, tools=item.tools, enable_thinking=item.enable_thinking)
 
 
-def transcript(row: PromptRow, tokens: Sequence[int]) -> Text:
+def transcript(model: Model, asked: Prompt, tokens: Sequence[int]) -> Text:
     """A prompt and its answer, of which the answer counts."""
+    row = encode_media(model, asked)
     whole = [*row.tokens, *tokens]
     if not row.placeholders:
         return Text(whole, len(row.tokens))
@@ -100,16 +100,16 @@ def measure(task: str, name: str, items: int) -> list[Score]:
     drawn = [item for thinking in (False, True) for item in items_of(task, thinking, items // 2, SEED)]
     accounts, texts = {temp: Account() for temp in TEMPS}, []
     for seed, item in enumerate(drawn):
-        row = prompt(model, processor, item)
+        asked = prompt(processor, item)
         for temp, account in accounts.items():
             plain, *drafted = (
-                answer(model, row, depth, LIMIT, Sampling(temp=temp), seed, processor.stop_ids,
+                answer(model, asked, depth, LIMIT, Sampling(temp=temp), seed, processor.stop_ids,
                        processor.vocabulary)
                 for depth in (0, *DEPTHS)
             )  # fmt: skip
             account.add(plain, drafted)
             if temp == 0:
-                texts.append(transcript(row, plain.tokens))
+                texts.append(transcript(model, asked, plain.tokens))
     scores = [account.score(task, temp, len(drawn)) for temp, account in accounts.items()]
     found = acceptance(model, texts, 1.0, SEEDS, processor.vocabulary)
     scores[1].guesses, scores[1].coupled, scores[1].classical = found.tokens, found.coupled, found.classical

@@ -17,14 +17,14 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.engine.drafts.follower import DraftFollower
-from mlx_qwen35.engine.drafts.speculate import DraftPolicy, Speculation, attach
-from mlx_qwen35.engine.loop import decode
-from mlx_qwen35.engine.prefill import PromptRow, prefill
+from mlx_qwen35.engine.drafts.speculate import DraftPolicy, RowDrafts
+from mlx_qwen35.engine.engine import Engine
 from mlx_qwen35.engine.presets import Sampling
 from mlx_qwen35.engine.sampling import Sampler, noise, process
+from mlx_qwen35.engine.sequence import Sequence as Request
 from mlx_qwen35.model.model import Model, Visual
+from mlx_qwen35.prompt.prompt import Prompt
 
 PREFILL = 1024  # prompt tokens of a chunk
 ROWS = 32  # of logits at a time
@@ -34,17 +34,16 @@ GREEDY = Sampling(temp=0)
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
-class Account(Speculation):
-    """Speculation that remembers each step of a single row: how many tokens were drafted, how many accepted."""
+class Account(RowDrafts):
+    """Drafts of one answer, with an account of each step: how many tokens were drafted, how many accepted."""
 
-    def __init__(self, model: Model, cache: Cache, choice: DraftPolicy):
-        super().__init__(model, cache, choice)
+    def __init__(self, policy: DraftPolicy):
+        super().__init__(policy)
         self.rounds: list[tuple[int, int]] = []
 
-    def record(self, lengths: Sequence[int], tokens: Sequence[Sequence[int]], paused: float) -> None:
-        super().record(lengths, tokens, paused)
-        if lengths[0]:
-            self.rounds.append((lengths[0] - 1, len(tokens[0]) - 1))
+    def count(self, depth: int, drafted: int, accepted: int) -> None:
+        super().count(depth, drafted, accepted)
+        self.rounds.append((drafted, accepted))
 
 
 class Answer(NamedTuple):
@@ -56,7 +55,7 @@ class Answer(NamedTuple):
 
 def answer(
     model: Model,
-    row: PromptRow,
+    prompt: Prompt,
     depth: int,
     limit: int,
     sampling: Sampling = GREEDY,
@@ -65,13 +64,15 @@ def answer(
     vocabulary: int = 0,
 ) -> Answer:
     """Answer one prompt as generate does, with `depth` drafts a step and at most `limit` tokens."""
-    cache, choice = model.make_cache(), DraftPolicy(depth, fixed=True)
-    attach(model, cache, choice)
-    hidden = prefill(model, cache, [row], PREFILL)
-    sampler = Sampler(sampling, [seed], [len(row.tokens)], vocabulary)
-    account = Account(model, cache, choice) if depth else None
-    tokens = [token for (token,) in decode(model, cache, hidden, sampler, [limit], stop_ids, speculation=account)]
-    return Answer(tuple(tokens), tuple(account.rounds) if account else ((0, 0),) * (len(tokens) - 1))
+    engine, sampler = Engine(model), Sampler(sampling, seed, len(prompt.tokens), vocabulary)
+    request = Request(prompt, sampler, limit, prefill_step_size=PREFILL, stop_ids=stop_ids)
+    request.drafts = account = Account(DraftPolicy(depth, fixed=True))
+    engine.add(request)
+    while not engine.idle:
+        engine.step()
+    if request.error:
+        raise request.error
+    return Answer(tuple(request.tokens), tuple(account.rounds) if depth else ((0, 0),) * (len(request.tokens) - 1))
 
 
 def shares(rounds: Sequence[tuple[int, int]], depth: int) -> list[float | None]:
@@ -123,7 +124,7 @@ def guesses(model: Model, text: Text, before_norm: bool = False) -> tuple[mx.arr
     where = None if text.positions is None else text.positions[..., :-1]
     with head.forward(T - 1, None, where) as context:
         rotary = model.rotary.table(context.positions)
-        drafted = model.mtp.weights(embeddings[:, 1:], given[:, :-1], rotary, context, head.layers)
+        drafted = model.mtp.part(embeddings[:, 1:], given[:, :-1], rotary, context, head.layers)
     return hidden[0, first - 1 : T - 1], drafted[0, first - 2 : T - 2]
 
 

@@ -137,7 +137,7 @@ class KVCache:
 
     def append(self, keys: mx.array, values: mx.array, counts: Sequence[int]) -> list[tuple[mx.array, mx.array]]:
         """Append the first counts[i] columns of row i of (B, Hk, T, D); each row's keys and values, (1, Hk, S, D)."""
-        if len(self.rows) == 1:
+        if len(self.rows) == 1 and counts[0] == keys.shape[2]:
             return [self.rows[0].append(keys, values)]
         columns = [(slice(i, i + 1), slice(None), slice(count)) for i, count in enumerate(counts)]
         return [row.append(keys[own], values[own]) for row, own in zip(self.rows, columns, strict=True)]

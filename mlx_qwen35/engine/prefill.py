@@ -56,7 +56,7 @@ def chunks(model: Model, cache: Cache, row: PromptRow, step: int, ends: Sequence
     table = positions(total, row.placeholders, cache.next_positions[0])[:, None] if row.placeholders else None
     borders = sorted({end for begin, until in pairwise([0, *ends, total]) for end in range(begin, until, step)})
     for start, stop in pairwise([*borders, total]):
-        tokens = mx.array([row.tokens[start:stop]])
+        tokens = mx.array([list(row.tokens[start:stop])])
         visual = _visual(row, columns, start, stop)
         own = None if table is None else table[:, :, start:stop]
         if isinstance(cache.follower, DraftFollower):

@@ -13,6 +13,7 @@ from kernels.emulator import Report, emulate, emulated, missing
 
 from mlx_qwen35 import Model, Processor, Result, batch_generate, load
 from mlx_qwen35.backend import assume
+from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.prefill import PromptRow, prefill
@@ -108,10 +109,11 @@ def test_what_is_kept_of_a_pass_on_the_kernels_is_what_single_tokens_leave(as_on
     model = load_text_model(checkpoint_folder(geometry("tiny")))
     tokens = mx.array([[8, 9, 10, 11], [21, 22, 23, 24]])
 
-    def begun():
-        cache = model.make_cache(2)
-        prefill(model, cache, [PromptRow(range(40, 49)), PromptRow(range(60, 64))], 64)
-        return cache
+    def begun() -> Cache:
+        caches = [model.make_cache() for _ in range(2)]
+        for cache, row in zip(caches, (range(40, 49), range(60, 64)), strict=True):
+            prefill(model, cache, PromptRow(row), 64)
+        return Cache.joined(caches)
 
     cache, single = begun(), begun()
     place = cache.position
@@ -119,32 +121,36 @@ def test_what_is_kept_of_a_pass_on_the_kernels_is_what_single_tokens_leave(as_on
     cache.rollback(place, kept)
     for t in range(max(kept)):
         model.hidden(tokens[:, t : t + 1], single, [int(n > t) for n in kept])
-    assert cache.position[:3] == single.position[:3]
-    for layer in range(3):
-        for ours, theirs in zip(cache.layers[layer].state, single.layers[layer].state, strict=True):
-            assert mx.abs(ours - theirs).max().item() < 1e-4  # products of many rows round otherwise than of one
+    assert cache.position == single.position
+    for row in range(2):
+        theirs = single.arrays(row)
+        for name, ours in cache.arrays(row).items():  # products of many rows round otherwise than of one
+            assert mx.abs(ours - theirs[name]).max().item() < 1e-4
 
 
 def test_the_head_reads_and_drafts_the_same_on_the_kernels(as_on_a_mac, monkeypatch, checkpoint_folder):
     model = load_text_model(checkpoint_folder(geometry("tiny")))
 
     def logits() -> mx.array:
-        cache, found = model.make_cache(2), []
-        cache.follower = DraftFollower(model, cache.row_lengths)
-        prefill(model, cache, [PromptRow(range(40, 60)), PromptRow(range(60, 64))], 7)
+        followers, found = [], []
+        for row in (range(40, 60), range(60, 64)):
+            cache = model.make_cache()
+            cache.follower = DraftFollower(model, cache.row_lengths)
+            prefill(model, cache, PromptRow(row), 7)
+            followers.append(cache.follower)
 
         def draw(logits: mx.array, _) -> mx.array:
             found.append(logits)
             return mx.argmax(logits, axis=-1)
 
-        cache.follower.propose(model, mx.array([[8], [9]]), [1, 1], 3, draw)
+        DraftFollower.joined(model, followers).propose(model, mx.array([[8], [9]]), [1, 1], 3, draw)
         return mx.concatenate(found, axis=1)
 
     before = len(as_on_a_mac.launches)
     by_kernels = logits()
     mx.eval(by_kernels)
-    # Three chunks through the model and the head, then three drafts: of the head one norm_rotary and two sums each.
-    assert len(as_on_a_mac.launches) - before == 3 * (12 + 3) + 3 * 3
+    # Three chunks and one through model and head, then three drafts: of the head one norm_rotary and two sums each.
+    assert len(as_on_a_mac.launches) - before == (3 + 1) * (12 + 3) + 3 * 3
     with assume(OPERATIONS):
         assert mx.abs(by_kernels - logits()).max().item() < 1e-4
 

@@ -13,6 +13,7 @@ from kernels.emulator import emulated, missing
 
 from mlx_qwen35 import batch_generate, load
 from mlx_qwen35.backend import assume
+from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.checkpoint.config import parse_config
 from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes
@@ -101,13 +102,13 @@ def test_a_tiny_checkpoint_reads_the_same_with_the_kernels(as_on_a_mac, monkeypa
     rows = [PromptRow(list(range(5, 45))), PromptRow(list(range(100, 109)))]
 
     def hidden() -> mx.array:
-        cache = model.make_cache(2)
-        out = prefill(model, cache, rows, step)
-        return mx.concatenate([out, model.hidden(mx.array([[7], [8]]), cache)[:, 0]])
+        caches = [model.make_cache() for _ in rows]
+        out = [prefill(model, cache, row, step) for cache, row in zip(caches, rows, strict=True)]
+        return mx.concatenate([*out, model.hidden(mx.array([[7], [8]]), Cache.joined(caches))[:, 0]])
 
     before = len(as_on_a_mac.launches)
     by_kernels = hidden()
-    passes = -(-40 // step) + 1
+    passes = -(-40 // step) + -(-9 // step) + 1
     assert len(as_on_a_mac.launches) - before == passes * (3 + 1 + 8)  # three DeltaNet layers, one other, eight sums
     with assume(OPERATIONS):
         assert mx.abs(by_kernels - hidden()).max().item() < 1e-4

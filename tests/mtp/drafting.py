@@ -1,7 +1,10 @@
 """Decoding with drafts under control: guesses that are right as often as a test says, and depths that it chooses."""
 
+import contextlib
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
+from collections.abc import Sequence as Many
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +20,15 @@ from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.checkpoint.shapes import is_matrix
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy, Speculation, attach
-from mlx_qwen35.engine.loop import decode
+from mlx_qwen35.engine.engine import Engine
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.engine.presets import Sampling
 from mlx_qwen35.engine.sampling import Sampler
+from mlx_qwen35.engine.sequence import Sequence
 from mlx_qwen35.load import load_model
 from mlx_qwen35.model.model import Model
+from mlx_qwen35.prompt.prompt import Prompt
+from mlx_qwen35.prompt.stream import Piece
 
 SMALL = changed(
     geometry("tiny"), num_hidden_layers=3, layer_types=[LINEAR, FULL, LINEAR], hidden_size=128, intermediate_size=192,
@@ -67,67 +73,89 @@ class Interrupt(KeyboardInterrupt):
 class Run(NamedTuple):
     """What came of a generation."""
 
-    tokens: list[list[int]]  # of each row
-    cache: Cache
-    speculation: Speculation | None
+    sequences: list[Sequence]
+    caches: list[Cache]  # of each row
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        return [sequence.tokens for sequence in self.sequences]
+
+    @property
+    def cache(self) -> Cache:
+        """That of the only row."""
+        (cache,) = self.caches
+        return cache
 
 
 def prompt(seed: int, count: int) -> tuple[int, ...]:
     return tuple(np.random.default_rng(seed).integers(0, VOCABULARY, count).tolist())
 
 
-class Script:
-    """DepthControl from a list, the last one for ever; in the place of generate.depth.DepthControl."""
+class Ending:
+    """A TextStream without text that ends its row after so many tokens, as a stop string does."""
 
-    def __init__(self, depths: Sequence[int]):
-        self.left, self.told = list(depths), []
+    reasoning = False
 
-    def next(self) -> int:
-        return self.left.pop(0) if len(self.left) > 1 else self.left[0]
+    def __init__(self, count: int):
+        self.left = count
 
-    def record(
-        self, depth: int, seconds: float, drafted: Sequence[int], accepted: Sequence[int], lasting: bool
-    ) -> None:
-        self.told.append((depth, list(drafted), list(accepted)))
+    @property
+    def stopped(self) -> bool:
+        return self.left == 0
+
+    def add(self, token: int) -> list[Piece]:
+        self.left -= 1
+        return []
+
+    def finish(self) -> list[Piece]:
+        return []
 
 
 def run(
     model: Model,
-    cases: Sequence[Case],
-    limits: int | Sequence[int],
-    depths: int | Sequence[int] = 0,
+    cases: Many[Case],
+    limits: int | Many[int],
+    depths: int | Many[int] = 0,
+    *,
     cache: Cache | None = None,
     before: Callable[[Cache], Any] = lambda cache: None,
     most: int = 10**6,
-    **options: Any,
+    stop_ids: Collection[int] = (),
+    ends: Many[int] = (),
 ) -> Run:
     """Answer the cases together. depths: 0 is plain decoding, else that many drafts, or a script of depths.
 
-    before: called with the cache when the prompts are read. most: close the generator once it has yielded so often.
-    options: stop_ids, finished, of decode. An Interrupt ends the run like Ctrl-C.
+    cache: of a single case. before: called with a row's cache when its prompt is read. most: cancel all once a row has
+    so many tokens. ends: of each row, after how many tokens it ends as by a stop string. An Interrupt ends the run like
+    Ctrl-C.
     """
-    cache = cache or model.make_cache(len(cases))
     limits = [limits] * len(cases) if isinstance(limits, int) else list(limits)
-    deepest = depths if isinstance(depths, int) else max(depths)
-    start = [n + len(case.prompt) for n, case in zip(cache.row_lengths, cases, strict=True)]
-    attach(model, cache, DraftPolicy(deepest, fixed=True))
-    hidden = prefill(model, cache, [PromptRow(case.prompt) for case in cases], 1024)
-    before(cache)
-    sampler = Sampler([case.sampling for case in cases], [case.seed for case in cases], start, VOCABULARY)
-    speculation = Speculation(model, cache, DraftPolicy(deepest, fixed=True)) if deepest else None
-    if not isinstance(depths, int):
-        speculation.depths = Script(depths)
-    tokens: list[list[int]] = [[] for _ in cases]
-    steps = decode(model, cache, hidden, sampler, limits, speculation=speculation, **{"stop_ids": (), **options})
-    try:
-        for count, step in enumerate(steps, 1):
-            for own, token in zip(tokens, step, strict=True):
-                own.extend([] if token is None else [token])
-            if count == most:
-                steps.close()
-    except Interrupt:
-        pass
-    return Run(tokens, cache, speculation)
+    caches = [cache] if cache else [model.make_cache() for _ in cases]
+    script = itertools.repeat(depths) if isinstance(depths, int) else itertools.chain(
+        depths, itertools.repeat(depths[-1])
+    )  # fmt: skip
+    drafts = DraftPolicy(depths if isinstance(depths, int) else max(depths), fixed=True)
+    sequences: list[Sequence] = []
+    for row, (case, limit, own) in enumerate(zip(cases, limits, caches, strict=True)):
+        sampler = Sampler(case.sampling, case.seed, own.length + len(case.prompt), VOCABULARY)
+        sequences.append(Sequence(
+            Prompt(case.prompt, thinking=False), sampler, limit, prefill_step_size=1024, stop_ids=stop_ids,
+            stream=Ending(ends[row]) if ends else None, cache=own, drafts=drafts,
+            progress=lambda tokens, row=row: before(sequences[row].own),
+        ))  # fmt: skip
+    engine = Engine(model)
+    engine.add(*sequences)
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Interrupt):
+        patch.setattr(Speculation, "depth", lambda speculation: next(script))
+        while not engine.idle:
+            engine.step()
+            if max(len(sequence.tokens) for sequence in sequences) >= most:
+                for sequence in sequences:
+                    engine.cancel(sequence)
+    for sequence in sequences:
+        if sequence.error:
+            raise sequence.error
+    return Run(sequences, caches)
 
 
 Pattern = Callable[[int, int], int]  # (row, step) -> how many guesses, from the first, are right
@@ -139,41 +167,43 @@ def cycle(*numbers: int) -> Pattern:
 
 
 def force(
-    monkeypatch: pytest.MonkeyPatch, begins: Sequence[int], texts: Sequence[Sequence[int]], pattern: Pattern
+    monkeypatch: pytest.MonkeyPatch, cases: Many[Case], texts: Many[Many[int]], pattern: Pattern
 ) -> None:
     """Have the head propose what the texts say, and something else behind as many right ones as the pattern says.
 
-    begins: tokens each row has read before its text. The first wrong guess is followed by right ones. The head itself
-    is asked all the same, so that it reads what it would. Checks that a text goes on as it should.
+    cases: of the texts, each with a seed of its own, by which its row is known. The first wrong guess is followed by
+    right ones. The head itself is asked all the same, so that it reads what it would. Checks that a text goes on as it
+    should.
     """
-    propose, steps = DraftFollower.propose, iter(range(10**6))
+    propose, steps = Speculation.propose, itertools.count()
+    rows = {case.seed: row for row, case in enumerate(cases)}
+    assert len(rows) == len(cases)
 
     def forced(
-        drafts: DraftFollower, model: Model, tokens: mx.array, counts: Sequence[int], depth: int, draw: Callable
+        speculation: Speculation, tokens: mx.array, counts: Many[int], depth: int, samplers: Many[Sampler]
     ) -> mx.array:
-        own, step = propose(drafts, model, tokens, counts, depth, draw), next(steps)
-        assert own.shape == (len(texts), depth)
-        guesses = np.zeros(own.shape, np.int32)
-        for row, text in enumerate(texts):
-            done = drafts.followed[row] - begins[row]
-            if counts[row]:
-                assert tokens[row].item() == text[done], (row, done)
-            following = [*text[done + 1 : done + 1 + depth], *[0] * depth][:depth]
+        own, step = propose(speculation, tokens, counts, depth, samplers), next(steps)
+        assert own.shape == (len(samplers), 1 + depth)
+        guesses = np.array(own).astype(np.int32)
+        for i, sampler in enumerate(samplers):
+            row = rows[sampler.seed]
+            text, done = texts[row], sampler.position - len(cases[row].prompt)
+            if counts[i]:
+                assert guesses[i, 0] == text[done - 1], (row, done)
+            following = [*text[done : done + depth], *[0] * depth][:depth]
             right = pattern(row, step)
-            guesses[row] = [token if j != right else (token + 1) % VOCABULARY for j, token in enumerate(following)]
+            guesses[i, 1:] = [token if j != right else (token + 1) % VOCABULARY for j, token in enumerate(following)]
         return mx.array(guesses)
 
-    monkeypatch.setattr(DraftFollower, "propose", forced)
+    monkeypatch.setattr(Speculation, "propose", forced)
 
 
 # --- what a cache holds ----------------------------------------------------------------------------------------------
 
 
 def of_row(cache: Cache, row: int = 0) -> Contents:
-    """What is remembered of a row: every array without its holes."""
-    columns = slice(None) if cache.mask is None else np.array(cache.mask[row])
-    found = {name: np.array(array[row]) for name, array in cache.arrays().items() if name != "mask"}
-    return {name: a[:, columns] if name.endswith((".keys", ".values")) else a for name, a in found.items()}
+    """What is remembered of a row: every array."""
+    return {name: np.array(array[0]) for name, array in cache.arrays(row).items()}
 
 
 def distance(a: Contents, b: Contents, only: Callable[[str], bool] = lambda name: True) -> float:
@@ -188,10 +218,10 @@ def distance(a: Contents, b: Contents, only: Callable[[str], bool] = lambda name
     return worst
 
 
-def step_by_step(model: Model, case: Case, text: Sequence[int]) -> dict[int, Contents]:
+def step_by_step(model: Model, case: Case, text: Many[int]) -> dict[int, Contents]:
     """What a cache holds that read the prompt, and then the text token by token, by the number of tokens read."""
     cache = model.make_cache()
-    prefill(model, cache, [PromptRow(case.prompt)], 1024)
+    prefill(model, cache, PromptRow(case.prompt), 1024)
     found = {len(case.prompt): of_row(cache)}
     for token in text:
         mx.eval(model.hidden(mx.array([[token]]), cache))
@@ -199,23 +229,23 @@ def step_by_step(model: Model, case: Case, text: Sequence[int]) -> dict[int, Con
     return found
 
 
-def head_after(model: Model, tokens: Sequence[int]) -> DraftFollower:
+def head_after(model: Model, tokens: Many[int]) -> DraftFollower:
     """The head's memory of a text that was read at once."""
     cache = model.make_cache()
     attach(model, cache, DraftPolicy(1))
-    prefill(model, cache, [PromptRow(tokens)], 10**6)
+    prefill(model, cache, PromptRow(tokens), 10**6)
     return cache.follower
 
 
-def head_distance(model: Model, cache: Cache, texts: Sequence[Sequence[int]]) -> float:
+def head_distance(model: Model, caches: Many[Cache], texts: Many[Many[int]]) -> float:
     """How far the head's memory is from one that read each row's text at once; what it collected is read first."""
-    cache.follower.flush(model)
     worst = 0.0
-    for row, tokens in enumerate(texts):
+    for cache, tokens in zip(caches, texts, strict=True):
         clean, own = head_after(model, tokens), cache.follower
-        assert own.cache.row_lengths[row] == clean.cache.row_lengths[0] == len(tokens) - 1
-        assert own.cache.next_positions[row] == clean.cache.next_positions[0]
-        assert own.followed[row] == len(tokens)
-        waiting = ({"hidden": np.array(drafts.hidden[i])} for drafts, i in ((own, row), (clean, 0)))
-        worst = max(worst, distance(of_row(own.cache, row), of_row(clean.cache)), distance(*waiting))
+        own.flush(model)
+        assert own.cache.row_lengths == clean.cache.row_lengths == [len(tokens) - 1]
+        assert own.cache.next_positions == clean.cache.next_positions
+        assert own.followed == (len(tokens),)
+        waiting = ({"hidden": np.array(drafts.hidden[0])} for drafts in (own, clean))
+        worst = max(worst, distance(of_row(own.cache), of_row(clean.cache)), distance(*waiting))
     return worst

@@ -9,9 +9,9 @@ from tasks import items_of
 
 import mlx_qwen35
 from mlx_qwen35.engine.drafts.follower import DraftFollower
-from mlx_qwen35.engine.prefill import PromptRow
 from mlx_qwen35.engine.presets import Sampling
 from mlx_qwen35.model.mtp import MultiTokenPrediction
+from mlx_qwen35.prompt.prompt import Prompt
 
 TOKENS = tuple((7 * i + i * i) % 900 for i in range(14))
 
@@ -90,7 +90,7 @@ def test_what_a_head_that_is_the_model_s_equal_guesses_is_always_accepted():
 
 def test_steps_of_an_answer(text_model):
     model = text_model()
-    plain, drafted = (answer(model, PromptRow(TOKENS), depth, 12) for depth in (0, 2))
+    plain, drafted = (answer(model, Prompt(TOKENS, thinking=False), depth, 12) for depth in (0, 2))
     assert plain.rounds == ((0, 0),) * 11 and len(plain.tokens) == 12
     assert drafted.tokens == plain.tokens
     assert sum(1 + right for _, right in drafted.rounds) == 11 and max(made for made, _ in drafted.rounds) == 2
@@ -98,10 +98,10 @@ def test_steps_of_an_answer(text_model):
 
 def test_an_answer_is_what_generate_gives(nano):
     model, processor = nano
-    prompt = processor.encode_messages([{"role": "user", "content": "What is 34 + 58?"}]).tokens
-    result = mlx_qwen35.generate(model, processor, list(prompt), temp=0.8, seed=3, mtp="off", preset="coding")
+    prompt = processor.encode_messages([{"role": "user", "content": "What is 34 + 58?"}])
+    result = mlx_qwen35.generate(model, processor, list(prompt.tokens), temp=0.8, seed=3, mtp="off", preset="coding")
     ids = (processor.stop_ids, processor.vocabulary)
-    assert answer(model, PromptRow(prompt), 2, 160, Sampling(0.8, 20, 0.95), 3, *ids).tokens == result.tokens
+    assert answer(model, prompt, 2, 160, Sampling(0.8, 20, 0.95), 3, *ids).tokens == result.tokens
 
 
 def test_a_share_is_of_the_drafts_whose_predecessors_were_accepted():
@@ -124,8 +124,8 @@ def test_nano_s_answers_with_drafts_are_those_without():
 
 def test_the_transcript_of_a_picture_is_read_as_it_was_answered(nano):
     model, processor = nano
-    row = nano_acceptance.prompt(model, processor, items_of("colour", False, 1, 0)[0])
-    found = answer(model, row, 0, 160, stop_ids=processor.stop_ids, vocabulary=processor.vocabulary)
-    text = nano_acceptance.transcript(row, found.tokens)
+    asked = nano_acceptance.prompt(processor, items_of("colour", False, 1, 0)[0])
+    found = answer(model, asked, 0, 160, stop_ids=processor.stop_ids, vocabulary=processor.vocabulary)
+    text = nano_acceptance.transcript(model, asked, found.tokens)
     hidden, _ = guesses(model, text)
-    assert row.placeholders and mx.argmax(model.logits(hidden), axis=-1).tolist() == list(found.tokens)
+    assert asked.media and mx.argmax(model.logits(hidden), axis=-1).tolist() == list(found.tokens)

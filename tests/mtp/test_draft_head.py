@@ -52,7 +52,7 @@ def drafted(folder: Path) -> np.ndarray:
     cache = Cache(replace(model.config, layer_types=(FULL,)), model.dtype, 1)
     with cache.forward(9) as context:
         rotary = model.rotary.table(context.positions)
-        return np.array(model.mtp.weights(embeddings, hidden, rotary, context, cache.layers))
+        return np.array(model.mtp.part(embeddings, hidden, rotary, context, cache.layers))
 
 
 def difference(folder: Path, expected: np.ndarray) -> float:
@@ -344,13 +344,13 @@ def test_norms_trained_in_float32_prove_nothing():
 def test_declared_the_one_added_and_stored_less_one_is_refused_by_name(head, written):
     model = load_text_model(written(head, said={"mtp_norm_encoding": "absolute"}))
     with refused("draft_head_contradicted", "1"):
-        model.mtp.weights  # noqa: B018
+        model.mtp.part  # noqa: B018
 
 
 def test_declared_less_one_and_stored_with_the_one_added_is_refused_by_name(head, written):
     model = load_text_model(written(shifted(head, mx.float32), said={"mtp_norm_encoding": "delta"}))
     with refused("draft_head_contradicted", "1"):
-        model.mtp.weights  # noqa: B018
+        model.mtp.part  # noqa: B018
 
 
 @pytest.mark.parametrize("tag", [{}, {"mlx_qwen35": {"format": 1, "norms": "zero-centred"}}])

@@ -5,7 +5,10 @@ right as often as a pattern says. Seeds are such that no two best candidates are
 of one and of several rows (1e-6 relative): with about 20 tokens a text that is one seed in thousands.
 """
 
+import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -16,9 +19,10 @@ from mtp.drafting import Case, Interrupt, cycle, distance, force, head_distance,
 from mlx_qwen35 import Processor, batch_generate, generate, load
 from mlx_qwen35.backend import backend
 from mlx_qwen35.cache.cache import Cache
-from mlx_qwen35.cache.layer import KVCache
+from mlx_qwen35.cache.layer import KVRow
 from mlx_qwen35.engine.drafts import speculate
 from mlx_qwen35.engine.presets import Sampling
+from mlx_qwen35.engine.rows import Rows
 from mlx_qwen35.engine.sampling import Sampler
 from mlx_qwen35.model.model import Model
 
@@ -82,7 +86,7 @@ def forced(monkeypatch, plain) -> Callable[..., None]:
     """(cases, pattern): the head's proposals are of these cases' texts, right as often as the pattern says."""
 
     def put(cases: Sequence[Case], pattern: drafting.Pattern) -> None:
-        force(monkeypatch, [len(case.prompt) for case in cases], [plain(case) for case in cases], pattern)
+        force(monkeypatch, cases, [plain(case) for case in cases], pattern)
 
     return put
 
@@ -111,7 +115,7 @@ def test_each_pattern_of_right_drafts_gives_the_same_text_in_as_many_steps_as_it
     while left > 0:
         left -= 1 + min(pattern[steps % len(pattern)], 3, left - 1)
         steps += 1
-    assert (result.tokens, result.speculation.statistics(0).steps) == ([plain(PLAIN)[:18]], steps)
+    assert (result.tokens, result.sequences[0].drafts.steps) == ([plain(PLAIN)[:18]], steps)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -142,7 +146,8 @@ def test_a_batch_with_the_head_s_own_drafts_gives_each_row_its_own_text(model, p
 def test_a_row_near_its_limit_is_drafted_no_more_than_it_may_have(model, forced):
     cases = [CASES["greedy"], CASES["hot"], CASES["cool"]]
     forced(cases, cycle(3))
-    assert run(model, cases, [9, 2, 3], 3).speculation.drafted == [6, 0, 1]
+    sequences = run(model, cases, [9, 2, 3], 3).sequences
+    assert [sequence.drafts.drafted for sequence in sequences] == [6, 0, 1]
 
 
 SCRIPT = [0, 2, 0, 0, 3, 1, 0, 3, 3, 0, 1, 2]
@@ -177,17 +182,29 @@ def test_many_seeds_and_lengths_give_the_same_text(temp, depth, model, plain, fo
 # --- the same memory after every step --------------------------------------------------------------------------------
 
 
+class Kept(NamedTuple):
+    """A row after a step with drafts."""
+
+    seed: int  # by which it is known
+    count: int  # tokens read
+    position: int  # the next token's
+    contents: drafting.Contents
+
+
 @pytest.fixture
-def kept(monkeypatch) -> list[list[tuple[int, int, drafting.Contents]]]:
-    """Of each row, after each step with drafts: tokens read, next position, and what is remembered."""
-    steps, rollback = [], Cache.rollback
+def kept(monkeypatch) -> list[list[Kept]]:
+    """After each step with drafts: the rows that it fed."""
+    steps, settle = [], Rows.settle
 
-    def spy(cache: Cache, *args: object) -> None:
-        rollback(cache, *args)
-        rows = zip(cache.row_lengths, cache.next_positions, strict=True)
-        steps.append([(*row, of_row(cache, i)) for i, row in enumerate(rows)])
+    def spy(rows: Rows) -> None:
+        drafted = rows.current is not None and rows.current.depth
+        settle(rows)
+        if drafted:
+            places = zip(rows.sequences, rows.cache.row_lengths, rows.cache.next_positions, strict=True)
+            own = [of_row(rows.cache, row) for row in range(len(rows.sequences))]
+            steps.append([Kept(s.sampler.seed, *at, known) for (s, *at), known in zip(places, own, strict=True)])
 
-    monkeypatch.setattr(Cache, "rollback", spy)
+    monkeypatch.setattr(Rows, "settle", spy)
     return steps
 
 
@@ -196,7 +213,7 @@ def test_after_every_step_the_memory_is_that_of_tokens_read_one_by_one(pattern, 
     forced([PLAIN], cycle(*pattern))
     cache = run(model, [PLAIN], 20, 3).cache
     length, end = len(PLAIN.prompt), len(PLAIN.prompt) + 19
-    for step, [(count, position, contents)] in enumerate(kept):
+    for step, [(_, count, position, contents)] in enumerate(kept):
         length += 1 + min(pattern[step % len(pattern)], end - length - 1)
         assert count == position == length
         assert distance(contents, clean(PLAIN)[count]) < SAME
@@ -207,14 +224,14 @@ def test_after_every_step_the_memory_is_that_of_tokens_read_one_by_one(pattern, 
 def test_after_every_step_of_a_batch_each_row_s_memory_is_its_own(model, clean, forced, kept):
     cases = [CASES[name] for name in ("greedy", "hot", "all")]
     forced(cases, lambda row, step: (row * step + row) % 4)
-    cache = run(model, cases, [19, 6, 15], [3, 3, 1, 0, 2, 3]).cache
-    for step in kept:
-        for case, (count, position, contents) in zip(cases, step, strict=True):
-            assert count == position
-            assert distance(contents, clean(case)[count]) < SAME
-    for row, (case, count) in enumerate(zip(cases, (18, 6, 15), strict=True)):
-        assert cache.row_lengths[row] == len(case.prompt) + count
-        assert distance(of_row(cache, row), clean(case)[cache.row_lengths[row]]) < SAME
+    caches, seeds = run(model, cases, [19, 6, 15], [3, 3, 1, 0, 2, 3]).caches, {case.seed: case for case in cases}
+    for seed, count, position, contents in itertools.chain(*kept):
+        assert count == position
+        assert distance(contents, clean(seeds[seed])[count]) < SAME
+    assert {len(step) for step in kept} == {1, 2, 3}
+    for case, cache, count in zip(cases, caches, (18, 5, 14), strict=True):
+        assert cache.row_lengths == [len(case.prompt) + count]
+        assert distance(of_row(cache), clean(case)[cache.length]) < SAME
 
 
 @pytest.fixture(scope="module")
@@ -230,10 +247,10 @@ def test_a_packed_model_s_memory_is_the_same_to_the_bit(depth, packed, monkeypat
     """In the layers that no attention precedes: its products are of floats, and may round otherwise."""
     text = run(packed, [PLAIN], LONG).tokens[0]
     clean = drafting.step_by_step(packed, PLAIN, text)
-    force(monkeypatch, [len(PLAIN.prompt)], [text], cycle(3, 0, 2, 1))
+    force(monkeypatch, [PLAIN], [text], cycle(3, 0, 2, 1))
     assert run(packed, [PLAIN], LONG, depth).tokens == [text]
     assert len(kept) > 5
-    for [(count, _, contents)] in kept:
+    for [(_, count, _, contents)] in kept:
         assert distance(contents, clean[count], lambda name: not name.startswith("layers.2")) == 0
         assert distance(contents, clean[count]) < SAME
 
@@ -248,15 +265,16 @@ def test_of_a_step_only_the_tokens_that_are_kept_leave_a_trace(counts, model):
         model.hidden(begin, each)
     place = cache.position
     model.hidden(guesses, cache, lengths, stepwise=True)
-    every = cache.states()
+    every = [cache.arrays(row) for row in range(2)]
     cache.rollback(place, counts)
     model.hidden(guesses[:, : max(counts)], other, counts if min(counts) < max(counts) else None)
     assert (cache.row_lengths, cache.next_positions) == (other.row_lengths, other.next_positions)
     for row, count in enumerate(counts):
         assert distance(of_row(cache, row), of_row(other, row)) < SAME
-        for (_, last), (_, kept) in zip(every, cache.states(), strict=True):
-            off = float(mx.abs(last[row] - kept[row]).max() / mx.abs(kept[row]).max())
-            assert (off > 1e-2) == (count in (1, 2, 3))
+        for name, kept in cache.arrays(row).items():
+            if name.endswith("recurrent_state"):
+                off = float(mx.abs(every[row][name] - kept).max() / mx.abs(kept).max())
+                assert (off > 1e-2) == (count in (1, 2, 3))
 
 
 # --- what the head remembers -----------------------------------------------------------------------------------------
@@ -267,7 +285,7 @@ def test_of_a_step_only_the_tokens_that_are_kept_leave_a_trace(counts, model):
 def test_the_head_has_read_the_text_as_if_at_once(pattern, depth, model, plain, forced):
     forced([PLAIN], cycle(*pattern))
     cache = run(model, [PLAIN], 12, depth).cache
-    assert head_distance(model, cache, [[*PLAIN.prompt, *plain(PLAIN)[:11]]]) < SAME
+    assert head_distance(model, [cache], [[*PLAIN.prompt, *plain(PLAIN)[:11]]]) < SAME
 
 
 @pytest.mark.parametrize("begin", [1, 2, 7])
@@ -276,7 +294,7 @@ def test_the_head_has_read_the_text_whatever_the_depths_were(script, begin, mode
     case = Case(prompt(50, begin), seed=3)
     forced([case], cycle(2, 0, 3))
     cache = run(model, [case], 20, script).cache
-    assert head_distance(model, cache, [[*case.prompt, *plain(case)[:19]]]) < SAME
+    assert head_distance(model, [cache], [[*case.prompt, *plain(case)[:19]]]) < SAME
 
 
 def test_pairs_that_wait_are_read_when_there_are_many(model, plain, forced, monkeypatch):
@@ -284,7 +302,7 @@ def test_pairs_that_wait_are_read_when_there_are_many(model, plain, forced, monk
     forced([PLAIN], cycle(1))
     cache = run(model, [PLAIN], 18, [0] * 10 + [2, 0]).cache
     assert sum(pairs.tokens.shape[1] for pairs in cache.follower.pending) < 4
-    assert head_distance(model, cache, [[*PLAIN.prompt, *plain(PLAIN)[:17]]]) < SAME
+    assert head_distance(model, [cache], [[*PLAIN.prompt, *plain(PLAIN)[:17]]]) < SAME
 
 
 @pytest.mark.parametrize("script", [[3], SCRIPT], ids=["3", "mixed"])
@@ -293,9 +311,8 @@ def test_the_head_has_read_each_row_of_a_batch(script, model, plain, forced):
     forced(cases, lambda row, step: (row + step * row) % 4)
     limits = [17, 8, 12, 1]
     result = run(model, cases, limits, script)
-    texts = [[*case.prompt, *own] for case, own in zip(cases, result.tokens, strict=True)]
-    texts[0].pop()  # the last of the longest is not read
-    assert head_distance(model, result.cache, texts) < SAME
+    texts = [[*case.prompt, *own[:-1]] for case, own in zip(cases, result.tokens, strict=True)]
+    assert head_distance(model, result.caches, texts) < SAME
 
 
 def test_the_head_goes_on_with_a_second_prompt(model, plain, forced):
@@ -304,7 +321,7 @@ def test_the_head_goes_on_with_a_second_prompt(model, plain, forced):
     whole = Case((*PLAIN.prompt, *plain(PLAIN)[:8], *again.prompt), seed=4)
     forced([whole], cycle(0, 2, 3))
     assert run(model, [again], 9, 3, cache=cache).tokens == [plain(whole)[:9]]
-    assert head_distance(model, cache, [[*whole.prompt, *plain(whole)[:8]]]) < SAME
+    assert head_distance(model, [cache], [[*whole.prompt, *plain(whole)[:8]]]) < SAME
 
 
 # --- what the cache has read in the end ------------------------------------------------------------------------------
@@ -324,10 +341,9 @@ def test_the_cache_has_read_what_was_yielded(end, count, depths, model, plain, c
     forced([PLAIN], cycle(3))
     text = plain(PLAIN)
     assert len(set(text[:10])) == 10, "a stop id must come once"
-    answers = iter([False] * (count - 1) + [True])
     options = {
         "stop id": {"stop_ids": {text[count - 1]}},
-        "stop string": {"finished": lambda row: next(answers)},
+        "stop string": {"ends": [count]},
         "closed": {"most": count},
         "limit": {},
     }[end]
@@ -338,7 +354,7 @@ def test_the_cache_has_read_what_was_yielded(end, count, depths, model, plain, c
     assert distance(of_row(result.cache), clean(PLAIN)[done]) < SAME
     if count in (1, 3, 6):
         tokens = [*PLAIN.prompt, *text][:done]
-        assert head_distance(model, result.cache, [tokens]) < SAME
+        assert head_distance(model, [result.cache], [tokens]) < SAME
         assert goes_on_as_plain(model, result.cache, tokens)
 
 
@@ -346,19 +362,13 @@ def test_the_cache_has_read_what_was_yielded(end, count, depths, model, plain, c
 def test_each_row_of_a_batch_has_read_what_was_yielded_of_it(stops, model, plain, clean, forced):
     cases = [CASES[name] for name in ("cool", "plain", "hot")]
     forced(cases, lambda row, step: (3 - row + step) % 4)
-    counts = [0, 0, 0]
-
-    def finished(row: int) -> bool:
-        counts[row] += 1
-        return counts[row] == stops[row]
-
-    result = run(model, cases, 12, 3, finished=finished)
+    result = run(model, cases, 12, 3, ends=stops)
     assert result.tokens == [plain(case)[:n] for case, n in zip(cases, stops, strict=True)]
-    assert result.cache.row_lengths == [len(case.prompt) + n for case, n in zip(cases, stops, strict=True)]
-    for row, case in enumerate(cases):
-        assert distance(of_row(result.cache, row), clean(case)[result.cache.row_lengths[row]]) < SAME
+    assert [cache.length for cache in result.caches] == [len(c.prompt) + n for c, n in zip(cases, stops, strict=True)]
+    for case, cache in zip(cases, result.caches, strict=True):
+        assert distance(of_row(cache), clean(case)[cache.length]) < SAME
     texts = [[*case.prompt, *own] for case, own in zip(cases, result.tokens, strict=True)]
-    assert head_distance(model, result.cache, texts) < SAME
+    assert head_distance(model, result.caches, texts) < SAME
 
 
 def interrupting(function: Callable, call: int, after: bool) -> Callable:
@@ -381,8 +391,8 @@ def interrupting(function: Callable, call: int, after: bool) -> Callable:
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (drafting.Speculation, "record"), (Sampler, "peek"), (drafting.DraftFollower, "propose"), (Model, "hidden"),
-        (Cache, "compact"),
+        (drafting.Speculation, "record"), (Sampler, "see"), (drafting.DraftFollower, "propose"), (Model, "hidden"),
+        (Cache, "rollback"),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )  # fmt: skip
@@ -400,7 +410,7 @@ def test_a_cache_goes_back_to_its_snapshot_after_an_interruption(owner, name, ca
     result.cache.restore(place)
     assert distance(of_row(result.cache), contents) == distance(of_row(result.cache.follower.cache), head) == 0
     tokens = list(PLAIN.prompt)
-    assert head_distance(model, result.cache, [tokens]) < SAME
+    assert head_distance(model, [result.cache], [tokens]) < SAME
     assert goes_on_as_plain(model, result.cache, tokens)
 
 
@@ -422,75 +432,62 @@ def test_an_interrupted_step_leaves_nothing_that_was_not_yielded(
     done = length - len(PLAIN.prompt)
     assert tokens == plain(PLAIN)[: len(tokens)] and len(tokens) - 1 <= done <= len(tokens) < 20
     assert distance(of_row(result.cache), clean(PLAIN)[length]) < SAME
-    assert head_distance(model, result.cache, [[*PLAIN.prompt, *tokens[:done]]]) < SAME
+    assert head_distance(model, [result.cache], [[*PLAIN.prompt, *tokens[:done]]]) < SAME
 
 
-# --- holes -----------------------------------------------------------------------------------------------------------
+# --- small buffers ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def closed(monkeypatch) -> list[int]:
-    """Small buffers, whose holes are closed soon; by how many columns, each time, the model's cache became shorter."""
-    gone, close = [], Cache.compact
-    monkeypatch.setattr(KVCache, "STEP", 8)
-
-    def spy(cache: Cache) -> None:
-        before = cache.length
-        close(cache)
-        if cache.length < before and cache.follower is not None:
-            gone.append(before - cache.length)
-
-    monkeypatch.setattr(Cache, "compact", spy)
-    return gone
+def small(monkeypatch) -> None:
+    """Keys and values move to larger buffers often."""
+    monkeypatch.setattr(KVRow, "STEP", 8)
 
 
-def test_rows_of_very_unequal_acceptance_keep_their_texts_and_memories(model, plain, clean, forced, kept, closed):
-    """Rows take turns with right drafts, so that each has many holes."""
+def test_rows_of_very_unequal_acceptance_keep_their_texts_and_memories(model, plain, clean, forced, kept, small):
+    """Rows take turns with right drafts."""
     cases = [CASES[name] for name in ("plain", "hot", "top-k")]
     forced(cases, lambda row, step: 3 * (step % 3 == row))
-    result = run(model, cases, [24, 20, 24], 3)
-    assert closed, "no holes were closed"
+    result, seeds = run(model, cases, [24, 20, 24], 3), {case.seed: case for case in cases}
     assert result.tokens == [plain(case)[:n] for case, n in zip(cases, (24, 20, 24), strict=True)]
-    for step in kept:
-        for case, (count, position, contents) in zip(cases, step, strict=True):
-            assert count == position and distance(contents, clean(case)[count]) < SAME
-    texts = [[*case.prompt, *plain(case)][:n] for case, n in zip(cases, result.cache.row_lengths, strict=True)]
-    assert head_distance(model, result.cache, texts) < SAME
+    for seed, count, position, contents in itertools.chain(*kept):
+        assert count == position and distance(contents, clean(seeds[seed])[count]) < SAME
+    texts = [[*case.prompt, *plain(case)][: cache.length] for case, cache in zip(cases, result.caches, strict=True)]
+    assert head_distance(model, result.caches, texts) < SAME
 
 
-def test_a_row_that_always_and_one_that_never_accepts_keep_their_texts(model, plain, clean, forced, closed):
+def test_a_row_that_always_and_one_that_never_accepts_keep_their_texts(model, plain, clean, forced, small):
     cases = [CASES["hot"], CASES["plain"]]
     forced(cases, lambda row, step: 3 * row)
     result = run(model, cases, [14, 24], 3)
     assert result.tokens == [plain(cases[0])[:14], plain(cases[1])]
-    for row, case in enumerate(cases):
-        assert distance(of_row(result.cache, row), clean(case)[result.cache.row_lengths[row]]) < SAME
+    for case, cache in zip(cases, result.caches, strict=True):
+        assert distance(of_row(cache), clean(case)[cache.length]) < SAME
 
 
-def test_snapshots_from_before_holes_were_closed_are_restored_to_the_bit(model, forced, closed, monkeypatch):
+def test_snapshots_from_every_step_are_restored_to_the_bit(model, forced, small, monkeypatch):
     cases = [CASES["plain"], CASES["hot"]]
     forced(cases, lambda row, step: 3 * (step % 2 == row))
-    places, follow = [], drafting.Speculation.follow
+    places, settle = [], Rows.settle
 
-    def remember(cache: Cache) -> None:
-        contents = [of_row(own, row) for own in (cache, cache.follower.cache) for row in range(2)]
-        places.append((cache.snapshot(), cache.position, cache.follower.followed, contents, len(closed)))
+    def spy(rows: Rows) -> None:
+        settle(rows)
+        for row, sequence in enumerate(rows.sequences):
+            cache = rows.cache.select([row])
+            cache.follower = rows.speculation.follower_of(row)
+            contents = [of_row(cache), of_row(cache.follower.cache)]
+            places.append((sequence.sampler.seed, cache.snapshot(), cache.position, cache.follower.followed, contents))
 
-    caches = []
-
-    def spy(speculation, *args) -> None:  # the step is settled then
-        follow(speculation, *args)
-        remember(caches[0])
-
-    monkeypatch.setattr(drafting.Speculation, "follow", spy)
-    result = run(model, cases, 24, 3, before=lambda cache: (caches.append(cache), remember(cache)))
-    assert len({count for *_, count in places}) > 1, "no holes were closed on the way"
-    for snapshot, place, followed, contents, _ in [*places[::-1], *places[::2]]:
-        result.cache.restore(snapshot)
-        assert (result.cache.row_lengths, result.cache.length) == (list(place.row_lengths), place.length)
-        assert result.cache.follower.followed == followed
-        own = [of_row(own, row) for own in (result.cache, result.cache.follower.cache) for row in range(2)]
-        assert [distance(a, b) for a, b in zip(own, contents, strict=True)] == [0] * 4
+    monkeypatch.setattr(Rows, "settle", spy)
+    result = run(model, cases, 24, 3)
+    caches = {case.seed: cache for case, cache in zip(cases, result.caches, strict=True)}
+    assert min(Counter(seed for seed, *_ in places).values()) > 6
+    for seed, snapshot, place, followed, contents in [*places[::-1], *places[::2]]:
+        cache = caches[seed]
+        cache.restore(snapshot)
+        assert (cache.position, cache.follower.followed) == (place, followed)
+        own = [of_row(cache), of_row(cache.follower.cache)]
+        assert [distance(a, b) for a, b in zip(own, contents, strict=True)] == [0] * 2
 
 
 # --- without ---------------------------------------------------------------------------------------------------------

@@ -10,8 +10,7 @@ from mlx_qwen35.budget.plan import most_depth
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.config import FULL, LINEAR
 from mlx_qwen35.checkpoint.random import geometry
-from mlx_qwen35.engine.drafts.depth import measured_costs
-from mlx_qwen35.engine.drafts.speculate import LEAST_TOKENS, DraftPolicy, choose_drafts
+from mlx_qwen35.engine.drafts.speculate import LEAST_TOKENS, DraftPolicy, choose_drafts, head_record
 from mlx_qwen35.load import load_model
 
 TINY = changed(geometry("tiny"), num_hidden_layers=2, layer_types=[LINEAR, FULL])
@@ -120,7 +119,7 @@ def test_auto_without_a_head_says_so(nano, headless):
 
 
 def test_auto_leaves_drafts_alone_where_none_could_pay(nano, model):
-    costs = measured_costs(model.mtp, rows=1)
+    costs = head_record(model.mtp).costs[1]
     for depth in (1, 2, 3):
         for _ in range(3):
             costs.add(depth, 2.0 + 2 * depth)
