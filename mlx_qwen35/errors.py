@@ -63,6 +63,7 @@ CODES = {
     "tokens_invalid": "token ids are of the wrong shape or type, out of range, or stand for images",
     "context_length_exceeded": "prompt and answer do not fit into the model's context",
     "memory_exceeded": "something does not fit into memory",
+    "generation_spent": "a generation was started that has run already",
     # the process
     "mlx_unusable": "MLX cannot be loaded: it has no backend, or its backend finds no driver",
     "process_forked": "the process was forked after MLX had started, whose threads it does not have",
@@ -71,8 +72,7 @@ CODES = {
     "logits_not_finite": "activations left the range of the dtype, or the checkpoint is damaged",
     "lengths_invalid": "lengths of rows are out of range",
     "cache_batch_mismatch": "a cache is for another number of rows",
-    "generation_spent": "a generation was run before",
-    "snapshot_foreign": "a snapshot belongs to another cache",
+    "snapshot_foreign": "a snapshot is of another model, or of other rows",
     "embeddings_mismatch": "there are more or fewer embeddings than placeholders",
     # images and videos
     "media_not_found": "there is no such file",

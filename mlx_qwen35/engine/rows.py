@@ -234,7 +234,7 @@ class Rows:
             self.speculation.follow(made.inputs, made.hidden, kept)
         elif following and not all(made.taken):  # interrupted: the cache has a token that nobody took
             for row, token in enumerate(np.array(made.sampled)[:, 0].tolist()):
-                if following.lengths[row] and not made.taken[row]:
+                if following.lengths[row] and not made.taken[row] and not self.sequences[row].error:
                     self._take(self.sequences[row], token)
 
     def join(self, sequences: Many[Sequence]) -> None:

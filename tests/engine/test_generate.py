@@ -9,11 +9,14 @@ import pytest
 from refusing import refused
 
 from mlx_qwen35 import Model, Processor, batch_generate, generate, load, stream_generate
+from mlx_qwen35.budget.plan import kv_bytes
+from mlx_qwen35.engine.engine import Engine
 from mlx_qwen35.engine.generation import start
-from mlx_qwen35.engine.loop import decode
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.engine.presets import Sampling
 from mlx_qwen35.engine.sampling import Sampler
+from mlx_qwen35.engine.sequence import Sequence
+from mlx_qwen35.prompt.prompt import Prompt
 
 ASK = "What is 34 + 58?"
 
@@ -104,15 +107,14 @@ def test_a_stop_string_ends_the_answer(nano):
 
 
 def test_the_system_prompt_is_the_system_message(nano):
-    asked = start(*nano, [ASK], system_prompt="Be brief.").prompts[0].tokens
+    asked = start(*nano, [ASK], system_prompt="Be brief.").requests[0].prompt.tokens
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": ASK}]
     assert asked == nano[1].encode_messages(messages).tokens
 
 
 def test_raw_completion_takes_the_text_as_it_is(nano):
-    assert (
-        start(*nano, ["2 + 2 ="], ignore_chat_template=True).prompts[0].tokens == nano[1].encode_text("2 + 2 =").tokens
-    )
+    asked = start(*nano, ["2 + 2 ="], ignore_chat_template=True).requests[0].prompt.tokens
+    assert asked == nano[1].encode_text("2 + 2 =").tokens
 
 
 def test_the_head_sees_one_row_a_token(nano, calls):
@@ -144,7 +146,7 @@ def test_a_batch_of_unequal_prompts_equals_the_single_runs(nano, options, step):
     options = options | {"max_tokens": 40, "prefill_step_size": step}
     together = batch_generate(*nano, PROMPTS, **options)
     for prompt, result in zip(PROMPTS, together, strict=True):
-        alone = generate(*nano, prompt, **options)
+        alone = generate(*nano, prompt, **options | {"seed": result.seed})
         assert (result.tokens, result.text, result.finish_reason) == (alone.tokens, alone.text, alone.finish_reason)
 
 
@@ -153,10 +155,28 @@ def test_rows_of_both_modes_get_the_preset_of_their_own_mode(nano, monkeypatch):
     message = [{"role": "user", "content": ASK}]
     prompts = [nano[1].encode_messages(message, enable_thinking=mode).tokens for mode in (True, False)]
     for order in (prompts, prompts[::-1]):
-        together = batch_generate(*nano, order, seed=5)
+        together = batch_generate(*nano, order, seed=[5, 5])
         assert [r.tokens for r in together] == [generate(*nano, prompt, seed=5).tokens for prompt in order]
-    plan = start(*nano, prompts).plan
-    assert [sampling.temp for sampling in plan.samplings] == [1.0, 0.7]
+    assert [request.sampler.sampling.temp for request in start(*nano, prompts).requests] == [1.0, 0.7]
+
+
+def test_row_i_of_a_batch_has_seed_plus_i_or_its_own(nano):
+    options = {"temp": 8.0, "max_tokens": 12}
+    for given, seeds in ((7, [7, 8, 9]), (2**32 - 2, [2**32 - 2, 2**32 - 1, 0]), ([4, 4, 2], [4, 4, 2])):
+        together = batch_generate(*nano, [ASK] * 3, seed=given, **options)
+        assert [result.seed for result in together] == seeds
+        for seed, result in zip(seeds, together, strict=True):
+            assert generate(*nano, ASK, seed=seed, **options).tokens == result.tokens
+
+
+def test_rows_of_a_batch_get_different_texts_without_a_seed(nano):
+    together = batch_generate(*nano, [ASK] * 3, temp=8.0, max_tokens=12)
+    assert len({result.tokens for result in together}) == 3
+
+
+def test_seeds_must_be_as_many_as_prompts(nano):
+    with refused("option_invalid", "2", "3"):
+        batch_generate(*nano, [ASK] * 2, seed=[1, 2, 3])
 
 
 def test_a_string_is_no_batch(nano):
@@ -183,13 +203,10 @@ def test_a_batch_takes_text_messages_and_ids(nano):
 
 
 def test_a_row_that_has_ended_reads_nothing_more(nano):
-    generation = start(*nano, PROMPTS)
-    for _ in generation:
-        pass
-    read_tokens = [r.prompt_tokens + r.generation_tokens for r in generation.results()]
-    last = max(range(len(PROMPTS)), key=lambda row: generation.results()[row].generation_tokens)
-    expected = [n for row, n in enumerate(read_tokens) if row != last]
-    assert [n for row, n in enumerate(generation.cache.row_lengths) if row != last] == expected
+    caches = [nano[0].make_cache() for _ in PROMPTS]
+    results = batch_generate(*nano, PROMPTS, cache=caches)
+    assert [cache.row_lengths for cache in caches] == [[r.prompt_tokens + r.generation_tokens] for r in results]
+    assert len({result.generation_tokens for result in results}) > 1
 
 
 def test_an_empty_batch_is_empty(nano):
@@ -204,7 +221,7 @@ def test_a_cache_continues_a_conversation(nano):
     messages = [{"role": "user", "content": ASK}]
     whole = processor.encode_messages(messages).tokens
     cache = model.make_cache()
-    prefill(model, cache, [PromptRow(whole[:5])], 1024)
+    prefill(model, cache, PromptRow(whole[:5]), 1024)
     assert generate(model, processor, whole[5:], cache=cache).tokens == generate(model, processor, whole).tokens
 
 
@@ -212,7 +229,7 @@ def test_the_noise_of_a_continued_conversation_is_that_of_the_whole(nano):
     model, processor = nano
     whole = processor.encode_messages([{"role": "user", "content": ASK}]).tokens
     cache = model.make_cache()
-    prefill(model, cache, [PromptRow(whole[:5])], 1024)
+    prefill(model, cache, PromptRow(whole[:5]), 1024)
     options = {"temp": 8.0, "seed": 8, "max_tokens": 20}
     assert (
         generate(model, processor, whole[5:], cache=cache, **options).tokens == generate(*nano, whole, **options).tokens
@@ -228,6 +245,14 @@ def test_two_generations_interleave_on_one_model(nano):
     assert [generation.results()[0].tokens for generation in running] == expected
 
 
+def test_a_generation_runs_once(nano):
+    generation = start(*nano, [ASK], max_tokens=2)
+    list(generation)
+    with refused("generation_spent"):
+        iter(generation)
+    assert len(generation.results()[0].tokens) == 2
+
+
 def test_stopping_early_keeps_what_was_written(nano):
     generation = start(*nano, [ASK])
     for _ in generation:
@@ -238,15 +263,18 @@ def test_stopping_early_keeps_what_was_written(nano):
 
 
 def test_memory_stays_flat_over_a_long_generation(nano):
-    """Apart from the KV cache, which grows by what its own nbytes say, nothing may pile up over 1,100 steps."""
+    """Apart from the KV cache, whose bytes the memory plan knows, nothing may pile up over 1,100 steps."""
     model, processor = nano
-    cache = model.make_cache()
-    hidden = prefill(model, cache, [PromptRow(processor.encode_text(ASK).tokens)], 1024)
-    sampler = Sampler(Sampling(), [0], [0], processor.vocabulary)
-    held = []
-    for count, _ in enumerate(decode(model, cache, hidden, sampler, [1100], stop_ids=())):
-        if count in (200, 1098):
-            held.append(mx.get_active_memory() - cache.nbytes)
+    tokens = processor.encode_text(ASK).tokens
+    sampler = Sampler(Sampling(), 0, len(tokens), processor.vocabulary)
+    sequence = Sequence(Prompt(tokens, thinking=False), sampler, 1100, prefill_step_size=1024)
+    engine, held = Engine(model), []
+    engine.add(sequence)
+    while not sequence.finished:
+        engine.step()
+        if len(sequence.tokens) in (201, 1099):
+            mx.synchronize()  # the next pass is under way
+            held.append(mx.get_active_memory() - kv_bytes(model.config, len(tokens) + len(sequence.tokens), 4))
     assert abs(held[1] - held[0]) < 1e5
 
 
@@ -268,8 +296,8 @@ def test_a_prompt_longer_than_the_context_is_refused(nano):
 def test_the_space_left_bounds_the_answer(nano):
     model, processor = nano
     context = model.config.max_position_embeddings
-    assert start(model, processor, [[5] * (context - 4)], max_tokens=100).plan.limits == (4,)
-    assert start(model, processor, [[5] * 10]).plan.limits == (min(32768, context - 10),)
+    assert start(model, processor, [[5] * (context - 4)], max_tokens=100).requests[0].limit == 4
+    assert start(model, processor, [[5] * 10]).requests[0].limit == min(32768, context - 10)
 
 
 def test_both_or_neither_of_prompt_and_messages_is_a_type_error(nano):
@@ -320,6 +348,18 @@ def test_a_cache_for_another_number_of_rows_is_refused(nano):
         generate(*nano, ASK, cache=nano[0].make_cache(3))
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_several_prompts_need_a_cache_each(nano, count):
+    with refused("cache_batch_mismatch", "2"):
+        batch_generate(*nano, [ASK, "Hello"], cache=[nano[0].make_cache() for _ in range(count)])
+
+
+def test_a_cache_of_two_prompts_is_refused(nano):
+    cache = nano[0].make_cache()
+    with refused("cache_batch_mismatch", "2"):
+        batch_generate(*nano, [ASK, "Hello"], cache=[cache, cache])
+
+
 def test_logits_that_are_not_finite_stop_with_advice(nano, monkeypatch):
     monkeypatch.setattr(Model, "logits", lambda self, hidden: mx.full((*hidden.shape[:-1], 1024), mx.nan))
     with refused("logits_not_finite", "dtype='bfloat16'"):
@@ -330,7 +370,7 @@ def test_logits_that_are_not_finite_stop_with_advice(nano, monkeypatch):
 
 
 def sampling(nano, **options):
-    return start(*nano, [ASK], **options).plan.samplings[0]
+    return start(*nano, [ASK], **options).requests[0].sampler.sampling
 
 
 def test_the_preset_follows_the_mode_where_the_checkpoint_has_no_wish_of_its_own(nano, monkeypatch):

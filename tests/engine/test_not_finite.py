@@ -1,8 +1,8 @@
 """Activations that leave the range of their dtype: where it began is said, and what the caller has stays usable."""
 
-from collections.abc import Sequence
+from collections.abc import Collection
+from collections.abc import Sequence as Many
 from pathlib import Path
-from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -11,12 +11,17 @@ from conftest import load_text_model
 from refusing import refused
 
 from mlx_qwen35 import Model, batch_generate, generate, load
+from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.doctor import probe
 from mlx_qwen35.doctor.probe import TEXT, describe, residual_maxima
 from mlx_qwen35.engine.conversation import Conversation
+from mlx_qwen35.engine.engine import Engine
 from mlx_qwen35.engine.generation import start
-from mlx_qwen35.engine.loop import decode
 from mlx_qwen35.engine.prefill import PromptRow, prefill
+from mlx_qwen35.engine.presets import Sampling
+from mlx_qwen35.engine.sampling import Sampler
+from mlx_qwen35.engine.sequence import Sequence
+from mlx_qwen35.prompt.prompt import Prompt
 
 ASK = "What is 34 + 58?"
 
@@ -105,56 +110,89 @@ def test_the_probe_s_maxima_are_those_of_the_stream(text_model, monkeypatch):
 # --- what is looked at -----------------------------------------------------------------------------------------------
 
 
-class OneByOne:
-    """A model and sampler in one: row i draws token i + 1 until it has drawn `counts[i]`, then 0, the stop id.
-
-    bad: (row, step) whose logits are not finite.
-    """
-
-    dtype = mx.float16
-
-    def __init__(self, counts: Sequence[int], bad: tuple[int, int]):
-        self.counts, self.bad, self.step = counts, bad, 0
-
-    def hidden(self, tokens, cache, lengths=None, stepwise=False):
-        return mx.zeros((len(self.counts), 1, 1))
-
-    def logits(self, hidden):
-        rows = [[0.0] * len(self.counts) + [0.0] for _ in self.counts]
-        for row, count in enumerate(self.counts):
-            rows[row][row + 1 if self.step < count else 0] = 1.0
-            if row == self.bad[0] and self.step >= self.bad[1]:
-                rows[row][0] = float("nan")
-        self.step += 1
-        return mx.array(rows)[:, None]
-
-    def peek(self, logits, drafted=None):
-        return mx.argmax(mx.nan_to_num(logits), axis=-1)
-
-    def commit(self, tokens):
-        pass
+BAD = 700
 
 
-def decoded(counts: Sequence[int], bad: tuple[int, int], limits: Sequence[int]) -> list[list[int | None]]:
-    both = OneByOne(counts, bad)
-    cache = SimpleNamespace(first_not_finite=lambda row: None, position=None)
-    return list(decode(both, cache, mx.zeros((len(counts), 1)), both, limits, stop_ids=(0,)))
+@pytest.fixture
+def bad_token(monkeypatch) -> None:
+    """The embedding of the token BAD is not finite."""
+    embed = Model.embed
+    monkeypatch.setattr(
+        Model, "embed", lambda *given: mx.where((given[1] == BAD)[..., None], mx.nan, embed(*given))
+    )  # fmt: skip
 
 
-def test_rows_that_have_ended_do_not_matter():
-    assert decoded([1, 4], (0, 2), [9, 9]) == [[1, 2], [0, 2], [None, 2], [None, 2], [None, 0]]
-    assert decoded([9, 9], (0, 2), [2, 4])[2:] == [[None, 2], [None, 2]]
-    with refused("logits_not_finite"):
-        decoded([9, 9], (1, 2), [2, 4])
+class Script:
+    """Chooses these tokens, whatever the logits say."""
+
+    def __init__(self, tokens: Many[int]):
+        self.tokens, self.asked = tokens, 0
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        self.asked += 1
+        return mx.array([self.tokens[self.asked - 1]])
 
 
-def test_no_token_is_drawn_from_logits_that_are_not_finite():
-    both, seen = OneByOne([9], (0, 3)), []
-    cache = SimpleNamespace(first_not_finite=lambda row: 0, position=None)
+def decoded(model: Model, scripts: Many[Script], limits: Many[int], stop_ids: Collection[int] = ()) -> list[Sequence]:
+    """Sequences that ran together, with what each was to choose."""
+    sequences = [
+        Sequence(
+            Prompt((5, 6), thinking=False),
+            Sampler(Sampling(), 0, 2, 1024, choose=script),
+            limit,
+            prefill_step_size=64,
+            stop_ids=stop_ids,
+        )
+        for script, limit in zip(scripts, limits, strict=True)
+    ]
+    engine = Engine(model)
+    engine.add(*sequences)
+    while not engine.idle:
+        engine.step()
+    return sequences
+
+
+@pytest.mark.parametrize(
+    ("limit", "stop_ids", "reason"), [(9, {BAD}, "stop"), (2, (), "length")], ids=["stop", "length"]
+)
+def test_rows_that_have_ended_do_not_matter(nano, bad_token, limit, stop_ids, reason):
+    ended, other = decoded(nano[0], [Script([1, BAD, 1, 1]), Script([2] * 9)], [limit, 5], stop_ids)
+    assert (ended.tokens, ended.finish_reason, ended.error) == ([1, BAD], reason, None)
+    assert (other.tokens, other.finish_reason, other.error) == ([2] * 5, "length", None)
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_the_row_alone_ends_with_the_error(nano, bad_token, bad):
+    scripts = [Script([1] * 9), Script([2] * 9)]
+    scripts[bad] = Script([3, BAD, *[3] * 9])
+    sequences = decoded(nano[0], scripts, [6, 6])
+    failed, other = sequences[bad], sequences[1 - bad]
+    assert (failed.tokens, failed.finish_reason) == ([3, BAD], "error")
     with refused("logits_not_finite", "0"):
-        seen.extend(decode(both, cache, mx.zeros((1, 1)), both, [9], stop_ids=(0,)))
-    assert seen == [[1]] * 3  # of steps 0, 1 and 2
-    assert both.step == 5  # the third was looked at with the next one under way
+        raise failed.error
+    assert (other.tokens, other.finish_reason, other.error) == ([2 - bad] * 6, "length", None)
+
+
+def test_no_token_is_drawn_from_logits_that_are_not_finite(nano, bad_token):
+    script = Script([1, 1, BAD, *[1] * 9])
+    (sequence,) = decoded(nano[0], [script], [9])
+    with refused("logits_not_finite", "0"):
+        raise sequence.error
+    assert sequence.tokens == [1, 1, BAD]
+    assert script.asked == 5  # the fourth was looked at with the next one under way
+
+
+def test_a_row_of_a_batch_that_fails_says_so_in_its_result_and_the_others_answer(nano, monkeypatch):
+    logits = Model.logits
+    monkeypatch.setattr(  # the second row's, in every pass
+        Model, "logits", lambda self, hidden: logits(self, hidden) * mx.where(mx.arange(len(hidden)) == 1, mx.nan, 1)
+        .reshape(-1, *[1] * (hidden.ndim - 1))
+    )  # fmt: skip
+    good, failed = batch_generate(*nano, [ASK, "Hello"])
+    assert (good.text, good.finish_reason, good.error) == ("92", "stop", None)
+    assert (len(failed.tokens), failed.finish_reason) == (1, "error")
+    with refused("logits_not_finite"):
+        raise failed.error
 
 
 @pytest.mark.parametrize("value", [mx.nan, mx.inf, -mx.inf])
@@ -170,9 +208,10 @@ def test_any_value_that_is_not_finite_counts(nano, monkeypatch, value):
 
 
 def cache_of_two(model):
-    cache = model.make_cache(2)
-    prefill(model, cache, [PromptRow(list(range(5, 25))), PromptRow(list(range(30, 37)))], 64)
-    return cache
+    caches = [model.make_cache() for _ in range(2)]
+    for cache, tokens in zip(caches, (range(5, 25), range(30, 37)), strict=True):
+        prefill(model, cache, PromptRow(list(tokens)), 64)
+    return Cache.joined(caches)
 
 
 def test_a_finite_cache_names_no_layer(text_model):
@@ -184,21 +223,21 @@ def test_a_finite_cache_names_no_layer(text_model):
 @pytest.mark.parametrize("value", [mx.nan, mx.inf])
 def test_the_first_layer_of_the_row_is_named(text_model, value):
     cache = cache_of_two(text_model())
-    memory = cache.layers[2].state
-    state = mx.array(memory.recurrent_state)
-    state[1, 0, 0, 0] = value
-    cache.layers[2].state = memory._replace(recurrent_state=state)
-    cache.layers[3].keys[:, :, 3, 0] = value
+    states = cache.layers[2].values
+    recurrent = mx.array(states.recurrent_state)
+    recurrent[1, 0, 0, 0] = value
+    cache.layers[2].values = states._replace(recurrent_state=recurrent)
+    for row in cache.layers[3].rows:
+        row.buffers.keys[:, :, 3, 0] = value
     assert [cache.first_not_finite(row) for row in (0, 1)] == [3, 2]
 
 
-def test_holes_and_columns_not_yet_in_use_do_not_count(text_model):
+def test_columns_not_yet_in_use_do_not_count(text_model):
     cache = cache_of_two(text_model())
-    values = cache.layers[3].values
-    values[1, :, 7:20] = mx.nan  # holes of the second row
-    values[:, :, 20:] = mx.nan
+    for row, used in zip(cache.layers[3].rows, (20, 7), strict=True):
+        row.buffers.values[:, :, used:] = mx.nan
     assert [cache.first_not_finite(row) for row in (0, 1)] == [None, None]
-    values[1, :, 6] = mx.nan
+    cache.layers[3].rows[1].buffers.values[:, :, 6] = mx.nan
     assert [cache.first_not_finite(row) for row in (0, 1)] == [None, 3]
 
 
@@ -209,7 +248,7 @@ def test_holes_and_columns_not_yet_in_use_do_not_count(text_model):
 def test_the_caller_s_cache_is_as_it_was_and_goes_on(nano, poison, step):
     model, processor = nano
     cache = model.make_cache()
-    prefill(model, cache, [PromptRow(processor.encode_text("Hello").tokens)], 64)
+    prefill(model, cache, PromptRow(processor.encode_text("Hello").tokens), 64)
     before = {name: np.array(array) for name, array in cache.arrays().items()}
     poison(step)
     with refused("logits_not_finite"):
@@ -219,7 +258,7 @@ def test_the_caller_s_cache_is_as_it_was_and_goes_on(nano, poison, step):
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[name], np.array(after[name])) for name in before)
     fresh = model.make_cache()
-    prefill(model, fresh, [PromptRow(processor.encode_text("Hello").tokens)], 64)
+    prefill(model, fresh, PromptRow(processor.encode_text("Hello").tokens), 64)
     assert generate(model, processor, ASK, cache=cache).tokens == generate(model, processor, ASK, cache=fresh).tokens
 
 

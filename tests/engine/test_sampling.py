@@ -6,7 +6,7 @@ import pytest
 from refusing import refused
 
 from mlx_qwen35 import PRESETS, Sampling
-from mlx_qwen35.engine.sampling import Sampler, noise, process
+from mlx_qwen35.engine.sampling import Sampler, noise, process, sample
 
 V = 300
 
@@ -56,16 +56,15 @@ def test_top_p_counts_within_what_top_k_left(logits):
 
 def test_temperature_zero_is_greedy(logits):
     np.testing.assert_array_equal(probabilities(logits, temp=0).argmax(-1), np.array(logits).argmax(-1))
-    np.testing.assert_array_equal(
-        np.array(Sampler(Sampling(temp=0), [1, 2], [0, 0], V).sample(logits)), np.array(logits).argmax(-1)
-    )
+    samplers = [Sampler(Sampling(temp=0), seed, 0, V) for seed in (1, 2)]
+    np.testing.assert_array_equal(np.array(sample(samplers, logits)), np.array(logits).argmax(-1))
 
 
 def test_padding_rows_of_the_vocabulary_are_never_drawn():
     logits = mx.zeros((1, V)).at[:, 200:].add(50.0)  # the head likes them
     for options in ({"temp": 0}, {"temp": 1.0}, {"temp": 1.0, "top_k": 20}):
-        sampler = Sampler(Sampling(**options), [0], [0], vocabulary=200)
-        assert all(sampler.sample(logits).item() < 200 for _ in range(50))
+        sampler = Sampler(Sampling(**options), 0, 0, vocabulary=200)
+        assert all(sample([sampler], logits).item() < 200 for _ in range(50))
     assert (np.exp(np.array(process(logits, Sampling(), vocabulary=200)))[:, 200:] == 0).all()
 
 
@@ -86,8 +85,8 @@ def test_penalties_are_those_of_the_definition(logits, rng):
 
 def test_penalties_count_every_generated_token(logits):
     flat = mx.zeros((1, V))
-    sampler = Sampler(Sampling(temp=0, presence_penalty=1.0), [0], [0], V)
-    drawn = [sampler.sample(flat).item() for _ in range(V)]
+    sampler = Sampler(Sampling(temp=0, presence_penalty=1.0), 0, 0, V)
+    drawn = [sample([sampler], flat).item() for _ in range(V)]
     assert sorted(drawn) == list(range(V)), "each token once, before any comes again"
 
 
@@ -98,9 +97,9 @@ def test_the_noise_depends_on_seed_and_position_alone():
 
 
 def test_a_token_is_the_same_alone_and_in_a_batch(logits):
-    together = Sampler(Sampling(), [11, 12], [40, 7], V).sample(logits).tolist()
-    rows = enumerate([(11, 40), (12, 7)])
-    alone = [Sampler(Sampling(), [s], [p], V).sample(logits[i : i + 1]).item() for i, (s, p) in rows]
+    rows = [(11, 40), (12, 7)]
+    together = sample([Sampler(Sampling(), *row, V) for row in rows], logits).tolist()
+    alone = [sample([Sampler(Sampling(), *row, V)], logits[i : i + 1]).item() for i, row in enumerate(rows)]
     assert together == alone
 
 
@@ -110,7 +109,7 @@ def test_drawn_tokens_follow_the_distribution(rng):
     sampling = Sampling(temp=1.3, top_k=11)
     expected = np.exp(np.array(process(logits, sampling)))[0]
     rows = mx.broadcast_to(logits, (4000, 40))
-    drawn = np.array(Sampler(sampling, [9] * 4000, list(range(4000)), 40).sample(rows))
+    drawn = np.array(sample([Sampler(sampling, 9, position, 40) for position in range(4000)], rows))
     counts = np.bincount(drawn, minlength=40)
     kept = expected > 0
     assert counts[~kept].sum() == 0
@@ -161,13 +160,12 @@ def test_a_bad_logit_bias_is_told(bias):
 
 def test_rows_may_have_samplings_of_their_own(logits):
     samplings = [Sampling(temp=0), Sampling(temp=2.0, presence_penalty=1.0)]
-    both = Sampler(samplings, [1, 1], [5, 5], V)
-    alone = [Sampler(sampling, [1], [5], V) for sampling in samplings]
+    both, alone = ([Sampler(sampling, 1, 5, V) for sampling in samplings] for _ in range(2))
     for _ in range(5):
-        assert both.sample(logits).tolist() == [one.sample(logits[i : i + 1]).item() for i, one in enumerate(alone)]
+        assert sample(both, logits).tolist() == [sample([s], logits[i : i + 1]).item() for i, s in enumerate(alone)]
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 1.5])
 def test_a_bad_seed_is_told(seed):
     with refused("option_invalid", "0", "4294967295", seed):
-        Sampler(Sampling(), [seed], [0], V)
+        Sampler(Sampling(), seed, 0, V)
