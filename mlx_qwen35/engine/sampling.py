@@ -250,8 +250,8 @@ def _peek(samplers: Sequence[Sampler], logits: mx.array, drafted: mx.array | Non
         sampler.see(V)
     flat, counts = logits.reshape(B * n, V), None
     if sampling.penalises and (drafted is not None or any(sampler.counts is not None for sampler in samplers)):
-        own = [None if drafted is None else drafted[row : row + 1] for row in range(B)]
-        all_counts = [s.counted(d, before + i) for s, d in zip(samplers, own, strict=True) for i in range(n)]
+        guesses = [None if drafted is None else drafted[row : row + 1] for row in range(B)]
+        all_counts = [s.counted(d, before + i) for s, d in zip(samplers, guesses, strict=True) for i in range(n)]
         counts = all_counts[0] if len(all_counts) == 1 else mx.concatenate(all_counts)
     flat = penalise(flat, sampling, counts, first.vocabulary)
     own = not drafting and first.alone
