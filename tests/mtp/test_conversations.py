@@ -1,7 +1,7 @@
 """Conversations with drafts: each turn as without, the draft head's memory where the model's is."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ import pytest
 
 from mlx_qwen35 import Model, Processor, generate, load, stream_generate
 from mlx_qwen35.cache.cache import Cache
-from mlx_qwen35.engine.conversation import Conversation
+from mlx_qwen35.engine.conversation import Conversation, Turn
 from mlx_qwen35.engine.drafts.follower import DraftFollower
-from mlx_qwen35.engine.generation import encode_media
+from mlx_qwen35.engine.media import encode_media
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.prompt.prompt import Prompt
 
@@ -34,30 +34,30 @@ def nano() -> tuple[Model, Processor]:
     return load("nano")
 
 
-def said(conversation: Conversation, content: Any) -> tuple[int, ...]:
-    for _ in conversation.send(content):
+def said(conversation: Conversation, content: Any) -> Turn:
+    turn = conversation.send(content)
+    for _ in turn:
         pass
-    return conversation.result.tokens
+    return turn
 
 
 def memory(drafts: DraftFollower) -> np.ndarray:
-    """Keys and values of the pairs that were read, holes left out: (pairs, ...)."""
-    arrays, real = drafts.cache.arrays(), drafts.cache.mask
-    both = np.concatenate([np.array(arrays[f"layers.0.{name}"][0]) for name in ("keys", "values")])
-    return (both if real is None else both[:, np.array(real[0])]).swapaxes(0, 1)
+    """Keys and values of the pairs that were read: (pairs, ...)."""
+    arrays = drafts.cache.arrays()
+    return np.concatenate([np.array(arrays[f"layers.0.{name}"][0]) for name in ("keys", "values")]).swapaxes(0, 1)
 
 
-def fresh(model: Model, rows: Sequence[PromptRow]) -> DraftFollower:
+def fresh(model: Model, row: PromptRow) -> DraftFollower:
     """The head's side of a cache that reads all at once."""
-    cache = model.make_cache(len(rows))
+    cache = model.make_cache()
     cache.follower = DraftFollower(model, cache.row_lengths)
-    prefill(model, cache, rows, 512)
+    prefill(model, cache, row, 512)
     return cache.follower
 
 
-def assert_same_memory(model: Model, drafts: DraftFollower, rows: Sequence[PromptRow]) -> None:
+def assert_same_memory(model: Model, drafts: DraftFollower, row: PromptRow) -> None:
     """The head has read the pairs of these tokens, all and no others, and waits with the same hidden state."""
-    known = fresh(model, rows)
+    known = fresh(model, row)
     drafts.flush(model)
     assert drafts.followed == known.followed
     np.testing.assert_allclose(memory(drafts), memory(known), atol=1e-4, rtol=0)
@@ -72,12 +72,12 @@ def following(drafts: DraftFollower) -> list[list[int]]:
     return drafts.position.tolist()
 
 
-def model_has_read(conversation: Conversation) -> list[PromptRow]:
+def model_has_read(conversation: Conversation, turn: Turn) -> PromptRow:
     """The last prompt and the answer, as far as the model has read them."""
     messages = conversation.messages[:-1]
     prompt = conversation.processor.encode_messages(messages, conversation.vision, **conversation._template)
-    whole = prompt.tokens + conversation.result.tokens
-    return encode_media(conversation.model, [Prompt(whole[: conversation.cache.row_lengths[0]], False, prompt.media)])
+    whole = prompt.tokens + turn.result.tokens
+    return encode_media(conversation.model, Prompt(whole[: conversation.cache.length], False, prompt.media))
 
 
 # --- turns -----------------------------------------------------------------------------------------------------------
@@ -95,17 +95,18 @@ def test_turns_are_answered_alike_with_drafts(nano, thinking, depth):
     plain = Conversation(*nano, mtp="off", **options)
     drafted = Conversation(*nano, mtp="on", mtp_depth=depth, **options)
     for content in TURNS:
-        assert said(drafted, content) == said(plain, content)
-        assert drafted.cache.row_lengths == plain.cache.row_lengths and drafted.reused == plain.reused
+        found, want = said(drafted, content), said(plain, content)
+        assert found.result.tokens == want.result.tokens and found.result.mtp.drafted
+        assert drafted.cache.row_lengths == plain.cache.row_lengths and found.reused == want.reused
 
 
 def test_the_head_has_read_each_turn_whole(nano):
     conversation = Conversation(*nano, enable_thinking=False, mtp="on", mtp_depth=2, temp=0)
     for content in TURNS:
-        said(conversation, content)
+        turn = said(conversation, content)
         drafts = conversation.cache.follower
         assert list(drafts.followed) == conversation.cache.row_lengths
-        assert_same_memory(nano[0], drafts, model_has_read(conversation))
+        assert_same_memory(nano[0], drafts, model_has_read(conversation, turn))
 
 
 def test_the_head_goes_back_with_the_model(nano):
@@ -115,7 +116,7 @@ def test_the_head_goes_back_with_the_model(nano):
         conversation.cache.restore(conversation._snapshot)
         drafts = conversation.cache.follower
         assert list(drafts.followed) == conversation.cache.row_lengths == [len(conversation._cached.tokens)]
-        assert_same_memory(nano[0], drafts, encode_media(nano[0], [conversation._cached]))
+        assert_same_memory(nano[0], drafts, encode_media(nano[0], conversation._cached))
 
 
 def test_the_head_goes_back_to_a_place_that_another_branch_has_overwritten(nano):
@@ -123,28 +124,30 @@ def test_the_head_goes_back_to_a_place_that_another_branch_has_overwritten(nano)
     start, first, second = [[20 + (7 * i + j) % 900 for i in range(12)] for j in range(3)]
     cache = model.make_cache()
     cache.follower = DraftFollower(model, [0])
-    prefill(model, cache, [PromptRow(start)], 5)
+    prefill(model, cache, PromptRow(start), 5)
     before = cache.snapshot()
-    prefill(model, cache, [PromptRow(first)], 5)
+    prefill(model, cache, PromptRow(first), 5)
     after = cache.snapshot()
     cache.restore(before)
-    prefill(model, cache, [PromptRow(second)], 5)
-    assert_same_memory(model, cache.follower, [PromptRow(start + second)])
+    prefill(model, cache, PromptRow(second), 5)
+    assert_same_memory(model, cache.follower, PromptRow(start + second))
     cache.restore(after)
-    assert_same_memory(model, cache.follower, [PromptRow(start + first)])
+    assert_same_memory(model, cache.follower, PromptRow(start + first))
     cache.restore(before)
-    assert_same_memory(model, cache.follower, [PromptRow(start)])
+    assert_same_memory(model, cache.follower, PromptRow(start))
 
 
 def test_a_turn_that_was_stopped_early_leaves_the_head_where_the_model_is(nano):
     conversation = Conversation(*nano, mtp="on", mtp_depth=3, temp=0)
     for taken in (1, 2, 5):
-        for _ in itertools.islice(conversation.send(TURNS[0]), taken):
+        turn = conversation.send(TURNS[0])
+        for _ in itertools.islice(turn, taken):
             pass
+        turn.cancel()
         drafts = conversation.cache.follower
         assert list(drafts.followed) == conversation.cache.row_lengths
-        assert conversation.result.finish_reason == "interrupted"
-        assert_same_memory(nano[0], drafts, model_has_read(conversation))
+        assert turn.result.finish_reason == "interrupted"
+        assert_same_memory(nano[0], drafts, model_has_read(conversation, turn))
 
 
 # --- off and on again ------------------------------------------------------------------------------------------------
@@ -156,8 +159,9 @@ def test_drafts_may_be_off_for_a_turn_and_on_again(nano):
     gap = 0
     for content, mode in zip(TURNS, ("on", "off", "on", "on", "off"), strict=True):
         mixed._options["mtp"] = mode
-        assert said(mixed, content) == said(plain, content)
-        assert bool(mixed.result.mtp.drafted) == (mode == "on")
+        turn = said(mixed, content)
+        assert turn.result.tokens == said(plain, content).result.tokens
+        assert bool(turn.result.mtp.drafted) == (mode == "on")
         drafts, length = mixed.cache.follower, mixed.cache.row_lengths[0]
         if mode == "off":
             assert drafts is None
@@ -176,10 +180,10 @@ def test_a_head_that_starts_anew_reads_the_rest_of_the_text_at_its_positions(nan
     said(conversation, TURNS[0])
     said(conversation, TURNS[1])
     conversation._options["mtp"] = "on"
-    said(conversation, TURNS[2])
+    turn = said(conversation, TURNS[2])
     drafts = conversation.cache.follower
     drafts.flush(model)
-    late, whole = memory(drafts), memory(fresh(model, model_has_read(conversation)))
+    late, whole = memory(drafts), memory(fresh(model, model_has_read(conversation, turn)))
     assert 0 < len(late) < len(whole)
     np.testing.assert_allclose(late, whole[-len(late) :], atol=1e-4, rtol=0)
 
@@ -216,7 +220,7 @@ def test_the_head_follows_a_text_that_goes_on_in_a_cache(nano):
         result = generate(*nano, question, cache=cache, mtp="on", mtp_depth=3, temp=0, max_tokens=9)
         prompt = processor.encode_messages([{"role": "user", "content": question}]).tokens
         tokens = (tokens + prompt + result.tokens)[: cache.row_lengths[0]]
-        assert_same_memory(model, cache.follower, [PromptRow(tokens)])
+        assert_same_memory(model, cache.follower, PromptRow(tokens))
 
 
 # --- several at once -------------------------------------------------------------------------------------------------
@@ -245,13 +249,14 @@ def test_conversations_that_take_turns_give_what_each_gives_alone(nano):
     options = {"temp": 0.9, "seed": 2, "enable_thinking": False, "max_tokens": 12}
     alone = [Conversation(*nano, mtp="off", **options) for _ in range(2)]
     turns = TURNS[:3], TURNS[2:]
-    want = [[said(conversation, content) for content in own] for conversation, own in zip(alone, turns, strict=True)]
+    want = [[said(one, content).result.tokens for content in own] for one, own in zip(alone, turns, strict=True)]
     both = [Conversation(*nano, mtp="on", mtp_depth=depth, **options) for depth in (2, 3)]
     found: list[list[tuple[int, ...]]] = [[], []]
     for contents in zip(*turns, strict=True):
-        in_turn(*(one.send(content) for one, content in zip(both, contents, strict=True)))
-        for one, answers in zip(both, found, strict=True):
-            answers.append(one.result.tokens)
+        sent = [one.send(content) for one, content in zip(both, contents, strict=True)]
+        in_turn(*map(iter, sent))
+        for one, turn, answers in zip(both, sent, found, strict=True):
+            answers.append(turn.result.tokens)
             assert list(one.cache.follower.followed) == one.cache.row_lengths
     assert found == want
 
@@ -260,7 +265,7 @@ def test_caches_share_no_memory_of_the_head(nano):
     model, _ = nano
     first: Cache = model.make_cache()
     first.follower = DraftFollower(model, [0])
-    prefill(model, first, [PromptRow(range(20, 40))], 512)
-    before = mx.array(first.follower.cache.layers[0].keys)
-    fresh(model, [PromptRow(range(50, 90))])
-    assert mx.array_equal(first.follower.cache.layers[0].keys, before)
+    prefill(model, first, PromptRow(range(20, 40)), 512)
+    before = memory(first.follower)
+    fresh(model, PromptRow(range(50, 90)))
+    assert np.array_equal(memory(first.follower), before)
