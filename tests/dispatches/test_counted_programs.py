@@ -78,6 +78,16 @@ def test_ours_takes_one_product_more_a_deltanet_layer_for_gates_that_are_not_pac
     assert operations["QuantizedMatmul"] == 4 * 24 and operations["Matmul"] == 24  # b and a are one product
 
 
+@pytest.mark.parametrize(("rows", "total"), [(2, 338), (4, 402)])
+def test_each_further_row_takes_its_own_attention_and_its_own_cache_writes(rows, total):
+    found = count_program("mlx_qwen35", geometry("4b"), rows=rows)
+    assert found.total == total
+    assert {kind: n for kind, n in by_place(found).items() if kind != FULL} == {LINEAR: 8, AROUND: 10}
+    operations = found.places[FULL].operations
+    assert operations["scaled_dot_product_attention"] == 8 * rows and operations["SliceUpdate"] == 16 * rows
+    assert operations["Concatenate"] == 8 * rows  # the rows' outputs in one array
+
+
 def test_the_deltanet_kernel_is_one_launch_a_layer_with_either_recipe(ours, ours_mixed):
     for found in (ours, ours_mixed):
         assert found.places[LINEAR].operations["kernel gated_delta"] == 24

@@ -163,14 +163,16 @@ class Dispatches:
         return sum((place.bytes for place in self.places.values()), Bytes())
 
 
-def count_program(program: str, config: Mapping[str, Any], recipe: str = "uniform") -> Dispatches:
-    """Count one token of a model with this config.json. CountError where the program cannot record it."""
-    return by_kind(recorded(program, config, recipe), parse_config(config).text.layer_types)
+def count_program(program: str, config: Mapping[str, Any], recipe: str = "uniform", rows: int = 1) -> Dispatches:
+    """Count one token of each row of a model with this config.json. CountError where the program cannot record it."""
+    return by_kind(recorded(program, config, recipe, rows=rows), parse_config(config).text.layer_types)
 
 
-def recorded(program: str, config: Mapping[str, Any], recipe: str, depth: int | None = None) -> list[dict[str, Any]]:
-    """The nodes of a token; with a depth, of a step of our decoding with so many drafts."""
-    steps = [] if depth is None else [str(depth)]
+def recorded(
+    program: str, config: Mapping[str, Any], recipe: str, depth: int | None = None, rows: int = 1
+) -> list[dict[str, Any]]:
+    """The nodes of a token of each row; with a depth, of a step of our decoding of one row with so many drafts."""
+    steps = [str(rows)] if depth is None else [str(rows), str(depth)]
     command = [sys.executable, "-m", WORKER, program, json.dumps(RECIPES[recipe]), *steps]
     done = subprocess.run(command, input=json.dumps(config), capture_output=True, text=True, cwd=ROOT)
     if done.returncode:

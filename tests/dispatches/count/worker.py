@@ -1,7 +1,8 @@
-"""The graph of one decoded token: python -m tests.dispatches.count.worker PROGRAM BITS, in the root of the repository.
+"""The graph of one decoded token of each row: python -m tests.dispatches.count.worker PROGRAM BITS [ROWS [DRAFTS]], in
+the root of the repository.
 
-config.json comes on stdin, nodes go to stdout. With a number as third argument the graph is that of a step of our
-decoding with so many drafts, see draft_step.py.
+config.json comes on stdin, nodes go to stdout. A third argument is the number of rows. With a number as fourth argument
+the graph is that of a step of our decoding of one row with so many drafts, see draft_step.py.
 
 BITS and nodes are JSON. BITS says how matrices are packed whose name ends so, those not named have 4 bits:
 {"linear_attn.out_proj": 8, "linear_attn.in_proj_a": null} is 8 bits, and not packed.
@@ -46,23 +47,23 @@ class Network(NamedTuple):
     """A program's model. beginnings: where each layer begins, then what is around them; a container and a key each."""
 
     beginnings: list[tuple[Any, Any]]
-    make_cache: Callable[[], Any]
+    make_cache: Callable[..., Any]  # of our program with the number of rows
     forward: Callable[[mx.array, Any], mx.array]  # tokens (1, T), cache -> logits
 
 
-def one_token(network: Network) -> dict[str, Any]:
-    """Record the pass over one token, with a cache that holds READ tokens, to the logits and the written cache."""
+def one_token(network: Network, rows: int) -> dict[str, Any]:
+    """Record the pass over one token of each row, with a cache that holds READ tokens, to logits and written cache."""
     for container, key in network.beginnings:
         container[key] = _Beginning(container[key])
-    cache = network.make_cache()
+    cache = network.make_cache(rows) if rows > 1 else network.make_cache()
 
     def step(tokens: mx.array) -> list[mx.array]:
         logits = network.forward(tokens, cache)
         return [logits, *markers.arrays(cache)]
 
-    markers.record(step, mx.zeros((1, READ), mx.int32))
+    markers.record(step, mx.zeros((rows, READ), mx.int32))
     _forget(cache)
-    return markers.record(step, mx.zeros((1, 1), mx.int32))
+    return markers.record(step, mx.zeros((rows, 1), mx.int32))
 
 
 def _forget(cache: Any) -> None:
@@ -214,18 +215,19 @@ def build_mlx_vlm(config: dict[str, Any], bits: Bits) -> Network:
 BUILDERS = {"mlx_qwen35": build_mlx_qwen35, "mlx-lm": build_mlx_lm, "mlx-vlm": build_mlx_vlm}
 
 
-def serve(name: str, bits: Bits, depth: int | None, config: TextIO, replies: TextIO) -> None:
+def serve(name: str, bits: Bits, rows: int, depth: int | None, config: TextIO, replies: TextIO) -> None:
     given = json.load(config)
     with markers.prepared():
-        nodes = one_token(BUILDERS[name](given, bits)) if depth is None else draft_step(given, bits, depth)
+        nodes = one_token(BUILDERS[name](given, bits), rows) if depth is None else draft_step(given, bits, depth)
     json.dump(nodes, replies)
 
 
 def main() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not come between
-    name, bits, *depth = sys.argv[1:]
-    serve(name, json.loads(bits), int(depth[0]) if depth else None, sys.stdin, replies)
+    name, bits, *numbers = sys.argv[1:]
+    rows, depth = [*map(int, numbers), *[1, None][len(numbers) :]]
+    serve(name, json.loads(bits), rows, depth, sys.stdin, replies)
     replies.close()
 
 
