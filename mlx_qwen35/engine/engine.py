@@ -46,6 +46,7 @@ class Engine:
     def add(self, *sequences: Sequence) -> None:
         """Take in sequences. They are prefilled in the order of their arrival."""
         with _ONE:
+            set_limits(self.model.memory_limit)
             for sequence in sequences:
                 self._media.expect(sequence.prompt)
                 self.waiting.append(sequence)
@@ -58,7 +59,6 @@ class Engine:
         """
         with _ONE:
             paused = time.perf_counter() - self._left
-            set_limits(self.model.memory_limit)
             try:
                 decodes = self.interleave or not self.waiting
                 news = self._decode(paused) if decodes else []
