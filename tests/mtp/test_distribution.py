@@ -6,17 +6,25 @@ The distribution is tested on a chain: the logits depend on the last token alone
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Many
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_qwen35.engine import loop
+from mlx_qwen35.cache.cache import Cache
+from mlx_qwen35.checkpoint.config import parse_config
+from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.engine import sampling as engine_sampler
+from mlx_qwen35.engine.drafts.speculate import Speculation
+from mlx_qwen35.engine.engine import Engine
 from mlx_qwen35.engine.presets import Sampling
-from mlx_qwen35.engine.sampling import Sampler, process
+from mlx_qwen35.engine.sampling import Sampler, commit, peek, process, sample
+from mlx_qwen35.engine.sequence import Sequence
+from mlx_qwen35.prompt.prompt import Prompt
 
 SAMPLINGS = {
     "plain": Sampling(),
@@ -40,24 +48,41 @@ OTHER = mx.array(np.random.default_rng(1).normal(0, 1.2, (VOCABULARY, VOCABULARY
 class Chain:
     """A model whose hidden state is the last token."""
 
-    def hidden(self, tokens: mx.array, cache: SimpleNamespace, *_, **__) -> mx.array:
-        cache.position = object()  # as reading moves a cache on
-        return tokens[..., None].astype(mx.float32)
+    config = replace(parse_config(geometry("tiny")).text, layer_types=())
+    dtype, memory_limit, vision, mtp = mx.float32, 1 << 40, None, None
+
+    def make_cache(self) -> Cache:
+        return Cache(self.config, self.dtype)
+
+    def hidden(self, tokens: mx.array, cache: Cache, lengths: Many[int] | None = None, *_, **__) -> mx.array:
+        with cache.forward(tokens.shape[1], lengths):
+            return tokens[..., None].astype(mx.float32)
 
     def logits(self, hidden: mx.array) -> mx.array:
         return TABLE[hidden[..., 0].astype(mx.int32)]
 
 
-def likeliest(tokens: mx.array, drafted: list[mx.array], sampler: Sampler) -> mx.array:
+class Credulous(Chain):
+    """Its first token behind a guess is the guess."""
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        logits = super().logits(hidden)
+        if hidden.ndim < 3 or hidden.shape[1] == 1:
+            return logits
+        guess = mx.where(mx.arange(VOCABULARY + 1) == hidden[:, 1], 100.0, 0.0)
+        return mx.concatenate([guess[:, None], logits[:, 1:]], axis=1)
+
+
+def likeliest(tokens: mx.array, drafted: list[mx.array], samplers: Many[Sampler]) -> mx.array:
     return mx.argmax(TABLE[tokens][..., :VOCABULARY], axis=-1)
 
 
-def another_model_s(tokens: mx.array, drafted: list[mx.array], sampler: Sampler) -> mx.array:
+def another_model_s(tokens: mx.array, drafted: list[mx.array], samplers: Many[Sampler]) -> mx.array:
     """Drawn with the noise of the token, as the draft head's are."""
-    return sampler.peek(OTHER[tokens], mx.concatenate(drafted, axis=1) if drafted else None)
+    return peek(samplers, OTHER[tokens], mx.concatenate(drafted, axis=1) if drafted else None, drafting=True)
 
 
-def blind(tokens: mx.array, drafted: list[mx.array], sampler: Sampler) -> mx.array:
+def blind(tokens: mx.array, drafted: list[mx.array], samplers: Many[Sampler]) -> mx.array:
     return (tokens * 3 + 1 + len(drafted)) % VOCABULARY
 
 
@@ -68,34 +93,37 @@ class Guesses:
         self.rule, self.most = rule, depth
         self.accepted = self.drafted = 0
 
-    def depth(self) -> int:
-        return self.most
-
-    def propose(self, tokens: mx.array, counts, depth: int, sampler: Sampler) -> mx.array:
+    def propose(self, tokens: mx.array, counts, depth: int, samplers: Many[Sampler]) -> mx.array:
         drafted: list[mx.array] = []
         for _ in range(depth):
-            drafted.append(self.rule(drafted[-1] if drafted else tokens, drafted, sampler))
+            drafted.append(self.rule(drafted[-1] if drafted else tokens, drafted, samplers))
         return mx.concatenate([tokens, *drafted], axis=1)
-
-    def follow(self, *_) -> None:
-        pass
 
     def record(self, lengths, tokens, paused) -> None:
         self.drafted += sum(n - 1 for n, found in zip(lengths, tokens, strict=True) if n and found)
         self.accepted += sum(len(found) - 1 for n, found in zip(lengths, tokens, strict=True) if n and found)
 
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Speculation, "depth", lambda _: self.most)
+            patch.setattr(Speculation, "most", lambda _, row, depth: depth)
+            patch.setattr(Speculation, "propose", lambda _, *given: self.propose(*given))
+            patch.setattr(Speculation, "record", lambda _, *given: self.record(*given))
+            yield
 
-def texts(sampling: Sampling, guesses: Guesses | None) -> list[tuple[int, ...]]:
+
+def texts(sampling: Sampling, guesses: Guesses | None, model: Chain | None = None) -> list[tuple[int, ...]]:
     """What TEXTS seeds answer to token 0."""
-    nothing = lambda *_: None  # noqa: E731
-    cache = SimpleNamespace(states=list, position=object(), rollback=nothing, evaluate=nothing, detach=nothing)
-    sampler = Sampler(sampling, range(TEXTS), [1] * TEXTS, VOCABULARY)
-    found: list[list[int]] = [[] for _ in range(TEXTS)]
-    begin = mx.zeros((TEXTS, 1))
-    for step in loop.decode(Chain(), cache, begin, sampler, [LENGTH] * TEXTS, (), speculation=guesses):
-        for own, token in zip(found, step, strict=True):
-            own.extend([] if token is None else [token])
-    return [tuple(own) for own in found]
+    engine, zero = Engine(model or Chain()), Prompt((0,), thinking=False)
+    samplers = [Sampler(sampling, seed, 1, VOCABULARY) for seed in range(TEXTS)]
+    sequences = [Sequence(zero, sampler, LENGTH, prefill_step_size=1) for sampler in samplers]
+    engine.add(*sequences)
+    with guesses.in_place() if guesses else nullcontext():
+        while not engine.idle:
+            engine.step()
+    assert {sequence.finish_reason for sequence in sequences} == {"length"}
+    return [tuple(sequence.tokens) for sequence in sequences]
 
 
 def probabilities(sampling: Sampling) -> dict[tuple[int, ...], float]:
@@ -169,15 +197,9 @@ def test_each_seed_has_its_text_whatever_is_guessed(depth, name):
 
 
 @pytest.mark.parametrize("name", ["every processor", *(pytest.param(n, marks=pytest.mark.full) for n in REST)])
-def test_a_guess_that_is_accepted_though_it_was_not_drawn_would_be_noticed(name, monkeypatch):
-    look = Sampler.peek
-
-    def first_guess(self: Sampler, logits: mx.array, guesses: mx.array | None = None) -> mx.array:
-        drawn = look(self, logits, guesses)
-        return drawn if guesses is None else mx.concatenate([guesses[:, :1], drawn[:, 1:]], axis=1)
-
-    monkeypatch.setattr(Sampler, "peek", first_guess)
-    assert chance(texts(SAMPLINGS[name], Guesses(blind, 3)), probabilities(SAMPLINGS[name])) < DOUBTFUL
+def test_a_guess_that_is_accepted_though_it_was_not_drawn_would_be_noticed(name):
+    found = texts(SAMPLINGS[name], Guesses(blind, 3), Credulous())
+    assert chance(found, probabilities(SAMPLINGS[name])) < DOUBTFUL
 
 
 # --- looking ahead ---------------------------------------------------------------------------------------------------
@@ -192,31 +214,35 @@ ROWS = {name: [sampling] * 3 for name, sampling in MORE.items()} | {"one each": 
 SEEDS, PLACES, N = [3, 4, 3], [7, 9, 100], 4
 
 
-def ahead(name: str) -> Sampler:
-    """Three rows, each of which has drawn tokens before."""
-    sampler = Sampler(ROWS[name], SEEDS, PLACES, V - 1)
+def ahead(name: str) -> list[Sampler]:
+    """Of three rows, each of which has drawn tokens before."""
+    samplers = rows(ROWS[name])
     for i in range(2):
-        sampler.sample(columns(50 + i, 1)[:, 0])
-    return sampler
+        sample(samplers, columns(50 + i, 1)[:, 0])
+    return samplers
+
+
+def rows(samplings: Many[Sampling], vocabulary: int = V - 1) -> list[Sampler]:
+    return [Sampler(*given, vocabulary) for given in zip(samplings, SEEDS, PLACES, strict=True)]
 
 
 def columns(seed: int, n: int) -> mx.array:
     return mx.array(np.random.default_rng(seed).normal(0, 1, (3, n, V)).astype(np.float32))
 
 
-def one_by_one(sampler: Sampler, logits: mx.array) -> mx.array:
-    return mx.stack([sampler.sample(logits[:, i]) for i in range(logits.shape[1])], axis=1)
+def one_by_one(samplers: Many[Sampler], logits: mx.array) -> mx.array:
+    return mx.stack([sample(samplers, logits[:, i]) for i in range(logits.shape[1])], axis=1)
 
 
-def state(sampler: Sampler) -> tuple:
-    return sampler.positions, None if sampler.counts is None else sampler.counts.tolist()
+def state(samplers: Many[Sampler]) -> list[tuple]:
+    return [(s.position, None if s.counts is None else s.counts.tolist()) for s in samplers]
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_look_behind_drafts_gives_what_would_be_drawn_one_by_one(name):
     logits = columns(0, N)
     drawn = one_by_one(ahead(name), logits)
-    assert ahead(name).peek(logits, drawn[:, :-1]).tolist() == drawn.tolist()
+    assert peek(ahead(name), logits, drawn[:, :-1]).tolist() == drawn.tolist()
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -225,52 +251,50 @@ def test_a_look_at_one_column_stands_behind_all_drafts(m, name):
     logits = columns(1, N)
     drawn = one_by_one(ahead(name), logits)
     drafted = drawn[:, :m] if m else None
-    assert ahead(name).peek(logits[:, m : m + 1], drafted).tolist() == drawn[:, m : m + 1].tolist()
+    assert peek(ahead(name), logits[:, m : m + 1], drafted).tolist() == drawn[:, m : m + 1].tolist()
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_draft_that_was_not_drawn_counts_for_what_is_behind_it(name):
     """As if it had been the token."""
     logits, drafted = columns(2, 2), mx.array([[5], [6], [7]])
-    sampler = ahead(name)
-    first = sampler.peek(logits[:, :1])
-    sampler.commit(drafted)
-    both = mx.concatenate([first, sampler.peek(logits[:, 1:])], axis=1)
-    assert ahead(name).peek(logits, drafted).tolist() == both.tolist()
+    samplers = ahead(name)
+    first = peek(samplers, logits[:, :1])
+    commit(samplers, drafted)
+    both = mx.concatenate([first, peek(samplers, logits[:, 1:])], axis=1)
+    assert peek(ahead(name), logits, drafted).tolist() == both.tolist()
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_look_takes_nothing(name):
-    logits, sampler = columns(3, N), ahead(name)
-    before = state(sampler)
-    drafted = sampler.peek(logits[:, :1])
-    sampler.peek(logits[:, :2], drafted)
-    assert state(sampler) == before
-    assert one_by_one(sampler, logits).tolist() == one_by_one(ahead(name), logits).tolist()
+    logits, samplers = columns(3, N), ahead(name)
+    before = state(samplers)
+    drafted = peek(samplers, logits[:, :1])
+    peek(samplers, logits[:, :2], drafted)
+    assert state(samplers) == before
+    assert one_by_one(samplers, logits).tolist() == one_by_one(ahead(name), logits).tolist()
 
 
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("counts", [[4, 4, 4], [1, 0, 3], [0, 0, 0], [2, 4, 1]], ids=str)
 def test_a_row_goes_on_behind_the_tokens_that_it_took(counts, name):
-    logits, following, sampler = columns(4, N), columns(5, 2), ahead(name)
+    logits, following, samplers = columns(4, N), columns(5, 2), ahead(name)
     drawn = one_by_one(ahead(name), logits)
-    sampler.commit(sampler.peek(logits, drawn[:, :-1]), counts)
-    after = one_by_one(sampler, following)
+    commit(samplers, peek(samplers, logits, drawn[:, :-1]), counts)
+    after = one_by_one(samplers, following)
     for row, count in enumerate(counts):
-        alone = Sampler(ROWS[name][row], [SEEDS[row]], [PLACES[row]], V - 1)
+        alone = rows(ROWS[name])[row : row + 1]
         for part in (columns(50, 1), columns(51, 1), logits[:, :count]):
             one_by_one(alone, part[row : row + 1]) if part.shape[1] else None
         assert one_by_one(alone, following[row : row + 1]).tolist() == after[row : row + 1].tolist()
-        assert alone.positions == sampler.positions[row : row + 1]
-        if ROWS[name][row].penalises:
-            assert alone.counts.tolist() == sampler.counts[row : row + 1].tolist()
+        assert state(alone) == state(samplers[row : row + 1])
 
 
 def test_noise_is_made_once_for_a_draft_and_its_token(monkeypatch):
     made, noise = [], engine_sampler.noise
     monkeypatch.setattr(engine_sampler, "noise", lambda *key: made.append(key) or noise(*key))
-    logits, sampler = columns(6, N), Sampler(Sampling(), SEEDS, PLACES, V)
-    drafted = sampler.peek(logits[:, :1])
-    sampler.commit(sampler.peek(logits[:, :2], drafted), [1, 2, 1])
-    sampler.peek(logits[:, :2], drafted)
+    logits, samplers = columns(6, N), rows([Sampling()] * 3, V)
+    drafted = peek(samplers, logits[:, :1])
+    commit(samplers, peek(samplers, logits[:, :2], drafted), [1, 2, 1])
+    peek(samplers, logits[:, :2], drafted)
     assert len(made) == len(set(made)) == 3 * 2 + 4

@@ -17,7 +17,7 @@ from mtp.head_reference import Chain, HeadReference
 
 from mlx_qwen35 import load
 from mlx_qwen35.cache.cache import Cache
-from mlx_qwen35.cache.layer import KVCache
+from mlx_qwen35.cache.layer import KVRow
 from mlx_qwen35.checkpoint.config import FULL, LINEAR
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.random import geometry
@@ -102,8 +102,7 @@ class Followed:
         monkeypatch: pytest.MonkeyPatch,
         cache: Cache | None = None,
     ):
-        self.model, self.cache = model, cache or model.make_cache(len(rows))
-        self.cache.follower = DraftFollower(model, self.cache.row_lengths)
+        self.model = model
         self.reads: list[list[np.ndarray]] = [[] for _ in rows]
         self.logits: list[np.ndarray] = []  # (B, V) of each draft of the last proposal
         self.after: list[list[int]] = [[] for _ in rows]  # tokens read behind the prompt
@@ -116,12 +115,16 @@ class Followed:
             return y
 
         monkeypatch.setattr(MultiTokenPrediction, "__call__", spy)
-        prefill(model, self.cache, rows, step)
-        mx.eval([y for y, _ in self.spied])
-        for y, lengths in self.spied:
-            counts = [y.shape[1]] * len(rows) if lengths is None else lengths.tolist()
-            for row, count in enumerate(counts):
-                self.reads[row] += list(np.array(y[row].astype(mx.float32))[:count])
+        caches = [cache] if cache else [model.make_cache() for _ in rows]
+        for own, row, reads in zip(caches, rows, self.reads, strict=True):
+            own.follower = DraftFollower(model, own.row_lengths)
+            self.spied.clear()
+            prefill(model, own, row, step)
+            for y, lengths in self.spied:
+                assert lengths is None
+                reads += list(np.array(y[0].astype(mx.float32)))
+        self.cache = caches[0] if len(rows) == 1 else Cache.joined(caches)
+        self.cache.follower = DraftFollower.joined(model, [own.follower for own in caches])
 
     @property
     def drafts(self) -> DraftFollower:
@@ -156,12 +159,10 @@ class Followed:
             self.after[row].append(token)
 
     def keys_and_values(self, row: int = 0) -> np.ndarray:
-        """(pairs, ...) of a row, in order, holes left out."""
-        own: Cache = self.drafts.cache
-        arrays = own.arrays()
-        both = np.concatenate([np.array(arrays[f"layers.0.{name}"][row]) for name in ("keys", "values")])
-        real = np.ones(own.length, bool) if own.mask is None else np.array(own.mask[row])
-        return both[:, real].swapaxes(0, 1)
+        """(pairs, ...) of a row, in order."""
+        arrays = self.drafts.cache.arrays(row)
+        both = np.concatenate([np.array(arrays[f"layers.0.{name}"][0]) for name in ("keys", "values")])
+        return both.swapaxes(0, 1)
 
 
 @pytest.fixture(params=SEEDS)
@@ -292,7 +293,7 @@ def test_pairs_that_wait_are_read_when_another_part_of_the_conversation_comes(on
         followed.plain([token])
     assert len(followed.drafts.pending) == 3
     more = pictures("inside")
-    prefill(model, followed.cache, [more], 7)
+    prefill(model, followed.cache, more, 7)
     before, (length, _) = pictures("last"), PICTURES["last"]
     placeholders = [*before.placeholders, *(p._replace(start=p.start + length + 3) for p in more.placeholders)]
     tokens = [*before.tokens, 100, 101, 102, *more.tokens]
@@ -305,7 +306,7 @@ def test_a_head_that_comes_late_knows_what_it_has_read_at_its_positions(one, mon
     model, reference = one
     cache = model.make_cache()
     before, row = pictures("inside"), text(19)
-    prefill(model, cache, [before], 64)
+    prefill(model, cache, before, 64)
     followed = Followed(model, [row], 64, monkeypatch, cache)
     whole = PromptRow([*before.tokens, *row.tokens], before.placeholders, before.embeddings)
     known = given(model, reference, whole)
@@ -333,9 +334,9 @@ def test_each_row_of_a_batch_has_the_pairs_of_the_reference(one, monkeypatch, st
         assert len(followed.reads[i]) == len(row.tokens) - 1
 
 
-@pytest.mark.parametrize("holes", [256, 1], ids=["left", "closed"])
-def test_each_row_of_a_batch_drafts_what_it_drafts_alone(one, monkeypatch, holes):
-    monkeypatch.setattr(KVCache, "STEP", holes)
+@pytest.mark.parametrize("columns", [256, 1])
+def test_each_row_of_a_batch_drafts_what_it_drafts_alone(one, monkeypatch, columns):
+    monkeypatch.setattr(KVRow, "STEP", columns)
     model, reference = one
     followed = Followed(model, BATCH, 7, monkeypatch)
     for i, depth in enumerate((3, 2, 0, 1, 3, 0, 0, 3, 3, 2, 3)):
@@ -352,25 +353,8 @@ def test_each_row_of_a_batch_drafts_what_it_drafts_alone(one, monkeypatch, holes
                 logits = np.array([each[row] for each in followed.logits])
                 np.testing.assert_allclose(logits, want.logits, atol=TOLERANCE, rtol=0)
         followed.accept(tokens, guesses, kept)
-    assert (followed.drafts.cache.length - max(followed.drafts.cache.row_lengths) <= 1) == (holes == 1)
     known = [len(row.tokens) + len(after) for row, after in zip(BATCH, followed.after, strict=True)]
     assert list(followed.drafts.followed) == followed.cache.row_lengths == known
-
-
-def test_closing_holes_of_the_head_keeps_each_row_s_keys_and_values(one, monkeypatch):
-    model, _ = one
-    uneven = Followed(model, BATCH, 64, monkeypatch)
-    before = [uneven.keys_and_values(row) for row in range(len(BATCH))]
-    place, own = uneven.drafts.cache.position, uneven.drafts.cache
-    own.position = place.after(0, [0] * len(BATCH))._replace(
-        length=place.length + 300, mask=mx.concatenate([place.mask, mx.zeros((len(BATCH), 300), mx.bool_)], axis=1)
-    )
-    for layer in own.layers:
-        layer.keys, layer.values = (mx.pad(a, [(0, 0), (0, 0), (0, 300), (0, 0)]) for a in layer.arrays())
-    own.compact()
-    assert own.length == max(own.row_lengths) == 39
-    for row, known in enumerate(before):
-        assert np.array_equal(uneven.keys_and_values(row), known)
 
 
 # --- other checkpoints -----------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """The graph of a step of our decoding, with drafts or without, in parts. For worker.py, which prepares MLX.
 
-It is the loop's own step, greedy, on Metal: what feeds tokens, looks at them and settles the step before the next one,
-after a step whose drafts were all accepted, so that the head has as many pairs to read as it ever has. The parts begin
-at markers; what lies between two of them, by what it is made of, belongs to the first.
+It is the pass of a running row, greedy, on Metal: what feeds tokens, looks at them and settles the pass before the next
+one, after a pass whose drafts were all accepted, so that the head has as many pairs to read as it ever has. The parts
+begin at markers; what lies between two of them, by what it is made of, belongs to the first.
 """
 
 from collections.abc import Callable
@@ -10,13 +10,18 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_qwen35.engine import rows as engine_rows
+from mlx_qwen35.engine.drafts import speculate
 from mlx_qwen35.engine.drafts.follower import DraftFollower
-from mlx_qwen35.engine.drafts.speculate import DraftPolicy, Speculation
-from mlx_qwen35.engine.loop import _Loop, _Rows
+from mlx_qwen35.engine.drafts.speculate import DraftPolicy
 from mlx_qwen35.engine.presets import Sampling
+from mlx_qwen35.engine.rows import Rows
 from mlx_qwen35.engine.sampling import Sampler
+from mlx_qwen35.engine.sequence import Sequence
+from mlx_qwen35.model.lazy import LazyPart
 from mlx_qwen35.model.model import Model
-from mlx_qwen35.model.mtp import DraftHead, MultiTokenPrediction
+from mlx_qwen35.model.mtp import MultiTokenPrediction
+from mlx_qwen35.prompt.prompt import Prompt
 
 from . import markers
 from .dispatch_rule import BOUNDARY
@@ -42,9 +47,9 @@ def _around(function: Callable) -> Callable:
     return lambda x, *args, **options: begin(function(begin(x), *args, **options))
 
 
-class _Marked(Sampler):
-    def peek(self, logits: mx.array, drafted: mx.array | None = None) -> mx.array:
-        return begin(super().peek(logits, drafted))
+def _marked(function: Callable) -> Callable:
+    """The function, with a part that begins at what it gives."""
+    return lambda *args, **options: begin(function(*args, **options))
 
 
 class _Head:
@@ -60,9 +65,12 @@ class _Head:
 def record_step(model: Model, head: MultiTokenPrediction, depth: int, forget: Callable[[Any], None]) -> dict[str, Any]:
     """markers.record of a step with `depth` drafts. forget(cache): puts zeros in the place of a cache's arrays."""
     mx.async_eval = lambda *arrays: None  # nothing can be computed while a graph is recorded
-    model.mtp = DraftHead(lambda: _Head(head), 0)
-    cache = model.make_cache()
-    loops: list[_Loop] = []
+    model.mtp = LazyPart(lambda: _Head(head))
+    rows, sampler = Rows(model), Sampler(Sampling(temp=0), 0, READ, 0)
+    sequence = Sequence(
+        Prompt((0,) * READ, thinking=False), sampler, 1 << 20, prefill_step_size=READ, drafts=DraftPolicy(depth, True)
+    )
+    sequence.own = cache = model.make_cache()
 
     def prompt(tokens: mx.array) -> list[mx.array]:
         hidden = model.hidden(tokens, cache)
@@ -71,19 +79,20 @@ def record_step(model: Model, head: MultiTokenPrediction, depth: int, forget: Ca
             cache.follower.prefill(model, tokens, hidden, [READ], [0])
         return [hidden, *markers.arrays(cache)]
 
+    def state() -> list[Any]:
+        return [rows.cache, rows.speculation.follower]
+
     def step(tokens: mx.array) -> list[mx.array]:
-        loop = loops[0]
-        done = loop._feed(tokens, depth)
-        loop.rows.taken = [1 + depth]
-        loop._settle(done, [[0] * (1 + depth)], False)
-        return [done.sampled, done.finite, *markers.arrays(cache)]
+        rows.current = done = rows._feed(tokens, depth)
+        done.tokens, done.taken = [[0] * (1 + depth)], [1 + depth]
+        rows.settle()
+        return [done.sampled, done.finite, *markers.arrays(state())]
 
     markers.record(prompt, mx.zeros((1, READ), mx.int32))
     forget(cache)
-    speculation = Speculation(model, cache, DraftPolicy(depth, fixed=True)) if depth else None
+    rows.join([sequence])
     model.hidden, model.logits = _around(model.hidden), _around(model.logits)
-    rows = _Rows([1 << 20], (), lambda row: False)
-    loops.append(_Loop(model, cache, _Marked(Sampling(temp=0), [0], [READ], 0), rows, speculation))
+    engine_rows.peek, speculate.peek = _marked(engine_rows.peek), _marked(speculate.peek)
     markers.record(step, mx.zeros((1, 1), mx.int32))
-    forget(cache)
+    forget(state())
     return markers.record(step, mx.zeros((1, 1), mx.int32))
