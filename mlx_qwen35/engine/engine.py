@@ -53,6 +53,8 @@ class Engine:
     def step(self) -> list[Sequence]:
         """Do a bounded piece of work: one chunk of a prompt, one token for each running sequence, or both.
 
+        No sequence gets more than one token.
+
         Returns the sequences that have a new token or are finished. An error of a sequence ends that sequence. Any
         other exception, as KeyboardInterrupt, ends the running ones, each with the tokens that it has.
         """
@@ -61,8 +63,8 @@ class Engine:
             set_limits(self.model.memory_limit)
             try:
                 news = self._prefill()
-                if not self.waiting or self.interleave:
-                    news += self._decode(paused)
+                if not news and (self.interleave or not self.waiting):
+                    news = self._decode(paused)
             except BaseException:
                 self._abandon()
                 raise
