@@ -69,7 +69,15 @@ class DraftFollower:
         joined = followers[0]._with(Cache.joined([follower.cache for follower in followers]))
         joined.followed = sum((follower.followed for follower in followers), ())
         joined.hidden = mx.concatenate([follower.hidden for follower in followers if follower.hidden is not None])
+        if any(follower.position is not None for follower in followers):
+            joined.position = np.concatenate([follower.first_pending() for follower in followers], axis=1)
         return joined
+
+    def first_pending(self) -> np.ndarray:
+        """(3, B) positions of the first pending pair."""
+        if self.position is not None:
+            return self.position
+        return np.broadcast_to(np.array(self.cache.next_positions), (3, self.cache.batch))
 
     def _with(self, cache: Cache) -> "DraftFollower":
         follower = DraftFollower.__new__(DraftFollower)
@@ -118,9 +126,7 @@ class DraftFollower:
             return None
         if positions is None:
             positions = np.broadcast_to(np.array(first)[:, None] + np.arange(T), (3, len(first), T))
-        before = self.position
-        if before is None:
-            before = np.broadcast_to(np.array(self.cache.next_positions), positions.shape[:2])
+        before = self.first_pending()
         last = positions[:, np.arange(len(counts)), np.maximum(np.array(counts) - 1, 0)]
         self.position = np.where(np.array(counts) > 0, last, before)
         if self.hidden is None:
