@@ -258,6 +258,7 @@ def _peek(samplers: Sequence[Sampler], logits: mx.array, drafted: mx.array | Non
         flat = first.restricted(flat, known, range(before, before + n))
     if first.choose and not drafting:
         chosen = mx.stack([first.choose(_normalise(row)).reshape(1) for row in mx.split(flat, n)], axis=1)
+        chosen = chosen.astype(mx.int32)  # argmax gives uint32
         return mx.where((chosen >= 0) & (chosen < (first.vocabulary or V)), chosen, -1)  # -1: none of the tokens
     if sampling.temp == 0:
         return mx.argmax(flat, axis=-1).reshape(B, n)
