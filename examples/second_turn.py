@@ -13,5 +13,5 @@ for content in (
     [{"type": "image", "image": picture}, {"type": "text", "text": "What shape is it?"}],
     "And what colour is it?",
 ):
-    answer = "".join(str(piece) for piece in conversation.send(content))
-    print(f"{answer}   (prompt {conversation.total} tokens, {conversation.reused} of them reused)")
+    turn = conversation.send(content)
+    print(f"{turn.text}   (prompt {turn.total} tokens, {turn.reused} of them reused)")

@@ -100,5 +100,5 @@ def test_a_vision_encoder_keeps_to_the_limit_of_its_model():
     ballast = mx.zeros((16_000_000,))  # 64 MB
     mx.eval(ballast)
     with refused("memory_exceeded", "vision encoder", "0.0500 GB"):
-        small.vision.encode([media])
-    assert len(large.vision.encode([media])) == 1
+        small.vision.part.encode(media)
+    assert len(large.vision.part.encode(media)) == media.tokens

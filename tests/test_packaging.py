@@ -15,7 +15,7 @@ IMPORTS = {
     "package": "import mlx_qwen35",
     "function": "from mlx_qwen35 import generate",
     "module": "import mlx_qwen35.generate",
-    "inside": "import mlx_qwen35.engine.loop as loop",
+    "inside": "import mlx_qwen35.engine.engine as engine",
     "convert": "import mlx_qwen35.convert",
 }
 

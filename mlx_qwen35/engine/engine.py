@@ -54,6 +54,8 @@ class Engine:
     def step(self) -> list[Sequence]:
         """Do a bounded piece of work: one token for each running sequence, one chunk of a prompt, or both.
 
+        No sequence gets more than one token.
+
         Returns the sequences that have a new token or are finished. An error of a sequence ends that sequence. Any
         other exception, as KeyboardInterrupt, ends the running ones, each with the tokens that it has.
         """

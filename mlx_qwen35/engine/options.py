@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, cast
 
+import mlx.core as mx
 import numpy as np
 
 from mlx_qwen35.cache.cache import Cache
@@ -37,7 +38,7 @@ def _a_cache(name: str, value: Any) -> Cache | Sequence[Cache]:
 
 
 def _a_seed(name: str, value: Any) -> int | list[int]:
-    if isinstance(value, list | tuple | np.ndarray):
+    if isinstance(value, list | tuple) or (isinstance(value, np.ndarray | mx.array) and value.ndim):
         return [whole(name, seed, 0, MOST_SEED) for seed in value]
     return whole(name, value, 0, MOST_SEED)
 

@@ -38,7 +38,7 @@ class TextStream:
 
         self._tokenizer, self._decoder = tokenizer, DecodeStream(skip_special_tokens=True)
         self._think = think
-        self._stop = tuple(stop)
+        self.stop = tuple(stop)
         self._held = ""
         self._started = not reasoning  # the blank lines between reasoning and answer belong to neither
         self.reasoning = reasoning  # whether the next token is inside the reasoning
@@ -56,7 +56,7 @@ class TextStream:
         if not self._started:
             text = text.lstrip("\n")
             self._started = bool(text)
-        if not self.reasoning and self._stop:
+        if not self.reasoning and self.stop:
             text = self._until_stop(text)
         return [Piece(text, self.reasoning)] if text else []
 
@@ -67,11 +67,11 @@ class TextStream:
 
     def _until_stop(self, text: str) -> str:
         text, self._held = self._held + text, ""
-        found = [position for position in map(text.find, self._stop) if position >= 0]
+        found = [position for position in map(text.find, self.stop) if position >= 0]
         if found:
             self.stopped = True
             return text[: min(found)]
-        keep = len(text) - max(_overlap(text, stop) for stop in self._stop)
+        keep = len(text) - max(_overlap(text, stop) for stop in self.stop)
         text, self._held = text[:keep], text[keep:]
         return text
 

@@ -191,7 +191,7 @@ def test_reading_takes_about_what_is_estimated(text_model):
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    prefill(model, cache, [PromptRow([5] * T)], T)
+    prefill(model, cache, PromptRow([5] * T), T)
     estimate = prefill_bytes(model.config, T, T, 4, "cpu")
     assert estimate / 1.5 < mx.get_peak_memory() - before - cache.nbytes < 1.5 * estimate
 
@@ -232,14 +232,6 @@ def test_on_an_m1_chip_and_memory_bound_the_chunk(monkeypatch, impl):
             assert chunk.suitable_chunk(config, mx.float16, limit, S) == expected
             found.add(expected)
     assert len(found) > 3
-
-
-@pytest.mark.usefixtures("on_an_m1")
-def test_rows_share_the_tokens_of_a_chunk():
-    config = text_config("4b")
-    one = chunk.suitable_chunk(config, mx.float16, M1_8_GB, 4096)
-    rows = {batch: chunk.suitable_chunk(config, mx.float16, M1_8_GB, 4096, batch) for batch in (2, 5, 10_000)}
-    assert rows == {2: one // 2, 5: one // 5, 10_000: 1}
 
 
 @pytest.mark.usefixtures("on_an_m1")
@@ -285,10 +277,10 @@ class PaceOnAGpu(prefill_module.Pace):
 
 def test_on_a_gpu_each_layer_is_handed_over_and_few_are_under_way(text_model, monkeypatch, recorded):
     model, tokens = text_model(), list(range(5, 75))
-    expected = prefill(model, model.make_cache(), [PromptRow(tokens)], 32)
+    expected = prefill(model, model.make_cache(), PromptRow(tokens), 32)
     assert recorded.handed == 0
     monkeypatch.setattr(prefill_module, "Pace", PaceOnAGpu)
-    out = prefill(model, model.make_cache(), [PromptRow(tokens)], 32)
+    out = prefill(model, model.make_cache(), PromptRow(tokens), 32)
     assert recorded.handed == 3 * len(model.layers) and recorded.most == LAYERS_IN_FLIGHT
     assert mx.array_equal(out, expected)
 
@@ -304,5 +296,5 @@ def test_what_a_layer_remembers_is_handed_over_with_it(text_model):
 
 def test_on_a_cpu_no_layer_is_handed_over(text_model, recorded):
     model = text_model()
-    prefill(model, model.make_cache(), [PromptRow([5, 6, 7])], 32)
+    prefill(model, model.make_cache(), PromptRow([5, 6, 7]), 32)
     assert recorded.handed == 0

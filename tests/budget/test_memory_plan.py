@@ -18,11 +18,13 @@ from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.checkpoint.shapes import mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.checkpoint.tensors import Entry
 from mlx_qwen35.convert.recipes import RECIPES
-from mlx_qwen35.engine.loop import decode
+from mlx_qwen35.engine.engine import Engine
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.engine.presets import Sampling
 from mlx_qwen35.engine.sampling import Sampler
+from mlx_qwen35.engine.sequence import Sequence
 from mlx_qwen35.load import load_model, load_vision_encoder
+from mlx_qwen35.prompt.prompt import Prompt
 from mlx_qwen35.quantization import Quantization
 
 
@@ -112,18 +114,22 @@ def test_a_run_takes_what_the_plan_says_within_a_tenth(mid, tokens, image):
     row = PromptRow([5] * tokens)
     if image:
         media = noise(mid.config.vision, 1, *image)
-        (embeddings,) = model.vision.encode([media])
-        model.vision.release()
+        embeddings = model.vision.part.encode(media)
+        mx.eval(embeddings)
+        model.vision.unload()
         row = PromptRow(*prompt(media.grid, mid.config.vision.spatial_merge_size), embeddings)
         del embeddings
     pixels = image[0] * image[1] if image else 0
     machine = this_machine(model.config, mx.float32, model.memory_limit)
     plan = plan_memory(mid, machine, len(row.tokens) + 4, pixels=pixels)
     cache = model.make_cache()
-    hidden = prefill(model, cache, [row], plan.chunk)
-    sampler = Sampler(Sampling(), [0], [len(row.tokens)], model.config.vocab_size)
-    for _ in decode(model, cache, hidden, sampler, [4], ()):
-        pass
+    prefill(model, cache, row._replace(tokens=row.tokens[:-1]), plan.chunk)
+    last = Prompt(tuple(row.tokens[-1:]), thinking=False)
+    sampler = Sampler(Sampling(), 0, len(row.tokens), model.config.vocab_size)
+    engine = Engine(model)
+    engine.add(Sequence(last, sampler, 4, prefill_step_size=plan.chunk, cache=cache))
+    while not engine.idle:
+        engine.step()
     measured = mx.get_peak_memory() - before
     assert abs((plan.image if image else plan.text) / measured - 1) < 0.1
 
@@ -145,7 +151,7 @@ def test_weights_state_and_keys_are_counted_to_the_byte(mid):
     plan = plan_memory(mid, this_machine(model.config, mx.float32, model.memory_limit), 40)
     assert abs(mx.get_active_memory() - before - plan.weights) < 200_000  # tables of rotary embedding, and the like
     cache = model.make_cache()
-    prefill(model, cache, [PromptRow([5] * 40)], 40)
+    prefill(model, cache, PromptRow([5] * 40), 40)
     assert cache.nbytes == kv_bytes(model.config, 40, 4) + state_bytes(model.config, 4)
     assert plan.kv + plan.state // 2 == cache.nbytes
 
@@ -182,7 +188,7 @@ def test_memory_is_reckoned_in_the_dtype_of_the_model(checkpoint_folder):
 def test_a_prompt_without_room_is_refused_before_anything_is_read():
     model, processor = load("nano")
     model.memory_limit = mx.get_active_memory() + 3_000_000
-    room = most_tokens(model.config, model.dtype, model.memory_limit, 32, 0, 1)
+    room = most_tokens(model.config, this_machine(model.config, model.dtype, model.memory_limit), 32, [0])
     with refused("memory_exceeded", f"{room:,}"):
         generate(model, processor, list(range(5, 400)) * 10)
 

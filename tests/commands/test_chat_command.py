@@ -8,7 +8,7 @@ from refusing import refused
 
 from mlx_qwen35 import load
 from mlx_qwen35.commands.chat import main
-from mlx_qwen35.engine.conversation import Conversation
+from mlx_qwen35.engine.conversation import Conversation, Turn
 from mlx_qwen35.generate import generate
 from mlx_qwen35.model.model import Model
 
@@ -33,10 +33,15 @@ def talk(monkeypatch, capsys):
     return session
 
 
+def turned(conversation: Conversation, text: str) -> Turn:
+    """A turn that has come to its end."""
+    turn = conversation.send(text)
+    assert turn.text == turn.result.text
+    return turn
+
+
 def said(conversation: Conversation, text: str) -> tuple[int, ...]:
-    for _ in conversation.send(text):
-        pass
-    return conversation.result.tokens
+    return turned(conversation, text).result.tokens
 
 
 @pytest.mark.parametrize("thinking", [True, False])
@@ -61,28 +66,25 @@ def test_only_the_last_answer_and_the_new_message_are_read(nano, monkeypatch):
 
     monkeypatch.setattr(type(nano[0]), "hidden", spy)
     conversation = Conversation(*nano, enable_thinking=False, mtp="off")
-    said(conversation, TURNS[0])
-    before = conversation.total
+    before = turned(conversation, TURNS[0]).total
     read_tokens.clear()
-    said(conversation, TURNS[1])
-    generated = conversation.result.generation_tokens
-    assert conversation.reused > 0
-    assert sum(read_tokens) - generated <= conversation.total - conversation.reused
-    assert conversation.reused > before - 8  # all but the generation prompt of the turn before
+    turn = turned(conversation, TURNS[1])
+    assert turn.reused > 0
+    assert sum(read_tokens) - turn.result.generation_tokens <= turn.total - turn.reused
+    assert turn.reused > before - 8  # all but the generation prompt of the turn before
 
 
 def test_what_was_read_is_kept_and_read_once(nano):
     conversation = Conversation(*nano)
-    for turn, text in enumerate(TURNS):
-        said(conversation, text)
-        assert (conversation.reused > 0) == (turn > 0)
+    for number, text in enumerate(TURNS):
+        assert (turned(conversation, text).reused > 0) == (number > 0)
 
 
 def test_an_interrupted_answer_stays_as_far_as_it_came(nano):
     conversation = Conversation(*nano, enable_thinking=False)
-    pieces = conversation.send(TURNS[2])
-    first = next(pieces)
-    pieces.close()
+    turn = conversation.send(TURNS[2])
+    first = next(turn)
+    turn.cancel()
     assert conversation.messages[-1] == {"role": "assistant", "content": first.text}
     assert said(conversation, TURNS[1])
 

@@ -46,7 +46,7 @@ def test_json_is_one_object_with_text_tokens_counts_and_speeds(run):
     assert status == 0
     assert set(result) == {
         "text", "reasoning", "tokens", "finish_reason", "in_reasoning", "prompt_tokens", "generation_tokens",
-        "vision_seconds", "prompt_tps", "generation_tps", "peak_memory", "seed", "mtp",
+        "vision_seconds", "prompt_tps", "generation_tps", "peak_memory", "seed", "mtp", "error",
     }  # fmt: skip
     assert len(result["tokens"]) == result["generation_tokens"]
 
@@ -69,7 +69,10 @@ def test_every_option_has_an_effect(run, monkeypatch):
     results = Generation.results
 
     def spy(generation: Generation):
-        planned.append((generation.plan, generation.prompts))
+        (request,) = generation.requests
+        sampler = request.sampler
+        plan = (sampler.sampling, sampler.seed, request.limit, request.prefill_step_size, request.stream.stop)
+        planned.append((request.prompt, plan))
         return results(generation)
 
     monkeypatch.setattr(Generation, "results", spy)

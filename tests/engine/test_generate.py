@@ -278,6 +278,23 @@ def test_memory_stays_flat_over_a_long_generation(nano):
     assert abs(held[1] - held[0]) < 1e5
 
 
+# --- the caller's own sampler -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [mx.uint32, mx.int32, mx.int64], ids=str)
+def test_a_sampler_may_choose_in_any_integer_dtype(nano, dtype):
+    options = {"sampler": lambda logprobs: mx.argmax(logprobs, axis=-1).astype(dtype)}
+    assert generate(*nano, ASK, **options).tokens == generate(*nano, ASK, temp=0).tokens
+    alone = generate(*nano, "Hello", temp=0).tokens
+    assert [r.tokens for r in batch_generate(*nano, ["Hello"] * 2, **options)] == [alone] * 2
+
+
+@pytest.mark.parametrize("token", [-1, 1024, 10**6])
+def test_a_sampler_that_chooses_no_token_is_refused(nano, token):
+    with refused("option_invalid", "sampler", "1023"):
+        generate(*nano, ASK, sampler=lambda logprobs: mx.array([token]))
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from inspect import Parameter, signature
 from pathlib import Path
@@ -36,17 +37,23 @@ def _number(low: float, high: float):
     return lambda value: type(value) is float and low <= value <= high
 
 
+def _seeds(value: object) -> bool:
+    seeds = value if type(value) is list else [value]
+    return all(map(_whole(0, 2**32 - 1), seeds))
+
+
 def _flag(value: object) -> bool:
     return type(value) is bool
 
 
 # What each option may hold once it was accepted.
 MEANING = {
-    "max_tokens": _whole(1), "prefill_step_size": _whole(1), "seed": _whole(0, 2**32 - 1), "mtp_depth": _whole(1, 3),
+    "max_tokens": _whole(1), "prefill_step_size": _whole(1), "seed": _seeds, "mtp_depth": _whole(1, 3),
     "top_k": _whole(0), "temp": _number(0, 1e39), "top_p": _number(0, 1), "min_p": _number(0, 1),
     "presence_penalty": _number(-2, 2), "frequency_penalty": _number(-2, 2), "repetition_penalty": _number(1e-3, 1e39),
     "logit_bias": lambda value: all(type(t) is int and t >= 0 and b < math.inf for t, b in value.items()),
-    "preset": lambda value: False, "mtp": lambda value: False, "cache": lambda value: False,
+    "preset": lambda value: False, "mtp": lambda value: False, "cache": lambda value: value == [],
+    "sampler": callable, "logits_processors": lambda value: value == [], "constraint": lambda value: False,
     "stop": lambda value: isinstance(value, tuple) and all(isinstance(text, str) and text for text in value),
     "system_prompt": lambda value: isinstance(value, str), "enable_thinking": _flag, "ignore_chat_template": _flag,
     "images": lambda value: isinstance(value, list | tuple), "videos": lambda value: isinstance(value, list | tuple),
@@ -73,7 +80,8 @@ def test_the_keywords_for_type_checkers_are_the_declared_ones():
         for field in fields(group)
         for keyword in options_of(group)[field.name].keywords
     }
-    assert {name: {kind} for name, kind in get_type_hints(Options).items()} == declared
+    declared["seed"] |= {Sequence[int]}  # in Python also one for each prompt
+    assert {name: _without_none(kind) for name, kind in get_type_hints(Options).items()} == declared
 
 
 def test_load_takes_the_declared_options_with_their_defaults():
@@ -204,7 +212,7 @@ def test_numbers_of_numpy_and_mlx_are_taken_and_become_pythons(nano):
     }
     assert VisionOptions(max_pixels=np.int64(65536), fps=np.float32(2)) == VisionOptions(max_pixels=65536, fps=2)
     text = {name: value for name, value in options.items() if name not in ("max_pixels", "fps")}
-    (sampling,) = start(*nano, ["hi"], **text).plan.samplings
+    sampling = start(*nano, ["hi"], **text).requests[0].sampler.sampling
     assert sampling == Sampling(0.5, 5, 0.5, 0.25, 1.0, logit_bias={9: -1.5})
     kinds = {type(value) for value in (*asdict(sampling).values(), *sampling.logit_bias, *sampling.logit_bias.values())}
     assert kinds == {float, int, dict}
@@ -235,19 +243,19 @@ def test_a_dtype_is_given_by_its_name_or_as_mlx_and_numpy_have_it(dtype):
 )
 def test_a_preset_switches_thinking_as_it_is_meant(nano, preset, thinks):
     ask = {"preset": preset, "seed": 1, "max_tokens": 8}
-    assert start(*nano, ["hi"], preset=preset).prompts[0].thinking is thinks
+    assert start(*nano, ["hi"], preset=preset).requests[0].prompt.thinking is thinks
     conversation = Conversation(*nano, **ask)
     assert {piece.reasoning for piece in conversation.send("What is 34 + 58?")} == {thinks}
     messages = [{"role": "user", "content": "hi"}]
-    assert start(*nano, [messages], preset=preset, enable_thinking=thinks).prompts[0].thinking is thinks
+    assert start(*nano, [messages], preset=preset, enable_thinking=thinks).requests[0].prompt.thinking is thinks
     for made in (lambda **options: generate(*nano, "hi", **options), lambda **options: Conversation(*nano, **options)):
         with refused("option_conflict", preset, f"enable_thinking={not thinks}"):
             made(**ask, enable_thinking=not thinks)
 
 
 def test_a_preset_without_a_template_is_its_sampling_alone(nano):
-    plan = start(*nano, ["34 + 58 ="], preset="instruct", ignore_chat_template=True).plan
-    assert (plan.samplings[0].temp, plan.samplings[0].top_p) == (0.7, 0.8)
+    (request,) = start(*nano, ["34 + 58 ="], preset="instruct", ignore_chat_template=True).requests
+    assert (request.sampler.sampling.temp, request.sampler.sampling.top_p) == (0.7, 0.8)
 
 
 # --- an answer that was cut ------------------------------------------------------------------------------------------

@@ -19,7 +19,9 @@ def layer_outputs(model, x: mx.array):
     with cache.forward(x.shape[1]) as context:
         rotary = model.rotary.table(context.positions)
         for i, layer in enumerate(model.layers):
-            mixer = layer[layer.mixer_name](x, rotary, context, model.make_cache().layers[i])
+            alone = model.make_cache().layers[i]
+            alone.reserve(context.counts)
+            mixer = layer[layer.mixer_name](x, rotary, context, alone)
             stream, delta = layer(x, None, rotary, context, cache.layers[i])
             yield i, (stream + delta)[0], mixer[0]
 

@@ -70,8 +70,14 @@ class DraftFollower:
         joined.followed = sum((follower.followed for follower in followers), ())
         joined.hidden = mx.concatenate([follower.hidden for follower in followers if follower.hidden is not None])
         if any(follower.position is not None for follower in followers):
-            joined.position = np.concatenate([follower._next_position() for follower in followers], axis=1)
+            joined.position = np.concatenate([follower.first_pending() for follower in followers], axis=1)
         return joined
+
+    def first_pending(self) -> np.ndarray:
+        """(3, B) positions of the first pending pair."""
+        if self.position is not None:
+            return self.position
+        return np.broadcast_to(np.array(self.cache.next_positions), (3, self.cache.batch))
 
     def _with(self, cache: Cache) -> "DraftFollower":
         follower = DraftFollower.__new__(DraftFollower)
@@ -120,18 +126,12 @@ class DraftFollower:
             return None
         if positions is None:
             positions = np.broadcast_to(np.array(first)[:, None] + np.arange(T), (3, len(first), T))
-        before = self._next_position()
+        before = self.first_pending()
         last = positions[:, np.arange(len(counts)), np.maximum(np.array(counts) - 1, 0)]
         self.position = np.where(np.array(counts) > 0, last, before)
         if self.hidden is None:
             return positions[..., :-1]
         return np.concatenate([before[..., None], positions[..., :-1]], axis=-1)
-
-    def _next_position(self) -> np.ndarray:
-        """(3, B) of the next pair, or the first pending one."""
-        if self.position is not None:
-            return self.position
-        return np.broadcast_to(np.array(self.cache.next_positions), (3, self.cache.batch))
 
     def follow(self, tokens: mx.array, hidden: mx.array, counts: Sequence[int]) -> None:
         """Collect the pairs of tokens (B, T) that the model ran after the prompt, and of their hidden states (B, T, D).
