@@ -124,6 +124,7 @@ class Cache:
             yield ForwardContext(counts, padded, table, stepwise)
         except BaseException:
             self.layers = before
+            mx.async_eval(self.held())  # what the pass wrote behind the columns in use is a graph of this thread
             raise
         self.position = after
 
@@ -133,9 +134,7 @@ class Cache:
         The pass must have been stepwise and of text, with at least counts[i] tokens in row i.
         """
         fed = [after - before for after, before in zip(self.position.lengths, position.lengths, strict=True)]
-        for layer in self.layers:
-            layer.rollback(fed, counts)
-        self.position = position.after(counts)
+        self.layers, self.position = [layer.rollback(fed, counts) for layer in self.layers], position.after(counts)
 
     # --- rows ---
 

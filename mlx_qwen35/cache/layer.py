@@ -2,10 +2,10 @@
 
 Both kinds have one interface, so `Cache` never asks which it holds:
 
-    reserve(counts)      room for counts[i] more tokens of row i
+    reserve(counts)      room for counts[i] more tokens of row i, before they are appended
     append(...)          what a pass adds: keys and values, or new states
     view(row)            the arrays of a row by name, tokens in use only
-    rollback(fed, kept)  of the fed[i] tokens of row i in the last pass, keep the first kept[i]
+    rollback(fed, kept)  a cache with the first kept[i] of the fed[i] tokens of row i in the last pass
     select(rows)         a cache of these rows alone
     joined(caches)       a cache of the rows of several
     copy()               a cache with the same content; the two go on apart
@@ -58,15 +58,15 @@ class Buffers:
 class KVRow:
     """One row of a KVCache: the first `length` columns of its buffers.
 
-    Copies of a row share its buffers. A row writes behind its own columns, and before it would overwrite a column of
-    another row it moves to buffers of its own. So each column in use is written once.
+    Copies of a row share its buffers. A row writes behind its own columns, once it has claimed them. Where another row
+    uses or has claimed one of them, it moves to buffers of its own first.
     """
 
     STEP = 256  # columns by which the capacity grows
 
     def __init__(self, heads: int, dim: int, dtype: mx.Dtype):
         empty = mx.zeros((1, heads, 0, dim), dtype)
-        self.length = 0
+        self.length = self.claimed = 0
         self._use(Buffers(empty, empty))
 
     def _use(self, buffers: Buffers) -> None:
@@ -79,14 +79,16 @@ class KVRow:
 
     def copy(self) -> "KVRow":
         row = KVRow.__new__(KVRow)
-        row.length = self.length
+        row.length = row.claimed = self.length
         row._use(self.buffers)
         return row
 
     def reserve(self, T: int) -> None:
-        """Make room for T more columns. Evaluates one array after the other, so that memory holds one of them twice."""
+        """Claim T more columns. Room is made one array after the other, so that memory holds one of them twice."""
         shared, end = self.buffers, self.length + T
-        if T and any(row.length > self.length for row in shared.rows):
+        others = max((row.claimed for row in shared.rows if row is not self), default=0)
+        self.claimed = end
+        if T and others > self.length:
             shared.rows.discard(self)
             self._use(Buffers(shared.keys, shared.values))
             self._resize(end)
@@ -96,7 +98,7 @@ class KVRow:
     def _resize(self, columns: int) -> None:
         """Buffers of `columns`, rounded up, with the present content. Rows that share them have the new ones too."""
         capacity = -(-columns // self.STEP) * self.STEP
-        buffers, kept = self.buffers, min(capacity, max(row.length for row in self.buffers.rows))
+        buffers, kept = self.buffers, max(row.length for row in self.buffers.rows)
         for name in ("keys", "values"):
             old = getattr(buffers, name)
             _, heads, _, dim = old.shape
@@ -118,13 +120,14 @@ class KVRow:
 
     def compact(self) -> None:
         """Free columns beyond those that this row and the rows that share its buffers use."""
-        used = max(row.length for row in self.buffers.rows)
+        self.claimed = self.length
+        used = max(row.claimed for row in self.buffers.rows)
         if self.capacity >= used + self.STEP:
             self._resize(used)
 
 
 class KVCache:
-    """Keys (normed and rotated) and values of one attention layer, each row in buffers of its own."""
+    """Keys (normed and rotated) and values of one attention layer, row by row."""
 
     STEP = KVRow.STEP
 
@@ -145,9 +148,11 @@ class KVCache:
     def view(self, row: int) -> dict[str, mx.array]:
         return dict(zip(("keys", "values"), self.rows[row].view(), strict=True))
 
-    def rollback(self, fed: Sequence[int], kept: Sequence[int]) -> None:
-        for row, n, m in zip(self.rows, fed, kept, strict=True):
-            row.length -= n - m
+    def rollback(self, fed: Sequence[int], kept: Sequence[int]) -> "KVCache":
+        rolled = self.copy()
+        for row, n, m in zip(rolled.rows, fed, kept, strict=True):
+            row.length = row.claimed = row.length - (n - m)
+        return rolled
 
     def select(self, rows: Sequence[int]) -> "KVCache":
         return KVCache([self.rows[row].copy() for row in rows])
@@ -208,18 +213,19 @@ class DeltaCache:
     def view(self, row: int) -> dict[str, mx.array]:
         return {name: array[row : row + 1] for name, array in self.values._asdict().items()}
 
-    def rollback(self, fed: Sequence[int], kept: Sequence[int]) -> None:
+    def rollback(self, fed: Sequence[int], kept: Sequence[int]) -> "DeltaCache":
         assert self.steps is not None, "the last pass was not stepwise"
         last = [max(0, count - 1) for count in kept]  # a row that was fed nothing has its old state in every step
         if len(set(last)) == 1:
-            self.values = DeltaState(*(array[:, last[0]] for array in self.steps))
-        else:
-            self.values = DeltaState(*(array[mx.arange(len(last)), mx.array(last)] for array in self.steps))
-        self.steps = None
+            return DeltaCache(DeltaState(*(array[:, last[0]] for array in self.steps)))
+        return DeltaCache(DeltaState(*(array[mx.arange(len(last)), mx.array(last)] for array in self.steps)))
 
     def select(self, rows: Sequence[int]) -> "DeltaCache":
         index = mx.array(list(rows))
-        return DeltaCache(DeltaState(*(array[index] for array in self.values)))
+        selected = DeltaCache(DeltaState(*(array[index] for array in self.values)))
+        if self.steps is not None:
+            selected.steps = DeltaState(*(array[index] for array in self.steps))
+        return selected
 
     @staticmethod
     def joined(caches: Sequence["DeltaCache"]) -> "DeltaCache":
@@ -231,6 +237,7 @@ class DeltaCache:
 
     def compact(self) -> None:
         """Move the states out of the arrays of all steps, which are freed."""
+        self.steps = None
         self.values = DeltaState(*(mx.concatenate([array, array[:, :0]], axis=1) for array in self.values))
 
     def state(self) -> list[dict[str, mx.array]]:
@@ -242,11 +249,11 @@ class DeltaCache:
         return cls.joined([cls(DeltaState(*(own[name] for name in names))) for own in state])
 
     def arrays(self) -> list[mx.array]:
-        return list(self.values)
+        return [*self.values, *(self.steps or ())]
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.values)
+        return sum(array.nbytes for array in self.arrays())
 
 
 LayerCache = KVCache | DeltaCache

@@ -44,13 +44,13 @@ def parser() -> Parser:
 
 def answer(conversation: Conversation, content: str | list[dict[str, Any]]) -> bool:
     """Send a message and print the answer; False where it was interrupted before the message was taken."""
-    try:
-        with Step("prefill", "tokens") as prefill:
-            turn = conversation.send(content, prefill)
+    with Step("prefill", "tokens") as prefill:
+        turn = conversation.send(content, prefill)
+        try:
             print_pieces(turn, prefill)
-    except KeyboardInterrupt:
-        turn.cancel()
-        print()
+        except KeyboardInterrupt:
+            turn.cancel()
+            print()
     result = turn.result
     if result is None:
         return False

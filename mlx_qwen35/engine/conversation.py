@@ -1,5 +1,6 @@
 """A conversation of several turns, each part of which is prefilled once."""
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Unpack, cast
@@ -55,11 +56,16 @@ class Conversation:
         self.vision = vision_options(given)  # for the images and videos of coming messages
         self._options = cast(Options, {name: value for name, value in given.items() if name not in VISION_OPTIONS})
         plan(self._options, model, processor.greedy, [Prompt((0,), thinking=False)], [0])  # refuses a bad option
+        self.lock = threading.RLock()  # one turn starts, goes on or ends at a time
         self._turn: Turn | None = None  # that runs
         self.reset()
 
     def reset(self) -> None:
         """Forget everything but the system prompt. A turn that runs is cancelled."""
+        with self.lock:
+            self._reset()
+
+    def _reset(self) -> None:
         if self._turn:
             self._turn.cancel()
         self.messages: list[dict[str, Any]] = [{"role": "system", "content": self._system}] if self._system else []
@@ -115,9 +121,9 @@ class Conversation:
         """Take in what has come of a turn: its message and its answer, if that has a token."""
         if self._turn is turn:
             self._turn = None
-        for snapshot in begun.request.snapshots.values():
-            self._cached, self._snapshot = begun.before, snapshot
+        snapshots = [begun.request.snapshots.popitem()[1] for _ in list(begun.request.snapshots)]
         if begun.request.tokens:
+            self._cached, self._snapshot = begun.before, snapshots[-1]
             answer = {"role": "assistant", "content": begun.request.result().text}
             self.messages = [*self.messages, {"role": "user", "content": turn.content}, answer]
 
@@ -203,12 +209,13 @@ class Turn:
 
     def cancel(self) -> None:
         """End it with the answer as far as it came. A turn that has not started never will."""
-        if self._ended:
-            return
-        self._ended = True
-        if self._begun:
-            self._engine.cancel(self._begun.request)
-            self._conversation.end(self, self._begun)
+        with self._conversation.lock:
+            if self._ended:
+                return
+            self._ended = True
+            if self._begun:
+                self._engine.cancel(self._begun.request)
+                self._conversation.end(self, self._begun)
 
     def count(self, tokens: int) -> None:
         """So many more tokens of its prompt are prefilled."""
@@ -217,12 +224,17 @@ class Turn:
 
     def _next(self) -> Piece | None:
         """The next piece; None behind the last."""
+        with self._conversation.lock:
+            return self._step()
+
+    def _step(self) -> Piece | None:
         while not self._waiting:
             if self._ended:
                 return None
             if self._begun is None:
-                self._begun = self._conversation.begin(self)
-                self._engine.add(self._begun.request)
+                begun = self._conversation.begin(self)
+                self._engine.add(begun.request)
+                self._begun = begun
             request = self._begun.request
             try:
                 self._engine.step()

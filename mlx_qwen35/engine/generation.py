@@ -62,7 +62,7 @@ def make_request(
                 "option_invalid", f"logit_bias must name tokens from 0 to {processor.vocabulary - 1}, got {token}"
             )
     sampler = Sampler(
-        planned.sampling, planned.seed, (cache.length if cache else 0) + len(prompt.tokens), processor.vocabulary,
+        planned.sampling, planned.seed, len(prompt.tokens), processor.vocabulary,
         processors=options.get("logits_processors", ()), choose=options.get("sampler"),
         constraint=options.get("constraint"), prompt=prompt.tokens,
     )  # fmt: skip
@@ -124,8 +124,8 @@ class Generation:
 
     def _run(self) -> Iterator[tuple[int, Piece]]:
         engine, rows = Engine(self.model), {id(request): row for row, request in enumerate(self.requests)}
-        engine.add(*self.requests)
         try:
+            engine.add(*self.requests)
             while not engine.idle:
                 for request in engine.step():
                     yield from ((rows[id(request)], piece) for piece in request.pieces())

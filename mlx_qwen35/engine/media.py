@@ -1,63 +1,74 @@
-"""The images and videos of waiting prompts, encoded when a prompt's turn comes."""
+"""The images and videos of waiting sequences, encoded when a sequence's turn comes."""
 
 import mlx.core as mx
 
 from mlx_qwen35.engine.prefill import PromptRow
+from mlx_qwen35.engine.sequence import Sequence
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.prompt.prompt import Prompt
 
 
 class MediaEncoder:
-    """Encodes what prompts show. Equal pixels of prompts that wait together are encoded once.
+    """Encodes what prompts show. Equal pixels of sequences that wait together are encoded once.
 
-    The vision encoder stays loaded while a prompt that it must encode waits.
+    The vision encoder stays loaded while a sequence waits whose images it must encode.
     """
 
     def __init__(self, model: Model):
         self.model = model
-        self._expected: list[Prompt] = []
-        self._encoded: dict[str, mx.array] = {}  # by digest, for expected prompts
+        self._expected: list[Sequence] = []
+        self._encoded: dict[str, mx.array] = {}  # by digest, for expected sequences
 
-    def expect(self, prompt: Prompt) -> None:
-        """A prompt waits to be encoded. InputError if the model has no vision encoder for its images."""
-        if not prompt.media:
+    def expect(self, sequence: Sequence) -> None:
+        """A sequence waits. InputError if it shows an image and the model has no vision encoder."""
+        if not sequence.prompt.media:
             return
         if self.model.vision is None:
             raise InputError("vision_missing", "this model has no vision encoder: its prompts must be text")
-        self.model.vision.acquire()
-        self._expected.append(prompt)
+        self.model.vision.acquire(sequence)
+        self._expected.append(sequence)
 
-    def forget(self, prompt: Prompt) -> None:
-        """A prompt does not wait any more."""
-        if not any(expected is prompt for expected in self._expected):
+    def forget(self, sequence: Sequence) -> None:
+        """A sequence does not wait any more."""
+        if sequence not in self._expected:
             return
         assert self.model.vision is not None
-        self._expected = [expected for expected in self._expected if expected is not prompt]
-        wanted = {placed.media.digest for expected in self._expected for placed in expected.media}
+        self._expected.remove(sequence)
+        wanted = {placed.media.digest for other in self._expected for placed in other.prompt.media}
         self._encoded = {digest: array for digest, array in self._encoded.items() if digest in wanted}
-        self.model.vision.release()
+        self.model.vision.release(sequence)
         self.model.vision.unload()
 
-    def encode(self, prompt: Prompt) -> PromptRow:
-        """The prompt with the embeddings of what it shows, evaluated."""
+    def encode(self, sequence: Sequence) -> PromptRow:
+        """Its prompt with the embeddings of what it shows, evaluated."""
+        prompt = sequence.prompt
         if not prompt.media:
             return PromptRow(prompt.tokens)
         assert self.model.vision is not None
         try:
-            for placed in prompt.media:
-                if placed.media.digest not in self._encoded:
-                    self._encoded[placed.media.digest] = self.model.vision.part.encode(placed.media)
-            own = [self._encoded[placed.media.digest] for placed in prompt.media]
-            embeddings = mx.concatenate(own) if len(own) > 1 else own[0]
-            mx.eval(embeddings)
+            return _encoded(self.model, prompt, self._encoded)
         finally:
-            self.forget(prompt)
-        return PromptRow(prompt.tokens, prompt.placeholders, embeddings)
+            self.forget(sequence)
+
+
+def _encoded(model: Model, prompt: Prompt, known: dict[str, mx.array]) -> PromptRow:
+    """known: embeddings by digest; has those of the prompt too when this returns."""
+    if model.vision is None:
+        raise InputError("vision_missing", "this model has no vision encoder: its prompts must be text")
+    for placed in prompt.media:
+        if placed.media.digest not in known:
+            known[placed.media.digest] = model.vision.part.encode(placed.media)
+    own = [known[placed.media.digest] for placed in prompt.media]
+    embeddings = mx.concatenate(own) if len(own) > 1 else own[0]
+    mx.eval(embeddings)
+    return PromptRow(prompt.tokens, prompt.placeholders, embeddings)
 
 
 def encode_media(model: Model, prompt: Prompt) -> PromptRow:
-    """One prompt with the embeddings of its images and videos."""
-    encoder = MediaEncoder(model)
-    encoder.expect(prompt)
-    return encoder.encode(prompt)
+    """One prompt with the embeddings of its images and videos. The vision encoder is unloaded if nobody uses it."""
+    try:
+        return _encoded(model, prompt, {}) if prompt.media else PromptRow(prompt.tokens)
+    finally:
+        if model.vision:
+            model.vision.unload()

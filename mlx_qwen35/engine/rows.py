@@ -20,7 +20,7 @@ from mlx_qwen35.cache.layer import CachePosition
 from mlx_qwen35.checkpoint.dtypes import dtype_name
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.drafts.speculate import Speculation
-from mlx_qwen35.engine.sampling import NONE, commit, peek
+from mlx_qwen35.engine.sampling import NO_TOKEN, commit, peek
 from mlx_qwen35.engine.sequence import Sequence
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.model import Model
@@ -36,24 +36,32 @@ class Pass:
     hidden: mx.array  # (B, 1 + depth, D): the hidden states of the inputs
     logits: mx.array  # (B, 1 + depth, V)
     position: CachePosition  # of the cache before the pass
-    taken: list[int]  # tokens of each row that its sequence has taken
-    before: Cache | None = None  # the cache before the pass, if tokens were drafted
+    before: Cache | None = None  # the cache before the pass, if tokens were drafted, until its tokens are known
     sampled: mx.array | None = None  # (B, 1 + depth): the token after each input token
     finite: mx.array | None = None  # (B, 1 + depth) boolean: whether all logits of that token are finite
-    tokens: list[list[int]] = field(default_factory=list)  # of each row: its accepted drafts and one more, once known
+    tokens: list[list[int]] = field(default_factory=list)  # of each row: accepted drafts and one more; empty: not known
+    begun: list[int] = field(default_factory=list)  # tokens that each sequence had before those, once they are known
 
     @property
     def depth(self) -> int:
         return self.inputs.shape[1] - 1
 
-    def select(self, rows: Many[int]) -> None:
-        """Go on with these rows alone; of a pass without drafts."""
+    def arrays(self) -> list[mx.array]:
+        found = (self.inputs, self.hidden, self.logits, self.sampled, self.finite)
+        return [array for array in found if array is not None]
+
+    def select(self, rows: Many[int]) -> "Pass":
+        """These rows alone."""
         index = mx.array(list(rows))
-        self.inputs, self.hidden, self.logits = self.inputs[index], self.hidden[index], self.logits[index]
-        self.lengths, self.taken = ([own[row] for row in rows] for own in (self.lengths, self.taken))
-        self.position = CachePosition(*(tuple(own[row] for row in rows) for own in self.position))
-        self.sampled = None if self.sampled is None else self.sampled[index]
-        self.finite = None if self.finite is None else self.finite[index]
+        return Pass(
+            self.inputs[index], [self.lengths[row] for row in rows], self.hidden[index], self.logits[index],
+            CachePosition(*(tuple(own[row] for row in rows) for own in self.position)),
+            self.before and self.before.select(rows),
+            None if self.sampled is None else self.sampled[index],
+            None if self.finite is None else self.finite[index],
+            [self.tokens[row] for row in rows] if self.tokens else [],
+            [self.begun[row] for row in rows] if self.begun else [],
+        )  # fmt: skip
 
 
 class Rows:
@@ -64,11 +72,11 @@ class Rows:
         self.sequences: list[Sequence] = []
         self.cache: Cache | None = None  # of as many rows
         self.speculation = Speculation(model)
-        self.current: Pass | None = None  # fed, and its tokens not all handed out
+        self.current: Pass | None = None  # fed, and its tokens not all taken
         self._following: Pass | None = None  # fed behind the current one
         self._depth: int | None = None  # of drafts in the pass that is fed next, where it was decided
 
-    # --- passes ---
+    # --- a pass ---
 
     def begin(self, sequence: Sequence, hidden: mx.array) -> None:
         """Give a sequence its first token. hidden (1, D): of its last prompt token."""
@@ -79,13 +87,13 @@ class Rows:
             assert sequence.own is not None
             raise not_finite(sequence.own, 0, self.model)
         mx.eval(token, sequence.sampler.arrays())
-        self._take(sequence, np.array(token).item())
+        _take(sequence, np.array(token).item())
 
-    def run(self, paused: float, ahead: bool) -> list[list[int]]:
-        """Finish one pass, and return the new tokens of each row.
+    def run(self, paused: float, ahead: bool) -> None:
+        """Finish one pass, and begin the next where that needs nothing of the host.
 
-        A row with a logit that is not finite has none, and an error. paused: seconds that the caller took. ahead:
-        whether the next pass is begun, where that needs nothing of the host.
+        A row with a logit that is not finite ends with an error. paused: seconds that the caller took. ahead: whether
+        the next pass may begin.
         """
         if self.current is None:
             self.current = self._feed(mx.array([s.last for s in self.sequences])[:, None], self._next_depth())
@@ -95,42 +103,42 @@ class Rows:
             self._depth = self._next_depth()
             if ahead and self.current.depth == self._depth == 0 and any(s.left > 1 for s in self.sequences):
                 assert self.current.sampled is not None
-                self._following = self._feed(self.current.sampled, 0, ahead=1)
-        self.current.tokens = self._receive()
-        self.speculation.record(self.current.lengths, self.current.tokens, paused)
-        return self.current.tokens
+                self._following = self._feed(self.current.sampled, 0, unknown=1)
+        tokens = self._receive()
+        self.current.begun, self.current.before = [len(s.tokens) for s in self.sequences], None
+        self.current.tokens = tokens
+        self.speculation.record(self.current.lengths, tokens, paused)
 
-    def hand(self, row: int, token: int) -> None:
-        """Give a row's sequence its next token of the current pass."""
-        assert self.current is not None
-        self.current.taken[row] += 1
-        self._take(self.sequences[row], token)
+    @property
+    def untaken(self) -> list[list[int]]:
+        """The tokens of the current pass that each sequence has still to take; all empty: it needs another pass."""
+        if self.current is None or not self.current.tokens:
+            return [[] for _ in self.sequences]
+        rows = zip(self.sequences, self.current.tokens, self.current.begun, strict=True)
+        return [[] if s.finished else tokens[len(s.tokens) - begun :] for s, tokens, begun in rows]
 
-    def _take(self, sequence: Sequence, token: int) -> None:
-        try:
-            if token == NONE:
-                raise InputError(
-                    "option_invalid",
-                    f"sampler must choose tokens from 0 to {sequence.sampler.vocabulary - 1}, and constraint and "
-                    "logits_processors must leave one with a finite logit; there is none to go on with",
-                )
-            sequence.take(token)
-        except Exception as error:  # of a constraint
-            sequence.fail(error)
+    def take(self) -> list[Sequence]:
+        """Give each sequence its next token. Returns those that have one more, or ended in the pass."""
+        changed = [sequence for sequence in self.sequences if sequence.finished]
+        for sequence, tokens in zip(self.sequences, self.untaken, strict=True):
+            if tokens:
+                _take(sequence, tokens[0])
+                changed.append(sequence)
+        return changed
 
     def _next_depth(self) -> int:
         depth, self._depth = self.speculation.depth() if self._depth is None else self._depth, None
         return depth
 
-    def _feed(self, tokens: mx.array, depth: int, ahead: int = 0) -> Pass:
+    def _feed(self, tokens: mx.array, depth: int, unknown: int = 0) -> Pass:
         """A pass over (B, 1) tokens and up to `depth` drafted ones. If it is interrupted all is as before.
 
-        ahead: sampled tokens of each row that the host does not know yet. A row that ends with them is fed nothing.
+        unknown: sampled tokens of each row that the host does not know yet. A row that ends with them is fed nothing.
         """
         assert self.cache is not None
-        left = [max(0, sequence.left - ahead) for sequence in self.sequences]
-        depth = min(depth, max(left) - 1)
+        left = [max(0, sequence.left - unknown) for sequence in self.sequences]
         lengths = [min(1 + self.speculation.most(row, depth), n) for row, n in enumerate(left)]
+        depth = max(lengths) - 1
         before, speculation = self.cache.copy(), self.speculation.copy()
         try:
             if depth:
@@ -149,30 +157,24 @@ class Rows:
         hidden = self.model.hidden(tokens, self.cache, uneven, stepwise=depth > 0)
         if not depth:
             self.speculation.follow(tokens, hidden, lengths)
-        made = Pass(
-            tokens, lengths, hidden, self.model.logits(hidden), position, [0] * len(lengths), before if depth else None
-        )
-        if any(sequence.sampler.waits for sequence in self.sequences):
-            mx.async_eval(made.logits, self.cache.held())
+        made = Pass(tokens, lengths, hidden, self.model.logits(hidden), position, before if depth else None)
+        if any(sequence.sampler.needs_tokens for sequence in self.sequences):
+            mx.async_eval(made.logits)
         else:
             self._sample(made)
         return made
 
     def _sample(self, made: Pass) -> None:
-        """Sample the tokens of a pass, and submit everything that it leaves, so that no thread holds a graph."""
-        assert self.cache is not None
-        drafted = made.inputs[:, 1:] if made.depth else None
-        made.sampled = self._peek(made.logits, drafted)
+        """Sample the tokens of a pass, and submit it."""
+        made.sampled = self._peek(made.logits, made.inputs[:, 1:] if made.depth else None)
         made.finite = (mx.abs(made.logits) < mx.inf).all(-1)
-        samplers = [sequence.sampler for sequence in self.sequences]
         if not made.depth:
-            commit(samplers, made.sampled)
-        held = [array for sampler in samplers for array in sampler.arrays()]
-        mx.async_eval(made.sampled, made.finite, self.cache.held(), self.speculation.arrays(), held)
+            commit([sequence.sampler for sequence in self.sequences], made.sampled)
+        mx.async_eval(made.sampled, made.finite)
 
     def _peek(self, logits: mx.array, drafted: mx.array | None) -> mx.array:
         """`sampling.peek`; an error of one row's own functions ends that row."""
-        if not any(sequence.sampler.alone for sequence in self.sequences):
+        if not any(sequence.sampler.separate for sequence in self.sequences):
             return peek([sequence.sampler for sequence in self.sequences], logits, drafted)
         sampled = []
         for row, sequence in enumerate(self.sequences):
@@ -186,7 +188,7 @@ class Rows:
 
     def _receive(self) -> list[list[int]]:
         """Wait for the current pass. The tokens of each row are its accepted drafts and one more."""
-        assert self.current is not None
+        assert self.current is not None and self.cache is not None
         tokens, bad = self._accepted(self.current)
         if bad and self.current.depth:  # a drafted token may overflow, and infinity passes through attention weights
             made, before = self.current, self.current.before
@@ -198,7 +200,6 @@ class Rows:
             tokens, bad = self._accepted(self.current)
         for row in bad:
             tokens[row] = []
-            assert self.cache is not None
             self.sequences[row].fail(not_finite(self.cache, row, self.model))
         return tokens
 
@@ -212,64 +213,88 @@ class Rows:
             tokens.append(sampled[row][: accepted + 1] if length else [])
         return tokens, [row for row, own in enumerate(tokens) if not all(finite[row][: len(own)])]
 
-    # --- between passes ---
-
     def settle(self) -> None:
-        """Bring cache, samplers and draft head to the tokens that the sequences have taken.
+        """Behind a pass: keep of it what the sequences have taken, in cache, samplers and draft head.
 
-        The last token of a row is in the cache if the next pass is fed already, else that pass will bring it.
+        A row's last token is in the cache if the next pass is fed already; else that pass brings it.
         """
         made, following = self.current, self._following
-        if made is None or self.cache is None or not (made.tokens or made.depth or following):
-            return  # nothing was taken of a pass that is under way
+        if made is None or self.cache is None:
+            return
+        if made.depth:
+            accepted = [max(0, len(own) - 1) for own in made.tokens or [[] for _ in made.lengths]]
+            taken = [len(s.tokens) - n for s, n in zip(self.sequences, made.begun, strict=True)] or [0] * len(accepted)
+            kept = [n and 1 + min(m, k) for n, m, k in zip(made.lengths, taken, accepted, strict=True)]
+            if self.cache.position != made.position.after(kept):
+                self.cache.rollback(made.position, kept)
+            if made.sampled is not None:
+                commit([s.sampler for s in self.sequences], made.sampled, taken)
+            self.speculation.follow(made.inputs, made.hidden, kept)
+        elif following is None and not made.tokens:
+            return  # it is under way
+        elif following and not made.tokens:  # interrupted: the cache has a token that no sequence has taken
+            for sequence, token, fed in zip(self.sequences, np.array(made.sampled), following.lengths, strict=True):
+                if fed and not sequence.error:
+                    _take(sequence, int(token[0]))
         self.current, self._following = following, None
         if following:
             self._depth = None  # which was that pass's
-        if made.depth:
-            accepted = [max(0, len(own) - 1) for own in made.tokens or [[] for _ in made.lengths]]
-            kept = [n and 1 + min(m, k) for n, m, k in zip(made.lengths, made.taken, accepted, strict=True)]
-            self.cache.rollback(made.position, kept)
-            if made.sampled is not None:
-                commit([s.sampler for s in self.sequences], made.sampled, made.taken)
-            self.speculation.follow(made.inputs, made.hidden, kept)
-        elif following and not all(made.taken):  # interrupted: the cache has a token that nobody took
-            for row, token in enumerate(np.array(made.sampled)[:, 0].tolist()):
-                if following.lengths[row] and not made.taken[row] and not self.sequences[row].error:
-                    self._take(self.sequences[row], token)
+
+    # --- rows ---
 
     def join(self, sequences: Many[Sequence]) -> None:
-        """Rows for sequences whose prompts are prefilled and whose first token is taken. No pass is under way."""
+        """Rows for sequences that have their first token. No pass is under way."""
         assert self.current is None
         caches = [sequence.take_cache() for sequence in sequences]
         followers = [cache.follower for cache in caches if isinstance(cache.follower, DraftFollower)]
         self.speculation.join([sequence.drafts for sequence in sequences], followers)
-        own = [self.cache] if self.cache else []
-        self.cache = Cache.joined([*own, *caches]) if len(own) + len(caches) > 1 else caches[0]
+        every = [self.cache, *caches] if self.cache else caches
+        self.cache = Cache.joined(every) if len(every) > 1 else every[0]
         self.cache.follower = None
         self.sequences += sequences
         self._depth = None
-        mx.async_eval(self.cache.held())
 
-    def leave(self, rows: Many[int]) -> list[Cache]:
-        """Take these rows out, each as a cache of its own with its draft head's. The pass under way goes on."""
+    def select(self, rows: Many[int]) -> "Rows":
+        """These rows alone, with their part of the pass under way."""
+        if len(rows) == len(self.sequences):
+            return self
+        picked = Rows(self.model)
+        if rows:
+            assert self.cache is not None
+            picked.sequences = [self.sequences[row] for row in rows]
+            picked.cache, picked.speculation = self.cache.select(rows), self.speculation.select(rows)
+            picked.current = self.current and self.current.select(rows)
+            picked._following = self._following and self._following.select(rows)
+        return picked
+
+    def caches(self) -> list[Cache]:
+        """A cache of each row, with its draft head's."""
         assert self.cache is not None
-        stay = [row for row in range(len(self.sequences)) if row not in rows]
-        left = []
-        for row in rows:
-            follower = self.speculation.follower_of(row)
-            cache = self.cache if len(self.sequences) == 1 else self.cache.select([row])
-            cache.follower = follower
-            left.append(cache)
-        self.speculation.select(stay)
-        self.cache = self.cache.select(stay) if stay else None
-        if self.current and stay:
-            self.current.select(stay)
-        self.current = self.current if stay else None
-        self.sequences = [self.sequences[row] for row in stay]
-        self._depth = None
-        if self.cache:
-            mx.async_eval(self.cache.held())
-        return left
+        single = len(self.sequences) == 1
+        caches = [self.cache] if single else [self.cache.select([row]) for row in range(len(self.sequences))]
+        for row, cache in enumerate(caches):
+            cache.follower = self.speculation.follower_of(row)
+        return caches
+
+    def arrays(self) -> list[mx.array]:
+        """Every array that is held."""
+        held = [array for sequence in self.sequences for array in sequence.sampler.arrays()]
+        held += [array for made in (self.current, self._following) if made for array in made.arrays()]
+        return held + self.speculation.arrays() + (self.cache.held() if self.cache else [])
+
+
+def _take(sequence: Sequence, token: int) -> None:
+    """Give a sequence its next token; an error of its constraint ends it."""
+    try:
+        if token == NO_TOKEN:
+            raise InputError(
+                "option_invalid",
+                f"sampler must choose tokens from 0 to {sequence.sampler.vocabulary - 1}, and constraint and "
+                "logits_processors must leave one with a finite logit; there is none to go on with",
+            )
+        sequence.take(token)
+    except Exception as error:
+        sequence.fail(error)
 
 
 def not_finite(cache: Cache, row: int, model: Model) -> InputError:

@@ -94,7 +94,7 @@ class Constraint(Protocol):
         """Undo the last `count` accepted tokens."""
 
 
-NONE = -1  # in place of a token where none is allowed, or the caller's sampler chose none of the vocabulary
+NO_TOKEN = -1  # in place of a token where none is allowed, or the caller's sampler chose none of the vocabulary
 Processor = Callable[[mx.array, mx.array], mx.array]  # tokens (n,), logits (1, V) -> logits, as in mlx-lm
 Choice = Callable[[mx.array], mx.array]  # log-probabilities (1, V) -> token (1,), as in mlx-lm
 
@@ -132,14 +132,14 @@ class Sampler:
         self._noise: dict[int, mx.array] = {}  # (V,) by position, for the next tokens
 
     @property
-    def waits(self) -> bool:
+    def needs_tokens(self) -> bool:
         """Whether a token can be sampled only once the host knows the one before."""
         return bool(self.processors or self.constraint)
 
     @property
-    def alone(self) -> bool:
+    def separate(self) -> bool:
         """Whether its row is not sampled together with others."""
-        return self.waits or self.choose is not None
+        return self.needs_tokens or self.choose is not None
 
     def accept(self, token: int) -> None:
         """The host knows the next token of the sequence."""
@@ -163,7 +163,11 @@ class Sampler:
         """What it holds."""
         return [*self._noise.values(), *([] if self.counts is None else [self.counts])]
 
-    def see(self, width: int) -> None:
+    def clear(self) -> None:
+        """Let go of every array, at the end of the sequence."""
+        self.counts, self._noise = None, {}
+
+    def set_width(self, width: int) -> None:
         """Logits have this many columns."""
         self._width = width
 
@@ -206,7 +210,7 @@ class Sampler:
 def _widened(mask: np.ndarray, width: int) -> mx.array:
     """(V,) boolean of the logits' width; tokens beyond the mask are forbidden."""
     allowed = np.zeros(width, bool)
-    allowed[: len(mask)] = mask
+    allowed[: len(mask)] = mask[:width]
     return mx.array(allowed)
 
 
@@ -225,7 +229,7 @@ def peek(
     drafted: (B, m) tokens assumed to come first. The last of the n tokens follows all of them, the one before it all
     but the last, and so on. drafting: the logits are the draft head's, whose tokens no constraint is asked about.
     """
-    plain = drafting or not any(sampler.alone for sampler in samplers)
+    plain = drafting or not any(sampler.separate for sampler in samplers)
     if plain and all(sampler.sampling == samplers[0].sampling for sampler in samplers):
         return _peek(samplers, logits, drafted, drafting)
     rows = [slice(row, row + 1) for row in range(len(samplers))]
@@ -247,15 +251,15 @@ def _peek(samplers: Sequence[Sampler], logits: mx.array, drafted: mx.array | Non
     B, n, V = logits.shape
     before = 1 - n + (0 if drafted is None else drafted.shape[1])  # drafted tokens before the first of the n
     for sampler in samplers:
-        sampler.see(V)
+        sampler.set_width(V)
     flat, counts = logits.reshape(B * n, V), None
     if sampling.penalises and (drafted is not None or any(sampler.counts is not None for sampler in samplers)):
         guesses = [None if drafted is None else drafted[row : row + 1] for row in range(B)]
         all_counts = [s.counted(d, before + i) for s, d in zip(samplers, guesses, strict=True) for i in range(n)]
         counts = all_counts[0] if len(all_counts) == 1 else mx.concatenate(all_counts)
     flat = penalise(flat, sampling, counts, first.vocabulary)
-    own = not drafting and first.alone
-    if own and first.waits:
+    own = not drafting and first.separate
+    if own and first.needs_tokens:
         known = [] if drafted is None else np.array(drafted[0]).tolist()
         flat = first.restricted(flat, known, range(before, before + n))
     if own and first.choose:
@@ -267,5 +271,5 @@ def _peek(samplers: Sequence[Sampler], logits: mx.array, drafted: mx.array | Non
         tokens = mx.argmax(warp(flat, sampling) + gumbel, axis=-1)
     if own:
         valid = (tokens >= 0) & (tokens < (first.vocabulary or V)) & (flat.max(-1) > -mx.inf)
-        tokens = mx.where(valid, tokens.astype(mx.int32), NONE)
+        tokens = mx.where(valid, tokens.astype(mx.int32), NO_TOKEN)
     return tokens.reshape(B, n)

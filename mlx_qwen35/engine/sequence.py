@@ -13,6 +13,7 @@ from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy, DraftStatistics, RowDrafts, attach, detach
 from mlx_qwen35.engine.prefill import Chunk, PromptRow, chunks
 from mlx_qwen35.engine.sampling import Sampler
+from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.prompt.prompt import Prompt
 from mlx_qwen35.prompt.stream import Piece, TextStream
@@ -55,6 +56,7 @@ class Clock:
     began: float = 0.0  # its prefill, after its images were encoded
     vision: float = 0.0  # that encoding took
     first: float = 0.0  # its first token
+    joined: float = 0.0  # it joined the running rows
     last: float = 0.0  # its last token
 
 
@@ -68,8 +70,9 @@ class Sequence:
         prefill_step_size: prompt tokens of a prefill chunk.
         stop_ids: token ids that end it.
         stream: turns its tokens into text; None for tokens alone.
-        cache: a conversation of one row that it goes on with. It holds prompt and answer when the sequence has ended,
-            except a last token at the limit; after an error it is as before. None: a cache of its own.
+        cache: a conversation of one row that it goes on with, from where that is when the prefill begins. When the
+            sequence has ended it holds prompt and answer, except a last token at the limit; after an error it is as
+            before. None: a cache of its own.
         drafts: whether to draft, and how deep.
         progress: called with the tokens of each chunk of the prompt that is prefilled.
         marks: numbers of prompt tokens at which a snapshot is to be taken: `snapshots` has them.
@@ -92,7 +95,7 @@ class Sequence:
         self.prompt, self.sampler, self.limit, self.stop_ids, self.stream = prompt, sampler, limit, stop_ids, stream
         self.prefill_step_size, self.progress, self.marks = prefill_step_size, progress, tuple(marks)
         self.cache = cache
-        self._held = cache.length if cache else 0  # tokens in it
+        self._held = 0  # tokens in it when its prefill began
         self.drafts = RowDrafts(drafts)
         self.tokens: list[int] = []
         self.finish_reason: str | None = None  # None while it goes on
@@ -103,7 +106,9 @@ class Sequence:
         self._new: deque[Piece] = deque()
         self._chunks: Iterator[Chunk] | None = None
         self.own: Cache | None = None  # its cache, until it is a running row
-        self._attached = DraftPolicy(0)
+        self._started = False
+        if not prompt.tokens:
+            raise InputError("prompt_empty", "the prompt must not be empty")
 
     # --- what it has come to ---
 
@@ -140,7 +145,7 @@ class Sequence:
             self.finish("length")
 
     def finish(self, reason: str) -> None:
-        """End it, and give out the text that was held back."""
+        """End it. At a proper end the text that was held back is given out."""
         if self.finished:
             return
         self.finish_reason = reason
@@ -149,8 +154,9 @@ class Sequence:
 
     def fail(self, error: Exception) -> None:
         """End it with an error."""
-        self.error = error
-        self.finish("error")
+        if self.error is None:
+            self.error = error
+            self.finish("error")
 
     def _say(self, pieces: list[Piece]) -> None:
         self._said += pieces
@@ -159,7 +165,7 @@ class Sequence:
     def result(self) -> Result:
         """What it has come to, at any time."""
         clock, tokens, prompt = self.clock, len(self.tokens), len(self.prompt.tokens)
-        prefill_seconds, seconds = clock.first - clock.began, clock.last - clock.first
+        prefill_seconds, seconds = clock.first - clock.began, clock.last - max(clock.first, clock.joined)
         return Result(
             text="".join(piece.text for piece in self._said if not piece.reasoning),
             reasoning="".join(piece.text for piece in self._said if piece.reasoning).strip(),
@@ -179,19 +185,26 @@ class Sequence:
 
     # --- its prefill ---
 
-    def prefill(self, model: Model, encode: Callable[[Prompt], PromptRow]) -> mx.array | None:
+    def start(self) -> None:
+        """An engine takes it in. InputError if one has before."""
+        if self._started:
+            raise InputError("generation_spent", "a sequence runs once; its result() remains. Make another")
+        self._started = True
+
+    def prefill(self, model: Model, encode: Callable[["Sequence"], PromptRow]) -> mx.array | None:
         """Prefill one chunk; (1, D), the last hidden state, once the prompt is done.
 
-        encode: encodes the images and videos of a prompt.
+        encode: gives the prompt with its images and videos encoded.
         """
         if self._chunks is None:
             arrived = time.perf_counter()
-            row = encode(self.prompt)
+            row = encode(self)
             self.clock.began = time.perf_counter()
             self.clock.vision = self.clock.began - arrived if self.prompt.media else 0.0
             self.own = self.cache.copy() if self.cache else model.make_cache()
-            self._attached = attach(model, self.own, self.drafts.policy)
-            self.drafts.policy = self._attached
+            self._held = self.own.length
+            self.sampler.position = self._held + len(self.prompt.tokens)
+            self.drafts.policy = attach(model, self.own, self.drafts.policy, self)
             self._chunks, self._done = chunks(model, self.own, row, self.prefill_step_size, self.marks), 0
         chunk = next(self._chunks)
         self._done += chunk.tokens
@@ -207,19 +220,25 @@ class Sequence:
     def take_cache(self) -> Cache:
         """The cache with the prompt, which from now on is a running row."""
         assert self.own is not None, "the prompt is prefilled"
+        self.clock.joined = time.perf_counter()
         cache, self.own = self.own, None
         return cache
+
+    def arrays(self) -> list[mx.array]:
+        """Every array that it holds before it is a running row."""
+        return self.sampler.arrays() + (self.own.held() if self.own else [])
 
     # --- its end ---
 
     def end(self, model: Model, cache: Cache | None) -> None:
-        """Let go of everything but text and statistics. cache: what its row held, if it was running.
+        """Let go of all arrays and pixels but those of `snapshots`. cache: what its row held, if it was running.
 
         Brings the caller's cache to the last token; with an error or without a token that stays as it was.
         """
-        cache, self.own, self._chunks = cache or self.own, None, None
-        detach(model, self._attached)
-        self._attached, caller = DraftPolicy(0), self.cache
+        cache, self.own, self._chunks, caller = cache or self.own, None, None, self.cache
+        detach(model, self)
+        self.sampler.clear()
+        self.prompt = Prompt(self.prompt.tokens, self.prompt.thinking)
         if caller is None or cache is None or self.error or not self.tokens:
             return
         held = self._held + len(self.prompt.tokens) + len(self.tokens)

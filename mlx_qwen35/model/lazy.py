@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Generic, TypeVar
+from weakref import WeakSet
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,7 +23,7 @@ class LazyPart(Generic[Part]):
     def __init__(self, load: Callable[[], Part], nbytes: int = 0, fault: str | None = None, keep: bool = False):
         self._load, self.nbytes, self.fault, self.keep = load, nbytes, fault, keep
         self._part: Part | None = None
-        self.users = 0
+        self.users: WeakSet[object] = WeakSet()
 
     @property
     def loaded(self) -> bool:
@@ -34,14 +35,13 @@ class LazyPart(Generic[Part]):
         self._part = self._part or self._load()
         return self._part
 
-    def acquire(self) -> None:
-        """Count a user. It is loaded when `part` is asked for."""
-        self.users += 1
+    def acquire(self, user: object) -> None:
+        """Keep it in memory, once `part` has loaded it, until this user releases it or is gone."""
+        self.users.add(user)
 
-    def release(self) -> None:
-        """Count a user less."""
-        assert self.users > 0, "it was acquired"
-        self.users -= 1
+    def release(self, user: object) -> None:
+        """This user needs it no more."""
+        self.users.discard(user)
 
     def unload(self) -> None:
         """Free its memory, unless it is in use or to be kept. The next use loads it again."""

@@ -232,7 +232,7 @@ def step_by_step(model: Model, case: Case, text: Many[int]) -> dict[int, Content
 def head_after(model: Model, tokens: Many[int]) -> DraftFollower:
     """The head's memory of a text that was read at once."""
     cache = model.make_cache()
-    attach(model, cache, DraftPolicy(1))
+    attach(model, cache, DraftPolicy(1), cache)
     prefill(model, cache, PromptRow(tokens), 10**6)
     return cache.follower
 

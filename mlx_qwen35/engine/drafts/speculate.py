@@ -108,11 +108,11 @@ def _fitting(model: Model, mtp_head: LazyPart[MultiTokenPrediction], depth: int,
     return DraftPolicy(fitting, head_bytes=head_bytes)
 
 
-def attach(model: Model, cache: Cache, policy: DraftPolicy) -> DraftPolicy:
+def attach(model: Model, cache: Cache, policy: DraftPolicy, user: object) -> DraftPolicy:
     """Load the draft head and make it follow the cache, or unload it, and return the policy that holds from now on.
 
     A damaged head costs a warning, since the text needs none. With a fixed depth it raises InputError. A policy with
-    drafts has acquired the head: `detach` releases it.
+    drafts has acquired the head for `user`: `detach` releases it.
     """
     if policy.depth:
         assert model.mtp is not None
@@ -136,14 +136,14 @@ def attach(model: Model, cache: Cache, policy: DraftPolicy) -> DraftPolicy:
     if not (isinstance(follower, DraftFollower) and list(follower.followed) == cache.row_lengths):
         cache.follower = DraftFollower(model, cache.row_lengths)
     assert model.mtp is not None
-    model.mtp.acquire()
+    model.mtp.acquire(user)
     return policy
 
 
-def detach(model: Model, policy: DraftPolicy) -> None:
-    """A sequence with this policy, to which a cache was attached, has ended."""
-    if policy.depth and model.mtp:
-        model.mtp.release()
+def detach(model: Model, user: object) -> None:
+    """This user needs the draft head no more."""
+    if model.mtp:
+        model.mtp.release(user)
 
 
 @dataclass(frozen=True)
@@ -182,8 +182,9 @@ class RowDrafts:
     depths: list[tuple[int, int]] = field(default_factory=list)
     control: DepthControl | None = None  # of the passes that it is in, or was in last
 
-    def count(self, depth: int, drafted: int, accepted: int) -> None:
+    def count(self, control: DepthControl, depth: int, drafted: int, accepted: int) -> None:
         """A pass with so many drafts, in which this sequence had `drafted`."""
+        self.control = control
         if not self.depths or self.depths[-1][1] != depth:
             self.depths.append((self.steps, depth))
         self.steps, self.drafted, self.accepted = self.steps + 1, self.drafted + drafted, self.accepted + accepted
@@ -230,14 +231,15 @@ class Speculation:
         self.rows = [*self.rows, *rows]
         self._restart()
 
-    def select(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone."""
-        drafting = self._drafting
+    def select(self, rows: Sequence[int]) -> "Speculation":
+        """These rows alone."""
+        drafting, selected = self._drafting, self.copy()
         stay = [drafting.index(row) for row in rows if row in drafting]
         if self.follower and len(stay) < len(drafting):
-            self.follower = self.follower.select(stay) if stay else None
-        self.rows = [self.rows[row] for row in rows]
-        self._restart()
+            selected.follower = self.follower.select(stay) if stay else None
+        selected.rows = [self.rows[row] for row in rows]
+        selected._restart()
+        return selected
 
     def follower_of(self, row: int) -> DraftFollower | None:
         drafting = self._drafting
@@ -256,8 +258,6 @@ class Speculation:
         fixed = max((policy.depth for policy in policies if policy.fixed), default=None)
         costs = head_record(self.model.mtp).costs[len(self.rows)]
         self.control = DepthControl(max(policy.depth for policy in policies), costs, fixed, self.control)
-        for row in self._drafting:
-            self.rows[row].control = self.control
 
     # --- passes ---
 
@@ -317,4 +317,4 @@ class Speculation:
         drafted, accepted = [lengths[row] - 1 for row in rows], [len(tokens[row]) - 1 for row in rows]
         self.control.record(depth, seconds, drafted, accepted, lasting=paused < PAUSE * seconds)
         for row, n, m in zip(rows, drafted, accepted, strict=True):
-            self.rows[row].count(depth, n, m)
+            self.rows[row].count(self.control, depth, n, m)
