@@ -238,6 +238,7 @@ class Sequence:
         cache, self.own, self._chunks, caller = cache or self.own, None, None, self.cache
         detach(model, self)
         self.sampler.clear()
+        self.progress = lambda tokens: None  # the caller's may hold whoever holds this sequence
         self.prompt = Prompt(self.prompt.tokens, self.prompt.thinking)
         if caller is None or cache is None or self.error or not self.tokens:
             return

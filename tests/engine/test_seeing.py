@@ -173,6 +173,7 @@ def test_embeddings_are_let_go_when_the_prompt_is_read(nano, monkeypatch):
     """They are larger than all else that a sequence of one token could hold."""
     large = np.zeros((1024, 1024, 3), np.uint8)
     sequence = request(*nano, ASK, images=[large], max_pixels=1 << 20, max_tokens=2)
+    (image,) = sequence.prompt.placeholders
     text = request(*nano, [5] * len(sequence.prompt.tokens), max_tokens=2)
     engine, held = Engine(nano[0]), []
     for each in (text, sequence):
@@ -185,7 +186,6 @@ def test_embeddings_are_let_go_when_the_prompt_is_read(nano, monkeypatch):
         held.append(mx.get_active_memory() - before)
         while not engine.idle:
             engine.step()
-    (image,) = sequence.prompt.placeholders
     assert abs(held[1] - held[0]) < (image.stop - image.start) * nano[0].config.hidden_size * 4 / 2
 
 

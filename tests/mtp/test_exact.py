@@ -391,7 +391,7 @@ def interrupting(function: Callable, call: int, after: bool) -> Callable:
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (drafting.Speculation, "record"), (Sampler, "see"), (drafting.DraftFollower, "propose"), (Model, "hidden"),
+        (drafting.Speculation, "record"), (Sampler, "set_width"), (drafting.DraftFollower, "propose"), (Model, "hidden"),
         (Cache, "rollback"),
     ],
     ids=lambda value: getattr(value, "__name__", value),

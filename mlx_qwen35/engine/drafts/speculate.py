@@ -182,9 +182,8 @@ class RowDrafts:
     depths: list[tuple[int, int]] = field(default_factory=list)
     control: DepthControl | None = None  # of the passes that it is in, or was in last
 
-    def count(self, control: DepthControl, depth: int, drafted: int, accepted: int) -> None:
+    def count(self, depth: int, drafted: int, accepted: int) -> None:
         """A pass with so many drafts, in which this sequence had `drafted`."""
-        self.control = control
         if not self.depths or self.depths[-1][1] != depth:
             self.depths.append((self.steps, depth))
         self.steps, self.drafted, self.accepted = self.steps + 1, self.drafted + drafted, self.accepted + accepted
@@ -317,4 +316,5 @@ class Speculation:
         drafted, accepted = [lengths[row] - 1 for row in rows], [len(tokens[row]) - 1 for row in rows]
         self.control.record(depth, seconds, drafted, accepted, lasting=paused < PAUSE * seconds)
         for row, n, m in zip(rows, drafted, accepted, strict=True):
-            self.rows[row].count(self.control, depth, n, m)
+            self.rows[row].control = self.control
+            self.rows[row].count(depth, n, m)
