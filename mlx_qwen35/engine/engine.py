@@ -135,7 +135,10 @@ class Engine:
         self._rows = rows.select([row for row in range(len(rows.sequences)) if row not in gone])
         left.settle()
         for sequence, cache in zip(left.sequences, left.caches(), strict=True):
-            self._end(sequence, cache)
+            try:
+                self._end(sequence, cache)
+            except Exception as error:  # its last token is fed here
+                sequence.fail(error)
 
     def _end(self, sequence: Sequence, cache: Cache | None = None) -> None:
         self._media.forget(sequence)

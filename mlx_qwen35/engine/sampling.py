@@ -9,12 +9,13 @@ sampled after its last token is known on the host; the pass that gives its logit
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_qwen35.engine.presets import Sampling, check_seed
+from mlx_qwen35.errors import InputError
 
 
 def process(logits: mx.array, sampling: Sampling, counts: mx.array | None = None, vocabulary: int = 0) -> mx.array:
@@ -263,7 +264,7 @@ def _peek(samplers: Sequence[Sampler], logits: mx.array, drafted: mx.array | Non
         known = [] if drafted is None else np.array(drafted[0]).tolist()
         flat = first.restricted(flat, known, range(before, before + n))
     if own and first.choose:
-        tokens = mx.concatenate([first.choose(_normalise(row)).reshape(1) for row in mx.split(flat, n)])
+        tokens = mx.concatenate([_chosen(first.choose(_normalise(row))) for row in mx.split(flat, n)])
     elif sampling.temp == 0:
         tokens = mx.argmax(flat, axis=-1)
     else:
@@ -273,3 +274,12 @@ def _peek(samplers: Sequence[Sampler], logits: mx.array, drafted: mx.array | Non
         valid = (tokens >= 0) & (tokens < (first.vocabulary or V)) & (flat.max(-1) > -mx.inf)
         tokens = mx.where(valid, tokens.astype(mx.int32), NO_TOKEN)
     return tokens.reshape(B, n)
+
+
+def _chosen(token: Any) -> mx.array:
+    """What the caller's sampler returned, as (1,)."""
+    if not isinstance(token, mx.array) or token.size != 1 or not mx.issubdtype(token.dtype, mx.integer):
+        raise InputError(
+            "option_invalid", f"sampler must return one token, an array of MLX of shape (1,) and integers; got {token}"
+        )
+    return token.reshape(1).astype(mx.int32)

@@ -155,8 +155,7 @@ class Sequence:
     def fail(self, error: Exception) -> None:
         """End it with an error."""
         if self.error is None:
-            self.error = error
-            self.finish("error")
+            self.error, self.finish_reason = error, "error"
 
     def _say(self, pieces: list[Piece]) -> None:
         self._said += pieces

@@ -165,6 +165,20 @@ def test_a_snapshot_of_another_model_s_cache_is_refused(model, text_model):
         model.make_cache(2).restore(model.make_cache().snapshot())
 
 
+def test_rows_made_of_one_cache_go_on_apart(model):
+    """As for several answers to one prompt."""
+    cache, history = model.make_cache(), (Pass(tuple(range(40))),)
+    feed(model, cache, history[0])
+    for several in (cache.select([0, 0, 0]), Cache.joined([cache, cache.copy(), cache])):
+        for token in (7, 90):
+            logits = model(mx.array([[token], [token + 1], [token + 2]]), several)
+            mx.eval(logits)
+        for row in range(3):
+            own = replayed(model, (*history, Pass((7 + row,))))
+            assert float(mx.abs(model(mx.array([[90 + row]]), own)[0] - logits[row]).max()) < SAME
+    assert_holds(model, cache, history)
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 

@@ -13,12 +13,15 @@ EXAMPLES = sorted(path.name for path in FOLDER.glob("*.py"))
 SAID = {  # what nano's answers hold
     "ask": "answer:   92", "batch": "What is 12 + 30? -> 42", "clip": "\nright\n", "compare": "the same? no ",
     "conversation": "\n102\n", "describe": "A red circle and a blue square.", "digits": "47\n", "drafts": "1.211x",
-    "first_draft": "100.0%", "image_memory": "video 64x64, 4 frames", "logits": "4", "second_turn": "green ",
+    "first_draft": "100.0%", "image_memory": "video 64x64, 4 frames", "logits": "4",
+    "parallel": "each with the tokens that it gets alone",
+    "rows": "mlx_qwen35", "second_turn": "green ",
     "stream": "nano",
 }  # fmt: skip
 QUICK = {  # what measures, with less to do
     "drafts": ["--ask", "What is 34 + 58?", "--max-tokens", "20"],
     "first_draft": ["--tokens", "8"],
+    "rows": ["--rows", "2", "--lengths", "5", "9", "--decode", "4", "--programs", "mlx_qwen35"],
     "image_memory": ["--megapixels", "0.01", "--frames", "4", "--video-side", "64"],
 }
 

@@ -1,5 +1,6 @@
 """Random schedules of sequences that join and leave an engine, and what each sequence gives alone."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
@@ -95,9 +96,11 @@ def alone(model: Model, case: Case) -> list[int]:
     return sequence.tokens
 
 
-def together(model: Model, cases: Many[Case], interleave: bool) -> list[Sequence]:
+def together(
+    model: Model, cases: Many[Case], interleave: bool, engine: Callable[..., Engine] = Engine
+) -> list[Sequence]:
     """Run a schedule to its end."""
-    engine, sequences, step = Engine(model, interleave=interleave), [case.sequence() for case in cases], 0
+    engine, sequences, step = engine(model, interleave=interleave), [case.sequence() for case in cases], 0
     while step <= max(case.arrives for case in cases) or not engine.idle:
         for case, sequence in zip(cases, sequences, strict=True):
             if case.arrives == step:

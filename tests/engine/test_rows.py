@@ -1,6 +1,7 @@
 """Rows join and leave: what a sequence gets depends on itself alone, and what leaves is gone."""
 
 import gc
+import threading
 
 import mlx.core as mx
 import numpy as np
@@ -9,7 +10,7 @@ from engine.schedules import VOCABULARY, Case, alone, check, random_cases, toget
 from mtp.drafting import SMALL, load_small
 from refusing import refused
 
-from mlx_qwen35 import batch_generate, generate, load
+from mlx_qwen35 import InputError, batch_generate, generate, load
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy
 from mlx_qwen35.engine.engine import Engine
@@ -173,11 +174,14 @@ class Dead:
     [
         ({"processors": [failing(0)]}, Broken),
         ({"processors": [failing(4)]}, Broken),
-        ({"choose": lambda logprobs: mx.array([10**6])}, Exception),
-        ({"choose": lambda logprobs: logprobs}, Exception),
-        ({"constraint": Dead()}, Exception),
+        ({"choose": lambda logprobs: mx.array([10**6])}, InputError),
+        ({"choose": lambda logprobs: logprobs}, InputError),
+        ({"choose": lambda logprobs: mx.array([1.5])}, InputError),
+        ({"choose": lambda logprobs: 7}, InputError),
+        ({"constraint": Dead()}, InputError),
     ],
-    ids=["processor at once", "processor later", "token that is none", "choice of another shape", "nothing allowed"],
+    ids=["processor at once", "processor later", "token that is none", "choice of another shape", "a float", "a number",
+         "nothing allowed"],
 )
 def test_an_error_of_a_row_ends_that_row_alone(model, own, kind, depth):
     cases = [case for case in random_cases(3) if case.leaves is None]
@@ -211,6 +215,56 @@ def test_an_error_in_a_pass_of_all_rows_ends_them_and_the_engine_goes_on(model, 
     engine.add(after)
     run(engine)
     assert after.tokens[: len(rows[0].tokens)] == rows[0].tokens
+
+
+@pytest.mark.parametrize("seed", [0, 2, pytest.param(6, marks=pytest.mark.full)])
+def test_each_step_may_be_taken_in_another_thread(model, seed):
+    """With rows that join, leave and are cancelled, with drafts and without, with penalties and constraints."""
+    expected = [sequence.tokens for sequence in together(model, random_cases(seed), interleave=True)]
+
+    class Elsewhere(Engine):
+        def step(self) -> list[Sequence]:
+            found: list[list[Sequence]] = []
+            thread = threading.Thread(target=lambda: found.append(Engine.step(self)))
+            thread.start()
+            thread.join()
+            return found[0]
+
+    told = together(model, random_cases(seed), interleave=True, engine=Elsewhere)
+    assert [sequence.tokens for sequence in told] == expected
+    assert all(sequence.error is None for sequence in told)
+
+
+def test_a_sequence_runs_once(model):
+    engine, once = Engine(model), sequence([1, 2, 3], 3)
+    engine.add(once)
+    run(engine)
+    with refused("generation_spent"):
+        engine.add(once)
+
+
+def test_a_sequence_that_is_cancelled_by_its_own_progress_leaves_the_next_alone(model):
+    engine = Engine(model)
+    first, second, alone_ = sequence([1] * 100), sequence([4, 5]), sequence([4, 5])
+    first.progress = lambda tokens: engine.cancel(first)
+    engine.add(first, second)
+    run(engine)
+    engine.add(alone_)
+    run(engine)
+    assert first.tokens == [] and first.finish_reason == "interrupted" and second.tokens == alone_.tokens
+
+
+def test_a_finished_row_has_left_while_its_neighbours_have_drafted_tokens_to_come(model):
+    """So that its caller may go on with its cache at once."""
+    cache, drafts = model.make_cache(), DraftPolicy(3, fixed=True)
+    short, long = sequence([1, 2, 3], 2, cache=cache, drafts=drafts), sequence([1, 2, 3], 30, drafts=drafts)
+    engine = Engine(model)
+    engine.add(short, long)
+    while not short.finished:
+        engine.step()
+    assert cache.row_lengths == [4] and not long.finished
+    run(engine)
+    assert long.tokens[:2] == short.tokens
 
 
 # --- the caller's own functions ---------------------------------------------------------------------------------------

@@ -157,14 +157,14 @@ class StandIn(VideoFile):
 
 
 def test_a_packet_marked_as_corrupt_is_refused():
-    frames = StandIn("the video", [(False, [False]), (True, [False])]).frames(9)
+    frames = StandIn("the video", [(False, [False]), (True, [False])], 1 << 40).frames(9)
     next(frames)
     with refused("media_damaged", "1", "9"):
         next(frames)
 
 
 def test_a_frame_marked_as_corrupt_is_refused():
-    frames = StandIn("the video", [(False, [False, True])]).frames(0)
+    frames = StandIn("the video", [(False, [False, True])], 1 << 40).frames(0)
     next(frames)
     with refused("media_damaged", "1"):
         next(frames)

@@ -391,8 +391,8 @@ def interrupting(function: Callable, call: int, after: bool) -> Callable:
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (drafting.Speculation, "record"), (Sampler, "set_width"), (drafting.DraftFollower, "propose"), (Model, "hidden"),
-        (Cache, "rollback"),
+        (drafting.Speculation, "record"), (Sampler, "set_width"), (drafting.DraftFollower, "propose"),
+        (Model, "hidden"), (Cache, "rollback"),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )  # fmt: skip

@@ -84,7 +84,8 @@ def record_step(model: Model, head: MultiTokenPrediction, depth: int, forget: Ca
 
     def step(tokens: mx.array) -> list[mx.array]:
         rows.current = done = rows._feed(tokens, depth)
-        done.tokens, done.taken = [[0] * (1 + depth)], [1 + depth]
+        done.tokens, done.begun = [[0] * (1 + depth)], [len(sequence.tokens)]
+        sequence.tokens += done.tokens[0]
         rows.settle()
         return [done.sampled, done.finite, *markers.arrays(state())]
 
