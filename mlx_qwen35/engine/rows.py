@@ -230,8 +230,6 @@ class Rows:
             if made.sampled is not None:
                 commit([s.sampler for s in self.sequences], made.sampled, taken)
             self.speculation.follow(made.inputs, made.hidden, kept)
-        elif following is None and not made.tokens:
-            return  # it is under way
         elif following and not made.tokens:  # interrupted: the cache has a token that no sequence has taken
             for sequence, token, fed in zip(self.sequences, np.array(made.sampled), following.lengths, strict=True):
                 if fed and not sequence.error:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -88,7 +88,8 @@ def random_cases(seed: int, drafts: bool = True) -> list[Case]:
 
 
 def alone(model: Model, case: Case) -> list[int]:
-    engine, sequence = Engine(model), case.sequence()
+    """The tokens of a case alone and without drafts."""
+    engine, sequence = Engine(model), replace(case, depth=0).sequence()
     engine.add(sequence)
     while not engine.idle:
         engine.step()

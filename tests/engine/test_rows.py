@@ -340,6 +340,47 @@ def test_rows_of_a_batch_go_on_with_caches_of_their_own(nano):
             assert caches[row].row_lengths == singles[row].row_lengths
 
 
+@pytest.mark.parametrize("mtp", ["off", "on"])
+def test_a_cache_goes_on_as_one_prompt_of_all_its_tokens(nano, mtp):
+    """At the positions, and with the noise, of the whole."""
+    model, processor = nano
+    options, cache = {"seed": 3, "temp": 3.0, "mtp": mtp}, model.make_cache()
+    read: list[int] = []
+    for tokens, most in (([5, 6, 7], 6), ([8, 9], 5), ([10], 4)):
+        answer = generate(model, processor, tokens, cache=cache, max_tokens=most, **options).tokens
+        assert answer == generate(model, processor, [*read, *tokens], max_tokens=most, **options).tokens
+        read += [*tokens, *answer[: cache.length - len(read) - len(tokens)]]
+        assert cache.length == len(read)
+
+
+def test_a_part_in_use_is_not_unloaded_by_another_generation(nano):
+    from mlx_qwen35 import stream_generate
+
+    model, processor = nano
+    options = {"prompt": "What is 34 + 58?", "seed": 1, "mtp": "on"}
+    expected = [str(piece) for piece in stream_generate(model, processor, **options)]
+    stream = stream_generate(model, processor, **options)
+    told = [str(next(stream))]
+    generate(model, processor, "Who are you?", mtp="off", max_tokens=3)
+    assert model.mtp.loaded and len(model.mtp.users) == 1
+    told += map(str, stream)
+    assert told == expected and not model.mtp.users
+    generate(model, processor, "Who are you?", mtp="off", max_tokens=3)
+    assert not model.mtp.loaded
+
+
+def test_the_vision_encoder_stays_while_a_prompt_with_an_image_waits(nano):
+    model, processor = nano
+    engine = Engine(model)
+    for size in (4096, 9216):
+        engine.add(request(model, processor, "What?", images=[PICTURE], max_pixels=size, max_tokens=2))
+    loaded = []
+    while not engine.idle:
+        engine.step()
+        loaded.append((len(engine.waiting), model.vision.loaded))
+    assert (1, True) in loaded and loaded[-1] == (0, False) and not model.vision.users
+
+
 def test_caches_that_do_not_fit_the_prompts_are_refused(nano):
     model, processor = nano
     one = model.make_cache()
