@@ -234,7 +234,7 @@ def test_a_cache_grows_by_holding_no_more_than_one_array_twice(model):
     cache.evaluate()
     more, array = kv_bytes(config, KVCache.STEP, 4), kv_bytes(config, columns, 4) // 12
     assert active() - before == more
-    assert mx.get_peak_memory() - before <= more + array
+    assert mx.get_peak_memory() - before <= more + array + more // 12 + 4096  # and the empty columns of one array
 
 
 def test_a_cache_without_room_left_gives_it_back(model):
