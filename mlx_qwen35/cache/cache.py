@@ -16,6 +16,7 @@ from mlx_qwen35.cache.layer import CachePosition, DeltaCache, ForwardContext, KV
 from mlx_qwen35.checkpoint.config import FULL, TextConfig
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.gated_delta import DeltaState
+from mlx_qwen35.values import shown
 
 
 class Follower(Protocol):
@@ -176,6 +177,8 @@ class Cache:
 
     def restore(self, snapshot: Snapshot) -> None:
         """Return to the position of a snapshot of any cache of this model with as many rows."""
+        if not isinstance(snapshot, Snapshot):
+            raise InputError("option_invalid", f"restore takes what cache.snapshot() gives, got {shown(snapshot)}")
         held = snapshot._cache
         if (held.config, held.dtype, held.batch) != (self.config, self.dtype, self.batch):
             raise InputError(

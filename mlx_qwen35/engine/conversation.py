@@ -1,13 +1,12 @@
 """A conversation of several turns, each part of which is prefilled once."""
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Unpack, cast
 
 from mlx_qwen35.cache.cache import Snapshot
-from mlx_qwen35.engine.engine import Engine
-from mlx_qwen35.engine.generation import make_request
+from mlx_qwen35.engine.engine import LOCK, Engine
+from mlx_qwen35.engine.generation import check_loaded, make_request
 from mlx_qwen35.engine.options import Options, check_options, thinking_switch, vision_options
 from mlx_qwen35.engine.plan import plan
 from mlx_qwen35.engine.sequence import Result
@@ -42,6 +41,7 @@ class Conversation:
     def __init__(self, model: Model, processor: Processor, **options: Unpack[Options]):
         if refused := sorted(name for name in _OF_ONE_PROMPT if options.get(name) is not None):
             raise TypeError(f"a conversation takes no {', '.join(refused)}")
+        check_loaded(model, processor)
         given = check_options(options)
         self.model, self.processor = model, processor
         self._template = {"enable_thinking": thinking_switch(given), "tools": given.pop("tools", None)}
@@ -56,13 +56,12 @@ class Conversation:
         self.vision = vision_options(given)  # for the images and videos of coming messages
         self._options = cast(Options, {name: value for name, value in given.items() if name not in VISION_OPTIONS})
         plan(self._options, model, processor.greedy, [Prompt((0,), thinking=False)], [0])  # refuses a bad option
-        self.lock = threading.RLock()  # one turn starts, goes on or ends at a time
         self._turn: Turn | None = None  # that runs
         self.reset()
 
     def reset(self) -> None:
         """Forget everything but the system prompt. A turn that runs is cancelled."""
-        with self.lock:
+        with LOCK:
             self._reset()
 
     def _reset(self) -> None:
@@ -181,7 +180,9 @@ class Turn:
 
     @property
     def text(self) -> str:
-        """The whole answer, generated to its end first."""
+        """The answer, generated to its end first. Of a turn that was cancelled, left early or ended by the start of
+        another it is what had come by then: `result.finish_reason` tells.
+        """
         for _ in self:
             pass
         return self.result.text if self.result else ""
@@ -209,7 +210,7 @@ class Turn:
 
     def cancel(self) -> None:
         """End it with the answer as far as it came. A turn that has not started never will."""
-        with self._conversation.lock:
+        with LOCK:
             if self._ended:
                 return
             self._ended = True
@@ -224,7 +225,7 @@ class Turn:
 
     def _next(self) -> Piece | None:
         """The next piece; None behind the last."""
-        with self._conversation.lock:
+        with LOCK:
             return self._step()
 
     def _step(self) -> Piece | None:

@@ -15,13 +15,14 @@ from mlx_qwen35.model.model import Model
 
 CLEAR_EVERY = 256  # passes between returning MLX's unused buffers to the system
 
-_LOCK = threading.RLock()  # engines in several threads take turns
+LOCK = threading.RLock()  # held while anything runs: engines and conversations in several threads take turns
 
 
 class Engine:
     """Runs sequences: `add` them, and call `step` until all are finished. Any thread may call any method.
 
-    What a sequence gets depends on its prompt, options and seed alone, whoever runs beside it.
+    What a sequence gets depends on its prompt, options and seed alone, whoever runs beside it. A callback of a sequence
+    runs inside a step, so it must not wait for another thread that uses an engine.
 
     Args:
         interleave: whether running sequences get their tokens between two chunks of a prompt. Otherwise all prompts
@@ -44,7 +45,7 @@ class Engine:
 
     def add(self, *sequences: Sequence) -> None:
         """Take in sequences, each of which runs once. They are prefilled in the order of their arrival."""
-        with _LOCK:
+        with LOCK:
             set_limits(self.model.memory_limit)
             for sequence in sequences:
                 sequence.start()
@@ -54,10 +55,10 @@ class Engine:
     def step(self) -> list[Sequence]:
         """Do a bounded piece of work: one token for each running sequence, one chunk of a prompt, or both.
 
-        Returns the sequences that have a new token or have ended. An error of a sequence ends that sequence. Any other
-        exception, as KeyboardInterrupt, ends the running ones, each with the tokens that it has.
+        Returns the sequences that have a new token or have ended in this step. An error of a sequence ends that
+        sequence. Any other exception, as KeyboardInterrupt, ends the running ones, each with the tokens that it has.
         """
-        with _LOCK:
+        with LOCK:
             try:
                 decodes = self.interleave or not self.waiting
                 changed = self._decode(time.perf_counter() - self._left) if decodes else []
@@ -71,7 +72,7 @@ class Engine:
 
     def cancel(self, sequence: Sequence) -> None:
         """End a sequence of this engine now, with the tokens that it has. Its memory is free when this returns."""
-        with _LOCK:
+        with LOCK:
             if sequence.finished:
                 return
             sequence.finish("interrupted")

@@ -22,7 +22,7 @@ Given = str | Sequence[int] | Messages  # a prompt as generate takes it
 
 
 def request(model: Model, processor: Processor, prompt: Given, **options: Unpack[Options]) -> Request:
-    """A sequence for an engine, of a prompt and options as `generate` takes them.
+    """A sequence for an engine. The prompt is text, tokens or messages; options are those of `generate`.
 
     Raises InputError for a prompt or an option that breaks a rule, and where memory has no room for it now.
     """
@@ -32,6 +32,7 @@ def request(model: Model, processor: Processor, prompt: Given, **options: Unpack
 def start(model: Model, processor: Processor, prompts: Sequence[Given], **options: Unpack[Options]) -> "Generation":
     """A Generation of these prompts, not begun: for callers that want both pieces and results."""
     refuse_fork()
+    check_loaded(model, processor)
     given = check_options(options)
     if len(prompts) > 1 and "constraint" in given:
         raise InputError("option_conflict", "constraint holds a place in one answer: it must be given with one prompt")
@@ -43,6 +44,16 @@ def start(model: Model, processor: Processor, prompts: Sequence[Given], **option
     count = _counter(given, sum(len(prompt.tokens) for prompt in encoded))
     rows = zip(encoded, plans, caches, strict=True)
     return Generation(model, [make_request(processor, *row, given, progress=count) for row in rows])
+
+
+def check_loaded(model: Model, processor: Processor) -> None:
+    """InputError unless these are a model and a processor, in this order."""
+    if not isinstance(model, Model) or not isinstance(processor, Processor):
+        raise InputError(
+            "option_invalid",
+            f"model and processor must come from load(), in this order; got {type(model).__name__} and "
+            f"{type(processor).__name__}",
+        )
 
 
 def make_request(
@@ -79,12 +90,14 @@ def check_caches(options: Options, model: Model, rows: int) -> list[Cache | None
     if given is None:
         return [None] * rows
     caches = [given] if isinstance(given, Cache) else list(given)
-    if len(caches) != rows or any(cache.batch != 1 for cache in caches):
-        sizes = ", ".join(str(cache.batch) for cache in caches)
+    if len(caches) != rows:
+        raise InputError(
+            "cache_batch_mismatch", f"each of {rows} prompts needs a cache, in a list; there are {len(caches)} caches"
+        )
+    if wrong := [cache.batch for cache in caches if cache.batch != 1]:
         raise InputError(
             "cache_batch_mismatch",
-            f"cache must be one conversation, for several prompts a list with one for each of {rows}; got caches of "
-            f"{sizes} rows" if sizes else f"cache must be a list with one for each of {rows} prompts, got none",
+            f"a cache must have 1 row, as make_cache() gives it; got one of {wrong[0]}. Several prompts take a list",
         )
     if len({id(cache) for cache in caches}) < rows:
         raise InputError("cache_batch_mismatch", f"each of {rows} prompts needs a cache of its own; one is given twice")

@@ -140,8 +140,10 @@ class GenerationOptions:
         help="prompt tokens of a prefill chunk (default: by memory, context and chip)", least=1, metavar="N"
     )
     cache: Cache | Sequence[Cache] | None = option(
-        help="a conversation to continue, from model.make_cache(); in the end it holds the prompt and every generated "
-        "token, except the last one where max_tokens ended the generation; of several prompts, a list",
+        help="a cache from model.make_cache() whose tokens stand before this prompt's, as they are: earlier reasoning "
+        "stays in (for a chat take Conversation); in the end it holds the prompt and every generated token, except the "
+        "last one where max_tokens ended the generation, and of two answers at a time those of the one that ends last; "
+        "of several prompts a list",
         check=_a_cache, python_only=True,
     )  # fmt: skip
     sampler: Choice | None = option(
@@ -155,7 +157,8 @@ class GenerationOptions:
         python_only=True,
     )  # fmt: skip
     constraint: Constraint | None = option(
-        help="object with mask(), accept(token) and rollback(count) that allows tokens; of one prompt",
+        help="object with accept(token), rollback(count) and mask() -> (V,) boolean, True for each token that may come "
+        "next, end tokens and reasoning included, or None for all; of one prompt",
         check=_a_constraint, python_only=True,
     )  # fmt: skip
     progress: Callable[[int, int], object] | None = option(

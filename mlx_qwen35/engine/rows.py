@@ -285,11 +285,7 @@ def _take(sequence: Sequence, token: int) -> None:
     """Give a sequence its next token; an error of its constraint ends it."""
     try:
         if token == NO_TOKEN:
-            raise InputError(
-                "option_invalid",
-                f"sampler must choose tokens from 0 to {sequence.sampler.vocabulary - 1}, and constraint and "
-                "logits_processors must leave one with a finite logit; there is none to go on with",
-            )
+            raise sequence.sampler.no_token()
         sequence.take(token)
     except Exception as error:
         sequence.fail(error)

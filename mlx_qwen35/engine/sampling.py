@@ -142,6 +142,14 @@ class Sampler:
         """Whether its row is not sampled together with others."""
         return self.needs_tokens or self.choose is not None
 
+    def no_token(self) -> InputError:
+        """The error where there is none to go on with."""
+        most = self.vocabulary - 1
+        if self.choose:
+            return InputError("option_invalid", f"sampler must choose a token from 0 to {most} that is not forbidden")
+        name = "constraint" if self.constraint else "logits_processors"
+        return InputError("option_invalid", f"{name} must leave a token from 0 to {most} to go on with; there is none")
+
     def accept(self, token: int) -> None:
         """The host knows the next token of the sequence."""
         if self.processors:
@@ -189,17 +197,18 @@ class Sampler:
         """
         rows = []
         for row, place in zip(mx.split(logits, len(places)), places, strict=True):
-            for processor in self.processors:
-                row = processor(mx.array([*self._tokens, *drafted[:place]]), row)
+            for number, processor in enumerate(self.processors):
+                row = _processed(processor(mx.array([*self._tokens, *drafted[:place]]), row), row.shape, number)
             rows.append(row)
         if not self.constraint:
             return mx.concatenate(rows)
         accepted = 0
         for i, place in enumerate(places):
             mask = self.constraint.mask()
-            if mask is not None:
-                rows[i] = mx.where(_widened(mask, rows[i].shape[-1]), rows[i], -mx.inf)
-            if place == len(drafted) or not (mask is None or mask[drafted[place]]):
+            allowed = None if mask is None else _allowed(mask, rows[i].shape[-1])
+            if allowed is not None:
+                rows[i] = mx.where(mx.array(allowed), rows[i], -mx.inf)
+            if place == len(drafted) or not (allowed is None or allowed[drafted[place]]):
                 break
             self.constraint.accept(drafted[place])
             accepted += 1
@@ -208,11 +217,28 @@ class Sampler:
         return mx.concatenate(rows)
 
 
-def _widened(mask: np.ndarray, width: int) -> mx.array:
-    """(V,) boolean of the logits' width; tokens beyond the mask are forbidden."""
+def _processed(logits: Any, shape: tuple[int, ...], number: int) -> mx.array:
+    """What one of the caller's logits_processors returned."""
+    if not isinstance(logits, mx.array) or logits.shape != shape:
+        got = f"of shape {logits.shape}" if isinstance(logits, mx.array) else type(logits).__name__
+        raise InputError(
+            "option_invalid",
+            f"logits_processors must return an array of MLX of shape {shape}; number {number} returned {got}",
+        )
+    return logits
+
+
+def _allowed(mask: Any, width: int) -> np.ndarray:
+    """(width,) boolean; tokens beyond the mask are forbidden."""
+    given = np.asarray(mask)
+    if given.ndim != 1 or given.dtype != np.bool_:
+        raise InputError(
+            "option_invalid",
+            f"the mask of constraint must be boolean and of shape (V,); got {given.dtype} of shape {given.shape}",
+        )
     allowed = np.zeros(width, bool)
-    allowed[: len(mask)] = mask[:width]
-    return mx.array(allowed)
+    allowed[: len(given)] = given[:width]
+    return allowed
 
 
 def sample(samplers: Sequence[Sampler], logits: mx.array) -> mx.array:

@@ -55,7 +55,11 @@ def stream_generate(
     messages: Messages | None = None,
     **options: Unpack[Options],
 ) -> Iterator[Piece]:
-    """Like generate, but yields pieces of text as they come: str(piece) is the text, piece.reasoning tells the kind."""
+    """Like generate, but yields pieces of text as they come: str(piece) is the text, piece.reasoning tells the kind.
+
+    Prompt and options are checked when the first piece is asked for. Any thread may ask for the next one. A stream that
+    is left frees its memory when it is closed or let go.
+    """
     for _, piece in start(model, processor, [_one(prompt, messages)], **options):
         yield piece
 
@@ -63,7 +67,10 @@ def stream_generate(
 def batch_generate(
     model: Model, processor: Processor, prompts: Sequence[str | Sequence[int] | Messages], **options: Unpack[Options]
 ) -> list[Result]:
-    """Answer several prompts of any lengths together; each gets what it would get alone with the same seed."""
+    """Answer several prompts of any lengths together; each gets what it would get alone with the same seed.
+
+    Row i has the seed `seed` + i, or the i-th of a list. Images and videos of the options are shown to every prompt.
+    """
     if isinstance(prompts, str):
         raise TypeError("prompts must be a list; for one prompt there is generate")
     if not isinstance(prompts, list | tuple | np.ndarray | mx.array):

@@ -16,6 +16,7 @@ from mlx_qwen35.model.mtp import MultiTokenPrediction
 from mlx_qwen35.model.rotary import Rotary
 from mlx_qwen35.model.vision import VisionEncoder
 from mlx_qwen35.model.weights import Weights
+from mlx_qwen35.values import whole
 
 
 class Visual(NamedTuple):
@@ -52,7 +53,8 @@ class Model(nn.Module):
         self.mtp: LazyPart[MultiTokenPrediction] | None = None
 
     def make_cache(self, batch: int = 1) -> Cache:
-        """An empty cache for a batch of so many rows."""
+        """An empty cache for a batch of so many rows, at least 1."""
+        whole("batch", batch, 1)
         return Cache(self.config, self.dtype, batch)
 
     def __call__(self, tokens: mx.array, cache: Cache | None = None) -> mx.array:

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 
 import mlx.core as mx
 import numpy as np
@@ -10,7 +11,7 @@ from engine.schedules import VOCABULARY, Case, alone, check, random_cases, toget
 from mtp.drafting import SMALL, load_small
 from refusing import refused
 
-from mlx_qwen35 import InputError, batch_generate, generate, load
+from mlx_qwen35 import Conversation, InputError, batch_generate, generate, load
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy
 from mlx_qwen35.engine.engine import Engine
@@ -168,6 +169,11 @@ class Dead:
         self.count -= count
 
 
+class Listing(Dead):
+    def mask(self) -> list[int]:
+        return [19, 20]
+
+
 @pytest.mark.parametrize("depth", [0, 2])
 @pytest.mark.parametrize(
     ("own", "kind"),
@@ -179,9 +185,12 @@ class Dead:
         ({"choose": lambda logprobs: mx.array([1.5])}, InputError),
         ({"choose": lambda logprobs: 7}, InputError),
         ({"constraint": Dead()}, InputError),
+        ({"constraint": Listing()}, InputError),
+        ({"processors": [lambda tokens, logits: logits[:, :5]]}, InputError),
+        ({"processors": [lambda tokens, logits: None]}, InputError),
     ],
     ids=["processor at once", "processor later", "token that is none", "choice of another shape", "a float", "a number",
-         "nothing allowed"],
+         "nothing allowed", "a mask of numbers", "fewer logits", "no logits"],
 )
 def test_an_error_of_a_row_ends_that_row_alone(model, own, kind, depth):
     cases = [case for case in random_cases(3) if case.leaves is None]
@@ -319,6 +328,40 @@ def test_options_without_effect_beside_the_caller_s_functions_are_refused(nano, 
 def test_functions_of_another_kind_are_refused(nano, options):
     with refused("option_invalid", next(iter(options))):
         generate(*nano, "Hello", **options)
+
+
+@pytest.mark.parametrize("swapped", [lambda m, p: (p, m), lambda m, p: ("nano", p), lambda m, p: (m, None)])
+def test_a_model_and_a_processor_that_are_none_are_refused(nano, swapped):
+    for use in (lambda *two: generate(*two, "Hello"), Conversation):
+        with refused("option_invalid"):
+            use(*swapped(*nano))
+
+
+def test_a_cache_of_no_rows_and_a_snapshot_that_is_none_are_refused(model):
+    for batch in (0, -1, "2"):
+        with refused("option_invalid", "batch"):
+            model.make_cache(batch)
+    for snapshot in (None, model.make_cache()):
+        with refused("option_invalid"):
+            model.make_cache().restore(snapshot)
+
+
+def test_a_callback_may_use_what_another_thread_runs(nano):
+    """One lock for all: with one more for each conversation the two threads would wait for each other."""
+    mine, other = (Conversation(*nano, seed=1, enable_thinking=False, max_tokens=12) for _ in range(2))
+    turn, began = other.send("Who are you?"), threading.Event()
+    thread = threading.Thread(target=lambda: (began.set(), [None for _ in turn]), daemon=True)
+
+    def cancel(done: int, total: int) -> None:
+        if not began.is_set():
+            thread.start()
+        began.wait()
+        time.sleep(0.05)  # so that the other waits inside its turn
+        turn.cancel()
+
+    assert mine.send("What is 3 + 4?", cancel).text
+    thread.join(timeout=60)
+    assert not thread.is_alive()
 
 
 def test_a_constraint_belongs_to_one_prompt(nano):
