@@ -101,8 +101,6 @@ class Engine:
                 mx.clear_cache()
         changed = rows.take()
         self._retire()
-        if not any(self._rows.untaken):
-            self._rows.settle()
         return changed
 
     def _prefill(self) -> list[Sequence]:
@@ -127,11 +125,16 @@ class Engine:
         return [sequence]
 
     def _retire(self) -> None:
-        """Let the finished rows go. The pass under way goes on without them."""
+        """Let the finished rows go; a pass under way goes on without them. Settle one whose tokens are all taken."""
         rows = self._rows
         gone = [row for row, sequence in enumerate(rows.sequences) if sequence.finished]
-        if not gone:
-            return
+        if gone:
+            self._leave(gone)
+        if self._rows.current and self._rows.current.tokens and not any(self._rows.untaken):
+            self._rows.settle()
+
+    def _leave(self, gone: list[int]) -> None:
+        rows = self._rows
         left = rows.select(gone)
         self._rows = rows.select([row for row in range(len(rows.sequences)) if row not in gone])
         left.settle()

@@ -48,7 +48,12 @@ def run(engine: Engine) -> None:
 # --- I1: joins and leaves change no text ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.full) for seed in range(4, 304))])
+ORDINARY = (0, 1, 2, 3, 235)
+
+
+@pytest.mark.parametrize(
+    "seed", [seed if seed in ORDINARY else pytest.param(seed, marks=pytest.mark.full) for seed in range(304)]
+)
 def test_a_sequence_in_any_schedule_gets_what_it_gets_alone(model, seed):
     check(model, seed)
 
