@@ -114,7 +114,9 @@ def gates(b: mx.array, a: mx.array, weights: DeltaWeights, valid: mx.array | Non
 def _last_tokens(tokens: mx.array, count: int, lengths: mx.array | None) -> mx.array:
     """The last `count` tokens, padding left out, of each row of (B, count + T, C): the next conv_state."""
     if lengths is None:
-        return tokens[:, -count:]
+        last = tokens[:, -count:]
+        # A slice of many tokens would keep all of them in memory for as long as the state is held.
+        return last if tokens.shape[1] <= 2 * count else mx.concatenate([last, last[:, :0]], axis=1)
     return mx.take_along_axis(tokens, (lengths[:, None] + mx.arange(count))[..., None], axis=1)
 
 
