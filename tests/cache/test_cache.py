@@ -83,7 +83,7 @@ def read_padded(model, rows: list[mx.array], chunk: int, filler: int):
     return [mx.concatenate(parts) for parts in outputs], cache
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize("chunk", [7, *(pytest.param(n, marks=pytest.mark.full) for n in (1, 64))])
 def test_a_batch_of_unequal_prompts_equals_single_runs(chunk, model):
     rows = [ids(seed, count) for seed, count in enumerate((70, 1, 33, 2))]  # some rows have no token in later chunks
     batch, cache = read_padded(model, rows, chunk, filler=9)

@@ -136,7 +136,7 @@ class World:
 OPERATIONS = ("append", "append", "append", "rollback", "snapshot", "restore", "branch", "compact", "move", "drop")
 
 
-@pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.full) for seed in range(3, 40))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(1, 40))])
 def test_every_cache_and_snapshot_holds_what_it_held(model, seed):
     world = World(model, seed)
     for _ in range(12):

@@ -48,7 +48,7 @@ def run(engine: Engine) -> None:
 # --- I1: joins and leaves change no text ------------------------------------------------------------------------------
 
 
-ORDINARY = (0, 1, 2, 3, 235)
+ORDINARY = (1, 2, 235)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_no_array_is_left_of_rows_that_left(model):
     together(model, random_cases(1), interleave=True)  # what a model holds from its first use on
     before = active()
     engine = Engine(model, interleave=True)
-    for seed in range(20, 28):
+    for seed in (20, 23):
         for case in random_cases(seed):
             engine.add(case.sequence())
             engine.step()
@@ -113,7 +113,10 @@ def test_no_array_is_left_of_rows_that_left(model):
     assert active() == before
 
 
-@pytest.mark.parametrize("when", ["waiting", "prefilling", "decoding", "drafting"])
+@pytest.mark.parametrize(
+    "when",
+    ["decoding", "drafting", *(pytest.param(name, marks=pytest.mark.full) for name in ("waiting", "prefilling"))],
+)
 def test_a_cancelled_sequence_frees_its_memory_within_one_step_and_the_other_goes_on(model, when):
     depth = 2 if when == "drafting" else 0
     drafts = DraftPolicy(depth, fixed=bool(depth))
@@ -179,7 +182,7 @@ class Listing(Dead):
         return [19, 20]
 
 
-@pytest.mark.parametrize("depth", [0, 2])
+@pytest.mark.parametrize("depth", [0, pytest.param(2, marks=pytest.mark.full)])
 @pytest.mark.parametrize(
     ("own", "kind"),
     [
@@ -198,7 +201,7 @@ class Listing(Dead):
          "nothing allowed", "a mask of numbers", "fewer logits", "no logits"],
 )
 def test_an_error_of_a_row_ends_that_row_alone(model, own, kind, depth):
-    cases = [case for case in random_cases(3) if case.leaves is None]
+    cases = [case for case in random_cases(3) if case.leaves is None][:2]
     engine, others = Engine(model), [case.sequence() for case in cases]
     bad = sequence([5, 6, 7], own=own, drafts=DraftPolicy(depth, fixed=bool(depth)))
     engine.add(*others, bad)
@@ -231,7 +234,7 @@ def test_an_error_in_a_pass_of_all_rows_ends_them_and_the_engine_goes_on(model, 
     assert after.tokens[: len(rows[0].tokens)] == rows[0].tokens
 
 
-@pytest.mark.parametrize("seed", [0, 2, pytest.param(6, marks=pytest.mark.full)])
+@pytest.mark.parametrize("seed", [2, pytest.param(0, marks=pytest.mark.full), pytest.param(6, marks=pytest.mark.full)])
 def test_each_step_may_be_taken_in_another_thread(model, seed):
     """With rows that join, leave and are cancelled, with drafts and without, with penalties and constraints."""
     expected = [sequence.tokens for sequence in together(model, random_cases(seed), interleave=True)]
