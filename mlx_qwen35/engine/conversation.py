@@ -62,12 +62,13 @@ class Conversation:
     def reset(self) -> None:
         """Forget everything but the system prompt. A turn that runs is cancelled."""
         with LOCK:
-            self._reset()
+            if self._turn:
+                self._turn.cancel()
+            self.messages: list[dict[str, Any]] = [{"role": "system", "content": self._system}] if self._system else []
+            self._start_over()
 
-    def _reset(self) -> None:
-        if self._turn:
-            self._turn.cancel()
-        self.messages: list[dict[str, Any]] = [{"role": "system", "content": self._system}] if self._system else []
+    def _start_over(self) -> None:
+        """Begin with an empty cache."""
         self.cache = self.model.make_cache()
         self._cached = _NOTHING  # up to the snapshot
         self._snapshot: Snapshot = self.cache.snapshot()
@@ -120,7 +121,8 @@ class Conversation:
         """Take in what has come of a turn: its message and its answer, if that has a token."""
         if self._turn is turn:
             self._turn = None
-        snapshots = [begun.request.snapshots.popitem()[1] for _ in list(begun.request.snapshots)]
+        snapshots = list(begun.request.snapshots.values())
+        begun.request.snapshots.clear()  # a turn that is kept must not keep their arrays
         if begun.request.tokens:
             self._cached, self._snapshot = begun.before, snapshots[-1]
             answer = {"role": "assistant", "content": begun.request.result().text}
@@ -131,8 +133,7 @@ class Conversation:
         if prompt.identity(len(self._cached.tokens)) == self._cached.identity():
             self.cache.restore(self._snapshot)
         else:
-            self.cache = self.model.make_cache()
-            self._cached, self._snapshot = _NOTHING, self.cache.snapshot()
+            self._start_over()
 
 
 class Begun(NamedTuple):

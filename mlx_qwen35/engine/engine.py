@@ -35,7 +35,8 @@ class Engine:
         self._ready: list[Sequence] = []  # prefilled, and not among the running rows yet
         self._rows = Rows(model)
         self._media = MediaEncoder(model)
-        self._left = time.perf_counter()  # when the last step ended
+        self._decoded = time.perf_counter()  # when the last token was given
+        self._paused = 0.0  # seconds since the last pass in which nothing was decoded
         self._passes = 0
 
     @property
@@ -61,13 +62,12 @@ class Engine:
         with LOCK:
             try:
                 decodes = self.interleave or not self.waiting
-                changed = self._decode(time.perf_counter() - self._left) if decodes else []
+                changed = self._decode() if decodes else []
                 changed += self._prefill()
                 self._submit()
             except BaseException:
                 self._abandon()
                 raise
-            self._left = time.perf_counter()
             return changed
 
     def cancel(self, sequence: Sequence) -> None:
@@ -86,21 +86,24 @@ class Engine:
 
     # --- the parts of a step ---
 
-    def _decode(self, paused: float) -> list[Sequence]:
+    def _decode(self) -> list[Sequence]:
         """A token for each running sequence: one that the last pass left over, or of a new pass."""
         rows = self._rows
+        self._paused += time.perf_counter() - self._decoded
         if self._ready and rows.current is None:
             rows.join(self._ready)
             self._ready = []
         if not rows.sequences:
             return []
         if not any(rows.untaken):
-            rows.run(paused, ahead=not self._ready)
+            rows.run(self._paused, ahead=not self._ready)
+            self._paused = 0.0
             self._passes += 1
             if self._passes % CLEAR_EVERY == 0:
                 mx.clear_cache()
         changed = rows.take()
         self._retire()
+        self._decoded = time.perf_counter()
         return changed
 
     def _prefill(self) -> list[Sequence]:

@@ -38,8 +38,9 @@ def plan(
     presets = [_preset(options, prompt) for prompt in prompts]
     wanted = [options.get("max_tokens", preset.max_tokens) for preset in presets]
     contexts = [before + len(prompt.tokens) for prompt, before in zip(prompts, cached, strict=True)]
-    suitable = suitable_chunk(model.config, model.dtype, model.memory_limit, max(contexts))
-    chunk = options.get("prefill_step_size", suitable)
+    chunk = options.get("prefill_step_size") or suitable_chunk(
+        model.config, model.dtype, model.memory_limit, max(contexts)
+    )
     drafts, room = _drafts_and_room(options, model, chunk, contexts, cached, wanted)
     window = model.config.max_position_embeddings
     if max(contexts) >= window:

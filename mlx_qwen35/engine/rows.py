@@ -20,7 +20,7 @@ from mlx_qwen35.cache.layer import CachePosition
 from mlx_qwen35.checkpoint.dtypes import dtype_name
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.drafts.speculate import Speculation
-from mlx_qwen35.engine.sampling import NO_TOKEN, commit, peek
+from mlx_qwen35.engine.sampling import NO_TOKEN, commit, peek, sample
 from mlx_qwen35.engine.sequence import Sequence
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.model import Model
@@ -80,9 +80,8 @@ class Rows:
 
     def begin(self, sequence: Sequence, hidden: mx.array) -> None:
         """Give a sequence its first token. hidden (1, D): of its last prompt token."""
-        logits = self.model.logits(hidden)[:, None]
-        token = peek([sequence.sampler], logits)
-        commit([sequence.sampler], token)
+        logits = self.model.logits(hidden)
+        token = sample([sequence.sampler], logits)
         if not mx.isfinite(logits).all().item():
             assert sequence.own is not None
             raise not_finite(sequence.own, 0, self.model)
@@ -92,8 +91,8 @@ class Rows:
     def run(self, paused: float, ahead: bool) -> None:
         """Finish one pass, and begin the next where that needs nothing of the host.
 
-        A row with a logit that is not finite ends with an error. paused: seconds that the caller took. ahead: whether
-        the next pass may begin.
+        A row with a logit that is not finite ends with an error. paused: seconds since the last pass that
+        the caller took, or a prompt. ahead: whether the next pass may begin.
         """
         if self.current is None:
             self.current = self._feed(mx.array([s.last for s in self.sequences])[:, None], self._next_depth())

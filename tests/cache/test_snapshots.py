@@ -1,11 +1,11 @@
 """Snapshots are values: whatever branches are written, restored elsewhere or dropped, each holds what it held."""
 
-import gc
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from memory_use import active
 from refusing import refused
 
 from mlx_qwen35.budget.plan import kv_bytes, state_bytes
@@ -181,13 +181,6 @@ def test_rows_made_of_one_cache_go_on_apart(model):
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
-
-
-def active() -> int:
-    gc.collect()
-    mx.synchronize()
-    mx.clear_cache()
-    return mx.get_active_memory()
 
 
 def test_going_on_behind_a_snapshot_copies_nothing(model):

@@ -1,6 +1,5 @@
 """Rows join and leave: what a sequence gets depends on itself alone, and what leaves is gone."""
 
-import gc
 import threading
 import time
 
@@ -8,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from engine.schedules import VOCABULARY, Case, alone, check, random_cases, together
+from memory_use import active
 from mtp.drafting import SMALL, load_small
 from refusing import refused
 
@@ -92,13 +92,6 @@ def test_equal_prompts_of_a_batch_get_seeds_of_their_own(nano):
 
 
 # --- I3, I4: what leaves is gone --------------------------------------------------------------------------------------
-
-
-def active() -> int:
-    gc.collect()
-    mx.synchronize()
-    mx.clear_cache()
-    return mx.get_active_memory()
 
 
 def test_no_array_is_left_of_rows_that_left(model):
