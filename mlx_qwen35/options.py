@@ -25,6 +25,7 @@ class Option:
     help: its meaning, for --help and the documents.
     least, most: bounds of a number; `above` excludes the lower one.
     check: (name, value) -> the value to use, in place of the check that kind, choices and bounds give.
+    read: on the command line (name, text) -> the value that is checked, where it is no text or number.
     aliases: other names; those of one letter belong to the command line alone.
     flag: its name on the command line, where that is another one.
     each: on the command line it gives one item of a list, and may be repeated.
@@ -44,6 +45,7 @@ class Option:
     above: bool = False
     choices: tuple[str, ...] = ()
     check: Callable[[str, Any], Any] | None = None
+    read: Callable[[str, str], Any] | None = None
     aliases: tuple[str, ...] = ()
     metavar: str | None = None
     flag: str = ""

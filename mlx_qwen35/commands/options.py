@@ -43,6 +43,8 @@ class DeclaredAction(argparse.Action):
         """The value that is checked and kept. text: what follows the option, which was typed as `typed`."""
         if self.declared.kind is bool:
             return not typed.startswith("--no-")
+        if self.declared.read:
+            return self.declared.read(typed, text)
         if self.declared.each:
             return [*(getattr(namespace, self.dest) or ()), text]
         try:

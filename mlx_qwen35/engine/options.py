@@ -8,9 +8,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_qwen35.cache.cache import Cache
+from mlx_qwen35.engine.constraints.constraint import Constraint
 from mlx_qwen35.engine.drafts.speculate import MODES, MOST_DEPTH, ON_DEPTH
 from mlx_qwen35.engine.presets import MOST_SEED, PRESETS, Sampling
-from mlx_qwen35.engine.sampling import Choice, Constraint, Processor
+from mlx_qwen35.engine.sampling import Choice, Processor
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.options import VISION_OPTIONS, VisionOptions
 from mlx_qwen35.options import check_keywords, listed, option, options_of, spelled
@@ -102,8 +103,17 @@ class PromptOptions:
         prompts=("text", "messages"),
     )
     tools: Sequence[Mapping[str, Any]] | None = option(
-        help="function descriptions for the chat template", python_only=True, prompts=("text", "messages")
+        help="functions that the answer may call: a list of mappings, on the command line a JSON file of it",
+        metavar="FILE", prompts=("text", "messages"),
+    )  # fmt: skip
+    preserve_thinking: bool | None = option(
+        help="keep the reasoning of earlier turns in the prompt, where the chat template has this switch",
+        prompts=("text", "messages"),
     )
+    continue_final_message: bool | None = option(
+        False, help="go on with the last message, an assistant's, in place of a new one", python_only=True,
+        prompts=("messages",),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -136,6 +146,42 @@ class GenerationOptions:
         help=f"tokens drafted for a step, with auto at most (default: {ON_DEPTH} with on, {MOST_DEPTH} with auto)",
         least=1, most=MOST_DEPTH, metavar="N",
     )  # fmt: skip
+    thinking_budget: int | None = option(
+        help="most tokens of thinking: then it is closed, and the answer has the rest, at least 256 tokens", least=0,
+        metavar="N",
+    )  # fmt: skip
+    reasoning_effort: str | None = option(
+        help="a thinking budget by name, cut to what max_tokens leaves room for: none (no thinking), minimal (1,024 "
+        "tokens), low (4,096), medium (16,384), high (no budget)", choices=("none", "minimal", "low", "medium", "high"),
+    )  # fmt: skip
+    loop_guard: bool | None = option(
+        False, help="end thinking, or the answer, that repeats itself without end"
+    )
+    tool_choice: str | Mapping[str, Any] | None = option(
+        help="none: no calls; auto: as the model likes (default with tools); required: at least one call; a function's "
+        "name: a call of it", metavar="WORD",
+    )  # fmt: skip
+    parallel_tool_calls: bool | None = option(
+        True, help="let an answer hold several calls; otherwise it ends behind one"
+    )
+    json_schema: Mapping[str, Any] | str | None = option(
+        help="the answer is JSON that this JSON schema allows: a mapping, or its text; on the command line a file or "
+        "its text", metavar="FILE|TEXT",
+    )  # fmt: skip
+    regex: str | None = option(help="the answer matches this regular expression as a whole", metavar="PATTERN")
+    choice: Sequence[str] | None = option(
+        help="the answer is one of these texts; may be repeated", each=True, metavar="TEXT"
+    )
+    response_format: Mapping[str, Any] | None = option(
+        help="the form of the answer as OpenAI's API has it: text, json_object or json_schema", python_only=True
+    )
+    logprobs: bool | None = option(
+        False, help="give the log-probability of each generated token, before temperature and penalties; on the "
+        "command line with --json",
+    )  # fmt: skip
+    top_logprobs: int | None = option(
+        help="with logprobs, those of the most probable N tokens too", least=0, most=20, metavar="N"
+    )
     prefill_step_size: int | None = option(
         help="prompt tokens of a prefill chunk (default: by memory, context and chip)", least=1, metavar="N"
     )
@@ -184,12 +230,25 @@ class Options(TypedDict, total=False):
     system: str
     enable_thinking: bool
     tools: Sequence[Mapping[str, Any]]
+    preserve_thinking: bool
+    continue_final_message: bool
     max_tokens: int
     stop: Sequence[str]
     preset: str
     seed: int | Sequence[int]
     mtp: str
     mtp_depth: int
+    thinking_budget: int
+    reasoning_effort: str
+    loop_guard: bool
+    tool_choice: str | Mapping[str, Any]
+    parallel_tool_calls: bool
+    json_schema: Mapping[str, Any] | str
+    regex: str
+    choice: Sequence[str]
+    response_format: Mapping[str, Any]
+    logprobs: bool
+    top_logprobs: int
     prefill_step_size: int
     cache: Cache | Sequence[Cache]
     sampler: Choice

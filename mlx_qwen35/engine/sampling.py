@@ -9,11 +9,12 @@ sampled after its last token is known on the host; the pass that gives its logit
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_qwen35.engine.constraints.constraint import Constraint
 from mlx_qwen35.engine.presets import Sampling, check_seed
 from mlx_qwen35.errors import InputError
 
@@ -80,19 +81,6 @@ def _cut(logprobs: mx.array, sampling: Sampling) -> mx.array:
 def noise(vocabulary: int, seed: int, position: int) -> mx.array:
     """(V,) float32 standard Gumbel noise, a function of seed and position, both below 2**32."""
     return mx.random.gumbel((vocabulary,), key=mx.random.key(seed << 32 | position))
-
-
-class Constraint(Protocol):
-    """What tokens a sequence may go on with. It holds its place in the sequence."""
-
-    def mask(self) -> np.ndarray | None:
-        """(V,) boolean, True for a token that may come next; V may be the tokenizer's size. None: any."""
-
-    def accept(self, token: int) -> None:
-        """The sequence goes on with this token."""
-
-    def rollback(self, count: int) -> None:
-        """Undo the last `count` accepted tokens."""
 
 
 NO_TOKEN = -1  # in place of a token where none is allowed, or the caller's sampler chose none of the vocabulary
