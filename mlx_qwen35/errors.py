@@ -47,6 +47,7 @@ CODES = {
     "option_missing": "something must be given",
     "option_unknown": "there is no option of this name",
     "option_conflict": "two options exclude each other",
+    "thinking_budget_exceeded": "a thinking budget leaves no room for an answer",
     "option_no_effect": "an option would have no effect",
     "option_removed": "an option of an earlier version; the message says where it went",
     "package_missing": "an optional package is not installed",

@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Unpack, cast
 
 from mlx_qwen35.cache.cache import Snapshot
+from mlx_qwen35.engine.constraints.rules import Rules
 from mlx_qwen35.engine.engine import LOCK, Engine
 from mlx_qwen35.engine.generation import check_loaded, make_request
 from mlx_qwen35.engine.options import Options, check_options, thinking_switch, vision_options
-from mlx_qwen35.engine.plan import plan
+from mlx_qwen35.engine.plan import SequencePlan, plan
 from mlx_qwen35.engine.sequence import Result
 from mlx_qwen35.engine.sequence import Sequence as Request
 from mlx_qwen35.errors import InputError
@@ -23,6 +24,7 @@ from mlx_qwen35.prompt.stream import Piece
 
 _OF_ONE_PROMPT = {"cache", "ignore_chat_template", "progress", "images", "videos", "constraint"}
 _NOTHING = Prompt((), thinking=False)
+_QUESTION = {"role": "user", "content": "?"}
 
 
 class Conversation:
@@ -55,7 +57,8 @@ class Conversation:
             )
         self.vision = vision_options(given)  # for the images and videos of coming messages
         self._options = cast(Options, {name: value for name, value in given.items() if name not in VISION_OPTIONS})
-        plan(self._options, model, processor.greedy, [Prompt((0,), thinking=False)], [0])  # refuses a bad option
+        self._rules = Rules(processor, self._options)
+        self._plan(processor.encode_messages([_QUESTION], self.vision, **self._template), 0)  # refuses a bad option
         self._turn: Turn | None = None  # that runs
         self.reset()
 
@@ -110,10 +113,10 @@ class Conversation:
         self._go_back(before)
         reused = len(self._cached.tokens)
         new, mark = prompt.after(reused), len(before.tokens) - reused
-        (planned,) = plan(self._options, self.model, self.processor.greedy, [new], [reused])
         request = make_request(
-            self.processor, new, planned, self.cache, self._options, progress=turn.count, marks=[mark]
-        )
+            self.processor, new, self._plan(new, reused), self.cache, self._options, self._rules, progress=turn.count,
+            marks=[mark],
+        )  # fmt: skip
         self._turn = turn
         return Begun(request, before, reused)
 
@@ -127,6 +130,12 @@ class Conversation:
             self._cached, self._snapshot = begun.before, snapshots[-1]
             answer = {"role": "assistant", "content": begun.request.result().text}
             self.messages = [*self.messages, {"role": "user", "content": turn.content}, answer]
+
+    def _plan(self, prompt: Prompt, cached: int) -> SequencePlan:
+        (planned,) = plan(
+            self._options, self.model, self.processor.greedy, [prompt], [cached], self._rules.closing
+        )  # fmt: skip
+        return planned
 
     def _go_back(self, prompt: Prompt) -> None:
         """Return to the snapshot if it holds the beginning of this prompt, else to an empty cache."""

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Unpack
 
 from mlx_qwen35.cache.cache import Cache
+from mlx_qwen35.engine.constraints.rules import Rules
 from mlx_qwen35.engine.encode import encode, refuse_idle_vision
 from mlx_qwen35.engine.engine import Engine
 from mlx_qwen35.engine.options import Options, check_options
@@ -40,10 +41,11 @@ def start(model: Model, processor: Processor, prompts: Sequence[Given], **option
     refuse_idle_vision(given, encoded)
     caches = check_caches(given, model, len(prompts))
     cached = [cache.length if cache else 0 for cache in caches]
-    plans = plan(given, model, processor.greedy, encoded, cached)
+    rules = Rules(processor, given)
+    plans = plan(given, model, processor.greedy, encoded, cached, rules.closing)
     count = _counter(given, sum(len(prompt.tokens) for prompt in encoded))
     rows = zip(encoded, plans, caches, strict=True)
-    return Generation(model, [make_request(processor, *row, given, progress=count) for row in rows])
+    return Generation(model, [make_request(processor, *row, given, rules, progress=count) for row in rows])
 
 
 def check_loaded(model: Model, processor: Processor) -> None:
@@ -62,11 +64,15 @@ def make_request(
     planned: SequencePlan,
     cache: Cache | None,
     options: Options,
+    rules: Rules,
     *,
     progress: Callable[[int], None] = lambda tokens: None,
     marks: Sequence[int] = (),
 ) -> Request:
-    """The sequence of an encoded prompt and its plan. options: checked; for stop strings and the caller's functions."""
+    """The sequence of an encoded prompt and its plan. options: checked; for stop strings and the caller's functions.
+
+    rules: of the same options.
+    """
     for token in planned.sampling.logit_bias:
         if token >= processor.vocabulary:
             raise InputError(
@@ -75,12 +81,12 @@ def make_request(
     sampler = Sampler(
         planned.sampling, planned.seed, len(prompt.tokens), processor.vocabulary,
         processors=options.get("logits_processors", ()), choose=options.get("sampler"),
-        constraint=options.get("constraint"), prompt=prompt.tokens,
+        door=rules.door(prompt, planned.thinking_budget), prompt=prompt.tokens,
     )  # fmt: skip
     return Request(
         prompt, sampler, planned.limit, prefill_step_size=planned.prefill_step_size, stop_ids=processor.stop_ids,
         stream=processor.text_stream(prompt.thinking, tuple(options.get("stop", ()))), cache=cache,
-        drafts=planned.drafts, progress=progress, marks=marks,
+        drafts=planned.drafts, progress=progress, marks=marks, loop_guard=bool(options.get("loop_guard")),
     )  # fmt: skip
 
 

@@ -283,12 +283,25 @@ def check_options(given: Mapping[str, Any]) -> Options:
     options = cast(Options, check_keywords(given, GROUPS))
     vision_options(options)
     thinking_switch(options)
+    check_constraints(options)
     draft_options(options)
     if "sampler" in options and (idle := [name for name in WARPERS if name in options]):
         raise InputError(
             "option_conflict", f"{listed(idle)} must not be given with sampler, which chooses the token by itself"
         )
     return options
+
+
+def check_constraints(options: Options) -> None:
+    """A constraint of the caller's is asked about every token, so no other rule goes with it; one budget is enough."""
+    budgets = [name for name in ("thinking_budget", "reasoning_effort") if name in options]
+    if len(budgets) > 1:
+        raise InputError("option_conflict", f"{listed(budgets)} say the same: leave one out")
+    others = [name for name in ("loop_guard", *budgets) if options.get(name) not in (None, False)]
+    if "constraint" in options and others:
+        raise InputError(
+            "option_conflict", f"{listed(others)} must not be given with constraint, which says every token by itself"
+        )
 
 
 def draft_options(options: Options) -> tuple[str, int | None]:
@@ -317,12 +330,17 @@ def sampling_options(options: Options) -> dict[str, Any]:
 
 def thinking_switch(options: Options) -> bool | None:
     """enable_thinking for the chat template: as given, or as the preset has it; None: the template's own default."""
-    given, preset = options.get("enable_thinking"), options.get("preset")
-    meant = given if preset is None else PRESETS[preset].thinking
-    if given not in (None, meant):
-        raise InputError(
-            "option_conflict",
-            f"{spelled('preset', preset)} must not be given with {spelled('enable_thinking', given)}: the preset is "
-            f"for answers {'with' if meant else 'without'} thinking, and sees to that itself. Leave one out",
-        )
-    return meant
+    given, preset, effort = (options.get(name) for name in ("enable_thinking", "preset", "reasoning_effort"))
+    said = {"enable_thinking": given}
+    if preset is not None:
+        said["preset"] = PRESETS[preset].thinking
+    if effort is not None:
+        said["reasoning_effort"] = effort != "none"
+    if "thinking_budget" in options:
+        said["thinking_budget"] = True
+    meant = {name: thinks for name, thinks in said.items() if thinks is not None}
+    if len(set(meant.values())) > 1:
+        ways = (f"{spelled(name, options[name])} is for answers {'with' if meant[name] else 'without'} thinking"
+                for name in meant)  # fmt: skip
+        raise InputError("option_conflict", f"{' and '.join(ways)}: leave one out")
+    return next(iter(meant.values()), None)

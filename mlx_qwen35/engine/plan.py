@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from mlx_qwen35.budget.chunk import suitable_chunk
 from mlx_qwen35.budget.plan import most_tokens, this_machine
+from mlx_qwen35.engine.constraints.thinking import budget_of, check_thinking
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy, choose_drafts
 from mlx_qwen35.engine.options import Options, draft_options, sampling_options
 from mlx_qwen35.engine.presets import MOST_SEED, PRESETS, Preset, Sampling
@@ -22,19 +23,27 @@ class SequencePlan:
     sampling: Sampling
     seed: int
     limit: int  # most tokens of the answer
+    thinking_budget: int | None  # most tokens of thinking; None: no budget
     prefill_step_size: int
     drafts: DraftPolicy
 
 
 def plan(
-    options: Options, model: Model, greedy: bool, prompts: Sequence[Prompt], cached: Sequence[int]
+    options: Options,
+    model: Model,
+    greedy: bool,
+    prompts: Sequence[Prompt],
+    cached: Sequence[int],
+    closing: Sequence[int],
 ) -> list[SequencePlan]:
     """Fill in the defaults for prompts that are answered together.
 
-    InputError when a prompt is too long, or drafts cannot be had.
+    InputError when a prompt is too long, drafts cannot be had, or a thinking budget leaves no room for an answer.
 
     options: checked. greedy: what the checkpoint advises. cached: tokens in the cache of each, before its prompt.
+    closing: the tokens that close thinking.
     """
+    check_thinking(options, prompts)
     presets = [_preset(options, prompt) for prompt in prompts]
     wanted = [options.get("max_tokens", preset.max_tokens) for preset in presets]
     contexts = [before + len(prompt.tokens) for prompt, before in zip(prompts, cached, strict=True)]
@@ -54,7 +63,9 @@ def plan(
     samplings = [replace(Sampling(temp=0) if plain else preset.sampling, **given) for preset in presets]
     limits = [max(1, min(n, window - context, room)) for n, context in zip(wanted, contexts, strict=True)]
     seeds = _seeds(options, len(prompts))
-    return [SequencePlan(*own, chunk, drafts) for own in zip(samplings, seeds, limits, strict=True)]
+    thinking = zip(prompts, limits, strict=True)
+    budgets = [budget_of(options, limit, len(closing)) if prompt.thinking else None for prompt, limit in thinking]
+    return [SequencePlan(*own, chunk, drafts) for own in zip(samplings, seeds, limits, budgets, strict=True)]
 
 
 def _seeds(options: Options, rows: int) -> list[int]:

@@ -20,7 +20,7 @@ from mlx_qwen35.cache.layer import CachePosition
 from mlx_qwen35.checkpoint.dtypes import dtype_name
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.drafts.speculate import Speculation
-from mlx_qwen35.engine.sampling import NO_TOKEN, commit, peek, sample
+from mlx_qwen35.engine.sampling import NO_TOKEN, Bits, commit, peek, sample
 from mlx_qwen35.engine.sequence import Sequence
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.model import Model
@@ -143,13 +143,13 @@ class Rows:
             if depth:
                 samplers = [sequence.sampler for sequence in self.sequences]
                 tokens = self.speculation.propose(tokens, [min(1, n) for n in lengths], depth, samplers)
-            return self._pass(tokens, lengths, before)
+            return self._pass(tokens, lengths, before, unknown)
         except BaseException:
             self.cache, self.speculation = before, speculation
             raise
 
-    def _pass(self, tokens: mx.array, lengths: list[int], before: Cache) -> Pass:
-        """One pass over the first lengths[i] of row i's tokens (B, 1 + depth)."""
+    def _pass(self, tokens: mx.array, lengths: list[int], before: Cache, unknown: int = 0) -> Pass:
+        """One pass over the first lengths[i] of row i's tokens (B, 1 + depth). unknown: as in `_feed`."""
         assert self.cache is not None
         depth, position = tokens.shape[1] - 1, self.cache.position
         uneven = None if min(lengths) == 1 + depth else lengths
@@ -157,7 +157,7 @@ class Rows:
         if not depth:
             self.speculation.follow(tokens, hidden, lengths)
         made = Pass(tokens, lengths, hidden, self.model.logits(hidden), position, before if depth else None)
-        if any(sequence.sampler.needs_tokens for sequence in self.sequences):
+        if any(sequence.sampler.needs_tokens(unknown + 1 + depth) for sequence in self.sequences):
             mx.async_eval(made.logits)
         else:
             self._sample(made)
@@ -173,13 +173,18 @@ class Rows:
 
     def _peek(self, logits: mx.array, drafted: mx.array | None) -> mx.array:
         """`sampling.peek`; an error of one row's own functions ends that row."""
-        if not any(sequence.sampler.separate for sequence in self.sequences):
-            return peek([sequence.sampler for sequence in self.sequences], logits, drafted)
+        n, samplers = logits.shape[1], [sequence.sampler for sequence in self.sequences]
+        wait = drafted is not None and any(sampler.needs_tokens(n) for sampler in samplers)
+        known = np.array(drafted).tolist() if wait else [[] for _ in samplers]
+        bits = [_bits(sequence, known[row], n) for row, sequence in enumerate(self.sequences)]
+        if not any(sampler.separate for sampler in samplers):
+            return peek(samplers, logits, drafted, bits=bits)
         sampled = []
         for row, sequence in enumerate(self.sequences):
             own = slice(row, row + 1)
             try:
-                sampled.append(peek([sequence.sampler], logits[own], None if drafted is None else drafted[own]))
+                guesses = None if drafted is None else drafted[own]
+                sampled.append(peek([sequence.sampler], logits[own], guesses, bits=bits[own]))
             except Exception as error:
                 sequence.fail(error)
                 sampled.append(mx.argmax(logits[own], axis=-1))
@@ -288,6 +293,15 @@ def _take(sequence: Sequence, token: int) -> None:
         sequence.take(token)
     except Exception as error:
         sequence.fail(error)
+
+
+def _bits(sequence: Sequence, drafted: list[int], n: int) -> Bits:
+    """`Sampler.bits`; an error of its constraint ends the sequence."""
+    try:
+        return sequence.sampler.bits(drafted, n)
+    except Exception as error:
+        sequence.fail(error)
+        return [None] * n
 
 
 def not_finite(cache: Cache, row: int, model: Model) -> InputError:

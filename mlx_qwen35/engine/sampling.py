@@ -3,7 +3,7 @@
 The noise of a sample depends on its seed and on the token's position in its sequence alone. So a seed gives the same
 text alone, in a batch, and with drafts.
 
-A sequence may have a constraint and the caller's own functions. They are told tokens by number, so such a row is
+A sequence may have constraints and the caller's own functions. They are told tokens by number, so such a row is
 sampled after its last token is known on the host; the pass that gives its logits need not wait.
 """
 
@@ -14,7 +14,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_qwen35.engine.constraints.constraint import Constraint
+from mlx_qwen35.engine.constraints.bits import holds, restricted
+from mlx_qwen35.engine.constraints.door import Door
 from mlx_qwen35.engine.presets import Sampling, check_seed
 from mlx_qwen35.errors import InputError
 
@@ -83,6 +84,7 @@ def noise(vocabulary: int, seed: int, position: int) -> mx.array:
     return mx.random.gumbel((vocabulary,), key=mx.random.key(seed << 32 | position))
 
 
+Bits = list[np.ndarray | None]  # (W,) uint32 of each place, 32 tokens a word; None: any token
 NO_TOKEN = -1  # in place of a token where none is allowed, or the caller's sampler chose none of the vocabulary
 Processor = Callable[[mx.array, mx.array], mx.array]  # tokens (n,), logits (1, V) -> logits, as in mlx-lm
 Choice = Callable[[mx.array], mx.array]  # log-probabilities (1, V) -> token (1,), as in mlx-lm
@@ -96,7 +98,7 @@ class Sampler:
         position: the next token's position in the sequence.
         vocabulary: the tokenizer's size, see `process`.
         processors, choose: the caller's logits_processors and sampler.
-        constraint: what tokens are allowed.
+        door: what tokens are allowed; None: any.
         prompt: the tokens before, for the processors.
     """
 
@@ -109,41 +111,43 @@ class Sampler:
         *,
         processors: Sequence[Processor] = (),
         choose: Choice | None = None,
-        constraint: Constraint | None = None,
+        door: Door | None = None,
         prompt: Sequence[int] = (),
     ):
         self.sampling, self.vocabulary = sampling, vocabulary
         self.seed, self.position = check_seed(seed), position
-        self.processors, self.choose, self.constraint = tuple(processors), choose, constraint
+        self.processors, self.choose, self.door = tuple(processors), choose, door
         self.counts: mx.array | None = None  # (1, V), if there are penalties
         self._tokens = list(prompt) if self.processors else []
         self._width = 0  # of logits: V
         self._noise: dict[int, mx.array] = {}  # (V,) by position, for the next tokens
+        self._allowed: list[np.ndarray | None] = []  # the bits that the next tokens were sampled with
 
-    @property
-    def needs_tokens(self) -> bool:
-        """Whether a token can be sampled only once the host knows the one before."""
-        return bool(self.processors or self.constraint)
+    def needs_tokens(self, ahead: int) -> bool:
+        """Whether one of the `ahead` tokens behind those that the host knows can be sampled only once it knows more."""
+        return bool(self.processors or (self.door and self.door.free < ahead))
 
     @property
     def separate(self) -> bool:
         """Whether its row is not sampled together with others."""
-        return self.needs_tokens or self.choose is not None
+        return bool(self.processors) or self.choose is not None
 
     def no_token(self) -> InputError:
         """The error where there is none to go on with."""
         most = self.vocabulary - 1
         if self.choose:
             return InputError("option_invalid", f"sampler must choose a token from 0 to {most} that is not forbidden")
-        name = "constraint" if self.constraint else "logits_processors"
+        name = "constraint" if self.door else "logits_processors"
         return InputError("option_invalid", f"{name} must leave a token from 0 to {most} to go on with; there is none")
 
     def accept(self, token: int) -> None:
         """The host knows the next token of the sequence."""
         if self.processors:
             self._tokens.append(token)
-        if self.constraint:
-            self.constraint.accept(token)
+        if self.door:
+            if self._allowed and (bits := self._allowed.pop(0)) is not None and not holds(bits, token):
+                raise self.no_token()  # a bias of minus infinity forbids the rest
+            self.door.accept(token)
 
     def noise(self, position: int) -> mx.array:
         """The same array for a drafted token and for the sampled one."""
@@ -178,31 +182,39 @@ class Sampler:
             each = mx.ones((1, n)) if count is None else (mx.arange(n) < count).astype(mx.float32)[None]
             self.counts = self.counted(None, 0).at[mx.zeros((1, 1), mx.int32), tokens].add(each)
 
-    def restricted(self, logits: mx.array, drafted: Sequence[int], places: range) -> mx.array:
-        """(n, V) penalised logits, each at its place among the drafted tokens -> what processors and constraint leave.
-
-        A place behind a drafted token that the constraint forbids is never used.
-        """
-        rows = []
-        for row, place in zip(mx.split(logits, len(places)), places, strict=True):
+    def process(self, logits: mx.array, drafted: Sequence[int]) -> mx.array:
+        """(n, V) penalised logits, each behind one more of the drafted tokens -> what the caller's processors leave."""
+        rows = mx.split(logits, logits.shape[0])
+        for i in range(len(rows)):
+            tokens = mx.array([*self._tokens, *drafted[:i]])
             for number, processor in enumerate(self.processors):
-                row = _processed(processor(mx.array([*self._tokens, *drafted[:place]]), row), row.shape, number)
-            rows.append(row)
-        if not self.constraint:
-            return mx.concatenate(rows)
-        accepted = 0
-        for i, place in enumerate(places):
-            mask = self.constraint.mask()
-            allowed = None if mask is None else _allowed(mask, rows[i].shape[-1])
-            if allowed is not None:
-                rows[i] = mx.where(mx.array(allowed), rows[i], -mx.inf)
-            if place == len(drafted) or not (allowed is None or allowed[drafted[place]]):
-                break
-            self.constraint.accept(drafted[place])
-            accepted += 1
-        if accepted:
-            self.constraint.rollback(accepted)
+                rows[i] = _processed(processor(tokens, rows[i]), rows[i].shape, number)
         return mx.concatenate(rows)
+
+    def bits(self, drafted: Sequence[int], n: int) -> Bits:
+        """The tokens allowed at each of the next n places, between which the drafted tokens stand.
+
+        A place behind a drafted token that is forbidden is never used.
+        """
+        found: Bits = [None] * n
+        self._allowed = list(found)
+        if self.door is None or self.door.free >= n:
+            return found
+        accepted = 0
+        try:
+            for place in range(n):
+                found[place] = bits = self.door.bits()
+                if bits is not None and not bits.any():
+                    raise self.no_token()
+                if place == len(drafted) or not (bits is None or holds(bits, drafted[place])):
+                    break
+                self.door.accept(drafted[place])
+                accepted += 1
+        finally:
+            if accepted:
+                self.door.rollback(accepted)
+        self._allowed = list(found)
+        return found
 
 
 def _processed(logits: Any, shape: tuple[int, ...], number: int) -> mx.array:
@@ -216,40 +228,33 @@ def _processed(logits: Any, shape: tuple[int, ...], number: int) -> mx.array:
     return logits
 
 
-def _allowed(mask: Any, width: int) -> np.ndarray:
-    """(width,) boolean; tokens beyond the mask are forbidden."""
-    given = np.asarray(mask)
-    if given.ndim != 1 or given.dtype != np.bool_:
-        raise InputError(
-            "option_invalid",
-            f"the mask of constraint must be boolean and of shape (V,); got {given.dtype} of shape {given.shape}",
-        )
-    allowed = np.zeros(width, bool)
-    allowed[: len(given)] = given[:width]
-    return allowed
-
-
 def sample(samplers: Sequence[Sampler], logits: mx.array) -> mx.array:
     """(B, V) -> (B,) the next token of each sequence, committed; lazy."""
-    tokens = peek(samplers, logits[:, None])
+    tokens = peek(samplers, logits[:, None], bits=[sampler.bits((), 1) for sampler in samplers])
     commit(samplers, tokens)
     return tokens[:, 0]
 
 
 def peek(
-    samplers: Sequence[Sampler], logits: mx.array, drafted: mx.array | None = None, drafting: bool = False
+    samplers: Sequence[Sampler],
+    logits: mx.array,
+    drafted: mx.array | None = None,
+    *,
+    drafting: bool = False,
+    bits: Sequence[Bits] = (),
 ) -> mx.array:
     """(B, n, V) -> (B, n) the next tokens, not committed; lazy.
 
     drafted: (B, m) tokens assumed to come first. The last of the n tokens follows all of them, the one before it all
-    but the last, and so on. drafting: the logits are the draft head's, whose tokens no constraint is asked about.
+    but the last, and so on. drafting: the logits are the draft head's, whose tokens nothing restricts. bits: the
+    tokens allowed at each of the n places of each row, see `Sampler.bits`; empty: any.
     """
     plain = drafting or not any(sampler.separate for sampler in samplers)
     if plain and all(sampler.sampling == samplers[0].sampling for sampler in samplers):
-        return _peek(samplers, logits, drafted, drafting)
+        return _peek(samplers, logits, drafted, drafting, bits)
     rows = [slice(row, row + 1) for row in range(len(samplers))]
     return mx.concatenate(
-        [_peek(samplers[r], logits[r], None if drafted is None else drafted[r], drafting) for r in rows]
+        [_peek(samplers[r], logits[r], None if drafted is None else drafted[r], drafting, bits[r]) for r in rows]
     )
 
 
@@ -260,7 +265,9 @@ def commit(samplers: Sequence[Sampler], tokens: mx.array, counts: Sequence[int] 
         sampler.commit(own, None if counts is None else counts[row])
 
 
-def _peek(samplers: Sequence[Sampler], logits: mx.array, drafted: mx.array | None, drafting: bool) -> mx.array:
+def _peek(
+    samplers: Sequence[Sampler], logits: mx.array, drafted: mx.array | None, drafting: bool, bits: Sequence[Bits]
+) -> mx.array:
     """`peek` for rows of the same sampling."""
     first, sampling = samplers[0], samplers[0].sampling
     B, n, V = logits.shape
@@ -273,10 +280,11 @@ def _peek(samplers: Sequence[Sampler], logits: mx.array, drafted: mx.array | Non
         all_counts = [s.counted(d, before + i) for s, d in zip(samplers, guesses, strict=True) for i in range(n)]
         counts = all_counts[0] if len(all_counts) == 1 else mx.concatenate(all_counts)
     flat = penalise(flat, sampling, counts, first.vocabulary)
-    own = not drafting and first.separate
-    if own and first.needs_tokens:
-        known = [] if drafted is None else np.array(drafted[0]).tolist()
-        flat = first.restricted(flat, known, range(before, before + n))
+    own = first.separate and not drafting
+    if own and first.processors:
+        flat = first.process(flat, [] if drafted is None else np.array(drafted[0]).tolist())
+    if any(allowed is not None for row in bits for allowed in row):
+        flat = restricted(flat, [allowed for row in bits for allowed in row])
     if own and first.choose:
         tokens = mx.concatenate([_chosen(first.choose(_normalise(row))) for row in mx.split(flat, n)])
     elif sampling.temp == 0:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_qwen35.cache.cache import Cache, Snapshot
+from mlx_qwen35.engine.constraints.loop import NOTHING, Loop
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy, DraftStatistics, RowDrafts, attach, detach
 from mlx_qwen35.engine.prefill import Chunk, PromptRow, chunks
@@ -23,11 +24,11 @@ from mlx_qwen35.prompt.stream import Piece, TextStream
 class Result:
     """One finished answer; str() is its text.
 
-    finish_reason: "stop" (an end token or a stop string), "length" (max_tokens or the end of the context),
-    "interrupted", or "error". in_reasoning: whether it ended inside the reasoning, without an answer. tokens: the
+    finish_reason: "stop" (an end token or a stop string), "length" (max_tokens or the end of the context), "loop" (by
+    the loop guard), "interrupted", or "error". in_reasoning: whether it ended inside the reasoning, without an answer. tokens: the
     generated ids, the end token included. vision_seconds: of the vision encoder. prompt_tps, generation_tps: tokens per
     second, from the encoded prompt to the first token, and after it. peak_memory: in GB (10^9 bytes), since the program
-    started. mtp: the drafts. error: why it ended, with finish_reason "error".
+    started. mtp: the drafts. loop: the first tokens that repeated without end, None for none. error: why it ended, with finish_reason "error".
     """
 
     text: str
@@ -43,6 +44,7 @@ class Result:
     peak_memory: float
     seed: int
     mtp: DraftStatistics
+    loop: Loop | None = None
     error: Exception | None = None
 
     def __str__(self) -> str:
@@ -76,6 +78,7 @@ class Sequence:
         drafts: whether to draft, and how deep.
         progress: called with the tokens of each chunk of the prompt that is prefilled.
         marks: numbers of prompt tokens at which a snapshot is to be taken: `snapshots` has them.
+        loop_guard: whether an answer that repeats itself without end ends.
     """
 
     def __init__(
@@ -91,9 +94,13 @@ class Sequence:
         drafts: DraftPolicy = DraftPolicy(0),  # noqa: B008 (frozen)
         progress: Callable[[int], None] = lambda tokens: None,
         marks: Many[int] = (),
+        loop_guard: bool = False,
     ):
         self.prompt, self.sampler, self.limit, self.stop_ids, self.stream = prompt, sampler, limit, stop_ids, stream
         self.prefill_step_size, self.progress, self.marks = prefill_step_size, progress, tuple(marks)
+        self.loop_guard = loop_guard
+        self.loop: Loop | None = None
+        self._recent = NOTHING
         self.cache = cache
         self._held = 0  # tokens in it when its prefill began
         self.drafts = RowDrafts(drafts)
@@ -139,17 +146,21 @@ class Sequence:
         ended = token in self.stop_ids
         if self.stream and not ended:
             self._say(self.stream.add(token))
+        self._recent = self._recent.after(token)
+        self.loop = self.loop or self._recent.loop
         if ended or (self.stream and self.stream.stopped):
             self.finish("stop")
         elif len(self.tokens) >= self.limit:
             self.finish("length")
+        elif self.loop_guard and self._recent.loop and not (self.stream and self.stream.reasoning):
+            self.finish("loop")
 
     def finish(self, reason: str) -> None:
         """End it. At a proper end the text that was held back is given out."""
         if self.finished:
             return
         self.finish_reason = reason
-        if self.stream and reason in ("stop", "length"):
+        if self.stream and reason in ("stop", "length", "loop"):
             self._say(self.stream.finish())
 
     def fail(self, error: Exception) -> None:
@@ -179,6 +190,7 @@ class Sequence:
             peak_memory=mx.get_peak_memory() / 1e9,
             seed=self.sampler.seed,
             mtp=self.drafts.statistics(),
+            loop=self.loop,
             error=self.error,
         )
 

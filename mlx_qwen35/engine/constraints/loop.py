@@ -1,0 +1,56 @@
+"""Text that repeats itself without end: found by its tokens."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+LONGEST = 512  # tokens of the longest period that is looked for
+
+
+class Loop(NamedTuple):
+    """The tokens of an answer repeat.
+
+    start: number of the first token of the repetition. period: tokens that repeat. count: how often they came, when it
+    was found.
+    """
+
+    start: int
+    period: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.period} tokens repeat from token {self.start + 1} on"
+
+
+_PERIODS = np.arange(1, LONGEST + 1)
+# How many tokens in a row must equal the one a period before. Measured, see docs/bench.md "Loops".
+LEAST, TIMES = 256, 5
+_NEEDED = np.maximum(LEAST, TIMES * _PERIODS)
+
+
+class Recent(NamedTuple):
+    """The last tokens of a sequence, and how long they have repeated. A value: `after` gives another."""
+
+    length: int
+    tokens: np.ndarray  # (LONGEST,) the newest first; -1: none yet
+    runs: np.ndarray  # (LONGEST,) by period: how many tokens in a row equal the one a period before
+
+    def after(self, token: int) -> "Recent":
+        """With one more token."""
+        runs = np.where(self.tokens == token, self.runs + 1, 0)
+        tokens = np.empty_like(self.tokens)
+        tokens[0], tokens[1:] = token, self.tokens[:-1]
+        return Recent(self.length + 1, tokens, runs)
+
+    @property
+    def loop(self) -> Loop | None:
+        """The loop that the last tokens are, of the shortest period."""
+        found = np.flatnonzero(self.runs >= _NEEDED)
+        if not len(found):
+            return None
+        period = int(_PERIODS[found[0]])
+        repeated = int(self.runs[found[0]]) + period
+        return Loop(self.length - repeated, period, repeated // period)
+
+
+NOTHING = Recent(0, np.full(LONGEST, -1), np.zeros(LONGEST, int))

@@ -1,0 +1,63 @@
+"""The options of a request -> what restricts each of its answers."""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from mlx_qwen35.engine.constraints.constraint import Constraint
+from mlx_qwen35.engine.constraints.door import Door, Thinking, ToolTags
+from mlx_qwen35.engine.constraints.thinking import blank_tokens, closing_tokens, line_tokens
+from mlx_qwen35.prompt.processor import Processor
+from mlx_qwen35.prompt.prompt import Prompt
+
+if TYPE_CHECKING:
+    from mlx_qwen35.engine.options import Options
+
+
+class Rules:
+    """What restricts the answers of one request, made once for all of its prompts.
+
+    Raises InputError for a grammar that cannot be used.
+    """
+
+    def __init__(self, processor: Processor, options: "Options"):
+        self._processor = processor
+        self._caller = options.get("constraint")
+        self._guard = bool(options.get("loop_guard"))
+        self._tools = bool(options.get("tools")) and options.get("tool_choice") != "none"
+        self._grammar: Callable[[], Constraint] | None = None
+
+    @cached_property
+    def closing(self) -> tuple[int, ...]:
+        """The tokens that close thinking; empty where the tokenizer knows none."""
+        return () if self._processor.think_end is None else closing_tokens(self._processor)
+
+    def door(self, prompt: Prompt, budget: int | None) -> Door | None:
+        """What the answer to one prompt must go through; None: nothing restricts it. budget: most tokens of thinking."""
+        processor = self._processor
+        if self._caller:
+            return Door(processor.vocabulary, everywhere=self._caller)
+        thinking = None
+        if budget is not None or self._guard or (prompt.thinking and self._grammar):
+            thinking = self._thinking(budget)
+        if not (thinking or self._grammar):
+            return None
+        answer = self._grammar() if self._grammar else None
+        return Door(
+            processor.vocabulary, stops=processor.stop_ids, thinking=thinking, inside=prompt.thinking, answer=answer
+        )
+
+    def _thinking(self, budget: int | None) -> Thinking | None:
+        processor = self._processor
+        if processor.think_start is None or processor.think_end is None:
+            return None
+        nothing = (*line_tokens(processor), processor.think_end, *blank_tokens(processor))
+        return Thinking(
+            processor.think_start, processor.think_end, budget, self.closing, nothing, blank_tokens(processor),
+            self._guard, self._tool_tags() if self._tools else None,
+        )  # fmt: skip
+
+    def _tool_tags(self) -> ToolTags | None:
+        known = self._processor.tokenizer.get_vocab()
+        begin, end = known.get("<tool_call>"), known.get("</tool_call>")
+        return None if begin is None or end is None else ToolTags(begin, end, self._processor.decode)
