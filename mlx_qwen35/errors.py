@@ -117,6 +117,10 @@ CODES = {
 }
 
 
+class EmptyAnswer(RuntimeWarning):
+    """An answer has no text, since thinking took all of its tokens."""
+
+
 class InputError(ValueError):
     """Something the caller can mend: a path, a file, an option, a prompt. The commands print it without a traceback.
 

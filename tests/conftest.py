@@ -50,6 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # A warning is an error, except deprecations inside the programs that we only compare with.
     config.addinivalue_line("filterwarnings", "error")
+    config.addinivalue_line("filterwarnings", "ignore::mlx_qwen35.errors.EmptyAnswer")  # of short answers in tests
     for program in ("torch", "transformers", "mlx_lm", "mlx_vlm", "huggingface_hub", "PIL", "importlib", "<frozen"):
         for kind in ("DeprecationWarning", "FutureWarning", "UserWarning", "PendingDeprecationWarning"):
             config.addinivalue_line("filterwarnings", rf"ignore::{kind}:{program}.*")

@@ -39,10 +39,11 @@ def print_pieces(pieces: Iterable[Piece], waiting: Step) -> None:
 
 def tell_cut(result: Result) -> None:
     """Say on stderr that the end came while the model was thinking, so that there is no answer."""
-    if result.in_reasoning and result.finish_reason == "length":
+    if result.cut_in_reasoning:
         print(
             f"the answer was cut after {result.generation_tokens} tokens, while the model was thinking: allow more "
-            "with --max-tokens, or let it answer at once with --no-enable-thinking",
+            "with --max-tokens, end thinking with --thinking-budget, or let it answer at once with "
+            "--no-enable-thinking",
             file=sys.stderr,
             flush=True,
         )

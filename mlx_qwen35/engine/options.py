@@ -329,18 +329,16 @@ def sampling_options(options: Options) -> dict[str, Any]:
 
 
 def thinking_switch(options: Options) -> bool | None:
-    """enable_thinking for the chat template: as given, or as the preset has it; None: the template's own default."""
-    given, preset, effort = (options.get(name) for name in ("enable_thinking", "preset", "reasoning_effort"))
-    said = {"enable_thinking": given}
-    if preset is not None:
-        said["preset"] = PRESETS[preset].thinking
-    if effort is not None:
-        said["reasoning_effort"] = effort != "none"
-    if "thinking_budget" in options:
-        said["thinking_budget"] = True
-    meant = {name: thinks for name, thinks in said.items() if thinks is not None}
+    """enable_thinking for the chat template, as the options have it; None: the template's own default."""
+    given: Mapping[str, Any] = options
+    meaning: dict[str, Callable[[Any], bool]] = {
+        "enable_thinking": bool,
+        "preset": lambda name: PRESETS[name].thinking,
+        "reasoning_effort": lambda effort: effort != "none",
+        "thinking_budget": lambda tokens: True,
+    }
+    meant = {name: thinks(given[name]) for name, thinks in meaning.items() if name in given}
     if len(set(meant.values())) > 1:
-        ways = (f"{spelled(name, options[name])} is for answers {'with' if meant[name] else 'without'} thinking"
-                for name in meant)  # fmt: skip
-        raise InputError("option_conflict", f"{' and '.join(ways)}: leave one out")
+        ways = [f"{spelled(name, given[name])} is {'with' if on else 'without'} thinking" for name, on in meant.items()]
+        raise InputError("option_conflict", f"{', '.join(ways)}: they exclude each other. Leave one out")
     return next(iter(meant.values()), None)

@@ -184,7 +184,7 @@ class Sampler:
 
     def process(self, logits: mx.array, drafted: Sequence[int]) -> mx.array:
         """(n, V) penalised logits, each behind one more of the drafted tokens -> what the caller's processors leave."""
-        rows = mx.split(logits, logits.shape[0])
+        rows = list(mx.split(logits, logits.shape[0]))
         for i in range(len(rows)):
             tokens = mx.array([*self._tokens, *drafted[:i]])
             for number, processor in enumerate(self.processors):

@@ -25,10 +25,11 @@ class Result:
     """One finished answer; str() is its text.
 
     finish_reason: "stop" (an end token or a stop string), "length" (max_tokens or the end of the context), "loop" (by
-    the loop guard), "interrupted", or "error". in_reasoning: whether it ended inside the reasoning, without an answer. tokens: the
-    generated ids, the end token included. vision_seconds: of the vision encoder. prompt_tps, generation_tps: tokens per
-    second, from the encoded prompt to the first token, and after it. peak_memory: in GB (10^9 bytes), since the program
-    started. mtp: the drafts. loop: the first tokens that repeated without end, None for none. error: why it ended, with finish_reason "error".
+    the loop guard), "interrupted", or "error". in_reasoning: whether it ended inside the reasoning, without an answer.
+    tokens: the generated ids, the end token included. vision_seconds: of the vision encoder. prompt_tps,
+    generation_tps: tokens per second, from the encoded prompt to the first token, and after it. peak_memory: in GB
+    (10^9 bytes), since the program started. mtp: the drafts. loop: the first tokens that repeated without end. error:
+    why it ended, with finish_reason "error".
     """
 
     text: str
@@ -49,6 +50,11 @@ class Result:
 
     def __str__(self) -> str:
         return self.text
+
+    @property
+    def cut_in_reasoning(self) -> bool:
+        """Whether thinking took all tokens, so that there is no answer."""
+        return self.in_reasoning and self.finish_reason == "length"
 
 
 @dataclass

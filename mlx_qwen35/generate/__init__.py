@@ -1,5 +1,6 @@
 """Text from a model: generate, stream_generate, batch_generate."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Unpack
 
@@ -9,7 +10,7 @@ import numpy as np
 from mlx_qwen35.engine.generation import start
 from mlx_qwen35.engine.options import Options, check_options
 from mlx_qwen35.engine.sequence import Result
-from mlx_qwen35.errors import InputError
+from mlx_qwen35.errors import EmptyAnswer, InputError
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.prompt.processor import Messages, Processor
 from mlx_qwen35.prompt.stream import Piece
@@ -81,4 +82,12 @@ def batch_generate(
     generation = start(model, processor, list(prompts), **options)
     for _ in generation:
         pass
-    return generation.results()
+    results = generation.results()
+    if empty := [result for result in results if result.cut_in_reasoning]:
+        warnings.warn(
+            f"{len(empty)} of {len(results)} answers: no text, since thinking took all of max_tokens. Raise it, give a "
+            "thinking_budget, or answer with enable_thinking=False",
+            EmptyAnswer,
+            stacklevel=2,
+        )
+    return results

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mlx_qwen35.engine.constraints.door import Door, Thinking
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy
 from mlx_qwen35.engine.engine import Engine
 from mlx_qwen35.engine.presets import Sampling
@@ -22,6 +23,7 @@ SAMPLINGS = (
     Sampling(temp=1.0, presence_penalty=1.5, frequency_penalty=0.3, repetition_penalty=1.2),
     Sampling(temp=1.0, logit_bias={3: 2.0, 5: -4.0}),
 )
+THINK = (30, 31)  # tokens that open and close thinking
 
 
 class Even:
@@ -55,10 +57,21 @@ class Case:
     chunk: int
     arrives: int  # before this step of the engine
     leaves: int | None  # cancelled before this step; None: it runs to its end
+    budget: int | None = None  # of thinking, in which it begins
+    answered: bool = False  # behind thinking the answer is restricted
+
+    def door(self) -> Door | None:
+        if self.constrained:
+            return Door(VOCABULARY, everywhere=Even())
+        if self.budget is None:
+            return None
+        rules = Thinking(*THINK, self.budget, (9, 8, THINK[1], 7), (THINK[1], 7), (7,), guard=False, tools=None)
+        answer = Even() if self.answered else None
+        return Door(VOCABULARY, stops=self.stop_ids, thinking=rules, inside=True, answer=answer)
 
     def sequence(self) -> Sequence:
-        constraint = Even() if self.constrained else None
-        sampler = Sampler(self.sampling, self.seed, len(self.prompt), VOCABULARY, constraint=constraint)
+        door = self.door()
+        sampler = Sampler(self.sampling, self.seed, len(self.prompt), VOCABULARY, door=door)
         return Sequence(
             Prompt(self.prompt, thinking=False), sampler, self.limit, prefill_step_size=self.chunk,
             stop_ids=self.stop_ids, drafts=DraftPolicy(self.depth, fixed=bool(self.depth)),
@@ -66,7 +79,7 @@ class Case:
 
 
 def random_cases(seed: int, drafts: bool = True) -> list[Case]:
-    rng = np.random.default_rng(seed)
+    rng, thinking = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     cases = []
     for _ in range(rng.integers(2, 7)):
         arrives = int(rng.integers(0, 20))
@@ -82,6 +95,8 @@ def random_cases(seed: int, drafts: bool = True) -> list[Case]:
                 chunk=int(rng.choice([3, 8, 64])),
                 arrives=arrives,
                 leaves=arrives + int(rng.integers(1, 20)) if rng.random() < 0.3 else None,
+                budget=int(thinking.integers(0, 9)) if thinking.random() < 0.4 else None,
+                answered=bool(thinking.random() < 0.5),
             )
         )
     return cases

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from inspect import Parameter, signature
 from pathlib import Path
@@ -60,6 +60,12 @@ MEANING = {
     "progress": callable, "min_pixels": _whole(1, 1 << 30), "max_pixels": _whole(1, 1 << 30), "fps": _number(1e-6, 1e6),
     "video_num_frames": _whole(1, 10**7), "video_total_pixels": _whole(1, 10**12), "source_fps": _number(1e-6, 1e6),
     "published_limits": _flag, "outer_vision_tags": _flag, "allow_private_urls": _flag, "tools": lambda value: True,
+    "thinking_budget": _whole(0), "reasoning_effort": lambda value: False, "loop_guard": _flag,
+    **dict.fromkeys(("preserve_thinking", "continue_final_message", "parallel_tool_calls", "logprobs"), _flag),
+    "top_logprobs": _whole(0, 20), "tool_choice": lambda value: isinstance(value, str | Mapping),
+    "json_schema": lambda value: isinstance(value, str | Mapping), "regex": lambda value: isinstance(value, str),
+    "choice": lambda value: isinstance(value, list | tuple),
+    "response_format": lambda value: isinstance(value, Mapping),
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from refusing import refused
 
 from mlx_qwen35 import Conversation, InputError, batch_generate, generate, load
 from mlx_qwen35.cache.cache import Cache
+from mlx_qwen35.engine.constraints.door import Door
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy
 from mlx_qwen35.engine.engine import Engine
 from mlx_qwen35.engine.generation import request
@@ -185,8 +186,8 @@ class Listing(Dead):
         ({"choose": lambda logprobs: logprobs}, InputError),
         ({"choose": lambda logprobs: mx.array([1.5])}, InputError),
         ({"choose": lambda logprobs: 7}, InputError),
-        ({"constraint": Dead()}, InputError),
-        ({"constraint": Listing()}, InputError),
+        ({"door": Door(VOCABULARY, everywhere=Dead())}, InputError),
+        ({"door": Door(VOCABULARY, everywhere=Listing())}, InputError),
         ({"processors": [lambda tokens, logits: logits[:, :5]]}, InputError),
         ({"processors": [lambda tokens, logits: None]}, InputError),
     ],

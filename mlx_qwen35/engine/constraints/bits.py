@@ -44,7 +44,7 @@ def packed(mask: Any, vocabulary: int) -> np.ndarray:
     width = words(vocabulary)
     if given.dtype == np.bool_:
         allowed = np.zeros(width * WORD, bool)
-        allowed[: len(given)] = given[:vocabulary]
+        allowed[: min(len(given), vocabulary)] = given[:vocabulary]
         return np.packbits(allowed, bitorder="little").view(np.uint32)
     bits = np.zeros(width, np.uint32)
     bits[: len(given)] = given[:width]
@@ -59,7 +59,7 @@ def holds(bits: np.ndarray, token: int) -> bool:
 
 
 def restricted(logits: mx.array, allowed: Sequence[np.ndarray | None]) -> mx.array:
-    """Logits (n, V) float32, minus infinity for the tokens that a row's set, (W,) uint32, does not hold; None: holds all.
+    """Logits (n, V) float32, minus infinity for the tokens that a row's set, (W,) uint32, does not hold; None: all.
 
     The device is given the bits, 31 KB a row for 248,077 tokens, and spreads them in one launch.
     """
@@ -74,14 +74,14 @@ def restricted(logits: mx.array, allowed: Sequence[np.ndarray | None]) -> mx.arr
         return mx.where(mx.array(mask.view(np.bool_)), logits, -mx.inf)
     if V % WORD:
         logits = mx.pad(logits, [(0, 0), (0, -V % WORD)])
-    spread = _spread(logits.reshape(n, -1, WORD), mx.array(bits)[:, :, None], mx.array(_PLACES))
-    return spread.reshape(n, -1)[:, :V]
+    within = spread(logits.reshape(n, -1, WORD), mx.array(bits)[:, :, None], mx.array(_PLACES))
+    return within.reshape(n, -1)[:, :V]
 
 
 _PLACES = np.arange(WORD, dtype=np.uint32)  # of a bit in its word
 
 
 @compiled
-def _spread(logits: mx.array, bits: mx.array, places: mx.array) -> mx.array:
+def spread(logits: mx.array, bits: mx.array, places: mx.array) -> mx.array:
     """(n, W, 32) logits, (n, W, 1) words and (32,) places of bits -> logits."""
     return mx.where((bits >> places) & 1, logits, -mx.inf)

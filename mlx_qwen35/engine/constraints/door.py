@@ -1,4 +1,4 @@
-"""The one place that decides what token a sequence may go on with: thinking and its end, then what the answer may be."""
+"""What token a sequence may go on with, decided in one place: thinking and its end, then what the answer may be."""
 
 from collections import deque
 from collections.abc import Callable, Collection
@@ -12,7 +12,7 @@ from mlx_qwen35.engine.constraints.loop import NOTHING, Recent
 
 UNDO = 64  # accepted tokens that can be taken back; a pass has at most 4
 FAR = 1 << 30
-REOPENED = 8  # tokens that thinking gets at least when an answer opens it again
+REOPENED = 8  # tokens that thinking has at least where an answer opens it again
 
 
 class ToolTags(NamedTuple):
@@ -140,7 +140,7 @@ class Door:
         forced = place.forced[1:]
         if not place.thinking:
             if rules and token == rules.start and not self._answer:
-                used = place.used if rules.budget is None else min(place.used, max(0, rules.budget - REOPENED))
+                used = place.used if rules.budget is None else min(place.used, rules.budget - REOPENED)
                 return place._replace(thinking=True, used=used, forced=())
             return place._replace(forced=forced, answered=place.answered + bool(self._answer and not place.forced))
         if rules and token == rules.end:

@@ -10,13 +10,13 @@ LONGEST = 512  # tokens of the longest period that is looked for
 class Loop(NamedTuple):
     """The tokens of an answer repeat.
 
-    start: number of the first token of the repetition. period: tokens that repeat. count: how often they came, when it
-    was found.
+    start: number of the first token of the repetition. period: tokens that repeat. times: how often they had come when
+    it was found.
     """
 
     start: int
     period: int
-    count: int
+    times: int
 
     def __str__(self) -> str:
         return f"{self.period} tokens repeat from token {self.start + 1} on"

@@ -33,7 +33,7 @@ class Rules:
         return () if self._processor.think_end is None else closing_tokens(self._processor)
 
     def door(self, prompt: Prompt, budget: int | None) -> Door | None:
-        """What the answer to one prompt must go through; None: nothing restricts it. budget: most tokens of thinking."""
+        """What restricts the answer to one prompt; None: nothing. budget: most tokens of thinking."""
         processor = self._processor
         if self._caller:
             return Door(processor.vocabulary, everywhere=self._caller)
