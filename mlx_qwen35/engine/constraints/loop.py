@@ -23,8 +23,8 @@ class Loop(NamedTuple):
 
 
 _PERIODS = np.arange(1, LONGEST + 1)
-# How many tokens in a row must equal the one a period before. Measured, see docs/bench.md "Loops".
-LEAST, TIMES = 256, 5
+# How many tokens in a row must equal the one a period before. Measured, see docs/thinking.md.
+LEAST, TIMES = 256, 6
 _NEEDED = np.maximum(LEAST, TIMES * _PERIODS)
 
 
