@@ -137,8 +137,11 @@ class Sampler:
         most = self.vocabulary - 1
         if self.choose:
             return InputError("option_invalid", f"sampler must choose a token from 0 to {most} that is not forbidden")
-        name = "constraint" if self.door else "logits_processors"
-        return InputError("option_invalid", f"{name} must leave a token from 0 to {most} to go on with; there is none")
+        return InputError(
+            "option_invalid",
+            f"a token from 0 to {most} must be left to go on with; constraint, logits_processors, logit_bias and the "
+            "form that was asked for leave none together",
+        )
 
     def accept(self, token: int) -> None:
         """The host knows the next token of the sequence."""

@@ -157,6 +157,10 @@ def test_a_tag_in_prose_is_no_call():
     assert allowed(found) == {CLOSING[0]}
 
 
+def test_a_closing_tag_alone_is_no_call():
+    assert allowed(feed(door(3, tools=TAGS), 5, 5, CALL_END)) == {CLOSING[0]}
+
+
 def test_without_tools_a_call_inside_thinking_is_thinking():
     assert allowed(feed(door(3), CALL, 1, 2)) == {CLOSING[0]}
 

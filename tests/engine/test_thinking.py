@@ -118,6 +118,14 @@ def test_an_effort_of_none_for_tokens_that_think_is_refused(nano):
         generate(*nano, [nano[1].think_start, 5], reasoning_effort="none")
 
 
+@pytest.mark.parametrize("temp", [0, 1])
+def test_a_bias_against_the_token_that_closes_thinking_ends_in_an_error(nano, temp):
+    with refused("option_invalid", "logit_bias"):
+        generate(
+            *nano, QUESTION, thinking_budget=0, max_tokens=400, logit_bias={nano[1].think_end: float("-inf")}, temp=temp
+        )
+
+
 def test_a_conversation_thinks_within_its_budget(nano, endless):
     conversation = Conversation(*nano, thinking_budget=4, max_tokens=290, **endless)
     for question in (QUESTION, "And 7 + 5?"):
