@@ -64,7 +64,7 @@ class Processor:
         media = folder if has_vision_encoder and config.vision else None
         return cls(load_tokenizer(folder), config, media, memory_limit)
 
-    # --- in ---
+    # --- in -
 
     def encode_text(
         self,
@@ -188,7 +188,7 @@ class Processor:
         )
         return start > end
 
-    # --- out ---
+    # --- out -
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(list(tokens))

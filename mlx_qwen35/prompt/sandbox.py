@@ -38,7 +38,7 @@ _FILTERS = (
 _WRITING = frozenset(("default", "d", "format", "format_map", "join"))  # these write their arguments
 
 
-# --- what templates call ---------------------------------------------------------------------------------------------
+# --- what templates call -------------------------------------------------------------------------------------------
 
 
 def _raise_exception(message: Any) -> None:
@@ -104,7 +104,7 @@ def _joined(limits: RenderLimits, values: list[Any]) -> str:
     return limits.take("".join(texts))
 
 
-# --- the environment -------------------------------------------------------------------------------------------------
+# --- the environment -----------------------------------------------------------------------------------------------
 
 
 class _Generation(ext.Extension):

@@ -85,7 +85,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer(backend, special_tokens, template)
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files ---------------------------------------------------------------------------------------------------------
 
 
 def _read_files(folder: Path) -> dict[str, Values]:
@@ -138,7 +138,7 @@ def _read_text(file: Path) -> str:
         raise InputError("tokenizer_invalid", f"{file} must be UTF-8: {error}. Download it again") from error
 
 
-# --- their values, which may be anything: all that is raised here becomes one InputError ------------------------------
+# --- their values, which may be anything: all that is raised here becomes one InputError ----------------------------
 
 
 def _assembled(
