@@ -99,7 +99,7 @@ class AnswerParser:
         self.calls += [replace(call, id=self._ids[call.id]) for call in known]
         self.cut = self.cut or self._scanner.cut
 
-    # --- reasoning --------------------------------------------------------------------------------------------------
+    # --- reasoning -------------------------------------------------------------------------------------------------
 
     def _thought(self, pieces: Iterable[tuple[Piece, int]]) -> list[Piece]:
         """Pieces of reasoning. From a call on they wait: more reasoning behind it makes it a draft."""
@@ -117,7 +117,7 @@ class AnswerParser:
         self._given += length
         return [Piece(text, REASONING)] if text else []
 
-    # --- content ----------------------------------------------------------------------------------------------------
+    # --- content ---------------------------------------------------------------------------------------------------
 
     def _plain(self, text: str) -> list[Piece]:
         """Without tools."""

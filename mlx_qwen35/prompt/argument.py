@@ -93,7 +93,7 @@ class Argument:
             return self._give(self._scanned)
         return self._end_of_text(tail.start() if tail else len(self.waiting))
 
-    # --- tags inside it -----------------------------------------------------------------------------------------------
+    # --- tags inside it ----------------------------------------------------------------------------------------------
 
     def _tag(self, match: re.Match[str], final: bool) -> End | Literal[Wait.WAIT] | None:
         """What a tag means: the end, nothing (None), or WAIT."""
@@ -171,7 +171,7 @@ class Argument:
         rest = self.waiting[start : start + len(CLOSE)]
         return len(self.waiting) - start == len(rest) and any(tag.startswith(rest) and tag != rest for tag in tags)
 
-    # --- its text -----------------------------------------------------------------------------------------------------
+    # --- its text ----------------------------------------------------------------------------------------------------
 
     def _give(self, stop: int) -> None:
         """What waits before a place belongs to it, but for a line end that it may lose, and for what may be another's."""

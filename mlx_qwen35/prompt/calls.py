@@ -90,7 +90,7 @@ class CallScanner:
     def _emit(self, piece: Piece) -> None:
         self._out.append((piece, self._fed - len(self._buffer)))
 
-    # --- content ------------------------------------------------------------------------------------------------------
+    # --- content -----------------------------------------------------------------------------------------------------
 
     def _content(self, final: bool) -> bool:
         position = 0
@@ -159,7 +159,7 @@ class CallScanner:
         name = match.group().strip().strip("\"'")
         return (name, match.end() + (self._buffer[match.end()] == ">")) if 0 < len(name) <= MOST_NAME else None
 
-    # --- a call -------------------------------------------------------------------------------------------------------
+    # --- a call ------------------------------------------------------------------------------------------------------
 
     def _in_envelope(self, final: bool) -> bool:
         """Behind <tool_call>: a function, JSON, or it opened nothing."""
@@ -286,7 +286,7 @@ class CallScanner:
         self._state, self._envelope, self._line = self._content, False, ""
         return True
 
-    # --- what a call gives out ----------------------------------------------------------------------------------------
+    # --- what a call gives out ---------------------------------------------------------------------------------------
 
     def _begin(self, name: str) -> bool:
         self._call, self._arguments, self._keys, self._given_key = (str(self._begun), name), {}, 0, False

@@ -1,79 +1,96 @@
-"""Generated tokens -> text, piece by piece."""
+"""Generated tokens -> pieces of an answer."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import codecs
+from collections.abc import Callable, Sequence
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some generated text: of the reasoning or of the answer. str() is the text."""
-
-    text: str
-    reasoning: bool
-
-    def __str__(self) -> str:
-        return self.text
+from mlx_qwen35.prompt.answer import AnswerParser
+from mlx_qwen35.prompt.piece import CONTENT, Piece
+from mlx_qwen35.prompt.tool_calls import Cut, ToolCall, Tools
 
 
 class TextStream:
-    """Tokens one by one -> pieces of text: whole characters, reasoning apart from answer, ended by a stop string.
+    """Tokens one by one -> pieces: whole characters, reasoning, content and calls apart, ended by a stop string.
 
-    Stop strings are searched in the answer, not in the reasoning. Text that may become one is held back.
+    Stop strings are searched in the content, neither in the reasoning nor in calls. Content that may become one is held
+    back. Reasoning is told by its tokens, and bytes that make no whole character before <think>, </think> and the end
+    are dropped.
 
     Args:
-        tokenizer: decodes the tokens.
+        token_bytes: token -> its bytes; none for a special token, whose text is no part of an answer.
         think: the ids of <think> and </think>; None where the tokenizer has none.
         reasoning: whether the first token is inside the reasoning.
         stop: the stop strings.
+        tools: the functions that may be called; None: no call is looked for.
+        call_id: number of a call -> its id.
     """
 
     def __init__(
-        self, tokenizer: "Tokenizer", think: tuple[int | None, int | None], reasoning: bool, stop: Sequence[str]
+        self,
+        token_bytes: Callable[[int], bytes],
+        think: tuple[int | None, int | None],
+        reasoning: bool,
+        stop: Sequence[str] = (),
+        tools: Tools | None = None,
+        call_id: Callable[[int], str] = "call_{}".format,
     ):
-        from tokenizers.decoders import DecodeStream
-
-        self._tokenizer, self._decoder = tokenizer, DecodeStream(skip_special_tokens=True)
-        self._think = think
-        self.stop = tuple(stop)
+        self._token_bytes, self._think, self.stop = token_bytes, think, tuple(stop)
+        self._parser = AnswerParser(tools, reasoning, call_id)
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
-        self._started = not reasoning  # the blank lines between reasoning and answer belong to neither
-        self.reasoning = reasoning  # whether the next token is inside the reasoning
         self.stopped = False  # a stop string came
 
+    @property
+    def reasoning(self) -> bool:
+        """Whether the next token is inside the reasoning."""
+        return self._parser.reasoning
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        """The calls that are whole. Those of reasoning that is never closed are so at the end."""
+        return self._parser.calls
+
+    @property
+    def cut(self) -> Cut | None:
+        """A call that had begun, at the end."""
+        return self._parser.cut
+
     def add(self, token: int) -> list[Piece]:
-        """The text that this token completes, as zero or more pieces."""
-        if token in self._think:
-            rest = self.finish()
-            self.reasoning, self._started = token == self._think[0], False
-            return rest
-        text = self._decoder.step(self._tokenizer, token)
-        if not text or self.stopped:
+        """The pieces that this token completes."""
+        if self.stopped:
             return []
-        if not self._started:
-            text = text.lstrip("\n")
-            self._started = bool(text)
-        if not self.reasoning and self.stop:
-            text = self._until_stop(text)
-        return [Piece(text, self.reasoning)] if text else []
+        if token in self._think:
+            self._decoder.reset()
+            return self._until_stop(self._parser.think(opens=token == self._think[0])) + self._release()
+        text = self._decoder.decode(self._token_bytes(token))
+        return self._until_stop(self._parser.feed(text)) if text else []
 
-    def finish(self) -> list[Piece]:
-        """The held text, at the end. Bytes that make no whole character are dropped."""
+    def finish(self, cut: bool = False) -> list[Piece]:
+        """What was held back, at the end. cut: the limit of tokens ended the answer."""
+        if self.stopped:
+            return []
+        return self._until_stop(self._parser.finish(cut)) + self._release()
+
+    def _release(self) -> list[Piece]:
         held, self._held = self._held, ""
-        return [Piece(held, self.reasoning)] if held and not self.stopped else []
+        return [Piece(held, CONTENT)] if held and not self.stopped else []
 
-    def _until_stop(self, text: str) -> str:
-        text, self._held = self._held + text, ""
-        found = [position for position in map(text.find, self.stop) if position >= 0]
-        if found:
-            self.stopped = True
-            return text[: min(found)]
-        keep = len(text) - max(_overlap(text, stop) for stop in self.stop)
-        text, self._held = text[:keep], text[keep:]
-        return text
+    def _until_stop(self, pieces: list[Piece]) -> list[Piece]:
+        if not self.stop:
+            return pieces
+        out: list[Piece] = []
+        for piece in pieces:
+            if piece.kind != CONTENT:
+                out += [*self._release(), piece]
+                continue
+            text, self._held = self._held + piece.text, ""
+            found = [position for position in map(text.find, self.stop) if position >= 0]
+            if found:
+                self.stopped = True
+                return [*out, Piece(text[: min(found)], CONTENT)] if min(found) else out
+            keep = len(text) - max(_overlap(text, stop) for stop in self.stop)
+            text, self._held = text[:keep], text[keep:]
+            out += [Piece(text, CONTENT)] if text else []
+        return out
 
 
 def _overlap(text: str, stop: str) -> int:
