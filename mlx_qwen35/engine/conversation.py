@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Unpack, cast
 
 from mlx_qwen35.cache.cache import Snapshot
-from mlx_qwen35.engine.engine import LOCK, Engine
+from mlx_qwen35.engine.engine import Engine
 from mlx_qwen35.engine.generation import check_loaded, make_request
 from mlx_qwen35.engine.options import Options, check_options, thinking_switch, vision_options
 from mlx_qwen35.engine.plan import plan
 from mlx_qwen35.engine.sequence import Result
 from mlx_qwen35.engine.sequence import Sequence as Request
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.machine.process import refuse_fork
+from mlx_qwen35.machine.process import LOCK, refuse_fork
 from mlx_qwen35.media.options import VISION_OPTIONS
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.options import listed, spelled
