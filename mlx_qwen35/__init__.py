@@ -20,6 +20,7 @@ with interrupt.tell_errors():
 
 from mlx_qwen35.cache.cache import Cache, Snapshot
 from mlx_qwen35.engine.conversation import Conversation
+from mlx_qwen35.engine.logprobs import TokenLogprob, TopLogprob
 from mlx_qwen35.engine.options import Options
 from mlx_qwen35.engine.presets import PRESETS, Sampling
 from mlx_qwen35.engine.sequence import Result
@@ -36,6 +37,6 @@ from mlx_qwen35.prompt.stream import Piece
 
 __all__ = [
     "PRESETS", "Cache", "Conversation", "InputError", "Media", "Model", "Options", "Piece", "Processor", "Prompt",
-    "Result", "Sampling", "Snapshot", "VisionOptions", "__version__", "batch_generate", "generate", "load",
-    "read_image", "stream_generate",
+    "Result", "Sampling", "Snapshot", "TokenLogprob", "TopLogprob", "VisionOptions", "__version__",
+    "batch_generate", "generate", "load", "read_image", "stream_generate",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx_qwen35.cache.cache import Cache, Snapshot
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy, DraftStatistics, RowDrafts, attach, detach
+from mlx_qwen35.engine.logprobs import LogprobScorer, TokenLogprob
 from mlx_qwen35.engine.prefill import Chunk, PromptRow, chunks
 from mlx_qwen35.engine.sampling import Sampler
 from mlx_qwen35.errors import InputError
@@ -27,7 +28,8 @@ class Result:
     "interrupted", or "error". in_reasoning: whether it ended inside the reasoning, without an answer. tokens: the
     generated ids, the end token included. vision_seconds: of the vision encoder. prompt_tps, generation_tps: tokens per
     second, from the encoded prompt to the first token, and after it. peak_memory: in GB (10^9 bytes), since the program
-    started. mtp: the drafts. error: why it ended, with finish_reason "error".
+    started. mtp: the drafts. error: why it ended, with finish_reason "error". logprobs: one for each of tokens; None
+    where not asked for.
     """
 
     text: str
@@ -44,6 +46,7 @@ class Result:
     seed: int
     mtp: DraftStatistics
     error: Exception | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -76,6 +79,7 @@ class Sequence:
         drafts: whether to draft, and how deep.
         progress: called with the tokens of each chunk of the prompt that is prefilled.
         marks: numbers of prompt tokens at which a snapshot is to be taken: `snapshots` has them.
+        scorer: gives the log-probabilities of its tokens: `logprobs` has them, one for each token so far.
     """
 
     def __init__(
@@ -91,13 +95,15 @@ class Sequence:
         drafts: DraftPolicy = DraftPolicy(0),  # noqa: B008 (frozen)
         progress: Callable[[int], None] = lambda tokens: None,
         marks: Many[int] = (),
+        scorer: LogprobScorer | None = None,
     ):
         self.prompt, self.sampler, self.limit, self.stop_ids, self.stream = prompt, sampler, limit, stop_ids, stream
         self.prefill_step_size, self.progress, self.marks = prefill_step_size, progress, tuple(marks)
-        self.cache = cache
+        self.cache, self.scorer = cache, scorer
         self._held = 0  # tokens in it when its prefill began
         self.drafts = RowDrafts(drafts)
         self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
         self.finish_reason: str | None = None  # None while it goes on
         self.error: Exception | None = None
         self.snapshots: dict[int, Snapshot] = {}
@@ -180,6 +186,7 @@ class Sequence:
             seed=self.sampler.seed,
             mtp=self.drafts.statistics(),
             error=self.error,
+            logprobs=tuple(self.logprobs) if self.scorer else None,
         )
 
     # --- its prefill ---
