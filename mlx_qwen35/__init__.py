@@ -27,6 +27,7 @@ from mlx_qwen35.engine.sequence import Result
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.generate import batch_generate, generate, stream_generate
 from mlx_qwen35.load import load
+from mlx_qwen35.measure.score import Score, score
 from mlx_qwen35.media.image import read_image
 from mlx_qwen35.media.options import VisionOptions
 from mlx_qwen35.media.preprocess import Media
@@ -37,6 +38,6 @@ from mlx_qwen35.prompt.stream import Piece
 
 __all__ = [
     "PRESETS", "Cache", "Conversation", "InputError", "Media", "Model", "Options", "Piece", "Processor", "Prompt",
-    "Result", "Sampling", "Snapshot", "TokenLogprob", "TopLogprob", "VisionOptions", "__version__",
-    "batch_generate", "generate", "load", "read_image", "stream_generate",
+    "Result", "Sampling", "Score", "Snapshot", "TokenLogprob", "TopLogprob", "VisionOptions", "__version__",
+    "batch_generate", "generate", "load", "read_image", "score", "stream_generate",
 ]  # fmt: skip
