@@ -6,6 +6,8 @@ logits of the whole text are never in memory: of the 4B they would be 1 MB a tok
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from operator import eq
 from typing import Any
 
 import mlx.core as mx
@@ -67,14 +69,13 @@ def score(
     prefill_step_size: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Score:
-    """Score a text, or a continuation of it. Memory beyond the cache does not grow with the length.
+    """Score a text, or a continuation of one. Memory beyond the cache does not grow with the length.
 
     Args:
         model, processor: from `load`.
         text: raw text, whose control tokens are such, or token ids. All tokens but the first are scored.
-        continuation: of the same kind. Then its tokens alone are scored, and `text` is their context. Of strings, both
-            are encoded together; as in lm-eval the context ends behind as many tokens as it has alone, without
-            blanks at its end.
+        continuation: of the same kind. Then its tokens alone are scored, and `text` is their context. Strings are
+            encoded together: what both have in one token, as a blank at the end of `text`, is scored.
         prefill_step_size: tokens of a chunk (default: by memory, context and chip).
         progress: called with the tokens done, and the tokens in all.
 
@@ -169,18 +170,19 @@ def _tokens(processor: Processor, text: Any, continuation: Any) -> tuple[list[in
         return tokens, 1
     if isinstance(text, str) != isinstance(continuation, str):
         raise InputError("prompt_invalid", "text and continuation must be both text, or both lists of token ids")
+    before = _encoded(processor, "text", text)
     if isinstance(text, str):
-        before, tokens = _encoded(processor, "text", text.rstrip()), _encoded(processor, "text", text + continuation)
+        tokens = _encoded(processor, "text", text + continuation)
     else:
-        before = _encoded(processor, "text", text)
         tokens = [*before, *_encoded(processor, "continuation", continuation)]
-    if not 0 < len(before) < len(tokens):
+    first = sum(takewhile(bool, map(eq, before, tokens)))
+    if not 0 < first < len(tokens):
         raise InputError(
             "text_too_short",
-            "text and continuation must have at least 1 token each, the continuation one of its own; they have "
-            f"{len(before)}, and {len(tokens)} together. For no context give the end token",
+            f"text and continuation must have at least 1 token each; they have {first} and {len(tokens) - first}. For "
+            "no context give the end token",
         )
-    return tokens, len(before)
+    return tokens, first
 
 
 def _encoded(processor: Processor, name: str, given: Any) -> list[int]:

@@ -9,10 +9,12 @@ from mtp.drafting import SMALL, load_small
 from refusing import refused
 
 from mlx_qwen35 import Conversation, Model, TokenLogprob, batch_generate, generate, load
+from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.engine.engine import Engine
 from mlx_qwen35.engine.generation import start
 from mlx_qwen35.engine.logprobs import LogprobScorer
 from mlx_qwen35.engine.sequence import Sequence
+from mlx_qwen35.prompt.tokenizer import load_tokenizer
 
 ASK = "What is 34 + 58?"
 NEAR = 2e-5  # between a pass over many tokens and passes over one to four, float32
@@ -138,6 +140,26 @@ def test_a_row_that_fails_has_one_for_each_of_its_tokens(nano, monkeypatch):
     assert len(good.logprobs) == len(good.tokens) > 1
 
 
+def test_a_token_that_is_in_the_cache_at_ctrl_c_has_its_own(nano, monkeypatch):
+    """The next pass was fed with it before the host knew it."""
+    model, processor = nano
+    generation = start(model, processor, [ASK], seed=0, mtp="off", logprobs=True)
+    (request,) = generation.requests
+    as_array = np.array
+
+    def interrupted(given, *rest, **options):
+        if isinstance(given, mx.array) and given.dtype == mx.bool_ and len(request.tokens) == 3:
+            raise KeyboardInterrupt
+        return as_array(given, *rest, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(np, "array", interrupted)
+        list(generation)
+    assert len(request.tokens) == 4 and request.finish_reason == "interrupted"
+    expected = log_softmax(model, request.prompt.tokens, request.tokens)
+    check(request.logprobs, request.tokens, expected, 0, processor.vocabulary)
+
+
 def test_a_turn_of_a_conversation_has_them(nano):
     turn = Conversation(*nano, enable_thinking=False, logprobs=True, seed=0).send(ASK)
     assert turn.text and [told.token for told in turn.result.logprobs] == list(turn.result.tokens)
@@ -175,6 +197,13 @@ def test_a_character_of_several_tokens_is_whole_in_their_bytes(nano):
         tokens = processor.tokenizer.encode(text)
         data = b"".join(map(processor.token_bytes, tokens))
         assert data.decode() == processor.decode(tokens)
+
+
+def test_an_added_token_stands_for_its_text():
+    tokenizer = load_tokenizer(resolve("nano"))
+    tokenizer.backend.add_tokens(["Ġné"])
+    added = tokenizer.backend.token_to_id("Ġné")
+    assert tokenizer.token_bytes(added) == "Ġné".encode() and tokenizer.token_bytes(added + 1) == b""
 
 
 @pytest.mark.parametrize("token", [-1, 10**6, 1.5])

@@ -82,13 +82,17 @@ def test_a_continuation_is_scored_as_in_its_text(nano):
 
 
 @pytest.mark.parametrize(
-    ("before", "behind"), [("The sky is", " blue"), ("The sky is ", "blue"), ("The sky is  ", "blue")]
-)
-def test_text_and_continuation_are_encoded_together_and_blanks_belong_to_the_continuation(nano, before, behind):
+    ("before", "behind", "scored"),
+    [
+        ("The sky is", " blue", " blue"), ("The sky is ", "blue", " blue"), ("The sky is  ", "blue", " blue"),
+        ("The circle is bl", "ue", " blue"), ("</think>\n\n", "92", "92"), ("Yes", "<|im_end|>", "<|im_end|>"),
+    ],
+)  # fmt: skip
+def test_text_and_continuation_are_encoded_together_and_tokens_of_both_are_scored(nano, before, behind, scored):
     model, processor = nano
     found = score(model, processor, before, behind)
     assert found.context + found.tokens == processor.encode_text(before + behind).tokens
-    assert processor.decode(found.context) == "The sky is"
+    assert b"".join(map(processor.token_bytes, found.tokens)).decode() == scored
 
 
 def test_control_tokens_of_a_text_are_control_tokens(nano):
@@ -128,7 +132,7 @@ def test_memory_does_not_grow_with_the_length(text_model):
     """Of layers whose cache does not grow either. All logits of 128 and 512 tokens would be 4 and 17 MB."""
     model = text_model(changed(SMALL, num_hidden_layers=2, layer_types=[LINEAR, LINEAR], vocab_size=8192))
     short, long = peak(model, 128, 32), peak(model, 512, 32)
-    assert long < short + 20_000 and long < 2e6
+    assert long < 1.5 * short and long < 2e6
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -136,7 +140,7 @@ def test_memory_does_not_grow_with_the_length(text_model):
 
 @pytest.mark.parametrize(
     "given",
-    [("",), ([],), ("a",), ([5],), ("", "a"), ([], [5]), ([5], []), ("a", ""), ("  ", "a")],
+    [("",), ([],), ("a",), ([5],), ("", "a"), ([], [5]), ([5], []), ("a", ""), ("bl", "ue")],
 )
 def test_too_few_tokens_are_refused(nano, given):
     with refused("text_too_short", "1" if len(given) > 1 else "2"):
