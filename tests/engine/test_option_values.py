@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from inspect import Parameter, signature
 from pathlib import Path
@@ -60,6 +60,12 @@ MEANING = {
     "progress": callable, "min_pixels": _whole(1, 1 << 30), "max_pixels": _whole(1, 1 << 30), "fps": _number(1e-6, 1e6),
     "video_num_frames": _whole(1, 10**7), "video_total_pixels": _whole(1, 10**12), "source_fps": _number(1e-6, 1e6),
     "published_limits": _flag, "outer_vision_tags": _flag, "allow_private_urls": _flag, "tools": lambda value: True,
+    "thinking_budget": _whole(0), "reasoning_effort": lambda value: False, "loop_guard": _flag,
+    **dict.fromkeys(("preserve_thinking", "continue_final_message", "parallel_tool_calls", "logprobs"), _flag),
+    "top_logprobs": _whole(0, 20), "tool_choice": lambda value: isinstance(value, str | Mapping),
+    "json_schema": lambda value: isinstance(value, str | Mapping), "regex": lambda value: isinstance(value, str),
+    "choice": lambda value: isinstance(value, list | tuple),
+    "response_format": lambda value: isinstance(value, Mapping),
 }  # fmt: skip
 
 
@@ -120,12 +126,15 @@ def test_a_name_like_no_other_is_refused_without_advice():
     assert "?" not in str(caught.value)
 
 
+BESIDE = {"top_logprobs": {"logprobs": True}}  # without which an option is refused
+
+
 @pytest.mark.parametrize("name", sorted(set(MEANING) - {"tools"}))
 def test_a_nasty_value_is_refused_by_name_or_means_something(name):
     of = {field.name: kind for kind in (Sampling, VisionOptions) for field in fields(kind)}
     for value in NASTY:
         try:
-            taken = check_options({name: value})
+            taken = check_options({name: value} | BESIDE.get(name, {}))
             if name in of:
                 taken = asdict(of[name](**{name: value}))
         except InputError as error:

@@ -78,7 +78,7 @@ def test_a_continuation_is_scored_as_in_its_text(nano):
         tokens = list(processor.encode_text(TEXT).tokens)
         found, whole = (score(model, processor, *map(kind, given)) for given in ([tokens[:9], tokens[9:]], [tokens]))
         assert found.context == tuple(tokens[:9])
-        np.testing.assert_array_equal(found.logprobs, whole.logprobs[8:])
+        np.testing.assert_allclose(found.logprobs, whole.logprobs[8:], atol=3e-5)  # other rows in a product
 
 
 @pytest.mark.parametrize(
