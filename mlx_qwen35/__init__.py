@@ -20,22 +20,24 @@ with interrupt.tell_errors():
 
 from mlx_qwen35.cache.cache import Cache, Snapshot
 from mlx_qwen35.engine.conversation import Conversation
+from mlx_qwen35.engine.logprobs import TokenLogprob, TopLogprob
 from mlx_qwen35.engine.options import Options
 from mlx_qwen35.engine.presets import PRESETS, Sampling
 from mlx_qwen35.engine.sequence import Result
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.generate import batch_generate, generate, stream_generate
 from mlx_qwen35.load import load
+from mlx_qwen35.measure.score import Score, score
 from mlx_qwen35.media.image import read_image
 from mlx_qwen35.media.options import VisionOptions
 from mlx_qwen35.media.preprocess import Media
 from mlx_qwen35.model.model import Model
+from mlx_qwen35.prompt.piece import Piece
 from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.prompt.prompt import Prompt
-from mlx_qwen35.prompt.stream import Piece
 
 __all__ = [
     "PRESETS", "Cache", "Conversation", "InputError", "Media", "Model", "Options", "Piece", "Processor", "Prompt",
-    "Result", "Sampling", "Snapshot", "VisionOptions", "__version__", "batch_generate", "generate", "load",
-    "read_image", "stream_generate",
+    "Result", "Sampling", "Score", "Snapshot", "TokenLogprob", "TopLogprob", "VisionOptions", "__version__",
+    "batch_generate", "generate", "load", "read_image", "score", "stream_generate",
 ]  # fmt: skip

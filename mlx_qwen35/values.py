@@ -62,6 +62,16 @@ def choice(name: str, value: Any, known: Collection[str]) -> str:
     return value
 
 
+def from_load(name: str, value: Any, kind: type) -> None:
+    """InputError unless this is a model or a processor, as `kind` says."""
+    if not isinstance(value, kind):
+        raise InputError(
+            "option_invalid",
+            f"{name} must come from load(), which returns model and processor, in this order; got "
+            f"{type(value).__name__}",
+        )
+
+
 def shown(value: Any) -> str:
     """Any value for a message: on one line, shortened."""
     return " ".join(_SHORT.repr(value).split())

@@ -115,9 +115,9 @@ def load_mlx_qwen35(folder: Path, dtype: str) -> MLXProgram:
     sys.path.append(str(Path(__file__).parents[2]))  # for a checkout that is not installed
     from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
     from mlx_qwen35.checkpoint.dtypes import DTYPES
-    from mlx_qwen35.engine.prefill import Pace
     from mlx_qwen35.load import load_model
     from mlx_qwen35.machine.chip import tune
+    from mlx_qwen35.model.pace import Pace
 
     tune()  # as our commands do, and in this process alone
     model = load_model(open_checkpoint(folder), DTYPES[dtype], str(folder))

@@ -1,7 +1,7 @@
 """The chunk of a prefill: as many tokens at a time as memory and the GPU's watchdog allow.
 
 macOS ends a command buffer that keeps the GPU for some seconds. Prefill submits the layers one by one, at most two at a
-time (engine/prefill.py). So a command buffer holds at most one layer, and memory the arrays of at most two. Both are
+time (model/pace.py). So a command buffer holds at most one layer, and memory the arrays of at most two. Both are
 estimated here, from the launches of a layer and the speed of the chip.
 """
 

@@ -38,7 +38,8 @@ def parser() -> Parser:
     prompt = options_of(PromptOptions)
     add_model_options(parser)
     group = parser.add_argument_group("prompt")
-    add_answer_options(parser, group, [prompt["system_prompt"], prompt["enable_thinking"]])
+    shown = [prompt["system_prompt"], prompt["enable_thinking"]]
+    add_answer_options(parser, group, shown, without=("logprobs", "top_logprobs"))
     return parser
 
 

@@ -129,6 +129,8 @@ def print_statistics(result: Result, media: Sequence[Media]) -> None:
 def run(args: argparse.Namespace) -> int:
     require_model(args)
     text, options = read_prompt(args), given_options(args)
+    if options.get("logprobs") and not args.json:
+        raise InputError("option_no_effect", "--logprobs must be given with --json, which has them: text has no place")
     check_there(args.media)
     prompt = with_media(text, args.media, options)
     model, processor = load_model(args)
@@ -147,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
             status = INTERRUPTED
     (result,) = generation.results()
     if args.json:
-        print(json.dumps(dataclasses.asdict(result), ensure_ascii=False))
+        print(json.dumps(dataclasses.asdict(result), ensure_ascii=False, default=list))  # bytes as numbers
     else:
         print_statistics(result, media)
     tell_cut(result)

@@ -1,7 +1,7 @@
 """Declared options (mlx_qwen35/options.py) on a command line."""
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,11 +75,16 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_answer_options(parser: argparse.ArgumentParser, prompt: _Accepts, of_prompt: Iterable[Option]) -> None:
-    """What generate and chat share; `of_prompt` are put into the group `prompt`."""
+def add_answer_options(
+    parser: argparse.ArgumentParser, prompt: _Accepts, of_prompt: Iterable[Option], without: Collection[str] = ()
+) -> None:
+    """What generate and chat share; `of_prompt` are put into the group `prompt`. without: names of generation options
+    that the command does not have.
+    """
     keep_vision = options_of(LoadOptions)["keep_vision"]
     add_options(prompt, of_prompt)
-    add_options(parser.add_argument_group("generation"), options_of(GenerationOptions).values())
+    generation = [option for name, option in options_of(GenerationOptions).items() if name not in without]
+    add_options(parser.add_argument_group("generation"), generation)
     add_options(parser.add_argument_group("sampling"), options_of(Sampling).values())
     vision = [*options_of(VisionOptions).values(), keep_vision]
     add_options(parser.add_argument_group("images and video"), vision)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from mlx_qwen35.commands.progress import Step
 from mlx_qwen35.engine.sequence import Result
 from mlx_qwen35.media.preprocess import Media
-from mlx_qwen35.prompt.stream import Piece
+from mlx_qwen35.prompt.piece import Piece
 
 
 def print_media(media: Sequence[Media], before: Sequence[Media] = ()) -> None:

@@ -6,21 +6,21 @@ from typing import Any, NamedTuple, Unpack, cast
 
 from mlx_qwen35.cache.cache import Snapshot
 from mlx_qwen35.engine.constraints.rules import Rules
-from mlx_qwen35.engine.engine import LOCK, Engine
+from mlx_qwen35.engine.engine import Engine
 from mlx_qwen35.engine.generation import check_loaded, make_request
 from mlx_qwen35.engine.options import Options, check_options, thinking_switch, vision_options
 from mlx_qwen35.engine.plan import SequencePlan, plan
 from mlx_qwen35.engine.sequence import Result
 from mlx_qwen35.engine.sequence import Sequence as Request
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.machine.process import refuse_fork
+from mlx_qwen35.machine.process import LOCK, refuse_fork
 from mlx_qwen35.media.options import VISION_OPTIONS
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.options import listed, spelled
 from mlx_qwen35.prompt.messages import Plain, check_template_options
+from mlx_qwen35.prompt.piece import Piece
 from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.prompt.prompt import Prompt
-from mlx_qwen35.prompt.stream import Piece
 
 _OF_ONE_PROMPT = {"cache", "ignore_chat_template", "progress", "images", "videos", "constraint"}
 _NOTHING = Prompt((), thinking=False)

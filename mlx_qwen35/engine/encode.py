@@ -12,7 +12,7 @@ from mlx_qwen35.media.options import VISION_OPTIONS
 from mlx_qwen35.options import listed, options_of
 from mlx_qwen35.prompt.processor import Messages, Processor
 from mlx_qwen35.prompt.prompt import Prompt
-from mlx_qwen35.values import is_whole, plain, shown
+from mlx_qwen35.values import shown
 
 
 def encode(processor: Processor, prompt: str | Sequence[int] | Messages, options: Options) -> Prompt:
@@ -44,15 +44,7 @@ def encode(processor: Processor, prompt: str | Sequence[int] | Messages, options
 
 def _tokens(processor: Processor, prompt: Sequence[Any], options: Options) -> Prompt:
     _refuse_idle("tokens", options)
-    tokens = [plain(token) for token in prompt]
-    if wrong := [token for token in tokens if not is_whole(token) or not 0 <= token < processor.vocabulary]:
-        raise InputError(
-            "tokens_invalid", f"tokens must be integers from 0 to {processor.vocabulary - 1}, got {shown(wrong[0])}"
-        )
-    if found := sorted(processor.placeholder_ids & set(tokens)):
-        raise InputError(
-            "tokens_invalid", f"tokens must not stand for images ({found}): there is no image with them. Give messages"
-        )
+    tokens = processor.check_tokens(prompt)
     return Prompt(tuple(tokens), processor.opens_thinking(tokens))
 
 

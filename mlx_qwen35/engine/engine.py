@@ -1,6 +1,5 @@
 """The engine: any number of sequences on one model, step by step. The one loop that every generation goes through."""
 
-import threading
 import time
 from collections import deque
 
@@ -11,11 +10,10 @@ from mlx_qwen35.engine.media import MediaEncoder
 from mlx_qwen35.engine.rows import Rows
 from mlx_qwen35.engine.sequence import Sequence
 from mlx_qwen35.machine.memory import set_limits
+from mlx_qwen35.machine.process import LOCK
 from mlx_qwen35.model.model import Model
 
 CLEAR_EVERY = 256  # passes between returning MLX's unused buffers to the system
-
-LOCK = threading.RLock()  # held while anything runs: engines and conversations in several threads take turns
 
 
 class Engine:

@@ -7,6 +7,7 @@ from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.engine.constraints.rules import Rules
 from mlx_qwen35.engine.encode import encode, refuse_idle_vision
 from mlx_qwen35.engine.engine import Engine
+from mlx_qwen35.engine.logprobs import LogprobScorer
 from mlx_qwen35.engine.options import Options, check_options
 from mlx_qwen35.engine.plan import SequencePlan, plan
 from mlx_qwen35.engine.sampling import Sampler
@@ -15,9 +16,10 @@ from mlx_qwen35.engine.sequence import Sequence as Request
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.machine.process import refuse_fork
 from mlx_qwen35.model.model import Model
+from mlx_qwen35.prompt.piece import Piece
 from mlx_qwen35.prompt.processor import Messages, Processor
 from mlx_qwen35.prompt.prompt import Prompt
-from mlx_qwen35.prompt.stream import Piece
+from mlx_qwen35.values import from_load
 
 Given = str | Sequence[int] | Messages  # a prompt as generate takes it
 
@@ -50,12 +52,8 @@ def start(model: Model, processor: Processor, prompts: Sequence[Given], **option
 
 def check_loaded(model: Model, processor: Processor) -> None:
     """InputError unless these are a model and a processor, in this order."""
-    if not isinstance(model, Model) or not isinstance(processor, Processor):
-        raise InputError(
-            "option_invalid",
-            f"model and processor must come from load(), in this order; got {type(model).__name__} and "
-            f"{type(processor).__name__}",
-        )
+    from_load("model", model, Model)
+    from_load("processor", processor, Processor)
 
 
 def make_request(
@@ -83,10 +81,14 @@ def make_request(
         processors=options.get("logits_processors", ()), choose=options.get("sampler"),
         door=rules.door(prompt, planned.thinking_budget), prompt=prompt.tokens,
     )  # fmt: skip
+    scorer = None
+    if options.get("logprobs"):
+        scorer = LogprobScorer(options.get("top_logprobs", 0), processor.vocabulary, processor.token_bytes)
     return Request(
         prompt, sampler, planned.limit, prefill_step_size=planned.prefill_step_size, stop_ids=processor.stop_ids,
-        stream=processor.text_stream(prompt.thinking, tuple(options.get("stop", ()))), cache=cache,
+        stream=rules.stream(prompt, planned.seed, tuple(options.get("stop", ()))), cache=cache,
         drafts=planned.drafts, progress=progress, marks=marks, loop_guard=bool(options.get("loop_guard")),
+        scorer=scorer, one_call=options.get("parallel_tool_calls") is False,
     )  # fmt: skip
 
 

@@ -285,6 +285,12 @@ def check_options(given: Mapping[str, Any]) -> Options:
     thinking_switch(options)
     check_constraints(options)
     draft_options(options)
+    if "top_logprobs" in options and not options.get("logprobs"):
+        raise InputError(
+            "option_no_effect",
+            f"{spelled('top_logprobs', options['top_logprobs'])} must be given with {spelled('logprobs', True)}: it "
+            "would have no effect alone",
+        )
     if "sampler" in options and (idle := [name for name in WARPERS if name in options]):
         raise InputError(
             "option_conflict", f"{listed(idle)} must not be given with sampler, which chooses the token by itself"

@@ -1,6 +1,5 @@
 """Prefill: a prompt into a cache, chunk by chunk. It takes token ids and embeddings, never text."""
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -8,12 +7,11 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_qwen35.backend import backend
-from mlx_qwen35.budget.chunk import LAYERS_IN_FLIGHT
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.model import Model, Visual
+from mlx_qwen35.model.pace import Pace
 from mlx_qwen35.prompt.positions import Placeholder, positions
 
 
@@ -70,25 +68,6 @@ def chunks(model: Model, cache: Cache, row: PromptRow, step: int, ends: Sequence
         mx.eval(hidden)
         mx.clear_cache()
         yield Chunk(stop - start, hidden)
-
-
-class Pace:
-    """Hands layers to the GPU as their graphs are built, and waits so that at most LAYERS_IN_FLIGHT are computed.
-
-    Otherwise MLX runs ahead by up to ten command buffers, whose arrays stay in memory. On the CPU it does not run
-    ahead, and the order of a whole graph takes less memory (163 against 194 MB, 1,024 tokens, mid geometry).
-    """
-
-    def __init__(self) -> None:
-        self.in_flight: deque[list[mx.array]] = deque()
-
-    def __call__(self, arrays: list[mx.array]) -> None:
-        if not backend().queues_layers:
-            return
-        mx.async_eval(arrays)
-        self.in_flight.append(arrays)
-        if len(self.in_flight) == LAYERS_IN_FLIGHT:
-            mx.eval(self.in_flight.popleft())
 
 
 def _placeholder_columns(row: PromptRow) -> np.ndarray:

@@ -17,14 +17,12 @@ import numpy as np
 
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.cache.layer import CachePosition
-from mlx_qwen35.checkpoint.dtypes import dtype_name
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.drafts.speculate import Speculation
+from mlx_qwen35.engine.logprobs import Scores
 from mlx_qwen35.engine.sampling import NO_TOKEN, Bits, commit, peek, sample
 from mlx_qwen35.engine.sequence import Sequence
-from mlx_qwen35.errors import InputError
-from mlx_qwen35.model.model import Model
-from mlx_qwen35.options import spelled
+from mlx_qwen35.model.model import Model, not_finite
 
 
 @dataclass
@@ -39,6 +37,7 @@ class Pass:
     before: Cache | None = None  # the cache before the pass, if tokens were drafted, until its tokens are known
     sampled: mx.array | None = None  # (B, 1 + depth): the token after each input token
     finite: mx.array | None = None  # (B, 1 + depth) boolean: whether all logits of that token are finite
+    scores: list[Scores | None] = field(default_factory=list)  # of each row's sampled tokens; None: it does not ask
     tokens: list[list[int]] = field(default_factory=list)  # of each row: accepted drafts and one more; empty: not known
     begun: list[int] = field(default_factory=list)  # tokens that each sequence had before those, once they are known
 
@@ -47,7 +46,8 @@ class Pass:
         return self.inputs.shape[1] - 1
 
     def arrays(self) -> list[mx.array]:
-        found = (self.inputs, self.hidden, self.logits, self.sampled, self.finite)
+        found = [self.inputs, self.hidden, self.logits, self.sampled, self.finite]
+        found += [array for scores in self.scores for array in scores or ()]
         return [array for array in found if array is not None]
 
     def select(self, rows: Many[int]) -> "Pass":
@@ -59,6 +59,7 @@ class Pass:
             self.before and self.before.select(rows),
             None if self.sampled is None else self.sampled[index],
             None if self.finite is None else self.finite[index],
+            [self.scores[row] for row in rows] if self.scores else [],
             [self.tokens[row] for row in rows] if self.tokens else [],
             [self.begun[row] for row in rows] if self.begun else [],
         )  # fmt: skip
@@ -84,9 +85,10 @@ class Rows:
         token = sample([sequence.sampler], logits)
         if not mx.isfinite(logits).all().item():
             assert sequence.own is not None
-            raise not_finite(sequence.own, 0, self.model)
-        mx.eval(token, sequence.sampler.arrays())
-        _take(sequence, np.array(token).item())
+            raise not_finite(self.model, sequence.own)
+        scores = sequence.scorer.score(logits, token) if sequence.scorer else None
+        mx.eval(token, sequence.sampler.arrays(), scores)
+        _take(sequence, np.array(token).item(), scores)
 
     def run(self, paused: float, ahead: bool) -> None:
         """Finish one pass, and begin the next where that needs nothing of the host.
@@ -119,9 +121,11 @@ class Rows:
     def take(self) -> list[Sequence]:
         """Give each sequence its next token. Returns those that have one more, or ended in the pass."""
         changed = [sequence for sequence in self.sequences if sequence.finished]
-        for sequence, tokens in zip(self.sequences, self.untaken, strict=True):
+        for row, (sequence, tokens) in enumerate(zip(self.sequences, self.untaken, strict=True)):
             if tokens:
-                _take(sequence, tokens[0])
+                assert self.current is not None
+                place = len(sequence.tokens) - self.current.begun[row]
+                _take(sequence, tokens[0], self.current.scores[row], place)
                 changed.append(sequence)
         return changed
 
@@ -169,7 +173,9 @@ class Rows:
         made.finite = (mx.abs(made.logits) < mx.inf).all(-1)
         if not made.depth:
             commit([sequence.sampler for sequence in self.sequences], made.sampled)
-        mx.async_eval(made.sampled, made.finite)
+        scorers = enumerate(sequence.scorer for sequence in self.sequences)
+        made.scores = [s.score(made.logits[row], made.sampled[row]) if s else None for row, s in scorers]
+        mx.async_eval(made.sampled, made.finite, made.scores)
 
     def _peek(self, logits: mx.array, drafted: mx.array | None) -> mx.array:
         """`sampling.peek`; an error of one row's own functions ends that row."""
@@ -204,7 +210,7 @@ class Rows:
             tokens, bad = self._accepted(self.current)
         for row in bad:
             tokens[row] = []
-            self.sequences[row].fail(not_finite(self.cache, row, self.model))
+            self.sequences[row].fail(not_finite(self.model, self.cache, row))
         return tokens
 
     def _accepted(self, made: Pass) -> tuple[list[list[int]], list[int]]:
@@ -235,9 +241,10 @@ class Rows:
                 commit([s.sampler for s in self.sequences], made.sampled, taken)
             self.speculation.follow(made.inputs, made.hidden, kept)
         elif following and not made.tokens:  # interrupted: the cache has a token that no sequence has taken
-            for sequence, token, fed in zip(self.sequences, np.array(made.sampled), following.lengths, strict=True):
+            rows = zip(self.sequences, np.array(made.sampled), made.scores, following.lengths, strict=True)
+            for sequence, token, scores, fed in rows:
                 if fed and not sequence.error:
-                    _take(sequence, int(token[0]))
+                    _take(sequence, int(token[0]), scores)
         self.current, self._following = following, None
         if following:
             self._depth = None  # which was that pass's
@@ -285,11 +292,13 @@ class Rows:
         return held + self.speculation.arrays() + (self.cache.held() if self.cache else [])
 
 
-def _take(sequence: Sequence, token: int) -> None:
-    """Give a sequence its next token; an error of its constraint ends it."""
+def _take(sequence: Sequence, token: int, scores: Scores | None, place: int = 0) -> None:
+    """Give a sequence its next token, the one at `place` of those scored; an error of its constraint ends it."""
     try:
         if token == NO_TOKEN:
             raise sequence.sampler.no_token()
+        if sequence.scorer and scores:
+            sequence.logprobs.append(sequence.scorer.told(token, scores, place))
         sequence.take(token)
     except Exception as error:
         sequence.fail(error)
@@ -302,15 +311,3 @@ def _bits(sequence: Sequence, drafted: list[int], n: int) -> Bits:
     except Exception as error:
         sequence.fail(error)
         return [None] * n
-
-
-def not_finite(cache: Cache, row: int, model: Model) -> InputError:
-    """The error of a row whose logits are not finite. It names the first layer whose cache is not finite."""
-    layer = cache.first_not_finite(row)
-    origin = "the last layer or the LM head made them so" if layer is None else f"they begin in or before layer {layer}"
-    return InputError(
-        "logits_not_finite",
-        f"logits must be finite, and are not; {origin}. Activations left the range of {dtype_name(model.dtype)}, or "
-        f"the checkpoint is damaged. Try {spelled('dtype', 'bfloat16')}, then float32, or convert it again. "
-        "mlx_qwen35.doctor --model MODEL --probe shows the largest activation of each layer",
-    )

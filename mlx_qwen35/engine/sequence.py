@@ -12,24 +12,30 @@ from mlx_qwen35.cache.cache import Cache, Snapshot
 from mlx_qwen35.engine.constraints.loop import NOTHING, Loop
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy, DraftStatistics, RowDrafts, attach, detach
+from mlx_qwen35.engine.logprobs import LogprobScorer, TokenLogprob
 from mlx_qwen35.engine.prefill import Chunk, PromptRow, chunks
 from mlx_qwen35.engine.sampling import Sampler
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.model import Model
+from mlx_qwen35.prompt.answer import finish_reason
+from mlx_qwen35.prompt.piece import CONTENT, REASONING, Piece
 from mlx_qwen35.prompt.prompt import Prompt
-from mlx_qwen35.prompt.stream import Piece, TextStream
+from mlx_qwen35.prompt.stream import TextStream
+from mlx_qwen35.prompt.tool_calls import Cut, ToolCall
 
 
 @dataclass(frozen=True)
 class Result:
     """One finished answer; str() is its text.
 
-    finish_reason: "stop" (an end token or a stop string), "length" (max_tokens or the end of the context), "loop" (by
-    the loop guard), "interrupted", or "error". in_reasoning: whether it ended inside the reasoning, without an answer.
-    tokens: the generated ids, the end token included. vision_seconds: of the vision encoder. prompt_tps,
-    generation_tps: tokens per second, from the encoded prompt to the first token, and after it. peak_memory: in GB
-    (10^9 bytes), since the program started. mtp: the drafts. loop: the first tokens that repeated without end. error:
-    why it ended, with finish_reason "error".
+    finish_reason: "stop" (an end token or a stop string), "tool_calls" (the same, behind a whole call), "length"
+    (max_tokens or the end of the context), "loop" (by the loop guard), "interrupted", or "error". text: the content;
+    where tools were offered, without their calls. tool_calls: the whole ones. cut: a call that had begun. in_reasoning:
+    whether it ended inside the reasoning, without an answer. tokens: the generated ids, the end token included.
+    vision_seconds: of the vision encoder. prompt_tps, generation_tps: tokens per second, from the encoded prompt to the
+    first token, and after it. peak_memory: in GB (10^9 bytes), since the program started. mtp: the drafts. loop: the
+    first tokens that repeated without end. error: why it ended, with finish_reason "error". logprobs: one for each of
+    tokens; None where not asked for.
     """
 
     text: str
@@ -45,8 +51,11 @@ class Result:
     peak_memory: float
     seed: int
     mtp: DraftStatistics
+    tool_calls: tuple[ToolCall, ...] = ()
+    cut: Cut | None = None
     loop: Loop | None = None
     error: Exception | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -85,6 +94,8 @@ class Sequence:
         progress: called with the tokens of each chunk of the prompt that is prefilled.
         marks: numbers of prompt tokens at which a snapshot is to be taken: `snapshots` has them.
         loop_guard: whether an answer that repeats itself without end ends.
+        scorer: gives the log-probabilities of its tokens: `logprobs` has them, one for each token so far.
+        one_call: whether the answer ends behind its first whole call.
     """
 
     def __init__(
@@ -101,16 +112,18 @@ class Sequence:
         progress: Callable[[int], None] = lambda tokens: None,
         marks: Many[int] = (),
         loop_guard: bool = False,
+        scorer: LogprobScorer | None = None,
+        one_call: bool = False,
     ):
         self.prompt, self.sampler, self.limit, self.stop_ids, self.stream = prompt, sampler, limit, stop_ids, stream
         self.prefill_step_size, self.progress, self.marks = prefill_step_size, progress, tuple(marks)
-        self.loop_guard = loop_guard
+        self.cache, self.scorer, self.loop_guard, self.one_call = cache, scorer, loop_guard, one_call
         self.loop: Loop | None = None
         self._recent = NOTHING
-        self.cache = cache
         self._held = 0  # tokens in it when its prefill began
         self.drafts = RowDrafts(drafts)
         self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
         self.finish_reason: str | None = None  # None while it goes on
         self.error: Exception | None = None
         self.snapshots: dict[int, Snapshot] = {}
@@ -154,7 +167,7 @@ class Sequence:
             self._say(self.stream.add(token))
         self._recent = self._recent.after(token)
         self.loop = self.loop or self._recent.loop
-        if ended or (self.stream and self.stream.stopped):
+        if ended or (self.stream and (self.stream.stopped or (self.one_call and self.stream.calls))):
             self.finish("stop")
         elif len(self.tokens) >= self.limit:
             self.finish("length")
@@ -167,7 +180,8 @@ class Sequence:
             return
         self.finish_reason = reason
         if self.stream and reason in ("stop", "length", "loop"):
-            self._say(self.stream.finish())
+            self._say(self.stream.finish(cut=reason == "length"))
+            self.finish_reason = finish_reason(reason, bool(self.stream.calls))
 
     def fail(self, error: Exception) -> None:
         """End it with an error."""
@@ -183,8 +197,8 @@ class Sequence:
         clock, tokens, prompt = self.clock, len(self.tokens), len(self.prompt.tokens)
         prefill_seconds, seconds = clock.first - clock.began, clock.last - max(clock.first, clock.joined)
         return Result(
-            text="".join(piece.text for piece in self._said if not piece.reasoning),
-            reasoning="".join(piece.text for piece in self._said if piece.reasoning).strip(),
+            text="".join(piece.text for piece in self._said if piece.kind == CONTENT),
+            reasoning="".join(piece.text for piece in self._said if piece.kind == REASONING).strip(),
             tokens=tuple(self.tokens),
             finish_reason=self.finish_reason or "interrupted",
             in_reasoning=bool(self.stream and self.stream.reasoning),
@@ -196,8 +210,11 @@ class Sequence:
             peak_memory=mx.get_peak_memory() / 1e9,
             seed=self.sampler.seed,
             mtp=self.drafts.statistics(),
+            tool_calls=tuple(self.stream.calls) if self.stream else (),
+            cut=self.stream.cut if self.stream else None,
             loop=self.loop,
             error=self.error,
+            logprobs=tuple(self.logprobs) if self.scorer else None,
         )
 
     # --- its prefill ---

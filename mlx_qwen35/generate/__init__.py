@@ -12,8 +12,8 @@ from mlx_qwen35.engine.options import Options, check_options
 from mlx_qwen35.engine.sequence import Result
 from mlx_qwen35.errors import EmptyAnswer, InputError
 from mlx_qwen35.model.model import Model
+from mlx_qwen35.prompt.piece import Piece
 from mlx_qwen35.prompt.processor import Messages, Processor
-from mlx_qwen35.prompt.stream import Piece
 from mlx_qwen35.values import shown
 
 

@@ -1,10 +1,15 @@
-"""Refusals of a process that cannot work: forked after MLX had started, or in a folder that was removed."""
+"""The process: one lock for what runs, and refusals where it cannot work: forked after MLX had started, or in a folder
+that was removed.
+"""
 
 import os
+import threading
 
 import mlx.core as mx
 
 from mlx_qwen35.errors import InputError
+
+LOCK = threading.RLock()  # held while a model computes: engines, conversations and scores in several threads take turns
 
 _started = False  # whether MLX had computed something when this process, or one that it comes from, was last forked
 _forked = False

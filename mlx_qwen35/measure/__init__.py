@@ -1,4 +1,6 @@
-"""Perplexity, KL divergence and top-1 agreement of text models on a text, with one layer in memory at a time.
+"""Log-probabilities of a text by a loaded model, and the difference of two models with one layer in memory at a time.
 
-text.py cuts a text in windows of tokens, layerwise.py runs a model over them, divergence.py compares two models.
+score.py gives the log-probability of each token. text.py cuts a text in windows of tokens, layerwise.py runs a model
+over them, divergence.py compares two models: perplexity, KL divergence, top-1 agreement. predictions.py is what both
+make of logits, slice by slice.
 """

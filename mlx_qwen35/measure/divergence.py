@@ -14,6 +14,7 @@ import numpy as np
 
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.measure.layerwise import CHUNK, Batch, Layerwise, Progress, make_batches, silent
+from mlx_qwen35.measure.predictions import Predictions
 
 Bar = Callable[[int], AbstractContextManager[Progress]]
 
@@ -133,39 +134,6 @@ class Positions:
     same: np.ndarray  # bool, whether both have the same most likely token
 
 
-class _Side:
-    """One model's logits at each position, reduced slice by slice of the vocabulary."""
-
-    def __init__(self, count: int):
-        self.highest = np.full(count, -np.inf)
-        self.total = np.zeros(count)  # of exp(logit - highest)
-        self.best = np.zeros(count, np.int64)
-        self.target = np.zeros(count)
-
-    def add(self, at: slice, start: int, logits: mx.array, targets: np.ndarray) -> tuple[np.ndarray, mx.array]:
-        """Add logits (rows, width) of the tokens from `start` on.
-
-        Returns the factor by which earlier totals of these rows shrink, and exp(logits - the new highest).
-        """
-        width = logits.shape[-1]
-        own, best = np.asarray(logits.max(-1)).astype(np.float64), np.asarray(logits.argmax(-1))
-        highest = np.maximum(self.highest[at], own)
-        self.best[at] = np.where(own > self.highest[at], start + best.astype(np.int64), self.best[at])
-        shrink = np.exp(self.highest[at] - highest)
-        shares = mx.exp(logits - mx.array(highest.astype(np.float32))[:, None])
-        self.total[at] = self.total[at] * shrink + np.asarray(shares.sum(-1))
-        self.highest[at] = highest
-        inside = (targets >= start) & (targets < start + width)
-        index = mx.array(np.clip(targets - start, 0, width - 1))[:, None]
-        found = np.asarray(mx.take_along_axis(logits, index, axis=-1))[:, 0]
-        self.target[at] = np.where(inside, found, self.target[at])
-        return shrink, shares
-
-    @property
-    def normalizer(self) -> np.ndarray:
-        return self.highest + np.log(self.total)
-
-
 def compare(
     source: Layerwise, quantized: Layerwise, x: mx.array, y: mx.array, counted: Counted, progress: Progress = silent
 ) -> Positions:
@@ -174,7 +142,7 @@ def compare(
     progress: called with the work of each slice, as in Layerwise.advance.
     """
     count = len(counted.targets)
-    ours, theirs = _Side(count), _Side(count)
+    ours, theirs = Predictions(count), Predictions(count)
     gap = np.zeros(count)  # of exp(logit - highest) * (logit - the other's logit)
     for (start, head), (_, other) in zip(source.head(), quantized.head(), strict=True):
         for row in range(0, count, CHUNK):
@@ -186,8 +154,8 @@ def compare(
             progress(2 * logits.size * x.shape[-1])
     return Positions(
         sequences=counted.sequences,
-        source_loss=ours.normalizer - ours.target,
-        loss=theirs.normalizer - theirs.target,
+        source_loss=-ours.logprobs,
+        loss=-theirs.logprobs,
         kl=gap / ours.total - ours.normalizer + theirs.normalizer,
         same=ours.best == theirs.best,
     )

@@ -9,6 +9,7 @@ import numpy as np
 
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.checkpoint.config import TextConfig
+from mlx_qwen35.checkpoint.dtypes import dtype_name
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.decoder import DecoderLayer, Pace, run
 from mlx_qwen35.model.lazy import LazyPart
@@ -16,6 +17,7 @@ from mlx_qwen35.model.mtp import MultiTokenPrediction
 from mlx_qwen35.model.rotary import Rotary
 from mlx_qwen35.model.vision import VisionEncoder
 from mlx_qwen35.model.weights import Weights
+from mlx_qwen35.options import spelled
 from mlx_qwen35.values import whole
 
 
@@ -107,3 +109,15 @@ class Model(nn.Module):
         """(..., D) after the final norm -> (..., V). Costly: V is 248,320, so pass only the rows you need."""
         lm_head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         return lm_head(hidden)
+
+
+def not_finite(model: Model, cache: Cache, row: int = 0) -> InputError:
+    """The error of a row of a cache whose logits are not finite. It names the first layer whose cache is not finite."""
+    layer = cache.first_not_finite(row)
+    origin = "the last layer or the LM head made them so" if layer is None else f"they begin in or before layer {layer}"
+    return InputError(
+        "logits_not_finite",
+        f"logits must be finite, and are not; {origin}. Activations left the range of {dtype_name(model.dtype)}, or "
+        f"the checkpoint is damaged. Try {spelled('dtype', 'bfloat16')}, then float32, or convert it again. "
+        "mlx_qwen35.doctor --model MODEL --probe shows the largest activation of each layer",
+    )

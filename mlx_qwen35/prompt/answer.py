@@ -31,8 +31,8 @@ class AnswerParser:
     def __init__(self, tools: Tools | None, thinking: bool, call_id: Callable[[int], str]):
         self._tools, self._call_id = tools, call_id
         self.reasoning = thinking
-        self.calls: list[ToolCall] = []
-        self.cut: Cut | None = None
+        self._calls: list[ToolCall] = []  # of earlier scanners
+        self._cut: Cut | None = None
         self._scanner: CallScanner | None = None  # of the reasoning or of the content, whichever it is
         self._ids: dict[str, str] = {}  # of its calls: the scanner's -> ours
         self._numbered = 0  # calls that were given out
@@ -42,6 +42,17 @@ class AnswerParser:
         self._gap = ""  # content that may be blank lines at its end
         self._spoke = self._segment = False  # some content came; some since the last call
         self._begin()
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        """The whole calls so far. Those of reasoning that is never closed are calls at the end."""
+        found = [call for call in self._scanner.calls if call.id in self._ids] if self._scanner else []
+        return [*self._calls, *(replace(call, id=self._ids[call.id]) for call in found)]
+
+    @property
+    def cut(self) -> Cut | None:
+        """A call that had begun and is not whole, at the end."""
+        return self._cut or (self._scanner.cut if self._scanner and not self.reasoning else None)
 
     def _begin(self) -> None:
         self._scanner = None if self._tools is None else CallScanner(self._tools)
@@ -64,7 +75,7 @@ class AnswerParser:
         elif self._scanner:
             rest = self._said(self._scanner.finish(cut=False))
             self._gap, self._segment = "", False
-            self._note_calls()
+            self._calls, self._cut = self.calls, self.cut
         self.reasoning, self._started = opens, False
         self._begin()
         return rest
@@ -75,15 +86,11 @@ class AnswerParser:
             return []
         pieces = self._scanner.finish(cut)
         if not self.reasoning:
-            out = self._said(pieces)
-            self._note_calls()
-            return out
+            return self._said(pieces)
         out = self._thought(pieces)
         if not self._draft or self._scanner.cut:
             return out + self._reasoned(len(self._raw))
-        out += [self._numbered_piece(piece) for piece in self._draft if piece.kind != CONTENT]
-        self._note_calls()
-        return out
+        return out + [self._numbered_piece(piece) for piece in self._draft if piece.kind != CONTENT]
 
     def _numbered_piece(self, piece: Piece) -> Piece:
         """A piece of a call with the id that the call has in the answer."""
@@ -91,13 +98,6 @@ class AnswerParser:
             self._ids[piece.id] = self._call_id(self._numbered)
             self._numbered += 1
         return replace(piece, id=self._ids[piece.id])
-
-    def _note_calls(self) -> None:
-        """The calls that the scanner found and that were given out."""
-        assert self._scanner is not None
-        known = [call for call in self._scanner.calls if call.id in self._ids]
-        self.calls += [replace(call, id=self._ids[call.id]) for call in known]
-        self.cut = self.cut or self._scanner.cut
 
     # --- reasoning -------------------------------------------------------------------------------------------------
 

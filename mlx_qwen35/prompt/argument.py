@@ -174,7 +174,7 @@ class Argument:
     # --- its text ----------------------------------------------------------------------------------------------------
 
     def _give(self, stop: int) -> None:
-        """What waits before a place belongs to it, but for a line end that it may lose, and for what may be another's."""
+        """Take what waits before a place, but for a line end that may be lost and text that may be another's."""
         places = [stop, *([] if self._sibling is None else [self._sibling])]
         places += [self._candidate[0]] if self._candidate else []
         self._take(without_line_end(self.waiting, min(places)))

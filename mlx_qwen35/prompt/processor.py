@@ -17,6 +17,8 @@ from mlx_qwen35.prompt.placeholders import PADS, expand_tokens, expand_videos, i
 from mlx_qwen35.prompt.prompt import Prompt
 from mlx_qwen35.prompt.stream import TextStream
 from mlx_qwen35.prompt.tokenizer import Tokenizer, load_tokenizer
+from mlx_qwen35.prompt.tool_calls import Tools
+from mlx_qwen35.values import is_whole, plain, shown, whole
 
 if TYPE_CHECKING:
     from mlx_qwen35.prompt.template import Template
@@ -175,6 +177,20 @@ class Processor:
         tokens, placed = expand_tokens(tokens, media, self.placeholder_ids)
         return Prompt(tuple(tokens), self.opens_thinking(tokens), tuple(placed))
 
+    def check_tokens(self, tokens: Sequence[Any]) -> list[int]:
+        """Token ids as a caller gives them -> integers. InputError for one that is none, or stands for an image."""
+        checked = [plain(token) for token in tokens]
+        if wrong := [token for token in checked if not is_whole(token) or not 0 <= token < self.vocabulary]:
+            raise InputError(
+                "tokens_invalid", f"tokens must be integers from 0 to {self.vocabulary - 1}, got {shown(wrong[0])}"
+            )
+        if found := sorted(self.placeholder_ids & set(checked)):
+            raise InputError(
+                "tokens_invalid",
+                f"tokens must not stand for images ({found}): there is no image with them. Give messages",
+            )
+        return checked
+
     @property
     def placeholder_ids(self) -> frozenset[int]:
         """The token ids that stand for images and videos."""
@@ -193,8 +209,23 @@ class Processor:
     def decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(list(tokens))
 
-    def text_stream(self, thinking: bool, stop: Sequence[str] = ()) -> TextStream:
-        return TextStream(self.tokenizer.backend, (self.think_start, self.think_end), thinking, stop)
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token id stands for, of an added token its text in UTF-8; none where an id has no token.
+
+        A character may be spread over several tokens, so they are no text by themselves.
+        """
+        return self.tokenizer.token_bytes(whole("token", token, 0, self.vocabulary - 1))
+
+    def text_stream(
+        self,
+        thinking: bool,
+        stop: Sequence[str] = (),
+        tools: Tools | None = None,
+        call_id: Callable[[int], str] = "call_{}".format,
+    ) -> TextStream:
+        """What turns tokens into pieces of text, see `TextStream`."""
+        think = self.think_start, self.think_end
+        return TextStream(self.tokenizer.text_bytes, think, thinking, stop, tools, call_id)
 
 
 def _check_ids(known: Mapping[str, int], config: Config, sees: bool) -> None:

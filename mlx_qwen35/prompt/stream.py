@@ -46,7 +46,7 @@ class TextStream:
 
     @property
     def calls(self) -> list[ToolCall]:
-        """The calls that are whole. Those of reasoning that is never closed are so at the end."""
+        """The calls that are whole."""
         return self._parser.calls
 
     @property

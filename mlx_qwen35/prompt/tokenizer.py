@@ -9,6 +9,7 @@ Truncation and padding of tokenizer.json are left out: a prompt is never cut.
 import io
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,11 @@ _SPLIT = (  # contractions, words with their combining marks, single digits, sym
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _NAMED_ANYWAY = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")  # unless the files say null
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+# Characters that stand for bytes in the vocabulary: printable Latin-1 for itself, the others from U+0100 on.
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_BYTES = {chr(byte): byte for byte in _PRINTABLE}
+_BYTES |= {chr(0x100 + i): byte for i, byte in enumerate(sorted({*range(0x100)} - {*_PRINTABLE}))}
 
 Values = Mapping[str, Any]  # of a JSON file
 
@@ -62,6 +68,28 @@ class Tokenizer:
     def decode(self, tokens: int | Sequence[int], skip_special_tokens: bool = False) -> str:
         tokens = [tokens] if isinstance(tokens, int) else list(tokens)
         return self.backend.decode(tokens, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for; none where an id has no token."""
+        text = self.backend.id_to_token(token)
+        if text is None:
+            return b""
+        if token in self._added or not all(character in _BYTES for character in text):
+            return text.encode()
+        return bytes(_BYTES[character] for character in text)
+
+    def text_bytes(self, token: int) -> bytes:
+        """The bytes that a token adds to a decoded text without special tokens."""
+        return b"" if token in self._special else self.token_bytes(token)
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(number for number, token in added.items() if token.special)
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self.backend.get_added_tokens_decoder())
 
     def get_vocab(self) -> dict[str, int]:
         """Each token and its id, added tokens among them; bytes stand as characters, a space as Ġ."""

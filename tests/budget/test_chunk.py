@@ -23,12 +23,12 @@ from mlx_qwen35.budget.chunk import (
 from mlx_qwen35.checkpoint.config import FULL, LINEAR, TextConfig, parse_config
 from mlx_qwen35.checkpoint.random import GEOMETRIES, geometry
 from mlx_qwen35.checkpoint.shapes import text_shapes
-from mlx_qwen35.engine import prefill as prefill_module
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.kernels import attention
 from mlx_qwen35.kernels.attention import SCORE_BYTES
 from mlx_qwen35.machine.chip import TUNED, CommandBuffers, command_buffers, parse_chip
 from mlx_qwen35.machine.memory import prefill_room
+from mlx_qwen35.model.pace import Pace
 
 # M5 and later are taken for as fast as M1, see test_machine.py.
 CHIPS = [parse_chip(f"Apple M{n}{tier}") for n in range(1, 5) for tier in ("", " Pro", " Max", " Ultra")]
@@ -267,19 +267,23 @@ def recorded(monkeypatch):
     return found
 
 
-class PaceOnAGpu(prefill_module.Pace):
-    """The backend is a GPU while layers are handed over; they themselves are computed here."""
+@pytest.fixture
+def handed_to_a_gpu(monkeypatch):
+    """The function makes the backend a GPU while layers are handed over; they themselves are computed here."""
+    hand_over = Pace.__call__
 
-    def __call__(self, arrays):
+    def on_a_gpu(pace, arrays):
         with assume(METAL):
-            super().__call__(arrays)
+            hand_over(pace, arrays)
+
+    return lambda: monkeypatch.setattr(Pace, "__call__", on_a_gpu)
 
 
-def test_on_a_gpu_each_layer_is_handed_over_and_few_are_under_way(text_model, monkeypatch, recorded):
+def test_on_a_gpu_each_layer_is_handed_over_and_few_are_under_way(text_model, handed_to_a_gpu, recorded):
     model, tokens = text_model(), list(range(5, 75))
     expected = prefill(model, model.make_cache(), PromptRow(tokens), 32)
     assert recorded.handed == 0
-    monkeypatch.setattr(prefill_module, "Pace", PaceOnAGpu)
+    handed_to_a_gpu()
     out = prefill(model, model.make_cache(), PromptRow(tokens), 32)
     assert recorded.handed == 3 * len(model.layers) and recorded.most == LAYERS_IN_FLIGHT
     assert mx.array_equal(out, expected)

@@ -46,9 +46,20 @@ def test_json_is_one_object_with_text_tokens_counts_and_speeds(run):
     assert status == 0
     assert set(result) == {
         "text", "reasoning", "tokens", "finish_reason", "in_reasoning", "prompt_tokens", "generation_tokens",
-        "vision_seconds", "prompt_tps", "generation_tps", "peak_memory", "seed", "mtp", "error",
+        "vision_seconds", "prompt_tps", "generation_tps", "peak_memory", "seed", "mtp", "error", "logprobs",
     }  # fmt: skip
     assert len(result["tokens"]) == result["generation_tokens"]
+
+
+def test_json_has_the_log_probabilities_that_were_asked_for(run):
+    base = ("--model", "nano", "--json", "--prompt", ASK, "--max-tokens", "4", "--seed", "0")
+    assert json.loads(run(*base)[1])["logprobs"] is None
+    result = json.loads(run(*base, "--logprobs", "--top-logprobs", "2")[1])
+    assert [told["token"] for told in result["logprobs"]] == result["tokens"]
+    for told in result["logprobs"]:
+        assert set(told) == {"token", "text", "bytes", "logprob", "top"} and len(told["top"]) == 2
+        for one in (told, *told["top"]):
+            assert bytes(one["bytes"]).decode(errors="replace") == one["text"] and one["logprob"] <= 0
 
 
 def test_the_prompt_comes_from_an_option_a_file_or_a_pipe(run, tmp_path: Path):
@@ -107,6 +118,9 @@ def test_no_model_is_an_error_that_lists_the_choices(run):
         (("--model", "nano", "--prompt", "x", "--temp", "-1"), "option_invalid"),
         (("--model", "nano", "--prompt", "x", "--max-tokens", "0"), "option_invalid"),
         (("--model", "nano", "--prompt-file", "/nowhere.txt"), "text_unreadable"),
+        (("--model", "/nowhere/at/all", "--prompt", "x", "--logprobs"), "option_no_effect"),
+        (("--model", "nano", "--prompt", "x", "--json", "--top-logprobs", "3"), "option_no_effect"),
+        (("--model", "nano", "--prompt", "x", "--json", "--logprobs", "--top-logprobs", "21"), "option_invalid"),
         (
             ("--model", "nano", "--prompt", "x", "--ignore-chat-template", "--system-prompt", "s"),
             "option_no_effect",

@@ -15,7 +15,7 @@ from mlx_qwen35.commands.output import print_pieces
 from mlx_qwen35.commands.progress import Step
 from mlx_qwen35.doctor import check, probe
 from mlx_qwen35.doctor.command import main as doctor
-from mlx_qwen35.prompt.stream import Piece
+from mlx_qwen35.prompt.piece import REASONING, Piece
 
 ASK = "What is 34 + 58?"
 
@@ -131,13 +131,13 @@ def _printed(pieces, capsys) -> str:
 
 
 def test_reasoning_that_was_cut_is_closed_on_standard_output(capsys):
-    assert _printed([Piece("I wonder", True)], capsys) == "<think>\nI wonder\n</think>\n"
-    assert _printed([Piece("so\n", True), Piece("92", False)], capsys) == "<think>\nso\n</think>\n\n92\n"
+    assert _printed([Piece("I wonder", REASONING)], capsys) == "<think>\nI wonder\n</think>\n"
+    assert _printed([Piece("so\n", REASONING), Piece("92")], capsys) == "<think>\nso\n</think>\n\n92\n"
 
 
 def test_reasoning_that_was_broken_off_by_an_error_is_closed_too(capsys):
     def broken():
-        yield Piece("I wonder", True)
+        yield Piece("I wonder", REASONING)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

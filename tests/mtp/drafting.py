@@ -27,8 +27,8 @@ from mlx_qwen35.engine.sampling import Sampler
 from mlx_qwen35.engine.sequence import Sequence
 from mlx_qwen35.load import load_model
 from mlx_qwen35.model.model import Model
+from mlx_qwen35.prompt.piece import Piece
 from mlx_qwen35.prompt.prompt import Prompt
-from mlx_qwen35.prompt.stream import Piece
 
 SMALL = changed(
     geometry("tiny"), num_hidden_layers=3, layer_types=[LINEAR, FULL, LINEAR], hidden_size=128, intermediate_size=192,
@@ -94,7 +94,7 @@ def prompt(seed: int, count: int) -> tuple[int, ...]:
 class Ending:
     """A TextStream without text that ends its row after so many tokens, as a stop string does."""
 
-    reasoning = False
+    reasoning, calls, cut = False, (), None
 
     def __init__(self, count: int):
         self.left = count
@@ -107,7 +107,7 @@ class Ending:
         self.left -= 1
         return []
 
-    def finish(self) -> list[Piece]:
+    def finish(self, cut: bool = False) -> list[Piece]:
         return []
 
 

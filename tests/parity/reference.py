@@ -35,6 +35,7 @@ def answers(case: Case, folder: Path) -> dict[str, np.ndarray]:
     if case.prompt:
         ids = torch.from_numpy(cases.tokens(case, case.prompt + cases.DECODED).astype(np.int64))[None]
         out["logits"] = model(ids, use_cache=False).logits[0]
+        out["logprobs"] = torch.log_softmax(out["logits"][:-1], -1).gather(1, ids[0, 1:, None])  # of each next token
     x = torch.from_numpy(cases.layer_input(case))[None]
     T = x.shape[1]
     rotary = model.model.rotary_emb

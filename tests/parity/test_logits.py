@@ -1,4 +1,4 @@
-"""The text model against transformers: logits in float32, in whole prompts, in chunks, and step by step."""
+"""The text model against transformers: logits in float32, in whole prompts, in chunks, and step by step; scores."""
 
 import mlx.core as mx
 import numpy as np
@@ -6,6 +6,7 @@ import pytest
 from parity import cases
 
 from mlx_qwen35.kernels.gated_delta import gates
+from mlx_qwen35.measure.score import predict
 
 # Logits have a standard deviation of 0.2 to 0.3. Two float32 programs that sum in another order differ by 1e-6 to 2e-5.
 TOLERANCE = 1e-4
@@ -77,6 +78,14 @@ def test_logits_of_32_decoded_tokens_equal_transformers(long_prompt, parity_mode
     logits = read_in_chunks(parity_model(case), prompt(case)[:, cases.PROMPT :], 1, cache)
     assert len(logits) == 32
     assert reference(case).error("logits", logits, start=cases.PROMPT) < TOLERANCE
+
+
+@every_case
+@pytest.mark.parametrize("length", [66, pytest.param(cases.PROMPT + cases.DECODED, marks=pytest.mark.full)])
+def test_scores_equal_transformers(case, length, parity_model, reference):
+    found = predict(parity_model(case), prompt(case, length)[0].tolist(), first=1, chunk=50)
+    assert len(found.logprobs) == length - 1
+    assert reference(case).error("logprobs", found.logprobs[:, None]) < TOLERANCE
 
 
 def test_a_reference_notices_one_wrong_row_and_nan(reference):

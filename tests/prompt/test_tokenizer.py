@@ -71,7 +71,7 @@ def test_the_streamed_pieces_add_up_to_the_decoded_text(folder: Path, theirs: An
     tokens = [tokenizer.encode(text) for text in STRINGS]
 
     def streamed(ids: list[int]) -> str:
-        stream = TextStream(tokenizer.backend, (None, None), False, ())
+        stream = TextStream(tokenizer.text_bytes, (None, None), False)
         return "".join(str(piece) for token in ids for piece in stream.add(token))
 
     assert unlike(list(map(streamed, tokens)), theirs.batch_decode(tokens, skip_special_tokens=True)) == []

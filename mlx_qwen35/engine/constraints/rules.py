@@ -1,6 +1,7 @@
 """The options of a request -> what restricts each of its answers."""
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,8 @@ from mlx_qwen35.engine.constraints.door import Door, Thinking, ToolTags
 from mlx_qwen35.engine.constraints.thinking import blank_tokens, closing_tokens, line_tokens
 from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.prompt.prompt import Prompt
+from mlx_qwen35.prompt.stream import TextStream
+from mlx_qwen35.prompt.tool_calls import Tools
 
 if TYPE_CHECKING:
     from mlx_qwen35.engine.options import Options
@@ -24,7 +27,8 @@ class Rules:
         self._processor = processor
         self._caller = options.get("constraint")
         self._guard = bool(options.get("loop_guard"))
-        self._tools = bool(options.get("tools")) and options.get("tool_choice") != "none"
+        offered = options.get("tools") if options.get("tool_choice") != "none" else None
+        self._tools = Tools(offered) if offered else None
         self._grammar: Callable[[], Constraint] | None = None
 
     @cached_property
@@ -46,6 +50,15 @@ class Rules:
         return Door(
             processor.vocabulary, stops=processor.stop_ids, thinking=thinking, inside=prompt.thinking, answer=answer
         )
+
+    def stream(self, prompt: Prompt, seed: int, stop: Sequence[str]) -> TextStream:
+        """What turns the tokens of an answer into text. Its calls have ids that seed and prompt decide."""
+        place = hashlib.blake2b(repr((seed, prompt.tokens)).encode(), digest_size=16).hexdigest()
+
+        def call_id(number: int) -> str:
+            return "call_" + hashlib.blake2b(f"{place} {number}".encode(), digest_size=12).hexdigest()
+
+        return self._processor.text_stream(prompt.thinking, stop, self._tools, call_id)
 
     def _thinking(self, budget: int | None) -> Thinking | None:
         processor = self._processor
