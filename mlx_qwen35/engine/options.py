@@ -9,6 +9,14 @@ import numpy as np
 
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.engine.constraints.constraint import Constraint
+from mlx_qwen35.engine.constraints.forms import (
+    a_regex,
+    a_response_format,
+    a_schema,
+    a_tool_choice,
+    choices,
+    read_schema,
+)
 from mlx_qwen35.engine.drafts.speculate import MODES, MOST_DEPTH, ON_DEPTH
 from mlx_qwen35.engine.presets import MOST_SEED, PRESETS, Sampling
 from mlx_qwen35.engine.sampling import Choice, Processor
@@ -159,21 +167,24 @@ class GenerationOptions:
     )
     tool_choice: str | Mapping[str, Any] | None = option(
         help="none: no calls; auto: as the model likes (default with tools); required: at least one call; a function's "
-        "name: a call of it", metavar="WORD",
+        "name: a call of it", check=a_tool_choice, metavar="WORD",
     )  # fmt: skip
     parallel_tool_calls: bool | None = option(
         True, help="let an answer hold several calls; otherwise it ends behind one"
     )
     json_schema: Mapping[str, Any] | str | None = option(
         help="the answer is JSON that this JSON schema allows: a mapping, or its text; on the command line a file or "
-        "its text", metavar="FILE|TEXT",
+        "its text", check=a_schema, read=read_schema, metavar="FILE|TEXT",
     )  # fmt: skip
-    regex: str | None = option(help="the answer matches this regular expression as a whole", metavar="PATTERN")
+    regex: str | None = option(
+        help="the answer matches this regular expression as a whole", check=a_regex, metavar="PATTERN"
+    )
     choice: Sequence[str] | None = option(
-        help="the answer is one of these texts; may be repeated", each=True, metavar="TEXT"
+        help="the answer is one of these texts; may be repeated", check=choices, each=True, metavar="TEXT"
     )
     response_format: Mapping[str, Any] | None = option(
-        help="the form of the answer as OpenAI's API has it: text, json_object or json_schema", python_only=True
+        help="the form of the answer as OpenAI's API has it: text, json_object or json_schema",
+        check=a_response_format, python_only=True,
     )
     logprobs: bool | None = option(
         False, help="give the log-probability of each generated token, before temperature and penalties; on the "
