@@ -54,9 +54,7 @@ def _a_seed(name: str, value: Any) -> int | list[int]:
 
 def _a_sampler(name: str, value: Any) -> Choice:
     if not callable(value):
-        raise InputError(
-            "option_invalid", f"{name} must be a function of log-probabilities (1, V), got {shown(value)}"
-        )
+        raise InputError("option_invalid", f"{name} must be a function of log-probabilities (1, V), got {shown(value)}")
     return value
 
 
@@ -162,9 +160,7 @@ class GenerationOptions:
         help="a thinking budget by name, cut to what max_tokens leaves room for: none (no thinking), minimal (1,024 "
         "tokens), low (4,096), medium (16,384), high (no budget)", choices=("none", "minimal", "low", "medium", "high"),
     )  # fmt: skip
-    loop_guard: bool | None = option(
-        False, help="end thinking, or the answer, that repeats itself without end"
-    )
+    loop_guard: bool | None = option(False, help="end thinking, or the answer, that repeats itself without end")
     tool_choice: str | Mapping[str, Any] | None = option(
         help="none: no calls; auto: as the model likes (default with tools); required: at least one call; a function's "
         "name: a call of it", check=a_tool_choice, metavar="WORD",
@@ -184,7 +180,8 @@ class GenerationOptions:
     )
     response_format: Mapping[str, Any] | None = option(
         help="the form of the answer as OpenAI's API has it: text, json_object or json_schema",
-        check=a_response_format, python_only=True,
+        check=a_response_format,
+        python_only=True,
     )
     logprobs: bool | None = option(
         False, help="give the log-probability of each generated token, before temperature and penalties; on the "

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_qwen35.engine.constraints.compiler import Compiler
+from mlx_qwen35.engine.constraints.forms import check_size
 from mlx_qwen35.engine.constraints.parameters import CLOSER, Parameters, Value, check_name, parameters_of
 from mlx_qwen35.engine.constraints.raw import Raw
 from mlx_qwen35.engine.constraints.states import Either, End, Next, State, Texts, Token
@@ -90,7 +91,8 @@ class Calls:
         return Either([end, Texts(self._vocabulary, {b"\n": self.start})]) if self._parallel else end
 
     def texts(self, texts: Mapping[str, Next]) -> State:
-        return Texts(self._vocabulary, {text.encode(): then for text, then in texts.items()})
+        """One of several texts; a token may join the last line end with the first of a value."""
+        return Texts(self._vocabulary, {text.encode(): then for text, then in texts.items()}, onward=True)
 
     def value(self, value: Value, what: str) -> Start:
         """What makes the state before a value; behind it the line that closes it has come too."""
@@ -112,6 +114,7 @@ class _Tail:
     def __init__(self, calls: Calls, tool: Tool):
         what = f"tool {tool.name}"
         self.tool, self._calls = tool, calls
+        check_size(f"{what}: parameters", tool.schema)
         self._parameters: Parameters = parameters_of(tool.schema, tool.strict, what)
         self._names = list(self._parameters.values)
         values = self._parameters.values.items()

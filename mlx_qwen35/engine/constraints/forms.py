@@ -20,10 +20,10 @@ def a_schema(name: str, value: Any) -> Mapping[str, Any]:
             schema = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise InputError(
-                "grammar_invalid", f"{name} must be a JSON schema, and its text is no JSON: {error}"
+                "option_invalid", f"{name} must be a JSON schema, and its text is no JSON: {error}"
             ) from error
     if not isinstance(schema, Mapping):
-        raise InputError("grammar_invalid", f"{name} must be a JSON schema, which is an object; got {shown(value)}")
+        raise InputError("option_invalid", f"{name} must be a JSON schema, which is an object; got {shown(value)}")
     check_size(name, schema)
     return schema
 
@@ -33,10 +33,10 @@ def check_size(name: str, schema: Any) -> None:
     try:
         size = len(json.dumps(schema, ensure_ascii=False, allow_nan=False).encode())
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError("grammar_invalid", f"{name} must be made of JSON's types: {error}") from error
+        raise InputError("option_invalid", f"{name} must be made of JSON's types: {error}") from error
     if size > MOST_BYTES or _depth(schema) > _DEEPEST:
         raise InputError(
-            "grammar_invalid",
+            "option_invalid",
             f"{name} must have at most {MOST_BYTES:,} bytes of JSON and {_DEEPEST} levels; it has {size:,} bytes and "
             f"{_depth(schema)} levels",
         )
@@ -68,7 +68,7 @@ def read_schema(typed: str, text: str) -> str:
 def a_regex(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value or len(value.encode(errors="replace")) > MOST_BYTES:
         raise InputError(
-            "grammar_invalid", f"{name} must be a regular expression of 1 to {MOST_BYTES:,} bytes, got {shown(value)}"
+            "option_invalid", f"{name} must be a regular expression of 1 to {MOST_BYTES:,} bytes, got {shown(value)}"
         )
     return value
 
@@ -77,7 +77,7 @@ def choices(name: str, value: Any) -> tuple[str, ...]:
     valid = isinstance(value, list | tuple) and all(isinstance(text, str) and text for text in value)
     if not valid or not value or sum(len(text.encode(errors="replace")) for text in value) > MOST_BYTES:
         raise InputError(
-            "grammar_invalid",
+            "option_invalid",
             f"{name} must be a list of texts that are not empty, of {MOST_BYTES:,} bytes in all; got {shown(value)}",
         )
     return tuple(value)

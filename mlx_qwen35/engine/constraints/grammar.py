@@ -1,15 +1,14 @@
-"""Options that ask for a form of the answer -> a grammar, which makes a constraint for each answer."""
+"""Options that ask for a form of the answer -> a grammar, which makes the constraint of each answer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mlx_qwen35.engine.constraints.calls import Calls, Tool, read_tools
 from mlx_qwen35.engine.constraints.compiler import Compiler, compiler_of
 from mlx_qwen35.engine.constraints.constraint import Constraint
 from mlx_qwen35.engine.constraints.forms import a_schema
-from mlx_qwen35.engine.constraints.guidance import check_there, json_rule, regex_rule
-from mlx_qwen35.engine.constraints.states import Anything, Chain, Either, End, Next, State, Texts
-from mlx_qwen35.engine.constraints.vocabulary import Vocabulary
+from mlx_qwen35.engine.constraints.guidance import json_rule, regex_rule
+from mlx_qwen35.engine.constraints.states import Anything, Chain, Either, End, Next, Texts
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.options import listed, spelled
 from mlx_qwen35.prompt.processor import Processor
@@ -20,40 +19,10 @@ _WORDS = ("none", "auto", "required")
 Tools = Sequence[Mapping[str, Any]]
 
 
-class AnswerGrammar:
-    """The form of an answer. A call makes the constraint of one answer.
-
-    Args:
-        vocabulary: of the processor.
-        form: makes the first state of an answer that is no call; None where there is no form for it.
-        calls: the calls that it may be.
-        free: whether it is any text until a call begins.
-    """
-
-    def __init__(self, vocabulary: Vocabulary, form: Next | None, calls: Calls | None = None, free: bool = False):
-        self._vocabulary, self._form, self._calls, self._free = vocabulary, form, calls, free
-
-    def _start(self) -> State:
-        if self._calls and self._free:
-            return Anything({self._calls.opener: self._calls.inside})
-        starts = [*([self._calls.start()] if self._calls else []), *([self._form()] if self._form else [])]
-        return starts[0] if len(starts) == 1 else Either(starts)
-
-    def __call__(self, opening: str = "") -> Constraint:
-        """The constraint of one answer.
-
-        opening: what the answer begins with, before the form does: behind </think> the blank line that the model was
-        trained to write.
-        """
-        if opening and not self._free:
-            return Chain(Texts(self._vocabulary, {opening.encode(): self._start}))
-        return Chain(self._start())
-
-
 def compile_grammar(
     processor: Processor, options: Mapping[str, Any], tools: Tools | None = None
-) -> AnswerGrammar | None:
-    """The grammar that these options ask for; None where none does.
+) -> Callable[[], Constraint] | None:
+    """The form of an answer that these options ask for; None where none does. A call makes one answer's constraint.
 
     Args:
         options: checked: json_schema, regex, choice, response_format, tool_choice, parallel_tool_calls.
@@ -75,14 +44,24 @@ def compile_grammar(
     called = _called(functions, choice, bool(forms))
     if not forms and not called:
         return None
-    check_there()
     compiler = compiler_of(processor)
     form = _form(compiler, forms[0], options[forms[0]]) if forms else None
-    if not called:
-        return AnswerGrammar(compiler.vocabulary, form)
+    start = _with_calls(compiler, options, choice, called, form) if called else form
+    assert start
+    return lambda: Chain(start())
+
+
+def _with_calls(
+    compiler: Compiler, options: Mapping[str, Any], choice: str, called: Sequence[Tool], form: Next | None
+) -> Next:
+    """What makes the first state of an answer that may be calls, or of this form if there is one."""
     parallel = options.get("parallel_tool_calls", True) and choice in ("auto", "required")
     calls = Calls(compiler, called, parallel)
-    return AnswerGrammar(compiler.vocabulary, form, calls, free=not form and choice == "auto")
+    if form:
+        return lambda: Either([calls.start(), form()])
+    if choice == "auto":
+        return lambda: Anything({calls.opener: calls.inside})
+    return calls.start
 
 
 def _form(compiler: Compiler, name: str, value: Any) -> Next:

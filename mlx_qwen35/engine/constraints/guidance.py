@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from mlx_qwen35.engine.constraints.vocabulary import Vocabulary
 from mlx_qwen35.errors import InputError
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLParserLimits
+    from llguidance import LLMatcher
 
 # Blanks as json.dumps writes them. Free ones let a model end in blanks without end.
 _BLANKS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -29,31 +28,21 @@ def json_rule(schema: Mapping[str, Any], lenient: bool = False) -> str:
 
 def regex_rule(pattern: str) -> str:
     """A regular expression as a terminal of Lark, matched as a whole. Its digits are 0 to 9."""
-    from llguidance import regex_to_lark
-
     last = len(pattern) - 1
     ends = pattern.endswith("$") and (last - len(pattern[:last].rstrip("\\"))) % 2 == 0
-    return f"/{regex_to_lark(pattern.removeprefix('^')[: -1 if ends else None], use_ascii='d')}/"
+    return f"/{_llguidance().regex_to_lark(pattern.removeprefix('^')[: -1 if ends else None], use_ascii='d')}/"
 
 
-def check_there() -> None:
-    """InputError where llguidance is not installed."""
+def _llguidance() -> Any:
+    """The library. InputError where it is not installed."""
     try:
-        import llguidance  # noqa: F401
+        import llguidance
     except ImportError as error:
         raise InputError(
             "package_missing",
-            "structured output and required tool calls need llguidance, which is not installed: "
-            "pip install 'mlx-qwen35[grammar]'",
+            "this form of an answer needs llguidance, which is not installed: pip install 'mlx-qwen35[grammar]'",
         ) from error
-
-
-@cache
-def _limits() -> "LLParserLimits":
-    """Of one grammar: some 0.1 s to read it, and to compute a mask."""
-    from llguidance import LLParserLimits
-
-    return LLParserLimits(verbose_errors=False)
+    return llguidance
 
 
 class Grammar:
@@ -68,11 +57,9 @@ class Grammar:
     """
 
     def __init__(self, vocabulary: Vocabulary, rules: str, what: str):
-        check_there()
-        from llguidance import LLMatcher
-
-        self.vocabulary = vocabulary
-        self._matcher = LLMatcher(vocabulary.guidance, _EVERY_TOKEN + rules, log_level=0, limits=_limits())
+        library, self.vocabulary = _llguidance(), vocabulary
+        limits = library.LLParserLimits(verbose_errors=False)  # low by themselves: a schema of 64 KB takes some 0.1 s
+        self._matcher = library.LLMatcher(vocabulary.guidance, _EVERY_TOKEN + rules, log_level=0, limits=limits)
         if self._matcher.is_error():
             raise InputError("grammar_invalid", f"{what} must be something that an answer can be held to: "
                              f"{_shortened(self._matcher.get_error())}. Change it, or leave it out")  # fmt: skip

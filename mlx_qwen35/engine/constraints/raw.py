@@ -121,8 +121,15 @@ class Raw:
         return bool(data) and scan(self._place, data) is not None
 
     def after(self, token: int) -> State:
-        place = scan(self._place, self._texts.vocabulary.bytes[token])
-        assert place is not None
+        state = self.behind(self._texts.vocabulary.bytes[token])
+        assert state, "the token may come"
+        return state
+
+    def behind(self, data: bytes) -> State | None:
+        """The state behind these bytes; None if they must not come."""
+        place = scan(self._place, data)
+        if place is None:
+            return None
         if place.ended is None:
             return Raw(self._texts, self._then, place)
         rest = _END[place.ended :]

@@ -5,8 +5,8 @@ makes it: what follows may hold a place of its own (guidance.py), and each answe
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
-from typing import Protocol
+from functools import cached_property, partial
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -27,6 +27,14 @@ class State(Protocol):
 
 
 Next = Callable[[], State]
+
+
+@runtime_checkable
+class Spelled(State, Protocol):
+    """A place in a text, which can be left by bytes too."""
+
+    def behind(self, data: bytes) -> State | None:
+        """The state behind these bytes; None if they must not come."""
 
 
 class Chain:
@@ -97,20 +105,32 @@ class Token:
 
 
 class Texts:
-    """One of several texts, in any tokens that spell it. Tokens that go beyond a text are forbidden.
+    """One of several texts, in any tokens that spell it.
 
-    Where a text begins another one, what follows the first must begin with no token of the second.
+    Where a text begins another one, what follows the first must begin with no token of the second. A token goes beyond
+    a text only into text that follows (`Spelled`), if `onward`: a tokenizer may join their line ends.
     """
 
-    def __init__(self, vocabulary: Vocabulary, texts: Mapping[bytes, Next]):
-        self._vocabulary, self._texts = vocabulary, dict(texts)
+    def __init__(self, vocabulary: Vocabulary, texts: Mapping[bytes, Next], onward: bool = False):
+        self._vocabulary, self._texts, self._onward = vocabulary, dict(texts), onward
         self._after: dict[int, State] = {}
 
     @cached_property
     def _tokens(self) -> frozenset[int]:
         most, ids = self._vocabulary.longest, self._vocabulary.ids
         starts = {text[:length] for text in self._texts for length in range(1, min(len(text), most) + 1)}
-        return frozenset(ids[start] for start in starts if start in ids)
+        return frozenset(ids[start] for start in starts if start in ids) | self._beyond.keys()
+
+    @cached_property
+    def _beyond(self) -> dict[int, Next]:
+        """The tokens that go beyond a text, each with what makes the state behind it."""
+        found: dict[int, Next] = {}
+        for text, then in self._texts.items() if self._onward else ():
+            for token in self._vocabulary.beginning_with(text):
+                rest = self._vocabulary.bytes[token][len(text) :]
+                if rest and _inside(then, rest):
+                    found[token] = partial(_entered, then, rest)
+        return found
 
     def bits(self) -> np.ndarray:
         return self._vocabulary.bits(self._tokens)
@@ -121,15 +141,35 @@ class Texts:
     def after(self, token: int) -> State:
         if token in self._after:
             return self._after[token]
-        start = self._vocabulary.bytes[token]
-        rest = {text[len(start) :]: then for text, then in self._texts.items() if text.startswith(start)}
+        if token in self._beyond:
+            return self._beyond[token]()
+        data = self._vocabulary.bytes[token]
+        state = self.behind(data)
+        assert state, "the token may come"
+        if data not in self._texts:  # what follows a text is made anew each time
+            self._after[token] = state
+        return state
+
+    def behind(self, data: bytes) -> State | None:
+        """The state behind this part of a text."""
+        rest = {text[len(data) :]: then for text, then in self._texts.items() if text.startswith(data)}
         then = rest.pop(b"", None)
-        if then and rest:
-            return Either([then(), Texts(self._vocabulary, rest)])
-        if then:
-            return then()
-        self._after[token] = Texts(self._vocabulary, rest)
-        return self._after[token]
+        left = Texts(self._vocabulary, rest, self._onward) if rest else None
+        if then is None:
+            return left
+        return Either([then(), left]) if left else then()
+
+
+def _inside(then: Next, data: bytes) -> State | None:
+    """The state behind these bytes of what follows, if that can be left by bytes."""
+    state = then()
+    return state.behind(data) if isinstance(state, Spelled) else None
+
+
+def _entered(then: Next, data: bytes) -> State:
+    state = _inside(then, data)
+    assert state, "these bytes may come"
+    return state
 
 
 class Either:
