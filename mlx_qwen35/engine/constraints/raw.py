@@ -85,7 +85,8 @@ class RawTexts:
 
     def __init__(self, vocabulary: Vocabulary):
         self.vocabulary = vocabulary
-        self._whole = [number for data, number in vocabulary.ids.items() if any(tag in data for tag in TAGS)]
+        long = [data for data in vocabulary.ids if b"<" in data and len(data) >= min(map(len, TAGS))]
+        self._whole = [vocabulary.ids[data] for data in long if any(tag in data for tag in TAGS)]
         self._deepest = 2 + vocabulary.longest // min(map(len, _CLOSERS))  # tags that one token could close
         self._masks: dict[Scan, np.ndarray] = {}
         vocabulary.ordinary.flags.writeable = False
