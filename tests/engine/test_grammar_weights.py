@@ -71,10 +71,12 @@ def is_a_beginning(processor, made, tokens) -> bool:
     return True
 
 
-def check(loaded, made, seed: int) -> tuple[str, str]:
+def check(loaded, made, seed: int, drafts: bool = True) -> tuple[str, str]:
     """How an answer ended, and its text. It is the same with drafts, and cut it is the beginning of another."""
-    plain, drafted = answer(loaded, made, seed, mtp="off"), answer(loaded, made, seed, mtp="on", mtp_depth=3)
-    assert drafted.tokens == plain.tokens and drafted.mtp.drafted > 0
+    plain = answer(loaded, made, seed, mtp="off")
+    if drafts:
+        drafted = answer(loaded, made, seed, mtp="on", mtp_depth=3)
+        assert drafted.tokens == plain.tokens and drafted.mtp.drafted > 0
     assert plain.finish_reason in ("stop", "length")
     assert is_a_beginning(loaded[1], made, plain.tokens)
     return plain.finish_reason, loaded[1].decode([t for t in plain.tokens if t not in loaded[1].stop_ids])
@@ -109,7 +111,7 @@ def test_an_answer_that_may_go_on_is_valid_or_cut(loaded, name):
 def test_calls_that_must_come_are_well_formed_or_cut(loaded, choice, part):
     made = grammar(loaded[1], ALL, tool_choice=choice)
     for seed in range(5 * part, 5 * part + 5):
-        reason, text = check(loaded, made, seed)
+        reason, text = check(loaded, made, seed, drafts=seed % 5 == 0)
         if reason == "stop":
             calls = read_calls(text)
             assert calls and all(set(SCHEMAS[called]["required"]) <= set(values) for called, values in calls)

@@ -37,6 +37,7 @@ class Vocabulary:
             if number not in never:
                 self.bytes[number] = _as_bytes(text)
         self.ids = {data: number for number, data in enumerate(self.bytes) if data}
+        self._sorted = sorted(self.ids)
         self.longest = max(map(len, self.ids), default=0)
         self.ordinary = self.bits(self.ids.values())
         self.stops = self.bits(self.stop_ids)
@@ -54,10 +55,6 @@ class Vocabulary:
             found.append(self.ids[self._sorted[place]])
             place += 1
         return found
-
-    @cached_property
-    def _sorted(self) -> list[bytes]:
-        return sorted(self.ids)
 
     @cached_property
     def guidance(self) -> "LLTokenizer":
