@@ -69,6 +69,25 @@ def test_without_llguidance_the_error_says_how_to_install_it(processor, monkeypa
         grammar(processor, **{**options, "regex": "b{7}"} if "regex" in options else options)
 
 
+CLOSED = {"type": "object", "properties": {"a": {"$ref": "#/$defs/d"}}, "$defs": {"d": {"properties": {"b": {}}}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "open_at_the_top", "open_inside"),
+    [
+        (CLOSED, False, False), ({**CLOSED, "additionalProperties": True}, True, False),
+        ({**CLOSED, "allOf": [{}]}, True, True), ({**CLOSED, "anyOf": [{"required": ["a"]}, {}]}, True, False),
+    ],
+)  # fmt: skip
+def test_an_object_has_the_keys_that_its_schema_lists_unless_it_says_so(
+    processor, schema, open_at_the_top, open_inside
+):
+    make = grammar(processor, json_schema=schema)
+    assert accepts(make(), processor, '{"a": {"b": 1}}')
+    assert accepts(make(), processor, '{"a": {"b": 1}, "z": 1}') == open_at_the_top
+    assert accepts(make(), processor, '{"a": {"b": 1, "z": 1}}') == open_inside
+
+
 # --- what may come ----------------------------------------------------------------------------------------------------
 
 

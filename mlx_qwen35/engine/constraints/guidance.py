@@ -23,7 +23,38 @@ def json_rule(schema: Mapping[str, Any], lenient: bool = False) -> str:
     """JSON that a schema allows, as an expression of Lark. lenient: pass over keywords that llguidance has not."""
     own = schema.get("x-guidance")
     settings = {**(own if isinstance(own, Mapping) else {}), **_BLANKS, **({"lenient": True} if lenient else {})}
-    return f"%json {json.dumps({**schema, 'x-guidance': settings})}"
+    return f"%json {json.dumps({**_closed(schema), 'x-guidance': settings})}"
+
+
+# What may add properties to an object from elsewhere: then it cannot be closed.
+_ELSEWHERE = ("allOf", "anyOf", "oneOf", "$ref", "if", "patternProperties", "unevaluatedProperties", "dependentSchemas")
+
+
+def _closed(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema whose objects have no more properties than it lists, where it does not say whether they may.
+
+    The schema allows more. A model that is asked for listed ones would go on with names of its own.
+    """
+    return dict(schema) if '"allOf"' in json.dumps(schema) else _closed_inside(schema)
+
+
+def _closed_inside(schema: Any) -> Any:
+    if not isinstance(schema, Mapping):
+        return schema
+    found = {key: _each(key, item) for key, item in schema.items()}
+    listed = isinstance(schema.get("properties"), Mapping) and "additionalProperties" not in schema
+    if listed and not any(key in schema for key in _ELSEWHERE):
+        found["additionalProperties"] = False
+    return found
+
+
+def _each(key: str, item: Any) -> Any:
+    """The value of a keyword, the schemas in it closed."""
+    if key in ("properties", "$defs", "definitions", "patternProperties") and isinstance(item, Mapping):
+        return {name: _closed_inside(schema) for name, schema in item.items()}
+    if key in ("anyOf", "oneOf", "prefixItems") and isinstance(item, list):
+        return [_closed_inside(schema) for schema in item]
+    return _closed_inside(item) if key in ("items", "additionalProperties") else item
 
 
 def regex_rule(pattern: str) -> str:
