@@ -16,6 +16,7 @@ from mlx_qwen35.engine.constraints.forms import (
     a_tool_choice,
     choices,
     read_schema,
+    read_tools,
 )
 from mlx_qwen35.engine.drafts.speculate import MODES, MOST_DEPTH, ON_DEPTH
 from mlx_qwen35.engine.presets import MOST_SEED, PRESETS, Sampling
@@ -110,7 +111,7 @@ class PromptOptions:
     )
     tools: Sequence[Mapping[str, Any]] | None = option(
         help="functions that the answer may call: a list of mappings, on the command line a JSON file of it",
-        metavar="FILE", prompts=("text", "messages"),
+        read=read_tools, metavar="FILE", prompts=("text", "messages"),
     )  # fmt: skip
     preserve_thinking: bool | None = option(
         help="keep the reasoning of earlier turns in the prompt, where the chat template has this switch",

@@ -131,7 +131,7 @@ DEVIATIONS = {
     "nothing but </tool_call> closes": (
         "<tool_call>\n<function=get_weather>\n<parameter=city>\nOslo\n</tool_call>", {"city": "Oslo"}),
     "prose between parameters": (
-        "<tool_call>\n<function=get_weather>\nthe city:\n<parameter=city>\nOslo\n</parameter>\n</function>\n</tool_call>",
+        "<tool_call>\n<function=get_weather>\nin:\n<parameter=city>\nOslo\n</parameter>\n</function>\n</tool_call>",
         {"city": "Oslo"}),
     "Windows line ends": (
         call("get_weather", ("city", "Oslo"), ("days", "2")).replace("\n", "\r\n"), {"city": "Oslo", "days": 2}),

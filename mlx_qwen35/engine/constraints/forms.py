@@ -65,6 +65,15 @@ def read_schema(typed: str, text: str) -> str:
         ) from error
 
 
+def read_tools(typed: str, text: str) -> Any:
+    """The tools of a JSON file on the command line: a list, or an object with the list as `tools`."""
+    try:
+        found = json.loads(Path(text).expanduser().read_text(encoding="utf-8-sig"))
+    except (OSError, RuntimeError, ValueError, RecursionError) as error:
+        raise InputError("text_unreadable", f"{typed} must be a JSON file with a list of tools: {error}") from error
+    return found["tools"] if isinstance(found, dict) and set(found) == {"tools"} else found
+
+
 def a_regex(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value or len(value.encode(errors="replace")) > MOST_BYTES:
         raise InputError(
