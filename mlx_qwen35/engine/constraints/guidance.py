@@ -1,6 +1,7 @@
 """What llguidance does for us: JSON by a schema, and regular expressions. It is imported when a grammar needs it."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -101,8 +102,9 @@ class Grammar:
 
 
 def _shortened(message: str) -> str:
-    """llguidance's words on one line."""
-    return " ".join(message.split())[:300].rstrip(".")
+    """llguidance's words on one line, without the grammar that we made."""
+    words = re.sub(r"^at \d+\(\d+\): ", "", re.split(r"\n\s*\d+ \| ", message)[0])
+    return " ".join(words.split())[:300].rstrip(".")
 
 
 class _Run:
