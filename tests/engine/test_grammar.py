@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from engine.grammars import Walker, accepts, allowed, grammar, taken, valid
 from refusing import refused
+from tokenizers import Tokenizer, models
 
 from mlx_qwen35 import load
+from mlx_qwen35.engine.constraints.compiler import compiler_of
+from mlx_qwen35.engine.constraints.vocabulary import Vocabulary
 from mlx_qwen35.engine.options import check_options
 
 PERSON = {
@@ -187,6 +190,24 @@ def test_answers_do_not_disturb_each_other(processor):
     taken(first, processor, '{"name": "Ada", "age": 3')
     taken(second, processor, '{"name": "Ada", "a')
     assert accepts(second, processor, 'ge": 41}') and accepts(first, processor, '6, "pet": null}')
+
+
+def test_the_bytes_of_a_token_are_what_it_is_decoded_to(processor):
+    """And an added token has none, even where the vocabulary lists it too."""
+    vocabulary = compiler_of(processor).vocabulary
+    for token, data in enumerate(vocabulary.bytes):
+        assert not data or data.decode(errors="replace") == processor.decode([token])
+    backend = Tokenizer(models.BPE({"a": 0, "<x>": 1, "Ġé": 2}, []))
+    backend.add_tokens(["<x>"])
+    assert Vocabulary(backend, 3, {7}).bytes == [b"a", b"", b" \xe9"]
+
+
+def test_what_llguidance_refuses_on_the_way_is_an_error_of_this_answer(processor):
+    made = grammar(processor, regex="aa*")
+    (wrong,) = processor.tokenizer.encode("!")
+    with refused("grammar_failed"):
+        made()._states[0].after(wrong)
+    assert accepts(made(), processor, "aaa"), "another answer goes on"
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -154,8 +154,7 @@ class Matched:
         self._run, self._then, self._place = run, then, place
 
     def bits(self) -> np.ndarray:
-        bits = self._run.bits(self._place)
-        return bits & ~self._run.vocabulary.stops if self._then else bits
+        return self._run.bits(self._place)
 
     def allows(self, token: int) -> bool:
         matcher = self._run.at(self._place)
