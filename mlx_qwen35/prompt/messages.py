@@ -16,6 +16,7 @@ from mlx_qwen35.values import flag, shown
 
 DEPTH = 64  # of lists and mappings in each other
 VALUES = 250_000  # in all messages and tools
+MOST_TOOLS = 256
 _BITS = 4096  # of a whole number: Python itself writes no more than 4,300 digits
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # programs' names for the reasoning of a message
 
@@ -170,19 +171,40 @@ def _name_reasoning(message: dict[str, Any], name: str) -> None:
 def check_template_options(options: Mapping[str, Any], plain: Plain) -> dict[str, Any]:
     """The options of a template in plain values; options that are None are left out."""
     given = {name: value for name, value in options.items() if value is not None}
-    for name in given.keys() & {"enable_thinking", "add_generation_prompt"}:
+    for name in given.keys() & {"add_generation_prompt", "enable_thinking", "preserve_thinking"}:
         given[name] = flag(name, given[name])
-    _check_tools(given.get("tools", []))
+    check_tools(given.get("tools", []))
     return {name: plain(value, name) for name, value in given.items()}
 
 
-def _check_tools(tools: Any) -> None:
+def check_tools(tools: Any) -> None:
+    """InputError (option_invalid) unless these are functions in OpenAI's form, at most 256, each of another name."""
     if not isinstance(tools, list | tuple):
-        raise InputError("option_invalid", f"tools must be a list of mappings, got {type(tools).__name__}")
+        raise InputError("option_invalid", f"tools must be a list of functions, got {type(tools).__name__}")
+    if len(tools) > MOST_TOOLS:
+        raise InputError("option_invalid", f"tools must be at most {MOST_TOOLS} functions, got {len(tools)}")
+    names: set[str] = set()
     for i, tool in enumerate(tools):
-        if not isinstance(tool, Mapping):
-            form = '{"type": "function", "function": {"name": ...}}'
-            raise InputError("option_invalid", f"tools[{i}] must be like {form}, got {type(tool).__name__}")
+        name = _check_tool(tool, f"tools[{i}]")
+        if name in names:
+            raise InputError("option_invalid", f"tools must have a name each; {shown(name)} is there twice")
+        names.add(name)
+
+
+def _check_tool(tool: Any, at: str) -> str:
+    """The name of a tool."""
+    function = tool.get("function") if isinstance(tool, Mapping) and tool.get("type") == "function" else None
+    if not isinstance(function, Mapping):
+        form = '{"type": "function", "function": {"name": ..., "parameters": {...}}}'
+        raise InputError("option_invalid", f"{at} must be like {form}, got {shown(tool)}")
+    name, parameters = function.get("name"), function.get("parameters")
+    if not isinstance(name, str) or not name.strip():
+        raise InputError("option_invalid", f"the name of {at} must be text that is not blank, got {shown(name)}")
+    if not isinstance(parameters, Mapping | None):
+        raise InputError(
+            "option_invalid", f"the parameters of {at} must be a JSON schema, a mapping; got {shown(parameters)}"
+        )
+    return name
 
 
 def veiled(messages: Sequence[dict[str, Any]], veil: Callable[[list[str]], list[str]]) -> list[dict[str, Any]]:
