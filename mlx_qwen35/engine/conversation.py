@@ -6,12 +6,14 @@ from typing import Any, NamedTuple, Unpack, cast
 
 from mlx_qwen35.cache.cache import Snapshot
 from mlx_qwen35.engine.constraints.rules import Rules
+from mlx_qwen35.engine.encode import template_options
 from mlx_qwen35.engine.engine import Engine
 from mlx_qwen35.engine.generation import check_loaded, make_request
-from mlx_qwen35.engine.options import Options, check_options, thinking_switch, vision_options
+from mlx_qwen35.engine.options import Options, check_options, vision_options
 from mlx_qwen35.engine.plan import SequencePlan, plan
 from mlx_qwen35.engine.sequence import Result
 from mlx_qwen35.engine.sequence import Sequence as Request
+from mlx_qwen35.engine.tool_turns import Message, Results, answer_message, result_messages
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.machine.process import LOCK, refuse_fork
 from mlx_qwen35.media.options import VISION_OPTIONS
@@ -22,22 +24,27 @@ from mlx_qwen35.prompt.piece import Piece
 from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.prompt.prompt import Prompt
 
-_OF_ONE_PROMPT = {"cache", "ignore_chat_template", "progress", "images", "videos", "constraint"}
-_NOTHING = Prompt((), thinking=False)
+_OF_ONE_PROMPT = {
+    "cache", "ignore_chat_template", "progress", "images", "videos", "constraint", "continue_final_message",
+}  # fmt: skip
 _QUESTION = {"role": "user", "content": "?"}
 
 
 class Conversation:
     """Messages so far, and the cache that holds them.
 
-    The chat template removes the reasoning from earlier turns, and a DeltaNet state cannot be trimmed. So a snapshot is
-    taken before each generation prompt. The next turn returns there, and prefills only the last answer and the new
+    Most chat templates remove the reasoning from earlier turns, and a DeltaNet state cannot be trimmed. So a snapshot
+    is taken before each generation prompt. The next turn returns there, and prefills only the last answer and the new
     message. Images and videos of earlier turns are not read or encoded again.
+
+    Reasoning stays in the prompt while an answer calls tools, up to the next user's message. That one goes back to the
+    snapshot before the user's last message was answered, which is kept beside the newest one.
 
     Any thread may send, and go on with a turn. One turn runs at a time: the start of one ends another where it is.
 
     Args:
-        options: of every turn, see `Options`; not cache, ignore_chat_template, progress, constraint, images or videos.
+        options: of every turn, see `Options`; not cache, ignore_chat_template, continue_final_message, progress,
+            constraint, images or videos.
     """
 
     def __init__(self, model: Model, processor: Processor, **options: Unpack[Options]):
@@ -46,8 +53,7 @@ class Conversation:
         check_loaded(model, processor)
         given = check_options(options)
         self.model, self.processor = model, processor
-        self._template = {"enable_thinking": thinking_switch(given), "tools": given.pop("tools", None)}
-        given.pop("enable_thinking", None)
+        self._template = template_options(given)
         check_template_options(self._template, Plain())
         self._system = given.pop("system_prompt", None)
         idle = [name for name in VISION_OPTIONS if given.get(name)]
@@ -67,14 +73,9 @@ class Conversation:
         with LOCK:
             if self._turn:
                 self._turn.cancel()
-            self.messages: list[dict[str, Any]] = [{"role": "system", "content": self._system}] if self._system else []
-            self._start_over()
-
-    def _start_over(self) -> None:
-        """Begin with an empty cache."""
-        self.cache = self.model.make_cache()
-        self._cached = _NOTHING  # up to the snapshot
-        self._snapshot: Snapshot = self.cache.snapshot()
+            self.messages: list[Message] = [{"role": "system", "content": self._system}] if self._system else []
+            self.cache = self.model.make_cache()
+            self._kept: list[Kept] = []  # of the last query, and the newest one if that is another
 
     def send(
         self, content: str | Sequence[Any], progress: Callable[[int, int], None] = lambda done, total: None
@@ -91,15 +92,33 @@ class Conversation:
             content = self.processor.read_parts(content, self.vision)
         if not (content.strip() if isinstance(content, str) else content):
             raise InputError("message_empty", "the message must not be empty")
-        return Turn(self, content, progress)
+        return Turn(self, [{"role": "user", "content": content}], progress)
+
+    def send_results(
+        self, results: Results, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> "Turn":
+        """A turn with the results of the calls in the last answer, one for each.
+
+        results: call id -> content, or messages {"role": "tool", "tool_call_id": ..., "content": ...}, in any order. A
+            content is text, or a list of parts as for `send`.
+
+        Raises InputError for an id that no call of the last answer has, and for calls without a result. To leave calls
+        unanswered, `send` a further message.
+        """
+        refuse_fork()
+        messages = result_messages(self.messages, results)
+        for message in messages:
+            if not isinstance(message["content"], str):
+                message["content"] = self.processor.read_parts(message["content"], self.vision)
+        return Turn(self, messages, progress)
 
     # --- for a turn ---
 
     def begin(self, turn: "Turn") -> "Begun":
-        """Prepare the answer to a turn's message, behind the turns so far."""
+        """Prepare the answer to a turn's messages, behind the turns so far."""
         if self._turn:
             self._turn.cancel()
-        messages = [*self.messages, {"role": "user", "content": turn.content}]
+        messages = [*self.messages, *turn.messages]
         encode = self.processor.encode_messages
         prompt = encode(messages, self.vision, **self._template)
         before = encode(messages, self.vision, add_generation_prompt=False, **self._template)
@@ -110,8 +129,7 @@ class Conversation:
                 f"the conversation has {len(prompt.tokens)} tokens, which fills its context; start a new one, or "
                 f"show less of an image with a lower {spelled('max_pixels')}",
             )
-        self._go_back(before)
-        reused = len(self._cached.tokens)
+        reused = self._go_back(before)
         new, mark = prompt.after(reused), len(before.tokens) - reused
         request = make_request(
             self.processor, new, self._plan(new, reused), self.cache, self._options, self._rules, progress=turn.count,
@@ -121,15 +139,15 @@ class Conversation:
         return Begun(request, before, reused)
 
     def end(self, turn: "Turn", begun: "Begun") -> None:
-        """Take in what has come of a turn: its message and its answer, if that has a token."""
+        """Take in what has come of a turn: its messages and its answer, if that has a token."""
         if self._turn is turn:
             self._turn = None
         snapshots = list(begun.request.snapshots.values())
         begun.request.snapshots.clear()  # a turn that is kept must not keep their arrays
         if begun.request.tokens:
-            self._cached, self._snapshot = begun.before, snapshots[-1]
-            answer = {"role": "assistant", "content": begun.request.result().text}
-            self.messages = [*self.messages, {"role": "user", "content": turn.content}, answer]
+            query = [] if turn.messages[-1]["role"] == "user" else self._kept[:1]
+            self._kept = [*query, Kept(begun.before, snapshots[-1])]
+            self.messages = [*self.messages, *turn.messages, answer_message(begun.request.result())]
 
     def _plan(self, prompt: Prompt, cached: int) -> SequencePlan:
         (planned,) = plan(
@@ -137,12 +155,26 @@ class Conversation:
         )  # fmt: skip
         return planned
 
-    def _go_back(self, prompt: Prompt) -> None:
-        """Return to the snapshot if it holds the beginning of this prompt, else to an empty cache."""
-        if prompt.identity(len(self._cached.tokens)) == self._cached.identity():
-            self.cache.restore(self._snapshot)
-        else:
-            self._start_over()
+    def _go_back(self, prompt: Prompt) -> int:
+        """Return to the newest snapshot that holds the beginning of this prompt, or to an empty cache.
+
+        Returns the tokens that the cache then has.
+        """
+        while self._kept:
+            held, snapshot = self._kept[-1]
+            if prompt.identity(len(held.tokens)) == held.identity():
+                self.cache.restore(snapshot)
+                return len(held.tokens)
+            self._kept.pop()
+        self.cache = self.model.make_cache()
+        return 0
+
+
+class Kept(NamedTuple):
+    """A place to go back to."""
+
+    prompt: Prompt  # up to the snapshot
+    snapshot: Snapshot
 
 
 class Begun(NamedTuple):
@@ -154,7 +186,7 @@ class Begun(NamedTuple):
 
 
 class Turn:
-    """A message and its answer, from `Conversation.send`.
+    """A message, or results of calls, and the answer, from `Conversation.send` and `send_results`.
 
     Nothing happens before the first piece, the text or the end is asked for: then the turn starts, and takes its place
     behind the turns that started before. A turn that never starts leaves no trace. The start of a turn ends another
@@ -164,8 +196,8 @@ class Turn:
     Any thread may go on with a turn.
     """
 
-    def __init__(self, conversation: Conversation, content: str | Sequence[Any], progress: Callable[[int, int], None]):
-        self.content = content
+    def __init__(self, conversation: Conversation, messages: list[Message], progress: Callable[[int, int], None]):
+        self.messages = messages
         self._conversation, self._progress = conversation, progress
         self._engine = Engine(conversation.model)
         self._begun: Begun | None = None

@@ -38,8 +38,18 @@ def encode(processor: Processor, prompt: str | Sequence[int] | Messages, options
     _refuse_idle("text" if isinstance(given, str) else "messages", options)
     messages = _messages(given, options) if isinstance(given, str) else given
     return processor.encode_messages(
-        messages, vision, enable_thinking=thinking_switch(options), tools=options.get("tools")
-    )
+        messages, vision, continue_final_message=options.get("continue_final_message", False),
+        **template_options(options),
+    )  # fmt: skip
+
+
+def template_options(options: Options) -> dict[str, Any]:
+    """The options that the chat template reads; None: not given."""
+    return {
+        "enable_thinking": thinking_switch(options),
+        "preserve_thinking": options.get("preserve_thinking"),
+        "tools": options.get("tools"),
+    }
 
 
 def _tokens(processor: Processor, prompt: Sequence[Any], options: Options) -> Prompt:
@@ -63,7 +73,7 @@ def one_message(text: str, media: Sequence[tuple[str, Any]], system: str | None)
 
 def _refuse_idle(kind: str, options: Options) -> None:
     """An option without effect on this kind of prompt is refused."""
-    switches = ("ignore_chat_template", "images", "videos")  # False and an empty list ask for nothing
+    switches = ("ignore_chat_template", "continue_final_message", "images", "videos")  # False and [] ask for nothing
     idle = [
         name
         for name, declared in options_of(PromptOptions).items()

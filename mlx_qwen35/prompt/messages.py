@@ -10,11 +10,13 @@ import numpy as np
 
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.prompt.control import check_text
+from mlx_qwen35.prompt.history import arguments_of, settled
 from mlx_qwen35.prompt.parts import kind_of
 from mlx_qwen35.values import flag, shown
 
 DEPTH = 64  # of lists and mappings in each other
 VALUES = 250_000  # in all messages and tools
+MOST_TOOLS = 256
 _BITS = 4096  # of a whole number: Python itself writes no more than 4,300 digits
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # programs' names for the reasoning of a message
 
@@ -77,10 +79,12 @@ def _refused(message: str) -> InputError:
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]], plain: Plain) -> list[dict[str, Any]]:
-    """The messages in plain values; parts with an image or a video as they are."""
+    """The messages in plain values, as templates read them, see history.py. Parts with an image or a video stay as
+    they are.
+    """
     if not isinstance(messages, list | tuple):
         raise _refused(f"messages must be a list, got {type(messages).__name__}")
-    return [_message(message, i, plain) for i, message in enumerate(messages)]
+    return settled([_message(message, i, plain) for i, message in enumerate(messages)])
 
 
 def _message(message: Any, number: int, plain: Plain) -> dict[str, Any]:
@@ -90,7 +94,10 @@ def _message(message: Any, number: int, plain: Plain) -> dict[str, Any]:
     checked = plain({key: value for key, value in message.items() if key != "content"}, "messages", number)
     if not isinstance(checked.get("role"), str):
         raise _refused(f'the role of {name} must be text, as "user" or "assistant", got {_got(checked, "role")}')
-    _check_calls(checked, name)
+    _refuse_functions(checked, name)
+    if checked["role"] == "developer":
+        checked["role"] = "system"
+    _check_calls(checked, number, plain)
     _name_reasoning(checked, name)
     content = message.get("content")
     if isinstance(content, list | tuple):
@@ -122,20 +129,32 @@ def _part(part: Any, path: tuple[str | int, ...], plain: Plain) -> Any:
     return checked
 
 
-def _check_calls(message: Mapping[str, Any], name: str) -> None:
+def _refuse_functions(message: Mapping[str, Any], name: str) -> None:
+    """The form that calls had before tool_calls: a call in it would be lost in silence."""
+    if message["role"] == "function":
+        raise _refused(f'the role of {name} must be "tool" for the result of a call, got "function", which is outdated')
+    if message.get("function_call") is not None:
+        raise _refused(f"{name} must have its calls in tool_calls, a list; got function_call, which is outdated")
+
+
+def _check_calls(message: Mapping[str, Any], number: int, plain: Plain) -> None:
+    """Refuse calls of a wrong form. Arguments that are JSON text become a mapping."""
     calls = message.get("tool_calls")
     if not isinstance(calls, list | None):
-        raise _refused(f"tool_calls of {name} must be a list, got {type(calls).__name__}")
+        raise _refused(f"tool_calls of messages[{number}] must be a list, got {type(calls).__name__}")
     for i, call in enumerate(calls or []):
-        at = f"{name}.tool_calls[{i}]"
-        function = call.get("function", call) if isinstance(call, Mapping) else call
-        if not isinstance(function, Mapping):
+        at = f"messages[{number}].tool_calls[{i}]"
+        function = call.get("function", call) if isinstance(call, dict) else call
+        if not isinstance(function, dict):
             form = '{"function": {"name": ..., "arguments": {...}}}'
             raise _refused(f"{at} must be like {form}, got {type(function).__name__}")
         if not isinstance(function.get("name"), str):
             raise _refused(f"the name in {at} must be text, got {_got(function, 'name')}")
-        if not isinstance(function.get("arguments", {}), Mapping | str):
-            raise _refused(f"the arguments in {at} must be a mapping, got {type(function['arguments']).__name__}")
+        given = function.get("arguments", {})
+        if not isinstance(given, Mapping | str):
+            raise _refused(f"the arguments in {at} must be a mapping or its JSON, got {type(given).__name__}")
+        if isinstance(given, str):
+            function["arguments"] = plain(arguments_of(given), "messages", number, "tool_calls", i, "arguments")
 
 
 def _name_reasoning(message: dict[str, Any], name: str) -> None:
@@ -152,19 +171,40 @@ def _name_reasoning(message: dict[str, Any], name: str) -> None:
 def check_template_options(options: Mapping[str, Any], plain: Plain) -> dict[str, Any]:
     """The options of a template in plain values; options that are None are left out."""
     given = {name: value for name, value in options.items() if value is not None}
-    for name in given.keys() & {"enable_thinking", "add_generation_prompt"}:
+    for name in given.keys() & {"add_generation_prompt", "enable_thinking", "preserve_thinking"}:
         given[name] = flag(name, given[name])
-    _check_tools(given.get("tools", []))
+    check_tools(given.get("tools", []))
     return {name: plain(value, name) for name, value in given.items()}
 
 
-def _check_tools(tools: Any) -> None:
+def check_tools(tools: Any) -> None:
+    """InputError (option_invalid) unless these are functions in OpenAI's form, at most 256, each of another name."""
     if not isinstance(tools, list | tuple):
-        raise InputError("option_invalid", f"tools must be a list of mappings, got {type(tools).__name__}")
+        raise InputError("option_invalid", f"tools must be a list of functions, got {type(tools).__name__}")
+    if len(tools) > MOST_TOOLS:
+        raise InputError("option_invalid", f"tools must be at most {MOST_TOOLS} functions, got {len(tools)}")
+    names: set[str] = set()
     for i, tool in enumerate(tools):
-        if not isinstance(tool, Mapping):
-            form = '{"type": "function", "function": {"name": ...}}'
-            raise InputError("option_invalid", f"tools[{i}] must be like {form}, got {type(tool).__name__}")
+        name = _check_tool(tool, f"tools[{i}]")
+        if name in names:
+            raise InputError("option_invalid", f"tools must have a name each; {shown(name)} is there twice")
+        names.add(name)
+
+
+def _check_tool(tool: Any, at: str) -> str:
+    """The name of a tool."""
+    function = tool.get("function") if isinstance(tool, Mapping) and tool.get("type") == "function" else None
+    if not isinstance(function, Mapping):
+        form = '{"type": "function", "function": {"name": ..., "parameters": {...}}}'
+        raise InputError("option_invalid", f"{at} must be like {form}, got {shown(tool)}")
+    name, parameters = function.get("name"), function.get("parameters")
+    if not isinstance(name, str) or not name.strip():
+        raise InputError("option_invalid", f"the name of {at} must be text that is not blank, got {shown(name)}")
+    if not isinstance(parameters, Mapping | None):
+        raise InputError(
+            "option_invalid", f"the parameters of {at} must be a JSON schema, a mapping; got {shown(parameters)}"
+        )
+    return name
 
 
 def veiled(messages: Sequence[dict[str, Any]], veil: Callable[[list[str]], list[str]]) -> list[dict[str, Any]]:

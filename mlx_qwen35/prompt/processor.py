@@ -10,6 +10,7 @@ from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.options import VisionOptions
 from mlx_qwen35.media.preprocess import Media, Preprocessor
 from mlx_qwen35.media.preprocessor_files import read_preprocessor
+from mlx_qwen35.prompt.continuation import cut, opened
 from mlx_qwen35.prompt.control import ControlTokens, check_text, unmarked
 from mlx_qwen35.prompt.messages import Plain, check_messages, check_template_options, veiled
 from mlx_qwen35.prompt.parts import read_parts, take_media, without_media
@@ -18,7 +19,7 @@ from mlx_qwen35.prompt.prompt import Prompt
 from mlx_qwen35.prompt.stream import TextStream
 from mlx_qwen35.prompt.tokenizer import Tokenizer, load_tokenizer
 from mlx_qwen35.prompt.tool_calls import Tools
-from mlx_qwen35.values import is_whole, plain, shown, whole
+from mlx_qwen35.values import flag, is_whole, plain, shown, whole
 
 if TYPE_CHECKING:
     from mlx_qwen35.prompt.template import Template
@@ -66,7 +67,7 @@ class Processor:
         media = folder if has_vision_encoder and config.vision else None
         return cls(load_tokenizer(folder), config, media, memory_limit)
 
-    # --- in -
+    # --- in ---
 
     def encode_text(
         self,
@@ -91,6 +92,8 @@ class Processor:
         self,
         messages: Messages,
         vision: VisionOptions = VisionOptions(),  # noqa: B008
+        *,
+        continue_final_message: bool = False,
         **template: Any,
     ) -> Prompt:
         """Messages in the usual form, rendered by the checkpoint's chat template up to the assistant's turn.
@@ -100,17 +103,26 @@ class Processor:
         total_pixels and source_fps; also {"type": "image_url", "image_url": {"url": ...}}. SOURCE is anything that
         read_image or read_video takes.
 
-        `template` goes to the template: enable_thinking True or False (absent: the checkpoint's default), tools, and
-        add_generation_prompt. A control token becomes one only where the template writes it: <|im_end|> in a text, a
-        tool or a call's arguments stays text. Off an assistant's content the template first splits the reasoning, at
-        </think>; beside `reasoning_content` all content is text. Raises InputError with the template's own words when
-        it refuses the messages.
+        History is taken as clients send it. A developer's message is a system's, and later system messages join the
+        first. A call's arguments are a mapping or its JSON: a blank text is {}, and text that is no JSON object becomes
+        one parameter `arguments`, with a RuntimeWarning. Results with a tool_call_id come in the order of the calls of
+        the assistant's message before them; an id that none of these has is refused.
+
+        continue_final_message: whether the prompt ends inside the last message, an assistant's without calls, in place
+        of a new one: at the end of its content, or of its reasoning where it has no content.
+
+        `template` goes to the template: enable_thinking True or False (absent: the checkpoint's default), tools,
+        preserve_thinking where the template has it, and add_generation_prompt. A control token becomes one only where
+        the template writes it: <|im_end|> in a text, a tool or a call's arguments stays text. Off an assistant's
+        content the template first splits the reasoning, at </think>; beside `reasoning_content` all content is text.
+        Raises InputError with the template's own words when it refuses the messages.
         """
         plain = Plain()
         checked = check_messages(messages, plain)
         options = check_template_options(template, plain)
         bare, media = take_media(checked, self.read, vision)
-        return self._prompt(self._rendered(bare, options, plain), media, vision, self._control.encode)
+        text = self._rendered(bare, options, plain, flag("continue_final_message", continue_final_message))
+        return self._prompt(text, media, vision, self._control.encode)
 
     def read(self, kind: str, source: Any, vision: VisionOptions) -> Media:
         """An image or a video (`kind`), read and resized by the checkpoint's settings."""
@@ -137,14 +149,17 @@ class Processor:
         """Whether images and videos can be read."""
         return self._folder is not None
 
-    def render(self, messages: Messages, **template: Any) -> str:
+    def render(self, messages: Messages, *, continue_final_message: bool = False, **template: Any) -> str:
         """The prompt text of messages, each image and video one placeholder; see encode_messages."""
         plain = Plain()
-        checked = check_messages(messages, plain)
-        return unmarked(self._rendered(without_media(checked), check_template_options(template, plain), plain))
+        checked = without_media(check_messages(messages, plain))
+        options, go_on = check_template_options(template, plain), flag("continue_final_message", continue_final_message)
+        return unmarked(self._rendered(checked, options, plain, go_on))
 
-    def _rendered(self, messages: list[dict[str, Any]], options: dict[str, Any], plain: Plain) -> str:
-        """The prompt text with marks, see control.py."""
+    def _rendered(
+        self, messages: list[dict[str, Any]], options: dict[str, Any], plain: Plain, go_on: bool = False
+    ) -> str:
+        """The prompt text with marks, see control.py. go_on: whether it ends inside the last message."""
         from mlx_qwen35.prompt.limits import RenderLimits  # these bring jinja2, which takes its time
         from mlx_qwen35.prompt.template import Template, choose
 
@@ -157,8 +172,14 @@ class Processor:
             raise InputError(
                 "option_no_effect", f"{', '.join(unknown)} must not be given: the chat template reads no such option"
             )
-        options = {"add_generation_prompt": True} | options
-        return template.render(veiled(messages, self._control.veil), options, RenderLimits(plain.values, plain.chars))
+        if go_on and options.get("add_generation_prompt"):
+            raise InputError(
+                "option_conflict", "continue_final_message must not be given with add_generation_prompt, a new message"
+            )
+        options = {"add_generation_prompt": not go_on} | options
+        messages = veiled(opened(messages) if go_on else messages, self._control.veil)
+        text = template.render(messages, options, RenderLimits(plain.values, plain.chars))
+        return cut(text) if go_on else text
 
     @cached_property
     def _control(self) -> ControlTokens:
@@ -204,7 +225,7 @@ class Processor:
         )
         return start > end
 
-    # --- out -
+    # --- out ---
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(list(tokens))
