@@ -23,25 +23,23 @@ def print_pieces(pieces: Iterable[Piece], waiting: Step) -> None:
 
     A call stands on a line of its own, as name({"argument": value}). waiting: the step that ends with the first piece.
     """
-    inside = begun = False
-    line = ""  # the end of what was printed
+    last, inside = None, False
+    line = ""  # the last character that was printed
     try:
-        for piece in pieces:
+        for last in pieces:
             waiting.end()
-            begun = True
-            text = piece.text
-            if piece.reasoning != inside:
-                text = ("<think>\n" if piece.reasoning else "</think>\n\n") + text
-                inside = piece.reasoning
-            if piece.kind == CALL:
-                text += ("" if (line + text).endswith("\n") or not line + text else "\n") + f"{piece.name}("
-            elif piece.kind == CALL_END:
-                text = ")\n"
+            text = ""
+            if last.reasoning != inside:
+                inside = last.reasoning
+                text = "<think>\n" if inside else "</think>\n\n"
+            if last.kind == CALL and (line + text)[-1:] not in ("", "\n"):
+                text += "\n"
+            text += {CALL: f"{last.name}(", CALL_END: ")\n"}.get(last.kind, last.text)
             line = (line + text)[-1:]
             print(text, end="", flush=True)
     finally:
-        if begun:  # before what goes to standard error
-            print("\n</think>" if inside else "", end="" if line == "\n" and not inside else "\n", flush=True)
+        if last and last.kind != CALL_END:  # before what goes to standard error
+            print("\n</think>" if inside else "", flush=True)
 
 
 def tell_cut(result: Result) -> None:
@@ -54,7 +52,8 @@ def tell_cut(result: Result) -> None:
             "--no-enable-thinking"
         )
     elif result.cut:
-        told = f"a call of {result.cut.name or 'a tool'} is not whole ({result.finish_reason}); --max-tokens allows more"
+        what = f"a call of {result.cut.name or 'a tool'}"
+        told = f"{what} is not whole ({result.finish_reason}): allow more with --max-tokens"
     elif result.loop:
         ended = "it was ended there" if result.finish_reason == "loop" else "--loop-guard ends such an answer"
         told = f"the answer repeats itself: {result.loop}; {ended}"

@@ -24,6 +24,7 @@ from mlx_qwen35.engine.sampling import Choice, Processor
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.options import VISION_OPTIONS, VisionOptions
 from mlx_qwen35.options import check_keywords, listed, option, options_of, spelled
+from mlx_qwen35.prompt.messages import check_tools
 from mlx_qwen35.values import shown, whole
 
 
@@ -65,6 +66,11 @@ def _processors(name: str, value: Any) -> list[Processor]:
             "option_invalid", f"{name} must be a list of functions of tokens (n,) and logits (1, V), got {shown(value)}"
         )
     return list(value)
+
+
+def _a_tool_list(name: str, value: Any) -> Sequence[Mapping[str, Any]]:
+    check_tools(value)
+    return value
 
 
 def _a_constraint(name: str, value: Any) -> Constraint:
@@ -111,7 +117,7 @@ class PromptOptions:
     )
     tools: Sequence[Mapping[str, Any]] | None = option(
         help="functions that the answer may call: a list of mappings, on the command line a JSON file of it",
-        read=read_tools, metavar="FILE", prompts=("text", "messages"),
+        read=read_tools, check=_a_tool_list, metavar="FILE", prompts=("text", "messages"),
     )  # fmt: skip
     preserve_thinking: bool | None = option(
         help="keep the reasoning of earlier turns in the prompt, where the chat template has this switch",

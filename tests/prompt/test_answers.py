@@ -100,8 +100,7 @@ def test_a_written_case_in_any_pieces(name):
 CONTENTS = {
     "a closing tag in prose": "Close it with </parameter> and </function>.",
     "a whole call twice, then prose": f"{call('f', ('s', 'x'))}\n{call('f', ('s', 'y'))}\nEnd.",
-    "an indented call": "    <tool_call>\n    <function=f>\n    <parameter=s>\n    1\n    </parameter>\n    </function>\n    "
-    "</tool_call>\nEnd.",
+    "an indented call": call("f", ("s", "1")).replace("\n", "\n    ") + "\nEnd.",
     "a call in one line": "<tool_call><function=f><parameter=s>1</parameter></function></tool_call> is one.",
     "a tag in backticks": "Use `<function=name>` and `<parameter=key>` there.",
     "Windows line ends": "a\r\nb\r\n",
