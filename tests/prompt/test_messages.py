@@ -37,6 +37,10 @@ def nested(depth: int) -> Any:
     return value
 
 
+def tool(name: Any = "f", **function: Any) -> dict:
+    return {"type": "function", "function": {"name": name, **function}}
+
+
 LOOP: list = []
 LOOP.append(LOOP)
 
@@ -74,6 +78,18 @@ WRONG = {
     "a long number as key": (calling([{"name": "f", "arguments": {10**5000: "x"}}]), ("arguments", "int")),
     "a long number as message": ([HI, 10**5000], ("messages[1]",)),
     "a fraction": (calling([{"name": "f", "arguments": {"a": Fraction(10**400)}}]), ("arguments.a", "Fraction")),
+    "the role of results before tool_calls": (
+        [HI, {"role": "function", "name": "f", "content": "x"}],
+        ("messages[1]", "function"),
+    ),
+    "a call of before tool_calls": (
+        [HI, {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}],
+        ("messages[1]", "function_call"),
+    ),
+    "a call that is no function": (
+        calling([{"id": "a", "type": "custom", "custom": {"name": "f", "input": "x"}}]),
+        ("messages[1].tool_calls[0]", "name"),
+    ),
     "an object in a field that nobody reads": ([{**HI, "extra": object()}], ("messages[0].extra", "object")),
 }
 
@@ -113,7 +129,7 @@ def test_what_is_no_unicode_is_refused(processor: Processor, where: str):
     with refused("text_invalid"):
         if where == "raw text":
             processor.encode_text(bad)
-        processor.encode_messages(messages, tools=[{"name": bad}] if where == "tool" else None)
+        processor.encode_messages(messages, tools=[tool(bad)] if where == "tool" else None)
 
 
 @pytest.mark.parametrize(
@@ -124,8 +140,18 @@ def test_what_is_no_unicode_is_refused(processor: Processor, where: str):
         ({"add_generation_prompt": "no"}, ("add_generation_prompt", "no")),
         ({"tools": {"name": "f"}}, ("tools", "dict")),
         ({"tools": "f"}, ("tools", "str")),
-        ({"tools": ["f"]}, ("tools[0]", "str")),
-        ({"tools": [len]}, ("tools[0]", "builtin_function_or_method")),
+        ({"tools": ["f"]}, ("tools[0]", "'f'")),
+        ({"tools": [len]}, ("tools[0]", "built-in function len")),
+        ({"tools": [tool(), {"name": "g"}]}, ("tools[1]", "'g'")),
+        ({"tools": [{**tool(), "type": "custom"}]}, ("tools[0]", "'custom'")),
+        ({"tools": [{"type": "function", "function": "f"}]}, ("tools[0]", "'f'")),
+        ({"tools": [tool(5)]}, ("the name of tools[0]", "5")),
+        ({"tools": [tool(" ")]}, ("the name of tools[0]", "' '")),
+        ({"tools": [tool(parameters=[])]}, ("the parameters of tools[0]", "[]")),
+        ({"tools": [tool(), tool("g"), tool()]}, ("'f'", "twice")),
+        ({"tools": [tool(f"f{i}") for i in range(257)]}, ("256", "257")),
+        ({"preserve_thinking": "yes"}, ("preserve_thinking", "yes")),
+        ({"continue_final_message": "yes"}, ("continue_final_message", "yes")),
     ],
 )
 def test_wrong_options_of_the_template_are_refused_by_name(processor: Processor, options: dict, facts: tuple):
@@ -133,10 +159,10 @@ def test_wrong_options_of_the_template_are_refused_by_name(processor: Processor,
         processor.encode_messages([HI], **options)
 
 
-@pytest.mark.parametrize("tool", [{"a": nested(900)}, {"a": math.nan}, {1: 2}, {"a": object()}])
-def test_tools_that_json_cannot_hold_are_refused(processor: Processor, tool: dict):
+@pytest.mark.parametrize("schema", [{"a": nested(900)}, {"a": math.nan}, {1: 2}, {"a": object()}])
+def test_tools_that_json_cannot_hold_are_refused(processor: Processor, schema: dict):
     with refused("messages_invalid", "tools[0]"):
-        processor.encode_messages([HI], tools=[tool])
+        processor.encode_messages([HI], tools=[tool(parameters=schema)])
 
 
 @pytest.mark.parametrize("wrong", [5, ["Be brief."], b"Be brief."])
@@ -166,7 +192,8 @@ def test_messages_of_every_right_kind_are_taken(processor: Processor):
         {"role": "assistant", "content": "A", "reasoning": "R"}, {"role": "assistant", "content": [{"text": "A"}]},
     ]  # fmt: skip
     for answer in answers:
-        processor.encode_messages((HI, answer, HI), tools=(call,), enable_thinking=np.bool_(False))
+        tools = (tool(), tool("g", parameters=None, strict=None))
+        processor.encode_messages((HI, answer, HI), tools=tools, enable_thinking=np.bool_(False))
 
 
 def test_reasoning_is_known_by_the_names_that_programs_give_it(processor: Processor):

@@ -11,7 +11,6 @@ from transformers import AutoTokenizer
 
 from mlx_qwen35 import Processor
 from mlx_qwen35.checkpoint.config import read_config
-from mlx_qwen35.checkpoint.hub import resolve
 
 USER = {"role": "user", "content": "Hi"}
 CITY = {"name": "get_weather", "arguments": {"city": "Köln", "opts": {"a": True}}}
@@ -128,25 +127,9 @@ CASES = {
 REFUSED = {
     "no messages": [],
     "no user query": [{"role": "assistant", "content": "A"}],
-    "system later on": [USER, {"role": "system", "content": "S"}],
-    "unknown role": [USER, {"role": "developer", "content": "D"}],
+    "unknown role": [USER, {"role": "narrator", "content": "D"}],
     "unknown part": [{"role": "user", "content": [{"type": "sound", "sound": "x"}]}],
-    "tool arguments as a JSON string": [
-        USER,
-        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}]},
-    ],
 }
-
-
-@pytest.fixture(params=["nano", "published"])
-def folder(request: pytest.FixtureRequest) -> Path:
-    """A folder with a chat template: nano's, and the one given with --real-model."""
-    return resolve("nano") if request.param == "nano" else request.getfixturevalue("real_model")
-
-
-@pytest.fixture
-def processor(folder: Path) -> Processor:
-    return Processor.from_folder(folder, read_config(folder))
 
 
 @pytest.mark.parametrize("name", CASES)

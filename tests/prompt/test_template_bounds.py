@@ -176,7 +176,8 @@ def test_a_long_conversation_stays_within_the_bounds(processor: Processor):
         {"role": "user", "content": "Q " * 100}, {"role": "assistant", "content": "A", "tool_calls": [call]},
         {"role": "tool", "content": "R " * 100},
     ]  # fmt: skip
-    assert processor.render([*turns * 20, *HI], tools=[call] * 20).count("<|im_start|>") == 3 * 20 + 3
+    tools = [{"type": "function", "function": {"name": f"f{i}", "description": "\x01" * 500}} for i in range(20)]
+    assert processor.render([*turns * 20, *HI], tools=tools).count("<|im_start|>") == 3 * 20 + 3
 
 
 def test_an_option_that_the_template_does_not_read_is_refused(processor: Processor):
@@ -192,4 +193,5 @@ def test_of_named_templates_the_one_for_tools_is_used_with_tools(tmp_path: Path)
     settings["chat_template"] = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     processor = Processor.from_folder(tmp_path, read_config(tmp_path))
-    assert processor.render(HI) == "plain" and processor.render(HI, tools=[{"name": "f"}]) == "tools"
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert processor.render(HI) == "plain" and processor.render(HI, tools=tools) == "tools"
