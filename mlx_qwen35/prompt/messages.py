@@ -20,6 +20,8 @@ MOST_TOOLS = 256
 _BITS = 4096  # of a whole number: Python itself writes no more than 4,300 digits
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # programs' names for the reasoning of a message
 
+_INSTEAD = {"tool_calls", "reasoning_content"}  # of content
+
 
 class Plain:
     """Rebuilds values from the types of JSON and counts them: a template sees no objects with methods of their own."""
@@ -106,8 +108,8 @@ def _message(message: Any, number: int, plain: Plain) -> dict[str, Any]:
         content = plain(content, "messages", number, "content")
     elif content is not None:
         raise _refused(f"the content of {name} must be text or a list of parts, got {type(content).__name__}")
-    elif checked["role"] != "assistant" or not ("content" in message or checked.get("tool_calls")):
-        raise _refused(f"{name} must have content, unless an assistant calls tools; got {_got(message, 'content')}")
+    elif checked["role"] != "assistant" or not ("content" in message or checked.keys() & _INSTEAD):
+        raise _refused(f"{name} must have content, unless an assistant calls or thinks; got {_got(message, 'content')}")
     fields = {"role": checked.pop("role"), "content": content, **checked}
     return {key: value for key, value in fields.items() if value is not None}  # a template takes None for a text
 

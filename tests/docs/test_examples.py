@@ -11,6 +11,7 @@ EXAMPLES = sorted(path.name for path in FOLDER.glob("*.py"))
 
 
 SAID = {  # what nano's answers hold
+    "agent": "It is 20:30 in Tokyo.",
     "ask": "answer:   92", "batch": "What is 12 + 30? -> 42", "clip": "\nright\n", "compare": "the same? no ",
     "conversation": "\n102\n", "describe": "A red circle and a blue square.", "digits": "47\n", "drafts": "1.211x",
     "first_draft": "100.0%", "image_memory": "video 64x64, 4 frames", "logits": "4",

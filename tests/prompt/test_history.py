@@ -101,8 +101,10 @@ SAME = {
         [HI, calls({}, reasoning="R"), *results(("a", "1"))],
         [HI, calls({}, reasoning_content="R"), *results(("a", "1"))],
     ),
-    "reasoning alone": ([HI, {"role": "assistant", "content": None, "reasoning": "R"}], [
-        HI, said("assistant", "<think>\nR\n</think>\n\n")]),
+    "reasoning alone": (
+        [HI, {"role": "assistant", "reasoning": "R"}, HI, {"role": "assistant", "content": None, "thinking": "R"}],
+        [HI, said("assistant", ""), HI, said("assistant", "<think>\nR\n</think>\n\n")],
+    ),
 }  # fmt: skip
 
 
