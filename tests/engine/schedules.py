@@ -65,7 +65,7 @@ class Case:
             return Door(VOCABULARY, everywhere=Even())
         if self.budget is None:
             return None
-        rules = Thinking(*THINK, self.budget, (9, 8, THINK[1], 7), (THINK[1], 7), (7,), guard=False, tools=None)
+        rules = Thinking(*THINK, self.budget, 100, (9, 8, THINK[1], 7), (THINK[1], 7), (7,), guard=False, tools=None)
         answer = Even() if self.answered else None
         return Door(VOCABULARY, stops=self.stop_ids, thinking=rules, inside=True, answer=answer)
 

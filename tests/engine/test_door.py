@@ -12,6 +12,7 @@ from mlx_qwen35.engine.constraints.door import FAR, Door, Thinking, ToolTags
 V = 70
 OPEN, CLOSE, CALL, CALL_END, BLANK = 60, 61, 62, 63, 64
 WORDS = {1: "<function=", 2: "f>", 3: " prose", 4: "\n"}
+MOST = 40
 CLOSING = (50, 51, CLOSE, BLANK)
 TAGS = ToolTags(CALL, CALL_END, lambda tokens: "".join(WORDS.get(token, "?") for token in tokens))
 
@@ -35,7 +36,7 @@ class Counting:
 
 
 def door(budget=3, answer=None, guard=False, tools=None, inside=True) -> Door:
-    rules = Thinking(OPEN, CLOSE, budget, CLOSING, (CLOSE, BLANK), (BLANK,), guard, tools)
+    rules = Thinking(OPEN, CLOSE, budget, MOST, CLOSING, (CLOSE, BLANK), (BLANK,), guard, tools)
     return Door(V, stops={69}, thinking=rules, inside=inside, answer=answer)
 
 
@@ -150,6 +151,11 @@ def test_a_call_inside_thinking_is_not_cut_and_ends_the_count_when_it_is_whole(c
     assert allowed(found) == set(range(V)), "the answer may end here"
     feed(found, 5)
     assert allowed(found) == {CLOSING[0]}, "it was a draft: thinking goes on, and its budget is spent"
+
+
+def test_a_call_inside_thinking_that_never_ends_is_closed_where_the_answer_needs_its_room():
+    found = feed(door(3, tools=TAGS), CALL, 1, 2, *[5] * (MOST - 3))
+    assert allowed(found) == {CLOSING[0]}
 
 
 def test_a_tag_in_prose_is_no_call():

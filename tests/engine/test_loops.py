@@ -7,6 +7,7 @@ import pytest
 
 from mlx_qwen35 import load
 from mlx_qwen35.engine.constraints.loop import LEAST, LONGEST, NOTHING, TIMES, Loop
+from mlx_qwen35.engine.constraints.loop import first_loop as whole
 
 ROOT = Path(__file__).parents[2]
 ORDINARY = {
@@ -54,6 +55,13 @@ def test_a_loop_is_found_as_soon_as_it_is_long_enough(period):
     needed = max(LEAST, TIMES * period)
     assert count == 50 + period + needed
     assert loop == Loop(start=50, period=period, times=(needed + period) // period)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_whole_sequence_has_the_loop_that_is_found_token_by_token(seed):
+    rng = np.random.default_rng(seed)
+    tokens = [int(token) for _ in range(4) for token in np.tile(rng.integers(0, 3, rng.integers(1, 60)), 40)]
+    assert whole(tokens) == first_loop(tokens)[1] is not None
 
 
 def test_a_longer_period_or_a_broken_one_is_no_loop():

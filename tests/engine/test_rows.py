@@ -205,6 +205,78 @@ def test_an_error_of_a_row_ends_that_row_alone(model, own, kind, depth):
         assert other.error is None and other.tokens == alone(model, case)
 
 
+class Sparse(Dead):
+    """A constraint with one way: from any other token on nothing is allowed."""
+
+    way = (1, 2, 3, 4, 5, 6, 7, 8)
+
+    def __init__(self, failing: bool = False) -> None:
+        self.tokens, self.failing = [], failing
+
+    def mask(self) -> np.ndarray:
+        on = tuple(self.tokens) == self.way[: len(self.tokens)]
+        if self.failing and not on:
+            raise Broken
+        return np.full(VOCABULARY, on)
+
+    def accept(self, token: int) -> None:
+        self.tokens.append(token)
+
+    def rollback(self, count: int) -> None:
+        del self.tokens[len(self.tokens) - count :]
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_dead_end_behind_a_draft_that_is_not_taken_changes_nothing(model, failing):
+    """Drafts leave the way at once; the tokens that are taken stay on it."""
+    ends = []
+    for depth in (0, 3):
+        door = Door(VOCABULARY, everywhere=Sparse(failing))
+        sampler = Sampler(Sampling(temp=0), 0, 3, VOCABULARY, door=door)
+        drafts = DraftPolicy(depth, fixed=bool(depth))
+        row = Sequence(Prompt((5, 6, 7), thinking=False), sampler, 8, prefill_step_size=64, drafts=drafts)
+        engine = Engine(model)
+        engine.add(row)
+        run(engine)
+        ends.append((row.tokens, type(row.error)))
+    assert ends[0] == ends[1]
+
+
+class Interrupting(Dead):
+    """A constraint in whose n-th mask Ctrl-C comes."""
+
+    def __init__(self, masks: int) -> None:
+        self.masks = masks
+
+    def mask(self) -> np.ndarray:
+        self.masks -= 1
+        if not self.masks:
+            raise KeyboardInterrupt
+        return np.full(VOCABULARY, True)
+
+    def accept(self, token: int) -> None:
+        pass
+
+    def rollback(self, count: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+@pytest.mark.parametrize("masks", [2, 5])
+def test_ctrl_c_in_a_mask_ends_the_row_with_what_it_has(model, masks, depth):
+    door = Door(VOCABULARY, everywhere=Interrupting(masks))
+    row = sequence([5, 6, 7], own={"door": door}, drafts=DraftPolicy(depth, fixed=bool(depth)))
+    waiting, engine = sequence([1, 2]), Engine(model, interleave=True)
+    engine.add(row)
+    with pytest.raises(KeyboardInterrupt):
+        while not engine.idle:
+            engine.step()
+    assert row.finish_reason == "interrupted" and row.tokens and engine.idle
+    engine.add(waiting)
+    run(engine)
+    assert waiting.error is None and len(waiting.tokens) == 20
+
+
 def test_an_error_in_a_pass_of_all_rows_ends_them_and_the_engine_goes_on(model, monkeypatch):
     engine, rows = Engine(model), [sequence([1, 2, 3]), sequence([4, 5])]
     caches = [model.make_cache() for _ in rows]

@@ -26,7 +26,21 @@ WEATHER = [
     }
     for name, text in (("get_weather", "Get the weather in a city"), ("get_time", "Get the time in a city"))
 ]
+STRICT = [{"type": "function", "function": {**WEATHER[0]["function"], "strict": True}}]
 ASKED = "What is the weather in Paris?"
+
+
+class Anything:
+    """A constraint that allows all."""
+
+    def mask(self) -> None:
+        return None
+
+    def accept(self, token: int) -> None:
+        pass
+
+    def rollback(self, count: int) -> None:
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +135,9 @@ def test_an_answer_that_is_left_keeps_what_it_has(nano, count):
         ("option_conflict", {"json_schema": SCHEMA, "regex": "a"}),
         ("option_conflict", {"choice": ["a"], "tools": WEATHER, "tool_choice": "required"}),
         ("option_no_effect", {"tool_choice": "required"}),
+        ("option_no_effect", {"parallel_tool_calls": False}),
+        ("option_conflict", {"json_schema": SCHEMA, "constraint": Anything()}),
+        ("option_conflict", {"tools": STRICT, "constraint": Anything()}),
         ("option_invalid", {"tools": WEATHER, "tool_choice": "get_wether"}),
         ("option_invalid", {"tools": [{"name": "f"}]}),
         ("option_invalid", {"tools": "f"}),
@@ -133,5 +150,21 @@ def test_an_answer_that_is_left_keeps_what_it_has(nano, count):
 def test_bad_input_is_refused_before_anything_is_generated(nano, code, options):
     with refused(code):
         start(*nano, [QUESTION], **options)
-    with refused(code):
-        Conversation(*nano, **options)
+    if "constraint" not in options:
+        with refused(code):
+            Conversation(*nano, **options)
+
+
+def test_an_answer_goes_back_into_a_history(nano):
+    asked = [{"role": "user", "content": ASKED}]
+    first = generate(*nano, messages=asked, tools=WEATHER, temp=0)
+    results = [{"role": "tool", "tool_call_id": call.id, "content": "21 degrees"} for call in first.tool_calls]
+    second = generate(*nano, messages=[*asked, first.message, *results], tools=WEATHER, temp=0)
+    assert "21 degrees" in second.text and not second.tool_calls
+
+
+@pytest.mark.parametrize("form", [{"regex": "a"}, {"choice": ["a"]}, {"json_schema": SCHEMA}])
+def test_a_form_says_the_whole_answer_and_so_goes_on_with_none(nano, form):
+    begun = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "It is"}]
+    with refused("option_conflict", "continue_final_message"):
+        generate(*nano, messages=begun, continue_final_message=True, **form)

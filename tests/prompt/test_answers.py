@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from refusing import refused
 
 from mlx_qwen35 import Processor, parse_answer
 from mlx_qwen35.checkpoint.config import read_config
@@ -240,6 +241,24 @@ def test_a_long_value_is_given_out_as_it_comes():
         assert fed.startswith(value) and len(fed) - len(value) < 30
 
 
+@pytest.mark.parametrize("arguments", [{"text": None}, {"text": b"x"}, {"tools": "x"}, {"ended": "length!"}])
+def test_what_is_no_answer_is_refused(arguments):
+    with refused("option_invalid"):
+        parse_answer(**{"text": "x", **arguments})
+
+
+def test_end_tokens_at_the_end_are_no_text():
+    text = f"{call('ping')}<|im_end|>\n".rstrip()
+    answer = parse_answer(text, tools("weather"), thinking=False)
+    assert (answer.content, len(answer.tool_calls)) == (None, 1)
+
+
+def test_one_call_of_thinking_that_is_never_closed():
+    parser = AnswerParser(Tools(tools("weather")), True, str, one_call=True)
+    events = parser.feed(f"Hm.\n{call('ping')}\n{call('get_time', ('city', 'Oslo'))}") + parser.finish(cut=False)
+    assert [found.name for found in parser.calls] == ["ping"] and events[-1].kind == "tool_call_end"
+
+
 # --- types ------------------------------------------------------------------------------------------------------------
 
 
@@ -263,6 +282,42 @@ def test_a_text_is_typed_by_its_schema(schema, text, value):
     root = {"$defs": {"a": {"type": "integer"}, "loop": {"$ref": "#/$defs/loop"}}}
     found = Kind(schema, root).value(text)
     assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[1e999]", '["\\ud800"]', "9" * 1500, "[" * 80 + "]" * 80, "[{1: 2}]", "{'a': {1}}", "1e400"],
+    ids=["infinity", "half a character", "digits", "levels", "a key", "a set", "large"],
+)
+def test_a_value_that_no_history_could_hold_stays_text(text):
+    schema = {"anyOf": [{"type": "array"}, {"type": "object"}, {"type": "number"}]}
+    assert Kind(schema, {}).value(text) == text
+
+
+def test_a_schema_that_refers_to_itself_many_times_is_read_in_bounds():
+    """Without a bound these would be 32 ** 7 schemas."""
+    inside = {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 32} for i in range(7)}
+    assert Kind({"$ref": "#/$defs/d0"}, {"$defs": {**inside, "d7": {"type": "integer"}}}).value("5") == 5
+
+
+STRINGS = [
+    "</parameter><parameter=y>", "a</parameter></function><function=g>", '\\"</parameter>\n</function>', "<tool_call>"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", STRINGS)
+def test_tags_inside_a_string_of_json_are_text(text):
+    value = json.dumps([text, {"k": text}])
+    found = f"<tool_call>\n<function=f>\n<parameter=a>\n{value}\n</parameter>\n</function>\n</tool_call>"
+    answer = parse_answer(found, tools("types"), thinking=False)
+    assert [call.arguments for call in answer.tool_calls] == [{"a": [text, {"k": text}]}]
+    check_splits(found, Tools(tools("types")), False, False)
+
+
+def test_a_string_of_json_that_is_never_closed_ends_with_its_value():
+    text = call("f", ("a", '["x')) + "\n" + call("f", ("i", "3"))
+    answer = parse_answer(text, tools("types"), thinking=False)
+    assert [found.arguments for found in answer.tool_calls] == [{"a": '["x'}, {"i": 3}]
 
 
 @pytest.mark.parametrize("tool", [None, 3, {}, {"function": 3}, {"function": {"name": "f", "parameters": [1]}},
