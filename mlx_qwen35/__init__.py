@@ -32,12 +32,15 @@ from mlx_qwen35.media.image import read_image
 from mlx_qwen35.media.options import VisionOptions
 from mlx_qwen35.media.preprocess import Media
 from mlx_qwen35.model.model import Model
+from mlx_qwen35.prompt.answer import Answer, parse_answer
 from mlx_qwen35.prompt.piece import Piece
 from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.prompt.prompt import Prompt
+from mlx_qwen35.prompt.tool_calls import Cut, ToolCall
 
 __all__ = [
-    "PRESETS", "Cache", "Conversation", "InputError", "Media", "Model", "Options", "Piece", "Processor", "Prompt",
-    "Result", "Sampling", "Score", "Snapshot", "TokenLogprob", "TopLogprob", "VisionOptions", "__version__",
-    "batch_generate", "generate", "load", "read_image", "score", "stream_generate",
+    "PRESETS", "Answer", "Cache", "Conversation", "Cut", "InputError", "Media", "Model", "Options", "Piece",
+    "Processor", "Prompt", "Result", "Sampling", "Score", "Snapshot", "TokenLogprob", "ToolCall", "TopLogprob",
+    "VisionOptions", "__version__", "batch_generate", "generate", "load", "parse_answer", "read_image", "score",
+    "stream_generate",
 ]  # fmt: skip

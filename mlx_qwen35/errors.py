@@ -50,6 +50,8 @@ CODES = {
     "thinking_budget_exceeded": "a thinking budget leaves no room for an answer",
     "option_no_effect": "an option would have no effect",
     "option_removed": "an option of an earlier version; the message says where it went",
+    "grammar_invalid": "no answer can be held to a schema, a regular expression or a tool's parameters",
+    "grammar_failed": "a grammar outgrew its limits while an answer was generated",
     "package_missing": "an optional package is not installed",
     # prompts
     "prompt_empty": "the prompt has no tokens",

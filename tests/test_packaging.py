@@ -34,7 +34,7 @@ def test_generate_is_the_function_after_any_order_of_imports(order):
     assert python("; ".join([*lines, check, both])) == "yes\n"
 
 
-HEAVY = {"transformers", "mlx_lm", "mlx_vlm", "torch"}
+HEAVY = {"transformers", "mlx_lm", "mlx_vlm", "torch", "llguidance"}
 ANSWER = """
 import sys
 from mlx_qwen35 import generate, load

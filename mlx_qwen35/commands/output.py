@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from mlx_qwen35.commands.progress import Step
 from mlx_qwen35.engine.sequence import Result
 from mlx_qwen35.media.preprocess import Media
-from mlx_qwen35.prompt.piece import Piece
+from mlx_qwen35.prompt.piece import CALL, CALL_END, Piece
 
 
 def print_media(media: Sequence[Media], before: Sequence[Media] = ()) -> None:
@@ -21,29 +21,41 @@ def print_media(media: Sequence[Media], before: Sequence[Media] = ()) -> None:
 def print_pieces(pieces: Iterable[Piece], waiting: Step) -> None:
     """Text as it comes; reasoning between the tags that the model itself uses, of which none is left open.
 
-    waiting: the step that ends with the first piece.
+    A call stands on a line of its own, as name({"argument": value}). waiting: the step that ends with the first piece.
     """
-    inside = begun = False
+    last, inside = None, False
+    line = ""  # the last character that was printed
     try:
-        for piece in pieces:
+        for last in pieces:
             waiting.end()
-            begun = True
-            if piece.reasoning != inside:
-                print("<think>" if piece.reasoning else "</think>\n", flush=True)
-                inside = piece.reasoning
-            print(piece, end="", flush=True)
+            text = ""
+            if last.reasoning != inside:
+                inside = last.reasoning
+                text = "<think>\n" if inside else "</think>\n\n"
+            if last.kind == CALL and (line + text)[-1:] not in ("", "\n"):
+                text += "\n"
+            text += {CALL: f"{last.name}(", CALL_END: ")\n"}.get(last.kind, last.text)
+            line = (line + text)[-1:]
+            print(text, end="", flush=True)
     finally:
-        if begun:
-            print("\n</think>" if inside else "", flush=True)  # before what goes to standard error
+        if last and last.kind != CALL_END:  # before what goes to standard error
+            print("\n</think>" if inside else "", flush=True)
 
 
 def tell_cut(result: Result) -> None:
-    """Say on stderr that the end came while the model was thinking, so that there is no answer."""
+    """Say on stderr that the end came while the model was thinking or wrote a call, or that the answer looped."""
+    told = ""
     if result.cut_in_reasoning:
-        print(
+        told = (
             f"the answer was cut after {result.generation_tokens} tokens, while the model was thinking: allow more "
             "with --max-tokens, end thinking with --thinking-budget, or let it answer at once with "
-            "--no-enable-thinking",
-            file=sys.stderr,
-            flush=True,
+            "--no-enable-thinking"
         )
+    elif result.cut:
+        what = f"a call of {result.cut.name or 'a tool'}"
+        told = f"{what} is not whole ({result.finish_reason}): allow more with --max-tokens"
+    elif result.loop:
+        ended = "it was ended there" if result.finish_reason == "loop" else "--loop-guard ends such an answer"
+        told = f"the answer repeats itself: {result.loop}; {ended}"
+    if told:
+        print(told, file=sys.stderr, flush=True)

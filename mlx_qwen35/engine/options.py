@@ -9,12 +9,22 @@ import numpy as np
 
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.engine.constraints.constraint import Constraint
+from mlx_qwen35.engine.constraints.forms import (
+    a_regex,
+    a_response_format,
+    a_schema,
+    a_tool_choice,
+    choices,
+    read_schema,
+    read_tools,
+)
 from mlx_qwen35.engine.drafts.speculate import MODES, MOST_DEPTH, ON_DEPTH
 from mlx_qwen35.engine.presets import MOST_SEED, PRESETS, Sampling
 from mlx_qwen35.engine.sampling import Choice, Processor
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.options import VISION_OPTIONS, VisionOptions
 from mlx_qwen35.options import check_keywords, listed, option, options_of, spelled
+from mlx_qwen35.prompt.messages import check_tools
 from mlx_qwen35.values import shown, whole
 
 
@@ -46,9 +56,7 @@ def _a_seed(name: str, value: Any) -> int | list[int]:
 
 def _a_sampler(name: str, value: Any) -> Choice:
     if not callable(value):
-        raise InputError(
-            "option_invalid", f"{name} must be a function of log-probabilities (1, V), got {shown(value)}"
-        )
+        raise InputError("option_invalid", f"{name} must be a function of log-probabilities (1, V), got {shown(value)}")
     return value
 
 
@@ -58,6 +66,11 @@ def _processors(name: str, value: Any) -> list[Processor]:
             "option_invalid", f"{name} must be a list of functions of tokens (n,) and logits (1, V), got {shown(value)}"
         )
     return list(value)
+
+
+def _a_tool_list(name: str, value: Any) -> Sequence[Mapping[str, Any]]:
+    check_tools(value)
+    return value
 
 
 def _a_constraint(name: str, value: Any) -> Constraint:
@@ -104,7 +117,7 @@ class PromptOptions:
     )
     tools: Sequence[Mapping[str, Any]] | None = option(
         help="functions that the answer may call: a list of mappings, on the command line a JSON file of it",
-        metavar="FILE", prompts=("text", "messages"),
+        read=read_tools, check=_a_tool_list, metavar="FILE", prompts=("text", "messages"),
     )  # fmt: skip
     preserve_thinking: bool | None = option(
         help="keep the reasoning of earlier turns in the prompt, where the chat template has this switch",
@@ -154,26 +167,28 @@ class GenerationOptions:
         help="a thinking budget by name, cut to what max_tokens leaves room for: none (no thinking), minimal (1,024 "
         "tokens), low (4,096), medium (16,384), high (no budget)", choices=("none", "minimal", "low", "medium", "high"),
     )  # fmt: skip
-    loop_guard: bool | None = option(
-        False, help="end thinking, or the answer, that repeats itself without end"
-    )
+    loop_guard: bool | None = option(False, help="end thinking, or the answer, that repeats itself without end")
     tool_choice: str | Mapping[str, Any] | None = option(
         help="none: no calls; auto: as the model likes (default with tools); required: at least one call; a function's "
-        "name: a call of it", metavar="WORD",
+        "name: a call of it", check=a_tool_choice, metavar="WORD",
     )  # fmt: skip
     parallel_tool_calls: bool | None = option(
         True, help="let an answer hold several calls; otherwise it ends behind one"
     )
     json_schema: Mapping[str, Any] | str | None = option(
         help="the answer is JSON that this JSON schema allows: a mapping, or its text; on the command line a file or "
-        "its text", metavar="FILE|TEXT",
+        "its text", check=a_schema, read=read_schema, metavar="FILE|TEXT",
     )  # fmt: skip
-    regex: str | None = option(help="the answer matches this regular expression as a whole", metavar="PATTERN")
+    regex: str | None = option(
+        help="the answer matches this regular expression as a whole", check=a_regex, metavar="PATTERN"
+    )
     choice: Sequence[str] | None = option(
-        help="the answer is one of these texts; may be repeated", each=True, metavar="TEXT"
+        help="the answer is one of these texts; may be repeated", check=choices, each=True, metavar="TEXT"
     )
     response_format: Mapping[str, Any] | None = option(
-        help="the form of the answer as OpenAI's API has it: text, json_object or json_schema", python_only=True
+        help="the form of the answer as OpenAI's API has it: text, json_object or json_schema",
+        check=a_response_format,
+        python_only=True,
     )
     logprobs: bool | None = option(
         False, help="give the log-probability of each generated token, before temperature and penalties; on the "
@@ -303,7 +318,8 @@ def check_constraints(options: Options) -> None:
     budgets = [name for name in ("thinking_budget", "reasoning_effort") if name in options]
     if len(budgets) > 1:
         raise InputError("option_conflict", f"{listed(budgets)} say the same: leave one out")
-    others = [name for name in ("loop_guard", *budgets) if options.get(name) not in (None, False)]
+    forms = ("json_schema", "regex", "choice", "response_format", "tool_choice", "loop_guard")
+    others = [name for name in (*forms, *budgets) if options.get(name) not in (None, False)]
     if "constraint" in options and others:
         raise InputError(
             "option_conflict", f"{listed(others)} must not be given with constraint, which says every token by itself"

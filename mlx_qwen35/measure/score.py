@@ -142,7 +142,7 @@ def _chunk(model: Model, length: int, given: int | None) -> int:
             f"has {length + 1}. Score it in windows",
         )
     if given is not None:
-        chunk = whole("prefill_step_size", given, 1)
+        chunk = min(whole("prefill_step_size", given, 1), length)
     else:
         chunk = suitable_chunk(model.config, model.dtype, model.memory_limit, length)
     machine = this_machine(model.config, model.dtype, model.memory_limit)

@@ -1,8 +1,8 @@
 """The text of one argument of a call: where it ends, and its JSON as it comes.
 
-Nothing in it is escaped, so its end can only be told by what follows. `</parameter>` ends it where no tag that was opened
-inside it is still open, and where a parameter or the end of the function follows. Closing tags that are missing or
-misspelt are read too.
+Nothing in it is escaped, so its end can only be told by what follows. `</parameter>` ends it where no tag that was
+opened inside it is still open, and where a parameter or the end of the function follows. Closing tags that are missing
+or misspelt are read too.
 """
 
 import json
@@ -100,11 +100,13 @@ class Argument:
         tag, start, stop = match.group(), match.start(), match.end()
         line = (self._line + self.waiting[:start]).rpartition("\n")[2]
         first = not line.strip()  # of its line
-        if tag in (PARAMETER, FUNCTION):
+        if tag in (OPEN, FUNCTION, PARAMETER):
             return self._open(tag, start) if first or line.endswith(">") else None
         if tag == FUNCTION_END:
-            return self._function_end(start, stop, first, final)
-        if tag in (OPEN, CLOSE) or (tag != PARAMETER_END and not first):
+            return self._end_without_closer(self._closes(FUNCTION), start, self._ends(stop, final, strict=True), first)
+        if tag == CLOSE:
+            return self._end_without_closer(self._closes(OPEN), start, self._call_ends(stop, final), first)
+        if tag != PARAMETER_END and not first:
             return None
         if self._closes(PARAMETER):
             return None
@@ -130,16 +132,17 @@ class Argument:
         del self._opened[len(self._opened) - 1 - self._opened[::-1].index(tag) :]
         return True
 
-    def _function_end(self, start: int, stop: int, first: bool, final: bool) -> End | Literal[Wait.WAIT] | None:
-        """</function>: of a function opened inside, or the end of the call without </parameter>."""
-        if self._closes(FUNCTION):
+    def _end_without_closer(
+        self, own: bool, start: int, ends: Verdict, first: bool
+    ) -> End | Literal[Wait.WAIT] | None:
+        """</function> or </tool_call>: of one that was opened inside (`own`), or the end of the call."""
+        if own or ends is False:
             return None
-        ends = self._ends(stop, final, strict=True)
         if ends is WAIT:
             return WAIT
-        if ends and self._sibling is not None:
+        if self._sibling is not None:
             return self._sibling, self._sibling
-        return (start, start) if ends and first else None
+        return (start, start) if first else None
 
     def _follows(self, start: int, final: bool) -> Verdict:
         """Whether what follows is what may come behind a whole parameter."""
@@ -154,17 +157,19 @@ class Argument:
         """Whether an end stands behind </function>. strict: the end of the call, not only a tag of it."""
         place = _behind_blanks(self.waiting, start)
         if self.waiting.startswith(CLOSE, place):
-            if not strict:
-                return True
-            place = _behind_blanks(self.waiting, place + len(CLOSE))
-            if self._unfinished(place, OPEN):
-                return place == len(self.waiting) if final else WAIT
-            return self.waiting.startswith(OPEN, place)
+            return not strict or self._call_ends(place + len(CLOSE), final)
         if self.waiting.startswith((FUNCTION, OPEN), place):
             return True
         if self._unfinished(place, CLOSE, FUNCTION, OPEN):
             return final or WAIT
         return not self._envelope and "\n" in self.waiting[start:place]
+
+    def _call_ends(self, start: int, final: bool) -> Verdict:
+        """Whether nothing but another call stands behind </tool_call>."""
+        place = _behind_blanks(self.waiting, start)
+        if self._unfinished(place, OPEN):
+            return place == len(self.waiting) if final else WAIT
+        return self.waiting.startswith(OPEN, place)
 
     def _unfinished(self, start: int, *tags: str) -> bool:
         """Whether the rest of the text may become one of these tags."""
@@ -206,8 +211,6 @@ class Argument:
             return self._end(self._candidate)
         if self._sibling is not None:
             return self._end((self._sibling, self._sibling))
-        if match := re.search(r"(?<=\n)</tool_call>\s*$", self.waiting):
-            return self._end((match.start(), match.start()))
         if not any(tag.startswith(self.waiting[unfinished:]) for tag in TAGS):
             unfinished = len(self.waiting)
             return self._take(unfinished)

@@ -281,7 +281,7 @@ class CallScanner:
             if name or final:
                 self._state = self._in_call
                 return True
-        elif bare.startswith(CLOSE):
+        elif bare and (bare.startswith(CLOSE) or CLOSE.startswith(bare)):
             self._buffer = bare[len(CLOSE) :]
         self._state, self._envelope, self._line = self._content, False, ""
         return True

@@ -10,10 +10,14 @@ from refusing import refused
 
 from mlx_qwen35 import Conversation, Model, TokenLogprob, batch_generate, generate, load
 from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.engine.drafts.speculate import DraftPolicy
 from mlx_qwen35.engine.engine import Engine
 from mlx_qwen35.engine.generation import start
 from mlx_qwen35.engine.logprobs import LogprobScorer
+from mlx_qwen35.engine.presets import Sampling
+from mlx_qwen35.engine.sampling import Sampler
 from mlx_qwen35.engine.sequence import Sequence
+from mlx_qwen35.prompt.prompt import Prompt
 from mlx_qwen35.prompt.tokenizer import load_tokenizer
 
 ASK = "What is 34 + 58?"
@@ -93,7 +97,7 @@ class Asking(Engine):
         super().add(*sequences)
 
 
-@pytest.mark.parametrize("seed", [2, 3, 7, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(8, 35))])
+@pytest.mark.parametrize("seed", [2, *(pytest.param(seed, marks=pytest.mark.full) for seed in (3, *range(7, 35)))])
 def test_rows_that_ask_get_them_in_any_schedule_and_no_row_gets_another_text(model, seed):
     """Joins, leaves, cancellations, drafts, constraints and penalties, as in test_rows.py."""
     cases = random_cases(seed)
@@ -109,6 +113,26 @@ def test_rows_that_ask_get_them_in_any_schedule_and_no_row_gets_another_text(mod
             check(result.logprobs, sequence.tokens, expected, sequence.scorer.top, VOCABULARY)
             asked += 1
     assert asked and any(sequence.result().logprobs is None for sequence in plain)
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_a_row_that_leaves_takes_its_own_along(model, depth):
+    """While a pass is under way that was fed with it."""
+    prompts, limits = ([5, 6], [7, 8, 9], [3]), (3, 9, 9)
+    engine, sequences = Engine(model), []
+    for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        sequences.append(Sequence(
+            Prompt(tuple(prompt), thinking=False), Sampler(Sampling(temp=1.0), row, len(prompt), VOCABULARY), limit,
+            prefill_step_size=64, drafts=DraftPolicy(depth, fixed=bool(depth)),
+            scorer=LogprobScorer(row, VOCABULARY, lambda token: b"") if row else None,
+        ))  # fmt: skip
+    engine.add(*sequences)
+    while not engine.idle:
+        engine.step()
+    assert [len(sequence.tokens) for sequence in sequences] == list(limits) and sequences[0].logprobs == []
+    for row, sequence in list(enumerate(sequences))[1:]:
+        expected = log_softmax(model, prompts[row], sequence.tokens)
+        check(sequence.logprobs, sequence.tokens, expected, row, VOCABULARY)
 
 
 def test_rows_of_padding_count_in_the_sum_and_are_not_among_the_most_probable():

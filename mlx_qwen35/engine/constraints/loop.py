@@ -1,5 +1,6 @@
 """Text that repeats itself without end: found by its tokens."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -7,7 +8,8 @@ import numpy as np
 LONGEST = 512  # tokens of the longest period that is looked for
 
 
-class Loop(NamedTuple):
+@dataclass(frozen=True)
+class Loop:
     """The tokens of an answer repeat.
 
     start: number of the first token of the repetition. period: tokens that repeat. times: how often they had come when

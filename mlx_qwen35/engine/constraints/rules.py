@@ -1,12 +1,12 @@
 """The options of a request -> what restricts each of its answers."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from mlx_qwen35.engine.constraints.constraint import Constraint
 from mlx_qwen35.engine.constraints.door import Door, Thinking, ToolTags
+from mlx_qwen35.engine.constraints.grammar import compile_grammar
 from mlx_qwen35.engine.constraints.thinking import blank_tokens, closing_tokens, line_tokens
 from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.prompt.prompt import Prompt
@@ -29,7 +29,7 @@ class Rules:
         self._guard = bool(options.get("loop_guard"))
         offered = options.get("tools") if options.get("tool_choice") != "none" else None
         self._tools = Tools(offered) if offered else None
-        self._grammar: Callable[[], Constraint] | None = None
+        self._grammar = compile_grammar(processor, options, options.get("tools"))
 
     @cached_property
     def closing(self) -> tuple[int, ...]:
