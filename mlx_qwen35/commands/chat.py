@@ -39,7 +39,7 @@ def parser() -> Parser:
     add_model_options(parser)
     group = parser.add_argument_group("prompt")
     shown = [prompt["system_prompt"], prompt["enable_thinking"]]
-    add_answer_options(parser, group, shown, without=("logprobs", "top_logprobs"))
+    add_answer_options(parser, group, shown, without=("logprobs", "top_logprobs", "tool_choice", "parallel_tool_calls"))
     return parser
 
 

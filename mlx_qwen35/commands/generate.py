@@ -149,7 +149,8 @@ def run(args: argparse.Namespace) -> int:
             status = INTERRUPTED
     (result,) = generation.results()
     if args.json:
-        print(json.dumps(dataclasses.asdict(result), ensure_ascii=False, default=list))  # bytes as numbers
+        found = dataclasses.asdict(result) | {"loop": result.loop and dataclasses.asdict(result.loop)}
+        print(json.dumps(found, ensure_ascii=False, default=list))  # bytes as numbers
     else:
         print_statistics(result, media)
     tell_cut(result)

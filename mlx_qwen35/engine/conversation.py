@@ -13,7 +13,7 @@ from mlx_qwen35.engine.options import Options, check_options, vision_options
 from mlx_qwen35.engine.plan import SequencePlan, plan
 from mlx_qwen35.engine.sequence import Result
 from mlx_qwen35.engine.sequence import Sequence as Request
-from mlx_qwen35.engine.tool_turns import Message, Results, answer_message, result_messages
+from mlx_qwen35.engine.tool_turns import Message, Results, result_messages
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.machine.process import LOCK, refuse_fork
 from mlx_qwen35.media.options import VISION_OPTIONS
@@ -147,7 +147,7 @@ class Conversation:
         if begun.request.tokens:
             query = [] if turn.messages[-1]["role"] == "user" else self._kept[:1]
             self._kept = [*query, Kept(begun.before, snapshots[-1])]
-            self.messages = [*self.messages, *turn.messages, answer_message(begun.request.result())]
+            self.messages = [*self.messages, *turn.messages, begun.request.result().message]
 
     def _plan(self, prompt: Prompt, cached: int) -> SequencePlan:
         (planned,) = plan(

@@ -116,8 +116,8 @@ class PromptOptions:
         prompts=("text", "messages"),
     )
     tools: Sequence[Mapping[str, Any]] | None = option(
-        help="functions that the answer may call: a list of mappings, on the command line a JSON file of it",
-        read=read_tools, check=_a_tool_list, metavar="FILE", prompts=("text", "messages"),
+        help="functions that the answer may call: a list of mappings, on the command line its text or a JSON file",
+        read=read_tools, check=_a_tool_list, metavar="FILE|TEXT", prompts=("text", "messages"),
     )  # fmt: skip
     preserve_thinking: bool | None = option(
         help="keep the reasoning of earlier turns in the prompt, where the chat template has this switch",
@@ -173,7 +173,7 @@ class GenerationOptions:
         "name: a call of it", check=a_tool_choice, metavar="WORD",
     )  # fmt: skip
     parallel_tool_calls: bool | None = option(
-        True, help="let an answer hold several calls; otherwise it ends behind one"
+        True, help="whether an answer may hold several calls (the default); off, it ends behind the first"
     )
     json_schema: Mapping[str, Any] | str | None = option(
         help="the answer is JSON that this JSON schema allows: a mapping, or its text; on the command line a file or "
@@ -318,9 +318,25 @@ def check_constraints(options: Options) -> None:
     budgets = [name for name in ("thinking_budget", "reasoning_effort") if name in options]
     if len(budgets) > 1:
         raise InputError("option_conflict", f"{listed(budgets)} say the same: leave one out")
-    forms = ("json_schema", "regex", "choice", "response_format", "tool_choice", "loop_guard")
-    others = [name for name in (*forms, *budgets) if options.get(name) not in (None, False)]
-    if "constraint" in options and others:
+    if options.get("continue_final_message"):
+        forms = ("json_schema", "regex", "choice", "response_format", "tool_choice")
+        whole = [name for name in forms if options.get(name) not in (None, "none", "auto", {"type": "text"})]
+        if whole:
+            raise InputError(
+                "option_conflict",
+                f"{listed(whole)} must not be given with continue_final_message: it says the whole answer, whose "
+                "beginning is there already",
+            )
+    if "constraint" not in options:
+        return
+    others = [
+        name
+        for name in ("json_schema", "regex", "choice", "response_format", "tool_choice", "loop_guard", *budgets)
+        if options.get(name) not in (None, False, "none", "auto", {"type": "text"})
+    ]
+    tools = options.get("tools", ()) if options.get("tool_choice") != "none" else ()
+    others += ["tools"] * any(tool["function"].get("strict") is True for tool in tools)
+    if others:
         raise InputError(
             "option_conflict", f"{listed(others)} must not be given with constraint, which says every token by itself"
         )

@@ -233,7 +233,8 @@ class Rows:
             return
         if made.depth:
             accepted = [max(0, len(own) - 1) for own in made.tokens or [[] for _ in made.lengths]]
-            taken = [len(s.tokens) - n for s, n in zip(self.sequences, made.begun, strict=True)] or [0] * len(accepted)
+            begun = made.begun or [len(s.tokens) for s in self.sequences]  # interrupted: nothing of it was taken
+            taken = [len(s.tokens) - n for s, n in zip(self.sequences, begun, strict=True)]
             kept = [n and 1 + min(m, k) for n, m, k in zip(made.lengths, taken, accepted, strict=True)]
             if self.cache.position != made.position.after(kept):
                 self.cache.rollback(made.position, kept)

@@ -121,7 +121,7 @@ class Sampler:
         self._tokens = list(prompt) if self.processors else []
         self._width = 0  # of logits: V
         self._noise: dict[int, mx.array] = {}  # (V,) by position, for the next tokens
-        self._allowed: list[np.ndarray | None] = []  # the bits that the next tokens were sampled with
+        self._allowed: list[np.ndarray | Exception | None] = []  # the bits that the next tokens were sampled with
 
     def needs_tokens(self, ahead: int) -> bool:
         """Whether one of the `ahead` tokens behind those that the host knows can be sampled only once it knows more."""
@@ -148,7 +148,10 @@ class Sampler:
         if self.processors:
             self._tokens.append(token)
         if self.door:
-            if self._allowed and (bits := self._allowed.pop(0)) is not None and not holds(bits, token):
+            bits = self._allowed.pop(0) if self._allowed else None
+            if isinstance(bits, Exception):
+                raise bits
+            if bits is not None and not holds(bits, token):
                 raise self.no_token()  # a bias of minus infinity forbids the rest
             self.door.accept(token)
 
@@ -197,26 +200,30 @@ class Sampler:
     def bits(self, drafted: Sequence[int], n: int) -> Bits:
         """The tokens allowed at each of the next n places, between which the drafted tokens stand.
 
-        A place behind a drafted token that is forbidden is never used.
+        A place behind a drafted token that is forbidden is never used. What goes wrong behind a drafted token counts
+        only if that token is taken: `accept` raises it then.
         """
         found: Bits = [None] * n
-        self._allowed = list(found)
+        self._allowed = [None] * n
         if self.door is None or self.door.free >= n:
             return found
         accepted = 0
         try:
             for place in range(n):
-                found[place] = bits = self.door.bits()
+                found[place] = self._allowed[place] = bits = self.door.bits()
                 if bits is not None and not bits.any():
                     raise self.no_token()
                 if place == len(drafted) or not (bits is None or holds(bits, drafted[place])):
                     break
                 self.door.accept(drafted[place])
                 accepted += 1
+        except Exception as error:
+            if not accepted:
+                raise
+            self._allowed[accepted] = error
         finally:
             if accepted:
                 self.door.rollback(accepted)
-        self._allowed = list(found)
         return found
 
 

@@ -5,11 +5,13 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_qwen35.cache.cache import Cache, Snapshot
-from mlx_qwen35.engine.constraints.loop import NOTHING, Loop
+from mlx_qwen35.engine.constraints.loop import NOTHING, Loop, first_loop
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy, DraftStatistics, RowDrafts, attach, detach
 from mlx_qwen35.engine.logprobs import LogprobScorer, TokenLogprob
@@ -33,9 +35,8 @@ class Result:
     where tools were offered, without their calls. tool_calls: the whole ones. cut: a call that had begun. in_reasoning:
     whether it ended inside the reasoning, without an answer. tokens: the generated ids, the end token included.
     vision_seconds: of the vision encoder. prompt_tps, generation_tps: tokens per second, from the encoded prompt to the
-    first token, and after it. peak_memory: in GB (10^9 bytes), since the program started. mtp: the drafts. loop: the
-    first tokens that repeated without end. error: why it ended, with finish_reason "error". logprobs: one for each of
-    tokens; None where not asked for.
+    first token, and after it. peak_memory: in GB (10^9 bytes), since the program started. mtp: the drafts. error: why
+    it ended, with finish_reason "error". logprobs: one for each of tokens; None where not asked for.
     """
 
     text: str
@@ -53,7 +54,6 @@ class Result:
     mtp: DraftStatistics
     tool_calls: tuple[ToolCall, ...] = ()
     cut: Cut | None = None
-    loop: Loop | None = None
     error: Exception | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
 
@@ -61,9 +61,25 @@ class Result:
         return self.text
 
     @property
+    def message(self) -> dict[str, Any]:
+        """The answer as the assistant's message of a history. A call that is not whole is left out."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.text, "reasoning_content": self.reasoning}
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
+                for call in self.tool_calls
+            ]
+        return message
+
+    @cached_property
+    def loop(self) -> Loop | None:
+        """The first tokens that repeat without end; None: there are none."""
+        return first_loop(self.tokens)
+
+    @property
     def cut_in_reasoning(self) -> bool:
         """Whether thinking took all tokens, so that there is no answer."""
-        return self.in_reasoning and self.finish_reason == "length"
+        return self.in_reasoning and self.finish_reason == "length" and not self.tool_calls
 
 
 @dataclass
@@ -118,7 +134,6 @@ class Sequence:
         self.prompt, self.sampler, self.limit, self.stop_ids, self.stream = prompt, sampler, limit, stop_ids, stream
         self.prefill_step_size, self.progress, self.marks = prefill_step_size, progress, tuple(marks)
         self.cache, self.scorer, self.loop_guard, self.one_call = cache, scorer, loop_guard, one_call
-        self.loop: Loop | None = None
         self._recent = NOTHING
         self._held = 0  # tokens in it when its prefill began
         self.drafts = RowDrafts(drafts)
@@ -165,13 +180,13 @@ class Sequence:
         ended = token in self.stop_ids
         if self.stream and not ended:
             self._say(self.stream.add(token))
-        self._recent = self._recent.after(token)
-        self.loop = self.loop or self._recent.loop
+        if self.loop_guard:
+            self._recent = self._recent.after(token)
         if ended or (self.stream and (self.stream.stopped or (self.one_call and self.stream.calls))):
             self.finish("stop")
         elif len(self.tokens) >= self.limit:
             self.finish("length")
-        elif self.loop_guard and self._recent.loop and not (self.stream and self.stream.reasoning):
+        elif self._recent.loop and not (self.stream and self.stream.reasoning):
             self.finish("loop")
 
     def finish(self, reason: str) -> None:
@@ -212,7 +227,6 @@ class Sequence:
             mtp=self.drafts.statistics(),
             tool_calls=tuple(self.stream.calls) if self.stream else (),
             cut=self.stream.cut if self.stream else None,
-            loop=self.loop,
             error=self.error,
             logprobs=tuple(self.logprobs) if self.scorer else None,
         )

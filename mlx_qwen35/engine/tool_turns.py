@@ -3,23 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlx_qwen35.engine.sequence import Result
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.values import shown
 
 Results = Mapping[str, str | Sequence[Any]] | Sequence[Mapping[str, Any]]
 Message = dict[str, Any]
-
-
-def answer_message(result: Result) -> Message:
-    """The assistant's message that an answer is in a history. A call that is not whole is left out."""
-    message: Message = {"role": "assistant", "content": result.text, "reasoning_content": result.reasoning}
-    if result.tool_calls:
-        message["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
-            for call in result.tool_calls
-        ]
-    return message
 
 
 def result_messages(messages: Sequence[Message], results: Results) -> list[Message]:

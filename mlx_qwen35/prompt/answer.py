@@ -5,13 +5,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mlx_qwen35.errors import InputError
 from mlx_qwen35.prompt.calls import CallScanner
 from mlx_qwen35.prompt.piece import CALL, CONTENT, REASONING, Piece
+from mlx_qwen35.prompt.tokenizer import END_TOKENS
 from mlx_qwen35.prompt.tool_calls import Cut, ToolCall, Tools
+from mlx_qwen35.values import shown
 
 _THINK = re.compile("(</?think>)")
 _BLANK_LINES = re.compile(r"(?:[ \t\r]*\n)*")
-_GAP = re.compile(r"\s*$")  # at the end of content: it may be no part of it
 
 
 class AnswerParser:
@@ -26,10 +28,13 @@ class AnswerParser:
         tools: the functions that may be called; None: no call is looked for.
         thinking: whether the text begins inside the reasoning.
         call_id: number of a call -> its id.
+        one_call: whether of calls that end thinking only the first counts.
     """
 
-    def __init__(self, tools: Tools | None, thinking: bool, call_id: Callable[[int], str]):
-        self._tools, self._call_id = tools, call_id
+    def __init__(
+        self, tools: Tools | None, thinking: bool, call_id: Callable[[int], str], one_call: bool = False
+    ):
+        self._tools, self._call_id, self._one_call = tools, call_id, one_call
         self.reasoning = thinking
         self._calls: list[ToolCall] = []  # of earlier scanners
         self._cut: Cut | None = None
@@ -90,7 +95,10 @@ class AnswerParser:
         out = self._thought(pieces)
         if not self._draft or self._scanner.cut:
             return out + self._reasoned(len(self._raw))
-        return out + [self._numbered_piece(piece) for piece in self._draft if piece.kind != CONTENT]
+        calls = [piece for piece in self._draft if piece.kind != CONTENT]
+        if self._one_call:
+            calls = [piece for piece in calls if piece.id == calls[0].id]
+        return out + [self._numbered_piece(piece) for piece in calls]
 
     def _numbered_piece(self, piece: Piece) -> Piece:
         """A piece of a call with the id that the call has in the answer."""
@@ -141,7 +149,7 @@ class AnswerParser:
         text, self._gap = self._gap + text, ""
         if not self._segment:
             text = text[_BLANK_LINES.match(text).end() :]  # type: ignore[union-attr]
-        stop = _GAP.search(text).start()  # type: ignore[union-attr]
+        stop = len(text.rstrip())  # the blanks at its end may be no part of it
         text, self._gap = text[:stop], text[stop:]
         if not text:
             return []
@@ -180,14 +188,26 @@ def parse_answer(
     """Split a whole answer into reasoning, content and tool calls.
 
     Args:
-        text: what the model generated, with the tags <think>, </think>, <tool_call> and </tool_call>, without the end
-            token.
-        tools: the functions that the prompt offered; their schemas type the arguments. None: no call is looked for.
-        thinking: whether the prompt ended inside a thinking block, as it does where the chat template opens one.
+        text: what the model generated, with the tags <think>, </think>, <tool_call> and </tool_call>; end tokens at its
+            end are left out.
+        tools: the functions that the prompt offered; their schemas type the arguments. None or none of them: no call is
+            looked for.
+        thinking: whether the prompt ended inside a thinking block, as it does where the chat template opens one. Then
+            text without </think> is reasoning.
         ended: "stop", the model's end token, or "length", the limit of tokens.
         tool_choice: "none" looks for no calls.
+
+    Raises InputError (option_invalid) for a text that is none, tools that are no list and another `ended`.
     """
-    named = None if tools is None or tool_choice == "none" else Tools(tools)
+    if not isinstance(text, str) or not isinstance(tools, list | tuple | None) or ended not in ("stop", "length"):
+        raise InputError(
+            "option_invalid",
+            f"parse_answer needs a text, a list of tools or None, and ended as stop or length; got {shown(text)}, "
+            f"{shown(tools)} and {shown(ended)}",
+        )
+    named = Tools(tools) if tools and tool_choice != "none" else None
+    while end := next((token for token in END_TOKENS if text.endswith(token)), ""):
+        text = text.removesuffix(end)
     parser = AnswerParser(named, thinking, "call_{}".format)
     pieces: list[Piece] = []
     for part in _THINK.split(text):

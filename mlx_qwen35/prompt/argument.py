@@ -16,9 +16,12 @@ OPEN, CLOSE, FUNCTION, FUNCTION_END, PARAMETER, PARAMETER_END = (
     "<tool_call>", "</tool_call>", "<function=", "</function>", "<parameter=", "</parameter>"
 )  # fmt: skip
 TAGS = (OPEN, CLOSE, FUNCTION, FUNCTION_END, PARAMETER, PARAMETER_END)
+MOST_BLANKS = 4096  # between two tags
 MOST_NAME = 256  # characters of a name, and of the line before a tag that are looked at
 _TAG = re.compile(r"</parameter[^<>\n]{0,16}>|<parameter=|<function=|</function>|</?tool_call>")
+_ESCAPE = re.compile(r"\\$")
 _UNFINISHED = re.compile(r"</?[a-z_]*$|</parameter[^<>\n]{0,16}$")  # what may become a tag
+_TAG_OR_QUOTE = re.compile(rf'{_TAG.pattern}|"|\\\\.', re.DOTALL)
 _LINE_END = re.compile(r"\r?\n")
 _NESTED = 64  # tags open inside an argument
 
@@ -56,6 +59,8 @@ class Argument:
         self._opened: list[str] = []  # tags inside it that are open
         self._sibling: int | None = None  # where `waiting` has a parameter that may be the next one
         self._candidate: End | None = None  # where it ends if nothing else tells
+        self._tags = _TAG  # what is looked for
+        self._quoted = False  # inside a string of JSON, where tags are text
 
     @property
     def text(self) -> str:
@@ -79,7 +84,13 @@ class Argument:
                 return
             match = _LINE_END.match(self.waiting)
             self.waiting, self._begun = self.waiting[match.end() if match else 0 :], True
-        while match := _TAG.search(self.waiting, self._scanned):
+        if self._kind.json and not self._text and self.waiting.lstrip()[:1] in ("{", "["):
+            self._tags = _TAG_OR_QUOTE
+        while match := self._tags.search(self.waiting, self._scanned):
+            if match.group()[0] in "\"\\":
+                self._quoted ^= match.group() == '"'
+                self._scanned = match.end()
+                continue
             verdict = self._tag(match, final)
             if verdict is WAIT:
                 self._scanned = match.start()
@@ -88,6 +99,8 @@ class Argument:
                 return self._end(verdict)
             self._scanned = match.end()
         tail = _UNFINISHED.search(self.waiting, self._scanned)
+        if tail is None and self._tags is _TAG_OR_QUOTE and self.waiting.endswith("\\"):
+            tail = _ESCAPE.search(self.waiting, self._scanned)
         self._scanned = max(self._scanned, tail.start() if tail else len(self.waiting))
         if not final:
             return self._give(self._scanned)
@@ -100,6 +113,8 @@ class Argument:
         tag, start, stop = match.group(), match.start(), match.end()
         line = (self._line + self.waiting[:start]).rpartition("\n")[2]
         first = not line.strip()  # of its line
+        if self._quoted and tag != PARAMETER_END:
+            return None
         if tag in (OPEN, FUNCTION, PARAMETER):
             return self._open(tag, start) if first or line.endswith(">") else None
         if tag == FUNCTION_END:
@@ -108,10 +123,10 @@ class Argument:
             return self._end_without_closer(self._closes(OPEN), start, self._call_ends(stop, final), first)
         if tag != PARAMETER_END and not first:
             return None
-        if self._closes(PARAMETER):
+        if not self._quoted and self._closes(PARAMETER):
             return None
         follows = self._follows(stop, final)
-        if follows is True and self._opened:
+        if follows is True and (self._opened or self._quoted):
             self._candidate = self._candidate or (start, stop)
             return None
         return WAIT if follows is WAIT else (start, stop) if follows else None
@@ -147,6 +162,8 @@ class Argument:
     def _follows(self, start: int, final: bool) -> Verdict:
         """Whether what follows is what may come behind a whole parameter."""
         place = _behind_blanks(self.waiting, start)
+        if place - start > MOST_BLANKS:
+            return False
         if self.waiting.startswith((PARAMETER, CLOSE), place):
             return True
         if self.waiting.startswith(FUNCTION_END, place):

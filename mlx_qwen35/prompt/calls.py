@@ -23,6 +23,7 @@ from mlx_qwen35.prompt.argument import (
     CLOSE,
     FUNCTION,
     FUNCTION_END,
+    MOST_BLANKS,
     MOST_NAME,
     OPEN,
     PARAMETER,
@@ -32,13 +33,13 @@ from mlx_qwen35.prompt.argument import (
     Wait,
 )
 from mlx_qwen35.prompt.piece import ARGUMENTS, CALL, CALL_END, CONTENT, Piece
-from mlx_qwen35.prompt.tool_calls import Cut, ToolCall, Tools
+from mlx_qwen35.prompt.tool_calls import Cut, ToolCall, Tools, holdable
 
 _IN_TEXT = re.compile(r"<tool_call>|<function=|`{3,}|~{3,}")
 _TAIL = re.compile(r"<[a-z_]{0,9}=?$|[`~]{1,2}$")  # what may become one of those
 _NAME = re.compile(r"[^>\n]*")
 _JSON_MARK = re.compile(r'\\.|["{}\[\]]', re.DOTALL)
-_NO_JSON = re.compile(r"\{\s*[^\s\"}]")
+_JSON = re.compile(r"\{\s*[\"}]")
 
 Placed = list[tuple[Piece, int]]  # pieces, each with the characters of the whole text up to its end
 State = Callable[[bool], bool]  # whether the text is the last -> whether it went on; False: more text is needed
@@ -68,7 +69,7 @@ class CallScanner:
         self._cut_short = False  # the limit of tokens ended the text
         self._out: Placed = []
         self.calls: list[ToolCall] = []
-        self.cut: Cut | None = None
+        self._cut: Cut | None = None
 
     def feed(self, text: str) -> Placed:
         """The pieces that this text completes."""
@@ -80,6 +81,14 @@ class CallScanner:
         """The rest, at the end of the text. cut: the limit of tokens ended it."""
         self._cut_short = cut
         return self._run(final=True)
+
+    @property
+    def cut(self) -> Cut | None:
+        """A call that has begun and is not whole."""
+        if self._cut or self._call is None:
+            return self._cut
+        argument = self._argument
+        return Cut(self._call[1], dict(self._arguments), {argument.name: argument.text} if argument else {})
 
     def _run(self, final: bool) -> Placed:
         while self._state(final):
@@ -190,8 +199,9 @@ class CallScanner:
 
     def _in_json(self, start: int, final: bool) -> bool:
         """A call in JSON, as older models write it."""
-        if _NO_JSON.match(self._buffer, start):
-            return self._was_content()
+        if self._json_seen is None and not _JSON.match(self._buffer, start):
+            wait = not final and len(self._buffer) < MOST_BLANKS and not self._buffer[start + 1 :].strip()
+            return False if wait else self._was_content()
         stop = self._json_end(start)
         if stop is None:
             return False if not final else self._end_cut() if self._cut_short else self._was_content()
@@ -217,7 +227,8 @@ class CallScanner:
                 if depth == 0:
                     self._json_seen = None
                     return position
-        self._json_seen = (position, depth, quoted)
+        half = self._buffer.endswith("\\") and position < len(self._buffer)  # of an escaped character
+        self._json_seen = (len(self._buffer) - half, depth, quoted)
         return None
 
     def _in_call(self, final: bool) -> bool:
@@ -316,9 +327,7 @@ class CallScanner:
 
     def _end_cut(self) -> bool:
         """The text ends inside a call."""
-        argument = self._argument
-        opened = {argument.name: argument.text} if argument else {}
-        self.cut = Cut(self._call[1], self._arguments, opened) if self._call else Cut(None, {}, {})
+        self._cut = self.cut or Cut(None, {}, {})
         self._buffer, self._call, self._argument, self._state = "", None, None, self._content
         return False
 
@@ -336,6 +345,6 @@ def _called(text: str) -> tuple[str, dict[str, Any]] | None:
 
 def _loaded(text: str) -> Any:
     try:
-        return json.loads(text, strict=False)
+        return holdable(json.loads(text, strict=False))
     except (ValueError, RecursionError):
         return None

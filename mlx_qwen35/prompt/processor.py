@@ -17,7 +17,7 @@ from mlx_qwen35.prompt.parts import read_parts, take_media, without_media
 from mlx_qwen35.prompt.placeholders import PADS, expand_tokens, expand_videos, in_order
 from mlx_qwen35.prompt.prompt import Prompt
 from mlx_qwen35.prompt.stream import TextStream
-from mlx_qwen35.prompt.tokenizer import Tokenizer, load_tokenizer
+from mlx_qwen35.prompt.tokenizer import END_TOKENS, Tokenizer, load_tokenizer
 from mlx_qwen35.prompt.tool_calls import Tools
 from mlx_qwen35.values import flag, is_whole, plain, shown, whole
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from mlx_qwen35.prompt.template import Template
 
 Messages = Sequence[Mapping[str, Any]]
-END_TOKENS = ("<|im_end|>", "<|endoftext|>")  # the checkpoint's files name one each; both end a generation
 
 
 class Processor:
@@ -243,10 +242,11 @@ class Processor:
         stop: Sequence[str] = (),
         tools: Tools | None = None,
         call_id: Callable[[int], str] = "call_{}".format,
+        one_call: bool = False,
     ) -> TextStream:
         """What turns tokens into pieces of text, see `TextStream`."""
         think = self.think_start, self.think_end
-        return TextStream(self.tokenizer.text_bytes, think, thinking, stop, tools, call_id)
+        return TextStream(self.tokenizer.text_bytes, think, thinking, stop, tools, call_id, one_call)
 
 
 def _check_ids(known: Mapping[str, int], config: Config, sees: bool) -> None:

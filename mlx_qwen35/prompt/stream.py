@@ -22,6 +22,7 @@ class TextStream:
         stop: the stop strings.
         tools: the functions that may be called; None: no call is looked for.
         call_id: number of a call -> its id.
+        one_call: see AnswerParser.
     """
 
     def __init__(
@@ -32,9 +33,10 @@ class TextStream:
         stop: Sequence[str] = (),
         tools: Tools | None = None,
         call_id: Callable[[int], str] = "call_{}".format,
+        one_call: bool = False,
     ):
         self._token_bytes, self._think, self.stop = token_bytes, think, tuple(stop)
-        self._parser = AnswerParser(tools, reasoning, call_id)
+        self._parser = AnswerParser(tools, reasoning, call_id, one_call)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
         self.stopped = False  # a stop string came

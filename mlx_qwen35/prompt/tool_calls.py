@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_MOST_REFS = 32  # $ref in a row, and alternatives within each other
+_MOST = 256  # schemas that are looked at for one argument
+_BITS = 4_096  # of a whole number in a message
 _LITERAL = 100_000  # characters of a Python literal that is parsed
-_DIGITS = 4_000  # of a whole number: Python itself reads no more than 4,300
+_DIGITS = 1_000  # of a whole number; messages hold numbers of at most 4,096 bits
+_LEVELS = 60  # of lists and objects in each other; messages hold 64
 _NULLS = ("null", "None")
 _INTEGER = re.compile(r"[+-]?\d+")
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
@@ -48,6 +50,7 @@ class Tools:
 
     def __init__(self, tools: Sequence[Mapping[str, Any]]):
         self._parameters: dict[str, Schema] = {}
+        self._kinds: dict[tuple[str, str], Kind] = {}
         for tool in tools:
             function = tool.get("function", tool) if isinstance(tool, Mapping) else None
             if isinstance(function, Mapping) and isinstance(function.get("name"), str):
@@ -59,6 +62,11 @@ class Tools:
 
     def kind(self, tool: str, parameter: str) -> "Kind":
         """How the text of a parameter is typed; of an unknown one it is text."""
+        if (tool, parameter) not in self._kinds:
+            self._kinds[tool, parameter] = self._kind(tool, parameter)
+        return self._kinds[tool, parameter]
+
+    def _kind(self, tool: str, parameter: str) -> "Kind":
         root = self._parameters.get(tool, {})
         properties, more = root.get("properties"), root.get("additionalProperties")
         known = properties.get(parameter) if isinstance(properties, Mapping) else None
@@ -74,11 +82,12 @@ class Kind:
 
     def __init__(self, schema: Schema, root: Schema):
         """root: where $ref looks."""
-        self._alternatives = list(_alternatives(schema, root))
+        self._alternatives = list(_alternatives(schema, root, iter(range(_MOST))))
         names = [alternative.get("type") for alternative in self._alternatives]
         strings = [name == "string" and not _values(a) for name, a in zip(names, self._alternatives, strict=True)]
         self.plain = bool(strings) and all(strings)  # the text is the value, whatever it is
         first = next((i for i, name in enumerate(names) if name != "null"), 0)
+        self.json = any(name in ("object", "array") for name in names)
         # The text is the value unless it is a null.
         self.text_or_null = not self.plain and bool(strings) and strings[first]
 
@@ -104,17 +113,17 @@ class Kind:
 _UNFIT = object()
 
 
-def _alternatives(schema: Any, root: Schema, depth: int = 0) -> Iterator[Schema]:
-    """The schemas of single types that a schema allows, in order."""
-    if not isinstance(schema, Mapping) or depth > _MOST_REFS:
+def _alternatives(schema: Any, root: Schema, left: Iterator[int]) -> Iterator[Schema]:
+    """The schemas of single types that a schema allows, in order, looking at as many schemas as `left` has items."""
+    if not isinstance(schema, Mapping) or next(left, None) is None:
         return
     if isinstance(schema.get("$ref"), str):
-        yield from _alternatives(_referred(schema["$ref"], root), root, depth + 1)
+        yield from _alternatives(_referred(schema["$ref"], root), root, left)
         return
     for name in ("anyOf", "oneOf", "allOf"):
         if isinstance(schema.get(name), list) and schema[name]:
-            for alternative in schema[name][:_MOST_REFS]:
-                yield from _alternatives(alternative, root, depth + 1)
+            for alternative in schema[name]:
+                yield from _alternatives(alternative, root, left)
             return
     types = schema.get("type")
     for kind in types if isinstance(types, list) else [types]:
@@ -199,25 +208,35 @@ def _anything(text: str) -> Any:
 def _parsed(text: str) -> Any:
     """A JSON value, else a Python literal that JSON can hold, else _UNFIT."""
     try:
-        return json.loads(text, parse_constant=_refuse)
+        return holdable(json.loads(text, parse_constant=_refuse))
     except (ValueError, RecursionError):
         pass
     if len(text) > _LITERAL or not text.startswith(("{", "[", "(")):
         return _UNFIT
     try:
-        literal = ast.literal_eval(text)
-        return json.loads(json.dumps(literal, allow_nan=False)) if _json(literal) else _UNFIT
+        return holdable(ast.literal_eval(text))
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return _UNFIT
 
 
-def _json(value: Any) -> bool:
-    """Whether JSON can hold a literal; names of members must be text."""
-    if isinstance(value, dict):
-        return all(isinstance(name, str) for name in value) and all(map(_json, value.values()))
-    if isinstance(value, list | tuple):
-        return all(map(_json, value))
-    return value is None or isinstance(value, str | int | float | bool)
+def holdable(value: Any, level: int = 0) -> Any:
+    """A value as a history can hold it: of JSON's types, tuples made lists. ValueError for any other.
+
+    Numbers must be finite and of at most 4,096 bits, texts valid Unicode, lists and objects nested at most 60 deep.
+    """
+    if isinstance(value, dict) and level < _LEVELS:
+        if not all(isinstance(name, str) for name in value):
+            raise ValueError("a member has no text as its name")
+        return {holdable(name): holdable(item, level + 1) for name, item in value.items()}
+    if isinstance(value, list | tuple) and level < _LEVELS:
+        return [holdable(item, level + 1) for item in value]
+    if isinstance(value, str):
+        value.encode()  # UnicodeEncodeError is a ValueError
+    elif isinstance(value, float) and math.isfinite(value):
+        return value
+    elif not (value is None or (isinstance(value, int) and value.bit_length() <= _BITS)):
+        raise ValueError("JSON cannot hold this")
+    return value
 
 
 def _refuse(constant: str) -> Any:

@@ -79,7 +79,7 @@ CLOSED = {"type": "object", "properties": {"a": {"$ref": "#/$defs/d"}}, "$defs":
     ("schema", "open_at_the_top", "open_inside"),
     [
         (CLOSED, False, False), ({**CLOSED, "additionalProperties": True}, True, False),
-        ({**CLOSED, "allOf": [{}]}, True, True), ({**CLOSED, "anyOf": [{"required": ["a"]}, {}]}, True, False),
+        ({**CLOSED, "allOf": [{}]}, True, False), ({**CLOSED, "allOf": [{}, {}]}, True, True), ({**CLOSED, "anyOf": [{"required": ["a"]}, {}]}, True, False),
     ],
 )  # fmt: skip
 def test_an_object_has_the_keys_that_its_schema_lists_unless_it_says_so(

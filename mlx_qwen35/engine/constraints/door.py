@@ -26,7 +26,8 @@ class ToolTags(NamedTuple):
 class Thinking(NamedTuple):
     """How thinking goes on and ends.
 
-    start, end: the tokens <think> and </think>. budget: most tokens; None: any number. closing: the tokens that close
+    start, end: the tokens <think> and </think>. budget: most tokens; None: any number. most: most tokens where a call
+    is under way, which no budget cuts. closing: the tokens that close
     it. nothing: those that close it before its first token. blank: tokens that come behind </think> before an answer
     that is restricted. guard: whether a loop closes it. tools: None where the answer may call no tools.
     """
@@ -34,6 +35,7 @@ class Thinking(NamedTuple):
     start: int
     end: int
     budget: int | None
+    most: int
     closing: tuple[int, ...]
     nothing: tuple[int, ...]
     blank: tuple[int, ...]
@@ -139,7 +141,7 @@ class Door:
             place = place._replace(recent=place.recent.after(token))
         forced = place.forced[1:]
         if not place.thinking:
-            if rules and token == rules.start and not self._answer:
+            if rules and token == rules.start:
                 used = place.used if rules.budget is None else min(place.used, rules.budget - REOPENED)
                 return place._replace(thinking=True, used=used, forced=())
             return place._replace(forced=forced, answered=place.answered + bool(self._answer and not place.forced))
@@ -171,7 +173,8 @@ class Door:
         rules = self._thinking
         if rules is None or not place.thinking or place.forced or place.whole:
             return place
-        spent = rules.budget is not None and place.used >= rules.budget and place.call is None
+        budget = rules.budget if place.call is None or rules.budget is None else max(rules.budget, rules.most)
+        spent = budget is not None and place.used >= budget
         if spent or (rules.guard and place.recent.loop):
             return place._replace(forced=rules.closing if place.used else rules.nothing)
         return place

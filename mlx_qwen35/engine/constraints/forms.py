@@ -52,30 +52,34 @@ def _depth(value: Any) -> int:
 
 
 def read_schema(typed: str, text: str) -> str:
-    """A schema on the command line: its text, which begins with {, or a file."""
-    if text.lstrip().startswith("{"):
+    """JSON on the command line: its text, which begins with { or [, or a file."""
+    if text.lstrip().startswith(("{", "[")):
         return text
     try:
+        if not text.strip():
+            raise ValueError("it is empty")
         with Path(text).expanduser().open("rb") as file:
             data = file.read(MOST_BYTES + 1)
         return data.decode("utf-8-sig")
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(
-            "text_unreadable", f"{typed} must be a JSON schema, beginning with {{, or a file that holds one: {error}"
+            "text_unreadable", f"{typed} must be JSON, beginning with {{ or [, or a file that holds it: {error}"
         ) from error
 
 
 def read_tools(typed: str, text: str) -> Any:
-    """The tools of a JSON file on the command line: a list, or an object with the list as `tools`."""
+    """Tools on the command line, as JSON or a file: a list, or an object with the list as `tools`."""
     try:
-        found = json.loads(Path(text).expanduser().read_text(encoding="utf-8-sig"))
-    except (OSError, RuntimeError, ValueError, RecursionError) as error:
-        raise InputError("text_unreadable", f"{typed} must be a JSON file with a list of tools: {error}") from error
+        found = json.loads(read_schema(typed, text))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError("text_unreadable", f"{typed} must be a list of tools in JSON: {error}") from error
     return found["tools"] if isinstance(found, dict) and set(found) == {"tools"} else found
 
 
 def a_regex(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not value or len(value.encode(errors="replace")) > MOST_BYTES:
+    if not isinstance(value, str) or not value or len(value.encode(errors="replace")) > MOST_BYTES or _lone(value):
         raise InputError(
             "option_invalid", f"{name} must be a regular expression of 1 to {MOST_BYTES:,} bytes, got {shown(value)}"
         )
@@ -83,13 +87,20 @@ def a_regex(name: str, value: Any) -> str:
 
 
 def choices(name: str, value: Any) -> tuple[str, ...]:
-    valid = isinstance(value, list | tuple) and all(isinstance(text, str) and text for text in value)
+    valid = isinstance(value, list | tuple) and all(
+        isinstance(text, str) and text and not _lone(text) for text in value
+    )
     if not valid or not value or sum(len(text.encode(errors="replace")) for text in value) > MOST_BYTES:
         raise InputError(
             "option_invalid",
             f"{name} must be a list of texts that are not empty, of {MOST_BYTES:,} bytes in all; got {shown(value)}",
         )
     return tuple(value)
+
+
+def _lone(text: str) -> bool:
+    """Whether a text has a half of a character, which no answer can have."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def a_response_format(name: str, value: Any) -> Mapping[str, Any]:

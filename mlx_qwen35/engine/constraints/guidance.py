@@ -28,7 +28,10 @@ def json_rule(schema: Mapping[str, Any], lenient: bool = False) -> str:
 
 
 # What may add properties to an object from elsewhere: then it cannot be closed.
-_ELSEWHERE = ("allOf", "anyOf", "oneOf", "$ref", "if", "patternProperties", "unevaluatedProperties", "dependentSchemas")
+_ELSEWHERE = (
+    "allOf", "anyOf", "oneOf", "$ref", "if", "patternProperties", "unevaluatedProperties", "dependentSchemas",
+    "minProperties", "propertyNames",
+)  # fmt: skip
 
 
 def _closed(schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,16 +39,26 @@ def _closed(schema: Mapping[str, Any]) -> dict[str, Any]:
 
     The schema allows more. A model that is asked for listed ones would go on with names of its own.
     """
-    return dict(schema) if '"allOf"' in json.dumps(schema) else _closed_inside(schema)
+    return dict(schema) if _joins(schema) else _closed_inside(schema)
+
+
+def _joins(value: Any) -> bool:
+    """Whether an allOf joins several schemas somewhere: one may list what another has."""
+    if isinstance(value, Mapping):
+        several = value.get("allOf")
+        return (isinstance(several, list) and len(several) > 1) or any(map(_joins, value.values()))
+    return isinstance(value, list) and any(map(_joins, value))
 
 
 def _closed_inside(schema: Any) -> Any:
     if not isinstance(schema, Mapping):
         return schema
     found = {key: _each(key, item) for key, item in schema.items()}
-    listed = isinstance(schema.get("properties"), Mapping) and "additionalProperties" not in schema
-    if listed and not any(key in schema for key in _ELSEWHERE):
-        found["additionalProperties"] = False
+    properties, required = schema.get("properties"), schema.get("required", [])
+    if not isinstance(properties, Mapping) or any(key in schema for key in _ELSEWHERE):
+        return found
+    if isinstance(required, list) and all(isinstance(name, str) and name in properties for name in required):
+        found.setdefault("additionalProperties", False)
     return found
 
 
@@ -53,16 +66,21 @@ def _each(key: str, item: Any) -> Any:
     """The value of a keyword, the schemas in it closed."""
     if key in ("properties", "$defs", "definitions", "patternProperties") and isinstance(item, Mapping):
         return {name: _closed_inside(schema) for name, schema in item.items()}
-    if key in ("anyOf", "oneOf", "prefixItems") and isinstance(item, list):
+    if key in ("allOf", "anyOf", "oneOf", "prefixItems") and isinstance(item, list):
         return [_closed_inside(schema) for schema in item]
     return _closed_inside(item) if key in ("items", "additionalProperties") else item
 
 
 def regex_rule(pattern: str) -> str:
     """A regular expression as a terminal of Lark, matched as a whole. Its digits are 0 to 9."""
+    return f"/{_llguidance().regex_to_lark(without_anchors(pattern)[0], use_ascii='d')}/"
+
+
+def without_anchors(pattern: str) -> tuple[str, bool]:
+    """A regular expression without ^ at its beginning and $ at its end, and whether it had that."""
     last = len(pattern) - 1
     ends = pattern.endswith("$") and (last - len(pattern[:last].rstrip("\\"))) % 2 == 0
-    return f"/{_llguidance().regex_to_lark(pattern.removeprefix('^')[: -1 if ends else None], use_ascii='d')}/"
+    return pattern.removeprefix("^")[: -1 if ends else None], ends
 
 
 def _llguidance() -> Any:
@@ -104,6 +122,7 @@ class Grammar:
 def _shortened(message: str) -> str:
     """llguidance's words on one line, without the grammar that we made."""
     words = re.sub(r"^at \d+\(\d+\): ", "", re.split(r"\n\s*\d+ \| ", message)[0])
+    words = re.sub(r"\s*Enable '\w+' option[^.]*\.?", "", words)  # it is none of ours
     return " ".join(words.split())[:300].rstrip(".")
 
 

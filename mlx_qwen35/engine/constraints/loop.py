@@ -1,5 +1,6 @@
 """Text that repeats itself without end: found by its tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -56,3 +57,17 @@ class Recent(NamedTuple):
 
 
 NOTHING = Recent(0, np.full(LONGEST, -1), np.zeros(LONGEST, int))
+
+
+def first_loop(tokens: Sequence[int]) -> Loop | None:
+    """The first loop of a whole sequence, as `Recent` finds it token by token."""
+    ids, first = np.array(tokens), None
+    for period, needed in zip(_PERIODS.tolist(), _NEEDED.tolist(), strict=True):
+        if len(ids) < period + needed:
+            break
+        equal = np.concatenate([[False], ids[period:] == ids[:-period], [False]])
+        edges = np.flatnonzero(equal[1:] != equal[:-1])
+        begins = edges[::2][edges[1::2] - edges[::2] >= needed]
+        if len(begins) and (first is None or begins[0] + period + needed < first[0]):
+            first = (int(begins[0]) + period + needed, Loop(int(begins[0]), period, (needed + period) // period))
+    return first and first[1]

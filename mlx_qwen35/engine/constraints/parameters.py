@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_qwen35.engine.constraints.guidance import json_rule, regex_rule
+from mlx_qwen35.engine.constraints.guidance import json_rule, regex_rule, without_anchors
 from mlx_qwen35.engine.constraints.raw import TAGS
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.values import shown
@@ -17,7 +17,9 @@ from mlx_qwen35.values import shown
 Schema = Mapping[str, Any]
 
 _JSON_TYPES = ("object", "array", "integer", "number")
+_MOST = 10_000  # schemas of one tool, each as often as it is referred to
 _DEEPEST = 64  # references and alternatives within each other
+_NOTES = ("type", "title", "description", "default", "examples", "deprecated", "$comment", "$defs", "definitions")
 _BOUNDS = ("pattern", "minLength", "maxLength")  # of strings
 _NUMBER_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 # Plain numbers stay within what Python reads back as a number.
@@ -85,9 +87,10 @@ def parameters_of(schema: Any, strict: bool, what: str) -> Parameters:
             "grammar_invalid", f"{what}: its parameters must be listed under properties; {unknown[0]} is not read there"
         )
     listed, required = top.get("properties", {}), top.get("required", [])
-    if not isinstance(listed, Mapping) or not isinstance(required, list | tuple):
+    named = isinstance(required, list | tuple) and all(isinstance(name, str) for name in required)
+    if not isinstance(listed, Mapping) or not named:
         raise InputError(
-            "grammar_invalid", f"{what}: properties must be an object and required a list, as in JSON schemas"
+            "grammar_invalid", f"{what}: properties must be an object and required a list of names, as in JSON schemas"
         )
     values = {name: reader.value(listed.get(name, {})) for name in (*listed, *(n for n in required if n not in listed))}
     for name in values:
@@ -109,6 +112,7 @@ class _Reader:
 
     def __init__(self, root: Schema, strict: bool, what: str):
         self.root, self.strict, self.what = root, strict, what
+        self._read = 0  # schemas
 
     def followed(self, schema: Any, depth: int = 0) -> Schema:
         """A schema in place of a reference to it."""
@@ -124,8 +128,11 @@ class _Reader:
         return self.followed(found, depth + 1)
 
     def value(self, schema: Any, depth: int = 0) -> Value:
-        if depth > _DEEPEST:
-            raise InputError("grammar_invalid", f"{self.what}: its schemas must not be nested without end")
+        self._read += 1
+        if depth > _DEEPEST or self._read > _MOST:
+            raise InputError(
+                "grammar_invalid", f"{self.what}: its schemas must be at most {_MOST:,}, nested at most {_DEEPEST} deep"
+            )
         found = self.followed(schema)
         for key in ("enum", "const"):
             if key in found:
@@ -156,19 +163,39 @@ class _Reader:
             definitions = {key: self.root[key] for key in ("$defs", "definitions") if key in self.root}
             return Value(rules=(json_rule({**definitions, **schema}, lenient=not self.strict),))
         if kind is None:
+            self._check_known(schema, ())
             return FREE
         raise InputError("grammar_invalid", f"{self.what}: type must be one of JSON's, got {shown(kind)}")
 
     def _string(self, schema: Schema) -> Value:
         """A raw string. Its bounds slow a mask down by milliseconds, so they are held where the tool is strict."""
+        self._check_known(schema, _BOUNDS)
         if not self.strict or not any(bound in schema for bound in _BOUNDS):
             return FREE
-        least, most = schema.get("minLength", 0), schema.get("maxLength", "")
+        least, most = self._length(schema, "minLength", 0), self._length(schema, "maxLength", "")
         terms = [f"/(?s:.{{{least},{most}}})/", f"~/{_TAGGED}/"]
         if pattern := schema.get("pattern"):
-            before, after = ("" if pattern.startswith("^") else "(?s:.*)"), ("" if pattern.endswith("$") else "(?s:.*)")
-            terms.append(regex_rule(f"{before}({pattern.removeprefix('^').removesuffix('$')}){after}"))
+            if not isinstance(pattern, str):
+                raise InputError("grammar_invalid", f"{self.what}: pattern must be a text, got {shown(pattern)}")
+            inside = without_anchors(pattern)
+            before, after = ("" if pattern.startswith("^") else "(?s:.*)"), ("" if inside[1] else "(?s:.*)")
+            terms.append(regex_rule(f"{before}({inside[0]}){after}"))
         return Value(whole=(f"({' & '.join(terms)}) {json.dumps(CLOSER)}",))
+
+    def _length(self, schema: Schema, key: str, absent: Any) -> Any:
+        value = schema.get(key, absent)
+        if value == absent or (isinstance(value, int | float) and value >= 0 and value == int(value)):
+            return value if value == absent else int(value)
+        raise InputError("grammar_invalid", f"{self.what}: {key} must be a whole number, got {shown(value)}")
+
+    def _check_known(self, schema: Schema, known: Sequence[str]) -> None:
+        """A strict tool's raw text cannot be held to other keywords."""
+        unknown = [key for key in schema if key not in (*known, *_NOTES)]
+        if self.strict and unknown:
+            raise InputError(
+                "grammar_invalid",
+                f"{self.what}: text of a strict tool cannot be held to {shown(unknown[0])}. Leave it out, or strict",
+            )
 
     def _listed(self, values: Any) -> Value:
         """The values of an enum, as they are read back."""

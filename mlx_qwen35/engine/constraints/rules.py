@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from mlx_qwen35.engine.constraints.door import Door, Thinking, ToolTags
 from mlx_qwen35.engine.constraints.grammar import compile_grammar
-from mlx_qwen35.engine.constraints.thinking import blank_tokens, closing_tokens, line_tokens
+from mlx_qwen35.engine.constraints.thinking import ROOM, blank_tokens, closing_tokens, line_tokens
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.options import listed, spelled
 from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.prompt.prompt import Prompt
 from mlx_qwen35.prompt.stream import TextStream
@@ -25,8 +27,12 @@ class Rules:
 
     def __init__(self, processor: Processor, options: "Options"):
         self._processor = processor
+        idle = [name for name in ("tool_choice", "parallel_tool_calls") if options.get(name, True) is not True]
+        if idle and not options.get("tools"):
+            raise InputError("option_no_effect", f"{listed(idle)} must be given with {spelled('tools')}, for its calls")
         self._caller = options.get("constraint")
         self._guard = bool(options.get("loop_guard"))
+        self._one_call = options.get("parallel_tool_calls") is False
         offered = options.get("tools") if options.get("tool_choice") != "none" else None
         self._tools = Tools(offered) if offered else None
         self._grammar = compile_grammar(processor, options, options.get("tools"))
@@ -36,14 +42,17 @@ class Rules:
         """The tokens that close thinking; empty where the tokenizer knows none."""
         return () if self._processor.think_end is None else closing_tokens(self._processor)
 
-    def door(self, prompt: Prompt, budget: int | None) -> Door | None:
-        """What restricts the answer to one prompt; None: nothing. budget: most tokens of thinking."""
+    def door(self, prompt: Prompt, budget: int | None, limit: int) -> Door | None:
+        """What restricts the answer to one prompt; None: nothing.
+
+        budget: most tokens of thinking. limit: most tokens of the answer.
+        """
         processor = self._processor
         if self._caller:
             return Door(processor.vocabulary, everywhere=self._caller)
         thinking = None
         if budget is not None or self._guard or (prompt.thinking and self._grammar):
-            thinking = self._thinking(budget)
+            thinking = self._thinking(budget, limit)
         if not (thinking or self._grammar):
             return None
         answer = self._grammar() if self._grammar else None
@@ -51,23 +60,26 @@ class Rules:
             processor.vocabulary, stops=processor.stop_ids, thinking=thinking, inside=prompt.thinking, answer=answer
         )
 
-    def stream(self, prompt: Prompt, seed: int, stop: Sequence[str]) -> TextStream:
-        """What turns the tokens of an answer into text. Its calls have ids that seed and prompt decide."""
-        place = hashlib.blake2b(repr((seed, prompt.tokens)).encode(), digest_size=16).hexdigest()
+    def stream(self, prompt: Prompt, cached: int, seed: int, stop: Sequence[str]) -> TextStream:
+        """What turns the tokens of an answer into text. Its calls have ids that seed and prompt decide.
+
+        cached: tokens before the prompt.
+        """
+        place = hashlib.blake2b(repr((seed, cached, prompt.tokens)).encode(), digest_size=16).hexdigest()
 
         def call_id(number: int) -> str:
             return "call_" + hashlib.blake2b(f"{place} {number}".encode(), digest_size=12).hexdigest()
 
-        return self._processor.text_stream(prompt.thinking, stop, self._tools, call_id)
+        return self._processor.text_stream(prompt.thinking, stop, self._tools, call_id, self._one_call)
 
-    def _thinking(self, budget: int | None) -> Thinking | None:
+    def _thinking(self, budget: int | None, limit: int) -> Thinking | None:
         processor = self._processor
         if processor.think_start is None or processor.think_end is None:
             return None
         nothing = (*line_tokens(processor), processor.think_end, *blank_tokens(processor))
         return Thinking(
-            processor.think_start, processor.think_end, budget, self.closing, nothing, blank_tokens(processor),
-            self._guard, self._tool_tags() if self._tools else None,
+            processor.think_start, processor.think_end, budget, limit - ROOM - len(self.closing), self.closing, nothing,
+            blank_tokens(processor), self._guard, self._tool_tags() if self._tools else None,
         )  # fmt: skip
 
     def _tool_tags(self) -> ToolTags | None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mlx_qwen35.engine.options import Options
 
 ROOM = 256  # tokens that a budget leaves to the answer
+NOTHING = 3  # tokens that close thinking before its first: a line end, </think>, a blank line
 EFFORTS = {"none": 0, "minimal": 1024, "low": 4096, "medium": 16384, "high": None}  # tokens; None: no budget
 SENTENCE = "\n\nThat is enough thinking. Now I give the answer.\n"  # behind it comes </think>
 BLANK = "\n\n"  # between </think> and the answer, as the chat template has it
@@ -42,11 +43,10 @@ def check_thinking(options: "Options", prompts: Sequence[Prompt]) -> None:
     given = [name for name in ("thinking_budget", "reasoning_effort") if name in options]
     off = options.get("reasoning_effort") == "none"
     if given and any(prompt.thinking for prompt in prompts) == off:
-        state = "think, whatever this says" if off else "not think"
         raise InputError(
             "option_no_effect",
-            f"{spelled(given[0])} must not be given with these prompts, which {state}: thinking is on or off where "
-            "a prompt ends inside or behind <think>, see the chat template",
+            f"{spelled(given[0])} must not be given here: the answer {'begins' if off else 'does not begin'} inside "
+            "<think>, where the prompt ends",
         )
 
 
@@ -55,16 +55,17 @@ def budget_of(options: "Options", limit: int, closing: int) -> int | None:
 
     closing: tokens that close thinking. InputError for a number that leaves no room; an effort is cut to what fits.
     """
-    room = limit - closing - ROOM
     number = options.get("thinking_budget")
+    room = limit - ROOM - (closing if number != 0 else NOTHING)
     if number is None:
         effort = EFFORTS[options.get("reasoning_effort", "high")]
         return None if effort is None else max(0, min(effort, room))
     if number > room:
+        fits = f"at most {room:,} of them fit into thinking" if room >= 0 else "none fits into thinking"
         raise InputError(
             "thinking_budget_exceeded",
-            f"{spelled('thinking_budget')} must leave {ROOM} tokens to the answer, and {closing} to close thinking; of "
-            f"{limit:,} tokens {max(0, room):,} are left for thinking, got {number:,}. Lower it, or raise "
-            f"{spelled('max_tokens')}",
+            f"{spelled('thinking_budget')} must leave {ROOM} tokens to the answer, and {limit - ROOM - room} to close "
+            f"thinking; the answer may have {limit:,}, and {fits}; got {number:,}. Raise {spelled('max_tokens')} to "
+            f"{number + limit - room:,}" + (", or lower it" if room >= 0 else ""),
         )
     return number
