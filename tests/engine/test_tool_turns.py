@@ -43,7 +43,7 @@ def two_calls(conversation: Conversation) -> None:
     ]
 
 
-@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("thinking", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_results_are_reported_and_each_message_is_prefilled_once(talk, thinking):
     conversation = talk(enable_thinking=thinking)
     first = conversation.send(WEATHER)

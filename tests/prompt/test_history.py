@@ -66,7 +66,14 @@ SAME = {
         [HI, said("system", "S"), DONE, HI],
         [said("system", "S"), HI, DONE, HI],
     ),
-    "a blank system message later on": ([said("system", "S"), HI, said("system", " ")], [said("system", "S"), HI]),
+    "a blank system message later on": (
+        [said("system", "S"), HI, said("system", " "), said("system", [])],
+        [said("system", "S"), HI],
+    ),
+    "a blank system message between two": (
+        [said("system", "S"), HI, said("system", " "), said("system", "T")],
+        [said("system", "S\n\nT"), HI],
+    ),
     "system messages in parts": (
         [said("system", [{"type": "text", "text": "S"}]), said("system", "T"), said("developer", [{"text": "U"}]), HI],
         [said("system", "S\n\nT\n\nU"), HI],
