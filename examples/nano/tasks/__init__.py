@@ -10,11 +10,11 @@ A picture is a 64 x 64 RGB `PIL.Image`, a clip a list of such pictures with its 
 """
 
 from tasks.clips import sample_indices, timestamps
-from tasks.drawing import TASKS, draw, draw_lesson, items_of
+from tasks.drawing import AGENT_TASKS, ALL_TASKS, TASKS, draw, draw_lesson, items_of
 from tasks.figures import COLOURS
 from tasks.items import Clip, Item, Turn, completion, is_held_out
 
 __all__ = [
-    "COLOURS", "TASKS", "Clip", "Item", "Turn", "completion", "draw", "draw_lesson", "is_held_out", "items_of",
-    "sample_indices", "timestamps",
+    "AGENT_TASKS", "ALL_TASKS", "COLOURS", "TASKS", "Clip", "Item", "Turn", "completion", "draw", "draw_lesson",
+    "is_held_out", "items_of", "sample_indices", "timestamps",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from random import Random
 
-from tasks import clips, figures, itself, lists, numbers, pairs, printed, tools
+from tasks import calls, clips, figures, itself, lists, numbers, pairs, printed, results, schemas, sums, tools
 from tasks.items import Context, Item, Task, Turn, completion, is_held_out, user_message
 
 SYSTEM_PROMPTS = ("You are a helpful assistant.", "Be brief.", "You are nano.", "Answer the question.")
@@ -17,6 +17,14 @@ TASKS: dict[str, Task] = {
         numbers.THEN_ADD, figures.THEN_COLOUR, lists.THEN_RECALL, itself.IDENTITY, itself.GREETING,
     )
 }  # fmt: skip
+AGENT_TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        calls.CHOOSE_TOOL, calls.TYPED_CALL, calls.SEVERAL_CALLS, calls.NO_CALL, results.FROM_RESULTS,
+        schemas.JSON_SCHEMA, sums.LONG_SUM, sums.CLOSED_SUM, sums.CLOSED_THOUGHT,
+    )
+}  # fmt: skip
+ALL_TASKS = TASKS | AGENT_TASKS
 
 
 def _item(task: Task, rng: Random, context: Context, turn: Turn, thinking: bool) -> Item:
@@ -29,10 +37,12 @@ def _item(task: Task, rng: Random, context: Context, turn: Turn, thinking: bool)
         if context.intro and not isinstance(context.intro[0], str) and rng.random() < 0.1:
             parts = [turn.question + " ", *context.intro]
         messages.append(user_message(parts))
-    if rng.random() < 0.08:
+    if rng.random() < 0.08 and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": rng.choice(SYSTEM_PROMPTS)})
-    tools = list(context.tools) or None
-    return Item(task.name, messages, completion(turn, thinking), turn.answer, thinking, tools, turn.key)
+    return Item(
+        task.name, messages, completion(turn, thinking), turn.answer, thinking, list(context.tools) or None,
+        given=turn.given, calls=turn.calls, schema=context.schema, key=turn.key,
+    )  # fmt: skip
 
 
 def draw_lesson(
@@ -42,8 +52,10 @@ def draw_lesson(
 
     `thinking`: None leaves it to the dice. `easy`: short lists, one figure. All turns come from the asked split.
     """
-    chosen = TASKS[task]
-    thinking = rng.random() < 0.5 if thinking is None else thinking
+    chosen = ALL_TASKS[task]
+    if thinking is None:
+        thinking = rng.random() < 0.5 if len(chosen.modes) == 2 else chosen.modes[0]
+    assert thinking in chosen.modes, f"{task} has no items with thinking={thinking}"
     while True:
         context = chosen.context(rng, easy)
         turn = chosen.ask(rng, context)

@@ -1,12 +1,14 @@
 """What an item is, how a question is typed, and which items are held out of the training."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
 from PIL import Image
+
+Call = tuple[str, Mapping[str, Any]]  # the name of a function and its arguments
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,8 @@ class Turn:
     thought: str
     answer: str
     key: str  # "" belongs to the training and to the held-out items alike
+    calls: tuple[Call, ...] = ()  # what the answer calls
+    given: tuple[str, ...] = ()  # what the model has said before the answer, see Item
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Context:
     intro: tuple[Any, ...] = ()  # strings, pictures and clips that open the first user message
     history: tuple[dict[str, Any], ...] = ()  # messages before the first user message
     tools: tuple[dict[str, Any], ...] = ()
+    schema: Mapping[str, Any] | None = None  # of an answer in JSON
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,8 @@ class Item:
     """One question with its exact answer.
 
     `completion` is the text after the generation prompt without the closing `<|im_end|>`: with `enable_thinking` it
-    starts inside the think block. `answer` is what follows the think block.
+    starts inside the think block. `answer` is what follows the think block. `given` stands between generation prompt
+    and completion: a thought that was cut, and the words that closed it, each a text that was tokenized on its own.
     """
 
     task: str
@@ -51,6 +57,9 @@ class Item:
     answer: str
     enable_thinking: bool
     tools: list[dict[str, Any]] | None = None
+    given: tuple[str, ...] = ()
+    calls: tuple[Call, ...] = ()
+    schema: Mapping[str, Any] | None = None
     key: str = field(default="", compare=False)
 
 
@@ -62,6 +71,8 @@ class Task:
     context: Callable[[Random, bool], Context]
     ask: Callable[[Random, Context], Turn]
     again: Callable[[Random, Context, Turn], Turn | None] | None = None  # a further question on the same context
+    modes: tuple[bool, ...] = (False, True)  # thinking
+    limit: int = 160  # tokens of an answer
 
 
 def is_held_out(key: str) -> bool:
@@ -112,8 +123,8 @@ def user_message(parts: list[Any]) -> dict[str, Any]:
 
 
 def completion(turn: Turn, thinking: bool) -> str:
-    """The text that follows the generation prompt."""
-    return f"{turn.thought}\n</think>\n\n{turn.answer}" if thinking else turn.answer
+    """The text that follows the generation prompt and what is given."""
+    return f"{turn.thought}\n</think>\n\n{turn.answer}" if thinking and not turn.given else turn.answer
 
 
 def again(ask: Callable[[Random, Context], Turn]) -> Callable[[Random, Context, Turn], Turn]:

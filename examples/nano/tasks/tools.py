@@ -1,6 +1,7 @@
 """One call of a function of a city, and the report of its result."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from random import Random
 from typing import Any
 
@@ -40,9 +41,11 @@ def _tools(rng: Random, easy: bool) -> Context:
     return Context(None, tools=rng.choice(sets))
 
 
-def tool_call(function: str, city: str) -> str:
-    """The call as the model writes it."""
-    return f"<tool_call>\n<function={function}>\n<parameter=city>\n{city}\n</parameter>\n</function>\n</tool_call>"
+def tool_call(function: str, arguments: Mapping[str, Any]) -> str:
+    """The call as the model writes it, and as the chat template does: objects and lists in JSON, the rest by str."""
+    texts = ((key, json.dumps(v) if isinstance(v, dict | list) else str(v)) for key, v in arguments.items())
+    parameters = "".join(f"<parameter={key}>\n{text}\n</parameter>\n" for key, text in texts)
+    return f"<tool_call>\n<function={function}>\n{parameters}</function>\n</tool_call>"
 
 
 def _call(place: Callable[[Random], str]) -> Callable[[Random, Context], Turn]:
@@ -53,12 +56,13 @@ def _call(place: Callable[[Random], str]) -> Callable[[Random, Context], Turn]:
         question = vary(rng, rng.choice(questions).format(city))
         what = function.removeprefix("get_")
         key = f"tool:{city}:{question}:{len(context.tools)}" if city in CITIES else f"tool:{city}"
-        return Turn(question, f"I need the {what} in {city}.", tool_call(function, city), key)
+        call = (function, {"city": city})
+        return Turn(question, f"I need the {what} in {city}.", tool_call(*call), key, (call,))
 
     return ask
 
 
-def _result(rng: Random, function: str, city: str) -> tuple[str, str]:
+def city_result(rng: Random, function: str, city: str) -> tuple[str, str]:
     """A tool's result and the sentence that reports it."""
     if function == "get_time":
         clock = f"{rng.randint(0, 23):02d}:{rng.randint(0, 59):02d}"
@@ -72,7 +76,7 @@ def _tool_result(rng: Random, easy: bool) -> Context:
     city = rng.choice(CITIES)
     turn = _call(lambda _: city)(rng, context)
     function = "get_time" if "get_time" in turn.answer else "get_weather"
-    result, report = _result(rng, function, city)
+    result, report = city_result(rng, function, city)
     call = {"type": "function", "function": {"name": function, "arguments": {"city": city}}}
     history = (
         {"role": "user", "content": turn.question},
@@ -93,7 +97,7 @@ def _tool_again(rng: Random, context: Context, turn: Turn) -> Turn:
         return _call(any_place)(rng, context)
     function = "get_time" if "get_time" in turn.answer else "get_weather"
     city = turn.answer.split("<parameter=city>\n")[1].split("\n")[0]
-    result, report = _result(rng, function, city)
+    result, report = city_result(rng, function, city)
     key = f"report:{city}:{result}"
     return Turn(f"<tool_response>\n{result}\n</tool_response>", f"The tool says {result}.", report, key)
 
