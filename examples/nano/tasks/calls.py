@@ -68,7 +68,7 @@ def answer_of(calls: Sequence[Call]) -> str:
 
 def _asked(rng: Random, context: Context, calls: tuple[Call, ...]) -> Turn:
     question = question_for(rng, calls)
-    key = f"calls:{question}:{','.join(function.name for function in offered(context))}"
+    key = f"calls:{question}:{','.join(tool['function']['description'] for tool in context.tools)}"
     return Turn(vary(rng, question), thought_of(calls), answer_of(calls), key, calls)
 
 

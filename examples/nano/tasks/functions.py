@@ -10,7 +10,7 @@ from tasks.items import join
 from tasks.names import NAMES, any_place
 from tasks.tools import TIME_QUESTIONS, TIME_TOOLS, WEATHER_QUESTIONS, WEATHER_TOOLS, city_result
 
-LIGHTS = ("red", "green", "blue")
+LIGHTS = ("red", "green", "blue", "yellow")
 Arguments = Mapping[str, Any]
 
 
@@ -96,7 +96,12 @@ LIGHT = Function(
     ),
     draw=lambda rng: {"colour": rng.choice(LIGHTS), "on": rng.random() < 0.5},
     words=_switched,
-    questions=("Turn {} the {} light.", "Switch {} the {} light.", "Please turn {} the {} light."),
+    questions=(
+        "Turn {} the {} light.",
+        "Switch {} the {} light.",
+        "Please turn {} the {} light.",
+        "Please switch {} the {} light.",
+    ),
     thought="I turn {} the {} light.",
     result=_done(lambda a: "The {1} light is {0}.".format(*_switched(a))),
 )
