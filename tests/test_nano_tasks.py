@@ -17,7 +17,7 @@ from tasks import AGENT_TASKS, ALL_TASKS, TASKS, Item, draw, draw_lesson, is_hel
 from mlx_qwen35 import Processor, load
 
 PROMPTS = json.loads((Path(__file__).parents[1] / "examples/nano/prompts.json").read_text())
-ITEMS = 24
+ITEMS = 16
 ROW = 288  # tokens of a row of the training (train.py, Settings.tokens)
 LESSONS = 4252710246  # crc32 of lessons of the first tasks, as train.py and the tokenizer draw them
 MODES = [(name, thinking) for name, task in AGENT_TASKS.items() for thinking in task.modes]
@@ -85,7 +85,16 @@ def test_an_item_is_a_row_as_the_checkpoint_writes_it(encoder, processor, task, 
         said = [token for token, learn in zip(row.ids, row.learn, strict=True) if learn]
         assert encoder.prompt(item).ids == list(prompt(processor, item).tokens)
         assert encoder.tokenizer.decode(said, skip_special_tokens=False) == f"{item.completion}<|im_end|>"
-        assert len(row.ids) <= ROW and len(said) <= ALL_TASKS[task].limit
+        assert len(said) <= ALL_TASKS[task].limit
+
+
+@pytest.mark.parametrize(("task", "thinking"), MODES)
+def test_the_longest_items_fit_a_row(encoder, task, thinking):
+    def size(item: Item) -> int:
+        return len(json.dumps((item.messages, item.tools, item.given, item.completion)))
+
+    longest = sorted(items_of(task, thinking, 80, 1), key=size)[-2:]
+    assert all(len(encoder.lesson(item, []).ids) <= ROW for item in longest)
 
 
 @pytest.mark.parametrize("task", AGENT_TASKS)
@@ -178,7 +187,7 @@ def test_arguments_are_of_every_type():
 
 
 def test_long_sums_think_up_to_200_tokens(encoder):
-    lengths = [encoder.lesson(item, []).learn.count(True) for item in drawn("long_sum", True)]
+    lengths = [encoder.lesson(item, []).learn.count(True) for item in items_of("long_sum", True, 40, 0)]
     assert 150 < max(lengths) <= 210 and min(lengths) < 60
 
 

@@ -143,7 +143,7 @@ POINT = Function(
     tools=_definitions("draw", ("Draw a point", "Draw"), {"at": _POINT}),
     draw=lambda rng: {"at": {"x": rng.randint(0, 20), "y": rng.randint(0, 20)}},
     words=_place,
-    questions=("Draw a point at {}, {}.", "Draw a point at x = {}, y = {}.", "Please draw a point at {}, {}."),
+    questions=("Draw a point at {}, {}.", "Draw a point at ({}, {}).", "Please draw a point at {}, {}."),
     thought="I draw a point at {}, {}.",
     result=_done(lambda a: "There is a point at {}, {}.".format(*_place(a))),
 )

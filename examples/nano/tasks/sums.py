@@ -10,7 +10,7 @@ from tasks.numbers import ADD_2, ADD_3
 from tasks.tools import TOOL_CITY
 
 CLOSING = "\n\nThat is enough thinking. Now I give the answer.\n</think>\n\n"  # what mlx_qwen35 puts behind a cut
-STEPS = 200  # characters of the steps at most, each a token
+STEPS = 196  # characters of the steps at most, each a token
 QUESTIONS = ("What is {}?", "Add {}.", "{}=?", "Please add {}.", "What is the sum of {}?")
 SEPARATORS = ("+", " ", "+", ", ")
 PIECES = re.compile(r" ?[A-Za-z]+| ?[^\sA-Za-z0-9]+\n*|\d|\s")  # as the tokenizer splits a text before it merges
