@@ -1,6 +1,6 @@
 """Measures how many of the draft head's tokens are accepted on nano's tasks, and prints two markdown tables.
 
-    python examples/nano/acceptance.py [--items N] [--json FILE]
+    python examples/nano/acceptance.py [--agent] [--items N] [--json FILE]
 
 Every held-out item is answered without drafts and with them at depths 1, 2 and 3, greedily and at temperature 1 with
 a seed of its own; half of them thinking. A step is a pass of the model behind the prompt. Acceptance of draft j counts
@@ -23,10 +23,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from guesses import Answer, Text, acceptance, answer, shares
-from tasks import TASKS, Item, items_of
+from ours import prompt
+from tasks import AGENT_TASKS, ALL_TASKS, TASKS, items_of
 
 import mlx_qwen35
-from mlx_qwen35 import Model, Processor
+from mlx_qwen35 import Model
 from mlx_qwen35.engine.media import encode_media
 from mlx_qwen35.engine.presets import Sampling
 from mlx_qwen35.model.model import Visual
@@ -34,7 +35,6 @@ from mlx_qwen35.prompt.positions import positions
 from mlx_qwen35.prompt.prompt import Prompt
 
 SEED = 0  # of the held-out items, as in evaluation.json
-LIMIT = 160  # tokens of an answer
 DEPTHS = (1, 2, 3)
 TEMPS = (0.0, 1.0)
 SEEDS = range(8)  # over which coupled acceptance is counted
@@ -79,10 +79,6 @@ class Account:
         return Score(task, temp, items, self.tokens / items, found, a_step, self.same, items * len(DEPTHS))
 
 
-def prompt(processor: Processor, item: Item) -> Prompt:
-    return processor.encode_messages(item.messages, tools=item.tools, enable_thinking=item.enable_thinking)
-
-
 def transcript(model: Model, asked: Prompt, tokens: Sequence[int]) -> Text:
     """A prompt and its answer, of which the answer counts."""
     row = encode_media(model, asked)
@@ -95,15 +91,16 @@ def transcript(model: Model, asked: Prompt, tokens: Sequence[int]) -> Text:
 
 
 def measure(task: str, name: str, items: int) -> list[Score]:
-    """Both temperatures of one task, half of the items thinking."""
+    """Both temperatures of one task, half of the items thinking; all of them where the task is about thinking."""
     model, processor = mlx_qwen35.load(name)
-    drawn = [item for thinking in (False, True) for item in items_of(task, thinking, items // 2, SEED)]
+    modes, limit = ALL_TASKS[task].modes, ALL_TASKS[task].limit
+    drawn = [item for thinking in modes for item in items_of(task, thinking, items // len(modes), SEED)]
     accounts, texts = {temp: Account() for temp in TEMPS}, []
     for seed, item in enumerate(drawn):
         asked = prompt(processor, item)
         for temp, account in accounts.items():
             plain, *drafted = (
-                answer(model, asked, depth, LIMIT, Sampling(temp=temp), seed, processor.stop_ids,
+                answer(model, asked, depth, limit, Sampling(temp=temp), seed, processor.stop_ids,
                        processor.vocabulary)
                 for depth in (0, *DEPTHS)
             )  # fmt: skip
@@ -151,13 +148,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="nano")
     parser.add_argument("--items", type=int, default=20, help="held-out items of each task, half of them thinking (20)")
+    parser.add_argument("--agent", action="store_true", help="the tasks of agents in place of the others")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     if args.items < 2 or args.items % 2:
         parser.error(f"--items must be even and at least 2, got {args.items}")
     scores: list[Score] = []
+    tasks = list(AGENT_TASKS if args.agent else TASKS)
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        for found in pool.map(partial(measure, name=args.model, items=args.items), TASKS):
+        for found in pool.map(partial(measure, name=args.model, items=args.items), tasks):
             print(found[0].task, file=sys.stderr, flush=True)
             scores += found
     for temp in TEMPS:

@@ -90,7 +90,10 @@ class Encoder:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def text(self, item: Item) -> str:
-        """The prompt as the chat template writes it, pads not yet expanded."""
+        """The prompt as the chat template writes it and what is given, pads not yet expanded."""
+        return self._rendered(item) + "".join(item.given)
+
+    def _rendered(self, item: Item) -> str:
         return self.template.render(
             messages=item.messages,
             tools=item.tools,
@@ -99,8 +102,8 @@ class Encoder:
         )
 
     def prompt(self, item: Item) -> Encoded:
-        """The prompt of an item, generation prompt included; videos without outer vision tags."""
-        text = self.text(item)
+        """The prompt of an item, generation prompt and what is given included; videos without outer vision tags."""
+        text = self._rendered(item)
         patches: list[np.ndarray] = []
         for message in item.messages:
             for part in message["content"] if isinstance(message["content"], list) else ():
@@ -113,7 +116,7 @@ class Encoder:
                     text = text.replace(VIDEO, "".join(f"<{t:.1f} seconds>{CLIP_GROUP}" for t in times), 1)
         text = text.replace(IMAGE, IMAGE.replace("<|image_pad|>", "<|image_pad|>" * TOKENS))
         text = text.replace(CLIP_GROUP, VIDEO.replace("<|video_pad|>", "<|video_pad|>" * TOKENS))
-        ids = self._ids(text)
+        ids = [token for part in (text, *item.given) for token in self._ids(part)]
         return Encoded(ids, [False] * len(ids), patches)
 
     def lesson(self, item: Item, more: list[Turn]) -> Encoded:

@@ -1,18 +1,18 @@
 """Measures a nano checkpoint on held-out items with transformers, and prints a markdown table.
 
     python examples/nano/evaluate.py --folder mlx_qwen35/nano --json mlx_qwen35/nano/evaluation.json
+    python examples/nano/evaluate.py --agent --items 20 --generate 20
 
 `text` counts completions that are right to the last token (thinking included), `answer` the right final answers of
-real greedy generations. Weights are used as stored, arithmetic is float32. `MTP` is how often the draft head names
-the token after the next one, over the tokens of the right completions. `mlx_qwen35` counts the whole completions that
-our own greedy generation gets right on the same items.
+real greedy generations, see scoring.py. Weights are used as stored, arithmetic is float32. `MTP` is how often the
+draft head names the token after the next one, over the tokens of the right completions. `mlx_qwen35` counts the whole
+completions that our own greedy generation gets right on the same items.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,14 +26,14 @@ from checkpoint import DraftHead
 from encoding import FOLDER, Encoded, Encoder
 from ours import completions, marks
 from safetensors.torch import load_file
-from tasks import TASKS, Item, draw, items_of
+from scoring import right, well_formed
+from tasks import AGENT_TASKS, ALL_TASKS, TASKS, Item, draw, items_of
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen3_5ForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import mlx_qwen35
 
-CALL = re.compile(r"<tool_call>\n<function=(\w+)>\n<parameter=city>\n([^\n]+)\n</parameter>\n</function>\n</tool_call>")
 BATCH = 16
 
 
@@ -50,7 +50,7 @@ class Score:
     tokens: float  # mean length of a completion
     generated: int = 0
     answer: float = 0.0  # share of generations with the right final answer
-    well_formed: float | None = None  # of tool calls
+    well_formed: float | None = None  # of tool calls, and of JSON to a schema
     ours: str = ""  # like right, by greedy generation with mlx_qwen35
 
 
@@ -100,12 +100,13 @@ class Judge:
             add_generation_prompt=True,
             enable_thinking=item.enable_thinking,
         )
-        assert text == self.encoder.text(item), item
+        assert text + "".join(item.given) == self.encoder.text(item), item
         parts = [part for m in item.messages if isinstance(m["content"], list) for part in m["content"]]
         pictures = [part["image"] for part in parts if part["type"] == "image"]
         if self.encoder.video_pad not in encoded.ids:
             text = text.replace("<|image_pad|>", "<|image_pad|>" * 4)
-            assert self.tokenizer(text, add_special_tokens=False).input_ids == encoded.ids, item
+            rows = self.tokenizer([text, *item.given], add_special_tokens=False).input_ids
+            assert [token for ids in rows for token in ids] == encoded.ids, item
         if pictures:
             theirs = self.images(pictures, return_tensors="pt")
             assert theirs["image_grid_thw"].tolist() == [[1, 4, 4]] * len(pictures)
@@ -127,12 +128,16 @@ class Judge:
         return F.linear(hidden, table), F.linear(draft, table)
 
     @torch.no_grad()
-    def generate(self, item: Item, limit: int = 160) -> str:
+    def generate(self, item: Item) -> str:
         """The greedy completion, without its end token."""
         inputs = self.inputs([self.encoder.prompt(item)])
         self.model.model.rope_deltas = None
         out = self.model.generate(
-            **inputs, do_sample=False, max_new_tokens=limit, eos_token_id=self.stops, pad_token_id=self.encoder.pad
+            **inputs,
+            do_sample=False,
+            max_new_tokens=ALL_TASKS[item.task].limit,
+            eos_token_id=self.stops,
+            pad_token_id=self.encoder.pad,
         )
         ids = [i for i in out[0, inputs["input_ids"].shape[1] :].tolist() if i not in self.stops]
         return self.tokenizer.decode(ids, skip_special_tokens=False)
@@ -150,10 +155,6 @@ class Judge:
         return min(leads)
 
 
-def final_answer(text: str) -> str:
-    return text.split("</think>\n\n")[-1]
-
-
 def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
     for i in range(0, len(items), size):
         yield items[i : i + size]
@@ -162,24 +163,25 @@ def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
 def score(judge: Judge, task: str, thinking: bool, items: int, generated: int, seed: int) -> Score:
     """Draws held-out items and measures them."""
     drawn = items_of(task, thinking, items, seed)
-    right, hits, drafts = "", 0, 0
+    exact, hits, drafts = "", 0, 0
     for some in chunks(drawn, BATCH):
         encoded = [judge.encoder.lesson(item, []) for item in some]
         main, draft = (x.argmax(-1) for x in judge.logits(encoded))
         for row, e in enumerate(encoded):
             own = [i for i, learn in enumerate(e.learn) if learn]
-            right += "1" if all(main[row, i - 1] == e.ids[i] for i in own) else "0"
+            exact += "1" if all(main[row, i - 1] == e.ids[i] for i in own) else "0"
             hits += sum(int(draft[row, i - 2] == e.ids[i]) for i in own)
             drafts += len(own)
-    out = Score(task, thinking, items, right.count("1") / items, right, hits / drafts, drafts / items)
+    out = Score(task, thinking, items, exact.count("1") / items, exact, hits / drafts, drafts / items)
     out.ours = marks(completions(*judge.ours, drawn), drawn)
     if generated:
         texts = [judge.generate(item) for item in drawn[:generated]]
         pairs = list(zip(texts, drawn, strict=False))
         out.generated = generated
-        out.answer = sum(final_answer(text) == item.answer for text, item in pairs) / generated
-        if task in ("tool_city", "tool_name"):
-            out.well_formed = sum(bool(CALL.fullmatch(final_answer(text))) for text in texts) / generated
+        out.answer = sum(right(text, item) for text, item in pairs) / generated
+        formed = [found for text, item in pairs if (found := well_formed(text, item)) is not None]
+        if formed:
+            out.well_formed = sum(formed) / len(formed)
     return out
 
 
@@ -226,25 +228,26 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--items", type=int, default=200, help="held-out items of each task and mode")
     parser.add_argument("--generate", type=int, default=20, help="of these, items answered by real generation")
-    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--tasks", nargs="*", choices=list(ALL_TASKS))
+    parser.add_argument("--agent", action="store_true", help="the tasks of agents in place of the others")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="also write the scores here")
     parser.add_argument("--prompts", type=Path, help="only choose fixed prompts with a clear margin, into this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    judge = Judge(args.folder)
+    judge, tasks = Judge(args.folder), args.tasks or list(AGENT_TASKS if args.agent else TASKS)
     if args.prompts:
         prompts = fixed_prompts(judge, per_task=4)
         args.prompts.write_text(json.dumps(prompts, indent=1, ensure_ascii=False) + "\n")
         print(f"{len(prompts)} prompts")
         return
-    for task in args.tasks:
+    for task in tasks:
         for i in range(5):
             judge.check(draw(task, Random(i)))
     scores = []
-    for task in args.tasks:
-        for thinking in (False, True):
+    for task in tasks:
+        for thinking in ALL_TASKS[task].modes:
             scores.append(score(judge, task, thinking, args.items, args.generate, args.seed))
             print(table(scores[-1:]).splitlines()[-1], flush=True)
     if args.json:
