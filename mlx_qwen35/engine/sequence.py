@@ -63,7 +63,9 @@ class Result:
     @property
     def message(self) -> dict[str, Any]:
         """The answer as the assistant's message of a history. A call that is not whole is left out."""
-        message: dict[str, Any] = {"role": "assistant", "content": self.text, "reasoning_content": self.reasoning}
+        message: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
         if self.tool_calls:
             message["tool_calls"] = [
                 {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}

@@ -52,7 +52,7 @@ def test_each_turn_answers_as_if_the_whole_conversation_were_read_anew(nano, thi
         messages.append({"role": "user", "content": text})
         fresh = generate(*nano, messages=messages, enable_thinking=thinking, temp=1.1, seed=3)
         assert said(conversation, text) == fresh.tokens
-        messages.append({"role": "assistant", "content": fresh.text})
+        messages.append(fresh.message)
     assert conversation.messages == messages
 
 

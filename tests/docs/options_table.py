@@ -58,7 +58,7 @@ def _code(names: Iterable[str]) -> str:
 def _value(option: Option) -> str:
     if option.choices:
         return _code(option.choices)
-    kind = _KINDS.get(option.kind, (option.metavar or "").lower())
+    kind = _KINDS.get(option.kind, (option.metavar or "").lower().replace("|", " or "))
     return f"{kind}, {option.rule.removesuffix(' and finite')}" if option.kind in (int, float) else kind
 
 
