@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from refusing import refused
-from tasks import TIME_TOOLS, WEATHER_TOOLS
+from tasks.tools import TIME_TOOLS, WEATHER_TOOLS
 
 from mlx_qwen35 import Conversation, generate, load
 
