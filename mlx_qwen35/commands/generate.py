@@ -138,6 +138,7 @@ def run(args: argparse.Namespace) -> int:
     with Step("prefill", "tokens") as prefill:
         generation = start(model, processor, [prompt], progress=prefill, **options)
         media = [placed.media for placed in generation.requests[0].prompt.media]
+        prefill.clear()
         print_media(media)
         try:
             if args.json:

@@ -47,9 +47,17 @@ class Step:
         """Show nothing more. Ending twice is fine."""
         self._timer.cancel()
         with self._lock:
-            if self._shown is not None and self._terminal and not self._ended:
-                print("\r\033[K", end="", file=sys.stderr, flush=True)
+            self._clear()
             self._ended = True
+
+    def clear(self) -> None:
+        """Take its line off the terminal, for something else that is printed. The next state shows it again."""
+        with self._lock:
+            self._clear()
+
+    def _clear(self) -> None:
+        if self._shown is not None and self._terminal and not self._ended:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
     def _begin(self) -> None:
         with self._lock:

@@ -62,6 +62,16 @@ def test_on_a_terminal_a_step_is_one_line_that_is_written_over_and_erased(stderr
     assert stream.getvalue() == "".join(f"\r\033[K{text}" for text in shown)
 
 
+def test_on_a_terminal_a_step_makes_room_for_other_lines(stderr):
+    stream = stderr(terminal=True)
+    with Step("prefill", "tokens") as step:
+        begun(stream)
+        step.clear()
+        print("image 1", file=stream)
+        step(1, 2)
+    assert stream.getvalue() == "\r\033[Kprefill ...\r\033[Kimage 1\n\r\033[Kprefill: 1 of 2 tokens, 50 % ...\r\033[K"
+
+
 def test_elsewhere_a_step_has_plain_lines(stderr):
     stream = stderr(terminal=False)
     with Step("reading", "tokens") as step:

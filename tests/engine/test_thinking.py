@@ -41,7 +41,7 @@ def begun(nano, prompts, count, **options):
 
 
 @pytest.mark.parametrize("mtp", ["off", "on"])
-@pytest.mark.parametrize("budget", [0, 1, 20])
+@pytest.mark.parametrize("budget", [0, 1, pytest.param(20, marks=pytest.mark.full)])
 def test_endless_thinking_is_closed_at_the_budget_and_an_answer_follows(nano, endless, budget, mtp):
     options = {"thinking_budget": budget, "max_tokens": 301, "mtp": mtp, **endless}
     ((tokens, result),) = begun(nano, [QUESTION], 60, **options)
@@ -141,7 +141,7 @@ def test_a_conversation_thinks_within_its_budget(nano, endless):
 def looping(processor, *, thinking: bool):
     """Options with which every token is one of two in turn."""
     tokens = processor.tokenizer.encode("a b")[:2]
-    return {"logits_processors": [_Turns(tokens)], "max_tokens": 600, "temp": 0, "enable_thinking": thinking}
+    return {"logits_processors": [_Turns(tokens)], "max_tokens": 600 if thinking else 300, "temp": 0, "enable_thinking": thinking}
 
 
 class _Turns:
@@ -156,7 +156,7 @@ class _Turns:
 
 def test_a_loop_is_told_and_changes_nothing(nano):
     result = generate(*nano, QUESTION, **looping(nano[1], thinking=False))
-    assert result.finish_reason == "length" and len(result.tokens) == 600
+    assert result.finish_reason == "length" and len(result.tokens) == 300
     assert result.loop is not None and result.loop.period <= 2 and result.loop.start <= 1
 
 
@@ -165,6 +165,7 @@ def test_a_guarded_loop_ends_the_answer(nano):
     assert result.finish_reason == "loop" and 200 < len(result.tokens) < 300 and result.text
 
 
+@pytest.mark.full
 def test_a_guarded_loop_ends_thinking_and_then_the_answer(nano):
     result = generate(*nano, QUESTION, loop_guard=True, **looping(nano[1], thinking=True))
     assert result.reasoning.endswith(SENTENCE.strip()) and result.text and result.finish_reason == "loop"

@@ -54,7 +54,7 @@ def fits(text: str) -> bool:
 
 
 @pytest.mark.parametrize("thinking", [{}, {"thinking_budget": 3, "max_tokens": 320}, {"enable_thinking": False}])
-@pytest.mark.parametrize("temp", [0, 1.0])
+@pytest.mark.parametrize("temp", [pytest.param(0, marks=pytest.mark.full), 1.0])
 def test_a_form_holds_behind_thinking_and_is_the_same_with_drafts(nano, thinking, temp):
     options = {"json_schema": SCHEMA, "temp": temp, "seed": 4, **thinking}
     plain, drafted = (generate(*nano, QUESTION, mtp=mode, **options) for mode in ("off", "on"))
@@ -103,7 +103,7 @@ def test_without_tools_or_with_the_choice_none_a_call_is_text(nano):
         assert not result.tool_calls and result.finish_reason == "stop" and result.text
 
 
-@pytest.mark.parametrize("mtp", ["off", "on"])
+@pytest.mark.parametrize("mtp", [pytest.param("off", marks=pytest.mark.full), "on"])
 def test_an_answer_ends_behind_its_first_call_where_one_is_wanted(nano, mtp):
     """The weights would go on: two calls are forced by their form, of which one may follow another."""
     options = {"tools": WEATHER, "tool_choice": "required", "temp": 1.0, "seed": 3, "max_tokens": 300, "mtp": mtp,
@@ -118,7 +118,7 @@ def test_an_answer_ends_behind_its_first_call_where_one_is_wanted(nano, mtp):
     assert one.tokens == tuple(several.requests[0].tokens[: len(one.tokens)])
 
 
-@pytest.mark.parametrize("count", range(1, 30, 4))
+@pytest.mark.parametrize("count", [25, *(pytest.param(n, marks=pytest.mark.full) for n in range(1, 30, 4))])
 def test_an_answer_that_is_left_keeps_what_it_has(nano, count):
     generation = start(*nano, [ASKED], tools=WEATHER, temp=0)
     for _ in generation:
