@@ -141,7 +141,10 @@ def test_a_conversation_thinks_within_its_budget(nano, endless):
 def looping(processor, *, thinking: bool):
     """Options with which every token is one of two in turn."""
     tokens = processor.tokenizer.encode("a b")[:2]
-    return {"logits_processors": [_Turns(tokens)], "max_tokens": 600 if thinking else 300, "temp": 0, "enable_thinking": thinking}
+    return {
+        "logits_processors": [_Turns(tokens)], "max_tokens": 600 if thinking else 300, "temp": 0,
+        "enable_thinking": thinking,
+    }  # fmt: skip
 
 
 class _Turns:
