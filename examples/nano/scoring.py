@@ -4,8 +4,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from parsing import parse_answer
 from tasks import Item
+
+from mlx_qwen35 import parse_answer
 
 TYPES = {
     "string": str, "integer": int, "number": int | float, "boolean": bool, "object": dict, "array": list,

@@ -86,7 +86,7 @@ def few(names, ordinary) -> list:
     return [name if name in ordinary else pytest.param(name, marks=pytest.mark.full) for name in names]
 
 
-@pytest.mark.parametrize("name", few(BOUNDED, ("union",)))
+@pytest.mark.parametrize("name", few(BOUNDED, ()))
 def test_an_answer_with_an_end_comes_to_it_and_is_valid(loaded, name):
     made, ends = grammar(loaded[1], json_schema=BOUNDED[name]), []
     for seed in range(SEEDS):

@@ -28,6 +28,7 @@ from mlx_qwen35.model.lazy import LazyPart
 from mlx_qwen35.model.vision import VisionEncoder
 
 PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
+TOOL = {"type": "function", "function": {"name": "f"}}
 SHAPES, TRIANGLE, MOVING = (PICTURES / name for name in ("shapes.png", "triangle.png", "moving.mp4"))
 SEEN, WHICH = "A red circle and a blue square.", "Which way does the circle move?"
 ASK = "What do you see?"
@@ -134,7 +135,7 @@ def test_tokens_that_stand_for_an_image_are_refused_without_one(nano):
         ({"images": np.zeros((64, 64, 3), np.uint8)}, "option_invalid"),
         ({"videos": MOVING}, "option_invalid"),
         ({"images": [SHAPES], "ignore_chat_template": True, "system_prompt": "x"}, "option_no_effect"),
-        ({"images": [SHAPES], "ignore_chat_template": True, "tools": [{}]}, "option_no_effect"),
+        ({"images": [SHAPES], "ignore_chat_template": True, "tools": [TOOL]}, "option_no_effect"),
         ({"images": [PICTURES / "none.png"]}, "media_not_found"),
         ({"images": [np.zeros((1, 300, 3), np.uint8)]}, "aspect_ratio_exceeded"),
         ({"images": [SHAPES], "ignore_chat_template": True}, "placeholders_mismatch"),

@@ -58,6 +58,7 @@ def test_a_budget_changes_nothing_before_it_is_spent(nano):
     assert with_budget.tokens == plain.tokens
 
 
+@pytest.mark.full
 def test_budgets_in_a_batch_with_drafts_are_those_alone(nano, endless):
     """Rows of different thoughts, one of which opens none."""
     prompts = [QUESTION, "What is 7 + 5?", "Who are you?"]
@@ -157,6 +158,7 @@ class _Turns:
         return logits.at[:, self.tokens[tokens.size % len(self.tokens)]].add(1000.0)
 
 
+@pytest.mark.full
 def test_a_loop_is_told_and_changes_nothing(nano):
     result = generate(*nano, QUESTION, **looping(nano[1], thinking=False))
     assert result.finish_reason == "length" and len(result.tokens) == 300

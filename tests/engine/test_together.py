@@ -80,7 +80,7 @@ def test_a_conversation_is_held_to_its_form_in_each_turn(nano):
     assert all(fits(conversation.send(question).text) for question in (QUESTION, "Add 10 to that."))
 
 
-@pytest.mark.parametrize("mtp", ["off", "on"])
+@pytest.mark.parametrize("mtp", [pytest.param("off", marks=pytest.mark.full), "on"])
 def test_a_call_comes_parsed_and_in_pieces(nano, mtp):
     options = {"tools": WEATHER, "temp": 0, "mtp": mtp, "seed": 0}
     result = generate(*nano, ASKED, **options)
@@ -92,6 +92,7 @@ def test_a_call_comes_parsed_and_in_pieces(nano, mtp):
     assert json.loads("".join(map(str, own))) == {"city": "Paris"} and own[-1].kind == "tool_call_end"
 
 
+@pytest.mark.full
 def test_ids_follow_from_the_seed(nano):
     first, again, other = (generate(*nano, ASKED, tools=WEATHER, temp=0, seed=seed).tool_calls for seed in (1, 1, 2))
     assert first == again and first[0].id != other[0].id

@@ -64,8 +64,9 @@ def test_results_are_reported_and_each_message_is_prefilled_once(talk, thinking)
     assert roles == ["user", "assistant", "tool", "assistant"] * 2
 
 
-@pytest.mark.parametrize("thinking", [True, pytest.param(False, marks=pytest.mark.full)])
-@pytest.mark.parametrize("mtp", ["off", pytest.param("on", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("mtp", ["off", "on"])
 def test_every_answer_is_that_of_the_whole_history(nano, talk, thinking, mtp):
     conversation = talk(enable_thinking=thinking, mtp=mtp)
     turns: list = []
