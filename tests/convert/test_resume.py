@@ -77,10 +77,8 @@ def broken_off(raw, tmp_path, small):
     return work
 
 
-FLOAT16 = pytest.param({"dtype": "float16"}, marks=pytest.mark.full)
-
-
-@pytest.mark.parametrize("options", [OPTIONS, FLOAT16], ids=["quantized", "float16"])
+@pytest.mark.full
+@pytest.mark.parametrize("options", [OPTIONS, {"dtype": "float16"}], ids=["quantized", "float16"])
 def test_run_killed_at_random_moments_ends_with_the_bytes_of_an_undisturbed_one(raw, tmp_path, small, options):
     out, work, moments = tmp_path / "out", tmp_path / ".out.converting", random.Random(1)
     counts = []
