@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_qwen35.cache.cache import Cache
+from mlx_qwen35.engine.constraints.calls import read_tools
 from mlx_qwen35.engine.constraints.constraint import Constraint
 from mlx_qwen35.engine.constraints.forms import (
     a_regex,
@@ -16,7 +17,7 @@ from mlx_qwen35.engine.constraints.forms import (
     a_tool_choice,
     choices,
     read_schema,
-    read_tools,
+    read_tool_list,
 )
 from mlx_qwen35.engine.drafts.speculate import MODES, MOST_DEPTH, ON_DEPTH
 from mlx_qwen35.engine.presets import MOST_SEED, PRESETS, Sampling
@@ -117,7 +118,7 @@ class PromptOptions:
     )
     tools: Sequence[Mapping[str, Any]] | None = option(
         help="functions that the answer may call: a list of mappings, on the command line its text or a JSON file",
-        read=read_tools, check=_a_tool_list, metavar="FILE|TEXT", prompts=("text", "messages"),
+        read=read_tool_list, check=_a_tool_list, metavar="FILE|TEXT", prompts=("text", "messages"),
     )  # fmt: skip
     preserve_thinking: bool | None = option(
         help="keep the reasoning of earlier turns in the prompt, where the chat template has this switch",
@@ -335,7 +336,7 @@ def check_constraints(options: Options) -> None:
         if options.get(name) not in (None, False, "none", "auto", {"type": "text"})
     ]
     tools = options.get("tools", ()) if options.get("tool_choice") != "none" else ()
-    others += ["tools"] * any(tool["function"].get("strict") is True for tool in tools)
+    others += ["tools"] * any(tool.strict for tool in read_tools(tools))
     if others:
         raise InputError(
             "option_conflict", f"{listed(others)} must not be given with constraint, which says every token by itself"

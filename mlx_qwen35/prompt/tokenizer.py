@@ -75,9 +75,7 @@ class Tokenizer:
         text = self.backend.id_to_token(token)
         if text is None:
             return b""
-        if token in self._added or not all(character in _BYTES for character in text):
-            return text.encode()
-        return bytes(_BYTES[character] for character in text)
+        return text.encode() if token in self._added else bytes_of(text)
 
     def text_bytes(self, token: int) -> bytes:
         """The bytes that a token adds to a decoded text without special tokens."""
@@ -95,6 +93,14 @@ class Tokenizer:
     def get_vocab(self) -> dict[str, int]:
         """Each token and its id, added tokens among them; bytes stand as characters, a space as Ġ."""
         return self.backend.get_vocab(with_added_tokens=True)
+
+
+def bytes_of(text: str) -> bytes:
+    """The bytes that a token of the vocabulary stands for; of one that is not byte-level its text in UTF-8."""
+    try:
+        return bytes(map(_BYTES.__getitem__, text))
+    except KeyError:
+        return text.encode()
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -29,20 +29,6 @@ def allowed(constraint: Constraint, processor: Processor) -> list[int]:
     return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
 
 
-class Booleans:
-    """A constraint whose masks are booleans."""
-
-    def __init__(self, constraint: Constraint, vocabulary: int):
-        self._constraint, self._vocabulary = constraint, vocabulary
-        self.accept, self.rollback = constraint.accept, constraint.rollback
-
-    def mask(self) -> np.ndarray | None:
-        mask = self._constraint.mask()
-        if mask is None:
-            return None
-        return np.unpackbits(mask.view(np.uint8), bitorder="little")[: self._vocabulary].astype(bool)
-
-
 class Walker:
     """Draws tokens at random from what a constraint allows, half of them of the characters `likes` if any may come."""
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from engine.grammars import Booleans, allowed, grammar, read_calls, valid
+from engine.grammars import allowed, grammar, read_calls, valid
 from engine.test_grammar_calls import ALL, FREE, SCHEMAS
 
 from mlx_qwen35 import generate, load
@@ -57,7 +57,7 @@ def loaded(source_of):
 
 
 def answer(loaded, made, seed: int, **options):
-    constraint = Booleans(made(), loaded[1].vocabulary)
+    constraint = made()
     options = {"max_tokens": MOST, "temp": 1.0, "top_k": 0, "top_p": 1.0, "enable_thinking": False} | options
     return generate(*loaded, "Go.", seed=seed, constraint=constraint, **options)
 

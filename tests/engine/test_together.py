@@ -139,6 +139,7 @@ def test_an_answer_that_is_left_keeps_what_it_has(nano, count):
         ("option_no_effect", {"parallel_tool_calls": False}),
         ("option_conflict", {"json_schema": SCHEMA, "constraint": Anything()}),
         ("option_conflict", {"tools": STRICT, "constraint": Anything()}),
+        ("option_conflict", {"tools": [{**WEATHER[0], "strict": True}], "constraint": Anything()}),
         ("option_invalid", {"tools": WEATHER, "tool_choice": "get_wether"}),
         ("option_invalid", {"tools": [{"name": "f"}]}),
         ("option_invalid", {"tools": "f"}),

@@ -67,7 +67,7 @@ def read_schema(typed: str, text: str) -> str:
         ) from error
 
 
-def read_tools(typed: str, text: str) -> Any:
+def read_tool_list(typed: str, text: str) -> Any:
     """Tools on the command line, as JSON or a file: a list, or an object with the list as `tools`."""
     try:
         found = json.loads(read_schema(typed, text))

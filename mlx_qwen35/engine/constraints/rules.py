@@ -65,10 +65,10 @@ class Rules:
 
         cached: tokens before the prompt.
         """
-        place = hashlib.blake2b(repr((seed, cached, prompt.tokens)).encode(), digest_size=16).hexdigest()
 
         def call_id(number: int) -> str:
-            return "call_" + hashlib.blake2b(f"{place} {number}".encode(), digest_size=12).hexdigest()
+            place = repr((seed, cached, prompt.tokens, number))
+            return "call_" + hashlib.blake2b(place.encode(), digest_size=12).hexdigest()
 
         return self._processor.text_stream(prompt.thinking, stop, self._tools, call_id, self._one_call)
 

@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mlx_qwen35.engine.constraints.bits import words
+from mlx_qwen35.prompt.tokenizer import bytes_of
+
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
     from tokenizers import Tokenizer
-
-# A byte-level vocabulary writes printable bytes as themselves and the others as the characters from U+0100 on.
-_PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-_UNPRINTABLE = [byte for byte in range(256) if byte not in _PRINTABLE]
-_BYTES = {0x100 + place: chr(byte) for place, byte in enumerate(_UNPRINTABLE)}
 
 
 class Vocabulary:
@@ -27,7 +25,7 @@ class Vocabulary:
     """
 
     def __init__(self, backend: "Tokenizer", size: int, stop_ids: Collection[int]):
-        self.size, self.words = size, -(-size // 32)
+        self.size, self.words = size, words(size)
         self.stop_ids = frozenset(token for token in stop_ids if token < size)
         self._backend = backend
         self.added = {token.content: number for number, token in backend.get_added_tokens_decoder().items()}
@@ -35,7 +33,7 @@ class Vocabulary:
         never = self.stop_ids | set(self.added.values())
         for text, number in backend.get_vocab(with_added_tokens=False).items():
             if number not in never:
-                self.bytes[number] = _as_bytes(text)
+                self.bytes[number] = bytes_of(text)
         self.ids = {data: number for number, data in enumerate(self.bytes) if data}
         self._sorted = sorted(self.ids)
         self.longest = max(map(len, self.ids), default=0)
@@ -81,10 +79,3 @@ class _Guided:
 
     def __call__(self, text: bytes) -> list[int]:
         return self._encode(text)
-
-
-def _as_bytes(text: str) -> bytes:
-    try:
-        return text.translate(_BYTES).encode("latin-1")
-    except UnicodeEncodeError:  # no byte-level token: the decoder leaves it as it is
-        return text.encode()
