@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten
 
 from mlx_qwen35.backend import backend
 from mlx_qwen35.budget.plan import check_model_fits, check_vision_encoder_fits, loaded_bytes
+from mlx_qwen35.cache.kv_format import FORMS, check_kv_bits
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.dtypes import COMPUTED, DTYPES, check_dtype
 from mlx_qwen35.checkpoint.hub import CHOICES, resolve
@@ -47,6 +48,17 @@ class LoadOptions:
     keep_vision: bool = option(
         False, help="keep the vision encoder in memory after the first image; otherwise each prompt releases it"
     )
+    kv_bits: str | int | None = option(
+        help="store keys and values in 8 bit, keys in 8 and values in 4 (8/4), or both in 4 (for reading, not for long "
+        "thinking); default: in the dtype", choices=FORMS, check=check_kv_bits,
+    )  # fmt: skip
+    kv_rotate: bool = option(
+        False, help="rotate keys and values by a Hadamard transform before they are quantized, with --kv-bits 8/4 or 4"
+    )
+    rope_scaling: str | None = option(
+        help="read beyond the context of training: yarn, or yarn:FACTOR as yarn:2; none takes the folder's scaling "
+        "away (default: the folder's)", metavar="TYPE",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -59,6 +71,9 @@ def load(
     dtype: str | mx.Dtype | None = None,
     keep_vision: bool = False,
     memory_limit: float | None = None,
+    kv_bits: str | int | None = None,
+    kv_rotate: bool = False,
+    rope_scaling: str | None = None,
     progress: Progress = lambda done, total: None,
 ) -> tuple[Model, Processor]:
     """Load a checkpoint. Return the model, and the processor between messages, tokens and text.
@@ -76,6 +91,10 @@ def load(
         memory_limit: GB (10^9 bytes) that this model may take; None is what suits the machine. What other models of the
             process hold counts too. A larger model is refused before it is downloaded or read. A lower limit makes
             images and prefill chunks smaller.
+        kv_bits: of the keys and values of its caches: 8, "8/4" (keys in 8, values in 4) or 4; None is the dtype.
+        kv_rotate: whether a Hadamard transform comes before 4 bits.
+        rope_scaling: "yarn" or "yarn:FACTOR" reads beyond the context of training; "none" takes the folder's scaling
+            away; None is the folder's.
         progress: called as progress(bytes_read, all_bytes) while the weights are read; for float16 they are read twice.
 
     Raises InputError when the checkpoint is not found, is broken, or does not fit into this machine's memory.
@@ -84,7 +103,7 @@ def load(
     check_folder()
     if not callable(progress):
         raise InputError("option_invalid", f"progress must be a function of two counts, got {shown(progress)}")
-    given = LoadOptions(model, revision, dtype, memory_limit, keep_vision)
+    given = LoadOptions(model, revision, dtype, memory_limit, keep_vision, kv_bits, kv_rotate, rope_scaling)
     limit = limit_of(given.memory_limit)
 
     def checked(folder: Path) -> Checkpoint:

@@ -42,6 +42,10 @@ class CommandOptions:
         help="the message; - reads standard input, as a pipe does without this option", aliases=("p",), metavar="TEXT"
     )
     prompt_file: Path | None = option(help="a text file that holds the message", metavar="FILE")
+    session: Path | None = option(
+        help="a file that holds the conversation: the prompt is its next message, and the answer is saved in it; "
+        "written anew where it is absent", metavar="FILE",
+    )  # fmt: skip
     json: bool = option(False, help="print one JSON object instead of text and statistics")
 
 
@@ -69,6 +73,7 @@ def parser() -> Parser:
             metavar="FILE", help=prompt[name].help,
         )  # fmt: skip
     add_answer_options(parser, group, [option for option in prompt.values() if option.name not in ("images", "videos")])
+    add_options(group, [own["session"]])
     add_options(parser.add_argument_group("output"), [own["json"]])
     return parser
 

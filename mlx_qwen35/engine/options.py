@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_qwen35.cache.cache import Cache
+from mlx_qwen35.cache.prefix import PrefixLibrary
 from mlx_qwen35.engine.constraints.calls import read_tools
 from mlx_qwen35.engine.constraints.constraint import Constraint
 from mlx_qwen35.engine.constraints.forms import (
@@ -79,6 +80,12 @@ def _a_constraint(name: str, value: Any) -> Constraint:
         raise InputError(
             "option_invalid", f"{name} must have the methods mask, accept and rollback, got {shown(value)}"
         )
+    return value
+
+
+def _a_library(name: str, value: Any) -> PrefixLibrary:
+    if not isinstance(value, PrefixLibrary):
+        raise InputError("option_invalid", f"{name} must be a PrefixLibrary, got {shown(value)}")
     return value
 
 
@@ -208,6 +215,10 @@ class GenerationOptions:
         "of several prompts a list",
         check=_a_cache, python_only=True,
     )  # fmt: skip
+    library: PrefixLibrary | None = option(
+        help="what remembers prompts: the longest beginning of this prompt that it holds is not read again",
+        check=_a_library, python_only=True,
+    )  # fmt: skip
     sampler: Choice | None = option(
         help="function that chooses a token: log-probabilities (1, V) -> (1,), as in mlx-lm; it takes the place of "
         "temp, top_k, top_p and min_p, and the seed is its own affair; without drafts", check=_a_sampler,
@@ -267,6 +278,7 @@ class Options(TypedDict, total=False):
     top_logprobs: int
     prefill_step_size: int
     cache: Cache | Sequence[Cache]
+    library: PrefixLibrary
     sampler: Choice
     logits_processors: Sequence[Processor]
     constraint: Constraint
