@@ -22,7 +22,12 @@ from mlx_qwen35.model.layers import RMSNorm
 from mlx_qwen35.model.weights import Weights
 
 IDS = np.random.default_rng(7).integers(0, 980, (1, 6))  # few: on the CPU MLX multiplies half types slowly
-SAME_DTYPE = [(dtype, bits) for dtype in ("float32", "bfloat16", "float16") for bits in (None, 4, 8)]
+ORDINARY = [("float32", None), ("bfloat16", 8), ("float16", 4)]
+SAME_DTYPE = [
+    pytest.param(dtype, bits, marks=() if (dtype, bits) in ORDINARY else pytest.mark.full)
+    for dtype in ("float32", "bfloat16", "float16")
+    for bits in (None, 4, 8)
+]
 # float32 sums of another order: 1e-6 to 2e-5 at logits of standard deviation 0.3 (tests/parity)
 TOLERANCE = 1e-4
 
@@ -88,8 +93,8 @@ def test_mlx_lm_computes_with_our_folder_what_it_computes_with_its_own(both, dty
     assert mx.array_equal(logits, theirs(mx.array(IDS)))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.full), "float16"])
+@pytest.mark.parametrize("bits", [pytest.param(None, marks=pytest.mark.full), 4])
 def test_mlx_lm_differs_only_by_its_own_rounding_of_norms(both, dtype, bits):
     """From a bfloat16 source mlx-lm forms 1 + w in bfloat16 when it converts; from our folder in the output's dtype."""
     ours, theirs = both("bfloat16", dtype, bits)
@@ -193,7 +198,7 @@ def test_mlx_vlm_computes_with_the_packed_tower_what_it_computes_with_its_values
     assert largest(logits - about_a_picture(mlx_vlm(plain), config)) > TOLERANCE  # so do the packed bits
 
 
-@pytest.mark.parametrize("vision_bits", [8, 0])
+@pytest.mark.parametrize("vision_bits", [8, pytest.param(0, marks=pytest.mark.full)])
 def test_mlx_lm_computes_the_same_with_and_without_the_tower(mlx_lm, source_of, tmp_path, vision_bits):
     config = changed(geometry("tiny"), dtype="float32")
     bare = write_random_checkpoint(tmp_path / "bare", config, dtype=mx.float32, vision=False)  # the same text: one seed
@@ -239,7 +244,7 @@ def test_with_the_norms_folded_as_they_fold_them_our_logits_of_a_recipe_are_thos
     assert largest(ours - theirs[0]) < 1e-4 and largest(ours - theirs[1]) < most
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.full), "float16", "bfloat16"])
 def test_transformers_loads_the_unquantized_folder(source_of, tmp_path, dtype):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

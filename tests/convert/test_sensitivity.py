@@ -65,6 +65,7 @@ def test_a_tied_embedding_is_packed_on_the_way_in_and_out(raw, rows):
     assert row_of(rows, "embedding, head").kl == pytest.approx(divergence(open_checkpoint(raw), alter), abs=2e-6)
 
 
+@pytest.mark.full
 def test_a_group_that_begins_in_a_later_layer_leaves_the_others_alone(raw):
     def alter(model):
         attention = model.layers[3].self_attn
@@ -75,6 +76,7 @@ def test_a_group_that_begins_in_a_later_layer_leaves_the_others_alone(raw):
     assert row_of(found, "attention o", NVFP4).kl == pytest.approx(expected, abs=2e-6)
 
 
+@pytest.mark.full
 def test_an_untied_head_is_of_the_embeddings_group(tmp_path):
     source = write_random_checkpoint(tmp_path, changed(geometry("tiny"), tie_word_embeddings=False))
     found = sensitivity(open_checkpoint(source), TOKENS, (FOUR,))

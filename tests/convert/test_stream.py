@@ -5,25 +5,23 @@ from converting import files_of, unpacked
 
 from mlx_qwen35.convert import convert, stream
 
+OPTIONS = [{}, {"q_mode": "nvfp4"}, {"q_bits": 8, "dtype": "float16", "q_vision_bits": 6}]
+
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"q_bits": 3, "rounding": "nearest"},
-        {"q_mode": "nvfp4", "rounding": "nearest"},
-        pytest.param(
-            {"q_bits": 8, "dtype": "float16", "q_vision_bits": 6, "rounding": "nearest"}, marks=pytest.mark.full
-        ),
-    ],
+    "options", [{"q_bits": 3}, *(pytest.param(options, marks=pytest.mark.full) for options in OPTIONS)], ids=str
 )
 def test_chunked_result_is_that_of_whole_tensors(raw, tmp_path, monkeypatch, options):
+    if options:
+        options = {"rounding": "nearest"} | options
     whole = files_of(convert(raw, tmp_path / "whole", quantize=True, **options))
     monkeypatch.setattr(stream, "CHUNK_BYTES", 7777)  # a few rows of a matrix, with a shorter last chunk
     assert files_of(convert(raw, tmp_path / "chunked", quantize=True, **options)) == whole
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "dtype", ["float16", *(pytest.param(dtype, marks=pytest.mark.full) for dtype in ("bfloat16", "float32"))]
+)
 def test_unquantized_chunks_join_to_the_whole(raw, tmp_path, monkeypatch, dtype):
     whole = files_of(unpacked(raw, tmp_path / "whole", dtype=dtype))
     monkeypatch.setattr(stream, "CHUNK_BYTES", 5000)

@@ -38,7 +38,12 @@ def stands_for(folder, name) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"dtype": "float16"}, {"quantize": True}, {"quantize": True, "q_mode": "mxfp4"}, {"recipe": "5bit"}],
+    [
+        {"dtype": "float16"},
+        {"quantize": True},
+        *(pytest.param(options, marks=pytest.mark.full) for options in ({}, {"quantize": True, "q_mode": "mxfp4"})),
+        pytest.param({"recipe": "5bit"}, marks=pytest.mark.full),
+    ],
 )
 def test_errors_are_those_of_the_stored_values(source_of, tmp_path, monkeypatch, options):
     monkeypatch.setattr(stream, "CHUNK_BYTES", 50_000)
@@ -72,7 +77,7 @@ def test_search_is_the_default_and_loses_less_than_nearest(raw, tmp_path):
     assert all(best[name].relative < nearest[name].relative for name in packed)
 
 
-@pytest.mark.parametrize("mode", ["affine", "nvfp4"])
+@pytest.mark.parametrize("mode", ["affine", pytest.param("nvfp4", marks=pytest.mark.full)])
 def test_search_is_weighted_by_the_statistics_of_the_tensor(raw, tmp_path, monkeypatch, mode):
     monkeypatch.setattr(stream, "CHUNK_BYTES", 40_000)
     weights = np.geomspace(1e-3, 1e3, 448).astype(np.float32)

@@ -40,12 +40,15 @@ def ours_mixed() -> Dispatches:
     return count_program("mlx_qwen35", geometry("4b"), "mixed")
 
 
-@pytest.fixture(scope="module", params=list(RECIPES))
+EITHER = ["uniform", *(pytest.param(name, marks=pytest.mark.full) for name in RECIPES if name != "uniform")]
+
+
+@pytest.fixture(scope="module", params=EITHER)
 def mlx_lm(request) -> tuple[str, Dispatches]:
     return request.param, count_program("mlx-lm", geometry("4b"), request.param)
 
 
-@pytest.fixture(scope="module", params=list(RECIPES))
+@pytest.fixture(scope="module", params=EITHER)
 def mlx_vlm(request) -> tuple[str, Dispatches]:
     return request.param, count_program("mlx-vlm", geometry("4b"), request.param)
 

@@ -78,7 +78,11 @@ def drafted(nano: tuple[Model, Processor], questions: list[str], depth: int, **o
 
 
 @pytest.mark.parametrize("depth", [2, pytest.param(1, marks=pytest.mark.full), pytest.param(3, marks=pytest.mark.full)])
-@pytest.mark.parametrize("questions", [["Who are you?"], ["What is 34 + 58?", "Who are you?"]], ids=["one", "batch"])
+@pytest.mark.parametrize(
+    "questions",
+    [pytest.param(["Who are you?"], marks=pytest.mark.full), ["What is 34 + 58?", "Who are you?"]],
+    ids=["one", "batch"],
+)
 def test_nano_generates_the_same_tokens_with_drafts_on_the_kernels(as_on_a_mac, monkeypatch, questions, depth):
     nano, options = load("nano"), {"temp": 0.8, "seed": 1, "max_tokens": 9, "prefill_step_size": 13}
     before = len(as_on_a_mac.launches)
