@@ -112,9 +112,8 @@ def _submissions(launches: Iterator[Launch], chip: Chip, buffers: CommandBuffers
     yield seconds
 
 
-def prefill_bytes(config: TextConfig, T: int, S: int, itemsize: int, impl: str, kv: KVFormat = UNQUANTIZED) -> int:
-    """Bytes that prefill of T tokens takes beside weights and caches: all arrays of the layers in flight, scores, and
-    the keys and values of a layer where they are dequantized.
+def prefill_bytes(config: TextConfig, T: int, S: int, itemsize: int, impl: str) -> int:
+    """Bytes that prefill of T tokens takes beside weights and caches: all arrays of the layers in flight, and scores.
 
     itemsize: bytes of an activation. impl: see `attention_impl`.
     """
@@ -126,12 +125,13 @@ def prefill_bytes(config: TextConfig, T: int, S: int, itemsize: int, impl: str, 
     }
     widest = mlp + max(mixers[kind] for kind in config.layer_types)
     scores = score_bytes((1, H, T, size), S, itemsize, impl) if FULL in config.layer_types else 0
-    return LAYERS_IN_FLIGHT * T * widest * itemsize + scores + S * unpacked_bytes(config, itemsize, kv)
+    return LAYERS_IN_FLIGHT * T * widest * itemsize + scores
 
 
 def unpacked_bytes(config: TextConfig, itemsize: int, kv: KVFormat) -> int:
-    """Bytes of a token's key and value in one layer, dequantized, which prefill holds beside the cache. Of two layers
-    in flight one has attention.
+    """Bytes of a token's key and value in one layer, dequantized: of two layers in flight one has attention.
+
+    Prefill takes them beside `prefill_bytes`, however many tokens a chunk has.
     """
     _, Hk, size, _ = config.attention_heads
     return 2 * Hk * size * itemsize if kv.quantized and FULL in config.layer_types else 0
@@ -157,7 +157,7 @@ def chunk_length(
     """
 
     def suits(T: int, S: int) -> bool:
-        if prefill_bytes(config, T, S, itemsize, impl, kv) > room:
+        if prefill_bytes(config, T, S, itemsize, impl) > room:
             return False
         return not (chip and buffers) or longest_submission(config, T, S, chip, buffers, kv) <= SUBMISSION_SECONDS
 

@@ -3,8 +3,9 @@
 GB are 10^9 bytes. MLX's own limit makes an allocation wait, but never refuses one: the plan does.
 """
 
+import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -149,6 +150,20 @@ def plan_memory(
     )  # fmt: skip
 
 
+def longest_context(checkpoint: Checkpoint, plan: MemoryPlan, kv: KVFormat, mtp: int = 0) -> int:
+    """The most tokens, in steps of 1,024, of a conversation that fits the machine of a plan, in chunks as the plan's.
+
+    kv: the form of its keys and values, instead of the plan's. mtp: as for `plan_memory`.
+    """
+    machine = replace(plan.machine, kv=kv)
+    contexts = range(1024, checkpoint.config.text.max_position_embeddings + 1, 1024)
+
+    def too_long(context: int) -> bool:
+        return not plan_memory(checkpoint, machine, context, chunk=plan.chunk, mtp=mtp).fits
+
+    return 1024 * bisect.bisect_left(contexts, True, key=too_long)
+
+
 def names(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> list[str]:
     """The names in the folder of the tensors of these shapes, if they are there."""
     return [name for name, _ in checkpoint.part(shapes) if name in checkpoint.entries]
@@ -197,7 +212,8 @@ def most_prefill_bytes(checkpoint: Checkpoint, machine: Machine, context: int, c
     """The most bytes that prefill takes up to this context. On the CPU it dequantizes quantized matrices."""
     text, size = checkpoint.config.text, machine.dtype.size
     contexts = [*(S for S in contexts_up_to(context) if context > S), context]
-    most = max(prefill_bytes(text, min(chunk, S), S, size, machine.attention_impl, machine.kv) for S in contexts)
+    most = max(prefill_bytes(text, min(chunk, S), S, size, machine.attention_impl) for S in contexts)
+    most += context * unpacked_bytes(text, size, machine.kv)
     if not machine.on_cpu or not checkpoint.quantization(f"{TEXT}layers.0.mlp.gate_proj.weight"):
         return most
     return most + 4 * 4 * min(UNPACKED, text.intermediate_size * text.hidden_size)
