@@ -1,8 +1,8 @@
 """Attention over quantized keys and values.
 
-A few queries read them packed: on a GPU by packed_attention.metal and packed_attention_join.metal, if they agree with the
-definition on a small case of the same geometry and dtype (`self_check`); on the CPU by quantized products. For more
-queries the keys and values of the layer are dequantized first.
+A few queries read them packed: on a GPU by packed_attention.metal and packed_attention_join.metal, if these agree with
+the definition on a small case of the same geometry and dtype (`self_check`); on the CPU by quantized products. For more
+queries the keys and values are dequantized first.
 
 Letters: B batch, H/Hk query/key heads, T queries, D head size, S columns in use of C.
 """
@@ -91,7 +91,7 @@ def packed_attention(
 
 
 def product_attention(q: mx.array, keys: Packed, values: Packed, scale: float) -> mx.array:
-    """Causal attention by quantized products in float32, which on the CPU take as long for each query as for the first."""
+    """Causal attention by quantized products in float32, which take as long for each query as for the first."""
     (B, H, T, D), (_, Hk, S, _) = q.shape, keys.words.shape
     rows = (q.astype(mx.float32) * scale).reshape(B, Hk, -1, D)
     scores = _product(rows, keys, transpose=True).reshape(B, H, T, S)
@@ -150,14 +150,14 @@ def self_check(sizes: Geometry, dtype: mx.Dtype) -> bool:
 
 
 def _cases(sizes: Geometry, dtype: mx.Dtype) -> Iterator[fused.Case]:
-    """Two key heads; three queries and one, over two blocks of keys and one key."""
+    """Two key heads; four queries over two blocks of keys, and one over one key."""
     if not sizes.supported:
         raise ValueError(f"it does not support {sizes}")
     C, D = BLOCK + 44, sizes.D
-    q, k, v = fused.normal_arrays((1, 2 * sizes.rows, 3, D), (1, 2, C, D), (1, 2, C, D))
+    q, k, v = fused.normal_arrays((1, 2 * sizes.rows, 4, D), (1, 2, C, D), (1, 2, C, D))
     keys, values = pack(k.astype(dtype), sizes.key_bits), pack(v.astype(dtype), sizes.value_bits)
     q, scale = (3 * q).astype(dtype), D**-0.5
-    for T, S in ((3, C - 3), (1, 1)):
+    for T, S in ((4, C - 3), (1, 1)):
         whole = (_in_float32(packed.first(S)) for packed in (keys, values))
         plain = definition(q[:, :, :T], *whole)
         ours = fused_attention(q[:, :, :T], keys, values, scale, S)
