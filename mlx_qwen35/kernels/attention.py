@@ -98,14 +98,18 @@ def fused_self_check(D: int, dtype: mx.Dtype) -> bool:
 
     def cases() -> Iterator[fused.Case]:
         digits = mx.float16 if dtype == mx.float32 and shortened() else dtype
-        yield "output", out, _definition(q, k, v), max(1e-4, 2 * fused.ROUNDING[digits])
+        yield "output", out, definition(q, k, v), max(1e-4, 2 * fused.ROUNDING[digits])
 
     return fused.agrees("attention without scores (force_fused)", cases)
 
 
-def _definition(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-    """Causal attention of (1, H, T, D) by float32 sums alone, since a machine may shorten matrix products."""
+def definition(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    """Causal attention of the last T of S positions, q (1, H, T, D), k and v (1, Hk, S, D), scale D^-0.5.
+
+    By float32 sums alone, since a machine may shorten matrix products.
+    """
     k, v = (mx.repeat(x.astype(mx.float32), q.shape[1] // x.shape[1], axis=1) for x in (k, v))
     scores = (q.astype(mx.float32)[..., None, :] * k[:, :, None]).sum(-1) * q.shape[3] ** -0.5
-    weights = mx.softmax(scores + mx.triu(mx.full(scores.shape[2:], -mx.inf), 1), axis=-1)
+    T, S = scores.shape[2:]
+    weights = mx.softmax(scores + mx.triu(mx.full((T, S), -mx.inf), S - T + 1), axis=-1)
     return (weights[..., None] * v[:, :, None]).sum(-2)

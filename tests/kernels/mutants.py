@@ -175,8 +175,92 @@ NORM_ROTARY = [
      "((size_t(batch) * T + t) * QUERY_HEADS + own)"),
 ]  # fmt: skip
 
+PACKED_ATTENTION = [
+    ("no barrier before the streams are joined", f"  {BARRIER}  float joined", "  float joined"),
+    ("no barrier before the next row takes the place of this one", f"  }}\n  {BARRIER}}}", "  }\n}"),
+    # heads and places
+    ("columns in use taken for all columns", "size_t(head) * columns", "size_t(head) * length"),
+    ("rows and queries exchanged in the input", "((size_t(head) * ROWS + r) * T + t) * HEAD_DIM",
+     "((size_t(head) * T + t) * ROWS + r) * HEAD_DIM"),
+    ("rows and queries exchanged in the output", "((size_t(head) * ROWS + r) * T + t) * blocks",
+     "((size_t(head) * T + t) * ROWS + r) * blocks"),
+    ("scale and bias of the first group for all", "column * GROUPS + part / 8", "column * GROUPS"),
+    ("scale of keys for values", "float(value_scales[group])", "float(key_scales[group])"),
+    ("bias of keys for values", "float(value_biases[group])", "float(key_biases[group])"),
+    ("words of keys for values", "= value_words[", "= key_words["),
+    ("dims of a key's word in reverse", "(j * KEY_BITS)", "((IN_KEY_WORD - 1 - j) * KEY_BITS)"),
+    ("dims of a value's word in reverse", "(j * VALUE_BITS)", "((IN_VALUE_WORD - 1 - j) * VALUE_BITS)"),
+    ("words of a lane's key in reverse", "(8 / IN_KEY_WORD) + w]", "(8 / IN_KEY_WORD) + 8 / IN_KEY_WORD - 1 - w]"),
+    ("highest bit of a key lost", "(1u << KEY_BITS) - 1", "(1u << KEY_BITS - 1) - 1"),
+    ("highest bit of a value lost", "(1u << VALUE_BITS) - 1", "(1u << VALUE_BITS - 1) - 1"),
+    ("simdgroups read the same keys", "thread_index / 32 * KEYS; some", "0; some"),
+    ("streams of a simdgroup read the same key", "some + lane / LANES", "some"),
+    ("streams of the first query for all", "int(thread_position_in_threadgroup.y) * STREAMS", "0"),
+    # bounds
+    ("all queries see the last key", "length - T + t + 1)", "length)"),
+    ("a query does not see its own key", "length - T + t + 1)", "length - T + t)"),
+    ("last key of a block left out", "min((block + 1) * BLOCK,", "min((block + 1) * BLOCK - 1,"),
+    ("first key of the next block read, too", "min((block + 1) * BLOCK,", "min((block + 1) * BLOCK + 1,"),
+    ("a key behind the last counts", "if (key < end)", "if (key <= end)"),
+    ("keys behind the last are read", "min(key, end - 1)", "key"),
+    ("keys left out between steps", "some += STREAMS", "some += STREAMS + 1"),
+    ("one block too few", "(length + BLOCK - 1) / BLOCK", "(length + BLOCK - 2) / BLOCK"),
+    # arithmetic
+    ("no scale of scores", "score_scale * float", "float"),
+    ("no bias of keys", "key_scale, key_bias)", "key_scale, 0.0f)"),
+    ("no bias of values", "value_scale, value_bias)", "value_scale, 0.0f)"),
+    ("half of the lanes left out of a score", "other = LANES / 2", "other = LANES / 4"),
+    ("lanes of all streams in a score", "other = LANES / 2", "other = 16"),
+    ("sum does not fade", "sum[r] *= fade;", ""),
+    ("output does not fade", "out[r][j] *= fade;", ""),
+    ("top is not kept", "        top[r] = score;\n", ""),
+    ("weights without the top", "exp(score - top[r])", "exp(score)"),
+    ("top begins at a score that is met", "LOWEST = -3.0e38f", "LOWEST = -1.0f"),
+    ("streams joined by the top of the last", "joined = max(joined, part_tops[first + s])",
+     "joined = part_tops[first + s]"),
+    ("streams joined without their tops", "exp(part_tops[first + s] - joined), parts", "1.0f, parts"),
+    ("sums of streams joined without their tops", "exp(part_tops[first + s] - joined), part_sums", "1.0f, part_sums"),
+    ("last stream left out of the output", "s < STREAMS; ++s) {\n      total = fma(exp(part_tops[first + s] - joined), "
+     "parts", "s < STREAMS - 1; ++s) {\n      total = fma(exp(part_tops[first + s] - joined), parts"),
+    ("last stream left out of the sum", "s < STREAMS; ++s) {\n      total = fma(exp(part_tops[first + s] - joined), "
+     "part_sums", "s < STREAMS - 1; ++s) {\n      total = fma(exp(part_tops[first + s] - joined), part_sums"),
+    ("dims beyond the threads left out", "d < HEAD_DIM; d += 32 * SIMDGROUPS", "d < 32; d += 32 * SIMDGROUPS"),
+    ("top of the first stream told for the block", "tops[at] = joined", "tops[at] = part_tops[first]"),
+    # precision
+    ("keys kept in half", "fma(float(number), key_scale, key_bias)",
+     "float(half(fma(float(number), key_scale, key_bias)))"),
+    ("values kept in half", "fma(float(number), value_scale, value_bias)",
+     "float(half(fma(float(number), value_scale, value_bias)))"),
+    ("weights kept in half", "= exp(score - top[r])", "= float(half(exp(score - top[r])))"),
+]  # fmt: skip
+
+PACKED_ATTENTION_JOIN = [
+    ("no barrier", BARRIER, ""),
+    ("blocks by the top of the last", "top = max(top, split_tops[s])", "top = split_tops[s]"),
+    ("sum does not fade", "    sum *= fade;\n", ""),
+    ("output does not fade", "    value *= fade;\n", ""),
+    ("top is not kept", "    top = other;\n", ""),
+    ("blocks joined without their tops", "exp(other - top)", "1.0f"),
+    ("splits joined without their tops", "exp(split_tops[s] - top)", "1.0f"),
+    ("top begins at a score that is met", "LOWEST = -3.0e38f", "LOWEST = -1.0f"),
+    ("all blocks in each split", "block = split;", "block = 0;"),
+    ("last block left out", "block < blocks;", "block < blocks - 1;"),
+    ("last split left out", "s < SPLITS; ++s) {\n    const", "s < SPLITS - 1; ++s) {\n    const"),
+    ("first split counted twice", "sum = value = 0.0f;", ""),
+    ("not divided by the sum", "value / sum", "value"),
+    ("rounded before it is divided", "Element(value / sum)", "Element(float(Element(value)) / sum)"),
+    ("blocks of the first row for all", "row * blocks + block", "block"),
+    ("all splits write", "if (split == 0) {", "if (true) {"),
+]  # fmt: skip
+
 MUTANTS = [
     Mutant(kernel, *fault)
-    for kernel, faults in (("gated_delta", GATED_DELTA), ("add_norm", ADD_NORM), ("norm_rotary", NORM_ROTARY))
+    for kernel, faults in (
+        ("gated_delta", GATED_DELTA),
+        ("add_norm", ADD_NORM),
+        ("norm_rotary", NORM_ROTARY),
+        ("packed_attention", PACKED_ATTENTION),
+        ("packed_attention_join", PACKED_ATTENTION_JOIN),
+    )
     for fault in faults
 ]

@@ -4,7 +4,8 @@ A mutant is the text of a kernel with one thing changed. Small cases are run by 
 with the operations; the first case in which anything is wrong catches the mutant. The unbroken kernels must pass them
 all. Prints a table; the exit status is 1 where a mutant survived, or an unbroken kernel was found wrong.
 
-Every barrier is among what is removed: four of gated_delta, one of add_norm (norm_rotary has none); none is redundant.
+Every barrier is among what is removed: four of gated_delta, two of packed_attention, one of its join and of add_norm
+(norm_rotary has none); none is redundant.
 Not in the lists is what changes no answer: which of the lanes that hold a sum writes it (`part == 0`, `lane == 0`).
 """
 
@@ -20,7 +21,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import mlx.core as mx
-from kernels import delta_cases, norm_cases, rotary_cases
+from kernels import delta_cases, norm_cases, packed_cases, rotary_cases
 from kernels.delta_cases import DIFFERENT, ODD, REAL
 from kernels.emulator import CompileError, emulate, missing
 from kernels.mutants import MUTANTS, Mutant
@@ -93,7 +94,7 @@ def delta_checks() -> list[Check]:
     ]
 
 
-# --- the other two ---------------------------------------------------------------------------------------------------
+# --- the others ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -146,13 +147,37 @@ def rotary_checks() -> list[Check]:
     ]
 
 
+@dataclass(frozen=True)
+class PackedAttention:
+    """A call of packed_attention and its join, against float64."""
+
+    case: packed_cases.Case
+    scores: float = 1.0  # larger than elsewhere by this
+
+    def __call__(self) -> list[str]:
+        ours, wrong = policed(self.case.launch)
+        return wrong + packed_cases.differences(ours, self.case.plain(), self.scores)
+
+
+def packed_checks() -> list[Check]:
+    case, small, large = packed_cases.case, packed_cases.ODD, packed_cases.Geometry(2, 128, 4, 8)
+    return [
+        PackedAttention(packed_cases.two_blocks(mx.float32)),
+        PackedAttention(case(large, 1, 5 * packed_cases.BLOCK + 9, mx.float32, Hk=2, spare=0)),
+        PackedAttention(case(small, 4, 6, mx.float32, sharp=1000), scores=300),
+        PackedAttention(case(small, 4, 70, mx.float16)),
+    ]
+
+
 # --- mutants ---------------------------------------------------------------------------------------------------------
 
-ROW = "{:<12}  {:<58}  {}"
+ROW = "{:<21}  {:<58}  {}"
 CHECKS: dict[str, Callable[[], list[Check]]] = {
     "gated_delta": delta_checks,
     "add_norm": norm_checks,
     "norm_rotary": rotary_checks,
+    "packed_attention": packed_checks,
+    "packed_attention_join": packed_checks,
 }
 
 
