@@ -46,6 +46,7 @@ def convert(
     q_mode: str | None = None,
     q_vision_bits: int | None = None,
     dtype: str | None = None,
+    rope_scaling: str | None = None,
     rounding: str = "search",
     calibration: str | Path | None = None,
     evaluation: str | Path | None = None,
@@ -69,6 +70,7 @@ def convert(
     convolutions and biases. Without either, a source that an MLX program has quantized stays as it is.
     dtype: "float16", "bfloat16" or "float32" of unquantized tensors; by default the one that config.json names. A_log
     stays float32, and other float32 vectors of the text model are stored twice, rounded and as they are.
+    rope_scaling: "yarn", "yarn:FACTOR" or "none" in place of the source's, see docs/long_context.md.
     rounding: "search" finds ranges, scales and biases of each group with less error than "nearest", mx.quantize's.
     calibration: a text file; the error is then weighted by the inputs of each column on it.
     evaluation: a text file on which the result is compared with the source: perplexity, KL divergence, top-1.
@@ -82,7 +84,8 @@ def convert(
     target = target_path(mlx_path)
     if replaces(target) is None:  # else an earlier conversion must be brought to its end first
         check_target(target, overwrite)
-    options = StorageOptions(recipe, quantize, q_bits, q_group_size, q_mode, q_vision_bits, dtype, rounding)
+    storage = recipe, quantize, q_bits, q_group_size, q_mode, q_vision_bits, dtype, rope_scaling, rounding
+    options = StorageOptions(*storage)
     source = resolve(hf_path, revision, lambda headers: _judge(headers, target, options))
     named = [calibration, evaluation, recipe if names_file(recipe) else None]
     reads = Reads(source, tuple(Path(os.path.expanduser(file)) for file in named if file is not None))
@@ -99,10 +102,12 @@ def convert(
                 "--calibration weighs the errors of a search: it has no effect where nothing is quantized, or with "
                 "--rounding nearest. Leave it out",
             )
-        checkpoint = open_checkpoint(source)
+        checkpoint = open_checkpoint(source, rope_scaling=options.rope_scaling)
         tokens = windows(checkpoint, read_file("--calibration", Path(calibration)))
         plan = replace(plan, statistics=statistics(checkpoint, tokens))
-    text = None if evaluation is None else windows(open_checkpoint(source), read_file("--eval", Path(evaluation)))
+    if evaluation is not None:
+        original = open_checkpoint(source, rope_scaling=options.rope_scaling)
+        text = windows(original, read_file("--eval", Path(evaluation)))
     with appearing_whole(target, overwrite, resume, reads) as folder:
         check_space(plan.nbytes, target)
         report = write(plan, folder, verify=verify)
@@ -115,8 +120,8 @@ def convert(
             errors=report.errors,
             license=license,
         )
-        if text is not None and evaluation is not None:
-            found = evaluate(open_checkpoint(source), open_checkpoint(folder), text)
+        if evaluation is not None:
+            found = evaluate(original, open_checkpoint(folder), text)
             facts = replace(facts, evaluation=found, text=Path(evaluation).name)
         write_card(folder, facts)
     return target
@@ -127,9 +132,9 @@ def with_default(source: Path, options: StorageOptions) -> StorageOptions:
 
     A text model in FP8, or a quantized draft head alone, makes no quantized source.
     """
-    if replace(options, q_vision_bits=None, dtype=None, rounding=NO_OPTIONS.rounding) != NO_OPTIONS:
+    if replace(options, q_vision_bits=None, dtype=None, rope_scaling=None, rounding=NO_OPTIONS.rounding) != NO_OPTIONS:
         return options
-    checkpoint = open_checkpoint(source, fp8=True)
+    checkpoint = open_checkpoint(source, fp8=True, rope_scaling=options.rope_scaling)
     quantized = any(checkpoint.quantization(name) for name in checkpoint.entries if not name.startswith(MTP))
     return options if quantized else replace(options, recipe=DEFAULT)
 

@@ -97,7 +97,8 @@ def _look(args: argparse.Namespace, options: dict[str, Any]) -> None:
     if others := [name for name, value in given.items() if value != stored[name].default]:
         raise InputError(
             "option_conflict",
-            f"{listed(others)} must not be given with --sensitivity, which tries its own. Leave it out",
+            f"{listed(others)} must not be given with --sensitivity, which reads the source as it is and tries its "
+            "own storage. Leave it out",
         )
     source = resolve(args.hf_path, args.revision)
     if args.save_recipe:

@@ -175,6 +175,7 @@ def card(checkpoint: Checkpoint, facts: Facts) -> str:
         _sizes(checkpoint),
         _settings(checkpoint, facts),
         _measured(checkpoint, facts),
+        _context(checkpoint),
         _use(checkpoint, facts),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -249,6 +250,17 @@ def _measured(checkpoint: Checkpoint, facts: Facts) -> str:
 
 def _plus_minus(error: float | None, digits: int) -> str:
     return "" if error is None else f" ± {error:.{digits}f}"
+
+
+def _context(checkpoint: Checkpoint) -> str:
+    yarn, window = checkpoint.config.text.rope.yarn, checkpoint.config.text.max_position_embeddings
+    if yarn is None:
+        return ""
+    return (
+        f"## Context\n\n{window:,} tokens: `config.json` scales positions by YaRN, factor {yarn.factor:g} over the "
+        f"{yarn.original:,} of training. That changes answers to short texts too; `mlx_qwen35.generate --rope-scaling "
+        "none` leaves it out. transformers and mlx-lm scale alike; mlx-vlm ignores it, and vLLM has another ramp."
+    )
 
 
 def _use(checkpoint: Checkpoint, facts: Facts) -> str:

@@ -134,7 +134,7 @@ def make_plan(
     """
     recipe = choose_recipe(options)
     rounding = choice("--rounding", options.rounding, ROUNDINGS)
-    source = open_source(folder)
+    source = open_source(folder, options.rope_scaling)
     if options.q_vision_bits is not None and not source.checkpoint.has(VISION):
         raise InputError("option_no_effect", f"{folder} has no vision encoder: leave --q-vision-bits out")
     asked = recipe.dtype if recipe else options.dtype

@@ -12,6 +12,7 @@ from typing import Any
 from mlx_qwen35.checkpoint.dtypes import DTYPES, check_dtype
 from mlx_qwen35.checkpoint.folder import is_file
 from mlx_qwen35.checkpoint.names import MTP, VISION
+from mlx_qwen35.checkpoint.rope_fields import check_rope_scaling
 from mlx_qwen35.checkpoint.shapes import is_matrix
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import read_json
@@ -126,12 +127,18 @@ class StorageOptions:
     dtype: str | None = option(
         help="dtype of what is not quantized (default: the source's)", choices=tuple(DTYPES), check=check_dtype
     )
+    rope_scaling: str | None = option(
+        help="write yarn or yarn:FACTOR into config.json, for contexts beyond that of training, or none (default: as "
+        "in the source)", metavar="TYPE", check=check_rope_scaling,
+    )  # fmt: skip
     rounding: str = option("search", help="how quantized groups are rounded (default: search)", choices=ROUNDINGS)
 
     def __post_init__(self) -> None:
         settle_switches(self)
         if self.dtype is not None:
             object.__setattr__(self, "dtype", check_dtype("--dtype", self.dtype))
+        if self.rope_scaling is not None:
+            object.__setattr__(self, "rope_scaling", check_rope_scaling("--rope-scaling", self.rope_scaling))
 
 
 NO_OPTIONS = StorageOptions()

@@ -20,6 +20,7 @@ from mlx_qwen35.checkpoint.draft_head import settled
 from mlx_qwen35.checkpoint.dtypes import DTYPES, STORED
 from mlx_qwen35.checkpoint.folder import safetensors_files
 from mlx_qwen35.checkpoint.names import MTP
+from mlx_qwen35.checkpoint.rope_fields import rescaled
 from mlx_qwen35.checkpoint.shapes import is_matrix
 from mlx_qwen35.checkpoint.tensors import Entry, read_bytes
 from mlx_qwen35.errors import InputError
@@ -150,18 +151,19 @@ def check_unchanged(files: tuple[SourceFile, ...]) -> None:
 # --- opening ---------------------------------------------------------------------------------------------------------
 
 
-def open_source(folder: Path) -> Source:
+def open_source(folder: Path, rope_scaling: str | None = None) -> Source:
     """Read headers and configuration. InputError when the folder is broken or of a kind that is not converted.
 
-    Warns where a draft head in a file of its own cannot be used; it is left out.
+    rope_scaling: in place of the folder's. Warns where a draft head in a file of its own cannot be used, which is left
+    out.
     """
     files = tuple(map(SourceFile.at, safetensors_files(folder) if folder.is_dir() else ()))
-    checkpoint = open_checkpoint(folder, fp8=True)
+    checkpoint = open_checkpoint(folder, fp8=True, rope_scaling=rope_scaling)
     if why := checkpoint.mtp_head_fault:
         warnings.warn(f"{folder} is converted without a draft head: {why}", UserWarning, stacklevel=2)
     beside = {entry.file for entry in checkpoint.entries.values()} - {file.path for file in files}
     files += tuple(map(SourceFile.at, sorted(beside)))
-    config = read_json(folder / "config.json")
+    config = rescaled(read_json(folder / "config.json"), rope_scaling)
     claims = [part.get(key) for part in (config, config.get("text_config") or {}) for key in CLAIMS]
     claim = next(filter(None, claims), None)
     block = _block(folder, claim, checkpoint) if checkpoint.block_scales else None

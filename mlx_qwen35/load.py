@@ -14,6 +14,7 @@ from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.dtypes import COMPUTED, DTYPES, check_dtype
 from mlx_qwen35.checkpoint.hub import CHOICES, resolve
 from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION
+from mlx_qwen35.checkpoint.rope_fields import check_rope_scaling
 from mlx_qwen35.checkpoint.shapes import mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.packed_attention import GROUP
@@ -57,8 +58,8 @@ class LoadOptions:
         False, help="rotate keys and values by a Hadamard transform before they are quantized, with --kv-bits 8/4 or 4"
     )
     rope_scaling: str | None = option(
-        help="read beyond the context of training: yarn, or yarn:FACTOR as yarn:2; none takes the folder's scaling "
-        "away (default: the folder's)", metavar="TYPE",
+        help="read beyond the context of training: yarn, or yarn:FACTOR as yarn:2 (default factor: 4); none takes the "
+        "folder's scaling away (default: the folder's)", metavar="TYPE", check=check_rope_scaling,
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -112,8 +113,8 @@ def load(
             must have a multiple of 64 elements.
         kv_rotate: whether a Hadamard transform spreads each key and value over its elements before it is quantized;
             with 8/4 and 4 alone. Heads must have a power of two elements.
-        rope_scaling: "yarn" or "yarn:FACTOR" reads beyond the context of training; "none" takes the folder's scaling
-            away; None is the folder's.
+        rope_scaling: "yarn" or "yarn:FACTOR" reads beyond the context of training, by default 4 times as far; "none"
+            takes the folder's scaling away; None is the folder's.
         progress: called as progress(bytes_read, all_bytes) while the weights are read; for float16 they are read twice.
 
     Raises InputError when the checkpoint is not found, is broken, or does not fit into this machine's memory.
@@ -126,7 +127,7 @@ def load(
     limit = limit_of(given.memory_limit)
 
     def checked(folder: Path) -> Checkpoint:
-        checkpoint = open_checkpoint(folder)
+        checkpoint = open_checkpoint(folder, rope_scaling=given.rope_scaling)
         if given.keep_vision and not has_vision(checkpoint):
             raise InputError(
                 "vision_missing", f"{spelled('keep_vision')} must not be given: {model} has no vision encoder to keep"

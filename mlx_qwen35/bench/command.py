@@ -78,7 +78,7 @@ def _parser() -> Parser:
     source = parser.add_mutually_exclusive_group()
     add_options(source, [loaded["model"]])
     source.add_argument("--geometry", choices=GEOMETRIES, help="random weights of this size, removed afterwards")
-    add_options(parser, [loaded["revision"], loaded["dtype"]])
+    add_options(parser, [loaded["revision"], loaded["dtype"], loaded["rope_scaling"]])
     parser.add_argument(
         "--prompt-lengths",
         type=_lengths,
@@ -145,12 +145,12 @@ def bench(options: argparse.Namespace) -> dict[str, str]:
 
 def _speed(options: argparse.Namespace, folder: Path, model: str, step: Step) -> dict[str, str]:
     failures: dict[str, str] = {}
-    dtype = dtype_name(choose_dtype(open_checkpoint(folder), options.dtype))
+    dtype = dtype_name(choose_dtype(open_checkpoint(folder, rope_scaling=options.rope_scaling), options.dtype))
     settings = Settings(
         options.prompt_lengths, options.decode_tokens, options.repeats, options.prefill_step_size, dtype
     )
     step.say("loading the programs")
-    with started((OURS, *options.compare), folder, dtype, failures) as workers:
+    with started((OURS, *options.compare), folder, dtype, failures, options.rope_scaling) as workers:
         if OURS in failures:
             raise InputError(
                 "bench_failed", f"{OURS} could not load {options.model or options.geometry}: {failures[OURS]}"

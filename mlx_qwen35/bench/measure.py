@@ -26,11 +26,15 @@ class ProgramError(Exception):
 class Worker:
     """One program in a process of its own, until `close`."""
 
-    def __init__(self, name: str, folder: Path, dtype: str):
-        """Raises ProgramError when the program is not installed or cannot load the checkpoint."""
+    def __init__(self, name: str, folder: Path, dtype: str, rope_scaling: str | None = None):
+        """Raises ProgramError when the program is not installed or cannot load the checkpoint.
+
+        rope_scaling: for our program, as `load` takes it; the others read what the folder says.
+        """
         self.name = name
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the worker)
         command = [sys.executable, "-P", str(Path(__file__).with_name("worker.py")), name, str(folder), dtype]
+        command += [rope_scaling] if rope_scaling and name == OURS else []
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, bufsize=1
         )
@@ -62,13 +66,15 @@ class Worker:
 
 
 @contextmanager
-def started(names: Sequence[str], folder: Path, dtype: str, failures: dict[str, str]) -> Iterator[list[Worker]]:
+def started(
+    names: Sequence[str], folder: Path, dtype: str, failures: dict[str, str], rope_scaling: str | None = None
+) -> Iterator[list[Worker]]:
     """A worker for each program that loads. The others go to `failures` with the reason."""
     workers: list[Worker] = []
     try:
         for name in names:
             try:
-                workers.append(Worker(name, folder, dtype))
+                workers.append(Worker(name, folder, dtype, rope_scaling))
             except ProgramError as error:
                 failures[error.program] = str(error)
         yield workers

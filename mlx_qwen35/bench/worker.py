@@ -1,4 +1,5 @@
 """One program in a process of its own: python worker.py PROGRAM FOLDER DTYPE, then one JSON request a line on stdin.
+Behind DTYPE our program takes --rope-scaling's value.
 
 The first line of output says that the model is loaded; each further one answers a request. {"prompt", "decode", "step"}
 runs the model once, {"products": passes} times the linear maps alone. A failure ends the process with its traceback.
@@ -111,7 +112,7 @@ def evaluate_states(cache: Any) -> None:
     mx.eval([layer.state for layer in cache])
 
 
-def load_mlx_qwen35(folder: Path, dtype: str) -> MLXProgram:
+def load_mlx_qwen35(folder: Path, dtype: str, rope_scaling: str | None = None) -> MLXProgram:
     sys.path.append(str(Path(__file__).parents[2]))  # for a checkout that is not installed
     from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
     from mlx_qwen35.checkpoint.dtypes import DTYPES
@@ -120,7 +121,7 @@ def load_mlx_qwen35(folder: Path, dtype: str) -> MLXProgram:
     from mlx_qwen35.model.pace import Pace
 
     tune()  # as our commands do, and in this process alone
-    model = load_model(open_checkpoint(folder), DTYPES[dtype], str(folder))
+    model = load_model(open_checkpoint(folder, rope_scaling=rope_scaling), DTYPES[dtype], str(folder))
 
     def hidden(tokens: Any, cache: Any) -> Any:
         return model.hidden(tokens, cache, pace=Pace()) if tokens.shape[1] > 1 else model.hidden(tokens, cache)
@@ -202,10 +203,11 @@ def answer(program: Any, vocabulary: int, request: dict[str, Any]) -> dict[str, 
     return program.run(prompt, request["decode"], request["step"]) | {"max_rss_bytes": max_rss_bytes()}
 
 
-def serve(name: str, folder: Path, dtype: str, replies: TextIO) -> None:
+def serve(name: str, folder: Path, options: list[str], replies: TextIO) -> None:
+    """options: those of the program's loader."""
     config = json.loads((folder / "config.json").read_text())
     vocabulary = config.get("text_config", config)["vocab_size"]
-    program = LOADERS[name](folder, dtype)
+    program = LOADERS[name](folder, *options)
     torch = sys.modules.get("torch") if name == "transformers" else None
     print(json.dumps({"blas": blas(), "torch_threads": torch and torch.get_num_threads()}), file=replies)
     for line in sys.stdin:
@@ -215,9 +217,9 @@ def serve(name: str, folder: Path, dtype: str, replies: TextIO) -> None:
 def main() -> None:
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what a library prints must not come between the replies
-    name, folder, dtype = sys.argv[1:]
+    name, folder, *options = sys.argv[1:]
     os.environ.setdefault("MLX_ENABLE_TF32", "0")  # for all programs alike: float32 is float32
-    serve(name, Path(folder), dtype, replies)
+    serve(name, Path(folder), options, replies)
 
 
 if __name__ == "__main__":

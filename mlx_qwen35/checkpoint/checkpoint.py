@@ -100,15 +100,16 @@ class Checkpoint:
         return sum(entry.nbytes for name, entry in self.entries.items() if name.startswith(prefixes))
 
 
-def open_checkpoint(folder: Path, *, fp8: bool = False) -> Checkpoint:
+def open_checkpoint(folder: Path, *, fp8: bool = False, rope_scaling: str | None = None) -> Checkpoint:
     """Read config and headers of a checkpoint folder and check them against each other; no weights are read.
 
-    fp8: accept FP8 weights with block scales, which can only be converted. Raises InputError that lists what is
-    missing, unexpected or misshapen, or says which rule the folder breaks. A draft head in a file of its own is
-    optional. An lm_head stored beside a tied embedding is compared with it: one that differs makes the model untied.
+    fp8: accept FP8 weights with block scales, which can only be converted. rope_scaling: in place of the folder's, see
+    `rope_fields.rescaled`. Raises InputError that lists what is missing, unexpected or misshapen, or says which rule
+    the folder breaks. A draft head in a file of its own is optional. An lm_head stored beside a tied embedding is
+    compared with it: one that differs makes the model untied.
     """
     check_folder(folder)
-    config = read_config(folder)
+    config = read_config(folder, rope_scaling)
     config, entries = _settle_lm_head(config, _used(_named(folder), config))
     originals = _take(entries, lambda name: name.startswith(FP32_ORIGINAL))
     originals = {name.removeprefix(FP32_ORIGINAL): entry for name, entry in originals.items()}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_qwen35.checkpoint.rope_fields import RopeConfig, read_rope
+from mlx_qwen35.checkpoint.rope_fields import RopeConfig, read_rope, read_window, rescaled
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import WIDTH, Fields, read_json
 from mlx_qwen35.values import is_whole, shown
@@ -14,7 +14,6 @@ from mlx_qwen35.values import is_whole, shown
 LINEAR, FULL = "linear_attention", "full_attention"
 LAYERS = 1024  # at most: bounded before anything is made for each layer
 EPS = (2.0**-126, 1.0)  # of a norm: normal numbers of float32, below the size of a normed value
-POSITIONS = 2**31 - 1  # at most: they are int32
 SUPPORTED = "dense Qwen3.5 (0.8B, 2B, 4B, 9B, 27B), model_type 'qwen3_5' or 'qwen3_5_text'"
 
 
@@ -34,7 +33,7 @@ class TextConfig:
     linear_conv_kernel_dim: int
     rms_norm_eps: float
     rope: RopeConfig
-    max_position_embeddings: int
+    max_position_embeddings: int  # positions that may be used, scaling included
     tie_word_embeddings: bool
     mtp_num_hidden_layers: int
 
@@ -161,12 +160,13 @@ def _text_config(text: Fields) -> TextConfig:
     _check_multiple(text, "head_dim", sizes["head_dim"], "the two halves that turn", 2)
     if sizes["linear_conv_kernel_dim"] < 2:
         raise text.invalid("linear_conv_kernel_dim", "at least 2", sizes["linear_conv_kernel_dim"])
+    rope = read_rope(text, sizes["head_dim"])
     return TextConfig(
         **sizes,
         layer_types=_layer_types(text),
         rms_norm_eps=text.number("rms_norm_eps", *EPS),
-        rope=read_rope(text, sizes["head_dim"]),
-        max_position_embeddings=text.size("max_position_embeddings", POSITIONS),
+        rope=rope,
+        max_position_embeddings=read_window(text, rope),
         tie_word_embeddings=text.get("tie_word_embeddings", bool),
         mtp_num_hidden_layers=text.whole("mtp_num_hidden_layers", 0, LAYERS, absent=0),
     )
@@ -237,9 +237,13 @@ def parse_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None
     )
 
 
-def read_config(folder: Path) -> Config:
-    """The configuration of a checkpoint folder. Raises InputError when there is none or it is not of this family."""
+def read_config(folder: Path, rope_scaling: str | None = None) -> Config:
+    """The configuration of a checkpoint folder. Raises InputError when there is none or it is not of this family.
+
+    rope_scaling: takes the place of the folder's, see `rescaled`.
+    """
     if not (folder / "config.json").is_file():
         raise InputError("config_missing", f"a checkpoint folder must hold config.json; {folder} does not")
     generation = folder / "generation_config.json"
-    return parse_config(read_json(folder / "config.json"), read_json(generation) if generation.is_file() else None)
+    values = rescaled(read_json(folder / "config.json"), rope_scaling)
+    return parse_config(values, read_json(generation) if generation.is_file() else None)

@@ -126,7 +126,7 @@ def _write_header(file: RemoteFile, target: Path) -> None:
 
 def _write_norms(folder: Path, files: list[RemoteFile]) -> None:
     """Fetch the norms by which the form of the MTP head's norms is recognized."""
-    checkpoint = open_checkpoint(folder, fp8=True)
+    checkpoint = open_checkpoint(folder, fp8=True, rope_scaling="none")  # any scaling does for the norms
     if checkpoint.raw:
         return
     remote = {folder / file.path: file for file in files}

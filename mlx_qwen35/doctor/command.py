@@ -13,6 +13,7 @@ from mlx_qwen35.checkpoint.config import parse_config
 from mlx_qwen35.checkpoint.dtypes import DTYPES
 from mlx_qwen35.checkpoint.hub import look, resolve
 from mlx_qwen35.checkpoint.random import geometry
+from mlx_qwen35.checkpoint.rope_fields import rescaled
 from mlx_qwen35.commands.options import add_model_options, given_options
 from mlx_qwen35.commands.parser import Parser
 from mlx_qwen35.commands.progress import Step
@@ -76,7 +77,7 @@ def show_plan(args: argparse.Namespace) -> None:
             f"{listed} must not be given with --plan, which loads nothing and prints a table. Choose one",
         )
     with look(args.plan, args.revision) as folder:
-        checkpoint = open_checkpoint(folder)
+        checkpoint = open_checkpoint(folder, rope_scaling=args.rope_scaling)
         context = args.context
         if context is None:
             context = min(CONTEXT, checkpoint.config.text.max_position_embeddings)
@@ -102,17 +103,17 @@ def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Fac
     report = {"machine": facts.machine(limit), "settings of MLX": facts.settings(given)}
     if args.model:
         model, processor = load_model(args)  # refuses a model that does not fit before it is downloaded
-        checkpoint = open_checkpoint(resolve(args.model, args.revision))
+        checkpoint = open_checkpoint(resolve(args.model, args.revision), rope_scaling=args.rope_scaling)
         title, stored = f"model {args.model}", stored_dtype(checkpoint)
     else:
-        text, stored = parse_config(geometry("4b")).text, mx.bfloat16
+        text, stored = parse_config(rescaled(geometry("4b"), args.rope_scaling)).text, mx.bfloat16
         with Step("making random weights"):
             model = check.sample_model(text, DTYPES[args.dtype] if args.dtype else default_dtype(stored), limit)
         title = f"no --model: {check.SAMPLE_LAYERS} layers and the head of the 4B, random weights in 4 bit"
     report[title] = {"dtype": facts.dtype(model.dtype, stored, args.dtype)}
     report[title] |= facts.prefill(model)
     with Step("checking kernels"):
-        report["kernels"] = facts.kernels(enabled_kernels(model))
+        report["kernels"] = facts.kernels(enabled_kernels(model)) | facts.rotary(model.rotary)
     if args.probe:
         tokens = processor.tokenizer.encode(text_to_probe, add_special_tokens=False)
         with Step("running the text", "tokens") as progress:

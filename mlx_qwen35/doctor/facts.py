@@ -16,6 +16,7 @@ from mlx_qwen35.kernels.products import shortened
 from mlx_qwen35.machine.chip import TUNED, TUNED_UP_TO, this_chip
 from mlx_qwen35.model.enabled import EnabledLayers
 from mlx_qwen35.model.model import Model
+from mlx_qwen35.model.rotary import CHECKED, Rotary, is_exact, table_error
 
 Facts = dict[str, str]
 PACKAGES = ("mlx-qwen35", "mlx", "mlx-lm", "numpy", "tokenizers", "pillow", "av")
@@ -90,6 +91,13 @@ def kernels(enabled: dict[str, EnabledLayers]) -> Facts:
         name: f"{'agrees with its reference' if found.layers else 'switched off'}; runs in {found}"
         for name, found in enabled.items()
     }
+
+
+def rotary(rotary: Rotary) -> Facts:
+    """How exact cosines and sines of far positions are, and where the table is computed."""
+    errors = [f"{table_error(rotary.config, [position]):.1e} at {position:,}" for position in CHECKED]
+    place = backend().device if is_exact(rotary.config, mx.default_device().type) else "the CPU"
+    return {"rotary table": f"computed on {place}; {backend().device} is off by {', '.join(errors)}"}
 
 
 def prefill(model: Model) -> Facts:

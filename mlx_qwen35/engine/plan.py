@@ -1,6 +1,8 @@
 """What the options of a generation mean for given prompts: every default filled in."""
 
+import functools
 import secrets
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -8,6 +10,7 @@ from mlx_qwen35.budget.chunk import suitable_chunk
 from mlx_qwen35.budget.plan import Machine, kv_bytes, most_tokens, this_machine
 from mlx_qwen35.cache.kv_format import FORMS, KVFormat
 from mlx_qwen35.checkpoint.config import TextConfig
+from mlx_qwen35.checkpoint.rope_fields import Yarn
 from mlx_qwen35.engine.constraints.thinking import budget_of, check_thinking
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy, choose_drafts
 from mlx_qwen35.engine.options import Options, draft_options, sampling_options
@@ -64,10 +67,24 @@ def plan(
     plain = "preset" not in options and (options.get("temp") == 0 or (greedy and not given))
     samplings = [replace(Sampling(temp=0) if plain else preset.sampling, **given) for preset in presets]
     limits = [max(1, min(n, window - context, room)) for n, context in zip(wanted, contexts, strict=True)]
+    yarn = model.config.rope.yarn
+    if yarn and max(map(sum, zip(contexts, limits, strict=True))) <= yarn.original:
+        warn_of_idle_yarn(yarn)
     seeds = _seeds(options, len(prompts))
     thinking = zip(prompts, limits, strict=True)
     budgets = [budget_of(options, limit, len(closing)) if prompt.thinking else None for prompt, limit in thinking]
     return [SequencePlan(*own, chunk, drafts) for own in zip(samplings, seeds, limits, budgets, strict=True)]
+
+
+@functools.cache
+def warn_of_idle_yarn(yarn: Yarn) -> None:
+    """Once: YaRN is static, so that it touches what is read within the original length too."""
+    warnings.warn(
+        f"positions are scaled by YaRN (factor {yarn.factor:g}), which changes answers to short texts too; prompt and "
+        f"answer fit the {yarn.original:,} tokens of training without it: {spelled('rope_scaling', 'none')}",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 def _seeds(options: Options, rows: int) -> list[int]:

@@ -83,7 +83,7 @@ def test_mlx_lm_writes_type_for_rope_type():
     values = with_rope(type="default")
     del values["text_config"]["rope_parameters"]["rope_type"]
     assert parse_config(values).text == parse_config(geometry("4b")).text
-    values["text_config"]["rope_parameters"]["type"] = "yarn"
+    values["text_config"]["rope_parameters"]["type"] = "linear"
     refused(values, "config_field_unsupported", "rope_type")
 
 
@@ -177,11 +177,11 @@ INVALID, UNSUPPORTED = "config_field_invalid", "config_field_unsupported"
         (config(output_gate_type="sigmoid"), UNSUPPORTED, "output_gate_type"),
         (config(mtp_use_dedicated_embeddings=True), UNSUPPORTED, "mtp_use_dedicated_embeddings"),
         (config(mlp_only_layers=[1]), UNSUPPORTED, "mlp_only_layers"),
-        (config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), UNSUPPORTED, "rope_scaling"),
+        (config(rope_scaling={"rope_type": "linear", "factor": 4.0}), UNSUPPORTED, "rope_scaling"),
         (config(use_sliding_window=True), UNSUPPORTED, "use_sliding_window"),
         (config(rms_norm_eps=-1.0), INVALID, "rms_norm_eps"),
         (config(eos_token_id="end"), INVALID, "eos_token_id"),
-        (with_rope(rope_type="yarn", factor=4.0), UNSUPPORTED, "rope_type"),
+        (with_rope(rope_type="dynamic", factor=4.0), UNSUPPORTED, "rope_type"),
         (with_rope(mrope_interleaved=False), UNSUPPORTED, "mrope_interleaved"),
         (with_rope(mrope_section=[11, 11, 11]), INVALID, "mrope_section"),
         (with_rope(mrope_section=[16, 16]), INVALID, "mrope_section"),

@@ -68,6 +68,8 @@ def test_off_a_mac_every_section_is_there_and_says_what_does_not_apply(run):
     assert "up to a context of 4,096; " in report[SAMPLE]["tokens prefilled at a time"]
     assert "262,144" in report[SAMPLE]["tokens prefilled at a time"]
     assert report[SAMPLE]["attention over many queries"] == "in tiles of queries, by our own code"
+    table = report["kernels"].pop("rotary table")
+    assert table.startswith("computed on the CPU; ") and "e-08 at 1,048,575" in table
     assert list(report["kernels"]) == ["gated_delta", "norm_rotary", "add_norm", "attention without scores"]
     assert set(report["kernels"].values()) == {
         "does not apply: MLX computes on the CPU, by its own operations"

@@ -41,10 +41,10 @@ def test_older_fields_are_read_alone_and_beside_those_of_today(fields):
     assert parse_config(config(**fields)).text == parse_config(geometry("tiny")).text
 
 
-@pytest.mark.parametrize("kind", ["yarn", "linear", "mrope", ["default"]])
+@pytest.mark.parametrize("kind", ["dynamic", "linear", "longrope", "llama3", "mrope", ["default"]])
 @pytest.mark.parametrize("name", ["type", "rope_type"])
 @pytest.mark.parametrize("beside", [ROPE, None])
-def test_a_scaling_other_than_the_default_is_refused(name, kind, beside):
+def test_a_scaling_other_than_yarn_is_refused(name, kind, beside):
     with pytest.raises(ValueError) as caught:
         parse_config(config(rope_parameters=beside, **OLDER | {"rope_scaling": SECTIONS | {name: kind, "factor": 4.0}}))
     assert caught.value.code == ("config_field_unsupported" if isinstance(kind, str) else "config_field_invalid")
