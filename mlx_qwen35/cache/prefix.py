@@ -6,6 +6,7 @@ of the beginnings of prompts, where prompts part: behind system and tools, behin
 
 import weakref
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -116,24 +117,24 @@ class PrefixLibrary:
         self._uses: weakref.WeakSet[Use] = weakref.WeakSet()
         self._clock = 0
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def begin(self, prefix: Prefix) -> "Use":
-        """Begin a prompt, with a copy of the longest snapshot that begins it and leaves a token to read."""
+    def begin(self, prefix: Prefix) -> tuple[Cache, "Use"]:
+        """Begin a prompt, with a cache that holds the most of it that is stored, and leaves a token to read."""
         with LOCK:
             path = {entry.kind: entry for entry in self.entries(prefix)}  # the longest of each kind
             entry = self._longest(prefix)
-            use = Use(self, prefix, path)
+            use = Use(self, prefix, len(entry.prefix) if entry else 0, path)
             self._uses.add(use)
             for known in path.values():
                 self._touch(known)
             if entry and entry.kind == QUERY:
                 self.drop_loops(entry, prefix)
-            use.start(entry)
+            cache = entry.snapshot.cache() if entry else self.model.make_cache()
+            cache.reserve(len(prefix) - use.reused)
+            if entry:
+                entry.snapshot = cache.snapshot()  # in new memory too, where the columns had to be copied
             self.counts.reused += use.reused
             self.trim()
-            return use
+            return cache, use
 
     def store(self, prefix: Prefix, snapshot: Snapshot, kind: str) -> Entry | None:
         """Store a snapshot behind a prefix. None where it is not stored: `counts.skipped` tells why.
@@ -182,12 +183,12 @@ class PrefixLibrary:
             entry = self._longest(prefix)
             return len(entry.prefix) if entry and entry.snapshot.ends_its_arrays else 0
 
-    def make_room(self, prefix: Prefix) -> None:
-        """Let go of all that is not in use, except what a prompt begins with."""
+    def make_room(self, prefixes: Iterable[Prefix]) -> None:
+        """Let go of all that is not in use, except what each of these prompts begins with."""
         with LOCK:
-            kept = self._longest(prefix)
+            kept = set(map(self._longest, prefixes))
             for entry in self._idle():
-                if entry is not kept:
+                if entry not in kept:
                     self._drop(entry)
             self._compact()
 
@@ -258,20 +259,17 @@ def _stays(reading: Entry, newest: Entry) -> bool:
 class Use:
     """A prompt that begins from a library, and stores there what it reads. While it lives, `kept` is never let go.
 
-    cache: goes on from the longest snapshot. reused: tokens that it holds. kept: by kind, the newest snapshot that it
-    began with or stored.
+    reused: tokens that need not be read. kept: by kind, the newest snapshot that it began with or stored.
     """
 
-    def __init__(self, library: PrefixLibrary, prefix: Prefix, kept: dict[str, Entry]):
-        self.library, self.prefix, self.kept = library, prefix, kept
+    def __init__(self, library: PrefixLibrary, prefix: Prefix, reused: int, kept: dict[str, Entry]):
+        self.library, self.prefix, self.reused, self.kept = library, prefix, reused, kept
 
-    def start(self, entry: Entry | None) -> None:
-        """Go on from a snapshot, which moves along where the columns must be copied."""
-        self.reused = len(entry.prefix) if entry else 0
-        self.cache = entry.snapshot.cache() if entry else self.library.model.make_cache()
-        self.cache.reserve(len(self.prefix) - self.reused)
-        if entry:
-            entry.snapshot = self.cache.snapshot()
+    def read(self, cache: Cache, tokens: int, kind: str | None) -> None:
+        """So many more tokens of the prompt were read into a cache. kind: of a place to store; None: it is none."""
+        self.library.counts.read += tokens
+        if kind:
+            self.store(cache, kind)
 
     def store(self, cache: Cache, kind: str) -> None:
         """Store what a cache holds, which is the beginning of the prompt."""

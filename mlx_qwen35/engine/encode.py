@@ -46,7 +46,7 @@ def encode(processor: Processor, prompt: str | Sequence[int] | Messages, options
 
 def prefix_of(prompt: Prompt) -> Prefix:
     """A prompt as a library of prefixes compares it."""
-    shown = (Shown(placed.media.digest, tuple(map(tuple, placed.placeholders))) for placed in prompt.media)
+    shown = (Shown(placed.media.digest, placed.placeholders) for placed in prompt.media)
     return Prefix(np.array(prompt.tokens, np.int32), tuple(shown))
 
 
