@@ -23,7 +23,7 @@ from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.engine.logprobs import TokenLogprob, TopLogprob
 from mlx_qwen35.engine.options import Options
 from mlx_qwen35.engine.presets import PRESETS, Sampling
-from mlx_qwen35.engine.sequence import Result
+from mlx_qwen35.engine.result import Result
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.generate import batch_generate, generate, stream_generate
 from mlx_qwen35.load import load

@@ -23,10 +23,10 @@ ALL = INPUT | {"load", "measure", "engine", "generate"}
 MAY_IMPORT: Mapping[str, frozenset[str]] = {
     **dict.fromkeys(GROUND, GROUND),
     **dict.fromkeys(LEAVES, frozenset()),
-    "cache": frozenset({"kernels", "checkpoint"}),
+    "cache": frozenset({"machine", "kernels", "checkpoint"}),
     "media": frozenset({"machine", "checkpoint"}),
     "budget": LEAVES | {"cache"},
-    "model": frozenset({"kernels", "checkpoint", "cache", "media", "budget"}),
+    "model": MODEL - {"model"},
     "prompt": frozenset({"checkpoint", "media"}),
     **dict.fromkeys(("load", "measure"), INPUT),
     "engine": INPUT | {"measure"},

@@ -48,6 +48,30 @@ class Snapshot:
         """Bytes in memory, those included that it shares with caches and other snapshots."""
         return self._cache.nbytes
 
+    def held(self) -> list[mx.array]:
+        """Every array in memory, the draft head's included."""
+        return self._cache.held()
+
+    def cache(self) -> "Cache":
+        """A cache that goes on from here."""
+        return self._cache.copy()
+
+    def compact(self) -> None:
+        """Move the states to memory of their own, and free the columns behind those in use."""
+        self._cache.compact()
+
+    def trim(self) -> None:
+        """Free the columns that neither it nor a cache or snapshot that shares its arrays uses."""
+        for layer in self._cache.layers:
+            if isinstance(layer, KVCache):
+                layer.compact()
+
+    @property
+    def ends_its_arrays(self) -> bool:
+        """Whether a cache that goes on from here need not copy its columns first."""
+        rows = [row for layer in self._cache.layers if isinstance(layer, KVCache) for row in layer.rows]
+        return all(other.claimed <= row.length for row in rows for other in row.buffers.rows)
+
 
 class Cache:
     """The cache of B rows. Made by `model.make_cache()`."""

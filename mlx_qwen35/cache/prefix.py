@@ -1,5 +1,287 @@
-"""A library of prefixes: what was read once is not read again."""
+"""A library of prefixes: what was read once is not read again.
+
+A DeltaNet state cannot be trimmed, so a prompt can go on only where a snapshot was taken. The library holds snapshots
+of the beginnings of prompts, where prompts part: behind system and tools, behind a query, before the newest answer.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from mlx_qwen35.cache.cache import Cache, Snapshot
+from mlx_qwen35.machine.process import LOCK
+
+SYSTEM, QUERY, TURN, READING = "system", "query", "turn", "reading"
+RANKS = {READING: 0, TURN: 0, QUERY: 1, SYSTEM: 2}  # what is let go first, the oldest of a rank before the others
+STEP = 4096  # tokens of a long prompt between two readings
+
+
+def library_bytes(limit: int) -> int:
+    """Bytes of a library beside a model that may take `limit` in all."""
+    return int(limit * (0.1 if limit <= 6e9 else 0.25))
+
+
+class Shown(NamedTuple):
+    """An image or a video of a prompt: its pixels, and (start, height, width) of each placeholder, in tokens."""
+
+    digest: str
+    places: tuple[tuple[int, int, int], ...]
+
+    @property
+    def start(self) -> int:
+        return self.places[0][0]
+
+    @property
+    def stop(self) -> int:
+        start, height, width = self.places[-1]
+        return start + height * width
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """A prompt, or its beginning, as the model reads it: tokens (n,) int32, and what its placeholders show, in order.
+
+    Equal prefixes of one model have the same cache.
+    """
+
+    tokens: np.ndarray
+    media: tuple[Shown, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def whole(self, length: int) -> bool:
+        """Whether the first `length` tokens end outside of every image and video."""
+        return not any(shown.start < length < shown.stop for shown in self.media)
+
+    def upto(self, length: int) -> "Prefix":
+        """The first `length` tokens."""
+        return Prefix(self.tokens[:length], tuple(shown for shown in self.media if shown.start < length))
+
+    def begins(self, other: "Prefix") -> bool:
+        """Whether the other goes on from this one, or is the same."""
+        n = len(self)
+        return n <= len(other) and self.media == other.upto(n).media and np.array_equal(self.tokens, other.tokens[:n])
+
+
+class Model(Protocol):
+    """What a library needs of the model that it is of."""
+
+    def make_cache(self) -> Cache: ...
+
+
+@dataclass(eq=False, repr=False)
+class Entry:
+    """A snapshot behind a prefix. kind: system, query, turn or reading. used: the library's clock at its last use."""
+
+    prefix: Prefix
+    kind: str
+    snapshot: Snapshot
+    used: int = 0
+
+
+@dataclass
+class Counts:
+    """What a library has done, in tokens (reused, read) and snapshots. skipped: why some were not stored."""
+
+    reused: int = 0
+    read: int = 0
+    stored: int = 0
+    evicted: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        skipped = "".join(f", {count} skipped: {why}" for why, count in self.skipped.items())
+        total = self.reused + self.read
+        share = f" ({100 * self.reused / total:.0f} %)" if total else ""
+        return f"{self.reused} of {total} tokens reused{share}; {self.stored} stored, {self.evicted} evicted{skipped}"
 
 
 class PrefixLibrary:
-    """Snapshots of the beginnings of prompts."""
+    """Snapshots of the beginnings of prompts of one model. Made by `model.make_library()`.
+
+    Prefixes are compared token by token, and images by the digests of their pixels. Any thread may call any method.
+
+    A snapshot that is in use is never let go: the newest of each kind that a running prompt began with or stored.
+    The others take at most `memory` bytes.
+    """
+
+    def __init__(self, model: Model, memory: int):
+        self.model, self.memory = model, memory
+        self.counts = Counts()
+        self._entries: list[Entry] = []
+        self._uses: weakref.WeakSet[Use] = weakref.WeakSet()
+        self._clock = 0
+
+    def begin(self, prefix: Prefix) -> tuple[Cache, "Use"]:
+        """Begin a prompt, with a cache that holds the most of it that is stored, and leaves a token to read."""
+        with LOCK:
+            path = {entry.kind: entry for entry in self.entries(prefix)}  # the longest of each kind
+            entry = self._longest(prefix)
+            use = Use(self, prefix, len(entry.prefix) if entry else 0, path)
+            self._uses.add(use)
+            for known in path.values():
+                self._touch(known)
+            if entry and entry.kind == QUERY:
+                self.drop_loops(entry, prefix)
+            cache = entry.snapshot.cache() if entry else self.model.make_cache()
+            cache.reserve(len(prefix) - use.reused)
+            if entry:
+                entry.snapshot = cache.snapshot()  # in new memory too, where the columns had to be copied
+            self.counts.reused += use.reused
+            self.trim()
+            return cache, use
+
+    def store(self, prefix: Prefix, snapshot: Snapshot, kind: str) -> Entry | None:
+        """Store a snapshot behind a prefix. None where it is not stored: `counts.skipped` tells why.
+
+        Raises InputError for a snapshot of another model's cache.
+        """
+        with LOCK:
+            self.model.make_cache().restore(snapshot)  # refuses it
+            if not prefix.whole(len(prefix)):
+                self.counts.skipped["inside an image"] += 1
+                return None
+            snapshot.compact()
+            known = next((entry for entry in self._entries if _same(entry.prefix, prefix)), None)
+            if known:
+                kind = max(kind, known.kind, key=RANKS.__getitem__)
+                self._entries.remove(known)
+            entry = Entry(prefix, kind, snapshot)
+            self._touch(entry)
+            self._entries.append(entry)
+            self.counts.stored += not known
+            return entry
+
+    def entries(self, prefix: Prefix | None = None) -> list[Entry]:
+        """What is stored, the shortest first; of a prefix: what begins it."""
+        with LOCK:
+            found = [entry for entry in self._entries if prefix is None or entry.prefix.begins(prefix)]
+            return sorted(found, key=lambda entry: len(entry.prefix))
+
+    def clear(self) -> None:
+        """Let go of all that is not in use."""
+        self.trim(0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is not in use. Memory that several snapshots share counts once."""
+        with LOCK:
+            used = {id(array) for entry in self._in_use() for array in entry.snapshot.held()}
+            own = {id(a): a.nbytes for entry in self._entries for a in entry.snapshot.held() if id(a) not in used}
+            return sum(own.values())
+
+    # --- room ---
+
+    def ready(self, prefix: Prefix) -> int:
+        """The tokens of a prompt that are in memory already, where it can go on without a copy of them."""
+        with LOCK:
+            entry = self._longest(prefix)
+            return len(entry.prefix) if entry and entry.snapshot.ends_its_arrays else 0
+
+    def make_room(self, prefixes: Iterable[Prefix]) -> None:
+        """Let go of all that is not in use, except what each of these prompts begins with."""
+        with LOCK:
+            kept = set(map(self._longest, prefixes))
+            for entry in self._idle():
+                if entry not in kept:
+                    self._drop(entry)
+            self._compact()
+
+    def trim(self, most: int | None = None) -> None:
+        """Let go of what is not in use until that takes at most so many bytes, `memory` by default."""
+        most = self.memory if most is None else most
+        with LOCK:
+            self._compact()
+            idle = self._idle()
+            while idle and self.nbytes > most:
+                self._drop(idle.pop(0))
+                self._compact()
+
+    def _longest(self, prefix: Prefix) -> Entry | None:
+        found = [entry for entry in self.entries(prefix) if len(entry.prefix) < len(prefix)]
+        return found[-1] if found else None
+
+    def _touch(self, entry: Entry) -> None:
+        self._clock += 1
+        entry.used = self._clock
+
+    def _in_use(self) -> list[Entry]:
+        held = {id(entry) for use in self._uses for entry in use.kept.values()}
+        return [entry for entry in self._entries if id(entry) in held]
+
+    def _idle(self) -> list[Entry]:
+        """What is not in use, in the order in which it is let go."""
+        held = set(map(id, self._in_use()))
+        idle = [entry for entry in self._entries if id(entry) not in held]
+        return sorted(idle, key=lambda entry: (RANKS[entry.kind], entry.used))
+
+    def _drop(self, entry: Entry) -> None:
+        self._entries.remove(entry)
+        self.counts.evicted += 1
+
+    def _compact(self) -> None:
+        for entry in self._entries:
+            entry.snapshot.trim()
+
+    def drop_loops(self, query: Entry, prefix: Prefix) -> None:
+        """Let go of the newest places of tool loops behind a query that a prompt does not go on with."""
+        for entry in self._idle():
+            behind = entry.kind == TURN and query.prefix.begins(entry.prefix)
+            if behind and not entry.prefix.begins(prefix):
+                self._drop(entry)
+
+    def replace(self, entry: Entry, before: Entry | None) -> None:
+        """A place of a prompt is stored: let go of the turn before it, and thin the readings."""
+        idle = self._idle()
+        if entry.kind == TURN and before in idle:
+            self._drop(before)
+        for reading in idle if entry.kind == READING else ():
+            if reading.kind == READING and reading.prefix.begins(entry.prefix) and not _stays(reading, entry):
+                self._drop(reading)
+
+
+def _same(one: Prefix, other: Prefix) -> bool:
+    return len(one) == len(other) and one.begins(other)
+
+
+def _stays(reading: Entry, newest: Entry) -> bool:
+    """Whether a reading stays beside the newest of its prompt: one at each double distance, in steps of STEP."""
+    at, left = divmod(len(reading.prefix), STEP)
+    distance = len(newest.prefix) // STEP - at
+    return not left and (distance == 0 or at % (1 << (distance.bit_length() - 1)) == 0)
+
+
+class Use:
+    """A prompt that begins from a library, and stores there what it reads. While it lives, `kept` is never let go.
+
+    reused: tokens that need not be read. kept: by kind, the newest snapshot that it began with or stored.
+    """
+
+    def __init__(self, library: PrefixLibrary, prefix: Prefix, reused: int, kept: dict[str, Entry]):
+        self.library, self.prefix, self.reused, self.kept = library, prefix, reused, kept
+
+    def read(self, cache: Cache, tokens: int, kind: str | None) -> None:
+        """So many more tokens of the prompt were read into a cache. kind: of a place to store; None: it is none."""
+        self.library.counts.read += tokens
+        if kind:
+            self.store(cache, kind)
+
+    def store(self, cache: Cache, kind: str) -> None:
+        """Store what a cache holds, which is the beginning of the prompt."""
+        with LOCK:
+            entry = self.library.store(self.prefix.upto(cache.length), cache.snapshot(), kind)
+            if entry:
+                before = self.kept.get(entry.kind)
+                self.kept[entry.kind] = entry
+                self.library.replace(entry, before)
+            self.library.trim()
+
+    def close(self) -> None:
+        """What it kept may be let go from now on."""
+        self.kept = {}
+        self.library.trim()

@@ -13,7 +13,7 @@ from mlx_qwen35.commands.run import as_command, load_model, require_model
 from mlx_qwen35.commands.streams import MARK, standard_input
 from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.engine.options import PromptOptions
-from mlx_qwen35.engine.sequence import Result
+from mlx_qwen35.engine.result import Result
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.options import options_of
 

@@ -24,7 +24,7 @@ from mlx_qwen35.commands.streams import read_file, read_input, standard_input
 from mlx_qwen35.engine.encode import one_message
 from mlx_qwen35.engine.generation import Generation, start
 from mlx_qwen35.engine.options import PromptOptions
-from mlx_qwen35.engine.sequence import Result
+from mlx_qwen35.engine.result import Result
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.fetch import is_remote
 from mlx_qwen35.media.preprocess import Media

@@ -2,16 +2,18 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from dataclasses import replace
 from typing import Any, NamedTuple, Unpack, cast
 
-from mlx_qwen35.cache.cache import Snapshot
+from mlx_qwen35.cache.prefix import Entry, Use
 from mlx_qwen35.engine.constraints.rules import Rules
 from mlx_qwen35.engine.encode import template_options
 from mlx_qwen35.engine.engine import Engine
-from mlx_qwen35.engine.generation import check_loaded, make_request
+from mlx_qwen35.engine.generation import check_library, check_loaded, make_request, plan_rows
 from mlx_qwen35.engine.options import Options, check_options, vision_options
-from mlx_qwen35.engine.plan import SequencePlan, plan
-from mlx_qwen35.engine.sequence import Result
+from mlx_qwen35.engine.plan import SequencePlan
+from mlx_qwen35.engine.result import Result
 from mlx_qwen35.engine.sequence import Sequence as Request
 from mlx_qwen35.engine.tool_turns import Message, Results, result_messages
 from mlx_qwen35.errors import InputError
@@ -31,20 +33,21 @@ _QUESTION = {"role": "user", "content": "?"}
 
 
 class Conversation:
-    """Messages so far, and the cache that holds them.
+    """Messages so far, and a library that remembers what of them was read.
 
-    Most chat templates remove the reasoning from earlier turns, and a DeltaNet state cannot be trimmed. So a snapshot
-    is taken before each generation prompt. The next turn returns there, and prefills only the last answer and the new
-    message. Images and videos of earlier turns are not read or encoded again.
+    Most chat templates remove the reasoning from earlier turns, and a DeltaNet state cannot be trimmed. So snapshots
+    are stored where prompts part: behind the system prompt and the tools, before the answer to each message of the
+    user, and before the newest answer. The next turn goes on from the longest that begins it. Images and videos of
+    earlier turns are not read or encoded again.
 
-    Reasoning stays in the prompt while an answer calls tools, up to the next user's message. That one goes back to the
-    snapshot before the user's last message was answered, which is kept beside the newest one.
+    `messages` may be edited, shortened or replaced between turns: what stands before the first change is not read again
+    from the nearest snapshot on.
 
     Any thread may send, and go on with a turn. One turn runs at a time: the start of one ends another where it is.
 
     Args:
         options: of every turn, see `Options`; not cache, ignore_chat_template, continue_final_message, progress,
-            constraint, images or videos.
+            constraint, images or videos. library: one that other conversations share; by default one of its own.
     """
 
     def __init__(self, model: Model, processor: Processor, **options: Unpack[Options]):
@@ -63,8 +66,10 @@ class Conversation:
             )
         self.vision = vision_options(given)  # for the images and videos of coming messages
         self._options = cast(Options, {name: value for name, value in given.items() if name not in VISION_OPTIONS})
+        self.library = check_library(given, model) or model.make_library()
+        self._options["library"] = self.library
         self._rules = Rules(processor, self._options)
-        self._plan(processor.encode_messages([_QUESTION], self.vision, **self._template), 0)  # refuses a bad option
+        self._plan(processor.encode_messages([_QUESTION], self.vision, **self._template))  # refuses a bad option
         self._turn: Turn | None = None  # that runs
         self.reset()
 
@@ -74,8 +79,22 @@ class Conversation:
             if self._turn:
                 self._turn.cancel()
             self.messages: list[Message] = [{"role": "system", "content": self._system}] if self._system else []
-            self.cache = self.model.make_cache()
-            self._kept: list[Kept] = []  # of the last query, and the newest one if that is another
+            self.cache = self.model.make_cache()  # the last prompt and its answer
+            self._use: Use | None = None  # keeps that prompt in the library
+            self.library.trim()
+
+    def fork(self) -> "Conversation":
+        """Another conversation that goes on from here, with the same library. A turn that runs is not part of it."""
+        with LOCK:
+            other = copy(self)
+            other.messages = [dict(message) for message in self.messages]
+            other._turn, other.cache = None, self.model.make_cache()
+            return other
+
+    @property
+    def entries(self) -> list[Entry]:
+        """What the library holds of the last prompt, the shortest first."""
+        return self.library.entries(self._use.prefix) if self._use else []
 
     def send(
         self, content: str | Sequence[Any], progress: Callable[[int, int], None] = lambda done, total: None
@@ -112,77 +131,60 @@ class Conversation:
                 message["content"] = self.processor.read_parts(message["content"], self.vision)
         return Turn(self, messages, progress)
 
+    def regenerate(
+        self, seed: int | None = None, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> "Turn":
+        """A turn with another answer in place of the last one.
+
+        seed: in place of the options'. Raises InputError where the last message is no answer.
+        """
+        refuse_fork()
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            raise InputError("messages_invalid", "regenerate needs an answer as the last message; there is none")
+        return Turn(self, [], progress, replaces=1, seed=seed)
+
     # --- for a turn ---
 
     def begin(self, turn: "Turn") -> "Begun":
         """Prepare the answer to a turn's messages, behind the turns so far."""
         if self._turn:
             self._turn.cancel()
-        messages = [*self.messages, *turn.messages]
-        encode = self.processor.encode_messages
-        prompt = encode(messages, self.vision, **self._template)
-        before = encode(messages, self.vision, add_generation_prompt=False, **self._template)
-        assert prompt.identity(len(before.tokens)) == before.identity(), "the generation prompt must come last"
+        messages = [*self.messages[: len(self.messages) - turn.replaces], *turn.messages]
+        prompt = self.processor.encode_messages(messages, self.vision, **self._template)
         if len(prompt.tokens) >= self.model.config.max_position_embeddings:
             raise InputError(
                 "context_length_exceeded",
                 f"the conversation has {len(prompt.tokens)} tokens, which fills its context; start a new one, or "
                 f"show less of an image with a lower {spelled('max_pixels')}",
             )
-        reused = self._go_back(before)
-        new, mark = prompt.after(reused), len(before.tokens) - reused
+        self.cache, self._use = self.model.make_cache(), None  # the library goes on in the memory of the last turn
+        planned = self._plan(prompt)
+        if turn.seed is not None:
+            planned = replace(planned, seed=turn.seed)
         request = make_request(
-            self.processor, new, self._plan(new, reused), self.cache, self._options, self._rules, progress=turn.count,
-            marks=[mark],
-        )  # fmt: skip
+            self.processor, prompt, planned, self.cache, self._options, self._rules, progress=turn.count
+        )
         self._turn = turn
-        return Begun(request, before, reused)
+        return Begun(request, messages)
 
     def end(self, turn: "Turn", begun: "Begun") -> None:
         """Take in what has come of a turn: its messages and its answer, if that has a token."""
         if self._turn is turn:
             self._turn = None
-        snapshots = list(begun.request.snapshots.values())
-        begun.request.snapshots.clear()  # a turn that is kept must not keep their arrays
-        if begun.request.tokens:
-            query = [] if turn.messages[-1]["role"] == "user" else self._kept[:1]
-            self._kept = [*query, Kept(begun.before, snapshots[-1])]
-            self.messages = [*self.messages, *turn.messages, begun.request.result().message]
+        request = begun.request
+        self._use, request.use = request.use, None  # a turn that is kept must not keep its prompt in the library
+        if request.tokens:
+            self.messages = [*begun.messages, request.result().message]
 
-    def _plan(self, prompt: Prompt, cached: int) -> SequencePlan:
-        (planned,) = plan(
-            self._options, self.model, self.processor.greedy, [prompt], [cached], self._rules.closing
-        )  # fmt: skip
-        return planned
-
-    def _go_back(self, prompt: Prompt) -> int:
-        """Return to the newest snapshot that holds the beginning of this prompt, or to an empty cache.
-
-        Returns the tokens that the cache then has.
-        """
-        while self._kept:
-            held, snapshot = self._kept[-1]
-            if prompt.identity(len(held.tokens)) == held.identity():
-                self.cache.restore(snapshot)
-                return len(held.tokens)
-            self._kept.pop()
-        self.cache = self.model.make_cache()
-        return 0
-
-
-class Kept(NamedTuple):
-    """A place to go back to."""
-
-    prompt: Prompt  # up to the snapshot
-    snapshot: Snapshot
+    def _plan(self, prompt: Prompt) -> SequencePlan:
+        return plan_rows(self.model, self.processor, [prompt], [0], self._options, self._rules, self.library)[0]
 
 
 class Begun(NamedTuple):
     """A turn that has started."""
 
     request: Request
-    before: Prompt  # up to the generation prompt
-    reused: int  # tokens of it that were in the cache already
+    messages: list[Message]  # of its prompt
 
 
 class Turn:
@@ -196,8 +198,16 @@ class Turn:
     Any thread may go on with a turn.
     """
 
-    def __init__(self, conversation: Conversation, messages: list[Message], progress: Callable[[int, int], None]):
-        self.messages = messages
+    def __init__(
+        self,
+        conversation: Conversation,
+        messages: list[Message],
+        progress: Callable[[int, int], None],
+        replaces: int = 0,
+        seed: int | None = None,
+    ):
+        """replaces: how many of the conversation's last messages these take the place of. seed: None: the options'."""
+        self.messages, self.replaces, self.seed = messages, replaces, seed
         self._conversation, self._progress = conversation, progress
         self._engine = Engine(conversation.model)
         self._begun: Begun | None = None
@@ -236,13 +246,13 @@ class Turn:
 
     @property
     def reused(self) -> int:
-        """Tokens of its prompt that were in the cache already."""
-        return self._begun.reused if self._begun else 0
+        """Tokens of its prompt that were in the library already; 0 before it starts."""
+        return self._begun.request.cached if self._begun else 0
 
     @property
     def total(self) -> int:
         """Tokens of its prompt; 0 before it starts."""
-        return self._begun.reused + len(self._begun.request.prompt.tokens) if self._begun else 0
+        return len(self._begun.request.prompt.tokens) if self._begun else 0
 
     @property
     def prefill_seconds(self) -> float:

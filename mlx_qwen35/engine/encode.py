@@ -6,6 +6,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_qwen35.cache.prefix import Prefix, Shown
 from mlx_qwen35.engine.options import Options, PromptOptions, thinking_switch, vision_options
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.options import VISION_OPTIONS
@@ -41,6 +42,12 @@ def encode(processor: Processor, prompt: str | Sequence[int] | Messages, options
         messages, vision, continue_final_message=options.get("continue_final_message", False),
         **template_options(options),
     )  # fmt: skip
+
+
+def prefix_of(prompt: Prompt) -> Prefix:
+    """A prompt as a library of prefixes compares it."""
+    shown = (Shown(placed.media.digest, placed.placeholders) for placed in prompt.media)
+    return Prefix(np.array(prompt.tokens, np.int32), tuple(shown))
 
 
 def template_options(options: Options) -> dict[str, Any]:

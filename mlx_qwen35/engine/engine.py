@@ -80,6 +80,7 @@ class Engine:
                 self.waiting = deque(other for other in self.waiting if other is not sequence)
                 self._ready = [other for other in self._ready if other is not sequence]
                 self._end(sequence)
+                sequence.close()
             self._submit()
 
     # --- the parts of a step ---
@@ -121,6 +122,7 @@ class Engine:
             self.waiting.popleft()
             if sequence.finished:
                 self._end(sequence)
+                sequence.close()
             else:
                 self._ready.append(sequence)
         return [sequence]
@@ -139,11 +141,16 @@ class Engine:
         left = rows.select(gone)
         self._rows = rows.select([row for row in range(len(rows.sequences)) if row not in gone])
         left.settle()
-        for sequence, cache in zip(left.sequences, left.caches(), strict=True):
+        sequences, caches = left.sequences, left.caches()
+        del left  # the library frees what the rows held
+        while caches:
+            sequence = sequences[-len(caches)]
             try:
-                self._end(sequence, cache)
+                self._end(sequence, caches.pop(0))
             except Exception as error:  # its last token is fed here
                 sequence.fail(error)
+        for sequence in sequences:
+            sequence.close()
 
     def _end(self, sequence: Sequence, cache: Cache | None = None) -> None:
         self._media.forget(sequence)

@@ -4,14 +4,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Unpack
 
 from mlx_qwen35.cache.cache import Cache
+from mlx_qwen35.cache.prefix import PrefixLibrary
 from mlx_qwen35.engine.constraints.rules import Rules
-from mlx_qwen35.engine.encode import encode, refuse_idle_vision
+from mlx_qwen35.engine.encode import encode, prefix_of, refuse_idle_vision
 from mlx_qwen35.engine.engine import Engine
 from mlx_qwen35.engine.logprobs import LogprobScorer
 from mlx_qwen35.engine.options import Options, check_options
 from mlx_qwen35.engine.plan import SequencePlan, plan
+from mlx_qwen35.engine.result import Result
 from mlx_qwen35.engine.sampling import Sampler
-from mlx_qwen35.engine.sequence import Result
 from mlx_qwen35.engine.sequence import Sequence as Request
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.machine.process import refuse_fork
@@ -44,10 +45,38 @@ def start(model: Model, processor: Processor, prompts: Sequence[Given], **option
     caches = check_caches(given, model, len(prompts))
     cached = [cache.length if cache else 0 for cache in caches]
     rules = Rules(processor, given)
-    plans = plan(given, model, processor.greedy, encoded, cached, rules.closing)
-    count = _counter(given, sum(len(prompt.tokens) for prompt in encoded))
+    plans = plan_rows(model, processor, encoded, cached, given, rules, check_library(given, model))
+    requests: list[Request] = []
+    count = _counter(given, requests)
     rows = zip(encoded, plans, caches, strict=True)
-    return Generation(model, [make_request(processor, *row, given, rules, progress=count) for row in rows])
+    requests += [make_request(processor, *row, given, rules, progress=count) for row in rows]
+    return Generation(model, requests)
+
+
+def plan_rows(
+    model: Model,
+    processor: Processor,
+    prompts: Sequence[Prompt],
+    cached: Sequence[int],
+    options: Options,
+    rules: Rules,
+    library: PrefixLibrary | None,
+) -> list[SequencePlan]:
+    """The plans of prompts, cached[i] tokens before each. A library that is in their way makes room."""
+
+    def planned() -> list[SequencePlan]:
+        held = [library.ready(prefix_of(prompt)) for prompt in prompts] if library else [0] * len(prompts)
+        rest = [prompt.after(length) for prompt, length in zip(prompts, held, strict=True)]
+        before = list(map(sum, zip(cached, held, strict=True)))
+        return plan(options, model, processor.greedy, rest, before, rules.closing)
+
+    try:
+        return planned()
+    except InputError as error:
+        if library is None or error.code != "memory_exceeded":
+            raise
+    library.make_room([prefix_of(prompt) for prompt in prompts])
+    return planned()
 
 
 def check_loaded(model: Model, processor: Processor) -> None:
@@ -65,7 +94,6 @@ def make_request(
     rules: Rules,
     *,
     progress: Callable[[int], None] = lambda tokens: None,
-    marks: Sequence[int] = (),
 ) -> Request:
     """The sequence of an encoded prompt and its plan. options: checked; for stop strings and the caller's functions.
 
@@ -88,8 +116,8 @@ def make_request(
         prompt, sampler, planned.limit, prefill_step_size=planned.prefill_step_size, stop_ids=processor.stop_ids,
         stream=rules.stream(
             prompt, cache.length if cache else 0, planned.seed, tuple(options.get("stop", ()))
-        ), cache=cache,
-        drafts=planned.drafts, progress=progress, marks=marks, loop_guard=bool(options.get("loop_guard")),
+        ), cache=cache, library=options.get("library"),
+        drafts=planned.drafts, progress=progress, loop_guard=bool(options.get("loop_guard")),
         scorer=scorer, one_call=options.get("parallel_tool_calls") is False,
     )  # fmt: skip
 
@@ -116,14 +144,26 @@ def check_caches(options: Options, model: Model, rows: int) -> list[Cache | None
     return list(caches)
 
 
-def _counter(options: Options, total: int) -> Callable[[int], None]:
-    """Counts prefilled tokens, and tells the caller of them."""
+def check_library(options: Options, model: Model) -> PrefixLibrary | None:
+    """The library of the options. InputError for another model's, and beside a cache."""
+    library = options.get("library")
+    if library and options.get("cache") is not None:
+        raise InputError(
+            "option_conflict", "library must not be given with cache, whose tokens stand before the prompt as they are"
+        )
+    if library and library.model is not model:
+        raise InputError("option_invalid", "library must come from make_library() of this model; it is another model's")
+    return library
+
+
+def _counter(options: Options, requests: Sequence[Request]) -> Callable[[int], None]:
+    """Counts prefilled tokens of requests, and tells the caller of them."""
     done, progress = 0, options.get("progress", lambda done, total: None)
 
     def count(tokens: int) -> None:
         nonlocal done
         done += tokens
-        progress(done, total)
+        progress(done, sum(request.unread for request in requests))
 
     return count
 

@@ -41,13 +41,10 @@ class MediaEncoder:
         self.model.vision.unload()
 
     def encode(self, sequence: Sequence) -> PromptRow:
-        """Its prompt with the embeddings of what it shows, evaluated."""
-        prompt = sequence.prompt
-        if not prompt.media:
-            return PromptRow(prompt.tokens)
-        assert self.model.vision is not None
+        """What is unread of its prompt with the embeddings of what that shows, evaluated."""
+        prompt = sequence.prompt.after(sequence.cached)
         try:
-            return _encoded(self.model, prompt, self._encoded)
+            return _encoded(self.model, prompt, self._encoded) if prompt.media else PromptRow(prompt.tokens)
         finally:
             self.forget(sequence)
 

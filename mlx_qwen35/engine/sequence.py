@@ -3,19 +3,19 @@
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 import mlx.core as mx
 
-from mlx_qwen35.cache.cache import Cache, Snapshot
-from mlx_qwen35.engine.constraints.loop import NOTHING, Loop, first_loop
+from mlx_qwen35.cache.cache import Cache
+from mlx_qwen35.cache.prefix import READING, STEP, TURN, PrefixLibrary, Use
+from mlx_qwen35.engine.constraints.loop import NOTHING
 from mlx_qwen35.engine.drafts.follower import DraftFollower
-from mlx_qwen35.engine.drafts.speculate import DraftPolicy, DraftStatistics, RowDrafts, attach, detach
+from mlx_qwen35.engine.drafts.speculate import DraftPolicy, RowDrafts, attach, detach
+from mlx_qwen35.engine.encode import prefix_of
 from mlx_qwen35.engine.logprobs import LogprobScorer, TokenLogprob
 from mlx_qwen35.engine.prefill import Chunk, PromptRow, chunks
+from mlx_qwen35.engine.result import Result
 from mlx_qwen35.engine.sampling import Sampler
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.model import Model
@@ -23,65 +23,6 @@ from mlx_qwen35.prompt.answer import finish_reason
 from mlx_qwen35.prompt.piece import CONTENT, REASONING, Piece
 from mlx_qwen35.prompt.prompt import Prompt
 from mlx_qwen35.prompt.stream import TextStream
-from mlx_qwen35.prompt.tool_calls import Cut, ToolCall
-
-
-@dataclass(frozen=True)
-class Result:
-    """One finished answer; str() is its text.
-
-    finish_reason: "stop" (an end token or a stop string), "tool_calls" (the same, behind a whole call), "length"
-    (max_tokens or the end of the context), "loop" (by the loop guard), "interrupted", or "error". text: the content;
-    where tools were offered, without their calls. tool_calls: the whole ones. cut: a call that had begun. in_reasoning:
-    whether it ended inside the reasoning, without an answer. tokens: the generated ids, the end token included.
-    vision_seconds: of the vision encoder. prompt_tps, generation_tps: tokens per second, from the encoded prompt to the
-    first token, and after it. peak_memory: in GB (10^9 bytes), since the program started. mtp: the drafts. error: why
-    it ended, with finish_reason "error". logprobs: one for each of tokens; None where not asked for.
-    """
-
-    text: str
-    reasoning: str
-    tokens: tuple[int, ...]
-    finish_reason: str
-    in_reasoning: bool
-    prompt_tokens: int
-    generation_tokens: int
-    vision_seconds: float
-    prompt_tps: float
-    generation_tps: float
-    peak_memory: float
-    seed: int
-    mtp: DraftStatistics
-    tool_calls: tuple[ToolCall, ...] = ()
-    cut: Cut | None = None
-    error: Exception | None = None
-    logprobs: tuple[TokenLogprob, ...] | None = None
-
-    def __str__(self) -> str:
-        return self.text
-
-    @property
-    def message(self) -> dict[str, Any]:
-        """The answer as the assistant's message of a history. A call that is not whole is left out."""
-        message: dict[str, Any] = {"role": "assistant", "content": self.text}
-        if self.reasoning:
-            message["reasoning_content"] = self.reasoning
-        if self.tool_calls:
-            message["tool_calls"] = [
-                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
-                for call in self.tool_calls
-            ]
-        return message
-
-    @cached_property
-    def loop(self) -> Loop | None:
-        """The first tokens that repeat without end; None: there are none."""
-        return first_loop(self.tokens)
-
-    @property
-    def cut_in_reasoning(self) -> bool:
-        """Whether thinking took all tokens, so that there is no answer."""
-        return self.in_reasoning and self.finish_reason == "length" and not self.tool_calls
 
 
 @dataclass
@@ -110,7 +51,9 @@ class Sequence:
             before. None: a cache of its own.
         drafts: whether to draft, and how deep.
         progress: called with the tokens of each chunk of the prompt that is prefilled.
-        marks: numbers of prompt tokens at which a snapshot is to be taken: `snapshots` has them.
+        library: where the prefill begins, with the longest beginning of the prompt that it holds, and where the
+            beginnings at the prompt's marks are stored, and what has been read when the prefill is cancelled. A cache
+            beside it must be empty.
         loop_guard: whether an answer that repeats itself without end ends.
         scorer: gives the log-probabilities of its tokens: `logprobs` has them, one for each token so far.
         one_call: whether the answer ends behind its first whole call.
@@ -128,13 +71,13 @@ class Sequence:
         cache: Cache | None = None,
         drafts: DraftPolicy = DraftPolicy(0),  # noqa: B008 (frozen)
         progress: Callable[[int], None] = lambda tokens: None,
-        marks: Many[int] = (),
+        library: PrefixLibrary | None = None,
         loop_guard: bool = False,
         scorer: LogprobScorer | None = None,
         one_call: bool = False,
     ):
         self.prompt, self.sampler, self.limit, self.stop_ids, self.stream = prompt, sampler, limit, stop_ids, stream
-        self.prefill_step_size, self.progress, self.marks = prefill_step_size, progress, tuple(marks)
+        self.prefill_step_size, self.progress, self.library = prefill_step_size, progress, library
         self.cache, self.scorer, self.loop_guard, self.one_call = cache, scorer, loop_guard, one_call
         self._recent = NOTHING
         self._held = 0  # tokens in it when its prefill began
@@ -143,13 +86,15 @@ class Sequence:
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: str | None = None  # None while it goes on
         self.error: Exception | None = None
-        self.snapshots: dict[int, Snapshot] = {}
+        self.use: Use | None = None  # of the library, from its prefill on
+        self.cached = 0  # tokens of the prompt that were in the library
         self.clock = Clock()
         self._said: list[Piece] = []
         self._new: deque[Piece] = deque()
         self._chunks: Iterator[Chunk] | None = None
         self.own: Cache | None = None  # its cache, until it is a running row
         self._started = False
+        self._marks: dict[int, str] = {}  # where the library stores the prompt: tokens before, and the kind
         if not prompt.tokens:
             raise InputError("prompt_empty", "the prompt must not be empty")
 
@@ -167,6 +112,11 @@ class Sequence:
     @property
     def last(self) -> int:
         return self.tokens[-1]
+
+    @property
+    def unread(self) -> int:
+        """Tokens of the prompt that are not in the library, all of them until its prefill begins."""
+        return len(self.prompt.tokens) - self.cached
 
     def pieces(self) -> Iterator[Piece]:
         """The pieces of text that came since they were asked for last."""
@@ -211,7 +161,7 @@ class Sequence:
 
     def result(self) -> Result:
         """What it has come to, at any time."""
-        clock, tokens, prompt = self.clock, len(self.tokens), len(self.prompt.tokens)
+        clock, tokens = self.clock, len(self.tokens)
         prefill_seconds, seconds = clock.first - clock.began, clock.last - max(clock.first, clock.joined)
         return Result(
             text="".join(piece.text for piece in self._said if piece.kind == CONTENT),
@@ -219,10 +169,10 @@ class Sequence:
             tokens=tuple(self.tokens),
             finish_reason=self.finish_reason or "interrupted",
             in_reasoning=bool(self.stream and self.stream.reasoning),
-            prompt_tokens=prompt,
+            prompt_tokens=len(self.prompt.tokens),
             generation_tokens=tokens,
             vision_seconds=clock.vision,
-            prompt_tps=prompt / prefill_seconds if tokens else 0.0,
+            prompt_tps=self.unread / prefill_seconds if tokens else 0.0,
             generation_tps=(tokens - 1) / seconds if seconds > 0 else 0.0,
             peak_memory=mx.get_peak_memory() / 1e9,
             seed=self.sampler.seed,
@@ -231,6 +181,7 @@ class Sequence:
             cut=self.stream.cut if self.stream else None,
             error=self.error,
             logprobs=tuple(self.logprobs) if self.scorer else None,
+            cached_tokens=self.cached,
         )
 
     # --- its prefill ---
@@ -247,25 +198,41 @@ class Sequence:
         encode: gives the prompt with its images and videos encoded.
         """
         if self._chunks is None:
-            arrived = time.perf_counter()
-            row = encode(self)
-            self.clock.began = time.perf_counter()
-            self.clock.vision = self.clock.began - arrived if self.prompt.media else 0.0
-            self.own = self.cache.copy() if self.cache else model.make_cache()
-            self._held = self.own.length
-            self.sampler.position = self._held + len(self.prompt.tokens)
-            self.drafts.policy = attach(model, self.own, self.drafts.policy, self)
-            self._chunks, self._done = chunks(model, self.own, row, self.prefill_step_size, self.marks), 0
+            self._begin(model, encode)
+        assert self._chunks and self.own
         chunk = next(self._chunks)
         self._done += chunk.tokens
-        if self._done in self.marks:
-            assert self.own is not None
-            self.snapshots[self._done] = self.own.snapshot()
+        if self.use:
+            self.use.read(self.own, chunk.tokens, self._marks.get(self._done))
         self.progress(chunk.tokens)
         if self._done < len(self.prompt.tokens):
             return None
         self._chunks = None
         return chunk.hidden
+
+    def _begin(self, model: Model, encode: Callable[["Sequence"], PromptRow]) -> None:
+        arrived = time.perf_counter()
+        if self.library:
+            self.own, self.use = self.library.begin(prefix_of(self.prompt))
+            self.cached = self.use.reused
+            self._marks = self._places(self.use)
+        row = encode(self)
+        self.clock.began = time.perf_counter()
+        self.clock.vision = self.clock.began - arrived if row.placeholders else 0.0
+        self.own = self.own or (self.cache.copy() if self.cache else model.make_cache())
+        self._held = self.own.length - self.cached
+        self.sampler.position = self._held + len(self.prompt.tokens)
+        self.drafts.policy = attach(model, self.own, self.drafts.policy, self)
+        ends = [place - self.cached for place in sorted(self._marks)]
+        self._chunks, self._done = chunks(model, self.own, row, self.prefill_step_size, ends), self.cached
+
+    def _places(self, use: Use) -> dict[int, str]:
+        """Where the library stores this prompt, with the kind of each place; without marks just before its end."""
+        total = len(self.prompt.tokens)
+        marks = dict(self.prompt.marks) or {total - 1: TURN}
+        places = dict.fromkeys(range(STEP, total, STEP), READING) | marks
+        unread = ((place, kind) for place, kind in places.items() if self.cached < place < total)
+        return {place: kind for place, kind in unread if use.prefix.whole(place)}
 
     def take_cache(self) -> Cache:
         """The cache with the prompt, which from now on is a running row."""
@@ -281,11 +248,15 @@ class Sequence:
     # --- its end ---
 
     def end(self, model: Model, cache: Cache | None) -> None:
-        """Let go of all arrays and pixels but those of `snapshots`. cache: what its row held, if it was running.
+        """Let go of all arrays and pixels, but for `use`. cache: what its row held, if it was running.
 
-        Brings the caller's cache to the last token; with an error or without a token that stays as it was.
+        Brings the caller's cache to the last token; with an error or without a token that stays as it was. What was
+        read of a prompt whose prefill is cancelled goes into the library.
         """
-        cache, self.own, self._chunks, caller = cache or self.own, None, None, self.cache
+        cache, self.own, caller = cache or self.own, None, self.cache
+        if self.use and cache and self._chunks and not self.error and cache.length > self.cached:
+            self.use.store(cache, READING)
+        self._chunks = None
         detach(model, self)
         self.sampler.clear()
         self.progress = lambda tokens: None  # the caller's may hold whoever holds this sequence
@@ -302,3 +273,8 @@ class Sequence:
             cache.compact()
         cache.evaluate()
         caller.assign(cache)
+
+    def close(self) -> None:
+        """It has ended, and nobody holds its cache: the library may let go of its prompt, unless a caller goes on."""
+        if self.use and not self.cache:
+            self.use.close()

@@ -9,7 +9,7 @@ import numpy as np
 
 from mlx_qwen35.engine.generation import start
 from mlx_qwen35.engine.options import Options, check_options
-from mlx_qwen35.engine.sequence import Result
+from mlx_qwen35.engine.result import Result
 from mlx_qwen35.errors import EmptyAnswer, InputError
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.prompt.piece import Piece

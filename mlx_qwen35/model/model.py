@@ -9,9 +9,11 @@ import numpy as np
 
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.cache.kv_format import UNQUANTIZED, KVFormat
+from mlx_qwen35.cache.prefix import PrefixLibrary, library_bytes
 from mlx_qwen35.checkpoint.config import TextConfig
 from mlx_qwen35.checkpoint.dtypes import dtype_name
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.machine.memory import MOST_GIGABYTES
 from mlx_qwen35.model.decoder import DecoderLayer, Pace, run
 from mlx_qwen35.model.lazy import LazyPart
 from mlx_qwen35.model.mtp import MultiTokenPrediction
@@ -19,7 +21,7 @@ from mlx_qwen35.model.rotary import Rotary
 from mlx_qwen35.model.vision import VisionEncoder
 from mlx_qwen35.model.weights import Weights
 from mlx_qwen35.options import spelled
-from mlx_qwen35.values import whole
+from mlx_qwen35.values import number, whole
 
 
 class Visual(NamedTuple):
@@ -60,6 +62,16 @@ class Model(nn.Module):
         """An empty cache for a batch of so many rows, at least 1."""
         whole("batch", batch, 1)
         return Cache(self.config, self.dtype, batch, self.kv)
+
+    def make_library(self, memory: float | None = None) -> PrefixLibrary:
+        """An empty library of prefixes, for the option `library`.
+
+        memory: in GB (10^9 bytes), at least 0; what of it is not in use takes no more. None: a tenth of the memory that
+        the model may take, up to 6 GB, and a quarter of more.
+        """
+        if memory is None:
+            return PrefixLibrary(self, library_bytes(self.memory_limit))
+        return PrefixLibrary(self, int(1e9 * number("memory", memory, f"0 to {MOST_GIGABYTES:g}", 0, MOST_GIGABYTES)))
 
     def __call__(self, tokens: mx.array, cache: Cache | None = None) -> mx.array:
         """tokens (B, T) integer -> logits (B, T, V) in the activation dtype. Extends the cache if one is given."""

@@ -7,7 +7,7 @@ two parts, or from a text and what the template has beside it.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -94,6 +94,10 @@ class ControlTokens:
     def encode_raw(self, text: str) -> list[int]:
         """Tokens of a text in which every tag is a control token."""
         return self._encode(unmarked(text))
+
+    def among(self, tokens: Sequence[int]) -> list[int]:
+        """Where tokens are control tokens."""
+        return [place for place, token in enumerate(tokens) if token in self._numbers]
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids

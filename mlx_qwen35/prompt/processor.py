@@ -12,6 +12,7 @@ from mlx_qwen35.media.preprocess import Media, Preprocessor
 from mlx_qwen35.media.preprocessor_files import read_preprocessor
 from mlx_qwen35.prompt.continuation import cut, opened
 from mlx_qwen35.prompt.control import ControlTokens, check_text, unmarked
+from mlx_qwen35.prompt.marks import Heads, answers_behind_query, marks_at
 from mlx_qwen35.prompt.messages import Plain, check_messages, check_template_options, veiled
 from mlx_qwen35.prompt.parts import read_parts, take_media, without_media
 from mlx_qwen35.prompt.placeholders import PADS, expand_tokens, expand_videos, in_order
@@ -47,6 +48,7 @@ class Processor:
         self.tokenizer, self.config, self._folder, self.memory_limit = tokenizer, config, folder, memory_limit
         self._preprocessors: dict[str, Preprocessor] = {}  # by kind of media
         self._templates: dict[str, Template] = {}  # by source
+        self._known_heads: dict[tuple, Heads] = {}  # by template and switches
         known = tokenizer.get_vocab()
         _check_ids(known, config, folder is not None)
         ends = {known[token] for token in END_TOKENS if token in known}
@@ -120,8 +122,10 @@ class Processor:
         checked = check_messages(messages, plain)
         options = check_template_options(template, plain)
         bare, media = take_media(checked, self.read, vision)
-        text = self._rendered(bare, options, plain, flag("continue_final_message", continue_final_message))
-        return self._prompt(text, media, vision, self._control.encode)
+        go_on = flag("continue_final_message", continue_final_message)
+        text, heads = self._rendered(bare, options, plain, go_on), self._heads(options)
+        answers = answers_behind_query(bare) + (not go_on and options.get("add_generation_prompt", True))
+        return self._prompt(text, media, vision, self._control.encode, lambda text: heads.places(text, answers))
 
     def read(self, kind: str, source: Any, vision: VisionOptions) -> Media:
         """An image or a video (`kind`), read and resized by the checkpoint's settings."""
@@ -159,13 +163,9 @@ class Processor:
         self, messages: list[dict[str, Any]], options: dict[str, Any], plain: Plain, go_on: bool = False
     ) -> str:
         """The prompt text with marks, see control.py. go_on: whether it ends inside the last message."""
-        from mlx_qwen35.prompt.limits import RenderLimits  # these bring jinja2, which takes its time
-        from mlx_qwen35.prompt.template import Template, choose
+        from mlx_qwen35.prompt.limits import RenderLimits  # brings jinja2, which takes its time
 
-        source = choose(self.tokenizer.chat_template, "tools" in options)
-        if source not in self._templates:
-            self._templates[source] = Template(source, self._control, self.tokenizer.special_tokens)
-        template = self._templates[source]
+        template = self._template("tools" in options)
         known = {"add_generation_prompt", "documents", "enable_thinking", "tools"} | template.reads
         if unknown := sorted(set(options) - known):
             raise InputError(
@@ -180,22 +180,55 @@ class Processor:
         text = template.render(messages, options, RenderLimits(plain.values, plain.chars))
         return cut(text) if go_on else text
 
+    def _template(self, tools: bool) -> "Template":
+        from mlx_qwen35.prompt.template import Template, choose
+
+        source = choose(self.tokenizer.chat_template, tools)
+        if source not in self._templates:
+            self._templates[source] = Template(source, self._control, self.tokenizer.special_tokens)
+        return self._templates[source]
+
+    def _heads(self, options: Mapping[str, Any]) -> Heads:
+        """How messages begin in the template with these options."""
+        from mlx_qwen35.prompt.limits import RenderLimits
+
+        template = self._template("tools" in options)
+        switches = {name: value for name, value in options.items() if isinstance(value, bool)}
+        key = id(template), *sorted(switches.items())
+        if key not in self._known_heads:
+            self._known_heads[key] = Heads.of(
+                lambda messages, prompted: template.render(
+                    messages, switches | {"add_generation_prompt": prompted}, RenderLimits(100, 100)
+                )
+            )
+        return self._known_heads[key]
+
     @cached_property
     def _control(self) -> ControlTokens:
         return ControlTokens(self.tokenizer.backend)
 
     def _prompt(
-        self, text: str, media: Sequence[Media], vision: VisionOptions, encode: Callable[[str], list[int]]
+        self,
+        text: str,
+        media: Sequence[Media],
+        vision: VisionOptions,
+        encode: Callable[[str], list[int]],
+        places: Callable[[str], Mapping[int, str]] = lambda text: {},
     ) -> Prompt:
-        """Text with one marked placeholder for each image and video -> tokens with as many as each takes."""
+        """Text with one marked placeholder for each image and video -> tokens with as many as each takes.
+
+        places: where the text parts from others, see `Heads.places`.
+        """
         if self.config.vision:
             media = in_order(text, media)
             text = expand_videos(text, media, vision.outer_vision_tags)
         tokens = encode(text)
         if not tokens:
             raise InputError("prompt_empty", "the prompt must not be empty")
+        control = self._control.among(tokens)
         tokens, placed = expand_tokens(tokens, media, self.placeholder_ids)
-        return Prompt(tuple(tokens), self.opens_thinking(tokens), tuple(placed))
+        marks = marks_at(places(text), text, control, [p for own in placed for p in own.placeholders])
+        return Prompt(tuple(tokens), self.opens_thinking(tokens), tuple(placed), marks)
 
     def check_tokens(self, tokens: Sequence[Any]) -> list[int]:
         """Token ids as a caller gives them -> integers. InputError for one that is none, or stands for an image."""

@@ -1,8 +1,9 @@
 """A prompt: its tokens, and the images and videos behind its placeholders."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mlx_qwen35.media.preprocess import Media
+from mlx_qwen35.prompt.marks import Mark
 from mlx_qwen35.prompt.positions import Placeholder
 
 
@@ -19,12 +20,13 @@ class Prompt:
     """A prompt for the model.
 
     tokens: ids, with placeholders repeated. thinking: whether generation starts inside a thinking block. media: the
-    images and videos, in the order of their placeholders.
+    images and videos, in the order of their placeholders. marks: where another prompt may go on otherwise, in order.
     """
 
     tokens: tuple[int, ...]
     thinking: bool
     media: tuple[Placed, ...] = ()
+    marks: tuple[Mark, ...] = field(default=(), compare=False)
 
     @property
     def placeholders(self) -> tuple[Placeholder, ...]:

@@ -354,7 +354,7 @@ def test_positions_go_on_behind_images_of_earlier_turns(nano):
     large = {"type": "image", "image": SHAPES, "max_pixels": 65536, "min_pixels": 65536}  # 64 tokens, 8 positions
     for content in ([large, {"type": "text", "text": ASK}], "And what colour is it?"):
         said(conversation, content)
-        conversation.cache.restore(conversation._kept[-1].snapshot)
+        conversation.cache.restore(conversation.entries[-1].snapshot)
         assert conversation.cache.next_positions == next_position(nano, conversation.messages[:-1])
         assert conversation.cache.next_positions[0] < conversation.cache.row_lengths[0] - 50
 

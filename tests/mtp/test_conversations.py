@@ -113,10 +113,15 @@ def test_the_head_goes_back_with_the_model(nano):
     conversation = Conversation(*nano, enable_thinking=False, mtp="on", mtp_depth=3, temp=0)
     for content in TURNS:
         said(conversation, content)
-        conversation.cache.restore(conversation._kept[-1].snapshot)
+        newest = conversation.entries[-1]
+        conversation.cache.restore(newest.snapshot)
         drafts = conversation.cache.follower
-        assert list(drafts.followed) == conversation.cache.row_lengths == [len(conversation._kept[-1].prompt.tokens)]
-        assert_same_memory(nano[0], drafts, encode_media(nano[0], conversation._kept[-1].prompt))
+        assert list(drafts.followed) == conversation.cache.row_lengths == [len(newest.prefix)]
+        prompt = conversation.processor.encode_messages(
+            conversation.messages[:-1], conversation.vision, add_generation_prompt=False, **conversation._template
+        )
+        assert len(prompt.tokens) == len(newest.prefix)
+        assert_same_memory(nano[0], drafts, encode_media(nano[0], prompt))
 
 
 def test_the_head_goes_back_to_a_place_that_another_branch_has_overwritten(nano):
@@ -165,7 +170,7 @@ def test_drafts_may_be_off_for_a_turn_and_on_again(nano):
         drafts, length = mixed.cache.follower, mixed.cache.row_lengths[0]
         if mode == "off":
             assert drafts is None
-            gap = len(mixed._kept[-1].prompt.tokens)
+            gap = len(mixed.entries[-1].prefix)
             continue
         assert drafts.followed == (length,)
         drafts.flush(mixed.model)
