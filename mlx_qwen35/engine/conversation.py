@@ -10,7 +10,7 @@ from mlx_qwen35.engine.encode import template_options
 from mlx_qwen35.engine.engine import Engine
 from mlx_qwen35.engine.generation import check_loaded, make_request
 from mlx_qwen35.engine.options import Options, check_options, vision_options
-from mlx_qwen35.engine.plan import SequencePlan, plan
+from mlx_qwen35.engine.plan import SequencePlan, check_window, plan
 from mlx_qwen35.engine.sequence import Result
 from mlx_qwen35.engine.sequence import Sequence as Request
 from mlx_qwen35.engine.tool_turns import Message, Results, result_messages
@@ -18,7 +18,7 @@ from mlx_qwen35.errors import InputError
 from mlx_qwen35.machine.process import LOCK, refuse_fork
 from mlx_qwen35.media.options import VISION_OPTIONS
 from mlx_qwen35.model.model import Model
-from mlx_qwen35.options import listed, spelled
+from mlx_qwen35.options import listed
 from mlx_qwen35.prompt.messages import Plain, check_template_options
 from mlx_qwen35.prompt.piece import Piece
 from mlx_qwen35.prompt.processor import Processor
@@ -123,12 +123,8 @@ class Conversation:
         prompt = encode(messages, self.vision, **self._template)
         before = encode(messages, self.vision, add_generation_prompt=False, **self._template)
         assert prompt.identity(len(before.tokens)) == before.identity(), "the generation prompt must come last"
-        if len(prompt.tokens) >= self.model.config.max_position_embeddings:
-            raise InputError(
-                "context_length_exceeded",
-                f"the conversation has {len(prompt.tokens)} tokens, which fills its context; start a new one, or "
-                f"show less of an image with a lower {spelled('max_pixels')}",
-            )
+        window, remedy = self.model.config.max_position_embeddings, "Send less, begin anew (reset(), in chat /reset)"
+        check_window(window, len(prompt.tokens), prompt, "the conversation with this message", remedy)
         reused = self._go_back(before)
         new, mark = prompt.after(reused), len(before.tokens) - reused
         request = make_request(

@@ -31,12 +31,13 @@ class Result:
     """One finished answer; str() is its text.
 
     finish_reason: "stop" (an end token or a stop string), "tool_calls" (the same, behind a whole call), "length"
-    (max_tokens or the end of the context), "loop" (by the loop guard), "interrupted", or "error". text: the content;
-    where tools were offered, without their calls. tool_calls: the whole ones. cut: a call that had begun. in_reasoning:
-    whether it ended inside the reasoning, without an answer. tokens: the generated ids, the end token included.
-    vision_seconds: of the vision encoder. prompt_tps, generation_tps: tokens per second, from the encoded prompt to the
-    first token, and after it. peak_memory: in GB (10^9 bytes), since the program started. mtp: the drafts. error: why
-    it ended, with finish_reason "error". logprobs: one for each of tokens; None where not asked for.
+    (see limited_by), "loop" (by the loop guard), "interrupted", or "error". limited_by: what set its most tokens:
+    "max_tokens", "context" (then the window is full) or "memory". text: the content; where tools were offered, without
+    their calls. tool_calls: the whole ones. cut: a call that had begun. in_reasoning: whether it ended inside the
+    reasoning, without an answer. tokens: the generated ids, the end token included. vision_seconds: of the vision
+    encoder. prompt_tps, generation_tps: tokens per second, from the encoded prompt to the first token, and after it.
+    peak_memory: in GB (10^9 bytes), since the program started. mtp: the drafts. error: why it ended, with finish_reason
+    "error". logprobs: one for each of tokens; None where not asked for.
     """
 
     text: str
@@ -56,6 +57,7 @@ class Result:
     cut: Cut | None = None
     error: Exception | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
+    limited_by: str = "max_tokens"
 
     def __str__(self) -> str:
         return self.text
@@ -101,7 +103,7 @@ class Sequence:
     Args:
         prompt: its tokens, and what they show.
         sampler: how its tokens are sampled; its position is behind the prompt.
-        limit: most tokens of the answer.
+        limit, limited_by: most tokens of the answer, and what sets them, see `Result`.
         prefill_step_size: prompt tokens of a prefill chunk.
         stop_ids: token ids that end it.
         stream: turns its tokens into text; None for tokens alone.
@@ -121,6 +123,7 @@ class Sequence:
         prompt: Prompt,
         sampler: Sampler,
         limit: int,
+        limited_by: str = "max_tokens",
         *,
         prefill_step_size: int,
         stop_ids: Collection[int] = (),
@@ -136,6 +139,7 @@ class Sequence:
         self.prompt, self.sampler, self.limit, self.stop_ids, self.stream = prompt, sampler, limit, stop_ids, stream
         self.prefill_step_size, self.progress, self.marks = prefill_step_size, progress, tuple(marks)
         self.cache, self.scorer, self.loop_guard, self.one_call = cache, scorer, loop_guard, one_call
+        self.limited_by = limited_by
         self._recent = NOTHING
         self._held = 0  # tokens in it when its prefill began
         self.drafts = RowDrafts(drafts)
@@ -231,6 +235,7 @@ class Sequence:
             cut=self.stream.cut if self.stream else None,
             error=self.error,
             logprobs=tuple(self.logprobs) if self.scorer else None,
+            limited_by=self.limited_by,
         )
 
     # --- its prefill ---
