@@ -1,4 +1,6 @@
-"""mlx_qwen35.bench --model FOLDER_OR_ID | --geometry mid [--compare mlx-lm,mlx-vlm,transformers] [--plot FILE]"""
+"""mlx_qwen35.bench --model FOLDER_OR_ID | --geometry mid [--compare mlx-lm,mlx-vlm,transformers] [--plot FILE], and
+mlx_qwen35.bench --model FOLDER_OR_ID --needle LENGTHS
+"""
 
 import argparse
 import os
@@ -9,22 +11,25 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mlx_qwen35.backend import backend
+from mlx_qwen35.bench import heatmap, needle
 from mlx_qwen35.bench.measure import OURS, PEERS, Settings, measure, started, summarize
 from mlx_qwen35.bench.report import describe_machine, draw, format_table, write_json
+from mlx_qwen35.bench.worker import blas
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.dtypes import DTYPES, dtype_name
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.random import GEOMETRIES, geometry, write_random_checkpoint
-from mlx_qwen35.commands.options import add_options
+from mlx_qwen35.commands.options import add_options, given_options
 from mlx_qwen35.commands.parser import Parser
 from mlx_qwen35.commands.progress import Step
-from mlx_qwen35.commands.run import as_command
+from mlx_qwen35.commands.run import as_command, load_model
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import LoadOptions, choose_dtype
-from mlx_qwen35.options import options_of
+from mlx_qwen35.machine.chip import tune
+from mlx_qwen35.options import as_flag, options_of
 
 _COUNT = "launches are counted by python -m tests.dispatches.count, in a clone of the repository"
 _IMAGES = "the memory of images and videos is measured by examples/image_memory.py, in a clone of the repository"
@@ -37,6 +42,11 @@ REMOVED = {  # option -> where it went
     "--clip-frames": _IMAGES,
     "--clip-size": _IMAGES,
 }
+
+SPEED: dict[str, Any] = {  # options of the speed alone, with their defaults
+    "prompt_lengths": (128, 1024), "decode_tokens": 32, "prefill_step_size": 1024, "compare": (),
+}  # fmt: skip
+OF_NEEDLES = ("memory_limit", "kv_bits", "kv_rotate")  # options of load that speed is measured without
 
 
 class _Removed(argparse.Action):
@@ -57,7 +67,10 @@ def _positive(text: str) -> int:
 
 
 def _lengths(text: str) -> tuple[int, ...]:
-    return tuple(_positive(part) for part in text.split(","))
+    """Counts between commas; k and m are thousands and millions."""
+    sizes = {"k": 1000, "m": 1_000_000}
+    parts = [(part, sizes.get(part[-1:].lower(), 1)) for part in text.split(",")]
+    return tuple(_positive(part[:-1] if size > 1 else part) * size for part, size in parts)
 
 
 def _peers(text: str) -> tuple[str, ...]:
@@ -79,26 +92,26 @@ def _parser() -> Parser:
     add_options(source, [loaded["model"]])
     source.add_argument("--geometry", choices=GEOMETRIES, help="random weights of this size, removed afterwards")
     add_options(parser, [loaded["revision"], loaded["dtype"], loaded["rope_scaling"]])
+    add_options(parser.add_argument_group("needles"), [loaded[name] for name in OF_NEEDLES])
     parser.add_argument(
-        "--prompt-lengths",
-        type=_lengths,
-        default=(128, 1024),
-        metavar="N,N",
-        help="tokens of each prompt (default: 128,1024)",
+        "--needle", type=_lengths, metavar="N,N", help="in place of the speed measure how well numbers are found in "
+        "texts of so many tokens (4k is 4,000), by their depth",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompt-lengths", type=_lengths, metavar="N,N", help="tokens of each prompt (default: 128,1024)"
     )
     for option, default, meaning in (
-        ("--decode-tokens", 32, "tokens timed after the first"),
-        ("--repeats", 5, "rounds; each program runs once in each"),
-        ("--prefill-step-size", 1024, "prompt tokens of a prefill chunk"),
+        ("--decode-tokens", "32", "tokens timed after the first"),
+        ("--repeats", "5; of needles 1", "rounds; each program runs once in each, or all questions are asked"),
+        ("--prefill-step-size", "1024", "prompt tokens of a prefill chunk"),
     ):
-        parser.add_argument(
-            option, type=_positive, default=default, metavar="N", help=f"{meaning} (default: {default})"
-        )
-    parser.add_argument("--compare", type=_peers, default=(), metavar="NAMES", help=f"some of {','.join(PEERS)}")
+        parser.add_argument(option, type=_positive, metavar="N", help=f"{meaning} (default: {default})")
+    parser.add_argument("--compare", type=_peers, metavar="NAMES", help=f"some of {','.join(PEERS)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement to this file")
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="PNG file for the speeds over the prompt lengths; needs matplotlib"
-    )
+        "--plot", type=Path, metavar="FILE", help="PNG file for the speeds over the prompt lengths, which needs "
+        "matplotlib, or for the needles",
+    )  # fmt: skip
     for option in REMOVED:
         parser.add_argument(option, action=_Removed)
     return parser
@@ -118,7 +131,7 @@ def _checkpoint(options: argparse.Namespace, step: Step) -> Iterator[Path]:
 
 def _check_outputs(options: argparse.Namespace) -> None:
     """Refuse outputs that could not be written, before anything is measured."""
-    if options.plot and find_spec("matplotlib") is None:
+    if options.plot and not options.needle and find_spec("matplotlib") is None:
         raise InputError(
             "package_missing", "--plot needs matplotlib, which is not installed: pip install 'mlx-qwen35[plot]'"
         )
@@ -127,6 +140,15 @@ def _check_outputs(options: argparse.Namespace) -> None:
             raise InputError("output_unwritable", f"the folder of {path} must exist")
         if path and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
             raise InputError("output_unwritable", f"{path} must be a file that can be written")
+
+
+def _check_effects(options: argparse.Namespace) -> None:
+    """Refuse options that what is measured has no use for."""
+    idle, how = (SPEED, "with") if options.needle else (OF_NEEDLES, "without")
+    if given := [as_flag(name) for name in idle if getattr(options, name) is not None]:
+        raise InputError("option_no_effect", f"{given[0]} must not be given {how} --needle: it would have no effect")
+    if options.needle and options.geometry:
+        raise InputError("option_conflict", "--needle must be given with --model: random weights find nothing")
     if options.revision and options.geometry:
         raise InputError(
             "option_no_effect",
@@ -139,18 +161,36 @@ def bench(options: argparse.Namespace) -> dict[str, str]:
     if not options.model and not options.geometry:
         raise InputError("option_missing", "--model MODEL or --geometry SIZE must be given: what is measured")
     _check_outputs(options)
+    _check_effects(options)
+    if options.needle:
+        _needles(options)
+        return {}
     with Step("preparing") as step, _checkpoint(options, step) as folder:
         return _speed(options, folder, options.model or f"random weights of geometry {options.geometry}", step)
+
+
+def _needles(options: argparse.Namespace) -> None:
+    tune()
+    model, processor = load_model(options)
+    answers = needle.measure(model, processor, options.needle, options.repeats or 1)
+    machine, rows = describe_machine({OURS: {"blas": blas(), "torch_threads": None}}), heatmap.summarize(answers)
+    given = given_options(options, [LoadOptions])
+    also = [f"{as_flag(name)} {given[name]}" for name in (*OF_NEEDLES, "rope_scaling") if name in given]
+    name = ", ".join([options.model, dtype_name(model.dtype), *also])
+    print(heatmap.format_table(machine, name, rows))
+    if options.json:
+        heatmap.write_json(options.json, machine, name, rows, answers)
+    if options.plot:
+        heatmap.draw(options.plot, [name, machine["chip"]], rows)
 
 
 def _speed(options: argparse.Namespace, folder: Path, model: str, step: Step) -> dict[str, str]:
     failures: dict[str, str] = {}
     dtype = dtype_name(choose_dtype(open_checkpoint(folder, rope_scaling=options.rope_scaling), options.dtype))
-    settings = Settings(
-        options.prompt_lengths, options.decode_tokens, options.repeats, options.prefill_step_size, dtype
-    )
+    lengths, decode, chunk, peers = (getattr(options, name) or default for name, default in SPEED.items())
+    settings = Settings(lengths, decode, options.repeats or 5, chunk, dtype)
     step.say("loading the programs")
-    with started((OURS, *options.compare), folder, dtype, failures, options.rope_scaling) as workers:
+    with started((OURS, *peers), folder, dtype, failures, options.rope_scaling) as workers:
         if OURS in failures:
             raise InputError(
                 "bench_failed", f"{OURS} could not load {options.model or options.geometry}: {failures[OURS]}"

@@ -45,7 +45,7 @@ def parser() -> Parser:
 
 def answer(conversation: Conversation, content: str | list[dict[str, Any]]) -> bool:
     """Send a message and print the answer; False where it was interrupted before the message was taken."""
-    with Step("prefill", "tokens") as prefill:
+    with Step("prefill", "tokens", timed=True) as prefill:
         turn = conversation.send(content, prefill)
         try:
             print_pieces(turn, prefill)
@@ -61,7 +61,7 @@ def answer(conversation: Conversation, content: str | list[dict[str, Any]]) -> b
         f"second, {result.finish_reason}; {_drafts(result)}{result.peak_memory:.3f} GB]",
         file=sys.stderr,
     )
-    tell_cut(result)
+    tell_cut(result, "/reset begins anew")
     return bool(result.tokens)
 
 

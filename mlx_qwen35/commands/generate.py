@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
     prompt = with_media(text, args.media, options)
     model, processor = load_model(args)
     status = 0
-    with Step("prefill", "tokens") as prefill:
+    with Step("prefill", "tokens", timed=True) as prefill:
         generation = start(model, processor, [prompt], progress=prefill, **options)
         media = [placed.media for placed in generation.requests[0].prompt.media]
         prefill.clear()

@@ -42,20 +42,30 @@ def print_pieces(pieces: Iterable[Piece], waiting: Step) -> None:
             print("\n</think>" if inside else "", flush=True)
 
 
-def tell_cut(result: Result) -> None:
-    """Say on stderr that the end came while the model was thinking or wrote a call, or that the answer looped."""
-    told = ""
+def tell_cut(result: Result, shorter: str = "shorten the prompt") -> None:
+    """Say on stderr that the answer was cut while the model was thinking or wrote a call, or by a full context or full
+    memory, or that it looped. shorter: how to make room.
+    """
+    full, more = {
+        "max_tokens": ("", ["allow more with --max-tokens"]),
+        "context": ("the context is full: ", [shorter, "widen it with --rope-scaling yarn"]),
+        "memory": ("memory has room for no more: ", [shorter, "store keys and values in fewer bits with --kv-bits"]),
+    }[result.limited_by]
+    told, cut = "", f"the answer was cut after {result.generation_tokens} tokens"
     if result.cut_in_reasoning:
-        told = (
-            f"the answer was cut after {result.generation_tokens} tokens, while the model was thinking: allow more "
-            "with --max-tokens, end thinking with --thinking-budget, or let it answer at once with "
-            "--no-enable-thinking"
-        )
+        more += ["end thinking with --thinking-budget", "let it answer at once with --no-enable-thinking"]
+        told = f"{cut}, while the model was thinking: {full}{_either(more)}"
     elif result.cut:
         what = f"a call of {result.cut.name or 'a tool'}"
-        told = f"{what} is not whole ({result.finish_reason}): allow more with --max-tokens"
+        told = f"{what} is not whole ({result.finish_reason}): {full}{_either(more)}"
     elif result.loop:
         ended = "it was ended there" if result.finish_reason == "loop" else "--loop-guard ends such an answer"
         told = f"the answer repeats itself: {result.loop}; {ended}"
+    elif full and result.finish_reason == "length":
+        told = f"{cut}: {full}{_either(more)}"
     if told:
         print(told, file=sys.stderr, flush=True)
+
+
+def _either(ways: Sequence[str]) -> str:
+    return " or ".join(filter(None, (", ".join(ways[:-1]), ways[-1])))

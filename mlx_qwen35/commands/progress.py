@@ -4,21 +4,26 @@ to a file or another program, a plain line every ten seconds. A step that is qui
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
 SOON, OFTEN = 0.3, 0.1  # seconds until something is shown on a terminal, and from one state to the next
 SELDOM = 10.0  # both, elsewhere
+MEASURED = 3.0  # seconds that a step must have been measured for before it says how long it still takes
 
 
 class Step:
     """A step that may take long. Called with how much is done, of how much in all, it shows that beside its name.
 
-    unit: of what is counted; "B" for bytes. Where nothing is counted, the name is shown all the same.
+    unit: of what is counted; "B" for bytes. Where nothing is counted, the name is shown all the same. timed: whether it
+    is a prefill, which shows the time left; see `seconds_left`.
     """
 
-    def __init__(self, what: str, unit: str = ""):
+    def __init__(self, what: str, unit: str = "", timed: bool = False):
         self._what, self._unit, self._state = what, unit, ""
+        self._timed = timed
+        self._marks: list[tuple[int, float]] = []  # how much was done when; empty where it is not timed
         self._terminal = sys.stderr.isatty()
         self._timer = threading.Timer(SOON if self._terminal else SELDOM, self._begin)
         self._timer.daemon = True
@@ -36,11 +41,19 @@ class Step:
         self.end()
 
     def __call__(self, done: int, total: int) -> None:
-        self._tell(f": {_amounts(done, total, self._unit)}, {100 * done // total} %" if total else "")
+        left = self._left(done, total)
+        self._tell(f": {_amounts(done, total, self._unit)}, {100 * done // total} %{left}" if total else "")
+
+    def _left(self, done: int, total: int) -> str:
+        if not self._timed:
+            return ""
+        self._marks.append((done, time.monotonic()))
+        left = seconds_left(self._marks, total)
+        return f", {_duration(left)} left" if left else ""
 
     def say(self, what: str) -> None:
-        """What it does now."""
-        self._what = what
+        """What it does now, which is not timed."""
+        self._what, self._timed = what, False
         self._tell("", new=True)
 
     def end(self) -> None:
@@ -78,6 +91,30 @@ class Step:
         self._shown = time.monotonic()
         before, after = ("\r\033[K", "") if self._terminal else ("", "\n")
         print(f"{before}{self._what}{self._state} ...", end=after, file=sys.stderr, flush=True)
+
+
+def seconds_left(marks: Sequence[tuple[int, float]], total: int) -> float | None:
+    """How long a prefill still takes; None until there are five marks within at least MEASURED seconds.
+
+    A token takes a constant and, in the attention layers, a time in proportion to the tokens before it: a line over its
+    position. The line goes through the mean seconds of a token in the earlier and in the later half of the marks. So a
+    machine that has become slower or faster counts by the later half, and a first chunk that took longer not at all.
+
+    marks: the tokens that were done, ascending, and the time in seconds at which they were. total: of all tokens.
+    """
+    (first, began), (middle, then), (done, now) = marks[0], marks[len(marks) // 2], marks[-1]
+    if len(marks) < 5 or now - began < MEASURED:
+        return None
+    early, late = (then - began) / (middle - first), (now - then) / (done - middle)
+    slope = max(0.0, late - early) / ((done - first) / 2)  # between the middles of the two halves
+    return (total - done) * (late + slope * (total - middle) / 2)  # from the later middle to that of what is left
+
+
+def _duration(seconds: float) -> str:
+    for size, name in ((3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.{1 if size == 3600 else 0}f} {name}"
+    return f"{max(1, round(seconds))} s"
 
 
 def _amounts(done: int, total: int, unit: str) -> str:

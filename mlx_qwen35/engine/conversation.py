@@ -12,7 +12,7 @@ from mlx_qwen35.engine.encode import template_options
 from mlx_qwen35.engine.engine import Engine
 from mlx_qwen35.engine.generation import check_library, check_loaded, make_request, plan_rows
 from mlx_qwen35.engine.options import Options, check_options, vision_options
-from mlx_qwen35.engine.plan import SequencePlan
+from mlx_qwen35.engine.plan import SequencePlan, check_window
 from mlx_qwen35.engine.result import Result
 from mlx_qwen35.engine.sequence import Sequence as Request
 from mlx_qwen35.engine.tool_turns import Message, Results, result_messages
@@ -20,7 +20,7 @@ from mlx_qwen35.errors import InputError
 from mlx_qwen35.machine.process import LOCK, refuse_fork
 from mlx_qwen35.media.options import VISION_OPTIONS
 from mlx_qwen35.model.model import Model
-from mlx_qwen35.options import listed, spelled
+from mlx_qwen35.options import listed
 from mlx_qwen35.prompt.messages import Plain, check_template_options
 from mlx_qwen35.prompt.piece import Piece
 from mlx_qwen35.prompt.processor import Processor
@@ -151,12 +151,8 @@ class Conversation:
             self._turn.cancel()
         messages = [*self.messages[: len(self.messages) - turn.replaces], *turn.messages]
         prompt = self.processor.encode_messages(messages, self.vision, **self._template)
-        if len(prompt.tokens) >= self.model.config.max_position_embeddings:
-            raise InputError(
-                "context_length_exceeded",
-                f"the conversation has {len(prompt.tokens)} tokens, which fills its context; start a new one, or "
-                f"show less of an image with a lower {spelled('max_pixels')}",
-            )
+        window, remedy = self.model.config.max_position_embeddings, "Send less, begin anew (reset(), in chat /reset)"
+        check_window(window, len(prompt.tokens), prompt, "the conversation with this message", remedy)
         self.cache, self._use = self.model.make_cache(), None  # the library goes on in the memory of the last turn
         planned = self._plan(prompt)
         if turn.seed is not None:

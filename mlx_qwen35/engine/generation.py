@@ -113,8 +113,8 @@ def make_request(
     if options.get("logprobs"):
         scorer = LogprobScorer(options.get("top_logprobs", 0), processor.vocabulary, processor.token_bytes)
     return Request(
-        prompt, sampler, planned.limit, prefill_step_size=planned.prefill_step_size, stop_ids=processor.stop_ids,
-        stream=rules.stream(
+        prompt, sampler, planned.limit, planned.limited_by, prefill_step_size=planned.prefill_step_size,
+        stop_ids=processor.stop_ids, stream=rules.stream(
             prompt, cache.length if cache else 0, planned.seed, tuple(options.get("stop", ()))
         ), cache=cache, library=options.get("library"),
         drafts=planned.drafts, progress=progress, loop_guard=bool(options.get("loop_guard")),

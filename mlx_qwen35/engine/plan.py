@@ -28,6 +28,7 @@ class SequencePlan:
     sampling: Sampling
     seed: int
     limit: int  # most tokens of the answer
+    limited_by: str  # what sets it: "max_tokens", "context" or "memory"
     thinking_budget: int | None  # most tokens of thinking; None: no budget
     prefill_step_size: int
     drafts: DraftPolicy
@@ -52,28 +53,48 @@ def plan(
     presets = [_preset(options, prompt) for prompt in prompts]
     wanted = [options.get("max_tokens", preset.max_tokens) for preset in presets]
     contexts = [before + len(prompt.tokens) for prompt, before in zip(prompts, cached, strict=True)]
+    window = model.config.max_position_embeddings
+    for row, (prompt, context) in enumerate(zip(prompts, contexts, strict=True), start=1):
+        check_window(window, context, prompt, f"prompt {row}" if len(prompts) > 1 else "this one")
     chunk = options.get("prefill_step_size") or suitable_chunk(
         model.config, model.dtype, model.memory_limit, max(contexts), model.kv
     )
     drafts, room = _drafts_and_room(options, model, chunk, contexts, cached, wanted)
-    window = model.config.max_position_embeddings
-    if max(contexts) >= window:
-        raise InputError(
-            "context_length_exceeded",
-            f"a prompt must leave room for an answer in the context of {window} tokens; this one has {max(contexts)}. "
-            "Shorten it",
-        )
     given = sampling_options(options)
     plain = "preset" not in options and (options.get("temp") == 0 or (greedy and not given))
     samplings = [replace(Sampling(temp=0) if plain else preset.sampling, **given) for preset in presets]
-    limits = [max(1, min(n, window - context, room)) for n, context in zip(wanted, contexts, strict=True)]
+    limits = [_limit(n, window - context, room) for n, context in zip(wanted, contexts, strict=True)]
     yarn = model.config.rope.yarn
-    if yarn and max(map(sum, zip(contexts, limits, strict=True))) <= yarn.original:
+    if yarn and max(context + limit for context, (limit, _) in zip(contexts, limits, strict=True)) <= yarn.original:
         warn_of_idle_yarn(yarn)
     seeds = _seeds(options, len(prompts))
     thinking = zip(prompts, limits, strict=True)
-    budgets = [budget_of(options, limit, len(closing)) if prompt.thinking else None for prompt, limit in thinking]
-    return [SequencePlan(*own, chunk, drafts) for own in zip(samplings, seeds, limits, budgets, strict=True)]
+    budgets = [budget_of(options, limit, len(closing)) if prompt.thinking else None for prompt, (limit, _) in thinking]
+    rows = zip(samplings, seeds, limits, budgets, strict=True)
+    return [SequencePlan(own, seed, *limit, budget, chunk, drafts) for own, seed, limit, budget in rows]
+
+
+def check_window(window: int, context: int, prompt: Prompt, what: str, remedy: str = "Shorten it") -> None:
+    """InputError where a context leaves no token for an answer.
+
+    window: of the model. context: tokens of the prompt and of what it goes on with. what: who has them, in the message.
+    """
+    if context < window:
+        return
+    seen = sum(p.stop - p.start for p in prompt.placeholders)
+    shown = f", {seen:,} of them of images and videos" if seen else ""
+    less = f"show less of each image with a lower {spelled('max_pixels')}, " if seen else ""
+    raise InputError(
+        "context_length_exceeded",
+        f"a prompt must leave room for an answer in the context of {window:,} tokens, so at most {window - 1:,} fit; "
+        f"{what} has {context:,}{shown}. {remedy}, {less}or widen the context with {spelled('rope_scaling', 'yarn')}",
+    )
+
+
+def _limit(wanted: int, left: int, room: int) -> tuple[int, str]:
+    """The most tokens of an answer, and what sets them. left: tokens of the window. room: by memory."""
+    limits = (wanted, "max_tokens"), (left, "context"), (room, "memory")
+    return min(limits, key=lambda limit: limit[0])
 
 
 @functools.cache

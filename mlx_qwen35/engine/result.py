@@ -15,8 +15,9 @@ class Result:
     """One finished answer; str() is its text.
 
     finish_reason: "stop" (an end token or a stop string), "tool_calls" (the same, behind a whole call), "length"
-    (max_tokens or the end of the context), "loop" (by the loop guard), "interrupted", or "error". text: the content;
-    where tools were offered, without their calls. tool_calls: the whole ones. cut: a call that had begun. in_reasoning:
+    (see limited_by), "loop" (by the loop guard), "interrupted", or "error". limited_by: what set its most tokens:
+    "max_tokens", "context" (then the window is full) or "memory". text: the content; where tools were offered, without
+    their calls. tool_calls: the whole ones. cut: a call that had begun. in_reasoning:
     whether it ended inside the reasoning, without an answer. tokens: the generated ids, the end token included.
     prompt_tokens: of the whole prompt. cached_tokens: those of them that a library held, so that they were not read.
     vision_seconds: of the vision encoder. prompt_tps, generation_tps: tokens per second, from the encoded prompt to the
@@ -43,6 +44,7 @@ class Result:
     error: Exception | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
     cached_tokens: int = 0
+    limited_by: str = "max_tokens"
 
     def __str__(self) -> str:
         return self.text

@@ -42,7 +42,7 @@ class Sequence:
     Args:
         prompt: its tokens, and what they show.
         sampler: how its tokens are sampled; its position is behind the prompt.
-        limit: most tokens of the answer.
+        limit, limited_by: most tokens of the answer, and what sets them, see `Result`.
         prefill_step_size: prompt tokens of a prefill chunk.
         stop_ids: token ids that end it.
         stream: turns its tokens into text; None for tokens alone.
@@ -64,6 +64,7 @@ class Sequence:
         prompt: Prompt,
         sampler: Sampler,
         limit: int,
+        limited_by: str = "max_tokens",
         *,
         prefill_step_size: int,
         stop_ids: Collection[int] = (),
@@ -79,6 +80,7 @@ class Sequence:
         self.prompt, self.sampler, self.limit, self.stop_ids, self.stream = prompt, sampler, limit, stop_ids, stream
         self.prefill_step_size, self.progress, self.library = prefill_step_size, progress, library
         self.cache, self.scorer, self.loop_guard, self.one_call = cache, scorer, loop_guard, one_call
+        self.limited_by = limited_by
         self._recent = NOTHING
         self._held = 0  # tokens in it when its prefill began
         self.drafts = RowDrafts(drafts)
@@ -182,6 +184,7 @@ class Sequence:
             error=self.error,
             logprobs=tuple(self.logprobs) if self.scorer else None,
             cached_tokens=self.cached,
+            limited_by=self.limited_by,
         )
 
     # --- its prefill ---

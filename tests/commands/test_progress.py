@@ -12,7 +12,7 @@ from mlx_qwen35.commands import progress
 from mlx_qwen35.commands.chat import main as chat
 from mlx_qwen35.commands.generate import main as command
 from mlx_qwen35.commands.output import print_pieces
-from mlx_qwen35.commands.progress import Step
+from mlx_qwen35.commands.progress import Step, seconds_left
 from mlx_qwen35.doctor import check, probe
 from mlx_qwen35.doctor.command import main as doctor
 from mlx_qwen35.prompt.piece import REASONING, Piece
@@ -78,6 +78,66 @@ def test_elsewhere_a_step_has_plain_lines(stderr):
         begun(stream)
         step(1024, 4096)
     assert stream.getvalue() == "reading ...\nreading: 1,024 of 4,096 tokens, 25 % ...\n"
+
+
+def prefill_marks(done: int, *, held: int = 0, start: float = 0.0, slower: float = 1.0) -> list[tuple[int, float]]:
+    """Marks of a prefill in chunks of 512, up to `done` tokens behind `held`, of 2 ms + 1 us * context a token.
+
+    start: seconds before the first mark. slower: by how much the second half is.
+    """
+    marks, seconds = [], start
+    for end in range(512, done + 1, 512):
+        mean = held + end - 256
+        seconds += 512 * (2e-3 + 1e-6 * mean) * (slower if end > done // 2 else 1)
+        marks.append((end, seconds))
+    return marks
+
+
+@pytest.mark.parametrize("held", [0, 50_000])
+@pytest.mark.parametrize("start", [0, 100])
+def test_the_time_left_grows_with_the_context_and_is_exact_for_attention(held, start):
+    rest = (100_000 - 8192) * (2e-3 + 1e-6 * (held + (100_000 + 8192) / 2))
+    assert seconds_left(prefill_marks(8192, held=held, start=start), 100_000) == pytest.approx(rest)
+    assert seconds_left(prefill_marks(8192, held=held), 8192) == 0
+
+
+def test_a_machine_that_slows_down_has_more_time_left_by_the_recent_speed():
+    plain, slow = (seconds_left(prefill_marks(8192, slower=slower), 16384) for slower in (1, 2))
+    assert slow > 2 * plain
+
+
+def test_a_prefill_that_becomes_faster_goes_on_at_the_recent_speed():
+    assert seconds_left([(n, n / 100 if n < 1000 else 10 + (n - 1000) / 500) for n in range(0, 2001, 200)], 3000) == 2
+
+
+def test_the_time_left_is_not_guessed_from_few_chunks_or_seconds():
+    assert seconds_left([(1024, 0.0), (2048, 9.0), (3072, 18.0), (4096, 27.0)], 10_000) is None
+    assert seconds_left([(n, n / 1000) for n in range(0, 2900, 100)], 10_000) is None
+    assert seconds_left([(n, n / 1000) for n in range(0, 3100, 100)], 10_000) is not None
+
+
+@pytest.mark.parametrize(
+    ("timed", "seconds", "left"),
+    [
+        (True, 0.2, ", 1 s left"),
+        (True, 89, ", 89 s left"),
+        (True, 91, ", 2 min left"),
+        (True, 5000, ", 83 min left"),
+        (True, 9000, ", 2.5 h left"),
+        (True, None, ""),
+        (False, 89, ""),
+    ],
+)
+def test_a_step_that_is_timed_shows_the_time_left(stderr, monkeypatch, timed, seconds, left):
+    stream = stderr(terminal=False)
+    monkeypatch.setattr(progress, "seconds_left", lambda marks, total: seconds)
+    with Step("prefill", "tokens", timed) as step:
+        begun(stream)
+        step(5000, 11_000)
+        step.say("writing")
+        step(5000, 11_000)
+    first, last = (f"{name}: 5,000 of 11,000 tokens, 45 %" for name in ("prefill", "writing"))
+    assert stream.getvalue() == f"prefill ...\n{first}{left} ...\nwriting ...\n{last} ...\n"
 
 
 def test_nothing_is_shown_after_the_end(stderr):

@@ -306,7 +306,7 @@ def test_an_empty_prompt_is_refused(nano, prompt):
 
 def test_a_prompt_longer_than_the_context_is_refused(nano):
     context = nano[0].config.max_position_embeddings
-    with refused("context_length_exceeded", context):
+    with refused("context_length_exceeded", f"{context:,}"):
         generate(*nano, [5] * context)
 
 
