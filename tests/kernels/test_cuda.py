@@ -8,11 +8,11 @@ from unittest import mock
 
 import mlx.core as mx
 import pytest
-from kernels import cuda, delta_cases, norm_cases, rotary_cases
+from kernels import cuda, delta_cases, norm_cases, packed_cases, rotary_cases
 from kernels.emulator import emulated, missing
 
 from mlx_qwen35.backend import CUDA, assume
-from mlx_qwen35.kernels import add_norm, fused, fused_delta, norm_rotary
+from mlx_qwen35.kernels import add_norm, fused, fused_delta, norm_rotary, packed_attention
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 nvcc = pytest.mark.skipif(bool(cuda.missing()), reason=cuda.missing())
@@ -35,6 +35,12 @@ def norm_rotaries(sizes: norm_rotary.Geometry) -> None:
         rotary_cases.case(sizes, 5, dtype, B=2).launch()
 
 
+def packed_attentions(sizes: packed_attention.Geometry) -> None:
+    """Decoding, and a step with three drafts."""
+    for dtype, T in itertools.product(DTYPES, (1, 4)):
+        packed_cases.case(sizes, T, 300, dtype).launch()
+
+
 LAUNCHES = {
     "gated_delta of the 4B": (gated_delta, delta_cases.WHOLE, 18),
     "gated_delta, tokens at no multiple of 4 numbers": (gated_delta, delta_cases.ODD, 18),
@@ -43,6 +49,9 @@ LAUNCHES = {
     "add_norm of a width that is no multiple": (add_norms, 136, 3),
     "norm_rotary of the 4B": (norm_rotaries, rotary_cases.WHOLE, 3),
     "norm_rotary of an odd number of heads": (norm_rotaries, rotary_cases.ODD, 3),
+    "packed_attention of the 4B": (packed_attentions, packed_cases.WHOLE, 9),
+    "packed_attention of keys and values of different bits": (packed_attentions, packed_cases.ODD, 9),
+    "packed_attention of eight rows": (packed_attentions, packed_attention.Geometry(8, 256, 4, 4), 9),
 }
 
 
@@ -61,7 +70,7 @@ def programs(case: str) -> list[cuda.Program]:
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, marks=pytest.mark.full) if case.startswith("gated_delta") and case != FIRST else case
+        pytest.param(case, marks=pytest.mark.full) if case.startswith(("gated", "packed")) and case != FIRST else case
         for case in LAUNCHES
     ],
 )
@@ -112,6 +121,7 @@ ANSWERS = {
     "gated_delta, several": lambda dtype: delta_answers(19, dtype),
     "add_norm": lambda dtype: add_norm.fused_add_norm(*norm_cases.case((2, 3, 136), dtype)),
     "norm_rotary": lambda dtype: rotary_cases.case(rotary_cases.ODD, 3, dtype, B=2).launch(),
+    "packed_attention": lambda dtype: [packed_cases.two_blocks(dtype).launch()],
 }
 
 
@@ -214,6 +224,7 @@ def test_on_an_nvidia_gpu_every_kernel_passes_its_check(dtype):
         warnings.simplefilter("error")
         assert fused_delta.self_check(delta_cases.WHOLE, dtype) and fused_delta.self_check(delta_cases.ODD, dtype)
         assert add_norm.self_check(norm_cases.WHOLE, dtype) and norm_rotary.self_check(rotary_cases.WHOLE, dtype)
+        assert packed_attention.self_check(packed_cases.WHOLE, dtype)
 
 
 @pytest.mark.cuda

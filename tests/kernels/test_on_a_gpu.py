@@ -20,14 +20,14 @@ from unittest import mock
 
 import mlx.core as mx
 import pytest
-from kernels import delta_cases, norm_cases, rotary_cases
+from kernels import delta_cases, norm_cases, packed_cases, rotary_cases
 from kernels.backends import EMULATED, OPERATIONS
 from kernels.emulator import emulated, missing
 
 from mlx_qwen35 import load
 from mlx_qwen35.backend import assume
 from mlx_qwen35.generate import batch_generate, generate
-from mlx_qwen35.kernels import add_norm, fused, fused_delta, norm_rotary
+from mlx_qwen35.kernels import add_norm, fused, fused_delta, norm_rotary, packed_attention
 from mlx_qwen35.kernels.gated_delta import DeltaState
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
@@ -35,6 +35,7 @@ LENGTHS = (1, 2, 17, 130)
 HEADS = (delta_cases.ODD, delta_cases.WHOLE)
 WIDTHS = (136, norm_cases.WHOLE)
 ATTENTION = (rotary_cases.ODD, rotary_cases.WHOLE)
+PACKED = (packed_cases.ODD, packed_cases.WHOLE)
 Run = Callable[[Callable[[], Any]], Any]  # evaluates what a function of no arguments gives, its kernels launched
 
 
@@ -54,7 +55,7 @@ def in_the_emulator(function: Callable[[], Any]) -> Any:
 
 
 def forget_checks() -> None:
-    for module in (fused_delta, add_norm, norm_rotary):
+    for module in (fused_delta, add_norm, norm_rotary, packed_attention):
         module.self_check.cache_clear()
 
 
@@ -68,8 +69,8 @@ def runs(names: str, on_a_mac: Iterable[tuple], here: Iterable[tuple]) -> pytest
 
 def label(value: Any) -> str | None:
     """The part of a test's name that stands for a value; None leaves it to pytest."""
-    if isinstance(value, fused_delta.Heads | norm_rotary.Geometry):
-        return "4B" if value in (HEADS[1], ATTENTION[1]) else "small"
+    if isinstance(value, fused_delta.Heads | norm_rotary.Geometry | packed_attention.Geometry):
+        return "4B" if value in (HEADS[1], ATTENTION[1], PACKED[1]) else "small"
     return str(value) if isinstance(value, mx.Dtype) else None
 
 
@@ -134,13 +135,28 @@ def test_queries_and_keys_equal_those_of_operations(run: Run, sizes, dtype, T):
     assert dtype == mx.float32 or rotary_cases.unequal(ours, want) < 1e-2
 
 
+@runs("sizes, dtype, T, S", itertools.product(PACKED, DTYPES, (1, 2, 3, 4, 7), (63, 257, 4096)),
+      [(PACKED[0], mx.float16, 4, 63)])  # fmt: skip
+def test_attention_over_packed_keys_gives_the_answer(run: Run, sizes, dtype, T, S):
+    given = packed_cases.case(sizes, T, S, dtype, Hk=4)
+    none(packed_cases.differences(run(given.launch), given.plain(), scores=4.0))  # exp and divisions are the GPU's own
+
+
+@runs("sizes, dtype", itertools.product(PACKED, DTYPES), [(PACKED[0], mx.float16)])
+def test_a_query_over_packed_keys_has_the_same_bits_among_others_and_alone(run: Run, sizes, dtype):
+    given = packed_cases.case(sizes, 4, 2 * packed_cases.BLOCK + 2, dtype)
+    alone = [run(given.alone(t).launch) for t in range(4)]
+    assert mx.array_equal(run(given.launch), mx.concatenate(alone, axis=2))
+
+
 # --- the choice ------------------------------------------------------------------------------------------------------
 
 CHECKS = [
     *((fused_delta.self_check, heads) for heads in HEADS),
     *((add_norm.self_check, width) for width in WIDTHS),
     *((norm_rotary.self_check, sizes) for sizes in ATTENTION),
-]  # small, 4B, small, 4B, small, 4B
+    *((packed_attention.self_check, sizes) for sizes in PACKED),
+]  # small and 4B of each
 
 
 @runs("self_check, sizes, dtype", [(*v, d) for v in CHECKS for d in DTYPES], [(*v, mx.float16) for v in CHECKS[::2]])
@@ -166,8 +182,11 @@ def test_no_threadgroup_has_more_threads_than_a_pipeline_may_have(run: Run, T):
             run(delta_cases.case(heads, T, mx.float16).launch)
         run(lambda: add_norm.fused_add_norm(*given))
         run(rotary_cases.case(rotary_cases.WHOLE, T, mx.float16).launch)
-    assert [name for name, _ in launches] == ["gated_delta"] * 4 + ["add_norm", "norm_rotary"]
-    assert all(threads <= (512 if name == "gated_delta" else 1024) for name, threads in launches)
+        run(packed_cases.case(packed_cases.WHOLE, min(T, 8), 64, mx.float16, Hk=1).launch)
+    packed = ["packed_attention", "packed_attention_join"]
+    assert [name for name, _ in launches] == ["gated_delta"] * 4 + ["add_norm", "norm_rotary", *packed]
+    many_registers = ("gated_delta", "packed_attention")
+    assert all(threads <= (512 if name in many_registers else 1024) for name, threads in launches)
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
