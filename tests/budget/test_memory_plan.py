@@ -11,7 +11,8 @@ from refusing import refused
 
 from mlx_qwen35 import generate, load
 from mlx_qwen35.budget.encoding import at_once, working_bytes
-from mlx_qwen35.budget.plan import kv_bytes, mac, most_tokens, plan_memory, state_bytes, this_machine
+from mlx_qwen35.budget.plan import kv_bytes, longest_context, mac, most_tokens, plan_memory, state_bytes, this_machine
+from mlx_qwen35.cache.kv_format import FORMS, KVFormat
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.config import parse_config
 from mlx_qwen35.checkpoint.random import geometry
@@ -83,6 +84,22 @@ def test_the_draft_head_counts_where_it_is_on():
     assert abs(on.drafts / packed - 1) < 0.01
 
 
+def test_on_a_mac_of_8_gb_131072_tokens_fit_in_8_bit_and_not_in_16():
+    checkpoint, context = headers("4b", "4bit"), 1 << 17
+    plans = {form: plan_memory(checkpoint, mac(8, kv=KVFormat.of(form)), context) for form in (None, *FORMS)}
+    assert [plan.kv // context for plan in plans.values()] == [32_768, 17_408, 13_312, 9_216]
+    assert [plan.fits for plan in plans.values()] == [False, True, True, True]
+    assert plans["8"].prefill - plans[None].prefill == 2 * 4 * 256 * 2 * context  # a layer, dequantized
+    assert [plan.growth for plan in plans.values()] == [context * 4 * 256 * n // 8 for n in (16, 8, 8, 4)]
+    assert len({plan.chunk for plan in plans.values()}) == 1
+    longest = [longest_context(checkpoint, plans[None], KVFormat.of(form)) for form in (None, *FORMS)]
+    assert longest == sorted(longest) and longest[0] < context < longest[1]
+    for form, tokens in zip((None, *FORMS), longest, strict=True):
+        machine = mac(8, kv=KVFormat.of(form))
+        fits = [plan_memory(checkpoint, machine, n, chunk=plans[None].chunk).fits for n in (tokens, tokens + 1024)]
+        assert fits == [True, False]
+
+
 def test_the_4b_in_16_bit_does_not_fit_a_mac_of_8_gb_and_does_one_of_16():
     checkpoint = headers("4b", None)
     assert not plan_memory(checkpoint, mac(8), 4096).fits and plan_memory(checkpoint, mac(16), 4096).fits
@@ -97,19 +114,20 @@ def mid(checkpoint_folder) -> Checkpoint:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "image"),
+    ("tokens", "image", "kv_bits"),
     [
-        (60, None),
-        (0, (256, 256)),
-        *(pytest.param(n, None, marks=pytest.mark.full) for n in (256, 1100, 4000)),
-        *(pytest.param(0, (n, n), marks=pytest.mark.full) for n in (1024, 2048)),
+        (60, None, None),
+        (0, (256, 256), None),
+        *(pytest.param(n, None, None, marks=pytest.mark.full) for n in (256, 1100, 4000)),
+        *(pytest.param(0, (n, n), None, marks=pytest.mark.full) for n in (1024, 2048)),
+        *(pytest.param(4000, None, form, marks=pytest.mark.full) for form in FORMS),
     ],
     ids=str,
 )
-def test_a_run_takes_what_the_plan_says_within_a_tenth(mid, tokens, image):
+def test_a_run_takes_what_the_plan_says_within_a_tenth(mid, tokens, image, kv_bits):
     mx.clear_cache()
     before = mx.get_active_memory()
-    model = load_model(mid, mx.float32, "mid")
+    model = load_model(mid, mx.float32, "mid", kv=KVFormat.of(kv_bits))
     mx.reset_peak_memory()
     row = PromptRow([5] * tokens)
     if image:
@@ -120,7 +138,7 @@ def test_a_run_takes_what_the_plan_says_within_a_tenth(mid, tokens, image):
         row = PromptRow(*prompt(media.grid, mid.config.vision.spatial_merge_size), embeddings)
         del embeddings
     pixels = image[0] * image[1] if image else 0
-    machine = this_machine(model.config, mx.float32, model.memory_limit)
+    machine = this_machine(model.config, mx.float32, model.memory_limit, model.kv)
     plan = plan_memory(mid, machine, len(row.tokens) + 4, pixels=pixels)
     cache = model.make_cache()
     prefill(model, cache, row._replace(tokens=row.tokens[:-1]), plan.chunk)
