@@ -103,7 +103,9 @@ PROMPTS: dict[str, tuple[int | Image | Clip, ...]] = {
     "turns": (9, Image(3, 3), 12, Image(2, 4), 7, Clip(2, 2, 3), 5),
     "later": (4, Clip(1, 2, 2), 1, Image(5, 1), 6, Clip(4, 1, 2), 0),  # a clip of two frames, and one at the end
 }
-COMPARED = {TINY.name: tuple(PROMPTS), ODD.name: ("image", "mix"), WIDE.name: (), YARN.name: ("image",)}  # through the whole model
+COMPARED = {  # through the whole model
+    TINY.name: tuple(PROMPTS), ODD.name: ("image", "mix"), WIDE.name: (), YARN.name: ("image",),
+}  # fmt: skip
 TURN = 9 + 11 + 6  # where the second turn of "turns" begins: after its first image and half of the text behind it
 
 
