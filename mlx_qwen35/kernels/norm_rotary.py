@@ -152,13 +152,13 @@ def self_check(sizes: Geometry, dtype: mx.Dtype) -> bool:
 
 
 def _cases(sizes: Geometry, dtype: mx.Dtype) -> Iterator[fused.Case]:
-    """Two rows of 3 tokens, and one token."""
+    """Two rows of 3 tokens, and one token with the longer cosines and sines of YaRN."""
     if not sizes.supported:
         raise ValueError(f"it does not support {sizes}")
     shapes = (2, 3, sizes.width), (sizes.D,), (sizes.D,), (2, 1, 3, sizes.dims // 2)
     tokens, q_norm, k_norm, angles = fused.normal_arrays(*shapes)
-    for B, T in ((2, 3), (1, 1)):
-        rotary = mx.cos(3 * angles[:B, :, :T]), mx.sin(3 * angles[:B, :, :T])
+    for B, T, length in ((2, 3, 1.0), (1, 1, 1.1386)):
+        rotary = length * mx.cos(3 * angles[:B, :, :T]), length * mx.sin(3 * angles[:B, :, :T])
         call = (tokens[:B, :T].astype(dtype), rotary, 1 + q_norm / 10, 1 + k_norm / 10, 1e-6, sizes.H, sizes.Hk)
         for name, ours, plain in zip("qk", norm_rotary(*call), plain_norm_rotary(*call), strict=True):
             yield name, ours, plain, fused.relative(fused.ROUNDING[dtype], plain)

@@ -43,6 +43,11 @@ class Case:
         cos, sin = (table[b, :, t] for table in self.rotary)
         return replace(self, projected=self.projected[b, t], rotary=(cos, sin))
 
+    def longer(self) -> "Case":
+        """Cosines and sines as long as YaRN's of factor 4."""
+        cos, sin = (1.1386294 * table for table in self.rotary)
+        return replace(self, rotary=(cos, sin))
+
     def first_table(self) -> "Case":
         """The positions of the first batch row for all."""
         cos, sin = (table[:1] for table in self.rotary)

@@ -79,6 +79,15 @@ def test_epsilon_counts_where_everything_is_small():
     assert_close(case(ODD, 3, mx.float32, scale=1e-3))
 
 
+@emulated
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [ODD, WHOLE], ids=["odd", "4B"])
+def test_kernel_gives_what_the_operations_give_with_the_longer_tables_of_yarn(sizes, dtype):
+    given = case(sizes, 5, dtype, B=2).longer()
+    assert_close(given)
+    assert differences(run(given), case(sizes, 5, dtype, B=2).plain(), sizes.dims)
+
+
 # --- the same bits ---------------------------------------------------------------------------------------------------
 
 
@@ -199,6 +208,7 @@ def test_the_kernel_runs_where_it_is_available_and_agrees(as_on_a_mac):
         ("other = 16", "other = 8", "q"),
         ("rest[n], rest[n], squares", "rest[n], 0.0f, squares", "q"),
         ("row - batch * T", "0", "q"),
+        ("fma(b, c, a * s)", "fma(b, c, a * s) / fma(c, c, s * s)", "q"),  # wrong with YaRN alone
     ],
 )
 def test_a_kernel_that_disagrees_is_switched_off_with_a_warning(as_on_a_mac, monkeypatch, right, wrong, name):

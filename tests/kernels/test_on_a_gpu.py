@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from kernels import delta_cases, norm_cases, packed_cases, rotary_cases
 from kernels.backends import EMULATED, OPERATIONS
@@ -26,9 +27,13 @@ from kernels.emulator import emulated, missing
 
 from mlx_qwen35 import load
 from mlx_qwen35.backend import assume
+from mlx_qwen35.checkpoint.config import parse_config
+from mlx_qwen35.checkpoint.random import geometry
+from mlx_qwen35.checkpoint.rope_fields import rescaled
 from mlx_qwen35.generate import batch_generate, generate
 from mlx_qwen35.kernels import add_norm, fused, fused_delta, norm_rotary, packed_attention
 from mlx_qwen35.kernels.gated_delta import DeltaState
+from mlx_qwen35.model.rotary import CHECKED, EXACT, Rotary, table_error
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 LENGTHS = (1, 2, 17, 130)
@@ -147,6 +152,18 @@ def test_a_query_over_packed_keys_has_the_same_bits_among_others_and_alone(run: 
     given = packed_cases.case(sizes, 4, 2 * packed_cases.BLOCK + 2, dtype)
     alone = [run(given.alone(t).launch) for t in range(4)]
     assert mx.array_equal(run(given.launch), mx.concatenate(alone, axis=2))
+
+
+@runs("name, position", itertools.product(("default", "yarn:4.0"), CHECKED), [("yarn:4.0", CHECKED[-1])])
+def test_cosines_and_sines_of_far_positions_are_exact(run: Run, name, position):
+    """Where this fails, models compute the table on the CPU: tests/model/test_rotary.py."""
+    rope = parse_config(rescaled(geometry("4b"), None if name == "default" else name)).text.rope
+    rotary = Rotary(rope)
+    cos, sin = run(lambda: rotary.table(mx.array([[position]])))
+    angles = (np.float32(position) * np.array(rotary.frequencies)).astype(np.float64)
+    for ours, exact in ((cos, np.cos(angles)), (sin, np.sin(angles))):
+        assert np.abs(np.array(ours).ravel() / rotary.factor - exact).max() < 1e-6
+    assert table_error(rope, [position]) < EXACT
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------

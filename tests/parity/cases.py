@@ -103,6 +103,11 @@ CASES = (
     Case("odd", 7, _ODD),
 )
 REAL_WIDTHS = Case("4b-widths", 8, _REAL_WIDTHS, base="4b", prompt=0, layer_tokens=5)
+SCALED = {
+    "rope_parameters": _rope(0.25, [6, 5, 5])
+    | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262144},
+}  # fmt: skip
+YARN = Case("yarn", 9, SCALED, prompt=0, layer_tokens=5)
 
 
 # --- numbers that are the same everywhere ----------------------------------------------------------------------------
@@ -138,6 +143,15 @@ def positions(case: Case) -> np.ndarray:
     """(3, 2, 40) int32: three axes that differ; a row near the start, and one over the whole context of 262144."""
     limits = np.array([[16], [262144]], np.uint64)
     return (_raw(case.seed, "positions", 240).reshape(3, 2, 40) % limits).astype(np.int32)
+
+
+def places(case: Case) -> dict[str, np.ndarray]:
+    """With YaRN: name -> (3, LAYER_TOKENS) int32 positions, at which hidden states are compared."""
+    if case.config["text_config"]["rope_parameters"]["rope_type"] != "yarn":
+        return {}
+    text = np.tile(np.arange(LAYER_TOKENS, dtype=np.int32), (3, 1))
+    axes = (_raw(case.seed, "axes", text.size) % np.uint64(500_000)).astype(np.int32).reshape(text.shape)
+    return {"near": text, "far": 1_048_000 + text, "three axes": 548_000 + axes}
 
 
 def _log_uniform(seed: int, name: str, even: tuple[float, float], odd: tuple[float, float], heads: int) -> np.ndarray:
@@ -248,4 +262,4 @@ def read(case: Case, mark: str) -> Reference:
 
 @cache
 def by_name(name: str) -> Case:
-    return next(case for case in (*CASES, REAL_WIDTHS) if case.name == name)
+    return next(case for case in (*CASES, REAL_WIDTHS, YARN) if case.name == name)

@@ -24,7 +24,7 @@ def main() -> None:
     else:
         print("vision-clips.*: left as they are, TORCHVISION is not set (see video_reference.py)")
     with tempfile.TemporaryDirectory() as scratch:
-        for case in (*cases.CASES, cases.REAL_WIDTHS, *vision_cases.CASES):
+        for case in (*cases.CASES, cases.REAL_WIDTHS, cases.YARN, *vision_cases.CASES):
             folder = cases.write(case, Path(scratch) / case.name)
             answers = (reference if case.vision is None else vision_reference).answers(case, folder)
             cases.save(case, answers, cases.fingerprint(folder), transformers.__version__)

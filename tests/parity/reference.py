@@ -36,6 +36,10 @@ def answers(case: Case, folder: Path) -> dict[str, np.ndarray]:
         ids = torch.from_numpy(cases.tokens(case, case.prompt + cases.DECODED).astype(np.int64))[None]
         out["logits"] = model(ids, use_cache=False).logits[0]
         out["logprobs"] = torch.log_softmax(out["logits"][:-1], -1).gather(1, ids[0, 1:, None])  # of each next token
+    for name, places in cases.places(case).items():
+        ids = torch.from_numpy(cases.tokens(case, places.shape[1]).astype(np.int64))[None]
+        positions = torch.from_numpy(places.astype(np.int64))[:, None]
+        out[f"hidden, {name}"] = model.model(ids, position_ids=positions, use_cache=False).last_hidden_state[0]
     x = torch.from_numpy(cases.layer_input(case))[None]
     T = x.shape[1]
     rotary = model.model.rotary_emb

@@ -52,7 +52,7 @@ def rotary_table(tower: VisionEncoder, grid: tuple[int, int, int]) -> tuple[mx.a
 
 
 def test_the_cases_are_those_that_were_asked_for():
-    towers = {case.name: vision_cases.vision_config(case) for case in CASES}
+    towers = {case.name: vision_cases.vision_config(case) for case in CASES if GRIDS[case.name]}
     assert [c.hidden_size // c.num_heads for c in towers.values()] == [64, 72, 64]
     assert [c.num_position_embeddings**0.5 for c in towers.values()] == [8, 7, 48]
     wide = towers[WIDE.name]

@@ -31,13 +31,15 @@ _NARROW = {
 TINY = Case("vision-tiny", 23, vision={}, prompt=0)
 ODD = Case("vision-odd", 21, {**cases.by_name("odd").text, "vocab_size": 1024}, vision=_ODD_TOWER, prompt=0)
 WIDE = Case("vision-4b", 22, _NARROW, base="4b", vision={"depth": 1}, prompt=0)
-CASES = (TINY, ODD, WIDE)
+YARN = Case("vision-yarn", 24, cases.SCALED, vision={}, prompt=0)
+CASES = (TINY, ODD, WIDE, YARN)
 
 # Grids (time, height, width) in patches whose whole way through the tower is compared; the first also stage by stage.
 GRIDS = {
     TINY.name: ((1, 10, 14), (1, 2, 2), (1, 2, 18), (1, 12, 4), (3, 4, 6)),
     ODD.name: ((1, 6, 10), (1, 16, 8), (2, 8, 4)),
     WIDE.name: ((1, 4, 6),),
+    YARN.name: (),
 }
 BYTES = np.tile(((np.arange(256) / 255).astype(np.float32) - np.float32(0.5)) / np.float32(0.5), (3, 1))
 GREEDY = 16  # tokens drawn after each prompt
@@ -101,7 +103,9 @@ PROMPTS: dict[str, tuple[int | Image | Clip, ...]] = {
     "turns": (9, Image(3, 3), 12, Image(2, 4), 7, Clip(2, 2, 3), 5),
     "later": (4, Clip(1, 2, 2), 1, Image(5, 1), 6, Clip(4, 1, 2), 0),  # a clip of two frames, and one at the end
 }
-COMPARED = {TINY.name: tuple(PROMPTS), ODD.name: ("image", "mix"), WIDE.name: ()}  # through the whole model
+COMPARED = {  # through the whole model
+    TINY.name: tuple(PROMPTS), ODD.name: ("image", "mix"), WIDE.name: (), YARN.name: ("image",),
+}  # fmt: skip
 TURN = 9 + 11 + 6  # where the second turn of "turns" begins: after its first image and half of the text behind it
 
 
