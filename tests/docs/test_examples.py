@@ -16,6 +16,7 @@ SAID = {  # what nano's answers hold
     "conversation": "\n102\n", "describe": "A red circle and a blue square.", "digits": "47\n", "drafts": "1.211x",
     "first_draft": "100.0%", "image_memory": "video 64x64, 4 frames", "logits": "4",
     "parallel": "each with the tokens that it gets alone",
+    "reuse": "112   (prompt 56 tokens, 30 of them reused)",
     "rows": "mlx_qwen35", "score": "'92'               -0.0031, greedy: True", "second_turn": "green ",
     "stream": "nano",
 }  # fmt: skip

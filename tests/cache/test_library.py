@@ -1,0 +1,195 @@
+"""A library of prefixes: warm is cold, other pixels are others, the cap holds, and what is in use stays."""
+
+from itertools import pairwise
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from refusing import refused
+
+from mlx_qwen35.cache.prefix import QUERY, READING, STEP, SYSTEM, TURN, Prefix, PrefixLibrary, Shown, Use
+from mlx_qwen35.engine.prefill import PromptRow, prefill
+from mlx_qwen35.model.model import Model
+from mlx_qwen35.prompt.positions import Placeholder
+
+CHUNK, IMAGE = 16, (2, 3)  # tokens; height and width
+
+
+@pytest.fixture(scope="module")
+def model(text_model) -> Model:
+    return text_model()
+
+
+def row(model: Model, prefix: Prefix, start: int) -> PromptRow:
+    """What is behind the first `start` tokens of a prompt. A digest is the seed of an image's embeddings."""
+    placeholders = [Placeholder(*place) for shown in prefix.media for place in shown.places if place[0] >= start]
+    seeds = [int(shown.digest) for shown in prefix.media if shown.start >= start]
+    size = (IMAGE[0] * IMAGE[1], model.config.hidden_size)
+    embeddings = [mx.array(np.random.default_rng(seed).normal(size=size), model.dtype) for seed in seeds]
+    shifted = [p._replace(start=p.start - start) for p in placeholders]
+    return PromptRow(prefix.tokens[start:].tolist(), shifted, mx.concatenate(embeddings) if embeddings else None)
+
+
+def cut(row: PromptRow, start: int, stop: int) -> PromptRow:
+    """Columns of a prompt that cut no image."""
+    inside = [i for i, p in enumerate(row.placeholders) if start <= p.start < stop]
+    if not inside or row.embeddings is None:
+        return PromptRow(row.tokens[start:stop])
+    placeholders = [row.placeholders[i]._replace(start=row.placeholders[i].start - start) for i in inside]
+    embeddings = row.embeddings.reshape(len(row.placeholders), IMAGE[0] * IMAGE[1], -1)[mx.array(inside)]
+    return PromptRow(row.tokens[start:stop], placeholders, embeddings.reshape(-1, embeddings.shape[-1]))
+
+
+def read(model: Model, library: PrefixLibrary, prefix: Prefix, places: list[int]) -> tuple[mx.array, Use]:
+    """Read a prompt, stored at these places; (1, D), its last hidden state."""
+    cache, use = library.begin(prefix)
+    whole = row(model, prefix, use.reused)
+    inner = [place for place in places if use.reused < place < len(prefix) and prefix.whole(place)]
+    for start, stop in pairwise([use.reused, *inner, len(prefix)]):
+        hidden = prefill(model, cache, cut(whole, start - use.reused, stop - use.reused), CHUNK)
+        use.read(cache, stop - start, QUERY if stop in inner else None)
+    return hidden, use
+
+
+def cold(model: Model, prefix: Prefix) -> mx.array:
+    return prefill(model, model.make_cache(), row(model, prefix, 0), CHUNK)
+
+
+def edited(rng: np.random.Generator, prefix: Prefix) -> Prefix:
+    """A prompt with more tokens, another token, another image in an old one's place, or one more."""
+    tokens, media = prefix.tokens.copy(), list(prefix.media)
+    deed = rng.choice(["append", "change", "show", "swap"])
+    if deed == "swap" and media:
+        i = rng.integers(len(media))
+        media[i] = media[i]._replace(digest=str(rng.integers(100)))
+    elif deed == "change":
+        tokens[rng.choice([i for i, token in enumerate(tokens) if token != 1])] = rng.integers(2, 90)
+    elif deed == "show":
+        media.append(Shown(str(rng.integers(100)), ((len(tokens), *IMAGE),)))
+        tokens = np.concatenate([tokens, [1] * (IMAGE[0] * IMAGE[1]), [2]])
+    else:
+        tokens = np.concatenate([tokens, rng.integers(2, 90, size=rng.integers(1, 40))])
+    return Prefix(tokens.astype(np.int32), tuple(media))
+
+
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(2, 30))])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_after_any_edits_warm_is_cold(model, seed, aligned):
+    """Bit for bit where a snapshot ends with a chunk, else within 1e-5."""
+    rng, library = np.random.default_rng(seed), model.make_library(0.001)
+    known, total = [Prefix(np.arange(2, 30, dtype=np.int32))], 0
+    for _ in range(8):
+        prefix = edited(rng, known[rng.integers(len(known))])
+        length = len(prefix)
+        places = range(CHUNK, length, CHUNK) if aligned else sorted({*rng.integers(1, length, 3).tolist(), length - 1})
+        warm, _ = read(model, library, prefix, list(places))
+        total += length
+        expected = cold(model, prefix)
+        if aligned and all(prefix.whole(place) for place in places):
+            assert np.array(warm).tobytes() == np.array(expected).tobytes()
+        assert float(mx.abs(warm - expected).max()) < 1e-5
+        assert library.counts.read == total - library.counts.reused
+        known.append(prefix)
+    assert library.counts.reused > 0
+    assert library.counts.stored == len(library.entries()) + library.counts.evicted
+
+
+def test_the_longest_snapshot_begins_and_one_token_is_left(model):
+    library, prefix = model.make_library(), Prefix(np.arange(2, 60, dtype=np.int32))
+    read(model, library, prefix, [20, 57])
+    assert library.begin(prefix)[1].reused == 57
+    assert library.begin(prefix.upto(57))[1].reused == 20
+    assert library.begin(prefix.upto(20))[1].reused == 0
+
+
+def test_the_same_tokens_with_other_pixels_or_at_another_place_are_another_prompt(model):
+    tokens = np.array([5, 1, 1, 1, 1, 1, 1, 7, 8, 9, 10], np.int32)
+    one = Prefix(tokens, (Shown("3", ((1, 2, 3),)),))
+    library = model.make_library()
+    read(model, library, one, [9])
+    assert library.begin(Prefix(tokens, (Shown("3", ((1, 2, 3),)),)))[1].reused == 9
+    assert library.begin(Prefix(tokens, (Shown("4", ((1, 2, 3),)),)))[1].reused == 0
+    assert library.begin(Prefix(tokens, (Shown("3", ((1, 3, 2),)),)))[1].reused == 0
+    assert library.begin(Prefix(tokens))[1].reused == 0
+
+
+def test_inside_an_image_nothing_is_stored_and_that_is_counted(model):
+    prefix = Prefix(np.array([5, 1, 1, 1, 1, 1, 1, 7], np.int32), (Shown("3", ((1, 2, 3),)),))
+    library = model.make_library()
+    cache, use = library.begin(prefix)
+    model(mx.array([[5, 1, 1]]), cache)
+    use.store(cache, READING)
+    assert not library.entries() and library.counts.skipped == {"inside an image": 1}
+
+
+def test_a_snapshot_of_another_form_is_refused(model):
+    library = model.make_library()
+    with refused("snapshot_foreign"):
+        library.store(Prefix(np.array([1], np.int32)), model.make_cache(2).snapshot(), TURN)
+
+
+@pytest.mark.parametrize("conversations", [60, pytest.param(1000, marks=pytest.mark.full)])
+def test_the_cap_holds_what_runs_stays_and_the_counts_add_up(model, conversations):
+    rng, library = np.random.default_rng(0), model.make_library()
+    library.memory = 40 * model.make_cache().nbytes
+    running = Prefix(np.arange(2, 40, dtype=np.int32))
+    _, kept = read(model, library, running, [30])
+    for _ in range(conversations):
+        tokens = np.concatenate([running.tokens[: rng.choice([0, 20])], rng.integers(2, 90, size=rng.integers(3, 9))])
+        prefix = Prefix(tokens.astype(np.int32))
+        cache, use = library.begin(prefix)
+        for length, kind in ((len(prefix) - 2, SYSTEM), (len(prefix) - 1, QUERY), (len(prefix), TURN)):
+            if length > cache.length:
+                model(mx.array([prefix.tokens[cache.length : length].tolist()]), cache)
+                use.store(cache, str(rng.choice([kind, TURN])))
+                assert library.nbytes <= library.memory
+        del cache
+        use.close()
+        assert library.nbytes <= library.memory
+    assert library.ready(running) == 30 and kept.kept
+    assert library.counts.stored == len(library.entries()) + library.counts.evicted
+    kept.close()
+    library.clear()
+    assert not library.entries() and library.nbytes == 0
+
+
+def test_of_a_dropped_long_prompt_a_short_snapshot_does_not_hold_the_memory(model):
+    library, prefix = model.make_library(), Prefix(np.arange(1000, dtype=np.int32) % 90)
+    cache, use = library.begin(prefix)
+    for length, kind in ((100, SYSTEM), (999, TURN)):
+        prefill(model, cache, PromptRow(prefix.tokens[cache.length : length].tolist()), 512)
+        use.store(cache, kind)
+    del cache
+    use.close()
+    whole = library.nbytes
+    library.trim(whole - 1)
+    assert [entry.kind for entry in library.entries()] == [SYSTEM] and library.nbytes < whole / 2
+
+
+def test_what_goes_first(model):
+    """Turns and readings before queries, queries before systems, the oldest first."""
+    library, rng = model.make_library(), np.random.default_rng(0)
+    for kind in (SYSTEM, QUERY, TURN, QUERY, SYSTEM, READING):
+        prefix = Prefix(rng.integers(2, 90, size=5).astype(np.int32))
+        cache, use = library.begin(prefix)
+        model(mx.array([prefix.tokens.tolist()]), cache)
+        use.store(cache, kind)
+        del cache
+        use.close()
+    order = []
+    while left := library.entries():
+        library.trim(library.nbytes - 1)
+        order += [entry.kind for entry in left if entry not in library.entries()]
+    assert order == [TURN, READING, QUERY, QUERY, SYSTEM, SYSTEM]
+
+
+def test_of_a_long_reading_one_place_at_each_double_distance_stays(model):
+    library, prefix = model.make_library(), Prefix(np.zeros(33 * STEP, np.int32))
+    _, use = library.begin(prefix)
+    for n in range(1, 33):
+        entry = library.store(prefix.upto(n * STEP), model.make_cache().snapshot(), READING)
+        use.kept[READING] = entry
+        library.replace(entry, None)
+        far = [n - len(other.prefix) // STEP for other in library.entries()]
+        assert len(far) <= n.bit_length() + 1
+        assert all(any(1 << k <= d < 2 << k for d in far) for k in range(n.bit_length() - 1) if (2 << k) <= n)
