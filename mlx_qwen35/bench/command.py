@@ -181,7 +181,8 @@ def _needles(options: argparse.Namespace) -> None:
     if options.json:
         heatmap.write_json(options.json, machine, name, rows, answers)
     if options.plot:
-        heatmap.draw(options.plot, [name, machine["chip"]], rows)
+        what = "right answers by the depth of the number (down) and the tokens of the prompt (across)"
+        heatmap.draw(options.plot, [name, machine["chip"], what], rows)
 
 
 def _speed(options: argparse.Namespace, folder: Path, model: str, step: Step) -> dict[str, str]:

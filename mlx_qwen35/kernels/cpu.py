@@ -84,7 +84,7 @@ def attention_tile(q: mx.array, keys: mx.array, values: mx.array, scale: float, 
     rows = (q.astype(mx.float32) * scale).reshape(B, Hk, -1, D)
     scores = (rows @ keys.swapaxes(-1, -2)).reshape(B, Hk, -1, T, S)
     if causal:
-        scores = scores + mx.triu(mx.full((T, S), -mx.inf), S - T + 1)
+        scores = scores.at[..., S - T :].add(mx.triu(mx.full((T, T), -mx.inf), 1))  # in place
     weights = exp(scores - scores.max(-1, keepdims=True)).reshape(B, Hk, -1, S)
     out = (weights @ values) / weights.sum(-1, keepdims=True)
     return out.reshape(B, H, T, D).astype(q.dtype)
