@@ -9,13 +9,14 @@ from mlx.utils import tree_flatten
 
 from mlx_qwen35.backend import backend
 from mlx_qwen35.budget.plan import check_model_fits, check_vision_encoder_fits, loaded_bytes
-from mlx_qwen35.cache.kv_format import FORMS, check_kv_bits
+from mlx_qwen35.cache.kv_format import FORMS, UNQUANTIZED, KVFormat, check_kv_bits
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.dtypes import COMPUTED, DTYPES, check_dtype
 from mlx_qwen35.checkpoint.hub import CHOICES, resolve
 from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION
 from mlx_qwen35.checkpoint.shapes import mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.kernels.packed_attention import GROUP
 from mlx_qwen35.kernels.products import warn_shortened_products
 from mlx_qwen35.machine.chip import this_chip
 from mlx_qwen35.machine.memory import MOST_GIGABYTES, limit_of, set_limits, usable_bytes
@@ -62,6 +63,22 @@ class LoadOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.kv_rotate and self.kv_bits not in ("8/4", "4"):
+            raise InputError(
+                "option_no_effect",
+                f"{spelled('kv_rotate')} must be given with {spelled('kv_bits')} 8/4 or 4: it makes up for what 4 bits "
+                "lose. Choose one of them, or leave it out",
+            )
+
+    def kv_format(self, head_dim: int) -> KVFormat:
+        """The format of keys and values of heads of `head_dim`. InputError where they do not fit into it."""
+        kv = KVFormat.of(None if self.kv_bits is None else str(self.kv_bits), self.kv_rotate)
+        if not kv.fits(head_dim):
+            name, rule = ("kv_bits", "a multiple of 64") if head_dim % GROUP else ("kv_rotate", "a power of two")
+            raise InputError(
+                "option_invalid", f"with {spelled(name)} a head must have {rule} elements; this model's have {head_dim}"
+            )
+        return kv
 
 
 def load(
@@ -91,8 +108,10 @@ def load(
         memory_limit: GB (10^9 bytes) that this model may take; None is what suits the machine. What other models of the
             process hold counts too. A larger model is refused before it is downloaded or read. A lower limit makes
             images and prefill chunks smaller.
-        kv_bits: of the keys and values of its caches: 8, "8/4" (keys in 8, values in 4) or 4; None is the dtype.
-        kv_rotate: whether a Hadamard transform comes before 4 bits.
+        kv_bits: of the keys and values of its caches: 8, "8/4" (keys in 8, values in 4) or 4; None is the dtype. Heads
+            must have a multiple of 64 elements.
+        kv_rotate: whether a Hadamard transform spreads each key and value over its elements before it is quantized;
+            with 8/4 and 4 alone. Heads must have a power of two elements.
         rope_scaling: "yarn" or "yarn:FACTOR" reads beyond the context of training; "none" takes the folder's scaling
             away; None is the folder's.
         progress: called as progress(bytes_read, all_bytes) while the weights are read; for float16 they are read twice.
@@ -112,13 +131,15 @@ def load(
             raise InputError(
                 "vision_missing", f"{spelled('keep_vision')} must not be given: {model} has no vision encoder to keep"
             )
+        given.kv_format(checkpoint.config.text.head_dim)
         check_model_fits(checkpoint, choose_dtype(checkpoint, given.dtype), limit, str(model))
         return checkpoint
 
     folder = resolve(model, revision, checked)
     checkpoint = checked(folder)
     processor = Processor.from_folder(folder, checkpoint.config, has_vision(checkpoint), limit)
-    loaded = load_model(checkpoint, choose_dtype(checkpoint, given.dtype), str(model), progress, limit)
+    kv = given.kv_format(checkpoint.config.text.head_dim)
+    loaded = load_model(checkpoint, choose_dtype(checkpoint, given.dtype), str(model), progress, limit, kv)
     if loaded.vision:
         loaded.vision.keep = given.keep_vision
     return loaded, processor
@@ -158,10 +179,11 @@ def load_model(
     name: str,
     progress: Progress = lambda done, total: None,
     memory_limit: int | None = None,
+    kv: KVFormat = UNQUANTIZED,
 ) -> Model:
     """Load the text model. Vision encoder and draft head are loaded at their first use.
 
-    memory_limit: bytes; None is what suits the machine.
+    memory_limit: bytes; None is what suits the machine. kv: the format of keys and values in its caches.
     """
     limit = usable_bytes(memory_limit)
     names = [stored for stored, _ in checkpoint.part(text_shapes(checkpoint.config.text))]
@@ -171,7 +193,7 @@ def load_model(
         warn_shortened_products()
     config = checkpoint.config.text
     weights = read_weights(checkpoint, names, dtype, progress)
-    model = Model(config, weights, limit)
+    model = Model(config, weights, limit, kv)
     weights.arrays.clear()  # so that each layer frees the arrays as stored once it is evaluated
     done, total = 0, _nbytes(model)
     for part in (model.embed_tokens, *([] if config.tie_word_embeddings else [model.lm_head]), *model.layers):

@@ -151,7 +151,20 @@ def check_keywords(given: Mapping[str, Any], groups: Iterable[type]) -> dict[str
     return checked
 
 
+# Options of other programs, by their names in Python, and why they are not here.
+DECLINED = {
+    "max_kv_size": "dropping the oldest keys and values would leave their trace in the DeltaNet layers. Start a new "
+    "conversation where the context is full; keys and values in fewer bits make room for a longer one",
+    "quantized_kv_start": "keys and values have one form from the first token on. To convert them later would take the "
+    "memory of both forms where it is fullest, and results would depend on where chunks end",
+    "kv_group_size": "64 elements of a head share a scale and a bias",
+    "kv_bits": "the form of keys and values belongs to the model: load(kv_bits=...)",
+}
+
+
 def unknown_option(name: str, known: Iterable[str]) -> InputError:
+    if why := DECLINED.get(name.lstrip("-").replace("-", "_")):
+        return InputError("option_unknown", f"there is no option {name}: {why}")
     nearest = difflib.get_close_matches(name, list(known), n=1)
     return InputError(
         "option_unknown", f"there is no option {name}" + (f"; did you mean {nearest[0]}?" if nearest else "")

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_qwen35.backend import backend
+from mlx_qwen35.cache.kv_format import UNQUANTIZED, KVFormat
 from mlx_qwen35.checkpoint.config import FULL, LINEAR, TextConfig
 from mlx_qwen35.kernels.attention import attention_impl, score_bytes, tile_rows
 from mlx_qwen35.machine.chip import Chip, CommandBuffers, command_buffers, this_chip
@@ -42,7 +43,9 @@ def _pointwise(elements: float) -> Launch:
     return Launch(8 * elements, 6 * elements, elements)
 
 
-def layer_launches(config: TextConfig, kind: str, T: int, S: int, fused: bool) -> Iterator[Launch]:
+def layer_launches(
+    config: TextConfig, kind: str, T: int, S: int, fused: bool, kv: KVFormat = UNQUANTIZED
+) -> Iterator[Launch]:
     """The launches of one layer over the last T of S tokens: one batch row, 16-bit activations."""
     c, D = config, config.hidden_size
     if kind == FULL:
@@ -50,6 +53,8 @@ def layer_launches(config: TextConfig, kind: str, T: int, S: int, fused: bool) -
         yield _product(T, D, 2 * (H + Hk) * size)
         yield _pointwise(T * (H + Hk) * size)  # norm and rotary
         yield from [_pointwise(T * Hk * size)] * 2  # into the cache
+        if kv.quantized:
+            yield from [_pointwise(S * Hk * size)] * 2  # out of it
         yield from _attention_launches(H, Hk, size, T, S, fused)
         yield _pointwise(T * H * size)  # gate
         yield _product(T, H * size, D)
@@ -81,13 +86,15 @@ def _attention_launches(H: int, Hk: int, size: int, T: int, S: int, fused: bool)
         yield Launch(2 * scores * size, 2 * (scores + keys), n * H * size, 2 * keys)
 
 
-def longest_submission(config: TextConfig, T: int, S: int, chip: Chip, buffers: CommandBuffers) -> float:
+def longest_submission(
+    config: TextConfig, T: int, S: int, chip: Chip, buffers: CommandBuffers, kv: KVFormat = UNQUANTIZED
+) -> float:
     """Estimated seconds of the longest command buffer while the last T of S tokens are prefilled."""
     return max(
         seconds
         for kind in dict.fromkeys(config.layer_types)
         for fused in (False, True)
-        for seconds in _submissions(layer_launches(config, kind, T, S, fused), chip, buffers)
+        for seconds in _submissions(layer_launches(config, kind, T, S, fused, kv), chip, buffers)
     )
 
 
@@ -121,6 +128,15 @@ def prefill_bytes(config: TextConfig, T: int, S: int, itemsize: int, impl: str) 
     return LAYERS_IN_FLIGHT * T * widest * itemsize + scores
 
 
+def unpacked_bytes(config: TextConfig, itemsize: int, kv: KVFormat) -> int:
+    """Bytes of a token's key and value in one layer, dequantized: of two layers in flight one has attention.
+
+    Prefill takes them beside `prefill_bytes`, however many tokens a chunk has.
+    """
+    _, Hk, size, _ = config.attention_heads
+    return 2 * Hk * size * itemsize if kv.quantized and FULL in config.layer_types else 0
+
+
 def chunk_length(
     config: TextConfig,
     S: int,
@@ -129,6 +145,7 @@ def chunk_length(
     impl: str,
     chip: Chip | None = None,
     buffers: CommandBuffers | None = None,
+    kv: KVFormat = UNQUANTIZED,
 ) -> int:
     """Tokens of a chunk up to a context of S: the largest of LENGTHS that suits memory and GPU.
 
@@ -142,7 +159,7 @@ def chunk_length(
     def suits(T: int, S: int) -> bool:
         if prefill_bytes(config, T, S, itemsize, impl) > room:
             return False
-        return not (chip and buffers) or longest_submission(config, T, S, chip, buffers) <= SUBMISSION_SECONDS
+        return not (chip and buffers) or longest_submission(config, T, S, chip, buffers, kv) <= SUBMISSION_SECONDS
 
     contexts = contexts_up_to(S)
     return next((T for T in LENGTHS if all(suits(T, context) for context in contexts)), LENGTHS[-1])
@@ -154,10 +171,10 @@ def contexts_up_to(S: int) -> list[int]:
     return [round(LENGTHS[0] * 2 ** (step / 4)) for step in range(steps + 1)]
 
 
-def suitable_chunk(config: TextConfig, dtype: mx.Dtype, limit: int, S: int) -> int:
+def suitable_chunk(config: TextConfig, dtype: mx.Dtype, limit: int, S: int, kv: KVFormat = UNQUANTIZED) -> int:
     """chunk_length on this machine in its present state. limit: bytes that the model may take."""
     room = min(prefill_room(limit), max(0, limit - mx.get_active_memory()))
     chip = this_chip() if backend().watchdog else None
     buffers = command_buffers(chip) if chip else None
     impl = attention_impl(config.head_dim, dtype)
-    return chunk_length(config, S, room, dtype.size, impl, chip, buffers)
+    return chunk_length(config, S, room, dtype.size, impl, chip, buffers, kv)

@@ -3,14 +3,16 @@
 GB are 10^9 bytes. MLX's own limit makes an allocation wait, but never refuses one: the plan does.
 """
 
+import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
 from mlx_qwen35.backend import backend
-from mlx_qwen35.budget.chunk import chunk_length, contexts_up_to, prefill_bytes
+from mlx_qwen35.budget.chunk import chunk_length, contexts_up_to, prefill_bytes, unpacked_bytes
 from mlx_qwen35.budget.encoding import working_bytes
+from mlx_qwen35.cache.kv_format import UNQUANTIZED, KVFormat
 from mlx_qwen35.cache.layer import KVCache
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.config import FULL, LINEAR, TextConfig
@@ -31,7 +33,7 @@ SHORT = 256  # tokens of the shortest useful context
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine that a plan is made for. attention_impl: see the function of that name."""
+    """The machine that a plan is made for, and the forms of what it computes. attention_impl: see that function."""
 
     name: str
     limit: int  # bytes for a model
@@ -39,6 +41,7 @@ class Machine:
     attention_impl: str
     chip: Chip | None = None
     buffers: CommandBuffers | None = None
+    kv: KVFormat = UNQUANTIZED
 
     @property
     def on_cpu(self) -> bool:
@@ -50,18 +53,18 @@ class Machine:
         return 0 if self.on_cpu else buffer_bytes(self.limit)
 
 
-def this_machine(config: TextConfig, dtype: mx.Dtype, limit: int) -> Machine:
+def this_machine(config: TextConfig, dtype: mx.Dtype, limit: int, kv: KVFormat = UNQUANTIZED) -> Machine:
     """limit: bytes that the model may take."""
     chip = this_chip() if backend().watchdog else None
     buffers = command_buffers(chip) if chip else None
-    return Machine("this machine", limit, dtype, attention_impl(config.head_dim, dtype), chip, buffers)
+    return Machine("this machine", limit, dtype, attention_impl(config.head_dim, dtype), chip, buffers, kv)
 
 
-def mac(gigabytes: int, dtype: mx.Dtype = mx.float16) -> Machine:
+def mac(gigabytes: int, dtype: mx.Dtype = mx.float16, kv: KVFormat = UNQUANTIZED) -> Machine:
     """A Mac with an M1 and `gigabytes` of memory."""
     return Machine(
         f"M1, {gigabytes} GB", int(WORKING_SET * gigabytes * 2**30), dtype, "fused", parse_chip("Apple M1"),
-        CommandBuffers(*TUNED.values()),
+        CommandBuffers(*TUNED.values()), kv,
     )  # fmt: skip
 
 
@@ -78,7 +81,7 @@ class MemoryPlan:
     state: int  # DeltaNet's, before a chunk and after it; with drafts, after each token of a step
     prefill: int
     sampling: int
-    growth: int  # of keys or values of one layer, which memory holds twice while they grow
+    growth: int  # of the largest array of keys or values, which memory holds twice while it grows
     buffers: int  # freed ones, which MLX keeps
     vision_encoder: int
     encoding: int  # of an image, beside the vision encoder
@@ -128,23 +131,37 @@ def plan_memory(
         encoding += patches // vision.spatial_merge_size**2 * vision.out_hidden_size * size
     if chunk is None:
         room = prefill_room(machine.limit)
-        chunk = chunk_length(text, context, room, size, machine.attention_impl, machine.chip, machine.buffers)
+        chunk = chunk_length(
+            text, context, room, size, machine.attention_impl, machine.chip, machine.buffers, machine.kv
+        )
     drafts = names(checkpoint, mtp_shapes(text)) if mtp else []
-    kv = kv_bytes(text, context, size, text.mtp_num_hidden_layers if mtp else 0)
-    layers = text.layer_types.count(FULL) + (text.mtp_num_hidden_layers if mtp else 0)
     return MemoryPlan(
         machine, context, chunk,
         weights=loaded_bytes(checkpoint, names(checkpoint, text_shapes(text)), machine.dtype),
         drafts=loaded_bytes(checkpoint, drafts, machine.dtype),
-        kv=kv,
+        kv=kv_bytes(text, context, size, text.mtp_num_hidden_layers if mtp else 0, machine.kv),
         state=2 * (1 + mtp) * state_bytes(text, size),
         prefill=most_prefill_bytes(checkpoint, machine, context, chunk),
         sampling=SAMPLING_ARRAYS * 4 * text.vocab_size,
-        growth=kv // max(1, 2 * layers),
+        growth=growth_bytes(text, context, size, machine.kv),
         buffers=machine.kept,
         vision_encoder=encoder,
         encoding=encoding,
     )  # fmt: skip
+
+
+def longest_context(checkpoint: Checkpoint, plan: MemoryPlan, kv: KVFormat, mtp: int = 0) -> int:
+    """The most tokens, in steps of 1,024, of a conversation that fits the machine of a plan, in chunks as the plan's.
+
+    kv: the form of its keys and values, instead of the plan's. mtp: as for `plan_memory`.
+    """
+    machine = replace(plan.machine, kv=kv)
+    contexts = range(1024, checkpoint.config.text.max_position_embeddings + 1, 1024)
+
+    def too_long(context: int) -> bool:
+        return not plan_memory(checkpoint, machine, context, chunk=plan.chunk, mtp=mtp).fits
+
+    return 1024 * bisect.bisect_left(contexts, True, key=too_long)
 
 
 def names(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> list[str]:
@@ -167,11 +184,22 @@ def loaded_bytes(checkpoint: Checkpoint, tensors: list[str], dtype: mx.Dtype) ->
     return total
 
 
-def kv_bytes(config: TextConfig, context: int, itemsize: int, drafting_layers: int = 0) -> int:
+def kv_bytes(
+    config: TextConfig, context: int, itemsize: int, drafting_layers: int = 0, kv: KVFormat = UNQUANTIZED
+) -> int:
     """Bytes of the keys and values of `context` tokens, one row, rounded up to the steps in which a cache grows."""
-    columns = -(-context // KVCache.STEP) * KVCache.STEP
     _, Hk, D, _ = config.attention_heads
-    return 2 * (config.layer_types.count(FULL) + drafting_layers) * columns * Hk * D * itemsize
+    return (config.layer_types.count(FULL) + drafting_layers) * _columns(context) * Hk * kv.nbytes(D, itemsize)
+
+
+def growth_bytes(config: TextConfig, context: int, itemsize: int, kv: KVFormat = UNQUANTIZED) -> int:
+    """Bytes of the largest array of the keys and values of `context` tokens."""
+    _, Hk, D, _ = config.attention_heads
+    return _columns(context) * Hk * kv.widest(D, itemsize) if FULL in config.layer_types else 0
+
+
+def _columns(context: int) -> int:
+    return -(-context // KVCache.STEP) * KVCache.STEP
 
 
 def state_bytes(config: TextConfig, itemsize: int) -> int:
@@ -185,6 +213,7 @@ def most_prefill_bytes(checkpoint: Checkpoint, machine: Machine, context: int, c
     text, size = checkpoint.config.text, machine.dtype.size
     contexts = [*(S for S in contexts_up_to(context) if context > S), context]
     most = max(prefill_bytes(text, min(chunk, S), S, size, machine.attention_impl) for S in contexts)
+    most += context * unpacked_bytes(text, size, machine.kv)
     if not machine.on_cpu or not checkpoint.quantization(f"{TEXT}layers.0.mlp.gate_proj.weight"):
         return most
     return most + 4 * 4 * min(UNPACKED, text.intermediate_size * text.hidden_size)
@@ -256,9 +285,11 @@ def most_tokens(
     once = max(prefill, sampling)
     state = rows * 2 * (1 + depth) * state_bytes(config, size)
     free = max(0, machine.limit - mx.get_active_memory() - once - state - machine.kept - head_bytes)
-    layers = config.layer_types.count(FULL) + (config.mtp_num_hidden_layers if depth else 0)
-    if not layers:
+    step = kv_bytes(config, KVCache.STEP, size, config.mtp_num_hidden_layers if depth else 0, machine.kv)
+    if not step:
         return rows * config.max_position_embeddings
-    step = kv_bytes(config, KVCache.STEP, size, layers - config.layer_types.count(FULL))
-    steps = min(free // step, (free + once - sampling) // (step + step // (2 * layers)))
+    unpacked = unpacked_bytes(config, size, machine.kv)
+    prefilled = step + KVCache.STEP * unpacked
+    grown = step + growth_bytes(config, KVCache.STEP, size, machine.kv)
+    steps = min((free - sum(cached) * unpacked) // prefilled, (free + once - sampling) // grown)
     return sum(cached) + KVCache.STEP * max(0, int(steps) - (rows - 1))

@@ -12,7 +12,8 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from mlx_qwen35.cache.layer import CachePosition, DeltaCache, ForwardContext, KVCache, KVRow, LayerCache
+from mlx_qwen35.cache.kv_format import UNQUANTIZED, KVFormat
+from mlx_qwen35.cache.layer import CachePosition, DeltaCache, ForwardContext, KVCache, LayerCache
 from mlx_qwen35.checkpoint.config import FULL, TextConfig
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.gated_delta import DeltaState
@@ -51,15 +52,15 @@ class Snapshot:
 class Cache:
     """The cache of B rows. Made by `model.make_cache()`."""
 
-    def __init__(self, config: TextConfig, dtype: mx.Dtype, batch: int = 1):
+    def __init__(self, config: TextConfig, dtype: mx.Dtype, batch: int = 1, kv: KVFormat = UNQUANTIZED):
         Hk, head_dim = config.num_key_value_heads, config.head_dim
         conv = (batch, config.linear_conv_kernel_dim - 1, config.conv_dim)
         recurrent = (batch, config.linear_num_value_heads, config.linear_value_head_dim, config.linear_key_head_dim)
         empty = DeltaState(mx.zeros(conv, dtype), mx.zeros(recurrent, mx.float32))
         mx.eval(empty)  # a lazy array can be computed in no thread but the one that made it
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.kv = config, dtype, kv
         self.layers: list[LayerCache] = [
-            KVCache([KVRow(Hk, head_dim, dtype) for _ in range(batch)]) if kind == FULL else DeltaCache(empty)
+            KVCache.empty(batch, Hk, head_dim, dtype, kv) if kind == FULL else DeltaCache(empty)
             for kind in config.layer_types
         ]
         self.position = CachePosition((0,) * batch, (0,) * batch)
@@ -153,8 +154,8 @@ class Cache:
 
     def _like(self, layers: list[LayerCache], position: CachePosition) -> "Cache":
         cache = Cache.__new__(Cache)
-        cache.config, cache.dtype, cache.layers, cache.position = self.config, self.dtype, layers, position
-        cache.follower = None
+        cache.config, cache.dtype, cache.kv = self.config, self.dtype, self.kv
+        cache.layers, cache.position, cache.follower = layers, position, None
         return cache
 
     # --- going back ---
@@ -180,11 +181,11 @@ class Cache:
         if not isinstance(snapshot, Snapshot):
             raise InputError("option_invalid", f"restore takes what cache.snapshot() gives, got {shown(snapshot)}")
         held = snapshot._cache
-        if (held.config, held.dtype, held.batch) != (self.config, self.dtype, self.batch):
+        if (held.config, held.dtype, held.kv, held.batch) != (self.config, self.dtype, self.kv, self.batch):
             raise InputError(
                 "snapshot_foreign",
                 "a snapshot can only be restored into a cache of the same model with as many rows; it is of "
-                f"{held.batch} rows in {held.dtype}, the cache of {self.batch} rows in {self.dtype}",
+                f"{_form(held)}, the cache of {_form(self)}",
             )
         self.assign(held.copy())
 
@@ -223,3 +224,8 @@ class Cache:
     def nbytes(self) -> int:
         """Bytes in memory, unused capacity included."""
         return sum(array.nbytes for array in self.held())
+
+
+def _form(cache: Cache) -> str:
+    kv = f", keys and values in {cache.kv.name} bit" if cache.kv.quantized else ""
+    return f"{cache.batch} rows in {cache.dtype}{kv}"

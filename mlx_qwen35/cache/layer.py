@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from mlx_qwen35.cache.kv_format import KVFormat
 from mlx_qwen35.kernels.gated_delta import DeltaState
 
 
@@ -48,10 +49,10 @@ class CachePosition(NamedTuple):
 
 
 class Buffers:
-    """The keys and values of a row, (1, Hk, capacity, D) each. Several rows may share them, see KVRow."""
+    """The arrays of a row's keys and values, (1, Hk, capacity, ...) each. Several rows may share them, see KVRow."""
 
-    def __init__(self, keys: mx.array, values: mx.array):
-        self.keys, self.values = keys, values
+    def __init__(self, arrays: dict[str, mx.array]):
+        self.arrays = arrays
         self.rows: weakref.WeakSet[KVRow] = weakref.WeakSet()
 
 
@@ -64,10 +65,10 @@ class KVRow:
 
     STEP = 256  # columns by which the capacity grows
 
-    def __init__(self, heads: int, dim: int, dtype: mx.Dtype):
-        empty = mx.zeros((1, heads, 0, dim), dtype)
+    def __init__(self, arrays: Mapping[str, mx.array]):
+        """arrays: as of `KVFormat.encode`, whose shapes and dtypes it takes; it holds no column yet."""
         self.length = self.claimed = 0
-        self._use(Buffers(empty, empty))
+        self._use(Buffers({name: mx.zeros((*a.shape[:2], 0, a.shape[3]), a.dtype) for name, a in arrays.items()}))
 
     def _use(self, buffers: Buffers) -> None:
         self.buffers = buffers
@@ -75,7 +76,7 @@ class KVRow:
 
     @property
     def capacity(self) -> int:
-        return self.buffers.keys.shape[2]
+        return next(iter(self.buffers.arrays.values())).shape[2]
 
     def copy(self) -> "KVRow":
         row = KVRow.__new__(KVRow)
@@ -90,7 +91,7 @@ class KVRow:
         self.claimed = end
         if T and others > self.length:
             shared.rows.discard(self)
-            self._use(Buffers(shared.keys, shared.values))
+            self._use(Buffers(dict(shared.arrays)))
             self._resize(end)
         elif end > self.capacity:
             self._resize(end)
@@ -98,25 +99,25 @@ class KVRow:
     def _resize(self, columns: int) -> None:
         """Buffers of `columns`, rounded up, with the present content. Rows that share them have the new ones too."""
         capacity = -(-columns // self.STEP) * self.STEP
-        buffers, kept = self.buffers, max(row.length for row in self.buffers.rows)
-        for name in ("keys", "values"):
-            old = getattr(buffers, name)
-            _, heads, _, dim = old.shape
-            room = mx.zeros((1, heads, capacity - kept, dim), old.dtype)
+        arrays, kept = self.buffers.arrays, max(row.length for row in self.buffers.rows)
+        for name in arrays:
+            old = arrays[name]
+            _, heads, _, width = old.shape
+            room = mx.zeros((1, heads, capacity - kept, width), old.dtype)
             resized = mx.concatenate([old[:, :, :kept], room], axis=2) if kept else room
-            setattr(buffers, name, resized)
+            arrays[name] = resized
             del old
             mx.eval(resized)
 
-    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Write (1, Hk, T, D) behind the columns in use, where `reserve` made room, and return all in use."""
-        start, self.length = self.length, self.length + keys.shape[2]
-        self.buffers.keys[:, :, start : self.length] = keys
-        self.buffers.values[:, :, start : self.length] = values
+    def append(self, columns: Mapping[str, mx.array], T: int) -> dict[str, mx.array]:
+        """Write (1, Hk, T, ...) behind the columns in use, where `reserve` made room, and return all in use."""
+        start, self.length = self.length, self.length + T
+        for name, array in self.buffers.arrays.items():
+            array[:, :, start : self.length] = columns[name]
         return self.view()
 
-    def view(self) -> tuple[mx.array, mx.array]:
-        return self.buffers.keys[:, :, : self.length], self.buffers.values[:, :, : self.length]
+    def view(self) -> dict[str, mx.array]:
+        return {name: array[:, :, : self.length] for name, array in self.buffers.arrays.items()}
 
     def compact(self) -> None:
         """Free columns beyond those that this row and the rows that share its buffers use."""
@@ -127,26 +128,36 @@ class KVRow:
 
 
 class KVCache:
-    """Keys (normed and rotated) and values of one attention layer, row by row."""
+    """Keys (normed and rotated) and values of one attention layer, row by row, in one format."""
 
     STEP = KVRow.STEP
 
-    def __init__(self, rows: Sequence[KVRow]):
-        self.rows = list(rows)
+    def __init__(self, rows: Sequence[KVRow], format: KVFormat):
+        self.rows, self.format = list(rows), format
+
+    @classmethod
+    def empty(cls, batch: int, heads: int, dim: int, dtype: mx.Dtype, format: KVFormat) -> "KVCache":
+        column = mx.zeros((1, heads, 1, dim), dtype)
+        columns = format.encode(column, column)
+        return cls([KVRow(columns) for _ in range(batch)], format)
 
     def reserve(self, counts: Sequence[int]) -> None:
         for row, count in zip(self.rows, counts, strict=True):
             row.reserve(count)
 
-    def append(self, keys: mx.array, values: mx.array, counts: Sequence[int]) -> list[tuple[mx.array, mx.array]]:
-        """Append the first counts[i] columns of row i of (B, Hk, T, D); each row's keys and values, (1, Hk, S, D)."""
+    def append(self, keys: mx.array, values: mx.array, counts: Sequence[int]) -> list[dict[str, mx.array]]:
+        """Append the first counts[i] columns of row i of (B, Hk, T, D); the arrays of all columns of each row."""
+        columns = self.format.encode(keys, values)
         if len(self.rows) == 1 and counts[0] == keys.shape[2]:
-            return [self.rows[0].append(keys, values)]
-        columns = [(slice(i, i + 1), slice(None), slice(count)) for i, count in enumerate(counts)]
-        return [row.append(keys[own], values[own]) for row, own in zip(self.rows, columns, strict=True)]
+            return [self.rows[0].append(columns, counts[0])]
+        seen = []
+        for i, (row, count) in enumerate(zip(self.rows, counts, strict=True)):
+            own = {name: array[i : i + 1, :, :count] for name, array in columns.items()}
+            seen.append(row.append(own, count))
+        return seen
 
     def view(self, row: int) -> dict[str, mx.array]:
-        return dict(zip(("keys", "values"), self.rows[row].view(), strict=True))
+        return self.rows[row].view()
 
     def rollback(self, fed: Sequence[int], kept: Sequence[int]) -> "KVCache":
         rolled = self.copy()
@@ -155,11 +166,11 @@ class KVCache:
         return rolled
 
     def select(self, rows: Sequence[int]) -> "KVCache":
-        return KVCache([self.rows[row].copy() for row in rows])
+        return KVCache([self.rows[row].copy() for row in rows], self.format)
 
     @staticmethod
     def joined(caches: Sequence["KVCache"]) -> "KVCache":
-        return KVCache([row.copy() for cache in caches for row in cache.rows])
+        return KVCache([row.copy() for cache in caches for row in cache.rows], caches[0].format)
 
     def copy(self) -> "KVCache":
         return self.select(range(len(self.rows)))
@@ -175,15 +186,14 @@ class KVCache:
     def from_state(cls, state: Sequence[Mapping[str, mx.array]]) -> "KVCache":
         rows = []
         for own in state:
-            keys, values = own["keys"], own["values"]
-            row = KVRow(keys.shape[1], keys.shape[3], keys.dtype)
-            row.reserve(keys.shape[2])
-            row.append(keys, values)
+            row, count = KVRow(own), next(iter(own.values())).shape[2]
+            row.reserve(count)
+            row.append(own, count)
             rows.append(row)
-        return cls(rows)
+        return cls(rows, KVFormat.of_arrays(state[0]))
 
     def arrays(self) -> list[mx.array]:
-        return [array for row in self.rows for array in (row.buffers.keys, row.buffers.values)]
+        return [array for row in self.rows for array in row.buffers.arrays.values()]
 
     @property
     def nbytes(self) -> int:

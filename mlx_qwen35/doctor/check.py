@@ -90,7 +90,7 @@ def measure(
         tick()
         cache = model.make_cache()
         begin = time.perf_counter()
-        step = suitable_chunk(model.config, model.dtype, model.memory_limit, length)
+        step = suitable_chunk(model.config, model.dtype, model.memory_limit, length, model.kv)
         prefill(model, cache, PromptRow([i % model.config.vocab_size for i in range(length)]), step)
         prompt, elapsed = length, time.perf_counter() - begin
         if time.perf_counter() - start + 2 * elapsed > seconds:

@@ -13,20 +13,22 @@ from mlx_qwen35.checkpoint.config import parse_config
 from mlx_qwen35.checkpoint.dtypes import DTYPES
 from mlx_qwen35.checkpoint.hub import look, resolve
 from mlx_qwen35.checkpoint.random import geometry
-from mlx_qwen35.commands.options import add_model_options
+from mlx_qwen35.commands.options import add_model_options, given_options
 from mlx_qwen35.commands.parser import Parser
 from mlx_qwen35.commands.progress import Step
 from mlx_qwen35.commands.run import as_command, load_model
 from mlx_qwen35.commands.streams import read_file, write_file
 from mlx_qwen35.doctor import check, facts, probe
 from mlx_qwen35.doctor.facts import Facts
-from mlx_qwen35.doctor.plan import format_plans, plans
+from mlx_qwen35.doctor.plan import format_plans, longest_contexts, plans
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.load import default_dtype, stored_dtype
+from mlx_qwen35.load import LoadOptions, default_dtype, stored_dtype
 from mlx_qwen35.machine.memory import limit_of
 from mlx_qwen35.model.enabled import enabled_kernels
+from mlx_qwen35.options import as_flag
 
 COMMAND = "mlx_qwen35.doctor"
+OF_MODEL = ("probe", "revision", "kv_bits", "kv_rotate")
 CONTEXT = 8192  # tokens that --plan plans for where nothing is said
 
 
@@ -53,7 +55,11 @@ def parser() -> Parser:
         metavar="DEPTH",
         help="with --plan: count the draft head, and 1 to 3 drafted tokens for a step (default: 1)",
     )
-    parser.add_argument("--probe", action="store_true", help="show the largest activation of each layer of --model")
+    parser.add_argument(
+        "--probe",
+        action="store_true",
+        help="show the largest activation of each layer of --model, and whether single elements of its keys stand out",
+    )
     parser.add_argument("--text", type=Path, metavar="FILE", help="a text for --probe (default: a short one)")
     parser.add_argument("--no-check", action="store_true", help="do not measure speed, which takes half a minute")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to this file too")
@@ -74,7 +80,9 @@ def show_plan(args: argparse.Namespace) -> None:
         context = args.context
         if context is None:
             context = min(CONTEXT, checkpoint.config.text.max_position_embeddings)
-        print(format_plans(args.plan, plans(checkpoint, context, args.dtype, args.mtp, limit_of(args.memory_limit))))
+        kv = LoadOptions(**given_options(args, [LoadOptions])).kv_format(checkpoint.config.text.head_dim)
+        found = plans(checkpoint, context, args.dtype, args.mtp, limit_of(args.memory_limit), kv)
+        print(format_plans(args.plan, found, longest_contexts(checkpoint, found, args.mtp)))
 
 
 def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Facts]:
@@ -85,7 +93,7 @@ def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Fac
         )
     if args.text and not args.probe:
         raise InputError("option_no_effect", "--text has no effect without --probe; add that or leave it out")
-    if not args.model and (idle := [f"--{name}" for name in ("probe", "revision") if getattr(args, name)]):
+    if not args.model and (idle := [as_flag(name) for name in OF_MODEL if getattr(args, name)]):
         raise InputError(
             "option_no_effect", f"{', '.join(idle)} must be given with --model: there is no other model to look at"
         )
@@ -112,6 +120,7 @@ def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Fac
         report["residual stream"] = {
             f"largest over {len(tokens)} tokens": probe.describe(maxima),
             "after each layer": " ".join(f"{value:.4g}" for value in maxima),
+            "key norms, largest weight over median": probe.describe_key_norms(model),
         }
     if not args.no_check:
         scale = 1 if args.model else len(text.layer_types) / check.SAMPLE_LAYERS

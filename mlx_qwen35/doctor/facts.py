@@ -94,9 +94,9 @@ def kernels(enabled: dict[str, EnabledLayers]) -> Facts:
 
 def prefill(model: Model) -> Facts:
     """The chunk length for some contexts, and how attention is computed."""
-    config, dtype, limit = model.config, model.dtype, model.memory_limit
+    config, dtype, limit, kv = model.config, model.dtype, model.memory_limit, model.kv
     contexts = [S for S in CONTEXTS if config.max_position_embeddings >= S]
-    lengths = [f"{suitable_chunk(config, dtype, limit, S):,} up to a context of {S:,}" for S in contexts]
+    lengths = [f"{suitable_chunk(config, dtype, limit, S, kv):,} up to a context of {S:,}" for S in contexts]
     impls = {
         "cpu": "in tiles of queries, by our own code",
         "fused": "without writing scores out where they would be many",

@@ -57,3 +57,13 @@ def describe(maxima: Sequence[float], most: int = 4) -> str:
     part = max(maxima) / LARGEST
     advice = "float16 has room" if part < 0.25 else "float16 is close to its end: prefer --dtype bfloat16 or float32"
     return f"{listed}; {100 * part:.2g} % of float16's range: {advice}"
+
+
+def describe_key_norms(model: Model) -> str:
+    """The largest magnitude over the median of k_norm's weights (with the 1 of zero-centred ones), by layer."""
+    ratios = []
+    for i, layer in enumerate(model.layers):
+        if layer.mixer_name == "self_attn":
+            weights = np.abs(np.array(layer.self_attn.k_norm.weight.astype(mx.float32)))
+            ratios.append(f"{weights.max() / np.median(weights):.1f} in layer {i}")
+    return f"{', '.join(ratios)}. The larger, the more --kv-rotate spares keys in 4 bit"

@@ -1,11 +1,13 @@
 """What the options of a generation mean for given prompts: every default filled in."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mlx_qwen35.budget.chunk import suitable_chunk
-from mlx_qwen35.budget.plan import most_tokens, this_machine
+from mlx_qwen35.budget.plan import Machine, kv_bytes, most_tokens, this_machine
+from mlx_qwen35.cache.kv_format import FORMS, KVFormat
+from mlx_qwen35.checkpoint.config import TextConfig
 from mlx_qwen35.engine.constraints.thinking import budget_of, check_thinking
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy, choose_drafts
 from mlx_qwen35.engine.options import Options, draft_options, sampling_options
@@ -48,7 +50,7 @@ def plan(
     wanted = [options.get("max_tokens", preset.max_tokens) for preset in presets]
     contexts = [before + len(prompt.tokens) for prompt, before in zip(prompts, cached, strict=True)]
     chunk = options.get("prefill_step_size") or suitable_chunk(
-        model.config, model.dtype, model.memory_limit, max(contexts)
+        model.config, model.dtype, model.memory_limit, max(contexts), model.kv
     )
     drafts, room = _drafts_and_room(options, model, chunk, contexts, cached, wanted)
     window = model.config.max_position_embeddings
@@ -94,7 +96,7 @@ def _drafts_and_room(
     rows = len(contexts)
     mode, depth = draft_options(options)
     drafts = choose_drafts(model, mode, depth, rows, max(wanted))
-    machine = this_machine(model.config, model.dtype, model.memory_limit)
+    machine = this_machine(model.config, model.dtype, model.memory_limit, model.kv)
     without = most_tokens(model.config, machine, chunk, cached)
     room = most_tokens(model.config, machine, chunk, cached, drafts.depth, drafts.head_bytes)
     needed = sum(contexts) + sum(wanted)
@@ -102,18 +104,41 @@ def _drafts_and_room(
         drafts, room = DraftPolicy(0, reason="memory has no room for drafts beside this context"), without
     answer = (room - sum(contexts)) // rows
     if answer < options.get("max_tokens", 1):
-        _refuse(options, room, contexts, drafts)
+        _refuse(options, room, contexts, drafts, _other_forms(model.config, machine, chunk, cached, room))
     return drafts, answer
 
 
-def _refuse(options: Options, room: int, contexts: Sequence[int], drafts: DraftPolicy) -> None:
-    """Refuse a prompt, or an answer whose length was asked for, whose keys and values memory has no room for."""
+def _other_forms(config: TextConfig, machine: Machine, chunk: int, cached: Sequence[int], room: int) -> dict[str, int]:
+    """Form of keys and values -> the tokens that memory would have room for in it, where these are more than `room`.
+
+    What the caches hold now would be in that form too.
+    """
+    held = kv_bytes(config, sum(cached), machine.dtype.size, kv=machine.kv)
+    found = {}
+    for form in FORMS:
+        kv = KVFormat.of(form, machine.kv.rotate)
+        other = replace(machine, kv=kv, limit=machine.limit + held)
+        tokens = min(most_tokens(config, other, chunk, [0] * len(cached)), len(cached) * config.max_position_embeddings)
+        if kv.fits(config.head_dim) and tokens > room:
+            found[form] = tokens
+    return found
+
+
+def _refuse(
+    options: Options, room: int, contexts: Sequence[int], drafts: DraftPolicy, others: Mapping[str, int]
+) -> None:
+    """Refuse a prompt, or an answer whose length was asked for, whose keys and values memory has no room for.
+
+    others: of `_other_forms`.
+    """
     rows = len(contexts)
     together = f" for {rows} prompts together" if rows > 1 else ""
     wanted, mtp = sum(contexts) + rows * options.get("max_tokens", 1), spelled("mtp")
+    forms = ", ".join(f"{tokens:,} with {spelled('kv_bits', form)}" for form, tokens in others.items())
     raise InputError(
         "memory_exceeded",
-        f"memory has room for a context of {room:,} tokens{together}; prompt and answer have {wanted:,}. Shorten the "
+        f"memory has room for a context of {room:,} tokens{together}; prompt and answer have {wanted:,}. "
+        f"{f'Loaded with fewer bits for keys and values it would have room for {forms}. ' if forms else ''}Shorten the "
         f"prompt, lower {spelled('max_tokens')}, answer fewer prompts at once, choose a folder with fewer bits, "
         f"{f'do without drafts ({mtp} auto or off), ' if drafts.fixed else ''}or raise {spelled('memory_limit')}",
     )

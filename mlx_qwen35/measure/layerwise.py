@@ -16,6 +16,7 @@ from mlx.utils import tree_map
 
 from mlx_qwen35.backend import backend
 from mlx_qwen35.cache.cache import Cache
+from mlx_qwen35.cache.kv_format import UNQUANTIZED, KVFormat
 from mlx_qwen35.checkpoint import float16
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.names import TEXT
@@ -71,16 +72,20 @@ class Layerwise:
     """The text model of a checkpoint, raw or converted, quantized or not, loaded layer by layer.
 
     dtype: of activations and unquantized weights. alter: changes each layer's weights before the layer is built, such
-    as to quantize some of them.
+    as to quantize some of them. kv: the form of keys and values.
 
     Peak memory is one layer in `dtype` (0.45 GB for the 4B in float32), the residual streams, and about 0.2 GB.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: mx.Dtype, alter: Callable[[Weights], Weights] = lambda w: w
+        self,
+        checkpoint: Checkpoint,
+        dtype: mx.Dtype,
+        alter: Callable[[Weights], Weights] = lambda w: w,
+        kv: KVFormat = UNQUANTIZED,
     ):
         self.checkpoint, self.config = checkpoint, checkpoint.config.text
-        self.dtype = dtype
+        self.dtype, self.kv = dtype, kv
         self.rotary = Rotary(self.config.rope)
         self._alter = alter
         self._by_numpy = backend().numpy_products and self.dtype == mx.float32
@@ -116,7 +121,7 @@ class Layerwise:
         layer, weights = self.layer(i), self.weights_from(i) - self.weights_from(i + 1)
         own = replace(self.config, layer_types=self.config.layer_types[i : i + 1])
         for number, x in enumerate(states):
-            cache = Cache(own, self.dtype, len(x))
+            cache = Cache(own, self.dtype, len(x), self.kv)
             cache.reserve(x.shape[1])
             step = max(1, CHUNK // len(x))
             parts = []

@@ -144,8 +144,8 @@ def _chunk(model: Model, length: int, given: int | None) -> int:
     if given is not None:
         chunk = min(whole("prefill_step_size", given, 1), length)
     else:
-        chunk = suitable_chunk(model.config, model.dtype, model.memory_limit, length)
-    machine = this_machine(model.config, model.dtype, model.memory_limit)
+        chunk = suitable_chunk(model.config, model.dtype, model.memory_limit, length, model.kv)
+    machine = this_machine(model.config, model.dtype, model.memory_limit, model.kv)
     room = most_tokens(model.config, machine, chunk, [0])
     if length > room:
         raise InputError(

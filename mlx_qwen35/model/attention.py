@@ -1,11 +1,13 @@
 """Gated full attention, every fourth layer."""
 
+from collections.abc import Mapping
+
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_qwen35.cache.kv_format import KVFormat
 from mlx_qwen35.cache.layer import ForwardContext, KVCache
 from mlx_qwen35.checkpoint.config import TextConfig
-from mlx_qwen35.kernels.attention import attention
 from mlx_qwen35.kernels.elementwise import compiled, sigmoid
 from mlx_qwen35.kernels.norm_rotary import queries_and_keys
 from mlx_qwen35.model.rotary import Table
@@ -42,17 +44,17 @@ class GatedAttention(nn.Module):
         )  # fmt: skip
         seen = cache.append(k, v, context.counts)
         own = [q] if B == 1 else list(mx.split(q, B))
-        rows = [self._row(*row) for row in zip(own, seen, context.counts, strict=True)]
+        rows = [self._row(*row, cache.format) for row in zip(own, seen, context.counts, strict=True)]
         out = rows[0] if B == 1 else mx.concatenate(rows)
         out = _gated(out.swapaxes(1, 2), gate)
         return self.o_proj(out.reshape(B, T, -1))
 
-    def _row(self, q: mx.array, seen: tuple[mx.array, mx.array], n: int) -> mx.array:
+    def _row(self, q: mx.array, seen: Mapping[str, mx.array], n: int, kv: KVFormat) -> mx.array:
         """The first n of T queries (1, H, T, D) over the row's keys and values; 0 for the padding."""
         T = q.shape[2]
         if n == 0:
             return mx.zeros_like(q)
-        out = attention(q if n == T else q[:, :, :n], *seen, self.head_dim**-0.5, causal=n > 1)
+        out = kv.attend(q if n == T else q[:, :, :n], seen, self.head_dim**-0.5, causal=n > 1)
         return out if n == T else mx.pad(out, [(0, 0), (0, 0), (0, T - n), (0, 0)])
 
 

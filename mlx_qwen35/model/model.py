@@ -8,6 +8,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_qwen35.cache.cache import Cache
+from mlx_qwen35.cache.kv_format import UNQUANTIZED, KVFormat
 from mlx_qwen35.checkpoint.config import TextConfig
 from mlx_qwen35.checkpoint.dtypes import dtype_name
 from mlx_qwen35.errors import InputError
@@ -36,8 +37,8 @@ class Model(nn.Module):
     at their first use, and None for a checkpoint without one.
     """
 
-    def __init__(self, config: TextConfig, weights: Weights, memory_limit: int):
-        """memory_limit: bytes that the model may take, with its caches and all that it computes."""
+    def __init__(self, config: TextConfig, weights: Weights, memory_limit: int, kv: KVFormat = UNQUANTIZED):
+        """memory_limit: bytes that the model may take, with its caches and all that it computes. kv: of its caches."""
         super().__init__()
         self.memory_limit = memory_limit
         language = weights.at("model.language_model")
@@ -51,13 +52,14 @@ class Model(nn.Module):
         self.config = config
         self.rotary = Rotary(config.rope)
         self.dtype = weights.dtype  # of activations
+        self.kv = kv
         self.vision: LazyPart[VisionEncoder] | None = None
         self.mtp: LazyPart[MultiTokenPrediction] | None = None
 
     def make_cache(self, batch: int = 1) -> Cache:
         """An empty cache for a batch of so many rows, at least 1."""
         whole("batch", batch, 1)
-        return Cache(self.config, self.dtype, batch)
+        return Cache(self.config, self.dtype, batch, self.kv)
 
     def __call__(self, tokens: mx.array, cache: Cache | None = None) -> mx.array:
         """tokens (B, T) integer -> logits (B, T, V) in the activation dtype. Extends the cache if one is given."""

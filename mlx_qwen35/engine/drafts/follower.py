@@ -32,7 +32,7 @@ class DraftFollower:
         """row_lengths: tokens in the model's cache, which the head will not see."""
         batch = len(row_lengths)
         layers = (FULL,) * model.config.mtp_num_hidden_layers
-        self.cache = Cache(replace(model.config, layer_types=layers), model.dtype, batch)
+        self.cache = Cache(replace(model.config, layer_types=layers), model.dtype, batch, model.kv)
         self.followed = tuple(row_lengths)  # the tokens that it follows, of each row
         self.hidden: mx.array | None = None  # (B, D) of each row's last token; None before the first
         self.position: np.ndarray | None = None  # (3, B) of the first pending pair; None continues from the cache's
