@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -11,6 +11,13 @@ from mlx_qwen35.kernels.packed_attention import GROUP, Packed, pack, packed_atte
 from mlx_qwen35.values import choice
 
 FORMS = ("8", "8/4", "4")  # bits of keys and values, or of keys / of values
+
+
+class Columns(NamedTuple):
+    """The first `length` columns of arrays (B, Hk, capacity, ...) by name. Whole, since a kernel copies a slice."""
+
+    arrays: Mapping[str, mx.array]
+    length: int
 
 
 @dataclass(frozen=True)
@@ -76,21 +83,22 @@ class KVFormat:
             for part in ("words", "scales", "biases")
         }
 
-    def attend(self, q: mx.array, columns: Mapping[str, mx.array], scale: float, causal: bool) -> mx.array:
+    def attend(self, q: mx.array, columns: Columns, scale: float, causal: bool) -> mx.array:
         """`attention` over columns that `encode` made: q (B, H, T, D) -> (B, H, T, D).
 
         The Hadamard transform is orthogonal and its own inverse. So rotated queries and keys have the same products,
         and the output over rotated values is rotated back.
         """
+        arrays, length = columns
         if not self.quantized:
-            return attention(q, columns["keys"], columns["values"], scale, causal)
+            return attention(q, arrays["keys"][:, :, :length], arrays["values"][:, :, :length], scale, causal)
         if self.rotate:
             q = mx.hadamard_transform(q)
         keys, values = (
-            Packed(columns[f"{name}.words"], columns[f"{name}.scales"], columns[f"{name}.biases"], bits)
+            Packed(arrays[f"{name}.words"], arrays[f"{name}.scales"], arrays[f"{name}.biases"], bits)
             for name, bits in zip(_names(self.rotate), (self.key_bits, self.value_bits), strict=True)
         )
-        out = packed_attention(q, keys, values, scale, causal)
+        out = packed_attention(q, keys, values, scale, causal, length)
         return mx.hadamard_transform(out) if self.rotate else out
 
     # --- bytes ---

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_qwen35.cache.kv_format import KVFormat
+from mlx_qwen35.cache.kv_format import Columns, KVFormat
 from mlx_qwen35.kernels.gated_delta import DeltaState
 
 
@@ -109,12 +109,12 @@ class KVRow:
             del old
             mx.eval(resized)
 
-    def append(self, columns: Mapping[str, mx.array], T: int) -> dict[str, mx.array]:
+    def append(self, columns: Mapping[str, mx.array], T: int) -> Columns:
         """Write (1, Hk, T, ...) behind the columns in use, where `reserve` made room, and return all in use."""
         start, self.length = self.length, self.length + T
         for name, array in self.buffers.arrays.items():
             array[:, :, start : self.length] = columns[name]
-        return self.view()
+        return Columns(self.buffers.arrays, self.length)
 
     def view(self) -> dict[str, mx.array]:
         return {name: array[:, :, : self.length] for name, array in self.buffers.arrays.items()}
@@ -145,8 +145,8 @@ class KVCache:
         for row, count in zip(self.rows, counts, strict=True):
             row.reserve(count)
 
-    def append(self, keys: mx.array, values: mx.array, counts: Sequence[int]) -> list[dict[str, mx.array]]:
-        """Append the first counts[i] columns of row i of (B, Hk, T, D); the arrays of all columns of each row."""
+    def append(self, keys: mx.array, values: mx.array, counts: Sequence[int]) -> list[Columns]:
+        """Append the first counts[i] columns of row i of (B, Hk, T, D); all columns of each row."""
         columns = self.format.encode(keys, values)
         if len(self.rows) == 1 and counts[0] == keys.shape[2]:
             return [self.rows[0].append(columns, counts[0])]

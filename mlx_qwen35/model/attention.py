@@ -1,11 +1,9 @@
 """Gated full attention, every fourth layer."""
 
-from collections.abc import Mapping
-
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_qwen35.cache.kv_format import KVFormat
+from mlx_qwen35.cache.kv_format import Columns, KVFormat
 from mlx_qwen35.cache.layer import ForwardContext, KVCache
 from mlx_qwen35.checkpoint.config import TextConfig
 from mlx_qwen35.kernels.elementwise import compiled, sigmoid
@@ -49,7 +47,7 @@ class GatedAttention(nn.Module):
         out = _gated(out.swapaxes(1, 2), gate)
         return self.o_proj(out.reshape(B, T, -1))
 
-    def _row(self, q: mx.array, seen: Mapping[str, mx.array], n: int, kv: KVFormat) -> mx.array:
+    def _row(self, q: mx.array, seen: Columns, n: int, kv: KVFormat) -> mx.array:
         """The first n of T queries (1, H, T, D) over the row's keys and values; 0 for the padding."""
         T = q.shape[2]
         if n == 0:

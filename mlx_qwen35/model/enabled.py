@@ -6,7 +6,7 @@ from functools import partial
 from typing import NamedTuple
 
 from mlx_qwen35.backend import backend
-from mlx_qwen35.kernels import add_norm, attention, fused_delta, norm_rotary
+from mlx_qwen35.kernels import add_norm, attention, fused_delta, norm_rotary, packed_attention
 from mlx_qwen35.kernels.fused_delta import Heads
 from mlx_qwen35.kernels.norm_rotary import Geometry
 from mlx_qwen35.model.layers import Joined
@@ -58,7 +58,7 @@ def _kernels(model: Model) -> dict[str, _Kernel]:
     heads, sizes = Heads(*config.delta_heads), Geometry(*config.attention_heads)
     delta = {i: layer.linear_attn.in_proj for i, layer in layers.items() if "linear_attn" in layer}
     full = {i: layer.self_attn.qkv_proj for i, layer in layers.items() if "self_attn" in layer}
-    return {
+    kernels = {
         "gated_delta": _Kernel(
             partial(fused_delta.self_check, heads, dtype),
             {i: fused_delta.fits(_widths(joined), heads) for i, joined in delta.items()},
@@ -72,6 +72,12 @@ def _kernels(model: Model) -> dict[str, _Kernel]:
             partial(attention.fused_self_check, config.head_dim, dtype), dict.fromkeys(full, True)
         ),
     }
+    if model.kv.quantized:
+        rows = config.num_attention_heads // config.num_key_value_heads
+        packed = packed_attention.Geometry(rows, config.head_dim, model.kv.key_bits, model.kv.value_bits)
+        check = partial(packed_attention.self_check, packed, dtype)
+        kernels["packed_attention"] = _Kernel(check, dict.fromkeys(full, packed.supported))
+    return kernels
 
 
 def _widths(joined: Joined) -> list[int]:

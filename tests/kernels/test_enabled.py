@@ -14,11 +14,12 @@ from kernels.emulator import emulated, missing
 from mlx_qwen35 import batch_generate, load
 from mlx_qwen35.backend import assume
 from mlx_qwen35.cache.cache import Cache
+from mlx_qwen35.cache.kv_format import UNQUANTIZED, KVFormat
 from mlx_qwen35.checkpoint.config import parse_config
 from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes
 from mlx_qwen35.engine.prefill import PromptRow, prefill
-from mlx_qwen35.kernels import add_norm, attention, fused, fused_delta, norm_rotary
+from mlx_qwen35.kernels import add_norm, attention, fused, fused_delta, norm_rotary, packed_attention
 from mlx_qwen35.kernels.fused_delta import Heads, self_check
 from mlx_qwen35.model.enabled import EnabledLayers, enabled_kernels, warn_unfit_layers
 from mlx_qwen35.model.model import Model
@@ -34,6 +35,7 @@ NANO = Heads(Hk=2, Hv=4, Dk=32, Dv=32, K=4)
 def as_on_a_mac():
     """Kernels can run, and are emulated; the report of their launches."""
     checks = (self_check, add_norm.self_check, norm_rotary.self_check, attention.fused_self_check)
+    checks += (packed_attention.self_check,)
     for known in checks:
         known.cache_clear()
     with assume(EMULATED), emulated("forward", False) as report:
@@ -120,7 +122,10 @@ MIXER = "linear_attn.in_proj_"
 
 
 def packed_model(
-    unpacked: tuple[str, ...] = (), bits: dict[str, int] | None = None, config: dict | None = None
+    unpacked: tuple[str, ...] = (),
+    bits: dict[str, int] | None = None,
+    config: dict | None = None,
+    kv: KVFormat = UNQUANTIZED,
 ) -> Model:
     """A model of zeros, packed in 4 bit; names that end so are not packed, or in other bits."""
     config = parse_config(config or geometry("tiny")).text
@@ -134,7 +139,7 @@ def packed_model(
         packings[name] = Quantization(64, number, "affine")
         for suffix, size in packings[name].parts(shape).items():
             arrays[f"{stem}.{suffix}"] = mx.zeros(size, mx.uint32 if suffix == "weight" else mx.float32)
-    return Model(config, Weights(arrays, packings.get, mx.float32, 1e-6), memory_limit=0)
+    return Model(config, Weights(arrays, packings.get, mx.float32, 1e-6), memory_limit=0, kv=kv)
 
 
 def layers(found: dict[str, EnabledLayers]) -> dict[str, tuple[int, int]]:
@@ -150,6 +155,16 @@ def test_each_kernel_runs_in_every_layer_that_it_is_made_for(as_on_a_mac, unpack
     assert layers(enabled_kernels(model)) == ALL
     warn_unfit_layers(model)  # a warning would be an error
     assert str(EnabledLayers(3, 4)) == "3 of 4 layers"
+
+
+def test_the_kernel_for_packed_keys_is_counted_where_keys_are_packed(as_on_a_mac):
+    model = packed_model(kv=KVFormat.of("8/4"))
+    assert layers(enabled_kernels(model)) == ALL | {"packed_attention": (1, 1)}
+    warn_unfit_layers(model)  # a warning would be an error
+    model.kv = KVFormat(6, 8)
+    assert layers(enabled_kernels(model)) == ALL | {"packed_attention": (0, 1)}
+    with pytest.warns(RuntimeWarning, match="packed_attention does not run in 1 of 1 layers"):
+        warn_unfit_layers(model)
 
 
 @pytest.mark.parametrize(
