@@ -5,7 +5,7 @@ import pytest
 from variants import Held, lessons
 
 from mlx_qwen35 import batch_generate, load
-from mlx_qwen35.cache.kv_format import KVFormat
+from mlx_qwen35.cache.kv_format import UNQUANTIZED, KVFormat
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.measure.divergence import divergence
@@ -18,19 +18,20 @@ lesson_sets = pytest.mark.parametrize("held", [FEW, pytest.param(ALL, marks=pyte
 
 @lesson_sets
 @pytest.mark.parametrize(
-    ("form", "rotate"),
+    "kv",
     [
-        ("8", False),
-        ("4", False),
-        *(pytest.param(*own, marks=pytest.mark.full) for own in (("8/4", False), ("8/4", True), ("4", True))),
+        KVFormat.of("8"),
+        KVFormat.of("4"),
+        *(pytest.param(kv, marks=pytest.mark.full) for kv in (KVFormat.of("8/4"), KVFormat.of("8/4", rotate=True))),
+        pytest.param(KVFormat.of("4", rotate=True), marks=pytest.mark.full),
     ],
-    ids=str,
+    ids=lambda kv: kv.name,
 )
-def test_the_divergence_is_within_its_budget(form, rotate, held):
+def test_the_divergence_is_within_its_budget(kv, held):
     checkpoint = open_checkpoint(resolve("nano"))
-    plain, quantized = (Layerwise(checkpoint, mx.float32, kv=kv) for kv in (KVFormat(), KVFormat.of(form, rotate)))
+    plain, quantized = (Layerwise(checkpoint, mx.float32, kv=form) for form in (UNQUANTIZED, kv))
     found = divergence(plain, quantized, *lessons(held))
-    assert 0 < 1000 * found.kl <= MILLINATS[form]
+    assert 0 < 1000 * found.kl <= MILLINATS[kv.name.removesuffix(" rotated")]
 
 
 @lesson_sets
