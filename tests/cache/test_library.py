@@ -1,10 +1,12 @@
 """A library of prefixes: warm is cold, other pixels are others, the cap holds, and what is in use stays."""
 
+import gc
 from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from memory_use import active
 from refusing import refused
 
 from mlx_qwen35.cache.prefix import QUERY, READING, STEP, SYSTEM, TURN, Prefix, PrefixLibrary, Shown, Use
@@ -164,6 +166,22 @@ def test_of_a_dropped_long_prompt_a_short_snapshot_does_not_hold_the_memory(mode
     whole = library.nbytes
     library.trim(whole - 1)
     assert [entry.kind for entry in library.entries()] == [SYSTEM] and library.nbytes < whole / 2
+
+
+def test_a_stored_snapshot_takes_its_bytes_and_no_more(model):
+    """Behind drafts the states are views of those of all steps, unless they are copied."""
+    library, prefix = model.make_library(), Prefix(np.arange(300, dtype=np.int32) % 90)
+    gc.collect()
+    before = active()
+    cache, use = library.begin(prefix)
+    position = cache.position
+    mx.eval(model.hidden(mx.array([prefix.tokens[:256].tolist()]), cache, stepwise=True), cache.held())
+    cache.rollback(position, [250])
+    use.store(cache, TURN)
+    del cache
+    use.close()
+    gc.collect()
+    assert active() - before < 1.05 * library.nbytes
 
 
 def test_what_goes_first(model):

@@ -221,10 +221,10 @@ def test_many_turns_hold_weights_the_cache_and_a_constant(nano, talk, turns):
 def test_many_steps_hold_the_cache_and_a_constant(nano):
     model, processor = nano
     library = model.make_library(0)
-    generate(model, processor, ASK, max_tokens=4, library=library)
+    generate(model, processor, ASK, max_tokens=40, mtp="on", library=library)  # loads the draft head
     gc.collect()
     before = active()
     result = generate(model, processor, ASK, max_tokens=2048, logit_bias=dict.fromkeys(processor.stop_ids, -1e9),
-                      temp=1.0, seed=0, library=library)  # fmt: skip
+                      mtp="on", temp=1.0, seed=0, library=library)  # fmt: skip
     gc.collect()
     assert result.generation_tokens == 2048 and active() - before < 100_000
