@@ -24,6 +24,7 @@ from mlx_qwen35.engine.logprobs import TokenLogprob, TopLogprob
 from mlx_qwen35.engine.options import Options
 from mlx_qwen35.engine.presets import PRESETS, Sampling
 from mlx_qwen35.engine.result import Result
+from mlx_qwen35.engine.session import Session
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.generate import batch_generate, generate, stream_generate
 from mlx_qwen35.load import load
@@ -40,7 +41,7 @@ from mlx_qwen35.prompt.tool_calls import Cut, ToolCall
 
 __all__ = [
     "PRESETS", "Answer", "Cache", "Conversation", "Cut", "InputError", "Media", "Model", "Options", "Piece",
-    "Processor", "Prompt", "Result", "Sampling", "Score", "Snapshot", "TokenLogprob", "ToolCall", "TopLogprob",
-    "VisionOptions", "__version__", "batch_generate", "generate", "load", "parse_answer", "read_image", "score",
-    "stream_generate",
+    "Processor", "Prompt", "Result", "Sampling", "Score", "Session", "Snapshot", "TokenLogprob", "ToolCall",
+    "TopLogprob", "VisionOptions", "__version__", "batch_generate", "generate", "load", "parse_answer", "read_image",
+    "score", "stream_generate",
 ]  # fmt: skip

@@ -77,6 +77,10 @@ CODES = {
     "cache_batch_mismatch": "a cache is for another number of rows",
     "snapshot_foreign": "a snapshot is of another model, or of other rows",
     "embeddings_mismatch": "there are more or fewer embeddings than placeholders",
+    # sessions
+    "session_invalid": "a file is no session, or a damaged one",
+    "session_foreign": "a session was made with another model or other settings",
+    "session_busy": "another process uses the session",
     # images and videos
     "media_not_found": "there is no such file",
     "media_unreadable": "a file or folder cannot be opened",

@@ -1,5 +1,6 @@
 """A checkpoint's folder or id -> the model and its processor."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from mlx_qwen35.budget.plan import check_model_fits, check_vision_encoder_fits, 
 from mlx_qwen35.cache.kv_format import FORMS, UNQUANTIZED, KVFormat, check_kv_bits
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.dtypes import COMPUTED, DTYPES, check_dtype
+from mlx_qwen35.checkpoint.fingerprint import fingerprint
 from mlx_qwen35.checkpoint.hub import CHOICES, resolve
 from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION
 from mlx_qwen35.checkpoint.rope_fields import check_rope_scaling
@@ -209,6 +211,7 @@ def load_model(
     mtp_head = model.mtp = _draft_head(checkpoint, dtype)
     if has_vision(checkpoint):  # the lambda must not hold the model, which would then hold itself
         model.vision = LazyPart(lambda: load_vision_encoder(checkpoint, dtype, mtp_head, limit))
+    model.fingerprint = functools.cache(lambda: fingerprint(checkpoint))
     model.eval()
     return model
 

@@ -10,7 +10,7 @@ Both kinds have one interface, so `Cache` never asks which it holds:
     joined(caches)       a cache of the rows of several
     copy()               a cache with the same content; the two go on apart
     compact()            free the memory that is not in use
-    state(), from_state  the content as arrays, and back
+    state(), from_state  the content as arrays, and back, with room for so many tokens more
     arrays(), nbytes     every array in memory, and their bytes
 """
 
@@ -183,12 +183,13 @@ class KVCache:
         return [self.view(row) for row in range(len(self.rows))]
 
     @classmethod
-    def from_state(cls, state: Sequence[Mapping[str, mx.array]]) -> "KVCache":
+    def from_state(cls, state: Sequence[Mapping[str, mx.array]], room: int = 0) -> "KVCache":
         rows = []
         for own in state:
             row, count = KVRow(own), next(iter(own.values())).shape[2]
-            row.reserve(count)
+            row.reserve(count + room)
             row.append(own, count)
+            row.claimed = row.length
             rows.append(row)
         return cls(rows, KVFormat.of_arrays(state[0]))
 
@@ -254,7 +255,7 @@ class DeltaCache:
         return [self.view(row) for row in range(len(self.values.conv_state))]
 
     @classmethod
-    def from_state(cls, state: Sequence[Mapping[str, mx.array]]) -> "DeltaCache":
+    def from_state(cls, state: Sequence[Mapping[str, mx.array]], room: int = 0) -> "DeltaCache":
         names = DeltaState._fields
         return cls.joined([cls(DeltaState(*(own[name] for name in names))) for own in state])
 

@@ -120,12 +120,8 @@ class PrefixLibrary:
     def begin(self, prefix: Prefix) -> tuple[Cache, "Use"]:
         """Begin a prompt, with a cache that holds the most of it that is stored, and leaves a token to read."""
         with LOCK:
-            path = {entry.kind: entry for entry in self.entries(prefix)}  # the longest of each kind
             entry = self._longest(prefix)
-            use = Use(self, prefix, len(entry.prefix) if entry else 0, path)
-            self._uses.add(use)
-            for known in path.values():
-                self._touch(known)
+            use = self.keep(prefix, len(entry.prefix) if entry else 0)
             if entry and entry.kind == QUERY:
                 self.drop_loops(entry, prefix)
             cache = entry.snapshot.cache() if entry else self.model.make_cache()
@@ -136,8 +132,20 @@ class PrefixLibrary:
             self.trim()
             return cache, use
 
-    def store(self, prefix: Prefix, snapshot: Snapshot, kind: str) -> Entry | None:
+    def keep(self, prefix: Prefix, reused: int = 0) -> "Use":
+        """Keep what is stored of a prompt, `reused` tokens of which need not be read."""
+        with LOCK:
+            path = {entry.kind: entry for entry in self.entries(prefix)}  # the longest of each kind
+            use = Use(self, prefix, reused, path)
+            self._uses.add(use)
+            for known in path.values():
+                self._touch(known)
+            return use
+
+    def store(self, prefix: Prefix, snapshot: Snapshot, kind: str, compact: bool = True) -> Entry | None:
         """Store a snapshot behind a prefix. None where it is not stored: `counts.skipped` tells why.
+
+        compact: whether it gives up the columns behind those in use.
 
         Raises InputError for a snapshot of another model's cache.
         """
@@ -146,7 +154,8 @@ class PrefixLibrary:
             if not prefix.whole(len(prefix)):
                 self.counts.skipped["inside an image"] += 1
                 return None
-            snapshot.compact()
+            if compact:
+                snapshot.compact()
             known = next((entry for entry in self._entries if _same(entry.prefix, prefix)), None)
             if known:
                 kind = max(kind, known.kind, key=RANKS.__getitem__)

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -51,8 +51,20 @@ class Entry:
     lazy: bool = True  # whether mx.load can open the file
 
 
+class Header(NamedTuple):
+    """What a safetensors file says of itself."""
+
+    entries: dict[str, Entry]  # by stored name
+    metadata: dict[str, str]
+
+
 def read_header(file: Path) -> dict[str, Entry]:
     """The tensors of one safetensors file by stored name. InputError when it is truncated or breaks the format."""
+    return open_header(file).entries
+
+
+def open_header(file: Path) -> Header:
+    """The tensors and the metadata of one safetensors file. InputError as for read_header."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -66,7 +78,7 @@ def read_header(file: Path) -> dict[str, Entry]:
     try:
         if length > HEADER_BYTES:
             raise ValueError(f"it has {length} bytes and the format allows {HEADER_BYTES}")
-        tensors = _parse(header)
+        tensors, metadata = _parse(header)
         end = _contiguous(tensors)
     except (ValueError, RecursionError) as error:
         raise InputError("safetensors_invalid", f"the header of {file} is damaged: {error}; get it again") from error
@@ -77,15 +89,18 @@ def read_header(file: Path) -> dict[str, Entry]:
             f"{file} must have {data + end} bytes by its header, it has {size}: truncated; download it again",
         )
     lazy = not any(tensor["dtype"] in _NOT_MLX for tensor in tensors.values())
-    return {
+    entries = {
         name: Entry(file, name, tensor["dtype"], tuple(tensor["shape"]), data + begin, end - begin, lazy)
         for name, tensor in tensors.items()
         for begin, end in [tensor["data_offsets"]]
     }
+    return Header(entries, metadata)
 
 
-def _parse(header: bytes) -> dict[str, dict[str, Any]]:
-    """Name -> dtype, shape and data_offsets, each of the right type and in agreement; otherwise ValueError."""
+def _parse(header: bytes) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Name -> dtype, shape and data_offsets, each of the right type and in agreement, and the metadata; otherwise
+    ValueError.
+    """
     if header[:1] != b"{":
         raise ValueError("it does not begin with a brace")
     values = json.loads(header.decode("utf-8"), object_pairs_hook=without_duplicates)
@@ -98,7 +113,7 @@ def _parse(header: bytes) -> dict[str, dict[str, Any]]:
         name.encode("utf-8")  # half of a surrogate pair is no text
         if fault := _fault(value):
             raise ValueError(f"{name[:200]!r}: {fault}")
-    return values
+    return values, metadata or {}
 
 
 def _fault(value: Any) -> str | None:

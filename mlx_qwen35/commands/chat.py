@@ -3,19 +3,23 @@
 import argparse
 import shlex
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from mlx_qwen35.commands.options import add_answer_options, add_model_options, given_options
+from mlx_qwen35.commands.options import add_answer_options, add_model_options, add_options, given_options
 from mlx_qwen35.commands.output import print_media, print_pieces, tell_cut
 from mlx_qwen35.commands.parser import Parser
 from mlx_qwen35.commands.progress import Step
 from mlx_qwen35.commands.run import as_command, load_model, require_model
+from mlx_qwen35.commands.session import check_session, opened, save, tell_interrupted
 from mlx_qwen35.commands.streams import MARK, standard_input
 from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.engine.options import PromptOptions
 from mlx_qwen35.engine.result import Result
+from mlx_qwen35.engine.session import Session
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.options import options_of
+from mlx_qwen35.options import option, options_of
 
 COMMAND = "mlx_qwen35.chat"
 HELP = """\
@@ -23,9 +27,20 @@ HELP = """\
 /video F add the video F (a file, URL or folder of images)
 /drop    remove what was added
 /reset   forget the conversation
+/save    write the conversation into the file of --session, as leaving does
 /exit    leave (so does Ctrl-D)
 /help    this list
 Ctrl-C   stop the answer; what was written stays in the conversation"""
+
+
+@dataclass(frozen=True)
+class CommandOptions:
+    """What chat on the command line takes beside the options of a conversation."""
+
+    session: Path | None = option(
+        help="a file that holds the conversation: read where it is there, written by /save and at the end",
+        metavar="FILE",
+    )
 
 
 def parser() -> Parser:
@@ -40,6 +55,7 @@ def parser() -> Parser:
     group = parser.add_argument_group("prompt")
     shown = [prompt["system_prompt"], prompt["enable_thinking"]]
     add_answer_options(parser, group, shown, without=("logprobs", "top_logprobs", "tool_choice", "parallel_tool_calls"))
+    add_options(group, options_of(CommandOptions).values())
     return parser
 
 
@@ -52,6 +68,8 @@ def answer(conversation: Conversation, content: str | list[dict[str, Any]]) -> b
         except KeyboardInterrupt:
             turn.cancel()
             print()
+            if turn.result and not turn.result.tokens:
+                tell_interrupted(conversation, turn)
     result = turn.result
     if result is None:
         return False
@@ -92,8 +110,11 @@ def _unquoted(name: str) -> str:
     return words[0] if len(words) == 1 else name
 
 
-def session(conversation: Conversation) -> None:
-    """Read lines until /exit or the end of input; a message that cannot be read is told and the session goes on."""
+def talk(conversation: Conversation, session: Session | None = None) -> None:
+    """Read lines until /exit or the end of input; a message that cannot be read is told and the talk goes on.
+
+    session: the file of the conversation.
+    """
     shown: list[dict[str, Any]] = []  # goes with the next message
     while True:
         try:
@@ -109,11 +130,20 @@ def session(conversation: Conversation) -> None:
         if line == "/exit":
             return
         try:
-            shown = _obey(conversation, line, shown)
+            if line == "/save":
+                _save(session)
+            else:
+                shown = _obey(conversation, line, shown)
         except InputError as error:
             print(f"error: {error} [{error.code}]", file=sys.stderr)
         except KeyboardInterrupt:
             print()
+
+
+def _save(session: Session | None) -> None:
+    if session is None:
+        raise InputError("option_missing", "/save needs --session FILE when the command starts; there is no file")
+    save(session)
 
 
 def _obey(conversation: Conversation, line: str, shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -140,12 +170,22 @@ def main() -> None:
         args = parser().parse()
         name, options = require_model(args), given_options(args)
         at_terminal = standard_input().isatty()
+        if args.session:
+            check_session(args.session)
         model, processor = load_model(args)
         if at_terminal:
             import readline  # noqa: F401  line editing and history for input()
 
             print(f"{name}. /help lists the commands.")
-        session(Conversation(model, processor, **options))
+        if not args.session:
+            talk(Conversation(model, processor, **options))
+            return
+        with opened(args.session, model, processor, options) as session:
+            try:
+                talk(session.conversation, session)
+            finally:
+                if session.changed:
+                    save(session)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,19 @@ from mlx_qwen35.commands.output import print_media, print_pieces, tell_cut
 from mlx_qwen35.commands.parser import Parser
 from mlx_qwen35.commands.progress import Step
 from mlx_qwen35.commands.run import as_command, load_model, require_model
+from mlx_qwen35.commands.session import check_session, opened, save, tell_interrupted
 from mlx_qwen35.commands.streams import read_file, read_input, standard_input
+from mlx_qwen35.engine.conversation import Turn
 from mlx_qwen35.engine.encode import one_message
-from mlx_qwen35.engine.generation import Generation, start
+from mlx_qwen35.engine.generation import start
 from mlx_qwen35.engine.options import PromptOptions
 from mlx_qwen35.engine.result import Result
+from mlx_qwen35.engine.sequence import Sequence as Request
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.fetch import is_remote
 from mlx_qwen35.media.preprocess import Media
 from mlx_qwen35.options import option, options_of
+from mlx_qwen35.prompt.piece import Piece
 from mlx_qwen35.prompt.processor import Messages
 
 COMMAND = "mlx_qwen35.generate"
@@ -137,38 +141,77 @@ def run(args: argparse.Namespace) -> int:
     if options.get("logprobs") and not args.json:
         raise InputError("option_no_effect", "--logprobs must be given with --json, which has them: text has no place")
     check_there(args.media)
+    if args.session:
+        if options.get("ignore_chat_template"):
+            raise InputError(
+                "option_conflict", "--ignore-chat-template must not be given with --session: raw text is no message"
+            )
+        check_session(args.session)
+        return run_session(args, text, options)
     prompt = with_media(text, args.media, options)
     model, processor = load_model(args)
-    status = 0
     with Step("prefill", "tokens", timed=True) as prefill:
         generation = start(model, processor, [prompt], progress=prefill, **options)
-        media = [placed.media for placed in generation.requests[0].prompt.media]
-        prefill.clear()
-        print_media(media)
-        try:
-            if args.json:
-                wait_for(generation, prefill)
-            else:
-                print_pieces((piece for _, piece in generation), prefill)
-        except KeyboardInterrupt:
-            print(file=sys.stderr)
-            status = INTERRUPTED
-    (result,) = generation.results()
-    if args.json:
+        (request,) = generation.requests
+        media = [placed.media for placed in request.prompt.media]
+        whole = print_answer((piece for _, piece in generation), request, media, prefill, args.json)
+    print_result(request.result(), media, args.json)
+    return 0 if whole else INTERRUPTED
+
+
+def run_session(args: argparse.Namespace, text: str, options: dict[str, Any]) -> int:
+    """The prompt is the next message of the conversation in a file."""
+    content = one_message(text, args.media, None)[0]["content"]
+    model, processor = load_model(args)
+    with opened(args.session, model, processor, options) as session:
+        if args.media:
+            content = processor.read_parts(content, session.conversation.vision)
+        media = [part[part["type"]] for part in content if part["type"] != "text"] if args.media else []
+        with Step("prefill", "tokens", timed=True) as prefill:
+            turn = session.conversation.send(content, prefill)
+            whole = print_answer(turn, turn, media, prefill, args.json)
+            turn.cancel()
+        if turn.result:
+            print_result(turn.result, media, args.json)
+        if not whole:
+            tell_interrupted(session.conversation, turn)
+        if session.changed:
+            save(session)
+    return 0 if whole else INTERRUPTED
+
+
+def print_answer(
+    pieces: Iterable[Piece], answer: Request | Turn, media: Sequence[Media], prefill: Step, as_json: bool
+) -> bool:
+    """Print an answer as it comes, or with as_json how far it has come; False where it was interrupted."""
+    prefill.clear()
+    print_media(media)
+    try:
+        if as_json:
+            wait_for(pieces, answer, prefill)
+        else:
+            print_pieces(pieces, prefill)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return False
+    return True
+
+
+def print_result(result: Result, media: Sequence[Media], as_json: bool) -> None:
+    if as_json:
         found = dataclasses.asdict(result) | {"loop": result.loop and dataclasses.asdict(result.loop)}
         print(json.dumps(found, ensure_ascii=False, default=list))  # bytes as numbers
     else:
         print_statistics(result, media)
     tell_cut(result)
-    return status
 
 
-def wait_for(generation: Generation, step: Step) -> None:
+def wait_for(pieces: Iterable[Piece], answer: Request | Turn, step: Step) -> None:
     """Run it to its end; how far it has come on stderr, of the most tokens that it may have, each a piece of text."""
-    for count, _ in enumerate(generation, start=1):
+    for count, _ in enumerate(pieces, start=1):
         if count == 1:
             step.say("writing")
-        step(count, generation.requests[0].limit)
+        step(count, answer.limit)
 
 
 def main() -> None:

@@ -6,7 +6,8 @@ from copy import copy
 from dataclasses import replace
 from typing import Any, NamedTuple, Unpack, cast
 
-from mlx_qwen35.cache.prefix import Entry, Use
+from mlx_qwen35.cache.cache import Snapshot
+from mlx_qwen35.cache.prefix import Entry, Prefix, Use
 from mlx_qwen35.engine.constraints.rules import Rules
 from mlx_qwen35.engine.encode import template_options
 from mlx_qwen35.engine.engine import Engine
@@ -90,6 +91,18 @@ class Conversation:
             other.messages = [dict(message) for message in self.messages]
             other._turn, other.cache = None, self.model.make_cache()
             return other
+
+    def resume(self, messages: Sequence[Message], places: Sequence[tuple[Prefix, str, Snapshot]]) -> None:
+        """Go on with messages of another process, and with what was read of them.
+
+        places: the beginnings of its last prompt that were stored, the shortest first, with kind and snapshot.
+        """
+        with LOCK:
+            self.reset()
+            self.messages = list(messages)
+            for prefix, kind, snapshot in places:
+                self.library.store(prefix, snapshot, kind, compact=False)
+            self._use = self.library.keep(places[-1][0]) if places else None
 
     @property
     def entries(self) -> list[Entry]:
@@ -249,6 +262,11 @@ class Turn:
     def total(self) -> int:
         """Tokens of its prompt; 0 before it starts."""
         return len(self._begun.request.prompt.tokens) if self._begun else 0
+
+    @property
+    def limit(self) -> int:
+        """Most tokens of its answer; 0 before it starts."""
+        return self._begun.request.limit if self._begun else 0
 
     @property
     def prefill_seconds(self) -> float:

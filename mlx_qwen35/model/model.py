@@ -1,6 +1,6 @@
 """The model: tokens and image embeddings -> layers -> norm -> logits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -57,6 +57,7 @@ class Model(nn.Module):
         self.kv = kv
         self.vision: LazyPart[VisionEncoder] | None = None
         self.mtp: LazyPart[MultiTokenPrediction] | None = None
+        self.fingerprint: Callable[[], str]  # of the checkpoint, see checkpoint/fingerprint.py
 
     def make_cache(self, batch: int = 1) -> Cache:
         """An empty cache for a batch of so many rows, at least 1."""

@@ -43,12 +43,12 @@ def take_media(
         media.append(_read_part(kind, part, read, options))
         return {"type": kind}
 
-    return _with_content(messages, bare), media
+    return replace_media(messages, bare), media
 
 
 def without_media(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Checked messages with bare parts for images and videos, and nothing is read."""
-    return _with_content(messages, lambda kind, part: {"type": kind})
+    return replace_media(messages, lambda kind, part: {"type": kind})
 
 
 def read_parts(parts: Sequence[Any], read: Reader, options: VisionOptions) -> list[Any]:
@@ -60,10 +60,11 @@ def read_parts(parts: Sequence[Any], read: Reader, options: VisionOptions) -> li
     return _replaced(parts, lambda kind, part: {"type": kind, kind: _read_part(kind, part, read, options)})
 
 
-_Replace = Callable[[str, Mapping[str, Any]], dict[str, Any]]  # kind, part -> another part
+Replace = Callable[[str, Mapping[str, Any]], dict[str, Any]]  # kind, part -> another part
 
 
-def _with_content(messages: Sequence[dict[str, Any]], new: _Replace) -> list[dict[str, Any]]:
+def replace_media(messages: Sequence[dict[str, Any]], new: Replace) -> list[dict[str, Any]]:
+    """The messages with another part in the place of each image and video."""
     return [
         {**message, "content": _replaced(message["content"], new)}
         if isinstance(message.get("content"), list)
@@ -72,7 +73,7 @@ def _with_content(messages: Sequence[dict[str, Any]], new: _Replace) -> list[dic
     ]
 
 
-def _replaced(parts: Sequence[Any], new: _Replace) -> list[Any]:
+def _replaced(parts: Sequence[Any], new: Replace) -> list[Any]:
     return [new(kind, part) if (kind := kind_of(part)) else part for part in parts]
 
 

@@ -5,6 +5,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mlx_qwen35.checkpoint.config import Config
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.options import VisionOptions
@@ -131,6 +133,15 @@ class Processor:
         """An image or a video (`kind`), read and resized by the checkpoint's settings."""
         if isinstance(source, Media):
             return source
+        preprocessor = self._preprocessor(kind)
+        return preprocessor.image(source, vision) if kind == "image" else preprocessor.video(source, vision)
+
+    def resized(self, pixels: np.ndarray, times: Sequence[float], original: tuple[int, int]) -> Media:
+        """An image or a video whose pixels were read and resized before; see Media."""
+        preprocessor = self._preprocessor("video" if times else "image")
+        return Media(pixels, tuple(times), original, preprocessor.config, preprocessor.values)
+
+    def _preprocessor(self, kind: str) -> Preprocessor:
         if self._folder is None:
             raise InputError(
                 "vision_missing",
@@ -140,8 +151,7 @@ class Processor:
         if kind not in self._preprocessors:
             assert self.config.vision is not None
             self._preprocessors[kind] = read_preprocessor(self._folder, kind, self.config.vision, self.memory_limit)
-        preprocessor = self._preprocessors[kind]
-        return preprocessor.image(source, vision) if kind == "image" else preprocessor.video(source, vision)
+        return self._preprocessors[kind]
 
     def read_parts(self, parts: Sequence[Any], vision: VisionOptions) -> list[Any]:
         """The parts of one message with their images and videos read now."""

@@ -1,0 +1,220 @@
+"""The file of a session: safetensors that one process at a time uses, whole or not there at all, and that tells damage.
+
+It is written under a hidden name in the same folder, and takes its own in one step. So a process that ends at any
+moment leaves the old file or the new one. The first entry of its metadata is the SHA-256 of all bytes of the file, its
+own 64 digits counted as zeros.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_qwen35.checkpoint.dtypes import STORED, dtype_name
+from mlx_qwen35.checkpoint.tensors import Header, as_array, open_header
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.values import shown
+
+FORMAT, VERSION = "mlx_qwen35.session", "1"
+PIECE = 1 << 24  # bytes that are copied at a time
+_STORED = {**STORED, "uint32": "U32", "uint8": "U8"}
+_UNKNOWN = "0" * 64
+_BEGINNING = b'{"__metadata__": {"checksum": "'
+_PLACE = 8 + len(_BEGINNING)  # of the checksum
+
+
+class SessionFile:
+    """A path that belongs to this process until `close`, whether a file is there or not.
+
+    The lock is on the file, or where there is none on the hidden file that is to become it. It ends with the process.
+
+    Raises InputError: session_busy where another process has it, output_unwritable where no file can be.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).expanduser().resolve()
+        self._hidden = self.path.with_name(f".{self.path.name}.saving")
+        self._lock = -1
+        with self._telling():
+            if self.there and not self.path.is_file():
+                raise InputError("session_invalid", f"a session must be a file; {self.path} is none")
+            self._lock = self._own()
+
+    @property
+    def there(self) -> bool:
+        return self.path.exists()
+
+    def close(self) -> None:
+        """Give it up. Closing twice is fine."""
+        if self._lock >= 0:
+            if not self.there:
+                self._hidden.unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = -1
+
+    def _own(self, saving: bool = False) -> int:
+        """Lock the file, or the hidden one where there is none or it is `saving`; the descriptor."""
+        while True:
+            path = self._hidden if saving or not self.there else self.path
+            flags = os.O_RDWR | os.O_CREAT if path == self._hidden else os.O_RDONLY
+            lock = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
+                    return lock
+            except BlockingIOError as error:
+                os.close(lock)
+                raise InputError(
+                    "session_busy", f"one process at a time uses a session; another one has {self.path}"
+                ) from error
+            except BaseException:
+                os.close(lock)
+                raise
+            os.close(lock)  # it was renamed or removed since it was opened
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                "output_unwritable", f"{self.path} must be a file that can be read and written: {error.strerror}"
+            ) from error
+
+    # --- writing ---
+
+    def write(self, metadata: Mapping[str, str], arrays: Mapping[str, mx.array]) -> int:
+        """Replace the file; its bytes. Beside the arrays this takes memory for two pieces of them. Format and version
+        are added to the metadata.
+
+        Raises InputError disk_full, or output_unwritable; then the old file is as it was.
+        """
+        header = _header(metadata, arrays)
+        nbytes = len(header) + sum(array.nbytes for array in arrays.values())
+        with self._telling():
+            new = self._own(saving=True) if self.there else self._lock
+            try:
+                os.ftruncate(new, 0)  # what a process left that was killed
+                self._check_space(nbytes)
+                _fill(new, header, arrays)
+                os.rename(self._hidden, self.path)
+            except BaseException:
+                if new == self._lock:
+                    os.ftruncate(new, 0)
+                else:
+                    self._hidden.unlink(missing_ok=True)
+                    os.close(new)
+                raise
+            if new != self._lock:
+                os.close(self._lock)
+                self._lock = new
+            _sync(self.path.parent)
+        return nbytes
+
+    def _check_space(self, nbytes: int) -> None:
+        free = shutil.disk_usage(self.path.parent).free
+        if free < nbytes:
+            raise InputError(
+                "disk_full",
+                f"{self.path} needs {nbytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free. Make room",
+            )
+
+    # --- reading ---
+
+    def header(self) -> Header:
+        """Tensors and metadata. InputError session_invalid where the file is no session of this version, or shorter
+        than it says.
+        """
+        try:
+            header = open_header(self.path)
+        except InputError as error:
+            why = "truncated, or none" if error.code == "safetensors_truncated" else "damaged, or none"
+            raise InputError(
+                "session_invalid", f"{self.path} must be a session as it was saved; it is {why}"
+            ) from error
+        for name, known in (("format", FORMAT), ("version", VERSION)):
+            if (found := header.metadata.get(name)) != known:
+                raise InputError("session_invalid", f"{self.path}: {name!r} must be {known}, got {shown(found)}")
+        if next(iter(header.metadata)) != "checksum":
+            raise InputError("session_invalid", f"{self.path}: 'checksum' must come first; the file was changed")
+        return header
+
+    def arrays(self) -> Iterator[tuple[str, mx.array]]:
+        """Every tensor, in the order in which they were written, each in memory of its own. What came is to be used
+        only once the end is reached.
+
+        Raises InputError session_invalid behind the last one where the checksum differs.
+        """
+        header, digest = self.header(), hashlib.sha256()
+        entries = sorted(header.entries.values(), key=lambda entry: (entry.start, entry.nbytes))
+        with self._telling(), self.path.open("rb") as file:
+            head = bytearray(file.read(entries[0].start if entries else -1))
+            head[_PLACE : _PLACE + len(_UNKNOWN)] = _UNKNOWN.encode()
+            digest.update(head)
+            for entry in entries:
+                data = bytearray(entry.nbytes)
+                for start in range(0, entry.nbytes, PIECE):
+                    piece = memoryview(data)[start : start + PIECE]
+                    file.readinto(piece)
+                    digest.update(piece)
+                yield entry.stored_name, as_array(data, entry.dtype).reshape(entry.shape)
+        if digest.hexdigest() != header.metadata["checksum"]:
+            raise InputError(
+                "session_invalid",
+                f"{self.path}: 'checksum' must be that of its bytes; the file was damaged or changed",
+            )
+
+
+def _header(metadata: Mapping[str, str], arrays: Mapping[str, mx.array]) -> bytes:
+    """Length and JSON of a safetensors file, the checksum still zeros."""
+    metadata = {"checksum": _UNKNOWN, "format": FORMAT, "version": VERSION, **metadata}
+    values: dict[str, object] = {"__metadata__": metadata}
+    end = 0
+    for name, array in arrays.items():
+        stored = _STORED[dtype_name(array.dtype)]
+        values[name] = {"dtype": stored, "shape": array.shape, "data_offsets": [end, end + array.nbytes]}
+        end += array.nbytes
+    text = json.dumps(values).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _fill(file: int, header: bytes, arrays: Mapping[str, mx.array]) -> None:
+    """Write everything to an empty file, and then the checksum."""
+    digest = hashlib.sha256(header)
+    with os.fdopen(os.dup(file), "wb") as stream:
+        stream.seek(0)
+        stream.write(header)
+        for array in arrays.values():
+            for piece in _pieces(array):
+                digest.update(piece)
+                stream.write(piece)
+    os.pwrite(file, digest.hexdigest().encode(), _PLACE)
+    os.fsync(file)
+
+
+def _pieces(array: mx.array) -> Iterator[memoryview]:
+    """The bytes of an array, which may be a view of a larger one, in the order of its numbers."""
+    axis = next((i for i, size in enumerate(array.shape) if size > 1), None)
+    if array.nbytes <= PIECE or axis is None:
+        if array.size:
+            yield np.array(mx.view(array.flatten(), mx.uint8)).data
+        return
+    rows = max(1, PIECE * array.shape[axis] // array.nbytes)
+    for part in mx.split(array, range(rows, array.shape[axis], rows), axis):
+        yield from _pieces(part)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,52 @@
+"""The option --session of generate and chat: what was loaded and saved is told on standard error."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mlx_qwen35.cache.session_file import SessionFile
+from mlx_qwen35.commands.progress import Step
+from mlx_qwen35.engine.conversation import Conversation, Turn
+from mlx_qwen35.engine.session import Session
+from mlx_qwen35.model.model import Model
+from mlx_qwen35.prompt.processor import Processor
+
+
+def check_session(path: Path) -> None:
+    """Refuse a file that is no session, or in use, before the model is loaded."""
+    file = SessionFile(path)
+    try:
+        if file.there:
+            file.header()
+    finally:
+        file.close()
+
+
+@contextmanager
+def opened(path: Path, model: Model, processor: Processor, options: Mapping[str, Any]) -> Iterator[Session]:
+    """The session in this file, which is let go of behind the block."""
+    with Step(f"reading {path}"):
+        session = Session.load(path, model, processor, **options)
+    with session:
+        if session.tokens:
+            print(f"{session.tokens:,} tokens from {path} in {session.seconds:.2f} s", file=sys.stderr, flush=True)
+        yield session
+
+
+def save(session: Session) -> None:
+    with Step(f"writing {session.path}"):
+        nbytes = session.save()
+    print(f"saved {session.path}, {nbytes / 1e6:,.1f} MB", file=sys.stderr, flush=True)
+
+
+def tell_interrupted(conversation: Conversation, turn: Turn) -> None:
+    """Say what is kept of a turn that was interrupted."""
+    told = ""
+    if turn.result and turn.result.tokens:
+        told = "the answer is kept as far as it came"
+    elif turn.result:
+        kept = max((len(entry.prefix) for entry in conversation.entries), default=0)
+        told = f"{kept:,} of {turn.total:,} prompt tokens are read and kept: the same message goes on from there"
+    print(f"interrupted; {told}" if told else "interrupted", file=sys.stderr, flush=True)

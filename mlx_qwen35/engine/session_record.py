@@ -1,0 +1,157 @@
+"""A conversation -> the metadata and the arrays of its file, and back."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_qwen35.cache.cache import Snapshot
+from mlx_qwen35.cache.layer import CachePosition
+from mlx_qwen35.cache.prefix import Prefix, Shown
+from mlx_qwen35.cache.session_arrays import misfits, read_places, session_arrays
+from mlx_qwen35.cache.session_file import SessionFile
+from mlx_qwen35.checkpoint.dtypes import dtype_name
+from mlx_qwen35.engine.conversation import Conversation
+from mlx_qwen35.engine.tool_turns import Message
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.media.preprocess import Media
+from mlx_qwen35.model.model import Model
+from mlx_qwen35.prompt.parts import replace_media
+from mlx_qwen35.prompt.positions import Placeholder, positions
+from mlx_qwen35.prompt.processor import Processor
+
+VALUES = ("places", "next_positions", "runs", "messages", "media")  # that are JSON
+_SHORT = 60  # characters of a value in an error
+
+
+def identity(model: Model, processor: Processor) -> dict[str, str]:
+    """What a session must have been made with, to be of use."""
+    return {
+        "fingerprint": model.fingerprint(),
+        "dtype": dtype_name(model.dtype),
+        "kv_format": model.kv.name,
+        "rope": json.dumps(asdict(model.config.rope), sort_keys=True),
+        "tokenizer": _sha256(processor.tokenizer.backend.to_str()),
+    }
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _template(processor: Processor) -> str:
+    return _sha256(json.dumps(processor.tokenizer.chat_template))
+
+
+def check_identity(path: object, metadata: Mapping[str, str], model: Model, processor: Processor) -> None:
+    """InputError session_foreign unless a session was made with this model. A warning tells of another template."""
+    for name, own in identity(model, processor).items():
+        if (found := metadata.get(name)) != own:
+            raise InputError(
+                "session_foreign",
+                f"{path}: {name!r} must be {own[:_SHORT]}, as of this model, got {str(found)[:_SHORT]}. Load the model "
+                "as it was, or begin another file",
+            )
+    if metadata.get("template") != _template(processor):
+        warnings.warn(
+            f"{path}: 'template' is of another chat template. What this one renders otherwise is read again",
+            RuntimeWarning, stacklevel=2,
+        )  # fmt: skip
+
+
+# --- out -------------------------------------------------------------------------------------------------------------
+
+
+def to_record(conversation: Conversation) -> tuple[dict[str, str], dict[str, mx.array]]:
+    """Metadata and arrays of a conversation. What is stored of it in its library are places to go on from."""
+    model, processor = conversation.model, conversation.processor
+    entries = conversation.entries
+    places = [entry.snapshot.cache() for entry in entries]
+    prefix = entries[-1].prefix if entries else Prefix(np.zeros(0, np.int32))
+    media: dict[str, Media] = {}
+
+    def numbered(kind: str, part: Mapping[str, Any]) -> dict[str, Any]:
+        media.setdefault(part[kind].digest, part[kind])
+        return {"type": kind, kind: list(media).index(part[kind].digest)}
+
+    values = {
+        "places": [[len(entry.prefix), entry.kind] for entry in entries],
+        "next_positions": [place.next_positions[0] for place in places],
+        "runs": prefix.media,
+        "messages": replace_media(conversation.messages, numbered),  # fills media
+        "media": [[item.digest, item.times, item.original] for item in media.values()],
+    }
+    metadata = identity(model, processor) | {"template": _template(processor), "program": version("mlx_qwen35")}
+    arrays = {"tokens": mx.array(prefix.tokens.astype(np.uint32))}
+    arrays |= {f"media.{i}": mx.array(item.pixels) for i, item in enumerate(media.values())}
+    arrays |= session_arrays(places, model.make_cache())
+    return metadata | {name: json.dumps(value) for name, value in values.items()}, arrays
+
+
+# --- in --------------------------------------------------------------------------------------------------------------
+
+
+class Record(NamedTuple):
+    """What a file holds: the messages, and what was read of them, as `Conversation.resume` takes it."""
+
+    messages: list[Message]
+    places: list[tuple[Prefix, str, Snapshot]]
+
+    @property
+    def tokens(self) -> int:
+        """That were read."""
+        return len(self.places[-1][0]) if self.places else 0
+
+
+def read_record(file: SessionFile, model: Model, processor: Processor) -> Record:
+    """The content of a session. Everything is checked before it is used.
+
+    Raises InputError session_invalid and session_foreign, which name the field.
+    """
+    header = file.header()
+    check_identity(file.path, header.metadata, model, processor)
+    blank = model.make_cache()
+    try:
+        values = {name: json.loads(header.metadata[name]) for name in VALUES}
+        media = tuple(Shown(digest, tuple(map(tuple, places))) for digest, places in values["runs"])
+        lengths = [length for length, _ in values["places"]]
+        following = [_next_position(length, media) for length in lengths]
+        if following != values["next_positions"]:
+            raise ValueError(f"'next_positions' must be {following}, as its tokens and images have it")
+        if wrong := misfits(header.entries, blank, lengths):
+            raise ValueError(f"{len(wrong)} tensors do not fit its 'places', as {wrong[0]}")
+        spots = [CachePosition((length,), (at,)) for length, at in zip(lengths, following, strict=True)]
+        caches, arrays = read_places(file.arrays(), blank, spots)
+        shown = [_resized(processor, np.array(arrays[f"media.{i}"]), *own) for i, own in enumerate(values["media"])]
+        messages = replace_media(values["messages"], lambda kind, part: {"type": kind, kind: shown[part[kind]]})
+        prefix = Prefix(np.array(arrays["tokens"]).astype(np.int32), media)
+        kinds = [kind for _, kind in values["places"]]
+        places = [
+            (prefix.upto(cache.length), kind, cache.snapshot()) for kind, cache in zip(kinds, caches, strict=True)
+        ]
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError("session_invalid", f"{file.path} must be a session as it was saved: {error}") from error
+    return Record(messages, places)
+
+
+def _next_position(length: int, media: Iterable[Shown]) -> int:
+    """The position behind so many tokens, of which some show these."""
+    placeholders = [Placeholder(*place) for item in media for place in item.places if place[0] < length]
+    return int(positions(length, placeholders).max(initial=-1)) + 1
+
+
+def _resized(
+    processor: Processor, pixels: np.ndarray, digest: str, times: list[float], original: list[int]
+) -> Media:
+    media = processor.resized(pixels, times, (original[0], original[1]))
+    if media.digest != digest:
+        raise ValueError(f"'media' must have the digest {media.digest}, got {digest}")
+    return media

@@ -1,0 +1,129 @@
+"""--session of generate and chat: one conversation over several commands."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_qwen35 import Conversation, Session, load
+from mlx_qwen35.commands import chat, generate
+from mlx_qwen35.model.model import Model
+
+PICTURE = str(Path(__file__).parents[2] / "examples" / "pictures" / "shapes.png")
+GREEDY = ("--temp", "0", "--no-enable-thinking", "--max-tokens", "8")
+OPTIONS = {"temp": 0, "enable_thinking": False, "max_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return load("nano")
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "talk.of mine"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def command(main, *arguments: object, lines: str = "") -> tuple[int, str, str]:
+        """Exit status, and what went to standard output and standard error, progress left out."""
+        monkeypatch.setattr(sys, "argv", ["mlx_qwen35.command", "--model", "nano", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        try:
+            main()
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        out = capsys.readouterr()
+        told = [line for line in out.err.splitlines(keepends=True) if not line.endswith(" ...\n")]
+        return status, out.out, "".join(told)
+
+    return command
+
+
+def messages(path: Path, nano) -> list[dict]:
+    with Session.load(path, *nano) as session:
+        return session.conversation.messages
+
+
+def test_each_prompt_is_the_next_message_of_the_conversation(run, path, nano):
+    whole = Conversation(*nano, **OPTIONS)
+    expected = [whole.send([{"type": "image", "image": PICTURE}, {"type": "text", "text": "What do you see?"}]).text]
+    expected += [whole.send("What is 34 + 58?").text]
+    first = run(generate.main, "--session", path, "--image", PICTURE, "--prompt", "What do you see?", *GREEDY)
+    assert (first[0], first[1].strip()) == (0, expected[0])
+    assert f"saved {path}" in first[2] and "image 1: " in first[2]
+    status, out, err = run(generate.main, "--session", path, "--prompt", "What is 34 + 58?", "--json", *GREEDY)
+    assert (status, json.loads(out)["text"]) == (0, expected[1])
+    assert f"tokens from {path}" in err
+    said = [message["content"] for message in messages(path, nano)]
+    assert said[1:] == [expected[0], "What is 34 + 58?", expected[1]]
+    assert sorted(file.name for file in path.parent.iterdir()) == [path.name]  # nothing is added to the name
+
+
+def test_chat_goes_on_and_saves_at_its_end_and_on_demand(run, path, nano):
+    _, out, _ = run(generate.main, "--session", path, "--prompt", "What is 34 + 58?", *GREEDY)
+    _, said, err = run(chat.main, "--session", path, *GREEDY, lines="Add 10 to that.\n/save\nWho are you?\n")
+    assert err.count(f"saved {path}") == 2
+    found = messages(path, nano)
+    assert [message["content"] for message in found[::2]] == ["What is 34 + 58?", "Add 10 to that.", "Who are you?"]
+    assert found[1]["content"] == out.strip() and found[3]["content"] in said
+    before = path.stat()
+    assert run(chat.main, "--session", path, lines="/help\n")[0] == 0
+    assert path.stat() == before  # there was nothing new
+
+
+def test_save_needs_a_file(run):
+    assert "[option_missing]" in run(chat.main, lines="/save\n")[2]
+
+
+def test_ctrl_c_while_the_prompt_is_read_keeps_what_was_read(run, path, nano, monkeypatch):
+    prompt = ("--prompt", "Remember: " + ", ".join(f"k{i} is {i}" for i in range(20)))
+    arguments = ("--session", path, *prompt, *GREEDY, "--prefill-step-size", "16", "--mtp", "off")
+    expected = run(generate.main, *prompt, *GREEDY)[1]
+    hidden, passes = Model.hidden, []
+
+    def interrupted(self, *given, **options):
+        passes.append(given)
+        if len(passes) == 4:
+            raise KeyboardInterrupt
+        return hidden(self, *given, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Model, "hidden", interrupted)
+        status, out, err = run(generate.main, *arguments)
+    assert (status, out) == (130, "")
+    assert "interrupted; 48 of " in err and f"saved {path}" in err
+    assert messages(path, nano) == []
+    status, out, err = run(generate.main, *arguments)
+    assert (status, out) == (0, expected)
+    assert f"48 tokens from {path}" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(("--ignore-chat-template",), "option_conflict"), (("--system-prompt", "Be long."), "option_conflict")],
+)
+def test_what_a_session_has_no_place_for_is_refused(run, path, arguments, code):
+    run(generate.main, "--session", path, "--prompt", "Who are you?", *GREEDY)
+    before = path.read_bytes()
+    status, out, err = run(generate.main, "--session", path, "--prompt", "x", *arguments)
+    assert (status, out, err.endswith(f"[{code}]\n")) == (2, "", True)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("main", [generate.main, chat.main])
+def test_a_file_that_is_no_session_is_refused_in_one_line_before_the_model_is_loaded(run, path, main):
+    path.write_text("my diary")
+    status, out, err = run(main, "--model", "no such model", "--session", path)
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1 and str(path) in err and err.endswith("[session_invalid]\n")
+    assert path.read_text() == "my diary"
+
+
+def test_two_commands_cannot_use_one_file(run, path, nano):
+    with Session.load(path, *nano):
+        assert run(chat.main, "--session", path)[2].endswith("[session_busy]\n")
