@@ -52,5 +52,17 @@ def interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, _leave)
 
 
+def unwind_when_ended() -> None:
+    """From now on a closed terminal (SIGHUP) or SIGTERM raises SystemExit in the main thread, so that what is open is
+    saved.
+    """
+
+    def leave(number: int, _: Any) -> None:
+        sys.exit(128 + number)  # as shells have it
+
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, leave)
+
+
 if _command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _leave)

@@ -2,6 +2,8 @@
 
 import io
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -74,6 +76,21 @@ def test_chat_goes_on_and_saves_at_its_end_and_on_demand(run, path, nano):
     before = path.stat()
     assert run(chat.main, "--session", path, lines="/help\n")[0] == 0
     assert path.stat() == before  # there was nothing new
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_chat_whose_terminal_closes_saves_first(path, number):
+    command = [sys.executable, "-m", "mlx_qwen35.chat", "--model", "nano", "--session", str(path), *GREEDY]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as chat:
+        chat.stdin.write("What is 34 + 58?\n")
+        chat.stdin.flush()
+        while not chat.stderr.readline().startswith("[prompt "):
+            assert chat.poll() is None
+        chat.send_signal(number)
+        chat.wait(60)
+    assert chat.returncode == 128 + number
+    with Session.load(path, *load("nano")) as session:
+        assert [message["role"] for message in session.conversation.messages] == ["user", "assistant"]
 
 
 def test_save_needs_a_file(run):
