@@ -76,7 +76,7 @@ def draw_lesson(
     return item, turns
 
 
-def draw(task: str, rng: Random, held_out: bool = True, thinking: bool | None = None) -> Item:
+def draw(task: str | Task, rng: Random, held_out: bool = True, thinking: bool | None = None) -> Item:
     """One item of `task`: by default from the tenth that training never saw.
 
     All one-digit sums, greetings and questions about the model itself are trained, so these draw from one common pool.

@@ -71,11 +71,12 @@ def spread(rng: Random, low: int, high: int) -> int:
     return round(math.exp(rng.uniform(math.log(low), math.log(high))))
 
 
-def any_haystack(rng: Random, tokens: int) -> Context:
-    """A haystack with a few facts, or with as many as 400."""
-    most = min(MOST, tokens // 9)
-    facts = rng.randint(1, min(8, most)) if rng.random() < 0.35 else spread(rng, min(4, most), most)
-    return haystack(rng, tokens, facts, rng.random())
+def _any(rng: Random, tokens: int, facts: int | None = None, depth: float | None = None) -> Context:
+    """A haystack whose number of facts, a few or up to 400, and depth the dice choose where they are None."""
+    if facts is None:
+        most = min(MOST, tokens // 9)
+        facts = rng.randint(1, min(8, most)) if rng.random() < 0.35 else spread(rng, min(4, most), most)
+    return haystack(rng, tokens, facts, rng.random() if depth is None else depth)
 
 
 def _ask(rng: Random, context: Context, count: int, questions: Sequence[str]) -> Turn:
@@ -100,13 +101,9 @@ def _more(rng: Random, context: Context, turn: Turn) -> Turn:
     return _one(rng, context)
 
 
-def _short(rng: Random, easy: bool) -> Context:
-    return any_haystack(rng, spread(rng, *SHORT))
+def needle(tokens: int, facts: int | None = None, depth: float | None = None) -> Task:
+    """The task with texts of that many tokens and of that many facts, the first asked for at that depth."""
+    return Task(NEEDLE.name, lambda rng, easy: _any(rng, tokens, facts, depth), _one, _more)
 
 
-NEEDLE = Task("needle", _short, _one, _more)
-
-
-def needle(tokens: int) -> Task:
-    """The task with texts of about that many tokens."""
-    return Task(NEEDLE.name, lambda rng, easy: any_haystack(rng, tokens), _one, _more)
+NEEDLE = Task("needle", lambda rng, easy: _any(rng, spread(rng, *SHORT)), _one, _more)
