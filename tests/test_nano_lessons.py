@@ -7,8 +7,8 @@ from encoding import Encoder
 
 pytest.importorskip("torch")
 
-from lessons import LESSONS, LONG_TOKENS, Settings, batches  # noqa: E402
-from tasks import ALL_TASKS  # noqa: E402
+from lessons import LESSONS, LONG_TOKENS, Settings, batches
+from tasks import ALL_TASKS
 
 SETTINGS = Settings(rows=2, long_tokens=(448, 1536))
 
