@@ -5,7 +5,7 @@
 
 Texts are held out of the training, thinking is off, decoding greedy, the answer right if it is the very number. A
 chance answer is right once in 90. `--factors` above 1 read the same weights with YaRN (arXiv:2309.00071), whose
-original length is that of the longest rows of the training.
+original length is that of the longest rows of the training, at lengths that fit.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def main() -> None:
     found = []
     for length in args.lengths:
         for facts in args.facts:
-            for factor in args.factors:
+            for factor in (f for f in args.factors if f == 1 or length <= f * TRAINED):
                 found += measure(args.folder, factor, length, facts, args.items)
                 print(table(found[-len(DEPTHS) :]).splitlines()[-1], flush=True)
     if args.json:

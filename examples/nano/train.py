@@ -1,6 +1,7 @@
-"""Trains the nano model from nothing on two CPU cores.
+"""Trains the nano model on two CPU cores, from nothing or on from given weights.
 
     python examples/nano/train.py --out DIR --minutes 60 --seed 0
+    python examples/nano/train.py --out DIR --start FOLDER --minutes 66 --rate 3e-3
 
 Two worker processes of one thread each compute gradients on packed rows of short conversations and average them.
 The matrices are updated with Muon (half of them by each worker), the rest with AdamW. The learning rate follows the
