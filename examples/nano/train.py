@@ -250,6 +250,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=Settings.rate)
     parser.add_argument("--hold", type=float, default=Settings.hold)
     parser.add_argument("--easy", type=float, default=Settings.easy, help="part of the time with easy lessons")
+    parser.add_argument("--long-every", type=int, default=Settings.long_every, help="steps to one with long rows")
     parser.add_argument("--product", choices=("bfloat16", "float32"), default=Settings.product)
     parser.add_argument("--start", type=Path, help="folder of the weights to go on from (fine-tuning)")
     parser.add_argument("--boost", nargs="*", default=[], metavar="TASK=FACTOR", help="draw a task more often")
@@ -261,7 +262,7 @@ def main() -> None:
         return
     boost = tuple((name, float(factor)) for name, factor in (text.split("=") for text in args.boost))
     settings = Settings(minutes=args.minutes, seed=args.seed, rate=args.rate, hold=args.hold, easy=args.easy)
-    settings = replace(settings, boost=boost, product=args.product)
+    settings = replace(settings, boost=boost, product=args.product, long_every=args.long_every)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / ".workers").unlink(missing_ok=True)
     mp.spawn(work, args=(settings, args.out, args.start, args.save_every), nprocs=WORKERS)
