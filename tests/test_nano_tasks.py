@@ -18,9 +18,10 @@ from mlx_qwen35 import Processor, load
 
 PROMPTS = json.loads((Path(__file__).parents[1] / "examples/nano/prompts.json").read_text())
 ITEMS = 16
-ROW = 288  # tokens of a row of the training (train.py, Settings.tokens)
+ROW = 352  # tokens of a row of the training (lessons.py, Settings.tokens)
 LESSONS = 4252710246  # crc32 of lessons of the first tasks, as train.py and the tokenizer draw them
-MODES = [(name, thinking) for name, task in AGENT_TASKS.items() for thinking in task.modes]
+LATER = [*AGENT_TASKS, "needle"]
+MODES = [(name, thinking) for name in LATER for thinking in ALL_TASKS[name].modes]
 
 
 @cache

@@ -1,6 +1,6 @@
 """Measures how many of the draft head's tokens are accepted on nano's tasks, and prints two markdown tables.
 
-    python examples/nano/acceptance.py [--agent] [--items N] [--json FILE]
+    python examples/nano/acceptance.py [--items N] [--json FILE]
 
 Every held-out item is answered without drafts and with them at depths 1, 2 and 3, greedily and at temperature 1 with
 a seed of its own; half of them thinking. A step is a pass of the model behind the prompt. Acceptance of draft j counts
@@ -24,7 +24,7 @@ import mlx.core as mx
 import numpy as np
 from guesses import Answer, Text, acceptance, answer, shares
 from ours import prompt
-from tasks import AGENT_TASKS, ALL_TASKS, TASKS, items_of
+from tasks import ALL_TASKS, items_of
 
 import mlx_qwen35
 from mlx_qwen35 import Model
@@ -148,15 +148,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="nano")
     parser.add_argument("--items", type=int, default=20, help="held-out items of each task, half of them thinking (20)")
-    parser.add_argument("--agent", action="store_true", help="the tasks of agents in place of the others")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     if args.items < 2 or args.items % 2:
         parser.error(f"--items must be even and at least 2, got {args.items}")
     scores: list[Score] = []
-    tasks = list(AGENT_TASKS if args.agent else TASKS)
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        for found in pool.map(partial(measure, name=args.model, items=args.items), tasks):
+        for found in pool.map(partial(measure, name=args.model, items=args.items), ALL_TASKS):
             print(found[0].task, file=sys.stderr, flush=True)
             scores += found
     for temp in TEMPS:

@@ -1,7 +1,7 @@
 """Measures a nano checkpoint on held-out items with transformers, and prints a markdown table.
 
     python examples/nano/evaluate.py --folder mlx_qwen35/nano --json mlx_qwen35/nano/evaluation.json
-    python examples/nano/evaluate.py --agent --items 20 --generate 20
+    python examples/nano/evaluate.py --tasks typed_call needle --items 20 --generate 20
 
 `text` counts completions that are right to the last token (thinking included), `answer` the right final answers of
 real greedy generations, see scoring.py. Weights are used as stored, arithmetic is float32. `MTP` is how often the
@@ -27,7 +27,7 @@ from encoding import FOLDER, Encoded, Encoder
 from ours import completions, marks
 from safetensors.torch import load_file
 from scoring import right, well_formed
-from tasks import AGENT_TASKS, ALL_TASKS, TASKS, Item, draw, items_of
+from tasks import ALL_TASKS, TASKS, Item, draw, items_of
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen3_5ForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -229,14 +229,13 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=200, help="held-out items of each task and mode")
     parser.add_argument("--generate", type=int, default=20, help="of these, items answered by real generation")
     parser.add_argument("--tasks", nargs="*", choices=list(ALL_TASKS))
-    parser.add_argument("--agent", action="store_true", help="the tasks of agents in place of the others")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="also write the scores here")
     parser.add_argument("--prompts", type=Path, help="only choose fixed prompts with a clear margin, into this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    judge, tasks = Judge(args.folder), args.tasks or list(AGENT_TASKS if args.agent else TASKS)
+    judge, tasks = Judge(args.folder), args.tasks or list(ALL_TASKS)
     if args.prompts:
         prompts = fixed_prompts(judge, per_task=4)
         args.prompts.write_text(json.dumps(prompts, indent=1, ensure_ascii=False) + "\n")

@@ -1,6 +1,7 @@
-"""Trains the nano model from nothing on two CPU cores.
+"""Trains the nano model on two CPU cores, from nothing or on from given weights.
 
     python examples/nano/train.py --out DIR --minutes 60 --seed 0
+    python examples/nano/train.py --out DIR --start FOLDER --minutes 66 --rate 3e-3
 
 Two worker processes of one thread each compute gradients on packed rows of short conversations and average them.
 The matrices are updated with Muon (half of them by each worker), the rest with AdamW. The learning rate follows the
@@ -13,8 +14,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 
@@ -24,121 +24,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from checkpoint import Nano, initialise, load, save
-from encoding import Encoded, Encoder, positions
+from encoding import Encoder, positions
 from forward import PRECISION, Batch, VisionGrid, hidden_states
+from lessons import LESSONS, Settings, batches
 from tasks import draw_lesson
 from torch import Tensor
 
 WORKERS = 2
 MTP_WEIGHT = 0.2
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """How often a task is drawn, and how many further questions on the same matter may follow."""
-
-    weight: float
-    more: int = 0
-    thinking: float = 0.5
-    easy: float = 0.0  # share of the short form (few entries, one figure) throughout the run
-
-
-LESSONS = {
-    "add_1": Lesson(0.03),
-    "add_2": Lesson(0.08, thinking=0.25),
-    "add_3": Lesson(0.14, thinking=0.3),
-    "repeat": Lesson(0.10, more=1),
-    "recall": Lesson(0.12, more=6, easy=0.4),
-    "describe": Lesson(0.03, more=2),
-    "count": Lesson(0.02, more=2),
-    "colour": Lesson(0.03, more=2),
-    "shape": Lesson(0.08, more=3),
-    "which_picture": Lesson(0.05, more=2),
-    "same_pictures": Lesson(0.04, more=1),
-    "nth_picture": Lesson(0.03, more=2),
-    "digits": Lesson(0.12),
-    "direction": Lesson(0.08),
-    "tool_city": Lesson(0.02, more=3),
-    "tool_name": Lesson(0.05, more=4),
-    "tool_report": Lesson(0.02, more=1),
-    "then_add": Lesson(0.05),
-    "then_colour": Lesson(0.05),
-    "then_recall": Lesson(0.04, more=4, easy=0.4),
-    "identity": Lesson(0.015),
-    "greeting": Lesson(0.01),
-}
-
-
-EASY_FACTORS = {"add_1": 3.0, "add_3": 0.2, "tool_report": 0.0}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides the result beside the code."""
-
-    minutes: float = 60.0
-    seed: int = 0
-    rows: int = 5  # per worker and step
-    tokens: int = 288  # of a row
-    rate: float = 4.5e-3
-    adam_ratio: float = 0.6
-    hold: float = 0.4  # part of the time at the full rate
-    warmup: int = 60  # steps
-    easy: float = 0.1  # part of the time with short lists and single figures
-    boost: tuple[tuple[str, float], ...] = ()  # tasks drawn more often: name and factor
-
-
-# --- rows ------------------------------------------------------------------------------------------------------------
-
-
-def draw_encoded(encoder: Encoder, rng: Random, settings: Settings, easy: bool) -> Encoded:
-    """One lesson of the mix that fits a row."""
-    boost = dict(settings.boost)
-    names = list(LESSONS)
-    weights = [LESSONS[name].weight * boost.get(name, 1.0) for name in names]
-    if easy:
-        weights = [w * EASY_FACTORS.get(name, 1.0) for name, w in zip(names, weights, strict=True)]
-    name = rng.choices(names, weights)[0]
-    lesson = LESSONS[name]
-    more = rng.randint((lesson.more + 1) // 2, lesson.more)
-    easy = easy or rng.random() < lesson.easy
-    while True:
-        thinking = rng.random() < lesson.thinking
-        encoded = encoder.lesson(*draw_lesson(name, rng, thinking=thinking, easy=easy, more=more))
-        if len(encoded.ids) <= settings.tokens:
-            return encoded
-        more = max(more - 1, 0)
-
-
-def batches(encoder: Encoder, settings: Settings, seed: int, progress: list[float]) -> Iterator[Batch]:
-    """Endless packed batches; `progress[0]` (0 to 1) is read to tell the easy beginning."""
-    rng = Random(seed)
-    waiting: list[Encoded] = []
-    while True:
-        rows, learn, patches = [], [], []
-        for _ in range(settings.rows):
-            ids: list[int] = []
-            flags: list[bool] = []
-            while True:
-                while len(waiting) < 12:
-                    waiting.append(draw_encoded(encoder, rng, settings, progress[0] < settings.easy))
-                fits = [i for i, e in enumerate(waiting) if len(ids) + len(e.ids) <= settings.tokens]
-                if not fits:
-                    break
-                chosen = waiting.pop(fits[0])
-                ids += chosen.ids
-                flags += chosen.learn
-                patches += chosen.patches
-            room = settings.tokens - len(ids)
-            rows.append(ids + [encoder.pad] * room)
-            learn.append(flags + [False] * room)
-        where = np.stack([positions(row, encoder.image_pad, encoder.video_pad) for row in rows], axis=1)
-        yield Batch(
-            torch.tensor(rows),
-            torch.from_numpy(where),
-            torch.tensor(learn),
-            torch.from_numpy(np.stack(patches)) if patches else torch.zeros(0, 16, 1536),
-        )
 
 
 # --- loss ------------------------------------------------------------------------------------------------------------
@@ -159,7 +52,7 @@ def losses(nano: Nano, grid: VisionGrid, batch: Batch, picture_ids: tuple[int, i
 
 def orthogonalise(x: Tensor) -> Tensor:
     """Five Newton-Schulz steps towards the nearest orthogonal matrices; `x`: (n, rows, columns), rows <= columns."""
-    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(PRECISION.product)
     for _ in range(5):
         gram = x @ x.mT
         x = 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) @ x
@@ -255,6 +148,7 @@ def work(rank: int, settings: Settings, out: Path, start: Path | None, save_ever
     """One worker process."""
     torch.set_num_threads(1)
     torch.manual_seed(settings.seed)
+    PRECISION.product = getattr(torch, settings.product)
     dist.init_process_group("gloo", init_method=f"file://{out.resolve()}/.workers", rank=rank, world_size=WORKERS)
     encoder = Encoder()
     if start:
@@ -270,7 +164,7 @@ def work(rank: int, settings: Settings, out: Path, start: Path | None, save_ever
         optimiser.restore(state)
         spent = float(state["seconds"])
     progress = [spent / (60 * settings.minutes)]
-    stream = batches(encoder, settings, settings.seed * 1000 + rank + 7919 * optimiser.steps, progress)
+    stream = batches(encoder, settings, rank, optimiser.steps, progress)
     begin, saved = time.monotonic() - spent, spent
     totals = torch.zeros(5)
     while True:
@@ -356,6 +250,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=Settings.rate)
     parser.add_argument("--hold", type=float, default=Settings.hold)
     parser.add_argument("--easy", type=float, default=Settings.easy, help="part of the time with easy lessons")
+    parser.add_argument("--long-every", type=int, default=Settings.long_every, help="steps to one with long rows")
+    parser.add_argument("--product", choices=("bfloat16", "float32"), default=Settings.product)
     parser.add_argument("--start", type=Path, help="folder of the weights to go on from (fine-tuning)")
     parser.add_argument("--boost", nargs="*", default=[], metavar="TASK=FACTOR", help="draw a task more often")
     parser.add_argument("--save-every", type=float, default=5.0, help="minutes between checkpoints")
@@ -366,7 +262,7 @@ def main() -> None:
         return
     boost = tuple((name, float(factor)) for name, factor in (text.split("=") for text in args.boost))
     settings = Settings(minutes=args.minutes, seed=args.seed, rate=args.rate, hold=args.hold, easy=args.easy)
-    settings = replace(settings, boost=boost)
+    settings = replace(settings, boost=boost, product=args.product, long_every=args.long_every)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / ".workers").unlink(missing_ok=True)
     mp.spawn(work, args=(settings, args.out, args.start, args.save_every), nprocs=WORKERS)

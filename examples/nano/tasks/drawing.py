@@ -2,7 +2,7 @@
 
 from random import Random
 
-from tasks import calls, clips, figures, itself, lists, numbers, pairs, printed, results, schemas, sums, tools
+from tasks import calls, clips, figures, itself, lists, needles, numbers, pairs, printed, results, schemas, sums, tools
 from tasks.items import Context, Item, Task, Turn, completion, is_held_out, user_message
 
 SYSTEM_PROMPTS = ("You are a helpful assistant.", "Be brief.", "You are nano.", "Answer the question.")
@@ -24,7 +24,7 @@ AGENT_TASKS: dict[str, Task] = {
         schemas.JSON_SCHEMA, sums.LONG_SUM, sums.CLOSED_SUM, sums.CLOSED_THOUGHT,
     )
 }  # fmt: skip
-ALL_TASKS = TASKS | AGENT_TASKS
+ALL_TASKS = TASKS | AGENT_TASKS | {needles.NEEDLE.name: needles.NEEDLE}
 
 
 def _item(task: Task, rng: Random, context: Context, turn: Turn, thinking: bool) -> Item:
@@ -46,16 +46,21 @@ def _item(task: Task, rng: Random, context: Context, turn: Turn, thinking: bool)
 
 
 def draw_lesson(
-    task: str, rng: Random, held_out: bool = False, thinking: bool | None = None, easy: bool = False, more: int = 0
+    task: str | Task,
+    rng: Random,
+    held_out: bool = False,
+    thinking: bool | None = None,
+    easy: bool = False,
+    more: int = 0,
 ) -> tuple[Item, list[Turn]]:
     """An item of `task` and up to `more` further questions on the same list, picture or tools.
 
     `thinking`: None leaves it to the dice. `easy`: short lists, one figure. All turns come from the asked split.
     """
-    chosen = ALL_TASKS[task]
+    chosen = ALL_TASKS[task] if isinstance(task, str) else task
     if thinking is None:
         thinking = rng.random() < 0.5 if len(chosen.modes) == 2 else chosen.modes[0]
-    assert thinking in chosen.modes, f"{task} has no items with thinking={thinking}"
+    assert thinking in chosen.modes, f"{chosen.name} has no items with thinking={thinking}"
     while True:
         context = chosen.context(rng, easy)
         turn = chosen.ask(rng, context)
@@ -71,7 +76,7 @@ def draw_lesson(
     return item, turns
 
 
-def draw(task: str, rng: Random, held_out: bool = True, thinking: bool | None = None) -> Item:
+def draw(task: str | Task, rng: Random, held_out: bool = True, thinking: bool | None = None) -> Item:
     """One item of `task`: by default from the tenth that training never saw.
 
     All one-digit sums, greetings and questions about the model itself are trained, so these draw from one common pool.
