@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from mlx_qwen35.cache.cache import Cache, Snapshot
+from mlx_qwen35.errors import InputError
 from mlx_qwen35.machine.process import LOCK
 
 SYSTEM, QUERY, TURN, READING = "system", "query", "turn", "reading"
@@ -135,7 +136,7 @@ class PrefixLibrary:
     def keep(self, prefix: Prefix, reused: int = 0) -> "Use":
         """Keep what is stored of a prompt, `reused` tokens of which need not be read."""
         with LOCK:
-            path = {entry.kind: entry for entry in self.entries(prefix)}  # the longest of each kind
+            path = self._path(prefix)
             use = Use(self, prefix, reused, path)
             self._uses.add(use)
             for known in path.values():
@@ -147,23 +148,29 @@ class PrefixLibrary:
 
         compact: whether it gives up the columns behind those in use.
 
-        Raises InputError for a snapshot of another model's cache.
+        Raises InputError for a snapshot of a cache of another form, and of another number of tokens.
         """
         with LOCK:
-            self.model.make_cache().restore(snapshot)  # refuses it
+            self.model.make_cache().restore(snapshot)  # refuses another form
+            if snapshot.row_lengths != [len(prefix)]:
+                raise InputError(
+                    "snapshot_foreign",
+                    f"a snapshot must be of the prefix that it is stored behind, of {len(prefix)} tokens; it has "
+                    f"{snapshot.row_lengths[0]}",
+                )
             if not prefix.whole(len(prefix)):
                 self.counts.skipped["inside an image"] += 1
                 return None
             if compact:
                 snapshot.compact()
-            known = next((entry for entry in self._entries if _same(entry.prefix, prefix)), None)
-            if known:
-                kind = max(kind, known.kind, key=RANKS.__getitem__)
-                self._entries.remove(known)
-            entry = Entry(prefix, kind, snapshot)
+            entry = next((entry for entry in self._entries if _same(entry.prefix, prefix)), None)
+            if entry:  # the same object, which others may have in use
+                entry.kind, entry.snapshot = max(kind, entry.kind, key=RANKS.__getitem__), snapshot
+            else:
+                entry = Entry(prefix, kind, snapshot)
+                self._entries.append(entry)
+                self.counts.stored += 1
             self._touch(entry)
-            self._entries.append(entry)
-            self.counts.stored += not known
             return entry
 
     def entries(self, prefix: Prefix | None = None) -> list[Entry]:
@@ -186,16 +193,23 @@ class PrefixLibrary:
 
     # --- room ---
 
-    def ready(self, prefix: Prefix) -> int:
-        """The tokens of a prompt that are in memory already, where it can go on without a copy of them."""
+    def ready(self, prefixes: Iterable[Prefix]) -> list[int]:
+        """The tokens of each prompt that are in memory already, where it can go on without a copy of them.
+
+        Of the prompts that begin with one snapshot the first can: it takes the columns behind.
+        """
         with LOCK:
-            entry = self._longest(prefix)
-            return len(entry.prefix) if entry and entry.snapshot.ends_its_arrays else 0
+            found, taken = [], set()
+            for entry in map(self._longest, prefixes):
+                goes_on = entry and entry not in taken and entry.snapshot.ends_its_arrays
+                found.append(len(entry.prefix) if entry and goes_on else 0)
+                taken.add(entry)
+            return found
 
     def make_room(self, prefixes: Iterable[Prefix]) -> None:
-        """Let go of all that is not in use, except what each of these prompts begins with."""
+        """Let go of all that is not in use, except what each of these prompts will keep when it begins."""
         with LOCK:
-            kept = set(map(self._longest, prefixes))
+            kept = {entry for prefix in prefixes for entry in self._path(prefix).values()}
             for entry in self._idle():
                 if entry not in kept:
                     self._drop(entry)
@@ -207,9 +221,15 @@ class PrefixLibrary:
         with LOCK:
             self._compact()
             idle = self._idle()
-            while idle and self.nbytes > most:
-                self._drop(idle.pop(0))
+            while idle and (over := self.nbytes - most) > 0:
+                while idle and over > 0:  # no more than it takes: a snapshot frees at most its bytes
+                    over -= idle[0].snapshot.nbytes
+                    self._drop(idle.pop(0))
                 self._compact()
+
+    def _path(self, prefix: Prefix) -> dict[str, Entry]:
+        """By kind, the longest beginning of a prompt that is stored."""
+        return {entry.kind: entry for entry in self.entries(prefix)}
 
     def _longest(self, prefix: Prefix) -> Entry | None:
         found = [entry for entry in self.entries(prefix) if len(entry.prefix) < len(prefix)]
@@ -247,7 +267,7 @@ class PrefixLibrary:
     def replace(self, entry: Entry, before: Entry | None) -> None:
         """A place of a prompt is stored: let go of the turn before it, and thin the readings."""
         idle = self._idle()
-        if entry.kind == TURN and before in idle:
+        if before and before in idle and before.kind == entry.kind == TURN:
             self._drop(before)
         for reading in idle if entry.kind == READING else ():
             if reading.kind == READING and reading.prefix.begins(entry.prefix) and not _stays(reading, entry):

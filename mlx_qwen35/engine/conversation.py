@@ -149,11 +149,10 @@ class Conversation:
     ) -> "Turn":
         """A turn with another answer in place of the last one.
 
-        seed: in place of the options'. Raises InputError where the last message is no answer.
+        seed: in place of the options'. Raises InputError where the last message is no answer, now or when it starts.
         """
         refuse_fork()
-        if not self.messages or self.messages[-1]["role"] != "assistant":
-            raise InputError("messages_invalid", "regenerate needs an answer as the last message; there is none")
+        self._check_answer()
         return Turn(self, [], progress, replaces=1, seed=seed)
 
     # --- for a turn ---
@@ -162,17 +161,24 @@ class Conversation:
         """Prepare the answer to a turn's messages, behind the turns so far."""
         if self._turn:
             self._turn.cancel()
+        if turn.replaces:
+            self._check_answer()
         messages = [*self.messages[: len(self.messages) - turn.replaces], *turn.messages]
         prompt = self.processor.encode_messages(messages, self.vision, **self._template)
         window, remedy = self.model.config.max_position_embeddings, "Send less, begin anew (reset(), in chat /reset)"
         check_window(window, len(prompt.tokens), prompt, "the conversation with this message", remedy)
+        read = self._use and self._use.prefix
         self.cache, self._use = self.model.make_cache(), None  # the library goes on in the memory of the last turn
-        planned = self._plan(prompt)
-        if turn.seed is not None:
-            planned = replace(planned, seed=turn.seed)
-        request = make_request(
-            self.processor, prompt, planned, self.cache, self._options, self._rules, progress=turn.count
-        )
+        try:
+            planned = self._plan(prompt)
+            if turn.seed is not None:
+                planned = replace(planned, seed=turn.seed)
+            request = make_request(
+                self.processor, prompt, planned, self.cache, self._options, self._rules, progress=turn.count
+            )
+        except BaseException:
+            self._use = self.library.keep(read) if read else None
+            raise
         self._turn = turn
         return Begun(request, messages)
 
@@ -184,6 +190,10 @@ class Conversation:
         self._use, request.use = request.use, None  # a turn that is kept must not keep its prompt in the library
         if request.tokens:
             self.messages = [*begun.messages, request.result().message]
+
+    def _check_answer(self) -> None:
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            raise InputError("messages_invalid", "regenerate needs an answer as the last message; there is none")
 
     def _plan(self, prompt: Prompt) -> SequencePlan:
         return plan_rows(self.model, self.processor, [prompt], [0], self._options, self._rules, self.library)[0]

@@ -62,20 +62,26 @@ def plan_rows(
     rules: Rules,
     library: PrefixLibrary | None,
 ) -> list[SequencePlan]:
-    """The plans of prompts, cached[i] tokens before each. A library that is in their way makes room."""
+    """The plans of prompts, cached[i] tokens before each. A library that is in their way makes room.
+
+    It is where memory would refuse a prompt, or shorten an answer or the drafts.
+    """
+    prefixes = [prefix_of(prompt) for prompt in prompts]
 
     def planned() -> list[SequencePlan]:
-        held = [library.ready(prefix_of(prompt)) for prompt in prompts] if library else [0] * len(prompts)
+        held = library.ready(prefixes) if library else [0] * len(prompts)
         rest = [prompt.after(length) for prompt, length in zip(prompts, held, strict=True)]
         before = list(map(sum, zip(cached, held, strict=True)))
         return plan(options, model, processor.greedy, rest, before, rules.closing)
 
     try:
-        return planned()
+        plans = planned()
+        if library is None or not any(plan.short for plan in plans):
+            return plans
     except InputError as error:
         if library is None or error.code != "memory_exceeded":
             raise
-    library.make_room([prefix_of(prompt) for prompt in prompts])
+    library.make_room(prefixes)
     return planned()
 
 

@@ -33,6 +33,11 @@ class SequencePlan:
     prefill_step_size: int
     drafts: DraftPolicy
 
+    @property
+    def short(self) -> bool:
+        """Whether memory shortens the answer or the drafts."""
+        return self.limited_by == "memory" or self.drafts.short
+
 
 def plan(
     options: Options,
@@ -139,7 +144,7 @@ def _drafts_and_room(
     room = most_tokens(model.config, machine, chunk, cached, drafts.depth, drafts.head_bytes)
     needed = sum(contexts) + sum(wanted)
     if drafts.depth and not drafts.fixed and room < min(without, needed):
-        drafts, room = DraftPolicy(0, reason="memory has no room for drafts beside this context"), without
+        drafts, room = DraftPolicy(0, reason="memory has no room for drafts beside this context", short=True), without
     answer = (room - sum(contexts)) // rows
     if answer < options.get("max_tokens", 1):
         _refuse(options, room, contexts, drafts, _other_forms(model.config, machine, chunk, cached, room))

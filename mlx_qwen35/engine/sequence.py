@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_qwen35.cache.cache import Cache
-from mlx_qwen35.cache.prefix import READING, STEP, TURN, PrefixLibrary, Use
+from mlx_qwen35.cache.prefix import QUERY, READING, STEP, TURN, PrefixLibrary, Use
 from mlx_qwen35.engine.constraints.loop import NOTHING
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy, RowDrafts, attach, detach
@@ -230,9 +230,14 @@ class Sequence:
         self._chunks, self._done = chunks(model, self.own, row, self.prefill_step_size, ends), self.cached
 
     def _places(self, use: Use) -> dict[int, str]:
-        """Where the library stores this prompt, with the kind of each place; without marks just before its end."""
+        """Where the library stores this prompt, with the kind of each place.
+
+        Just before its end where no mark says where it parts from the next.
+        """
         total = len(self.prompt.tokens)
-        marks = dict(self.prompt.marks) or {total - 1: TURN}
+        marks = dict(self.prompt.marks)
+        if not {QUERY, TURN} & {*marks.values()}:
+            marks.setdefault(total - 1, TURN)
         places = dict.fromkeys(range(STEP, total, STEP), READING) | marks
         unread = ((place, kind) for place, kind in places.items() if self.cached < place < total)
         return {place: kind for place, kind in unread if use.prefix.whole(place)}
@@ -258,7 +263,7 @@ class Sequence:
         """
         cache, self.own, caller = cache or self.own, None, self.cache
         if self.use and cache and self._chunks and not self.error and cache.length > self.cached:
-            self.use.store(cache, READING)
+            self.use.read(cache, cache.length - self._done, READING)
         self._chunks = None
         detach(model, self)
         self.sampler.clear()

@@ -9,6 +9,8 @@ import pytest
 from memory_use import active
 from refusing import refused
 
+from mlx_qwen35.cache.cache import Snapshot
+from mlx_qwen35.cache.layer import CachePosition
 from mlx_qwen35.cache.prefix import QUERY, READING, STEP, SYSTEM, TURN, Prefix, PrefixLibrary, Shown, Use
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.model.model import Model
@@ -51,6 +53,13 @@ def read(model: Model, library: PrefixLibrary, prefix: Prefix, places: list[int]
         hidden = prefill(model, cache, cut(whole, start - use.reused, stop - use.reused), CHUNK)
         use.read(cache, stop - start, QUERY if stop in inner else None)
     return hidden, use
+
+
+def empty(model: Model, length: int) -> Snapshot:
+    """A snapshot that says it has so many tokens."""
+    cache = model.make_cache()
+    cache.position = CachePosition((length,), (length,))
+    return cache.snapshot()
 
 
 def cold(model: Model, prefix: Prefix) -> mx.array:
@@ -130,6 +139,28 @@ def test_a_snapshot_of_another_form_is_refused(model):
         library.store(Prefix(np.array([1], np.int32)), model.make_cache(2).snapshot(), TURN)
 
 
+@pytest.mark.parametrize("length", [0, 9, 11])
+def test_a_snapshot_of_other_tokens_is_refused(model, length):
+    library = model.make_library()
+    with refused("snapshot_foreign", "10", str(length)):
+        library.store(Prefix(np.arange(10, dtype=np.int32)), empty(model, length), TURN)
+    assert not library.entries()
+
+
+def test_a_place_that_another_prompt_stores_again_stays_in_use(model):
+    library, prefix = model.make_library(), Prefix(np.arange(2, 40, dtype=np.int32))
+    library.memory = 0
+    (one, first), (other, second) = library.begin(prefix), library.begin(prefix)
+    for cache, use, kind in ((one, first, TURN), (other, second, SYSTEM)):
+        model(mx.array([prefix.tokens[:20].tolist()]), cache)
+        use.store(cache, kind)
+    assert [entry.kind for entry in library.entries()] == [SYSTEM] and library.counts.stored == 1
+    second.close()
+    assert library.entries() == list(first.kept.values())
+    first.close()
+    assert not library.entries()
+
+
 @pytest.mark.parametrize("conversations", [60, pytest.param(1000, marks=pytest.mark.full)])
 def test_the_cap_holds_what_runs_stays_and_the_counts_add_up(model, conversations):
     rng, library = np.random.default_rng(0), model.make_library()
@@ -148,7 +179,7 @@ def test_the_cap_holds_what_runs_stays_and_the_counts_add_up(model, conversation
         del cache
         use.close()
         assert library.nbytes <= library.memory
-    assert library.ready(running) == 30 and kept.kept
+    assert library.ready([running]) == [30] and kept.kept
     assert library.counts.stored == len(library.entries()) + library.counts.evicted
     kept.close()
     library.clear()
@@ -184,6 +215,42 @@ def test_a_stored_snapshot_takes_its_bytes_and_no_more(model):
     assert active() - before < 1.05 * library.nbytes
 
 
+def test_only_the_first_of_a_batch_goes_on_without_a_copy_and_none_beside_what_runs(model):
+    library, prefix = model.make_library(), Prefix(np.arange(2, 60, dtype=np.int32))
+    read(model, library, prefix, [20])
+    assert library.ready([prefix, prefix, prefix.upto(20)]) == [20, 0, 0]
+    cache, _ = library.begin(prefix)
+    assert library.ready([prefix]) == [0]
+    del cache
+    assert library.ready([prefix]) == [20]
+
+
+def test_room_is_made_by_what_the_coming_prompts_will_not_keep(model):
+    library, coming = model.make_library(), Prefix(np.arange(2, 60, dtype=np.int32))
+    other = Prefix(np.concatenate([coming.tokens[:15], coming.tokens]))
+    for prefix, lengths in ((coming, (10, 20, 30, 40)), (other, (18, 50))):
+        for length, kind in zip(lengths, (SYSTEM, QUERY, QUERY, TURN), strict=False):
+            library.store(prefix.upto(length), empty(model, length), kind)
+    running = library.keep(other)
+    library.make_room([coming])
+    assert [len(entry.prefix) for entry in library.entries()] == [10, 18, 30, 40, 50]
+    running.close()
+    library.make_room([coming])
+    assert [len(entry.prefix) for entry in library.entries()] == [10, 30, 40]
+
+
+def test_a_new_query_lets_go_of_the_turns_of_the_loop_before_it(model):
+    library, tokens = model.make_library(), np.arange(2, 60, dtype=np.int32)
+    loop, after = Prefix(tokens), Prefix(np.concatenate([tokens[:20], tokens[:30]]))
+    alone = Prefix(np.arange(30, 60, dtype=np.int32))
+    for prefix, length, kind in ((loop, 20, QUERY), (loop, 40, TURN), (loop, 45, READING), (alone, 5, TURN)):
+        library.store(prefix.upto(length), empty(model, length), kind)
+    library.begin(loop)
+    assert len(library.entries()) == 4
+    library.begin(after)
+    assert [(len(entry.prefix), entry.kind) for entry in library.entries()] == [(5, TURN), (20, QUERY), (45, READING)]
+
+
 def test_what_goes_first(model):
     """Turns and readings before queries, queries before systems, the oldest first."""
     library, rng = model.make_library(), np.random.default_rng(0)
@@ -205,7 +272,7 @@ def test_of_a_long_reading_one_place_at_each_double_distance_stays(model):
     library, prefix = model.make_library(), Prefix(np.zeros(33 * STEP, np.int32))
     _, use = library.begin(prefix)
     for n in range(1, 33):
-        entry = library.store(prefix.upto(n * STEP), model.make_cache().snapshot(), READING)
+        entry = library.store(prefix.upto(n * STEP), empty(model, n * STEP), READING)
         use.kept[READING] = entry
         library.replace(entry, None)
         far = [n - len(other.prefix) // STEP for other in library.entries()]

@@ -5,14 +5,17 @@ import gc
 from itertools import pairwise
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from engine.agent_session import requests, tools
 from memory_use import active
 from refusing import refused
 
-from mlx_qwen35 import Conversation, batch_generate, generate, load, read_image
+from mlx_qwen35 import Conversation, VisionOptions, batch_generate, generate, load, read_image
 from mlx_qwen35.cache.prefix import READING
+from mlx_qwen35.engine.engine import Engine
+from mlx_qwen35.engine.generation import Generation, start
 
 PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
 SHAPES, TRIANGLE = PICTURES / "shapes.png", PICTURES / "triangle.png"
@@ -66,6 +69,27 @@ def test_raw_text_and_tokens_are_remembered(nano):
     assert generate(*nano, prompt=[*tokens, 7, 8], **options).cached_tokens == 39
     raw = {"ignore_chat_template": True} | options
     assert [generate(*nano, prompt=ASK, **raw).cached_tokens > 0 for _ in range(2)] == [False, True]
+
+
+def test_a_prompt_that_only_parts_behind_the_system_is_remembered_to_its_end(nano):
+    library, processor = nano[0].make_library(), nano[1]
+    prompt = processor.encode_messages([SYSTEM, user(ASK)], VisionOptions(), add_generation_prompt=False)
+    (request,) = start(*nano, [ASK], library=library, max_tokens=1).requests
+    request.prompt = prompt
+    list(Generation(nano[0], [request]))
+    kinds = [(entry.kind, len(entry.prefix)) for entry in library.entries()]
+    assert kinds == [("system", prompt.marks[0].length), ("turn", len(prompt.tokens) - 1)]
+
+
+def test_a_prefill_that_was_cancelled_counts_all_that_was_read(nano):
+    library, model = nano[0].make_library(), nano[0]
+    stream = start(*nano, [list(range(20, 200))], library=library, max_tokens=1, prefill_step_size=32)
+    (request,), engine = stream.requests, Engine(model)
+    engine.add(request)
+    engine.step()
+    model(mx.array([[52, 53]]), request.own)  # a chunk that was read when it was cancelled, and not told of
+    engine.cancel(request)
+    assert [len(entry.prefix) for entry in library.entries()] == [34] and library.counts.read == 34
 
 
 def test_prompts_of_a_batch_read_their_common_beginning_once(nano):
@@ -179,6 +203,21 @@ def test_another_answer_reads_its_generation_prompt_alone(talk, mtp):
 def test_without_an_answer_there_is_no_other(talk):
     with refused("messages_invalid", "regenerate"):
         talk().regenerate()
+
+
+def test_another_answer_is_refused_where_the_answer_is_gone_when_it_starts(talk):
+    conversation = talk(temp=0)
+    said(conversation, ASK)
+    turn = conversation.regenerate()
+    conversation.messages.append(user(OTHER))
+    with refused("messages_invalid", "regenerate"):
+        list(turn)
+    assert [message["role"] for message in conversation.messages] == ["system", "user", "assistant", "user"]
+    conversation.messages.pop()
+    turn = conversation.regenerate()
+    conversation.reset()
+    with refused("messages_invalid", "regenerate"):
+        list(turn)
 
 
 def test_a_fork_goes_on_by_itself_with_what_was_read(talk):

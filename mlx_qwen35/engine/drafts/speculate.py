@@ -53,6 +53,7 @@ class DraftPolicy:
     fixed: bool = False  # always this depth
     reason: str = ""  # why none are drafted
     head_bytes: int = 0  # that the draft head will take, if it is not loaded
+    short: bool = False  # whether memory has no room for more
 
 
 def choose_drafts(model: Model, mode: str, depth: int | None, rows: int, tokens: int) -> DraftPolicy:
@@ -104,8 +105,8 @@ def _fitting(model: Model, mtp_head: LazyPart[MultiTokenPrediction], depth: int,
     head_bytes = 0 if mtp_head.loaded else mtp_head.nbytes
     fitting = most_depth(model.config, model.dtype, model.memory_limit, head_bytes, rows, depth)
     if not fitting:
-        return DraftPolicy(0, reason="memory has no room for the draft head")
-    return DraftPolicy(fitting, head_bytes=head_bytes)
+        return DraftPolicy(0, reason="memory has no room for the draft head", short=True)
+    return DraftPolicy(fitting, head_bytes=head_bytes, short=fitting < depth)
 
 
 def attach(model: Model, cache: Cache, policy: DraftPolicy, user: object) -> DraftPolicy:
