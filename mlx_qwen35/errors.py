@@ -22,6 +22,7 @@ CODES = {
     "adapter_unmerged": "a folder holds an adapter, not merged into its model",
     "path_outside_folder": "a file that a checkpoint names lies outside of its folder",
     "safetensors_truncated": "a safetensors file is shorter than its header says",
+    "safetensors_too_long": "a safetensors file is longer than its header says",
     "safetensors_invalid": "the header of a safetensors file is damaged",
     "tensor_duplicate": "a tensor is there twice",
     "tensors_mismatch": "tensors are missing, unexpected or misshapen",

@@ -84,9 +84,10 @@ def open_header(file: Path) -> Header:
         raise InputError("safetensors_invalid", f"the header of {file} is damaged: {error}; get it again") from error
     data = 8 + length
     if data + end != size:
+        code, why = ("truncated", "truncated") if data + end > size else ("too_long", "bytes follow its tensors")
         raise InputError(
-            "safetensors_truncated",
-            f"{file} must have {data + end} bytes by its header, it has {size}: truncated; download it again",
+            f"safetensors_{code}",
+            f"{file} must have {data + end} bytes by its header, it has {size}: {why}; download it again",
         )
     lazy = not any(tensor["dtype"] in _NOT_MLX for tensor in tensors.values())
     entries = {
