@@ -59,7 +59,7 @@ class Conversation:
         self.model, self.processor = model, processor
         self._template = template_options(given)
         check_template_options(self._template, Plain())
-        self._system = given.pop("system_prompt", None)
+        self.system = given.pop("system_prompt", None)  # what a reset keeps
         idle = [name for name in VISION_OPTIONS if given.get(name)]
         if idle and not processor.sees:
             raise InputError(
@@ -79,7 +79,7 @@ class Conversation:
         with LOCK:
             if self._turn:
                 self._turn.cancel()
-            self.messages: list[Message] = [{"role": "system", "content": self._system}] if self._system else []
+            self.messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
             self.cache = self.model.make_cache()  # the last prompt and its answer
             self._use: Use | None = None  # keeps that prompt in the library
             self.library.trim()
@@ -103,6 +103,11 @@ class Conversation:
             for prefix, kind, snapshot in places:
                 self.library.store(prefix, snapshot, kind, compact=False)
             self._use = self.library.keep(places[-1][0]) if places else None
+
+    @property
+    def running(self) -> bool:
+        """Whether a turn has started and not ended."""
+        return self._turn is not None
 
     @property
     def entries(self) -> list[Entry]:
