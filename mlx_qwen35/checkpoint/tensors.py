@@ -84,11 +84,10 @@ def open_header(file: Path) -> Header:
         raise InputError("safetensors_invalid", f"the header of {file} is damaged: {error}; get it again") from error
     data = 8 + length
     if data + end != size:
-        code, why = ("truncated", "truncated") if data + end > size else ("too_long", "bytes follow its tensors")
-        raise InputError(
-            f"safetensors_{code}",
-            f"{file} must have {data + end} bytes by its header, it has {size}: {why}; download it again",
-        )
+        told = f"{file} must have {data + end} bytes by its header, it has {size}"
+        if data + end > size:
+            raise InputError("safetensors_truncated", f"{told}: truncated; download it again")
+        raise InputError("safetensors_too_long", f"{told}: bytes follow its tensors; download it again")
     lazy = not any(tensor["dtype"] in _NOT_MLX for tensor in tensors.values())
     entries = {
         name: Entry(file, name, tensor["dtype"], tuple(tensor["shape"]), data + begin, end - begin, lazy)
