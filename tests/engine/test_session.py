@@ -125,6 +125,30 @@ def test_a_message_that_was_interrupted_while_it_was_read_goes_on_where_it_stopp
         assert (tokens, reused) == (expected[0], 48)
 
 
+def test_an_image_that_was_interrupted_is_read_from_the_place_before_it(nano, path):
+    options = {"enable_thinking": False, "prefill_step_size": 4}
+    whole = Conversation(*nano, **OPTIONS, **options)
+    expected = [said(whole, message) for message in (QUESTIONS[0], image())][1]
+    with Session.load(path, *nano, **OPTIONS, **options) as session:
+        conversation = session.conversation
+        said(conversation, QUESTIONS[0])
+        asked_next = [*conversation.messages, {"role": "user", "content": image()}]
+        place = nano[1].encode_messages(asked_next, enable_thinking=False).media[0].placeholders[0]
+
+        def interrupt(done: int, total: int) -> None:
+            if place.start < turn.reused + done < place.stop:
+                raise KeyboardInterrupt
+
+        turn = conversation.send(image(), interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            list(turn)
+        session.save()
+    with Session.load(path, *nano, **OPTIONS, **options) as session:
+        assert 0 < session.tokens <= place.start
+        assert said(session.conversation, image()) == expected
+        assert expected[1] == session.tokens
+
+
 def test_a_session_without_a_message_is_one(nano, path):
     with Session.load(path, *nano, system_prompt="Be brief.") as session:
         assert (session.tokens, session.changed) == (0, False)
