@@ -77,8 +77,7 @@ class Conversation:
     def reset(self) -> None:
         """Forget everything but the system prompt. A turn that runs is cancelled."""
         with LOCK:
-            if self._turn:
-                self._turn.cancel()
+            self.cancel()
             self.messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
             self.cache = self.model.make_cache()  # the last prompt and its answer
             self._use: Use | None = None  # keeps that prompt in the library
@@ -103,6 +102,12 @@ class Conversation:
             for prefix, kind, snapshot in places:
                 self.library.store(prefix, snapshot, kind, compact=False)
             self._use = self.library.keep(places[-1][0]) if places else None
+
+    def cancel(self) -> None:
+        """End the turn that runs, if one does, with its answer as far as it came."""
+        with LOCK:
+            if self._turn:
+                self._turn.cancel()
 
     @property
     def running(self) -> bool:
@@ -165,8 +170,7 @@ class Conversation:
 
     def begin(self, turn: "Turn") -> "Begun":
         """Prepare the answer to a turn's messages, behind the turns so far."""
-        if self._turn:
-            self._turn.cancel()
+        self.cancel()
         messages = [*self.messages[: len(self.messages) - turn.replaces], *turn.messages]
         prompt = self.processor.encode_messages(messages, self.vision, **self._template)
         window, remedy = self.model.config.max_position_embeddings, "Send less, begin anew (reset(), in chat /reset)"

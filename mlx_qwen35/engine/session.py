@@ -68,7 +68,7 @@ class Session:
         """
         with LOCK:  # no turn starts meanwhile
             if self.conversation.running:
-                raise InputError("turn_running", "a turn must end before save(): read it to its end, or cancel() it")
+                raise InputError("turn_running", "save() needs the turn to end first; conversation.cancel() ends it")
             nbytes = self._file.write(*to_record(self.conversation))
             self._saved = _state(self.conversation)
         return nbytes
