@@ -22,6 +22,7 @@ CODES = {
     "adapter_unmerged": "a folder holds an adapter, not merged into its model",
     "path_outside_folder": "a file that a checkpoint names lies outside of its folder",
     "safetensors_truncated": "a safetensors file is shorter than its header says",
+    "safetensors_too_long": "a safetensors file is longer than its header says",
     "safetensors_invalid": "the header of a safetensors file is damaged",
     "tensor_duplicate": "a tensor is there twice",
     "tensors_mismatch": "tensors are missing, unexpected or misshapen",
@@ -81,6 +82,7 @@ CODES = {
     "session_invalid": "a file is no session, or a damaged one",
     "session_foreign": "a session was made with another model or other settings",
     "session_busy": "another process uses the session",
+    "turn_running": "a session cannot be saved while a turn runs",
     # images and videos
     "media_not_found": "there is no such file",
     "media_unreadable": "a file or folder cannot be opened",

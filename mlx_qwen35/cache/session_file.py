@@ -10,8 +10,9 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mlx.core as mx
@@ -35,10 +36,12 @@ class SessionFile:
 
     The lock is on the file, or where there is none on the hidden file that is to become it. It ends with the process.
 
-    Raises InputError: session_busy where another process has it, output_unwritable where no file can be.
+    Raises InputError: session_busy where another process has it, output_unwritable where no file can be written.
     """
 
     def __init__(self, path: str | Path):
+        if Path(path) == Path():
+            raise InputError("session_invalid", f"a session must have the name of a file, got {shown(str(path))}")
         self.path = Path(path).expanduser().resolve()
         self._hidden = self.path.with_name(f".{self.path.name}.saving")
         self._lock = -1
@@ -46,6 +49,8 @@ class SessionFile:
             if self.there and not self.path.is_file():
                 raise InputError("session_invalid", f"a session must be a file; {self.path} is none")
             self._lock = self._own()
+            if not self._holds(self._hidden):
+                self._try()
 
     @property
     def there(self) -> bool:
@@ -54,20 +59,36 @@ class SessionFile:
     def close(self) -> None:
         """Give it up. Closing twice is fine."""
         if self._lock >= 0:
-            if not self.there:
-                self._hidden.unlink(missing_ok=True)
+            if self._holds(self._hidden):
+                self._hidden.unlink()
             os.close(self._lock)
             self._lock = -1
+
+    def _holds(self, path: Path) -> bool:
+        """Whether the lock is on the file that has this path now."""
+        return _same(self._lock, path)
+
+    def _try(self) -> None:
+        """Take and remove the hidden file: that it can be written is known before an answer is, and what a killed
+        process left of it goes.
+        """
+        try:
+            hidden = self._own(saving=True)
+        except BaseException:
+            self.close()
+            raise
+        self._hidden.unlink()
+        os.close(hidden)
 
     def _own(self, saving: bool = False) -> int:
         """Lock the file, or the hidden one where there is none or it is `saving`; the descriptor."""
         while True:
             path = self._hidden if saving or not self.there else self.path
             flags = os.O_RDWR | os.O_CREAT if path == self._hidden else os.O_RDONLY
-            lock = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            lock = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
+                if _same(lock, path):
                     return lock
             except BlockingIOError as error:
                 os.close(lock)
@@ -92,16 +113,25 @@ class SessionFile:
 
     def write(self, metadata: Mapping[str, str], arrays: Mapping[str, mx.array]) -> int:
         """Replace the file; its bytes. Beside the arrays this takes memory for two pieces of them. Format and version
-        are added to the metadata.
+        are added to the metadata. The file keeps its permissions; a new one has the usual ones.
 
-        Raises InputError disk_full, or output_unwritable; then the old file is as it was.
+        Raises InputError: disk_full; output_unwritable, also where another program made a file of this name meanwhile;
+        session_busy where the file was removed and another process has begun it anew. Then the old file is as it was.
         """
         header = _header(metadata, arrays)
         nbytes = len(header) + sum(array.nbytes for array in arrays.values())
         with self._telling():
-            new = self._own(saving=True) if self.there else self._lock
+            if self.there and not self._holds(self.path):
+                raise InputError(
+                    "output_unwritable",
+                    f"{self.path} must be the file that was opened; another one has appeared there since. Move it away "
+                    "and save again",
+                )
+            new = self._lock if self._holds(self._hidden) else self._own(saving=True)
             try:
                 os.ftruncate(new, 0)  # what a process left that was killed
+                if self.there:
+                    os.fchmod(new, stat.S_IMODE(self.path.stat().st_mode))
                 self._check_space(nbytes)
                 _fill(new, header, arrays)
                 os.rename(self._hidden, self.path)
@@ -135,9 +165,8 @@ class SessionFile:
         try:
             header = open_header(self.path)
         except InputError as error:
-            why = "truncated, or none" if error.code == "safetensors_truncated" else "damaged, or none"
             raise InputError(
-                "session_invalid", f"{self.path} must be a session as it was saved; it is {why}"
+                "session_invalid", f"{self.path} must be a session as it was saved; it is {self._fault(error.code)}"
             ) from error
         for name, known in (("format", FORMAT), ("version", VERSION)):
             if (found := header.metadata.get(name)) != known:
@@ -145,6 +174,16 @@ class SessionFile:
         if next(iter(header.metadata)) != "checksum":
             raise InputError("session_invalid", f"{self.path}: 'checksum' must come first; the file was changed")
         return header
+
+    def _fault(self, code: str) -> str:
+        """What a file is that has no header, by the error that tells so."""
+        with self._telling(), self.path.open("rb") as file:
+            beginning = file.read(_PLACE)[8:]
+        if not _BEGINNING.startswith(beginning):
+            return "none, or damaged at its beginning"
+        return {
+            "safetensors_truncated": "truncated", "safetensors_too_long": "longer than it says: bytes were added to it",
+        }.get(code, "damaged")  # fmt: skip
 
     def arrays(self) -> Iterator[tuple[str, mx.array]]:
         """Every tensor, in the order in which they were written, each in memory of its own. What came is to be used
@@ -197,7 +236,7 @@ def _fill(file: int, header: bytes, arrays: Mapping[str, mx.array]) -> None:
                 digest.update(piece)
                 stream.write(piece)
     os.pwrite(file, digest.hexdigest().encode(), _PLACE)
-    os.fsync(file)
+    _flush(file)
 
 
 def _pieces(array: mx.array) -> Iterator[memoryview]:
@@ -215,6 +254,19 @@ def _pieces(array: mx.array) -> Iterator[memoryview]:
 def _sync(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _flush(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _flush(file: int) -> None:
+    """Wait until a file or folder is on the disk, on macOS also out of the drive's own cache."""
+    os.fsync(file)
+    if command := getattr(fcntl, "F_FULLFSYNC", None):
+        with suppress(OSError):  # a disk on the network has no such command
+            fcntl.fcntl(file, command)
+
+
+def _same(file: int, path: Path) -> bool:
+    """Whether a descriptor is of the file that has this path now."""
+    return path.exists() and os.path.samestat(os.fstat(file), path.stat())

@@ -84,10 +84,10 @@ def open_header(file: Path) -> Header:
         raise InputError("safetensors_invalid", f"the header of {file} is damaged: {error}; get it again") from error
     data = 8 + length
     if data + end != size:
-        raise InputError(
-            "safetensors_truncated",
-            f"{file} must have {data + end} bytes by its header, it has {size}: truncated; download it again",
-        )
+        told = f"{file} must have {data + end} bytes by its header, it has {size}"
+        if data + end > size:
+            raise InputError("safetensors_truncated", f"{told}: truncated; download it again")
+        raise InputError("safetensors_too_long", f"{told}: bytes follow its tensors; download it again")
     lazy = not any(tensor["dtype"] in _NOT_MLX for tensor in tensors.values())
     entries = {
         name: Entry(file, name, tensor["dtype"], tuple(tensor["shape"]), data + begin, end - begin, lazy)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_qwen35.commands.interrupt import unwind_when_ended
 from mlx_qwen35.commands.options import add_answer_options, add_model_options, add_options, given_options
 from mlx_qwen35.commands.output import print_media, print_pieces, tell_cut
 from mlx_qwen35.commands.parser import Parser
@@ -182,12 +181,7 @@ def main() -> None:
             talk(Conversation(model, processor, **options))
             return
         with opened(args.session, model, processor, options) as session:
-            unwind_when_ended()
-            try:
-                talk(session.conversation, session)
-            finally:
-                if session.changed:
-                    save(session)
+            talk(session.conversation, session)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from mlx_qwen35.commands.output import print_media, print_pieces, tell_cut
 from mlx_qwen35.commands.parser import Parser
 from mlx_qwen35.commands.progress import Step
 from mlx_qwen35.commands.run import as_command, load_model, require_model
-from mlx_qwen35.commands.session import check_session, opened, save, tell_interrupted
+from mlx_qwen35.commands.session import check_session, opened, tell_interrupted
 from mlx_qwen35.commands.streams import read_file, read_input, standard_input
 from mlx_qwen35.engine.conversation import Turn
 from mlx_qwen35.engine.encode import one_message
@@ -175,8 +175,6 @@ def run_session(args: argparse.Namespace, text: str, options: dict[str, Any]) ->
             print_result(turn.result, media, args.json)
         if not whole:
             tell_interrupted(session.conversation, turn)
-        if session.changed:
-            save(session)
     return 0 if whole else INTERRUPTED
 
 

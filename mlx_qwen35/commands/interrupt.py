@@ -52,16 +52,21 @@ def interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, _leave)
 
 
-def unwind_when_ended() -> None:
-    """From now on a closed terminal (SIGHUP) or SIGTERM raises SystemExit in the main thread, so that what is open is
+@contextmanager
+def unwound_when_ended() -> Iterator[None]:
+    """In the block a closed terminal (SIGHUP) or SIGTERM raises SystemExit in the main thread, so that what is open is
     saved.
     """
 
     def leave(number: int, _: Any) -> None:
         sys.exit(128 + number)  # as shells have it
 
-    for number in (signal.SIGHUP, signal.SIGTERM):
-        signal.signal(number, leave)
+    before = {number: signal.signal(number, leave) for number in (signal.SIGHUP, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if _command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.cache.session_file import SessionFile
+from mlx_qwen35.commands.interrupt import unwound_when_ended
 from mlx_qwen35.commands.progress import Step
 from mlx_qwen35.engine.conversation import Conversation, Turn
 from mlx_qwen35.engine.session import Session
@@ -26,13 +27,18 @@ def check_session(path: Path) -> None:
 
 @contextmanager
 def opened(path: Path, model: Model, processor: Processor, options: Mapping[str, Any]) -> Iterator[Session]:
-    """The session in this file, which is let go of behind the block."""
+    """The session in this file. However the block ends, what is new in it is saved, and the file let go of."""
     with Step(f"reading {path}"):
         session = Session.load(path, model, processor, **options)
-    with session:
+    with session, unwound_when_ended():
         if session.tokens:
             print(f"{session.tokens:,} tokens from {path} in {session.seconds:.2f} s", file=sys.stderr, flush=True)
-        yield session
+        try:
+            yield session
+        finally:
+            session.conversation.cancel()
+            if session.changed:
+                save(session)
 
 
 def save(session: Session) -> None:

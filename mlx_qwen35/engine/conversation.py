@@ -59,7 +59,7 @@ class Conversation:
         self.model, self.processor = model, processor
         self._template = template_options(given)
         check_template_options(self._template, Plain())
-        self._system = given.pop("system_prompt", None)
+        self.system = given.pop("system_prompt", None)  # what a reset keeps
         idle = [name for name in VISION_OPTIONS if given.get(name)]
         if idle and not processor.sees:
             raise InputError(
@@ -77,9 +77,8 @@ class Conversation:
     def reset(self) -> None:
         """Forget everything but the system prompt. A turn that runs is cancelled."""
         with LOCK:
-            if self._turn:
-                self._turn.cancel()
-            self.messages: list[Message] = [{"role": "system", "content": self._system}] if self._system else []
+            self.cancel()
+            self.messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
             self.cache = self.model.make_cache()  # the last prompt and its answer
             self._use: Use | None = None  # keeps that prompt in the library
             self.library.trim()
@@ -103,6 +102,17 @@ class Conversation:
             for prefix, kind, snapshot in places:
                 self.library.store(prefix, snapshot, kind, compact=False)
             self._use = self.library.keep(places[-1][0]) if places else None
+
+    def cancel(self) -> None:
+        """End the turn that runs, if one does, with its answer as far as it came."""
+        with LOCK:
+            if self._turn:
+                self._turn.cancel()
+
+    @property
+    def running(self) -> bool:
+        """Whether a turn has started and not ended."""
+        return self._turn is not None
 
     @property
     def entries(self) -> list[Entry]:
@@ -159,8 +169,7 @@ class Conversation:
 
     def begin(self, turn: "Turn") -> "Begun":
         """Prepare the answer to a turn's messages, behind the turns so far."""
-        if self._turn:
-            self._turn.cancel()
+        self.cancel()
         if turn.replaces:
             self._check_answer()
         messages = [*self.messages[: len(self.messages) - turn.replaces], *turn.messages]

@@ -1,6 +1,7 @@
 """A conversation in a file: what was read stays read when the process ends."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -8,8 +9,9 @@ from typing import Any, Self, Unpack
 from mlx_qwen35.cache.session_file import SessionFile
 from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.engine.options import Options, check_options
-from mlx_qwen35.engine.session_record import Record, read_record, to_record
+from mlx_qwen35.engine.session_record import read_record, to_record
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.machine.process import LOCK
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.options import spelled
 from mlx_qwen35.prompt.processor import Processor
@@ -45,7 +47,7 @@ class Session:
         try:
             record = read_record(file, model, processor) if file.there else None
             if record:
-                given |= _system(record, given)
+                given |= _system(record.system, given)
             conversation = Conversation(model, processor, **given)
             if record:
                 conversation.resume(record.messages, record.places)
@@ -58,12 +60,17 @@ class Session:
         return session
 
     def save(self) -> int:
-        """Write the conversation as it is, whole or not at all; the bytes of the file. No turn may run meanwhile.
+        """Write the conversation as it is, whole or not at all; the bytes of the file. Images and videos that messages
+        name and no turn has read are read now.
 
-        Raises InputError disk_full and output_unwritable; then the old file stays.
+        Raises InputError: turn_running while a turn runs; disk_full and output_unwritable; those of an image or video
+        that cannot be read. Then the old file stays.
         """
-        nbytes = self._file.write(*to_record(self.conversation))
-        self._saved = _state(self.conversation)
+        with LOCK:  # no turn starts meanwhile
+            if self.conversation.running:
+                raise InputError("turn_running", "save() needs the turn to end first; conversation.cancel() ends it")
+            nbytes = self._file.write(*to_record(self.conversation))
+            self._saved = _state(self.conversation)
         return nbytes
 
     @property
@@ -89,15 +96,20 @@ class Session:
 
 
 def _state(conversation: Conversation) -> tuple[Any, ...]:
-    return list(conversation.messages), conversation.entries
+    return _copy(conversation.messages), conversation.entries
 
 
-def _system(record: Record, given: Options) -> Options:
+def _copy(value: Any) -> Any:
+    """The value with lists and mappings of its own, so that a change in place is seen."""
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _system(own: str | None, given: Options) -> Options:
     """The system prompt of a session, as an option. InputError where another one is given."""
-    first = record.messages[0] if record.messages else {}
-    own = first["content"] if first.get("role") == "system" else None
     wanted = given.get("system_prompt", own)
-    if wanted != own:
+    if (wanted or None) != own:
         raise InputError(
             "option_conflict",
             f"{spelled('system_prompt')} must be the session's own, {shown(own)}, got {shown(wanted)}. Leave it out "

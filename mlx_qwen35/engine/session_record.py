@@ -26,7 +26,7 @@ from mlx_qwen35.prompt.parts import replace_media
 from mlx_qwen35.prompt.positions import Placeholder, positions
 from mlx_qwen35.prompt.processor import Processor
 
-VALUES = ("places", "next_positions", "runs", "messages", "media")  # that are JSON
+VALUES = ("places", "next_positions", "runs", "system", "messages", "media")  # that are JSON
 _SHORT = 60  # characters of a value in an error
 
 
@@ -69,12 +69,20 @@ def check_identity(path: object, metadata: Mapping[str, str], model: Model, proc
 
 
 def to_record(conversation: Conversation) -> tuple[dict[str, str], dict[str, mx.array]]:
-    """Metadata and arrays of a conversation. What is stored of it in its library are places to go on from."""
+    """Metadata and arrays of a conversation. What is stored of it in its library are places to go on from.
+
+    Raises InputError where a message names an image or video that cannot be read any more.
+    """
     model, processor = conversation.model, conversation.processor
     entries = conversation.entries
     places = [entry.snapshot.cache() for entry in entries]
     prefix = entries[-1].prefix if entries else Prefix(np.zeros(0, np.int32))
     media: dict[str, Media] = {}
+
+    def read(message: Message) -> Message:
+        if not isinstance(content := message.get("content"), list | tuple):
+            return message
+        return {**message, "content": processor.read_parts(content, conversation.vision)}
 
     def numbered(kind: str, part: Mapping[str, Any]) -> dict[str, Any]:
         media.setdefault(part[kind].digest, part[kind])
@@ -84,7 +92,8 @@ def to_record(conversation: Conversation) -> tuple[dict[str, str], dict[str, mx.
         "places": [[len(entry.prefix), entry.kind] for entry in entries],
         "next_positions": [place.next_positions[0] for place in places],
         "runs": prefix.media,
-        "messages": replace_media(conversation.messages, numbered),  # fills media
+        "system": conversation.system or None,
+        "messages": replace_media([read(message) for message in conversation.messages], numbered),  # fills media
         "media": [[item.digest, item.times, item.original] for item in media.values()],
     }
     metadata = identity(model, processor) | {"template": _template(processor), "program": version("mlx_qwen35")}
@@ -98,8 +107,9 @@ def to_record(conversation: Conversation) -> tuple[dict[str, str], dict[str, mx.
 
 
 class Record(NamedTuple):
-    """What a file holds: the messages, and what was read of them, as `Conversation.resume` takes it."""
+    """What a file holds: system prompt, messages, and what was read of them, as `Conversation.resume` takes it."""
 
+    system: str | None
     messages: list[Message]
     places: list[tuple[Prefix, str, Snapshot]]
 
@@ -130,6 +140,8 @@ def read_record(file: SessionFile, model: Model, processor: Processor) -> Record
         caches, arrays = read_places(file.arrays(), blank, spots)
         shown = [_resized(processor, np.array(arrays[f"media.{i}"]), *own) for i, own in enumerate(values["media"])]
         messages = replace_media(values["messages"], lambda kind, part: {"type": kind, kind: shown[part[kind]]})
+        if not isinstance(values["system"], str | None):
+            raise ValueError("'system' must be text or null")
         prefix = Prefix(np.array(arrays["tokens"]).astype(np.int32), media)
         kinds = [kind for _, kind in values["places"]]
         places = [
@@ -139,7 +151,7 @@ def read_record(file: SessionFile, model: Model, processor: Processor) -> Record
         if isinstance(error, InputError):
             raise
         raise InputError("session_invalid", f"{file.path} must be a session as it was saved: {error}") from error
-    return Record(messages, places)
+    return Record(values["system"], messages, places)
 
 
 def _next_position(length: int, media: Iterable[Shown]) -> int:

@@ -32,6 +32,10 @@ class Visual(NamedTuple):
     embeddings: mx.array  # (n, D)
 
 
+def _no_checkpoint() -> str:
+    raise InputError("option_invalid", "a session needs a model that load() made, which knows its checkpoint")
+
+
 class Model(nn.Module):
     """A Qwen3.5 model. It holds weights only; the state of a conversation is its `Cache`.
 
@@ -57,7 +61,7 @@ class Model(nn.Module):
         self.kv = kv
         self.vision: LazyPart[VisionEncoder] | None = None
         self.mtp: LazyPart[MultiTokenPrediction] | None = None
-        self.fingerprint: Callable[[], str]  # of the checkpoint, see checkpoint/fingerprint.py
+        self.fingerprint: Callable[[], str] = _no_checkpoint  # set by load, see checkpoint/fingerprint.py
 
     def make_cache(self, batch: int = 1) -> Cache:
         """An empty cache for a batch of so many rows, at least 1."""

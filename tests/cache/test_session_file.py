@@ -117,7 +117,7 @@ def test_a_file_that_was_cut_is_told_to_be_truncated(saved):
         saved.write_bytes(whole[:cut])
         assert_refused(saved, "truncated")
     saved.write_bytes(whole + b"\0")
-    assert_refused(saved, "truncated")
+    assert_refused(saved, "bytes were added")
 
 
 def rewritten(path: Path, **metadata: str) -> Path:
@@ -140,13 +140,19 @@ def test_changed_metadata_is_told_by_its_name(saved, change):
 
 
 def test_another_kind_of_file_is_told(saved):
-    for other in (b"", b"hello, this is a text", b"\x89PNG\r\n\x1a\n" + bytes(100)):
+    for other in (b"hello, this is a text", b'{"messages": [{"role": "user"}]}', b"\x89PNG\r\n\x1a\n" + bytes(100)):
         saved.write_bytes(other)
-        assert_refused(saved)
+        assert_refused(saved, "it is none")
     mx.save_safetensors(str(saved.with_suffix(".safetensors")), {"weight": mx.zeros(3)}, {"format": "mlx"})
     assert_refused(saved.with_suffix(".safetensors"), "'format'", "mlx")
     with refused("session_invalid", saved.parent):
         SessionFile(saved.parent)
+
+
+def test_a_file_needs_a_name():
+    for nothing in ("", Path("")):
+        with refused("session_invalid", "name"):
+            SessionFile(nothing)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -198,6 +204,82 @@ def test_a_full_disk_is_told_before_anything_is_written(saved, monkeypatch):
         file.write({}, arrays(1))
     file.close()
     assert_holds(saved, 0)
+
+
+def test_a_file_that_was_removed_is_written_again(saved):
+    for seed in (1, 2):
+        file = SessionFile(saved)
+        saved.unlink()
+        file.write({}, arrays(seed))
+        with refused("session_busy"):
+            SessionFile(saved)
+        file.close()
+        assert_holds(saved, seed)
+
+
+def test_a_file_that_was_removed_and_begun_anew_belongs_to_the_one_who_did(saved):
+    file = SessionFile(saved)
+    saved.unlink()
+    other = SessionFile(saved)
+    with refused("session_busy", saved):
+        file.write({}, arrays(1))
+    file.close()  # the other's hidden file stays
+    other.write({}, arrays(2))
+    other.close()
+    assert_holds(saved, 2)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_file_that_appeared_meanwhile_is_not_written_over(tmp_path, there):
+    path = tmp_path / "talk"
+    if there:
+        save(path)
+    file = SessionFile(path)
+    path.unlink(missing_ok=True)
+    path.write_text("another program's")
+    with refused("output_unwritable", path, "appeared"):
+        file.write({}, arrays(1))
+    assert path.read_text() == "another program's"
+    path.unlink()
+    file.write({}, arrays(2))
+    file.close()
+    assert_holds(path, 2)
+    assert os.listdir(tmp_path) == ["talk"]
+
+
+@pytest.mark.parametrize("name", ["talk", "t" * 250])
+def test_a_file_that_cannot_be_written_is_told_when_it_is_opened(tmp_path, name):
+    path = save(tmp_path / "saved").rename(tmp_path / name)
+    if name == "talk":  # nor can a folder without write permission have a hidden file, except that of an administrator
+        (tmp_path / ".talk.saving").mkdir()
+    with refused("output_unwritable", path):
+        SessionFile(path)
+
+
+@pytest.mark.parametrize("leftover", [True, False])
+def test_a_session_that_is_read_leaves_no_hidden_file(saved, leftover):
+    if leftover:  # by a process that was killed
+        saved.with_name(".talk.saving").write_bytes(b"half")
+    SessionFile(saved).close()
+    assert os.listdir(saved.parent) == ["talk"]
+
+
+def test_a_file_keeps_its_permissions(tmp_path):
+    usual = tmp_path / "usual"
+    usual.touch()
+    path = save(tmp_path / "talk")
+    assert path.stat().st_mode == usual.stat().st_mode
+    for mode in (0o600, 0o664):
+        path.chmod(mode)
+        assert save(path).stat().st_mode & 0o777 == mode
+
+
+def test_a_file_is_flushed_out_of_the_drives_own_cache_where_that_is_a_command_of_its_own(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(session_file.fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(session_file.fcntl, "fcntl", lambda file, command: flushed.append(command))
+    save(tmp_path / "talk")
+    assert flushed == [51, 51]  # the file and its folder
 
 
 def test_a_folder_that_is_absent_is_told(tmp_path):

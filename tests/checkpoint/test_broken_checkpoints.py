@@ -105,7 +105,7 @@ def test_a_file_with_bytes_after_its_tensors(folder):
     size = file.stat().st_size
     with file.open("ab") as stream:
         stream.write(b"more")
-    refused(folder, "safetensors_truncated", str(file), size, size + 4)
+    refused(folder, "safetensors_too_long", str(file), size, size + 4)
 
 
 @pytest.mark.parametrize("length", [0, 2**40, 2**64 - 1])

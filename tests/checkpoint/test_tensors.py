@@ -76,7 +76,7 @@ BROKEN = [
 def test_a_header_that_is_not_of_the_format_is_refused(text, tmp_path):
     with pytest.raises(InputError) as caught:
         read_header(written(tmp_path / "x", text.encode()))
-    assert caught.value.code in ("safetensors_invalid", "safetensors_truncated") and len(str(caught.value)) < 1000
+    assert caught.value.code.startswith("safetensors_") and len(str(caught.value)) < 1000
 
 
 def test_a_name_that_comes_twice_among_many_is_found_at_once(tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -91,6 +92,43 @@ def test_a_chat_whose_terminal_closes_saves_first(path, number):
     assert chat.returncode == 128 + number
     with Session.load(path, *load("nano")) as session:
         assert [message["role"] for message in session.conversation.messages] == ["user", "assistant"]
+
+
+class Closed(io.StringIO):
+    """A standard output whose reader has left, or whose disk is full, after so many pieces."""
+
+    def __init__(self, error: OSError, pieces: int):
+        super().__init__()
+        self.error, self.pieces = error, pieces
+
+    def write(self, text: str) -> int:
+        self.pieces -= bool(text.strip())
+        if self.pieces < 0:
+            raise self.error
+        return len(text)
+
+    def fileno(self) -> int:
+        return os.open(os.devnull, os.O_WRONLY)
+
+
+@pytest.mark.parametrize(("error", "status"), [(BrokenPipeError(), 1), (OSError(28, "No space left on device"), 2)])
+@pytest.mark.parametrize("main", [generate.main, chat.main])
+def test_an_answer_that_nobody_reads_is_saved_as_far_as_it_came(run, path, nano, monkeypatch, main, error, status):
+    question = "What is 34 + 58?"
+    expected = Conversation(*nano, **OPTIONS).send(question).text
+    monkeypatch.setattr(sys, "stdout", Closed(error, 1 + (main is chat.main)))  # chat prints >> first
+    given = ("--prompt", question) if main is generate.main else ()
+    assert run(main, "--session", path, *given, *GREEDY, lines=question + "\n")[0] == status
+    asked, answer = messages(path, nano)
+    assert asked["content"] == question
+    assert answer["content"] and expected.startswith(answer["content"])
+
+
+@pytest.mark.parametrize("main", [generate.main, chat.main])
+def test_a_command_leaves_the_signals_of_the_process_as_they_were(run, path, main):
+    before = [signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)]
+    run(main, "--session", path, *(("--prompt", "Hi") if main is generate.main else ()), *GREEDY)
+    assert [signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)] == before
 
 
 def test_save_needs_a_file(run):

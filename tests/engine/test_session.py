@@ -4,11 +4,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from refusing import refused
 
 from mlx_qwen35 import Conversation, Session, load
 from mlx_qwen35.cache.session_file import SessionFile
+from mlx_qwen35.checkpoint.config import parse_config
+from mlx_qwen35.checkpoint.random import geometry
+from mlx_qwen35.checkpoint.shapes import text_shapes
+from mlx_qwen35.engine.session_record import identity
+from mlx_qwen35.model.model import Model
+from mlx_qwen35.model.weights import Weights
 
 ROOT = Path(__file__).parents[2]
 PICTURES = ROOT / "examples" / "pictures"
@@ -118,6 +125,30 @@ def test_a_message_that_was_interrupted_while_it_was_read_goes_on_where_it_stopp
         assert (tokens, reused) == (expected[0], 48)
 
 
+def test_an_image_that_was_interrupted_is_read_from_the_place_before_it(nano, path):
+    options = {"enable_thinking": False, "prefill_step_size": 4}
+    whole = Conversation(*nano, **OPTIONS, **options)
+    expected = [said(whole, message) for message in (QUESTIONS[0], image())][1]
+    with Session.load(path, *nano, **OPTIONS, **options) as session:
+        conversation = session.conversation
+        said(conversation, QUESTIONS[0])
+        asked_next = [*conversation.messages, {"role": "user", "content": image()}]
+        place = nano[1].encode_messages(asked_next, enable_thinking=False).media[0].placeholders[0]
+
+        def interrupt(done: int, total: int) -> None:
+            if place.start < turn.reused + done < place.stop:
+                raise KeyboardInterrupt
+
+        turn = conversation.send(image(), interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            list(turn)
+        session.save()
+    with Session.load(path, *nano, **OPTIONS, **options) as session:
+        assert 0 < session.tokens <= place.start
+        assert said(session.conversation, image()) == expected
+        assert expected[1] == session.tokens
+
+
 def test_a_session_without_a_message_is_one(nano, path):
     with Session.load(path, *nano, system_prompt="Be brief.") as session:
         assert (session.tokens, session.changed) == (0, False)
@@ -140,6 +171,84 @@ def test_the_system_prompt_is_the_files_own(nano, path):
     with refused("option_conflict", "Be brief."):
         Session.load(other, *nano, system_prompt="Be brief.")
     assert path.read_bytes() == before
+
+
+def test_a_session_without_its_system_message_takes_the_same_prompt(nano, path):
+    with Session.load(path, *nano, system_prompt="Be brief.", **OPTIONS) as session:
+        session.conversation.messages = []
+        said(session.conversation, QUESTIONS[0])
+        session.save()
+    with Session.load(path, *nano, system_prompt="Be brief.", **OPTIONS) as session:
+        assert [message["role"] for message in session.conversation.messages] == ["user", "assistant"]
+        session.conversation.reset()
+        assert [message["content"] for message in session.conversation.messages] == ["Be brief."]
+
+
+def test_a_system_message_of_parts_comes_back(nano, path):
+    system = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    with Session.load(path, *nano, **OPTIONS) as session:
+        session.conversation.messages = [system]
+        said(session.conversation, QUESTIONS[0])
+        session.save()
+        expected = said(session.conversation, QUESTIONS[1])
+    with Session.load(path, *nano, **OPTIONS) as session:
+        assert session.conversation.messages[0] == system
+        assert said(session.conversation, QUESTIONS[1]) == expected
+
+
+@pytest.mark.parametrize("container", [list, tuple])
+def test_images_that_messages_name_are_read_before_they_are_saved(nano, path, tmp_path, container):
+    picture = tmp_path / "picture.png"
+    picture.write_bytes((PICTURES / "shapes.png").read_bytes())
+    with Session.load(path, *nano, **OPTIONS) as session:
+        asked_before = {"role": "user", "content": container(image(picture))}
+        session.conversation.messages = [asked_before, {"role": "assistant", "content": "A shape."}]
+        expected = said(session.conversation, QUESTIONS[0])
+        session.save()
+        picture.unlink()
+        with refused("media_not_found", picture):
+            session.save()
+    with Session.load(path, *nano, **OPTIONS) as session:
+        messages = session.conversation.messages
+        assert (messages[0]["content"][0]["image"].kind, messages[1]["content"]) == ("image", "A shape.")
+        session.conversation.messages = messages[:2]
+        assert said(session.conversation, QUESTIONS[0])[0] == expected[0]
+
+
+def test_a_change_in_place_is_one(nano, path):
+    with Session.load(path, *nano, **OPTIONS) as session:
+        text = {"type": "text", "text": QUESTIONS[0]}
+        said(session.conversation, [text])
+        session.save()
+        message = session.conversation.messages[0]
+        for change in (lambda: message.update(name="Ada"), lambda: message["content"][0].update(text="Edited?")):
+            assert not session.changed
+            change()
+            assert session.changed
+            session.save()
+
+
+def test_a_session_is_not_saved_while_a_turn_runs(nano, path):
+    with Session.load(path, *nano, **OPTIONS) as session:
+        said(session.conversation, QUESTIONS[0])
+        session.save()
+        before = path.read_bytes()
+        turn = session.conversation.send(QUESTIONS[1])
+        next(turn)
+        with refused("turn_running", "cancel()"):
+            session.save()
+        assert path.read_bytes() == before
+        turn.cancel()
+        assert session.changed
+        session.save()
+
+
+def test_a_model_without_a_checkpoint_has_no_session(nano):
+    config = parse_config(geometry("tiny")).text
+    arrays = {name: mx.zeros(shape) for name, shape in text_shapes(config).items()}
+    made = Model(config, Weights(arrays, lambda name: None, mx.float32, 1e-6), memory_limit=0)
+    with refused("option_invalid", "load()"):
+        identity(made, nano[1])
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -183,6 +292,12 @@ def test_values_that_cannot_be_are_refused(nano, with_image, path, field, value)
     with refused("session_invalid", path):
         Session.load(path, *nano)
     assert path.read_bytes() == before
+
+
+def test_a_system_prompt_must_be_text(nano, with_image, path):
+    changed(with_image, path, system="3")
+    with refused("session_invalid", "'system'"):
+        Session.load(path, *nano)
 
 
 def test_positions_must_be_those_of_the_tokens_and_images(nano, with_image, path):
