@@ -10,11 +10,11 @@ from geometries import changed
 from mtp.drafting import SMALL, Case, cycle, force, load_small, prompt, run, step_by_step
 from refusing import refused
 
-from mlx_qwen35 import generate, load
+from mlx_qwen35 import batch_generate, generate, load
 from mlx_qwen35.backend import backend
 from mlx_qwen35.budget.plan import kv_bytes
 from mlx_qwen35.cache.cache import Cache
-from mlx_qwen35.cache.kv_format import FORMS, UNQUANTIZED, KVFormat
+from mlx_qwen35.cache.kv_format import FORMS, UNQUANTIZED, Columns, KVFormat
 from mlx_qwen35.cache.layer import KVCache
 from mlx_qwen35.checkpoint.config import FULL, LINEAR, parse_config
 from mlx_qwen35.checkpoint.random import geometry
@@ -30,7 +30,7 @@ def normal(seed: int, *shape: int) -> mx.array:
     return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
 
 
-def extended(layer: KVCache, keys: mx.array, values: mx.array) -> dict[str, mx.array]:
+def extended(layer: KVCache, keys: mx.array, values: mx.array) -> Columns:
     """All columns of a layer of one row after these."""
     counts = [keys.shape[2]]
     layer.reserve(counts)
@@ -190,6 +190,13 @@ def test_a_snapshot_of_another_form_is_refused(model):
     snapshot = model.make_cache().snapshot()
     with refused("snapshot_foreign", model.kv.name):
         Cache(model.config, model.dtype).restore(snapshot)
+
+
+def test_a_cache_of_another_form_is_refused_alone_and_in_a_batch():
+    (plain, processor), (packed, _) = load("nano"), load("nano", kv_bits="8/4")
+    for caches in ([packed.make_cache()], [plain.make_cache(), packed.make_cache()]):
+        with refused("option_invalid", "make_cache()", plain.kv.name, "8/4"):
+            batch_generate(plain, processor, ["Who are you?"] * len(caches), cache=caches, max_tokens=1)
 
 
 def test_a_column_that_is_not_finite_is_found(model):
