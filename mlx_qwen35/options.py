@@ -215,5 +215,11 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(spelled(name) for name in sorted(names))
 
 
+def either(ways: Iterable[str]) -> str:
+    """Ways out of an error: "a, b or c"."""
+    *first, last = ways
+    return " or ".join(filter(None, (", ".join(first), last)))
+
+
 def as_flag(name: str) -> str:
     return ("--" if len(name) > 1 else "-") + name.replace("_", "-")

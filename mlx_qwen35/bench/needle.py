@@ -10,6 +10,7 @@ from random import Random
 import mlx.core as mx
 
 from mlx_qwen35.bench.haystack import Haystack, Needle, needles, written
+from mlx_qwen35.checkpoint.rope_fields import wider
 from mlx_qwen35.commands.progress import Step
 from mlx_qwen35.engine.generation import request
 from mlx_qwen35.engine.prefill import PromptRow, prefill
@@ -64,10 +65,12 @@ def measure(model: Model, processor: Processor, lengths: Sequence[int], rounds: 
 def _check(model: Model, processor: Processor, length: int) -> None:
     window = model.config.max_position_embeddings
     if length + ANSWER > window:
+        scaling = wider(model.config.rope, window, length + ANSWER)
         raise InputError(
             "context_length_exceeded",
             f"--needle must leave {ANSWER} tokens for an answer in the context of {window:,} tokens, so at most "
-            f"{window - ANSWER:,} fit; got {length:,}. {spelled('rope_scaling', 'yarn')} widens the context",
+            f"{window - ANSWER:,} fit; got {length:,}"
+            + (f". {spelled('rope_scaling', scaling)} widens the context" if scaling else ""),
         )
     request(model, processor, [0] * length, max_tokens=ANSWER, mtp="off")
 

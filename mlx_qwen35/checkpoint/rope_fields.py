@@ -66,8 +66,13 @@ def rope_parameters(text: Fields) -> dict[str, Any]:
 
 
 def _entries(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The entries that are not null, with mlx-lm's `type` renamed to rope_type. InputError for a type not of TYPES."""
+    """The entries that are not null, with mlx-lm's `type` renamed to rope_type. InputError for a type not of TYPES.
+
+    A `truncate` of null is false, as transformers 5.23 takes it.
+    """
     entries = {name: value for name, value in values.items() if value is not None}
+    if "truncate" in values:
+        entries.setdefault("truncate", False)
     for kind in (entries.pop("type", None), entries.get("rope_type")):
         if kind is not None:
             Fields({"rope_type": kind}, where).only("rope_type", *TYPES)
@@ -165,6 +170,14 @@ def check_rope_scaling(name: str, value: Any) -> str:
             f"{shown(value)}",
         )
     return f"yarn:{factor}"
+
+
+def wider(rope: RopeConfig, window: int, positions: int) -> str | None:
+    """The scaling, as of the option, that makes room for more positions than the window has; None: none does."""
+    factor = max(FACTOR, math.ceil(positions / (rope.yarn.original if rope.yarn else window)))
+    if factor > MOST_FACTOR:
+        return None
+    return "yarn" if factor == FACTOR else f"yarn:{factor:g}"
 
 
 def rescaled(values: Mapping[str, Any], scaling: str | None) -> dict[str, Any]:

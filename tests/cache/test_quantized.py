@@ -19,10 +19,12 @@ from mlx_qwen35.cache.layer import KVCache
 from mlx_qwen35.checkpoint.config import FULL, LINEAR, parse_config
 from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.commands.generate import parser
+from mlx_qwen35.engine import generation
 from mlx_qwen35.model.model import Model
 
 FORMATS = [KVFormat.of(form) for form in FORMS] + [KVFormat.of(form, rotate=True) for form in FORMS[1:]]
 BYTES = {"16": 32_768, "8": 17_408, "8/4": 13_312, "4": 9_216}  # of a token of the 4B in 16 bit
+NAMED = r"([\d,]+) with kv_bits='([\d/]+)'"  # tokens and form in a refusal
 every_format = pytest.mark.parametrize("kv", FORMATS, ids=lambda kv: kv.name)
 
 
@@ -83,7 +85,7 @@ def test_a_rotation_halves_what_single_elements_of_keys_cost():
     scale = 2 / float(mx.sqrt((large * large).sum()))
 
     def error(kv: KVFormat) -> float:
-        out, exact = (own.attend(q, own.encode(keys, values), scale, False) for own in (kv, UNQUANTIZED))
+        out, exact = (own.attend(q, Columns(own.encode(keys, values), 2048), scale, False) for own in (kv, UNQUANTIZED))
         return float(mx.sqrt(mx.square(out - exact).sum() / mx.square(exact).sum()))
 
     assert error(KVFormat.of("4", rotate=True)) < 0.6 * error(KVFormat.of("4"))
@@ -250,8 +252,9 @@ def test_a_context_without_room_names_the_forms_with_fewer_bits():
     model.memory_limit = mx.get_active_memory() + 4_000_000
     with refused("memory_exceeded") as caught:
         generate(model, processor, list(range(5, 400)) * 10)
-    said = re.findall(r"([\d,]+) with kv_bits='([\d/]+)'", str(caught.value))
-    assert [form for _, form in said] == list(FORMS)
+    said = re.findall(NAMED, str(caught.value))
+    forms = [form for _, form in said]
+    assert "4" in forms and forms == [form for form in FORMS if form in forms]  # a CPU dequantizes through more memory
     room, *_ = re.findall(r"a context of ([\d,]+) tokens", str(caught.value))
     tokens = [int(count.replace(",", "")) for count in (room, *(count for count, _ in said))]
     assert tokens == sorted(tokens) and tokens[0] < tokens[1]
@@ -260,3 +263,26 @@ def test_a_context_without_room_names_the_forms_with_fewer_bits():
     with refused("memory_exceeded") as caught:
         generate(model, processor, wide * 3)
     assert "with kv_bits" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", [None, *FORMS])
+def test_forms_are_named_that_are_smaller_and_have_more_room_with_the_same_drafts(form):
+    model, processor = load("nano", kv_bits=form)
+    model.memory_limit = mx.get_active_memory() + 12_000_000
+    drafted = {"mtp": "on", "mtp_depth": 3, "max_tokens": 1}
+    with refused("memory_exceeded") as caught:
+        generate(model, processor, [5] * 32_000, **drafted)
+    said = [(name, int(count.replace(",", ""))) for count, name in re.findall(NAMED, str(caught.value))]
+    assert {name for name, _ in said} <= set(FORMS[FORMS.index(form) + 1 :] if form else FORMS)
+    for name, tokens in said:
+        model.kv = KVFormat.of(name)
+        generation.start(model, processor, [[5] * (tokens - 1)], **drafted)
+        if tokens < 32_767:
+            with refused("memory_exceeded"):
+                generation.start(model, processor, [[5] * tokens], **drafted)
+
+
+def test_smaller_forms_are_those_that_the_heads_fit_into():
+    forms = [KVFormat.of(form) for form in (None, *FORMS)]
+    assert [kv.smaller(256) for kv in forms] == [list(FORMS[i:]) for i in range(4)]
+    assert UNQUANTIZED.smaller(96) == []
