@@ -183,8 +183,9 @@ def wider(rope: RopeConfig, window: int, positions: int) -> str | None:
 def rescaled(values: Mapping[str, Any], scaling: str | None) -> dict[str, Any]:
     """The values of config.json with another scaling, in rope_parameters as transformers reads it.
 
-    scaling: as `check_rope_scaling` returns it; None changes nothing. max_position_embeddings becomes the length of
-    training, as on the card of the published checkpoints: the original one of the scaling before, else at most TRAINED.
+    scaling: as `check_rope_scaling` returns it; None changes nothing. The type before must be one of TYPES.
+    max_position_embeddings becomes the length of training, as on the card of the published checkpoints: the original
+    one of the scaling before where it has one, else at most TRAINED.
     """
     if scaling is None:
         return dict(values)
@@ -192,7 +193,7 @@ def rescaled(values: Mapping[str, Any], scaling: str | None) -> dict[str, Any]:
     nested = "text_config" in values
     text = Fields(top.object("text_config") or {}, "config.json: text_config") if nested else top
     rope = Fields(rope_parameters(text), f"{text.where}.rope_parameters")
-    scaled = rope.values.get("rope_type") == "yarn"
+    scaled = rope.values.get("rope_type") == "yarn" and rope.has("original_max_position_embeddings")
     trained = _original(rope) if scaled else min(TRAINED, text.size("max_position_embeddings", _POSITIONS))
     block = {name: value for name, value in rope.values.items() if name not in _YARN} | {"rope_type": "default"}
     if scaling != "none":
