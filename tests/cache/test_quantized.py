@@ -19,6 +19,7 @@ from mlx_qwen35.cache.layer import KVCache
 from mlx_qwen35.checkpoint.config import FULL, LINEAR, parse_config
 from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.commands.generate import parser
+from mlx_qwen35.convert.__main__ import main as converter
 from mlx_qwen35.engine import generation
 from mlx_qwen35.model.model import Model
 
@@ -239,6 +240,13 @@ def test_heads_that_cannot_be_packed_are_refused(dim, options, fault, checkpoint
 def test_options_of_other_programs_are_declined_with_the_reason(name, why):
     with refused("option_unknown", name, why):
         generate(*load("nano"), "What is 1 + 1?", **{name: 4})
+
+
+def test_the_converter_names_the_commands_that_take_kv_bits(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        converter(["--hf-path", "nano", "--mlx-path", "out", "--kv-bits", "8"])
+    said = capsys.readouterr().err
+    assert "[option_unknown]" in said and "mlx_qwen35.generate" in said and "load(" not in said
 
 
 @pytest.mark.parametrize(("flag", "why"), [("--max-kv-size", "DeltaNet"), ("--quantized-kv-start", "first token")])
