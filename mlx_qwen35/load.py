@@ -28,6 +28,7 @@ from mlx_qwen35.model.enabled import enabled_kernels, warn_unfit_layers
 from mlx_qwen35.model.lazy import LazyPart
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.model.mtp import MultiTokenPrediction
+from mlx_qwen35.model.rotary import is_exact
 from mlx_qwen35.model.vision import VisionEncoder
 from mlx_qwen35.model.weights import Progress, read_weights
 from mlx_qwen35.options import check_fields, option, spelled
@@ -207,6 +208,7 @@ def load_model(
     progress(total, total)
     mx.clear_cache()
     enabled_kernels(model)  # the self-checks run now, not in the middle of an answer
+    is_exact(config.rope, mx.default_device().type)
     warn_unfit_layers(model)
     mtp_head = model.mtp = _draft_head(checkpoint, dtype)
     if has_vision(checkpoint):  # the lambda must not hold the model, which would then hold itself

@@ -151,7 +151,7 @@ def check_keywords(given: Mapping[str, Any], groups: Iterable[type]) -> dict[str
     return checked
 
 
-# Options of other programs, by their names in Python, and why they are not here.
+# Options of other programs, by their names in Python or on a command line, and why they are not here.
 DECLINED = {
     "max_kv_size": "dropping the oldest keys and values would leave their trace in the DeltaNet layers. Start a new "
     "conversation where the context is full; keys and values in fewer bits make room for a longer one",
@@ -159,11 +159,13 @@ DECLINED = {
     "memory of both forms where it is fullest, and results would depend on where chunks end",
     "kv_group_size": "64 elements of a head share a scale and a bias",
     "kv_bits": "the form of keys and values belongs to the model: load(kv_bits=...)",
+    "--kv-bits": "keys and values are in no folder. It is an option of mlx_qwen35.generate, chat and doctor, and of "
+    "bench with --needle",
 }
 
 
 def unknown_option(name: str, known: Iterable[str]) -> InputError:
-    if why := DECLINED.get(name.lstrip("-").replace("-", "_")):
+    if why := DECLINED.get(name) or DECLINED.get(name.lstrip("-").replace("-", "_")):
         return InputError("option_unknown", f"there is no option {name}: {why}")
     nearest = difflib.get_close_matches(name, list(known), n=1)
     return InputError(
@@ -213,6 +215,12 @@ def spelled(name: str, value: Any = None) -> str:
 def listed(names: Iterable[str]) -> str:
     """Options as the user names them, sorted."""
     return ", ".join(spelled(name) for name in sorted(names))
+
+
+def either(ways: Iterable[str]) -> str:
+    """Ways out of an error: "a, b or c"."""
+    *first, last = ways
+    return " or ".join(filter(None, (", ".join(first), last)))
 
 
 def as_flag(name: str) -> str:

@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NoReturn
 
+import mlx.core as mx
+
 from mlx_qwen35.backend import backend
 from mlx_qwen35.bench import heatmap, needle
 from mlx_qwen35.bench.measure import OURS, PEERS, Settings, measure, started, summarize
@@ -46,7 +48,7 @@ REMOVED = {  # option -> where it went
 SPEED: dict[str, Any] = {  # options of the speed alone, with their defaults
     "prompt_lengths": (128, 1024), "decode_tokens": 32, "prefill_step_size": 1024, "compare": (),
 }  # fmt: skip
-OF_NEEDLES = ("memory_limit", "kv_bits", "kv_rotate")  # options of load that speed is measured without
+OF_NEEDLES = ("memory_limit", "kv_bits", "kv_rotate")  # options of load that have no effect without --needle
 
 
 class _Removed(argparse.Action):
@@ -149,6 +151,12 @@ def _check_effects(options: argparse.Namespace) -> None:
         raise InputError("option_no_effect", f"{given[0]} must not be given {how} --needle: it would have no effect")
     if options.needle and options.geometry:
         raise InputError("option_conflict", "--needle must be given with --model: random weights find nothing")
+    if options.compare and options.rope_scaling:
+        raise InputError(
+            "option_conflict",
+            "--rope-scaling must not be given with --compare: the other programs read the folder's scaling. Convert a "
+            "folder with it: mlx_qwen35.convert --rope-scaling",
+        )
     if options.revision and options.geometry:
         raise InputError(
             "option_no_effect",
@@ -166,17 +174,32 @@ def bench(options: argparse.Namespace) -> dict[str, str]:
         _needles(options)
         return {}
     with Step("preparing") as step, _checkpoint(options, step) as folder:
-        return _speed(options, folder, options.model or f"random weights of geometry {options.geometry}", step)
+        name = options.model or f"random weights of geometry {options.geometry}"
+        if options.rope_scaling:
+            name += f", --rope-scaling {options.rope_scaling}"
+        return _speed(options, folder, name, step)
 
 
 def _needles(options: argparse.Namespace) -> None:
     tune()
     model, processor = load_model(options)
-    answers = needle.measure(model, processor, options.needle, options.repeats or 1)
+    answers: list[needle.Answer] = []
+    try:
+        for found in needle.measure(model, processor, options.needle, options.repeats or 1):
+            answers += found
+    except KeyboardInterrupt:
+        if answers:
+            _report_needles(options, model.dtype, answers)
+        raise
+    _report_needles(options, model.dtype, answers)
+
+
+def _report_needles(options: argparse.Namespace, dtype: mx.Dtype, answers: Sequence[needle.Answer]) -> None:
+    """Print and write what was measured."""
     machine, rows = describe_machine({OURS: {"blas": blas(), "torch_threads": None}}), heatmap.summarize(answers)
     given = given_options(options, [LoadOptions])
     also = [f"{as_flag(name)} {given[name]}" for name in (*OF_NEEDLES, "rope_scaling") if name in given]
-    name = ", ".join([options.model, dtype_name(model.dtype), *also])
+    name = ", ".join([options.model, dtype_name(dtype), *also])
     print(heatmap.format_table(machine, name, rows))
     if options.json:
         heatmap.write_json(options.json, machine, name, rows, answers)

@@ -36,6 +36,8 @@ def summarize(answers: Sequence[Answer]) -> list[Row]:
     for kind in dict.fromkeys(answer.kind for answer in answers):
         for length in dict.fromkeys(answer.length for answer in answers):
             own = [answer for answer in answers if (answer.kind, answer.length) == (kind, length)]
+            if not own:  # it was interrupted
+                continue
             right = tuple(sum(answer.right for answer in own if answer.depth == depth) for depth in DEPTHS)
             asked = len(own) // len(DEPTHS)
             found.append(Row(kind, length, right, asked, sum(answer.seconds for answer in own) / len(own)))

@@ -10,6 +10,7 @@ from random import Random
 import mlx.core as mx
 
 from mlx_qwen35.bench.haystack import Haystack, Needle, needles, written
+from mlx_qwen35.checkpoint.rope_fields import wider
 from mlx_qwen35.commands.progress import Step
 from mlx_qwen35.engine.generation import request
 from mlx_qwen35.engine.prefill import PromptRow, prefill
@@ -45,36 +46,45 @@ class Answer:
         return str(self.number) in re.findall(r"\d+", self.said)
 
 
-def measure(model: Model, processor: Processor, lengths: Sequence[int], rounds: int) -> list[Answer]:
-    """The answers to every kind, length and depth, in so many rounds of texts that differ. Progress is shown.
+def measure(model: Model, processor: Processor, lengths: Sequence[int], rounds: int) -> Iterator[list[Answer]]:
+    """The answers at every depth, for each kind and length, in so many rounds of texts that differ. Progress is shown.
 
-    InputError, before anything is read, for a length that window or memory has no room for.
+    InputError, before anything is read, for a length that window or memory has no room for, or that is too short.
     """
+    least = max(_least(processor, kind, round) for kind in KINDS for round in range(rounds))
     for length in lengths:
-        _check(model, processor, length)
-    return [
-        answer
+        _check(model, processor, length, least)
+    return (
+        _round(model, processor, kind, length, round, rounds)
         for length in lengths
         for round in range(rounds)
         for kind in KINDS
-        for answer in _round(model, processor, kind, length, round, rounds)
-    ]
+    )
 
 
-def _check(model: Model, processor: Processor, length: int) -> None:
+def _least(processor: Processor, kind: str, round: int) -> int:
+    """Tokens of the longest prompt of a round with nothing between its needles."""
+    haystack = _haystack(processor, round)
+    return max(len(prompt) for text in _texts(kind, round) for prompt in _filled(processor, haystack, text, 0))
+
+
+def _check(model: Model, processor: Processor, length: int, least: int) -> None:
+    if length < least:
+        raise InputError("option_invalid", f"--needle must have {least} tokens or more, got {length}")
     window = model.config.max_position_embeddings
     if length + ANSWER > window:
+        scaling = wider(model.config.rope, window, length + ANSWER)
         raise InputError(
             "context_length_exceeded",
             f"--needle must leave {ANSWER} tokens for an answer in the context of {window:,} tokens, so at most "
-            f"{window - ANSWER:,} fit; got {length:,}. {spelled('rope_scaling', 'yarn')} widens the context",
+            f"{window - ANSWER:,} fit; got {length:,}"
+            + (f". {spelled('rope_scaling', scaling)} widens the context" if scaling else ""),
         )
     request(model, processor, [0] * length, max_tokens=ANSWER, mtp="off")
 
 
-def _round(model: Model, processor: Processor, kind: str, length: int, round: int, rounds: int) -> Iterator[Answer]:
-    haystack = Haystack(round, lambda text: len(processor.tokenizer.encode(text)))
-    texts = needles(Random(f"{kind} {round}"), kind, DEPTHS)
+def _round(model: Model, processor: Processor, kind: str, length: int, round: int, rounds: int) -> list[Answer]:
+    haystack, texts = _haystack(processor, round), _texts(kind, round)
     asked = [needle for text in texts for needle in text]
     prompts = [prompt for text in texts for prompt in _prompts(processor, haystack, text, length)]
     order = sorted(range(len(asked)), key=lambda i: -asked[i].depth)  # each shares the most with the one before
@@ -82,25 +92,34 @@ def _round(model: Model, processor: Processor, kind: str, length: int, round: in
     with Step(f"{kind}, {length:,} tokens, round {round + 1} of {rounds}", "tokens", timed=True) as step:
         said = answers(model, processor, [prompts[i] for i in order], step)
     seconds = time.perf_counter() - began
-    for i, text in sorted(zip(order, said, strict=True)):
-        yield Answer(kind, length, len(prompts[i]), asked[i].depth, round, asked[i].number, text, seconds)
+    return [
+        Answer(kind, length, len(prompts[i]), asked[i].depth, round, asked[i].number, text, seconds)
+        for i, text in sorted(zip(order, said, strict=True))
+    ]
+
+
+def _haystack(processor: Processor, round: int) -> Haystack:
+    return Haystack(round, lambda text: len(processor.tokenizer.encode(text)))
+
+
+def _texts(kind: str, round: int) -> list[list[Needle]]:
+    return needles(Random(f"{kind} {round}"), kind, DEPTHS)
 
 
 def _prompts(processor: Processor, haystack: Haystack, text: Sequence[Needle], length: int) -> list[tuple[int, ...]]:
     """A prompt for each needle of a text: the text, and the question. The longest has `length` tokens, or few less."""
-
-    def prompts(room: int) -> list[tuple[int, ...]]:
-        filled = written(haystack.fill(room), text)
-        messages = [[{"role": "user", "content": f"{filled} {needle.question}"}] for needle in text]
-        return [processor.encode_messages(one, VisionOptions(), enable_thinking=False).tokens for one in messages]
-
-    bare = max(map(len, prompts(0)))
-    if bare > length:
-        raise InputError("option_invalid", f"--needle must have {bare} tokens or more, got {length}")
-    room = length - bare
-    while max(map(len, found := prompts(room))) > length:  # where lines join to more tokens than they have alone
+    room = length - max(map(len, _filled(processor, haystack, text, 0)))
+    # Lines may join to more tokens than they have alone.
+    while max(map(len, found := _filled(processor, haystack, text, room))) > length:
         room -= max(map(len, found)) - length
     return found
+
+
+def _filled(processor: Processor, haystack: Haystack, text: Sequence[Needle], room: int) -> list[tuple[int, ...]]:
+    """The same, with `room` tokens between the needles."""
+    filled = written(haystack.fill(room), text)
+    messages = [[{"role": "user", "content": f"{filled} {needle.question}"}] for needle in text]
+    return [processor.encode_messages(one, VisionOptions(), enable_thinking=False).tokens for one in messages]
 
 
 def answers(

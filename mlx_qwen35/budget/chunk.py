@@ -128,13 +128,16 @@ def prefill_bytes(config: TextConfig, T: int, S: int, itemsize: int, impl: str) 
     return LAYERS_IN_FLIGHT * T * widest * itemsize + scores
 
 
-def unpacked_bytes(config: TextConfig, itemsize: int, kv: KVFormat) -> int:
+def unpacked_bytes(config: TextConfig, itemsize: int, kv: KVFormat, impl: str) -> int:
     """Bytes of a token's key and value in one layer, dequantized: of two layers in flight one has attention.
 
-    Prefill takes them beside `prefill_bytes`, however many tokens a chunk has.
+    Prefill takes them beside `prefill_bytes`, however many tokens a chunk has. On the CPU operations dequantize one of
+    the two after the other, through an array of 32 bits an element. impl: as for `prefill_bytes`.
     """
+    if not kv.quantized or FULL not in config.layer_types:
+        return 0
     _, Hk, size, _ = config.attention_heads
-    return 2 * Hk * size * itemsize if kv.quantized and FULL in config.layer_types else 0
+    return Hk * size * (2 * itemsize + 4 * (impl == "cpu"))
 
 
 def chunk_length(

@@ -213,7 +213,7 @@ def most_prefill_bytes(checkpoint: Checkpoint, machine: Machine, context: int, c
     text, size = checkpoint.config.text, machine.dtype.size
     contexts = [*(S for S in contexts_up_to(context) if context > S), context]
     most = max(prefill_bytes(text, min(chunk, S), S, size, machine.attention_impl) for S in contexts)
-    most += context * unpacked_bytes(text, size, machine.kv)
+    most += _columns(context) * unpacked_bytes(text, size, machine.kv, machine.attention_impl)
     if not machine.on_cpu or not checkpoint.quantization(f"{TEXT}layers.0.mlp.gate_proj.weight"):
         return most
     return most + 4 * 4 * min(UNPACKED, text.intermediate_size * text.hidden_size)
@@ -288,7 +288,7 @@ def most_tokens(
     step = kv_bytes(config, KVCache.STEP, size, config.mtp_num_hidden_layers if depth else 0, machine.kv)
     if not step:
         return rows * config.max_position_embeddings
-    unpacked = unpacked_bytes(config, size, machine.kv)
+    unpacked = unpacked_bytes(config, size, machine.kv, machine.attention_impl)
     prefilled = step + KVCache.STEP * unpacked
     grown = step + growth_bytes(config, KVCache.STEP, size, machine.kv)
     steps = min((free - sum(cached) * unpacked) // prefilled, (free + once - sampling) // grown)

@@ -68,6 +68,12 @@ class KVFormat:
         """Whether heads of `dim` elements can be stored: whole groups if quantized, a power of two if rotated."""
         return not self.quantized or (dim % GROUP == 0 and not (self.rotate and dim & (dim - 1)))
 
+    def smaller(self, dim: int) -> list[str]:
+        """Those of FORMS with fewer bits that heads of `dim` elements fit into."""
+        found = {form: KVFormat.of(form, self.rotate) for form in FORMS}
+        bits = self.key_bits + self.value_bits
+        return [form for form, kv in found.items() if kv.key_bits + kv.value_bits < bits and kv.fits(dim)]
+
     # --- columns ---
 
     def encode(self, keys: mx.array, values: mx.array) -> dict[str, mx.array]:

@@ -66,8 +66,13 @@ def rope_parameters(text: Fields) -> dict[str, Any]:
 
 
 def _entries(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The entries that are not null, with mlx-lm's `type` renamed to rope_type. InputError for a type not of TYPES."""
+    """The entries that are not null, with mlx-lm's `type` renamed to rope_type. InputError for a type not of TYPES.
+
+    A `truncate` of null is false, as transformers 5.23 takes it.
+    """
     entries = {name: value for name, value in values.items() if value is not None}
+    if "truncate" in values:
+        entries.setdefault("truncate", False)
     for kind in (entries.pop("type", None), entries.get("rope_type")):
         if kind is not None:
             Fields({"rope_type": kind}, where).only("rope_type", *TYPES)
@@ -167,11 +172,20 @@ def check_rope_scaling(name: str, value: Any) -> str:
     return f"yarn:{factor}"
 
 
+def wider(rope: RopeConfig, window: int, positions: int) -> str | None:
+    """The scaling, as of the option, that makes room for more positions than the window has; None: none does."""
+    factor = max(FACTOR, math.ceil(positions / (rope.yarn.original if rope.yarn else window)))
+    if factor > MOST_FACTOR:
+        return None
+    return "yarn" if factor == FACTOR else f"yarn:{factor:g}"
+
+
 def rescaled(values: Mapping[str, Any], scaling: str | None) -> dict[str, Any]:
     """The values of config.json with another scaling, in rope_parameters as transformers reads it.
 
-    scaling: as `check_rope_scaling` returns it; None changes nothing. max_position_embeddings becomes the length of
-    training, as on the card of the published checkpoints: the original one of the scaling before, else at most TRAINED.
+    scaling: as `check_rope_scaling` returns it; None changes nothing. The type before must be one of TYPES.
+    max_position_embeddings becomes the length of training, as on the card of the published checkpoints: the original
+    one of the scaling before where it has one, else at most TRAINED.
     """
     if scaling is None:
         return dict(values)
@@ -179,7 +193,7 @@ def rescaled(values: Mapping[str, Any], scaling: str | None) -> dict[str, Any]:
     nested = "text_config" in values
     text = Fields(top.object("text_config") or {}, "config.json: text_config") if nested else top
     rope = Fields(rope_parameters(text), f"{text.where}.rope_parameters")
-    scaled = rope.values.get("rope_type") == "yarn"
+    scaled = rope.values.get("rope_type") == "yarn" and rope.has("original_max_position_embeddings")
     trained = _original(rope) if scaled else min(TRAINED, text.size("max_position_embeddings", _POSITIONS))
     block = {name: value for name, value in rope.values.items() if name not in _YARN} | {"rope_type": "default"}
     if scaling != "none":

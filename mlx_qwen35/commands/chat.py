@@ -79,7 +79,7 @@ def answer(conversation: Conversation, content: str | list[dict[str, Any]]) -> b
         f"second, {result.finish_reason}; {_drafts(result)}{result.peak_memory:.3f} GB]",
         file=sys.stderr,
     )
-    tell_cut(result, "/reset begins anew")
+    tell_cut(result, conversation.model, "/reset begins anew")
     return bool(result.tokens)
 
 

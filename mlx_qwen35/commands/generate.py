@@ -31,6 +31,7 @@ from mlx_qwen35.engine.sequence import Sequence as Request
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.fetch import is_remote
 from mlx_qwen35.media.preprocess import Media
+from mlx_qwen35.model.model import Model
 from mlx_qwen35.options import option, options_of
 from mlx_qwen35.prompt.piece import Piece
 from mlx_qwen35.prompt.processor import Messages
@@ -155,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
         (request,) = generation.requests
         media = [placed.media for placed in request.prompt.media]
         whole = print_answer((piece for _, piece in generation), request, media, prefill, args.json)
-    print_result(request.result(), media, args.json)
+    print_result(request.result(), model, media, args.json)
     return 0 if whole else INTERRUPTED
 
 
@@ -172,7 +173,7 @@ def run_session(args: argparse.Namespace, text: str, options: dict[str, Any]) ->
             whole = print_answer(turn, turn, media, prefill, args.json)
             turn.cancel()
         if turn.result:
-            print_result(turn.result, media, args.json)
+            print_result(turn.result, model, media, args.json)
         if not whole:
             tell_interrupted(session.conversation, turn)
     return 0 if whole else INTERRUPTED
@@ -195,13 +196,13 @@ def print_answer(
     return True
 
 
-def print_result(result: Result, media: Sequence[Media], as_json: bool) -> None:
+def print_result(result: Result, model: Model, media: Sequence[Media], as_json: bool) -> None:
     if as_json:
         found = dataclasses.asdict(result) | {"loop": result.loop and dataclasses.asdict(result.loop)}
         print(json.dumps(found, ensure_ascii=False, default=list))  # bytes as numbers
     else:
         print_statistics(result, media)
-    tell_cut(result)
+    tell_cut(result, model)
 
 
 def wait_for(pieces: Iterable[Piece], answer: Request | Turn, step: Step) -> None:

@@ -4,9 +4,12 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from mlx_qwen35.checkpoint.rope_fields import wider
 from mlx_qwen35.commands.progress import Step
 from mlx_qwen35.engine.result import Result
 from mlx_qwen35.media.preprocess import Media
+from mlx_qwen35.model.model import Model
+from mlx_qwen35.options import either
 from mlx_qwen35.prompt.piece import CALL, CALL_END, Piece
 
 
@@ -42,30 +45,30 @@ def print_pieces(pieces: Iterable[Piece], waiting: Step) -> None:
             print("\n</think>" if inside else "", flush=True)
 
 
-def tell_cut(result: Result, shorter: str = "shorten the prompt") -> None:
+def tell_cut(result: Result, model: Model, shorter: str = "shorten the prompt") -> None:
     """Say on stderr that the answer was cut while the model was thinking or wrote a call, or by a full context or full
     memory, or that it looped. shorter: how to make room.
     """
+    window = model.config.max_position_embeddings
+    scaling, forms = wider(model.config.rope, window, window + 1), model.kv.smaller(model.config.head_dim)
+    wide = [f"widen it with --rope-scaling {scaling}"] if scaling else []
+    small = [f"store keys and values in fewer bits with --kv-bits {', '.join(forms)}"] if forms else []
     full, more = {
         "max_tokens": ("", ["allow more with --max-tokens"]),
-        "context": ("the context is full: ", [shorter, "widen it with --rope-scaling yarn"]),
-        "memory": ("memory has room for no more: ", [shorter, "store keys and values in fewer bits with --kv-bits"]),
+        "context": ("the context is full: ", [shorter, *wide]),
+        "memory": ("memory has room for no more: ", [shorter, *small]),
     }[result.limited_by]
     told, cut = "", f"the answer was cut after {result.generation_tokens} tokens"
     if result.cut_in_reasoning:
         more += ["end thinking with --thinking-budget", "let it answer at once with --no-enable-thinking"]
-        told = f"{cut}, while the model was thinking: {full}{_either(more)}"
+        told = f"{cut}, while the model was thinking: {full}{either(more)}"
     elif result.cut:
         what = f"a call of {result.cut.name or 'a tool'}"
-        told = f"{what} is not whole ({result.finish_reason}): {full}{_either(more)}"
+        told = f"{what} is not whole ({result.finish_reason}): {full}{either(more)}"
     elif result.loop:
         ended = "it was ended there" if result.finish_reason == "loop" else "--loop-guard ends such an answer"
         told = f"the answer repeats itself: {result.loop}; {ended}"
     elif full and result.finish_reason == "length":
-        told = f"{cut}: {full}{_either(more)}"
+        told = f"{cut}: {full}{either(more)}"
     if told:
         print(told, file=sys.stderr, flush=True)
-
-
-def _either(ways: Sequence[str]) -> str:
-    return " or ".join(filter(None, (", ".join(ways[:-1]), ways[-1])))

@@ -174,8 +174,8 @@ class Conversation:
             self._check_answer()
         messages = [*self.messages[: len(self.messages) - turn.replaces], *turn.messages]
         prompt = self.processor.encode_messages(messages, self.vision, **self._template)
-        window, remedy = self.model.config.max_position_embeddings, "Send less, begin anew (reset(), in chat /reset)"
-        check_window(window, len(prompt.tokens), prompt, "the conversation with this message", remedy)
+        remedy = "Send less, begin anew (reset(), in chat /reset)"
+        check_window(self.model.config, len(prompt.tokens), prompt, "the conversation with this message", remedy)
         read = self._use and self._use.prefix
         self.cache, self._use = self.model.make_cache(), None  # the library goes on in the memory of the last turn
         try:

@@ -145,8 +145,13 @@ def check_caches(options: Options, model: Model, rows: int) -> list[Cache | None
         )
     if len({id(cache) for cache in caches}) < rows:
         raise InputError("cache_batch_mismatch", f"each of {rows} prompts needs a cache of its own; one is given twice")
-    if any((cache.config, cache.dtype) != (model.config, model.dtype) for cache in caches):
-        raise InputError("option_invalid", "cache must come from make_cache() of this model; it is another model's")
+    for cache in caches:
+        if (cache.config, cache.dtype, cache.kv) != (model.config, model.dtype, model.kv):
+            raise InputError(
+                "option_invalid",
+                f"cache must come from make_cache() of this model (form of keys and values: {model.kv.name}); it is "
+                f"another model's (form: {cache.kv.name})",
+            )
     return list(caches)
 
 

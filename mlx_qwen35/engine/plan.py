@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 
 from mlx_qwen35.budget.chunk import suitable_chunk
 from mlx_qwen35.budget.plan import Machine, kv_bytes, most_tokens, this_machine
-from mlx_qwen35.cache.kv_format import FORMS, KVFormat
+from mlx_qwen35.cache.kv_format import KVFormat
 from mlx_qwen35.checkpoint.config import TextConfig
-from mlx_qwen35.checkpoint.rope_fields import Yarn
+from mlx_qwen35.checkpoint.rope_fields import Yarn, wider
 from mlx_qwen35.engine.constraints.thinking import budget_of, check_thinking
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy, choose_drafts
 from mlx_qwen35.engine.options import Options, draft_options, sampling_options
 from mlx_qwen35.engine.presets import MOST_SEED, PRESETS, Preset, Sampling
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.model import Model
-from mlx_qwen35.options import spelled
+from mlx_qwen35.options import either, spelled
 from mlx_qwen35.prompt.prompt import Prompt
 
 
@@ -60,7 +60,7 @@ def plan(
     contexts = [before + len(prompt.tokens) for prompt, before in zip(prompts, cached, strict=True)]
     window = model.config.max_position_embeddings
     for row, (prompt, context) in enumerate(zip(prompts, contexts, strict=True), start=1):
-        check_window(window, context, prompt, f"prompt {row}" if len(prompts) > 1 else "this one")
+        check_window(model.config, context, prompt, f"prompt {row}" if len(prompts) > 1 else "this one")
     chunk = options.get("prefill_step_size") or suitable_chunk(
         model.config, model.dtype, model.memory_limit, max(contexts), model.kv
     )
@@ -79,20 +79,23 @@ def plan(
     return [SequencePlan(own, seed, *limit, budget, chunk, drafts) for own, seed, limit, budget in rows]
 
 
-def check_window(window: int, context: int, prompt: Prompt, what: str, remedy: str = "Shorten it") -> None:
+def check_window(config: TextConfig, context: int, prompt: Prompt, what: str, remedy: str = "Shorten it") -> None:
     """InputError where a context leaves no token for an answer.
 
-    window: of the model. context: tokens of the prompt and of what it goes on with. what: who has them, in the message.
+    context: tokens of the prompt and of what it goes on with. what: who has them, in the message.
     """
+    window = config.max_position_embeddings
     if context < window:
         return
     seen = sum(p.stop - p.start for p in prompt.placeholders)
     shown = f", {seen:,} of them of images and videos" if seen else ""
-    less = f"show less of each image with a lower {spelled('max_pixels')}, " if seen else ""
+    ways = [remedy] + [f"show less of each image with a lower {spelled('max_pixels')}"] * bool(seen)
+    if scaling := wider(config.rope, window, context + 1):
+        ways.append(f"widen the context with {spelled('rope_scaling', scaling)}")
     raise InputError(
         "context_length_exceeded",
         f"a prompt must leave room for an answer in the context of {window:,} tokens, so at most {window - 1:,} fit; "
-        f"{what} has {context:,}{shown}. {remedy}, {less}or widen the context with {spelled('rope_scaling', 'yarn')}",
+        f"{what} has {context:,}{shown}. {either(ways)}",
     )
 
 
@@ -147,37 +150,40 @@ def _drafts_and_room(
         drafts, room = DraftPolicy(0, reason="memory has no room for drafts beside this context", short=True), without
     answer = (room - sum(contexts)) // rows
     if answer < options.get("max_tokens", 1):
-        _refuse(options, room, contexts, drafts, _other_forms(model.config, machine, chunk, cached, room))
+        smaller = _smaller_forms(model.config, machine, chunk, cached, drafts, room)
+        _refuse(options, room, contexts, drafts, smaller)
     return drafts, answer
 
 
-def _other_forms(config: TextConfig, machine: Machine, chunk: int, cached: Sequence[int], room: int) -> dict[str, int]:
-    """Form of keys and values -> the tokens that memory would have room for in it, where these are more than `room`.
+def _smaller_forms(
+    config: TextConfig, machine: Machine, chunk: int, cached: Sequence[int], drafts: DraftPolicy, room: int
+) -> dict[str, int]:
+    """Form of keys and values with fewer bits -> the tokens that memory would have room for in it, if more than `room`.
 
     What the caches hold now would be in that form too.
     """
     held = kv_bytes(config, sum(cached), machine.dtype.size, kv=machine.kv)
     found = {}
-    for form in FORMS:
-        kv = KVFormat.of(form, machine.kv.rotate)
-        other = replace(machine, kv=kv, limit=machine.limit + held)
-        tokens = min(most_tokens(config, other, chunk, [0] * len(cached)), len(cached) * config.max_position_embeddings)
-        if kv.fits(config.head_dim) and tokens > room:
+    for form in machine.kv.smaller(config.head_dim):
+        other = replace(machine, kv=KVFormat.of(form, machine.kv.rotate), limit=machine.limit + held)
+        tokens = most_tokens(config, other, chunk, [0] * len(cached), drafts.depth, drafts.head_bytes)
+        tokens = min(tokens, len(cached) * config.max_position_embeddings)
+        if tokens > room:
             found[form] = tokens
     return found
 
 
 def _refuse(
-    options: Options, room: int, contexts: Sequence[int], drafts: DraftPolicy, others: Mapping[str, int]
+    options: Options, room: int, contexts: Sequence[int], drafts: DraftPolicy, smaller: Mapping[str, int]
 ) -> None:
     """Refuse a prompt, or an answer whose length was asked for, whose keys and values memory has no room for.
 
-    others: of `_other_forms`.
+    smaller: of `_smaller_forms`.
     """
     rows = len(contexts)
     together = f" for {rows} prompts together" if rows > 1 else ""
     wanted, mtp = sum(contexts) + rows * options.get("max_tokens", 1), spelled("mtp")
-    forms = ", ".join(f"{tokens:,} with {spelled('kv_bits', form)}" for form, tokens in others.items())
+    forms = ", ".join(f"{tokens:,} with {spelled('kv_bits', form)}" for form, tokens in smaller.items())
     raise InputError(
         "memory_exceeded",
         f"memory has room for a context of {room:,} tokens{together}; prompt and answer have {wanted:,}. "

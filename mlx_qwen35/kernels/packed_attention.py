@@ -75,8 +75,8 @@ def packed_attention(
 
     Args:
         q: of the dtype of the scales.
-        length: S of the C columns are in use; None: all. The kernel reads whole arrays where they lie; of a slice of a
-            larger array MLX would make a copy first.
+        length: S of the C columns are in use; None: all. Whole arrays are read where they lie; of a slice of several
+            heads MLX would make a copy first.
         scale, causal: as in `attention`.
     """
     (_, H, T, D), (_, Hk, C, _) = q.shape, keys.words.shape
@@ -84,24 +84,36 @@ def packed_attention(
     sizes, in_order = Geometry(H // Hk, D, keys.bits, values.bits), causal or T == 1
     if backend().fused_kernels and in_order and T <= FEW_QUERIES and sizes.supported and self_check(sizes, q.dtype):
         return fused_attention(q, keys, values, scale, S)
-    keys, values = keys.first(S), values.first(S)
     if backend().tiles_attention and in_order and T * sizes.rows <= FEW_ROWS:
-        return product_attention(q, keys, values, scale)
-    return attention(q, unpack(keys), unpack(values), scale, causal)
+        return product_attention(q, keys, values, scale, S)
+    k = unpack(keys)
+    if backend().tiles_attention:
+        mx.eval(k)  # MLX's CPU backend takes memory ahead of the work: what it makes of both on the way, at once
+    return attention(q, k[:, :, :S], unpack(values)[:, :, :S], scale, causal)
 
 
-def product_attention(q: mx.array, keys: Packed, values: Packed, scale: float) -> mx.array:
-    """Causal attention by quantized products in float32, which take as long for each query as for the first."""
-    (B, H, T, D), (_, Hk, S, _) = q.shape, keys.words.shape
-    rows = (q.astype(mx.float32) * scale).reshape(B, Hk, -1, D)
-    scores = _product(rows, keys, transpose=True).reshape(B, H, T, S)
+def product_attention(q: mx.array, keys: Packed, values: Packed, scale: float, S: int) -> mx.array:
+    """Causal attention by quantized products in float32, which take as long for each query as for the first.
+
+    S of the C columns are in use.
+    """
+    (B, H, T, D), Hk = q.shape, keys.words.shape[1]
+    rows = (q.astype(mx.float32) * scale).reshape(B * Hk, -1, D)
+    scores = _products(rows, keys, S, transpose=True).reshape(B, H, T, S)
     weights = mx.softmax(scores + mx.triu(mx.full((T, S), -mx.inf), S - T + 1), axis=-1)
-    return _product(weights.reshape(B, Hk, -1, S), values, transpose=False).reshape(q.shape).astype(q.dtype)
+    return _products(weights.reshape(B * Hk, -1, S), values, S, transpose=False).reshape(q.shape).astype(q.dtype)
 
 
-def _product(x: mx.array, packed: Packed, transpose: bool) -> mx.array:
-    words, scales, biases, bits = packed
-    return mx.quantized_matmul(x, words, scales, biases, transpose=transpose, group_size=GROUP, bits=bits)
+def _products(x: mx.array, packed: Packed, S: int, transpose: bool) -> mx.array:
+    """Head by head, whose columns in use lie side by side: MLX would copy the slice of all heads."""
+    words, scales, biases = (array.flatten(0, 1)[:, :S] for array in packed[:3])
+    heads = zip(x, words, scales, biases, strict=True)
+    return mx.stack(
+        [
+            mx.quantized_matmul(rows, *part, transpose=transpose, group_size=GROUP, bits=packed.bits)
+            for rows, *part in heads
+        ]
+    )
 
 
 def fused_attention(q: mx.array, keys: Packed, values: Packed, scale: float, S: int) -> mx.array:

@@ -131,6 +131,12 @@ def test_a_random_geometry_is_measured_and_leaves_only_what_was_asked_for(tempor
         assert (tmp_path / "speeds.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_scaling_of_positions_is_named_with_the_model(tmp_path, capsys):
+    main(["--model", "nano", "--rope-scaling", "yarn:2", *QUICK, "--json", str(tmp_path / "all.json")])
+    name = json.loads((tmp_path / "all.json").read_text())["model"]
+    assert name.startswith("nano, --rope-scaling yarn:2") and name in capsys.readouterr().out
+
+
 def test_a_peer_that_cannot_be_imported_is_named_with_the_reason(temporary, tmp_path, monkeypatch, capsys):
     (tmp_path / "mlx_lm.py").write_text("raise ImportError('mlx_lm was not unpacked')\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))

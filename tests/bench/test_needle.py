@@ -9,11 +9,12 @@ import pytest
 from PIL import Image
 from refusing import refused
 
-from mlx_qwen35 import generate, load
+from mlx_qwen35 import Model, generate, load
 from mlx_qwen35.bench import main
 from mlx_qwen35.bench.haystack import CHAIN, Haystack, needles, written
 from mlx_qwen35.bench.heatmap import NO, YES, draw, format_table, summarize
 from mlx_qwen35.bench.needle import ANSWER, DEPTHS, KINDS, Answer, answers, common, measure
+from mlx_qwen35.cache.cache import Cache
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_common_beginnings():
 
 
 def test_prompts_have_the_length_that_was_asked_for_and_every_depth_is_asked(nano):
-    found = measure(*nano, [160], 1)
+    found = [one for some in measure(*nano, [160], 1) for one in some]
     assert [(one.kind, one.depth) for one in found] == [(kind, depth) for kind in KINDS for depth in DEPTHS]
     for kind in KINDS:
         lengths = [one.tokens for one in found if one.kind == kind]
@@ -122,6 +123,40 @@ def test_a_length_too_short_for_the_questions_is_refused(nano):
         measure(*nano, [20], 1)
 
 
+def test_every_length_is_checked_before_the_first_is_measured(nano, monkeypatch):
+    monkeypatch.setattr(Model, "hidden", lambda *_: pytest.fail("a length was measured"))
+    with refused("option_invalid", "needle", "20"):
+        measure(*nano, [200, 20], 1)
+
+
+@pytest.mark.parametrize("whole", [0, 2])
+def test_what_was_measured_before_ctrl_c_is_shown_and_written(whole, tmp_path, capsys, monkeypatch):
+    """whole: kinds of the first length. A snapshot is restored before each of a kind's questions."""
+    files, calls, restore = [tmp_path / "all.json", tmp_path / "map.png"], [], Cache.restore
+
+    def interrupted(cache, snapshot):
+        calls.append(snapshot)
+        if len(calls) > len(DEPTHS) * whole + 2:
+            raise KeyboardInterrupt
+        restore(cache, snapshot)
+
+    monkeypatch.setattr(Cache, "restore", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        main(["--model", "nano", "--needle", "150,160", "--json", str(files[0]), "--plot", str(files[1])])
+    assert [file.exists() for file in files] == [whole > 0] * 2
+    if whole:
+        content = json.loads(files[0].read_text())
+        assert len(content["answers"]) == len(DEPTHS) * whole
+        assert [(row["kind"], row["length"]) for row in content["rows"]] == [(kind, 150) for kind in KINDS[:whole]]
+        assert "several" in capsys.readouterr().out
+
+
+def test_a_kind_that_was_measured_at_fewer_lengths_has_fewer_rows():
+    found = [answer(kind, length, depth) for kind, length in (("single", 5), ("several", 5), ("single", 9))
+             for depth in DEPTHS]  # fmt: skip
+    assert [(row.kind, row.length) for row in summarize(found)] == [("single", 5), ("single", 9), ("several", 5)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
@@ -129,7 +164,7 @@ def test_a_length_too_short_for_the_questions_is_refused(nano):
         (("--model", "nano", "--needle", "1k", "--compare", "mlx-lm"), "option_no_effect"),
         (("--model", "nano", "--needle", "1k", "--decode-tokens", "32"), "option_no_effect"),
         (("--model", "nano", "--kv-bits", "8"), "option_no_effect"),
-        (("--model", "nano", "--rope-scaling", "yarn"), "option_no_effect"),
+        (("--model", "nano", "--rope-scaling", "yarn", "--compare", "mlx-lm"), "option_conflict"),
     ],
 )
 def test_options_without_effect_are_refused(arguments, code, capsys):

@@ -10,9 +10,11 @@ from image_memory import noise, prompt  # of examples
 from refusing import refused
 
 from mlx_qwen35 import generate, load
+from mlx_qwen35.backend import backend
+from mlx_qwen35.budget.chunk import prefill_bytes, unpacked_bytes
 from mlx_qwen35.budget.encoding import at_once, working_bytes
 from mlx_qwen35.budget.plan import kv_bytes, longest_context, mac, most_tokens, plan_memory, state_bytes, this_machine
-from mlx_qwen35.cache.kv_format import FORMS, KVFormat
+from mlx_qwen35.cache.kv_format import FORMS, Columns, KVFormat
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.config import parse_config
 from mlx_qwen35.checkpoint.random import geometry
@@ -150,6 +152,25 @@ def test_a_run_takes_what_the_plan_says_within_a_tenth(mid, tokens, image, kv_bi
         engine.step()
     measured = mx.get_peak_memory() - before
     assert abs((plan.image if image else plan.text) / measured - 1) < 0.1
+
+
+@pytest.mark.skipif(backend().device != "the CPU", reason="what a CPU takes")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("T", [9, 64])
+def test_dequantized_keys_and_values_take_at_most_what_is_planned(form, T):
+    """Of several key heads, in a length that is no multiple of 256."""
+    config, S, kv = parse_config(geometry("4b")).text, 3900, KVFormat.of(form)
+    _, Hk, size, _ = config.attention_heads
+    keys = mx.random.normal((1, Hk, 4096, size), key=mx.random.key(0))
+    columns, q = kv.encode(keys, keys), mx.random.normal((1, config.num_attention_heads, T, size), key=mx.random.key(1))
+    mx.eval(q, columns)
+    del keys
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(kv.attend(q, Columns(columns, S), size**-0.5, causal=True))
+    measured = mx.get_peak_memory() - before
+    unpacked = 4096 * unpacked_bytes(config, 4, kv, "cpu")
+    assert unpacked < 1.05 * measured and measured <= unpacked + prefill_bytes(config, T, S, 4, "cpu")
 
 
 @pytest.mark.parametrize("size", [(256, 512), (512, 512), pytest.param((1024, 1024), marks=pytest.mark.full)], ids=str)

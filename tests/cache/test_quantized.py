@@ -10,19 +10,22 @@ from geometries import changed
 from mtp.drafting import SMALL, Case, cycle, force, load_small, prompt, run, step_by_step
 from refusing import refused
 
-from mlx_qwen35 import generate, load
+from mlx_qwen35 import batch_generate, generate, load
 from mlx_qwen35.backend import backend
 from mlx_qwen35.budget.plan import kv_bytes
 from mlx_qwen35.cache.cache import Cache
-from mlx_qwen35.cache.kv_format import FORMS, UNQUANTIZED, KVFormat
+from mlx_qwen35.cache.kv_format import FORMS, UNQUANTIZED, Columns, KVFormat
 from mlx_qwen35.cache.layer import KVCache
 from mlx_qwen35.checkpoint.config import FULL, LINEAR, parse_config
 from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.commands.generate import parser
+from mlx_qwen35.convert.__main__ import main as converter
+from mlx_qwen35.engine import generation
 from mlx_qwen35.model.model import Model
 
 FORMATS = [KVFormat.of(form) for form in FORMS] + [KVFormat.of(form, rotate=True) for form in FORMS[1:]]
 BYTES = {"16": 32_768, "8": 17_408, "8/4": 13_312, "4": 9_216}  # of a token of the 4B in 16 bit
+NAMED = r"([\d,]+) with kv_bits='([\d/]+)'"  # tokens and form in a refusal
 every_format = pytest.mark.parametrize("kv", FORMATS, ids=lambda kv: kv.name)
 
 
@@ -30,7 +33,7 @@ def normal(seed: int, *shape: int) -> mx.array:
     return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
 
 
-def extended(layer: KVCache, keys: mx.array, values: mx.array) -> dict[str, mx.array]:
+def extended(layer: KVCache, keys: mx.array, values: mx.array) -> Columns:
     """All columns of a layer of one row after these."""
     counts = [keys.shape[2]]
     layer.reserve(counts)
@@ -83,7 +86,7 @@ def test_a_rotation_halves_what_single_elements_of_keys_cost():
     scale = 2 / float(mx.sqrt((large * large).sum()))
 
     def error(kv: KVFormat) -> float:
-        out, exact = (own.attend(q, own.encode(keys, values), scale, False) for own in (kv, UNQUANTIZED))
+        out, exact = (own.attend(q, Columns(own.encode(keys, values), 2048), scale, False) for own in (kv, UNQUANTIZED))
         return float(mx.sqrt(mx.square(out - exact).sum() / mx.square(exact).sum()))
 
     assert error(KVFormat.of("4", rotate=True)) < 0.6 * error(KVFormat.of("4"))
@@ -192,6 +195,13 @@ def test_a_snapshot_of_another_form_is_refused(model):
         Cache(model.config, model.dtype).restore(snapshot)
 
 
+def test_a_cache_of_another_form_is_refused_alone_and_in_a_batch():
+    (plain, processor), (packed, _) = load("nano"), load("nano", kv_bits="8/4")
+    for caches in ([packed.make_cache()], [plain.make_cache(), packed.make_cache()]):
+        with refused("option_invalid", "make_cache()", plain.kv.name, "8/4"):
+            batch_generate(plain, processor, ["Who are you?"] * len(caches), cache=caches, max_tokens=1)
+
+
 def test_a_column_that_is_not_finite_is_found(model):
     cache = model.make_cache()
     model(mx.array([prompt(1, 5)]), cache)
@@ -232,6 +242,13 @@ def test_options_of_other_programs_are_declined_with_the_reason(name, why):
         generate(*load("nano"), "What is 1 + 1?", **{name: 4})
 
 
+def test_the_converter_names_the_commands_that_take_kv_bits(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        converter(["--hf-path", "nano", "--mlx-path", "out", "--kv-bits", "8"])
+    said = capsys.readouterr().err
+    assert "[option_unknown]" in said and "mlx_qwen35.generate" in said and "load(" not in said
+
+
 @pytest.mark.parametrize(("flag", "why"), [("--max-kv-size", "DeltaNet"), ("--quantized-kv-start", "first token")])
 def test_commands_decline_them_too(flag, why):
     with refused("option_unknown", flag, why):
@@ -243,8 +260,9 @@ def test_a_context_without_room_names_the_forms_with_fewer_bits():
     model.memory_limit = mx.get_active_memory() + 4_000_000
     with refused("memory_exceeded") as caught:
         generate(model, processor, list(range(5, 400)) * 10)
-    said = re.findall(r"([\d,]+) with kv_bits='([\d/]+)'", str(caught.value))
-    assert [form for _, form in said] == list(FORMS)
+    said = re.findall(NAMED, str(caught.value))
+    forms = [form for _, form in said]
+    assert "4" in forms and forms == [form for form in FORMS if form in forms]  # a CPU dequantizes through more memory
     room, *_ = re.findall(r"a context of ([\d,]+) tokens", str(caught.value))
     tokens = [int(count.replace(",", "")) for count in (room, *(count for count, _ in said))]
     assert tokens == sorted(tokens) and tokens[0] < tokens[1]
@@ -253,3 +271,26 @@ def test_a_context_without_room_names_the_forms_with_fewer_bits():
     with refused("memory_exceeded") as caught:
         generate(model, processor, wide * 3)
     assert "with kv_bits" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", [None, *FORMS])
+def test_forms_are_named_that_are_smaller_and_have_more_room_with_the_same_drafts(form):
+    model, processor = load("nano", kv_bits=form)
+    model.memory_limit = mx.get_active_memory() + 12_000_000
+    drafted = {"mtp": "on", "mtp_depth": 3, "max_tokens": 1}
+    with refused("memory_exceeded") as caught:
+        generate(model, processor, [5] * 32_000, **drafted)
+    said = [(name, int(count.replace(",", ""))) for count, name in re.findall(NAMED, str(caught.value))]
+    assert {name for name, _ in said} <= set(FORMS[FORMS.index(form) + 1 :] if form else FORMS)
+    for name, tokens in said:
+        model.kv = KVFormat.of(name)
+        generation.start(model, processor, [[5] * (tokens - 1)], **drafted)
+        if tokens < 32_767:
+            with refused("memory_exceeded"):
+                generation.start(model, processor, [[5] * tokens], **drafted)
+
+
+def test_smaller_forms_are_those_that_the_heads_fit_into():
+    forms = [KVFormat.of(form) for form in (None, *FORMS)]
+    assert [kv.smaller(256) for kv in forms] == [list(FORMS[i:]) for i in range(4)]
+    assert UNQUANTIZED.smaller(96) == []

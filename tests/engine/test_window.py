@@ -76,6 +76,23 @@ def test_a_prompt_as_long_as_the_window_is_refused_with_what_fits(small, tokens)
         generate(*small, [5] * tokens)
 
 
+@pytest.mark.parametrize(
+    ("scaling", "tokens", "remedy"),
+    [
+        ("yarn:1.5", 2 * W, "rope_scaling='yarn'"),
+        ("yarn", 4 * W, "rope_scaling='yarn:5'"),
+        ("none", 9 * W + 1, "rope_scaling='yarn:10'"),
+        ("none", 64 * W, None),
+        ("yarn:64", 64 * W, None),
+    ],
+)
+def test_a_factor_that_is_enough_is_named_if_there_is_one(windowed, scaling, tokens, remedy):
+    model, processor = load(windowed(W), rope_scaling=scaling)
+    with refused("context_length_exceeded") as caught:
+        generate(model, processor, [5] * tokens)
+    assert remedy in str(caught.value) if remedy else "rope_scaling" not in str(caught.value)
+
+
 def test_of_several_prompts_the_one_that_is_too_long_is_named(small):
     with refused("context_length_exceeded", "prompt 2"):
         start(*small, [[5], [5] * W, [5]])
@@ -143,7 +160,22 @@ def test_an_answer_cut_by_the_window_is_told_and_one_by_max_tokens_is_not(run):
 )
 def test_an_answer_cut_while_thinking_names_what_limited_it(small, capsys, by, remedy):
     result = generate(*small, ASK, temp=0, max_tokens=2)
-    tell_cut(replace(result, limited_by=by))
+    tell_cut(replace(result, limited_by=by), small[0])
     said = capsys.readouterr().err
     named = [option for option in ("--rope-scaling", "--kv-bits", "--max-tokens") if option in said]
     assert named == [remedy] and "--thinking-budget" in said
+
+
+def test_of_an_answer_that_was_cut_no_remedy_is_told_that_is_in_use(small, capsys):
+    cut = replace(generate(*small, ASK, temp=0, max_tokens=2), limited_by="memory")
+    told = {}
+    for form in (None, "8", "4"):
+        model, _ = load("nano", kv_bits=form)
+        tell_cut(cut, model)
+        told[form] = capsys.readouterr().err
+    assert "--kv-bits 8, 8/4, 4" in told[None] and "--kv-bits 8/4, 4" in told["8"] and "--kv-bits" not in told["4"]
+    for factor, remedy in ((2, "--rope-scaling yarn "), (4, "--rope-scaling yarn:5 "), (64, None)):
+        model, _ = load("nano", rope_scaling=f"yarn:{factor}")
+        tell_cut(replace(cut, limited_by="context"), model)
+        said = capsys.readouterr().err.replace(",", " ")
+        assert remedy in said if remedy else "--rope-scaling" not in said

@@ -4,6 +4,7 @@ import mlx.core as mx
 import pytest
 from kernels.packed_cases import DTYPES, ODD, case, differences
 
+from mlx_qwen35.backend import backend
 from mlx_qwen35.kernels.attention import attention
 from mlx_qwen35.kernels.packed_attention import Geometry, packed_attention, product_attention, unpack
 
@@ -41,10 +42,22 @@ def test_few_rows_are_multiplied_packed_and_many_dequantized(bits):
     for T, few in ((4, True), (5, False)):
         given = case(Geometry(4, 64, *bits), T, S, mx.float16)
         parts = given.keys.first(S), given.values.first(S)
-        by_products = product_attention(given.q, *parts, given.scale)
+        by_products = product_attention(given.q, *parts, given.scale, S)
         dequantized = attention(given.q, *map(unpack, parts), given.scale, True)
         assert mx.array_equal(chosen(given), by_products if few else dequantized)
         assert not mx.array_equal(by_products, dequantized)
+
+
+@pytest.mark.skipif(not backend().tiles_attention, reason="on a GPU a kernel reads them")
+@pytest.mark.parametrize("T", [1, 4])
+def test_few_queries_copy_no_keys_and_values(T):
+    """At a length at which the columns in use of several heads do not lie side by side."""
+    given = case(Geometry(1, 256, 8, 8), T, 4000, mx.float32)
+    mx.eval(given.q, *given.keys[:3], *given.values[:3])
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(chosen(given))
+    assert mx.get_peak_memory() - before < given.keys.words.nbytes / 2
 
 
 def test_queries_that_see_all_keys_are_computed_so():

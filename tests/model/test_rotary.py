@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_qwen35 import load
 from mlx_qwen35.checkpoint.config import RopeConfig, parse_config
 from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.checkpoint.rope_fields import rescaled
@@ -109,6 +110,11 @@ def test_where_cosines_are_wrong_the_table_is_computed_on_the_cpu_and_that_is_sa
     angles = np.array(positions).astype(np.float32)[..., None] * np.array(frequencies(given))
     assert np.abs(np.array(cos[:, 0]) - given.yarn.attention_factor * np.cos(angles.astype(np.float64))).max() < EXACT
     assert np.abs(np.array(sin[:, 0]) - given.yarn.attention_factor * np.sin(angles.astype(np.float64))).max() < EXACT
+
+
+def test_the_table_is_checked_while_a_model_is_loaded(wrong_cosines):
+    with pytest.warns(RuntimeWarning, match="rotary table"):
+        load("nano")
 
 
 def test_a_wrong_cosine_is_an_error(monkeypatch):

@@ -128,6 +128,19 @@ def test_another_value_is_refused(value):
         check_rope_scaling("--rope-scaling", value)
 
 
+def test_a_null_truncate_is_false_as_in_transformers():
+    values = config(**YARN)
+    values["text_config"]["rope_parameters"]["truncate"] = None
+    assert text(values).rope.yarn.truncate is False
+
+
+@pytest.mark.parametrize(("window", "trained"), [(1_010_000, 262_144), (32_768, 32_768)])
+def test_the_option_mends_a_scaling_without_its_original_length(window, trained):
+    broken = config(window=window, **YARN | {"original_max_position_embeddings": None})
+    assert text(rescaled(broken, "none")).max_position_embeddings == trained
+    assert text(rescaled(broken, "yarn:2.0")).rope.yarn.original == trained
+
+
 def test_the_option_writes_what_transformers_needs():
     plain, scaled = geometry("4b"), rescaled(geometry("4b"), "yarn:4.0")
     assert scaled["text_config"]["rope_parameters"] == ROPE | YARN
