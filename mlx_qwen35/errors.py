@@ -82,6 +82,7 @@ CODES = {
     "session_invalid": "a file is no session, or a damaged one",
     "session_foreign": "a session was made with another model or other settings",
     "session_busy": "another process uses the session",
+    "session_closed": "a session was given up, and can be saved no more",
     "turn_running": "a session cannot be saved while a turn runs",
     # images and videos
     "media_not_found": "there is no such file",

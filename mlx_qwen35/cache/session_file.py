@@ -115,9 +115,14 @@ class SessionFile:
         """Replace the file; its bytes. Beside the arrays this takes memory for two pieces of them. Format and version
         are added to the metadata. The file keeps its permissions; a new one has the usual ones.
 
-        Raises InputError: disk_full; output_unwritable, also where another program made a file of this name meanwhile;
-        session_busy where the file was removed and another process has begun it anew. Then the old file is as it was.
+        Raises InputError: session_closed behind `close`; disk_full; output_unwritable, also where another program made
+        a file of this name meanwhile; session_busy where the file was removed and another process has begun it anew.
+        Then the old file is as it was.
         """
+        if self._lock < 0:
+            raise InputError(
+                "session_closed", f"{self.path} must be saved before the session is closed. Load it again to go on"
+            )
         header = _header(metadata, arrays)
         nbytes = len(header) + sum(array.nbytes for array in arrays.values())
         with self._telling():

@@ -73,6 +73,8 @@ def answer(conversation: Conversation, content: str | list[dict[str, Any]]) -> b
     result = turn.result
     if result is None:
         return False
+    if not result.tokens:
+        return False
     print(
         f"[prompt {turn.total} tokens, {turn.reused} reused, {turn.total - turn.reused} prefilled in "
         f"{turn.prefill_seconds:.2f} s; {result.generation_tokens} tokens at {result.generation_tps:.1f} per "
@@ -80,7 +82,7 @@ def answer(conversation: Conversation, content: str | list[dict[str, Any]]) -> b
         file=sys.stderr,
     )
     tell_cut(result, conversation.model, "/reset begins anew")
-    return bool(result.tokens)
+    return True
 
 
 def _drafts(result: Result) -> str:

@@ -124,10 +124,11 @@ def with_media(prompt: str, media: Sequence[tuple[str, str]], options: dict[str,
 
 def print_statistics(result: Result, media: Sequence[Media]) -> None:
     shown = sum(item.tokens for item in media)
+    reused = f", {result.cached_tokens} of them read before" if result.cached_tokens else ""
     lines = (
         "=" * 10,
         *([f"Vision: {shown:,} tokens in {result.vision_seconds:.2f} s"] if result.vision_seconds else []),
-        f"Prompt: {result.prompt_tokens} tokens, {result.prompt_tps:.1f} tokens per second",
+        f"Prompt: {result.prompt_tokens} tokens{reused}, {result.prompt_tps:.1f} tokens per second",
         f"Generation: {result.generation_tokens} tokens, {result.generation_tps:.1f} tokens per second "
         f"({result.finish_reason}, seed {result.seed})",
         f"Drafts: {result.mtp}",

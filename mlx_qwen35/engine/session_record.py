@@ -22,10 +22,12 @@ from mlx_qwen35.engine.tool_turns import Message
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.preprocess import Media
 from mlx_qwen35.model.model import Model
+from mlx_qwen35.options import spelled
 from mlx_qwen35.prompt.parts import replace_media
 from mlx_qwen35.prompt.positions import Placeholder, positions
 from mlx_qwen35.prompt.processor import Processor
 
+SETTINGS = {"dtype": "dtype", "kv_format": "kv_bits", "rope": "rope_scaling"}  # the options of load behind a field
 VALUES = ("places", "next_positions", "runs", "system", "messages", "media")  # that are JSON
 _SHORT = 60  # characters of a value in an error
 
@@ -53,16 +55,25 @@ def check_identity(path: object, metadata: Mapping[str, str], model: Model, proc
     """InputError session_foreign unless a session was made with this model. A warning tells of another template."""
     for name, own in identity(model, processor).items():
         if (found := metadata.get(name)) != own:
+            mine, its = _apart(own, str(found))
+            how = f"Load the model as it was ({spelled(SETTINGS[name])})" if name in SETTINGS else "Take its own model"
             raise InputError(
                 "session_foreign",
-                f"{path}: {name!r} must be {own[:_SHORT]}, as of this model, got {str(found)[:_SHORT]}. Load the model "
-                "as it was, or begin another file",
+                f"{path}: {name!r} must be {mine}, as of this model, got {its}. {how}, or begin another file",
             )
     if metadata.get("template") != _template(processor):
         warnings.warn(
             f"{path}: 'template' is of another chat template. What this one renders otherwise is read again",
             RuntimeWarning, stacklevel=2,
         )  # fmt: skip
+
+
+def _apart(one: str, other: str) -> tuple[str, str]:
+    """Two texts, short, from a little before where they part."""
+    common = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
+    at = max(0, common - _SHORT // 2)
+    before = "..." * bool(at)
+    return before + one[at : at + _SHORT], before + other[at : at + _SHORT]
 
 
 # --- out -------------------------------------------------------------------------------------------------------------

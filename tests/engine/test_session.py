@@ -342,3 +342,28 @@ def test_a_file_in_use_and_options_that_are_refused_leave_no_lock(nano, path):
     with refused("option_conflict"):
         Session.load(path, *nano, system="Be long.")
     Session.load(path, *nano).close()
+
+
+def test_a_session_that_was_closed_is_saved_no_more(tmp_path, nano):
+    path = tmp_path / "talk"
+    with Session.load(path, *nano, **OPTIONS) as session:
+        list(session.conversation.send("Who are you?"))
+        session.save()
+    before = path.read_bytes()
+    for there in (True, False):
+        with refused("session_closed", str(path)):
+            session.save()
+        if there:
+            assert path.read_bytes() == before
+            path.unlink()
+    assert not list(tmp_path.iterdir())
+    Session.load(path, *nano).close()  # and nobody has it
+
+
+def test_a_setting_that_differs_is_told_where_it_differs_with_its_option(tmp_path, nano):
+    path = tmp_path / "talk"
+    with Session.load(path, *nano, **OPTIONS) as session:
+        list(session.conversation.send("Who are you?"))
+        session.save()
+    with refused("session_foreign", "'rope'", '"yarn": {', '"yarn": null', "rope_scaling"):
+        Session.load(path, *load("nano", rope_scaling="yarn:2"))
