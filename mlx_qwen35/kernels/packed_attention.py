@@ -106,12 +106,11 @@ def product_attention(q: mx.array, keys: Packed, values: Packed, scale: float, S
 
 def _products(x: mx.array, packed: Packed, S: int, transpose: bool) -> mx.array:
     """Head by head, whose columns in use lie side by side: MLX would copy the slice of all heads."""
-    words, scales, biases = (array.flatten(0, 1)[:, :S] for array in packed[:3])
-    heads = zip(x, words, scales, biases, strict=True)
+    parts = (array.flatten(0, 1)[:, :S] for array in packed[:3])
     return mx.stack(
         [
-            mx.quantized_matmul(rows, *part, transpose=transpose, group_size=GROUP, bits=packed.bits)
-            for rows, *part in heads
+            mx.quantized_matmul(rows, words, scales, biases, transpose=transpose, group_size=GROUP, bits=packed.bits)
+            for rows, words, scales, biases in zip(x, *parts, strict=True)
         ]
     )
 
