@@ -144,7 +144,8 @@ def test_a_chat_says_that_an_answer_was_cut_by_a_full_context_and_begins_anew(ru
     out, err = run(chat, stdin=f"{ASK}\n{ASK}\n/reset\n{ASK}\n")
     cut, refusal, again = (text in err for text in ("/reset begins anew or", "[context_length_exceeded]", "/reset)"))
     assert cut and refusal and again and "--max-tokens" not in err
-    assert [line for line in err.splitlines() if "0 reused" in line][1:], "the answer behind /reset"
+    first, behind_reset = (line.split(",")[0] for line in err.splitlines() if line.startswith("[prompt "))
+    assert first == behind_reset  # as many tokens: nothing came before
     assert out.count("92") == 2
 
 
