@@ -8,6 +8,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -62,6 +63,14 @@ class Prefix:
     def upto(self, length: int) -> "Prefix":
         """The first `length` tokens."""
         return Prefix(self.tokens[:length], tuple(shown for shown in self.media if shown.start < length))
+
+    def shared(self, other: "Prefix") -> int:
+        """How many tokens are the same from the first on, with what they show."""
+        n = min(len(self), len(other))
+        parted = np.flatnonzero(self.tokens[:n] != other.tokens[:n])
+        starts = [shown.start for pair in zip_longest(self.media, other.media) if pair[0] != pair[1]
+                  for shown in pair if shown]  # fmt: skip
+        return int(min([n, *parted[:1], *starts]))
 
     def begins(self, other: "Prefix") -> bool:
         """Whether the other goes on from this one, or is the same."""
@@ -172,6 +181,10 @@ class PrefixLibrary:
                 self.counts.stored += 1
             self._touch(entry)
             return entry
+
+    def parted(self, prefix: Prefix) -> int:
+        """The tokens that a prompt shares with the nearest that is stored: where to look for what has changed."""
+        return max((prefix.shared(entry.prefix) for entry in self.entries()), default=0)
 
     def entries(self, prefix: Prefix | None = None) -> list[Entry]:
         """What is stored, the shortest first; of a prefix: what begins it."""

@@ -81,8 +81,8 @@ def test_a_batch_that_goes_on_from_one_snapshot_keeps_to_the_limit(nano):
         middle = (low + high) / 2
         low, high = (low, middle) if taken(middle) else (middle, high)
     begun = [library.begin(prefix_of(request.prompt)) for request in taken(high).requests]
-    one = library.entries()[0].snapshot.nbytes
-    assert len(begun) == 4 and before < active() <= model.memory_limit < before + 4 * one
+    (entry,) = library.entries()
+    assert len(begun) == 4 and before < active() <= model.memory_limit < before + 4 * entry.snapshot.nbytes
 
 
 def test_a_turn_that_memory_refuses_leaves_what_was_read(nano):
