@@ -157,7 +157,8 @@ def run(args: argparse.Namespace) -> int:
         (request,) = generation.requests
         media = [placed.media for placed in request.prompt.media]
         whole = print_answer((piece for _, piece in generation), request, media, prefill, args.json)
-    print_result(request.result(), model, media, args.json)
+    (result,) = generation.results()
+    print_result(result, model, media, args.json)
     return 0 if whole else INTERRUPTED
 
 

@@ -13,7 +13,7 @@ from geometries import changed
 from refusing import refused
 
 from mlx_qwen35.cache.cache import Cache
-from mlx_qwen35.cache.kv_format import UNQUANTIZED
+from mlx_qwen35.cache.kv_format import UNQUANTIZED, Columns
 from mlx_qwen35.cache.layer import KVCache
 from mlx_qwen35.checkpoint.random import geometry
 
@@ -315,7 +315,7 @@ def test_a_snapshot_copies_keys_only_when_their_columns_are_overwritten(model):
 def test_a_step_does_not_copy_the_keys_of_a_long_cache():
     layer = KVCache.empty(1, 4, 128, mx.float32, UNQUANTIZED)
 
-    def extend(columns: mx.array) -> list[dict[str, mx.array]]:
+    def extend(columns: mx.array) -> list[Columns]:
         counts = [columns.shape[2]]
         layer.reserve(counts)
         return layer.append(columns, columns, counts)
@@ -331,7 +331,7 @@ def test_a_step_does_not_copy_the_keys_of_a_long_cache():
     mx.reset_peak_memory()
     for _ in range(4):
         (seen,) = extend(step)
-        mx.eval(layer.arrays(), [array.sum() for array in seen.values()])
+        mx.eval(layer.arrays(), [array.sum() for array in seen.arrays.values()])
         del seen
     assert mx.get_peak_memory() - held < 4e6, "a step copied the buffer"
 

@@ -13,11 +13,11 @@ EXAMPLES = sorted(path.name for path in FOLDER.glob("*.py"))
 SAID = {  # what nano's answers hold
     "agent": "It is 20:30 in Tokyo.",
     "ask": "answer:   92", "batch": "What is 12 + 30? -> 42", "clip": "\nright\n", "compare": "the same? no ",
-    "conversation": "\n102\n", "describe": "A red circle and a blue square.", "digits": "47\n", "drafts": "1.211x",
+    "conversation": "\n102\n", "describe": "A red circle and a blue square.", "digits": "47\n", "drafts": "1.158x",
     "first_draft": "100.0%", "image_memory": "video 64x64, 4 frames", "logits": "4",
     "parallel": "each with the tokens that it gets alone",
     "reuse": "112   (prompt 56 tokens, 30 of them reused)",
-    "rows": "mlx_qwen35", "score": "'92'               -0.0031, greedy: True", "second_turn": "green ",
+    "rows": "mlx_qwen35", "score": "'92'               -0.0555, greedy: True", "second_turn": "green ",
     "session": "\n102\n   (15 of", "stream": "nano",
 }  # fmt: skip
 QUICK = {  # what measures, with less to do

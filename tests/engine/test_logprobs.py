@@ -21,7 +21,7 @@ from mlx_qwen35.prompt.prompt import Prompt
 from mlx_qwen35.prompt.tokenizer import load_tokenizer
 
 ASK = "What is 34 + 58?"
-NEAR = 2e-5  # between a pass over many tokens and passes over one to four, float32
+NEAR = 4e-5  # between a pass over many tokens and passes over one to four, float32
 TOP = 3
 
 

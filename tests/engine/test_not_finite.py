@@ -228,16 +228,16 @@ def test_the_first_layer_of_the_row_is_named(text_model, value):
     recurrent[1, 0, 0, 0] = value
     cache.layers[2].values = states._replace(recurrent_state=recurrent)
     for row in cache.layers[3].rows:
-        row.buffers.keys[:, :, 3, 0] = value
+        row.buffers.arrays["keys"][:, :, 3, 0] = value
     assert [cache.first_not_finite(row) for row in (0, 1)] == [3, 2]
 
 
 def test_columns_not_yet_in_use_do_not_count(text_model):
     cache = cache_of_two(text_model())
     for row, used in zip(cache.layers[3].rows, (20, 7), strict=True):
-        row.buffers.values[:, :, used:] = mx.nan
+        row.buffers.arrays["values"][:, :, used:] = mx.nan
     assert [cache.first_not_finite(row) for row in (0, 1)] == [None, None]
-    cache.layers[3].rows[1].buffers.values[:, :, 6] = mx.nan
+    cache.layers[3].rows[1].buffers.arrays["values"][:, :, 6] = mx.nan
     assert [cache.first_not_finite(row) for row in (0, 1)] == [None, 3]
 
 
