@@ -72,7 +72,10 @@ def _lengths(text: str) -> tuple[int, ...]:
     """Counts between commas; k and m are thousands and millions."""
     sizes = {"k": 1000, "m": 1_000_000}
     parts = [(part, sizes.get(part[-1:].lower(), 1)) for part in text.split(",")]
-    return tuple(_positive(part[:-1] if size > 1 else part) * size for part, size in parts)
+    try:
+        return tuple(_positive(part[:-1] if size > 1 else part) * size for part, size in parts)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be counts of tokens as 300,4k, got {text!r}") from None
 
 
 def _peers(text: str) -> tuple[str, ...]:

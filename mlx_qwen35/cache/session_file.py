@@ -40,9 +40,9 @@ class SessionFile:
     """
 
     def __init__(self, path: str | Path):
-        if Path(path) == Path():
-            raise InputError("session_invalid", f"a session must have the name of a file, got {shown(str(path))}")
-        self.path = Path(path).expanduser().resolve()
+        if not isinstance(path, str | Path) or Path(path) == Path():
+            raise InputError("session_invalid", f"a session must have the name of a file, got {shown(path)}")
+        self.path = Path(path).resolve()
         self._hidden = self.path.with_name(f".{self.path.name}.saving")
         self._lock = -1
         with self._telling():

@@ -132,8 +132,8 @@ def talk(conversation: Conversation, session: Session | None = None) -> None:
         if line == "/exit":
             return
         try:
-            if line == "/save":
-                _save(session)
+            if line.split(None, 1)[:1] == ["/save"]:
+                _save(session, line)
             else:
                 shown = _obey(conversation, line, shown)
         except InputError as error:
@@ -142,7 +142,9 @@ def talk(conversation: Conversation, session: Session | None = None) -> None:
             print()
 
 
-def _save(session: Session | None) -> None:
+def _save(session: Session | None, line: str) -> None:
+    if line != "/save":
+        raise InputError("option_unknown", f"/save takes no name: the file is that of --session; got {line}")
     if session is None:
         raise InputError("option_missing", "/save needs --session FILE when the command starts; there is no file")
     save(session)

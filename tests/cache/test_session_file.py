@@ -150,9 +150,16 @@ def test_another_kind_of_file_is_told(saved):
 
 
 def test_a_file_needs_a_name():
-    for nothing in ("", Path("")):
+    for nothing in ("", Path(""), None, 3):
         with refused("session_invalid", "name"):
             SessionFile(nothing)
+
+
+def test_a_name_is_taken_as_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "~").mkdir()
+    SessionFile("~/talk.v1").write({}, {})
+    assert (tmp_path / "~" / "talk.v1").exists()
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

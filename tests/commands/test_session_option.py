@@ -135,6 +135,10 @@ def test_save_needs_a_file(run):
     assert "[option_missing]" in run(chat.main, lines="/save\n")[2]
 
 
+def test_save_takes_no_name(run, path):
+    assert "[option_unknown]" in run(chat.main, "--session", path, lines="/save elsewhere\n")[2]
+
+
 def test_ctrl_c_while_the_prompt_is_read_keeps_what_was_read(run, path, nano, monkeypatch):
     prompt = ("--prompt", "Remember: " + ", ".join(f"k{i} is {i}" for i in range(20)))
     arguments = ("--session", path, *prompt, *GREEDY, "--prefill-step-size", "16", "--mtp", "off")
