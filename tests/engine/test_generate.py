@@ -262,6 +262,7 @@ def test_stopping_early_keeps_what_was_written(nano):
     assert len(result.tokens) >= 1
 
 
+@pytest.mark.full
 def test_memory_stays_flat_over_a_long_generation(nano):
     """Apart from the KV cache, whose bytes the memory plan knows, nothing may pile up over 1,100 steps."""
     model, processor = nano

@@ -102,6 +102,7 @@ CASES = (
     Case("like-27b", 6, _LIKE_27B),
     Case("odd", 7, _ODD),
 )
+MORE_DRAWS = ("tiny-1", "tiny-2")  # of a geometry that has one already
 REAL_WIDTHS = Case("4b-widths", 8, _REAL_WIDTHS, base="4b", prompt=0, layer_tokens=5)
 SCALED = {
     "rope_parameters": _rope(0.25, [6, 5, 5])

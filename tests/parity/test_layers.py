@@ -10,11 +10,10 @@ from mlx_qwen35.model.rotary import Rotary
 # Outputs are of order 1; sums of up to 4096 products in another order differ by a few 1e-6.
 TOLERANCE = 1e-5
 
-more_draws = ("tiny-1", "tiny-2")  # of a geometry that has one already
 every_case = pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, marks=pytest.mark.full if case.name in more_draws else (), id=case.name)
+        pytest.param(case, marks=pytest.mark.full if case.name in cases.MORE_DRAWS else (), id=case.name)
         for case in (*cases.CASES, cases.REAL_WIDTHS)
     ],
 )

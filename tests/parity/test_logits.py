@@ -14,14 +14,18 @@ TOLERANCE = 1e-4
 LENGTHS = (1, 2, 5, 33, 64, 130)  # and 600, which decoding goes on from
 CHUNKS = {1: 66, 7: 130, 64: 200}  # of this many tokens; the first case reads its whole prompt so
 
-every_case = pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+CASES = [
+    pytest.param(case, marks=pytest.mark.full if case.name in cases.MORE_DRAWS else (), id=case.name)
+    for case in cases.CASES
+]
+every_case = pytest.mark.parametrize("case", CASES)
 
 
 def prompt(case: cases.Case, length: int = cases.PROMPT + cases.DECODED) -> mx.array:
     return mx.array(cases.tokens(case, cases.PROMPT + cases.DECODED)[:length])[None]
 
 
-@pytest.fixture(scope="module", params=cases.CASES, ids=lambda case: case.name)
+@pytest.fixture(scope="module", params=CASES)
 def long_prompt(request, parity_model):
     """A case, the logits of its 600 tokens read at once, and the cache that holds them."""
     model = parity_model(request.param)
