@@ -31,7 +31,8 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     **dict.fromkeys(("load", "measure"), INPUT),
     "engine": INPUT | {"measure"},
     "generate": INPUT | {"measure", "engine"},
-    "commands": ALL,
+    "server": ALL,
+    "commands": ALL | {"server"},
     **dict.fromkeys(("convert", "doctor", "bench"), ALL | {"commands"}),
 }
 

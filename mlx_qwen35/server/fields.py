@@ -1,0 +1,107 @@
+"""Reads the JSON object of a request field by field: every error names the field, and no field is passed over.
+
+    body = Fields(json_object)
+    model = body.text("model", None)
+    n = body.whole("n", 1, least=1, most=8)
+    body.refuse("audio", "this model does not speak")
+    body.done()  # logs unknown fields once
+"""
+
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from mlx_qwen35.server.errors import ApiError
+from mlx_qwen35.values import shown
+
+LOG = logging.getLogger("mlx_qwen35.server")
+_told: set[str] = set()  # unknown fields that were logged
+MISSING: Any = object()
+
+
+class Fields:
+    """An object of a request. path: where it stands in the request, for errors. null counts as left out."""
+
+    def __init__(self, given: Any, path: str = ""):
+        self.path = path
+        if not isinstance(given, Mapping):
+            raise self.error("", "must be an object", given)
+        self._given, self._known = given, set[str]()
+
+    def place(self, name: str) -> str:
+        return ".".join(filter(None, (self.path, name)))
+
+    def error(self, name: str, rule: str, value: Any = MISSING, code: str = "invalid_value") -> ApiError:
+        place = self.place(name)
+        came = "" if value is MISSING else f"; got {shown(value)}"
+        return ApiError(400, code, f"{place or 'the request'} {rule}{came}", place or None)
+
+    def any(self, name: str, default: Any = MISSING) -> Any:
+        """The value as it came."""
+        self._known.add(name)
+        value = self._given.get(name)
+        if value is not None:
+            return value
+        if default is MISSING:
+            raise self.error(name, "must be given", code="missing_field")
+        return default
+
+    def _typed(self, name: str, default: Any, rule: str, right: Callable[[Any], bool]) -> Any:
+        value = self.any(name, default)
+        if value is not default and not right(value):
+            raise self.error(name, rule, value)
+        return value
+
+    def text(self, name: str, default: Any = MISSING) -> Any:
+        return self._typed(name, default, "must be a string", lambda v: isinstance(v, str))
+
+    def flag(self, name: str, default: Any = MISSING) -> Any:
+        return self._typed(name, default, "must be true or false", lambda v: isinstance(v, bool))
+
+    def choice(self, name: str, among: Collection[str], default: Any = MISSING) -> Any:
+        rule = f"must be one of {', '.join(among)}"
+        return self._typed(name, default, rule, lambda v: isinstance(v, str) and v in among)
+
+    def whole(self, name: str, default: Any = MISSING, *, least: int, most: int | None = None) -> Any:
+        rule = f"must be an integer from {least} to {most}" if most is not None else f"must be an integer >= {least}"
+
+        def right(value: Any) -> bool:
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            return whole and value >= least and (most is None or value <= most)
+
+        return self._typed(name, default, rule, right)
+
+    def number(self, name: str, default: Any = MISSING, *, least: float, most: float) -> Any:
+        def right(value: Any) -> bool:
+            return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+
+        return self._typed(name, default, f"must be a number from {least:g} to {most:g}", right)
+
+    def items(self, name: str, default: Any = MISSING, *, most: int | None = None) -> Sequence[Any]:
+        rule = "must be a list" + (f" of at most {most:,}" if most is not None else "")
+        return self._typed(
+            name, default, rule, lambda v: isinstance(v, list) and (most is None or len(v) <= most)
+        )
+
+    def object(self, name: str, default: Any = MISSING) -> Any:
+        """A Fields of the object; the default where it is left out."""
+        value = self.any(name, default)
+        return value if value is default else Fields(value, self.place(name))
+
+    def refuse(self, name: str, why: str, idle: Collection[Any] = (False, 0, "", [], {})) -> None:
+        """Refuse a field that would have no effect, unless its value asks for nothing."""
+        value = self.any(name, None)
+        if value is not None and value not in idle:
+            raise self.error(name, f"is not supported: {why}", code="unsupported_field")
+
+    def ignore(self, *names: str) -> None:
+        """Fields that change nothing of the answer, as the user's name."""
+        self._known.update(names)
+
+    def done(self) -> None:
+        """Log the fields that nobody asked for, each once."""
+        for name in self._given:
+            place = self.place(str(name))[:80]
+            if name not in self._known and place not in _told and len(_told) < 1000:
+                _told.add(place)
+                LOG.warning("unknown field %r is ignored", place)
