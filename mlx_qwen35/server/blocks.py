@@ -65,11 +65,6 @@ class Blocks:
             block.whole = block.whole or not (cut or block.kind == CALL)
             yield Change("end", block)
 
-    @property
-    def broken_call(self) -> bool:
-        """Whether a call has begun that is not whole, at the end."""
-        return any(block.kind == CALL and not block.whole for block in self.all)
-
     def _trimmed(self, text: str) -> str:
         """Reasoning without the blanks at its beginning; those at its end wait for more."""
         text = self._gap + text
