@@ -6,7 +6,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.server import chat
+from mlx_qwen35.server import chat, completions, models, tokens
 from mlx_qwen35.server.errors import ApiError
 from mlx_qwen35.server.service import Service
 
@@ -14,7 +14,14 @@ from mlx_qwen35.server.service import Service
 def make_app(service: Service) -> Starlette:
     """The application in front of a service that was started."""
     app = Starlette(
-        routes=[Route("/v1/chat/completions", chat.chat, methods=["POST"])],
+        routes=[
+            Route("/v1/chat/completions", chat.chat, methods=["POST"]),
+            Route("/v1/completions", completions.completions, methods=["POST"]),
+            Route("/v1/models", models.models),
+            Route("/v1/models/{name:path}", models.model),
+            Route("/tokenize", tokens.tokenize, methods=["POST"]),
+            Route("/detokenize", tokens.detokenize, methods=["POST"]),
+        ],
         exception_handlers=dict.fromkeys((Exception, ApiError, InputError), _refuse),
     )
     app.state.service = service
