@@ -17,14 +17,7 @@ _OPTIONS = {
 Message = dict[str, Any]
 
 
-def read_messages(body: Fields, service: Service) -> list[Message]:
-    given = body.objects("messages")
-    if not given:
-        raise body.error("messages", "must not be empty", code="messages_invalid")
-    return [_message(message, service) for message in given]
-
-
-def _message(given: Fields, service: Service) -> Message:
+def read_message(given: Fields, service: Service) -> Message:
     role = given.choice("role", ROLES)
     message: Message = {"role": role, "content": _content(given, role, service)}
     if role == "assistant":

@@ -1,16 +1,16 @@
-"""What a choice says, in OpenAI's chat form: pieces -> deltas of a stream -> the message they add up to.
+"""A choice in OpenAI's chat form: pieces -> deltas of a stream -> the message that they add up to.
 
 The message of an answer that is not streamed is the sum of the deltas that a stream would have had.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from mlx_qwen35.engine.logprobs import TokenLogprob, TopLogprob
 from mlx_qwen35.engine.result import Result
 from mlx_qwen35.prompt.piece import ARGUMENTS, CALL, CONTENT, REASONING, Piece
-from mlx_qwen35.server.errors import ApiError
-from mlx_qwen35.server.service import failed
+from mlx_qwen35.server.replies import Choice
+from mlx_qwen35.server.service import Event
 
 Delta = dict[str, Any]
 
@@ -18,13 +18,30 @@ Delta = dict[str, Any]
 class Spoken:
     """One choice as it grows."""
 
-    def __init__(self) -> None:
+    def __init__(self, index: int):
+        self.index = index
         self._content, self._reasoning = "", ""
         self._calls: list[dict[str, Any]] = []
 
-    def deltas(self, pieces: Iterable[Piece]) -> list[Delta]:
-        """What these pieces add, told to a stream."""
-        return [delta for piece in pieces if (delta := self._delta(piece))]
+    def opening(self) -> list[Choice]:
+        return [self._chunk({"role": "assistant", "content": ""})]
+
+    def said(self, event: Event) -> list[Choice]:
+        deltas = [delta for piece in event.pieces if (delta := self._delta(piece))]
+        choices = [self._chunk(delta) for delta in deltas or [{}] * bool(event.logprobs)]
+        if event.logprobs:
+            choices[0]["logprobs"] = _logprobs(event.logprobs)
+        return choices
+
+    def ending(self, finish_reason: str) -> Choice:
+        return self._chunk({}) | {"finish_reason": finish_reason}
+
+    def whole(self, result: Result, finish_reason: str) -> Choice:
+        told = None if result.logprobs is None else _logprobs(result.logprobs)
+        return {"index": self.index, "message": self._message(), "logprobs": told, "finish_reason": finish_reason}
+
+    def _chunk(self, delta: Delta) -> Choice:
+        return {"index": self.index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def _delta(self, piece: Piece) -> Delta | None:
         if piece.kind == REASONING:
@@ -43,40 +60,14 @@ class Spoken:
             return {"tool_calls": [{"index": index, "function": {"arguments": piece.text}}]}
         return None  # the end of a call, which OpenAI's stream does not tell
 
-    @property
-    def message(self) -> dict[str, Any]:
+    def _message(self) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": self._content or (None if self._calls else "")}
         if self._reasoning:
             message |= {"reasoning_content": self._reasoning, "reasoning": self._reasoning}
         return message | ({"tool_calls": self._calls} if self._calls else {})
 
 
-def finish_reason(result: Result) -> str:
-    """OpenAI has no name for an answer that went round in circles: it is not whole, so it is "length"."""
-    return "length" if result.finish_reason == "loop" else result.finish_reason
-
-
-def refusal(result: Result) -> ApiError | None:
-    """Why an answer has no end of its own, if it has none."""
-    if result.finish_reason == "interrupted" and not result.error:
-        return ApiError(503, "interrupted", "the server ended this answer", headers={"Retry-After": "5"})
-    return failed(result)
-
-
-def usage(results: Sequence[Result | None]) -> dict[str, Any]:
-    """Tokens of all choices; their prompt counts once."""
-    done = [result for result in results if result]
-    prompt, completion = done[0].prompt_tokens, sum(result.generation_tokens for result in done)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": done[0].cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": sum(result.reasoning_tokens for result in done)},
-    }
-
-
-def logprobs(tokens: Iterable[TokenLogprob]) -> dict[str, Any]:
+def _logprobs(tokens: Iterable[TokenLogprob]) -> dict[str, Any]:
     """Of every generated token, those of reasoning, calls and the end among them."""
     content = [{**_logprob(token), "top_logprobs": [_logprob(other) for other in token.top]} for token in tokens]
     return {"content": content, "refusal": None}
