@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.server import chat, completions, messages, models, tokens
+from mlx_qwen35.server import chat, completions, messages, models, responses, tokens
 from mlx_qwen35.server.errors import ApiError
 from mlx_qwen35.server.service import Service
 
@@ -20,6 +20,7 @@ def make_app(service: Service) -> Starlette:
             Route("/v1/chat/completions", chat.chat, methods=["POST"]),
             Route("/v1/messages", messages.messages, methods=["POST"]),
             Route("/v1/messages/count_tokens", messages.count_tokens, methods=["POST"]),
+            Route("/v1/responses", responses.responses, methods=["POST"]),
             Route("/v1/completions", completions.completions, methods=["POST"]),
             Route("/v1/models", models.models),
             Route("/v1/models/{name:path}", models.model),

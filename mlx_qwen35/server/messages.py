@@ -1,9 +1,8 @@
 """POST /v1/messages and /v1/messages/count_tokens, as Anthropic has them."""
 
 import json
-import logging
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from typing import Any
 
 from starlette.requests import Request
@@ -16,15 +15,14 @@ from mlx_qwen35.engine.result import Result
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.prompt.piece import CALL, CONTENT, REASONING
 from mlx_qwen35.server import asked
-from mlx_qwen35.server.blocks import Block, Blocks, Change
+from mlx_qwen35.server.block_reply import BlockReply
+from mlx_qwen35.server.blocks import Block, Change
 from mlx_qwen35.server.errors import ApiError
 from mlx_qwen35.server.fields import Fields, read_body
 from mlx_qwen35.server.messages_request import conversation, options
-from mlx_qwen35.server.service import Answer, Event, Job, Service
-from mlx_qwen35.server.spoken import refusal
-from mlx_qwen35.server.stream import SILENCE, event_stream, sse, unless_gone, with_silence
+from mlx_qwen35.server.service import Job, Service
+from mlx_qwen35.server.stream import sse
 
-LOG = logging.getLogger("mlx_qwen35.server")
 SIGNATURE = "unsigned"  # of thinking: some clients send back only what has one
 _BEGINS: dict[str, dict[str, Any]] = {
     REASONING: {"type": "thinking", "thinking": "", "signature": ""},
@@ -40,13 +38,8 @@ async def messages(request: Request) -> Response:
     body = await read_body(request)
     stream = body.flag("stream", False)
     job = await service.off_loop(lambda: _prepared(body, service))
-    reply = Reply(service.name, job.prompt_tokens, _shows_thinking(body))
-    answer = service.submit(job)
-    if stream:
-        response: Response = event_stream(events(aiter(answer), reply))
-    else:
-        made = await unless_gone(request, _whole(answer, reply))
-        response = JSONResponse(made) if made else Response(status_code=499)
+    reply = MessageReply(service.name, job.prompt_tokens, _shows_thinking(body))
+    response = await reply.answer(request, job, stream)
     response.headers["request-id"] = reply.request_id
     return response
 
@@ -92,13 +85,14 @@ def _shows_thinking(body: Fields) -> bool:
     return not thinking or thinking.any("display", "") != "omitted"
 
 
-class Reply:
-    """An answer in Anthropic's form: the events of a stream, and the message that they make."""
+class MessageReply(BlockReply):
+    """A message, and the events that it is made of."""
 
     def __init__(self, model: str, prompt_tokens: int, shows_thinking: bool = True):
+        super().__init__()
         name = uuid.uuid4().hex
         self.id, self.request_id, self.model, self.prompt_tokens = f"msg_{name}", f"req_{name}", model, prompt_tokens
-        self.shows_thinking, self.blocks = shows_thinking, Blocks()
+        self.shows_thinking = shows_thinking
 
     @property
     def start(self) -> dict[str, Any]:
@@ -112,22 +106,36 @@ class Reply:
         return {"id": self.id, "type": "message", "role": "assistant", "model": self.model, "content": [],
                 "stop_reason": None, "stop_sequence": None, "usage": usage}  # fmt: skip
 
-    def message(self, result: Result) -> dict[str, Any]:
+    def whole(self, result: Result) -> dict[str, Any]:
         return self.start | {"content": [self._whole(block, result) for block in self.blocks.all]} | ending(result)
 
-    def events(self, change: Change) -> list[str]:
-        """A change of a block as events."""
+    def begin(self) -> str:
+        return _event("message_start", message=self.start)
+
+    def quiet(self) -> str:
+        return _event("ping")
+
+    def changed(self, change: Change) -> Iterator[str]:
         what, block, text = change
         if what == "begin":
-            return [_event("content_block_start", index=block.number, content_block=self._begin(block))]
-        delta: dict[str, Any] = {}
-        if what == "text" and self._shows(block):
-            kind, name = _DELTAS[block.kind]
-            delta = {"type": kind, name: text}
-        elif what == "end" and block.kind == REASONING:
-            delta = {"type": "signature_delta", "signature": SIGNATURE}
-        told = [_event("content_block_delta", index=block.number, delta=delta)] if delta else []
-        return told + ([_event("content_block_stop", index=block.number)] if what == "end" else [])
+            yield _event("content_block_start", index=block.number, content_block=self._begin(block))
+        elif what == "text":
+            if self._shows(block):
+                kind, name = _DELTAS[block.kind]
+                yield _event("content_block_delta", index=block.number, delta={"type": kind, name: text})
+        else:
+            if block.kind == REASONING:
+                signed = {"type": "signature_delta", "signature": SIGNATURE}
+                yield _event("content_block_delta", index=block.number, delta=signed)
+            yield _event("content_block_stop", index=block.number)
+
+    def end(self, result: Result) -> Iterator[str]:
+        delta = ending(result)
+        yield _event("message_delta", usage=delta.pop("usage"), delta=delta)
+        yield _event("message_stop")
+
+    def failed(self, error: ApiError) -> str:
+        return sse(error.anthropic(self.request_id), "error")
 
     def _shows(self, block: Block) -> bool:
         return block.kind != REASONING or self.shows_thinking
@@ -162,45 +170,6 @@ def ending(result: Result) -> dict[str, Any]:
     }
     reason = "max_tokens" if result.cut else reason
     return {"stop_reason": reason, "stop_sequence": result.stop or None, "usage": usage}
-
-
-async def _whole(answer: Answer, reply: Reply) -> dict[str, Any]:
-    async for event in answer:
-        list(reply.blocks.add(event.pieces))
-    (result,) = answer.results
-    assert result
-    if error := refusal(result):
-        raise error
-    list(reply.blocks.end(cut=True))
-    return reply.message(result)
-
-
-async def events(answer: AsyncIterator[Event], reply: Reply, silence: float = SILENCE) -> AsyncIterator[str]:
-    """An answer as a stream: a ping at once, and each time that so many seconds pass without an event."""
-    yield _event("message_start", message=reply.start)
-    try:
-        async for event in with_silence(answer, silence):
-            if event is None:
-                yield _event("ping")
-                continue
-            for change in reply.blocks.add(event.pieces):
-                for told in reply.events(change):
-                    yield told
-            if event.result:
-                for told in _ended(reply, event.result):
-                    yield told
-    except Exception as error:
-        if not isinstance(error, ApiError):
-            LOG.exception("a stream failed")
-        yield sse(ApiError.of(error).anthropic(reply.request_id), "error")
-
-
-def _ended(reply: Reply, result: Result) -> list[str]:
-    if error := refusal(result):
-        raise error
-    told = [event for change in reply.blocks.end(cut=True) for event in reply.events(change)]
-    delta = ending(result)
-    return [*told, _event("message_delta", usage=delta.pop("usage"), delta=delta), _event("message_stop")]
 
 
 def _event(kind: str, **fields: Any) -> str:

@@ -59,7 +59,7 @@ def options(body: Fields, service: Service) -> dict[str, Any]:
     body.refuse("truncation", "the history is read as it is. Shorten it", idle=("disabled",))
     for i, name in enumerate(body.items("include", [])):
         if name not in INCLUDE or name == LOGPROBS:
-            raise body.error(f"include.{i}", "is not supported: this server has no such thing", name, "unsupported_field")
+            raise body.error(f"include.{i}", "is not supported: there is no such thing here", name, "unsupported_field")
     body.ignore(*_IDLE)
     asked.settle(body)
     return found
@@ -159,9 +159,8 @@ def _tool(tool: Fields) -> Message:
     if (kind := tool.text("type")) != "function":
         raise tool.error("type", "must be function: this server runs no tools itself", kind, "unsupported_field")
     function = {"name": tool.text("name"), "description": tool.text("description", None)}
-    if schema := tool.object("parameters", None):
-        function["parameters"] = tool.any("parameters")
-        del schema
+    if (schema := tool.any("parameters", None)) is not None:
+        function["parameters"] = schema
     if tool.flag("strict", False):
         function["strict"] = True
     tool.refuse("defer_loading", "every tool is in the prompt")
