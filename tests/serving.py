@@ -16,6 +16,9 @@ from mlx_qwen35.server.options import ServerOptions
 from mlx_qwen35.server.service import Service
 
 
+CLIENT = httpx.Client(timeout=60)  # one for all: making one reads the certificates of the system
+
+
 @dataclass
 class Running:
     """A server that runs. url: http://127.0.0.1:PORT."""
@@ -24,7 +27,7 @@ class Running:
     service: Service
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=60, **options)
+        return CLIENT.post(self.url + path, json=body, **options)
 
 
 @contextmanager

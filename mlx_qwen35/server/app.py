@@ -1,13 +1,18 @@
-"""The application: its routes, and how errors are written."""
+"""The application: its routes, what stands before them, and how errors are written."""
+
+from http import HTTPStatus
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.server import chat
 from mlx_qwen35.server.errors import ApiError
+from mlx_qwen35.server.guard import Guard, read_key, refusal
 from mlx_qwen35.server.service import Service
 
 
@@ -15,13 +20,18 @@ def make_app(service: Service) -> Starlette:
     """The application in front of a service that was started."""
     app = Starlette(
         routes=[Route("/v1/chat/completions", chat.chat, methods=["POST"])],
-        exception_handlers=dict.fromkeys((Exception, ApiError, InputError), _refuse),
+        middleware=[Middleware(Guard, options=service.options, key=read_key(service.options))],
+        exception_handlers=dict.fromkeys((ApiError, InputError, HTTPException), _refuse),
     )
+    app.router.redirect_slashes = False
     app.state.service = service
     return app
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
-    told = ApiError.of(error)
-    body = told.anthropic() if request.url.path.startswith("/v1/messages") else told.openai()
-    return JSONResponse(body, told.status, told.headers)
+    if isinstance(error, HTTPException):  # the router's: no such path, or not by this method
+        headers = dict(error.headers or {})
+        rule = f"this endpoint takes {headers['Allow']}" if "Allow" in headers else "there is no such endpoint"
+        message = f"{request.method} {request.url.path[:80]}: {rule}"
+        error = ApiError(error.status_code, HTTPStatus(error.status_code).name.lower(), message, None, headers)
+    return refusal(request.url.path, error)
