@@ -15,7 +15,6 @@ from mlx_qwen35.server.app import make_app
 from mlx_qwen35.server.options import ServerOptions
 from mlx_qwen35.server.service import Service
 
-
 CLIENT = httpx.Client(timeout=60)  # one for all: making one reads the certificates of the system
 
 

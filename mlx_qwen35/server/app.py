@@ -10,21 +10,30 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.server import chat
+from mlx_qwen35.server import chat, status
 from mlx_qwen35.server.errors import ApiError
 from mlx_qwen35.server.guard import Guard, read_key, refusal
+from mlx_qwen35.server.log import Log
 from mlx_qwen35.server.service import Service
 
 
 def make_app(service: Service) -> Starlette:
     """The application in front of a service that was started."""
+    metrics = status.Metrics()
     app = Starlette(
-        routes=[Route("/v1/chat/completions", chat.chat, methods=["POST"])],
-        middleware=[Middleware(Guard, options=service.options, key=read_key(service.options))],
+        routes=[
+            Route("/v1/chat/completions", chat.chat, methods=["POST"]),
+            Route("/health", status.health),
+            Route("/metrics", status.metrics),
+        ],
+        middleware=[
+            Middleware(Log, metrics=metrics, with_text=service.options.log_text),
+            Middleware(Guard, options=service.options, key=read_key(service.options)),
+        ],
         exception_handlers=dict.fromkeys((ApiError, InputError, HTTPException), _refuse),
     )
     app.router.redirect_slashes = False
-    app.state.service = service
+    app.state.service, app.state.metrics = service, metrics
     return app
 
 

@@ -1,7 +1,7 @@
 """The body of a request: JSON in UTF-8, limited in size, time and depth before anything looks at it.
 
-Each refusal is an ApiError: 415 for another media type, 413 for too many bytes, 408 for too slow ones, 400 for JSON that
-is broken, too deep, or means different things to different readers (a name twice, NaN).
+Each refusal is an ApiError: 415 for another media type, 413 for too many bytes, 408 for too slow ones, 400 for JSON
+that is broken, too deep, or means different things to different readers (a name twice, NaN).
 """
 
 import asyncio

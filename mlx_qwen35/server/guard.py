@@ -73,7 +73,7 @@ class Guard:
     """
 
     def __init__(self, app: ASGIApp, options: ServerOptions, key: str | None):
-        self._app, self._key = app, key and key.encode()
+        self._app, self._key = app, key.encode() if key else None
         self._names = {_bare(name) for name in (options.host, *(options.allowed_host or ()))} - {""}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
