@@ -4,6 +4,7 @@ A line holds no key, no query, no data: URI and no address of an image; a failur
 place, since its words may hold text.
 """
 
+import asyncio
 import json
 import logging
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_qwen35.media.fetch import is_remote
+from mlx_qwen35.server.errors import ApiError
 from mlx_qwen35.server.guard import refusal
 from mlx_qwen35.server.service import ANSWERS, Answer
 from mlx_qwen35.server.status import Metrics
@@ -50,6 +52,10 @@ class Log:
 
         try:
             await self._app(scope, receive, watched)
+        except asyncio.CancelledError:  # the server closes
+            if not status:
+                error = ApiError(503, "closing", "the server is closing")
+                await refusal(scope["path"], error)(scope, receive, watched)
         except Exception as error:
             LOG.error("%s", _failure(error, self._with_text))
             if not status:  # otherwise the connection ends without the rest

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
+from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import Scope
@@ -66,5 +67,11 @@ def _gauges(service: Service) -> Iterator[str]:
 
 
 async def health(request: Request) -> Response:
-    """200 while requests are answered."""
-    return JSONResponse({"status": "ok"})
+    """200 where requests are answered, 503 before and after."""
+    condition = condition_of(request.app)
+    return JSONResponse({"status": condition}, 200 if condition == "ok" else 503)
+
+
+def condition_of(app: Starlette) -> str:
+    """ "ok", or what keeps the server from answering."""
+    return "closing" if app.state.closing else "loading" if app.state.service is None else "ok"
