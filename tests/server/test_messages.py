@@ -222,6 +222,7 @@ def test_a_history_is_read(nano_server: Running, name: str) -> None:
 
 
 FUNCTION = {"name": "get_weather", "description": "Get the weather in a city", "parameters": CITY}
+OWN_TOOL = {"type": "function", "function": FUNCTION}
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}}
 MEANINGS: list[tuple[Json, Json]] = [
     ({}, {"enable_thinking": False}),
@@ -234,7 +235,7 @@ MEANINGS: list[tuple[Json, Json]] = [
     ({"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}, {"json_schema": SCHEMA}),
     ({"output_format": {"type": "json_schema", "schema": SCHEMA}}, {"json_schema": SCHEMA}),
     ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "get_weather"}},
-     {"tools": [{"type": "function", "function": FUNCTION}], "tool_choice": "get_weather", "parallel_tool_calls": True}),
+     {"tools": [OWN_TOOL], "tool_choice": "get_weather", "parallel_tool_calls": True}),
     ({"tools": [{**TOOLS[0], "type": "custom", "strict": True, "cache_control": {"type": "ephemeral"}}],
       "tool_choice": {"type": "any", "disable_parallel_tool_use": True}},
      {"tools": [{"type": "function", "function": {**FUNCTION, "strict": True}}], "tool_choice": "required",

@@ -164,6 +164,7 @@ def test_a_history_is_read(nano_server: Running, name: str) -> None:
     assert conversation(Fields(given), nano_server.service) == expected
 
 
+OWN_TOOL = {"type": "function", "function": FUNCTION}
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}}
 MEANINGS: list[tuple[Json, Json]] = [
     ({}, {}),
@@ -176,7 +177,7 @@ MEANINGS: list[tuple[Json, Json]] = [
     ({"text": {"format": {"type": "json_object"}}}, {"response_format": {"type": "json_object"}}),
     ({"text": {"format": {"type": "text"}, "verbosity": "medium"}}, {}),
     ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "get_weather"}, "parallel_tool_calls": False},
-     {"tools": [{"type": "function", "function": FUNCTION}], "tool_choice": "get_weather", "parallel_tool_calls": False}),
+     {"tools": [OWN_TOOL], "tool_choice": "get_weather", "parallel_tool_calls": False}),
     ({"store": True, "metadata": {"a": "b"}, "prompt_cache_key": "k", "client_metadata": {}, "truncation": "disabled",
       "include": ["file_search_call.results", "reasoning.encrypted_content"], "service_tier": "auto", "user": "u"}, {}),
 ]  # fmt: skip
