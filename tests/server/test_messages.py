@@ -33,7 +33,7 @@ ASKED: Json = {"model": "any", "max_tokens": 200, "extra_body": {"temperature": 
 MODES = [{}, {"thinking": {"type": "adaptive"}}]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(nano_server: Running) -> Iterator[anthropic.Anthropic]:
     with anthropic.Anthropic(base_url=nano_server.url, api_key="key", max_retries=0) as made:
         yield made
@@ -88,15 +88,14 @@ def test_a_tool_loop_ends_in_an_answer(client: anthropic.Anthropic) -> None:
     assert answer.usage.cache_read_input_tokens > turn.usage.input_tokens * 0.9
 
 
-@pytest.mark.parametrize("color", ["red", "blue"])
-def test_images_are_seen_in_a_message_and_in_a_result(client: anthropic.Anthropic, color: str) -> None:
-    asked = [{"role": "user", "content": [image(color), {"type": "text", "text": "What color is the image?"}]}]
-    assert said(client.messages.create(messages=asked, **ASKED))[1] == color
+def test_images_are_seen_in_a_message_and_in_a_result(client: anthropic.Anthropic) -> None:
+    asked = [{"role": "user", "content": [image("red"), {"type": "text", "text": "What color is the image?"}]}]
+    assert said(client.messages.create(messages=asked, **ASKED))[1] == "red"
     call = {"type": "tool_use", "id": "c", "name": "get_weather", "input": {"city": "Paris"}}
-    result = {"type": "tool_result", "tool_use_id": "c", "content": [image(color)]}
+    result = {"type": "tool_result", "tool_use_id": "c", "content": [image("blue")]}
     turns = [{"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
     answer = client.messages.create(messages=WEATHER + turns, tools=TOOLS, **ASKED)
-    assert color in said(answer)[1]
+    assert "blue" in said(answer)[1]
 
 
 def test_counted_tokens_are_those_of_the_prompt(client: anthropic.Anthropic) -> None:
@@ -114,7 +113,7 @@ def test_counted_tokens_are_those_of_the_prompt(client: anthropic.Anthropic) -> 
 
 def test_a_call_that_is_cut_is_told_by_max_tokens(nano_server: Running, client: anthropic.Anthropic) -> None:
     asked = {"messages": WEATHER, "tools": TOOLS, "temperature": 0}
-    for most in range(10, 15):  # inside the name, the argument, the closing tags
+    for most in (12, 14):  # inside the argument, and the closing tags
         whole = nano_server.post("/v1/messages", asked | {"max_tokens": most}).json()
         made = message(nano_server.post("/v1/messages", asked | {"max_tokens": most, "stream": True}).text)
         assert whole["stop_reason"] == made["stop_reason"] == "max_tokens"
@@ -371,14 +370,14 @@ def compare(nano_server: Running, seed: int) -> None:
     assert made | {"id": whole["id"]} == whole
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(3))
 def test_streamed_is_unstreamed(nano_server: Running, seed: int) -> None:
     compare(nano_server, seed)
 
 
 @pytest.mark.full
 def test_streamed_is_unstreamed_200_times(nano_server: Running) -> None:
-    for seed in range(8, 208):
+    for seed in range(3, 203):
         compare(nano_server, seed)
 
 

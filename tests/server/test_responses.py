@@ -39,7 +39,7 @@ MODES: dict[str, Json] = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(nano_server: Running) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{nano_server.url}/v1", api_key="key", max_retries=0) as made:
         yield made
@@ -60,7 +60,7 @@ def thought(made: Any) -> str:
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [pytest.param("at once", marks=pytest.mark.full), "thinking", "summed up"])
 def test_the_text_is_that_of_generate_with_that_seed(nano_server: Running, client: openai.OpenAI, mode: str) -> None:
     service, own = nano_server.service, {"temp": 0.9, "seed": 7, "max_tokens": 400}
     result = generate(service.model, service.processor, SUM, **own, enable_thinking=mode != "at once")
@@ -74,7 +74,7 @@ def test_the_text_is_that_of_generate_with_that_seed(nano_server: Running, clien
     assert bool(result.reasoning) == (mode != "at once") and whole.status == "completed" and whole.model == "nano"
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["thinking", pytest.param("summed up", marks=pytest.mark.full)])
 def test_a_tool_loop_ends_in_an_answer(client: openai.OpenAI, mode: str) -> None:
     given: list[Any] = [{"role": "user", "content": WEATHER}]
     with client.responses.stream(input=given, tools=TOOLS, **MODES[mode], **ASKED) as stream:
@@ -298,14 +298,14 @@ def compare(nano_server: Running, seed: int) -> None:
     assert named(response(nano_server.post("/v1/responses", asked | {"stream": True}).text)) == named(whole)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_streamed_is_unstreamed(nano_server: Running, seed: int) -> None:
     compare(nano_server, seed)
 
 
 @pytest.mark.full
 def test_streamed_is_unstreamed_200_times(nano_server: Running) -> None:
-    for seed in range(6, 206):
+    for seed in range(3, 203):
         compare(nano_server, seed)
 
 
