@@ -1,20 +1,25 @@
-"""The application: its routes, and how errors are written."""
+"""The application: its routes, what stands before them, and how errors are written."""
 
-import uuid
+from http import HTTPStatus
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.server import chat, completions, messages, models, responses, tokens
+from mlx_qwen35.server import chat, completions, messages, models, responses, status, tokens
 from mlx_qwen35.server.errors import ApiError
+from mlx_qwen35.server.guard import Guard, read_key, refusal
+from mlx_qwen35.server.log import Log
 from mlx_qwen35.server.service import Service
 
 
 def make_app(service: Service) -> Starlette:
     """The application in front of a service that was started."""
+    metrics = status.Metrics()
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", chat.chat, methods=["POST"]),
@@ -26,16 +31,24 @@ def make_app(service: Service) -> Starlette:
             Route("/v1/models/{name:path}", models.model),
             Route("/tokenize", tokens.tokenize, methods=["POST"]),
             Route("/detokenize", tokens.detokenize, methods=["POST"]),
+            Route("/health", status.health),
+            Route("/metrics", status.metrics),
         ],
-        exception_handlers=dict.fromkeys((Exception, ApiError, InputError), _refuse),
+        middleware=[
+            Middleware(Log, metrics=metrics, with_text=service.options.log_text),
+            Middleware(Guard, options=service.options, key=read_key(service.options)),
+        ],
+        exception_handlers=dict.fromkeys((ApiError, InputError, HTTPException), _refuse),
     )
-    app.state.service = service
+    app.router.redirect_slashes = False
+    app.state.service, app.state.metrics = service, metrics
     return app
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
-    told = ApiError.of(error)
-    if not request.url.path.startswith("/v1/messages"):
-        return JSONResponse(told.openai(), told.status, told.headers)
-    name = f"req_{uuid.uuid4().hex}"
-    return JSONResponse(told.anthropic(name), told.status, told.headers | {"request-id": name})
+    if isinstance(error, HTTPException):  # the router's: no such path, or not by this method
+        headers = dict(error.headers or {})
+        rule = f"this endpoint takes {headers['Allow']}" if "Allow" in headers else "there is no such endpoint"
+        message = f"{request.method} {request.url.path[:80]}: {rule}"
+        error = ApiError(error.status_code, HTTPStatus(error.status_code).name.lower(), message, None, headers)
+    return refusal(request.url.path, error)
