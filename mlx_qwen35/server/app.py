@@ -6,7 +6,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.server import chat
+from mlx_qwen35.server import chat, page_route
 from mlx_qwen35.server.errors import ApiError
 from mlx_qwen35.server.service import Service
 
@@ -14,7 +14,11 @@ from mlx_qwen35.server.service import Service
 def make_app(service: Service) -> Starlette:
     """The application in front of a service that was started."""
     app = Starlette(
-        routes=[Route("/v1/chat/completions", chat.chat, methods=["POST"])],
+        routes=[
+            Route("/v1/chat/completions", chat.chat, methods=["POST"]),
+            Route("/", page_route.page),
+            Route("/page/{name:path}", page_route.page),
+        ],
         exception_handlers=dict.fromkeys((Exception, ApiError, InputError), _refuse),
     )
     app.state.service = service
