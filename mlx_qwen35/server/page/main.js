@@ -52,13 +52,14 @@ function paint() {
 
 function view(message, index) {
   const conversation = current;
-  const then = (promise) => promise.then(list);
+  const after = async (answered) => {
+    prompt.focus();
+    await answered;
+    await list();
+  };
   return message.role === "user"
-    ? userView(message, { edit: (text) => then(conversation.edit(index, text)) })
-    : new AnswerView({
-        regenerate: () => then(conversation.regenerate(index)),
-        key: () => editSettings("key"),
-      });
+    ? userView(message, { edit: (text) => after(conversation.edit(index, text)) })
+    : new AnswerView({ regenerate: () => after(conversation.regenerate(index)), key: () => editSettings("key") });
 }
 
 function show() {
@@ -70,9 +71,14 @@ function show() {
   });
   find("messages").replaceChildren(...[...views.values()].map(({ element }) => element));
   find("empty").hidden = views.size > 0;
-  find("title").textContent = current.title;
+  showTitle();
   scroll.scrollTop = scroll.scrollHeight;
   showRunning();
+}
+
+function showTitle() {
+  find("title").textContent = current.title;
+  document.title = `${current.title} · mlx_qwen35`;
 }
 
 function showRunning() {
@@ -109,7 +115,7 @@ async function rename(id, title) {
   const conversation = id === current.id ? current : running.get(id);
   if (conversation) await conversation.rename(title);
   else await store.saveConversation({ ...(await store.loadConversation(id)), title });
-  find("title").textContent = current.title;
+  showTitle();
   await list();
 }
 

@@ -33,7 +33,8 @@ export function figures({ usage, decoding, wait }) {
   const { prompt_tokens: prompt, completion_tokens: made } = usage;
   const cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
   const shown = [`${made} tokens`];
-  if (decoding > 0 && made > 1) shown.push(`${((made - 1) / decoding).toFixed(1)} tokens/s`);
+  const speed = (made - 1) / decoding; // the first token's time is the prompt's
+  if (decoding > 0) shown.push(`${speed.toFixed(speed < 100 ? 1 : 0)} tokens/s`);
   shown.push(`first after ${seconds(wait)}`, `${cached} of ${prompt} prompt tokens reused`);
   return shown.join(" · ");
 }

@@ -10,7 +10,7 @@ function escape(text) {
 }
 
 const marked = new Marked({
-  gfm: true,
+  breaks: true, // a line that the model ends is one
   renderer: {
     html: ({ text }) => (PLAIN_TAG.test(text.trim()) ? text : escape(text)),
     // An image would be fetched from elsewhere, and tell that place what was said here. It is a link.
