@@ -133,7 +133,8 @@ class Server:
             connection.close()
 
     def _read(self, response: http.client.HTTPResponse, start: float) -> Reply:
-        text, first, usage = "", 0.0, {}
+        text, first = "", 0.0
+        usage: dict[str, Any] = {}
         for line in response:
             if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
                 continue
