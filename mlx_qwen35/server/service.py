@@ -1,7 +1,7 @@
 """The engine thread: it owns the model, and takes requests from the event loop.
 
-A request is made ready (`prepare`: template, pixels, grammar) on another thread, admitted (`submit`), and then runs among
-others. `Answer` gives its events to the event loop.
+A request is made ready (`prepare`: template, pixels, grammar) on another thread, admitted (`submit`), and then runs
+among others. `Answer` gives its events to the event loop.
 """
 
 import asyncio
