@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.server import chat, status
+from mlx_qwen35.server import chat, completions, messages, models, responses, status, tokens
 from mlx_qwen35.server.errors import ApiError
 from mlx_qwen35.server.guard import Guard, read_key, refusal
 from mlx_qwen35.server.log import Log
@@ -24,6 +24,14 @@ def make_app(options: ServerOptions, service: Service | None = None) -> Starlett
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", chat.chat, methods=["POST"]),
+            Route("/v1/messages", messages.messages, methods=["POST"]),
+            Route("/v1/messages/count_tokens", messages.count_tokens, methods=["POST"]),
+            Route("/v1/responses", responses.responses, methods=["POST"]),
+            Route("/v1/completions", completions.completions, methods=["POST"]),
+            Route("/v1/models", models.models),
+            Route("/v1/models/{name:path}", models.model),
+            Route("/tokenize", tokens.tokenize, methods=["POST"]),
+            Route("/detokenize", tokens.detokenize, methods=["POST"]),
             Route("/health", status.health),
             Route("/metrics", status.metrics),
         ],

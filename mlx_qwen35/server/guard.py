@@ -9,6 +9,7 @@ import hmac
 import ipaddress
 import os
 import re
+import uuid
 from collections.abc import Iterator
 
 from starlette.datastructures import Headers
@@ -63,8 +64,10 @@ def is_loopback(host: str) -> bool:
 def refusal(path: str, error: Exception) -> Response:
     """An error in the shape of the API that the path belongs to."""
     told = ApiError.of(error)
-    body = told.anthropic() if path.startswith("/v1/messages") else told.openai()
-    return JSONResponse(body, told.status, told.headers)
+    if not path.startswith("/v1/messages"):
+        return JSONResponse(told.openai(), told.status, told.headers)
+    name = f"req_{uuid.uuid4().hex}"
+    return JSONResponse(told.anthropic(name), told.status, told.headers | {"request-id": name})
 
 
 class Guard:
