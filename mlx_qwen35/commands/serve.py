@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     service = Service(model, processor, options, Path(str(name)).name)
     service.start()
     try:
-        uvicorn.run(make_app(service), host=options.host, port=options.port, log_level="warning")
+        uvicorn.run(make_app(service), host=options.host, port=options.port, log_level="info", access_log=False)
     finally:
         service.close()
     return 0

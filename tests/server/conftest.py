@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from media import conftest
 from serving import Running, serving
 
 if TYPE_CHECKING:
@@ -17,6 +18,9 @@ def nano_server() -> Iterator[Running]:
     """nano behind the default options, one for all tests of a process."""
     with serving() as running:
         yield running
+
+
+web_server = conftest.server
 
 
 @pytest.fixture(scope="module")
