@@ -15,6 +15,8 @@ from mlx_qwen35.server.app import make_app
 from mlx_qwen35.server.options import ServerOptions
 from mlx_qwen35.server.service import Service
 
+CLIENT = httpx.Client(timeout=60)  # one for all: making one reads the certificates of the system
+
 
 @dataclass
 class Running:
@@ -24,7 +26,7 @@ class Running:
     service: Service
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=60, **options)
+        return CLIENT.post(self.url + path, json=body, **options)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+from media import conftest
 from serving import Running, serving
 
 
@@ -11,3 +12,6 @@ def nano_server() -> Iterator[Running]:
     """nano behind the default options, one for all tests of a process."""
     with serving() as running:
         yield running
+
+
+web_server = conftest.server
