@@ -227,7 +227,7 @@ def _ask_at_once(server: Server, clients: int, round: int, settings: Settings) -
 
 def _talk(server: Server, _: int, round: int, settings: Settings) -> Iterator[Reply]:
     messages: list[dict[str, str]] = []
-    for turn in range(settings.turns if round >= 0 else 2):
+    for turn in range(settings.turns if round >= 0 else min(2, settings.turns)):
         messages.append(_digits(settings.prompt_tokens, "session", round, turn))
         reply = server.ask(messages, settings.answer_tokens)
         messages.append({"role": "assistant", "content": reply.text})
