@@ -22,7 +22,7 @@ WATCH = """
 globalThis.violations = [];
 addEventListener("securitypolicyviolation", (event) => violations.push(event.violatedDirective));
 """
-expect.set_options(timeout=30_000)
+expect.set_options(timeout=20_000)
 
 
 @contextmanager
