@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 try:
-    from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
+    from playwright.sync_api import Browser, Error, Locator, Page, Route, expect, sync_playwright
 except ImportError:
     pytest.skip("needs the package playwright", allow_module_level=True)
 
+__all__ = ["Browser", "Error", "Page", "Route", "expect"]  # for tests; where playwright is absent they are skipped here
 PROGRAMS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 CHAT = "**/v1/chat/completions"
 WATCH = """
@@ -68,10 +69,10 @@ def sse(*chunks: Any) -> str:
     return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks)
 
 
-def says(content: str, finish: str | None = "stop") -> str:
+def says(content: str) -> str:
     """What the API streams for an answer."""
     delta = {"index": 0, "delta": {"reasoning_content": "Well.", "content": content}, "finish_reason": None}
-    return sse({"choices": [delta]}, {"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
+    return sse({"choices": [delta]}, {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
 
 
 def reply(page: Page, content: str, body: str | None = None, **fulfil: Any) -> list[Any]:

@@ -9,8 +9,8 @@ from starlette.responses import Response
 
 from mlx_qwen35.server.errors import ApiError
 
-# The page runs its own scripts and nothing else, whatever a model writes, and no other site may frame it. Only DOMPurify
-# may turn text into elements (trusted-types, where the browser knows them).
+# The page runs its own scripts and no others, whatever a model writes. No site may frame it. DOMPurify alone may turn
+# text into elements (trusted-types, where the browser knows them).
 POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; media-src 'self' data: blob:; object-src 'none'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types dompurify"
@@ -25,7 +25,7 @@ FOLDER = files("mlx_qwen35.server") / "page"
 
 
 def _contents(folder: Traversable, prefix: str = "") -> dict[str, bytes]:
-    found = {}
+    found: dict[str, bytes] = {}
     for entry in folder.iterdir():
         if entry.is_dir():
             found |= _contents(entry, f"{prefix}{entry.name}/")
