@@ -8,8 +8,10 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,6 +28,7 @@ from mlx_qwen35.server.options import ServerOptions
 
 LOG = logging.getLogger("mlx_qwen35.server")
 T = TypeVar("T")
+ANSWERS: ContextVar[list["Answer"]] = ContextVar("answers")  # to the HTTP request at hand, for its line in the log
 
 
 class Event(NamedTuple):
@@ -58,9 +61,12 @@ class Answer:
         self.job, self._service, self._loop = job, service, loop
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self.results: list[Result | None] = [None] * job.n
+        self.first_at: float | None = None  # when its first text came, on time.monotonic()'s clock
 
     def put(self, event: Event) -> None:
         """Give an event, from any thread."""
+        if event.pieces and self.first_at is None:
+            self.first_at = time.monotonic()
         self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     async def __aiter__(self) -> AsyncIterator[Event]:
@@ -118,6 +124,7 @@ class Service:
     def submit(self, job: Job) -> Answer:
         """Take a job in. From the event loop. ApiError: 400 for what never fits, 429 where too many wait."""
         answer = Answer(self, job, asyncio.get_running_loop())
+        ANSWERS.get([]).append(answer)
         self.do(lambda: self._add(answer))
         return answer
 

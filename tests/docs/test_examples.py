@@ -18,7 +18,7 @@ SAID = {  # what nano's answers hold
     "parallel": "each with the tokens that it gets alone",
     "reuse": "112   (prompt 56 tokens, 30 of them reused)",
     "rows": "mlx_qwen35", "score": "'92'               -0.0555, greedy: True", "second_turn": "green ",
-    "session": "\n102\n   (15 of", "stream": "nano",
+    "serve": "the server answers: 92", "session": "\n102\n   (15 of", "stream": "nano",
 }  # fmt: skip
 QUICK = {  # what measures, with less to do
     "drafts": ["--ask", "What is 34 + 58?", "--max-tokens", "20"],
