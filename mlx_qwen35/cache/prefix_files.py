@@ -16,20 +16,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_qwen35.cache.cache import Snapshot
 from mlx_qwen35.cache.layer import CachePosition
 from mlx_qwen35.cache.prefix import RANKS, Entry, PrefixLibrary
 from mlx_qwen35.cache.prefix_arrays import columns, restored, states
 from mlx_qwen35.cache.prefix_places import Place, Places
-from mlx_qwen35.cache.prefix_tokens import Prefix, Shown
+from mlx_qwen35.cache.prefix_tokens import Prefix
 from mlx_qwen35.cache.session_file import SessionFile, Taken
 from mlx_qwen35.errors import InputError
 
 COLUMNS, STATES, ASIDE = ".columns.safetensors", ".states.safetensors", ".damaged"
 _OWNER = "server"  # the name that this process has locked in the folder
-_NOTHING = Prefix(np.zeros(0, np.int32))
+Tells = Callable[[str, Mapping[str, str], os.stat_result], None]
 
 
 class Damaged(Exception):
@@ -65,7 +64,7 @@ class PrefixFiles:
         self.memory = library.memory if memory is None else memory
         self.pending = 0  # bytes that wait to be written
         self._identity = dict(identity)
-        self._places = Places(identity)
+        self.places = Places(identity)
         self._guard = threading.Lock()  # of the places; nobody waits for a disk with it
         self._recalls = threading.Lock()  # one prompt at a time is read
         self._busy: frozenset[str] = frozenset()  # what is being read
@@ -84,12 +83,12 @@ class PrefixFiles:
     def nbytes(self) -> int:
         """Bytes of the files, and of those that wait to be written."""
         with self._guard:
-            return self._places.nbytes
+            return self.places.nbytes
 
     def lengths(self) -> list[int]:
         """Tokens of the prefixes that can be read, the shortest first."""
         with self._guard:
-            return sorted(len(place.prefix) for place in self._places.values() if place.kind and place.written)
+            return sorted(len(place.prefix) for place in self.places.values() if place.kind and place.written)
 
     def flush(self) -> None:
         """Wait until all that was taken is written."""
@@ -114,14 +113,14 @@ class PrefixFiles:
         does it then.
         """
         with self._guard:
-            path = self._places.path(entry.prefix)
-            key = self._places.key(entry.prefix)
-            known = self._places.get(key)
+            path = self.places.path(entry.prefix)
+            key = self.places.key(entry.prefix)
+            known = self.places.get(key)
             if known and known.kind:
                 known.kind, known.used = max(known.kind, entry.kind, key=RANKS.__getitem__), time.time_ns()
                 return
         before = [other for other in path if other != key]
-        parent, start = (before[-1], len(self._places[before[-1]].prefix)) if before else ("", 0)
+        parent, start = (before[-1], len(self.places[before[-1]].prefix)) if before else ("", 0)
         cache = entry.snapshot.cache()
         new, own = {} if known else columns(cache, start), states(cache)
         sizes = [sum(array.nbytes for array in arrays.values()) for arrays in (new, own)]
@@ -129,7 +128,7 @@ class PrefixFiles:
             return
         taken = [{name: Taken.of(array) for name, array in arrays.items()} for arrays in (new, own)]
         with self._guard:
-            place = self._places.setdefault(key, Place(entry.prefix, parent, sizes[0]))
+            place = self.places.setdefault(key, Place(entry.prefix, parent, sizes[0]))
             place.kind, place.states, place.written, place.used = entry.kind, sizes[1], False, time.time_ns()
             self.pending += sum(sizes)
         self._jobs.put(lambda: self._write(key, start, taken[0], taken[1], cache.next_positions[0]))
@@ -137,8 +136,8 @@ class PrefixFiles:
     def drop(self, entry: Entry) -> None:
         """An entry was let go, for its prompt has gone on: its states are of no more use."""
         with self._guard:
-            key = self._places.key(entry.prefix)
-            if place := self._places.get(key):
+            key = self.places.key(entry.prefix)
+            if place := self.places.get(key):
                 place.kind = None
                 self._jobs.put(lambda: self._forsake(key))
 
@@ -147,7 +146,7 @@ class PrefixFiles:
         with self._recalls:
             known = self.library.reusable(prefix)
             with self._guard:
-                path = [key for key in self._places.path(prefix) if known < len(self._places[key].prefix) < len(prefix)]
+                path = [key for key in self.places.path(prefix) if known < len(self.places[key].prefix) < len(prefix)]
             for key in reversed(path):
                 if self._recall(key):
                     return
@@ -157,12 +156,12 @@ class PrefixFiles:
     def _recall(self, key: str) -> bool:
         """Read a place into the library; whether that went well."""
         with self._guard:
-            place = self._places.get(key)
+            place = self.places.get(key)
             if not (place and place.kind and place.written):
                 return False
-            chain = self._places.chain(key)
+            chain = self.places.chain(key)
             self._busy = frozenset(chain)
-            kind, size = place.kind, place.states + sum(self._places[other].columns for other in chain)
+            kind, size = place.kind, place.states + sum(self.places[other].columns for other in chain)
         try:
             self.library.trim(max(0, self.library.memory - size))
             self.library.store(place.prefix, self._read(chain, len(place.prefix)), kind, compact=False)
@@ -171,6 +170,8 @@ class PrefixFiles:
             return False
         finally:
             self._busy = frozenset()
+            for other in chain:  # what was let go meanwhile
+                self._jobs.put(lambda key=other: self._forsake(key))  # type: ignore[misc]
         with contextlib.suppress(OSError):
             os.utime(self.folder / (key + STATES))
         return True
@@ -183,7 +184,7 @@ class PrefixFiles:
             pieces = (self._arrays(file) for file in (*(key + COLUMNS for key in chain), name))
             return restored(self.library.model.make_cache(), position, pieces)
         except (KeyError, ValueError) as error:
-            raise error if isinstance(error, Damaged) else Damaged(name, error) from error
+            raise Damaged(name, error) from error
 
     def _arrays(self, name: str) -> list[tuple[str, mx.array]]:
         with self._file(name) as file:
@@ -214,7 +215,7 @@ class PrefixFiles:
     def _write(
         self, key: str, start: int, new: Mapping[str, Taken], own: Mapping[str, Taken], next_position: int
     ) -> None:
-        place, size = self._places.get(key), sum(array.nbytes for array in (*new.values(), *own.values()))
+        place, size = self.places.get(key), sum(array.nbytes for array in (*new.values(), *own.values()))
         try:
             if place and new:
                 about = {"parent": place.parent, "start": start, "tokens": place.prefix.tokens[start:].tolist(),
@@ -233,34 +234,34 @@ class PrefixFiles:
     def _forsake(self, key: str) -> None:
         """No prompt goes on from a place any more, unless it was stored again meanwhile."""
         with self._guard:
-            place = self._places.get(key)
+            place = self.places.get(key)
             if not place or place.kind or key in self._busy:
                 return
             place.states = 0
-            gone = self._places.prune(key, self._busy)
+            gone = self.places.prune(key, self._busy)
         self._unlink(key + STATES, *(other + COLUMNS for other in gone))
 
     def _trim(self) -> None:
         """Let go of places until the files take no more than they may."""
         while True:
             with self._guard:
-                key = self._places.oldest(self._busy) if self._places.nbytes > self.memory else None
+                key = self.places.oldest(self._busy) if self.places.nbytes > self.memory else None
                 if key is None:
                     return
-                self._places[key].kind = None
+                self.places[key].kind = None
             self._forsake(key)
 
     def _forget(self, key: str) -> None:
         """A place cannot be had, and nothing that goes on from it."""
         with self._guard:
-            gone = self._places.cut(key)
+            gone = self.places.cut(key)
         self._unlink(*(other + ending for other in gone for ending in (COLUMNS, STATES)))
 
     def _set_aside(self, error: Damaged) -> None:
         with contextlib.suppress(OSError):
             (self.folder / error.name).rename(self.folder / (error.name + ASIDE))
         self.tell(f"{error}. It is set aside as {error.name + ASIDE}; its prompt is read again")
-        self._forget(error.name.partition(".")[0])
+        self._forget(_key(error.name))
 
     def _unlink(self, *names: str) -> None:
         for name in names:
@@ -280,35 +281,25 @@ class PrefixFiles:
         """Read the headers of what another process has left."""
         for left in self.folder.glob(".*.safetensors.saving"):
             left.unlink(missing_ok=True)
-        foreign, found = 0, []
-        for name, header in self._headers(COLUMNS):
-            if any(header.get(field) != value for field, value in self._identity.items()):
-                foreign += 1
-            else:
-                found.append((int(header.get("start", -1)), name.partition(".")[0], header))
-        for _, key, header in sorted(found, key=lambda own: own[0]):
-            self._add(key, header)
+        headers = list(self._headers(COLUMNS))
+        own = [(name, header) for name, header in headers if self._identity.items() <= header.items()]
+        if others := len(headers) - len(own):
+            self.tell(f"{self.folder}: {others} prefixes are of another model or other settings, and are not used")
+        for name, header in sorted(own, key=lambda pair: (len(pair[1].get("start", "")), pair[1].get("start", ""))):
+            self._tell(self.places.add, name, header)
         for name, header in self._headers(STATES):
-            if place := self._places.get(name.partition(".")[0]):
-                file = (self.folder / name).stat()
-                place.kind, place.states, place.used = json.loads(header["kind"]), file.st_size, file.st_mtime_ns
-        for key in list(self._places):
-            if not (self.folder / (key + STATES)).exists():
-                self._unlink(*(other + COLUMNS for other in self._places.prune(key, ())))
-        if foreign:
-            self.tell(f"{self.folder}: {foreign} prefixes are of another model or other settings, and stay unread")
+            self._tell(self.places.mark, name, header)
+        for name, _ in own:
+            gone = self.places.prune(_key(name), ()) if _key(name) in self.places else [_key(name)]
+            self._unlink(*(key + ending for key in gone for ending in (COLUMNS, STATES)))
         self._trim()
 
-    def _add(self, key: str, header: Mapping[str, str]) -> None:
-        """A place that a file tells of. One that goes on from nothing is removed."""
-        parent, tokens, media = (json.loads(header[field]) for field in ("parent", "tokens", "media"))
-        before = self._places[parent].prefix if parent in self._places else Prefix(np.zeros(0, np.int32))
-        shown = tuple(Shown(digest, tuple(map(tuple, places))) for digest, places in media)
-        prefix = Prefix(np.concatenate([before.tokens, np.array(tokens, np.int32)]), before.media + shown)
-        if self._places.key(prefix) == key:
-            self._places[key] = Place(prefix, parent, (self.folder / (key + COLUMNS)).stat().st_size)
-        else:
-            self._unlink(key + COLUMNS, key + STATES)
+    def _tell(self, of: Tells, name: str, header: dict[str, str]) -> None:
+        """Tell the places of a file."""
+        try:
+            of(_key(name), header, (self.folder / name).stat())
+        except (KeyError, ValueError, TypeError) as error:
+            self._set_aside(Damaged(name, error))
 
     def _headers(self, ending: str) -> Iterator[tuple[str, dict[str, str]]]:
         for path in sorted(self.folder.glob("[!.]*" + ending)):
@@ -316,3 +307,8 @@ class PrefixFiles:
                 yield path.name, self._metadata(path.name)
             except Damaged as error:
                 self._set_aside(error)
+
+
+def _key(name: str) -> str:
+    """Of the place that a file is of."""
+    return name.partition(".")[0]
