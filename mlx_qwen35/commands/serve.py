@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     app = make_app(options)
     sockets = bind(options.host, options.port)
     url = _url(options.host, sockets[0].getsockname()[1])
-    to_stderr()
+    to_stderr(options.log_text)
 
     def ready() -> None:
         print(f"{name_of(args.model)} is served on {url}/v1, with a page on {url}/", file=sys.stderr, flush=True)

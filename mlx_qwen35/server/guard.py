@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.server.body import ClientLeft, parse, read_body
@@ -88,9 +88,7 @@ class Guard:
             if not _is_open(scope["path"]) and (condition := condition_of(scope["app"])) != "ok":
                 raise ApiError(503, condition, f"the server is {condition}; try again", headers={"Retry-After": "5"})
             if scope["method"] == "POST":
-                body = await read_body(headers, receive)
-                scope["json"] = parse(body)
-                receive = _again(body, receive)
+                scope["json"] = parse(await read_body(headers, receive))
         except ClientLeft:
             return
         except ApiError as error:
@@ -132,13 +130,3 @@ def _keys(headers: Headers) -> Iterator[bytes]:
     if scheme.lower() == "bearer":
         yield key.strip().encode()
     yield headers.get("x-api-key", "").encode()
-
-
-def _again(body: bytes, receive: Receive) -> Receive:
-    """Gives the body once more, then what comes behind it."""
-    read = iter([{"type": "http.request", "body": body, "more_body": False}])
-
-    async def receive_again() -> Message:
-        return next(read, None) or await receive()
-
-    return receive_again

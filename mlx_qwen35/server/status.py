@@ -26,8 +26,9 @@ class Metrics:
 
     def count(self, scope: Scope, status: int, answers: Sequence[Answer], began: float) -> None:
         """A request has ended. began: on the clock of time.monotonic()."""
-        known = "endpoint" in scope  # else any word of a client would become a series
-        self.requests[scope["path"] if known else "other", status] += 1
+        routes = (route for route in scope["app"].routes if route.endpoint is scope.get("endpoint"))
+        path = next((route.path for route in routes), "other")  # else any word of a client would be a series
+        self.requests[path, status] += 1
         for answer in answers:
             ended = [result for result in answer.results if result]
             self.tokens["prompt"] += answer.job.prompt_tokens
