@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import NamedTuple, Protocol
 
+import mlx.core as mx
 import numpy as np
 
 from mlx_qwen35.cache.cache import Cache, Snapshot
@@ -203,6 +204,14 @@ class PrefixLibrary:
             used = {id(array) for entry in self._in_use() for array in entry.snapshot.held()}
             own = {id(a): a.nbytes for entry in self._entries for a in entry.snapshot.held() if id(a) not in used}
             return sum(own.values())
+
+    def apart(self, others: Iterable[mx.array]) -> int:
+        """Bytes of what is in use, without those of these arrays."""
+        with LOCK:
+            used = {id(a): a.nbytes for entry in self._in_use() for a in entry.snapshot.held()}
+            for array in others:
+                used.pop(id(array), None)
+            return sum(used.values())
 
     # --- room ---
 
