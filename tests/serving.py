@@ -12,8 +12,11 @@ import uvicorn
 
 from mlx_qwen35.load import load
 from mlx_qwen35.server.app import make_app
+from mlx_qwen35.server.listen import bind, config_of
 from mlx_qwen35.server.options import ServerOptions
 from mlx_qwen35.server.service import Service
+
+CLIENT = httpx.Client(timeout=60)  # one for all: making one reads the certificates of the system
 
 
 @dataclass
@@ -24,7 +27,7 @@ class Running:
     service: Service
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=60, **options)
+        return CLIENT.post(self.url + path, json=body, **options)
 
 
 @contextmanager
@@ -32,14 +35,15 @@ def serving(model: str = "nano", **options: Any) -> Iterator[Running]:
     """Serve a model with these options of the server."""
     service = Service(*load(model), ServerOptions(port=0, **options), "nano")
     service.start()
-    server = uvicorn.Server(uvicorn.Config(make_app(service), port=0, log_level="warning", lifespan="off"))
-    thread = threading.Thread(target=server.run, daemon=True)
+    server = uvicorn.Server(config_of(make_app(service.options, service)))
+    sockets = bind("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
+    thread = threading.Thread(target=server.run, args=(sockets,), daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    (port,) = {socket.getsockname()[1] for own in server.servers for socket in own.sockets}
     try:
-        yield Running(f"http://127.0.0.1:{port}", service)
+        yield Running(url, service)
     finally:
         server.should_exit = True
         thread.join()

@@ -16,9 +16,10 @@ class Result:
 
     finish_reason: "stop" (an end token or a stop string), "tool_calls" (the same, behind a whole call), "length"
     (see limited_by), "loop" (by the loop guard), "interrupted", or "error". limited_by: what set its most tokens:
-    "max_tokens", "context" (then the window is full) or "memory". text: the content; where tools were offered, without
-    their calls. tool_calls: the whole ones. cut: a call that had begun. in_reasoning:
-    whether it ended inside the reasoning, without an answer. tokens: the generated ids, the end token included.
+    "max_tokens", "context" (then the window is full) or "memory". stop: the stop string that ended it, "" for none.
+    text: the content; where tools were offered, without their calls. tool_calls: the whole ones. cut: a call that had
+    begun. in_reasoning: whether it ended inside the reasoning, without an answer. tokens: the generated ids, the end
+    token included. reasoning_tokens: how many of them are of the reasoning, </think> included.
     prompt_tokens: of the whole prompt. cached_tokens: those of them that a library held, so that they were not read.
     vision_seconds: of the vision encoder. prompt_tps, generation_tps: tokens per second, from the encoded prompt to the
     first token without those of the library, and after it. peak_memory: in GB (10^9 bytes), since the program started.
@@ -45,6 +46,8 @@ class Result:
     logprobs: tuple[TokenLogprob, ...] | None = None
     cached_tokens: int = 0
     limited_by: str = "max_tokens"
+    reasoning_tokens: int = 0
+    stop: str = ""
 
     def __str__(self) -> str:
         return self.text

@@ -187,6 +187,8 @@ class Sequence:
             logprobs=tuple(self.logprobs) if self.scorer else None,
             cached_tokens=self.cached,
             limited_by=self.limited_by,
+            reasoning_tokens=self.stream.thought if self.stream else 0,
+            stop=self.stream.stopped if self.stream else "",
         )
 
     # --- its prefill ---

@@ -39,7 +39,8 @@ class TextStream:
         self._parser = AnswerParser(tools, reasoning, call_id, one_call)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
-        self.stopped = False  # a stop string came
+        self.stopped = ""  # the stop string that came
+        self.thought = 0  # tokens of the reasoning, </think> included
 
     @property
     def reasoning(self) -> bool:
@@ -60,6 +61,7 @@ class TextStream:
         """The pieces that this token completes."""
         if self.stopped:
             return []
+        self.thought += self.reasoning
         if token in self._think:
             self._decoder.reset()
             return self._until_stop(self._parser.think(opens=token == self._think[0])) + self._release()
@@ -85,10 +87,10 @@ class TextStream:
                 out += [*self._release(), piece]
                 continue
             text, self._held = self._held + piece.text, ""
-            found = [position for position in map(text.find, self.stop) if position >= 0]
+            found = [(position, stop) for stop in self.stop if (position := text.find(stop)) >= 0]
             if found:
-                self.stopped = True
-                return [*out, Piece(text[: min(found)], CONTENT)] if min(found) else out
+                position, self.stopped = min(found)
+                return [*out, Piece(text[:position], CONTENT)] if position else out
             keep = len(text) - max(_overlap(text, stop) for stop in self.stop)
             text, self._held = text[:keep], text[keep:]
             out += [Piece(text, CONTENT)] if text else []

@@ -1,70 +1,54 @@
 """POST /v1/chat/completions."""
 
-import time
-import uuid
-from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from mlx_qwen35.server.errors import ApiError
-from mlx_qwen35.server.fields import Fields
-from mlx_qwen35.server.service import Answer, Job, Service, failed
-from mlx_qwen35.server.stream import COMMENT, event_stream, sse, unless_gone, with_silence
+from mlx_qwen35.engine.options import GenerationOptions, PromptOptions
+from mlx_qwen35.server import asked
+from mlx_qwen35.server.fields import Fields, read_body
+from mlx_qwen35.server.history import read_message
+from mlx_qwen35.server.replies import Kind, Wanted, reply
+from mlx_qwen35.server.service import Service
+from mlx_qwen35.server.spoken import Spoken
 
-
-def read(body: Fields, service: Service) -> tuple[Job, bool]:
-    """The job of a request, and whether it is streamed."""
-    options = {}
-    if (most := body.whole("max_tokens", None, least=1)) is not None:
-        options["max_tokens"] = most
-    if (temp := body.number("temperature", None, least=0, most=2)) is not None:
-        options["temp"] = temp
-    messages, stream = body.items("messages"), body.flag("stream", False)
-    body.ignore("model", "user")
-    body.done()
-    return service.prepare(messages, **options), stream
+_KIND = Kind("chatcmpl", "chat.completion", "chat.completion.chunk", Spoken)
 
 
 async def chat(request: Request) -> Response:
     service: Service = request.app.state.service
-    body = Fields(await request.json())
-    job, stream = await service.off_loop(lambda: read(body, service))
-    answer = service.submit(job)
-    if stream:
-        return event_stream(_chunks(answer, service))
-    made = await unless_gone(request, _whole(answer, service))
-    return JSONResponse(made) if made else Response(status_code=499)
+    body = await read_body(request)
+    return await reply(request, await service.off_loop(lambda: _read(body, service)), _KIND)
 
 
-async def _whole(answer: Answer, service: Service) -> dict[str, Any]:
-    async for _ in answer:
-        pass
-    choices = []
-    for index, result in enumerate(answer.results):
-        assert result
-        if error := failed(result):
-            raise error
-        message = {"role": "assistant", "content": result.text, "reasoning_content": result.reasoning}
-        choices.append({"index": index, "message": message, "finish_reason": result.finish_reason})
-    return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion", "created": int(time.time()),
-            "model": service.name, "choices": choices}  # fmt: skip
+def _read(body: Fields, service: Service) -> Wanted:
+    asked.check_model(body, service)
+    stream, usage = asked.streaming(body)
+    n = body.whole("n", 1, least=1, most=asked.MOST_ANSWERS)
+    options = asked.sampling(body, service)
+    options |= asked.most_tokens(body, "max_completion_tokens", "max_tokens") | asked.stops(body)
+    options |= asked.thinking(body) | asked.tools(body) | asked.form(body) | _logprobs(body)
+    options |= _continued(body) | body.option("loop_guard", GenerationOptions)
+    messages = body.objects("messages")
+    asked.settle(body)
+    history = [read_message(message, service) for message in messages]
+    with body.naming("messages"):
+        return Wanted([service.prepare(history, n, **options)], stream, usage)
 
 
-async def _chunks(answer: Answer, service: Service) -> AsyncIterator[str]:
-    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion.chunk", "created": int(time.time()),
-            "model": service.name}  # fmt: skip
-    async for event in with_silence(aiter(answer)):
-        if event is None:
-            yield COMMENT
-            continue
-        for piece in event.pieces:
-            delta = {"reasoning_content" if piece.reasoning else "content": piece.text}
-            yield sse(head | {"choices": [{"index": event.choice, "delta": delta, "finish_reason": None}]})
-        if event.result and (error := failed(event.result)):
-            yield sse(ApiError.openai(error))
-        elif event.result:
-            ended = {"index": event.choice, "delta": {}, "finish_reason": event.result.finish_reason}
-            yield sse(head | {"choices": [ended]})
-    yield sse("[DONE]")
+def _logprobs(body: Fields) -> dict[str, Any]:
+    wanted, top = body.flag("logprobs", False), body.whole("top_logprobs", 0, least=0, most=asked.MOST_TOP)
+    if top and not wanted:
+        raise body.error("top_logprobs", "must be given with logprobs", code="option_no_effect")
+    return {"logprobs": True, "top_logprobs": top} if wanted else {}
+
+
+def _continued(body: Fields) -> dict[str, Any]:
+    options = body.option("continue_final_message", PromptOptions)
+    go_on = options.get("continue_final_message", False)
+    if body.flag("add_generation_prompt", None) is go_on:
+        rule = "must be the opposite of continue_final_message"
+        raise body.error("add_generation_prompt", rule, code="option_conflict")
+    body.about |= {"option_conflict": "continue_final_message"} if go_on else {}
+    return options

@@ -1,16 +1,24 @@
 """Reads the JSON object of a request field by field: every error names the field, and no field is passed over.
 
-    body = Fields(json_object)
-    model = body.text("model", None)
-    n = body.whole("n", 1, least=1, most=8)
-    body.refuse("audio", "this model does not speak")
-    body.done()  # logs unknown fields once
+body = await read_body(request)
+model = body.text("model", None)
+n = body.whole("n", 1, least=1, most=8)
+options = body.option("top_p", Sampling)  # {"top_p": 0.9}, checked as the library checks it
+body.refuse("audio", "this model does not speak")
+body.done()  # logs unknown fields once
+with body.naming("messages"):  # an InputError in here names a field
+    job = service.prepare(messages, n, **options)
 """
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from starlette.requests import Request
+
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.options import options_of
 from mlx_qwen35.server.errors import ApiError
 from mlx_qwen35.values import shown
 
@@ -20,10 +28,16 @@ MISSING: Any = object()
 
 
 class Fields:
-    """An object of a request. path: where it stands in the request, for errors. null counts as left out."""
+    """An object of a request. null counts as left out.
+
+    Args:
+        path: where it stands in the request, for errors.
+
+    about: code of an InputError -> the field that it is about, for `naming`.
+    """
 
     def __init__(self, given: Any, path: str = ""):
-        self.path = path
+        self.path, self.about = path, dict[str, str]()
         if not isinstance(given, Mapping):
             raise self.error("", "must be an object", given)
         self._given, self._known = given, set[str]()
@@ -79,20 +93,37 @@ class Fields:
 
     def items(self, name: str, default: Any = MISSING, *, most: int | None = None) -> Sequence[Any]:
         rule = "must be a list" + (f" of at most {most:,}" if most is not None else "")
-        return self._typed(
-            name, default, rule, lambda v: isinstance(v, list) and (most is None or len(v) <= most)
-        )
+        return self._typed(name, default, rule, lambda v: isinstance(v, list) and (most is None or len(v) <= most))
 
     def object(self, name: str, default: Any = MISSING) -> Any:
         """A Fields of the object; the default where it is left out."""
         value = self.any(name, default)
         return value if value is default else Fields(value, self.place(name))
 
+    def objects(self, name: str, default: Any = MISSING, *, most: int | None = None) -> list["Fields"]:
+        """A Fields of each object in a list."""
+        return [Fields(item, f"{self.place(name)}.{i}") for i, item in enumerate(self.items(name, default, most=most))]
+
+    def option(self, name: str, group: type, own: str = "") -> dict[str, Any]:
+        """A field that is an option of the library, checked as that, under the library's name; {} if it is left out."""
+        value, own = self.any(name, None), own or name
+        if value is None:
+            return {}
+        try:
+            return {own: options_of(group)[own].checked(self.place(name), value)}
+        except InputError as error:
+            raise ApiError(400, "invalid_value", str(error), self.place(name)) from None
+
     def refuse(self, name: str, why: str, idle: Collection[Any] = (False, 0, "", [], {})) -> None:
         """Refuse a field that would have no effect, unless its value asks for nothing."""
         value = self.any(name, None)
         if value is not None and value not in idle:
             raise self.error(name, f"is not supported: {why}", code="unsupported_field")
+
+    def only(self, why: str) -> None:
+        """Refuse all fields that nobody asked for."""
+        for name in self._given.keys() - self._known:
+            self.refuse(str(name), why, idle=())
 
     def ignore(self, *names: str) -> None:
         """Fields that change nothing of the answer, as the user's name."""
@@ -105,3 +136,16 @@ class Fields:
             if name not in self._known and place not in _told and len(_told) < 1000:
                 _told.add(place)
                 LOG.warning("unknown field %r is ignored", place)
+
+    @contextmanager
+    def naming(self, field: str) -> Iterator[None]:
+        """In the block an InputError becomes a refusal that names a field: by `about`, else this one."""
+        try:
+            yield
+        except InputError as error:
+            raise ApiError.of(error, self.about.get(error.code, field)) from error
+
+
+async def read_body(request: Request) -> Fields:
+    """The JSON object of a request, which guard.py has parsed."""
+    return Fields(request.scope["json"])

@@ -2,17 +2,22 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
+from mlx_qwen35.server.errors import ApiError
+
+LOG = logging.getLogger("mlx_qwen35.server")
 T = TypeVar("T")
 SILENCE = 5.0  # seconds until something is said
 
 
-async def with_silence(events: AsyncIterator[T], seconds: float = SILENCE) -> AsyncIterator[T | None]:
+async def with_silence(events: AsyncIterator[T], seconds: float = SILENCE) -> AsyncGenerator[T | None]:
     """The items, and None at once and each time that so many seconds pass without one."""
     yield None
     waiting = asyncio.ensure_future(anext(events, _END))
@@ -49,6 +54,19 @@ COMMENT = ": reading\n\n"
 def event_stream(chunks: AsyncIterator[str]) -> StreamingResponse:
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamingResponse(chunks, media_type="text/event-stream", headers=headers)
+
+
+async def openai_stream(chunks: AsyncGenerator[str]) -> AsyncIterator[str]:
+    """The chunks as OpenAI's streams end: with an event of the error, if there is one, and [DONE]."""
+    try:
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                yield chunk
+    except Exception as error:
+        if not isinstance(error, ApiError):
+            LOG.exception("a stream failed")
+        yield sse(ApiError.of(error).openai())
+    yield sse("[DONE]")
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T | None:

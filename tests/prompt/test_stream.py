@@ -83,3 +83,11 @@ def test_text_that_might_become_a_stop_string_is_held_back_and_given_in_the_end(
 def test_stop_strings_do_not_end_the_reasoning(processor: Processor):
     steps = stream(processor, "a. b\n</think>\n\nc. d", thinking=True, stop=(".",))
     assert (joined(steps, reasoning=True), joined(steps)) == ("a. b\n", "c")
+
+
+def test_which_stop_string_came_and_how_many_tokens_were_reasoning_is_told(processor: Processor):
+    out = processor.text_stream(True, ("d", "c"))
+    for token in processor.encode_text("c d\n</think>\n\na b c d").tokens:
+        out.add(token)
+    closing = processor.encode_text("c d\n</think>").tokens
+    assert (out.stopped, out.thought) == ("c", len(closing))

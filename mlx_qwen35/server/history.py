@@ -1,0 +1,94 @@
+"""Messages of OpenAI's form -> those of the library, with their images and videos read. For `off_loop`."""
+
+from typing import Any
+
+from mlx_qwen35.server.fields import Fields
+from mlx_qwen35.server.media import read_media
+from mlx_qwen35.server.service import Service
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+PARTS = ("text", "image_url", "video_url")
+REASONING = ("reasoning_content", "reasoning", "thinking")  # clients' names for it
+LOW = 512 * 512  # pixels of an image whose detail is "low"
+_OPTIONS = {
+    "image": {"min_pixels": "min_pixels", "max_pixels": "max_pixels"},
+    "video": {"fps": "fps", "num_frames": "video_num_frames"},
+}
+Message = dict[str, Any]
+
+
+def read_message(given: Fields, service: Service) -> Message:
+    role = given.choice("role", ROLES)
+    message: Message = {"role": role, "content": _content(given, role, service)}
+    if role == "assistant":
+        message |= _turn(given)
+    if role == "tool" and (call := given.text("tool_call_id", None)):
+        message["tool_call_id"] = call
+    given.ignore("name", "annotations", "refusal")
+    given.done()
+    return message
+
+
+def _turn(given: Fields) -> Message:
+    """What an assistant's message has beside its content."""
+    given.refuse("function_call", "it is outdated. Use tool_calls")
+    given.refuse("audio", "this model does not speak")
+    found: Message = {}
+    if reasoning := [text for name in REASONING if (text := given.text(name, None))]:
+        found["reasoning_content"] = reasoning[0]
+    if calls := [_call(call) for call in given.objects("tool_calls", [])]:
+        found["tool_calls"] = calls
+    return found
+
+
+def _call(given: Fields) -> Message:
+    given.choice("type", ("function",), "function")
+    function = given.object("function")
+    name, arguments = function.text("name"), function.any("arguments", "")
+    if not isinstance(arguments, str | dict):
+        raise function.error("arguments", "must be JSON text, or an object", arguments)
+    given.ignore("index")
+    return {"id": given.text("id", None), "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _content(given: Fields, role: str, service: Service) -> Any:
+    content = given.any("content", None)
+    if content is None and role == "assistant":
+        return given.text("refusal", None) or ""
+    if content is None or isinstance(content, str):
+        return given.text("content")
+    if not isinstance(content, list):
+        raise given.error("content", "must be text or a list of parts", content)
+    return [_part(part, service) for part in given.objects("content")]
+
+
+def _part(given: Fields, service: Service) -> Message:
+    kind = given.text("type")
+    if kind == "refusal":
+        return {"type": "text", "text": given.text("refusal")}
+    if kind not in PARTS:
+        heard = kind in ("input_audio", "audio_url")
+        rule = "is not supported: this model does not hear" if heard else f"must be one of {', '.join(PARTS)}"
+        raise given.error("type", rule, kind, "unsupported_part")
+    if kind == "text":
+        part = {"type": "text", "text": given.text("text")}
+        given.ignore("cache_control")
+    else:
+        part = _medium(given, kind, service)
+    given.done()
+    return part
+
+
+def _medium(given: Fields, field: str, service: Service) -> Message:
+    """image_url or video_url: an object with the url, or the url."""
+    kind = field.removesuffix("_url")
+    vision = {own: value for name, own in _OPTIONS[kind].items() if (value := given.any(name, None)) is not None}
+    url = given.any(field)
+    if isinstance(url, dict):
+        source = given.object(field)
+        url = source.text("url")
+        if kind == "image" and source.choice("detail", ("auto", "low", "high", "original"), "auto") == "low":
+            vision.setdefault("max_pixels", LOW)
+        source.done()
+    media = read_media(service.processor, kind, url, given.place(field), service.options, **vision)
+    return {"type": kind, kind: media}

@@ -1,0 +1,116 @@
+"""One line of counts for each request, on standard error. Text of prompts and answers only with --log-text.
+
+A line holds no key, no query, no data: URI and no address of an image; a failure of the server is told by its kind and
+place, since its words may hold text.
+"""
+
+import asyncio
+import json
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mlx_qwen35.media.fetch import is_remote
+from mlx_qwen35.server.errors import ApiError
+from mlx_qwen35.server.guard import refusal
+from mlx_qwen35.server.service import ANSWERS, Answer
+from mlx_qwen35.server.status import Metrics
+
+LOG = logging.getLogger("mlx_qwen35.server")
+
+
+def to_stderr(with_text: bool) -> None:
+    """Have the server's lines, and errors of uvicorn, written to standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Lines(with_text))
+    for name, level in ((LOG.name, logging.INFO), ("uvicorn.error", logging.ERROR)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
+
+
+class _Lines(logging.Formatter):
+    """Begins with the time; an exception is told without its words, unless with_text."""
+
+    def __init__(self, with_text: bool):
+        super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
+        self._with_text = with_text
+
+    def formatException(self, ei: Any) -> str:
+        if self._with_text:
+            return super().formatException(ei)
+        kind, _, trace = ei
+        return "".join([*traceback.format_tb(trace), kind.__name__])
+
+
+class Log:
+    """Outermost of the application: it sees every request, and every failure."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, with_text: bool):
+        self._app, self._metrics, self._with_text = app, metrics, with_text
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        began, status = time.monotonic(), 0
+        answers: list[Answer] = []
+        ANSWERS.set(answers)
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except asyncio.CancelledError:  # the server closes
+            if not status:
+                error = ApiError(503, "closing", "the server is closing")
+                await refusal(scope["path"], error)(scope, receive, watched)
+        except Exception as error:
+            LOG.exception("a request failed")
+            if not status:  # otherwise the connection ends without the rest
+                await refusal(scope["path"], error)(scope, receive, watched)
+        finally:
+            self._metrics.count(scope, status, answers, began)
+            seconds = time.monotonic() - began
+            LOG.info("%s %s %d %s%.2f s", scope["method"], _shown(scope["path"]), status, _counts(answers), seconds)
+            if self._with_text:
+                self._tell_text(scope, answers)
+
+    def _tell_text(self, scope: Scope, answers: Sequence[Answer]) -> None:
+        if "json" in scope:
+            LOG.info("  asked: %s", json.dumps(_without_media(scope["json"]), ensure_ascii=False))
+        for result in (result for answer in answers for result in answer.results if result):
+            LOG.info("  answered: %s", json.dumps([result.reasoning, result.text], ensure_ascii=False))
+
+
+def _counts(answers: Sequence[Answer]) -> str:
+    """ "12 in (8 cached), 40 out, stop, " for the answers of a request; an answer whose client left has "left"."""
+    if not answers:
+        return ""
+    results = [result for answer in answers for result in answer.results]
+    ended = [result for result in results if result]
+    tokens = sum(answer.job.prompt_tokens for answer in answers)
+    cached = max((result.cached_tokens for result in ended), default=0)
+    out = sum(result.generation_tokens for result in ended)
+    ends = dict.fromkeys(result.finish_reason if result else "left" for result in results)
+    return f"{tokens} in ({cached} cached), {out} out, {' '.join(ends)}, "
+
+
+def _shown(path: str) -> str:
+    """A path of a client as one short word."""
+    return ascii(path[:80])[1:-1].replace(" ", "%20")
+
+
+def _without_media(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_media(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_media(item) for item in value]
+    if isinstance(value, str) and is_remote(value):
+        return f"{value.partition(':')[0]}: URL of {len(value):,} characters"
+    return value

@@ -1,0 +1,78 @@
+"""GET /health and /metrics: how the server is."""
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.types import Scope
+
+from mlx_qwen35.server.service import Answer, Service
+
+BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)  # seconds, of the histogram
+
+
+class Metrics:
+    """What has happened since the start. Of the event loop alone."""
+
+    def __init__(self) -> None:
+        self.requests: Counter[tuple[str, int]] = Counter()  # by path and status
+        self.tokens: Counter[str] = Counter()
+        self.first = [0] * (len(BOUNDS) + 1)  # answers by the seconds to their first token
+        self.first_seconds = 0.0
+
+    def count(self, scope: Scope, status: int, answers: Sequence[Answer], began: float) -> None:
+        """A request has ended. began: on the clock of time.monotonic()."""
+        routes = (route for route in scope["app"].routes if route.endpoint is scope.get("endpoint"))
+        path = next((route.path for route in routes), "other")  # else any word of a client would be a series
+        self.requests[path, status] += 1
+        for answer in answers:
+            ended = [result for result in answer.results if result]
+            self.tokens["prompt"] += answer.job.prompt_tokens
+            self.tokens["cached"] += max((result.cached_tokens for result in ended), default=0)
+            self.tokens["generated"] += sum(result.generation_tokens for result in ended)
+            if answer.first_at is not None:
+                self.first[bisect_left(BOUNDS, answer.first_at - began)] += 1
+                self.first_seconds += answer.first_at - began
+
+    def lines(self) -> Iterator[str]:
+        """Prometheus's text format."""
+        yield "# TYPE mlx_qwen35_requests_total counter"
+        for (path, status), count in sorted(self.requests.items()):
+            yield f'mlx_qwen35_requests_total{{path="{path}",status="{status}"}} {count}'
+        for kind in ("prompt", "cached", "generated"):
+            yield f"# TYPE mlx_qwen35_{kind}_tokens_total counter"
+            yield f"mlx_qwen35_{kind}_tokens_total {self.tokens[kind]}"
+        name, below = "mlx_qwen35_first_token_seconds", 0
+        yield f"# TYPE {name} histogram"
+        for bound, count in zip((*BOUNDS, "+Inf"), self.first, strict=True):
+            below += count
+            yield f'{name}_bucket{{le="{bound}"}} {below}'
+        yield f"{name}_sum {self.first_seconds:.6f}"
+        yield f"{name}_count {below}"
+
+
+async def metrics(request: Request) -> Response:
+    lines = [*request.app.state.metrics.lines(), *_gauges(request.app.state.service)]
+    return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+
+
+def _gauges(service: Service) -> Iterator[str]:
+    values = {"memory_bytes": mx.get_active_memory(), "memory_peak_bytes": mx.get_peak_memory()}
+    for name, value in values.items():
+        yield f"# TYPE mlx_qwen35_{name} gauge"
+        yield f"mlx_qwen35_{name} {value}"
+
+
+async def health(request: Request) -> Response:
+    """200 where requests are answered, 503 before and after."""
+    condition = condition_of(request.app)
+    return JSONResponse({"status": condition}, 200 if condition == "ok" else 503)
+
+
+def condition_of(app: Starlette) -> str:
+    """ "ok", or what keeps the server from answering."""
+    return "closing" if app.state.closing else "loading" if app.state.service is None else "ok"
