@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import mlx.core as mx
+
 from mlx_qwen35.cache.cache import Cache, Snapshot
 from mlx_qwen35.cache.prefix_tokens import Prefix
 from mlx_qwen35.errors import InputError
@@ -172,6 +174,14 @@ class PrefixLibrary:
             used = {id(array) for entry in self._in_use() for array in entry.snapshot.held()}
             own = {id(a): a.nbytes for entry in self._entries for a in entry.snapshot.held() if id(a) not in used}
             return sum(own.values())
+
+    def apart(self, others: Iterable[mx.array]) -> int:
+        """Bytes of what is in use, without those of these arrays."""
+        with LOCK:
+            used = {id(a): a.nbytes for entry in self._in_use() for a in entry.snapshot.held()}
+            for array in others:
+                used.pop(id(array), None)
+            return sum(used.values())
 
     # --- room ---
 
