@@ -48,8 +48,11 @@ def _call(given: Fields) -> Message:
     name, arguments = function.text("name"), function.any("arguments", "")
     if not isinstance(arguments, str | dict):
         raise function.error("arguments", "must be JSON text, or an object", arguments)
+    call = given.text("id", None)
     given.ignore("index")
-    return {"id": given.text("id", None), "type": "function", "function": {"name": name, "arguments": arguments}}
+    given.done()
+    function.done()
+    return {"id": call, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def _content(given: Fields, role: str, service: Service) -> Any:

@@ -37,6 +37,8 @@ def request(seed: int, longest: int) -> dict[str, Any]:
     ]
     for extra in chance.sample(extras, 2):
         body |= extra
+    if body.get("tool_choice") == "required":
+        body.pop("response_format", None)  # the answer is calls
     thinking: list[dict[str, Any]] = [{"thinking_budget": 2, "max_tokens": 290}, {"enable_thinking": False}, {}]
     return body | chance.choices(thinking, (1, 10, 10))[0]
 
