@@ -116,13 +116,15 @@ def test_choice_i_of_n_has_seed_plus_i(nano_server: Running, client: openai.Open
 
 
 def test_logprobs_are_those_of_generate(nano_server: Running, client: openai.OpenAI) -> None:
-    right = generated(nano_server, asking("é🙂"), seed=1, max_tokens=6, logprobs=True, top_logprobs=3)
-    body: Any = {"model": "nano", "messages": asking("é🙂"), "seed": 1, "max_tokens": 6, "logprobs": True}
-    told = client.chat.completions.create(**body, top_logprobs=3).choices[0].logprobs
-    assert told and told.content and right.logprobs
-    assert [(t.token, bytes(t.bytes or [])) for t in told.content] == [(t.text, t.bytes) for t in right.logprobs]
-    assert [t.logprob for t in told.content] == pytest.approx([t.logprob for t in right.logprobs], abs=1e-4)
-    for own, other in zip(told.content, right.logprobs, strict=True):
+    odd = nano_server.service.processor.tokenizer.encode("🙂")[0]  # part of a character
+    options: Any = {"seed": 1, "max_tokens": 6, "logprobs": True, "top_logprobs": 3}
+    right = generated(nano_server, asking(SUM), logit_bias={odd: 40}, temp=1, **options).logprobs
+    body = {"model": "nano", "messages": asking(SUM), "temperature": 1, "logit_bias": {str(odd): 40}} | options
+    told = client.chat.completions.create(**body).choices[0].logprobs
+    assert told and told.content and right and odd in {token.token for token in right}
+    assert [(t.token, bytes(t.bytes or [])) for t in told.content] == [(t.text, t.bytes) for t in right]
+    assert [t.logprob for t in told.content] == pytest.approx([t.logprob for t in right], abs=1e-4)
+    for own, other in zip(told.content, right, strict=True):
         assert [bytes(top.bytes or []) for top in own.top_logprobs] == [top.bytes for top in other.top]
 
 
