@@ -14,6 +14,7 @@ demo: .venv/ready
 	$(BIN)/mlx_qwen35.generate --model nano --prompt "What is 34 + 58?"
 	$(BIN)/mlx_qwen35.generate --model nano --image examples/pictures/shapes.png --prompt "What do you see?"
 	$(BIN)/mlx_qwen35.generate --model nano --video examples/pictures/moving.mp4 --prompt "Which way does the circle move?"
+	$(BIN)/python examples/serve.py
 
 test: .venv/ready-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not full"
@@ -46,7 +47,7 @@ lock:
 	$(PYTHON) -m venv .venv
 
 .venv/ready: .venv/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(call extras,)'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(call extras,server)'
 	@touch $@
 
 .venv/ready-test: .venv/ready

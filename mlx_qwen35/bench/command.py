@@ -1,5 +1,6 @@
-"""mlx_qwen35.bench --model FOLDER_OR_ID | --geometry mid [--compare mlx-lm,mlx-vlm,transformers] [--plot FILE], and
-mlx_qwen35.bench --model FOLDER_OR_ID --needle LENGTHS
+"""mlx_qwen35.bench --model FOLDER_OR_ID | --geometry mid [--compare mlx-lm,mlx-vlm,transformers] [--plot FILE],
+mlx_qwen35.bench --model FOLDER_OR_ID --needle LENGTHS and
+mlx_qwen35.bench --model FOLDER_OR_ID | --geometry mid --serve [--compare mlx-lm]
 """
 
 import argparse
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 import mlx.core as mx
 
 from mlx_qwen35.backend import backend
-from mlx_qwen35.bench import heatmap, needle
+from mlx_qwen35.bench import heatmap, needle, serve, serve_model, serve_report
 from mlx_qwen35.bench.measure import OURS, PEERS, Settings, measure, started, summarize
 from mlx_qwen35.bench.report import describe_machine, draw, format_table, write_json
 from mlx_qwen35.bench.worker import blas
@@ -49,6 +50,10 @@ SPEED: dict[str, Any] = {  # options of the speed alone, with their defaults
     "prompt_lengths": (128, 1024), "decode_tokens": 32, "prefill_step_size": 1024, "compare": (),
 }  # fmt: skip
 OF_NEEDLES = ("memory_limit", "kv_bits", "kv_rotate")  # options of load that have no effect without --needle
+IDLE = {  # what is measured -> options that have no effect on it
+    "needle": (*SPEED, "clients"), "serve": (*OF_NEEDLES, "rope_scaling", "prefill_step_size", "plot"),
+    "speed": (*OF_NEEDLES, "clients"),
+}  # fmt: skip
 
 
 class _Removed(argparse.Action):
@@ -98,16 +103,24 @@ def _parser() -> Parser:
     source.add_argument("--geometry", choices=GEOMETRIES, help="random weights of this size, removed afterwards")
     add_options(parser, [loaded["revision"], loaded["dtype"], loaded["rope_scaling"]])
     add_options(parser.add_argument_group("needles"), [loaded[name] for name in OF_NEEDLES])
-    parser.add_argument(
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument(
         "--needle", type=_lengths, metavar="N,N", help="in place of the speed measure how well numbers are found in "
         "texts of so many tokens (4k is 4,000), by their depth",
     )  # fmt: skip
+    other.add_argument(
+        "--serve", action="store_true", help="in place of the speed measure the server: requests a second, the time to "
+        "the first token, and a session that grows, beside mlx-lm's server with --compare mlx-lm",
+    )  # fmt: skip
+    parser.add_argument("--clients", type=_lengths, metavar="N,N", help="with --serve: how many ask at once "
+                        "(default: 1,2,4,8)")  # fmt: skip
     parser.add_argument(
-        "--prompt-lengths", type=_lengths, metavar="N,N", help="tokens of each prompt (default: 128,1024)"
-    )
+        "--prompt-lengths", type=_lengths, metavar="N,N", help="tokens of each prompt (default: 128,1024; of --serve, "
+        "which takes one length, 256)",
+    )  # fmt: skip
     for option, default, meaning in (
-        ("--decode-tokens", "32", "tokens timed after the first"),
-        ("--repeats", "5; of needles 1", "rounds; each program runs once in each, or all questions are asked"),
+        ("--decode-tokens", "32", "tokens timed after the first; of each answer with --serve"),
+        ("--repeats", "5; of needles 1, of --serve 3", "rounds; each program runs once in each, or all is asked"),
         ("--prefill-step-size", "1024", "prompt tokens of a prefill chunk"),
     ):
         parser.add_argument(option, type=_positive, metavar="N", help=f"{meaning} (default: {default})")
@@ -149,9 +162,10 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 def _check_effects(options: argparse.Namespace) -> None:
     """Refuse options that what is measured has no use for."""
-    idle, how = (SPEED, "with") if options.needle else (OF_NEEDLES, "without")
-    if given := [as_flag(name) for name in idle if getattr(options, name) is not None]:
-        raise InputError("option_no_effect", f"{given[0]} must not be given {how} --needle: it would have no effect")
+    kind = "needle" if options.needle else "serve" if options.serve else "speed"
+    if given := [as_flag(name) for name in IDLE[kind] if getattr(options, name) is not None]:
+        where = "with --needle or --serve alone" if kind == "speed" else f"without {as_flag(kind)}"
+        raise InputError("option_no_effect", f"{given[0]} must be given {where}: it would have no effect")
     if options.needle and options.geometry:
         raise InputError("option_conflict", "--needle must be given with --model: random weights find nothing")
     if options.compare and options.rope_scaling:
@@ -178,6 +192,8 @@ def bench(options: argparse.Namespace) -> dict[str, str]:
         return {}
     with Step("preparing") as step, _checkpoint(options, step) as folder:
         name = options.model or f"random weights of geometry {options.geometry}"
+        if options.serve:
+            return _serve(options, folder, name, step)
         if options.rope_scaling:
             name += f", --rope-scaling {options.rope_scaling}"
         return _speed(options, folder, name, step)
@@ -233,6 +249,34 @@ def _speed(options: argparse.Namespace, folder: Path, model: str, step: Step) ->
         write_json(options.json, machine, model, settings, rows, runs, failures)
     if options.plot:
         draw(options.plot, f"{model}, {dtype}\n{machine['chip']}", rows)
+    return failures
+
+
+def _serve(options: argparse.Namespace, folder: Path, model: str, step: Step) -> dict[str, str]:
+    lengths, peers = options.prompt_lengths or (256,), options.compare or ()
+    if len(lengths) > 1 or set(peers) - set(serve.MODULES):
+        raise InputError("option_conflict", "--serve takes one of --prompt-lengths, and --compare mlx-lm")
+    if absent := [name for name in peers if find_spec(serve.MODULES[name].partition(".")[0]) is None]:
+        raise InputError("package_missing", f"{absent[0]} is not installed: pip install 'mlx-qwen35[peers]'")
+    if options.geometry:
+        serve_model.add_tokenizer(folder)
+    dtype, failures = choose_dtype(open_checkpoint(folder), options.dtype), dict[str, str]()
+    settings = serve.Settings(
+        lengths[0], options.decode_tokens or 32, options.clients or (1, 2, 4, 8), options.repeats or 3,
+        dtype_name(dtype),
+    )  # fmt: skip
+    with serve_model.prepared(folder, dtype) as served:
+        step.say("starting the servers")
+        with serve.serving((OURS, *peers), served, settings.dtype, failures) as servers:
+            runs = [] if OURS in failures else serve.measure(servers, settings, failures, step.say)
+            environment = {"blas": {} if OURS in failures else blas(servers[0].pid), "torch_threads": None}
+    if OURS in failures:
+        raise InputError("bench_failed", f"{OURS} could not run: {failures[OURS]}")
+    step.end()
+    machine, rows = describe_machine({OURS: environment}), serve_report.summarize(runs)
+    print(serve_report.format_tables(machine, model, settings, rows))
+    if options.json:
+        serve_report.write_json(options.json, machine, model, settings, rows, runs, failures)
     return failures
 
 

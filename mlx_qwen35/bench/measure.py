@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TextIO
 
 OURS = "mlx_qwen35"
 PEERS = ("mlx-lm", "mlx-vlm", "transformers")
@@ -21,6 +21,13 @@ class ProgramError(Exception):
     def __init__(self, program: str, reason: str):
         super().__init__(reason)
         self.program = program
+
+
+def last_words(errors: TextIO, code: int) -> str:
+    """Why a process ended, from what it wrote to standard error."""
+    errors.seek(0)
+    said = [text.strip() for text in errors if text.strip()]
+    return f"{said[-1] if said else 'it said nothing'} (ended with code {code})"
 
 
 class Worker:
@@ -51,12 +58,9 @@ class Worker:
         line = self._process.stdout.readline()
         if line:
             return json.loads(line)
-        code = self._process.wait()
-        self._errors.seek(0)
-        said = [text.strip() for text in self._errors if text.strip()]
-        reason = said[-1] if said else "it said nothing"
+        reason = last_words(self._errors, self._process.wait())
         self.close()
-        raise ProgramError(self.name, f"{reason} (ended with code {code})")
+        raise ProgramError(self.name, reason)
 
     def close(self) -> None:
         """End the process. Closing twice is fine."""

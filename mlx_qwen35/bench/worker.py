@@ -179,9 +179,9 @@ LOADERS = {
 }  # fmt: skip
 
 
-def blas() -> dict[str, list[str]]:
-    """On Linux the BLAS libraries in this process, and those of LD_PRELOAD that the loader could not find."""
-    maps = Path("/proc/self/maps")
+def blas(process: int | str = "self") -> dict[str, list[str]]:
+    """On Linux the BLAS libraries in a process, and those of LD_PRELOAD that the loader could not find."""
+    maps = Path(f"/proc/{process}/maps")
     files = {Path(line.split()[-1]) for line in maps.read_text().splitlines()} if maps.exists() else set()
     wanted = [Path(path) for path in os.environ.get("LD_PRELOAD", "").replace(":", " ").split()]
     return {

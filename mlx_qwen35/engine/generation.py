@@ -37,20 +37,27 @@ def start(model: Model, processor: Processor, prompts: Sequence[Given], **option
     """A Generation of these prompts, not begun: for callers that want both pieces and results."""
     refuse_fork()
     check_loaded(model, processor)
-    given = check_options(options)
-    if len(prompts) > 1 and "constraint" in given:
-        raise InputError("option_conflict", "constraint holds a place in one answer: it must be given with one prompt")
-    encoded = [encode(processor, prompt, given) for prompt in prompts]
-    refuse_idle_vision(given, encoded)
+    given, encoded, rules = make_ready(processor, prompts, **options)
     caches = check_caches(given, model, len(prompts))
     cached = [cache.length if cache else 0 for cache in caches]
-    rules = Rules(processor, given)
     plans = plan_rows(model, processor, encoded, cached, given, rules, check_library(given, model))
     requests: list[Request] = []
     count = _counter(given, requests)
     rows = zip(encoded, plans, caches, strict=True)
     requests += [make_request(processor, *row, given, rules, progress=count) for row in rows]
     return Generation(model, requests)
+
+
+def make_ready(
+    processor: Processor, prompts: Sequence[Given], **options: Unpack[Options]
+) -> tuple[Options, list[Prompt], Rules]:
+    """Options checked, prompts encoded, grammars compiled. Any thread may, since nothing of it is MLX's."""
+    given = check_options(options)
+    if len(prompts) > 1 and "constraint" in given:
+        raise InputError("option_conflict", "constraint holds a place in one answer: it must be given with one prompt")
+    encoded = [encode(processor, prompt, given) for prompt in prompts]
+    refuse_idle_vision(given, encoded)
+    return given, encoded, Rules(processor, given)
 
 
 def plan_rows(

@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_qwen35.cache.cache import Snapshot
 from mlx_qwen35.cache.layer import CachePosition
-from mlx_qwen35.cache.prefix import Prefix, Shown
+from mlx_qwen35.cache.prefix_tokens import Prefix, Shown
 from mlx_qwen35.cache.session_arrays import misfits, read_places, session_arrays
 from mlx_qwen35.cache.session_file import SessionFile
 from mlx_qwen35.checkpoint.dtypes import dtype_name

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.server import chat, completions, messages, models, responses, status, tokens
+from mlx_qwen35.server import chat, completions, messages, models, page_route, responses, status, tokens
 from mlx_qwen35.server.errors import ApiError
 from mlx_qwen35.server.guard import Guard, read_key, refusal
 from mlx_qwen35.server.log import Log
@@ -34,6 +34,8 @@ def make_app(options: ServerOptions, service: Service | None = None) -> Starlett
             Route("/detokenize", tokens.detokenize, methods=["POST"]),
             Route("/health", status.health),
             Route("/metrics", status.metrics),
+            Route("/", page_route.page),
+            Route("/page/{name:path}", page_route.page),
         ],
         middleware=[
             Middleware(Log, metrics=metrics, with_text=options.log_text),

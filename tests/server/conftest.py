@@ -1,10 +1,16 @@
 """Fixtures of the server's tests."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from media import conftest
 from serving import Running, serving
+
+if TYPE_CHECKING:
+    from browsing import Browser, Page
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +21,21 @@ def nano_server() -> Iterator[Running]:
 
 
 web_server = conftest.server
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium, for the tests of a file."""
+    from browsing import browsing
+
+    with browsing() as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser: Browser, nano_server: Running) -> Iterator[Page]:
+    """nano's page, as one sees it for the first time."""
+    from browsing import opened
+
+    with opened(browser, nano_server.url) as page:
+        yield page

@@ -1,0 +1,264 @@
+// The page: which conversation is shown, and what keys and buttons do.
+
+import { modelName } from "./api.js";
+import { Conversation } from "./chat.js";
+import { Attachments } from "./media.js";
+import { AnswerView, ending, sends, userView } from "./message.js";
+import { editSettings, settings, startSettings } from "./settings.js";
+import { showConversations } from "./sidebar.js";
+import * as store from "./store.js";
+
+const find = (id) => document.getElementById(id);
+const prompt = find("prompt");
+const scroll = find("scroll");
+const attachments = new Attachments(find("attachments"), tell);
+const running = new Map(); // conversations that are being answered, by id; one can look at another meanwhile
+const views = new Map(); // message -> its view, of the conversation that is shown
+const stale = new Set(); // messages that changed since they were painted
+let current;
+
+// Say something, on the screen and to a screen reader.
+function tell(text) {
+  find("notice").textContent = text;
+  announce(text);
+}
+
+function announce(text) {
+  find("told").textContent = text;
+}
+
+// --- the conversation that is shown ---
+
+function changed(conversation, message) {
+  if (conversation.running) running.set(conversation.id, conversation);
+  else running.delete(conversation.id);
+  if (conversation !== current) return;
+  if (!message) show();
+  else if (!stale.size) requestAnimationFrame(paint);
+  if (message) stale.add(message);
+  showRunning();
+  if (message && !conversation.running) {
+    paint();
+    announce([ending(message), views.get(message).text.textContent].filter(Boolean).join(" "));
+  }
+}
+
+function paint() {
+  const below = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 40;
+  for (const message of stale) views.get(message)?.update(message);
+  stale.clear();
+  if (below) scroll.scrollTop = scroll.scrollHeight;
+}
+
+function view(message, index) {
+  const conversation = current;
+  const after = async (answered) => {
+    prompt.focus();
+    await answered;
+    await list();
+  };
+  return message.role === "user"
+    ? userView(message, { edit: (text) => after(conversation.edit(index, text)) })
+    : new AnswerView({ regenerate: () => after(conversation.regenerate(index)), key: () => editSettings("key") });
+}
+
+function show() {
+  const before = new Map(views);
+  views.clear();
+  current.messages.forEach((message, index) => {
+    views.set(message, before.get(message) ?? view(message, index));
+    views.get(message).update(message);
+  });
+  find("messages").replaceChildren(...[...views.values()].map(({ element }) => element));
+  find("empty").hidden = views.size > 0;
+  showTitle();
+  scroll.scrollTop = scroll.scrollHeight;
+  showRunning();
+}
+
+function showTitle() {
+  find("title").textContent = current.title;
+  document.title = `${current.title} · mlx_qwen35`;
+}
+
+function showRunning() {
+  const stop = find("stop");
+  if (!current.running && document.activeElement === stop) prompt.focus();
+  stop.hidden = !current.running;
+  find("send").hidden = current.running;
+  find("messages").classList.toggle("running", current.running);
+}
+
+// --- conversations ---
+
+function newId() {
+  return [...crypto.getRandomValues(new Uint32Array(4))].map((number) => number.toString(36)).join("");
+}
+
+async function open(id) {
+  const record = id && (running.get(id) ?? (await store.loadConversation(id)));
+  if (record instanceof Conversation) current = record;
+  else if (record) current = new Conversation(record, await store.loadMessages(id), changed);
+  else current = new Conversation({ id: newId(), title: "New conversation" }, [], changed);
+  history.replaceState(null, "", record ? `#${current.id}` : location.pathname);
+  show();
+  await list();
+  closeMenu();
+  prompt.focus();
+}
+
+async function list() {
+  showConversations(await store.listConversations(), current.id, { open, rename, remove });
+}
+
+async function rename(id, title) {
+  const conversation = id === current.id ? current : running.get(id);
+  if (conversation) await conversation.rename(title);
+  else await store.saveConversation({ ...(await store.loadConversation(id)), title });
+  showTitle();
+  await list();
+}
+
+async function remove(id) {
+  const conversation = id === current.id ? current : running.get(id);
+  conversation?.stop();
+  await store.deleteConversation(id);
+  await (id === current.id ? open() : list());
+}
+
+// --- the composer ---
+
+async function send() {
+  const text = prompt.value;
+  if (current.running || !(text.trim() || attachments.items.length)) return;
+  prompt.value = "";
+  grow();
+  tell("");
+  const conversation = current;
+  const sent = conversation.send(text, attachments.take());
+  history.replaceState(null, "", `#${conversation.id}`);
+  await list();
+  await sent;
+  await list();
+}
+
+// The field is as high as its text.
+function grow() {
+  prompt.style.height = "auto";
+  prompt.style.height = `${prompt.scrollHeight}px`;
+}
+
+function startComposer() {
+  find("composer").addEventListener("submit", (event) => {
+    event.preventDefault();
+    send();
+  });
+  prompt.addEventListener("input", grow);
+  prompt.addEventListener("keydown", (event) => {
+    if (!sends(event)) return;
+    event.preventDefault();
+    send();
+  });
+  prompt.addEventListener("paste", (event) => {
+    if (!event.clipboardData.files.length) return;
+    event.preventDefault();
+    attachments.add([...event.clipboardData.files]);
+  });
+  find("attach").addEventListener("click", () => find("files").click());
+  find("files").addEventListener("change", async ({ target }) => {
+    await attachments.add([...target.files]);
+    target.value = "";
+    prompt.focus();
+  });
+  find("stop").addEventListener("click", () => current.stop());
+}
+
+function startDrop() {
+  const over = (event, is) => {
+    if (!event.dataTransfer?.types.includes("Files")) return;
+    event.preventDefault();
+    document.body.classList.toggle("dropping", is);
+  };
+  addEventListener("dragover", (event) => over(event, true));
+  addEventListener("dragleave", (event) => event.relatedTarget || over(event, false));
+  addEventListener("drop", (event) => {
+    over(event, false);
+    attachments.add([...event.dataTransfer.files]);
+    prompt.focus();
+  });
+}
+
+// --- the rest ---
+
+function closeMenu() {
+  document.body.classList.remove("menu");
+  find("menu").setAttribute("aria-expanded", "false");
+}
+
+function toggleMenu() {
+  const is = document.body.classList.toggle("menu");
+  find("menu").setAttribute("aria-expanded", is);
+  if (is) find("new").focus();
+}
+
+function escape(event) {
+  if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
+  if (document.body.classList.contains("menu")) {
+    closeMenu();
+    find("menu").focus();
+  } else current.stop();
+}
+
+function nameTheme() {
+  find("theme").setAttribute("aria-label", `Theme: ${document.documentElement.dataset.theme}`);
+  find("theme").title = `Theme: ${document.documentElement.dataset.theme}`;
+}
+
+async function copy({ target }) {
+  if (!target.classList.contains("copy")) return;
+  const text = target.dataset.text ?? target.closest(".code").querySelector("pre").textContent;
+  try {
+    await navigator.clipboard.writeText(text);
+    target.textContent = "Copied";
+    announce("Copied");
+    setTimeout(() => (target.textContent = "Copy"), 2000);
+  } catch {
+    tell("The browser does not let this page copy.");
+  }
+}
+
+async function showModel() {
+  try {
+    find("model").textContent = await modelName(settings().key);
+    tell("");
+  } catch (error) {
+    find("model").textContent = "";
+    tell(error.message);
+    if (error.status === 401) editSettings("key");
+  }
+}
+
+function start() {
+  startComposer();
+  startDrop();
+  startSettings(showModel);
+  find("new").addEventListener("click", () => open());
+  find("menu").addEventListener("click", toggleMenu);
+  find("shade").addEventListener("click", closeMenu);
+  find("open-settings").addEventListener("click", () => editSettings());
+  find("theme").addEventListener("click", () => {
+    nextTheme();
+    nameTheme();
+  });
+  for (const close of document.querySelectorAll("[data-close]")) {
+    close.addEventListener("click", () => close.closest("dialog").close("cancel"));
+  }
+  addEventListener("keydown", escape);
+  addEventListener("click", copy);
+  addEventListener("unkept", ({ detail }) => tell(`The browser did not keep the last change. ${detail}`));
+  nameTheme();
+  showModel();
+  open(location.hash.slice(1));
+}
+
+start();
