@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,9 +31,10 @@ class Running:
 
 
 @contextmanager
-def serving(model: str = "nano", **options: Any) -> Iterator[Running]:
-    """Serve a model with these options of the server."""
-    service = Service(*load(model), ServerOptions(port=0, **options), "nano")
+def serving(model: str = "nano", upkeep: Mapping[str, Any] | None = None, **options: Any) -> Iterator[Running]:
+    """Serve a model with these options of the server. upkeep: what its `Upkeep` is given beside."""
+    upkeep = {"reload": lambda: load(model)[0]} | dict(upkeep or {})
+    service = Service(*load(model), ServerOptions(port=0, **options), "nano", **upkeep)
     service.start()
     server = uvicorn.Server(config_of(make_app(service.options, service)))
     sockets = bind("127.0.0.1", 0)

@@ -96,11 +96,15 @@ class PrefixFiles:
         self._jobs.put(done.set)
         done.wait()
 
-    def close(self) -> None:
-        """Write what the library has and the folder lacks, and give the folder up."""
+    def take_all(self) -> None:
+        """Write what the library has and the folder lacks, whatever waits."""
         for entry in self.library.entries():
             self.flush()
             self.take(entry)
+
+    def close(self) -> None:
+        """Write what the library has and the folder lacks, and give the folder up."""
+        self.take_all()
         self.library.behind = None
         self._jobs.put(None)
         self._thread.join()

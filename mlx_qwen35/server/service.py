@@ -24,7 +24,9 @@ from mlx_qwen35.model.model import Model
 from mlx_qwen35.prompt.piece import Piece
 from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.server.errors import ApiError
+from mlx_qwen35.server.idle import Upkeep
 from mlx_qwen35.server.options import ServerOptions
+from mlx_qwen35.server.report import Parted
 
 LOG = logging.getLogger("mlx_qwen35.server")
 T = TypeVar("T")
@@ -48,6 +50,7 @@ class Job:
     options: dict[str, Any]  # of generate
     n: int = 1  # answers to it; number i has seed + i
     requests: list[Request] = field(default_factory=list)
+    parted: Parted | None = None  # where much of the prompt is read again, though it was read before
 
     @property
     def prompt_tokens(self) -> int:
@@ -91,11 +94,22 @@ class Service:
     Args:
         model, processor: from `load`.
         name: what the API calls the model.
+        reload: loads the model again, for --idle-unload.
+        upkeep: what Upkeep is given beside, for tests.
     """
 
-    def __init__(self, model: Model, processor: Processor, options: ServerOptions, name: str):
+    def __init__(
+        self,
+        model: Model,
+        processor: Processor,
+        options: ServerOptions,
+        name: str,
+        reload: Callable[[], Model] | None = None,
+        **upkeep: Any,
+    ):
         self.model, self.processor, self.options, self.name = model, processor, options, name
         self.library = model.make_library()
+        self.upkeep = Upkeep(model, processor, self.library, options, reload, **upkeep)
         self._pool = ThreadPoolExecutor(2, "prepare")
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._engine = Engine(model, interleave=True)
@@ -110,6 +124,7 @@ class Service:
         self._commands.put(None)
         self._thread.join()
         self._pool.shutdown(cancel_futures=True)
+        self.upkeep.close()
 
     async def off_loop(self, work: Callable[[], T]) -> T:
         """Do what takes its time and needs no MLX: templates, pixels, grammars."""
@@ -119,10 +134,11 @@ class Service:
         """Check a prompt and its options and make them ready. For `off_loop`. Raises InputError."""
         options["library"] = self.library
         requests = start(self.model, self.processor, [prompt] * n, **options).requests
-        return Job(prompt, options, n, requests)
+        return Job(prompt, options, n, requests, self.upkeep.prepared(requests[0].prompt, prompt, options.get("tools")))
 
     def submit(self, job: Job) -> Answer:
         """Take a job in. From the event loop. ApiError: 400 for what never fits, 429 where too many wait."""
+        self.upkeep.check()
         answer = Answer(self, job, asyncio.get_running_loop())
         ANSWERS.get([]).append(answer)
         self.do(lambda: self._add(answer))
@@ -136,8 +152,9 @@ class Service:
 
     def _run(self) -> None:
         while True:
+            self.upkeep.tick(not self._engine.idle)
             try:
-                command = self._commands.get(block=self._engine.idle)
+                command = self._commands.get(self._engine.idle, self.upkeep.every)
             except queue.Empty:
                 self._step()
                 continue
@@ -150,7 +167,12 @@ class Service:
     def _add(self, answer: Answer) -> None:
         for choice, request in enumerate(answer.job.requests):
             self._running[id(request)] = (answer, choice, request, 0)
-            self._engine.add(request)
+            try:
+                self.upkeep.wake()
+                self._engine.add(request)
+            except Exception as error:
+                request.fail(error)
+                self._tell(request)
 
     def _step(self) -> None:
         for request in self._engine.step():
