@@ -31,10 +31,10 @@ class Running:
 
 
 @contextmanager
-def serving(model: str = "nano", upkeep: Mapping[str, Any] | None = None, **options: Any) -> Iterator[Running]:
-    """Serve a model with these options of the server. upkeep: what its `Upkeep` is given beside."""
-    upkeep = {"reload": lambda: load(model)[0]} | dict(upkeep or {})
-    service = Service(*load(model), ServerOptions(port=0, **options), "nano", **upkeep)
+def serving(model: str = "nano", machine: Mapping[str, Any] | None = None, **options: Any) -> Iterator[Running]:
+    """Serve a model with these options of the server. machine: a clock, and what `Upkeep` sees."""
+    given = {"load": lambda: load(model)} | dict(machine or {})
+    service = Service(*load(model), ServerOptions(port=0, **options), "nano", **given)
     service.start()
     server = uvicorn.Server(config_of(make_app(service.options, service)))
     sockets = bind("127.0.0.1", 0)
