@@ -6,6 +6,7 @@ among others. `Answer` gives its events to the event loop.
 
 import asyncio
 import contextlib
+import gc
 import logging
 import queue
 import threading
@@ -20,6 +21,7 @@ import mlx.core as mx
 
 from mlx_qwen35.budget.rows import RowNeeds
 from mlx_qwen35.cache.prefix import PrefixLibrary
+from mlx_qwen35.engine.encode import prefix_of
 from mlx_qwen35.engine.generation import Given
 from mlx_qwen35.engine.prepared import Prepared, prepare
 from mlx_qwen35.engine.result import Result
@@ -28,8 +30,10 @@ from mlx_qwen35.model.model import Model
 from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.server.admission import Admission, default_rows
 from mlx_qwen35.server.errors import ApiError
+from mlx_qwen35.server.idle import Upkeep
 from mlx_qwen35.server.lanes import RETRY, Event, Lane, Lanes
 from mlx_qwen35.server.options import ServerOptions
+from mlx_qwen35.server.report import Parted
 
 __all__ = ["ANSWERS", "Answer", "Event", "Job", "Service", "failed"]
 
@@ -47,6 +51,7 @@ class Job:
     needs: RowNeeds  # of each answer
     n: int = 1  # answers to it; number i has seed + i
     requests: list[Request] = field(default_factory=list)  # of the answers that have begun
+    parted: Parted | None = None  # where much of the prompt is read again, though it was read before
 
     @property
     def prompt_tokens(self) -> int:
@@ -93,6 +98,7 @@ class Service:
         name: what the API calls the model.
         load: loads them again, behind `unload`.
         clock: of timeouts.
+        machine: what `Upkeep` sees of it.
     """
 
     def __init__(
@@ -103,12 +109,14 @@ class Service:
         name: str,
         load: Callable[[], tuple[Model, Processor]] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        **machine: Any,
     ):
         self.processor, self.options, self.name = processor, options, name
         self.config = model.config
         self.admission = Admission(model, processor.config.vision)
         self.make_library: Callable[[Model], PrefixLibrary] = Model.make_library
         self._load, self._clock = load, clock
+        self.upkeep = Upkeep(model, processor, options, clock, **machine)
         self._rows = options.rows or default_rows(model.memory_limit)
         self._lanes: Lanes | None = self._lanes_of(model)
         self._pool = ThreadPoolExecutor(2, "prepare")
@@ -131,6 +139,7 @@ class Service:
         self.do(self._refuse_waiting)
         self._thread.join()
         self._pool.shutdown(cancel_futures=True)
+        self.upkeep.close()
 
     @property
     def context(self) -> int:
@@ -147,10 +156,13 @@ class Service:
     def prepare(self, prompt: Given, n: int = 1, **options: Any) -> Job:
         """Check a prompt and its options and make them ready. For `off_loop`. Raises InputError."""
         prepared = prepare(self.config, self.processor, prompt, n, self.context, **options)
-        return Job(prepared, self.admission.needs(prepared), n)
+        job = Job(prepared, self.admission.needs(prepared), n)
+        job.parted = self.upkeep.prepared(self.library, prepared.prompt, prompt, options.get("tools"))
+        return job
 
     def submit(self, job: Job) -> Answer:
         """Take a job in. From the event loop. ApiError 429 where too many wait, 503 where the server ends."""
+        self.upkeep.check()
         answer = Answer(self, job, asyncio.get_running_loop())
         until = self._clock() + (self.options.timeout or float("inf"))
         lanes = [
@@ -216,17 +228,24 @@ class Service:
     # --- on the engine thread ---
 
     def _lanes_of(self, model: Model) -> Lanes:
-        return Lanes(model, self.make_library(model), self.admission, self._rows, self._clock)
+        library = self.make_library(model)
+        self.upkeep.attach(library)
+        return Lanes(model, library, self.admission, self._rows, self._clock)
 
     def _unload(self) -> None:
         if self._load and self._lanes and self._lanes.idle:
+            self.upkeep.detach()
             self._lanes = None
+            gc.collect()
             mx.clear_cache()
 
     def _run(self) -> None:
         while not self._is_over():
+            idle = self._lanes is None or self._lanes.idle
+            if self.upkeep.tick(not idle, self.library):
+                self._unload()
             try:
-                self._commands.get(block=self._lanes is None or self._lanes.idle)()
+                self._commands.get(idle, self.upkeep.every)()
             except queue.Empty:
                 if self._lanes:
                     self._lanes.turn()
@@ -253,7 +272,8 @@ class Service:
         try:
             if self._lanes is None:
                 assert self._load
-                self._lanes = self._lanes_of(self._load()[0])
+                self._lanes = self._lanes_of(self.upkeep.loaded(self._load))
+                self._lanes.library.recall(prefix_of(lanes[0].prepared.prompt))
         except Exception as error:
             LOG.exception("the model cannot be loaded again")
             for lane in lanes:
