@@ -35,5 +35,5 @@ def _model(service: Service) -> dict[str, Any]:
 
 def longest(service: Service) -> int:
     """Most tokens of a prompt and its answer, whatever memory has room for."""
-    window = service.model.config.max_position_embeddings
+    window = service.config.max_position_embeddings
     return min(window, service.options.context or window)

@@ -13,7 +13,8 @@ import pytest
 from refusing import refused
 
 from mlx_qwen35.cache.prefix import QUERY, READING, SYSTEM, TURN, Entry, PrefixLibrary
-from mlx_qwen35.cache.prefix_files import ASIDE, COLUMNS, STATES, PrefixFiles
+from mlx_qwen35.cache.prefix_files import COLUMNS, STATES, PrefixFiles
+from mlx_qwen35.cache.prefix_folder import ASIDE
 from mlx_qwen35.cache.prefix_tokens import Prefix, Shown
 from mlx_qwen35.cache.session_file import SessionFile
 from mlx_qwen35.errors import InputError
@@ -35,8 +36,9 @@ def files(folder: Path, model: Model, **options) -> Iterator[tuple[PrefixLibrary
     """A library of 0.1 GB with a folder behind it, and what that has told."""
     told: list[str] = []
     library = model.make_library(0.1)
-    behind = PrefixFiles(folder, library, **{"identity": IDENTITY, "tell": told.append} | options)
+    behind = PrefixFiles(folder, **{"identity": IDENTITY, "tell": told.append} | options)
     try:
+        behind.attach(library)
         yield library, behind, told
     finally:
         behind.close()
