@@ -98,7 +98,7 @@ def prompts(nano_server: Running, monkeypatch: pytest.MonkeyPatch) -> list[list[
     prepare = nano_server.service.prepare
 
     def watched(*given: Any, **options: Any) -> None:
-        seen.append(list(prepare(*given, **options).requests[0].prompt.tokens))
+        seen.append(list(prepare(*given, **options).prepared.prompt.tokens))
         raise ApiError(400, "seen", "")
 
     monkeypatch.setattr(nano_server.service, "prepare", watched)

@@ -4,7 +4,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpx
@@ -168,15 +168,16 @@ def check_bytes(server: Running, count: int) -> None:
     heads = st.sampled_from([b"", b"GET / HTTP/1.1\r\n", b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\n"])
     lines = st.sampled_from(
         [b"Content-Length: -1\r\n", b"Content-Length: 1\r\nContent-Length: 2\r\n", b"Host: a\r\nHost: b\r\n",
-         b"Transfer-Encoding: chunked\r\n\r\nx", b"Upgrade: websocket\r\nConnection: Upgrade\r\n", b"A" * 100_000,
+         b"Transfer-Encoding: chunked\r\n\r\nx", b"Upgrade: websocket\r\nConnection: Upgrade\r\n", b"LONG",
          b"\r\n\r\n"]
     ) | st.binary(max_size=60)  # fmt: skip
 
     @examples(count)
     @given(heads, st.lists(lines, max_size=3))
     def test(head: bytes, rest: list[bytes]) -> None:
-        with socket.create_connection(address, timeout=30) as sock:
-            sock.sendall(head + b"".join(rest))
+        told = b""
+        with socket.create_connection(address, timeout=30) as sock, suppress(ConnectionError):  # it may end first
+            sock.sendall(head + b"".join(rest).replace(b"LONG", b"A" * 100_000))
             sock.shutdown(socket.SHUT_WR)
             told = sock.recv(65536)
         assert not told.startswith(b"HTTP/1.1 5")
