@@ -66,7 +66,7 @@ def _gauges(service: Service) -> Iterator[str]:
     values = {
         "running": service.running,
         "waiting": service.waiting,
-        "weights_bytes": sum(array.nbytes for _, array in tree_flatten(model.parameters())) if model else 0,
+        "weights_bytes": sum(a.nbytes for a in dict(tree_flatten(model.parameters())).values()) if model else 0,
         "library_bytes": library.nbytes if library else 0,
         "memory_bytes": mx.get_active_memory(),
         "memory_peak_bytes": mx.get_peak_memory(),
