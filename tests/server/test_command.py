@@ -87,6 +87,8 @@ def test_an_address_that_is_not_this_machines_is_told(run: Callable, tmp_path: P
         (["--model", "nano", "--rows", "0"], "option_invalid"),
         (["--model", "nano", "--context", "x"], "option_invalid"),
         (["--model", "nano", "--cors"], "option_unknown"),
+        (["--model", "nano", "--allowed-host", "http://models.test"], "option_invalid"),
+        (["--model", "nano", "--allowed-host", ""], "option_invalid"),
         (["--model", "nano", "--port", "0", "--kv-bits", "3"], "option_invalid"),
         (["--model", "no/such/folder", "--port", "0"], "model_not_found"),
     ],
