@@ -106,6 +106,7 @@ def test_without_its_packages_it_says_what_to_install(run: Callable, monkeypatch
     assert refused(told, "package_missing") and "mlx-qwen35[server]" in told[2]
 
 
+@pytest.mark.full
 def test_help_needs_neither_packages_nor_a_model(tmp_path: Path) -> None:
     for name in ("starlette", "uvicorn", "h11"):
         (tmp_path / f"{name}.py").write_text("raise ImportError")
