@@ -33,7 +33,7 @@ ASKED: Json = {"model": "any", "max_tokens": 200, "extra_body": {"temperature": 
 MODES = [{}, {"thinking": {"type": "adaptive"}}]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(nano_server: Running) -> Iterator[anthropic.Anthropic]:
     with anthropic.Anthropic(base_url=nano_server.url, api_key="key", max_retries=0) as made:
         yield made
@@ -48,7 +48,8 @@ def image(color: str) -> Json:
 
 def said(made: Any) -> tuple[str, str]:
     """Reasoning and content of a message."""
-    return tuple("".join(getattr(block, kind, "") for block in made.content) for kind in ("thinking", "text"))  # type: ignore[return-value]
+    thinking, words = ("".join(getattr(block, kind, "") for block in made.content) for kind in ("thinking", "text"))
+    return thinking, words
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -87,15 +88,14 @@ def test_a_tool_loop_ends_in_an_answer(client: anthropic.Anthropic) -> None:
     assert answer.usage.cache_read_input_tokens > turn.usage.input_tokens * 0.9
 
 
-@pytest.mark.parametrize("color", ["red", "blue"])
-def test_images_are_seen_in_a_message_and_in_a_result(client: anthropic.Anthropic, color: str) -> None:
-    asked = [{"role": "user", "content": [image(color), {"type": "text", "text": "What color is the image?"}]}]
-    assert said(client.messages.create(messages=asked, **ASKED))[1] == color
+def test_images_are_seen_in_a_message_and_in_a_result(client: anthropic.Anthropic) -> None:
+    asked = [{"role": "user", "content": [image("red"), {"type": "text", "text": "What color is the image?"}]}]
+    assert said(client.messages.create(messages=asked, **ASKED))[1] == "red"
     call = {"type": "tool_use", "id": "c", "name": "get_weather", "input": {"city": "Paris"}}
-    result = {"type": "tool_result", "tool_use_id": "c", "content": [image(color)]}
+    result = {"type": "tool_result", "tool_use_id": "c", "content": [image("blue")]}
     turns = [{"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
     answer = client.messages.create(messages=WEATHER + turns, tools=TOOLS, **ASKED)
-    assert color in said(answer)[1]
+    assert "blue" in said(answer)[1]
 
 
 def test_counted_tokens_are_those_of_the_prompt(client: anthropic.Anthropic) -> None:
@@ -113,7 +113,7 @@ def test_counted_tokens_are_those_of_the_prompt(client: anthropic.Anthropic) -> 
 
 def test_a_call_that_is_cut_is_told_by_max_tokens(nano_server: Running, client: anthropic.Anthropic) -> None:
     asked = {"messages": WEATHER, "tools": TOOLS, "temperature": 0}
-    for most in range(10, 15):  # inside the name, the argument, the closing tags
+    for most in (12, 14):  # inside the argument, and the closing tags
         whole = nano_server.post("/v1/messages", asked | {"max_tokens": most}).json()
         made = message(nano_server.post("/v1/messages", asked | {"max_tokens": most, "stream": True}).text)
         assert whole["stop_reason"] == made["stop_reason"] == "max_tokens"
@@ -181,8 +181,8 @@ HISTORIES: dict[str, tuple[Json, list[Json]]] = {
         [{"role": "system", "content": "Be brief."}, {"role": "system", "content": "Be kind."}],
     ),
     "the billing line alone goes": (
-        {"system": [text("x-anthropic-billing-header: cc_version=2; cch=1;\nkept"), text("Be x-anthropic-billing-header")]},
-        [{"role": "system", "content": "kept"}, {"role": "system", "content": "Be x-anthropic-billing-header"}],
+        {"system": [text("x-anthropic-billing-header: cch=1;\nkept"), text("No x-anthropic-billing-header")]},
+        [{"role": "system", "content": "kept"}, {"role": "system", "content": "No x-anthropic-billing-header"}],
     ),
     "a call, its results where they stand": (
         {"messages": [
@@ -205,7 +205,8 @@ HISTORIES: dict[str, tuple[Json, list[Json]]] = {
     ),
     "thinking is kept, redacted thinking is not": (
         {"messages": [{"role": "assistant", "content": [
-            {"type": "thinking", "thinking": "Hm.", "signature": "s"}, {"type": "redacted_thinking", "data": "xyz"}, text("Yes"),
+            {"type": "thinking", "thinking": "Hm.", "signature": "s"}, {"type": "redacted_thinking", "data": "xyz"},
+            text("Yes"),
         ]}]},
         [{"role": "assistant", "content": "Yes", "reasoning_content": "Hm."}],
     ),
@@ -220,6 +221,7 @@ def test_a_history_is_read(nano_server: Running, name: str) -> None:
 
 
 FUNCTION = {"name": "get_weather", "description": "Get the weather in a city", "parameters": CITY}
+OWN_TOOL = {"type": "function", "function": FUNCTION}
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}}
 MEANINGS: list[tuple[Json, Json]] = [
     ({}, {"enable_thinking": False}),
@@ -232,7 +234,7 @@ MEANINGS: list[tuple[Json, Json]] = [
     ({"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}, {"json_schema": SCHEMA}),
     ({"output_format": {"type": "json_schema", "schema": SCHEMA}}, {"json_schema": SCHEMA}),
     ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "get_weather"}},
-     {"tools": [{"type": "function", "function": FUNCTION}], "tool_choice": "get_weather", "parallel_tool_calls": True}),
+     {"tools": [OWN_TOOL], "tool_choice": "get_weather", "parallel_tool_calls": True}),
     ({"tools": [{**TOOLS[0], "type": "custom", "strict": True, "cache_control": {"type": "ephemeral"}}],
       "tool_choice": {"type": "any", "disable_parallel_tool_use": True}},
      {"tools": [{"type": "function", "function": {**FUNCTION, "strict": True}}], "tool_choice": "required",
@@ -368,16 +370,15 @@ def compare(nano_server: Running, seed: int) -> None:
     assert made | {"id": whole["id"]} == whole
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(3))
 def test_streamed_is_unstreamed(nano_server: Running, seed: int) -> None:
     compare(nano_server, seed)
 
 
 @pytest.mark.full
 def test_streamed_is_unstreamed_200_times(nano_server: Running) -> None:
-    for seed in range(8, 208):
+    for seed in range(3, 203):
         compare(nano_server, seed)
-
 
 
 async def told(answer: AsyncIterator[Event], silence: float = 60) -> AsyncIterator[Json]:
