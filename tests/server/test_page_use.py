@@ -102,6 +102,16 @@ def test_a_lost_server_is_told_and_what_came_is_kept(page: Page, body: str | Non
     expect(answered(page).locator(".note")).to_be_hidden()
 
 
+def test_a_server_that_is_gone_is_told_until_it_is_back(page: Page) -> None:
+    page.route("**/v1/models", lambda route: route.abort("connectionrefused"))
+    page.reload()
+    expect(page.locator("#notice")).to_contain_text("server")
+    expect(page.locator("#model")).to_be_empty()
+    page.unroute("**/v1/models")
+    expect(page.locator("#model")).to_have_text("nano")
+    expect(page.locator("#notice")).to_be_empty()
+
+
 def test_a_server_that_asks_for_a_key_gets_it_from_the_settings(page: Page) -> None:
     reply(page, "", json.dumps({"error": {"message": "A key is needed."}}), status=401, content_type="application/json")
     ask(page, "Hello").get_by_role("button", name="Enter the key").click()
