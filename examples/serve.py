@@ -45,21 +45,25 @@ def _address(process: subprocess.Popen, said: int) -> str:
     sys.exit(f"the server did not start: {text}")
 
 
-def stop(server: Served) -> int:
-    """End it as a service manager does, with SIGTERM. Gives its exit status."""
+def stop(server: Served) -> int | None:
+    """End it as a service manager does, with SIGTERM. Gives its exit status, None where it did not end in time."""
     server.process.terminate()
-    return server.process.wait(SECONDS)
+    try:
+        return server.process.wait(30)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def ask(url: str, **body: object) -> dict:
-    request = Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    request = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urlopen(request, timeout=SECONDS) as response:
         return json.load(response)
 
 
 if __name__ == "__main__":
     with served("--model", "nano") as server:
-        answer = ask(server.url, messages=[{"role": "user", "content": "What is 34 + 58?"}], temperature=0)
+        messages = [{"role": "user", "content": "What is 34 + 58?"}]
+        answer = ask(f"{server.url}/v1/chat/completions", messages=messages, temperature=0)
         print("the server answers:", answer["choices"][0]["message"]["content"])
         if (status := stop(server)) not in (0, -signal.SIGTERM):
             sys.exit(f"the server ended with status {status}")

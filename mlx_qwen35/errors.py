@@ -71,6 +71,7 @@ CODES = {
     # the process
     "mlx_unusable": "MLX cannot be loaded: it has no backend, or its backend finds no driver",
     "process_forked": "the process was forked after MLX had started, whose threads it does not have",
+    "address_unusable": "the server cannot listen on an address or a port",
     "current_folder_missing": "the current folder was removed, or must not be looked at",
     # the model
     "logits_not_finite": "activations left the range of the dtype, or the checkpoint is damaged",

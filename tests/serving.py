@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ import uvicorn
 
 from mlx_qwen35.load import load
 from mlx_qwen35.server.app import make_app
+from mlx_qwen35.server.listen import bind, config_of
 from mlx_qwen35.server.options import ServerOptions
 from mlx_qwen35.server.service import Service
 
@@ -30,18 +31,20 @@ class Running:
 
 
 @contextmanager
-def serving(model: str = "nano", **options: Any) -> Iterator[Running]:
-    """Serve a model with these options of the server."""
-    service = Service(*load(model), ServerOptions(port=0, **options), "nano")
+def serving(model: str = "nano", machine: Mapping[str, Any] | None = None, **options: Any) -> Iterator[Running]:
+    """Serve a model with these options of the server. machine: a clock, and what `Upkeep` sees."""
+    given = {"load": lambda: load(model)} | dict(machine or {})
+    service = Service(*load(model), ServerOptions(port=0, **options), "nano", **given)
     service.start()
-    server = uvicorn.Server(uvicorn.Config(make_app(service), port=0, log_level="warning", lifespan="off"))
-    thread = threading.Thread(target=server.run, daemon=True)
+    server = uvicorn.Server(config_of(make_app(service.options, service)))
+    sockets = bind("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
+    thread = threading.Thread(target=server.run, args=(sockets,), daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    (port,) = {socket.getsockname()[1] for own in server.servers for socket in own.sockets}
     try:
-        yield Running(f"http://127.0.0.1:{port}", service)
+        yield Running(url, service)
     finally:
         server.should_exit = True
         thread.join()

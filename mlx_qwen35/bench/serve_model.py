@@ -1,5 +1,6 @@
 """The folder that all servers load: the same text weights in one dtype, and a tokenizer for random ones."""
 
+import itertools
 import json
 import shutil
 import tempfile
@@ -9,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from tokenizers.pre_tokenizers import ByteLevel
 
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.load import stored_dtype
 
-_LETTERS = str.maketrans("0123456789", "zyxwvutsrj")  # digits would be tokens of their own
 _TEXT = ("tokenizer_config.json", "chat_template.jinja")
 
 
@@ -36,14 +37,26 @@ def add_tokenizer(folder: Path) -> None:
     nano = resolve("nano")
     made: dict[str, Any] = json.loads((nano / "tokenizer.json").read_text())
     first = json.loads((folder / "config.json").read_text())["text_config"]["eos_token_id"]
-    words = made["model"]["vocab"]
-    words |= {"Ġq" + str(number).translate(_LETTERS): number for number in range(len(words), first)}
-    made["model"]["ignore_merges"] = True  # a word that is whole in the vocabulary is its token
+    words, merges = made["model"]["vocab"], made["model"]["merges"]
+    for pair in itertools.islice(_merges(), first - len(words)):
+        words["".join(pair)] = len(words)
+        merges.append(pair)
     for number, token in enumerate(made["added_tokens"], start=first):
         token["id"] = number
     (folder / "tokenizer.json").write_text(json.dumps(made))
     for name in _TEXT:
         shutil.copyfile(nano / name, folder / name)
+
+
+def _merges() -> Iterator[tuple[str, ...]]:
+    """Merges of byte-level BPE: two bytes become a letter that nano lacks, letters behind a blank become words."""
+    as_bytes = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
+    letters = [as_bytes(chr(code))[0][0] for code in range(0x100, 0x180)]
+    yield from map(tuple, letters)
+    words = ["Ġ"]
+    while True:
+        yield from itertools.product(words, letters)
+        words = ["".join(pair) for pair in itertools.product(words, letters)]
 
 
 def in_dtype(folder: Path, target: Path, dtype: mx.Dtype) -> Path:

@@ -5,15 +5,15 @@ of the beginnings of prompts, where prompts part: behind system and tools, behin
 """
 
 import weakref
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from itertools import zip_longest
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
-import numpy as np
+import mlx.core as mx
 
 from mlx_qwen35.cache.cache import Cache, Snapshot
+from mlx_qwen35.cache.prefix_counts import Counts
+from mlx_qwen35.cache.prefix_tokens import Prefix
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.machine.process import LOCK
 
@@ -27,61 +27,18 @@ def library_bytes(limit: int) -> int:
     return int(limit * (0.1 if limit <= 6e9 else 0.25))
 
 
-class Shown(NamedTuple):
-    """An image or a video of a prompt: its pixels, and (start, height, width) of each placeholder, in tokens."""
-
-    digest: str
-    places: tuple[tuple[int, int, int], ...]
-
-    @property
-    def start(self) -> int:
-        return self.places[0][0]
-
-    @property
-    def stop(self) -> int:
-        start, height, width = self.places[-1]
-        return start + height * width
-
-
-@dataclass(frozen=True, eq=False)
-class Prefix:
-    """A prompt, or its beginning, as the model reads it: tokens (n,) int32, and what its placeholders show, in order.
-
-    Equal prefixes of one model have the same cache.
-    """
-
-    tokens: np.ndarray
-    media: tuple[Shown, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def whole(self, length: int) -> bool:
-        """Whether the first `length` tokens end outside of every image and video."""
-        return not any(shown.start < length < shown.stop for shown in self.media)
-
-    def upto(self, length: int) -> "Prefix":
-        """The first `length` tokens."""
-        return Prefix(self.tokens[:length], tuple(shown for shown in self.media if shown.start < length))
-
-    def shared(self, other: "Prefix") -> int:
-        """How many tokens are the same from the first on, with what they show."""
-        n = min(len(self), len(other))
-        parted = np.flatnonzero(self.tokens[:n] != other.tokens[:n])
-        starts = [shown.start for pair in zip_longest(self.media, other.media) if pair[0] != pair[1]
-                  for shown in pair if shown]  # fmt: skip
-        return int(min([n, *parted[:1], *starts]))
-
-    def begins(self, other: "Prefix") -> bool:
-        """Whether the other goes on from this one, or is the same."""
-        n = len(self)
-        return n <= len(other) and self.media == other.upto(n).media and np.array_equal(self.tokens, other.tokens[:n])
-
-
 class Model(Protocol):
     """What a library needs of the model that it is of."""
 
     def make_cache(self) -> Cache: ...
+
+
+class Behind(Protocol):
+    """What keeps the entries of a library beyond its memory, see `PrefixFiles`."""
+
+    def take(self, entry: "Entry") -> None: ...
+    def drop(self, entry: "Entry") -> None: ...
+    def recall(self, prefix: Prefix) -> None: ...
 
 
 @dataclass(eq=False, repr=False)
@@ -92,23 +49,6 @@ class Entry:
     kind: str
     snapshot: Snapshot
     used: int = 0
-
-
-@dataclass
-class Counts:
-    """What a library has done, in tokens (reused, read) and snapshots. skipped: why some were not stored."""
-
-    reused: int = 0
-    read: int = 0
-    stored: int = 0
-    evicted: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-
-    def __str__(self) -> str:
-        skipped = "".join(f", {count} skipped: {why}" for why, count in self.skipped.items())
-        total = self.reused + self.read
-        share = f" ({100 * self.reused / total:.0f} %)" if total else ""
-        return f"{self.reused} of {total} tokens reused{share}; {self.stored} stored, {self.evicted} evicted{skipped}"
 
 
 class PrefixLibrary:
@@ -123,6 +63,7 @@ class PrefixLibrary:
     def __init__(self, model: Model, memory: int):
         self.model, self.memory = model, memory
         self.counts = Counts()
+        self.behind: Behind | None = None
         self._entries: list[Entry] = []
         self._uses: weakref.WeakSet[Use] = weakref.WeakSet()
         self._clock = 0
@@ -172,7 +113,7 @@ class PrefixLibrary:
                 return None
             if compact:
                 snapshot.compact()
-            entry = next((entry for entry in self._entries if _same(entry.prefix, prefix)), None)
+            entry = next((entry for entry in self._entries if entry.prefix.same(prefix)), None)
             if entry:  # the same object, which others may have in use
                 entry.kind, entry.snapshot = max(kind, entry.kind, key=RANKS.__getitem__), snapshot
             else:
@@ -180,7 +121,20 @@ class PrefixLibrary:
                 self._entries.append(entry)
                 self.counts.stored += 1
             self._touch(entry)
+            if self.behind:
+                self.behind.take(entry)
             return entry
+
+    def recall(self, prefix: Prefix) -> None:
+        """Have in memory what is kept of a prompt elsewhere. It may wait for a disk."""
+        if self.behind:
+            self.behind.recall(prefix)
+
+    def reusable(self, prefix: Prefix) -> int:
+        """How many tokens of a prompt need not be read."""
+        with LOCK:
+            entry = self._longest(prefix)
+            return len(entry.prefix) if entry else 0
 
     def parted(self, prefix: Prefix) -> int:
         """The tokens that a prompt shares with the nearest that is stored: where to look for what has changed."""
@@ -203,6 +157,14 @@ class PrefixLibrary:
             used = {id(array) for entry in self._in_use() for array in entry.snapshot.held()}
             own = {id(a): a.nbytes for entry in self._entries for a in entry.snapshot.held() if id(a) not in used}
             return sum(own.values())
+
+    def apart(self, others: Iterable[mx.array]) -> int:
+        """Bytes of what is in use, without those of these arrays."""
+        with LOCK:
+            used = {id(a): a.nbytes for entry in self._in_use() for a in entry.snapshot.held()}
+            for array in others:
+                used.pop(id(array), None)
+            return sum(used.values())
 
     # --- room ---
 
@@ -266,6 +228,12 @@ class PrefixLibrary:
         self._entries.remove(entry)
         self.counts.evicted += 1
 
+    def _let_go(self, entry: Entry) -> None:
+        """Of an entry that no prompt is expected to go on from."""
+        self._drop(entry)
+        if self.behind:
+            self.behind.drop(entry)
+
     def _compact(self) -> None:
         for entry in self._entries:
             entry.snapshot.trim()
@@ -275,20 +243,16 @@ class PrefixLibrary:
         for entry in self._idle():
             behind = entry.kind == TURN and query.prefix.begins(entry.prefix)
             if behind and not entry.prefix.begins(prefix):
-                self._drop(entry)
+                self._let_go(entry)
 
     def replace(self, entry: Entry, before: Entry | None) -> None:
         """A place of a prompt is stored: let go of the turn before it, and thin the readings."""
         idle = self._idle()
         if before and before in idle and before.kind == entry.kind == TURN:
-            self._drop(before)
+            self._let_go(before)
         for reading in idle if entry.kind == READING else ():
             if reading.kind == READING and reading.prefix.begins(entry.prefix) and not _stays(reading, entry):
-                self._drop(reading)
-
-
-def _same(one: Prefix, other: Prefix) -> bool:
-    return len(one) == len(other) and one.begins(other)
+                self._let_go(reading)
 
 
 def _stays(reading: Entry, newest: Entry) -> bool:

@@ -14,6 +14,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -29,6 +30,24 @@ _STORED = {**STORED, "uint32": "U32", "uint8": "U8"}
 _UNKNOWN = "0" * 64
 _BEGINNING = b'{"__metadata__": {"checksum": "'
 _PLACE = 8 + len(_BEGINNING)  # of the checksum
+
+
+class Taken(NamedTuple):
+    """The numbers of an array in memory of their own, outside of MLX: any thread may write them."""
+
+    dtype: mx.Dtype
+    shape: tuple[int, ...]
+    data: np.ndarray  # bytes, uint8
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    @classmethod
+    def of(cls, array: mx.array) -> "Taken":
+        """Copy an array, which may be a view of a larger one."""
+        words = np.array(mx.view(array, {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.dtype.size]))
+        return cls(array.dtype, array.shape, np.ascontiguousarray(words).reshape(-1).view(np.uint8))
 
 
 class SessionFile:
@@ -111,7 +130,7 @@ class SessionFile:
 
     # --- writing ---
 
-    def write(self, metadata: Mapping[str, str], arrays: Mapping[str, mx.array]) -> int:
+    def write(self, metadata: Mapping[str, str], arrays: Mapping[str, mx.array | Taken]) -> int:
         """Replace the file; its bytes. Beside the arrays this takes memory for two pieces of them. Format and version
         are added to the metadata. The file keeps its permissions; a new one has the usual ones.
 
@@ -216,7 +235,7 @@ class SessionFile:
             )
 
 
-def _header(metadata: Mapping[str, str], arrays: Mapping[str, mx.array]) -> bytes:
+def _header(metadata: Mapping[str, str], arrays: Mapping[str, mx.array | Taken]) -> bytes:
     """Length and JSON of a safetensors file, the checksum still zeros."""
     metadata = {"checksum": _UNKNOWN, "format": FORMAT, "version": VERSION, **metadata}
     values: dict[str, object] = {"__metadata__": metadata}
@@ -230,7 +249,7 @@ def _header(metadata: Mapping[str, str], arrays: Mapping[str, mx.array]) -> byte
     return len(text).to_bytes(8, "little") + text
 
 
-def _fill(file: int, header: bytes, arrays: Mapping[str, mx.array]) -> None:
+def _fill(file: int, header: bytes, arrays: Mapping[str, mx.array | Taken]) -> None:
     """Write everything to an empty file, and then the checksum."""
     digest = hashlib.sha256(header)
     with os.fdopen(os.dup(file), "wb") as stream:
@@ -244,8 +263,11 @@ def _fill(file: int, header: bytes, arrays: Mapping[str, mx.array]) -> None:
     _flush(file)
 
 
-def _pieces(array: mx.array) -> Iterator[memoryview]:
+def _pieces(array: mx.array | Taken) -> Iterator[memoryview]:
     """The bytes of an array, which may be a view of a larger one, in the order of its numbers."""
+    if isinstance(array, Taken):
+        yield array.data.data
+        return
     axis = next((i for i, size in enumerate(array.shape) if size > 1), None)
     if array.nbytes <= PIECE or axis is None:
         if array.size:

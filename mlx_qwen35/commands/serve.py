@@ -3,13 +3,18 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlx_qwen35.commands.options import add_model_options, add_options, given_options
 from mlx_qwen35.commands.parser import Parser
+from mlx_qwen35.commands.progress import Step
 from mlx_qwen35.commands.run import as_command, load_model, require_model
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.options import options_of
 from mlx_qwen35.server.options import ServerOptions
+
+if TYPE_CHECKING:
+    from mlx_qwen35.server.service import Service
 
 COMMAND = "mlx_qwen35.serve"
 
@@ -26,25 +31,51 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    name = require_model(args)
+    require_model(args)
     options = ServerOptions(**given_options(args, [ServerOptions]))
     try:
-        import uvicorn
-
         from mlx_qwen35.server.app import make_app
-        from mlx_qwen35.server.service import Service
+        from mlx_qwen35.server.listen import bind, serve
+        from mlx_qwen35.server.log import to_stderr
     except ImportError as error:
         raise InputError(
             "package_missing", f"serving needs starlette and uvicorn: {error}. Install mlx-qwen35[server]"
         ) from error
-    model, processor = load_model(args)
-    service = Service(model, processor, options, Path(str(name)).name)
-    service.start()
-    try:
-        uvicorn.run(make_app(service), host=options.host, port=options.port, log_level="info", access_log=False)
-    finally:
-        service.close()
+    app = make_app(options)
+    sockets = bind(options.host, options.port)
+    url = _url(options.host, sockets[0].getsockname()[1])
+    to_stderr(options.log_text)
+
+    def ready() -> None:
+        print(f"{name_of(args.model)} is served on {url}/v1, with a page on {url}/", file=sys.stderr, flush=True)
+
+    serve(app, sockets, lambda: load_service(args, options), ready)
     return 0
+
+
+def load_service(args: argparse.Namespace, options: ServerOptions) -> "Service":
+    """The model that the options name, ready to be asked."""
+    from mlx_qwen35.server.service import Service
+
+    model, processor = load_model(args)
+    if options.grammar:
+        from mlx_qwen35.engine.constraints.compiler import compiler_of
+
+        with Step("making structured output ready"):
+            compiler_of(processor).grammar('start: "a"', "a first grammar")
+    service = Service(model, processor, options, name_of(args.model), load=lambda: load_model(args))
+    service.start()
+    return service
+
+
+def name_of(model: str) -> str:
+    """What the API calls a model: the name of its folder, or its id."""
+    folder = Path(model).expanduser()
+    return folder.resolve().name if folder.is_dir() else model
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def main() -> None:

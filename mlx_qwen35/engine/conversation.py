@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple, Unpack, cast
 
 from mlx_qwen35.cache.cache import Snapshot
-from mlx_qwen35.cache.prefix import Entry, Prefix, Use
+from mlx_qwen35.cache.prefix import Entry, Use
+from mlx_qwen35.cache.prefix_tokens import Prefix
 from mlx_qwen35.engine.constraints.rules import Rules
 from mlx_qwen35.engine.encode import template_options
 from mlx_qwen35.engine.engine import Engine

@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_qwen35.cache.prefix import Prefix, Shown
+from mlx_qwen35.cache.prefix_tokens import Prefix, Shown
 from mlx_qwen35.engine.options import Options, PromptOptions, thinking_switch, vision_options
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.options import VISION_OPTIONS

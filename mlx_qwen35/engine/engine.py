@@ -2,17 +2,21 @@
 
 import time
 from collections import deque
+from collections.abc import Callable
 
 import mlx.core as mx
 
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.engine.media import MediaEncoder
+from mlx_qwen35.engine.prefill import ReadingSpeed
 from mlx_qwen35.engine.rows import Rows
 from mlx_qwen35.engine.sequence import Sequence
 from mlx_qwen35.machine.memory import set_limits
 from mlx_qwen35.machine.process import LOCK
 from mlx_qwen35.model.model import Model
 
+CHUNK_SECONDS = 0.5  # most of a chunk of a prompt while others decode
+AIM = 0.8  # share of them that is aimed at: a chunk takes more a token than a longer one, or than the one before it
 CLEAR_EVERY = 256  # passes between returning MLX's unused buffers to the system
 
 
@@ -24,15 +28,16 @@ class Engine:
 
     Args:
         interleave: whether running sequences get their tokens between two chunks of a prompt. Otherwise all prompts
-            that wait are prefilled first.
+            that wait are prefilled first. A chunk then takes CHUNK_SECONDS at most, by the clock that is given.
     """
 
-    def __init__(self, model: Model, interleave: bool = False):
-        self.model, self.interleave = model, interleave
+    def __init__(self, model: Model, interleave: bool = False, clock: Callable[[], float] = time.perf_counter):
+        self.model, self.interleave, self.clock = model, interleave, clock
         self.waiting: deque[Sequence] = deque()  # for their prefill, the first one is under way
         self._ready: list[Sequence] = []  # prefilled, and not among the running rows yet
         self._rows = Rows(model)
         self._media = MediaEncoder(model)
+        self._speed = ReadingSpeed()
         self._decoded = time.perf_counter()  # when the last token was given
         self._paused = 0.0  # seconds since the last pass in which nothing was decoded
         self._passes = 0
@@ -68,12 +73,12 @@ class Engine:
                 raise
             return changed
 
-    def cancel(self, sequence: Sequence) -> None:
+    def cancel(self, sequence: Sequence, reason: str = "interrupted") -> None:
         """End a sequence of this engine now, with the tokens that it has. Its memory is free when this returns."""
         with LOCK:
             if sequence.finished:
                 return
-            sequence.finish("interrupted")
+            sequence.finish(reason)
             if sequence in self._rows.sequences:
                 self._retire()
             elif sequence in self.waiting or sequence in self._ready:
@@ -82,6 +87,13 @@ class Engine:
                 self._end(sequence)
                 sequence.close()
             self._submit()
+
+    def held(self) -> list[mx.array]:
+        """Every array of its sequences."""
+        held = self._rows.arrays()
+        for sequence in (*self._ready, *self.waiting):
+            held += sequence.arrays()
+        return held
 
     # --- the parts of a step ---
 
@@ -106,14 +118,15 @@ class Engine:
         return changed
 
     def _prefill(self) -> list[Sequence]:
-        """One chunk of the oldest prompt that waits; behind the last chunk its first token."""
+        """An image, or one chunk of the oldest prompt that waits; behind the last chunk its first token."""
         if not self.waiting:
             return []
-        sequence = self.waiting[0]
+        sequence = self._next()
         try:
-            hidden = sequence.prefill(self.model, self._media.encode)
-            if hidden is not None and not sequence.finished:
-                self._rows.begin(sequence, hidden)
+            if not sequence.begun:
+                sequence.begin(self.model)
+            if not self._encode(sequence):
+                self._read(sequence)
         except Exception as error:
             sequence.fail(error)
         if not (sequence.finished or sequence.tokens):
@@ -126,6 +139,44 @@ class Engine:
             else:
                 self._ready.append(sequence)
         return [sequence]
+
+    def _next(self) -> Sequence:
+        """The oldest that waits. Once a prompt that one chunk finishes may go before it."""
+        oldest, *others = self.waiting
+        if self.interleave and others and oldest.begun and not oldest.passed:
+            most = self._chunk(oldest)
+            short = (s for s in others if s.prompt is not oldest.prompt and not s.prompt.media and s.to_read() <= most)
+            if first := next(short, None):
+                oldest.passed = True
+                self.waiting.remove(first)
+                self.waiting.appendleft(first)
+        return self.waiting[0]
+
+    def _encode(self, sequence: Sequence) -> bool:
+        """Encode images before a prompt is read; whether that was the work of this step, in which others wait."""
+        if sequence.reading or not sequence.prompt.media:
+            return False
+        began = self.clock()
+        if not self._media.encode(sequence):
+            return False
+        while not self.interleave and self._media.encode(sequence):
+            pass
+        sequence.clock.vision += self.clock() - began
+        return self.interleave
+
+    def _chunk(self, sequence: Sequence) -> int:
+        """The most tokens of its next chunk: while others decode they must not wait for long."""
+        if self.interleave and (self._rows.sequences or self._ready):
+            return min(sequence.prefill_step_size, self._speed.within(AIM * CHUNK_SECONDS))
+        return sequence.prefill_step_size
+
+    def _read(self, sequence: Sequence) -> None:
+        """One chunk of its prompt, and behind the last its first token."""
+        most, began = self._chunk(sequence), self.clock()
+        chunk = sequence.prefill(self.model, most, lambda: self._media.row(sequence))
+        self._speed.measured(chunk.tokens, most, self.clock() - began)
+        if sequence.is_read and not sequence.finished:
+            self._rows.begin(sequence, chunk.hidden)
 
     def _retire(self) -> None:
         """Let the finished rows go; a pass under way goes on without them. Settle one whose tokens are all taken."""
@@ -158,10 +209,7 @@ class Engine:
 
     def _submit(self) -> None:
         """Submit all that is held: MLX computes a lazy array in no thread but the one that made it."""
-        held = self._rows.arrays()
-        for sequence in (*self._ready, *self.waiting):
-            held += sequence.arrays()
-        mx.async_eval(held)
+        mx.async_eval(self.held())
 
     def _abandon(self) -> None:
         """End all that run, after an exception in the middle of a step."""

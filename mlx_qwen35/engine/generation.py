@@ -37,20 +37,27 @@ def start(model: Model, processor: Processor, prompts: Sequence[Given], **option
     """A Generation of these prompts, not begun: for callers that want both pieces and results."""
     refuse_fork()
     check_loaded(model, processor)
-    given = check_options(options)
-    if len(prompts) > 1 and "constraint" in given:
-        raise InputError("option_conflict", "constraint holds a place in one answer: it must be given with one prompt")
-    encoded = [encode(processor, prompt, given) for prompt in prompts]
-    refuse_idle_vision(given, encoded)
+    given, encoded, rules = make_ready(processor, prompts, **options)
     caches = check_caches(given, model, len(prompts))
     cached = [cache.length if cache else 0 for cache in caches]
-    rules = Rules(processor, given)
     plans = plan_rows(model, processor, encoded, cached, given, rules, check_library(given, model))
     requests: list[Request] = []
     count = _counter(given, requests)
     rows = zip(encoded, plans, caches, strict=True)
     requests += [make_request(processor, *row, given, rules, progress=count) for row in rows]
     return Generation(model, requests)
+
+
+def make_ready(
+    processor: Processor, prompts: Sequence[Given], **options: Unpack[Options]
+) -> tuple[Options, list[Prompt], Rules]:
+    """Options checked, prompts encoded, grammars compiled. Any thread may, since nothing of it is MLX's."""
+    given = check_options(options)
+    if len(prompts) > 1 and "constraint" in given:
+        raise InputError("option_conflict", "constraint holds a place in one answer: it must be given with one prompt")
+    encoded = [encode(processor, prompt, given) for prompt in prompts]
+    refuse_idle_vision(given, encoded)
+    return given, encoded, Rules(processor, given)
 
 
 def plan_rows(
@@ -105,11 +112,6 @@ def make_request(
 
     rules: of the same options.
     """
-    for token in planned.sampling.logit_bias:
-        if token >= processor.vocabulary:
-            raise InputError(
-                "option_invalid", f"logit_bias must name tokens from 0 to {processor.vocabulary - 1}, got {token}"
-            )
     sampler = Sampler(
         planned.sampling, planned.seed, len(prompt.tokens), processor.vocabulary,
         processors=options.get("logits_processors", ()), choose=options.get("sampler"),

@@ -1,11 +1,14 @@
 """The images and videos of waiting sequences, encoded when a sequence's turn comes."""
 
+from collections.abc import Mapping
+
 import mlx.core as mx
 
 from mlx_qwen35.engine.prefill import PromptRow
 from mlx_qwen35.engine.sequence import Sequence
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.model import Model
+from mlx_qwen35.model.vision import VisionEncoder
 from mlx_qwen35.prompt.prompt import Prompt
 
 
@@ -40,32 +43,42 @@ class MediaEncoder:
         self.model.vision.release(sequence)
         self.model.vision.unload()
 
-    def encode(self, sequence: Sequence) -> PromptRow:
-        """What is unread of its prompt with the embeddings of what that shows, evaluated."""
-        prompt = sequence.prompt.after(sequence.cached)
-        try:
-            return _encoded(self.model, prompt, self._encoded) if prompt.media else PromptRow(prompt.tokens)
-        finally:
-            self.forget(sequence)
+    def encode(self, sequence: Sequence) -> bool:
+        """Encode one image or video of what is unread of its prompt; False: all are encoded."""
+        media = (placed.media for placed in sequence.rest.media if placed.media.digest not in self._encoded)
+        for shown in media:
+            self._encoded[shown.digest] = _encoder(self.model).encode(shown)
+            return True
+        return False
+
+    def row(self, sequence: Sequence) -> PromptRow:
+        """What is unread of its prompt with the embeddings of what that shows, all encoded. It waits no more."""
+        row = _row(sequence.rest, self._encoded)
+        self.forget(sequence)
+        return row
 
 
-def _encoded(model: Model, prompt: Prompt, known: dict[str, mx.array]) -> PromptRow:
-    """known: embeddings by digest; has those of the prompt too when this returns."""
+def _encoder(model: Model) -> VisionEncoder:
     if model.vision is None:
         raise InputError("vision_missing", "this model has no vision encoder: its prompts must be text")
-    for placed in prompt.media:
-        if placed.media.digest not in known:
-            known[placed.media.digest] = model.vision.part.encode(placed.media)
-    own = [known[placed.media.digest] for placed in prompt.media]
-    embeddings = mx.concatenate(own) if len(own) > 1 else own[0]
-    mx.eval(embeddings)
-    return PromptRow(prompt.tokens, prompt.placeholders, embeddings)
+    return model.vision.part
+
+
+def _row(prompt: Prompt, embeddings: Mapping[str, mx.array]) -> PromptRow:
+    """A prompt with the embeddings of what it shows, evaluated. embeddings: by digest."""
+    own = [embeddings[placed.media.digest] for placed in prompt.media]
+    if not own:
+        return PromptRow(prompt.tokens)
+    joined = mx.concatenate(own) if len(own) > 1 else own[0]
+    mx.eval(joined)
+    return PromptRow(prompt.tokens, prompt.placeholders, joined)
 
 
 def encode_media(model: Model, prompt: Prompt) -> PromptRow:
     """One prompt with the embeddings of its images and videos. The vision encoder is unloaded if nobody uses it."""
     try:
-        return _encoded(model, prompt, {}) if prompt.media else PromptRow(prompt.tokens)
+        media = {placed.media.digest: placed.media for placed in prompt.media}
+        return _row(prompt, {digest: _encoder(model).encode(shown) for digest, shown in media.items()})
     finally:
         if model.vision:
             model.vision.unload()

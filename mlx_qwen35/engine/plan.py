@@ -2,6 +2,7 @@
 
 import functools
 import secrets
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -54,43 +55,81 @@ def plan(
     options: checked. greedy: what the checkpoint advises. cached: tokens in the cache of each, before its prompt.
     closing: the tokens that close thinking.
     """
-    check_thinking(options, prompts)
-    presets = [_preset(options, prompt) for prompt in prompts]
-    wanted = [options.get("max_tokens", preset.max_tokens) for preset in presets]
     contexts = [before + len(prompt.tokens) for prompt, before in zip(prompts, cached, strict=True)]
-    window = model.config.max_position_embeddings
-    for row, (prompt, context) in enumerate(zip(prompts, contexts, strict=True), start=1):
-        check_window(model.config, context, prompt, f"prompt {row}" if len(prompts) > 1 else "this one")
+    check_prompts(options, model.config, prompts, contexts)
     chunk = options.get("prefill_step_size") or suitable_chunk(
         model.config, model.dtype, model.memory_limit, max(contexts), model.kv
     )
-    drafts, room = _drafts_and_room(options, model, chunk, contexts, cached, wanted)
+    drafts, room = _drafts_and_room(options, model, chunk, contexts, cached, _wanted(options, prompts))
+    plans = fill_in(options, model.config, greedy, prompts, contexts, closing, room=room)
+    return [replace(own, prefill_step_size=chunk, drafts=drafts) for own in plans]
+
+
+def check_prompts(
+    options: Options, config: TextConfig, prompts: Sequence[Prompt], contexts: Sequence[int], window: int | None = None
+) -> None:
+    """InputError for a prompt that is too long, or has nothing to think about; see `fill_in`."""
+    check_thinking(options, prompts)
+    for row, (prompt, context) in enumerate(zip(prompts, contexts, strict=True), start=1):
+        check_window(config, context, prompt, f"prompt {row}" if len(prompts) > 1 else "this one", window=window)
+
+
+def fill_in(
+    options: Options,
+    config: TextConfig,
+    greedy: bool,
+    prompts: Sequence[Prompt],
+    contexts: Sequence[int],
+    closing: Sequence[int],
+    *,
+    window: int | None = None,
+    room: int = sys.maxsize,
+) -> list[SequencePlan]:
+    """Every default that depends on no memory: here a chunk is a whole prompt, and nothing is drafted.
+
+    contexts: tokens of each prompt with those before it. window: most tokens of a prompt and its answer; None: the
+    model's. room: most tokens of an answer by memory.
+    """
+    window = min(config.max_position_embeddings, window or sys.maxsize)
     given = sampling_options(options)
     plain = "preset" not in options and (options.get("temp") == 0 or (greedy and not given))
-    samplings = [replace(Sampling(temp=0) if plain else preset.sampling, **given) for preset in presets]
-    limits = [_limit(n, window - context, room) for n, context in zip(wanted, contexts, strict=True)]
-    yarn = model.config.rope.yarn
+    samplings = [Sampling(temp=0) if plain else _preset(options, prompt).sampling for prompt in prompts]
+    wanted = zip(_wanted(options, prompts), contexts, strict=True)
+    limits = [_limit(n, window - context, room) for n, context in wanted]
+    yarn = config.rope.yarn
     if yarn and max(context + limit for context, (limit, _) in zip(contexts, limits, strict=True)) <= yarn.original:
         warn_of_idle_yarn(yarn)
     seeds = _seeds(options, len(prompts))
     thinking = zip(prompts, limits, strict=True)
     budgets = [budget_of(options, limit, len(closing)) if prompt.thinking else None for prompt, (limit, _) in thinking]
-    rows = zip(samplings, seeds, limits, budgets, strict=True)
-    return [SequencePlan(own, seed, *limit, budget, chunk, drafts) for own, seed, limit, budget in rows]
+    rows = zip(samplings, seeds, limits, budgets, contexts, strict=True)
+    return [
+        SequencePlan(replace(own, **given), seed, *limit, budget, context, DraftPolicy(0))
+        for own, seed, limit, budget, context in rows
+    ]
 
 
-def check_window(config: TextConfig, context: int, prompt: Prompt, what: str, remedy: str = "Shorten it") -> None:
+def _wanted(options: Options, prompts: Sequence[Prompt]) -> list[int]:
+    """The most tokens of each answer, as far as the options say."""
+    return [options.get("max_tokens", _preset(options, prompt).max_tokens) for prompt in prompts]
+
+
+def check_window(
+    config: TextConfig, context: int, prompt: Prompt, what: str, remedy: str = "Shorten it", window: int | None = None
+) -> None:
     """InputError where a context leaves no token for an answer.
 
-    context: tokens of the prompt and of what it goes on with. what: who has them, in the message.
+    context: tokens of the prompt and of what it goes on with. what: who has them, in the message. window: most tokens
+    of a prompt and its answer, if fewer than the model's.
     """
-    window = config.max_position_embeddings
+    own = config.max_position_embeddings
+    window = min(own, window or own)
     if context < window:
         return
     seen = sum(p.stop - p.start for p in prompt.placeholders)
     shown = f", {seen:,} of them of images and videos" if seen else ""
     ways = [remedy] + [f"show less of each image with a lower {spelled('max_pixels')}"] * bool(seen)
-    if scaling := wider(config.rope, window, context + 1):
+    if window == own and (scaling := wider(config.rope, window, context + 1)):
         ways.append(f"widen the context with {spelled('rope_scaling', scaling)}")
     raise InputError(
         "context_length_exceeded",
@@ -151,7 +190,7 @@ def _drafts_and_room(
     answer = (room - sum(contexts)) // rows
     if answer < options.get("max_tokens", 1):
         smaller = _smaller_forms(model.config, machine, chunk, cached, drafts, room)
-        _refuse(options, room, contexts, drafts, smaller)
+        refuse_memory(options, room, contexts, drafts, smaller)
     return drafts, answer
 
 
@@ -173,10 +212,10 @@ def _smaller_forms(
     return found
 
 
-def _refuse(
+def refuse_memory(
     options: Options, room: int, contexts: Sequence[int], drafts: DraftPolicy, smaller: Mapping[str, int]
 ) -> None:
-    """Refuse a prompt, or an answer whose length was asked for, whose keys and values memory has no room for.
+    """InputError for a prompt, or an answer whose length was asked for, whose keys and values memory has no room for.
 
     smaller: of `_smaller_forms`.
     """

@@ -1,7 +1,6 @@
 """Prefill: a prompt into a cache, chunk by chunk. It takes token ids and embeddings, never text."""
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -30,9 +29,30 @@ def prefill(
 
     progress is called with the tokens of each chunk.
     """
-    for chunk in chunks(model, cache, row, step):
+    for chunk in chunks(model, cache, row, lambda: step):
         progress(chunk.tokens)
     return chunk.hidden
+
+
+class ReadingSpeed:
+    """How fast prompts are read, as measured of the chunks before."""
+
+    LEAST = 32  # tokens of a chunk that tells: what each chunk takes once shows less in it
+
+    def __init__(self) -> None:
+        self._token: float | None = None  # seconds a token
+
+    def within(self, seconds: float) -> int:
+        """Tokens that are read in so many seconds: a multiple of LEAST, where it is as many."""
+        if not self._token:
+            return self.LEAST
+        tokens = int(seconds / self._token)
+        return max(1, tokens - tokens % self.LEAST if tokens >= self.LEAST else tokens)
+
+    def measured(self, tokens: int, asked: int, seconds: float) -> None:
+        """A chunk took so long. asked: its tokens, if it had not ended at a mark."""
+        if tokens >= min(asked, self.LEAST):
+            self._token = seconds / tokens
 
 
 class Chunk(NamedTuple):
@@ -42,8 +62,12 @@ class Chunk(NamedTuple):
     hidden: mx.array
 
 
-def chunks(model: Model, cache: Cache, row: PromptRow, step: int, ends: Sequence[int] = ()) -> Iterator[Chunk]:
-    """The chunks of `prefill`, each computed when it is asked for. ends: numbers of tokens at which a chunk must end.
+def chunks(
+    model: Model, cache: Cache, row: PromptRow, step: Callable[[], int], ends: Sequence[int] = ()
+) -> Iterator[Chunk]:
+    """The chunks of `prefill`, each computed when it is asked for.
+
+    step: the most tokens of the next chunk. ends: numbers of tokens at which a chunk must end.
 
     A chunk may end inside an image. If tokens are drafted, the draft head follows, and the last layer computes every
     token instead of the last one.
@@ -52,8 +76,9 @@ def chunks(model: Model, cache: Cache, row: PromptRow, step: int, ends: Sequence
     cache.reserve(total)
     columns = _placeholder_columns(row)
     table = positions(total, row.placeholders, cache.next_positions[0])[:, None] if row.placeholders else None
-    borders = sorted({end for begin, until in pairwise([0, *ends, total]) for end in range(begin, until, step)})
-    for start, stop in pairwise([*borders, total]):
+    stop, ends = 0, [*ends, total]
+    while stop < total:
+        start, stop = stop, min(stop + step(), *(end for end in ends if end > stop))
         tokens = mx.array([list(row.tokens[start:stop])])
         visual = _visual(row, columns, start, stop)
         own = None if table is None else table[:, :, start:stop]

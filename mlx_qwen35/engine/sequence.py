@@ -83,6 +83,7 @@ class Sequence:
         self.limited_by = limited_by
         self._recent = NOTHING
         self._held = 0  # tokens in it when its prefill began
+        self._done = self._step = 0  # tokens of the prompt that are read, and most of its next chunk
         self.drafts = RowDrafts(drafts)
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
@@ -93,6 +94,7 @@ class Sequence:
         self.clock = Clock()
         self._said: list[Piece] = []
         self._new: deque[Piece] = deque()
+        self.passed = False  # whether a shorter prompt went before it
         self._chunks: Iterator[Chunk] | None = None
         self.own: Cache | None = None  # its cache, until it is a running row
         self._started = False
@@ -197,39 +199,67 @@ class Sequence:
             raise InputError("generation_spent", "a sequence runs once; its result() remains. Make another")
         self._started = True
 
-    def prefill(self, model: Model, encode: Callable[["Sequence"], PromptRow]) -> mx.array | None:
-        """Prefill one chunk; (1, D), the last hidden state, once the prompt is done.
+    @property
+    def begun(self) -> bool:
+        """Whether its prefill has begun."""
+        return self.own is not None
 
-        encode: gives the prompt with its images and videos encoded.
+    @property
+    def rest(self) -> Prompt:
+        """What is to be read of its prompt, when its prefill begins."""
+        return self.prompt.after(self.cached)
+
+    @property
+    def reading(self) -> bool:
+        """Whether a chunk of its prompt is read, or all."""
+        return self._chunks is not None
+
+    def to_read(self) -> int:
+        """Tokens of its prompt that the library does not hold now, before its prefill begins."""
+        stored = self.library.entries(prefix_of(self.prompt)) if self.library else []
+        total = len(self.prompt.tokens)
+        return total - max((len(own.prefix) for own in stored if len(own.prefix) < total), default=0)
+
+    def begin(self, model: Model) -> None:
+        """Begin its prefill: with what the library holds of the prompt, or in the caller's cache."""
+        if self.library:
+            self.own, self.use = self.library.begin(prefix_of(self.prompt))
+            self.cached = self.use.reused
+            self._marks = self._places(self.use)
+        self.own = self.own or (self.cache.copy() if self.cache else model.make_cache())
+
+    def prefill(self, model: Model, step: int, row: Callable[[], PromptRow]) -> Chunk:
+        """Prefill one chunk of at most `step` tokens, and of the planned size.
+
+        row: gives the `rest` of the prompt, whose images and videos are encoded. It is asked once.
         """
+        self._step = min(step, self.prefill_step_size)
         if self._chunks is None:
-            self._begin(model, encode)
-        assert self._chunks and self.own
+            self._chunks = self._read(model, row())
+        assert self.own
         chunk = next(self._chunks)
         self._done += chunk.tokens
         if self.use:
             self.use.read(self.own, chunk.tokens, self._marks.get(self._done))
         self.progress(chunk.tokens)
-        if self._done < len(self.prompt.tokens):
-            return None
-        self._chunks = None
-        return chunk.hidden
+        if self.is_read:
+            self._chunks = None
+        return chunk
 
-    def _begin(self, model: Model, encode: Callable[["Sequence"], PromptRow]) -> None:
-        arrived = time.perf_counter()
-        if self.library:
-            self.own, self.use = self.library.begin(prefix_of(self.prompt))
-            self.cached = self.use.reused
-            self._marks = self._places(self.use)
-        row = encode(self)
+    def _read(self, model: Model, row: PromptRow) -> Iterator[Chunk]:
+        assert self.own
         self.clock.began = time.perf_counter()
-        self.clock.vision = self.clock.began - arrived if row.placeholders else 0.0
-        self.own = self.own or (self.cache.copy() if self.cache else model.make_cache())
         self._held = self.own.length - self.cached
         self.sampler.position = self._held + len(self.prompt.tokens)
         self.drafts.policy = attach(model, self.own, self.drafts.policy, self)
+        self._done = self.cached
         ends = [place - self.cached for place in sorted(self._marks)]
-        self._chunks, self._done = chunks(model, self.own, row, self.prefill_step_size, ends), self.cached
+        return chunks(model, self.own, row, lambda: self._step, ends)
+
+    @property
+    def is_read(self) -> bool:
+        """Whether its prompt is."""
+        return self._done == len(self.prompt.tokens)
 
     def _places(self, use: Use) -> dict[int, str]:
         """Where the library stores this prompt, with the kind of each place.

@@ -14,11 +14,12 @@ from mlx_qwen35.server import chat, completions, messages, models, page_route, r
 from mlx_qwen35.server.errors import ApiError
 from mlx_qwen35.server.guard import Guard, read_key, refusal
 from mlx_qwen35.server.log import Log
+from mlx_qwen35.server.options import ServerOptions
 from mlx_qwen35.server.service import Service
 
 
-def make_app(service: Service) -> Starlette:
-    """The application in front of a service that was started."""
+def make_app(options: ServerOptions, service: Service | None = None) -> Starlette:
+    """The application. service: one that was started; None where it follows as app.state.service."""
     metrics = status.Metrics()
     app = Starlette(
         routes=[
@@ -37,13 +38,13 @@ def make_app(service: Service) -> Starlette:
             Route("/page/{name:path}", page_route.page),
         ],
         middleware=[
-            Middleware(Log, metrics=metrics, with_text=service.options.log_text),
-            Middleware(Guard, options=service.options, key=read_key(service.options)),
+            Middleware(Log, metrics=metrics, with_text=options.log_text),
+            Middleware(Guard, options=options, key=read_key(options)),
         ],
         exception_handlers=dict.fromkeys((ApiError, InputError, HTTPException), _refuse),
     )
     app.router.redirect_slashes = False
-    app.state.service, app.state.metrics = service, metrics
+    app.state.service, app.state.metrics, app.state.closing = service, metrics, False
     return app
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from mlx_qwen35.prompt.piece import ARGUMENTS, CALL, CALL_END, REASONING, Piece
+from mlx_qwen35.server.trimmed import Trimmed
 
 
 @dataclass
@@ -37,13 +38,13 @@ class Blocks:
     def __init__(self) -> None:
         self.all: list[Block] = []
         self._open: Block | None = None
-        self._thought, self._gap = False, ""  # whether reasoning came; blanks at its end
+        self._reasoning = Trimmed()
 
     def add(self, pieces: Iterable[Piece]) -> Iterator[Change]:
         """The changes that pieces make. Take all of them: each is made as it is taken."""
         for piece in pieces:
             kind = CALL if piece.kind in (ARGUMENTS, CALL_END) else piece.kind
-            text = self._trimmed(piece.text) if kind == REASONING else piece.text
+            text = self._reasoning.add(piece.text) if kind == REASONING else piece.text
             if kind != CALL and not text:
                 continue
             if self._open is None or self._open.kind != kind or piece.kind == CALL:
@@ -64,11 +65,3 @@ class Blocks:
             block, self._open = self._open, None
             block.whole = block.whole or not (cut or block.kind == CALL)
             yield Change("end", block)
-
-    def _trimmed(self, text: str) -> str:
-        """Reasoning without the blanks at its beginning; those at its end wait for more."""
-        text = self._gap + text
-        text = text if self._thought else text.lstrip()
-        kept = text.rstrip()
-        self._thought, self._gap = self._thought or bool(kept), text[len(kept) :]
-        return kept

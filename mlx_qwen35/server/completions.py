@@ -15,6 +15,7 @@ from mlx_qwen35.server import asked
 from mlx_qwen35.server.fields import Fields, read_body
 from mlx_qwen35.server.replies import Choice, Kind, Wanted, reply
 from mlx_qwen35.server.service import Event, Service
+from mlx_qwen35.server.trimmed import Trimmed
 
 DEFAULT_TOKENS = 16  # as OpenAI has it
 _CHAT_ONLY = ("messages", "tools", "tool_choice", "parallel_tool_calls", "enable_thinking", "chat_template_kwargs",
@@ -25,7 +26,8 @@ class Written:
     """One choice as it grows. Reasoning, where the prompt or the model opens one, is no part of its text."""
 
     def __init__(self, index: int):
-        self.index, self._text, self._reasoning, self._place = index, "", "", 0
+        self.index, self._text, self._reasoning, self._trimmed = index, "", "", Trimmed()
+        self._place = 0  # characters of the tokens so far
 
     def opening(self) -> list[Choice]:
         return []
@@ -34,6 +36,7 @@ class Written:
         text, reasoning = (
             "".join(piece.text for piece in event.pieces if piece.kind == kind) for kind in (CONTENT, REASONING)
         )
+        reasoning = self._trimmed.add(reasoning)
         self._text, self._reasoning = self._text + text, self._reasoning + reasoning
         if not (text or reasoning or event.logprobs):
             return []

@@ -14,16 +14,17 @@ from collections.abc import Iterator
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.server.body import ClientLeft, parse, read_body
 from mlx_qwen35.server.errors import ApiError
 from mlx_qwen35.server.options import ServerOptions
+from mlx_qwen35.server.status import condition_of
 
 KEY = "MLX_QWEN35_API_KEY"  # environment
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:@/\[\]]+)(:\d+)?", re.IGNORECASE)
-_OPEN = ("/", "/health")  # paths without a key; a browser loads the page before it can ask for one
+_OPEN = ("/", "/health")  # paths without a key, loaded or not; a browser has the page before it can ask for a key
 _PAGE = "/page/"
 
 
@@ -84,10 +85,10 @@ class Guard:
         try:
             self._check_names(headers, scope)
             self._check_key(headers, scope["path"])
+            if not _is_open(scope["path"]) and (condition := condition_of(scope["app"])) != "ok":
+                raise ApiError(503, condition, f"the server is {condition}; try again", headers={"Retry-After": "5"})
             if scope["method"] == "POST":
-                body = await read_body(headers, receive)
-                scope["json"] = parse(body)
-                receive = _again(body, receive)
+                scope["json"] = parse(await read_body(headers, receive))
         except ClientLeft:
             return
         except ApiError as error:
@@ -107,11 +108,15 @@ class Guard:
                 raise ApiError(403, f"{header}_refused", rule)
 
     def _check_key(self, headers: Headers, path: str) -> None:
-        if self._key is None or path in _OPEN or path.startswith(_PAGE):
+        if self._key is None or _is_open(path):
             return
         if not any([hmac.compare_digest(given, self._key) for given in _keys(headers)]):
             rule = "the server's key must come as Authorization: Bearer KEY, or as x-api-key: KEY"
             raise ApiError(401, "key_invalid", rule, headers={"WWW-Authenticate": "Bearer"})
+
+
+def _is_open(path: str) -> bool:
+    return path in _OPEN or path.startswith(_PAGE)
 
 
 def _bare(host: str) -> str:
@@ -125,13 +130,3 @@ def _keys(headers: Headers) -> Iterator[bytes]:
     if scheme.lower() == "bearer":
         yield key.strip().encode()
     yield headers.get("x-api-key", "").encode()
-
-
-def _again(body: bytes, receive: Receive) -> Receive:
-    """Gives the body once more, then what comes behind it."""
-    read = iter([{"type": "http.request", "body": body, "more_body": False}])
-
-    async def receive_again() -> Message:
-        return next(read, None) or await receive()
-
-    return receive_again

@@ -4,6 +4,7 @@ A line holds no key, no query, no data: URI and no address of an image; a failur
 place, since its words may hold text.
 """
 
+import asyncio
 import json
 import logging
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_qwen35.media.fetch import is_remote
+from mlx_qwen35.server.errors import ApiError
 from mlx_qwen35.server.guard import refusal
 from mlx_qwen35.server.service import ANSWERS, Answer
 from mlx_qwen35.server.status import Metrics
@@ -22,14 +24,28 @@ from mlx_qwen35.server.status import Metrics
 LOG = logging.getLogger("mlx_qwen35.server")
 
 
-def to_stderr() -> None:
+def to_stderr(with_text: bool) -> None:
     """Have the server's lines, and errors of uvicorn, written to standard error."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Lines(with_text))
     for name, level in ((LOG.name, logging.INFO), ("uvicorn.error", logging.ERROR)):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)
+
+
+class _Lines(logging.Formatter):
+    """Begins with the time; an exception is told without its words, unless with_text."""
+
+    def __init__(self, with_text: bool):
+        super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
+        self._with_text = with_text
+
+    def formatException(self, ei: Any) -> str:
+        if self._with_text:
+            return super().formatException(ei)
+        kind, _, trace = ei
+        return "".join([*traceback.format_tb(trace), kind.__name__])
 
 
 class Log:
@@ -50,8 +66,12 @@ class Log:
 
         try:
             await self._app(scope, receive, watched)
+        except asyncio.CancelledError:  # the server closes
+            if not status:
+                error = ApiError(503, "closing", "the server is closing")
+                await refusal(scope["path"], error)(scope, receive, watched)
         except Exception as error:
-            LOG.error("%s", _failure(error, self._with_text))
+            LOG.exception("a request failed")
             if not status:  # otherwise the connection ends without the rest
                 await refusal(scope["path"], error)(scope, receive, watched)
         finally:
@@ -94,8 +114,3 @@ def _without_media(value: Any) -> Any:
     if isinstance(value, str) and is_remote(value):
         return f"{value.partition(':')[0]}: URL of {len(value):,} characters"
     return value
-
-
-def _failure(error: Exception, with_text: bool) -> str:
-    trace = "".join(traceback.format_tb(error.__traceback__))
-    return f"failed: {type(error).__name__}{f': {error}' if with_text else ''}\n{trace}"

@@ -53,7 +53,7 @@ async def count_tokens(request: Request) -> Response:
 def _read(body: Fields, service: Service) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     asked.check_model(body, service)
     prompt = conversation(body, service)
-    own = options(body)
+    own = options(body, service)
     if prompt[-1]["role"] == "assistant":  # as Anthropic's API: the answer goes on with it
         own["continue_final_message"] = True
     return prompt, own

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from mlx_qwen35.engine.options import GenerationOptions
-from mlx_qwen35.engine.presets import Sampling
 from mlx_qwen35.prompt.messages import MOST_TOOLS
 from mlx_qwen35.server import asked
 from mlx_qwen35.server.fields import MISSING, Fields
@@ -30,7 +29,7 @@ Message = dict[str, Any]
 
 def conversation(body: Fields, service: Service) -> list[Message]:
     """The messages, the system prompt's blocks in front, each a system message: a blank line will stand between."""
-    found = [_system(_without_billing(text)) for text in _texts(body, "system", "")]
+    found = [_system(text) for text in map(_without_billing, _texts(body, "system", "")) if text]
     messages = body.objects("messages")
     if not messages:
         raise body.error("messages", "must not be empty", code="messages_invalid")
@@ -46,11 +45,9 @@ def conversation(body: Fields, service: Service) -> list[Message]:
     return found
 
 
-def options(body: Fields) -> dict[str, Any]:
+def options(body: Fields, service: Service) -> dict[str, Any]:
     """The options of `generate`, but for the length. The last look at a body."""
-    body.number("temperature", None, least=0, most=2)
-    found = body.option("temperature", Sampling, "temp") | body.option("top_p", Sampling)
-    found |= body.option("top_k", Sampling) | asked.stops(body, "stop_sequences") | _tools(body) | _output(body)
+    found = asked.sampling(body, service) | asked.stops(body, "stop_sequences") | _tools(body) | _output(body)
     for name, why in DECLINED.items():
         body.refuse(name, why)
     body.refuse("speed", "there is one speed", idle=("standard",))

@@ -11,6 +11,7 @@ from mlx_qwen35.engine.result import Result
 from mlx_qwen35.prompt.piece import ARGUMENTS, CALL, CONTENT, REASONING, Piece
 from mlx_qwen35.server.replies import Choice
 from mlx_qwen35.server.service import Event
+from mlx_qwen35.server.trimmed import Trimmed
 
 Delta = dict[str, Any]
 
@@ -20,7 +21,7 @@ class Spoken:
 
     def __init__(self, index: int):
         self.index = index
-        self._content, self._reasoning = "", ""
+        self._content, self._reasoning, self._trimmed = "", "", Trimmed()
         self._calls: list[dict[str, Any]] = []
 
     def opening(self) -> list[Choice]:
@@ -45,8 +46,9 @@ class Spoken:
 
     def _delta(self, piece: Piece) -> Delta | None:
         if piece.kind == REASONING:
-            self._reasoning += piece.text
-            return {"reasoning_content": piece.text, "reasoning": piece.text}
+            text = self._trimmed.add(piece.text)
+            self._reasoning += text
+            return {"reasoning_content": text, "reasoning": text} if text else None
         if piece.kind == CONTENT:
             self._content += piece.text
             return {"content": piece.text}

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
+from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import Scope
@@ -25,8 +26,9 @@ class Metrics:
 
     def count(self, scope: Scope, status: int, answers: Sequence[Answer], began: float) -> None:
         """A request has ended. began: on the clock of time.monotonic()."""
-        known = "endpoint" in scope  # else any word of a client would become a series
-        self.requests[scope["path"] if known else "other", status] += 1
+        routes = (route for route in scope["app"].routes if route.endpoint is scope.get("endpoint"))
+        path = next((route.path for route in routes), "other")  # else any word of a client would be a series
+        self.requests[path, status] += 1
         for answer in answers:
             ended = [result for result in answer.results if result]
             self.tokens["prompt"] += answer.job.prompt_tokens
@@ -66,5 +68,11 @@ def _gauges(service: Service) -> Iterator[str]:
 
 
 async def health(request: Request) -> Response:
-    """200 while requests are answered."""
-    return JSONResponse({"status": "ok"})
+    """200 where requests are answered, 503 before and after."""
+    condition = condition_of(request.app)
+    return JSONResponse({"status": condition}, 200 if condition == "ok" else 503)
+
+
+def condition_of(app: Starlette) -> str:
+    """ "ok", or what keeps the server from answering."""
+    return "closing" if app.state.closing else "loading" if app.state.service is None else "ok"

@@ -11,7 +11,8 @@ from refusing import refused
 
 from mlx_qwen35.cache.cache import Snapshot
 from mlx_qwen35.cache.layer import CachePosition
-from mlx_qwen35.cache.prefix import QUERY, READING, STEP, SYSTEM, TURN, Prefix, PrefixLibrary, Shown, Use
+from mlx_qwen35.cache.prefix import QUERY, READING, STEP, SYSTEM, TURN, PrefixLibrary, Use
+from mlx_qwen35.cache.prefix_tokens import Prefix, Shown
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.prompt.positions import Placeholder

@@ -8,7 +8,8 @@ from refusing import refused
 
 from mlx_qwen35 import Conversation, load
 from mlx_qwen35.cache.layer import CachePosition, KVCache
-from mlx_qwen35.cache.prefix import SYSTEM, TURN, Prefix
+from mlx_qwen35.cache.prefix import SYSTEM, TURN
+from mlx_qwen35.cache.prefix_tokens import Prefix
 from mlx_qwen35.engine.encode import prefix_of
 from mlx_qwen35.engine.generation import start
 from mlx_qwen35.errors import InputError

@@ -1,0 +1,61 @@
+"""A prompt, or its beginning, as the model reads it: what a library of prefixes compares."""
+
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Shown(NamedTuple):
+    """An image or a video of a prompt: its pixels, and (start, height, width) of each placeholder, in tokens."""
+
+    digest: str
+    places: tuple[tuple[int, int, int], ...]
+
+    @property
+    def start(self) -> int:
+        return self.places[0][0]
+
+    @property
+    def stop(self) -> int:
+        start, height, width = self.places[-1]
+        return start + height * width
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """A prompt, or its beginning, as the model reads it: tokens (n,) int32, and what its placeholders show, in order.
+
+    Equal prefixes of one model have the same cache.
+    """
+
+    tokens: np.ndarray
+    media: tuple[Shown, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def whole(self, length: int) -> bool:
+        """Whether the first `length` tokens end outside of every image and video."""
+        return not any(shown.start < length < shown.stop for shown in self.media)
+
+    def upto(self, length: int) -> "Prefix":
+        """The first `length` tokens."""
+        return Prefix(self.tokens[:length], tuple(shown for shown in self.media if shown.start < length))
+
+    def shared(self, other: "Prefix") -> int:
+        """How many tokens are the same from the first on, with what they show."""
+        n = min(len(self), len(other))
+        parted = np.flatnonzero(self.tokens[:n] != other.tokens[:n])
+        starts = [shown.start for pair in zip_longest(self.media, other.media) if pair[0] != pair[1]
+                  for shown in pair if shown]  # fmt: skip
+        return int(min([n, *parted[:1], *starts]))
+
+    def same(self, other: "Prefix") -> bool:
+        return len(self) == len(other) and self.begins(other)
+
+    def begins(self, other: "Prefix") -> bool:
+        """Whether the other goes on from this one, or is the same."""
+        n = len(self)
+        return n <= len(other) and self.media == other.upto(n).media and np.array_equal(self.tokens, other.tokens[:n])

@@ -1,0 +1,127 @@
+"""What the log and the figures tell, and what they never do."""
+
+import io
+import json
+import logging
+import re
+import time
+from collections.abc import Iterator
+
+import pytest
+from server.test_media import png, uri
+from serving import CLIENT, Running, serving
+
+from mlx_qwen35.server.log import to_stderr
+
+CHAT = "/v1/chat/completions"
+QUESTION = {"messages": [{"role": "user", "content": "What is 34 + 58?"}], "temperature": 0}
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+    """What the server writes to standard error. Loggers are left as they were."""
+    written = io.StringIO()
+    monkeypatch.setattr("sys.stderr", written)
+    loggers = [logging.getLogger(name) for name in ("mlx_qwen35.server", "uvicorn.error")]
+    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    to_stderr(with_text=False)
+    yield written
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
+def test_a_request_is_a_line_of_counts(nano_server: Running, lines: io.StringIO) -> None:
+    usage = nano_server.post(CHAT, QUESTION).json()["usage"]
+    CLIENT.get(nano_server.url + "/no/such%20path%0A%1B[31m")
+    told, gone = of(lines, 2)
+    counts = rf"{usage['prompt_tokens']} in \(\d+ cached\), {usage['completion_tokens']} out, stop, \d+\.\d\d s"
+    assert re.fullmatch(rf"\d\d:\d\d:\d\d POST {CHAT} 200 {counts}", told)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d GET /no/such%20path\\n\\x1b\[31m 404 \d+\.\d\d s", gone)
+
+
+def of(lines: io.StringIO, count: int) -> list[str]:
+    """So many lines, which follow the answers to their requests."""
+    until = time.monotonic() + 20
+    while lines.getvalue().count("\n") < count and time.monotonic() < until:
+        time.sleep(0.01)
+    found = lines.getvalue().splitlines()
+    assert len(found) == count
+    return found
+
+
+SECRET = "opensesame"
+
+
+def test_text_keys_and_media_stay_out_of_the_log(nano_server: Running, lines: io.StringIO) -> None:
+    content = [
+        {"type": "text", "text": SECRET},
+        {"type": "image_url", "image_url": {"url": uri(png())}},
+    ]
+    key = {"Authorization": f"Bearer {SECRET}", "x-api-key": SECRET}
+    asked = {"messages": [{"role": "user", "content": content}], "max_tokens": 2, "user": SECRET}
+    assert nano_server.post(f"{CHAT}?key={SECRET}", asked, headers=key).status_code == 200
+    nano_server.post(CHAT, {"messages": SECRET}, headers=key)
+    nano_server.post(CHAT, {"messages": [{"role": SECRET, "content": SECRET}]}, headers=key)
+    content[1] = {"type": "image_url", "image_url": {"url": f"http://{SECRET}.test/a.png?{SECRET}"}}
+    nano_server.post(CHAT, asked, headers=key)
+    of(lines, 4)
+    assert SECRET not in lines.getvalue() and "base64" not in lines.getvalue()
+
+
+def test_a_failure_of_the_server_is_told_by_its_place_and_answered(
+    nano_server: Running, lines: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError(SECRET)
+
+    monkeypatch.setattr(nano_server.service, "prepare", broken)
+    for path in (CHAT, "/v1/messages"):
+        response = nano_server.post(path, QUESTION | {"max_tokens": 4})
+        assert response.status_code == 500 and SECRET not in response.text
+        assert response.json()["error"]["type"] == "api_error"
+    assert "RuntimeError" in lines.getvalue() and "in broken" in lines.getvalue()
+    assert SECRET not in lines.getvalue()
+
+
+def test_text_is_told_where_it_is_asked_for(lines: io.StringIO) -> None:
+    with serving(log_text=True) as server:
+        content = [{"type": "text", "text": "What is 34 + 58?"}, {"type": "image_url", "image_url": uri(png())}]
+        server.post(CHAT, {"messages": [{"role": "user", "content": content}], "max_tokens": 4})
+    told = lines.getvalue()  # the server has ended
+    asked = json.loads(told.split("asked: ")[1].splitlines()[0])
+    assert asked["messages"][0]["content"][0]["text"] == "What is 34 + 58?"
+    assert "answered: " in told and "base64" not in told
+
+
+def figures(server: Running) -> dict[str, float]:
+    response = CLIENT.get(server.url + "/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    lines = [line for line in response.text.splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r'[a-z0-9_]+(\{[a-z]+="[^"]*"(,[a-z]+="[^"]*")*\})? [-+0-9.e]+', line) for line in lines)
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+def test_figures_add_up(nano_server: Running) -> None:
+    before = figures(nano_server)
+    usage = nano_server.post(CHAT, QUESTION).json()["usage"]
+    for _ in range(2):
+        CLIENT.get(nano_server.url + "/never/seen")
+    after = figures(nano_server)
+
+    def more(name: str) -> float:
+        return after[name] - before.get(name, 0)
+
+    assert more(f'mlx_qwen35_requests_total{{path="{CHAT}",status="200"}}') == 1
+    assert more('mlx_qwen35_requests_total{path="other",status="404"}') == 2
+    assert more("mlx_qwen35_prompt_tokens_total") == usage["prompt_tokens"]
+    assert more("mlx_qwen35_cached_tokens_total") == usage["prompt_tokens_details"]["cached_tokens"]
+    assert more("mlx_qwen35_generated_tokens_total") == usage["completion_tokens"]
+    assert more("mlx_qwen35_first_token_seconds_count") == more('mlx_qwen35_first_token_seconds_bucket{le="+Inf"}') == 1
+    assert after["mlx_qwen35_memory_bytes"] > 0
+    assert not any("never" in name for name in after)
+
+
+def test_a_server_that_answers_is_healthy(nano_server: Running) -> None:
+    response = CLIENT.get(nano_server.url + "/health")
+    assert (response.status_code, response.json()) == (200, {"status": "ok"})
