@@ -124,7 +124,7 @@ async function rename(id, title) {
 
 async function remove(id) {
   const conversation = id === current.id ? current : running.get(id);
-  conversation?.stop();
+  await conversation?.halt();
   await store.deleteConversation(id);
   await (id === current.id ? open() : list());
 }
