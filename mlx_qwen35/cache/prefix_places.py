@@ -1,12 +1,15 @@
-"""What a folder has of prefixes: a tree of places, each of which goes on from the one before. No file is touched here."""
+"""What a folder has of prefixes: a tree of places, each of which goes on from the one before. It touches no file."""
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from mlx_qwen35.cache.prefix import RANKS
-from mlx_qwen35.cache.prefix_tokens import Prefix
+from mlx_qwen35.cache.prefix_tokens import Prefix, Shown
 
 
 @dataclass
@@ -36,6 +39,29 @@ class Places(dict[str, Place]):
     def __init__(self, identity: Mapping[str, str]):
         super().__init__()
         self._identity = json.dumps(identity, sort_keys=True).encode()
+
+    def add(self, key: str, header: Mapping[str, str], file: os.stat_result) -> None:
+        """A file of columns is there, with this header. It is passed over where what it goes on from is not.
+
+        Raises KeyError, ValueError or TypeError for a header that is not as it was written.
+        """
+        parent, tokens, media = (json.loads(header[field]) for field in ("parent", "tokens", "media"))
+        if parent and parent not in self:
+            return
+        before = self[parent].prefix if parent else Prefix(np.zeros(0, np.int32))
+        shown = tuple(Shown(digest, tuple(map(tuple, places))) for digest, places in media)
+        prefix = Prefix(np.concatenate([before.tokens, np.array(tokens, np.int32)]), before.media + shown)
+        if self.key(prefix) != key:
+            raise ValueError(f"the tokens in {key} must be those that it was written with")
+        self[key] = Place(prefix, parent, file.st_size)
+
+    def mark(self, key: str, header: Mapping[str, str], file: os.stat_result) -> None:
+        """A file of states is there, with this header. Raises as `add`."""
+        kind = json.loads(header["kind"])
+        if kind not in RANKS:
+            raise ValueError(f"the kind of {key} must be one of {list(RANKS)}")
+        if place := self.get(key):
+            place.kind, place.states, place.used = kind, file.st_size, file.st_mtime_ns
 
     def key(self, prefix: Prefix) -> str:
         return next(self._keys(prefix, [len(prefix)]))

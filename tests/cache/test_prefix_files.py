@@ -1,0 +1,249 @@
+"""A folder of prefixes: what one process has read another goes on with, bit for bit; what is damaged is read again."""
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from refusing import refused
+
+from mlx_qwen35.cache.prefix import QUERY, READING, SYSTEM, TURN, Entry, PrefixLibrary
+from mlx_qwen35.cache.prefix_files import COLUMNS, STATES, PrefixFiles
+from mlx_qwen35.cache.prefix_folder import ASIDE
+from mlx_qwen35.cache.prefix_tokens import Prefix, Shown
+from mlx_qwen35.cache.session_file import SessionFile
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.load import load
+from mlx_qwen35.model.model import Model
+
+IDENTITY = {"fingerprint": "of this model", "dtype": "float32"}
+PROMPT = Prefix(np.arange(2, 80, dtype=np.int32))
+ENTRY = {16: SYSTEM, 32: QUERY, 48: TURN}  # where PROMPT is stored
+
+
+@pytest.fixture(scope="module")
+def model(text_model) -> Model:
+    return text_model()
+
+
+@contextmanager
+def files(folder: Path, model: Model, **options) -> Iterator[tuple[PrefixLibrary, PrefixFiles, list[str]]]:
+    """A library of 0.1 GB with a folder behind it, and what that has told."""
+    told: list[str] = []
+    library = model.make_library(0.1)
+    behind = PrefixFiles(folder, **{"identity": IDENTITY, "tell": told.append} | options)
+    try:
+        behind.attach(library)
+        yield library, behind, told
+    finally:
+        behind.close()
+
+
+def read(model: Model, library: PrefixLibrary, prefix: Prefix, places: dict[int, str]) -> mx.array:
+    """Read a prompt from where the library or its folder has it, stored at these places; its last hidden state."""
+    library.recall(prefix)
+    cache, use = library.begin(prefix)
+    for start, stop in pairwise([use.reused, *(n for n in places if n > use.reused), len(prefix)]):
+        hidden = model.hidden(mx.array([prefix.tokens[start:stop].tolist()]), cache)[:, -1]
+        mx.eval(hidden)
+        use.read(cache, stop - start, places.get(stop))
+    use.close()
+    return hidden
+
+
+def numbers(array: mx.array) -> bytes:
+    return np.array(array).tobytes()
+
+
+def names(folder: Path) -> list[str]:
+    """The kinds of the files that are there."""
+    return sorted("." + path.name.partition(".")[2] for path in folder.iterdir())
+
+
+def killed(folder: Path) -> Path:
+    """The folder as a process leaves it that is killed now."""
+    return shutil.copytree(folder, folder.with_name(f"{folder.name} then"))
+
+
+@pytest.mark.parametrize("kv", [None, pytest.param("8/4", marks=pytest.mark.full)])
+def test_another_process_goes_on_with_the_same_bits(tmp_path, model, kv):
+    model = load("nano", kv_bits=kv)[0] if kv else model
+    with files(tmp_path / "a", model) as (library, behind, _):
+        cold = read(model, library, PROMPT, ENTRY)
+        behind.flush()
+        then = killed(tmp_path / "a")
+    for folder in (tmp_path / "a", then):
+        with files(folder, model) as (library, behind, told):
+            assert behind.lengths() == [16, 32, 48] and not library.entries()
+            assert numbers(read(model, library, PROMPT, ENTRY)) == numbers(cold)
+            assert library.counts.reused == 48 and not told
+            other = Prefix(np.concatenate([PROMPT.tokens[:40], PROMPT.tokens[:9]]))
+            warm = read(model, library, other, {})
+            assert library.counts.reused == 48 + 32
+            whole = model.make_cache()
+            for start, stop in pairwise([0, 16, 32, 49]):
+                alone = model.hidden(mx.array([other.tokens[start:stop].tolist()]), whole)[:, -1]
+            assert numbers(warm) == numbers(alone)
+
+
+def test_images_are_told_apart_by_their_pixels(tmp_path, model):
+    def shows(digest: str) -> Prefix:
+        return Prefix(PROMPT.tokens, (Shown(digest, ((4, 2, 3),)),))
+
+    with files(tmp_path, model) as (library, _, _):
+        read(model, library, shows("one"), {16: TURN})
+    with files(tmp_path, model) as (library, _, _):
+        for digest, reused in (("two", 0), ("one", 16)):
+            library.recall(shows(digest))
+            assert library.reusable(shows(digest)) == reused
+
+
+def test_no_column_is_written_twice_and_a_turn_that_has_gone_on_gives_its_states_back(tmp_path, model):
+    with files(tmp_path, model) as (library, behind, _):
+        cache, use = library.begin(PROMPT)
+        for stop in range(8, 72, 8):
+            mx.eval(model.hidden(mx.array([PROMPT.tokens[stop - 8 : stop].tolist()]), cache))
+            use.store(cache, SYSTEM if stop == 8 else TURN)
+        behind.flush()
+        assert behind.lengths() == [8, 64] and names(tmp_path).count(STATES) == 2
+        columns = sum(path.stat().st_size for path in tmp_path.glob(f"*{COLUMNS}"))
+        token = sum(a.nbytes for name, a in cache.arrays().items() if "keys" in name or "values" in name) // 64
+        assert 64 * token <= columns < 64 * token + 8 * 6000  # and headers
+        del cache
+        use.close()
+        library.clear()
+        read(model, library, PROMPT, {})
+        assert library.counts.reused == 64
+
+
+def test_the_engine_waits_for_no_disk(tmp_path, model, monkeypatch):
+    go, write = threading.Event(), SessionFile.write
+    monkeypatch.setattr(SessionFile, "write", lambda *given: go.wait(30) and write(*given))
+    with files(tmp_path, model) as (library, behind, _):
+        read(model, library, PROMPT, ENTRY)
+        assert behind.pending > 0 and not behind.lengths()
+        go.set()
+        behind.flush()
+        assert behind.pending == 0 and behind.lengths() == [16, 32, 48]
+
+
+def test_where_the_disk_is_too_slow_the_end_makes_up_for_it(tmp_path, model, monkeypatch):
+    go, write = threading.Event(), SessionFile.write
+    monkeypatch.setattr(SessionFile, "write", lambda *given: go.wait(30) and write(*given))
+    with files(tmp_path, model, memory=1) as (library, behind, _):
+        read(model, library, PROMPT, ENTRY)
+        behind.memory = 10**9
+        go.set()
+        behind.flush()
+        assert behind.lengths() == [16]
+    with files(tmp_path, model) as (_, behind, _):
+        assert behind.lengths() == [16, 32, 48]
+
+
+def test_a_disk_without_room_is_told_of_and_ends_no_request(tmp_path, model, monkeypatch):
+    def full(*_):
+        raise InputError("disk_full", "the disk has 0.00 GB free")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SessionFile, "write", full)
+        with files(tmp_path, model) as (library, behind, told):
+            read(model, library, PROMPT, ENTRY)
+            behind.flush()
+            assert library.reusable(PROMPT) == 48 and behind.pending == 0 == behind.nbytes
+            assert all("0.00 GB" in line for line in told) and told
+            patch.undo()
+    with files(tmp_path, model) as (_, behind, _):
+        assert behind.lengths() == [16, 32, 48]
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+@pytest.mark.parametrize("damage", [flip, cut])
+@pytest.mark.parametrize(("ending", "reused"), [(STATES, 32), (COLUMNS, 32)])
+def test_a_damaged_file_is_set_aside_and_the_rest_is_used(tmp_path, model, damage: Callable, ending, reused):
+    with files(tmp_path, model) as (library, behind, _):
+        cold = read(model, library, PROMPT, ENTRY)
+        behind.flush()
+        newest = max(tmp_path.glob(f"*{ending}"), key=lambda path: path.stat().st_mtime_ns)
+    damage(newest)
+    with files(tmp_path, model) as (library, _, told):
+        assert numbers(read(model, library, PROMPT, ENTRY)) == numbers(cold)
+        assert library.counts.reused == reused
+        (line,) = told
+        assert newest.name in line and (tmp_path / (newest.name + ASIDE)).exists()
+
+
+def test_of_a_file_that_others_go_on_from_all_is_read_again(tmp_path, model):
+    with files(tmp_path, model) as (library, behind, _):
+        read(model, library, PROMPT, {16: SYSTEM})
+        behind.flush()
+        (first,) = tmp_path.glob(f"*{COLUMNS}")
+        read(model, library, PROMPT, ENTRY)
+    flip(first)
+    with files(tmp_path, model) as (library, behind, told):
+        read(model, library, PROMPT, {})
+        behind.flush()
+        assert library.counts.reused == 0 and len(told) == 1 and not behind.lengths()
+        assert set(names(tmp_path)) == {COLUMNS + ASIDE, ".server.saving"}
+
+
+@pytest.mark.parametrize("field", ["fingerprint", "dtype"])
+def test_what_another_model_wrote_is_told_of_in_a_line_and_stays(tmp_path, model, field):
+    with files(tmp_path, model) as (library, _, _):
+        read(model, library, PROMPT, ENTRY)
+    with files(tmp_path, model, identity=IDENTITY | {field: "another"}) as (library, behind, told):
+        library.recall(PROMPT)
+        assert library.reusable(PROMPT) == 0 and not behind.lengths() and behind.nbytes == 0
+        (line,) = told
+        assert "3" in line
+    with files(tmp_path, model) as (_, behind, told):
+        assert behind.lengths() == [16, 32, 48] and not told
+
+
+def test_one_process_at_a_time_has_the_folder(tmp_path, model):
+    with files(tmp_path, model), refused("session_busy"), files(tmp_path, model):
+        pass
+    with files(tmp_path, model):
+        pass
+
+
+def test_a_folder_that_cannot_be_is_refused(tmp_path, model):
+    (tmp_path / "file").touch()
+    with refused("output_unwritable"), files(tmp_path / "file" / "inside", model):
+        pass
+
+
+@pytest.mark.parametrize("inserts", [60, pytest.param(10_000, marks=pytest.mark.full)])
+def test_the_cap_holds_and_the_lowest_kind_goes_first(tmp_path, model, inserts):
+    rng, snapshots = np.random.default_rng(0), {}
+    for length in (3, 5, 8):
+        cache = model.make_cache()
+        mx.eval(model.hidden(mx.array([list(range(2, 2 + length))]), cache))
+        snapshots[length] = cache.snapshot()
+    with files(tmp_path, model) as (_, behind, told):
+        first = Entry(Prefix(np.full(5, 3, np.int32)), SYSTEM, snapshots[5])
+        behind.take(first)
+        behind.flush()
+        behind.memory = 20 * behind.nbytes
+        for _ in range(inserts):
+            length = int(rng.choice([3, 5, 8]))
+            prefix = Prefix(rng.integers(2, 90, size=length).astype(np.int32))
+            behind.take(Entry(prefix, str(rng.choice([QUERY, TURN, READING])), snapshots[length]))
+            behind.flush()
+            assert behind.nbytes <= behind.memory
+        on_disk = sum(path.stat().st_size for path in tmp_path.iterdir())
+        assert 0.8 * behind.memory < on_disk == behind.nbytes and not told
+        assert 10 < len(behind.lengths()) < 25 and behind.places.path(first.prefix)
