@@ -4,23 +4,25 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 try:
-    from playwright.sync_api import Browser, Error, Locator, Page, Route, expect, sync_playwright
+    from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
+    from playwright.sync_api import Error as Error  # for the tests, which import from here so that all are skipped
 except ImportError:
     pytest.skip("needs the package playwright", allow_module_level=True)
 
-__all__ = ["Browser", "Error", "Page", "Route", "expect"]  # for tests; where playwright is absent they are skipped here
+SHAPES = Path(__file__).parents[1] / "examples/pictures/shapes.png"
 PROGRAMS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 CHAT = "**/v1/chat/completions"
 WATCH = """
 globalThis.violations = [];
 addEventListener("securitypolicyviolation", (event) => violations.push(event.violatedDirective));
 """
-expect.set_options(timeout=30_000)
+expect.set_options(timeout=20_000)
 
 
 @contextmanager
@@ -85,3 +87,15 @@ def reply(page: Page, content: str, body: str | None = None, **fulfil: Any) -> l
 
     page.route(CHAT, handle)
     return requests
+
+
+def set_up(page: Page, **fields: str) -> None:
+    """Fill in the settings and save them."""
+    page.get_by_role("button", name="Settings").click()
+    for name, value in fields.items():
+        field = page.locator(f"#settings [name={name}]")
+        if name == "thinking":
+            field.select_option(value)
+        else:
+            field.fill(value)
+    page.get_by_role("button", name="Save").click()

@@ -104,13 +104,22 @@ class Server:
 
     def _wait(self) -> None:
         for _ in range(START_SECONDS * 10):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return
+            if self._ready():
+                return
             if (code := self._process.poll()) is not None:
                 raise ProgramError(self.name, last_words(self._errors, code))
             time.sleep(0.1)
-        raise ProgramError(self.name, f"it did not listen within {START_SECONDS} seconds")
+        raise ProgramError(self.name, f"it was not ready within {START_SECONDS} seconds")
+
+    def _ready(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
 
     def ask(self, messages: Sequence[dict[str, str]], tokens: int) -> Reply:
         """Have a conversation answered with so many tokens. Raises ProgramError."""
@@ -127,7 +136,7 @@ class Server:
                 if response.status != 200:
                     raise ProgramError(self.name, f"HTTP {response.status}: {response.read()[:300].decode()}")
                 return self._read(response, start)
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise ProgramError(self.name, f"{type(error).__name__}: {error}") from error
         finally:
             connection.close()

@@ -39,4 +39,7 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def anthropic(self, request_id: str = "") -> dict[str, Any]:
-        return {"type": "error", "error": {"type": self.type, "message": self.message}, "request_id": request_id}
+        """Anthropic's shape has no place for the field, so the message names it."""
+        named = f"{self.param}: " if self.param and self.param not in self.message else ""
+        told = {"type": self.type, "message": named + self.message}
+        return {"type": "error", "error": told, "request_id": request_id}

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from mlx_qwen35.media.preprocess import Media
 from mlx_qwen35.server.fields import Fields
 from mlx_qwen35.server.media import read_media
 from mlx_qwen35.server.service import Service
@@ -80,15 +81,19 @@ def _part(given: Fields, service: Service) -> Message:
 
 
 def _medium(given: Fields, field: str, service: Service) -> Message:
-    """image_url or video_url: an object with the url, or the url."""
-    kind = field.removesuffix("_url")
+    """image_url or video_url: an object with the url, or the url. detail: "low" is an image of few pixels."""
+    kind, url, detail = field.removesuffix("_url"), given.any(field), "auto"
     vision = {own: value for name, own in _OPTIONS[kind].items() if (value := given.any(name, None)) is not None}
-    url = given.any(field)
     if isinstance(url, dict):
         source = given.object(field)
         url = source.text("url")
-        if kind == "image" and source.choice("detail", ("auto", "low", "high", "original"), "auto") == "low":
-            vision.setdefault("max_pixels", LOW)
+        detail = source.choice("detail", ("auto", "low", "high", "original"), "auto") if kind == "image" else "auto"
         source.done()
-    media = read_media(service.processor, kind, url, given.place(field), service.options, **vision)
+
+    def read(**options: Any) -> Media:
+        return read_media(service.processor, kind, url, given.place(field), service.options, **options)
+
+    media = read(**vision)
+    if detail == "low" and media.pixels[0, :, :, 0].size > LOW:
+        media = read(**vision | {"max_pixels": LOW})
     return {"type": kind, kind: media}

@@ -29,7 +29,7 @@ Message = dict[str, Any]
 
 def conversation(body: Fields, service: Service) -> list[Message]:
     """The messages, the system prompt's blocks in front, each a system message: a blank line will stand between."""
-    found = [_system(_without_billing(text)) for text in _texts(body, "system", "")]
+    found = [_system(text) for text in map(_without_billing, _texts(body, "system", "")) if text]
     messages = body.objects("messages")
     if not messages:
         raise body.error("messages", "must not be empty", code="messages_invalid")

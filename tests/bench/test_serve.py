@@ -69,7 +69,7 @@ def test_clients_ask_at_the_same_time():
 
     server.ask = ask  # type: ignore[method-assign]
     settings = Settings(9, 3, clients=(2,), repeats=1, dtype="float32", turns=0)
-    assert len(measure([server], settings, {}, lambda line: None)[0][0].replies) == 4  # type: ignore[list-item]
+    assert len(measure([server], settings, {}, lambda line: None)[0].replies) == 4  # type: ignore[list-item]
 
 
 def test_a_server_that_fails_is_named_and_the_others_go_on():

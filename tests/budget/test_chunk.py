@@ -58,7 +58,9 @@ def remembered(monkeypatch):
 
 @pytest.mark.usefixtures("remembered")
 @pytest.mark.parametrize("kind", BUFFERS)
-@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize(
+    "name", ["4b", "27b", *(pytest.param(n, marks=pytest.mark.full) for n in GEOMETRIES if n not in ("4b", "27b"))]
+)
 def test_no_command_buffer_takes_more_than_a_second_but_with_the_shortest_chunk(name, kind):
     config, over = text_config(name), set()
     for chip in CHIPS:

@@ -250,7 +250,15 @@ EVERY_MODE = [
 ]
 
 
-@pytest.mark.parametrize("form", EVERY_MODE, ids=lambda form: f"{form[2]}-{form[1]}-{form[0]}")
+USUAL = {32: (2, 5, 8), 64: (3, 4, 6), 128: (4,)}  # group size -> bits: each of both
+
+
+@pytest.mark.parametrize(
+    "form",
+    [form if form[2] != "affine" or form[1] in USUAL[form[0]] else pytest.param(form, marks=pytest.mark.full)
+     for form in EVERY_MODE],
+    ids=lambda form: f"{form[2]}-{form[1]}-{form[0]}",
+)  # fmt: skip
 def test_a_packed_model_equals_the_unpacked_one(form, raw, tmp_path):
     packing = uniform(*form)
     target = as_converted(raw, tmp_path / "packed", mlx_lm_name, packing)

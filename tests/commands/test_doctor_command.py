@@ -227,7 +227,8 @@ class Clock:
 @pytest.mark.parametrize(
     ("seconds", "longest"),
     # each takes twice as long as the one before
-    [(0.0, 32), (1.4, 32), (2.5, 64), (10.0, 256), pytest.param(1000.0, PROMPTS[-1], marks=pytest.mark.full)],
+    [(0.0, 32), (1.4, 32), (2.5, 64),
+     *(pytest.param(s, n, marks=pytest.mark.full) for s, n in ((10.0, 256), (1000.0, PROMPTS[-1])))],
 )
 def test_prompts_grow_as_long_as_the_time_allows(monkeypatch, seconds, longest):
     model, clock = sample_model(TINY, mx.float32, 10**9), Clock(monkeypatch)

@@ -52,7 +52,9 @@ def test_float32_folder_needs_no_second_copies(raw, tmp_path):
     assert [name for name in before if not same(before[name].astype(mx.float32), after[name])] == []
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "dtype", ["float16", *(pytest.param(dtype, marks=pytest.mark.full) for dtype in ("bfloat16", "float32"))]
+)
 @pytest.mark.parametrize("quantize", [False, True])
 def test_a_log_stays_float32_and_exact(raw, tmp_path, dtype, quantize):
     before, after = load(raw), load(convert(raw, tmp_path / "out", dtype=dtype, quantize=quantize))
@@ -67,9 +69,8 @@ def test_a_log_stays_float32_and_exact(raw, tmp_path, dtype, quantize):
         {},
         {"q_bits": 8, "q_group_size": 32},
         {"q_bits": 3, "dtype": "float16"},
-        {"q_mode": "mxfp4"},
         {"q_mode": "mxfp8", "dtype": "float32"},
-        {"q_mode": "nvfp4"},
+        *(pytest.param({"q_mode": mode}, marks=pytest.mark.full) for mode in ("mxfp4", "nvfp4")),
     ],
 )
 def test_text_matrices_are_those_of_mx_quantize(raw, tmp_path, options):

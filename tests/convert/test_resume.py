@@ -130,9 +130,9 @@ def test_line_that_was_cut_off_does_not_count(raw, tmp_path, broken_off):
     ("options", "message"),
     [
         ({"q_bits": 8}, "the options differ"),
-        ({"rounding": "search"}, "the options differ"),
-        ({"verify": False}, "the options differ"),
-        ({"dtype": "float32"}, "the options differ"),
+        pytest.param({"rounding": "search"}, "the options differ", marks=pytest.mark.full),
+        pytest.param({"verify": False}, "the options differ", marks=pytest.mark.full),
+        pytest.param({"dtype": "float32"}, "the options differ", marks=pytest.mark.full),
     ],
 )
 def test_other_options_are_refused_and_the_leftovers_stay(raw, tmp_path, broken_off, options, message):
@@ -191,7 +191,7 @@ def test_nothing_to_resume_is_told(raw, tmp_path, capfd):
     assert "nothing to resume in" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("left", [b"", b"[[[", b'{"source": "x'])
+@pytest.mark.parametrize("left", [b'{"source": "x', *(pytest.param(b, marks=pytest.mark.full) for b in (b"", b"[[["))])
 def test_a_journal_without_a_whole_line_has_nothing_to_resume_which_is_told(raw, tmp_path, broken_off, capfd, left):
     (broken_off / JOURNAL).write_bytes(left)
     converted(raw, tmp_path / "out", resume=True, **OPTIONS)

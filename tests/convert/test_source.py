@@ -204,8 +204,10 @@ def test_packed_tower_and_draft_head_of_an_mlx_layout_are_copied(raw, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"dtype": "float16"}, {"quantize": True}, {"recipe": "4bit"}, {"quantize": True, "q_mode": "mxfp4"},
-        {"quantize": True, "dtype": "float32", "q_vision_bits": 0},
+        {}, {"recipe": "4bit"}, {"quantize": True, "q_mode": "mxfp4"},
+        pytest.param({"dtype": "float16"}, marks=pytest.mark.full),
+        pytest.param({"quantize": True}, marks=pytest.mark.full),
+        pytest.param({"quantize": True, "dtype": "float32", "q_vision_bits": 0}, marks=pytest.mark.full),
     ],
 )  # fmt: skip
 def test_converting_a_converted_folder_with_nothing_to_change_is_the_identity(raw, tmp_path, options):
@@ -249,8 +251,10 @@ def test_recipe_that_packs_nothing_unpacks(raw, tmp_path):
     assert not open_checkpoint(plain).config.quantization
 
 
-@pytest.mark.parametrize("vision", [True, False])
-@pytest.mark.parametrize("mtp", [True, False])
+@pytest.mark.parametrize(
+    ("mtp", "vision"),
+    [(True, True), (False, False), *(pytest.param(m, not m, marks=pytest.mark.full) for m in (True, False))],
+)
 def test_raw_or_converted_with_and_without_vision_and_draft_head_gives_the_same_logits(tmp_path, mtp, vision):
     raw = write_random_checkpoint(tmp_path / "raw", geometry("tiny"), mtp=mtp, vision=vision)
     once = unpacked(raw, tmp_path / "once")

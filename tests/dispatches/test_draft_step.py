@@ -14,7 +14,11 @@ from mlx_qwen35.checkpoint.random import geometry
 DEPTH_1 = {HEAD: 40, DRAFT_LOGITS: 1, SETTLING: 1, SAMPLING: 2}  # 44 more than without drafts
 
 
-@pytest.fixture(scope="module", params=[("uniform", 298), ("mixed", 322)], ids=["uniform", "mixed"])
+@pytest.fixture(
+    scope="module",
+    params=[("uniform", 298), pytest.param(("mixed", 322), marks=pytest.mark.full)],
+    ids=["uniform", "mixed"],
+)
 def steps(request):
     recipe, token = request.param
     return token, count_drafts(geometry("4b"), recipe, 1)

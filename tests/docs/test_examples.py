@@ -18,17 +18,24 @@ SAID = {  # what nano's answers hold
     "parallel": "each with the tokens that it gets alone",
     "reuse": "112   (prompt 56 tokens, 30 of them reused)",
     "rows": "mlx_qwen35", "score": "'92'               -0.0555, greedy: True", "second_turn": "green ",
-    "serve": "the server answers: 92", "session": "\n102\n   (15 of", "stream": "nano",
+    "serve": "the server answers: 92", "serve_apis": "/v1/responses         92", "serve_load": "nothing was wrong",
+    "session": "\n102\n   (15 of", "stream": "nano",
 }  # fmt: skip
 QUICK = {  # what measures, with less to do
     "drafts": ["--ask", "What is 34 + 58?", "--max-tokens", "20"],
     "first_draft": ["--tokens", "8"],
     "rows": ["--rows", "2", "--lengths", "5", "9", "--decode", "4", "--programs", "mlx_qwen35"],
+    "serve_load": ["--minutes", "0.1", "--clients", "4"],
     "image_memory": ["--megapixels", "0.01", "--frames", "4", "--video-side", "64"],
 }
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+LONG = {"serve_load.py"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full) if name in LONG else name for name in EXAMPLES]
+)
 def test_example(name: str, monkeypatch, capsys):
     source = (FOLDER / name).read_text()
     assert source.startswith('"""') and len(source.splitlines()[0]) > 20, "its first line says what it shows"

@@ -141,7 +141,7 @@ PROMPTS = [
 @pytest.mark.parametrize(
     "options", [{}, {"temp": 6.0, "seed": 5, "top_k": 20, "presence_penalty": 0.5}], ids=["greedy", "sampled"]
 )
-@pytest.mark.parametrize("step", [1024, 6])
+@pytest.mark.parametrize("step", [pytest.param(1024, marks=pytest.mark.full), 6])
 def test_a_batch_of_unequal_prompts_equals_the_single_runs(nano, options, step):
     options = options | {"max_tokens": 40, "prefill_step_size": step}
     together = batch_generate(*nano, PROMPTS, **options)
@@ -282,7 +282,7 @@ def test_memory_stays_flat_over_a_long_generation(nano):
 # --- the caller's own sampler -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [mx.uint32, mx.int32, mx.int64], ids=str)
+@pytest.mark.parametrize("dtype", [mx.uint32, mx.int64, pytest.param(mx.int32, marks=pytest.mark.full)], ids=str)
 def test_a_sampler_may_choose_in_any_integer_dtype(nano, dtype):
     options = {"sampler": lambda logprobs: mx.argmax(logprobs, axis=-1).astype(dtype)}
     assert generate(*nano, ASK, **options).tokens == generate(*nano, ASK, temp=0).tokens

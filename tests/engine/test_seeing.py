@@ -62,7 +62,7 @@ def test_an_image_and_a_video_are_answered(nano):
     assert "".join(map(str, pieces)) == "A green triangle."
 
 
-@pytest.mark.parametrize("step", [1, 5, 7, 512])
+@pytest.mark.parametrize("step", [1, 7, *(pytest.param(n, marks=pytest.mark.full) for n in (5, 512))])
 def test_an_image_may_straddle_chunks_of_the_prompt(nano, step):
     whole = generate(*nano, ASK, images=[SHAPES], temp=1.0, seed=4)
     assert generate(*nano, ASK, images=[SHAPES], temp=1.0, seed=4, prefill_step_size=step).tokens == whole.tokens

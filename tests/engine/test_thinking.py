@@ -40,8 +40,11 @@ def begun(nano, prompts, count, **options):
     return [(result.tokens[:count], result) for result in generation.results()]
 
 
-@pytest.mark.parametrize("mtp", ["off", "on"])
-@pytest.mark.parametrize("budget", [0, 1, pytest.param(20, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    ("budget", "mtp"),
+    [(0, "off"), (1, "on"),
+     *(pytest.param(*case, marks=pytest.mark.full) for case in ((0, "on"), (1, "off"), (20, "off"), (20, "on")))],
+)  # fmt: skip
 def test_endless_thinking_is_closed_at_the_budget_and_an_answer_follows(nano, endless, budget, mtp):
     options = {"thinking_budget": budget, "max_tokens": 301, "mtp": mtp, **endless}
     ((tokens, result),) = begun(nano, [QUESTION], 60, **options)

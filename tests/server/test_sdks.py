@@ -14,9 +14,6 @@ from typing import Any
 import openai
 import pydantic
 import pytest
-from pydantic_ai import Agent
-from pydantic_ai.models.openai import OpenAIChatModel
-from pydantic_ai.providers.openai import OpenAIProvider
 from serving import Running
 
 from mlx_qwen35 import generate
@@ -46,28 +43,46 @@ def generated(server: Running, prompt: Any, **options: Any) -> Result:
 
 # Fields of a request, and the options of generate that say the same.
 SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "seed alone": ({}, {}),
-    "max_completion_tokens goes first": ({"max_completion_tokens": 5, "max_tokens": 9}, {"max_tokens": 5}),
-    "stop": ({"stop": ["2"], "temperature": 0}, {"stop": ["2"], "temp": 0}),
-    "logit_bias": ({"logit_bias": {"75": -100, "76": 5.5}}, {"logit_bias": {75: -100, 76: 5.5}}),
+    "max_completion_tokens goes first": ({"max_completion_tokens": 2, "max_tokens": 9}, {"max_tokens": 2}),
+    "stop": (
+        {"stop": ["2"], "extra_body": {"chat_template_kwargs": {"enable_thinking": False}}},
+        {"stop": ["2"], "enable_thinking": False},
+    ),
+    "logit_bias": (
+        {"logit_bias": {"24": -100, "25": 5.5}, "reasoning_effort": "none", "max_tokens": 3},
+        {"logit_bias": {24: -100, 25: 5.5}, "enable_thinking": False, "max_tokens": 3},
+    ),
     "sampling": (
-        {"temperature": 1.7, "top_p": 0.9, "presence_penalty": 0.5, "frequency_penalty": -0.5,
+        {"temperature": 1.7, "top_p": 0.9, "presence_penalty": 0.5, "frequency_penalty": -0.5, "max_tokens": 6,
          "extra_body": {"top_k": 40, "min_p": 0.01, "repetition_penalty": 1.1}},
-        {"temp": 1.7, "top_p": 0.9, "presence_penalty": 0.5, "frequency_penalty": -0.5, "top_k": 40, "min_p": 0.01,
-         "repetition_penalty": 1.1},
+        {"temp": 1.7, "top_p": 0.9, "presence_penalty": 0.5, "frequency_penalty": -0.5, "max_tokens": 6, "top_k": 40,
+         "min_p": 0.01, "repetition_penalty": 1.1},
     ),
-    "without thinking": (
-        {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}, {"enable_thinking": False}
+    "choice": (
+        {"extra_body": {"guided_choice": ["yes", "no"], "enable_thinking": False}},
+        {"choice": ["yes", "no"], "enable_thinking": False},
     ),
+    "regex": (
+        {"extra_body": {"structured_outputs": {"regex": "[a-c]{5}"}, "enable_thinking": False}},
+        {"regex": "[a-c]{5}", "enable_thinking": False},
+    ),
+}  # fmt: skip
+LONGER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "seed alone": ({}, {}),
     "a budget": ({"extra_body": {"thinking": {"type": "enabled", "budget_tokens": 2}}}, {"thinking_budget": 2}),
     "an effort": ({"reasoning_effort": "low"}, {"reasoning_effort": "low"}),
-    "no effort": ({"reasoning_effort": "none"}, {"enable_thinking": False}),
-    "choice": ({"extra_body": {"guided_choice": ["yes", "no"]}}, {"choice": ["yes", "no"]}),
-    "regex": ({"extra_body": {"structured_outputs": {"regex": "[a-c]{9}"}}}, {"regex": "[a-c]{9}"}),
+    "a schema": (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "sum", "schema": {"enum": [7, 92]}}}},
+        {"json_schema": {"enum": [7, 92]}},
+    ),
+    "no calls": ({"tools": TOOLS, "tool_choice": "none"}, {"tools": TOOLS, "tool_choice": "none"}),
+    "loops": ({"extra_body": {"loop_guard": True}}, {"loop_guard": True}),
 }  # fmt: skip
+CASES = [pytest.param(*case, id=name) for name, case in SAME.items()]
+CASES += [pytest.param(*case, id=name, marks=pytest.mark.full) for name, case in LONGER.items()]
 
 
-@pytest.mark.parametrize(("fields", "options"), SAME.values(), ids=SAME)
+@pytest.mark.parametrize(("fields", "options"), CASES)
 def test_fields_of_openai_python_are_the_options_of_generate(
     nano_server: Running, client: openai.OpenAI, fields: dict[str, Any], options: dict[str, Any]
 ) -> None:
@@ -158,7 +173,12 @@ def test_models_are_listed(client: openai.OpenAI) -> None:
 # --- pydantic-ai ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_an_agent_of_pydantic_ai_calls_and_reports(nano_server: Running) -> None:
+    from pydantic_ai import Agent  # takes its time
+    from pydantic_ai.models.openai import OpenAIChatModel
+    from pydantic_ai.providers.openai import OpenAIProvider
+
     asked = []
 
     def get_weather(city: str) -> str:
@@ -189,6 +209,7 @@ def in_node(script: str, package: str, server: Running) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.full
 def test_openai_node_gets_the_text_of_generate_and_ends_calls(nano_server: Running) -> None:
     told = in_node("openai.mjs", "openai", nano_server)
     right = generated(nano_server, asking(SUM), seed=7)
@@ -201,6 +222,7 @@ def test_openai_node_gets_the_text_of_generate_and_ends_calls(nano_server: Runni
     assert told["refused"] == {"status": 400, "param": "n", "code": "invalid_value", "type": "invalid_request_error"}
 
 
+@pytest.mark.full
 def test_the_ai_sdk_gets_the_text_of_generate_and_loops(nano_server: Running) -> None:
     told = in_node("ai_sdk.mjs", "ai", nano_server)
     right = generated(nano_server, asking(SUM), seed=7)

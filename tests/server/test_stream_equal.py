@@ -11,7 +11,7 @@ from openai_stream import folded
 from serving import Running
 
 TOOLS = json.loads((Path(__file__).parents[2] / "examples" / "tools.json").read_text())
-QUESTIONS = ("What is 34 + 58?", "What is the weather in Paris?", "What is the time in Rome?", "Who are you?", "é 汉 🙂")
+QUESTIONS = ("What is 34 + 58?", "What is the weather in Paris?", "What is the time in Rome?", "é 汉 🙂")
 AT_ONCE = 4  # requests
 SCHEMA = {"type": "object", "properties": {"sum": {"enum": [1, 22, 333]}}, "required": ["sum"]}
 

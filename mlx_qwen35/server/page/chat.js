@@ -60,45 +60,47 @@ export class Conversation {
     this.controller?.abort();
   }
 
-  async send(text, media) {
+  // Each of these begins to answer at once. The store is written in the order of the calls, and nothing waits for it.
+
+  send(text, media) {
     if (!this.messages.length) this.title = (text.trim() || media[0].name).split("\n")[0].slice(0, 80);
     this.messages.push({ role: "user", text, media });
-    await this.touch();
-    await this.save(this.messages.length - 1);
-    await this.answer();
+    this.touch();
+    this.save(this.messages.length - 1);
+    return this.answer();
   }
 
   // Give a user's message another text, and answer it. What followed is gone.
-  async edit(index, text) {
+  edit(index, text) {
     this.messages[index] = { ...this.messages[index], text };
-    await this.cut(index + 1);
-    await this.save(index);
-    await this.answer();
+    this.cut(index + 1);
+    this.save(index);
+    return this.answer();
   }
 
   // Answer again what the message at this index answered.
-  async regenerate(index) {
-    await this.cut(index);
-    await this.answer();
+  regenerate(index) {
+    this.cut(index);
+    return this.answer();
   }
 
-  async rename(title) {
+  rename(title) {
     this.title = title;
-    await store.saveConversation(this);
+    return store.saveConversation(this);
   }
 
-  async touch() {
+  touch() {
     this.updated = Date.now();
-    await store.saveConversation(this);
+    return store.saveConversation(this);
   }
 
   save(index) {
     return store.saveMessage(this.id, index, this.messages[index]);
   }
 
-  async cut(from) {
+  cut(from) {
     this.messages.length = from;
-    await store.dropMessages(this.id, from);
+    return store.dropMessages(this.id, from);
   }
 
   async answer() {
@@ -116,7 +118,7 @@ export class Conversation {
     }
     this.controller = null;
     this.changed(this, message);
-    await this.save(index);
+    this.save(index);
     await this.touch();
   }
 
@@ -131,7 +133,7 @@ export class Conversation {
       this.changed(this, message);
       if (performance.now() - saved < SAVED_EVERY) continue;
       saved = performance.now();
-      await this.save(index);
+      this.save(index);
     }
   }
 }

@@ -1,63 +1,14 @@
-"""The page at /, in a browser: what it refuses, how it looks, who can use it, and its modules."""
+"""The page at /, in a browser: how it looks, who can use it, and its modules by themselves."""
 
 import json
 import re
-from pathlib import Path
 
 import pytest
-from browsing import Browser, Error, Page, Route, answered, ask, expect, opened, prompt, reply, says
+from browsing import SHAPES, Browser, Page, answered, ask, expect, opened, prompt, reply, says
 from serving import Running
 
-ROOT = Path(__file__).parents[2]
-SHAPES = ROOT / "examples/pictures/shapes.png"
-HOSTILE = """<img src=x onerror="globalThis.hurt = 1"> <script>globalThis.hurt = 1</script>
-
-<iframe srcdoc="<script>parent.hurt = 1</script>"></iframe>
-
-[click](javascript:globalThis.hurt=1) ![seen](http://127.0.0.1:9/pixel.png) <b onclick="hurt=1">bold</b>
-
-<svg><animate onbegin="globalThis.hurt=1" attributeName="x" dur="1s"></svg>
-"""
+pytestmark = pytest.mark.full
 RICH = f"# Head\n\n{'long' * 200}\n\n```python\nprint({'1, ' * 100})\n```\n\n|a|b|\n|-|-|\n|{'c' * 90}|d|\n"
-
-
-# --- safety ----------------------------------------------------------------------------------------------------------
-
-
-def test_markup_in_an_answer_does_nothing_and_is_shown_as_text(page: Page) -> None:
-    reply(page, HOSTILE)
-    text = ask(page, "Hurt me").locator("> .prose")
-    expect(text).to_contain_text('<img src=x onerror="globalThis.hurt = 1">')
-    assert text.locator("img, script, iframe, svg, b, [onclick], [onerror], [href^=javascript]").count() == 0
-    text.get_by_text("click", exact=True).click()
-    expect(text.get_by_role("link", name="seen")).to_have_attribute("rel", re.compile("noopener"))
-    page.reload()
-    answered(page)
-    assert page.evaluate("globalThis.hurt") is None
-
-
-INLINE = """<script>globalThis.hurt = 1</script><img src="none" onerror="globalThis.hurt = 1"><style>* {}</style>
-<p style="color: red"></p><img src="http://127.0.0.1:9/a.png"><script src="http://127.0.0.1:9/a.js"></script></body>"""
-
-
-def test_the_policy_refuses_what_is_not_the_pages_own(page: Page) -> None:
-    def inject(route: Route) -> None:
-        served = route.fetch()
-        route.fulfill(response=served, body=served.text().replace("</body>", INLINE))
-
-    page.route(page.url, inject)
-    page.goto(page.url)
-    expect(prompt(page)).to_be_focused()
-    with pytest.raises(Error, match="TrustedHTML"):
-        page.evaluate("() => { document.body.innerHTML = '<p>'; }")
-    assert sorted(page.evaluate("violations.splice(0)")) == [
-        "img-src", "require-trusted-types-for", "script-src-attr", "script-src-elem", "script-src-elem",
-        "style-src-attr", "style-src-elem",
-    ]  # fmt: skip
-    assert page.evaluate("globalThis.hurt") is None
-
-
-# --- how it looks, and who can use it --------------------------------------------------------------------------------
 
 
 def test_nothing_leaves_a_screen_of_360_pixels(browser: Browser, nano_server: Running) -> None:
