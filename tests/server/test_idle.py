@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
+import pytest
 from serving import CLIENT, Running, serving
 
 from mlx_qwen35.load import load
@@ -107,6 +108,7 @@ def test_a_model_that_cannot_be_loaded_again_is_told_of(tmp_path):
         assert answer.status_code == 503 and answer.json()["error"]["code"] == "model_unavailable"
 
 
+@pytest.mark.full
 def test_what_runs_is_never_unloaded():
     with served(idle_unload=1) as (running, machine):
         with CLIENT.stream("POST", running.url + "/v1/chat/completions", json=QUESTION | {"stream": True}) as answer:
@@ -121,13 +123,12 @@ def test_what_runs_is_never_unloaded():
 def test_short_of_memory_snapshots_go_first_and_then_new_work_is_refused():
     with served() as (running, machine):
         machine.level = NORMAL
-        ask(running)
+        ask(running, max_tokens=1)
         pass_(running, machine, 2)
         assert running.service.library.entries()
         machine.level = WARNING
         pass_(running, machine, 2)
         assert not running.service.library.entries()
-        ask(running)
         machine.level = CRITICAL
         pass_(running, machine, 2)
         refused = running.post("/v1/chat/completions", QUESTION)
@@ -135,7 +136,7 @@ def test_short_of_memory_snapshots_go_first_and_then_new_work_is_refused():
         assert refused.json()["error"]["code"] == "memory_pressure"
         machine.level = NORMAL
         pass_(running, machine, 2)
-        ask(running)
+        ask(running, max_tokens=1)
 
 
 def test_the_machine_stays_awake_while_there_is_work():
