@@ -318,3 +318,4 @@ class Sequence:
         """It has ended, and nobody holds its cache: the library may let go of its prompt, unless a caller goes on."""
         if self.use and not self.cache:
             self.use.close()
+            self.use = self.library = None  # who holds the result must not hold the model
