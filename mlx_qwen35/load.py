@@ -212,7 +212,8 @@ def load_model(
     warn_unfit_layers(model)
     mtp_head = model.mtp = _draft_head(checkpoint, dtype)
     if has_vision(checkpoint):  # the lambda must not hold the model, which would then hold itself
-        model.vision = LazyPart(lambda: load_vision_encoder(checkpoint, dtype, mtp_head, limit))
+        encoder = loaded_bytes(checkpoint, vision_names(checkpoint), dtype)
+        model.vision = LazyPart(lambda: load_vision_encoder(checkpoint, dtype, mtp_head, limit), encoder)
     model.fingerprint = functools.cache(lambda: fingerprint(checkpoint))
     model.eval()
     return model
@@ -239,6 +240,13 @@ def load_draft_head(checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype) -
     return mtp_head
 
 
+def vision_names(checkpoint: Checkpoint) -> list[str]:
+    """The names of the vision encoder's tensors."""
+    config = checkpoint.config.vision
+    assert config is not None, "the checkpoint has a vision encoder"
+    return [stored for stored, _ in checkpoint.part(vision_shapes(config))]
+
+
 def load_vision_encoder(
     checkpoint: Checkpoint,
     dtype: mx.Dtype,
@@ -252,7 +260,7 @@ def load_vision_encoder(
     limit = usable_bytes(memory_limit)
     config = checkpoint.config.vision
     assert config is not None, "the checkpoint has a vision encoder"
-    names = [stored for stored, _ in checkpoint.part(vision_shapes(config))]
+    names = vision_names(checkpoint)
     nbytes = loaded_bytes(checkpoint, names, dtype)
     try:
         check_vision_encoder_fits(checkpoint.config.text, dtype, limit, nbytes)

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,9 +31,10 @@ class Running:
 
 
 @contextmanager
-def serving(model: str = "nano", **options: Any) -> Iterator[Running]:
-    """Serve a model with these options of the server."""
-    service = Service(*load(model), ServerOptions(port=0, **options), "nano")
+def serving(model: str = "nano", machine: Mapping[str, Any] | None = None, **options: Any) -> Iterator[Running]:
+    """Serve a model with these options of the server. machine: a clock, and what `Upkeep` sees."""
+    given = {"load": lambda: load(model)} | dict(machine or {})
+    service = Service(*load(model), ServerOptions(port=0, **options), "nano", **given)
     service.start()
     server = uvicorn.Server(config_of(make_app(service.options, service)))
     sockets = bind("127.0.0.1", 0)

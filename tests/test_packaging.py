@@ -80,7 +80,7 @@ def test_python_m_shows_the_help_of_every_command_without_a_warning_or_a_heavy_i
 
 
 @pytest.mark.full
-def test_a_wheel_holds_every_module_and_the_bundled_model(tmp_path: Path):
+def test_a_wheel_holds_every_module_the_bundled_model_and_the_page(tmp_path: Path):
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(tmp_path), str(ROOT)]
     subprocess.run(build, check=True, timeout=300)
     (wheel,) = tmp_path.glob("*.whl")
@@ -89,5 +89,7 @@ def test_a_wheel_holds_every_module_and_the_bundled_model(tmp_path: Path):
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {str(file.relative_to(ROOT)) for file in ROOT.glob("mlx_qwen35/**/*.py")}
     expected |= {f"mlx_qwen35/{file.relative_to(ROOT)}" for file in ROOT.glob("convert/*.py")}
-    expected |= {str(file.relative_to(ROOT)) for file in (ROOT / "mlx_qwen35" / "nano").iterdir() if file.is_file()}
+    for data in ("nano", "server/page"):
+        files = [file for file in (ROOT / "mlx_qwen35" / data).rglob("*") if file.is_file()]
+        expected |= {str(file.relative_to(ROOT)) for file in files}
     assert expected <= names

@@ -135,13 +135,14 @@ def plan_memory(
             text, context, room, size, machine.attention_impl, machine.chip, machine.buffers, machine.kv
         )
     drafts = names(checkpoint, mtp_shapes(text)) if mtp else []
+    packed = bool(checkpoint.quantization(f"{TEXT}layers.0.mlp.gate_proj.weight"))
     return MemoryPlan(
         machine, context, chunk,
         weights=loaded_bytes(checkpoint, names(checkpoint, text_shapes(text)), machine.dtype),
         drafts=loaded_bytes(checkpoint, drafts, machine.dtype),
         kv=kv_bytes(text, context, size, text.mtp_num_hidden_layers if mtp else 0, machine.kv),
         state=2 * (1 + mtp) * state_bytes(text, size),
-        prefill=most_prefill_bytes(checkpoint, machine, context, chunk),
+        prefill=most_prefill_bytes(text, machine, context, chunk, packed and machine.on_cpu),
         sampling=SAMPLING_ARRAYS * 4 * text.vocab_size,
         growth=growth_bytes(text, context, size, machine.kv),
         buffers=machine.kept,
@@ -208,15 +209,13 @@ def state_bytes(config: TextConfig, itemsize: int) -> int:
     return config.layer_types.count(LINEAR) * (4 * Hv * Dv * Dk + (K - 1) * config.conv_dim * itemsize)
 
 
-def most_prefill_bytes(checkpoint: Checkpoint, machine: Machine, context: int, chunk: int) -> int:
+def most_prefill_bytes(text: TextConfig, machine: Machine, context: int, chunk: int, quantized: bool) -> int:
     """The most bytes that prefill takes up to this context. On the CPU it dequantizes quantized matrices."""
-    text, size = checkpoint.config.text, machine.dtype.size
+    size = machine.dtype.size
     contexts = [*(S for S in contexts_up_to(context) if context > S), context]
     most = max(prefill_bytes(text, min(chunk, S), S, size, machine.attention_impl) for S in contexts)
     most += _columns(context) * unpacked_bytes(text, size, machine.kv, machine.attention_impl)
-    if not machine.on_cpu or not checkpoint.quantization(f"{TEXT}layers.0.mlp.gate_proj.weight"):
-        return most
-    return most + 4 * 4 * min(UNPACKED, text.intermediate_size * text.hidden_size)
+    return most + (4 * 4 * min(UNPACKED, text.intermediate_size * text.hidden_size) if quantized else 0)
 
 
 # --- the guard -------------------------------------------------------------------------------------------------------

@@ -5,12 +5,14 @@ of the beginnings of prompts, where prompts part: behind system and tools, behin
 """
 
 import weakref
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
+import mlx.core as mx
+
 from mlx_qwen35.cache.cache import Cache, Snapshot
+from mlx_qwen35.cache.prefix_counts import Counts
 from mlx_qwen35.cache.prefix_tokens import Prefix
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.machine.process import LOCK
@@ -47,23 +49,6 @@ class Entry:
     kind: str
     snapshot: Snapshot
     used: int = 0
-
-
-@dataclass
-class Counts:
-    """What a library has done, in tokens (reused, read) and snapshots. skipped: why some were not stored."""
-
-    reused: int = 0
-    read: int = 0
-    stored: int = 0
-    evicted: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-
-    def __str__(self) -> str:
-        skipped = "".join(f", {count} skipped: {why}" for why, count in self.skipped.items())
-        total = self.reused + self.read
-        share = f" ({100 * self.reused / total:.0f} %)" if total else ""
-        return f"{self.reused} of {total} tokens reused{share}; {self.stored} stored, {self.evicted} evicted{skipped}"
 
 
 class PrefixLibrary:
@@ -172,6 +157,14 @@ class PrefixLibrary:
             used = {id(array) for entry in self._in_use() for array in entry.snapshot.held()}
             own = {id(a): a.nbytes for entry in self._entries for a in entry.snapshot.held() if id(a) not in used}
             return sum(own.values())
+
+    def apart(self, others: Iterable[mx.array]) -> int:
+        """Bytes of what is in use, without those of these arrays."""
+        with LOCK:
+            used = {id(a): a.nbytes for entry in self._in_use() for a in entry.snapshot.held()}
+            for array in others:
+                used.pop(id(array), None)
+            return sum(used.values())
 
     # --- room ---
 

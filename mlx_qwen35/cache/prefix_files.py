@@ -5,38 +5,27 @@ tokens. They are named by a digest of the tokens, of what these show, and of the
 and a place that a prompt has left behind gives its states back.
 """
 
-import contextlib
 import json
 import os
 import queue
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import mlx.core as mx
-
-from mlx_qwen35.cache.cache import Snapshot
+from mlx_qwen35.cache.cache import Cache, Snapshot
 from mlx_qwen35.cache.layer import CachePosition
 from mlx_qwen35.cache.prefix import RANKS, Entry, PrefixLibrary
 from mlx_qwen35.cache.prefix_arrays import columns, restored, states
+from mlx_qwen35.cache.prefix_folder import ASIDE, Damaged, Folder
 from mlx_qwen35.cache.prefix_places import Place, Places
 from mlx_qwen35.cache.prefix_tokens import Prefix
-from mlx_qwen35.cache.session_file import SessionFile, Taken
+from mlx_qwen35.cache.session_file import Taken
 from mlx_qwen35.errors import InputError
 
-COLUMNS, STATES, ASIDE = ".columns.safetensors", ".states.safetensors", ".damaged"
-_OWNER = "server"  # the name that this process has locked in the folder
+COLUMNS, STATES = ".columns.safetensors", ".states.safetensors"
 Tells = Callable[[str, Mapping[str, str], os.stat_result], None]
-
-
-class Damaged(Exception):
-    """A file that is not as it was written."""
-
-    def __init__(self, name: str, why: Exception):
-        super().__init__(str(why))
-        self.name = name
 
 
 class PrefixFiles:
@@ -55,13 +44,13 @@ class PrefixFiles:
     def __init__(
         self,
         folder: Path,
-        library: PrefixLibrary,
         identity: Mapping[str, str],
         memory: int | None = None,
         tell: Callable[[str], None] = warnings.warn,
     ):
-        self.folder, self.library, self.tell = folder, library, tell
-        self.memory = library.memory if memory is None else memory
+        self.folder, self.tell = folder, tell
+        self.memory = memory
+        self.library: PrefixLibrary | None = None
         self.pending = 0  # bytes that wait to be written
         self._identity = dict(identity)
         self.places = Places(identity)
@@ -69,15 +58,27 @@ class PrefixFiles:
         self._recalls = threading.Lock()  # one prompt at a time is read
         self._busy: frozenset[str] = frozenset()  # what is being read
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError("output_unwritable", f"{folder} must be a folder: {error.strerror}") from error
-        self._lock = SessionFile(folder / _OWNER)
+        self._files = Folder(folder)
         self._open()
         self._thread = threading.Thread(target=self._work, name="prefix files", daemon=True)
         self._thread.start()
-        library.behind = self
+
+    def attach(self, library: PrefixLibrary) -> None:
+        """Be behind a library, and no other."""
+        self.detach()
+        self.library, library.behind = library, self
+        if self.memory is None:
+            self.memory = library.memory
+            self._jobs.put(self._trim)
+
+    def detach(self) -> None:
+        """Write what the library has and the folder lacks, and let go of it."""
+        library, self.library = self.library, None
+        if library:
+            for entry in library.entries():
+                self.flush()
+                self.take(entry)
+            library.behind = None
 
     @property
     def nbytes(self) -> int:
@@ -98,13 +99,10 @@ class PrefixFiles:
 
     def close(self) -> None:
         """Write what the library has and the folder lacks, and give the folder up."""
-        for entry in self.library.entries():
-            self.flush()
-            self.take(entry)
-        self.library.behind = None
+        self.detach()
         self._jobs.put(None)
         self._thread.join()
-        self._lock.close()
+        self._files.close()
 
     # --- what a library tells ---
 
@@ -124,7 +122,7 @@ class PrefixFiles:
         cache = entry.snapshot.cache()
         new, own = {} if known else columns(cache, start), states(cache)
         sizes = [sum(array.nbytes for array in arrays.values()) for arrays in (new, own)]
-        if self.pending and self.pending + sum(sizes) > self.memory // 4:
+        if self.pending and self.pending + sum(sizes) > (self.memory or 0) // 4:
             return
         taken = [{name: Taken.of(array) for name, array in arrays.items()} for arrays in (new, own)]
         with self._guard:
@@ -144,17 +142,19 @@ class PrefixFiles:
     def recall(self, prefix: Prefix) -> None:
         """Read the most of a prompt that the folder has into the library, where that has less."""
         with self._recalls:
-            known = self.library.reusable(prefix)
+            if (library := self.library) is None:
+                return
+            known = library.reusable(prefix)
             with self._guard:
                 path = [key for key in self.places.path(prefix) if known < len(self.places[key].prefix) < len(prefix)]
             for key in reversed(path):
-                if self._recall(key):
+                if self._recall(library, key):
                     return
 
     # --- reading ---
 
-    def _recall(self, key: str) -> bool:
-        """Read a place into the library; whether that went well."""
+    def _recall(self, library: PrefixLibrary, key: str) -> bool:
+        """Read a place into a library; whether that went well."""
         with self._guard:
             place = self.places.get(key)
             if not (place and place.kind and place.written):
@@ -163,8 +163,9 @@ class PrefixFiles:
             self._busy = frozenset(chain)
             kind, size = place.kind, place.states + sum(self.places[other].columns for other in chain)
         try:
-            self.library.trim(max(0, self.library.memory - size))
-            self.library.store(place.prefix, self._read(chain, len(place.prefix)), kind, compact=False)
+            library.trim(max(0, library.memory - size))
+            snapshot = self._read(chain, len(place.prefix), library.model.make_cache())
+            library.store(place.prefix, snapshot, kind, compact=False)
         except Damaged as error:
             self._set_aside(error)
             return False
@@ -172,38 +173,20 @@ class PrefixFiles:
             self._busy = frozenset()
             for other in chain:  # what was let go meanwhile
                 self._jobs.put(lambda key=other: self._forsake(key))  # type: ignore[misc]
-        with contextlib.suppress(OSError):
-            os.utime(self.folder / (key + STATES))
+        self._files.touch(key + STATES)
         return True
 
-    def _read(self, chain: Sequence[str], length: int) -> Snapshot:
-        """The snapshot behind the last of these places, each of which goes on from the one before it."""
+    def _read(self, chain: Sequence[str], length: int, blank: Cache) -> Snapshot:
+        """The snapshot behind the last of these places, each of which goes on from the one before it.
+
+        blank: an empty cache of the model.
+        """
         name = chain[-1] + STATES
         try:
-            position = CachePosition((length,), (int(self._metadata(name)["next_position"]),))
-            pieces = (self._arrays(file) for file in (*(key + COLUMNS for key in chain), name))
-            return restored(self.library.model.make_cache(), position, pieces)
+            position = CachePosition((length,), (int(self._files.metadata(name)["next_position"]),))
+            pieces = (self._files.arrays(file) for file in (*(key + COLUMNS for key in chain), name))
+            return restored(blank, position, pieces)
         except (KeyError, ValueError) as error:
-            raise Damaged(name, error) from error
-
-    def _arrays(self, name: str) -> list[tuple[str, mx.array]]:
-        with self._file(name) as file:
-            return list(file.arrays())
-
-    def _metadata(self, name: str) -> dict[str, str]:
-        with self._file(name) as file:
-            return file.header().metadata
-
-    @contextlib.contextmanager
-    def _file(self, name: str) -> Iterator[SessionFile]:
-        """A file of the folder. Damaged where it is not as it was written."""
-        try:
-            file = SessionFile(self.folder / name)
-            try:
-                yield file
-            finally:
-                file.close()
-        except InputError as error:
             raise Damaged(name, error) from error
 
     # --- writing, on its own thread ---
@@ -220,9 +203,10 @@ class PrefixFiles:
             if place and new:
                 about = {"parent": place.parent, "start": start, "tokens": place.prefix.tokens[start:].tolist(),
                          "media": [shown for shown in place.prefix.media if shown.start >= start]}  # fmt: skip
-                place.columns = self._save(key + COLUMNS, about, new)
+                place.columns = self._files.save(key + COLUMNS, self._described(about), new)
             if place and place.kind:
-                place.states = self._save(key + STATES, {"kind": place.kind, "next_position": next_position}, own)
+                about = {"kind": place.kind, "next_position": next_position}
+                place.states = self._files.save(key + STATES, self._described(about), own)
                 place.written = True
         except (InputError, OSError) as error:
             self.tell(f"a prefix could not be written: {error}")
@@ -239,13 +223,14 @@ class PrefixFiles:
                 return
             place.states = 0
             gone = self.places.prune(key, self._busy)
-        self._unlink(key + STATES, *(other + COLUMNS for other in gone))
+        self._files.remove(key + STATES, *(other + COLUMNS for other in gone))
 
     def _trim(self) -> None:
         """Let go of places until the files take no more than they may."""
         while True:
             with self._guard:
-                key = self.places.oldest(self._busy) if self.places.nbytes > self.memory else None
+                most = self.places.nbytes if self.memory is None else self.memory
+                key = self.places.oldest(self._busy) if self.places.nbytes > most else None
                 if key is None:
                     return
                 self.places[key].kind = None
@@ -255,58 +240,39 @@ class PrefixFiles:
         """A place cannot be had, and nothing that goes on from it."""
         with self._guard:
             gone = self.places.cut(key)
-        self._unlink(*(other + ending for other in gone for ending in (COLUMNS, STATES)))
+        self._files.remove(*(other + ending for other in gone for ending in (COLUMNS, STATES)))
 
     def _set_aside(self, error: Damaged) -> None:
-        with contextlib.suppress(OSError):
-            (self.folder / error.name).rename(self.folder / (error.name + ASIDE))
+        self._files.set_aside(error.name)
         self.tell(f"{error}. It is set aside as {error.name + ASIDE}; its prompt is read again")
         self._forget(_key(error.name))
 
-    def _unlink(self, *names: str) -> None:
-        for name in names:
-            with contextlib.suppress(OSError):
-                (self.folder / name).unlink(missing_ok=True)
-
-    def _save(self, name: str, about: Mapping[str, object], arrays: Mapping[str, Taken]) -> int:
-        file = SessionFile(self.folder / name)
-        try:
-            return file.write(self._identity | {field: json.dumps(value) for field, value in about.items()}, arrays)
-        finally:
-            file.close()
+    def _described(self, about: Mapping[str, object]) -> dict[str, str]:
+        return self._identity | {field: json.dumps(value) for field, value in about.items()}
 
     # --- the start ---
 
     def _open(self) -> None:
         """Read the headers of what another process has left."""
-        for left in self.folder.glob(".*.safetensors.saving"):
-            left.unlink(missing_ok=True)
-        headers = list(self._headers(COLUMNS))
+        headers = list(self._files.headers(COLUMNS, self._set_aside))
         own = [(name, header) for name, header in headers if self._identity.items() <= header.items()]
         if others := len(headers) - len(own):
             self.tell(f"{self.folder}: {others} prefixes are of another model or other settings, and are not used")
         for name, header in sorted(own, key=lambda pair: (len(pair[1].get("start", "")), pair[1].get("start", ""))):
             self._tell(self.places.add, name, header)
-        for name, header in self._headers(STATES):
+        for name, header in self._files.headers(STATES, self._set_aside):
             self._tell(self.places.mark, name, header)
         for name, _ in own:
             gone = self.places.prune(_key(name), ()) if _key(name) in self.places else [_key(name)]
-            self._unlink(*(key + ending for key in gone for ending in (COLUMNS, STATES)))
+            self._files.remove(*(key + ending for key in gone for ending in (COLUMNS, STATES)))
         self._trim()
 
     def _tell(self, of: Tells, name: str, header: dict[str, str]) -> None:
         """Tell the places of a file."""
         try:
-            of(_key(name), header, (self.folder / name).stat())
+            of(_key(name), header, self._files.stat(name))
         except (KeyError, ValueError, TypeError) as error:
             self._set_aside(Damaged(name, error))
-
-    def _headers(self, ending: str) -> Iterator[tuple[str, dict[str, str]]]:
-        for path in sorted(self.folder.glob("[!.]*" + ending)):
-            try:
-                yield path.name, self._metadata(path.name)
-            except Damaged as error:
-                self._set_aside(error)
 
 
 def _key(name: str) -> str:

@@ -63,7 +63,7 @@ def load_service(args: argparse.Namespace, options: ServerOptions) -> "Service":
 
         with Step("making structured output ready"):
             compiler_of(processor).grammar('start: "a"', "a first grammar")
-    service = Service(model, processor, options, name_of(args.model))
+    service = Service(model, processor, options, name_of(args.model), load=lambda: load_model(args))
     service.start()
     return service
 

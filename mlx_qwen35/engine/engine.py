@@ -88,6 +88,13 @@ class Engine:
                 sequence.close()
             self._submit()
 
+    def held(self) -> list[mx.array]:
+        """Every array of its sequences."""
+        held = self._rows.arrays()
+        for sequence in (*self._ready, *self.waiting):
+            held += sequence.arrays()
+        return held
+
     # --- the parts of a step ---
 
     def _decode(self) -> list[Sequence]:
@@ -140,7 +147,7 @@ class Engine:
             most = self._chunk(oldest)
             short = (s for s in others if s.prompt is not oldest.prompt and not s.prompt.media and s.to_read() <= most)
             if first := next(short, None):
-                oldest.passed = True
+                oldest.passed = first.passed = True
                 self.waiting.remove(first)
                 self.waiting.appendleft(first)
         return self.waiting[0]
@@ -202,10 +209,7 @@ class Engine:
 
     def _submit(self) -> None:
         """Submit all that is held: MLX computes a lazy array in no thread but the one that made it."""
-        held = self._rows.arrays()
-        for sequence in (*self._ready, *self.waiting):
-            held += sequence.arrays()
-        mx.async_eval(held)
+        mx.async_eval(self.held())
 
     def _abandon(self) -> None:
         """End all that run, after an exception in the middle of a step."""

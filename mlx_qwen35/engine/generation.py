@@ -112,11 +112,6 @@ def make_request(
 
     rules: of the same options.
     """
-    for token in planned.sampling.logit_bias:
-        if token >= processor.vocabulary:
-            raise InputError(
-                "option_invalid", f"logit_bias must name tokens from 0 to {processor.vocabulary - 1}, got {token}"
-            )
     sampler = Sampler(
         planned.sampling, planned.seed, len(prompt.tokens), processor.vocabulary,
         processors=options.get("logits_processors", ()), choose=options.get("sampler"),

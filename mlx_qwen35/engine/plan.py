@@ -190,7 +190,7 @@ def _drafts_and_room(
     answer = (room - sum(contexts)) // rows
     if answer < options.get("max_tokens", 1):
         smaller = _smaller_forms(model.config, machine, chunk, cached, drafts, room)
-        _refuse(options, room, contexts, drafts, smaller)
+        refuse_memory(options, room, contexts, drafts, smaller)
     return drafts, answer
 
 
@@ -212,10 +212,10 @@ def _smaller_forms(
     return found
 
 
-def _refuse(
+def refuse_memory(
     options: Options, room: int, contexts: Sequence[int], drafts: DraftPolicy, smaller: Mapping[str, int]
 ) -> None:
-    """Refuse a prompt, or an answer whose length was asked for, whose keys and values memory has no room for.
+    """InputError for a prompt, or an answer whose length was asked for, whose keys and values memory has no room for.
 
     smaller: of `_smaller_forms`.
     """

@@ -47,7 +47,7 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _template(processor: Processor) -> str:
+def template_digest(processor: Processor) -> str:
     return _sha256(json.dumps(processor.tokenizer.chat_template))
 
 
@@ -61,7 +61,7 @@ def check_identity(path: object, metadata: Mapping[str, str], model: Model, proc
                 "session_foreign",
                 f"{path}: {name!r} must be {mine}, as of this model, got {its}. {how}, or begin another file",
             )
-    if metadata.get("template") != _template(processor):
+    if metadata.get("template") != template_digest(processor):
         warnings.warn(
             f"{path}: 'template' is of another chat template. What this one renders otherwise is read again",
             RuntimeWarning, stacklevel=2,
@@ -107,7 +107,7 @@ def to_record(conversation: Conversation) -> tuple[dict[str, str], dict[str, mx.
         "messages": replace_media([read(message) for message in conversation.messages], numbered),  # fills media
         "media": [[item.digest, item.times, item.original] for item in media.values()],
     }
-    metadata = identity(model, processor) | {"template": _template(processor), "program": version("mlx_qwen35")}
+    metadata = identity(model, processor) | {"template": template_digest(processor), "program": version("mlx_qwen35")}
     arrays = {"tokens": mx.array(prefix.tokens.astype(np.uint32))}
     arrays |= {f"media.{i}": mx.array(item.pixels) for i, item in enumerate(media.values())}
     arrays |= session_arrays(places, model.make_cache())

@@ -47,7 +47,7 @@ class Fields:
 
     def error(self, name: str, rule: str, value: Any = MISSING, code: str = "invalid_value") -> ApiError:
         place = self.place(name)
-        came = "" if value is MISSING else f"; got {shown(value)}"
+        came = "" if value is MISSING else f"; got {shown(value)[:200]}"
         return ApiError(400, code, f"{place or 'the request'} {rule}{came}", place or None)
 
     def any(self, name: str, default: Any = MISSING) -> Any:
@@ -92,8 +92,10 @@ class Fields:
         return self._typed(name, default, f"must be a number from {least:g} to {most:g}", right)
 
     def items(self, name: str, default: Any = MISSING, *, most: int | None = None) -> Sequence[Any]:
-        rule = "must be a list" + (f" of at most {most:,}" if most is not None else "")
-        return self._typed(name, default, rule, lambda v: isinstance(v, list) and (most is None or len(v) <= most))
+        items = self._typed(name, default, "must be a list", lambda v: isinstance(v, list))
+        if most is not None and len(items) > most:
+            raise self.error(name, f"must be a list of at most {most:,}; it has {len(items):,}")
+        return items
 
     def object(self, name: str, default: Any = MISSING) -> Any:
         """A Fields of the object; the default where it is left out."""

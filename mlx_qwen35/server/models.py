@@ -29,11 +29,5 @@ def _model(service: Service) -> dict[str, Any]:
         "object": "model",
         "created": _STARTED,
         "owned_by": "mlx_qwen35",
-        "max_model_len": longest(service),
+        "max_model_len": service.context,
     }
-
-
-def longest(service: Service) -> int:
-    """Most tokens of a prompt and its answer, whatever memory has room for."""
-    window = service.model.config.max_position_embeddings
-    return min(window, service.options.context or window)

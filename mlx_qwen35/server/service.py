@@ -1,57 +1,61 @@
 """The engine thread: it owns the model, and takes requests from the event loop.
 
-A request is made ready (`prepare`: template, pixels, grammar) on another thread, admitted (`submit`), and then runs
+A request is made ready (`prepare`: template, pixels, grammar) on another thread, taken in (`submit`), and then runs
 among others. `Answer` gives its events to the event loop.
 """
 
 import asyncio
+import contextlib
+import gc
 import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-from mlx_qwen35.engine.engine import Engine
-from mlx_qwen35.engine.generation import Given, start
-from mlx_qwen35.engine.logprobs import TokenLogprob
+import mlx.core as mx
+
+from mlx_qwen35.budget.rows import RowNeeds
+from mlx_qwen35.cache.prefix import PrefixLibrary
+from mlx_qwen35.engine.encode import prefix_of
+from mlx_qwen35.engine.generation import Given
+from mlx_qwen35.engine.prepared import Prepared, prepare
 from mlx_qwen35.engine.result import Result
 from mlx_qwen35.engine.sequence import Sequence as Request
 from mlx_qwen35.model.model import Model
-from mlx_qwen35.prompt.piece import Piece
 from mlx_qwen35.prompt.processor import Processor
+from mlx_qwen35.server.admission import Admission, default_rows
 from mlx_qwen35.server.errors import ApiError
+from mlx_qwen35.server.idle import Upkeep
+from mlx_qwen35.server.lanes import RETRY, Event, Lane, Lanes
 from mlx_qwen35.server.options import ServerOptions
+from mlx_qwen35.server.report import Parted
+
+__all__ = ["ANSWERS", "Answer", "Event", "Job", "Service", "failed"]
 
 LOG = logging.getLogger("mlx_qwen35.server")
 T = TypeVar("T")
 ANSWERS: ContextVar[list["Answer"]] = ContextVar("answers")  # to the HTTP request at hand, for its line in the log
-
-
-class Event(NamedTuple):
-    """What is new of one choice. The last event of each has its result, and no other has one."""
-
-    choice: int
-    pieces: Sequence[Piece] = ()
-    logprobs: Sequence[TokenLogprob] = ()  # of the new tokens, where asked for
-    result: Result | None = None
+QUEUE = 32  # jobs that may wait
 
 
 @dataclass
 class Job:
     """A request that was checked and made ready."""
 
-    prompt: Given
-    options: dict[str, Any]  # of generate
+    prepared: Prepared
+    needs: RowNeeds  # of each answer
     n: int = 1  # answers to it; number i has seed + i
-    requests: list[Request] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)  # of the answers that have begun
+    parted: Parted | None = None  # where much of the prompt is read again, though it was read before
 
     @property
     def prompt_tokens(self) -> int:
-        return len(self.requests[0].prompt.tokens)
+        return len(self.prepared.prompt.tokens)
 
 
 class Answer:
@@ -67,7 +71,8 @@ class Answer:
         """Give an event, from any thread."""
         if event.pieces and self.first_at is None:
             self.first_at = time.monotonic()
-        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         try:
@@ -82,7 +87,7 @@ class Answer:
     def cancel(self) -> None:
         """End what still runs. Its memory is free within a step."""
         if None in self.results:
-            self._service.do(lambda: self._service.drop(self))
+            self._service.drop(self)
 
 
 class Service:
@@ -91,25 +96,59 @@ class Service:
     Args:
         model, processor: from `load`.
         name: what the API calls the model.
+        load: loads them again, behind `unload`.
+        clock: of timeouts.
+        machine: what `Upkeep` sees of it.
     """
 
-    def __init__(self, model: Model, processor: Processor, options: ServerOptions, name: str):
-        self.model, self.processor, self.options, self.name = model, processor, options, name
-        self.library = model.make_library()
-        self._pool = ThreadPoolExecutor(2, "prepare")
-        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._engine = Engine(model, interleave=True)
-        self._running: dict[int, tuple[Answer, int, Request, int]] = {}  # by id of the request
+    def __init__(
+        self,
+        model: Model,
+        processor: Processor,
+        options: ServerOptions,
+        name: str,
+        load: Callable[[], tuple[Model, Processor]] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        **machine: Any,
+    ):
+        self.processor, self.options, self.name = processor, options, name
+        self.config = model.config
+        self.admission = Admission(model, processor.config.vision)
+        self.make_library: Callable[[Model], PrefixLibrary] = Model.make_library
+        self._load, self._clock = load, clock
+        self.upkeep = Upkeep(model, processor, options, clock, **machine)
+        self._rows = options.rows or default_rows(model.memory_limit)
+        self._lanes: Lanes | None = self._lanes_of(model)
+        # Where other servers are waited for, one that is slow must hold up nobody else.
+        self._pool = ThreadPoolExecutor(QUEUE if options.fetch_media else 2, "prepare")
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._coming = 0  # jobs on their way to the engine thread
+        self._ends: float | None = None  # when what runs is ended; None: it serves
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def close(self) -> None:
-        """End what runs, with "interrupted", and the thread."""
-        self._commands.put(None)
+    def close(self, grace: float = 0) -> None:
+        """Take nothing in any more, and end the thread.
+
+        What runs may end within `grace` seconds, and is "interrupted" then; what waits is refused now.
+        """
+        with self._lock:
+            self._ends = self._clock() + grace
+        self.do(self._refuse_waiting)
         self._thread.join()
         self._pool.shutdown(cancel_futures=True)
+        self.upkeep.close()
+
+    @property
+    def context(self) -> int:
+        """The most tokens of a prompt and its answer."""
+        window = self.config.max_position_embeddings
+        return min(window, self.options.context or window)
+
+    # --- from the event loop ---
 
     async def off_loop(self, work: Callable[[], T]) -> T:
         """Do what takes its time and needs no MLX: templates, pixels, grammars."""
@@ -117,60 +156,135 @@ class Service:
 
     def prepare(self, prompt: Given, n: int = 1, **options: Any) -> Job:
         """Check a prompt and its options and make them ready. For `off_loop`. Raises InputError."""
-        options["library"] = self.library
-        requests = start(self.model, self.processor, [prompt] * n, **options).requests
-        return Job(prompt, options, n, requests)
+        prepared = prepare(self.config, self.processor, prompt, n, self.context, **options)
+        job = Job(prepared, self.admission.needs(prepared), n)
+        job.parted = self.upkeep.prepared(self.library, prepared.prompt, prompt, options.get("tools"))
+        return job
 
     def submit(self, job: Job) -> Answer:
-        """Take a job in. From the event loop. ApiError: 400 for what never fits, 429 where too many wait."""
+        """Take a job in. From the event loop. ApiError 429 where too many wait, 503 where the server ends."""
+        self.upkeep.check()
         answer = Answer(self, job, asyncio.get_running_loop())
+        until = self._clock() + (self.options.timeout or float("inf"))
+        lanes = [
+            Lane(answer, job.prepared, choice, job.needs, answer.put, until, job.requests.append)
+            for choice in range(job.n)
+        ]
+        with self._lock:
+            self._check_room()
+            self._coming += 1
+            self.do(lambda: self._add(lanes))
         ANSWERS.get([]).append(answer)
-        self.do(lambda: self._add(answer))
         return answer
+
+    def _check_room(self) -> None:
+        if self._ends is not None:
+            raise ApiError(503, "server_closing", "the server ends; ask again once it is back", headers=RETRY)
+        free = 0 if self.waiting else max(0, self._rows - self.running)
+        if self.waiting + self._coming >= QUEUE + free:
+            message = f"{QUEUE} requests wait already, as many as may; ask again later"
+            raise ApiError(429, "queue_full", message, headers=RETRY)
+
+    def drop(self, answer: Answer) -> None:
+        """End what still runs of an answer."""
+        self.do(lambda: self._lanes.drop(answer) if self._lanes else None)
 
     def do(self, command: Callable[[], None]) -> None:
         """Have the engine thread do something between two steps."""
         self._commands.put(command)
 
+    # --- figures ---
+
+    @property
+    def waiting(self) -> int:
+        """Jobs of which nothing has begun."""
+        return self._lanes.waiting if self._lanes else 0
+
+    @property
+    def running(self) -> int:
+        """Answers that are read or generated."""
+        return len(self._lanes.running) if self._lanes else 0
+
+    # --- the model ---
+
+    @property
+    def model(self) -> Model | None:
+        """None while it is unloaded."""
+        return self._lanes.model if self._lanes else None
+
+    @property
+    def library(self) -> PrefixLibrary | None:
+        """What remembers prompts; None while the model is unloaded."""
+        return self._lanes.library if self._lanes else None
+
+    @library.setter
+    def library(self, library: PrefixLibrary) -> None:
+        if self._lanes:
+            self._lanes.library = library
+
+    def unload(self) -> None:
+        """Give the model's memory back if nothing runs or waits; the next job loads it. From any thread."""
+        self.do(self._unload)
+
     # --- on the engine thread ---
 
+    def _lanes_of(self, model: Model) -> Lanes:
+        library = self.make_library(model)
+        self.upkeep.attach(library)
+        return Lanes(model, library, self.admission, self._rows, self._clock)
+
+    def _unload(self) -> None:
+        if self._load and self._lanes and self._lanes.idle:
+            self.upkeep.detach()
+            self._lanes = None
+            gc.collect()
+            mx.clear_cache()
+
     def _run(self) -> None:
-        while True:
+        while not self._is_over():
+            idle = self._lanes is None or self._lanes.idle
+            if self.upkeep.tick(not idle, self.library):
+                self._unload()
             try:
-                command = self._commands.get(block=self._engine.idle)
+                self._commands.get(idle, self.upkeep.every)()
             except queue.Empty:
-                self._step()
-                continue
-            if command is None:
-                break
-            command()
-        for answer, *_ in list(self._running.values()):
-            self.drop(answer)
+                if self._lanes:
+                    self._lanes.turn()
+            except Exception:
+                LOG.exception("a command of the engine thread failed")
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._commands.get_nowait()()
+        if self._lanes:
+            self._lanes.close(_closing())
 
-    def _add(self, answer: Answer) -> None:
-        for choice, request in enumerate(answer.job.requests):
-            self._running[id(request)] = (answer, choice, request, 0)
-            self._engine.add(request)
+    def _is_over(self) -> bool:
+        ends = self._ends
+        return ends is not None and (self._lanes is None or self._lanes.idle or self._clock() >= ends)
 
-    def _step(self) -> None:
-        for request in self._engine.step():
-            self._tell(request)
+    def _refuse_waiting(self) -> None:
+        for lane in list(self._lanes.queue) if self._lanes else ():
+            assert self._lanes
+            self._lanes.end(lane, _closing())
 
-    def _tell(self, request: Request) -> None:
-        answer, choice, _, told = self._running[id(request)]
-        new = tuple(request.logprobs[told:])
-        result = request.result() if request.finished else None
-        answer.put(Event(choice, tuple(request.pieces()), new, result))
-        self._running[id(request)] = (answer, choice, request, told + len(new))
-        if result:
-            del self._running[id(request)]
+    def _add(self, lanes: list[Lane]) -> None:
+        with self._lock:
+            self._coming -= 1
+        try:
+            if self._lanes is None:
+                assert self._load
+                self._lanes = self._lanes_of(self.upkeep.loaded(self._load))
+                self._lanes.library.recall(prefix_of(lanes[0].prepared.prompt))
+        except Exception as error:
+            LOG.exception("the model cannot be loaded again")
+            for lane in lanes:
+                lane.refuse(error)
+            return
+        self._lanes.add(lanes)
 
-    def drop(self, answer: Answer) -> None:
-        """End what still runs of an answer."""
-        for other, _, request, _ in list(self._running.values()):
-            if other is answer:
-                self._engine.cancel(request)
-                self._tell(request)
+
+def _closing() -> ApiError:
+    return ApiError(503, "server_closing", "the server ends; ask again once it is back", headers=RETRY)
 
 
 def failed(result: Result) -> ApiError | None:

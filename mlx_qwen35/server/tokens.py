@@ -9,7 +9,6 @@ from mlx_qwen35.engine.options import Options, PromptOptions, thinking_switch
 from mlx_qwen35.server import asked
 from mlx_qwen35.server.fields import Fields, read_body
 from mlx_qwen35.server.history import read_message
-from mlx_qwen35.server.models import longest
 from mlx_qwen35.server.service import Service
 
 MOST_TOKENS = 1 << 20  # in a request
@@ -27,7 +26,7 @@ def _tokens(body: Fields, service: Service) -> dict[str, Any]:
     encoded = _of_text if body.any("messages", None) is None else _of_messages
     found = encoded(body, service)
     texts = [service.processor.token_bytes(token).decode(errors="replace") for token in found] if named else None
-    return {"count": len(found), "max_model_len": longest(service), "tokens": found, "token_strs": texts}
+    return {"count": len(found), "max_model_len": service.context, "tokens": found, "token_strs": texts}
 
 
 def _of_text(body: Fields, service: Service) -> list[int]:

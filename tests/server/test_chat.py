@@ -1,10 +1,181 @@
-"""POST /v1/chat/completions over a real socket."""
+"""POST /v1/chat/completions over a real socket: what is beside the text of an answer."""
 
-from serving import Running
+import asyncio
+import base64
+import io
+import json
+import logging
+import socket
+import time
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+from typing import Any
 
+import httpx
+import pytest
+from openai_stream import events
+from PIL import Image
+from serving import Running, serving
+
+from mlx_qwen35 import generate
+from mlx_qwen35.server.errors import ApiError
+from mlx_qwen35.server.stream import openai_stream, with_silence
+
+CHAT = "/v1/chat/completions"
+PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
 QUESTION = [{"role": "user", "content": "What is 34 + 58?"}]
+SHORT = {"reasoning_effort": "none", "temperature": 0}
+ENDLESS = {"logit_bias": {"991": -100, "993": -100}, "max_tokens": 20_000}  # of a model that cannot say an end token
 
 
-def test_a_question_is_answered(nano_server: Running) -> None:
-    answer = nano_server.post("/v1/chat/completions", {"messages": QUESTION, "temperature": 0}).json()
-    assert answer["choices"][0]["message"]["content"] == "92"
+def content(server: Running, messages: list[dict[str, Any]], **fields: Any) -> str:
+    answer = server.post(CHAT, {"messages": messages} | SHORT | fields)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["message"]["content"]
+
+
+def test_a_stream_says_something_at_once(nano_server: Running) -> None:
+    text = nano_server.post(CHAT, {"messages": QUESTION, "stream": True} | SHORT).text
+    assert text.index(": reading\n\n") < text.index('"content": "9')
+
+
+def test_a_stream_talks_as_long_as_nothing_comes() -> None:
+    async def told() -> list[str | None]:
+        enough, items = asyncio.Event(), []
+
+        async def late() -> AsyncGenerator[str]:
+            await enough.wait()
+            yield "text"
+
+        async for item in with_silence(late(), 0.001):
+            items.append(item)
+            if len(items) == 4:
+                enough.set()
+        return items
+
+    *silence, text = asyncio.run(told())
+    assert len(silence) >= 4 and set(silence) == {None} and text == "text"
+
+
+def test_usage_is_told_in_a_stream_that_asks_for_it(nano_server: Running) -> None:
+    body = {"messages": QUESTION, "stream": True} | SHORT
+    assert not any("usage" in chunk for chunk in events(nano_server.post(CHAT, body).text))
+    *before, last = events(nano_server.post(CHAT, body | {"stream_options": {"include_usage": True}}).text)
+    assert all(chunk["usage"] is None for chunk in before) and last["choices"] == []
+    assert last["usage"]["total_tokens"] == last["usage"]["prompt_tokens"] + last["usage"]["completion_tokens"]
+    assert last["usage"]["prompt_tokens_details"]["cached_tokens"] > 0  # the request before was the same
+
+
+def test_an_answer_goes_on_with_the_last_message(nano_server: Running) -> None:
+    begun = [*QUESTION, {"role": "assistant", "content": "9"}]
+    assert content(nano_server, begun, continue_final_message=True, add_generation_prompt=False) == "2"
+
+
+def test_any_model_is_served_unless_the_server_is_strict(nano_server: Running) -> None:
+    answer = nano_server.post(CHAT, {"messages": QUESTION, "model": "gpt-4o", "max_tokens": 1}).json()
+    assert answer["model"] == "nano"
+    with serving(strict_model=True) as strict:
+        for path, body in ((CHAT, {"messages": QUESTION}), ("/v1/completions", {"prompt": "a"}), ("/tokenize", {})):
+            refused = strict.post(path, body | {"model": "gpt-4o"})
+            error = refused.json()["error"]
+            assert (refused.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")
+
+
+def test_an_unknown_field_is_logged_once(nano_server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    odd = {"role": "user", "content": "What is 34 + 58?", "test_chat_mood": "bad"}
+    with caplog.at_level(logging.WARNING, "mlx_qwen35.server"):
+        for _ in range(2):
+            content(nano_server, [odd], test_chat_dryness=7, store=True, user="me", metadata={})
+    told = [record.getMessage() for record in caplog.records if "unknown field" in record.getMessage()]
+    assert [place for place in ("messages.0.test_chat_mood", "test_chat_dryness") if str(told).count(place) == 1] == [
+        "messages.0.test_chat_mood", "test_chat_dryness",
+    ]  # fmt: skip
+    assert len(told) == 2
+
+
+# --- ends -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(ApiError(503, "interrupted", "it ends"), "interrupted"), (KeyError("x"), "internal_error")]
+)
+def test_an_error_in_a_stream_is_its_last_event(error: Exception, code: str) -> None:
+    async def chunks() -> AsyncGenerator[str]:
+        yield 'data: {"choices": []}\n\n'
+        raise error
+
+    async def told() -> str:
+        return "".join([chunk async for chunk in openai_stream(chunks())])
+
+    first, last = events(asyncio.run(told()))
+    assert first == {"choices": []}
+    assert last.keys() == {"error"} and last["error"]["code"] == code and "x" not in last["error"]["message"].split()
+
+
+def test_an_answer_that_the_server_ends_is_no_answer() -> None:
+    body = {"messages": QUESTION, "stream": True} | ENDLESS
+    with serving() as running, httpx.stream("POST", running.url + CHAT, json=body, timeout=60) as stream:
+        lines = stream.iter_lines()
+        assert any("reasoning" in line for line in lines)
+        running.service.close()
+        told = [line for line in lines if line.startswith("data: ")]
+    *before, error, done = told
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] in ("interrupted", "server_closing")
+    assert done == "data: [DONE]" and all('"finish_reason": null' in line for line in before)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_ends_its_answer(stream: bool) -> None:
+    body = json.dumps({"messages": QUESTION, "stream": stream} | ENDLESS).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    with serving() as running:
+        with socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2]))) as connection:
+            connection.sendall(head.encode() + b"\r\n\r\n" + body)
+            wait_until(lambda: running.service.running == 1)
+        wait_until(lambda: running.service.running == 0)
+
+
+def wait_until(reached: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+# --- images and videos ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "fields", "options"),
+    [("image", "number.png", {}, {}), ("video", "moving.mp4", {"fps": 1}, {"fps": 1}),
+     ("video", "moving.mp4", {"num_frames": 2}, {"video_num_frames": 2})],
+)  # fmt: skip
+def test_images_and_videos_are_seen(
+    nano_server: Running, kind: str, name: str, fields: dict[str, Any], options: Any
+) -> None:
+    file = PICTURES / name
+    url = f"data:;base64,{base64.b64encode(file.read_bytes()).decode()}"
+    text = {"type": "text", "text": "What do you see?"}
+    right = generate(
+        nano_server.service.model, nano_server.service.processor, text["text"], temp=0, enable_thinking=False,
+        max_tokens=5, **({"images": [file]} if kind == "image" else {"videos": [file]}), **options,
+    )  # fmt: skip
+    part = {"type": f"{kind}_url", f"{kind}_url": {"url": url}}
+    answer = nano_server.post(
+        CHAT, {"messages": [{"role": "user", "content": [part | fields, text]}], "max_tokens": 5} | SHORT
+    ).json()
+    told = answer["choices"][0]["message"]["content"], answer["usage"]["prompt_tokens"]
+    assert told == (right.text, right.prompt_tokens)
+
+
+def test_an_image_of_low_detail_has_fewer_tokens(nano_server: Running) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (1024, 1024)).save(file, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+    def tokens(detail: str, **most: int) -> int:
+        part = {"type": "image_url", "image_url": {"url": url, "detail": detail}} | most
+        return nano_server.post("/tokenize", {"messages": [{"role": "user", "content": [part]}]}).json()["count"]
+
+    assert tokens("low", max_pixels=1024 * 1024) < tokens("high", max_pixels=1024 * 1024)
+    assert tokens("low") == tokens("auto")  # nano's images have fewer pixels anyway

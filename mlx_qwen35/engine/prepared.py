@@ -1,0 +1,54 @@
+"""A request made ready before an engine has room for it: all of it that needs no MLX and no free memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mlx_qwen35.cache.prefix import PrefixLibrary
+from mlx_qwen35.checkpoint.config import TextConfig
+from mlx_qwen35.engine.constraints.rules import Rules
+from mlx_qwen35.engine.drafts.speculate import DraftPolicy
+from mlx_qwen35.engine.generation import Given, make_ready, make_request
+from mlx_qwen35.engine.options import Options
+from mlx_qwen35.engine.plan import SequencePlan, check_prompts, fill_in
+from mlx_qwen35.engine.sequence import Sequence as Request
+from mlx_qwen35.prompt.processor import Processor
+from mlx_qwen35.prompt.prompt import Prompt
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prompt, its options, and the plan of each of its answers."""
+
+    processor: Processor
+    prompt: Prompt
+    options: Options
+    rules: Rules
+    plans: Sequence[SequencePlan]
+
+    @property
+    def open_ended(self) -> bool:
+        """Whether nobody said how long an answer may be."""
+        return "max_tokens" not in self.options
+
+    def request(self, choice: int, chunk: int, drafts: DraftPolicy, library: PrefixLibrary | None) -> Request:
+        """The sequence of one answer. chunk: most tokens of a chunk of the prompt."""
+        planned = replace(self.plans[choice], prefill_step_size=chunk, drafts=drafts)
+        options: Any = self.options if library is None else {**self.options, "library": library}
+        return make_request(self.processor, self.prompt, planned, None, options, self.rules)
+
+
+def prepare(
+    config: TextConfig, processor: Processor, prompt: Given, n: int, window: int | None, **options: Any
+) -> Prepared:
+    """Make a prompt ready for n answers. Any thread may.
+
+    Raises InputError for whatever can be wrong with it, except that memory has no room.
+
+    window: most tokens of the prompt and an answer; None: the model's.
+    """
+    given, (encoded,), rules = make_ready(processor, [prompt], **options)
+    prompts, contexts = [encoded] * n, [len(encoded.tokens)] * n
+    check_prompts(given, config, [encoded], contexts[:1], window)
+    plans = fill_in(given, config, processor.greedy, prompts, contexts, rules.closing, window=window)
+    return Prepared(processor, encoded, given, rules, plans)
