@@ -25,14 +25,17 @@ CHAT = "/v1/chat/completions"
 QUESTION = {"messages": [{"role": "user", "content": "What is 34 + 58?"}], "temperature": 0}
 # An answer that does not end by itself: the tokens that end one are forbidden.
 ENDLESS = QUESTION | {"max_tokens": 4000, "stream": True, "enable_thinking": False, "loop_guard": False}
+Told = tuple[int, str, str]  # exit status, stdout, stderr
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
-    """arguments -> (exit status, stdout, stderr), in this process."""
+def run(
+    loggers: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command with these arguments in this process."""
     monkeypatch.delenv("MLX_QWEN35_API_KEY", raising=False)
 
-    def command(*arguments: object) -> tuple[int, str, str]:
+    def command(*arguments: object) -> Told:
         monkeypatch.setattr(sys, "argv", ["mlx_qwen35.serve", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             main()
@@ -42,7 +45,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Calla
     return command
 
 
-def refused(told: tuple[int, str, str], code: str) -> bool:
+def refused(told: Told, code: str) -> bool:
     """One line on standard error, and status 2."""
     return told[0] == 2 and told[1] == "" and told[2].count("\n") == 1 and told[2].endswith(f"[{code}]\n")
 
