@@ -29,9 +29,7 @@ Told = tuple[int, str, str]  # exit status, stdout, stderr
 
 
 @pytest.fixture
-def run(
-    loggers: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> Callable[..., tuple[int, str, str]]:
+def run(loggers: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Told]:
     """Runs the command with these arguments in this process."""
     monkeypatch.delenv("MLX_QWEN35_API_KEY", raising=False)
 

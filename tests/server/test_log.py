@@ -96,8 +96,12 @@ def figures(server: Running) -> dict[str, float]:
 
 
 def test_figures_add_up(nano_server: Running) -> None:
+    told = {"role": "system", "content": "Be brief. " * 40}  # read once
+    asked = QUESTION | {"messages": [told, *QUESTION["messages"]]}
+    nano_server.post(CHAT, asked)
     before = figures(nano_server)
-    usage = nano_server.post(CHAT, QUESTION).json()["usage"]
+    usage = nano_server.post(CHAT, asked).json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] > 0
     for _ in range(2):
         CLIENT.get(nano_server.url + "/never/seen")
     after = figures(nano_server)
