@@ -48,9 +48,6 @@ def refused(told: Told, code: str) -> bool:
     return told[0] == 2 and told[1] == "" and told[2].count("\n") == 1 and told[2].endswith(f"[{code}]\n")
 
 
-# --- what does not start ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "models.test"])
 def test_other_machines_are_not_let_in_without_a_key(run: Callable, host: str) -> None:
     assert refused(run("--model", "nano", "--host", host, "--port", 0), "option_missing")
@@ -121,9 +118,6 @@ def test_a_model_is_called_by_its_folder_or_its_id(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path / "mine")
     names = {".": "mine", str(tmp_path / "mine") + "/": "mine", "Qwen/Qwen3.5-4B": "Qwen/Qwen3.5-4B", "nano": "nano"}
     assert {name: name_of(name) for name in names} == names
-
-
-# --- while it runs ---------------------------------------------------------------------------------------------------
 
 
 class Lifetime:
@@ -210,9 +204,6 @@ def test_a_connection_that_never_says_what_it_wants_is_closed(
             assert sock.recv(4096).startswith(b"HTTP/1.1 200 ")
         sock.sendall(begun)
         assert b"".join(iter(lambda: sock.recv(4096), b"")) in (b"", b'{"status":"ok"}')  # up to the connection's end
-
-
-# --- a process -------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
