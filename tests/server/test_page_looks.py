@@ -107,7 +107,7 @@ def test_markdown_that_grows_ends_as_if_rendered_at_once_and_keeps_what_is_finis
           render(whole, text);
           return [grown.innerHTML, whole.innerHTML, grown.firstElementChild === first];
         }""",
-        "# Head\n\nA [link] here.\n\n- one\n- two\n\n```py\nx = 1\n```\n\n|a|b|\n|-|-|\n|1|2|\n\nEnd.",
+        "# Head\n\nA [link] here.\n\n- one\n- two\n\n```py\nx = 1\n```\n\n|a|b|\n|-|-|\n|1|2|\n\n[link]: https://example.org\n\nEnd.",
     )
     assert grown == whole and kept and "<table>" in whole
 
