@@ -95,10 +95,12 @@ def test_images_are_told_apart_by_their_pixels(tmp_path, model):
     def shows(digest: str) -> Prefix:
         return Prefix(PROMPT.tokens, (Shown(digest, ((2, 1, 3),)),))
 
-    with files(tmp_path, model) as (library, _, _):
-        read(model, library, shows("one"), {8: TURN})
-    with files(tmp_path, model) as (library, _, _):
-        for digest, reused in (("two", 0), ("one", 8)):
+    for digest in ("one", "two"):
+        with files(tmp_path, model) as (library, _, _):
+            read(model, library, shows(digest), {8: TURN})
+            assert library.counts.reused == 0
+    for digest, reused in (("one", 8), ("two", 8), ("three", 0)):
+        with files(tmp_path, model) as (library, _, _):
             library.recall(shows(digest))
             assert library.reusable(shows(digest)) == reused
 
