@@ -94,7 +94,7 @@ class Sequence:
         self.clock = Clock()
         self._said: list[Piece] = []
         self._new: deque[Piece] = deque()
-        self.passed = False  # whether a shorter prompt went before it
+        self.passed = False  # whether a shorter prompt went before it, or it before a longer one
         self._chunks: Iterator[Chunk] | None = None
         self.own: Cache | None = None  # its cache, until it is a running row
         self._started = False

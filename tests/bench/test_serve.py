@@ -23,11 +23,11 @@ SETTINGS = Settings(prompt_tokens=9, answer_tokens=3, clients=(1, 2), repeats=2,
 class FakeServer:
     """Answers like a server, and notes what it was asked."""
 
-    def __init__(self, name: str, fails: bool = False):
-        self.name, self.fails, self.asked = name, fails, list[list[dict[str, str]]]()
+    def __init__(self, name: str, fails_after: int = 1000):
+        self.name, self.fails_after, self.asked = name, fails_after, list[list[dict[str, str]]]()
 
     def ask(self, messages: list[dict[str, str]], tokens: int) -> Reply:
-        if self.fails:
+        if len(self.asked) >= self.fails_after:
             raise ProgramError(self.name, "out of paper")
         self.asked.append(list(messages))
         return Reply(1.0, 2.0, "so", 10 * len(messages), 4, tokens)
@@ -73,17 +73,17 @@ def test_clients_ask_at_the_same_time():
 
 
 def test_a_server_that_fails_is_named_and_the_others_go_on():
-    runs, failures = measured(FakeServer(OURS), FakeServer("a", fails=True))
+    runs, failures = measured(FakeServer(OURS), FakeServer("a", fails_after=5))
     assert failures == {"a": "out of paper"} and {run.program for run in runs} == {OURS}
-    assert measured(FakeServer(OURS, fails=True), FakeServer("a")) == ([], {OURS: "out of paper"})
+    assert measured(FakeServer(OURS, fails_after=5), FakeServer("a")) == ([], {OURS: "out of paper"})
 
 
 def test_ratios_are_medians_over_the_pairs_of_a_round():
     ours = [run_of(OURS, i, seconds, 1.0) for i, seconds in enumerate((1.0, 2.0, 6.0))]
-    theirs = [run_of("a", i, seconds, 4.0, cached=5) for i, seconds in enumerate((4.0, 2.0, 12.0))]
+    theirs = [run_of("a", i, seconds, 4.0, cached=5) for i, seconds in enumerate((4.0, 2.0, 6.0))]
     us, it = summarize([*ours, *theirs])
     assert (us.ours_requests, us.ours_first, us.ours_read) == (1, 1, 1)
-    assert (it.ours_requests, it.ours_first, it.ours_read) == (2.0, 0.25, 2.0)  # 4, 1 and 2 requests a second
+    assert (it.ours_requests, it.ours_first, it.ours_read) == (1.0, 0.25, 2.0)  # of 4, 1 and 1; the medians alone would say 2
     assert (it.requests_per_second, it.tokens_per_second, it.tokens_read) == (1.0, 4.0, 60)
 
 
@@ -102,12 +102,12 @@ def test_the_tables_name_machine_settings_and_every_server():
 
 
 def test_our_server_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    file, few = tmp_path / "all.json", ["--prompt-lengths", "9", "--decode-tokens", "3", "--repeats", "1"]
+    file, few = tmp_path / "all.json", ["--prompt-lengths", "9", "--decode-tokens", "20", "--repeats", "1"]
     main(["--model", "nano", "--serve", "--clients", "2", *few, "--json", str(file)])
     written = json.loads(file.read_text())
     assert written["failures"] == {} and "mlx" in written["machine"]["versions"]
     at_once, session = written["rows"]
-    assert (at_once["clients"], at_once["requests"], at_once["tokens"]) == (2, 4, 12)  # no answer ended before
+    assert (at_once["clients"], at_once["requests"], at_once["tokens"]) == (2, 4, 80)  # no answer ended before
     assert (session["clients"], session["requests"]) == (0, 8)
     assert 0 < session["tokens_read"] < session["prompt_tokens"]  # the turns before were kept
     assert f"\n{OURS} " in capsys.readouterr().out
@@ -126,6 +126,7 @@ def test_random_weights_get_a_tokenizer_whose_words_are_texts_that_read_as_them(
     words = list(range(991 + 128, 20000, 97))  # behind nano's tokens and the letters
     assert made.encode(made.decode(words)) == words
     assert made.encode("<|endoftext|>") == [20000] and max(made.get_vocab().values()) == 20032
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"][32]["id"] == 20032
     for text in ("What is 34 + 58?", "0123456789", "Who are you?"):
         assert made.encode(text) == nano.encode(text)
 

@@ -1,4 +1,7 @@
-"""The table of docs/options.md, from the declared options. `python tests/docs/options_table.py` renews the page."""
+"""The tables of docs/options.md and docs/server.md, from the declared options.
+
+`python tests/docs/options_table.py` renews both pages.
+"""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -9,8 +12,9 @@ from mlx_qwen35.engine.presets import Sampling
 from mlx_qwen35.load import LoadOptions
 from mlx_qwen35.media.options import VisionOptions
 from mlx_qwen35.options import Option, options_of
+from mlx_qwen35.server.options import ServerOptions
 
-PAGE = Path(__file__).parents[2] / "docs" / "options.md"
+DOCS = Path(__file__).parents[2] / "docs"
 BEGIN, END = "<!-- options: generated, see tests/docs -->\n", "<!-- end -->"
 TITLES: dict[str, tuple[type, ...]] = {
     "model": (LoadOptions,),
@@ -19,17 +23,15 @@ TITLES: dict[str, tuple[type, ...]] = {
     "sampling": (Sampling,),
     "images and video": (VisionOptions,),
 }
+PAGES = (DOCS / "options.md", DOCS / "server.md")
 _KINDS = {int: "integer", float: "number", bool: "switch", str: "text"}
 
 
-def table() -> str:
-    return "\n".join(_lines())
-
-
-def page() -> str:
+def page(path: Path) -> str:
     """The whole page, with the table as it must be."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    return f"{before}{BEGIN}{table()}\n{END}{rest.partition(END)[2]}"
+    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    lines = _server_lines() if path.stem == "server" else _lines()
+    return f"{before}{BEGIN}{chr(10).join(lines)}\n{END}{rest.partition(END)[2]}"
 
 
 def _lines() -> Iterator[str]:
@@ -40,6 +42,13 @@ def _lines() -> Iterator[str]:
         for group in groups:
             for option in options_of(group).values():
                 yield _row(option, in_python=group is not CommandOptions or option.name == "prompt")
+
+
+def _server_lines() -> Iterator[str]:
+    yield "| option | value | meaning |"
+    yield "|---|---|---|"
+    for option in options_of(ServerOptions).values():
+        yield f"| {_code(option.flags)} | {_value(option)} | {option.help} |"
 
 
 def _row(option: Option, in_python: bool) -> str:
@@ -63,4 +72,5 @@ def _value(option: Option) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    for path in PAGES:
+        path.write_text(page(path), encoding="utf-8")

@@ -12,11 +12,13 @@ import shlex
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from serving import serving
 
 import mlx_qwen35
 
@@ -145,13 +147,21 @@ def _source_has_options(arguments: list[str]) -> None:
 # --- python ----------------------------------------------------------------------------------------------------------
 
 
+SERVED = "http://127.0.0.1:8080"  # in a document; the test's server is elsewhere
+
+
 @pytest.mark.parametrize("document", having("python"), ids=named)
 def test_python_runs_from_the_first_block_to_the_last(document: Path, folder: Path, capsys):
     names: dict[str, object] = {"__name__": "document"}
-    for block in blocks(document):
-        if block.info == "python":
-            exec(compile(block.text, document.name, "exec"), names)
-    assert capsys.readouterr().out.strip()
+    texts = [block.text for block in blocks(document) if block.info == "python"]
+    with serving() if SERVED in "".join(texts) else nullcontext() as server:
+        for text in texts:
+            text = text.replace(SERVED, server.url) if server else text
+            exec(compile(text, document.name, "exec"), names)
+    said = capsys.readouterr().out
+    assert said.strip()
+    if server:
+        assert said == "92\n4\nA red circle and a blue square.\n92\n"
 
 
 # --- links, sizes, tables --------------------------------------------------------------------------------------------
@@ -204,7 +214,8 @@ def test_the_table_of_models_is_what_the_plan_computes():
     assert "\n".join(table) in (ROOT / "README.md").read_text(), "\n".join(table)
 
 
-def test_the_table_of_options_is_what_the_code_declares():
+@pytest.mark.parametrize("name", ["options.md", "server.md"])
+def test_the_table_of_options_is_what_the_code_declares(name: str):
     """`python tests/docs/options_table.py` renews it."""
-    made = runpy.run_path(str(ROOT / "tests/docs/options_table.py"))
-    assert made["PAGE"].read_text() == made["page"](), "renew docs/options.md: python tests/docs/options_table.py"
+    made, path = runpy.run_path(str(ROOT / "tests/docs/options_table.py")), ROOT / "docs" / name
+    assert path.read_text() == made["page"](path), f"renew docs/{name}: python tests/docs/options_table.py"
