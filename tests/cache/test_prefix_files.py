@@ -188,6 +188,7 @@ def test_a_damaged_file_is_set_aside_and_the_rest_is_used(tmp_path, model, damag
         assert newest.name in line and (tmp_path / (newest.name + ASIDE)).exists()
 
 
+@pytest.mark.full
 def test_of_a_file_that_others_go_on_from_all_is_read_again(tmp_path, model):
     with files(tmp_path, model) as (library, behind, _):
         read(model, library, PROMPT, {8: SYSTEM})
