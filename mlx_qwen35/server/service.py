@@ -215,7 +215,8 @@ class Service:
     @property
     def library(self) -> PrefixLibrary | None:
         """What remembers prompts; None while the model is unloaded."""
-        return self._lanes.library if self._lanes else None
+        lanes = self._lanes  # which another thread may unload
+        return lanes.library if lanes else None
 
     @library.setter
     def library(self, library: PrefixLibrary) -> None:
