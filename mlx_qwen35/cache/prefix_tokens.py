@@ -46,11 +46,9 @@ class Prefix:
 
     def shared(self, other: "Prefix") -> int:
         """How many tokens are the same from the first on, with what they show."""
-        n = min(len(self), len(other))
-        parted = np.flatnonzero(self.tokens[:n] != other.tokens[:n])
         starts = [shown.start for pair in zip_longest(self.media, other.media) if pair[0] != pair[1]
                   for shown in pair if shown]  # fmt: skip
-        return int(min([n, *parted[:1], *starts]))
+        return min([_common(self.tokens, other.tokens), *starts])
 
     def same(self, other: "Prefix") -> bool:
         return len(self) == len(other) and self.begins(other)
@@ -58,4 +56,16 @@ class Prefix:
     def begins(self, other: "Prefix") -> bool:
         """Whether the other goes on from this one, or is the same."""
         n = len(self)
-        return n <= len(other) and self.media == other.upto(n).media and np.array_equal(self.tokens, other.tokens[:n])
+        return n <= len(other) and self.media == other.upto(n).media and _common(self.tokens, other.tokens) == n
+
+
+def _common(one: np.ndarray, other: np.ndarray) -> int:
+    """How many numbers are the same from the first on. Most prompts part early, so it looks at few first."""
+    end, start, size = min(len(one), len(other)), 0, 64
+    while start < end:
+        stop = min(start + size, end)
+        differ = one[start:stop] != other[start:stop]
+        if differ.any():
+            return start + int(differ.argmax())
+        start, size = stop, 4 * size
+    return end

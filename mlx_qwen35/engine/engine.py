@@ -147,7 +147,7 @@ class Engine:
             most = self._chunk(oldest)
             short = (s for s in others if s.prompt is not oldest.prompt and not s.prompt.media and s.to_read() <= most)
             if first := next(short, None):
-                oldest.passed = True
+                oldest.passed = first.passed = True
                 self.waiting.remove(first)
                 self.waiting.appendleft(first)
         return self.waiting[0]

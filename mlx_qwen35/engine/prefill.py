@@ -51,7 +51,7 @@ class ReadingSpeed:
 
     def measured(self, tokens: int, asked: int, seconds: float) -> None:
         """A chunk took so long. asked: its tokens, if it had not ended at a mark."""
-        if tokens >= min(asked, self.LEAST):
+        if self._token is None or tokens >= min(asked, self.LEAST):
             self._token = seconds / tokens
 
 

@@ -94,7 +94,7 @@ class Sequence:
         self.clock = Clock()
         self._said: list[Piece] = []
         self._new: deque[Piece] = deque()
-        self.passed = False  # whether a shorter prompt went before it
+        self.passed = False  # whether a shorter prompt went before it, or it before a longer one
         self._chunks: Iterator[Chunk] | None = None
         self.own: Cache | None = None  # its cache, until it is a running row
         self._started = False
@@ -318,3 +318,4 @@ class Sequence:
         """It has ended, and nobody holds its cache: the library may let go of its prompt, unless a caller goes on."""
         if self.use and not self.cache:
             self.use.close()
+            self.use = self.library = None  # who holds the result must not hold the model

@@ -12,7 +12,7 @@ from starlette.routing import Route
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.server import chat, completions, messages, models, page_route, responses, status, tokens
 from mlx_qwen35.server.errors import ApiError
-from mlx_qwen35.server.guard import Guard, read_key, refusal
+from mlx_qwen35.server.guard import Guard, read_key, read_names, refusal
 from mlx_qwen35.server.log import Log
 from mlx_qwen35.server.options import ServerOptions
 from mlx_qwen35.server.service import Service
@@ -39,7 +39,7 @@ def make_app(options: ServerOptions, service: Service | None = None) -> Starlett
         ],
         middleware=[
             Middleware(Log, metrics=metrics, with_text=options.log_text),
-            Middleware(Guard, options=options, key=read_key(options)),
+            Middleware(Guard, names=read_names(options), key=read_key(options)),
         ],
         exception_handlers=dict.fromkeys((ApiError, InputError, HTTPException), _refuse),
     )

@@ -204,7 +204,7 @@ def form(body: Fields) -> dict[str, Any]:
     if len(found) > 1:
         raise ApiError(400, "option_conflict", f"{', '.join(found)}: an answer has one form", list(found)[-1])
     for name, asked in found.items():
-        body.about |= dict.fromkeys(("grammar_invalid", "package_missing"), name)
+        body.about |= dict.fromkeys(("grammar_invalid", "package_missing", "option_conflict"), name)
         return asked
     return {}
 

@@ -10,7 +10,7 @@ import ipaddress
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
@@ -21,6 +21,7 @@ from mlx_qwen35.server.body import ClientLeft, parse, read_body
 from mlx_qwen35.server.errors import ApiError
 from mlx_qwen35.server.options import ServerOptions
 from mlx_qwen35.server.status import condition_of
+from mlx_qwen35.values import shown
 
 KEY = "MLX_QWEN35_API_KEY"  # environment
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:@/\[\]]+)(:\d+)?", re.IGNORECASE)
@@ -50,6 +51,16 @@ def read_key(options: ServerOptions) -> str | None:
     return key or None
 
 
+def read_names(options: ServerOptions) -> set[str]:
+    """The names by which the server is reached, beside those of this machine. InputError for what is none."""
+    names = {_bare(options.host)} - {""}
+    for name in options.allowed_host or ():
+        if not (bare := _bare(name)):
+            raise InputError("option_invalid", f"--allowed-host must be a name such as models.local, got {shown(name)}")
+        names.add(bare)
+    return names
+
+
 def is_loopback(host: str) -> bool:
     """Whether a name or an address leads to this machine, whatever a name server says."""
     if host.rstrip(".") == "localhost":
@@ -73,12 +84,11 @@ def refusal(path: str, error: Exception) -> Response:
 class Guard:
     """Refuses, or hands on with the parsed body of a POST in scope["json"].
 
-    key: see `read_key`; None where none is asked for.
+    names: see `read_names`. key: see `read_key`; None where none is asked for.
     """
 
-    def __init__(self, app: ASGIApp, options: ServerOptions, key: str | None):
-        self._app, self._key = app, key.encode() if key else None
-        self._names = {_bare(name) for name in (options.host, *(options.allowed_host or ()))} - {""}
+    def __init__(self, app: ASGIApp, names: Collection[str], key: str | None):
+        self._app, self._names, self._key = app, names, key.encode() if key else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)

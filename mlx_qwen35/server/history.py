@@ -10,7 +10,8 @@ from mlx_qwen35.server.service import Service
 ROLES = ("system", "developer", "user", "assistant", "tool")
 PARTS = ("text", "image_url", "video_url")
 REASONING = ("reasoning_content", "reasoning", "thinking")  # clients' names for it
-LOW = 512 * 512  # pixels of an image whose detail is "low"
+DETAILS = ("auto", "low", "high", "original")  # of an image; the others are what memory allows
+LOW = 512 * 512  # most pixels of an image whose detail is "low"
 _OPTIONS = {
     "image": {"min_pixels": "min_pixels", "max_pixels": "max_pixels"},
     "video": {"fps": "fps", "num_frames": "video_num_frames"},
@@ -48,8 +49,11 @@ def _call(given: Fields) -> Message:
     name, arguments = function.text("name"), function.any("arguments", "")
     if not isinstance(arguments, str | dict):
         raise function.error("arguments", "must be JSON text, or an object", arguments)
+    call = given.text("id", None)
     given.ignore("index")
-    return {"id": given.text("id", None), "type": "function", "function": {"name": name, "arguments": arguments}}
+    given.done()
+    function.done()
+    return {"id": call, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def _content(given: Fields, role: str, service: Service) -> Any:
@@ -81,19 +85,20 @@ def _part(given: Fields, service: Service) -> Message:
 
 
 def _medium(given: Fields, field: str, service: Service) -> Message:
-    """image_url or video_url: an object with the url, or the url. detail: "low" is an image of few pixels."""
+    """image_url or video_url: an object with the url, or the url."""
     kind, url, detail = field.removesuffix("_url"), given.any(field), "auto"
     vision = {own: value for name, own in _OPTIONS[kind].items() if (value := given.any(name, None)) is not None}
     if isinstance(url, dict):
         source = given.object(field)
         url = source.text("url")
-        detail = source.choice("detail", ("auto", "low", "high", "original"), "auto") if kind == "image" else "auto"
+        detail = source.choice("detail", DETAILS, "auto") if kind == "image" else "auto"
         source.done()
+    return {"type": kind, kind: read_detail(service, kind, url, given.place(field), detail, **vision)}
 
-    def read(**options: Any) -> Media:
-        return read_media(service.processor, kind, url, given.place(field), service.options, **options)
 
-    media = read(**vision)
+def read_detail(service: Service, kind: str, url: Any, place: str, detail: str, **vision: Any) -> Media:
+    """What `read_media` reads; where the detail is "low", an image of few pixels."""
+    media = read_media(service.processor, kind, url, place, service.options, **vision)
     if detail == "low" and media.pixels[0, :, :, 0].size > LOW:
-        media = read(**vision | {"max_pixels": LOW})
-    return {"type": kind, kind: media}
+        media = read_media(service.processor, kind, url, place, service.options, **vision | {"max_pixels": LOW})
+    return media

@@ -84,7 +84,7 @@ class Lanes:
         self, model: Model, library: PrefixLibrary, admission: Admission, rows: int, clock: Callable[[], float]
     ):
         self.model, self.library, self.admission, self.rows, self.clock = model, library, admission, rows, clock
-        self.engine = Engine(model, interleave=True)
+        self.engine = Engine(model, interleave=True, clock=clock)
         self.queue: deque[Lane] = deque()
         self.running: dict[int, Lane] = {}  # by id of the request
         self.waiting = 0  # owners none of whose lanes has run
@@ -233,4 +233,4 @@ class Lanes:
             lane.request.finish("interrupted")
             lane.request.fail(error)
             self._tell(lane)
-        self.engine = Engine(self.model, interleave=True)
+        self.engine = Engine(self.model, interleave=True, clock=self.clock)

@@ -49,7 +49,7 @@ class _Lines(logging.Formatter):
 
 
 class Log:
-    """Outermost of the application: it sees every request, and every failure."""
+    """Outermost of the application: it sees every request, its end, and every failure."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, with_text: bool):
         self._app, self._metrics, self._with_text = app, metrics, with_text
@@ -75,6 +75,8 @@ class Log:
             if not status:  # otherwise the connection ends without the rest
                 await refusal(scope["path"], error)(scope, receive, watched)
         finally:
+            for answer in answers:
+                answer.cancel()  # what a request has begun ends with it
             self._metrics.count(scope, status, answers, began)
             seconds = time.monotonic() - began
             LOG.info("%s %s %d %s%.2f s", scope["method"], _shown(scope["path"]), status, _counts(answers), seconds)

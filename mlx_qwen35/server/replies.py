@@ -55,7 +55,7 @@ class Wanted:
 async def reply(request: Request, wanted: Wanted, kind: Kind) -> Response:
     """Take a request in and answer it. Raises ApiError while it can be told by a status."""
     service: Service = request.app.state.service
-    answers = _submitted(service, wanted.jobs)
+    answers = [service.submit(job) for job in wanted.jobs]
     head = {"id": f"{kind.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
     if wanted.stream:
         return event_stream(openai_stream(_chunks(answers, head | {"object": kind.chunk}, kind, wanted.usage)))
@@ -63,31 +63,15 @@ async def reply(request: Request, wanted: Wanted, kind: Kind) -> Response:
     return JSONResponse(made) if made else Response(status_code=499)
 
 
-def _submitted(service: Service, jobs: Sequence[Job]) -> list[Answer]:
-    answers: list[Answer] = []
-    try:
-        for job in jobs:
-            answers.append(service.submit(job))
-    except ApiError:
-        for answer in answers:
-            answer.cancel()
-        raise
-    return answers
-
-
 async def _events(answers: Sequence[Answer]) -> AsyncGenerator[Event]:
     """The events of all, one answer behind the other. Their choices are numbered through."""
     first = 0
-    try:
-        for answer in answers:
-            async for event in answer:
-                if event.result and (error := refusal(event.result)):
-                    raise error
-                yield event._replace(choice=first + event.choice)
-            first += len(answer.results)
-    finally:
-        for answer in answers:
-            answer.cancel()
+    for answer in answers:
+        async for event in answer:
+            if event.result and (error := refusal(event.result)):
+                raise error
+            yield event._replace(choice=first + event.choice)
+        first += len(answer.results)
 
 
 async def _whole(answers: Sequence[Answer], head: dict[str, Any], kind: Kind) -> dict[str, Any]:

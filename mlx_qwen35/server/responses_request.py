@@ -6,8 +6,7 @@ from mlx_qwen35.engine.options import GenerationOptions
 from mlx_qwen35.prompt.messages import MOST_TOOLS
 from mlx_qwen35.server import asked
 from mlx_qwen35.server.fields import Fields
-from mlx_qwen35.server.history import LOW
-from mlx_qwen35.server.media import read_media
+from mlx_qwen35.server.history import DETAILS, read_detail
 from mlx_qwen35.server.service import Service
 
 PLAIN = "plain:"  # before reasoning that a client carries as encrypted_content: this server keeps no secret
@@ -113,10 +112,8 @@ def _part(part: Fields, service: Service) -> Message:
         part.ignore("annotations", "logprobs")
     else:
         part.refuse("file_id", "this server stores no files. Send a data: URI as image_url")
-        low = part.choice("detail", ("auto", "low", "high", "original"), "auto") == "low"
-        url, place = part.text("image_url"), part.place("image_url")
-        vision = {"max_pixels": LOW} if low else {}
-        read = {"type": "image", "image": read_media(service.processor, "image", url, place, service.options, **vision)}
+        detail, url = part.choice("detail", DETAILS, "auto"), part.text("image_url")
+        read = {"type": "image", "image": read_detail(service, "image", url, part.place("image_url"), detail)}
     part.ignore("prompt_cache_breakpoint")
     part.done()
     return read

@@ -119,7 +119,8 @@ class Service:
         self.upkeep = Upkeep(model, processor, options, clock, **machine)
         self._rows = options.rows or default_rows(model.memory_limit)
         self._lanes: Lanes | None = self._lanes_of(model)
-        self._pool = ThreadPoolExecutor(2, "prepare")
+        # Where other servers are waited for, one that is slow must hold up nobody else.
+        self._pool = ThreadPoolExecutor(QUEUE if options.fetch_media else 2, "prepare")
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._coming = 0  # jobs on their way to the engine thread

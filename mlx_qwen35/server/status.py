@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -61,7 +62,15 @@ async def metrics(request: Request) -> Response:
 
 
 def _gauges(service: Service) -> Iterator[str]:
-    values = {"memory_bytes": mx.get_active_memory(), "memory_peak_bytes": mx.get_peak_memory()}
+    model, library = service.model, service.library  # None while they are unloaded
+    values = {
+        "running": service.running,
+        "waiting": service.waiting,
+        "weights_bytes": sum(a.nbytes for a in dict(tree_flatten(model.parameters())).values()) if model else 0,
+        "library_bytes": library.nbytes if library else 0,
+        "memory_bytes": mx.get_active_memory(),
+        "memory_peak_bytes": mx.get_peak_memory(),
+    }
     for name, value in values.items():
         yield f"# TYPE mlx_qwen35_{name} gauge"
         yield f"mlx_qwen35_{name} {value}"

@@ -111,6 +111,7 @@ BAD = {
     "a schema that cannot be held": Bad(form({"uniqueItems": True}), "response_format", "grammar_invalid"),
     "two forms": Bad({"guided_regex": "a", "structured_outputs": {"choice": ["a"]}}, "structured_outputs.choice",
                      CONFLICT),
+    "a form of calls": Bad({"tools": TOOLS, "tool_choice": "required", "regex": "a"}, "regex", CONFLICT),
     "a form of what has begun": Bad(
         said(role="assistant", content="b") | {"continue_final_message": True, "regex": "a"}, "continue_final_message",
         CONFLICT,

@@ -19,7 +19,7 @@ from serving import Running, serving
 
 from mlx_qwen35 import generate
 from mlx_qwen35.server.errors import ApiError
-from mlx_qwen35.server.stream import openai_stream
+from mlx_qwen35.server.stream import openai_stream, with_silence
 
 CHAT = "/v1/chat/completions"
 PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
@@ -37,6 +37,24 @@ def content(server: Running, messages: list[dict[str, Any]], **fields: Any) -> s
 def test_a_stream_says_something_at_once(nano_server: Running) -> None:
     text = nano_server.post(CHAT, {"messages": QUESTION, "stream": True} | SHORT).text
     assert text.index(": reading\n\n") < text.index('"content": "9')
+
+
+def test_a_stream_talks_as_long_as_nothing_comes() -> None:
+    async def told() -> list[str | None]:
+        enough, items = asyncio.Event(), []
+
+        async def late() -> AsyncGenerator[str]:
+            await enough.wait()
+            yield "text"
+
+        async for item in with_silence(late(), 0.001):
+            items.append(item)
+            if len(items) == 4:
+                enough.set()
+        return items
+
+    *silence, text = asyncio.run(told())
+    assert len(silence) >= 4 and set(silence) == {None} and text == "text"
 
 
 def test_usage_is_told_in_a_stream_that_asks_for_it(nano_server: Running) -> None:

@@ -87,6 +87,8 @@ def test_an_address_that_is_not_this_machines_is_told(run: Callable, tmp_path: P
         (["--model", "nano", "--rows", "0"], "option_invalid"),
         (["--model", "nano", "--context", "x"], "option_invalid"),
         (["--model", "nano", "--cors"], "option_unknown"),
+        (["--model", "nano", "--allowed-host", "http://models.test"], "option_invalid"),
+        (["--model", "nano", "--allowed-host", ""], "option_invalid"),
         (["--model", "nano", "--port", "0", "--kv-bits", "3"], "option_invalid"),
         (["--model", "no/such/folder", "--port", "0"], "model_not_found"),
     ],
@@ -104,6 +106,7 @@ def test_without_its_packages_it_says_what_to_install(run: Callable, monkeypatch
     assert refused(told, "package_missing") and "mlx-qwen35[server]" in told[2]
 
 
+@pytest.mark.full
 def test_help_needs_neither_packages_nor_a_model(tmp_path: Path) -> None:
     for name in ("starlette", "uvicorn", "h11"):
         (tmp_path / f"{name}.py").write_text("raise ImportError")

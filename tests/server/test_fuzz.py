@@ -4,7 +4,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpx
@@ -111,7 +111,7 @@ def beside(server: Running) -> Iterator[None]:
     over, answers = threading.Event(), list[str]()
 
     def ask() -> None:
-        while not (over.is_set() and answers):
+        while not over.wait(0.1 if answers else 0):
             choice = server.post(CHAT, QUESTION).json()["choices"][0]
             answers.append(choice["message"]["reasoning_content"] + choice["message"]["content"])
 
@@ -122,7 +122,7 @@ def beside(server: Running) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-    assert len(set(answers)) == 1 and answers[0].endswith("92")
+    assert set(answers) == {answers[0]} and answers[0].endswith("92")
 
 
 def examples(count: int) -> Callable:
@@ -168,17 +168,20 @@ def check_bytes(server: Running, count: int) -> None:
     heads = st.sampled_from([b"", b"GET / HTTP/1.1\r\n", b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\n"])
     lines = st.sampled_from(
         [b"Content-Length: -1\r\n", b"Content-Length: 1\r\nContent-Length: 2\r\n", b"Host: a\r\nHost: b\r\n",
-         b"Transfer-Encoding: chunked\r\n\r\nx", b"Upgrade: websocket\r\nConnection: Upgrade\r\n", b"A" * 100_000,
+         b"Transfer-Encoding: chunked\r\n\r\nx", b"Upgrade: websocket\r\nConnection: Upgrade\r\n", b"LONG",
          b"\r\n\r\n"]
     ) | st.binary(max_size=60)  # fmt: skip
 
     @examples(count)
     @given(heads, st.lists(lines, max_size=3))
     def test(head: bytes, rest: list[bytes]) -> None:
+        told = b""
         with socket.create_connection(address, timeout=30) as sock:
-            sock.sendall(head + b"".join(rest))
-            sock.shutdown(socket.SHUT_WR)
-            told = sock.recv(65536)
+            with suppress(OSError):  # the server may end it first
+                sock.sendall(head + b"".join(rest).replace(b"LONG", b"A" * 100_000))
+                sock.shutdown(socket.SHUT_WR)
+            with suppress(ConnectionError):
+                told = sock.recv(65536)
         assert not told.startswith(b"HTTP/1.1 5")
 
     test()
@@ -190,7 +193,7 @@ CHECKS = {"bodies": check_bodies, "requests": check_requests, "bytes": check_byt
 
 @pytest.mark.parametrize("what", CHECKS)
 def test_whatever_comes_is_answered(nano_server: Running, what: str) -> None:
-    CHECKS[what](nano_server, 20)
+    CHECKS[what](nano_server, 10)
 
 
 @pytest.mark.full
@@ -199,6 +202,7 @@ def test_much_more_is_answered(nano_server: Running, what: str) -> None:
     CHECKS[what](nano_server, 1500)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("path", GOOD)
 def test_the_bodies_that_others_are_made_from_are_good(nano_server: Running, path: str) -> None:
     short = {MOST[path]: 1} if path in MOST else {}

@@ -231,3 +231,25 @@ def test_one_client_that_fails_takes_no_other_along(nano_server: Running) -> Non
     for thread in threads:
         thread.join()
     assert [answered(response) for response in results] == [True] * 4
+
+
+# --- counts ----------------------------------------------------------------------------------------------------------
+
+TOOL = {"type": "function", "function": {"name": "look"}}
+TOO_MUCH = {
+    "n": 9,
+    "top_logprobs": 21,
+    "stop": ["a"] * 17,
+    "logit_bias": {str(token): 1 for token in range(1025)},
+    "tools": [TOOL | {"function": {"name": f"look{number}"}} for number in range(257)],
+    "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"const": "a" * 65_536}}},
+    "max_tokens": 0,
+    "temperature": 3,
+}
+
+
+@pytest.mark.parametrize("field", TOO_MUCH)
+def test_too_much_of_a_field_is_refused_by_its_name(nano_server: Running, field: str) -> None:
+    response = nano_server.post(CHAT, QUESTION | {"logprobs": True, field: TOO_MUCH[field]})
+    assert response.status_code == 400 and code(response)
+    assert response.json()["error"]["param"].startswith(field)

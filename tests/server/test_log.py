@@ -118,7 +118,9 @@ def test_figures_add_up(nano_server: Running) -> None:
     assert more("mlx_qwen35_cached_tokens_total") == usage["prompt_tokens_details"]["cached_tokens"]
     assert more("mlx_qwen35_generated_tokens_total") == usage["completion_tokens"]
     assert more("mlx_qwen35_first_token_seconds_count") == more('mlx_qwen35_first_token_seconds_bucket{le="+Inf"}') == 1
-    assert after["mlx_qwen35_memory_bytes"] > 0
+    assert after["mlx_qwen35_memory_bytes"] > after["mlx_qwen35_weights_bytes"] > 0
+    assert after["mlx_qwen35_running"] == after["mlx_qwen35_waiting"] == 0
+    assert after["mlx_qwen35_library_bytes"] > 0
     assert not any("never" in name for name in after)
 
 

@@ -5,12 +5,16 @@ import io
 import os
 import socket
 import struct
+import threading
+import time
 import zlib
 from collections.abc import Iterator
 
+import httpx
 import pytest
 from media.serving import Server
 from PIL import Image
+from serving import serving
 
 from mlx_qwen35.load import load
 from mlx_qwen35.prompt.processor import Processor
@@ -123,7 +127,7 @@ def network(web_server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[lis
 
     def to_server(sock: socket.socket, address: tuple[str, int]) -> None:
         dialled.append(address[0])
-        connect(sock, ("127.0.0.1", web_server.server_port))
+        connect(sock, ("127.0.0.1", web_server.server_port) if address[0] == PUBLIC else address)
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     monkeypatch.setattr(socket.socket, "connect", to_server)
@@ -166,3 +170,24 @@ def test_what_a_server_does_not_deliver_is_told_without_its_address(
     web_server.sends("/gone.png?key=1", b"", status=404)
     error = refusal(processor, "http://pictures.test/gone.png?key=1", fetch_media=True)
     assert error.code == "fetch_failed" and "pictures" not in error.message and "key" not in error.message
+
+
+def test_servers_that_keep_it_waiting_hold_up_no_other_request(web_server: Server, network: list[str]) -> None:
+    web_server.does("/never.png", lambda handler: web_server.over.wait())
+    text = {"type": "text", "text": "What is 34 + 58?"}
+    image = {"type": "image_url", "image_url": {"url": "http://pictures.test/never.png"}}
+    with serving(fetch_media=True) as server:
+
+        def ask(*content: dict) -> httpx.Response:
+            messages = [{"role": "user", "content": content}]
+            return server.post("/v1/chat/completions", {"messages": messages, "temperature": 0})
+
+        waiting = [threading.Thread(target=ask, args=(image,)) for _ in range(4)]
+        for thread in waiting:
+            thread.start()
+        while len(web_server.asked) < len(waiting):
+            time.sleep(0.01)
+        assert ask(text).json()["choices"][0]["message"]["content"] == "92"
+        web_server.over.set()
+        for thread in waiting:
+            thread.join()

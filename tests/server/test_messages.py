@@ -6,6 +6,7 @@ import io
 import json
 import threading
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -18,9 +19,10 @@ from serving import CLIENT, Running
 
 from mlx_qwen35 import generate
 from mlx_qwen35.prompt.piece import CONTENT, Piece
+from mlx_qwen35.prompt.tool_calls import Cut
 from mlx_qwen35.server.errors import ApiError
 from mlx_qwen35.server.fields import Fields
-from mlx_qwen35.server.messages import MessageReply
+from mlx_qwen35.server.messages import MessageReply, ending
 from mlx_qwen35.server.messages_request import conversation, options
 from mlx_qwen35.server.service import Event
 
@@ -30,6 +32,7 @@ WEATHER = [{"role": "user", "content": "What is the weather in Paris?"}]
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOLS = [{"name": "get_weather", "description": "Get the weather in a city", "input_schema": CITY}]
 ASKED: Json = {"model": "any", "max_tokens": 200, "extra_body": {"temperature": 0}}
+CUT = Cut("get_weather", {}, {})
 MODES = [{}, {"thinking": {"type": "adaptive"}}]
 
 
@@ -127,6 +130,20 @@ def test_a_call_that_is_cut_is_told_by_max_tokens(nano_server: Running, client: 
 def test_a_stop_sequence_is_named(client: anthropic.Anthropic) -> None:
     made = client.messages.create(messages=SUM, stop_sequences=["x", "2"], **ASKED)
     assert (said(made)[1], made.stop_reason, made.stop_sequence) == ("9", "stop_sequence", "2")
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [({"finish_reason": "stop"}, "end_turn"), ({"finish_reason": "tool_calls"}, "tool_use"),
+     ({"finish_reason": "stop", "stop": "x"}, "stop_sequence"), ({"finish_reason": "length"}, "max_tokens"),
+     ({"finish_reason": "length", "limited_by": "context"}, "model_context_window_exceeded"),
+     ({"finish_reason": "length", "limited_by": "context", "cut": CUT}, "max_tokens"),
+     ({"finish_reason": "tool_calls", "cut": CUT}, "max_tokens"), ({"finish_reason": "stop", "cut": CUT}, "max_tokens")],
+)  # fmt: skip
+def test_why_an_answer_ended(nano_server: Running, end: Json, reason: str) -> None:
+    service = nano_server.service
+    result = generate(service.model, service.processor, SUM, temp=0, max_tokens=1)
+    assert ending(replace(result, **end))["stop_reason"] == reason
 
 
 def test_an_assistants_message_at_the_end_is_continued(client: anthropic.Anthropic) -> None:

@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
-from browsing import CHAT, SHAPES, Page, answered, ask, expect, prompt, reply, says, set_up
-from serving import Running
+from browsing import CHAT, SHAPES, Browser, Page, answered, ask, expect, opened, prompt, reply, says, set_up
+from serving import Running, serving
 
 pytestmark = pytest.mark.full
 
@@ -102,17 +102,28 @@ def test_a_lost_server_is_told_and_what_came_is_kept(page: Page, body: str | Non
     expect(answered(page).locator(".note")).to_be_hidden()
 
 
-def test_a_server_that_asks_for_a_key_gets_it_from_the_settings(page: Page) -> None:
-    reply(page, "", json.dumps({"error": {"message": "A key is needed."}}), status=401, content_type="application/json")
-    ask(page, "Hello").get_by_role("button", name="Enter the key").click()
-    expect(page.locator("[name=key]")).to_be_focused()
-    page.keyboard.type("secret")
-    page.keyboard.press("Enter")
-    page.unroute(CHAT)
-    with page.expect_request(CHAT) as request:
+def test_a_server_that_is_gone_is_told_until_it_is_back(page: Page) -> None:
+    page.route("**/v1/models", lambda route: route.abort("connectionrefused"))
+    page.reload()
+    expect(page.locator("#notice")).to_contain_text("server")
+    expect(page.locator("#model")).to_be_empty()
+    page.unroute("**/v1/models")
+    expect(page.locator("#model")).to_have_text("nano")
+    expect(page.locator("#notice")).to_be_empty()
+
+
+def test_a_server_that_asks_for_a_key_gets_it_from_the_settings(browser: Browser, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("secret")
+    with serving(api_key_file=tmp_path / "key") as server, opened(browser, server.url) as page:
+        expect(page.locator("[name=key]")).to_be_focused()
+        page.keyboard.press("Escape")
+        ask(page, "What is 34 + 58?").get_by_role("button", name="Enter the key").click()
+        expect(page.locator("[name=key]")).to_be_focused()
+        page.keyboard.type("secret")
+        page.keyboard.press("Enter")
+        expect(page.locator("#model")).to_have_text("nano")
         page.get_by_role("button", name="Regenerate").click()
-    assert request.value.headers["authorization"] == "Bearer secret"
-    answered(page)
+        expect(answered(page).locator("> .prose")).to_have_text("92")
 
 
 # --- conversations ---------------------------------------------------------------------------------------------------
@@ -142,6 +153,28 @@ def test_conversations_survive_a_reload_and_are_renamed_and_deleted(page: Page) 
     expect(listed).to_have_count(1)
     page.reload()
     expect(listed).to_have_text(re.compile("Second"))
+
+
+def test_an_edit_and_a_deletion_end_the_answer_that_is_under_way(page: Page) -> None:
+    reply(page, "Yes.")
+    ask(page, "One")
+    page.get_by_role("button", name="Edit the message").click()
+    page.unroute(CHAT)
+    set_up(page, thinking="off", schema='{"type": "string", "minLength": 100000}')
+    prompt(page).fill("Two")
+    prompt(page).press("Enter")
+    expect(page.get_by_role("article")).to_have_count(4)
+    page.get_by_role("textbox", name="Edited message").fill("Three")
+    page.get_by_role("button", name="Send again").click()
+    expect(page.get_by_role("article")).to_have_count(2)
+    expect(page.get_by_role("article", name="Answer").locator("> .prose")).to_contain_text('"')
+    expect(page.get_by_role("button", name="Stop")).to_be_visible()
+    page.get_by_role("button", name="Delete One").click()
+    page.get_by_role("button", name="Delete", exact=True).click()
+    expect(page.get_by_role("article")).to_have_count(0)
+    page.reload()
+    expect(prompt(page)).to_be_focused()
+    expect(page.get_by_role("navigation").get_by_role("listitem")).to_have_count(0)
 
 
 def test_nothing_is_sent_by_an_address(page: Page, nano_server: Running) -> None:

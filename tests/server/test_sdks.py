@@ -107,22 +107,24 @@ def test_openai_python_streams_the_text_of_generate(nano_server: Running, client
 
 
 def test_choice_i_of_n_has_seed_plus_i(nano_server: Running, client: openai.OpenAI) -> None:
-    body: Any = {"model": "nano", "messages": asking("Tell me of the sea"), "temperature": 1.9, "max_tokens": 6}
-    choices = client.chat.completions.create(**body, n=3, seed=3, reasoning_effort="none").choices
-    options: Any = {"temp": 1.9, "max_tokens": 6, "enable_thinking": False}
-    rights = [generated(nano_server, body["messages"], seed=seed, **options).text for seed in (3, 4, 5)]
+    body: Any = {"model": "nano", "messages": asking("Tell me of the sea"), "temperature": 1.9, "max_tokens": 4}
+    choices = client.chat.completions.create(**body, n=2, seed=4, reasoning_effort="none").choices
+    options: Any = {"temp": 1.9, "max_tokens": 4, "enable_thinking": False}
+    rights = [generated(nano_server, body["messages"], seed=seed, **options).text for seed in (4, 5)]
     assert [choice.message.content for choice in choices] == rights
     assert len(set(rights)) > 1  # they can be told apart
 
 
 def test_logprobs_are_those_of_generate(nano_server: Running, client: openai.OpenAI) -> None:
-    right = generated(nano_server, asking("é🙂"), seed=1, max_tokens=6, logprobs=True, top_logprobs=3)
-    body: Any = {"model": "nano", "messages": asking("é🙂"), "seed": 1, "max_tokens": 6, "logprobs": True}
-    told = client.chat.completions.create(**body, top_logprobs=3).choices[0].logprobs
-    assert told and told.content and right.logprobs
-    assert [(t.token, bytes(t.bytes or [])) for t in told.content] == [(t.text, t.bytes) for t in right.logprobs]
-    assert [t.logprob for t in told.content] == pytest.approx([t.logprob for t in right.logprobs], abs=1e-4)
-    for own, other in zip(told.content, right.logprobs, strict=True):
+    odd = nano_server.service.processor.tokenizer.encode("🙂")[0]  # part of a character
+    options: Any = {"seed": 1, "max_tokens": 6, "logprobs": True, "top_logprobs": 3}
+    right = generated(nano_server, asking(SUM), logit_bias={odd: 40}, temp=1, **options).logprobs
+    body = {"model": "nano", "messages": asking(SUM), "temperature": 1, "logit_bias": {str(odd): 40}} | options
+    told = client.chat.completions.create(**body).choices[0].logprobs
+    assert told and told.content and right and odd in {token.token for token in right}
+    assert [(t.token, bytes(t.bytes or [])) for t in told.content] == [(t.text, t.bytes) for t in right]
+    assert [t.logprob for t in told.content] == pytest.approx([t.logprob for t in right], abs=1e-4)
+    for own, other in zip(told.content, right, strict=True):
         assert [bytes(top.bytes or []) for top in own.top_logprobs] == [top.bytes for top in other.top]
 
 
@@ -138,12 +140,13 @@ def test_openai_python_parses_an_answer(client: openai.OpenAI) -> None:
 
 def test_a_loop_of_calls_by_openai_python(client: openai.OpenAI) -> None:
     messages: list[Any] = asking(WEATHER)
-    first = client.chat.completions.create(model="nano", messages=messages, tools=TOOLS, temperature=0).choices[0]
+    body: Any = {"model": "nano", "tools": TOOLS, "temperature": 0, "reasoning_effort": "none"}
+    first = client.chat.completions.create(**body, messages=messages).choices[0]
     assert first.finish_reason == "tool_calls"
     (call,) = first.message.tool_calls
     assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Paris"})
     messages += [first.message, {"role": "tool", "tool_call_id": call.id, "content": "21 degrees, sunny"}]
-    last = client.chat.completions.create(model="nano", messages=messages, tools=TOOLS, temperature=0).choices[0]
+    last = client.chat.completions.create(**body, messages=messages).choices[0]
     assert (last.message.content, last.finish_reason) == (REPORT, "stop")
 
 

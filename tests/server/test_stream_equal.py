@@ -37,8 +37,10 @@ def request(seed: int, longest: int) -> dict[str, Any]:
     ]
     for extra in chance.sample(extras, 2):
         body |= extra
+    if body.get("tool_choice") == "required":
+        body.pop("response_format", None)  # the answer is calls
     thinking: list[dict[str, Any]] = [{"thinking_budget": 2, "max_tokens": 290}, {"enable_thinking": False}, {}]
-    return body | chance.choices(thinking, (1, 10, 10))[0]
+    return body | chance.choices(thinking, (longest > 10, 10, 10))[0]
 
 
 def answers(server: Running, body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -67,7 +69,7 @@ def check(server: Running, seeds: range, longest: int) -> None:
 
 
 def test_twenty_random_requests(nano_server: Running) -> None:
-    check(nano_server, range(20), 8)
+    check(nano_server, range(20), 6)
 
 
 @pytest.mark.full

@@ -60,7 +60,13 @@ export class Conversation {
     this.controller?.abort();
   }
 
-  // Each of these begins to answer at once. The store is written in the order of the calls, and nothing waits for it.
+  // Stop, and wait until nothing more is written.
+  async halt() {
+    this.stop();
+    await this.answering;
+  }
+
+  // Each of these begins to answer at once: the store is written in the order of the calls, and nothing waits for it.
 
   send(text, media) {
     if (!this.messages.length) this.title = (text.trim() || media[0].name).split("\n")[0].slice(0, 80);
@@ -71,7 +77,8 @@ export class Conversation {
   }
 
   // Give a user's message another text, and answer it. What followed is gone.
-  edit(index, text) {
+  async edit(index, text) {
+    await this.halt();
     this.messages[index] = { ...this.messages[index], text };
     this.cut(index + 1);
     this.save(index);
@@ -79,7 +86,8 @@ export class Conversation {
   }
 
   // Answer again what the message at this index answered.
-  regenerate(index) {
+  async regenerate(index) {
+    await this.halt();
     this.cut(index);
     return this.answer();
   }
@@ -103,7 +111,12 @@ export class Conversation {
     return store.dropMessages(this.id, from);
   }
 
-  async answer() {
+  answer() {
+    this.answering = this.run();
+    return this.answering;
+  }
+
+  async run() {
     const { system, key, ...options } = settings();
     const body = { messages: history(this.messages, system), ...requestOptions(options) };
     const message = { role: "assistant", text: "", reasoning: "", state: "running" };

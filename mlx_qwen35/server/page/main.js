@@ -1,6 +1,6 @@
 // The page: which conversation is shown, and what keys and buttons do.
 
-import { modelName } from "./api.js";
+import { Lost, modelName } from "./api.js";
 import { Conversation } from "./chat.js";
 import { Attachments } from "./media.js";
 import { AnswerView, ending, sends, userView } from "./message.js";
@@ -16,11 +16,13 @@ const running = new Map(); // conversations that are being answered, by id; one 
 const views = new Map(); // message -> its view, of the conversation that is shown
 const stale = new Set(); // messages that changed since they were painted
 let current;
+let asking; // the timer of showModel
 
 // Say something, on the screen and to a screen reader.
 function tell(text) {
+  if (find("notice").textContent === text) return;
   find("notice").textContent = text;
-  announce(text);
+  if (text) announce(text);
 }
 
 function announce(text) {
@@ -40,6 +42,7 @@ function changed(conversation, message) {
   if (message && !conversation.running) {
     paint();
     announce([ending(message), views.get(message).text.textContent].filter(Boolean).join(" "));
+    if (message.state === "lost") showModel();
   }
 }
 
@@ -121,7 +124,7 @@ async function rename(id, title) {
 
 async function remove(id) {
   const conversation = id === current.id ? current : running.get(id);
-  conversation?.stop();
+  await conversation?.halt();
   await store.deleteConversation(id);
   await (id === current.id ? open() : list());
 }
@@ -227,7 +230,9 @@ async function copy({ target }) {
   }
 }
 
+// The model's name, or why it is not known. A server that is gone, or still loads its model, is asked again.
 async function showModel() {
+  clearTimeout(asking);
   try {
     find("model").textContent = await modelName(settings().key);
     tell("");
@@ -235,6 +240,7 @@ async function showModel() {
     find("model").textContent = "";
     tell(error.message);
     if (error.status === 401) editSettings("key");
+    if (error.status === 503 || error instanceof Lost) asking = setTimeout(showModel, 2000);
   }
 }
 
