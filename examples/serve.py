@@ -12,6 +12,8 @@ from tempfile import TemporaryFile
 from typing import NamedTuple
 from urllib.request import Request, urlopen
 
+from mlx_qwen35.commands.interrupt import unwound_when_ended
+
 SECONDS = 120  # for each step, on a slow machine too
 
 
@@ -24,7 +26,7 @@ class Served(NamedTuple):
 def served(*options: str) -> Iterator[Served]:
     """A server with these options, on a free port of this machine alone. It is ended however the block ends."""
     command = [sys.executable, "-m", "mlx_qwen35.serve", "--port", "0", *options]
-    with TemporaryFile("w+") as said:
+    with unwound_when_ended(), TemporaryFile("w+") as said:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
         try:
             yield Served(_address(process, said.fileno()), process)

@@ -25,6 +25,7 @@ from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.dtypes import DTYPES, dtype_name
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.random import GEOMETRIES, geometry, write_random_checkpoint
+from mlx_qwen35.commands.interrupt import unwound_when_ended
 from mlx_qwen35.commands.options import add_options, given_options
 from mlx_qwen35.commands.parser import Parser
 from mlx_qwen35.commands.progress import Step
@@ -267,7 +268,7 @@ def _serve(options: argparse.Namespace, folder: Path, model: str, step: Step) ->
     )  # fmt: skip
     with serve_model.prepared(folder, dtype) as served:
         step.say("starting the servers")
-        with serve.serving((OURS, *peers), served, settings.dtype, failures) as servers:
+        with unwound_when_ended(), serve.serving((OURS, *peers), served, settings.dtype, failures) as servers:
             runs = [] if OURS in failures else serve.measure(servers, settings, failures, step.say)
             environment = {"blas": {} if OURS in failures else blas(servers[0].pid), "torch_threads": None}
     if OURS in failures:
