@@ -106,13 +106,13 @@ class Lanes:
             for lane in [lane for lane in self._all() if lane.until <= now]:
                 self._expire(lane)
             self._admit()
+            self._count()
             self._grow()
             for request in self.engine.step():
                 self._tell(self.running[id(request)])
         except Exception as error:
             LOG.exception("the engine failed; the answers that ran have ended, those that wait go on")
             self._fail(error)
-        self._count()
 
     def drop(self, owner: object) -> None:
         """End the lanes of an owner, with what they have."""

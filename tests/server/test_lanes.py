@@ -59,7 +59,7 @@ def check(heard: Heard, expected: Result) -> None:
     assert given == list(result.logprobs or ())
 
 
-# --- I1, I7: the text is the same whatever joins or leaves ---------------------------------------------------------------
+# --- I1, I7: the text is the same whatever joins or leaves ---
 
 
 def schedule(seed: int) -> None:
