@@ -10,6 +10,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -110,6 +111,7 @@ class Service:
         self.make_library: Callable[[Model], PrefixLibrary] = Model.make_library
         self._load, self._clock = load, clock
         self._rows = options.rows or default_rows(model.memory_limit)
+        self.ended: Counter[str] = Counter()  # answers, by the finish_reason of their result
         self._lanes: Lanes | None = self._lanes_of(model)
         self._pool = ThreadPoolExecutor(2, "prepare")
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -216,7 +218,7 @@ class Service:
     # --- on the engine thread ---
 
     def _lanes_of(self, model: Model) -> Lanes:
-        return Lanes(model, self.make_library(model), self.admission, self._rows, self._clock)
+        return Lanes(model, self.make_library(model), self.admission, self._rows, self._clock, self.ended)
 
     def _unload(self) -> None:
         if self._load and self._lanes and self._lanes.idle:

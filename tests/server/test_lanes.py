@@ -279,7 +279,11 @@ def test_an_error_ends_one_answer_alone() -> None:
     (bad,) = bench.ask(QUESTION, max_tokens=30, logits_processors=[wrong])
     (late,) = bench.ask(prompt, **options)
     bench.run()
-    assert bad.result.finish_reason == "error" and bad.result.tokens and ApiError.of(bad.result.error or Exception()).status == 500
+    assert (
+        bad.result.finish_reason == "error"
+        and bad.result.tokens
+        and ApiError.of(bad.result.error or Exception()).status == 500
+    )
     for heard in (good, late):
         check(heard, alone(1))
 
@@ -311,8 +315,8 @@ def test_out_of_time(where: str) -> None:
     bench = Bench(rows=1 if where == "queue" else 4)
     first = bench.ask(max_tokens=90, mtp="off", **ENDLESS)[0]
     bench.run(until=lambda: bool(first.events))
-    (late,) = bench.ask(LONG if where == "reading" else QUESTION, until=10.0, **{**ENDLESS, "enable_thinking": None}
-                        if where != "reading" else {})  # fmt: skip
+    asked: tuple[Any, dict[str, Any]] = (LONG, {}) if where == "reading" else (QUESTION, ENDLESS)
+    (late,) = bench.ask(asked[0], until=10.0, **asked[1])
     for _ in range(6):
         bench.lanes.turn()
     assert (bool(late.lane.request), bool(late.events)) == (where != "queue", where == "decoding")

@@ -48,6 +48,7 @@ def test_too_many_are_refused_and_those_that_wait_are_answered() -> None:
             assert [result.generation_tokens for result in await whole(answer)] == [1]
         assert [result.error for result in await whole(service.submit(job))] == [None]
         assert (service.waiting, service.running) == (0, 0)
+        assert sum(service.ended.values()) == serving.QUEUE + 2 and service.ended["interrupted"] == 1
 
     served(use, rows=1)
 
