@@ -8,7 +8,7 @@ empty :=
 space := $(empty) $(empty)
 extras = $(if $(strip $(BACKEND) $(1)),[$(subst $(space),$(comma),$(strip $(BACKEND) $(1)))])
 
-.PHONY: demo test test-all test-lowest parity lint lock clean
+.PHONY: demo test test-all test-lowest parity clients lint lock clean
 
 demo: .venv/ready
 	$(BIN)/mlx_qwen35.generate --model nano --prompt "What is 34 + 58?"
@@ -19,7 +19,7 @@ demo: .venv/ready
 test: .venv/ready-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not full"
 
-test-all: .venv/ready-parity
+test-all: .venv/ready-parity node
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 	$(MAKE) test-lowest
 
@@ -32,13 +32,22 @@ test-lowest: .venv-lowest/ready
 parity: .venv/ready-parity
 	$(BIN)/python -m pytest tests/parity
 
+# The server as SDKs see it, Python's and JavaScript's, whole.
+clients: .venv/ready-parity node
+	$(BIN)/python -m pytest tests/server/test_sdks.py
+
+# Without npm, or what it would fetch, the tests in JavaScript are skipped.
+.PHONY: node
+node:
+	-command -v npm >/dev/null && npm install --silent --no-audit --no-fund --prefix tests/server/node
+
 lint: .venv/ready-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 # The newest versions that fit, with hashes and without addresses, for Macs and Linux. Needs uv.
 lock:
-	uv pip compile pyproject.toml --universal --python-version 3.11 --extra cpu --generate-hashes --upgrade \
+	uv pip compile pyproject.toml --universal --python-version 3.11 --extra cpu --extra server --generate-hashes --upgrade \
 		--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" --output-file requirements.lock
 
 .venv/bin/python:
@@ -55,7 +64,7 @@ lock:
 	@touch $@
 
 .venv/ready-parity: .venv/ready-test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(call extras,test parity)'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(call extras,test parity clients)'
 	@touch $@
 
 .venv-lowest/ready: .venv/ready-test

@@ -8,8 +8,9 @@ from lowest import PROJECT, lowest
 from packaging.requirements import Requirement
 
 LOCK = (Path(__file__).parent.parent / "requirements.lock").read_text()
+EXTRAS = PROJECT["optional-dependencies"]
 LOCKED = [Requirement(line.rstrip(" \\")) for line in LOCK.splitlines() if re.match(r"[a-z]", line)]
-WANTED = [Requirement(line) for line in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["cpu"]]]
+WANTED = [Requirement(line) for line in [*PROJECT["dependencies"], *EXTRAS["cpu"], *EXTRAS["server"]]]
 PYTHONS = ("3.11", "3.12", "3.13")
 SYSTEMS = (("darwin", "Darwin", "arm64"), ("linux", "Linux", "x86_64"))
 
