@@ -2,7 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -54,11 +54,20 @@ class BlockReply(ABC):
         service: Service = request.app.state.service
         answer = service.submit(job)
         if stream:
-            return event_stream(self.events(aiter(answer)))
+            return event_stream(self._streamed(answer))
         made = await unless_gone(request, self._made(answer))
         return JSONResponse(made) if made else Response(status_code=499)
 
-    async def events(self, answer: AsyncIterator[Event], silence: float = SILENCE) -> AsyncIterator[str]:
+    async def _streamed(self, answer: Answer) -> AsyncIterator[str]:
+        """The stream. A client that leaves ends the answer, at the first event too."""
+        try:
+            async with aclosing(self.events(aiter(answer))) as events:
+                async for told in events:
+                    yield told
+        finally:
+            answer.cancel()
+
+    async def events(self, answer: AsyncIterator[Event], silence: float = SILENCE) -> AsyncGenerator[str]:
         """The stream. silence: seconds without an event until `quiet` is told, which also comes at once."""
         yield self.begin()
         try:

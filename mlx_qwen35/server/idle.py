@@ -46,16 +46,13 @@ class Upkeep:
         self.processor, self.options, self.critical = processor, options, False
         self._clock, self._level, self._awake = clock, level, awake or Awake()
         self._used = self._looked = clock()
+        # Seconds after which `tick` wants to be called where there is no work, too; None: it need not be.
+        self.every = EVERY if options.idle_unload or level() is not None else None
         self._fingerprint = model.fingerprint() if options.session_dir or options.idle_unload else ""
         self.files: PrefixFiles | None = None
         if options.session_dir:
             own = identity(model, processor) | {"template": template_digest(processor)}
             self.files = PrefixFiles(options.session_dir, own, tell=LOG.warning)
-
-    @property
-    def every(self) -> float | None:
-        """Seconds after which `tick` wants to be called, also where there is no work; None: it need not be."""
-        return EVERY if self.options.idle_unload or self._level() is not None else None
 
     def attach(self, library: PrefixLibrary) -> None:
         """A model was loaded, with a library of its own."""

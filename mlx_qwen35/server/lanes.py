@@ -81,14 +81,21 @@ class Lanes:
     """All lanes of one loaded model."""
 
     def __init__(
-        self, model: Model, library: PrefixLibrary, admission: Admission, rows: int, clock: Callable[[], float]
+        self,
+        model: Model,
+        library: PrefixLibrary,
+        admission: Admission,
+        rows: int,
+        clock: Callable[[], float],
+        ended: Counter[str] | None = None,
     ):
+        """rows: most answers at a time. ended: counts lanes by the finish_reason of their result."""
         self.model, self.library, self.admission, self.rows, self.clock = model, library, admission, rows, clock
         self.engine = Engine(model, interleave=True, clock=clock)
         self.queue: deque[Lane] = deque()
         self.running: dict[int, Lane] = {}  # by id of the request
         self.waiting = 0  # owners none of whose lanes has run
-        self.ended: Counter[str] = Counter()  # lanes by the finish_reason of their result
+        self.ended = Counter() if ended is None else ended
 
     @property
     def idle(self) -> bool:
@@ -106,13 +113,13 @@ class Lanes:
             for lane in [lane for lane in self._all() if lane.until <= now]:
                 self._expire(lane)
             self._admit()
+            self._count()
             self._grow()
             for request in self.engine.step():
                 self._tell(self.running[id(request)])
         except Exception as error:
             LOG.exception("the engine failed; the answers that ran have ended, those that wait go on")
             self._fail(error)
-        self._count()
 
     def drop(self, owner: object) -> None:
         """End the lanes of an owner, with what they have."""

@@ -50,7 +50,7 @@ def bind(host: str, port: int) -> list[socket.socket]:
 def config_of(app: Starlette) -> uvicorn.Config:
     return uvicorn.Config(
         app, http=Connection, ws="none", lifespan="off", loop="asyncio", log_config=None, access_log=False,
-        server_header=False, timeout_graceful_shutdown=int(END_SECONDS),
+        proxy_headers=False, server_header=False, timeout_graceful_shutdown=int(END_SECONDS),
     )  # fmt: skip
 
 

@@ -42,8 +42,9 @@ def read_media(processor: Processor, kind: str, url: Any, place: str, options: S
     try:
         media = processor.read(kind, url, VisionOptions(**vision))
     except InputError as error:
-        told = f"{place} {_TOLD[error.code]}" if error.code in _TOLD else str(error)
-        raise ApiError(400, error.code, told, place) from None
+        if error.code in _TOLD:
+            raise ApiError(400, error.code, f"{place} {_TOLD[error.code]}", place) from None
+        raise ApiError.of(error, place) from None
     if min(media.original) < LEAST_SIDE:
         height, width = media.original
         rule = f"{place} must have at least {LEAST_SIDE} pixels on each side; it is {width} x {height}"

@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -118,6 +119,7 @@ class Service:
         self._load, self._clock = load, clock
         self.upkeep = Upkeep(model, processor, options, clock, **machine)
         self._rows = options.rows or default_rows(model.memory_limit)
+        self.ended: Counter[str] = Counter()  # answers, by the finish_reason of their result
         self._lanes: Lanes | None = self._lanes_of(model)
         # Where other servers are waited for, one that is slow must hold up nobody else.
         self._pool = ThreadPoolExecutor(QUEUE if options.fetch_media else 2, "prepare")
@@ -215,7 +217,8 @@ class Service:
     @property
     def library(self) -> PrefixLibrary | None:
         """What remembers prompts; None while the model is unloaded."""
-        return self._lanes.library if self._lanes else None
+        lanes = self._lanes  # which another thread may unload
+        return lanes.library if lanes else None
 
     @library.setter
     def library(self, library: PrefixLibrary) -> None:
@@ -231,7 +234,7 @@ class Service:
     def _lanes_of(self, model: Model) -> Lanes:
         library = self.make_library(model)
         self.upkeep.attach(library)
-        return Lanes(model, library, self.admission, self._rows, self._clock)
+        return Lanes(model, library, self.admission, self._rows, self._clock, self.ended)
 
     def _unload(self) -> None:
         if self._load and self._lanes and self._lanes.idle:

@@ -95,10 +95,12 @@ def test_images_are_told_apart_by_their_pixels(tmp_path, model):
     def shows(digest: str) -> Prefix:
         return Prefix(PROMPT.tokens, (Shown(digest, ((2, 1, 3),)),))
 
-    with files(tmp_path, model) as (library, _, _):
-        read(model, library, shows("one"), {8: TURN})
-    with files(tmp_path, model) as (library, _, _):
-        for digest, reused in (("two", 0), ("one", 8)):
+    for digest in ("one", "two"):
+        with files(tmp_path, model) as (library, _, _):
+            read(model, library, shows(digest), {8: TURN})
+            assert library.counts.reused == 0
+    for digest, reused in (("one", 8), ("two", 8), ("three", 0)):
+        with files(tmp_path, model) as (library, _, _):
             library.recall(shows(digest))
             assert library.reusable(shows(digest)) == reused
 
@@ -186,6 +188,7 @@ def test_a_damaged_file_is_set_aside_and_the_rest_is_used(tmp_path, model, damag
         assert newest.name in line and (tmp_path / (newest.name + ASIDE)).exists()
 
 
+@pytest.mark.full
 def test_of_a_file_that_others_go_on_from_all_is_read_again(tmp_path, model):
     with files(tmp_path, model) as (library, behind, _):
         read(model, library, PROMPT, {8: SYSTEM})

@@ -537,7 +537,7 @@ def test_keep_vision_holds_the_tower_of_a_command(monkeypatch, run, talk):
 
     def unloaded(part: LazyPart) -> None:
         unload(part)
-        if part.nbytes == 0:  # the vision encoder's; a draft head says what it takes
+        if part.nbytes > 2_000_000:  # the vision encoder's; nano's draft head takes half of that
             held.append(part.loaded)
 
     monkeypatch.setattr(LazyPart, "unload", unloaded)

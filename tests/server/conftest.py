@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -39,3 +40,14 @@ def page(browser: Browser, nano_server: Running) -> Iterator[Page]:
 
     with opened(browser, nano_server.url) as page:
         yield page
+
+
+@pytest.fixture
+def loggers() -> Iterator[None]:
+    """The server's loggers are afterwards as they were before."""
+    found = [logging.getLogger(name) for name in ("mlx_qwen35.server", "uvicorn.error")]
+    before = [(logger.handlers, logger.propagate, logger.level) for logger in found]
+    yield
+    for logger, (handlers, propagate, level) in zip(found, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)

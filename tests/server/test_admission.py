@@ -10,8 +10,9 @@ from memory_use import active
 from refusing import refused
 from server.lanes import ENDLESS, QUESTION, Bench, nano
 
-from mlx_qwen35.budget.plan import Machine
+from mlx_qwen35.budget.plan import Machine, state_bytes
 from mlx_qwen35.budget.rows import RowNeeds, RowsPlan
+from mlx_qwen35.cache.prefix import RANKS
 from mlx_qwen35.checkpoint.config import parse_config
 from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.server.admission import GROWN, RESERVED, default_rows
@@ -57,6 +58,13 @@ def test_whatever_a_row_needs_more_of_counts(plan: RowsPlan, more: dict[str, int
     assert plan.nbytes([replace(row, **more), row]) > plan.nbytes([row, row]) > plan.nbytes([row]) > WEIGHTS
     assert plan.nbytes([replace(row, waits=False)]) < plan.nbytes([row])
     assert plan.nbytes([row], apart=5) == plan.nbytes([row]) + 5
+
+
+def test_states_snapshots_and_a_reading_count(plan: RowsPlan) -> None:
+    row, state = RowNeeds(1000, 1000), state_bytes(plan.config, 2)
+    assert plan.nbytes([row]) - plan.nbytes([replace(row, waits=False)]) == len(RANKS) * state
+    assert plan.nbytes([row, row]) - plan.nbytes([row]) > (2 + len(RANKS)) * state
+    assert plan.nbytes([RowNeeds(2000, 1)]) - plan.nbytes([RowNeeds(1, 2000)]) > 20_000_000
 
 
 def test_the_longest_context_is_the_last_that_fits(plan: RowsPlan) -> None:

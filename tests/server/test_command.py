@@ -25,14 +25,15 @@ CHAT = "/v1/chat/completions"
 QUESTION = {"messages": [{"role": "user", "content": "What is 34 + 58?"}], "temperature": 0}
 # An answer that does not end by itself: the tokens that end one are forbidden.
 ENDLESS = QUESTION | {"max_tokens": 4000, "stream": True, "enable_thinking": False, "loop_guard": False}
+Told = tuple[int, str, str]  # exit status, stdout, stderr
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
-    """arguments -> (exit status, stdout, stderr), in this process."""
+def run(loggers: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Told]:
+    """Runs the command with these arguments in this process."""
     monkeypatch.delenv("MLX_QWEN35_API_KEY", raising=False)
 
-    def command(*arguments: object) -> tuple[int, str, str]:
+    def command(*arguments: object) -> Told:
         monkeypatch.setattr(sys, "argv", ["mlx_qwen35.serve", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             main()
@@ -42,12 +43,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Calla
     return command
 
 
-def refused(told: tuple[int, str, str], code: str) -> bool:
+def refused(told: Told, code: str) -> bool:
     """One line on standard error, and status 2."""
     return told[0] == 2 and told[1] == "" and told[2].count("\n") == 1 and told[2].endswith(f"[{code}]\n")
-
-
-# --- what does not start ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "models.test"])
@@ -120,9 +118,6 @@ def test_a_model_is_called_by_its_folder_or_its_id(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path / "mine")
     names = {".": "mine", str(tmp_path / "mine") + "/": "mine", "Qwen/Qwen3.5-4B": "Qwen/Qwen3.5-4B", "nano": "nano"}
     assert {name: name_of(name) for name in names} == names
-
-
-# --- while it runs ---------------------------------------------------------------------------------------------------
 
 
 class Lifetime:
@@ -209,9 +204,6 @@ def test_a_connection_that_never_says_what_it_wants_is_closed(
             assert sock.recv(4096).startswith(b"HTTP/1.1 200 ")
         sock.sendall(begun)
         assert b"".join(iter(lambda: sock.recv(4096), b"")) in (b"", b'{"status":"ok"}')  # up to the connection's end
-
-
-# --- a process -------------------------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -90,6 +90,7 @@ def test_after_minutes_without_a_request_the_memory_is_given_back_and_the_next_o
         assert running.service.library.counts.reused > usage["prompt_tokens_details"]["cached_tokens"]  # of the folder
 
 
+@pytest.mark.full
 def test_other_weights_on_the_disk_are_refused_and_the_right_ones_are_taken_again(text_model):
     others = [lambda: (text_model(), None), lambda: load("nano")]
     with served(lambda: others.pop(0)(), idle_unload=1) as (running, machine):

@@ -2,10 +2,8 @@
 
 import io
 import json
-import logging
 import re
 import time
-from collections.abc import Iterator
 
 import pytest
 from server.test_media import png, uri
@@ -18,17 +16,12 @@ QUESTION = {"messages": [{"role": "user", "content": "What is 34 + 58?"}], "temp
 
 
 @pytest.fixture
-def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
-    """What the server writes to standard error. Loggers are left as they were."""
+def lines(loggers: None, monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What the server writes to standard error."""
     written = io.StringIO()
     monkeypatch.setattr("sys.stderr", written)
-    loggers = [logging.getLogger(name) for name in ("mlx_qwen35.server", "uvicorn.error")]
-    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
     to_stderr(with_text=False)
-    yield written
-    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
+    return written
 
 
 def test_a_request_is_a_line_of_counts(nano_server: Running, lines: io.StringIO) -> None:
@@ -103,8 +96,12 @@ def figures(server: Running) -> dict[str, float]:
 
 
 def test_figures_add_up(nano_server: Running) -> None:
+    told = {"role": "system", "content": "Be brief. " * 40}  # read once
+    asked = QUESTION | {"messages": [told, *QUESTION["messages"]]}
+    nano_server.post(CHAT, asked)
     before = figures(nano_server)
-    usage = nano_server.post(CHAT, QUESTION).json()["usage"]
+    usage = nano_server.post(CHAT, asked).json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] > 0
     for _ in range(2):
         CLIENT.get(nano_server.url + "/never/seen")
     after = figures(nano_server)

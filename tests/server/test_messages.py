@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import anthropic
@@ -24,7 +25,7 @@ from mlx_qwen35.server.errors import ApiError
 from mlx_qwen35.server.fields import Fields
 from mlx_qwen35.server.messages import MessageReply, ending
 from mlx_qwen35.server.messages_request import conversation, options
-from mlx_qwen35.server.service import Event
+from mlx_qwen35.server.service import Event, Job
 
 Json = dict[str, Any]
 SUM = [{"role": "user", "content": "What is 34 + 58?"}]
@@ -138,7 +139,8 @@ def test_a_stop_sequence_is_named(client: anthropic.Anthropic) -> None:
      ({"finish_reason": "stop", "stop": "x"}, "stop_sequence"), ({"finish_reason": "length"}, "max_tokens"),
      ({"finish_reason": "length", "limited_by": "context"}, "model_context_window_exceeded"),
      ({"finish_reason": "length", "limited_by": "context", "cut": CUT}, "max_tokens"),
-     ({"finish_reason": "tool_calls", "cut": CUT}, "max_tokens"), ({"finish_reason": "stop", "cut": CUT}, "max_tokens")],
+     ({"finish_reason": "tool_calls", "cut": CUT}, "max_tokens"),
+     ({"finish_reason": "stop", "cut": CUT}, "max_tokens")],
 )  # fmt: skip
 def test_why_an_answer_ended(nano_server: Running, end: Json, reason: str) -> None:
     service = nano_server.service
@@ -205,10 +207,11 @@ HISTORIES: dict[str, tuple[Json, list[Json]]] = {
         {"messages": [
             {"role": "assistant", "content": [text("I "), text("look."), CALL]},
             {"role": "user", "content": [
-                {"type": "tool_result", "tool_use_id": "c1", "content": [text("21")]}, text("and?"),
+                text("here:"), {"type": "tool_result", "tool_use_id": "c1", "content": [text("21")]}, text("and?"),
             ]},
         ]},
         [{"role": "assistant", "content": "I look.", "tool_calls": [OWN_CALL]},
+         {"role": "user", "content": [text("here:")]},
          {"role": "tool", "tool_call_id": "c1", "content": [text("21")]},
          {"role": "user", "content": [text("and?")]}],
     ),
@@ -437,6 +440,30 @@ def test_a_stream_begins_before_the_model_does(nano_server: Running) -> None:
             assert [*lines][-1] == "event: message_stop"
     finally:
         go.set()
+
+
+def test_a_client_that_leaves_at_the_first_event_ends_the_answer() -> None:
+    left = []
+
+    class Waiting:
+        """An answer that never comes."""
+
+        async def __aiter__(self) -> AsyncIterator[Event]:
+            await asyncio.Event().wait()
+            yield Event(0)
+
+        def cancel(self) -> None:
+            left.append(True)
+
+    async def run() -> None:
+        service = SimpleNamespace(submit=lambda job: Waiting())
+        request: Any = SimpleNamespace(app=SimpleNamespace(state=SimpleNamespace(service=service)))
+        response: Any = await MessageReply("nano", 5).answer(request, Job([], {}), stream=True)
+        assert "message_start" in await anext(response.body_iterator)
+        await response.body_iterator.aclose()
+
+    asyncio.run(run())
+    assert left
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,8 @@ def test_an_edit_and_a_deletion_end_the_answer_that_is_under_way(page: Page) -> 
 def test_nothing_is_sent_by_an_address(page: Page, nano_server: Running) -> None:
     requests = reply(page, "Yes.")
     page.goto(nano_server.url + "/?q=Hello&prompt=Hello#Hello")
+    page.wait_for_load_state("networkidle")
     expect(prompt(page)).to_be_focused()
+    expect(prompt(page)).to_have_value("")
     expect(page.get_by_role("article")).to_have_count(0)
     assert not requests

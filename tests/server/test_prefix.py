@@ -20,7 +20,7 @@ from mlx_qwen35.server.options import ServerOptions
 from mlx_qwen35.server.report import MUCH, Parted, parted
 
 PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
-LONG = " ".join(f"word{i} is number {i * 7 % 31}." for i in range(40))  # more than MUCH tokens
+LONG = " ".join(f"word{i} is number {i * 7 % 31}." for i in range(30))  # more than MUCH tokens
 
 
 def asked(server: Running, messages: list, **fields) -> dict:
@@ -166,6 +166,13 @@ def test_the_log_has_a_line_and_texts_only_where_asked(nano, caplog, log_text):
     found = upkeep.prepared(library, processor.encode_messages(after), after, None)
     (line,) = caplog.messages
     assert found and str(found) in line and ("11:31:07" in line) == ("10:31:07" in line) == log_text
+
+
+def test_a_client_is_told_the_place_and_the_cause_and_no_text(server):
+    before, after, *_ = CHANGES["system"]
+    assert "parted" not in asked(server, before)["prompt_tokens_details"]
+    told = asked(server, after)["prompt_tokens_details"]["parted"]
+    assert told.keys() == {"token", "again", "guess"} and told["guess"] == "system" and told["again"] > MUCH
 
 
 def test_another_image_is_read_anew(server):

@@ -1,0 +1,144 @@
+"""The service between the event loop and its engine thread: who may come in, and how it ends."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from server.lanes import ENDLESS, QUESTION
+
+from mlx_qwen35.engine.result import Result
+from mlx_qwen35.load import load
+from mlx_qwen35.server import service as serving
+from mlx_qwen35.server.errors import ApiError
+from mlx_qwen35.server.options import ServerOptions
+from mlx_qwen35.server.service import Answer, Service
+
+LONG = {"max_tokens": 2000, "mtp": "off", **ENDLESS}
+
+
+async def whole(answer: Answer) -> list[Result]:
+    async for _ in answer:
+        pass
+    return [result for result in answer.results if result]
+
+
+def served(use: Callable[[Service], Coroutine[Any, Any, None]], **options: Any) -> Service:
+    service = Service(*load("nano"), ServerOptions(**options), "nano", load=lambda: load("nano"))
+    service.start()
+    try:
+        asyncio.run(asyncio.wait_for(use(service), 120))
+    finally:
+        service.close()
+    return service
+
+
+def test_too_many_are_refused_and_those_that_wait_are_answered() -> None:
+    async def use(service: Service) -> None:
+        running = aiter(service.submit(service.prepare(QUESTION, **LONG)))
+        await anext(running)
+        job = service.prepare(QUESTION, max_tokens=1)
+        queued = [service.submit(service.prepare(QUESTION, max_tokens=1)) for _ in range(serving.QUEUE)]
+        with pytest.raises(ApiError) as refused:
+            service.submit(job)
+        assert (refused.value.status, refused.value.code) == (429, "queue_full")
+        assert int(refused.value.headers["Retry-After"]) > 0
+        await running.aclose()
+        for answer in queued:
+            assert [result.generation_tokens for result in await whole(answer)] == [1]
+        assert [result.error for result in await whole(service.submit(job))] == [None]
+        assert (service.waiting, service.running) == (0, 0)
+        assert sum(service.ended.values()) == serving.QUEUE + 2 and service.ended["interrupted"] == 1
+
+    served(use, rows=1)
+
+
+def test_a_burst_may_fill_the_rows_and_the_queue() -> None:
+    async def use(service: Service) -> None:
+        job = service.prepare(QUESTION, max_tokens=1)
+        answers = [service.submit(job) for _ in range(serving.QUEUE + 2)]
+        assert len([result for answer in answers for result in await whole(answer)]) == len(answers)
+
+    served(use, rows=2)
+
+
+def test_a_prompt_beyond_the_context_is_refused() -> None:
+    async def use(service: Service) -> None:
+        with pytest.raises(Exception) as refused:
+            service.prepare([5] * 100)
+        assert ApiError.of(refused.value).code == "context_length_exceeded"
+        (result,) = await whole(service.submit(service.prepare([5] * 90, regex="[ab]{90}")))
+        assert (result.finish_reason, result.limited_by, result.generation_tokens) == ("length", "context", 10)
+
+    served(use, context=100)
+
+
+def test_closing_ends_what_runs_and_refuses_what_waits() -> None:
+    async def use(service: Service) -> None:
+        running, waiting = (service.submit(service.prepare(QUESTION, **LONG)) for _ in range(2))
+        events = aiter(running)
+        await anext(events)
+        closing = asyncio.ensure_future(asyncio.to_thread(service.close))
+        async for _ in events:
+            pass
+        (ended,), (refused,) = [result for result in running.results if result], await whole(waiting)
+        assert (ended.finish_reason, ended.error) == ("interrupted", None)
+        assert ApiError.of(refused.error or Exception()).code == "server_closing"
+        await closing
+        with pytest.raises(ApiError) as late:
+            service.submit(service.prepare(QUESTION))
+        assert late.value.status == 503
+
+    served(use, rows=1)
+
+
+def test_what_runs_may_end_within_the_grace() -> None:
+    async def use(service: Service) -> None:
+        answer = service.submit(service.prepare(QUESTION, max_tokens=20, **ENDLESS))
+        events = aiter(answer)
+        await anext(events)
+        await asyncio.to_thread(service.close, 60)
+        async for _ in events:
+            pass
+        assert [result and result.finish_reason for result in answer.results] == ["length"]
+
+    served(use)
+
+
+def test_the_model_is_unloaded_when_nothing_runs_and_loaded_for_the_next_job() -> None:
+    async def use(service: Service) -> None:
+        async def unloaded() -> bool:
+            service.unload()
+            done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+            loop = asyncio.get_running_loop()
+            service.do(lambda: loop.call_soon_threadsafe(done.set_result, service.model is None))
+            return await done
+
+        answer = service.submit(service.prepare(QUESTION, temp=0))
+        events = aiter(answer)
+        await anext(events)
+        assert not await unloaded()
+        async for _ in events:
+            pass
+        assert await unloaded() and service.library is None
+        (result,) = await whole(service.submit(service.prepare(QUESTION, temp=0)))
+        assert result.text == "92" and service.model and service.library
+
+    served(use)
+
+
+def test_a_model_that_cannot_be_loaded_again_is_told() -> None:
+    async def use(service: Service) -> None:
+        service.unload()
+        (result,) = await whole(service.submit(service.prepare(QUESTION, temp=0)))
+        assert isinstance(result.error, OSError)
+
+    def broken() -> Any:
+        raise OSError("gone")
+
+    service = Service(*load("nano"), ServerOptions(), "nano", load=broken)
+    service.start()
+    try:
+        asyncio.run(use(service))
+    finally:
+        service.close()
