@@ -23,7 +23,7 @@ from typing import Any
 from mlx_qwen35.bench.measure import OURS, ProgramError, in_turn, last_words
 
 MODULES = {OURS: "mlx_qwen35.serve", "mlx-lm": "mlx_lm.server"}
-ENDS = ("<|endoftext|>", "<|im_end|>")  # tokens that would end an answer
+ENDS = ("<|endoftext|>", "<|im_end|>", "<think>", "<tool_call>")  # tokens that would end an answer, or its text
 START_SECONDS = 600
 
 
@@ -154,11 +154,11 @@ class Server:
                 text += choice["delta"].get("content") or ""
             first = first or (time.perf_counter() - start if text else 0.0)
             usage = chunk.get("usage") or usage
-        if not usage or not text:
-            raise ProgramError(self.name, "its stream had no text or no usage")
+        if not usage:
+            raise ProgramError(self.name, "its stream had no usage")
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         seconds = time.perf_counter() - start
-        return Reply(first, seconds, text, usage["prompt_tokens"], cached, usage["completion_tokens"])
+        return Reply(first or seconds, seconds, text, usage["prompt_tokens"], cached, usage["completion_tokens"])
 
     def close(self) -> None:
         """End the process. Closing twice is fine."""

@@ -83,7 +83,8 @@ def test_ratios_are_medians_over_the_pairs_of_a_round():
     theirs = [run_of("a", i, seconds, 4.0, cached=5) for i, seconds in enumerate((4.0, 2.0, 6.0))]
     us, it = summarize([*ours, *theirs])
     assert (us.ours_requests, us.ours_first, us.ours_read) == (1, 1, 1)
-    assert (it.ours_requests, it.ours_first, it.ours_read) == (1.0, 0.25, 2.0)  # of 4, 1 and 1; the medians alone would say 2
+    assert it.ours_requests == 1.0  # of 4, 1 and 1; the medians alone would say 2
+    assert (it.ours_first, it.ours_read) == (0.25, 2.0)
     assert (it.requests_per_second, it.tokens_per_second, it.tokens_read) == (1.0, 4.0, 60)
 
 
