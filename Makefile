@@ -39,7 +39,7 @@ clients: .venv/ready-parity node
 # Without npm, or what it would fetch, the tests in JavaScript are skipped.
 .PHONY: node
 node:
-	-command -v npm >/dev/null && npm install --silent --no-audit --no-fund --prefix tests/server/node
+	-command -v npm >/dev/null && npm install --silent --fetch-retries 0 --fetch-timeout 20000 --prefix tests/server/node
 
 lint: .venv/ready-test
 	$(BIN)/ruff check .
