@@ -117,8 +117,8 @@ class PrefixFiles:
             if known and known.kind:
                 known.kind, known.used = max(known.kind, entry.kind, key=RANKS.__getitem__), time.time_ns()
                 return
-        before = [other for other in path if other != key]
-        parent, start = (before[-1], len(self.places[before[-1]].prefix)) if before else ("", 0)
+            parent = next((other for other in reversed(path) if other != key), "")
+            start = len(self.places[parent].prefix) if parent else 0
         cache = entry.snapshot.cache()
         new, own = {} if known else columns(cache, start), states(cache)
         sizes = [sum(array.nbytes for array in arrays.values()) for arrays in (new, own)]
@@ -126,6 +126,8 @@ class PrefixFiles:
             return
         taken = [{name: Taken.of(array) for name, array in arrays.items()} for arrays in (new, own)]
         with self._guard:
+            if (needed := key if known else parent) and needed not in self.places:
+                return  # it was let go of meanwhile
             place = self.places.setdefault(key, Place(entry.prefix, parent, sizes[0]))
             place.kind, place.states, place.written, place.used = entry.kind, sizes[1], False, time.time_ns()
             self.pending += sum(sizes)

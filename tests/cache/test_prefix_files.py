@@ -16,7 +16,7 @@ from mlx_qwen35.cache.prefix import QUERY, READING, SYSTEM, TURN, Entry, PrefixL
 from mlx_qwen35.cache.prefix_files import COLUMNS, STATES, PrefixFiles
 from mlx_qwen35.cache.prefix_folder import ASIDE
 from mlx_qwen35.cache.prefix_tokens import Prefix, Shown
-from mlx_qwen35.cache.session_file import SessionFile
+from mlx_qwen35.cache.session_file import SessionFile, Taken
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import load
 from mlx_qwen35.model.model import Model
@@ -161,6 +161,32 @@ def test_a_disk_without_room_is_told_of_and_ends_no_request(tmp_path, model, mon
             patch.undo()
     with files(tmp_path, model) as (_, behind, _):
         assert behind.lengths() == [8, 16, 24]
+
+
+@pytest.mark.parametrize(("taken", "gone"), [(24, 16), (16, 24)])
+def test_a_place_that_another_goes_on_from_may_go_while_that_one_is_copied(tmp_path, model, monkeypatch, taken, gone):
+    take, dropped = Taken.of, []
+    with files(tmp_path, model) as (library, behind, _):
+        read(model, library, PROMPT, ENTRY)
+        entries = {len(entry.prefix): entry for entry in library.entries()}
+
+        def drop(length: int) -> None:
+            behind.drop(entries[length])
+            behind.flush()
+
+        def meanwhile(array: mx.array) -> Taken:
+            dropped or drop(gone)
+            dropped.append(gone)
+            return take(array)
+
+        drop(taken)
+        monkeypatch.setattr(Taken, "of", meanwhile)
+        behind.take(entries[taken])
+        behind.flush()
+        assert dropped and behind.lengths() == [8]
+        library.clear()
+        read(model, library, PROMPT, {})
+        assert library.counts.reused == 8
 
 
 def flip(path: Path) -> None:
