@@ -1,15 +1,20 @@
 """What the log and the figures tell, and what they never do."""
 
+import asyncio
 import io
 import json
 import re
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from server.test_media import png, uri
-from serving import CLIENT, Running, serving
+from serving import CLIENT, Running, computing, serving
+from starlette.responses import Response
 
 from mlx_qwen35.server.log import to_stderr
+from mlx_qwen35.server.status import Metrics, metrics
 
 CHAT = "/v1/chat/completions"
 QUESTION = {"messages": [{"role": "user", "content": "What is 34 + 58?"}], "temperature": 0}
@@ -119,6 +124,19 @@ def test_figures_add_up(nano_server: Running) -> None:
     assert after["mlx_qwen35_running"] == after["mlx_qwen35_waiting"] == 0
     assert after["mlx_qwen35_library_bytes"] > 0
     assert not any("never" in name for name in after)
+
+
+def test_figures_that_wait_for_a_step_hold_up_nobody_else(nano_server: Running) -> None:
+    state = SimpleNamespace(metrics=Metrics(), service=nano_server.service)
+    request: Any = SimpleNamespace(app=SimpleNamespace(state=state))
+
+    async def asked() -> Response:
+        with computing():
+            told = asyncio.create_task(metrics(request))
+            await asyncio.sleep(0)  # it begins
+        return await told
+
+    assert b"library_bytes" in asyncio.run(asked()).body
 
 
 def test_a_server_that_answers_is_healthy(nano_server: Running) -> None:
