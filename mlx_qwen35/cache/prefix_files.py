@@ -19,7 +19,7 @@ from mlx_qwen35.cache.layer import CachePosition
 from mlx_qwen35.cache.prefix import RANKS, Entry, PrefixLibrary
 from mlx_qwen35.cache.prefix_arrays import columns, restored, states
 from mlx_qwen35.cache.prefix_folder import ASIDE, Damaged, Folder
-from mlx_qwen35.cache.prefix_places import Place, Places
+from mlx_qwen35.cache.prefix_places import UNFIT, Place, Places
 from mlx_qwen35.cache.prefix_tokens import Prefix
 from mlx_qwen35.cache.session_file import Taken
 from mlx_qwen35.errors import InputError
@@ -171,6 +171,9 @@ class PrefixFiles:
         except Damaged as error:
             self._set_aside(error)
             return False
+        except InputError as error:
+            self.tell(f"a prefix could not be read: {error}")
+            return False
         finally:
             self._busy = frozenset()
             for other in chain:  # what was let go meanwhile
@@ -188,6 +191,8 @@ class PrefixFiles:
             position = CachePosition((length,), (int(self._files.metadata(name)["next_position"]),))
             pieces = (self._files.arrays(file) for file in (*(key + COLUMNS for key in chain), name))
             return restored(blank, position, pieces)
+        except InputError:  # which is a ValueError
+            raise
         except (KeyError, ValueError) as error:
             raise Damaged(name, error) from error
 
@@ -273,7 +278,7 @@ class PrefixFiles:
         """Tell the places of a file."""
         try:
             of(_key(name), header, self._files.stat(name))
-        except (KeyError, ValueError, TypeError) as error:
+        except UNFIT as error:
             self._set_aside(Damaged(name, error))
 
 

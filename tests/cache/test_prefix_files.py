@@ -1,6 +1,7 @@
 """A folder of prefixes: what one process has read another goes on with, bit for bit; what is damaged is read again."""
 
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from refusing import refused
 from mlx_qwen35.cache.prefix import QUERY, READING, SYSTEM, TURN, Entry, PrefixLibrary
 from mlx_qwen35.cache.prefix_files import COLUMNS, STATES, PrefixFiles
 from mlx_qwen35.cache.prefix_folder import ASIDE
+from mlx_qwen35.cache.prefix_places import Place, Places
 from mlx_qwen35.cache.prefix_tokens import Prefix, Shown
 from mlx_qwen35.cache.session_file import SessionFile, Taken
 from mlx_qwen35.errors import InputError
@@ -212,6 +214,52 @@ def test_a_damaged_file_is_set_aside_and_the_rest_is_used(tmp_path, model, damag
         assert library.counts.reused == reused
         (line,) = told
         assert newest.name in line and (tmp_path / (newest.name + ASIDE)).exists()
+    with files(tmp_path, model):
+        assert not list(tmp_path.glob(f"*{ASIDE}"))
+
+
+def test_a_file_that_cannot_be_read_for_a_time_is_kept(tmp_path, model):
+    with files(tmp_path, model) as (library, behind, told):
+        read(model, library, PROMPT, ENTRY)
+        behind.flush()
+        library.clear()
+        first = tmp_path / (behind.places.path(PROMPT)[0] + COLUMNS)
+        kept = first.rename(tmp_path / "kept")
+        first.mkdir()
+        library.recall(PROMPT)
+        assert library.reusable(PROMPT) == 0 and len(told) == 3 and behind.lengths() == [8, 16, 24]
+        first.rmdir()
+        kept.rename(first)
+        library.recall(PROMPT)
+        assert library.reusable(PROMPT) == 24
+
+
+def test_what_was_asked_is_for_its_owner_alone(tmp_path, model):
+    with files(tmp_path, model) as (library, behind, _):
+        read(model, library, PROMPT, ENTRY)
+        behind.flush()
+        assert len(list(tmp_path.iterdir())) == 7
+        assert not any(path.stat().st_mode & 0o077 for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "fault", [{"tokens": "[1099511627776]"}, {"media": '[["a", []]]'}, {"tokens": "[" * 10_000 + "]" * 10_000}]
+)
+def test_no_header_keeps_a_server_from_its_start(tmp_path, model, fault):
+    about = IDENTITY | {"parent": '""', "start": "0", "tokens": "[2, 3]", "media": "[]"} | fault
+    file = SessionFile(tmp_path / f"one{COLUMNS}")
+    file.write(about, {})
+    file.close()
+    with files(tmp_path, model) as (_, behind, told):
+        assert not behind.lengths() and len(told) == 1
+
+
+def test_the_end_of_a_long_chain_is_let_go_of():
+    places = Places(IDENTITY)
+    keys = ["", *map(str, range(sys.getrecursionlimit() + 100))]
+    for parent, key in pairwise(keys):
+        places[key] = Place(PROMPT, parent, 1)
+    assert places.cut("1") == keys[2:] and [*places] == ["0"]
 
 
 @pytest.mark.full
