@@ -37,6 +37,7 @@ class Behind(Protocol):
     """What keeps the entries of a library beyond its memory, see `PrefixFiles`."""
 
     def take(self, entry: "Entry") -> None: ...
+    def touch(self, entry: "Entry") -> None: ...
     def drop(self, entry: "Entry") -> None: ...
     def recall(self, prefix: Prefix) -> None: ...
 
@@ -73,6 +74,8 @@ class PrefixLibrary:
         with LOCK:
             entry = self._longest(prefix)
             use = self.keep(prefix, len(entry.prefix) if entry else 0)
+            if entry and self.behind:
+                self.behind.touch(entry)
             if entry and entry.kind == QUERY:
                 self.drop_loops(entry, prefix)
             cache = entry.snapshot.cache() if entry else self.model.make_cache()

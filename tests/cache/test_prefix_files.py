@@ -21,6 +21,7 @@ from mlx_qwen35.cache.prefix_tokens import Prefix, Shown
 from mlx_qwen35.cache.session_file import SessionFile, Taken
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import load
+from mlx_qwen35.machine.process import LOCK
 from mlx_qwen35.model.model import Model
 
 IDENTITY = {"fingerprint": "of this model", "dtype": "float32"}
@@ -141,10 +142,10 @@ def test_where_the_disk_is_too_slow_the_end_makes_up_for_it(tmp_path, model, mon
     monkeypatch.setattr(SessionFile, "write", lambda *given: go.wait(30) and write(*given))
     with files(tmp_path, model, memory=1) as (library, behind, _):
         read(model, library, PROMPT, ENTRY)
-        behind.memory = 10**9
         go.set()
         behind.flush()
-        assert behind.lengths() == [8]
+        assert not behind.lengths()
+        behind.memory = 10**9
     with files(tmp_path, model) as (_, behind, _):
         assert behind.lengths() == [8, 16, 24]
 
@@ -189,6 +190,59 @@ def test_a_place_that_another_goes_on_from_may_go_while_that_one_is_copied(tmp_p
         library.clear()
         read(model, library, PROMPT, {})
         assert library.counts.reused == 8
+
+
+def test_no_more_is_recalled_than_a_library_may_hold(tmp_path, model):
+    with files(tmp_path, model) as (library, behind, _):
+        read(model, library, PROMPT, ENTRY)
+        behind.flush()
+        library.clear()
+        library.memory = 1
+        library.recall(PROMPT)
+        assert not library.entries()
+
+
+def test_what_no_prompt_begins_with_any_more_goes_first(tmp_path, model):
+    prompts = [Prefix(PROMPT.tokens[start:]) for start in range(6)]
+    with files(tmp_path, model) as (library, behind, _):
+        for number in (0, 1, 2, 3, 4, 0, 5, 0):
+            read(model, library, prompts[number], {8: SYSTEM})
+            behind.flush()
+            behind.memory = 11 * behind.nbytes // (2 * len(behind.lengths()))
+        assert [i for i, prefix in enumerate(prompts) if behind.places.path(prefix)] == [0, 2, 3, 4, 5]
+        most = behind.nbytes // 4
+    with files(tmp_path, model, memory=most) as (_, behind, _):
+        assert [i for i, prefix in enumerate(prompts) if behind.places.path(prefix)] == [0]
+
+
+def test_one_thread_at_a_time_uses_the_model_s_arrays(tmp_path, model, monkeypatch):
+    make, take, held = Model.make_cache, Taken.of, []
+
+    def look() -> None:
+        if not LOCK.acquire(blocking=False):
+            held.append(True)
+            return
+        LOCK.release()
+        held.append(False)
+
+    def noted(way: Callable) -> Callable:
+        def way_with_a_look(given):
+            thread = threading.Thread(target=look)
+            thread.start()
+            thread.join()
+            return way(given)
+
+        return way_with_a_look
+
+    with files(tmp_path, model, memory=1) as (library, behind, _):
+        read(model, library, PROMPT, ENTRY)
+        behind.memory = 10**9
+        monkeypatch.setattr(Taken, "of", noted(take))
+    taken = len(held)
+    with files(tmp_path, model) as (library, behind, _):
+        monkeypatch.setattr(Model, "make_cache", noted(make))
+        library.recall(PROMPT)
+    assert 0 < taken < len(held) and all(held)
 
 
 def flip(path: Path) -> None:
