@@ -13,7 +13,8 @@ from server.test_media import png, uri
 from serving import CLIENT, Running, computing, serving
 from starlette.responses import Response
 
-from mlx_qwen35.server.log import to_stderr
+from mlx_qwen35.server.fields import Fields
+from mlx_qwen35.server.log import LOG, to_stderr
 from mlx_qwen35.server.status import Metrics, metrics
 
 CHAT = "/v1/chat/completions"
@@ -49,6 +50,33 @@ def of(lines: io.StringIO, count: int) -> list[str]:
 
 
 SECRET = "opensesame"
+
+
+def test_lines_go_on_where_standard_error_was_closed(lines: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    later = io.StringIO()
+    monkeypatch.setattr("sys.stderr", later)
+    lines.close()
+    LOG.info("a line")
+    assert of(later, 1)[0].endswith(" a line")
+
+
+@pytest.mark.filterwarnings("always::RuntimeWarning")
+def test_a_warning_is_a_line_without_text(
+    nano_server: Running, lines: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr", lines)
+    to_stderr(with_text=False)  # pytest has undone what the fixture did to warnings
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": f"{SECRET}("}}
+    result = {"role": "tool", "tool_call_id": "1", "content": "none"}
+    messages = [*QUESTION["messages"], {"role": "assistant", "tool_calls": [call]}, result]
+    assert nano_server.post(CHAT, {"messages": messages, "max_tokens": 1}).status_code == 200
+    told, _ = of(lines, 2)
+    assert re.match(r"\d\d:\d\d:\d\d the arguments ", told) and SECRET not in told
+
+
+def test_of_an_unknown_field_a_short_name_is_shown(caplog: pytest.LogCaptureFixture) -> None:
+    Fields({"x" * 50: 1, f"{SECRET} ": 1, "a.b-c_1": 1}, "test_log").done()
+    assert [record.args for record in caplog.records] == [(f"test_log.{name}",) for name in ("x" * 40, "?", "a.b-c_1")]
 
 
 def test_text_keys_and_media_stay_out_of_the_log(nano_server: Running, lines: io.StringIO) -> None:
