@@ -6,7 +6,7 @@ leaves no other lane changed.
 
 import itertools
 import logging
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -50,7 +50,6 @@ class Lane:
     needs: RowNeeds
     tell: Callable[[Event], None]
     until: float = float("inf")
-    begun: Callable[[Request], object] = lambda request: None
     request: Request | None = None  # once it is admitted
     kept: Use | None = None  # keeps what the library has of its prompt, until it is read
     told: int = 0  # log-probabilities
@@ -87,15 +86,13 @@ class Lanes:
         admission: Admission,
         rows: int,
         clock: Callable[[], float],
-        ended: Counter[str] | None = None,
     ):
-        """rows: most answers at a time. ended: counts lanes by the finish_reason of their result."""
+        """rows: most answers at a time."""
         self.model, self.library, self.admission, self.rows, self.clock = model, library, admission, rows, clock
         self.engine = Engine(model, interleave=True, clock=clock)
         self.queue: deque[Lane] = deque()
         self.running: dict[int, Lane] = {}  # by id of the request
         self.waiting = 0  # owners none of whose lanes has run
-        self.ended = Counter() if ended is None else ended
 
     @property
     def idle(self) -> bool:
@@ -197,7 +194,6 @@ class Lanes:
         self.queue.popleft()
         lane.needs, lane.kept, lane.request = needs, kept, request
         self.running[id(lane.request)] = lane
-        lane.begun(lane.request)
         self.engine.add(lane.request)
         return True
 
@@ -229,7 +225,6 @@ class Lanes:
         result = request.result() if request.finished else None
         if result:
             self.running.pop(id(request), None)
-            self.ended[result.finish_reason] += 1
             self._has_room([other.room for other in self.running.values()])
         lane.tell(Event(lane.choice, tuple(request.pieces()), new, result))
 

@@ -11,11 +11,10 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -26,7 +25,6 @@ from mlx_qwen35.engine.encode import prefix_of
 from mlx_qwen35.engine.generation import Given
 from mlx_qwen35.engine.prepared import Prepared, prepare
 from mlx_qwen35.engine.result import Result
-from mlx_qwen35.engine.sequence import Sequence as Request
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.server.admission import Admission, default_rows
@@ -51,7 +49,6 @@ class Job:
     prepared: Prepared
     needs: RowNeeds  # of each answer
     n: int = 1  # answers to it; number i has seed + i
-    requests: list[Request] = field(default_factory=list)  # of the answers that have begun
     parted: Parted | None = None  # where much of the prompt is read again, though it was read before
 
     @property
@@ -97,7 +94,7 @@ class Service:
     Args:
         model, processor: from `load`.
         name: what the API calls the model.
-        load: loads them again, behind `unload`.
+        load: loads them again, where they were unloaded.
         clock: of timeouts.
         machine: what `Upkeep` sees of it.
     """
@@ -115,31 +112,26 @@ class Service:
         self.processor, self.options, self.name = processor, options, name
         self.config = model.config
         self.admission = Admission(model, processor.config.vision)
-        self.make_library: Callable[[Model], PrefixLibrary] = Model.make_library
         self._load, self._clock = load, clock
         self.upkeep = Upkeep(model, processor, options, clock, **machine)
         self._rows = options.rows or default_rows(model.memory_limit)
-        self.ended: Counter[str] = Counter()  # answers, by the finish_reason of their result
         self._lanes: Lanes | None = self._lanes_of(model)
         # Where other servers are waited for, one that is slow must hold up nobody else.
         self._pool = ThreadPoolExecutor(QUEUE if options.fetch_media else 2, "prepare")
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._coming = 0  # jobs on their way to the engine thread
-        self._ends: float | None = None  # when what runs is ended; None: it serves
+        self._ends = False  # whether the server does
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def close(self, grace: float = 0) -> None:
-        """Take nothing in any more, and end the thread.
-
-        What runs may end within `grace` seconds, and is "interrupted" then; what waits is refused now.
-        """
+    def close(self) -> None:
+        """Take nothing in any more, and end the thread. What runs is "interrupted", what waits is refused."""
         with self._lock:
-            self._ends = self._clock() + grace
-        self.do(self._refuse_waiting)
+            self._ends = True
+        self.do(lambda: None)
         self._thread.join()
         self._pool.shutdown(cancel_futures=True)
         self.upkeep.close()
@@ -168,10 +160,7 @@ class Service:
         self.upkeep.check()
         answer = Answer(self, job, asyncio.get_running_loop())
         until = self._clock() + (self.options.timeout or float("inf"))
-        lanes = [
-            Lane(answer, job.prepared, choice, job.needs, answer.put, until, job.requests.append)
-            for choice in range(job.n)
-        ]
+        lanes = [Lane(answer, job.prepared, choice, job.needs, answer.put, until) for choice in range(job.n)]
         with self._lock:
             self._check_room()
             self._coming += 1
@@ -180,8 +169,8 @@ class Service:
         return answer
 
     def _check_room(self) -> None:
-        if self._ends is not None:
-            raise ApiError(503, "server_closing", "the server ends; ask again once it is back", headers=RETRY)
+        if self._ends:
+            raise _closing()
         free = 0 if self.waiting else max(0, self._rows - self.running)
         if self.waiting + self._coming >= QUEUE + free:
             message = f"{QUEUE} requests wait already, as many as may; ask again later"
@@ -220,21 +209,12 @@ class Service:
         lanes = self._lanes  # which another thread may unload
         return lanes.library if lanes else None
 
-    @library.setter
-    def library(self, library: PrefixLibrary) -> None:
-        if self._lanes:
-            self._lanes.library = library
-
-    def unload(self) -> None:
-        """Give the model's memory back if nothing runs or waits; the next job loads it. From any thread."""
-        self.do(self._unload)
-
     # --- on the engine thread ---
 
     def _lanes_of(self, model: Model) -> Lanes:
-        library = self.make_library(model)
+        library = model.make_library()
         self.upkeep.attach(library)
-        return Lanes(model, library, self.admission, self._rows, self._clock, self.ended)
+        return Lanes(model, library, self.admission, self._rows, self._clock)
 
     def _unload(self) -> None:
         if self._load and self._lanes and self._lanes.idle:
@@ -244,7 +224,7 @@ class Service:
             mx.clear_cache()
 
     def _run(self) -> None:
-        while not self._is_over():
+        while not self._ends:
             idle = self._lanes is None or self._lanes.idle
             if self.upkeep.tick(not idle, self.library):
                 self._unload()
@@ -260,15 +240,6 @@ class Service:
                 self._commands.get_nowait()()
         if self._lanes:
             self._lanes.close(_closing())
-
-    def _is_over(self) -> bool:
-        ends = self._ends
-        return ends is not None and (self._lanes is None or self._lanes.idle or self._clock() >= ends)
-
-    def _refuse_waiting(self) -> None:
-        for lane in list(self._lanes.queue) if self._lanes else ():
-            assert self._lanes
-            self._lanes.end(lane, _closing())
 
     def _add(self, lanes: list[Lane]) -> None:
         with self._lock:

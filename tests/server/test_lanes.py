@@ -4,6 +4,7 @@ import functools
 import gc
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ from server.lanes import ENDLESS, QUESTION, Bench, Heard, nano
 
 from mlx_qwen35 import generate
 from mlx_qwen35.engine.engine import CHUNK_SECONDS, Engine
+from mlx_qwen35.engine.prepared import Prepared
 from mlx_qwen35.engine.result import Result
 from mlx_qwen35.engine.sequence import Sequence
 from mlx_qwen35.server.errors import ApiError
@@ -188,6 +190,18 @@ def test_a_cancel_ends_an_answer_within_a_step_and_no_other(where: str) -> None:
 # --- I5: chunks while others decode -----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Followed(Prepared):
+    """Tells of the chunks that are read of its prompt."""
+
+    progress: Callable[[int], None]
+
+    def request(self, *given: Any) -> Sequence:
+        request = super().request(*given)
+        request.progress = self.progress
+        return request
+
+
 def reads(bench: Bench, seconds: Callable[[int, int], float], heard: Heard) -> list[tuple[int, float, bool]]:
     """The chunks of a prompt as it is read: its tokens, its seconds by the clock, and whether others decoded."""
     chunks: list[tuple[int, float, bool]] = []
@@ -198,7 +212,7 @@ def reads(bench: Bench, seconds: Callable[[int, int], float], heard: Heard) -> l
         others = [own for own in bench.lanes.running.values() if own is not heard.lane and own.request.tokens]
         chunks.append((tokens, took, bool(others)))
 
-    heard.lane.begun = lambda request: setattr(request, "progress", progress)
+    heard.lane.prepared = Followed(**vars(heard.lane.prepared), progress=progress)
     return chunks
 
 

@@ -48,7 +48,6 @@ def test_too_many_are_refused_and_those_that_wait_are_answered() -> None:
             assert [result.generation_tokens for result in await whole(answer)] == [1]
         assert [result.error for result in await whole(service.submit(job))] == [None]
         assert (service.waiting, service.running) == (0, 0)
-        assert sum(service.ended.values()) == serving.QUEUE + 2 and service.ended["interrupted"] == 1
 
     served(use, rows=1)
 
@@ -90,55 +89,3 @@ def test_closing_ends_what_runs_and_refuses_what_waits() -> None:
         assert late.value.status == 503
 
     served(use, rows=1)
-
-
-def test_what_runs_may_end_within_the_grace() -> None:
-    async def use(service: Service) -> None:
-        answer = service.submit(service.prepare(QUESTION, max_tokens=20, **ENDLESS))
-        events = aiter(answer)
-        await anext(events)
-        await asyncio.to_thread(service.close, 60)
-        async for _ in events:
-            pass
-        assert [result and result.finish_reason for result in answer.results] == ["length"]
-
-    served(use)
-
-
-def test_the_model_is_unloaded_when_nothing_runs_and_loaded_for_the_next_job() -> None:
-    async def use(service: Service) -> None:
-        async def unloaded() -> bool:
-            service.unload()
-            done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-            loop = asyncio.get_running_loop()
-            service.do(lambda: loop.call_soon_threadsafe(done.set_result, service.model is None))
-            return await done
-
-        answer = service.submit(service.prepare(QUESTION, temp=0))
-        events = aiter(answer)
-        await anext(events)
-        assert not await unloaded()
-        async for _ in events:
-            pass
-        assert await unloaded() and service.library is None
-        (result,) = await whole(service.submit(service.prepare(QUESTION, temp=0)))
-        assert result.text == "92" and service.model and service.library
-
-    served(use)
-
-
-def test_a_model_that_cannot_be_loaded_again_is_told() -> None:
-    async def use(service: Service) -> None:
-        service.unload()
-        (result,) = await whole(service.submit(service.prepare(QUESTION, temp=0)))
-        assert isinstance(result.error, OSError)
-
-    def broken() -> Any:
-        raise OSError("gone")
-
-    service = Service(*load("nano"), ServerOptions(), "nano", load=broken)
-    service.start()
-    try:
-        asyncio.run(use(service))
-    finally:
-        service.close()
