@@ -225,8 +225,9 @@ class Lanes:
         result = request.result() if request.finished else None
         if result:
             self.running.pop(id(request), None)
-            self._has_room([other.room for other in self.running.values()])
         lane.tell(Event(lane.choice, tuple(request.pieces()), new, result))
+        if result:
+            self._has_room([other.room for other in self.running.values()])
 
     def _fail(self, error: Exception) -> None:
         """End all that run with an error, and begin with a new engine."""

@@ -315,6 +315,14 @@ def test_an_unexpected_exception_ends_what_runs_and_the_rest_goes_on(monkeypatch
     check(answers[2], alone(1))
 
 
+def test_what_fails_behind_an_end_does_not_keep_it_from_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    (heard,) = bench.ask(max_tokens=1)
+    monkeypatch.setattr(bench.admission, "make_room", lambda rows, *given: bool(list(rows)) or 1 / 0)
+    bench.run()
+    assert heard.result.tokens and bench.lanes.idle
+
+
 def test_the_end_of_the_lanes_is_told_to_all() -> None:
     bench = Bench(rows=1)
     running, waiting = (bench.ask(max_tokens=90, **ENDLESS)[0] for _ in range(2))
