@@ -189,24 +189,27 @@ class Service:
     @property
     def waiting(self) -> int:
         """Jobs of which nothing has begun."""
-        return self._lanes.waiting if self._lanes else 0
+        lanes = self._lanes  # which the engine thread may unload
+        return lanes.waiting if lanes else 0
 
     @property
     def running(self) -> int:
         """Answers that are read or generated."""
-        return len(self._lanes.running) if self._lanes else 0
+        lanes = self._lanes
+        return len(lanes.running) if lanes else 0
 
     # --- the model ---
 
     @property
     def model(self) -> Model | None:
         """None while it is unloaded."""
-        return self._lanes.model if self._lanes else None
+        lanes = self._lanes
+        return lanes.model if lanes else None
 
     @property
     def library(self) -> PrefixLibrary | None:
         """What remembers prompts; None while the model is unloaded."""
-        lanes = self._lanes  # which another thread may unload
+        lanes = self._lanes
         return lanes.library if lanes else None
 
     # --- on the engine thread ---
@@ -225,21 +228,31 @@ class Service:
 
     def _run(self) -> None:
         while not self._ends:
-            idle = self._lanes is None or self._lanes.idle
-            if self.upkeep.tick(not idle, self.library):
-                self._unload()
-            try:
-                self._commands.get(idle, self.upkeep.every)()
-            except queue.Empty:
-                if self._lanes:
-                    self._lanes.turn()
-            except Exception:
-                LOG.exception("a command of the engine thread failed")
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._commands.get_nowait()()
+            self._try(self._next)
+        while not self._commands.empty():
+            self._try(self._commands.get())
         if self._lanes:
             self._lanes.close(_closing())
+
+    def _next(self) -> None:
+        """A look at the machine, and a command, or else a turn."""
+        idle = self._lanes is None or self._lanes.idle
+        if self.upkeep.tick(not idle, self.library):
+            self._unload()
+        command: Callable[[], None] | None = None
+        with contextlib.suppress(queue.Empty):
+            command = self._commands.get(idle, self.upkeep.every)
+        if command:
+            command()
+        elif self._lanes:
+            self._lanes.turn()
+
+    def _try(self, work: Callable[[], None]) -> None:
+        """Do something without which the thread can go on."""
+        try:
+            work()
+        except Exception:
+            LOG.exception("something between two steps failed")
 
     def _add(self, lanes: list[Lane]) -> None:
         with self._lock:

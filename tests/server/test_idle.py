@@ -140,6 +140,13 @@ def test_short_of_memory_snapshots_go_first_and_then_new_work_is_refused():
         ask(running, max_tokens=1)
 
 
+def test_a_failed_look_at_the_machine_ends_nothing():
+    machine, levels = Machine(), [NORMAL]
+    with serving(machine=machine.given(lambda: load("nano")) | {"level": levels.pop}) as running:
+        pass_(running, machine, 2)
+        ask(running, max_tokens=1)
+
+
 def test_the_machine_stays_awake_while_there_is_work():
     with served() as (running, machine):
         with CLIENT.stream("POST", running.url + "/v1/chat/completions", json=QUESTION | {"stream": True}) as answer:
