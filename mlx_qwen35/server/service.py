@@ -135,6 +135,7 @@ class Service:
         self._thread.join()
         self._pool.shutdown(cancel_futures=True)
         self.upkeep.close()
+        self.upkeep.close()  # first, for who ends the server may have no patience
 
     @property
     def context(self) -> int:
@@ -264,9 +265,9 @@ class Service:
                 self._lanes.library.recall(prefix_of(lanes[0].prepared.prompt))
         except Exception as error:
             LOG.exception("the model cannot be loaded again")
-            for lane in lanes:
-                lane.refuse(error)
-            return
+        if self._ends:
+            return _refuse(lanes, _closing())
+            return _refuse(lanes, error)
         self._lanes.add(lanes)
 
 
@@ -277,3 +278,8 @@ def _closing() -> ApiError:
 def failed(result: Result) -> ApiError | None:
     """The refusal that an answer has ended with, if it has."""
     return ApiError.of(result.error) if result.error else None
+def _refuse(lanes: list[Lane], error: Exception) -> None:
+    for lane in lanes:
+        lane.refuse(error)
+
+

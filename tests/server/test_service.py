@@ -1,6 +1,7 @@
 """The service between the event loop and its engine thread: who may come in, and how it ends."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
