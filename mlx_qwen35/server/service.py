@@ -122,6 +122,7 @@ class Service:
         self._lock = threading.Lock()
         self._coming = 0  # jobs on their way to the engine thread
         self._ends = False  # whether the server does
+        self._preparing = 0  # what is done off the loop, which alone counts it
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -146,8 +147,14 @@ class Service:
     # --- from the event loop ---
 
     async def off_loop(self, work: Callable[[], T]) -> T:
-        """Do what takes its time and needs no MLX: templates, pixels, grammars."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        """Do what takes its time and needs no MLX: templates, pixels, grammars. The model stays loaded meanwhile."""
+        if self._ends:
+            raise _closing()
+        self._preparing += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        finally:
+            self._preparing -= 1
 
     def prepare(self, prompt: Given, n: int = 1, **options: Any) -> Job:
         """Check a prompt and its options and make them ready. For `off_loop`. Raises InputError."""
@@ -238,7 +245,7 @@ class Service:
     def _next(self) -> None:
         """A look at the machine, and a command, or else a turn."""
         idle = self._lanes is None or self._lanes.idle
-        if self.upkeep.tick(not idle, self.library):
+        if self.upkeep.tick(not idle or self._preparing > 0, self.library):
             self._unload()
         command: Callable[[], None] | None = None
         with contextlib.suppress(queue.Empty):
@@ -258,6 +265,8 @@ class Service:
     def _add(self, lanes: list[Lane]) -> None:
         with self._lock:
             self._coming -= 1
+        if self._ends:
+            return _refuse(lanes, _closing())
         try:
             if self._lanes is None:
                 assert self._load
@@ -265,8 +274,6 @@ class Service:
                 self._lanes.library.recall(prefix_of(lanes[0].prepared.prompt))
         except Exception as error:
             LOG.exception("the model cannot be loaded again")
-        if self._ends:
-            return _refuse(lanes, _closing())
             return _refuse(lanes, error)
         self._lanes.add(lanes)
 
