@@ -155,7 +155,8 @@ class Lanes:
         if lane.request and lane.request.tokens:
             self._cut(lane, "timeout")
             return
-        message = "the request was not answered within the server's --timeout; what was read of it is kept for a while"
+        kept = "; what was read of it is kept for a while" if lane.request else ""
+        message = f"the request was not answered within the server's --timeout{kept}"
         self.end(lane, ApiError(503, "request_timeout", message, headers=RETRY))
 
     def _cut(self, lane: Lane, limited_by: str) -> None:

@@ -48,6 +48,7 @@ class Job:
 
     prepared: Prepared
     needs: RowNeeds  # of each answer
+    until: float  # when it is out of time
     n: int = 1  # answers to it; number i has seed + i
     parted: Parted | None = None  # where much of the prompt is read again, though it was read before
 
@@ -121,8 +122,8 @@ class Service:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._coming = 0  # jobs on their way to the engine thread
-        self._ends = False  # whether the server does
         self._preparing = 0  # what is done off the loop, which alone counts it
+        self._ends = False  # whether the server does
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -134,9 +135,8 @@ class Service:
             self._ends = True
         self.do(lambda: None)
         self._thread.join()
-        self._pool.shutdown(cancel_futures=True)
-        self.upkeep.close()
         self.upkeep.close()  # first, for who ends the server may have no patience
+        self._pool.shutdown(cancel_futures=True)
 
     @property
     def context(self) -> int:
@@ -157,9 +157,10 @@ class Service:
             self._preparing -= 1
 
     def prepare(self, prompt: Given, n: int = 1, **options: Any) -> Job:
-        """Check a prompt and its options and make them ready. For `off_loop`. Raises InputError."""
+        """Check a prompt and its options and make them ready. For `off_loop`. Raises InputError. Its time begins."""
+        until = self._clock() + (self.options.timeout or float("inf"))
         prepared = prepare(self.config, self.processor, prompt, n, self.context, **options)
-        job = Job(prepared, self.admission.needs(prepared), n)
+        job = Job(prepared, self.admission.needs(prepared), until, n)
         job.parted = self.upkeep.prepared(self.library, prepared.prompt, prompt, options.get("tools"))
         return job
 
@@ -167,8 +168,7 @@ class Service:
         """Take a job in. From the event loop. ApiError 429 where too many wait, 503 where the server ends."""
         self.upkeep.check()
         answer = Answer(self, job, asyncio.get_running_loop())
-        until = self._clock() + (self.options.timeout or float("inf"))
-        lanes = [Lane(answer, job.prepared, choice, job.needs, answer.put, until) for choice in range(job.n)]
+        lanes = [Lane(answer, job.prepared, choice, job.needs, answer.put, job.until) for choice in range(job.n)]
         with self._lock:
             self._check_room()
             self._coming += 1
@@ -278,6 +278,11 @@ class Service:
         self._lanes.add(lanes)
 
 
+def _refuse(lanes: list[Lane], error: Exception) -> None:
+    for lane in lanes:
+        lane.refuse(error)
+
+
 def _closing() -> ApiError:
     return ApiError(503, "server_closing", "the server ends; ask again once it is back", headers=RETRY)
 
@@ -285,8 +290,3 @@ def _closing() -> ApiError:
 def failed(result: Result) -> ApiError | None:
     """The refusal that an answer has ended with, if it has."""
     return ApiError.of(result.error) if result.error else None
-def _refuse(lanes: list[Lane], error: Exception) -> None:
-    for lane in lanes:
-        lane.refuse(error)
-
-

@@ -90,3 +90,47 @@ def test_closing_ends_what_runs_and_refuses_what_waits() -> None:
         assert late.value.status == 503
 
     served(use, rows=1)
+
+
+def test_time_passes_from_the_preparation_on() -> None:
+    now = [0.0]
+
+    async def use() -> None:
+        job = service.prepare(QUESTION)
+        now[0] = 10.0
+        (result,) = await whole(service.submit(job))
+        assert ApiError.of(result.error or Exception()).code == "request_timeout"
+
+    service = Service(*load("nano"), ServerOptions(timeout=10), "nano", clock=lambda: now[0])
+    service.start()
+    try:
+        asyncio.run(asyncio.wait_for(use(), 60))
+    finally:
+        service.close()
+
+
+def test_closing_refuses_what_is_on_its_way_and_loads_no_model_for_it() -> None:
+    now, gate, loads = [0.0], threading.Event(), []
+
+    async def use() -> None:
+        job = service.prepare(QUESTION)
+        now[0] = 61.0
+        while service.model:
+            service.do(lambda: None)
+            await asyncio.sleep(0.01)
+        service.do(lambda: gate.wait(60) and 1 / 0)
+        answer = service.submit(job)
+        closing = asyncio.ensure_future(asyncio.to_thread(service.close))
+        with pytest.raises(ApiError) as late:
+            while True:
+                await service.off_loop(int)
+        gate.set()
+        (result,) = await whole(answer)
+        await closing
+        assert late.value.code == ApiError.of(result.error or Exception()).code == "server_closing"
+        assert not loads
+
+    options = ServerOptions(idle_unload=1)
+    service = Service(*load("nano"), options, "nano", lambda: loads.append(1) or load("nano"), lambda: now[0])
+    service.start()
+    asyncio.run(asyncio.wait_for(use(), 60))
