@@ -65,15 +65,9 @@ class Lane:
         """Most tokens of the answer."""
         return self.prepared.plans[self.choice].limit
 
-    def unread(self) -> Request:
-        """Its request, for an end without having begun."""
-        return self.prepared.request(self.choice, 1, DraftPolicy(0), None)
-
-    def refuse(self, error: Exception) -> None:
-        """End it with an error before it is taken in."""
-        request = self.unread()
-        request.fail(error)
-        self.tell(Event(self.choice, result=request.result()))
+    def refuse(self, error: Exception | None, reason: str = "interrupted") -> None:
+        """Tell its end before it has begun."""
+        self.tell(Event(self.choice, result=self.prepared.unbegun(self.choice, reason, error)))
 
 
 class Lanes:
@@ -134,10 +128,9 @@ class Lanes:
         """End a lane wherever it is. error: what it ends with instead of what it has."""
         if lane.request is None:
             self.queue.remove(lane)
-            lane.request = lane.unread()
-            lane.request.finish(reason)
-        else:
-            self.engine.cancel(lane.request, reason)
+            lane.refuse(error, reason)
+            return
+        self.engine.cancel(lane.request, reason)
         if error:
             lane.request.fail(error)
         self._tell(lane)

@@ -4,7 +4,7 @@ import functools
 import gc
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -300,6 +300,18 @@ def test_an_error_ends_one_answer_alone() -> None:
     )
     for heard in (good, late):
         check(heard, alone(1))
+
+
+def test_an_answer_that_cannot_begin_ends_alone() -> None:
+    bench = Bench()
+    prompt, options = settings(1)
+    (good,) = bench.ask(prompt, **options)
+    bench.run(until=lambda: bool(good.events))
+    (bad,) = bench.ask()
+    bad.lane.prepared = replace(bad.lane.prepared, processor=None)
+    bench.run()
+    check(good, alone(1))
+    assert isinstance(bad.result.error, AttributeError)
 
 
 def test_an_unexpected_exception_ends_what_runs_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
