@@ -208,7 +208,8 @@ class Lanes:
 
     def _is_near(self, lane: Lane) -> bool:
         assert lane.request
-        return lane.limit > lane.needs.answer <= len(lane.request.tokens) + NEAR
+        tokens = len(lane.request.tokens)  # 0 while its prompt is read: it may have to wait for long
+        return bool(tokens) and lane.limit > lane.needs.answer <= tokens + NEAR
 
     def _tell(self, lane: Lane) -> None:
         """Give what is new of a lane; behind its end its memory is the others'."""
