@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_qwen35.cache.prefix import PrefixLibrary
+from mlx_qwen35.cache.prefix_tokens import Prefix
 from mlx_qwen35.checkpoint.config import TextConfig
 from mlx_qwen35.engine.constraints.rules import Rules
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy, DraftStatistics
+from mlx_qwen35.engine.encode import prefix_of
 from mlx_qwen35.engine.generation import Given, make_ready, make_request
 from mlx_qwen35.engine.options import Options
 from mlx_qwen35.engine.plan import SequencePlan, check_prompts, fill_in
@@ -28,6 +31,11 @@ class Prepared:
     options: Options
     rules: Rules
     plans: Sequence[SequencePlan]
+
+    @cached_property
+    def prefix(self) -> Prefix:
+        """The prompt, as a library compares it."""
+        return prefix_of(self.prompt)
 
     @property
     def open_ended(self) -> bool:

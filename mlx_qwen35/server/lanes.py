@@ -14,7 +14,6 @@ from typing import NamedTuple
 from mlx_qwen35.budget.rows import RowNeeds
 from mlx_qwen35.cache.prefix import PrefixLibrary, Use
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy, choose_drafts
-from mlx_qwen35.engine.encode import prefix_of
 from mlx_qwen35.engine.engine import Engine
 from mlx_qwen35.engine.logprobs import TokenLogprob
 from mlx_qwen35.engine.options import draft_options
@@ -172,10 +171,10 @@ class Lanes:
         """Begin a lane, with drafts if they have room; whether it has."""
         mode, depth = draft_options(lane.prepared.options)
         drafts = choose_drafts(self.model, mode, depth, len(self.running) + 1, lane.limit)
-        prefix, policies = prefix_of(lane.prepared.prompt), [drafts]
+        policies = [drafts]
         if drafts.depth and not drafts.fixed:
             policies.append(DraftPolicy(0, reason="memory has no room for drafts beside the other answers", short=True))
-        kept = self.library.keep(prefix)
+        kept = self.library.keep(lane.prepared.prefix)
         for drafts in policies:
             needs = replace(lane.needs, depth=drafts.depth)
             if self._has_room([*(other.room for other in self.running.values()), needs]):

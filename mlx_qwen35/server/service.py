@@ -21,7 +21,6 @@ import mlx.core as mx
 
 from mlx_qwen35.budget.rows import RowNeeds
 from mlx_qwen35.cache.prefix import PrefixLibrary
-from mlx_qwen35.engine.encode import prefix_of
 from mlx_qwen35.engine.generation import Given
 from mlx_qwen35.engine.prepared import Prepared, prepare
 from mlx_qwen35.engine.result import Result
@@ -271,7 +270,7 @@ class Service:
             if self._lanes is None:
                 assert self._load
                 self._lanes = self._lanes_of(self.upkeep.loaded(self._load))
-                self._lanes.library.recall(prefix_of(lanes[0].prepared.prompt))
+                self._lanes.library.recall(lanes[0].prepared.prefix)
         except Exception as error:
             LOG.exception("the model cannot be loaded again")
             return _refuse(lanes, error)
