@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import mlx.core as mx
+
 from mlx_qwen35.budget.rows import RowNeeds
 from mlx_qwen35.cache.prefix import PrefixLibrary, Use
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy, choose_drafts
@@ -177,7 +179,7 @@ class Lanes:
         kept = self.library.keep(lane.prepared.prefix)
         for drafts in policies:
             needs = replace(lane.needs, depth=drafts.depth)
-            if self._has_room([*(other.room for other in self.running.values()), needs]):
+            if self._has_room([*(other.room for other in self.running.values()), needs], kept):
                 break
         else:
             if self.running:
@@ -190,8 +192,11 @@ class Lanes:
         self.engine.add(lane.request)
         return True
 
-    def _has_room(self, rows: Sequence[RowNeeds]) -> bool:
-        return self.admission.make_room(rows, self.library, self.engine.held())
+    def _has_room(self, rows: Sequence[RowNeeds], *coming: Use) -> bool:
+        """Whether there is room for rows. coming: of what has not begun."""
+        uses = [*coming, *(lane.kept for lane in self.running.values() if lane.kept)]
+        shared = [array for use in uses for array in _goes_on_in(use)]
+        return self.admission.make_room(rows, self.library, [*self.engine.held(), *shared])
 
     def _grow(self) -> None:
         """Reserve more for answers that near the end of theirs; without room the youngest of no stated length ends."""
@@ -231,3 +236,10 @@ class Lanes:
             lane.request.fail(error)
             self._tell(lane)
         self.engine = Engine(self.model, interleave=True, clock=self.clock)
+
+
+def _goes_on_in(use: Use) -> list[mx.array]:
+    """The arrays of a snapshot that a prompt will go on in, so that they are its row's."""
+    own = (entry for entry in use.kept.values() if len(entry.prefix) < len(use.prefix))
+    entry = max(own, key=lambda entry: len(entry.prefix), default=None)
+    return entry.snapshot.held() if entry and entry.snapshot.ends_its_arrays else []
