@@ -22,7 +22,7 @@ from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.prompt.prompt import Prompt
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prepared:
     """A prompt, its options, and the plan of each of its answers."""
 
@@ -57,6 +57,10 @@ class Prepared:
             seed=self.plans[choice].seed, mtp=DraftStatistics("the answer did not begin"), error=error,
             logprobs=() if self.options.get("logprobs") else None, limited_by=self.plans[choice].limited_by,
         )  # fmt: skip
+
+    def let_go(self) -> None:
+        """All of its answers have begun: the pixels are theirs."""
+        self.prompt = Prompt(self.prompt.tokens, self.prompt.thinking)
 
 
 def prepare(

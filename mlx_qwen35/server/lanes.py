@@ -190,6 +190,8 @@ class Lanes:
         lane.needs, lane.kept, lane.request = needs, kept, request
         self.running[id(lane.request)] = lane
         self.engine.add(lane.request)
+        if lane.choice + 1 == len(lane.prepared.plans):  # the answers to a prompt begin in their order
+            lane.prepared.let_go()
         return True
 
     def _has_room(self, rows: Sequence[RowNeeds], *coming: Use) -> bool:
