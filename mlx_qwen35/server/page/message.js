@@ -19,8 +19,8 @@ export function button(text, action, label = text) {
 }
 
 // Whether a key sends what was written: Enter, but not for a new line, nor while an input method composes.
-export function sends({ key, shiftKey, isComposing }) {
-  return key === "Enter" && !shiftKey && !isComposing;
+export function sends({ key, shiftKey, isComposing, keyCode }) {
+  return key === "Enter" && !shiftKey && !isComposing && keyCode !== 229; // 229: it composed until this key, in Safari
 }
 
 function seconds(value) {
