@@ -1,7 +1,7 @@
 """The page at /, in a browser: what would break it, and what it says where there is nothing to show."""
 
 import pytest
-from browsing import Page, prompt, reply
+from browsing import CHAT, Page, answered, ask, expect, prompt, reply
 
 pytestmark = pytest.mark.full
 
@@ -15,3 +15,32 @@ def test_the_enter_that_confirms_a_composed_word_sends_nothing(page: Page) -> No
         )
     page.wait_for_timeout(100)
     assert not requests and prompt(page).input_value() == "にほん"
+
+
+def test_an_answer_too_deep_to_render_is_shown_as_its_text_and_kept(page: Page) -> None:
+    deep = ">" * 3000 + " deep"
+    reply(page, deep)
+    for _ in range(2):
+        answer = answered(page) if page.get_by_role("article").count() else ask(page, "How deep?")
+        expect(answer.locator("> .prose")).to_have_text(deep)
+        page.reload()
+    page.unroute(CHAT)
+    reply(page, "*Yes.*")
+    expect(ask(page, "And now?").locator("> .prose em")).to_have_text("Yes.")
+
+
+def test_what_is_unchanged_is_not_rendered_again_and_what_was_too_deep_is_replaced(page: Page) -> None:
+    same, shown = page.evaluate(
+        """async (deep) => {
+          const { render } = await import("/page/render.js");
+          const element = document.createElement("div");
+          render(element, deep);
+          const first = element.firstChild;
+          render(element, deep);
+          const same = element.firstChild === first;
+          render(element, "*Yes.*");
+          return [same, element.textContent.trim()];
+        }""",
+        ">" * 3000 + " deep",
+    )
+    assert same and shown == "Yes."

@@ -48,8 +48,9 @@ function changed(conversation, message) {
 
 function paint() {
   const below = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 40;
-  for (const message of stale) views.get(message)?.update(message);
+  const messages = [...stale];
   stale.clear();
+  for (const message of messages) views.get(message)?.update(message);
   if (below) scroll.scrollTop = scroll.scrollHeight;
 }
 
