@@ -1,7 +1,7 @@
 """The page at /, in a browser: what would break it, and what it says where there is nothing to show."""
 
 import pytest
-from browsing import CHAT, Page, answered, ask, expect, prompt, reply
+from browsing import CHAT, SHAPES, Page, answered, ask, expect, prompt, reply
 
 pytestmark = pytest.mark.full
 
@@ -44,3 +44,32 @@ def test_what_is_unchanged_is_not_rendered_again_and_what_was_too_deep_is_replac
         ">" * 3000 + " deep",
     )
     assert same and shown == "Yes."
+
+
+HOLD = """() => {
+  const read = FileReader.prototype.readAsDataURL;
+  FileReader.prototype.readAsDataURL = function (file) { globalThis.go = () => read.call(this, file); };
+}"""
+
+
+def test_what_is_sent_while_a_file_is_read_has_the_file(page: Page) -> None:
+    requests = reply(page, "Yes.")
+    page.evaluate(HOLD)
+    page.locator("#files").set_input_files(SHAPES)
+    page.wait_for_function("() => globalThis.go !== undefined")
+    prompt(page).fill("What do you see?")
+    for _ in range(2):
+        page.keyboard.press("Enter")
+    page.evaluate("go()")
+    answered(page)
+    (request,) = requests
+    assert [part["type"] for part in request["messages"][0]["content"]] == ["image_url", "text"]
+    assert request["messages"][0]["content"][1]["text"] == "What do you see?"
+
+
+def test_a_file_that_cannot_be_read_is_told_and_holds_nothing_up(page: Page) -> None:
+    reply(page, "Yes.")
+    page.evaluate("() => { FileReader.prototype.readAsDataURL = function () { this.onerror(); }; }")
+    page.locator("#files").set_input_files(SHAPES)
+    expect(page.locator("#notice")).to_contain_text("shapes.png")
+    expect(ask(page, "What do you see?").locator("> .prose")).to_have_text("Yes.")

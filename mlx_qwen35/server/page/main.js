@@ -133,6 +133,7 @@ async function remove(id) {
 // --- the composer ---
 
 async function send() {
+  await attachments.reading;
   const text = prompt.value;
   if (current.running || !(text.trim() || attachments.items.length)) return;
   prompt.value = "";
