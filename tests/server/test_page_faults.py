@@ -1,7 +1,7 @@
 """The page at /, in a browser: what would break it, and what it says where there is nothing to show."""
 
 import pytest
-from browsing import CHAT, SHAPES, Page, answered, ask, expect, prompt, reply
+from browsing import CHAT, SHAPES, Page, answered, ask, expect, prompt, reply, says
 
 pytestmark = pytest.mark.full
 
@@ -73,3 +73,32 @@ def test_a_file_that_cannot_be_read_is_told_and_holds_nothing_up(page: Page) -> 
     page.locator("#files").set_input_files(SHAPES)
     expect(page.locator("#notice")).to_contain_text("shapes.png")
     expect(ask(page, "What do you see?").locator("> .prose")).to_have_text("Yes.")
+
+
+@pytest.mark.parametrize(
+    ("finish", "told"), [("stop", "The model said nothing."), ("length", "The answer was cut at the limit of tokens.")]
+)
+def test_an_answer_without_text_says_why(page: Page, finish: str, told: str) -> None:
+    reply(page, "", says("\n").replace('"stop"', f'"{finish}"'))
+    expect(ask(page, "Well?").locator(".note")).to_have_text(told)
+    expect(page.get_by_role("status")).to_have_text(told)
+
+
+@pytest.mark.parametrize(
+    ("text", "attached"),
+    [("a\t1\nb\t2", 0), ("", 1), ("shapes.png", 1), ("shapes.png\rother.png", 1)],
+    ids=["cells", "picture", "file", "files"],
+)
+def test_a_paste_is_its_text_unless_that_only_names_its_files(page: Page, text: str, attached: int) -> None:
+    given = prompt(page).evaluate(
+        """(target, text) => {
+          const clipboardData = new DataTransfer();
+          clipboardData.items.add(new File(["x"], "shapes.png", { type: "image/png" }));
+          if (text) clipboardData.setData("text/plain", text);
+          const event = new ClipboardEvent("paste", { bubbles: true, cancelable: true, clipboardData });
+          return target.dispatchEvent(event); // whether it is left to the browser, which pastes the text
+        }""",
+        text,
+    )
+    assert given is not bool(attached)
+    expect(page.get_by_role("list", name="Attachments").get_by_role("listitem")).to_have_count(attached)

@@ -2,7 +2,7 @@
 
 import { Lost, modelName } from "./api.js";
 import { Conversation } from "./chat.js";
-import { Attachments } from "./media.js";
+import { Attachments, pastedFiles } from "./media.js";
 import { AnswerView, ending, sends, userView } from "./message.js";
 import { editSettings, settings, startSettings } from "./settings.js";
 import { showConversations } from "./sidebar.js";
@@ -165,9 +165,10 @@ function startComposer() {
     send();
   });
   prompt.addEventListener("paste", (event) => {
-    if (!event.clipboardData.files.length) return;
+    const files = pastedFiles(event.clipboardData);
+    if (!files.length) return;
     event.preventDefault();
-    attachments.add([...event.clipboardData.files]);
+    attachments.add(files);
   });
   find("attach").addEventListener("click", () => find("files").click());
   find("files").addEventListener("change", async ({ target }) => {

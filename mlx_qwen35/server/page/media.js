@@ -23,6 +23,14 @@ export async function readFiles(files, refuse) {
   return taken;
 }
 
+// The files of a paste. The text goes before its picture, as a spreadsheet gives both of its cells; but Finder gives the
+// files' names as text.
+export function pastedFiles(data) {
+  const files = [...data.files];
+  const [text] = data.getData("text/plain").trim().split(/[\r\n]/);
+  return files.some(({ name }) => name.startsWith(text)) ? files : [];
+}
+
 // A part of a message, as the API takes it.
 export function mediaPart({ type, url }) {
   const kind = type.startsWith("video/") ? "video_url" : "image_url";
