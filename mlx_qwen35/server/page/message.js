@@ -48,8 +48,9 @@ const ENDED = {
 
 // Why an answer is not whole, in words; empty where it is.
 export function ending(message) {
-  if (message.state === "done") return message.finish === "length" ? "The answer was cut at its most tokens." : "";
-  return ENDED[message.state]?.(message) ?? "";
+  if (message.state !== "done") return ENDED[message.state]?.(message) ?? "";
+  if (message.finish === "length") return "The answer was cut at the limit of tokens.";
+  return message.text.trim() ? "" : "The model said nothing.";
 }
 
 export function userView(message, { edit }) {
