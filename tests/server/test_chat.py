@@ -25,7 +25,7 @@ from mlx_qwen35.load import load
 from mlx_qwen35.server.errors import ApiError
 from mlx_qwen35.server.history import read_detail
 from mlx_qwen35.server.options import ServerOptions
-from mlx_qwen35.server.stream import openai_stream, with_silence
+from mlx_qwen35.server.stream import openai_stream, sse, with_silence
 
 CHAT = "/v1/chat/completions"
 PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
@@ -172,6 +172,10 @@ def test_images_and_videos_are_seen(
     ).json()
     told = answer["choices"][0]["message"]["content"], answer["usage"]["prompt_tokens"]
     assert told == (right.text, right.prompt_tokens)
+
+
+def test_an_event_is_one_line_for_every_client() -> None:
+    assert len(sse({"content": "a\u2028b\u2029c\x85d\x1ce"}).splitlines()) == 2
 
 
 def test_an_image_of_low_detail_has_fewer_pixels(tmp_path: Path) -> None:
