@@ -1,7 +1,8 @@
 """The page at /, in a browser: what would break it, and what it says where there is nothing to show."""
 
 import pytest
-from browsing import CHAT, SHAPES, Page, answered, ask, expect, prompt, reply, says
+from browsing import CHAT, SHAPES, Browser, Page, answered, ask, expect, opened, prompt, reply, says, set_up
+from serving import Running
 
 pytestmark = pytest.mark.full
 
@@ -102,3 +103,27 @@ def test_a_paste_is_its_text_unless_that_only_names_its_files(page: Page, text: 
     )
     assert given is not bool(attached)
     expect(page.get_by_role("list", name="Attachments").get_by_role("listitem")).to_have_count(attached)
+
+
+DENY = """
+const deny = () => { throw new DOMException("Denied here.", "SecurityError"); };
+Object.defineProperty(globalThis, "localStorage", { get: deny });
+IDBFactory.prototype.open = deny;
+"""
+
+
+def test_the_page_works_without_storage_and_says_that_nothing_is_kept(browser: Browser, nano_server: Running) -> None:
+    with opened(browser, "about:blank") as page:
+        page.add_init_script(DENY)
+        page.goto(nano_server.url + "/#gone")
+        expect(page.locator("#model")).to_have_text("nano")
+        requests = reply(page, "Yes.")
+        page.get_by_role("button", name="Theme: system").click()
+        expect(page.locator("html")).to_have_attribute("data-theme", "light")
+        set_up(page, temperature="0")
+        for question in ("One", "Two"):
+            expect(ask(page, question).locator("> .prose")).to_have_text("Yes.")
+            expect(page.locator("#notice")).to_contain_text("Denied here.")
+        assert [(len(request["messages"]), request["temperature"]) for request in requests] == [(1, 0), (3, 0)]
+        page.get_by_role("button", name="New", exact=True).click()
+        expect(page.get_by_role("article")).to_have_count(0)

@@ -264,7 +264,7 @@ function start() {
   }
   addEventListener("keydown", escape);
   addEventListener("click", copy);
-  addEventListener("unkept", ({ detail }) => tell(`The browser did not keep the last change. ${detail}`));
+  addEventListener("unkept", ({ detail }) => tell(`The browser's storage failed: this may be lost. ${detail}`));
   nameTheme();
   showModel();
   open(location.hash.slice(1));

@@ -23,8 +23,8 @@ export async function readFiles(files, refuse) {
   return taken;
 }
 
-// The files of a paste. The text goes before its picture, as a spreadsheet gives both of its cells; but Finder gives the
-// files' names as text.
+// The files of a paste. Text goes before its picture: a spreadsheet gives both of its cells. But the text that Finder
+// gives with files is their names.
 export function pastedFiles(data) {
   const files = [...data.files];
   const [text] = data.getData("text/plain").trim().split(/[\r\n]/);

@@ -1,4 +1,4 @@
-// The settings: kept in localStorage, edited in a dialog, and put into the body of each request.
+// The settings: kept as the theme is, edited in a dialog, and put into the body of each request.
 
 const dialog = document.querySelector("#settings");
 const form = dialog.querySelector("form");
@@ -6,7 +6,7 @@ const problem = document.querySelector("#settings-error");
 
 // The settings as text, by the names of the form's fields. What is empty is left to the model.
 export function settings() {
-  return JSON.parse(localStorage.getItem("settings") ?? "{}");
+  return JSON.parse(kept.settings ?? "{}");
 }
 
 // What the settings add to the body of a request.
@@ -50,7 +50,7 @@ function save(event) {
     return;
   }
   const entries = [...new FormData(form)].map(([name, value]) => [name, value.trim()]);
-  localStorage.setItem("settings", JSON.stringify(Object.fromEntries(entries)));
+  kept.settings = JSON.stringify(Object.fromEntries(entries));
   dialog.dispatchEvent(new Event("saved"));
 }
 

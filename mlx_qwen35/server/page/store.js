@@ -27,11 +27,12 @@ async function transact(mode, work) {
   });
 }
 
-// Write. What cannot be kept (no room, no permission) is told, and the conversation goes on.
-function write(work) {
-  return transact("readwrite", work).catch((error) => {
-    dispatchEvent(new CustomEvent("unkept", { detail: error.message }));
-  });
+// Read or write. What fails (no room, no permission) is told and gives nothing, and the conversation goes on.
+const read = (work) => transact("readonly", work).catch(tell);
+const write = (work) => transact("readwrite", work).catch(tell);
+
+function tell(error) {
+  dispatchEvent(new CustomEvent("unkept", { detail: error.message }));
 }
 
 // The keys of a conversation's messages, from one index on.
@@ -41,16 +42,16 @@ function messageKeys(id, from = 0) {
 
 // All conversations, the newest first.
 export async function listConversations() {
-  const all = await transact("readonly", (conversations) => conversations.getAll());
+  const all = (await read((conversations) => conversations.getAll())) ?? [];
   return all.sort((one, other) => other.updated - one.updated);
 }
 
 export function loadConversation(id) {
-  return transact("readonly", (conversations) => conversations.get(id));
+  return read((conversations) => conversations.get(id));
 }
 
-export function loadMessages(id) {
-  return transact("readonly", (_, messages) => messages.getAll(messageKeys(id)));
+export async function loadMessages(id) {
+  return (await read((_, messages) => messages.getAll(messageKeys(id)))) ?? [];
 }
 
 export function saveConversation({ id, title, updated }) {
