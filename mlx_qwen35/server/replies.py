@@ -108,8 +108,8 @@ def _growing(answers: Sequence[Answer], kind: Kind) -> list[Growing]:
 
 
 def finish_reason(result: Result) -> str:
-    """OpenAI has no name for an answer that went round in circles: it is not whole, so it is "length"."""
-    return "length" if result.finish_reason == "loop" else result.finish_reason
+    """OpenAI has no name for an answer that went round in circles, or ended inside a call: it is not whole."""
+    return "length" if result.cut or result.finish_reason == "loop" else result.finish_reason
 
 
 def refusal(result: Result) -> ApiError | None:
