@@ -30,7 +30,7 @@ Message = dict[str, Any]
 def conversation(body: Fields, service: Service) -> list[Message]:
     """The messages, the system prompt's blocks in front, each a system message: a blank line will stand between."""
     found = [_system(text) for text in map(_without_billing, _texts(body, "system", "")) if text]
-    messages = body.objects("messages")
+    messages = body.objects("messages", most=asked.MOST_MESSAGES)
     if not messages:
         raise body.error("messages", "must not be empty", code="messages_invalid")
     for message in messages:
@@ -42,6 +42,8 @@ def conversation(body: Fields, service: Service) -> list[Message]:
         else:
             found += _user(message, service)
         message.done()
+    if not found:
+        raise body.error("messages", "must hold some content", code="messages_invalid")
     return found
 
 
@@ -53,7 +55,7 @@ def options(body: Fields, service: Service) -> dict[str, Any]:
     body.refuse("speed", "there is one speed", idle=("standard",))
     _keep_history(body)
     body.ignore(*_IDLE)
-    body.done()
+    asked.settle(body)
     return found
 
 
