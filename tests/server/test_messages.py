@@ -24,7 +24,7 @@ from mlx_qwen35.prompt.tool_calls import Cut
 from mlx_qwen35.server.errors import ApiError
 from mlx_qwen35.server.fields import Fields
 from mlx_qwen35.server.messages import MessageReply, ending
-from mlx_qwen35.server.messages_request import conversation, options
+from mlx_qwen35.server.messages_request import UNREAD, conversation, options
 from mlx_qwen35.server.service import Event, Job
 
 Json = dict[str, Any]
@@ -281,6 +281,16 @@ def user(*blocks: Json) -> Json:
     return {"messages": [{"role": "user", "content": list(blocks)}]}
 
 
+PDF = {"type": "base64", "media_type": "application/pdf", "data": "aGk="}
+
+
+def test_documents_of_text_are_read_and_those_of_results_end_no_conversation(nano_server: Running) -> None:
+    plain = {"type": "document", "title": "T", "source": {"type": "text", "media_type": "text/plain", "data": "abc"}}
+    result = {"type": "tool_result", "tool_use_id": "c1", "content": [plain, {"type": "document", "source": PDF}]}
+    parts = [message["content"] for message in conversation(Fields(user(plain, result)), nano_server.service)]
+    assert parts == [[text("T\n\nabc")], [text("T\n\nabc"), text(UNREAD)]]
+
+
 BAD: list[tuple[str, Json]] = [
     ("max_tokens", {"max_tokens": None}),
     ("max_tokens", {"max_tokens": 0}),
@@ -290,7 +300,7 @@ BAD: list[tuple[str, Json]] = [
     ("messages", {"messages": "Hi"}),
     ("messages.0.role", {"messages": [{"role": "tool", "content": "Hi"}]}),
     ("messages.0.content", {"messages": [{"role": "user", "content": 5}]}),
-    ("messages.0.content.0.type", user({"type": "document", "source": {}})),
+    ("messages.0.content.0.source.type", user({"type": "document", "source": PDF})),
     ("messages.0.content.1.text", user(text("Hi"), {"type": "text"})),
     ("messages.0.content.0.source.type", user({"type": "image", "source": {"type": "file", "file_id": "f"}})),
     ("messages.0.content.0.source.media_type",
