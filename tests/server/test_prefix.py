@@ -168,13 +168,6 @@ def test_the_log_has_a_line_and_texts_only_where_asked(nano, caplog, log_text):
     assert found and str(found) in line and ("11:31:07" in line) == ("10:31:07" in line) == log_text
 
 
-def test_a_client_is_told_the_place_and_the_cause_and_no_text(server):
-    before, after, *_ = CHANGES["system"]
-    assert "parted" not in asked(server, before)["prompt_tokens_details"]
-    told = asked(server, after)["prompt_tokens_details"]["parted"]
-    assert told.keys() == {"token", "again", "guess"} and told["guess"] == "system" and told["again"] > MUCH
-
-
 def test_another_image_is_read_anew(server):
     def shown(name: str) -> list:
         data = base64.b64encode((PICTURES / name).read_bytes()).decode()
