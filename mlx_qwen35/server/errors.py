@@ -41,5 +41,5 @@ class ApiError(Exception):
     def anthropic(self, request_id: str = "") -> dict[str, Any]:
         """Anthropic's shape has no place for the field, so the message names it."""
         named = f"{self.param}: " if self.param and self.param not in self.message else ""
-        told = {"type": self.type, "message": named + self.message}
+        told = {"type": self.type, "message": named + self.message, "details": {"error_code": self.code}}
         return {"type": "error", "error": told, "request_id": request_id}

@@ -20,8 +20,8 @@ DECLINED = {
     "mcp_servers": "this server calls no others",
     "fallbacks": "there is one model",
     "compaction": "a client shortens its own history",
-    "thread": "nothing is kept between requests",
 }
+THREADLESS = "thread_unsupported_request"  # code by which Anthropic's SDK learns to send the whole history instead
 # What changes nothing of an answer, in a request and in a block of it: what was read is kept without being asked.
 _IDLE = ("metadata", "service_tier", "cache_control", "inference_geo", "diagnostics")
 _BLOCK_IDLE = ("cache_control", "citations")
@@ -54,6 +54,8 @@ def options(body: Fields, service: Service) -> dict[str, Any]:
     found = asked.sampling(body, service) | asked.stops(body, "stop_sequences") | _tools(body) | _output(body)
     for name, why in DECLINED.items():
         body.refuse(name, why)
+    if body.any("thread", None):
+        raise body.error("thread", "is not supported: nothing is kept between requests", code=THREADLESS)
     body.refuse("speed", "there is one speed", idle=("standard",))
     _keep_history(body)
     body.ignore(*_IDLE)

@@ -15,14 +15,14 @@ from mlx_qwen35.server.block_reply import BlockReply, cut_short
 from mlx_qwen35.server.blocks import Block, Change
 from mlx_qwen35.server.errors import ApiError
 from mlx_qwen35.server.fields import Fields, read_body
-from mlx_qwen35.server.responses_request import ENCRYPTED, PLAIN, conversation, options
+from mlx_qwen35.server.responses_request import ENCRYPTED, PLAIN, conversation, offered, options
 from mlx_qwen35.server.service import Job, Service
 from mlx_qwen35.server.stream import sse
 
 # Fields of a request that its response repeats, with what they are where left out.
 ECHOED: dict[str, Any] = {
     "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True, "temperature": None,
-    "top_p": None, "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [],
+    "top_p": None, "text": {"format": {"type": "text"}}, "tool_choice": "auto",
     "reasoning": {"effort": None, "summary": None}, "truncation": "disabled", "user": None,
 }  # fmt: skip
 CODES = {429: "rate_limit_exceeded", 400: "invalid_prompt"}  # status -> code of a response's error
@@ -76,7 +76,7 @@ class ResponseReply(BlockReply):
         self._carried = ENCRYPTED in body.items("include", [])
         self._head = {
             "id": f"resp_{self._hex}", "object": "response", "created_at": int(time.time()), "model": model,
-            "store": False, "previous_response_id": None, "background": False,
+            "store": False, "previous_response_id": None, "background": False, "tools": offered(body),
         } | {name: body.any(name, usual) for name, usual in ECHOED.items()}  # fmt: skip
 
     def begin(self) -> str:

@@ -1,11 +1,12 @@
 """A request of OpenAI's responses API -> messages and options of `generate`. Nothing is stored: `input` is all."""
 
+import functools
 from typing import Any
 
 from mlx_qwen35.engine.options import GenerationOptions
 from mlx_qwen35.prompt.messages import MOST_TOOLS
 from mlx_qwen35.server import asked
-from mlx_qwen35.server.fields import Fields
+from mlx_qwen35.server.fields import LOG, Fields
 from mlx_qwen35.server.history import DETAILS, read_detail
 from mlx_qwen35.server.service import Service
 
@@ -15,6 +16,12 @@ ENCRYPTED, LOGPROBS = "reasoning.encrypted_content", "message.output_text.logpro
 INCLUDE = (
     ENCRYPTED, LOGPROBS, "file_search_call.results", "web_search_call.results", "web_search_call.action.sources",
     "message.input_image.image_url", "computer_call_output.output.image_url", "code_interpreter_call.outputs",
+)  # fmt: skip
+# Tools that clients such as Codex offer with every request: OpenAI's servers run them, or they are no functions. What
+# begins like this is left out.
+LEFT_OUT = (
+    "apply_patch", "code_interpreter", "computer", "custom", "file_search", "image_generation", "local_shell", "mcp",
+    "namespace", "programmatic_tool_calling", "shell", "tool_search", "web_search",
 )  # fmt: skip
 STATELESS = "this server stores no responses. Send the whole history as input"
 DECLINED = {
@@ -137,7 +144,7 @@ def _call(item: Fields) -> Message:
 
 
 def _tools(body: Fields) -> dict[str, Any]:
-    tools = [_tool(tool) for tool in body.objects("tools", [], most=MOST_TOOLS)]
+    tools = [_tool(tool) for tool in body.objects("tools", [], most=MOST_TOOLS) if _is_offered(tool)]
     choice = body.any("tool_choice", "auto")
     if not isinstance(choice, str):
         named = body.object("tool_choice")
@@ -151,10 +158,29 @@ def _tools(body: Fields) -> dict[str, Any]:
     return found
 
 
-def _tool(tool: Fields) -> Message:
-    """A function in the form of the chat API. Tools that OpenAI's servers run are refused."""
-    if (kind := tool.text("type")) != "function":
+def offered(body: Fields) -> list[Any]:
+    """The tools that the model is given, as they came, of a body that was checked."""
+    return [tool for tool in body.items("tools", []) if tool["type"] == "function"]
+
+
+def _is_offered(tool: Fields) -> bool:
+    kind = tool.text("type")
+    for left in filter(kind.startswith, LEFT_OUT):
+        _tell_left_out(left)
+        return False
+    if kind != "function":
         raise tool.error("type", "must be function: this server runs no tools itself", kind, "unsupported_field")
+    return True
+
+
+@functools.cache
+def _tell_left_out(kind: str) -> None:
+    """Once."""
+    LOG.warning("tools of type %s are left out: the model is given functions alone", kind)
+
+
+def _tool(tool: Fields) -> Message:
+    """A function in the form of the chat API."""
     function = {"name": tool.text("name"), "description": tool.text("description", None)}
     if (schema := tool.any("parameters", None)) is not None:
         function["parameters"] = schema

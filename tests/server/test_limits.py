@@ -182,7 +182,7 @@ def test_errors_of_messages_have_anthropics_shape(nano_server: Running) -> None:
         CLIENT.get(nano_server.url + "/v1/messages", headers={"Host": "evil.test"}),
     ]
     for response in answers:
-        assert response.json()["type"] == "error" and set(response.json()["error"]) == {"type", "message"}
+        assert response.json()["type"] == "error" and set(response.json()["error"]) == {"type", "message", "details"}
     assert [response.status_code for response in answers] == [400, 415, 404, 403]
 
 

@@ -92,6 +92,16 @@ def test_a_tool_loop_ends_in_an_answer(client: anthropic.Anthropic) -> None:
     assert answer.usage.cache_read_input_tokens > turn.usage.input_tokens * 0.9
 
 
+def test_the_sdks_tool_runner_goes_on_without_a_thread(client: anthropic.Anthropic) -> None:
+    @anthropic.beta_tool
+    def get_weather(city: str) -> str:
+        """Get the weather in a city"""
+        return "21 degrees, sunny"
+
+    runner = client.beta.messages.tool_runner(messages=WEATHER, tools=[get_weather], **MODES[1], **ASKED)
+    assert [turn.stop_reason for turn in runner] == ["tool_use", "end_turn"]
+
+
 def test_images_are_seen_in_a_message_and_in_a_result(client: anthropic.Anthropic) -> None:
     asked = [{"role": "user", "content": [image("red"), {"type": "text", "text": "What color is the image?"}]}]
     assert said(client.messages.create(messages=asked, **ASKED))[1] == "red"

@@ -188,6 +188,22 @@ def test_fields_are_options_of_generate(nano_server: Running, given: Json, meant
     assert options(Fields({"model": "any", **given}), nano_server.service) == meant
 
 
+OTHERS = [{"type": kind} for kind in ("web_search_2025_08_26", "local_shell", "image_generation", "mcp")]
+OTHERS += [{"type": "custom", "name": "apply_patch"}, {"type": "namespace", "name": "agents", "tools": TOOLS}]
+
+
+def test_tools_that_are_no_functions_are_left_out_and_told(
+    nano_server: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = {"input": WEATHER, "tools": [{"type": "computer"}, *TOOLS, *OTHERS, {"type": "computer_use_preview"}], "max_output_tokens": 1}
+    first, again = (nano_server.post("/v1/responses", asked).json() for _ in range(2))
+    alone = nano_server.post("/v1/responses", asked | {"tools": TOOLS}).json()
+    assert first["tools"] == TOOLS and first["usage"]["input_tokens"] == alone["usage"]["input_tokens"]
+    assert sum("computer" in line.getMessage() for line in caplog.records) == 1
+    none = nano_server.post("/v1/responses", asked | {"tools": OTHERS})
+    assert none.status_code == 200 and none.json()["tools"] == []
+
+
 def user(*parts: Json) -> Json:
     return {"input": [{"role": "user", "content": list(parts)}]}
 
@@ -214,7 +230,9 @@ BAD: list[tuple[str, Json]] = [
     ("temperature", {"temperature": 3}),
     ("top_p", {"top_p": 0}),
     ("instructions", {"instructions": ["Be brief."]}),
-    ("tools.0.type", {"tools": [{"type": "web_search"}]}),
+    ("tools.0.type", {"tools": [{"type": "functions", **FUNCTION}]}),
+    ("tool_choice", {"tools": [{"type": "web_search"}], "tool_choice": "required"}),
+    ("tool_choice.type", {"tools": OTHERS, "tool_choice": {"type": "custom", "name": "apply_patch"}}),
     ("tools.0.name", {"tools": [{"type": "function", "parameters": {}}]}),
     ("tools", {"tools": [*TOOLS, *TOOLS]}),
     ("tool_choice", {"tools": TOOLS, "tool_choice": "always"}),
