@@ -10,13 +10,21 @@ from mlx_qwen35.server.errors import ApiError
 from mlx_qwen35.server.fields import Fields
 from mlx_qwen35.server.service import Service
 
-MOST_ANSWERS, MOST_STOPS, MOST_BIASES, MOST_TOP = 8, 16, 1024, 20
+MOST_ANSWERS, MOST_STOPS, MOST_BIASES, MOST_TOP, MOST_MESSAGES = 8, 16, 1024, 20, 4096
 EFFORTS = {name: name for name in ("none", "minimal", "low", "medium", "high")} | {"xhigh": "high", "max": "high"}
 BUDGETS = ("thinking_budget", "thinking_token_budget", "thinking_budget_tokens")
 # Fields of other servers -> the form's option.
 FORMS = {"json_schema": "json_schema", "regex": "regex", "choice": "choice",
          "guided_json": "json_schema", "guided_regex": "regex", "guided_choice": "choice"}  # fmt: skip
 
+# Fields that have an effect at one endpoint or another.
+_FIELDS = (
+    "messages", "system", "prompt", "input", "instructions", "n", "stop", "stop_sequences", "max_tokens",
+    "max_completion_tokens", "max_output_tokens", "logprobs", "top_logprobs", "stream_options", "loop_guard", "tools",
+    "tool_choice", "parallel_tool_calls", "enable_thinking", "chat_template_kwargs", "reasoning_effort", "reasoning",
+    "thinking", *BUDGETS, "continue_final_message", "add_generation_prompt", "output_config", "output_format", "text",
+    "response_format", "structured_outputs", *FORMS,
+)  # fmt: skip
 # Fields that other servers have, by why they are not here, and the values that ask for nothing.
 _DECLINED: Mapping[str, tuple[str, Collection[Any]]] = {
     "audio": ("this model neither hears nor speaks", ()),
@@ -69,7 +77,9 @@ def streaming(body: Fields) -> tuple[bool, bool]:
 
 
 def settle(body: Fields) -> None:
-    """What no endpoint of OpenAI's has an effect for. The last look at a body."""
+    """Refuse what has no effect here, and what has none anywhere. The last look at a body."""
+    for name in body.unread(_FIELDS):
+        body.refuse(name, "it has no effect at this endpoint", idle=("", [], {}))
     for name, (why, idle) in _DECLINED.items():
         body.refuse(name, why, idle)
     modalities = body.items("modalities", [])
@@ -170,7 +180,10 @@ def tools(body: Fields) -> dict[str, Any]:
     parallel, names = body.flag("parallel_tool_calls", True), []
     for tool in body.objects("tools", [], most=MOST_TOOLS):
         tool.choice("type", ("function",))
-        names.append(tool.object("function").text("name"))
+        function = tool.object("function")
+        names.append(function.text("name"))
+        if names[-1] in ("none", "auto", "required"):
+            raise function.error("name", "must be another one: tool_choice means something else by it", names[-1])
     choice = _choice(body, names)
     if not names:
         return {}

@@ -30,7 +30,7 @@ def _read(body: Fields, service: Service) -> Wanted:
     options |= asked.most_tokens(body, "max_completion_tokens", "max_tokens") | asked.stops(body)
     options |= asked.thinking(body) | asked.tools(body) | asked.form(body) | _logprobs(body)
     options |= _continued(body) | body.option("loop_guard", GenerationOptions)
-    messages = body.objects("messages")
+    messages = body.objects("messages", most=asked.MOST_MESSAGES)
     asked.settle(body)
     history = [read_message(message, service) for message in messages]
     with body.naming("messages"):

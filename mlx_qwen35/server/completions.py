@@ -18,8 +18,6 @@ from mlx_qwen35.server.service import Event, Service
 from mlx_qwen35.server.trimmed import Trimmed
 
 DEFAULT_TOKENS = 16  # as OpenAI has it
-_CHAT_ONLY = ("messages", "tools", "tool_choice", "parallel_tool_calls", "enable_thinking", "chat_template_kwargs",
-              "reasoning_effort", "thinking", "continue_final_message", *asked.BUDGETS)  # fmt: skip
 
 
 class Written:
@@ -93,8 +91,6 @@ def _read(body: Fields, service: Service) -> Wanted:
     if (top := body.whole("logprobs", None, least=0, most=asked.MOST_TOP)) is not None:
         options |= {"logprobs": True, "top_logprobs": top}
     options |= body.option("loop_guard", GenerationOptions)
-    for name in _CHAT_ONLY:
-        body.refuse(name, "a completion goes on with raw text", idle=())
     body.refuse("suffix", "write the tokens for it into the prompt")
     asked.settle(body)
     with body.naming("prompt"):

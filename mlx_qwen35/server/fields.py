@@ -12,7 +12,7 @@ with body.naming("messages"):  # an InputError in here names a field
 
 import logging
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -128,6 +128,10 @@ class Fields:
         """Refuse all fields that nobody asked for."""
         for name in self._given.keys() - self._known:
             self.refuse(str(name), why, idle=())
+
+    def unread(self, names: Iterable[str]) -> list[str]:
+        """Those of the names that nobody asked for."""
+        return [name for name in names if name not in self._known]
 
     def ignore(self, *names: str) -> None:
         """Fields that change nothing of the answer, as the user's name."""

@@ -16,13 +16,13 @@ from typing import Any, TextIO
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mlx_qwen35.media.fetch import is_remote
 from mlx_qwen35.server.errors import ApiError
 from mlx_qwen35.server.guard import refusal
 from mlx_qwen35.server.service import ANSWERS, Answer
 from mlx_qwen35.server.status import Metrics
 
 LOG = logging.getLogger("mlx_qwen35.server")
+_MEDIA = ("url", "image_url", "video_url", "data")  # fields that hold images and videos, or where they are
 
 
 def to_stderr(with_text: bool) -> None:
@@ -121,9 +121,9 @@ def _shown(path: str) -> str:
 
 def _without_media(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _without_media(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_without_media(item) for item in value]
-    if isinstance(value, str) and is_remote(value):
-        return f"{value.partition(':')[0]}: URL of {len(value):,} characters"
-    return value
+        return {name: _told(item) if name in _MEDIA else _without_media(item) for name, item in value.items()}
+    return [_without_media(item) for item in value] if isinstance(value, list) else value
+
+
+def _told(medium: Any) -> Any:
+    return f"{len(medium):,} characters" if isinstance(medium, str) else _without_media(medium)

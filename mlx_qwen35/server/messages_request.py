@@ -12,6 +12,8 @@ from mlx_qwen35.server.service import Service
 
 BILLING = "x-anthropic-billing-header"  # Claude Code's first line of the system prompt, another one in each request
 IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
+_PARTS = ("text", "image", "document")
+UNREAD = "(a document of a kind that this model cannot read)"
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}  # of tools, as OpenAI's API names them
 DECLINED = {
     "container": "no code runs here",
@@ -30,7 +32,7 @@ Message = dict[str, Any]
 def conversation(body: Fields, service: Service) -> list[Message]:
     """The messages, the system prompt's blocks in front, each a system message: a blank line will stand between."""
     found = [_system(text) for text in map(_without_billing, _texts(body, "system", "")) if text]
-    messages = body.objects("messages")
+    messages = body.objects("messages", most=asked.MOST_MESSAGES)
     if not messages:
         raise body.error("messages", "must not be empty", code="messages_invalid")
     for message in messages:
@@ -42,6 +44,8 @@ def conversation(body: Fields, service: Service) -> list[Message]:
         else:
             found += _user(message, service)
         message.done()
+    if not found:
+        raise body.error("messages", "must hold some content", code="messages_invalid")
     return found
 
 
@@ -55,7 +59,7 @@ def options(body: Fields, service: Service) -> dict[str, Any]:
     body.refuse("speed", "there is one speed", idle=("standard",))
     _keep_history(body)
     body.ignore(*_IDLE)
-    body.done()
+    asked.settle(body)
     return found
 
 
@@ -109,13 +113,33 @@ def _image(block: Fields, service: Service) -> Message:
     return {"type": "image", "image": read_media(service.processor, "image", url, source.place(name), service.options)}
 
 
+def _document(block: Fields, in_result: bool) -> Message:
+    """A document of plain text. Of another one a result tells that it cannot be read: it stays in the history."""
+    source = block.object("source")
+    if in_result and source.text("type") != "text":
+        text = UNREAD
+    else:
+        source.choice("type", ("text",))
+        text = source.text("data")
+    told = [block.text(name, None) for name in ("title", "context")]
+    block.ignore(*_BLOCK_IDLE)
+    block.done()
+    return {"type": "text", "text": "\n\n".join(filter(None, [*told, text]))}
+
+
+def _part(block: Fields, service: Service, in_result: bool = False) -> Message:
+    kind = block.choice("type", _PARTS)
+    if kind == "document":
+        return _document(block, in_result)
+    return _text(block) if kind == "text" else _image(block, service)
+
+
 def _user(message: Fields, service: Service) -> Iterator[Message]:
     """A user's message. Results of calls are messages of their own, where they stand."""
     parts: list[Message] = []
     for block in _blocks(message, "content"):
-        kind = block.choice("type", ("text", "image", "tool_result"))
-        if kind != "tool_result":
-            parts.append(_text(block) if kind == "text" else _image(block, service))
+        if block.choice("type", (*_PARTS, "tool_result")) != "tool_result":
+            parts.append(_part(block, service))
             continue
         if parts:
             yield {"role": "user", "content": parts}
@@ -131,8 +155,7 @@ def _result(block: Fields, service: Service) -> Message:
     if block.flag("is_error", False):
         parts.append({"type": "text", "text": "Error: "})
     for part in _blocks(block, "content", ""):
-        kind = part.choice("type", ("text", "image"))
-        parts.append(_text(part) if kind == "text" else _image(part, service))
+        parts.append(_part(part, service, in_result=True))
     block.ignore(*_BLOCK_IDLE)
     block.done()
     return {"role": "tool", "tool_call_id": call, "content": parts}

@@ -108,8 +108,8 @@ def _growing(answers: Sequence[Answer], kind: Kind) -> list[Growing]:
 
 
 def finish_reason(result: Result) -> str:
-    """OpenAI has no name for an answer that went round in circles: it is not whole, so it is "length"."""
-    return "length" if result.finish_reason == "loop" else result.finish_reason
+    """OpenAI has no name for an answer that went round in circles, or ended inside a call: it is not whole."""
+    return "length" if result.cut or result.finish_reason == "loop" else result.finish_reason
 
 
 def refusal(result: Result) -> ApiError | None:
@@ -120,19 +120,15 @@ def refusal(result: Result) -> ApiError | None:
 
 
 def usage(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Tokens of all choices. A prompt counts once, however many choices it has. parted: where much of it is read again
-    though it was read before.
-    """
+    """Tokens of all choices. A prompt counts once, however many choices it has."""
     done = [[result for result in answer.results if result] for answer in answers]
     results = [result for results in done for result in results]
     prompt = sum(results[0].prompt_tokens for results in done)
     completion = sum(result.generation_tokens for result in results)
-    found = [answer.job.parted.told for answer in answers if answer.job.parted]
-    parted = {"parted": found[0]} if found else {}
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(results[0].cached_tokens for results in done), **parted},
+        "prompt_tokens_details": {"cached_tokens": sum(results[0].cached_tokens for results in done)},
         "completion_tokens_details": {"reasoning_tokens": sum(result.reasoning_tokens for result in results)},
     }

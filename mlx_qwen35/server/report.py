@@ -36,11 +36,6 @@ class Parted:
     guess: str
     texts: tuple[str, str]
 
-    @property
-    def told(self) -> dict[str, Any]:
-        """What a client may know."""
-        return {"token": self.token, "again": self.again, "guess": self.guess}
-
     def __str__(self) -> str:
         return (
             f"about {self.again} tokens of a prompt are read again: it parts at token {self.token} from one that was "

@@ -45,7 +45,7 @@ def conversation(body: Fields, service: Service) -> list[Message]:
     found: list[Message] = [{"role": "system", "content": instructions}] if instructions else []
     if isinstance(given := body.any("input"), str):
         return [*found, {"role": "user", "content": given}]
-    if not (items := body.objects("input")):
+    if not (items := body.objects("input", most=asked.MOST_MESSAGES)):
         raise body.error("input", "must not be empty", given, "messages_invalid")
     for item in items:
         message = _item(item, service)

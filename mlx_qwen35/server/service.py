@@ -31,14 +31,13 @@ from mlx_qwen35.server.errors import ApiError
 from mlx_qwen35.server.idle import Upkeep
 from mlx_qwen35.server.lanes import RETRY, Event, Lane, Lanes
 from mlx_qwen35.server.options import ServerOptions
-from mlx_qwen35.server.report import Parted
 
 __all__ = ["ANSWERS", "Answer", "Event", "Job", "Service", "failed"]
 
 LOG = logging.getLogger("mlx_qwen35.server")
 T = TypeVar("T")
 ANSWERS: ContextVar[list["Answer"]] = ContextVar("answers")  # to the HTTP request at hand, for its line in the log
-QUEUE = 32  # jobs that may wait
+QUEUE = 32  # jobs that may wait, or be made ready
 
 
 @dataclass
@@ -49,7 +48,6 @@ class Job:
     needs: RowNeeds  # of each answer
     until: float  # when it is out of time
     n: int = 1  # answers to it; number i has seed + i
-    parted: Parted | None = None  # where much of the prompt is read again, though it was read before
 
     @property
     def prompt_tokens(self) -> int:
@@ -147,8 +145,8 @@ class Service:
 
     async def off_loop(self, work: Callable[[], T]) -> T:
         """Do what takes its time and needs no MLX: templates, pixels, grammars. The model stays loaded meanwhile."""
-        if self._ends:
-            raise _closing()
+        with self._lock:
+            self._check_room()
         self._preparing += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._pool, work)
@@ -159,9 +157,8 @@ class Service:
         """Check a prompt and its options and make them ready. For `off_loop`. Raises InputError. Its time begins."""
         until = self._clock() + (self.options.timeout or float("inf"))
         prepared = prepare(self.config, self.processor, prompt, n, self.context, **options)
-        job = Job(prepared, self.admission.needs(prepared), until, n)
-        job.parted = self.upkeep.prepared(self.library, prepared.prompt, prompt, options.get("tools"))
-        return job
+        self.upkeep.prepared(self.library, prepared.prompt, prompt, options.get("tools"))
+        return Job(prepared, self.admission.needs(prepared), until, n)
 
     def submit(self, job: Job) -> Answer:
         """Take a job in. From the event loop. ApiError 429 where too many wait, 503 where the server ends."""
@@ -179,7 +176,7 @@ class Service:
         if self._ends:
             raise _closing()
         free = 0 if self.waiting else max(0, self._rows - self.running)
-        if self.waiting + self._coming >= QUEUE + free:
+        if self.waiting + self._coming + self._preparing >= QUEUE + free:
             message = f"{QUEUE} requests wait already, as many as may; ask again later"
             raise ApiError(429, "queue_full", message, headers=RETRY)
 

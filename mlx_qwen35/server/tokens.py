@@ -42,7 +42,7 @@ def _of_messages(body: Fields, service: Service) -> list[int]:
     options["add_generation_prompt"] = body.flag("add_generation_prompt", not options.get("continue_final_message"))
     options["enable_thinking"] = thinking_switch(cast(Options, asked.thinking(body)))
     options["tools"] = asked.tools(body).get("tools")
-    messages = body.objects("messages")
+    messages = body.objects("messages", most=asked.MOST_MESSAGES)
     asked.settle(body)
     history = [read_message(message, service) for message in messages]
     with body.naming("messages"):

@@ -112,12 +112,16 @@ def test_a_failure_of_the_server_is_told_by_its_place_and_answered(
 
 def test_text_is_told_where_it_is_asked_for(lines: io.StringIO) -> None:
     with serving(log_text=True) as server:
-        content = [{"type": "text", "text": "What is 34 + 58?"}, {"type": "image_url", "image_url": uri(png())}]
+        source = {"type": "base64", "media_type": "image/png", "data": uri(png()).partition(",")[2]}
+        server.post("/v1/messages", {"messages": [{"role": "user", "content": [{"type": "image", "source": source}]}],
+                                     "max_tokens": 1})  # fmt: skip
+        text = "https://example.com/ is what?"
+        content = [{"type": "text", "text": text}, {"type": "image_url", "image_url": uri(png())}]
         server.post(CHAT, {"messages": [{"role": "user", "content": content}], "max_tokens": 4})
     told = lines.getvalue()  # the server has ended
-    asked = json.loads(told.split("asked: ")[1].splitlines()[0])
-    assert asked["messages"][0]["content"][0]["text"] == "What is 34 + 58?"
-    assert "answered: " in told and "base64" not in told
+    asked = json.loads(told.split("asked: ")[2].splitlines()[0])
+    assert asked["messages"][0]["content"][0]["text"] == text
+    assert "answered: " in told and "base64," not in told and source["data"][:40] not in told
 
 
 def figures(server: Running) -> dict[str, float]:

@@ -24,7 +24,7 @@ from mlx_qwen35.prompt.tool_calls import Cut
 from mlx_qwen35.server.errors import ApiError
 from mlx_qwen35.server.fields import Fields
 from mlx_qwen35.server.messages import MessageReply, ending
-from mlx_qwen35.server.messages_request import conversation, options
+from mlx_qwen35.server.messages_request import UNREAD, conversation, options
 from mlx_qwen35.server.service import Event, Job
 
 Json = dict[str, Any]
@@ -278,7 +278,9 @@ MEANINGS: list[tuple[Json, Json]] = [
 def test_fields_are_options_of_generate(nano_server: Running, given: Json, meant: Json) -> None:
     body = {"model": "any", "max_tokens": 100, "messages": [USER], **given}
     expected = {name: value for name, value in ({"enable_thinking": False} | meant).items() if value is not None}
-    assert options(Fields(body), nano_server.service) == expected
+    fields = Fields(body)
+    fields.ignore("messages", "max_tokens")  # which were read before
+    assert options(fields, nano_server.service) == expected
 
 
 def tool(**more: Any) -> Json:
@@ -289,14 +291,26 @@ def user(*blocks: Json) -> Json:
     return {"messages": [{"role": "user", "content": list(blocks)}]}
 
 
+PDF = {"type": "base64", "media_type": "application/pdf", "data": "aGk="}
+
+
+def test_documents_of_text_are_read_and_those_of_results_end_no_conversation(nano_server: Running) -> None:
+    plain = {"type": "document", "title": "T", "source": {"type": "text", "media_type": "text/plain", "data": "abc"}}
+    result = {"type": "tool_result", "tool_use_id": "c1", "content": [plain, {"type": "document", "source": PDF}]}
+    parts = [message["content"] for message in conversation(Fields(user(plain, result)), nano_server.service)]
+    assert parts == [[text("T\n\nabc")], [text("T\n\nabc"), text(UNREAD)]]
+
+
 BAD: list[tuple[str, Json]] = [
     ("max_tokens", {"max_tokens": None}),
     ("max_tokens", {"max_tokens": 0}),
     ("messages", {"messages": []}),
+    ("messages", user()),
+    ("messages", {"messages": SUM * 4097}),
     ("messages", {"messages": "Hi"}),
     ("messages.0.role", {"messages": [{"role": "tool", "content": "Hi"}]}),
     ("messages.0.content", {"messages": [{"role": "user", "content": 5}]}),
-    ("messages.0.content.0.type", user({"type": "document", "source": {}})),
+    ("messages.0.content.0.source.type", user({"type": "document", "source": PDF})),
     ("messages.0.content.1.text", user(text("Hi"), {"type": "text"})),
     ("messages.0.content.0.source.type", user({"type": "image", "source": {"type": "file", "file_id": "f"}})),
     ("messages.0.content.0.source.media_type",
@@ -329,6 +343,12 @@ BAD: list[tuple[str, Json]] = [
     ("output_config.format.schema", {"output_config": {"format": {"type": "json_schema"}}}),
     ("mcp_servers", {"mcp_servers": [{"type": "url", "url": "https://x", "name": "x"}]}),
     ("container", {"container": "c"}),
+    ("n", {"n": 2}),
+    ("stop", {"stop": ["a"]}),
+    ("reasoning_effort", {"reasoning_effort": "high"}),
+    ("chat_template_kwargs", {"chat_template_kwargs": {"enable_thinking": True}}),
+    ("min_tokens", {"min_tokens": 5}),
+    ("audio", {"audio": {}}),
     ("speed", {"speed": "fast"}),
     ("context_management.edits.0.type", {"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}),
 ]  # fmt: skip

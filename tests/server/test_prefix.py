@@ -194,13 +194,6 @@ def test_a_folder_may_be_in_the_user_s_own(nano, tmp_path, monkeypatch):
     assert (tmp_path / "home" / "prefixes").is_dir() and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_client_is_told_the_place_and_the_cause_and_no_text(server):
-    before, after, *_ = CHANGES["system"]
-    assert "parted" not in asked(server, before)["prompt_tokens_details"]
-    told = asked(server, after)["prompt_tokens_details"]["parted"]
-    assert told.keys() == {"token", "again", "guess"} and told["guess"] == "system" and told["again"] > MUCH
-
-
 def test_another_image_is_read_anew(server):
     def shown(name: str) -> list:
         data = base64.b64encode((PICTURES / name).read_bytes()).decode()

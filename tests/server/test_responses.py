@@ -185,7 +185,7 @@ MEANINGS: list[tuple[Json, Json]] = [
 
 @pytest.mark.parametrize(("given", "meant"), MEANINGS)
 def test_fields_are_options_of_generate(nano_server: Running, given: Json, meant: Json) -> None:
-    assert options(Fields({"model": "any", "input": "Hi", **given}), nano_server.service) == meant
+    assert options(Fields({"model": "any", **given}), nano_server.service) == meant
 
 
 OTHERS = [{"type": kind} for kind in ("web_search_2025_08_26", "local_shell", "image_generation", "mcp")]
@@ -211,6 +211,11 @@ def user(*parts: Json) -> Json:
 BAD: list[tuple[str, Json]] = [
     ("input", {"input": None}),
     ("input", {"input": []}),
+    ("input", {"input": [{"role": "user", "content": "Hi"}] * 4097}),
+    ("n", {"n": 2}),
+    ("stop", {"stop": ["a"]}),
+    ("max_tokens", {"max_tokens": 5}),
+    ("response_format", {"response_format": {"type": "json_object"}}),
     ("input.0.type", {"input": [{"type": "item_reference", "id": "msg_1"}]}),
     ("input.0.role", {"input": [{"role": "tool", "content": "Hi"}]}),
     ("input.0.content", {"input": [{"role": "user", "content": 5}]}),

@@ -34,6 +34,21 @@ def served(use: Callable[[Service], Coroutine[Any, Any, None]], **options: Any) 
     return service
 
 
+def test_too_many_that_are_made_ready_are_refused_before_they_are() -> None:
+    async def use(service: Service) -> None:
+        go = threading.Event()
+        ready = [asyncio.ensure_future(service.off_loop(go.wait)) for _ in range(serving.QUEUE + 1)]
+        await asyncio.sleep(0)
+        with pytest.raises(ApiError) as refused:
+            await service.off_loop(go.wait)
+        assert (refused.value.status, refused.value.code) == (429, "queue_full")
+        go.set()
+        await asyncio.gather(*ready)
+        assert await service.off_loop(lambda: 7) == 7
+
+    served(use, rows=1)
+
+
 def test_too_many_are_refused_and_those_that_wait_are_answered() -> None:
     async def use(service: Service) -> None:
         running = aiter(service.submit(service.prepare(QUESTION, **LONG)))

@@ -1,12 +1,17 @@
 """Tool calls over OpenAI's API: how they come, and how their history goes back."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from openai_stream import events, folded
 from serving import Running
+
+from mlx_qwen35 import generate
+from mlx_qwen35.prompt.tool_calls import Cut
+from mlx_qwen35.server.replies import finish_reason
 
 TOOLS = json.loads((Path(__file__).parents[2] / "examples" / "tools.json").read_text())
 CITIES = "What is the weather in Paris and in Rome?"
@@ -52,6 +57,12 @@ def test_a_call_that_is_cut_has_the_arguments_so_far(nano_server: Running) -> No
     (call,) = answer["message"]["tool_calls"]
     assert (call["function"]["name"], call["function"]["arguments"]) == ("get_weather", '{"city": "Paris')
     assert folded(asked(nano_server, CITIES, stream=True, **fields).text)["choices"] == [answer]
+
+
+def test_an_answer_that_ends_inside_a_call_is_not_whole(nano_server: Running) -> None:
+    result = generate(nano_server.service.model, nano_server.service.processor, "Hi", max_tokens=1)
+    ended = replace(result, finish_reason="tool_calls", cut=Cut("get_weather", {}, {"city": "Ro"}))
+    assert finish_reason(ended) == "length"
 
 
 @pytest.mark.parametrize(
