@@ -11,6 +11,7 @@ import httpx
 import uvicorn
 
 from mlx_qwen35.load import load
+from mlx_qwen35.machine.process import LOCK
 from mlx_qwen35.server.app import make_app
 from mlx_qwen35.server.listen import bind, config_of
 from mlx_qwen35.server.options import ServerOptions
@@ -28,6 +29,27 @@ class Running:
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
         return CLIENT.post(self.url + path, json=body, **options)
+
+
+@contextmanager
+def computing() -> Iterator[None]:
+    """A model computes in another thread. AssertionError where the block waits for it."""
+    begun, go, ended = threading.Event(), threading.Event(), []
+
+    def step() -> None:
+        with LOCK:
+            begun.set()
+            ended.append(go.wait(10))
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    begun.wait()
+    try:
+        yield
+    finally:
+        go.set()
+        thread.join()
+    assert ended == [True]
 
 
 @contextmanager

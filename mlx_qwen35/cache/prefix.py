@@ -37,6 +37,7 @@ class Behind(Protocol):
     """What keeps the entries of a library beyond its memory, see `PrefixFiles`."""
 
     def take(self, entry: "Entry") -> None: ...
+    def touch(self, entry: "Entry") -> None: ...
     def drop(self, entry: "Entry") -> None: ...
     def recall(self, prefix: Prefix) -> None: ...
 
@@ -73,6 +74,8 @@ class PrefixLibrary:
         with LOCK:
             entry = self._longest(prefix)
             use = self.keep(prefix, len(entry.prefix) if entry else 0)
+            if entry and self.behind:
+                self.behind.touch(entry)
             if entry and entry.kind == QUERY:
                 self.drop_loops(entry, prefix)
             cache = entry.snapshot.cache() if entry else self.model.make_cache()
@@ -132,19 +135,13 @@ class PrefixLibrary:
 
     def reusable(self, prefix: Prefix) -> int:
         """How many tokens of a prompt need not be read."""
-        with LOCK:
-            entry = self._longest(prefix)
-            return len(entry.prefix) if entry else 0
-
-    def parted(self, prefix: Prefix) -> int:
-        """The tokens that a prompt shares with the nearest that is stored: where to look for what has changed."""
-        return max((prefix.shared(entry.prefix) for entry in self.entries()), default=0)
+        entry = self._longest(prefix)
+        return len(entry.prefix) if entry else 0
 
     def entries(self, prefix: Prefix | None = None) -> list[Entry]:
-        """What is stored, the shortest first; of a prefix: what begins it."""
-        with LOCK:
-            found = [entry for entry in self._entries if prefix is None or entry.prefix.begins(prefix)]
-            return sorted(found, key=lambda entry: len(entry.prefix))
+        """What is stored, the shortest first; of a prefix: what begins it. It waits for no step of a model."""
+        found = [entry for entry in tuple(self._entries) if prefix is None or entry.prefix.begins(prefix)]
+        return sorted(found, key=lambda entry: len(entry.prefix))
 
     def clear(self) -> None:
         """Let go of all that is not in use."""

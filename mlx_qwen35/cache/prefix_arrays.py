@@ -4,7 +4,7 @@ So several places of a prompt are kept without a column twice: each has its Delt
 place before it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import mlx.core as mx
 
@@ -28,12 +28,15 @@ def states(cache: Cache) -> dict[str, mx.array]:
     return {f"layers.{i}.{name}": a for i, layer in kept for name, a in layer.view(0).items()}
 
 
-def restored(blank: Cache, position: CachePosition, pieces: Iterable[Sequence[tuple[str, mx.array]]]) -> Snapshot:
-    """A snapshot of a cache at this position. blank: an empty cache of the same model.
+def restored(
+    empty: Callable[[], Cache], position: CachePosition, pieces: Iterable[Sequence[tuple[str, mx.array]]]
+) -> Snapshot:
+    """A snapshot of a cache at this position. empty: makes a cache of the same model.
 
     pieces: arrays as `columns` gave them, in order, and last those of `states`. Between two pieces others compute.
     """
     with LOCK:
+        blank = empty()
         blank.reserve(position.lengths[0] + ROOM)
     for piece in pieces:
         with LOCK:

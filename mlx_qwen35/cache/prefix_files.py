@@ -14,15 +14,16 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from mlx_qwen35.cache.cache import Cache, Snapshot
+from mlx_qwen35.cache.cache import Snapshot
 from mlx_qwen35.cache.layer import CachePosition
-from mlx_qwen35.cache.prefix import RANKS, Entry, PrefixLibrary
+from mlx_qwen35.cache.prefix import RANKS, Entry, Model, PrefixLibrary
 from mlx_qwen35.cache.prefix_arrays import columns, restored, states
 from mlx_qwen35.cache.prefix_folder import ASIDE, Damaged, Folder
-from mlx_qwen35.cache.prefix_places import Place, Places
+from mlx_qwen35.cache.prefix_places import UNFIT, Place, Places
 from mlx_qwen35.cache.prefix_tokens import Prefix
 from mlx_qwen35.cache.session_file import Taken
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.machine.process import LOCK
 
 COLUMNS, STATES = ".columns.safetensors", ".states.safetensors"
 Tells = Callable[[str, Mapping[str, str], os.stat_result], None]
@@ -75,9 +76,10 @@ class PrefixFiles:
         """Write what the library has and the folder lacks, and let go of it."""
         library, self.library = self.library, None
         if library:
-            for entry in library.entries():
+            for entry in sorted(library.entries(), key=lambda entry: entry.used):
                 self.flush()
-                self.take(entry)
+                with LOCK:
+                    self._take(entry, float("inf"))
             library.behind = None
 
     @property
@@ -107,29 +109,41 @@ class PrefixFiles:
     # --- what a library tells ---
 
     def take(self, entry: Entry) -> None:
-        """An entry was stored: copy what the folder lacks of it, to be written. Not where much waits already: `close`
-        does it then.
-        """
+        """An entry was stored: copy what the folder lacks of it, to be written; what is much, `detach` copies."""
+        self._take(entry, (self.memory or 0) // 4)
+
+    def _take(self, entry: Entry, most: float) -> None:
+        self.touch(entry)
         with self._guard:
             path = self.places.path(entry.prefix)
             key = self.places.key(entry.prefix)
             known = self.places.get(key)
             if known and known.kind:
-                known.kind, known.used = max(known.kind, entry.kind, key=RANKS.__getitem__), time.time_ns()
+                known.kind = max(known.kind, entry.kind, key=RANKS.__getitem__)
                 return
-        before = [other for other in path if other != key]
-        parent, start = (before[-1], len(self.places[before[-1]].prefix)) if before else ("", 0)
+            parent = next((other for other in reversed(path) if other != key), "")
+            start = len(self.places[parent].prefix) if parent else 0
         cache = entry.snapshot.cache()
         new, own = {} if known else columns(cache, start), states(cache)
         sizes = [sum(array.nbytes for array in arrays.values()) for arrays in (new, own)]
-        if self.pending and self.pending + sum(sizes) > (self.memory or 0) // 4:
+        if self.pending + sum(sizes) > most:
             return
         taken = [{name: Taken.of(array) for name, array in arrays.items()} for arrays in (new, own)]
         with self._guard:
+            if (needed := key if known else parent) and needed not in self.places:
+                return  # it was let go of meanwhile
             place = self.places.setdefault(key, Place(entry.prefix, parent, sizes[0]))
             place.kind, place.states, place.written, place.used = entry.kind, sizes[1], False, time.time_ns()
             self.pending += sum(sizes)
         self._jobs.put(lambda: self._write(key, start, taken[0], taken[1], cache.next_positions[0]))
+
+    def touch(self, entry: Entry) -> None:
+        """A prompt began with an entry: it is let go of behind those that were not used since."""
+        with self._guard:
+            key = self.places.key(entry.prefix)
+            if place := self.places.get(key):
+                place.used = time.time_ns()
+                self._jobs.put(lambda: self._files.touch(key + STATES))
 
     def drop(self, entry: Entry) -> None:
         """An entry was let go, for its prompt has gone on: its states are of no more use."""
@@ -160,32 +174,35 @@ class PrefixFiles:
             if not (place and place.kind and place.written):
                 return False
             chain = self.places.chain(key)
-            self._busy = frozenset(chain)
             kind, size = place.kind, place.states + sum(self.places[other].columns for other in chain)
+            if (room := library.memory - size) < 0:
+                return False
+            self._busy = frozenset(chain)
         try:
-            library.trim(max(0, library.memory - size))
-            snapshot = self._read(chain, len(place.prefix), library.model.make_cache())
+            library.trim(room)
+            snapshot = self._read(chain, len(place.prefix), library.model)
             library.store(place.prefix, snapshot, kind, compact=False)
         except Damaged as error:
             self._set_aside(error)
+            return False
+        except InputError as error:
+            self.tell(f"a prefix could not be read: {error}")
             return False
         finally:
             self._busy = frozenset()
             for other in chain:  # what was let go meanwhile
                 self._jobs.put(lambda key=other: self._forsake(key))  # type: ignore[misc]
-        self._files.touch(key + STATES)
         return True
 
-    def _read(self, chain: Sequence[str], length: int, blank: Cache) -> Snapshot:
-        """The snapshot behind the last of these places, each of which goes on from the one before it.
-
-        blank: an empty cache of the model.
-        """
+    def _read(self, chain: Sequence[str], length: int, model: Model) -> Snapshot:
+        """The snapshot behind the last of these places, each of which goes on from the one before it."""
         name = chain[-1] + STATES
         try:
             position = CachePosition((length,), (int(self._files.metadata(name)["next_position"]),))
             pieces = (self._files.arrays(file) for file in (*(key + COLUMNS for key in chain), name))
-            return restored(blank, position, pieces)
+            return restored(model.make_cache, position, pieces)
+        except InputError:  # which is a ValueError
+            raise
         except (KeyError, ValueError) as error:
             raise Damaged(name, error) from error
 
@@ -271,7 +288,7 @@ class PrefixFiles:
         """Tell the places of a file."""
         try:
             of(_key(name), header, self._files.stat(name))
-        except (KeyError, ValueError, TypeError) as error:
+        except UNFIT as error:
             self._set_aside(Damaged(name, error))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_qwen35.cache.session_file import SessionFile, Taken
+from mlx_qwen35.cache.session_reading import SavedFile
 from mlx_qwen35.errors import InputError
 
 ASIDE = ".damaged"  # behind the name of a file that is
@@ -15,7 +16,7 @@ _OWNER = "server"  # the name that the process locks
 
 
 class Damaged(Exception):
-    """A file is not as it was written."""
+    """A file is not as it was written, or is gone."""
 
     def __init__(self, name: str, why: Exception):
         super().__init__(str(why))
@@ -33,8 +34,8 @@ class Folder:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise InputError("output_unwritable", f"{path} must be a folder: {error.strerror}") from error
-        self.path, self._lock = path, SessionFile(path / _OWNER)
-        for left in path.glob(".*.safetensors.saving"):  # by a process that was killed
+        self.path, self._lock = path, SessionFile(path / _OWNER, mode=0o600)
+        for left in (*path.glob(".*.safetensors.saving"), *path.glob(f"*{ASIDE}")):  # by an earlier process
             left.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -42,7 +43,7 @@ class Folder:
 
     def save(self, name: str, metadata: Mapping[str, str], arrays: Mapping[str, Taken]) -> int:
         """Write a file; its bytes. InputError where that cannot be done; then it is not there."""
-        file = SessionFile(self.path / name)
+        file = SessionFile(self.path / name, mode=0o600)  # it tells what was asked
         try:
             return file.write(metadata, arrays)
         finally:
@@ -67,12 +68,12 @@ class Folder:
         return (self.path / name).stat()
 
     def arrays(self, name: str) -> list[tuple[str, mx.array]]:
-        """The arrays of a file. Damaged where it is not as it was written."""
+        """The arrays of a file. Damaged where it is not as it was written, InputError where it cannot be read now."""
         with self._reading(name) as file:
             return list(file.arrays())
 
     def metadata(self, name: str) -> dict[str, str]:
-        """What a file says of itself. Damaged where it is not as it was written."""
+        """What a file says of itself. Raises as `arrays`."""
         with self._reading(name) as file:
             return file.header().metadata
 
@@ -85,12 +86,10 @@ class Folder:
                 damaged(error)
 
     @contextlib.contextmanager
-    def _reading(self, name: str) -> Iterator[SessionFile]:
+    def _reading(self, name: str) -> Iterator[SavedFile]:
         try:
-            file = SessionFile(self.path / name)
-            try:
-                yield file
-            finally:
-                file.close()
+            yield SavedFile(self.path / name)
         except InputError as error:
-            raise Damaged(name, error) from error
+            if error.code == "session_invalid" or not (self.path / name).exists():
+                raise Damaged(name, error) from error
+            raise

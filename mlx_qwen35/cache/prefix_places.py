@@ -11,6 +11,8 @@ import numpy as np
 from mlx_qwen35.cache.prefix import RANKS
 from mlx_qwen35.cache.prefix_tokens import Prefix, Shown
 
+UNFIT = (LookupError, ValueError, TypeError, OverflowError, RecursionError)  # what a header may raise
+
 
 @dataclass
 class Place:
@@ -43,7 +45,7 @@ class Places(dict[str, Place]):
     def add(self, key: str, header: Mapping[str, str], file: os.stat_result) -> None:
         """A file of columns is there, with this header. It is passed over where what it goes on from is not.
 
-        Raises KeyError, ValueError or TypeError for a header that is not as it was written.
+        Raises one of UNFIT for a header that is not as it was written.
         """
         parent, tokens, media = (json.loads(header[field]) for field in ("parent", "tokens", "media"))
         if parent and parent not in self:
@@ -107,9 +109,11 @@ class Places(dict[str, Place]):
 
     def cut(self, key: str) -> list[str]:
         """Remove a place and all that goes on from it; their keys."""
-        gone = [key] if self.pop(key, None) else []
-        for child in self._children(key):
-            gone += self.cut(child)
+        gone, left = [], [key]
+        while left:
+            key = left.pop()
+            gone += [key] if self.pop(key, None) else []
+            left += self._children(key)
         return gone
 
     def _children(self, key: str) -> list[str]:

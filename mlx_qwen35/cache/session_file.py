@@ -12,24 +12,20 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_qwen35.cache.session_reading import FORMAT, PLACE, UNKNOWN, VERSION, SavedFile
 from mlx_qwen35.checkpoint.dtypes import STORED, dtype_name
-from mlx_qwen35.checkpoint.tensors import Header, as_array, open_header
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.values import shown
 
-FORMAT, VERSION = "mlx_qwen35.session", "1"
-PIECE = 1 << 24  # bytes that are copied at a time
+PIECE = 1 << 24  # bytes that are written at a time
 _STORED = {**STORED, "uint32": "U32", "uint8": "U8"}
-_UNKNOWN = "0" * 64
-_BEGINNING = b'{"__metadata__": {"checksum": "'
-_PLACE = 8 + len(_BEGINNING)  # of the checksum
 
 
 class Taken(NamedTuple):
@@ -50,20 +46,22 @@ class Taken(NamedTuple):
         return cls(array.dtype, array.shape, np.ascontiguousarray(words).reshape(-1).view(np.uint8))
 
 
-class SessionFile:
+class SessionFile(SavedFile):
     """A path that belongs to this process until `close`, whether a file is there or not.
 
     The lock is on the file, or where there is none on the hidden file that is to become it. It ends with the process.
 
+    mode: permissions of a new file, without those that the process's mask takes.
+
     Raises InputError: session_busy where another process has it, output_unwritable where no file can be written.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, mode: int = 0o666):
         if not isinstance(path, str | Path) or Path(path) == Path():
             raise InputError("session_invalid", f"a session must have the name of a file, got {shown(path)}")
-        self.path = Path(path).resolve()
+        super().__init__(Path(path).resolve())
         self._hidden = self.path.with_name(f".{self.path.name}.saving")
-        self._lock = -1
+        self._mode, self._lock = mode, -1
         with self._telling():
             if self.there and not self.path.is_file():
                 raise InputError("session_invalid", f"a session must be a file; {self.path} is none")
@@ -104,7 +102,7 @@ class SessionFile:
         while True:
             path = self._hidden if saving or not self.there else self.path
             flags = os.O_RDWR | os.O_CREAT if path == self._hidden else os.O_RDONLY
-            lock = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            lock = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, self._mode)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if _same(lock, path):
@@ -118,15 +116,6 @@ class SessionFile:
                 os.close(lock)
                 raise
             os.close(lock)  # it was renamed or removed since it was opened
-
-    @contextmanager
-    def _telling(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise InputError(
-                "output_unwritable", f"{self.path} must be a file that can be read and written: {error.strerror}"
-            ) from error
 
     # --- writing ---
 
@@ -180,64 +169,10 @@ class SessionFile:
                 f"{self.path} needs {nbytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free. Make room",
             )
 
-    # --- reading ---
-
-    def header(self) -> Header:
-        """Tensors and metadata. InputError session_invalid where the file is no session of this version, or shorter
-        than it says.
-        """
-        try:
-            header = open_header(self.path)
-        except InputError as error:
-            raise InputError(
-                "session_invalid", f"{self.path} must be a session as it was saved; it is {self._fault(error.code)}"
-            ) from error
-        for name, known in (("format", FORMAT), ("version", VERSION)):
-            if (found := header.metadata.get(name)) != known:
-                raise InputError("session_invalid", f"{self.path}: {name!r} must be {known}, got {shown(found)}")
-        if next(iter(header.metadata)) != "checksum":
-            raise InputError("session_invalid", f"{self.path}: 'checksum' must come first; the file was changed")
-        return header
-
-    def _fault(self, code: str) -> str:
-        """What a file is that has no header, by the error that tells so."""
-        with self._telling(), self.path.open("rb") as file:
-            beginning = file.read(_PLACE)[8:]
-        if not _BEGINNING.startswith(beginning):
-            return "none, or damaged at its beginning"
-        return {
-            "safetensors_truncated": "truncated", "safetensors_too_long": "longer than it says: bytes were added to it",
-        }.get(code, "damaged")  # fmt: skip
-
-    def arrays(self) -> Iterator[tuple[str, mx.array]]:
-        """Every tensor, in the order in which they were written, each in memory of its own. What came is to be used
-        only once the end is reached.
-
-        Raises InputError session_invalid behind the last one where the checksum differs.
-        """
-        header, digest = self.header(), hashlib.sha256()
-        entries = sorted(header.entries.values(), key=lambda entry: (entry.start, entry.nbytes))
-        with self._telling(), self.path.open("rb") as file:
-            head = bytearray(file.read(entries[0].start if entries else -1))
-            head[_PLACE : _PLACE + len(_UNKNOWN)] = _UNKNOWN.encode()
-            digest.update(head)
-            for entry in entries:
-                data = bytearray(entry.nbytes)
-                for start in range(0, entry.nbytes, PIECE):
-                    piece = memoryview(data)[start : start + PIECE]
-                    file.readinto(piece)
-                    digest.update(piece)
-                yield entry.stored_name, as_array(data, entry.dtype).reshape(entry.shape)
-        if digest.hexdigest() != header.metadata["checksum"]:
-            raise InputError(
-                "session_invalid",
-                f"{self.path}: 'checksum' must be that of its bytes; the file was damaged or changed",
-            )
-
 
 def _header(metadata: Mapping[str, str], arrays: Mapping[str, mx.array | Taken]) -> bytes:
     """Length and JSON of a safetensors file, the checksum still zeros."""
-    metadata = {"checksum": _UNKNOWN, "format": FORMAT, "version": VERSION, **metadata}
+    metadata = {"checksum": UNKNOWN, "format": FORMAT, "version": VERSION, **metadata}
     values: dict[str, object] = {"__metadata__": metadata}
     end = 0
     for name, array in arrays.items():
@@ -259,7 +194,7 @@ def _fill(file: int, header: bytes, arrays: Mapping[str, mx.array | Taken]) -> N
             for piece in _pieces(array):
                 digest.update(piece)
                 stream.write(piece)
-    os.pwrite(file, digest.hexdigest().encode(), _PLACE)
+    os.pwrite(file, digest.hexdigest().encode(), PLACE)
     _flush(file)
 
 

@@ -11,6 +11,7 @@ with body.naming("messages"):  # an InputError in here names a field
 """
 
 import logging
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ from mlx_qwen35.server.errors import ApiError
 from mlx_qwen35.values import shown
 
 LOG = logging.getLogger("mlx_qwen35.server")
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")  # of a field that the log shows
 _told: set[str] = set()  # unknown fields that were logged
 MISSING: Any = object()
 
@@ -134,7 +136,7 @@ class Fields:
     def done(self) -> None:
         """Log the fields that nobody asked for, each once."""
         for name in self._given:
-            place = self.place(str(name))[:80]
+            place = self.place(name[:40] if _NAME.fullmatch(name) else "?")
             if name not in self._known and place not in _told and len(_told) < 1000:
                 _told.add(place)
                 LOG.warning("unknown field %r is ignored", place)

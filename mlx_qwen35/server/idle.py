@@ -52,7 +52,7 @@ class Upkeep:
         self.files: PrefixFiles | None = None
         if options.session_dir:
             own = identity(model, processor) | {"template": template_digest(processor)}
-            self.files = PrefixFiles(options.session_dir, own, tell=LOG.warning)
+            self.files = PrefixFiles(options.session_dir.expanduser(), own, tell=LOG.warning)
 
     def attach(self, library: PrefixLibrary) -> None:
         """A model was loaded, with a library of its own."""
@@ -82,8 +82,12 @@ class Upkeep:
         """A request was made ready: have what the folder keeps of it in memory, and tell where it parts from others."""
         if library is None:
             return None
-        library.recall(prefix_of(prompt))
-        found = parted(library, self.processor, prompt, given, tools)
+        try:
+            library.recall(prefix_of(prompt))
+            found = parted(library, self.processor, prompt, given, tools)
+        except Exception:  # without it the prompt is read anew, which is right, too
+            LOG.exception("what is stored of a prompt could not be looked up")
+            return None
         if found:
             own, other = found.texts
             LOG.info("%s%s", found, f"; {own} where {other} was" if self.options.log_text else "")

@@ -10,8 +10,9 @@ import logging
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -25,13 +26,23 @@ LOG = logging.getLogger("mlx_qwen35.server")
 
 
 def to_stderr(with_text: bool) -> None:
-    """Have the server's lines, and errors of uvicorn, written to standard error."""
-    handler = logging.StreamHandler(sys.stderr)
+    """Have the server's lines, warnings, and errors of uvicorn written to standard error."""
+    handler = _Stderr()
     handler.setFormatter(_Lines(with_text))
     for name, level in ((LOG.name, logging.INFO), ("uvicorn.error", logging.ERROR)):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)
+    warnings.showwarning = lambda message, *_, **__: LOG.warning("%s", message)  # no line of the program with it
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Where its standard error was closed it goes on with the present one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.stream.closed:
+            self.stream = sys.stderr
+        super().emit(record)
 
 
 class _Lines(logging.Formatter):

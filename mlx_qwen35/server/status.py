@@ -1,5 +1,6 @@
 """GET /health and /metrics: how the server is."""
 
+import asyncio
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -57,7 +58,8 @@ class Metrics:
 
 
 async def metrics(request: Request) -> Response:
-    lines = [*request.app.state.metrics.lines(), *_gauges(request.app.state.service)]
+    gauges = await asyncio.to_thread(lambda: list(_gauges(request.app.state.service)))  # they may wait for a step
+    lines = [*request.app.state.metrics.lines(), *gauges]
     return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
 

@@ -136,15 +136,11 @@ def test_the_same_tokens_with_other_pixels_or_at_another_place_are_another_promp
         ([6, 1, 1, 7, 8], ["3"], 0),
     ],
 )
-def test_where_a_prompt_parts_from_the_nearest(model, tokens, media, expected):
+def test_where_two_prompts_part(tokens, media, expected):
     def prefix(tokens: list[int], media: list[str]) -> Prefix:
         return Prefix(np.array(tokens, np.int32), tuple(Shown(digest, ((1, 1, 2),)) for digest in media))
 
-    library = model.make_library()
-    assert library.parted(prefix(tokens, media)) == 0
-    for stored in ([5, 1, 1, 7, 8, 9], [40, 41]):
-        library.store(prefix(stored, ["3"] if 1 in stored else []), empty(model, len(stored)), TURN)
-    assert library.parted(prefix(tokens, media)) == expected
+    assert prefix(tokens, media).shared(prefix([5, 1, 1, 7, 8, 9], ["3"])) == expected
 
 
 def test_inside_an_image_nothing_is_stored_and_that_is_counted(model):

@@ -1,6 +1,7 @@
 """A folder of prefixes: what one process has read another goes on with, bit for bit; what is damaged is read again."""
 
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,10 +16,12 @@ from refusing import refused
 from mlx_qwen35.cache.prefix import QUERY, READING, SYSTEM, TURN, Entry, PrefixLibrary
 from mlx_qwen35.cache.prefix_files import COLUMNS, STATES, PrefixFiles
 from mlx_qwen35.cache.prefix_folder import ASIDE
+from mlx_qwen35.cache.prefix_places import Place, Places
 from mlx_qwen35.cache.prefix_tokens import Prefix, Shown
-from mlx_qwen35.cache.session_file import SessionFile
+from mlx_qwen35.cache.session_file import SessionFile, Taken
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import load
+from mlx_qwen35.machine.process import LOCK
 from mlx_qwen35.model.model import Model
 
 IDENTITY = {"fingerprint": "of this model", "dtype": "float32"}
@@ -139,10 +142,10 @@ def test_where_the_disk_is_too_slow_the_end_makes_up_for_it(tmp_path, model, mon
     monkeypatch.setattr(SessionFile, "write", lambda *given: go.wait(30) and write(*given))
     with files(tmp_path, model, memory=1) as (library, behind, _):
         read(model, library, PROMPT, ENTRY)
-        behind.memory = 10**9
         go.set()
         behind.flush()
-        assert behind.lengths() == [8]
+        assert not behind.lengths()
+        behind.memory = 10**9
     with files(tmp_path, model) as (_, behind, _):
         assert behind.lengths() == [8, 16, 24]
 
@@ -161,6 +164,90 @@ def test_a_disk_without_room_is_told_of_and_ends_no_request(tmp_path, model, mon
             patch.undo()
     with files(tmp_path, model) as (_, behind, _):
         assert behind.lengths() == [8, 16, 24]
+
+
+@pytest.mark.parametrize(("taken", "gone"), [(24, 16), (16, 24)])
+def test_a_place_that_another_goes_on_from_may_go_while_that_one_is_copied(tmp_path, model, monkeypatch, taken, gone):
+    take, dropped = Taken.of, []
+    with files(tmp_path, model) as (library, behind, _):
+        read(model, library, PROMPT, ENTRY)
+        entries = {len(entry.prefix): entry for entry in library.entries()}
+
+        def drop(length: int) -> None:
+            behind.drop(entries[length])
+            behind.flush()
+
+        def meanwhile(array: mx.array) -> Taken:
+            dropped or drop(gone)
+            dropped.append(gone)
+            return take(array)
+
+        drop(taken)
+        monkeypatch.setattr(Taken, "of", meanwhile)
+        behind.take(entries[taken])
+        behind.flush()
+        assert dropped and behind.lengths() == [8]
+        library.clear()
+        read(model, library, PROMPT, {})
+        assert library.counts.reused == 8
+
+
+def test_no_more_is_recalled_than_a_library_may_hold(tmp_path, model):
+    with files(tmp_path, model) as (library, behind, _):
+        read(model, library, PROMPT, ENTRY)
+        behind.flush()
+        library.clear()
+        library.memory = 1
+        library.recall(PROMPT)
+        assert not library.entries()
+
+
+def test_what_no_prompt_begins_with_any_more_goes_first(tmp_path, model):
+    prompts = [Prefix(PROMPT.tokens[start:]) for start in range(6)]
+    with files(tmp_path, model) as (library, behind, _):
+        cache = model.make_cache()
+        mx.eval(model.hidden(mx.array([[2, 3, 4]]), cache))
+        for number in (0, 1, 2, 3, 4, 0, 5, 0):
+            _, use = library.begin(prompts[number])
+            if not use.reused:
+                library.store(prompts[number].upto(3), cache.snapshot(), SYSTEM)
+            use.close()
+            behind.flush()
+            behind.memory = 11 * behind.nbytes // (2 * len(behind.lengths()))
+        assert [i for i, prefix in enumerate(prompts) if behind.places.path(prefix)] == [0, 2, 3, 4, 5]
+        most = behind.nbytes // 4
+    with files(tmp_path, model, memory=most) as (_, behind, _):
+        assert [i for i, prefix in enumerate(prompts) if behind.places.path(prefix)] == [0]
+
+
+def test_one_thread_at_a_time_uses_the_model_s_arrays(tmp_path, model, monkeypatch):
+    make, take, held = Model.make_cache, Taken.of, []
+
+    def look() -> None:
+        if not LOCK.acquire(blocking=False):
+            held.append(True)
+            return
+        LOCK.release()
+        held.append(False)
+
+    def noted(way: Callable) -> Callable:
+        def way_with_a_look(given):
+            thread = threading.Thread(target=look)
+            thread.start()
+            thread.join()
+            return way(given)
+
+        return way_with_a_look
+
+    with files(tmp_path, model, memory=1) as (library, behind, _):
+        read(model, library, PROMPT, ENTRY)
+        behind.memory = 10**9
+        monkeypatch.setattr(Taken, "of", noted(take))
+    taken = len(held)
+    with files(tmp_path, model) as (library, behind, _):
+        monkeypatch.setattr(Model, "make_cache", noted(make))
+        library.recall(PROMPT)
+    assert 0 < taken < len(held) and all(held)
 
 
 def flip(path: Path) -> None:
@@ -186,6 +273,52 @@ def test_a_damaged_file_is_set_aside_and_the_rest_is_used(tmp_path, model, damag
         assert library.counts.reused == reused
         (line,) = told
         assert newest.name in line and (tmp_path / (newest.name + ASIDE)).exists()
+    with files(tmp_path, model):
+        assert not list(tmp_path.glob(f"*{ASIDE}"))
+
+
+def test_a_file_that_cannot_be_read_for_a_time_is_kept(tmp_path, model):
+    with files(tmp_path, model) as (library, behind, told):
+        read(model, library, PROMPT, ENTRY)
+        behind.flush()
+        library.clear()
+        first = tmp_path / (behind.places.path(PROMPT)[0] + COLUMNS)
+        kept = first.rename(tmp_path / "kept")
+        first.mkdir()
+        library.recall(PROMPT)
+        assert library.reusable(PROMPT) == 0 and len(told) == 3 and behind.lengths() == [8, 16, 24]
+        first.rmdir()
+        kept.rename(first)
+        library.recall(PROMPT)
+        assert library.reusable(PROMPT) == 24
+
+
+def test_what_was_asked_is_for_its_owner_alone(tmp_path, model):
+    with files(tmp_path, model) as (library, behind, _):
+        read(model, library, PROMPT, ENTRY)
+        behind.flush()
+        assert len(list(tmp_path.iterdir())) == 7
+        assert not any(path.stat().st_mode & 0o077 for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "fault", [{"tokens": "[1099511627776]"}, {"media": '[["a", []]]'}, {"tokens": "[" * 10_000 + "]" * 10_000}]
+)
+def test_no_header_keeps_a_server_from_its_start(tmp_path, model, fault):
+    about = IDENTITY | {"parent": '""', "start": "0", "tokens": "[2, 3]", "media": "[]"} | fault
+    file = SessionFile(tmp_path / f"one{COLUMNS}")
+    file.write(about, {})
+    file.close()
+    with files(tmp_path, model) as (_, behind, told):
+        assert not behind.lengths() and len(told) == 1
+
+
+def test_the_end_of_a_long_chain_is_let_go_of():
+    places = Places(IDENTITY)
+    keys = ["", *map(str, range(sys.getrecursionlimit() + 100))]
+    for parent, key in pairwise(keys):
+        places[key] = Place(PROMPT, parent, 1)
+    assert places.cut("1") == keys[2:] and [*places] == ["0"]
 
 
 @pytest.mark.full
@@ -229,7 +362,7 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path, model):
         pass
 
 
-@pytest.mark.parametrize("inserts", [40, pytest.param(10_000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("inserts", [30, pytest.param(10_000, marks=pytest.mark.full)])
 def test_the_cap_holds_and_the_lowest_kind_goes_first(tmp_path, model, inserts):
     rng, snapshots = np.random.default_rng(0), {}
     for length in (3, 5, 8):

@@ -69,23 +69,23 @@ def ask(running: Running, **fields: Any) -> str:
 def test_after_minutes_without_a_request_the_memory_is_given_back_and_the_next_one_loads(tmp_path):
     gc.collect()
     before = mx.get_active_memory()
-    go = threading.Event()
+    go, asked = threading.Event(), QUESTION | {"stream": True, "max_tokens": 8}
     with served(lambda: go.wait(30) and load("nano"), idle_unload=5, session_dir=tmp_path) as (running, machine):
-        expected = ask(running)
+        expected = ask(running, max_tokens=8)
         held = mx.get_active_memory() - before
         pass_(running, machine, 4 * 60)
         assert running.service.model and machine.loads == 0
         pass_(running, machine, 61)
         assert running.service.model is None and running.service.library is None
         assert mx.get_active_memory() - before < 0.01 * held
-        with CLIENT.stream("POST", running.url + "/v1/chat/completions", json=QUESTION | {"stream": True}) as answer:
+        with CLIENT.stream("POST", running.url + "/v1/chat/completions", json=asked) as answer:
             lines = answer.iter_lines()
             assert next(lines) and running.service.model is None  # the client hears of it while the model is loaded
             go.set()
             said = [json.loads(line[6:])["choices"] for line in lines if line.startswith("data: {")]
         assert "".join(choices[0]["delta"].get("content") or "" for choices in said if choices) == expected
         assert machine.loads == 1
-        usage = running.post("/v1/chat/completions", QUESTION).json()["usage"]
+        usage = running.post("/v1/chat/completions", QUESTION | {"max_tokens": 1}).json()["usage"]
         assert usage["prompt_tokens_details"]["cached_tokens"] > 0
         assert running.service.library.counts.reused > usage["prompt_tokens_details"]["cached_tokens"]  # of the folder
 
@@ -121,35 +121,43 @@ def test_what_runs_is_never_unloaded():
         assert running.service.model and machine.loads == 0
 
 
-def test_short_of_memory_snapshots_go_first_and_then_new_work_is_refused():
-    with served() as (running, machine):
-        machine.level = NORMAL
-        ask(running, max_tokens=1)
-        pass_(running, machine, 2)
-        assert running.service.library.entries()
-        machine.level = WARNING
-        pass_(running, machine, 2)
-        assert not running.service.library.entries()
-        machine.level = CRITICAL
-        pass_(running, machine, 2)
-        refused = running.post("/v1/chat/completions", QUESTION)
-        assert refused.status_code == 503 and int(refused.headers["Retry-After"]) > 0
-        assert refused.json()["error"]["code"] == "memory_pressure"
-        machine.level = NORMAL
-        pass_(running, machine, 2)
-        ask(running, max_tokens=1)
+@pytest.fixture(scope="module")
+def plain() -> Iterator[tuple[Running, Machine]]:
+    with served() as found:
+        yield found
 
 
-def test_the_machine_stays_awake_while_there_is_work():
-    with served() as (running, machine):
-        with CLIENT.stream("POST", running.url + "/v1/chat/completions", json=QUESTION | {"stream": True}) as answer:
-            next(answer.iter_lines())
-            pass_(running, machine, 2)
-        pass_(running, machine, 0.5)
-        assert machine.awake == [True]
-        wait(lambda: not running.service.running)
+def test_short_of_memory_snapshots_go_first_and_then_new_work_is_refused(plain):
+    running, machine = plain
+    machine.level = NORMAL
+    ask(running, max_tokens=1)
+    pass_(running, machine, 2)
+    assert running.service.library.entries()
+    machine.level = WARNING
+    pass_(running, machine, 2)
+    assert not running.service.library.entries()
+    machine.level = CRITICAL
+    pass_(running, machine, 2)
+    refused = running.post("/v1/chat/completions", QUESTION)
+    assert refused.status_code == 503 and int(refused.headers["Retry-After"]) > 0
+    assert refused.json()["error"]["code"] == "memory_pressure"
+    machine.level = NORMAL
+    pass_(running, machine, 2)
+    ask(running, max_tokens=1)
+
+
+def test_the_machine_stays_awake_while_there_is_work(plain):
+    running, machine = plain
+    pass_(running, machine, 2)
+    machine.awake.clear()
+    with CLIENT.stream("POST", running.url + "/v1/chat/completions", json=QUESTION | {"stream": True}) as answer:
+        next(answer.iter_lines())
         pass_(running, machine, 2)
-        assert machine.awake == [True, False]
+    pass_(running, machine, 0.5)
+    assert machine.awake == [True]
+    wait(lambda: not running.service.running)
+    pass_(running, machine, 2)
+    assert machine.awake == [True, False]
 
 
 def wait(until: Callable[[], bool]) -> None:

@@ -1,15 +1,21 @@
 """What the log and the figures tell, and what they never do."""
 
+import asyncio
 import io
 import json
 import re
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from server.test_media import png, uri
-from serving import CLIENT, Running, serving
+from serving import CLIENT, Running, computing, serving
+from starlette.responses import Response
 
-from mlx_qwen35.server.log import to_stderr
+from mlx_qwen35.server.fields import Fields
+from mlx_qwen35.server.log import LOG, to_stderr
+from mlx_qwen35.server.status import Metrics, metrics
 
 CHAT = "/v1/chat/completions"
 QUESTION = {"messages": [{"role": "user", "content": "What is 34 + 58?"}], "temperature": 0}
@@ -44,6 +50,33 @@ def of(lines: io.StringIO, count: int) -> list[str]:
 
 
 SECRET = "opensesame"
+
+
+def test_lines_go_on_where_standard_error_was_closed(lines: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    later = io.StringIO()
+    monkeypatch.setattr("sys.stderr", later)
+    lines.close()
+    LOG.info("a line")
+    assert of(later, 1)[0].endswith(" a line")
+
+
+@pytest.mark.filterwarnings("always::RuntimeWarning")
+def test_a_warning_is_a_line_without_text(
+    nano_server: Running, lines: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr", lines)
+    to_stderr(with_text=False)  # pytest has undone what the fixture did to warnings
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": f"{SECRET}("}}
+    result = {"role": "tool", "tool_call_id": "1", "content": "none"}
+    messages = [*QUESTION["messages"], {"role": "assistant", "tool_calls": [call]}, result]
+    assert nano_server.post(CHAT, {"messages": messages, "max_tokens": 1}).status_code == 200
+    told, _ = of(lines, 2)
+    assert re.match(r"\d\d:\d\d:\d\d the arguments ", told) and SECRET not in told
+
+
+def test_of_an_unknown_field_a_short_name_is_shown(caplog: pytest.LogCaptureFixture) -> None:
+    Fields({"x" * 50: 1, f"{SECRET} ": 1, "a.b-c_1": 1}, "test_log").done()
+    assert [record.args for record in caplog.records] == [(f"test_log.{name}",) for name in ("x" * 40, "?", "a.b-c_1")]
 
 
 def test_text_keys_and_media_stay_out_of_the_log(nano_server: Running, lines: io.StringIO) -> None:
@@ -119,6 +152,19 @@ def test_figures_add_up(nano_server: Running) -> None:
     assert after["mlx_qwen35_running"] == after["mlx_qwen35_waiting"] == 0
     assert after["mlx_qwen35_library_bytes"] > 0
     assert not any("never" in name for name in after)
+
+
+def test_figures_that_wait_for_a_step_hold_up_nobody_else(nano_server: Running) -> None:
+    state = SimpleNamespace(metrics=Metrics(), service=nano_server.service)
+    request: Any = SimpleNamespace(app=SimpleNamespace(state=state))
+
+    async def asked() -> Response:
+        with computing():
+            told = asyncio.create_task(metrics(request))
+            await asyncio.sleep(0)  # it begins
+        return await told
+
+    assert b"library_bytes" in asyncio.run(asked()).body
 
 
 def test_a_server_that_answers_is_healthy(nano_server: Running) -> None:

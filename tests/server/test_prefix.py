@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engine.agent_session import requests, tools
-from serving import Running
+from serving import Running, computing
 
 from mlx_qwen35.cache.prefix import TURN, PrefixLibrary
 from mlx_qwen35.cache.prefix_tokens import Prefix
@@ -166,6 +166,32 @@ def test_the_log_has_a_line_and_texts_only_where_asked(nano, caplog, log_text):
     found = upkeep.prepared(library, processor.encode_messages(after), after, None)
     (line,) = caplog.messages
     assert found and str(found) in line and ("11:31:07" in line) == ("10:31:07" in line) == log_text
+
+
+def test_a_request_is_made_ready_while_the_model_computes(nano):
+    model, processor = nano
+    library, upkeep = model.make_library(), Upkeep(model, processor, ServerOptions())
+    before, after, *_ = CHANGES["system"]
+    store(library, prefix_of(processor.encode_messages(before)))
+    with computing():
+        assert upkeep.prepared(library, processor.encode_messages(after), after, None)
+
+
+def test_a_look_at_what_is_stored_that_fails_ends_no_request(nano, caplog):
+    model, processor = nano
+    library, upkeep = model.make_library(), Upkeep(model, processor, ServerOptions())
+    before, after, *_ = CHANGES["system"]
+    store(library, prefix_of(processor.encode_messages(before)))
+    upkeep.processor = None
+    assert upkeep.prepared(library, processor.encode_messages(after), after, None) is None
+    assert [record.exc_info[0] for record in caplog.records] == [AttributeError]
+
+
+def test_a_folder_may_be_in_the_user_s_own(nano, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    Upkeep(*nano, ServerOptions(session_dir=Path("~/prefixes"))).close()
+    assert (tmp_path / "home" / "prefixes").is_dir() and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_client_is_told_the_place_and_the_cause_and_no_text(server):
