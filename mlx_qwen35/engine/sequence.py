@@ -4,11 +4,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import mlx.core as mx
 
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.cache.prefix import QUERY, READING, STEP, TURN, PrefixLibrary, Use
+from mlx_qwen35.cache.prefix_tokens import Prefix
 from mlx_qwen35.engine.constraints.loop import NOTHING
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy, RowDrafts, attach, detach
@@ -214,16 +216,21 @@ class Sequence:
         """Whether a chunk of its prompt is read, or all."""
         return self._chunks is not None
 
+    @cached_property
+    def prefix(self) -> Prefix:
+        """Its prompt, as the library compares it."""
+        return prefix_of(self.prompt)
+
     def to_read(self) -> int:
         """Tokens of its prompt that the library does not hold now, before its prefill begins."""
-        stored = self.library.entries(prefix_of(self.prompt)) if self.library else []
+        stored = self.library.entries(self.prefix) if self.library else []
         total = len(self.prompt.tokens)
         return total - max((len(own.prefix) for own in stored if len(own.prefix) < total), default=0)
 
     def begin(self, model: Model) -> None:
         """Begin its prefill: with what the library holds of the prompt, or in the caller's cache."""
         if self.library:
-            self.own, self.use = self.library.begin(prefix_of(self.prompt))
+            self.own, self.use = self.library.begin(self.prefix)
             self.cached = self.use.reused
             self._marks = self._places(self.use)
         self.own = self.own or (self.cache.copy() if self.cache else model.make_cache())

@@ -160,9 +160,14 @@ class Preprocessor:
     def factor(self) -> int:
         return self.config.patch_size * self.config.spatial_merge_size
 
+    @property
+    def most_of_image(self) -> int:
+        """The most pixels of an image by default: the checkpoint's, or those that suit the memory."""
+        return int(min(self.most, most_pixels(self.memory_limit)[0]))
+
     def image(self, source: Any, options: VisionOptions) -> Media:
         """Read and resize an image from any source that read_image takes."""
-        suits, _ = most_pixels(self.memory_limit)
+        suits = self.most_of_image
         least, most = self._limits(options, options.min_pixels, options.max_pixels, suits, "max_pixels")
 
         def fit(height: int, width: int) -> tuple[int, int]:

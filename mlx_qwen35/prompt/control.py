@@ -8,10 +8,12 @@ two parts, or from a text and what the template has beside it.
 
 import re
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.prompt.tokenizer import encode
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -100,17 +102,21 @@ class ControlTokens:
         return [place for place, token in enumerate(tokens) if token in self._numbers]
 
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return encode(self._tokenizer, text)
+
+    @cached_property
+    def _bare(self) -> "Tokenizer":
+        """The tokenizer without added tokens."""
+        bare = type(self._tokenizer)(self._tokenizer.model)
+        bare.normalizer, bare.pre_tokenizer = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
+        return bare
 
     def _as_text(self, text: str) -> list[int]:
         """Tokens of a text without control tokens, as a tokenizer without added tokens makes them."""
         tokens = self._encode(text)
         if self._numbers.isdisjoint(tokens):
             return tokens
-        normalizer, splitter = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
-        text = normalizer.normalize_str(text) if normalizer else text
-        words = [word for word, _ in splitter.pre_tokenize_str(text)] if splitter else [text]
-        tokens = [token.id for word in words for token in self._tokenizer.model.tokenize(word)]
+        tokens = encode(self._bare, text)
         if not self._numbers.isdisjoint(tokens):
             raise InputError(
                 "text_invalid",

@@ -141,6 +141,11 @@ class Processor:
         preprocessor = self._preprocessor("video" if times else "image")
         return Media(pixels, tuple(times), original, preprocessor.config, preprocessor.values)
 
+    @property
+    def most_pixels(self) -> int:
+        """The most pixels of an image by default. InputError where none can be read."""
+        return self._preprocessor("image").most_of_image
+
     def _preprocessor(self, kind: str) -> Preprocessor:
         if self._folder is None:
             raise InputError(

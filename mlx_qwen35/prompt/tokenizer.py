@@ -64,7 +64,7 @@ class Tokenizer:
 
         add_special_tokens: whether tokenizer.json's post-processor adds its own; the published one has none to add.
         """
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return encode(self.backend, text, add_special_tokens)
 
     def decode(self, tokens: int | Sequence[int], skip_special_tokens: bool = False) -> str:
         tokens = [tokens] if isinstance(tokens, int) else list(tokens)
@@ -93,6 +93,11 @@ class Tokenizer:
     def get_vocab(self) -> dict[str, int]:
         """Each token and its id, added tokens among them; bytes stand as characters, a space as Ġ."""
         return self.backend.get_vocab(with_added_tokens=True)
+
+
+def encode(backend: "Backend", text: str, add_special_tokens: bool = False) -> list[int]:
+    """The ids of a text. Other threads go on meanwhile: the library's `encode` would keep Python's lock."""
+    return backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
 
 def bytes_of(text: str) -> bytes:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from mlx_qwen35.media.options import VisionOptions
 from mlx_qwen35.media.preprocess import Media
 from mlx_qwen35.server.fields import Fields
 from mlx_qwen35.server.media import read_media
@@ -87,7 +88,11 @@ def _part(given: Fields, service: Service) -> Message:
 def _medium(given: Fields, field: str, service: Service) -> Message:
     """image_url or video_url: an object with the url, or the url."""
     kind, url, detail = field.removesuffix("_url"), given.any(field), "auto"
-    vision = {own: value for name, own in _OPTIONS[kind].items() if (value := given.any(name, None)) is not None}
+    vision: dict[str, Any] = {}
+    for name, own in _OPTIONS[kind].items():
+        if name.endswith("_pixels") and service.processor.sees:  # one image of more would keep all others waiting
+            given.whole(name, None, least=1, most=service.processor.most_pixels)
+        vision |= given.option(name, VisionOptions, own)
     if isinstance(url, dict):
         source = given.object(field)
         url = source.text("url")
@@ -98,7 +103,6 @@ def _medium(given: Fields, field: str, service: Service) -> Message:
 
 def read_detail(service: Service, kind: str, url: Any, place: str, detail: str, **vision: Any) -> Media:
     """What `read_media` reads; where the detail is "low", an image of few pixels."""
-    media = read_media(service.processor, kind, url, place, service.options, **vision)
-    if detail == "low" and media.pixels[0, :, :, 0].size > LOW:
-        media = read_media(service.processor, kind, url, place, service.options, **vision | {"max_pixels": LOW})
-    return media
+    if detail == "low" and service.processor.sees:
+        vision["max_pixels"] = min(LOW, vision.get("max_pixels") or service.processor.most_pixels)
+    return read_media(service.processor, kind, url, place, service.options, **vision)

@@ -6,15 +6,16 @@ leaves no other lane changed.
 
 import itertools
 import logging
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import mlx.core as mx
+
 from mlx_qwen35.budget.rows import RowNeeds
 from mlx_qwen35.cache.prefix import PrefixLibrary, Use
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy, choose_drafts
-from mlx_qwen35.engine.encode import prefix_of
 from mlx_qwen35.engine.engine import Engine
 from mlx_qwen35.engine.logprobs import TokenLogprob
 from mlx_qwen35.engine.options import draft_options
@@ -50,7 +51,6 @@ class Lane:
     needs: RowNeeds
     tell: Callable[[Event], None]
     until: float = float("inf")
-    begun: Callable[[Request], object] = lambda request: None
     request: Request | None = None  # once it is admitted
     kept: Use | None = None  # keeps what the library has of its prompt, until it is read
     told: int = 0  # log-probabilities
@@ -66,15 +66,9 @@ class Lane:
         """Most tokens of the answer."""
         return self.prepared.plans[self.choice].limit
 
-    def unread(self) -> Request:
-        """Its request, for an end without having begun."""
-        return self.prepared.request(self.choice, 1, DraftPolicy(0), None)
-
-    def refuse(self, error: Exception) -> None:
-        """End it with an error before it is taken in."""
-        request = self.unread()
-        request.fail(error)
-        self.tell(Event(self.choice, result=request.result()))
+    def refuse(self, error: Exception | None, reason: str = "interrupted") -> None:
+        """Tell its end before it has begun."""
+        self.tell(Event(self.choice, result=self.prepared.unbegun(self.choice, reason, error)))
 
 
 class Lanes:
@@ -87,15 +81,13 @@ class Lanes:
         admission: Admission,
         rows: int,
         clock: Callable[[], float],
-        ended: Counter[str] | None = None,
     ):
-        """rows: most answers at a time. ended: counts lanes by the finish_reason of their result."""
+        """rows: most answers at a time."""
         self.model, self.library, self.admission, self.rows, self.clock = model, library, admission, rows, clock
         self.engine = Engine(model, interleave=True, clock=clock)
         self.queue: deque[Lane] = deque()
         self.running: dict[int, Lane] = {}  # by id of the request
         self.waiting = 0  # owners none of whose lanes has run
-        self.ended = Counter() if ended is None else ended
 
     @property
     def idle(self) -> bool:
@@ -137,10 +129,9 @@ class Lanes:
         """End a lane wherever it is. error: what it ends with instead of what it has."""
         if lane.request is None:
             self.queue.remove(lane)
-            lane.request = lane.unread()
-            lane.request.finish(reason)
-        else:
-            self.engine.cancel(lane.request, reason)
+            lane.refuse(error, reason)
+            return
+        self.engine.cancel(lane.request, reason)
         if error:
             lane.request.fail(error)
         self._tell(lane)
@@ -158,7 +149,8 @@ class Lanes:
         if lane.request and lane.request.tokens:
             self._cut(lane, "timeout")
             return
-        message = "the request was not answered within the server's --timeout; what was read of it is kept for a while"
+        kept = "; what was read of it is kept for a while" if lane.request else ""
+        message = f"the request was not answered within the server's --timeout{kept}"
         self.end(lane, ApiError(503, "request_timeout", message, headers=RETRY))
 
     def _cut(self, lane: Lane, limited_by: str) -> None:
@@ -181,13 +173,13 @@ class Lanes:
         """Begin a lane, with drafts if they have room; whether it has."""
         mode, depth = draft_options(lane.prepared.options)
         drafts = choose_drafts(self.model, mode, depth, len(self.running) + 1, lane.limit)
-        prefix, policies = prefix_of(lane.prepared.prompt), [drafts]
+        policies = [drafts]
         if drafts.depth and not drafts.fixed:
             policies.append(DraftPolicy(0, reason="memory has no room for drafts beside the other answers", short=True))
-        kept = self.library.keep(prefix)
+        kept = self.library.keep(lane.prepared.prefix)
         for drafts in policies:
             needs = replace(lane.needs, depth=drafts.depth)
-            if self._has_room([*(other.room for other in self.running.values()), needs]):
+            if self._has_room([*(other.room for other in self.running.values()), needs], kept):
                 break
         else:
             if self.running:
@@ -197,12 +189,16 @@ class Lanes:
         self.queue.popleft()
         lane.needs, lane.kept, lane.request = needs, kept, request
         self.running[id(lane.request)] = lane
-        lane.begun(lane.request)
         self.engine.add(lane.request)
+        if lane.choice + 1 == len(lane.prepared.plans):  # the answers to a prompt begin in their order
+            lane.prepared.let_go()
         return True
 
-    def _has_room(self, rows: Sequence[RowNeeds]) -> bool:
-        return self.admission.make_room(rows, self.library, self.engine.held())
+    def _has_room(self, rows: Sequence[RowNeeds], *coming: Use) -> bool:
+        """Whether there is room for rows. coming: of what has not begun."""
+        uses = [*coming, *(lane.kept for lane in self.running.values() if lane.kept)]
+        shared = [array for use in uses for array in _goes_on_in(use)]
+        return self.admission.make_room(rows, self.library, [*self.engine.held(), *shared])
 
     def _grow(self) -> None:
         """Reserve more for answers that near the end of theirs; without room the youngest of no stated length ends."""
@@ -218,7 +214,8 @@ class Lanes:
 
     def _is_near(self, lane: Lane) -> bool:
         assert lane.request
-        return lane.limit > lane.needs.answer <= len(lane.request.tokens) + NEAR
+        tokens = len(lane.request.tokens)  # 0 while its prompt is read: it may have to wait for long
+        return bool(tokens) and lane.limit > lane.needs.answer <= tokens + NEAR
 
     def _tell(self, lane: Lane) -> None:
         """Give what is new of a lane; behind its end its memory is the others'."""
@@ -229,9 +226,9 @@ class Lanes:
         result = request.result() if request.finished else None
         if result:
             self.running.pop(id(request), None)
-            self.ended[result.finish_reason] += 1
-            self._has_room([other.room for other in self.running.values()])
         lane.tell(Event(lane.choice, tuple(request.pieces()), new, result))
+        if result:
+            self._has_room([other.room for other in self.running.values()])
 
     def _fail(self, error: Exception) -> None:
         """End all that run with an error, and begin with a new engine."""
@@ -241,3 +238,10 @@ class Lanes:
             lane.request.fail(error)
             self._tell(lane)
         self.engine = Engine(self.model, interleave=True, clock=self.clock)
+
+
+def _goes_on_in(use: Use) -> list[mx.array]:
+    """The arrays of a snapshot that a prompt will go on in, so that they are its row's."""
+    own = (entry for entry in use.kept.values() if len(entry.prefix) < len(use.prefix))
+    entry = max(own, key=lambda entry: len(entry.prefix), default=None)
+    return entry.snapshot.held() if entry and entry.snapshot.ends_its_arrays else []

@@ -43,8 +43,8 @@ _END: Any = object()
 
 
 def sse(data: Any, event: str | None = None) -> str:
-    """One server-sent event. data: an object, or text as it is."""
-    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
+    """One server-sent event. data: an object, or text as it is. ASCII: some clients end a line at U+2028 or U+0085."""
+    text = data if isinstance(data, str) else json.dumps(data)
     return (f"event: {event}\n" if event else "") + f"data: {text}\n\n"
 
 

@@ -118,6 +118,25 @@ def test_snapshots_go_first() -> None:
     assert answer.lane.request and bench.lanes.library.nbytes < before
 
 
+def test_what_the_library_has_of_a_prompt_counts_once() -> None:
+    bench, given = Bench(), {"max_tokens": 200, "mtp": "off", "regex": "[ab]{9000}"}
+    prompts = [[token] * 300 for token in (5, 6)]
+    bench.ask(prompts[0], max_tokens=1)
+    bench.run()
+    (running,) = bench.ask(prompts[1], **given)
+    bench.run(until=lambda: bool(running.events))
+    (known,) = bench.ask(prompts[0], **given)
+    plan = bench.admission.plan
+    small = replace(plan, machine=replace(plan.machine, limit=6_000_000_000))
+    needs = small.nbytes([running.lane.room, known.lane.room], bench.lanes.library.apart(bench.lanes.engine.held()))
+    bench.admission.plan = replace(plan, machine=replace(plan.machine, limit=needs + 1000))
+    bench.lanes.turn()
+    assert known.lane.request
+    bench.run(until=lambda: bool(known.events))
+    assert known.lane.request.cached == 299
+    bench.lanes.close(RuntimeError())
+
+
 # --- an answer of no stated length ------------------------------------------------------------------------------------
 
 
@@ -129,6 +148,14 @@ def test_an_answer_of_no_stated_length_grows() -> None:
     lane.needs = replace(lane.needs, answer=64)  # as if it had come so far
     bench.run(until=lambda: lane.needs.answer > 64)
     assert lane.needs.answer == 64 + GROWN and 40 < len(lane.request.tokens) < 64
+
+
+def test_an_answer_that_memory_has_little_room_for_ends_by_it() -> None:
+    bench = Bench(limit=limit_for(1, 256, 246))
+    (answer,) = bench.ask([5] * 246, mtp="off", regex="[ab]{9000}")
+    assert answer.lane.needs.answer == 8
+    bench.run()
+    assert (answer.result.finish_reason, answer.result.limited_by) == ("length", "memory") and answer.text
 
 
 def test_without_room_to_grow_the_youngest_of_no_stated_length_ends() -> None:

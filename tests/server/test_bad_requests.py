@@ -62,6 +62,12 @@ BAD = {
     "a path": Bad(shown(type="image_url", image_url={"url": "/etc/passwd"}), MEDIA, "media_source_invalid"),
     "a detail that is none": Bad(shown(type="image_url", image_url={"url": "data:,", "detail": "huge"}),
                                  f"{MEDIA}.detail"),
+    "more pixels than the model's own": Bad(
+        shown(type="image_url", image_url={"url": "data:,"}, max_pixels=4097), "messages.0.content.1.max_pixels"
+    ),
+    "least pixels beyond them": Bad(shown(type="image_url", image_url={"url": "data:,"}, min_pixels=4097),
+                                    "messages.0.content.1.min_pixels"),
+    "no frames": Bad(shown(type="video_url", video_url={"url": "data:,"}, fps=0), "messages.0.content.1.fps"),
     "a call without a name": Bad(called(arguments="{}"), "messages.1.tool_calls.0.function.name", MISSING),
     "arguments that are a list": Bad(called(name="a", arguments=[]), "messages.1.tool_calls.0.function.arguments"),
     "a result of no call": Bad(said(role="tool", tool_call_id="x", content="hi"), "messages", "messages_invalid"),

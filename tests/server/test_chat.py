@@ -5,10 +5,12 @@ import base64
 import io
 import json
 import logging
+import shutil
 import socket
 import time
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -18,8 +20,12 @@ from PIL import Image
 from serving import Running, serving
 
 from mlx_qwen35 import generate
+from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.load import load
 from mlx_qwen35.server.errors import ApiError
-from mlx_qwen35.server.stream import openai_stream, with_silence
+from mlx_qwen35.server.history import read_detail
+from mlx_qwen35.server.options import ServerOptions
+from mlx_qwen35.server.stream import openai_stream, sse, with_silence
 
 CHAT = "/v1/chat/completions"
 PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
@@ -168,14 +174,27 @@ def test_images_and_videos_are_seen(
     assert told == (right.text, right.prompt_tokens)
 
 
-def test_an_image_of_low_detail_has_fewer_tokens(nano_server: Running) -> None:
+def test_an_event_is_one_line_for_every_client() -> None:
+    assert len(sse({"content": "a\u2028b\u2029c\x85d\x1ce"}).splitlines()) == 2
+
+
+def test_an_image_of_low_detail_has_fewer_pixels(tmp_path: Path) -> None:
+    folder = shutil.copytree(resolve("nano"), tmp_path / "nano")
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    settings["size"]["longest_edge"] = 1 << 20
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    service = SimpleNamespace(processor=load(str(folder))[1], options=ServerOptions())
     file = io.BytesIO()
     Image.new("RGB", (1024, 1024)).save(file, "PNG")
     url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
-    def tokens(detail: str, **most: int) -> int:
-        part = {"type": "image_url", "image_url": {"url": url, "detail": detail}} | most
-        return nano_server.post("/tokenize", {"messages": [{"role": "user", "content": [part]}]}).json()["count"]
+    def side(detail: str, **most: int) -> int:
+        return read_detail(service, "image", url, "url", detail, **most).pixels.shape[1]
 
-    assert tokens("low", max_pixels=1024 * 1024) < tokens("high", max_pixels=1024 * 1024)
-    assert tokens("low") == tokens("auto")  # nano's images have fewer pixels anyway
+    assert (side("high"), side("low"), side("low", max_pixels=64 * 64)) == (1024, 512, 64)
+
+
+def test_low_detail_makes_no_image_larger_than_the_others(nano_server: Running) -> None:
+    url = f"data:;base64,{base64.b64encode((PICTURES / 'number.png').read_bytes()).decode()}"
+    read = [read_detail(nano_server.service, "image", url, "url", detail) for detail in ("low", "auto")]
+    assert read[0].pixels.shape == read[1].pixels.shape

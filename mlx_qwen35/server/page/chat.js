@@ -130,8 +130,8 @@ export class Conversation {
       Object.assign(message, failure(error));
     }
     this.controller = null;
-    this.changed(this, message);
     this.save(index);
+    this.changed(this, message);
     await this.touch();
   }
 

@@ -2,7 +2,7 @@
 
 import { Lost, modelName } from "./api.js";
 import { Conversation } from "./chat.js";
-import { Attachments } from "./media.js";
+import { Attachments, pastedFiles } from "./media.js";
 import { AnswerView, ending, sends, userView } from "./message.js";
 import { editSettings, settings, startSettings } from "./settings.js";
 import { showConversations } from "./sidebar.js";
@@ -48,8 +48,9 @@ function changed(conversation, message) {
 
 function paint() {
   const below = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 40;
-  for (const message of stale) views.get(message)?.update(message);
+  const messages = [...stale];
   stale.clear();
+  for (const message of messages) views.get(message)?.update(message);
   if (below) scroll.scrollTop = scroll.scrollHeight;
 }
 
@@ -132,6 +133,7 @@ async function remove(id) {
 // --- the composer ---
 
 async function send() {
+  await attachments.reading;
   const text = prompt.value;
   if (current.running || !(text.trim() || attachments.items.length)) return;
   prompt.value = "";
@@ -163,9 +165,10 @@ function startComposer() {
     send();
   });
   prompt.addEventListener("paste", (event) => {
-    if (!event.clipboardData.files.length) return;
+    const files = pastedFiles(event.clipboardData);
+    if (!files.length) return;
     event.preventDefault();
-    attachments.add([...event.clipboardData.files]);
+    attachments.add(files);
   });
   find("attach").addEventListener("click", () => find("files").click());
   find("files").addEventListener("change", async ({ target }) => {

@@ -18,9 +18,17 @@ export async function readFiles(files, refuse) {
   for (const file of files) {
     if (!/^(image|video)\//.test(file.type)) refuse(`${file.name} is neither an image nor a video.`);
     else if (file.size > MOST) refuse(`${file.name} has ${(file.size / 1e6).toFixed(1)} MB; at most 20 can be sent.`);
-    else taken.push(await read(file));
+    else await read(file).then((item) => taken.push(item), () => refuse(`${file.name} cannot be read.`));
   }
   return taken;
+}
+
+// The files of a paste. The text goes before its picture, as a spreadsheet gives both of its cells; but Finder gives the
+// files' names as text.
+export function pastedFiles(data) {
+  const files = [...data.files];
+  const [text] = data.getData("text/plain").trim().split(/[\r\n]/);
+  return files.some(({ name }) => name.startsWith(text)) ? files : [];
 }
 
 // A part of a message, as the API takes it.
@@ -51,11 +59,16 @@ export class Attachments {
     this.list = list;
     this.refuse = refuse;
     this.items = [];
+    this.reading = Promise.resolve(); // until all that was given is among the items
   }
 
-  async add(files) {
-    this.items.push(...(await readFiles(files, this.refuse)));
-    this.show();
+  add(files) {
+    this.reading = this.reading.then(async () => {
+      const read = await readFiles(files, this.refuse);
+      this.items.push(...read);
+      this.show();
+    });
+    return this.reading;
   }
 
   // Hand the attachments over.

@@ -19,8 +19,8 @@ export function button(text, action, label = text) {
 }
 
 // Whether a key sends what was written: Enter, but not for a new line, nor while an input method composes.
-export function sends({ key, shiftKey, isComposing }) {
-  return key === "Enter" && !shiftKey && !isComposing;
+export function sends({ key, shiftKey, isComposing, keyCode }) {
+  return key === "Enter" && !shiftKey && !isComposing && keyCode !== 229; // 229: it composed until this key, in Safari
 }
 
 function seconds(value) {
@@ -48,8 +48,9 @@ const ENDED = {
 
 // Why an answer is not whole, in words; empty where it is.
 export function ending(message) {
-  if (message.state === "done") return message.finish === "length" ? "The answer was cut at its most tokens." : "";
-  return ENDED[message.state]?.(message) ?? "";
+  if (message.state !== "done") return ENDED[message.state]?.(message) ?? "";
+  if (message.finish === "length") return "The answer was cut at the limit of tokens.";
+  return message.text.trim() ? "" : "The model said nothing.";
 }
 
 export function userView(message, { edit }) {

@@ -1,4 +1,5 @@
-// Markdown to elements. Everything passes DOMPurify; HTML that the model writes is shown as the text it is.
+// Markdown to elements. Everything passes DOMPurify; HTML that the model writes is shown as the text it is, but for a
+// few tags (PLAIN_TAG).
 
 import { Marked } from "./vendor/marked.esm.js";
 import "./vendor/purify.min.js"; // leaves its name on the window
@@ -65,19 +66,31 @@ function block(token) {
   return element;
 }
 
-const rendered = new WeakMap(); // element -> the sources of its blocks
+const rendered = new WeakMap(); // element -> {text, sources}: what it shows, and the sources of its blocks
 
-// Make an element show Markdown. Of a text that grows, only the blocks that changed are made anew, so that what is
-// selected in it stays so, and a token of a long answer costs no more than one of a short answer.
+// Make an element show Markdown. Text that cannot be parsed, nested too deep, is shown as it is.
 export function render(element, text) {
+  const before = rendered.get(element);
+  if (before?.text === text) return;
+  let sources = [];
+  try {
+    sources = renderBlocks(element, text, before?.sources ?? []);
+  } catch {
+    element.textContent = text;
+  }
+  rendered.set(element, { text, sources });
+}
+
+// Of a text that grows, the whole is split into blocks each time, but only the blocks that changed are made anew, so
+// that what is selected in it stays so. Gives the sources of the blocks.
+function renderBlocks(element, text, before) {
   const tokens = marked.lexer(text);
   const links = JSON.stringify(tokens.links); // a block changes when a link that it names is defined further down
   const blocks = tokens.filter((token) => token.type !== "space" && token.type !== "def");
   const sources = blocks.map((token) => token.raw + links);
-  const before = rendered.get(element) ?? [];
   let same = 0;
   while (same < sources.length && sources[same] === before[same]) same += 1;
-  while (element.children.length > same) element.lastElementChild.remove();
+  while (element.childNodes.length > same) element.lastChild.remove();
   element.append(...blocks.slice(same).map(block));
-  rendered.set(element, sources);
+  return sources;
 }
