@@ -10,8 +10,9 @@ from mlx_qwen35.commands.parser import Parser
 from mlx_qwen35.commands.progress import Step
 from mlx_qwen35.commands.run import as_command, load_model, require_model
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.options import options_of
+from mlx_qwen35.options import options_of, spelled
 from mlx_qwen35.server.options import ServerOptions
+from mlx_qwen35.values import whole
 
 if TYPE_CHECKING:
     from mlx_qwen35.server.service import Service
@@ -58,6 +59,8 @@ def load_service(args: argparse.Namespace, options: ServerOptions) -> "Service":
     from mlx_qwen35.server.service import Service
 
     model, processor = load_model(args)
+    if options.context is not None:
+        whole(spelled("context"), options.context, 1, model.config.max_position_embeddings)
     if options.grammar:
         from mlx_qwen35.engine.constraints.compiler import compiler_of
 

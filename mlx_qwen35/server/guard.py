@@ -114,14 +114,18 @@ class Guard:
         for header, host in hosts.items():
             name = _bare(host)
             if not (is_loopback(name) or name in self._names or name == reached):
-                rule = f"{header.title()} must name this server; it does not. --allowed-host NAME lets a name in"
+                lets = f"--allowed-host {name} lets it in" if name else "It is no name and no address"
+                rule = f"{header.title()} must name this server, got {shown(host[:80])}. {lets}"
                 raise ApiError(403, f"{header}_refused", rule)
 
     def _check_key(self, headers: Headers, path: str) -> None:
         if self._key is None or _is_open(path):
             return
-        if not any([hmac.compare_digest(given, self._key) for given in _keys(headers)]):
+        given = [*filter(None, _keys(headers))]
+        if not any([hmac.compare_digest(key, self._key) for key in given]):
             rule = "the server's key must come as Authorization: Bearer KEY, or as x-api-key: KEY"
+            if given:
+                rule = f"the key must be the server's, of its --api-key-file or {KEY}; another one came"
             raise ApiError(401, "key_invalid", rule, headers={"WWW-Authenticate": "Bearer"})
 
 

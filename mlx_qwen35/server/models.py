@@ -1,6 +1,6 @@
 """GET /v1/models and /v1/models/{id}: the one model."""
 
-import time
+from datetime import UTC, datetime
 from typing import Any
 
 from starlette.requests import Request
@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, Response
 from mlx_qwen35.server.errors import ApiError
 from mlx_qwen35.server.service import Service
 
-_STARTED = int(time.time())
+_STARTED = datetime.now(UTC)
 
 
 async def models(request: Request) -> Response:
@@ -24,10 +24,14 @@ async def model(request: Request) -> Response:
 
 
 def _model(service: Service) -> dict[str, Any]:
+    """As OpenAI has it, and as Anthropic has it."""
     return {
         "id": service.name,
         "object": "model",
-        "created": _STARTED,
+        "type": "model",
+        "display_name": service.name,
+        "created": int(_STARTED.timestamp()),
+        "created_at": _STARTED.isoformat(timespec="seconds"),
         "owned_by": "mlx_qwen35",
         "max_model_len": service.context,
     }

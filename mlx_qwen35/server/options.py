@@ -36,7 +36,7 @@ class ServerOptions:
         False, help="load images and videos from http(s) URLs of public addresses; otherwise only data: URIs are taken"
     )
     allowed_host: Sequence[str] | None = option(
-        help="a name under which clients reach this server, beside the address it listens on; may be repeated",
+        help="a name or an address of this server for its clients, beside the one it listens on; may be repeated",
         each=True, metavar="NAME",
     )  # fmt: skip
     log_text: bool = option(False, help="write prompts and answers into the log too")

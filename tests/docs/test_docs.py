@@ -25,7 +25,7 @@ import mlx_qwen35
 ROOT = Path(__file__).parents[2]
 NANO = str(Path(mlx_qwen35.__file__).parent / "nano")
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-OTHERS = {"git", "pip", "pip-audit"}  # whose options are not ours to check
+OTHERS = {"curl", "git", "pip", "pip-audit"}  # whose options are not ours to check
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
 CURRENT = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]  # it also tells of what was

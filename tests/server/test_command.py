@@ -17,6 +17,7 @@ import pytest
 from serving import CLIENT, Running
 
 from mlx_qwen35.commands.serve import load_service, main, name_of, parser
+from mlx_qwen35.errors import InputError
 from mlx_qwen35.server import listen
 from mlx_qwen35.server.app import make_app
 from mlx_qwen35.server.options import ServerOptions
@@ -93,6 +94,12 @@ def test_an_address_that_is_not_this_machines_is_told(run: Callable, tmp_path: P
 )
 def test_a_wrong_command_line_is_told_in_one_line(run: Callable, arguments: list[str], code: str) -> None:
     assert refused(run(*arguments), code)
+
+
+def test_a_context_beyond_the_models_is_refused() -> None:
+    with pytest.raises(InputError) as told:
+        load_service(parser().parse(["--model", "nano"]), ServerOptions(context=100_000_000))
+    assert told.value.code == "option_invalid"
 
 
 def test_without_its_packages_it_says_what_to_install(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

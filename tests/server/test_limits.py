@@ -89,6 +89,12 @@ def test_without_the_key_nothing_is_answered(keyed: Running, headers: dict) -> N
     assert response.status_code == 401 and response.json()["error"]["type"] == "authentication_error"
 
 
+def test_a_wrong_key_is_told_from_none(keyed: Running) -> None:
+    asked = [{}, {"x-api-key": ""}, {"x-api-key": "sesame"}, {"Authorization": "Bearer sesame"}]
+    none, empty, wrong, other = (keyed.post(CHAT, {}, headers=headers).json()["error"]["message"] for headers in asked)
+    assert none == empty != wrong == other and "sesame" not in wrong
+
+
 @pytest.mark.parametrize(
     "headers",
     [{"Authorization": "Bearer opensesame"}, {"authorization": "bearer  opensesame"}, {"x-api-key": "opensesame"},
@@ -102,7 +108,8 @@ def test_a_host_that_was_allowed_is_let_in(keyed: Running) -> None:
     key = {"x-api-key": "opensesame"}
     assert let_in(keyed.post(CHAT, {}, headers={"Host": "Models.test:8080"} | key))
     assert let_in(keyed.post(CHAT, {}, headers={"Origin": "https://models.test"} | key))
-    assert code(keyed.post(CHAT, QUESTION, headers={"Host": "other.test"} | key)) == "host_refused"
+    refused = keyed.post(CHAT, QUESTION, headers={"Host": "Other.test:8080"} | key)
+    assert code(refused) == "host_refused" and "--allowed-host other.test " in refused.json()["error"]["message"]
 
 
 # --- what a body may be ----------------------------------------------------------------------------------------------

@@ -92,6 +92,12 @@ def test_a_tool_loop_ends_in_an_answer(client: anthropic.Anthropic) -> None:
     assert answer.usage.cache_read_input_tokens > turn.usage.input_tokens * 0.9
 
 
+def test_the_sdk_lists_the_model(client: anthropic.Anthropic) -> None:
+    (model,) = client.models.list()
+    assert (model.id, model.display_name, model.type) == ("nano", "nano", "model")
+    assert model == client.models.retrieve("nano") and model.created_at.tzinfo
+
+
 def test_the_sdks_tool_runner_goes_on_without_a_thread(client: anthropic.Anthropic) -> None:
     @anthropic.beta_tool
     def get_weather(city: str) -> str:

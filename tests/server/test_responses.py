@@ -195,8 +195,12 @@ OTHERS += [{"type": "custom", "name": "apply_patch"}, {"type": "namespace", "nam
 def test_tools_that_are_no_functions_are_left_out_and_told(
     nano_server: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
-    asked = {"input": WEATHER, "tools": [{"type": "computer"}, *TOOLS, *OTHERS, {"type": "computer_use_preview"}], "max_output_tokens": 1}
-    first, again = (nano_server.post("/v1/responses", asked).json() for _ in range(2))
+    asked = {
+        "input": WEATHER,
+        "tools": [{"type": "computer"}, *TOOLS, *OTHERS, {"type": "computer_use_preview"}],
+        "max_output_tokens": 1,
+    }
+    first, _ = (nano_server.post("/v1/responses", asked).json() for _ in range(2))
     alone = nano_server.post("/v1/responses", asked | {"tools": TOOLS}).json()
     assert first["tools"] == TOOLS and first["usage"]["input_tokens"] == alone["usage"]["input_tokens"]
     assert sum("computer" in line.getMessage() for line in caplog.records) == 1
