@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -61,7 +61,13 @@ class Answer:
         self.job, self._service, self._loop = job, service, loop
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self.results: list[Result | None] = [None] * job.n
+        self.lanes: Sequence[Lane] = ()
         self.first_at: float | None = None  # when its first text came, on time.monotonic()'s clock
+
+    @property
+    def read(self) -> int | None:
+        """Tokens of the prompt that are read so far; None while the answers wait. From any thread."""
+        return max((lane.request.read for lane in self.lanes if lane.request), default=None)
 
     def put(self, event: Event) -> None:
         """Give an event, from any thread."""
@@ -165,6 +171,7 @@ class Service:
         self.upkeep.check()
         answer = Answer(self, job, asyncio.get_running_loop())
         lanes = [Lane(answer, job.prepared, choice, job.needs, answer.put, job.until) for choice in range(job.n)]
+        answer.lanes = lanes
         with self._lock:
             self._check_room()
             self._coming += 1

@@ -117,6 +117,18 @@ def test_several_answers_take_one_reading(prompt: Any, shown: dict[str, Any]) ->
         assert heard.result.tokens == generate(*nano(), prompt, seed=5 + number, **options).tokens
 
 
+def test_an_answer_tells_how_far_its_prompt_is_read() -> None:
+    bench = Bench()
+    bench.ask(**ENDLESS)  # beside it, a prompt is read in chunks
+    bench.run(lambda: bool(bench.lanes.running))
+    for prompt, known in ((LONG, 0), ([*LONG, 5], len(LONG) - 1)):
+        lane = bench.ask(prompt, max_tokens=2)[0].lane
+        bench.run(lambda lane=lane: bool(lane.request and lane.request.begun))
+        assert lane.request and known <= lane.request.read < len(prompt)
+        bench.run(lambda lane=lane: bool(lane.request and lane.request.tokens))
+        assert lane.request.read == len(prompt)
+
+
 # --- I2 -------------------------------------------------------------------------------------------------------------
 
 
