@@ -4,13 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import mlx.core as mx
+
 from mlx_qwen35.cache.prefix import PrefixLibrary
 from mlx_qwen35.checkpoint.config import TextConfig
 from mlx_qwen35.engine.constraints.rules import Rules
-from mlx_qwen35.engine.drafts.speculate import DraftPolicy
+from mlx_qwen35.engine.drafts.speculate import DraftPolicy, DraftStatistics
 from mlx_qwen35.engine.generation import Given, make_ready, make_request
 from mlx_qwen35.engine.options import Options
 from mlx_qwen35.engine.plan import SequencePlan, check_prompts, fill_in
+from mlx_qwen35.engine.result import Result
 from mlx_qwen35.engine.sequence import Sequence as Request
 from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.prompt.prompt import Prompt
@@ -36,6 +39,16 @@ class Prepared:
         planned = replace(self.plans[choice], prefill_step_size=chunk, drafts=drafts)
         options: Any = self.options if library is None else {**self.options, "library": library}
         return make_request(self.processor, self.prompt, planned, None, options, self.rules)
+
+    def unbegun(self, choice: int, reason: str, error: Exception | None) -> Result:
+        """The result of an answer that ends before it begins."""
+        return Result(
+            text="", reasoning="", tokens=(), finish_reason="error" if error else reason,
+            in_reasoning=self.prompt.thinking, prompt_tokens=len(self.prompt.tokens), generation_tokens=0,
+            vision_seconds=0.0, prompt_tps=0.0, generation_tps=0.0, peak_memory=mx.get_peak_memory() / 1e9,
+            seed=self.plans[choice].seed, mtp=DraftStatistics("the answer did not begin"), error=error,
+            logprobs=() if self.options.get("logprobs") else None, limited_by=self.plans[choice].limited_by,
+        )  # fmt: skip
 
 
 def prepare(

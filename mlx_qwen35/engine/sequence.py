@@ -122,6 +122,11 @@ class Sequence:
         """Tokens of the prompt that are not in the library, all of them until its prefill begins."""
         return len(self.prompt.tokens) - self.cached
 
+    @property
+    def read(self) -> int:
+        """Tokens of the prompt that are read, those of the library included."""
+        return max(self._done, self.cached)
+
     def pieces(self) -> Iterator[Piece]:
         """The pieces of text that came since they were asked for last."""
         while self._new:

@@ -6,7 +6,7 @@ leaves no other lane changed.
 
 import itertools
 import logging
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -50,7 +50,6 @@ class Lane:
     needs: RowNeeds
     tell: Callable[[Event], None]
     until: float = float("inf")
-    begun: Callable[[Request], object] = lambda request: None
     request: Request | None = None  # once it is admitted
     kept: Use | None = None  # keeps what the library has of its prompt, until it is read
     told: int = 0  # log-probabilities
@@ -66,15 +65,9 @@ class Lane:
         """Most tokens of the answer."""
         return self.prepared.plans[self.choice].limit
 
-    def unread(self) -> Request:
-        """Its request, for an end without having begun."""
-        return self.prepared.request(self.choice, 1, DraftPolicy(0), None)
-
-    def refuse(self, error: Exception) -> None:
-        """End it with an error before it is taken in."""
-        request = self.unread()
-        request.fail(error)
-        self.tell(Event(self.choice, result=request.result()))
+    def refuse(self, error: Exception | None, reason: str = "interrupted") -> None:
+        """Tell its end before it has begun."""
+        self.tell(Event(self.choice, result=self.prepared.unbegun(self.choice, reason, error)))
 
 
 class Lanes:
@@ -87,15 +80,13 @@ class Lanes:
         admission: Admission,
         rows: int,
         clock: Callable[[], float],
-        ended: Counter[str] | None = None,
     ):
-        """rows: most answers at a time. ended: counts lanes by the finish_reason of their result."""
+        """rows: most answers at a time."""
         self.model, self.library, self.admission, self.rows, self.clock = model, library, admission, rows, clock
         self.engine = Engine(model, interleave=True, clock=clock)
         self.queue: deque[Lane] = deque()
         self.running: dict[int, Lane] = {}  # by id of the request
         self.waiting = 0  # owners none of whose lanes has run
-        self.ended = Counter() if ended is None else ended
 
     @property
     def idle(self) -> bool:
@@ -137,10 +128,9 @@ class Lanes:
         """End a lane wherever it is. error: what it ends with instead of what it has."""
         if lane.request is None:
             self.queue.remove(lane)
-            lane.request = lane.unread()
-            lane.request.finish(reason)
-        else:
-            self.engine.cancel(lane.request, reason)
+            lane.refuse(error, reason)
+            return
+        self.engine.cancel(lane.request, reason)
         if error:
             lane.request.fail(error)
         self._tell(lane)
@@ -158,7 +148,8 @@ class Lanes:
         if lane.request and lane.request.tokens:
             self._cut(lane, "timeout")
             return
-        message = "the request was not answered within the server's --timeout; what was read of it is kept for a while"
+        kept = "; what was read of it is kept for a while" if lane.request else ""
+        message = f"the request was not answered within the server's --timeout{kept}"
         self.end(lane, ApiError(503, "request_timeout", message, headers=RETRY))
 
     def _cut(self, lane: Lane, limited_by: str) -> None:
@@ -197,7 +188,6 @@ class Lanes:
         self.queue.popleft()
         lane.needs, lane.kept, lane.request = needs, kept, request
         self.running[id(lane.request)] = lane
-        lane.begun(lane.request)
         self.engine.add(lane.request)
         return True
 
@@ -218,7 +208,8 @@ class Lanes:
 
     def _is_near(self, lane: Lane) -> bool:
         assert lane.request
-        return lane.limit > lane.needs.answer <= len(lane.request.tokens) + NEAR
+        tokens = len(lane.request.tokens)  # 0 while its prompt is read: it may have to wait for long
+        return bool(tokens) and lane.limit > lane.needs.answer <= tokens + NEAR
 
     def _tell(self, lane: Lane) -> None:
         """Give what is new of a lane; behind its end its memory is the others'."""
@@ -229,9 +220,9 @@ class Lanes:
         result = request.result() if request.finished else None
         if result:
             self.running.pop(id(request), None)
-            self.ended[result.finish_reason] += 1
-            self._has_room([other.room for other in self.running.values()])
         lane.tell(Event(lane.choice, tuple(request.pieces()), new, result))
+        if result:
+            self._has_room([other.room for other in self.running.values()])
 
     def _fail(self, error: Exception) -> None:
         """End all that run with an error, and begin with a new engine."""

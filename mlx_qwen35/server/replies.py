@@ -13,9 +13,10 @@ from starlette.responses import JSONResponse, Response
 from mlx_qwen35.engine.result import Result
 from mlx_qwen35.server.errors import ApiError
 from mlx_qwen35.server.service import Answer, Event, Job, Service, failed
-from mlx_qwen35.server.stream import COMMENT, event_stream, openai_stream, sse, unless_gone, with_silence
+from mlx_qwen35.server.stream import event_stream, openai_stream, sse, unless_gone, with_silence
 
 Choice = dict[str, Any]  # of a chunk, or of a whole answer
+_TOLD = 1.0  # seconds until a stream tells how far the prompt is read
 
 
 class Growing(Protocol):
@@ -89,10 +90,10 @@ async def _chunks(answers: Sequence[Answer], head: dict[str, Any], kind: Kind, t
     growing = _growing(answers, kind)
     for choice in [chunk for one in growing for chunk in one.opening()]:
         yield sse(head | {"choices": [choice]})
-    async with aclosing(with_silence(_events(answers))) as events:
+    async with aclosing(with_silence(_events(answers), _TOLD)) as events:
         async for event in events:
             if event is None:
-                yield COMMENT
+                yield _how_far(answers)
                 continue
             choices = growing[event.choice].said(event)
             if event.result:
@@ -101,6 +102,13 @@ async def _chunks(answers: Sequence[Answer], head: dict[str, Any], kind: Kind, t
                 yield sse(head | {"choices": [choice]})
     if told:
         yield sse(head | {"choices": [], "usage": usage(answers)})
+
+
+def _how_far(answers: Sequence[Answer]) -> str:
+    """A comment: how many tokens of the prompts are read. The page shows it; other clients pass over comments."""
+    read, total = [answer.read for answer in answers], sum(answer.job.prompt_tokens for answer in answers)
+    waits = all(tokens is None for tokens in read)
+    return ": waiting\n\n" if waits else f": reading {sum(tokens or 0 for tokens in read)} of {total}\n\n"
 
 
 def _growing(answers: Sequence[Answer], kind: Kind) -> list[Growing]:

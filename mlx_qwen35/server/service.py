@@ -11,11 +11,10 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -26,7 +25,6 @@ from mlx_qwen35.engine.encode import prefix_of
 from mlx_qwen35.engine.generation import Given
 from mlx_qwen35.engine.prepared import Prepared, prepare
 from mlx_qwen35.engine.result import Result
-from mlx_qwen35.engine.sequence import Sequence as Request
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.server.admission import Admission, default_rows
@@ -50,8 +48,8 @@ class Job:
 
     prepared: Prepared
     needs: RowNeeds  # of each answer
+    until: float  # when it is out of time
     n: int = 1  # answers to it; number i has seed + i
-    requests: list[Request] = field(default_factory=list)  # of the answers that have begun
     parted: Parted | None = None  # where much of the prompt is read again, though it was read before
 
     @property
@@ -66,7 +64,13 @@ class Answer:
         self.job, self._service, self._loop = job, service, loop
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self.results: list[Result | None] = [None] * job.n
+        self.lanes: Sequence[Lane] = ()
         self.first_at: float | None = None  # when its first text came, on time.monotonic()'s clock
+
+    @property
+    def read(self) -> int | None:
+        """Tokens of the prompt that are read so far; None while the answers wait. From any thread."""
+        return max((lane.request.read for lane in self.lanes if lane.request), default=None)
 
     def put(self, event: Event) -> None:
         """Give an event, from any thread."""
@@ -97,7 +101,7 @@ class Service:
     Args:
         model, processor: from `load`.
         name: what the API calls the model.
-        load: loads them again, behind `unload`.
+        load: loads them again, where they were unloaded.
         clock: of timeouts.
         machine: what `Upkeep` sees of it.
     """
@@ -115,34 +119,30 @@ class Service:
         self.processor, self.options, self.name = processor, options, name
         self.config = model.config
         self.admission = Admission(model, processor.config.vision)
-        self.make_library: Callable[[Model], PrefixLibrary] = Model.make_library
         self._load, self._clock = load, clock
         self.upkeep = Upkeep(model, processor, options, clock, **machine)
         self._rows = options.rows or default_rows(model.memory_limit)
-        self.ended: Counter[str] = Counter()  # answers, by the finish_reason of their result
         self._lanes: Lanes | None = self._lanes_of(model)
         # Where other servers are waited for, one that is slow must hold up nobody else.
         self._pool = ThreadPoolExecutor(QUEUE if options.fetch_media else 2, "prepare")
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._coming = 0  # jobs on their way to the engine thread
-        self._ends: float | None = None  # when what runs is ended; None: it serves
+        self._preparing = 0  # what is done off the loop, which alone counts it
+        self._ends = False  # whether the server does
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def close(self, grace: float = 0) -> None:
-        """Take nothing in any more, and end the thread.
-
-        What runs may end within `grace` seconds, and is "interrupted" then; what waits is refused now.
-        """
+    def close(self) -> None:
+        """Take nothing in any more, and end the thread. What runs is "interrupted", what waits is refused."""
         with self._lock:
-            self._ends = self._clock() + grace
-        self.do(self._refuse_waiting)
+            self._ends = True
+        self.do(lambda: None)
         self._thread.join()
+        self.upkeep.close()  # first, for who ends the server may have no patience
         self._pool.shutdown(cancel_futures=True)
-        self.upkeep.close()
 
     @property
     def context(self) -> int:
@@ -153,13 +153,20 @@ class Service:
     # --- from the event loop ---
 
     async def off_loop(self, work: Callable[[], T]) -> T:
-        """Do what takes its time and needs no MLX: templates, pixels, grammars."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        """Do what takes its time and needs no MLX: templates, pixels, grammars. The model stays loaded meanwhile."""
+        if self._ends:
+            raise _closing()
+        self._preparing += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        finally:
+            self._preparing -= 1
 
     def prepare(self, prompt: Given, n: int = 1, **options: Any) -> Job:
-        """Check a prompt and its options and make them ready. For `off_loop`. Raises InputError."""
+        """Check a prompt and its options and make them ready. For `off_loop`. Raises InputError. Its time begins."""
+        until = self._clock() + (self.options.timeout or float("inf"))
         prepared = prepare(self.config, self.processor, prompt, n, self.context, **options)
-        job = Job(prepared, self.admission.needs(prepared), n)
+        job = Job(prepared, self.admission.needs(prepared), until, n)
         job.parted = self.upkeep.prepared(self.library, prepared.prompt, prompt, options.get("tools"))
         return job
 
@@ -167,11 +174,8 @@ class Service:
         """Take a job in. From the event loop. ApiError 429 where too many wait, 503 where the server ends."""
         self.upkeep.check()
         answer = Answer(self, job, asyncio.get_running_loop())
-        until = self._clock() + (self.options.timeout or float("inf"))
-        lanes = [
-            Lane(answer, job.prepared, choice, job.needs, answer.put, until, job.requests.append)
-            for choice in range(job.n)
-        ]
+        lanes = [Lane(answer, job.prepared, choice, job.needs, answer.put, job.until) for choice in range(job.n)]
+        answer.lanes = lanes
         with self._lock:
             self._check_room()
             self._coming += 1
@@ -180,8 +184,8 @@ class Service:
         return answer
 
     def _check_room(self) -> None:
-        if self._ends is not None:
-            raise ApiError(503, "server_closing", "the server ends; ask again once it is back", headers=RETRY)
+        if self._ends:
+            raise _closing()
         free = 0 if self.waiting else max(0, self._rows - self.running)
         if self.waiting + self._coming >= QUEUE + free:
             message = f"{QUEUE} requests wait already, as many as may; ask again later"
@@ -200,41 +204,35 @@ class Service:
     @property
     def waiting(self) -> int:
         """Jobs of which nothing has begun."""
-        return self._lanes.waiting if self._lanes else 0
+        lanes = self._lanes  # which the engine thread may unload
+        return lanes.waiting if lanes else 0
 
     @property
     def running(self) -> int:
         """Answers that are read or generated."""
-        return len(self._lanes.running) if self._lanes else 0
+        lanes = self._lanes
+        return len(lanes.running) if lanes else 0
 
     # --- the model ---
 
     @property
     def model(self) -> Model | None:
         """None while it is unloaded."""
-        return self._lanes.model if self._lanes else None
+        lanes = self._lanes
+        return lanes.model if lanes else None
 
     @property
     def library(self) -> PrefixLibrary | None:
         """What remembers prompts; None while the model is unloaded."""
-        lanes = self._lanes  # which another thread may unload
+        lanes = self._lanes
         return lanes.library if lanes else None
-
-    @library.setter
-    def library(self, library: PrefixLibrary) -> None:
-        if self._lanes:
-            self._lanes.library = library
-
-    def unload(self) -> None:
-        """Give the model's memory back if nothing runs or waits; the next job loads it. From any thread."""
-        self.do(self._unload)
 
     # --- on the engine thread ---
 
     def _lanes_of(self, model: Model) -> Lanes:
-        library = self.make_library(model)
+        library = model.make_library()
         self.upkeep.attach(library)
-        return Lanes(model, library, self.admission, self._rows, self._clock, self.ended)
+        return Lanes(model, library, self.admission, self._rows, self._clock)
 
     def _unload(self) -> None:
         if self._load and self._lanes and self._lanes.idle:
@@ -244,35 +242,38 @@ class Service:
             mx.clear_cache()
 
     def _run(self) -> None:
-        while not self._is_over():
-            idle = self._lanes is None or self._lanes.idle
-            if self.upkeep.tick(not idle, self.library):
-                self._unload()
-            try:
-                self._commands.get(idle, self.upkeep.every)()
-            except queue.Empty:
-                if self._lanes:
-                    self._lanes.turn()
-            except Exception:
-                LOG.exception("a command of the engine thread failed")
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._commands.get_nowait()()
+        while not self._ends:
+            self._try(self._next)
+        while not self._commands.empty():
+            self._try(self._commands.get())
         if self._lanes:
             self._lanes.close(_closing())
 
-    def _is_over(self) -> bool:
-        ends = self._ends
-        return ends is not None and (self._lanes is None or self._lanes.idle or self._clock() >= ends)
+    def _next(self) -> None:
+        """A look at the machine, and a command, or else a turn."""
+        idle = self._lanes is None or self._lanes.idle
+        if self.upkeep.tick(not idle or self._preparing > 0, self.library):
+            self._unload()
+        command: Callable[[], None] | None = None
+        with contextlib.suppress(queue.Empty):
+            command = self._commands.get(idle, self.upkeep.every)
+        if command:
+            command()
+        elif self._lanes:
+            self._lanes.turn()
 
-    def _refuse_waiting(self) -> None:
-        for lane in list(self._lanes.queue) if self._lanes else ():
-            assert self._lanes
-            self._lanes.end(lane, _closing())
+    def _try(self, work: Callable[[], None]) -> None:
+        """Do something without which the thread can go on."""
+        try:
+            work()
+        except Exception:
+            LOG.exception("something between two steps failed")
 
     def _add(self, lanes: list[Lane]) -> None:
         with self._lock:
             self._coming -= 1
+        if self._ends:
+            return _refuse(lanes, _closing())
         try:
             if self._lanes is None:
                 assert self._load
@@ -280,10 +281,13 @@ class Service:
                 self._lanes.library.recall(prefix_of(lanes[0].prepared.prompt))
         except Exception as error:
             LOG.exception("the model cannot be loaded again")
-            for lane in lanes:
-                lane.refuse(error)
-            return
+            return _refuse(lanes, error)
         self._lanes.add(lanes)
+
+
+def _refuse(lanes: list[Lane], error: Exception) -> None:
+    for lane in lanes:
+        lane.refuse(error)
 
 
 def _closing() -> ApiError:

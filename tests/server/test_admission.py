@@ -131,6 +131,14 @@ def test_an_answer_of_no_stated_length_grows() -> None:
     assert lane.needs.answer == 64 + GROWN and 40 < len(lane.request.tokens) < 64
 
 
+def test_an_answer_that_memory_has_little_room_for_ends_by_it() -> None:
+    bench = Bench(limit=limit_for(1, 256, 246))
+    (answer,) = bench.ask([5] * 246, mtp="off", regex="[ab]{9000}")
+    assert answer.lane.needs.answer == 8
+    bench.run()
+    assert (answer.result.finish_reason, answer.result.limited_by) == ("length", "memory") and answer.text
+
+
 def test_without_room_to_grow_the_youngest_of_no_stated_length_ends() -> None:
     bench = Bench(limit=limit_for(3, 160))
     given = {"mtp": "off", **ENDLESS}

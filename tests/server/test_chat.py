@@ -5,7 +5,9 @@ import base64
 import io
 import json
 import logging
+import re
 import socket
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ import httpx
 import pytest
 from openai_stream import events
 from PIL import Image
-from serving import Running, serving
+from serving import CLIENT, Running, serving
 
 from mlx_qwen35 import generate
 from mlx_qwen35.server.errors import ApiError
@@ -34,9 +36,26 @@ def content(server: Running, messages: list[dict[str, Any]], **fields: Any) -> s
     return answer.json()["choices"][0]["message"]["content"]
 
 
-def test_a_stream_says_something_at_once(nano_server: Running) -> None:
-    text = nano_server.post(CHAT, {"messages": QUESTION, "stream": True} | SHORT).text
-    assert text.index(": reading\n\n") < text.index('"content": "9')
+def test_a_stream_that_waits_says_so_at_once(nano_server: Running) -> None:
+    go = threading.Event()
+    nano_server.service.do(lambda: go.wait(60) and None)
+    body = {"messages": QUESTION, "stream": True} | SHORT
+    with CLIENT.stream("POST", nano_server.url + CHAT, json=body) as answer:
+        lines = answer.iter_lines()
+        assert next(line for line in lines if line.startswith(":")) == ": waiting"
+        go.set()
+        assert any('"content": "9' in line for line in lines)
+
+
+@pytest.mark.full
+def test_a_stream_tells_how_far_the_prompt_is_read(nano_server: Running) -> None:
+    body = {"messages": [{"role": "user", "content": "word " * 800}], "stream": True, "max_tokens": 2} | SHORT
+    text = nano_server.post(CHAT, body | {"stream_options": {"include_usage": True}}).text
+    (total,) = re.findall(r'"prompt_tokens": (\d+)', text)
+    told = re.findall(r"^: reading (\d+) of (\d+)$", text, re.MULTILINE)
+    read = [int(tokens) for tokens, _ in told]
+    assert {of for _, of in told} == {total}
+    assert read == sorted(read) and 0 < read[-1] <= int(total)
 
 
 def test_a_stream_talks_as_long_as_nothing_comes() -> None:

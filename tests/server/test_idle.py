@@ -1,5 +1,6 @@
 """Memory is given back and taken again: after minutes without a request, and where the machine runs short of it."""
 
+import asyncio
 import gc
 import json
 import threading
@@ -121,6 +122,26 @@ def test_what_runs_is_never_unloaded():
         assert running.service.model and machine.loads == 0
 
 
+def test_what_is_being_prepared_keeps_the_model_and_nothing_that_is_to_be_written(monkeypatch):
+    go, closed = threading.Event(), threading.Event()
+
+    async def use(running, machine):
+        service = running.service
+        monkeypatch.setattr(service.upkeep, "close", closed.set)
+        preparing = asyncio.ensure_future(service.off_loop(lambda: go.wait(30)))
+        await asyncio.sleep(0)  # it has begun
+        await asyncio.to_thread(pass_, running, machine, 61)
+        kept = service.model
+        closing = asyncio.ensure_future(asyncio.to_thread(service.close))
+        written = await asyncio.to_thread(closed.wait, 10)
+        go.set()
+        await asyncio.gather(preparing, closing)
+        assert kept and written
+
+    with served(idle_unload=1) as given:
+        asyncio.run(use(*given))
+
+
 def test_short_of_memory_snapshots_go_first_and_then_new_work_is_refused():
     with served() as (running, machine):
         machine.level = NORMAL
@@ -136,6 +157,13 @@ def test_short_of_memory_snapshots_go_first_and_then_new_work_is_refused():
         assert refused.status_code == 503 and int(refused.headers["Retry-After"]) > 0
         assert refused.json()["error"]["code"] == "memory_pressure"
         machine.level = NORMAL
+        pass_(running, machine, 2)
+        ask(running, max_tokens=1)
+
+
+def test_a_failed_look_at_the_machine_ends_nothing():
+    machine, levels = Machine(), [NORMAL]
+    with serving(machine=machine.given(lambda: load("nano")) | {"level": levels.pop}) as running:
         pass_(running, machine, 2)
         ask(running, max_tokens=1)
 

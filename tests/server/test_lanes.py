@@ -4,6 +4,7 @@ import functools
 import gc
 import random
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ from server.lanes import ENDLESS, QUESTION, Bench, Heard, nano
 
 from mlx_qwen35 import generate
 from mlx_qwen35.engine.engine import CHUNK_SECONDS, Engine
+from mlx_qwen35.engine.prepared import Prepared
 from mlx_qwen35.engine.result import Result
 from mlx_qwen35.engine.sequence import Sequence
 from mlx_qwen35.server.errors import ApiError
@@ -114,6 +116,18 @@ def test_several_answers_take_one_reading(prompt: Any, shown: dict[str, Any]) ->
         assert heard.result.tokens == generate(*nano(), prompt, seed=5 + number, **options).tokens
 
 
+def test_an_answer_tells_how_far_its_prompt_is_read() -> None:
+    bench = Bench()
+    bench.ask(**ENDLESS)  # beside it, a prompt is read in chunks
+    bench.run(lambda: bool(bench.lanes.running))
+    for prompt, known in ((LONG, 0), ([*LONG, 5], len(LONG) - 1)):
+        lane = bench.ask(prompt, max_tokens=2)[0].lane
+        bench.run(lambda lane=lane: bool(lane.request and lane.request.begun))
+        assert lane.request and known <= lane.request.read < len(prompt)
+        bench.run(lambda lane=lane: bool(lane.request and lane.request.tokens))
+        assert lane.request.read == len(prompt)
+
+
 # --- I2 -------------------------------------------------------------------------------------------------------------
 
 
@@ -188,6 +202,18 @@ def test_a_cancel_ends_an_answer_within_a_step_and_no_other(where: str) -> None:
 # --- I5: chunks while others decode -----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Followed(Prepared):
+    """Tells of the chunks that are read of its prompt."""
+
+    progress: Callable[[int], None]
+
+    def request(self, *given: Any) -> Sequence:
+        request = super().request(*given)
+        request.progress = self.progress
+        return request
+
+
 def reads(bench: Bench, seconds: Callable[[int, int], float], heard: Heard) -> list[tuple[int, float, bool]]:
     """The chunks of a prompt as it is read: its tokens, its seconds by the clock, and whether others decoded."""
     chunks: list[tuple[int, float, bool]] = []
@@ -198,7 +224,7 @@ def reads(bench: Bench, seconds: Callable[[int, int], float], heard: Heard) -> l
         others = [own for own in bench.lanes.running.values() if own is not heard.lane and own.request.tokens]
         chunks.append((tokens, took, bool(others)))
 
-    heard.lane.begun = lambda request: setattr(request, "progress", progress)
+    heard.lane.prepared = Followed(**vars(heard.lane.prepared), progress=progress)
     return chunks
 
 
@@ -288,6 +314,18 @@ def test_an_error_ends_one_answer_alone() -> None:
         check(heard, alone(1))
 
 
+def test_an_answer_that_cannot_begin_ends_alone() -> None:
+    bench = Bench()
+    prompt, options = settings(1)
+    (good,) = bench.ask(prompt, **options)
+    bench.run(until=lambda: bool(good.events))
+    (bad,) = bench.ask()
+    bad.lane.prepared = replace(bad.lane.prepared, processor=None)
+    bench.run()
+    check(good, alone(1))
+    assert isinstance(bad.result.error, AttributeError)
+
+
 def test_an_unexpected_exception_ends_what_runs_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     bench, prompt, options = Bench(rows=2), *settings(1)
     answers = [bench.ask(prompt, **options)[0] for _ in range(3)]
@@ -299,6 +337,14 @@ def test_an_unexpected_exception_ends_what_runs_and_the_rest_goes_on(monkeypatch
     assert [isinstance(heard.result.error, ZeroDivisionError) for heard in answers[:2]] == [True, True]
     bench.run()
     check(answers[2], alone(1))
+
+
+def test_what_fails_behind_an_end_does_not_keep_it_from_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    (heard,) = bench.ask(max_tokens=1)
+    monkeypatch.setattr(bench.admission, "make_room", lambda rows, *given: bool(list(rows)) or 1 / 0)
+    bench.run()
+    assert heard.result.tokens and bench.lanes.idle
 
 
 def test_the_end_of_the_lanes_is_told_to_all() -> None:

@@ -43,8 +43,9 @@ def test_stop_cancels_the_answer_in_the_server(page: Page, monkeypatch: pytest.M
     expect(text).to_have_count(0)
     page.get_by_role("button", name="Who are you?", exact=True).click()
     expect(text).to_contain_text('"')
-    (request,) = answers[0].job.requests
-    assert not request.finished
+    (lane,) = answers[0].lanes
+    request = lane.request
+    assert request and not request.finished
     page.keyboard.press("Escape")
     deadline = time.monotonic() + 30
     while not request.finished and time.monotonic() < deadline:

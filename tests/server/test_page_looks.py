@@ -132,8 +132,8 @@ def test_a_stream_cut_anywhere_is_read_the_same(page: Page) -> None:
           }
           return [...heard];
         }""",
-        ": reading\n\n" + says("Grüße 🙂").replace("\n", "\r\n") + "data: [DONE]\n\n",
+        ": reading 9 of 36\n\n" + says("Grüße 🙂").replace("\n", "\r\n") + "data: [DONE]\n\n",
     )
     assert [json.loads(parts) for parts in heard] == [
-        [{"reasoning": "Well."}, {"content": "Grüße 🙂"}, {"finish": "stop"}]
+        [{"read": 0.25}, {"reasoning": "Well."}, {"content": "Grüße 🙂"}, {"finish": "stop"}]
     ]

@@ -59,6 +59,17 @@ def test_settings_are_kept_and_sent(page: Page) -> None:
     }  # fmt: skip
 
 
+def test_settings_in_force_are_told_beside_the_message(page: Page) -> None:
+    told = page.get_by_role("button", name="Settings: ")
+    set_up(page, key="none")
+    expect(told).to_have_count(0)
+    set_up(page, thinking="off", budget="9", temperature="0", max_tokens="99", system="Be brief.", schema="{}")
+    expect(told).to_have_text("thinking off, temperature 0, at most 99 tokens, system prompt, schema")
+    page.reload()
+    told.click()
+    expect(page.locator("[name=system]")).to_have_value("Be brief.")
+
+
 @pytest.mark.parametrize(
     ("field", "value"), [("schema", "{"), ("schema", "[]"), ("temperature", "3"), ("max_tokens", "1.5")]
 )
@@ -69,6 +80,84 @@ def test_settings_that_cannot_be_are_told_and_not_saved(page: Page, field: str, 
     assert page.evaluate("localStorage.getItem('settings')") is None
 
 
+# --- while an answer comes -------------------------------------------------------------------------------------------
+
+STREAM = """() => {
+  const { fetch } = globalThis;
+  globalThis.fetch = async (path, options) => !path.endsWith("completions") ? fetch(path, options) :
+    new Response(new ReadableStream({ start(to) {
+      globalThis.say = (text) => to.enqueue(new TextEncoder().encode(text));
+      globalThis.end = () => to.close();
+    } }));
+}"""
+
+
+def test_how_far_the_prompt_is_read_is_shown_and_told_at_each_quarter(page: Page) -> None:
+    page.evaluate(STREAM)
+    page.evaluate("""() => {
+      globalThis.told = [];
+      globalThis.now = 0;
+      performance.now = () => now;
+      const status = document.querySelector("[role=status]");
+      new MutationObserver(() => told.push(status.textContent)).observe(status, { childList: true });
+    }""")
+    prompt(page).fill("Long")
+    page.keyboard.press("Enter")
+    reading = page.locator(".reading")
+    expect(reading).to_be_visible()
+    page.evaluate("say(': reading 1 of 4096\\n\\n')")
+    page.evaluate("() => new Promise(requestAnimationFrame)")
+    expect(reading).to_be_empty()  # of a short prompt nothing is told
+    page.evaluate("now = 1000")
+    for comment, text in {
+        "waiting": "Waiting for the model", "reading 512 of 4096": "Reading the prompt, 12 %",
+        "reading 1536 of 4096": "Reading the prompt, 37 %", "reading 2000 of 4096": "Reading the prompt, 48 %",
+    }.items():  # fmt: skip
+        page.evaluate(f"say(': {comment}\\n\\n')")
+        expect(reading).to_have_text(text)
+    page.evaluate("(text) => say(text)", says("Yes."))
+    expect(reading).to_be_hidden()
+    page.evaluate("end()")
+    answered(page)
+    quarters = ["Reading the prompt, 0 %", "Reading the prompt, 25 %"]
+    assert page.evaluate("told") == ["Waiting for the model", *quarters, "Yes.\n"]
+
+
+def test_the_list_marks_the_conversation_that_is_being_answered(page: Page) -> None:
+    page.evaluate(STREAM)
+    prompt(page).fill("First")
+    page.keyboard.press("Enter")
+    first = page.get_by_role("button", name="First", exact=True)
+    expect(first).to_have_accessible_description("Being answered")
+    page.get_by_role("button", name="New", exact=True).click()
+    expect(first).to_have_accessible_description("Being answered")
+    page.evaluate("(text) => { say(text); end(); }", says("Yes."))
+    expect(first).to_have_accessible_description("")
+
+
+def test_the_end_stays_in_view_unless_one_scrolls_up(page: Page) -> None:
+    reply(page, "\n\n".join(["long"] * 40))
+    page.locator("#files").set_input_files([SHAPES] * 8)
+    figures = ask(page, "One").locator(".figures")
+    expect(figures).to_be_in_viewport()
+    page.locator(".media img").first.evaluate("(image) => { image.style.maxHeight = 'none'; image.height = 2000; }")
+    expect(figures).to_be_in_viewport()
+    page.unroute(CHAT)
+    page.evaluate(STREAM)
+    prompt(page).fill("Two")
+    page.keyboard.press("Enter")
+    page.mouse.move(600, 300)
+    page.mouse.wheel(0, -400)
+    scrolled = "document.querySelector('#scroll').scrollTop"
+    page.wait_for_function(
+        f"() => (globalThis.before = {scrolled}) + 800 < document.querySelector('#scroll').scrollHeight"
+    )
+    page.evaluate("(text) => say(text)", says("\n\n".join(["more"] * 40)))
+    expect(page.get_by_role("article").last).to_contain_text("more")
+    assert page.evaluate(f"before === {scrolled}")
+    page.evaluate("end()")
+
+
 # --- what does not go well -------------------------------------------------------------------------------------------
 
 
@@ -77,9 +166,20 @@ def test_what_the_api_refuses_is_shown_in_its_words(page: Page, tmp_path: Path) 
     page.locator("#files").set_input_files(tmp_path / "cut.png")
     with page.expect_response(CHAT) as told:
         ask(page, "What do you see?")
-    message = told.value.json()["error"]["message"]
+    message = re.sub(r"a data: URI of \d+ characters \(.*?\)", "cut.png", told.value.json()["error"]["message"])
+    assert "cut.png" in message
     expect(answered(page).locator(".note")).to_have_text(message)
     expect(page.get_by_role("status")).to_have_text(message)
+
+
+def test_a_file_is_named_where_the_refusal_says_nothing_of_it(page: Page) -> None:
+    error = {"message": "too small", "param": "messages.3.content.1.image_url"}
+    reply(page, "Yes.")
+    ask(page, "One")
+    set_up(page, system="Be brief.")
+    page.locator("#files").set_input_files([SHAPES.parent / "moving.mp4", SHAPES])
+    reply(page, "", json.dumps({"error": error}), status=400)
+    expect(ask(page, "Two").locator(".note")).to_have_text("shapes.png: too small")
 
 
 @pytest.mark.parametrize(
@@ -116,10 +216,15 @@ def test_a_server_that_asks_for_a_key_gets_it_from_the_settings(browser: Browser
     (tmp_path / "key").write_text("secret")
     with serving(api_key_file=tmp_path / "key") as server, opened(browser, server.url) as page:
         expect(page.locator("[name=key]")).to_be_focused()
+        expect(page.get_by_role("alert")).to_have_text("The server asks for a key.")
         page.keyboard.press("Escape")
         ask(page, "What is 34 + 58?").get_by_role("button", name="Enter the key").click()
         expect(page.locator("[name=key]")).to_be_focused()
-        page.keyboard.type("secret")
+        page.keyboard.type("another")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("alert")).to_have_text("The server does not take this key.")
+        expect(page.locator("[name=key]")).to_be_focused()
+        page.locator("[name=key]").fill("secret")
         page.keyboard.press("Enter")
         expect(page.locator("#model")).to_have_text("nano")
         page.get_by_role("button", name="Regenerate").click()

@@ -1,6 +1,7 @@
 """The service between the event loop and its engine thread: who may come in, and how it ends."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -48,7 +49,6 @@ def test_too_many_are_refused_and_those_that_wait_are_answered() -> None:
             assert [result.generation_tokens for result in await whole(answer)] == [1]
         assert [result.error for result in await whole(service.submit(job))] == [None]
         assert (service.waiting, service.running) == (0, 0)
-        assert sum(service.ended.values()) == serving.QUEUE + 2 and service.ended["interrupted"] == 1
 
     served(use, rows=1)
 
@@ -92,53 +92,45 @@ def test_closing_ends_what_runs_and_refuses_what_waits() -> None:
     served(use, rows=1)
 
 
-def test_what_runs_may_end_within_the_grace() -> None:
-    async def use(service: Service) -> None:
-        answer = service.submit(service.prepare(QUESTION, max_tokens=20, **ENDLESS))
-        events = aiter(answer)
-        await anext(events)
-        await asyncio.to_thread(service.close, 60)
-        async for _ in events:
-            pass
-        assert [result and result.finish_reason for result in answer.results] == ["length"]
+def test_time_passes_from_the_preparation_on() -> None:
+    now = [0.0]
 
-    served(use)
+    async def use() -> None:
+        job = service.prepare(QUESTION)
+        now[0] = 10.0
+        (result,) = await whole(service.submit(job))
+        assert ApiError.of(result.error or Exception()).code == "request_timeout"
 
-
-def test_the_model_is_unloaded_when_nothing_runs_and_loaded_for_the_next_job() -> None:
-    async def use(service: Service) -> None:
-        async def unloaded() -> bool:
-            service.unload()
-            done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-            loop = asyncio.get_running_loop()
-            service.do(lambda: loop.call_soon_threadsafe(done.set_result, service.model is None))
-            return await done
-
-        answer = service.submit(service.prepare(QUESTION, temp=0))
-        events = aiter(answer)
-        await anext(events)
-        assert not await unloaded()
-        async for _ in events:
-            pass
-        assert await unloaded() and service.library is None
-        (result,) = await whole(service.submit(service.prepare(QUESTION, temp=0)))
-        assert result.text == "92" and service.model and service.library
-
-    served(use)
-
-
-def test_a_model_that_cannot_be_loaded_again_is_told() -> None:
-    async def use(service: Service) -> None:
-        service.unload()
-        (result,) = await whole(service.submit(service.prepare(QUESTION, temp=0)))
-        assert isinstance(result.error, OSError)
-
-    def broken() -> Any:
-        raise OSError("gone")
-
-    service = Service(*load("nano"), ServerOptions(), "nano", load=broken)
+    service = Service(*load("nano"), ServerOptions(timeout=10), "nano", clock=lambda: now[0])
     service.start()
     try:
-        asyncio.run(use(service))
+        asyncio.run(asyncio.wait_for(use(), 60))
     finally:
         service.close()
+
+
+def test_closing_refuses_what_is_on_its_way_and_loads_no_model_for_it() -> None:
+    now, gate, loads = [0.0], threading.Event(), []
+
+    async def use() -> None:
+        job = service.prepare(QUESTION)
+        now[0] = 61.0
+        while service.model:
+            service.do(lambda: None)
+            await asyncio.sleep(0.01)
+        service.do(lambda: gate.wait(60) and 1 / 0)
+        answer = service.submit(job)
+        closing = asyncio.ensure_future(asyncio.to_thread(service.close))
+        with pytest.raises(ApiError) as late:
+            while True:
+                await service.off_loop(int)
+        gate.set()
+        (result,) = await whole(answer)
+        await closing
+        assert late.value.code == ApiError.of(result.error or Exception()).code == "server_closing"
+        assert not loads
+
+    options = ServerOptions(idle_unload=1)
+    service = Service(*load("nano"), options, "nano", lambda: loads.append(1) or load("nano"), lambda: now[0])
+    service.start()
+    asyncio.run(asyncio.wait_for(use(), 60))

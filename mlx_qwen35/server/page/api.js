@@ -12,30 +12,30 @@ export class ApiError extends Error {
 // A server that cannot be reached, or that left before the end.
 export class Lost extends Error {}
 
-function headers(key) {
-  return key ? { Authorization: `Bearer ${key}` } : {};
-}
-
-async function ask(path, options) {
+async function ask(path, key, { headers, ...options } = {}) {
   let response;
   try {
-    response = await fetch(path, options);
+    const authorization = key ? { Authorization: `Bearer ${key}` } : {};
+    response = await fetch(path, { headers: { ...headers, ...authorization }, ...options });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Lost("The server cannot be reached.");
   }
   if (response.ok) return response;
+  if (response.status === 401) {
+    throw new ApiError(401, { message: key ? "The server does not take this key." : "The server asks for a key." });
+  }
   const told = await response.json().catch(() => ({}));
   throw new ApiError(response.status, told.error);
 }
 
 // The name of the model that is served.
 export async function modelName(key) {
-  const response = await ask("v1/models", { headers: headers(key) });
+  const response = await ask("v1/models", key);
   return (await response.json()).data[0].id;
 }
 
-// The data of each server-sent event of a response.
+// Each server-sent event of a response: {data} of it, or {comment}.
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
@@ -51,24 +51,35 @@ async function* events(response) {
     const whole = (text + read.value).split(/\r?\n\r?\n/);
     text = whole.pop();
     for (const event of whole) {
-      const data = event.split(/\r?\n/).filter((line) => line.startsWith("data:")).map((line) => line.slice(5).trim());
-      if (data.length) yield data.join("\n");
+      const lines = event.split(/\r?\n/);
+      const of = (name) => lines.filter((line) => line.startsWith(name)).map((line) => line.slice(name.length).trim());
+      const [data, comment] = [of("data:"), of(":")];
+      if (data.length) yield { data: data.join("\n") };
+      else if (comment.length) yield { comment: comment[0] };
     }
   }
 }
 
-// An answer as it comes: {reasoning}, {content}, {finish}, {usage}, each in an object of its own.
+// How much of the prompt a comment says is read, from 0 to 1; null where the request waits for the model.
+function readOf(comment) {
+  const [, read, total] = /^reading (\d+) of (\d+)$/.exec(comment) ?? [];
+  return total ? read / total : null;
+}
+
+// An answer as it comes: {read}, {reasoning}, {content}, {finish}, {usage}, each in an object of its own.
 // Throws ApiError, Lost, or AbortError once the signal says stop.
 export async function* complete(body, key, signal) {
   const request = { ...body, stream: true, stream_options: { include_usage: true } };
-  const response = await ask("v1/chat/completions", {
+  const response = await ask("v1/chat/completions", key, {
     method: "POST",
-    headers: { "Content-Type": "application/json", ...headers(key) },
+    headers: { "Content-Type": "application/json" },
     body: JSON.stringify(request),
     signal,
   });
   let finished = false;
-  for await (const data of events(response)) {
+  for await (const { data, comment } of events(response)) {
+    if (comment) yield { read: readOf(comment) };
+    if (!data) continue;
     if (data === "[DONE]") break;
     const chunk = JSON.parse(data);
     if (chunk.error) throw new ApiError(response.status, chunk.error);

@@ -1,7 +1,8 @@
 // A conversation: its messages, and the answer that is under way. It draws nothing; `changed` is told what did.
 //
 // A message is {role: "user", text, media} or {role: "assistant", text, reasoning, state, ...}, state being "running",
-// "done", "stopped", "lost" (the server went away) or "failed" (it refused, or said that it failed).
+// "done", "stopped", "lost" (the server went away) or "failed" (it refused, or said that it failed). read: how much of the
+// prompt is, from 0 to 1, null while it waits, undefined where that is not to be told.
 
 import { ApiError, Lost, complete } from "./api.js";
 import { mediaPart } from "./media.js";
@@ -9,6 +10,7 @@ import { requestOptions, settings } from "./settings.js";
 import * as store from "./store.js";
 
 const SAVED_EVERY = 2000; // ms, while an answer comes
+const AT_ONCE = 1000; // ms; of a prompt that is read within these nothing is told
 
 // The messages as the API takes them. The whole history is sent each time; the server knows what it has read of it.
 export function history(messages, system) {
@@ -128,11 +130,12 @@ export class Conversation {
       message.state = "done";
     } catch (error) {
       Object.assign(message, failure(error));
+      if (message.state === "failed") message.error = named(error, body.messages, this.messages);
     }
     this.controller = null;
-    this.save(index);
+    const kept = [this.save(index), this.touch()];
     this.changed(this, message);
-    await this.touch();
+    await Promise.all(kept);
   }
 
   async receive(message, index, parts) {
@@ -140,6 +143,7 @@ export class Conversation {
     let saved = performance.now();
     for await (const part of parts) {
       clock.tick(message, part);
+      message.read = performance.now() - clock.start < AT_ONCE ? undefined : part.read;
       message.reasoning += part.reasoning ?? "";
       message.text += part.content ?? "";
       message.finish = part.finish ?? message.finish;
@@ -149,6 +153,16 @@ export class Conversation {
       this.save(index);
     }
   }
+}
+
+// What a refusal says, with the name of the file it is about, which its param tells ("messages.1.content.0.image_url").
+function named({ message, param }, sent, messages) {
+  const [, at, part] = /^messages\.(\d+)\.content\.(\d+)/.exec(param) ?? [];
+  const { image_url: image, video_url: video } = sent[at]?.content[part] ?? {};
+  const file = messages.flatMap(({ media = [] }) => media).find(({ url }) => url === (image ?? video)?.url);
+  if (!file) return message;
+  const said = message.replace(/a data: URI of [\d,]+ characters( \([^)]*\))?/, () => file.name);
+  return said === message ? `${file.name}: ${message}` : said;
 }
 
 // How an answer ended that was not finished.

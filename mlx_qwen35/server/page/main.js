@@ -3,8 +3,8 @@
 import { Lost, modelName } from "./api.js";
 import { Conversation } from "./chat.js";
 import { Attachments, pastedFiles } from "./media.js";
-import { AnswerView, ending, sends, userView } from "./message.js";
-import { editSettings, settings, startSettings } from "./settings.js";
+import { AnswerView, ending, reading, sends, userView } from "./message.js";
+import { editSettings, inForce, settings, startSettings } from "./settings.js";
 import { showConversations } from "./sidebar.js";
 import * as store from "./store.js";
 
@@ -17,6 +17,8 @@ const views = new Map(); // message -> its view, of the conversation that is sho
 const stale = new Set(); // messages that changed since they were painted
 let current;
 let asking; // the timer of showModel
+let following = true; // whether the end of the messages stays in view as they grow
+let scrolled = 0; // how far down they were
 
 // Say something, on the screen and to a screen reader.
 function tell(text) {
@@ -26,44 +28,66 @@ function tell(text) {
 }
 
 function announce(text) {
-  find("told").textContent = text;
+  if (find("told").textContent !== text) find("told").textContent = text;
 }
 
 // --- the conversation that is shown ---
 
 function changed(conversation, message) {
-  if (conversation.running) running.set(conversation.id, conversation);
-  else running.delete(conversation.id);
+  if (conversation.running !== running.has(conversation.id)) {
+    if (conversation.running) running.set(conversation.id, conversation);
+    else running.delete(conversation.id);
+    list();
+  }
   if (conversation !== current) return;
   if (!message) show();
   else if (!stale.size) requestAnimationFrame(paint);
   if (message) stale.add(message);
   showRunning();
-  if (message && !conversation.running) {
+  if (!message) return;
+  if (conversation.running) announceReading(message);
+  else {
     paint();
     announce([ending(message), views.get(message).text.textContent].filter(Boolean).join(" "));
     if (message.state === "lost") showModel();
   }
 }
 
+// Four times at most, however long a prompt is.
+function announceReading({ read }) {
+  if (read !== undefined) announce(reading({ read: read && Math.floor(4 * read) / 4 }));
+}
+
 function paint() {
-  const below = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 40;
   const messages = [...stale];
   stale.clear();
   for (const message of messages) views.get(message)?.update(message);
-  if (below) scroll.scrollTop = scroll.scrollHeight;
+}
+
+// Whoever scrolls up, or opens something in a message, stays there; at the end the messages are followed again.
+function startFollowing() {
+  scroll.addEventListener("scroll", () => {
+    const { scrollTop, scrollHeight, clientHeight } = scroll;
+    if (scrollHeight - scrollTop - clientHeight < 40) following = true;
+    else if (scrollTop < scrolled) following = false;
+    scrolled = scrollTop;
+  });
+  find("messages").addEventListener("click", ({ target }) => {
+    if (target.closest("summary, .user .actions button")) following = false;
+  });
+  const observer = new ResizeObserver(() => {
+    if (following) scroll.scrollTop = scroll.scrollHeight;
+  });
+  observer.observe(scroll);
+  observer.observe(find("messages"));
 }
 
 function view(message, index) {
   const conversation = current;
-  const after = async (answered) => {
-    prompt.focus();
-    await answered;
-    await list();
-  };
+  const again = () => prompt.focus(); // the button that was pressed goes
   return message.role === "user"
-    ? userView(message, { edit: (text) => after(conversation.edit(index, text)) })
-    : new AnswerView({ regenerate: () => after(conversation.regenerate(index)), key: () => editSettings("key") });
+    ? userView(message, { edit: (text) => again(conversation.edit(index, text)) })
+    : new AnswerView({ regenerate: () => again(conversation.regenerate(index)), key: () => editSettings("key") });
 }
 
 function show() {
@@ -76,6 +100,7 @@ function show() {
   find("messages").replaceChildren(...[...views.values()].map(({ element }) => element));
   find("empty").hidden = views.size > 0;
   showTitle();
+  following = true;
   scroll.scrollTop = scroll.scrollHeight;
   showRunning();
 }
@@ -112,7 +137,7 @@ async function open(id) {
 }
 
 async function list() {
-  showConversations(await store.listConversations(), current.id, { open, rename, remove });
+  showConversations(await store.listConversations(), current.id, running, { open, rename, remove });
 }
 
 async function rename(id, title) {
@@ -139,12 +164,8 @@ async function send() {
   prompt.value = "";
   grow();
   tell("");
-  const conversation = current;
-  const sent = conversation.send(text, attachments.take());
-  history.replaceState(null, "", `#${conversation.id}`);
-  await list();
-  await sent;
-  await list();
+  current.send(text, attachments.take());
+  history.replaceState(null, "", `#${current.id}`);
 }
 
 // The field is as high as its text.
@@ -242,19 +263,32 @@ async function showModel() {
   } catch (error) {
     find("model").textContent = "";
     tell(error.message);
-    if (error.status === 401) editSettings("key");
+    if (error.status === 401) editSettings("key", error.message);
     if (error.status === 503 || error instanceof Lost) asking = setTimeout(showModel, 2000);
   }
+}
+
+function showSettings() {
+  const words = inForce();
+  const button = find("in-force");
+  button.hidden = !words.length;
+  button.textContent = button.title = words.join(", ");
+  button.setAttribute("aria-label", `Settings: ${words.join(", ")}`);
 }
 
 function start() {
   startComposer();
   startDrop();
-  startSettings(showModel);
+  startFollowing();
+  showSettings();
+  startSettings(() => {
+    showSettings();
+    showModel();
+  });
   find("new").addEventListener("click", () => open());
   find("menu").addEventListener("click", toggleMenu);
   find("shade").addEventListener("click", closeMenu);
-  find("open-settings").addEventListener("click", () => editSettings());
+  for (const id of ["open-settings", "in-force"]) find(id).addEventListener("click", () => editSettings());
   find("theme").addEventListener("click", () => {
     nextTheme();
     nameTheme();

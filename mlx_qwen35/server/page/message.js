@@ -27,6 +27,12 @@ function seconds(value) {
   return value < 10 ? `${value.toFixed(1)} s` : `${Math.round(value)} s`;
 }
 
+// What is told of a prompt that is not read yet.
+export function reading({ read }) {
+  if (read === null) return "Waiting for the model";
+  return `Reading the prompt, ${Math.floor(100 * read)} %`;
+}
+
 // What an answer took: tokens, tokens per second by the page's clock, and how much of the prompt was not read again.
 export function figures({ usage, decoding, wait }) {
   if (!usage) return "";
@@ -110,14 +116,17 @@ export class AnswerView {
     this.thoughts = make("div", "prose");
     this.thinking.append(this.summary, this.thoughts);
     this.text = make("div", "prose");
+    this.reading = make("p", "reading");
     this.note = make("p", "note");
     this.footer = make("footer", "actions");
-    this.element.append(this.thinking, this.text, this.note, this.footer);
+    this.element.append(this.reading, this.thinking, this.text, this.note, this.footer);
   }
 
   update(message) {
     const running = message.state === "running";
-    this.element.classList.toggle("waiting", running && !message.text && !message.reasoning);
+    const waiting = running && !message.text && !message.reasoning;
+    this.reading.hidden = !waiting;
+    this.reading.textContent = message.read === undefined ? "" : reading(message);
     this.element.setAttribute("aria-busy", running);
     this.thinking.hidden = !message.reasoning;
     if (message.reasoning) {

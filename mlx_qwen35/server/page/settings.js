@@ -9,6 +9,20 @@ export function settings() {
   return JSON.parse(kept.settings ?? "{}");
 }
 
+// The settings that are not left to the model, in words.
+export function inForce() {
+  const { thinking, budget, temperature, max_tokens: most, system, schema } = settings();
+  const words = [
+    [thinking, `thinking ${thinking}`],
+    [budget && thinking !== "off", "thinking budget"],
+    [temperature, `temperature ${temperature}`],
+    [most, `at most ${most} tokens`],
+    [system, "system prompt"],
+    [schema, "schema"],
+  ];
+  return words.filter(([given]) => given).map(([, word]) => word);
+}
+
 // What the settings add to the body of a request.
 export function requestOptions({ thinking, budget, temperature, max_tokens: most, schema }) {
   const options = {};
@@ -54,11 +68,11 @@ function save(event) {
   dialog.dispatchEvent(new Event("saved"));
 }
 
-// Open the dialog, at one of its fields where named.
-export function editSettings(name) {
+// Open the dialog, at one of its fields where named, with what is wrong with it.
+export function editSettings(name, wrong = "") {
   const now = settings();
   for (const field of form.elements) if (field.name) field.value = now[field.name] ?? "";
-  problem.textContent = "";
+  problem.textContent = wrong;
   dialog.showModal();
   if (name) form.elements[name].focus();
 }

@@ -28,14 +28,17 @@ function ask(question, doing, text) {
   });
 }
 
-function entry(conversation, current, actions) {
-  const { id, title: name } = conversation;
+function entry({ id, title: name }, current, running, actions) {
   const element = document.createElement("li");
   const open = document.createElement("button");
   open.type = "button";
   open.className = "open";
   open.textContent = name;
   if (id === current) open.setAttribute("aria-current", "true");
+  if (running) {
+    open.classList.add("answering");
+    open.title = "Being answered";
+  }
   open.addEventListener("click", () => actions.open(id));
   const rename = button("Rename", async () => {
     const chosen = await ask("Rename the conversation", "Rename", name);
@@ -51,7 +54,7 @@ function entry(conversation, current, actions) {
   return element;
 }
 
-// Show the conversations. actions: {open(id), rename(id, title), remove(id)}.
-export function showConversations(conversations, current, actions) {
-  list.replaceChildren(...conversations.map((one) => entry(one, current, actions)));
+// Show the conversations. running: those that are being answered, by id. actions: {open(id), rename(id, title), remove(id)}.
+export function showConversations(conversations, current, running, actions) {
+  list.replaceChildren(...conversations.map((one) => entry(one, current, running.has(one.id), actions)));
 }
