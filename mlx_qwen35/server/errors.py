@@ -9,6 +9,9 @@ from mlx_qwen35.errors import InputError
 STATUS = {"logits_not_finite": 500, "fetch_failed": 400, "package_missing": 501, "disk_full": 507}
 
 
+RETRY = {"Retry-After": "5"}  # seconds
+
+
 @dataclass
 class ApiError(Exception):
     """A refusal: HTTP status, stable code, message, and the field it is about ("messages.0.content.1.image_url")."""
@@ -43,3 +46,8 @@ class ApiError(Exception):
         named = f"{self.param}: " if self.param and self.param not in self.message else ""
         told = {"type": self.type, "message": named + self.message, "details": {"error_code": self.code}}
         return {"type": "error", "error": told, "request_id": request_id}
+
+
+def closing() -> ApiError:
+    """What a request is told that the server's end meets, wherever it is."""
+    return ApiError(503, "closing", "the server ends; ask again once it is back", headers=RETRY)

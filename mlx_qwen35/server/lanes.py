@@ -25,11 +25,10 @@ from mlx_qwen35.engine.sequence import Sequence as Request
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.prompt.piece import Piece
 from mlx_qwen35.server.admission import GROWN, Admission
-from mlx_qwen35.server.errors import ApiError
+from mlx_qwen35.server.errors import RETRY, ApiError
 
 LOG = logging.getLogger("mlx_qwen35.server")
 NEAR = 16  # tokens before the end of what is reserved at which more is reserved: a pass gives a few
-RETRY = {"Retry-After": "5"}  # seconds
 
 
 class Event(NamedTuple):

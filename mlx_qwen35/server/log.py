@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mlx_qwen35.server.errors import ApiError
+from mlx_qwen35.server.errors import closing
 from mlx_qwen35.server.guard import refusal
 from mlx_qwen35.server.service import ANSWERS, Answer
 from mlx_qwen35.server.status import Metrics
@@ -79,8 +79,7 @@ class Log:
             await self._app(scope, receive, watched)
         except asyncio.CancelledError:  # the server closes
             if not status:
-                error = ApiError(503, "closing", "the server is closing")
-                await refusal(scope["path"], error)(scope, receive, watched)
+                await refusal(scope["path"], closing())(scope, receive, watched)
         except Exception as error:
             LOG.exception("a request failed")
             if not status:  # otherwise the connection ends without the rest

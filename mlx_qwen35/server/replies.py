@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from mlx_qwen35.engine.result import Result
-from mlx_qwen35.server.errors import ApiError
+from mlx_qwen35.server.errors import ApiError, closing
 from mlx_qwen35.server.service import Answer, Event, Job, Service, failed
 from mlx_qwen35.server.stream import event_stream, openai_stream, sse, unless_gone, with_silence
 
@@ -123,7 +123,7 @@ def finish_reason(result: Result) -> str:
 def refusal(result: Result) -> ApiError | None:
     """Why an answer has no end of its own, if it has none."""
     if result.finish_reason == "interrupted" and not result.error:
-        return ApiError(503, "interrupted", "the server ended this answer", headers={"Retry-After": "5"})
+        return closing()
     return failed(result)
 
 

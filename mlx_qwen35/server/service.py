@@ -27,9 +27,9 @@ from mlx_qwen35.engine.result import Result
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.server.admission import Admission, default_rows
-from mlx_qwen35.server.errors import ApiError
+from mlx_qwen35.server.errors import RETRY, ApiError, closing
 from mlx_qwen35.server.idle import Upkeep
-from mlx_qwen35.server.lanes import RETRY, Event, Lane, Lanes
+from mlx_qwen35.server.lanes import Event, Lane, Lanes
 from mlx_qwen35.server.options import ServerOptions
 
 __all__ = ["ANSWERS", "Answer", "Event", "Job", "Service", "failed"]
@@ -181,7 +181,7 @@ class Service:
 
     def _check_room(self) -> None:
         if self._ends:
-            raise _closing()
+            raise closing()
         free = 0 if self.waiting else max(0, self._rows - self.running)
         if self.waiting + self._coming + self._preparing >= QUEUE + free:
             message = f"{QUEUE} requests wait already, as many as may; ask again later"
@@ -243,7 +243,7 @@ class Service:
         while not self._commands.empty():
             self._try(self._commands.get())
         if self._lanes:
-            self._lanes.close(_closing())
+            self._lanes.close(closing())
 
     def _next(self) -> None:
         """A look at the machine, and a command, or else a turn."""
@@ -269,7 +269,7 @@ class Service:
         with self._lock:
             self._coming -= 1
         if self._ends:
-            return _refuse(lanes, _closing())
+            return _refuse(lanes, closing())
         try:
             if self._lanes is None:
                 assert self._load
@@ -284,10 +284,6 @@ class Service:
 def _refuse(lanes: list[Lane], error: Exception) -> None:
     for lane in lanes:
         lane.refuse(error)
-
-
-def _closing() -> ApiError:
-    return ApiError(503, "server_closing", "the server ends; ask again once it is back", headers=RETRY)
 
 
 def failed(result: Result) -> ApiError | None:

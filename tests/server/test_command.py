@@ -250,7 +250,7 @@ def test_a_process_tells_its_address_and_ends_streams_on_a_signal() -> None:
         body = ENDLESS | {"logit_bias": forbidden(url, **key)}
         assert CLIENT.post(url + CHAT, json=QUESTION).status_code == 401
         found = events(url, body, lambda: running.send_signal(signal.SIGTERM), **key)
-        assert found[-1] == "[DONE]" and json.loads(found[-2])["error"]["code"] == "interrupted"
+        assert found[-1] == "[DONE]" and json.loads(found[-2])["error"]["code"] == "closing"
         told = running.communicate(timeout=60)[1]
     assert running.returncode == 0 and "Traceback" not in told and "opensesame" not in told
 

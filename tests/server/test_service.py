@@ -98,7 +98,7 @@ def test_closing_ends_what_runs_and_refuses_what_waits() -> None:
             pass
         (ended,), (refused,) = [result for result in running.results if result], await whole(waiting)
         assert (ended.finish_reason, ended.error) == ("interrupted", None)
-        assert ApiError.of(refused.error or Exception()).code == "server_closing"
+        assert ApiError.of(refused.error or Exception()).code == "closing"
         await closing
         with pytest.raises(ApiError) as late:
             service.submit(service.prepare(QUESTION))
@@ -142,7 +142,7 @@ def test_closing_refuses_what_is_on_its_way_and_loads_no_model_for_it() -> None:
         gate.set()
         (result,) = await whole(answer)
         await closing
-        assert late.value.code == ApiError.of(result.error or Exception()).code == "server_closing"
+        assert late.value.code == ApiError.of(result.error or Exception()).code == "closing"
         assert not loads
 
     options = ServerOptions(idle_unload=1)
