@@ -63,6 +63,7 @@ class Answer:
         self.job, self._service, self._loop = job, service, loop
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self.results: list[Result | None] = [None] * job.n
+        self.left = False  # whether the client did before its end
         self.first_at: float | None = None  # when its first text came, on time.monotonic()'s clock
 
     def put(self, event: Event) -> None:
@@ -75,12 +76,22 @@ class Answer:
     async def __aiter__(self) -> AsyncIterator[Event]:
         try:
             while None in self.results:
-                event = await self._events.get()
-                if event.result:
-                    self.results[event.choice] = event.result
-                yield event
+                yield await self._next()
         finally:
             self.cancel()
+
+    async def _next(self) -> Event:
+        event = await self._events.get()
+        if event.result:
+            self.results[event.choice] = event.result
+        return event
+
+    async def leave(self) -> None:
+        """End what still runs, and wait until it has: the results tell what had come."""
+        self.left = None in self.results
+        self.cancel()
+        while None in self.results:
+            await self._next()
 
     def cancel(self) -> None:
         """End what still runs. Its memory is free within a step."""
