@@ -54,4 +54,4 @@ async def _refuse(request: Request, error: Exception) -> Response:
         rule = f"this endpoint takes {headers['Allow']}" if "Allow" in headers else "there is no such endpoint"
         message = f"{request.method} {request.url.path[:80]}: {rule}"
         error = ApiError(error.status_code, HTTPStatus(error.status_code).name.lower(), message, None, headers)
-    return refusal(request.url.path, error)
+    return refusal(request.scope, error)

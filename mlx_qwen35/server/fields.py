@@ -140,7 +140,7 @@ class Fields:
     def done(self) -> None:
         """Log the fields that nobody asked for, each once."""
         for name in self._given:
-            place = self.place(name[:40] if _NAME.fullmatch(name) else "?")
+            place = self.place(plain_name(name))
             if name not in self._known and place not in _told and len(_told) < 1000:
                 _told.add(place)
                 LOG.warning("unknown field %r is ignored", place)
@@ -152,6 +152,11 @@ class Fields:
             yield
         except InputError as error:
             raise ApiError.of(error, self.about.get(error.code, field)) from error
+
+
+def plain_name(name: str) -> str:
+    """The name of a field, which a client may have made up, for the log."""
+    return name[:40] if _NAME.fullmatch(name) else "?" * bool(name)
 
 
 async def read_body(request: Request) -> Fields:

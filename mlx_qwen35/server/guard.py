@@ -72,10 +72,10 @@ def is_loopback(host: str) -> bool:
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
-def refusal(path: str, error: Exception) -> Response:
-    """An error in the shape of the API that the path belongs to."""
-    told = ApiError.of(error)
-    if not path.startswith("/v1/messages"):
+def refusal(scope: Scope, error: Exception) -> Response:
+    """An error in the shape of the API that the path belongs to; scope["refused"] has it, for the log."""
+    told = scope["refused"] = ApiError.of(error)
+    if not scope["path"].startswith("/v1/messages"):
         return JSONResponse(told.openai(), told.status, told.headers)
     name = f"req_{uuid.uuid4().hex}"
     return JSONResponse(told.anthropic(name), told.status, told.headers | {"request-id": name})
@@ -102,7 +102,7 @@ class Guard:
         except ClientLeft:
             return
         except ApiError as error:
-            await refusal(scope["path"], error)(scope, receive, send)
+            await refusal(scope, error)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 

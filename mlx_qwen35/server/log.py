@@ -16,13 +16,16 @@ from typing import Any, TextIO
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mlx_qwen35.server.errors import closing
+from mlx_qwen35.engine.result import Result
+from mlx_qwen35.server.errors import ApiError, closing
+from mlx_qwen35.server.fields import plain_name
 from mlx_qwen35.server.guard import refusal
-from mlx_qwen35.server.service import ANSWERS, Answer
+from mlx_qwen35.server.service import ANSWERS, Answer, failed
 from mlx_qwen35.server.status import Metrics
 
 LOG = logging.getLogger("mlx_qwen35.server")
 _MEDIA = ("url", "image_url", "video_url", "data")  # fields that hold images and videos, or where they are
+SILENT = ("/page/", "/health", "/metrics")  # paths without a line: what a page is made of, and what is asked all the time
 
 
 def to_stderr(with_text: bool) -> None:
@@ -79,17 +82,18 @@ class Log:
             await self._app(scope, receive, watched)
         except asyncio.CancelledError:  # the server closes
             if not status:
-                await refusal(scope["path"], closing())(scope, receive, watched)
+                await refusal(scope, closing())(scope, receive, watched)
         except Exception as error:
             LOG.exception("a request failed")
             if not status:  # otherwise the connection ends without the rest
-                await refusal(scope["path"], error)(scope, receive, watched)
+                await refusal(scope, error)(scope, receive, watched)
         finally:
             for answer in answers:
-                answer.cancel()  # what a request has begun ends with it
+                await answer.leave()  # what a request has begun ends with it
             self._metrics.count(scope, status, answers, began)
-            seconds = time.monotonic() - began
-            LOG.info("%s %s %d %s%.2f s", scope["method"], _shown(scope["path"]), status, _counts(answers), seconds)
+            counts, seconds = _refused(scope) + _counts(answers), time.monotonic() - began
+            if status >= 400 or not scope["path"].startswith(SILENT):
+                LOG.info("%s %s %d %s%.2f s", scope["method"], _shown(scope["path"]), status, counts, seconds)
             if self._with_text:
                 self._tell_text(scope, answers)
 
@@ -100,8 +104,16 @@ class Log:
             LOG.info("  answered: %s", json.dumps([result.reasoning, result.text], ensure_ascii=False))
 
 
+def _refused(scope: Scope) -> str:
+    """ "invalid_value messages.0.role, " for a request that was refused."""
+    error: ApiError | None = scope.get("refused")
+    if not error:
+        return ""
+    return " ".join(filter(None, (error.code, plain_name(error.param or "")))) + ", "
+
+
 def _counts(answers: Sequence[Answer]) -> str:
-    """ "12 in (8 cached), 40 out, stop, " for the answers of a request; an answer whose client left has "left"."""
+    """ "12 in (8 cached), 40 out, stop, " for the answers of a request; one whose client left has "left"."""
     if not answers:
         return ""
     results = [result for answer in answers for result in answer.results]
@@ -109,8 +121,17 @@ def _counts(answers: Sequence[Answer]) -> str:
     tokens = sum(answer.job.prompt_tokens for answer in answers)
     cached = max((result.cached_tokens for result in ended), default=0)
     out = sum(result.generation_tokens for result in ended)
-    ends = dict.fromkeys(result.finish_reason if result else "left" for result in results)
+    ends = dict.fromkeys(_end(answer, result) for answer in answers for result in answer.results)
     return f"{tokens} in ({cached} cached), {out} out, {' '.join(ends)}, "
+
+
+def _end(answer: Answer, result: Result | None) -> str:
+    """Why an answer has ended; of a length what set it."""
+    if result is None or (answer.left and result.finish_reason == "interrupted"):
+        return "left"
+    if error := failed(result):
+        return error.code
+    return f"length ({result.limited_by})" if result.finish_reason == "length" else result.finish_reason
 
 
 def _shown(path: str) -> str:

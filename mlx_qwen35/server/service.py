@@ -62,6 +62,7 @@ class Answer:
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self.results: list[Result | None] = [None] * job.n
         self.lanes: Sequence[Lane] = ()
+        self.left = False  # whether the client did before its end
         self.first_at: float | None = None  # when its first text came, on time.monotonic()'s clock
 
     @property
@@ -79,12 +80,22 @@ class Answer:
     async def __aiter__(self) -> AsyncIterator[Event]:
         try:
             while None in self.results:
-                event = await self._events.get()
-                if event.result:
-                    self.results[event.choice] = event.result
-                yield event
+                yield await self._next()
         finally:
             self.cancel()
+
+    async def _next(self) -> Event:
+        event = await self._events.get()
+        if event.result:
+            self.results[event.choice] = event.result
+        return event
+
+    async def leave(self) -> None:
+        """End what still runs, and wait until it has: the results tell what had come."""
+        self.left = None in self.results
+        self.cancel()
+        while None in self.results:
+            await self._next()
 
     def cancel(self) -> None:
         """End what still runs. Its memory is free within a step."""

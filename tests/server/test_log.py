@@ -32,11 +32,37 @@ def lines(loggers: None, monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
 
 def test_a_request_is_a_line_of_counts(nano_server: Running, lines: io.StringIO) -> None:
     usage = nano_server.post(CHAT, QUESTION).json()["usage"]
-    CLIENT.get(nano_server.url + "/no/such%20path%0A%1B[31m")
+    for path in ("/health", "/metrics", "/page/page.css", "/no/such%20path%0A%1B[31m"):
+        CLIENT.get(nano_server.url + path)
     told, gone = of(lines, 2)
     counts = rf"{usage['prompt_tokens']} in \(\d+ cached\), {usage['completion_tokens']} out, stop, \d+\.\d\d s"
     assert re.fullmatch(rf"\d\d:\d\d:\d\d POST {CHAT} 200 {counts}", told)
-    assert re.fullmatch(r"\d\d:\d\d:\d\d GET /no/such%20path\\n\\x1b\[31m 404 \d+\.\d\d s", gone)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d GET /no/such%20path\\n\\x1b\[31m 404 not_found, \d+\.\d\d s", gone)
+
+
+def test_a_refused_request_is_told_by_code_and_field(nano_server: Running, lines: io.StringIO) -> None:
+    nano_server.post(CHAT, QUESTION | {"temperature": 9})
+    nano_server.post("/v1/messages", {"messages": [{"role": "user"}], "max_tokens": 1})
+    nano_server.post(CHAT, QUESTION | {"chat_template_kwargs": {f"{SECRET} it is": 1}})
+    bad, missing, made_up = of(lines, 3)
+    assert " 400 invalid_value temperature, " in bad and " 400 missing_field messages.0.content, " in missing
+    assert " 400 unsupported_field ?, " in made_up and SECRET not in made_up
+
+
+def test_what_ended_an_answer_at_a_length_is_told(nano_server: Running, lines: io.StringIO) -> None:
+    nano_server.post(CHAT, QUESTION | {"max_tokens": 1})
+    assert " 1 out, length (max_tokens), " in of(lines, 1)[0]
+
+
+def test_what_had_come_before_a_client_left_is_counted(nano_server: Running, lines: io.StringIO) -> None:
+    ends = nano_server.post("/tokenize", {"prompt": "<|im_end|><|endoftext|>"}).json()["tokens"]
+    endless = {"stream": True, "max_tokens": 20_000, "loop_guard": False, "logit_bias": {str(e): -100 for e in ends}}
+    before = figures(nano_server)["mlx_qwen35_generated_tokens_total"]
+    with CLIENT.stream("POST", nano_server.url + CHAT, json=QUESTION | endless) as answer:
+        assert [line for line, _ in zip(answer.iter_lines(), range(40), strict=False)]
+    left = re.search(r" in \(\d+ cached\), (\d+) out, left, ", of(lines, 2)[1])
+    assert left and int(left[1]) > 1
+    assert figures(nano_server)["mlx_qwen35_generated_tokens_total"] == before + int(left[1])
 
 
 def of(lines: io.StringIO, count: int) -> list[str]:
