@@ -494,7 +494,7 @@ def test_a_client_that_leaves_at_the_first_event_ends_the_answer() -> None:
     async def run() -> None:
         service = SimpleNamespace(submit=lambda job: Waiting())
         request: Any = SimpleNamespace(app=SimpleNamespace(state=SimpleNamespace(service=service)))
-        response: Any = await MessageReply("nano", 5).answer(request, Job([], {}), stream=True)
+        response: Any = await MessageReply("nano", 5).answer(request, Job([], {}, 0.0), stream=True)
         assert "message_start" in await anext(response.body_iterator)
         await response.body_iterator.aclose()
 
