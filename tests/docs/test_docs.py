@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 from typing import NamedTuple
 
 import pytest
@@ -152,12 +153,14 @@ SERVED = "http://127.0.0.1:8080"  # in a document; the test's server is elsewher
 
 @pytest.mark.parametrize("document", having("python"), ids=named)
 def test_python_runs_from_the_first_block_to_the_last(document: Path, folder: Path, capsys):
-    names: dict[str, object] = {"__name__": "document"}
+    names: dict[str, Any] = {"__name__": "document"}
     texts = [block.text for block in blocks(document) if block.info == "python"]
     with serving() if SERVED in "".join(texts) else nullcontext() as server:
         for text in texts:
             text = text.replace(SERVED, server.url) if server else text
             exec(compile(text, document.name, "exec"), names)
+        for name in {"client", "claude"} & set(names):  # whose connections a document leaves to the end of the program
+            names[name].close()
     said = capsys.readouterr().out
     assert said.strip()
     if server:
