@@ -25,7 +25,7 @@ from mlx_qwen35.server.service import ANSWERS, Answer, failed
 from mlx_qwen35.server.status import Metrics
 
 LOG = logging.getLogger("mlx_qwen35.server")
-SILENT = ("/page/", "/health", "/metrics")  # paths without a line: what a page is made of, and what is asked all the time
+SILENT = ("/page/", "/health", "/metrics")  # paths without a line: files of the page, and what is asked all the time
 
 
 def to_stderr(with_text: bool) -> None:
