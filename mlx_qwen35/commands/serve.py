@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     options = ServerOptions(**given_options(args, [ServerOptions]))
     try:
         from mlx_qwen35.server.app import make_app
+        from mlx_qwen35.server.guard import read_key
         from mlx_qwen35.server.listen import bind, serve
         from mlx_qwen35.server.log import to_stderr
     except ImportError as error:
@@ -48,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
     to_stderr(options.log_text)
 
     def ready() -> None:
-        print(f"{name_of(args.model)} is served on {url}/v1, with a page on {url}/", file=sys.stderr, flush=True)
+        service: Service = app.state.service
+        told = f"{service.name} is served on {url}/v1, with a page on {url}/"
+        print(told, terms(service, is_open=not read_key(options)), sep="\n", file=sys.stderr, flush=True)
 
     serve(app, sockets, lambda: load_service(args, options), ready)
     return 0
@@ -69,6 +72,19 @@ def load_service(args: argparse.Namespace, options: ServerOptions) -> "Service":
     service = Service(model, processor, options, name_of(args.model), load=lambda: load_model(args))
     service.start()
     return service
+
+
+def terms(service: "Service", is_open: bool) -> str:
+    """What a server gives, in a line."""
+    from mlx_qwen35.server.guard import is_loopback
+
+    memory = service.model.memory_limit / 1e9 if service.model else 0
+    key = "none" if is_open else "asked for"
+    size = f"context: {service.context:,} tokens; answers at a time: {service.rows}; memory: {memory:.1f} GB"
+    found = f"{size}; key: {key}"
+    if is_loopback(service.options.host):
+        return found
+    return f"{found}; other machines reach it by its address, or an --allowed-host"
 
 
 def name_of(model: str) -> str:

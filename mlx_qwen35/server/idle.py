@@ -15,6 +15,7 @@ from mlx_qwen35.errors import InputError
 from mlx_qwen35.machine.awake import Awake
 from mlx_qwen35.machine.pressure import CRITICAL, WARNING, pressure
 from mlx_qwen35.model.model import Model
+from mlx_qwen35.options import spelled
 from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.prompt.prompt import Prompt
 from mlx_qwen35.server.errors import ApiError
@@ -52,7 +53,14 @@ class Upkeep:
         self.files: PrefixFiles | None = None
         if options.session_dir:
             own = identity(model, processor) | {"template": template_digest(processor)}
-            self.files = PrefixFiles(options.session_dir.expanduser(), own, tell=LOG.warning)
+            folder = options.session_dir.expanduser()
+            try:
+                self.files = PrefixFiles(folder, own, tell=LOG.warning)
+            except InputError as error:
+                if error.code != "session_busy":
+                    raise
+                rule = f"{spelled('session_dir')} {folder} is in use by another server; give another folder"
+                raise InputError("session_busy", rule) from None
 
     def attach(self, library: PrefixLibrary) -> None:
         """A model was loaded, with a library of its own."""
@@ -127,3 +135,4 @@ class Upkeep:
         self._awake.set(False)
         if self.files:
             self.files.close()
+            LOG.info("what was read of prompts is kept in %s", self.options.session_dir)

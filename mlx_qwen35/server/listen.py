@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import errno
+import logging
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.server.service import Service
 
+LOG = logging.getLogger("mlx_qwen35.server")
 HEAD_SECONDS = 20.0  # for the head of a request
 END_SECONDS = 10.0  # for clients to take the end of their answers once the server closes
 _ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # as of ::1, a localhost, without IPv6
@@ -111,6 +113,7 @@ async def _serve(
     def end(number: int) -> None:
         if app.state.service is None or (ended.is_set() and number == signal.SIGINT):
             os._exit(128 + number)  # as shells have it; nothing is there to save, or nobody waits for that
+        LOG.info("the server ends (%s)", signal.Signals(number).name)
         app.state.closing = True
         ended.set()
 

@@ -25,7 +25,7 @@ from mlx_qwen35.server.status import Metrics
 
 LOG = logging.getLogger("mlx_qwen35.server")
 _MEDIA = ("url", "image_url", "video_url", "data")  # fields that hold images and videos, or where they are
-SILENT = ("/page/", "/health", "/metrics")  # paths without a line: what a page is made of, and what is asked often
+SILENT = ("/page/", "/health", "/metrics")  # paths without a line: files of the page, and what is asked all the time
 
 
 def to_stderr(with_text: bool) -> None:

@@ -129,7 +129,7 @@ class Service:
         self.admission = Admission(model, processor.config.vision)
         self._load, self._clock = load, clock
         self.upkeep = Upkeep(model, processor, options, clock, **machine)
-        self._rows = options.rows or default_rows(model.memory_limit)
+        self.rows = options.rows or default_rows(model.memory_limit)
         self._lanes: Lanes | None = self._lanes_of(model)
         # Where other servers are waited for, one that is slow must hold up nobody else.
         self._pool = ThreadPoolExecutor(QUEUE if options.fetch_media else 2, "prepare")
@@ -193,7 +193,7 @@ class Service:
     def _check_room(self) -> None:
         if self._ends:
             raise closing()
-        free = 0 if self.waiting else max(0, self._rows - self.running)
+        free = 0 if self.waiting else max(0, self.rows - self.running)
         if self.waiting + self._coming + self._preparing >= QUEUE + free:
             message = f"{QUEUE} requests wait already, as many as may; ask again later"
             raise ApiError(429, "queue_full", message, headers=RETRY)
@@ -239,7 +239,7 @@ class Service:
     def _lanes_of(self, model: Model) -> Lanes:
         library = model.make_library()
         self.upkeep.attach(library)
-        return Lanes(model, library, self.admission, self._rows, self._clock)
+        return Lanes(model, library, self.admission, self.rows, self._clock)
 
     def _unload(self) -> None:
         if self._load and self._lanes and self._lanes.idle:

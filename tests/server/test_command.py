@@ -16,7 +16,7 @@ import httpx
 import pytest
 from serving import CLIENT, Running
 
-from mlx_qwen35.commands.serve import load_service, main, name_of, parser
+from mlx_qwen35.commands.serve import load_service, main, name_of, parser, terms
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.server import listen
 from mlx_qwen35.server.app import make_app
@@ -125,6 +125,11 @@ def test_a_model_is_called_by_its_folder_or_its_id(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path / "mine")
     names = {".": "mine", str(tmp_path / "mine") + "/": "mine", "Qwen/Qwen3.5-4B": "Qwen/Qwen3.5-4B", "nano": "nano"}
     assert {name: name_of(name) for name in names} == names
+
+
+def test_it_tells_its_terms(nano_server: Running) -> None:
+    found = terms(nano_server.service, is_open=False), terms(nano_server.service, is_open=True)
+    assert found[0] != found[1] and all(f"{nano_server.service.context:,} tokens" in told for told in found)
 
 
 class Lifetime:
@@ -264,10 +269,10 @@ def healthy(url: str) -> bool:
 
 @pytest.mark.full
 @pytest.mark.parametrize("number", listen.SIGNALS)
-def test_every_signal_ends_a_process_well(number: int) -> None:
+def test_every_signal_ends_a_process_well(number: signal.Signals) -> None:
     with process() as (running, _):
         running.send_signal(number)
-        assert running.communicate(timeout=60) == (None, "") and running.returncode == 0
+        assert f"({number.name})" in running.communicate(timeout=60)[1] and running.returncode == 0
 
 
 @pytest.mark.full

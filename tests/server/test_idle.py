@@ -8,15 +8,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 from serving import CLIENT, Running, serving
 
+from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import load
 from mlx_qwen35.machine.awake import Awake
 from mlx_qwen35.machine.pressure import CRITICAL, NORMAL, WARNING
+from mlx_qwen35.options import on_command_line
+from mlx_qwen35.server.idle import Upkeep
+from mlx_qwen35.server.options import ServerOptions
 
 QUESTION = {"messages": [{"role": "user", "content": "What is 34 + 58?"}], "temperature": 0, "max_tokens": 60}
 
@@ -186,6 +191,15 @@ def test_the_machine_stays_awake_while_there_is_work(plain):
     wait(lambda: not running.service.running)
     pass_(running, machine, 2)
     assert machine.awake == [True, False]
+
+
+def test_a_folder_that_another_server_has_is_told_by_its_option(nano_server: Running, tmp_path: Path) -> None:
+    service, options = nano_server.service, ServerOptions(session_dir=tmp_path)
+    first = Upkeep(service.model, service.processor, options)
+    with pytest.raises(InputError) as told, on_command_line():
+        Upkeep(service.model, service.processor, options)
+    first.close()
+    assert told.value.code == "session_busy" and f"--session-dir {tmp_path} " in str(told.value)
 
 
 def wait(until: Callable[[], bool]) -> None:
