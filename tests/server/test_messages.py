@@ -312,7 +312,7 @@ BAD: list[tuple[str, Json]] = [
     ("messages.0.content.0.source.url",
      user({"type": "image", "source": {"type": "url", "url": "http://127.0.0.1/a.png"}})),
     ("messages.0.content.0.tool_use_id", user({"type": "tool_result", "content": "21"})),
-    ("tool_call_id", user({"type": "tool_result", "tool_use_id": "c9", "content": "21"})),
+    ("tool_use_id", user({"type": "tool_result", "tool_use_id": "c9", "content": "21"})),
     ("messages.0.content.0.input", {"messages": [{"role": "assistant", "content": [CALL | {"input": "{}"}]}]}),
     ("system.0.type", {"system": [image("red")]}),
     ("temperature", {"temperature": "hot"}),
@@ -474,7 +474,7 @@ def test_a_client_that_leaves_at_the_first_event_ends_the_answer() -> None:
     async def run() -> None:
         service = SimpleNamespace(submit=lambda job: Waiting())
         request: Any = SimpleNamespace(app=SimpleNamespace(state=SimpleNamespace(service=service)))
-        response: Any = await MessageReply("nano", 5).answer(request, Job([], {}), stream=True)
+        response: Any = await MessageReply("nano", 5).answer(request, Job([], {}, 0.0), stream=True)
         assert "message_start" in await anext(response.body_iterator)
         await response.body_iterator.aclose()
 
