@@ -6,7 +6,7 @@ names an option in a message as the user does, in Python or on the command line.
 
 import difflib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import MISSING, dataclass, field, fields
@@ -179,6 +179,13 @@ def same_option(first: str, second: str) -> InputError:
 
 # Name -> spelling of the options on a command line; None where options are keywords in Python.
 _TYPED: ContextVar[dict[str, str] | None] = ContextVar("typed", default=None)
+# Names of options that were given on a command line where others are not, as a server's.
+_FLAGS: ContextVar[Collection[str]] = ContextVar("flags", default=())
+
+
+def spell_as_flags(names: Collection[str]) -> None:
+    """From here on `spelled` names these options as on a command line, in this thread."""
+    _FLAGS.set(names)
 
 
 @contextmanager
@@ -203,7 +210,7 @@ def note_spelling(name: str, typed: str) -> None:
 
 def spelled(name: str, value: Any = None) -> str:
     """An option as the user names it: max_tokens or --max-tokens; with a value dtype='float32' or --dtype float32."""
-    typed = _TYPED.get()
+    typed = {} if name in _FLAGS.get() else _TYPED.get()
     if typed is None:
         return name if value is None else f"{name}={value!r}"
     if isinstance(value, bool):

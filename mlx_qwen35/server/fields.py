@@ -25,6 +25,7 @@ from mlx_qwen35.values import shown
 
 LOG = logging.getLogger("mlx_qwen35.server")
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")  # of a field that the log shows
+_CALL_ID = re.compile(r"^tool_call_id of messages\[(\d+)\]")
 _told: set[str] = set()  # unknown fields that were logged
 MISSING: Any = object()
 
@@ -146,12 +147,17 @@ class Fields:
                 LOG.warning("unknown field %r is ignored", place)
 
     @contextmanager
-    def naming(self, field: str) -> Iterator[None]:
-        """In the block an InputError becomes a refusal that names a field: by `about`, else this one."""
+    def naming(self, field: str, call_id: str = r"tool_call_id of messages.\1") -> Iterator[None]:
+        """In the block an InputError becomes a refusal that names a field: by `about`, else this one.
+
+        call_id: what a result's id is called here, where the messages are not those of the request.
+        """
         try:
             yield
         except InputError as error:
-            raise ApiError.of(error, self.about.get(error.code, field)) from error
+            told = ApiError.of(error, self.about.get(error.code, field))
+            told.message = _CALL_ID.sub(call_id, told.message)
+            raise told from error
 
 
 def plain_name(name: str) -> str:

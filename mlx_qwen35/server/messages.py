@@ -62,14 +62,14 @@ def _read(body: Fields, service: Service) -> tuple[list[dict[str, Any]], dict[st
 def _counted(body: Fields, service: Service) -> int:
     body.ignore("max_tokens", "stream")
     prompt, own = _read(body, service)
-    with body.naming("messages"):
+    with body.naming("messages", "tool_use_id"):
         return len(encode(service.processor, prompt, check_options(own)).tokens)
 
 
 def _prepared(body: Fields, service: Service) -> Job:
     most = asked.most_tokens(body, "max_tokens") or body.any("max_tokens")
     prompt, own = _read(body, service)
-    with body.naming("messages"):
+    with body.naming("messages", "tool_use_id"):
         try:
             return service.prepare(prompt, **most, **own)
         except InputError as error:

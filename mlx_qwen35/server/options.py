@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_qwen35.options import check_fields, option
+from mlx_qwen35.load import LoadOptions
+from mlx_qwen35.options import check_fields, option, options_of, spell_as_flags
 
 MOST_ROWS = 64
 
@@ -59,3 +60,8 @@ class ServerOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+
+def spell_model_options() -> None:
+    """In this thread messages name options of the model as they were given to the server, and all others as fields."""
+    spell_as_flags(options_of(LoadOptions))

@@ -56,7 +56,7 @@ async def responses(request: Request) -> Response:
 def _prepared(body: Fields, service: Service) -> Job:
     asked.check_model(body, service)
     prompt, own = conversation(body, service), options(body, service)
-    with body.naming("input"):
+    with body.naming("input", "call_id"):
         return service.prepare(prompt, **own)
 
 

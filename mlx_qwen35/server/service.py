@@ -30,7 +30,7 @@ from mlx_qwen35.server.admission import Admission, default_rows
 from mlx_qwen35.server.errors import RETRY, ApiError, closing
 from mlx_qwen35.server.idle import Upkeep
 from mlx_qwen35.server.lanes import Event, Lane, Lanes
-from mlx_qwen35.server.options import ServerOptions
+from mlx_qwen35.server.options import ServerOptions, spell_model_options
 
 __all__ = ["ANSWERS", "Answer", "Event", "Job", "Service", "failed"]
 
@@ -132,7 +132,7 @@ class Service:
         self.rows = options.rows or default_rows(model.memory_limit)
         self._lanes: Lanes | None = self._lanes_of(model)
         # Where other servers are waited for, one that is slow must hold up nobody else.
-        self._pool = ThreadPoolExecutor(QUEUE if options.fetch_media else 2, "prepare")
+        self._pool = ThreadPoolExecutor(QUEUE if options.fetch_media else 2, "prepare", spell_model_options)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._coming = 0  # jobs on their way to the engine thread
@@ -249,6 +249,7 @@ class Service:
             mx.clear_cache()
 
     def _run(self) -> None:
+        spell_model_options()
         while not self._ends:
             self._try(self._next)
         while not self._commands.empty():

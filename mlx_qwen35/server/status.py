@@ -17,6 +17,17 @@ from mlx_qwen35.server.service import Answer, Service
 BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)  # seconds, of the histogram
 
 
+TOKENS = {"prompt": "of prompts", "cached": "of prompts, not read again", "generated": "of answers"}
+GAUGES = {
+    "running": "answers that are read or generated",
+    "waiting": "requests of which nothing has begun",
+    "weights_bytes": "the model's weights",
+    "library_bytes": "what is remembered of prompts",
+    "memory_bytes": "MLX's memory now",
+    "memory_peak_bytes": "MLX's memory at its most",
+}
+
+
 class Metrics:
     """What has happened since the start. Of the event loop alone."""
 
@@ -42,19 +53,24 @@ class Metrics:
 
     def lines(self) -> Iterator[str]:
         """Prometheus's text format."""
-        yield "# TYPE mlx_qwen35_requests_total counter"
+        yield from _head("requests_total", "counter", "requests that have ended, by path and status")
         for (path, status), count in sorted(self.requests.items()):
             yield f'mlx_qwen35_requests_total{{path="{path}",status="{status}"}} {count}'
-        for kind in ("prompt", "cached", "generated"):
-            yield f"# TYPE mlx_qwen35_{kind}_tokens_total counter"
+        for kind in TOKENS:
+            yield from _head(f"{kind}_tokens_total", "counter", f"tokens: {TOKENS[kind]}")
             yield f"mlx_qwen35_{kind}_tokens_total {self.tokens[kind]}"
         name, below = "mlx_qwen35_first_token_seconds", 0
-        yield f"# TYPE {name} histogram"
+        yield from _head("first_token_seconds", "histogram", "from a request to the first token of its answer")
         for bound, count in zip((*BOUNDS, "+Inf"), self.first, strict=True):
             below += count
             yield f'{name}_bucket{{le="{bound}"}} {below}'
         yield f"{name}_sum {self.first_seconds:.6f}"
         yield f"{name}_count {below}"
+
+
+def _head(name: str, kind: str, meaning: str) -> Iterator[str]:
+    yield f"# HELP mlx_qwen35_{name} {meaning}"
+    yield f"# TYPE mlx_qwen35_{name} {kind}"
 
 
 async def metrics(request: Request) -> Response:
@@ -74,7 +90,7 @@ def _gauges(service: Service) -> Iterator[str]:
         "memory_peak_bytes": mx.get_peak_memory(),
     }
     for name, value in values.items():
-        yield f"# TYPE mlx_qwen35_{name} gauge"
+        yield from _head(name, "gauge", GAUGES[name])
         yield f"mlx_qwen35_{name} {value}"
 
 

@@ -172,6 +172,13 @@ def test_a_bad_request_is_refused_by_its_field(nano_server: Running, bad: Bad) -
     assert isinstance(error["message"], str) and len(error["message"]) < 600
 
 
+def test_a_result_of_no_call_is_named_as_the_request_has_it(nano_server: Running) -> None:
+    result = {"type": "function_call_output", "call_id": "c9", "output": "21"}
+    message = refused(nano_server, BAD["a result of no call"])[1]["error"]["message"]
+    item = nano_server.post("/v1/responses", {"input": [result]}).json()["error"]["message"]
+    assert message.startswith("tool_call_id of messages.1 ") and item.startswith("call_id ")
+
+
 def test_a_good_request_among_bad_ones_gets_its_text(nano_server: Running) -> None:
     right = generate(nano_server.service.model, nano_server.service.processor, QUESTION, seed=2)
     with ThreadPoolExecutor(3) as pool:

@@ -153,6 +153,8 @@ def test_text_is_told_where_it_is_asked_for(lines: io.StringIO) -> None:
 def figures(server: Running) -> dict[str, float]:
     response = CLIENT.get(server.url + "/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    heads = [tuple(line.split()[1:3]) for line in response.text.splitlines() if line.startswith("#")]
+    assert heads[::2] == [("HELP", name) for _, name in heads[1::2]] and len(set(heads)) == len(heads)
     lines = [line for line in response.text.splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r'[a-z0-9_]+(\{[a-z]+="[^"]*"(,[a-z]+="[^"]*")*\})? [-+0-9.e]+', line) for line in lines)
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}

@@ -326,7 +326,7 @@ BAD: list[tuple[str, Json]] = [
     ("messages.0.content.0.source.url",
      user({"type": "image", "source": {"type": "url", "url": "http://127.0.0.1/a.png"}})),
     ("messages.0.content.0.tool_use_id", user({"type": "tool_result", "content": "21"})),
-    ("tool_call_id", user({"type": "tool_result", "tool_use_id": "c9", "content": "21"})),
+    ("tool_use_id", user({"type": "tool_result", "tool_use_id": "c9", "content": "21"})),
     ("messages.0.content.0.input", {"messages": [{"role": "assistant", "content": [CALL | {"input": "{}"}]}]}),
     ("system.0.type", {"system": [image("red")]}),
     ("temperature", {"temperature": "hot"}),

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 from server.lanes import ENDLESS, QUESTION
+from serving import Running
 
 from mlx_qwen35.engine.result import Result
 from mlx_qwen35.load import load
+from mlx_qwen35.options import spelled
 from mlx_qwen35.server import service as serving
 from mlx_qwen35.server.errors import ApiError
 from mlx_qwen35.server.options import ServerOptions
@@ -49,6 +51,13 @@ def test_too_many_that_are_made_ready_are_refused_before_they_are() -> None:
         assert await service.off_loop(lambda: 7) == 7
 
     served(use, rows=1)
+
+
+def test_options_of_the_server_are_told_as_flags_and_fields_as_such(nano_server: Running) -> None:
+    def told() -> tuple[str, str]:
+        return spelled("rope_scaling", "yarn"), spelled("max_pixels")
+
+    assert asyncio.run(nano_server.service.off_loop(told)) == ("--rope-scaling yarn", "max_pixels")
 
 
 def test_too_many_are_refused_and_those_that_wait_are_answered() -> None:
