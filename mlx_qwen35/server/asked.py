@@ -59,7 +59,11 @@ def check_model(body: Fields, service: Service) -> None:
     """Any name is served, unless the server is strict."""
     name = body.text("model", None)
     if service.options.strict_model and name not in (None, service.name):
-        raise ApiError(404, "model_not_found", f"there is no model of that name; this one is {service.name}", "model")
+        raise unknown_model(service)
+
+
+def unknown_model(service: Service) -> ApiError:
+    return ApiError(404, "model_not_found", f"there is no model of that name; this one is {service.name}", "model")
 
 
 def streaming(body: Fields) -> tuple[bool, bool]:

@@ -6,7 +6,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from mlx_qwen35.server.errors import ApiError
+from mlx_qwen35.server.asked import unknown_model
 from mlx_qwen35.server.service import Service
 
 _STARTED = datetime.now(UTC)
@@ -19,7 +19,7 @@ async def models(request: Request) -> Response:
 async def model(request: Request) -> Response:
     service: Service = request.app.state.service
     if request.path_params["name"] != service.name:
-        raise ApiError(404, "model_not_found", f"there is no model of that name; this one is {service.name}", "model")
+        raise unknown_model(service)
     return JSONResponse(_model(service))
 
 
