@@ -17,7 +17,7 @@ from pathlib import Path
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.names import MTP
-from mlx_qwen35.commands.streams import read_file
+from mlx_qwen35.console.streams import read_file
 from mlx_qwen35.convert.apart import Reads
 from mlx_qwen35.convert.calibrate import statistics
 from mlx_qwen35.convert.card import Facts, write_card

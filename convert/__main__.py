@@ -12,10 +12,10 @@ from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.hub import check_repository, look, resolve, upload
 from mlx_qwen35.checkpoint.names import VISION
 from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes
-from mlx_qwen35.commands.options import add_options, given_options
-from mlx_qwen35.commands.parser import Parser
-from mlx_qwen35.commands.run import as_command
-from mlx_qwen35.commands.streams import read_file
+from mlx_qwen35.console.options import add_options, given_options
+from mlx_qwen35.console.parser import Parser
+from mlx_qwen35.console.run import as_command
+from mlx_qwen35.console.streams import read_file
 from mlx_qwen35.convert import convert, with_default
 from mlx_qwen35.convert.card import QUALITY
 from mlx_qwen35.convert.dry_run import describe

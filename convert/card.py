@@ -16,7 +16,7 @@ from typing import Any
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION
 from mlx_qwen35.checkpoint.shapes import is_matrix
-from mlx_qwen35.commands.table import markdown
+from mlx_qwen35.console.table import markdown
 from mlx_qwen35.convert.verify import Difference
 from mlx_qwen35.load import has_vision
 from mlx_qwen35.measure.divergence import Evaluation

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION
-from mlx_qwen35.commands.table import align
+from mlx_qwen35.console.table import align
 from mlx_qwen35.convert.plan import ConversionPlan, Job
 
 _PARTS = {"text model": (TEXT, "lm_head."), "vision encoder": (VISION,), "draft head": (MTP,)}

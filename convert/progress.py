@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from mlx_qwen35.commands.progress import SELDOM
+from mlx_qwen35.console.progress import SELDOM
 from mlx_qwen35.measure.layerwise import Progress
 
 

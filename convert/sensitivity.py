@@ -17,7 +17,7 @@ from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.names import TEXT
 from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes
 from mlx_qwen35.checkpoint.tensors import DTYPE_BYTES
-from mlx_qwen35.commands.table import markdown
+from mlx_qwen35.console.table import markdown
 from mlx_qwen35.convert.progress import percent
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import choose_dtype

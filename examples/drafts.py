@@ -4,7 +4,7 @@ import argparse
 from statistics import median
 
 from mlx_qwen35 import Result, generate, load
-from mlx_qwen35.commands.table import align
+from mlx_qwen35.console.table import align
 from mlx_qwen35.engine.drafts.speculate import head_record
 
 QUESTIONS = ("What is 34 + 58?", "What is 126 + 347?", "Who are you?", "Hello!")  # that nano knows too

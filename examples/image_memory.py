@@ -14,7 +14,7 @@ from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.config import VisionConfig
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.random import GEOMETRIES, geometry, write_random_checkpoint
-from mlx_qwen35.commands.table import align
+from mlx_qwen35.console.table import align
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.kernels.attention import attention_impl
 from mlx_qwen35.load import choose_dtype, load_model

@@ -12,7 +12,7 @@ from tempfile import TemporaryFile
 from typing import NamedTuple
 from urllib.request import Request, urlopen
 
-from mlx_qwen35.commands.interrupt import unwound_when_ended
+from mlx_qwen35.console.interrupt import unwound_when_ended
 
 SECONDS = 120  # for each step, on a slow machine too
 

@@ -13,7 +13,7 @@ operations and cache/ for the states) and samples a token from the logits. The p
 
 __version__ = "0.1.0"  # pyproject.toml takes it from here
 
-from mlx_qwen35.commands import interrupt  # first, for Ctrl-C during the other imports
+from mlx_qwen35.console import interrupt  # first, for Ctrl-C during the other imports
 
 with interrupt.tell_errors():
     from mlx_qwen35 import backend  # noqa: F401 (second, for a machine on which MLX cannot be loaded)

@@ -1,6 +1,6 @@
 """An option is declared once, as a field of a frozen dataclass made by `option`.
 
-Command lines (commands/options.py), checks of values and the table of docs/options.md follow from the field. `spelled`
+Command lines (console/options.py), checks of values and the table of docs/options.md follow from the field. `spelled`
 names an option in a message as the user does, in Python or on the command line.
 """
 

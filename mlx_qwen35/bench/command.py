@@ -25,11 +25,11 @@ from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.dtypes import DTYPES, dtype_name
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.random import GEOMETRIES, geometry, write_random_checkpoint
-from mlx_qwen35.commands.interrupt import unwound_when_ended
-from mlx_qwen35.commands.options import add_options, given_options
-from mlx_qwen35.commands.parser import Parser
-from mlx_qwen35.commands.progress import Step
-from mlx_qwen35.commands.run import as_command, load_model
+from mlx_qwen35.console.interrupt import unwound_when_ended
+from mlx_qwen35.console.options import add_options, given_options
+from mlx_qwen35.console.parser import Parser
+from mlx_qwen35.console.progress import Step
+from mlx_qwen35.console.run import as_command, load_model
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import LoadOptions, choose_dtype
 from mlx_qwen35.machine.chip import tune

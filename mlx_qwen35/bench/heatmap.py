@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mlx_qwen35.bench.needle import ANSWER, DEPTHS, Answer
 from mlx_qwen35.bench.report import header
-from mlx_qwen35.commands.streams import write_file
-from mlx_qwen35.commands.table import align
+from mlx_qwen35.console.streams import write_file
+from mlx_qwen35.console.table import align
 from mlx_qwen35.errors import InputError
 
 SHADES = " ░▒▓█"  # of a share of right answers, none to all

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from mlx_qwen35.bench.haystack import Haystack, Needle, needles, written
 from mlx_qwen35.checkpoint.rope_fields import wider
-from mlx_qwen35.commands.progress import Step
+from mlx_qwen35.console.progress import Step
 from mlx_qwen35.engine.generation import request
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.errors import InputError

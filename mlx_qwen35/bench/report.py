@@ -12,8 +12,8 @@ from typing import Any
 
 from mlx_qwen35.backend import backend, system_memory
 from mlx_qwen35.bench.measure import OURS, Measurement, Settings, Summary
-from mlx_qwen35.commands.streams import write_file
-from mlx_qwen35.commands.table import align
+from mlx_qwen35.console.streams import write_file
+from mlx_qwen35.console.table import align
 
 _PACKAGES = ("mlx", "mlx-lm", "mlx-vlm", "transformers", "torch")
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")

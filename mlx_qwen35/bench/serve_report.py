@@ -10,8 +10,8 @@ from statistics import median
 from mlx_qwen35.bench.measure import OURS
 from mlx_qwen35.bench.report import header
 from mlx_qwen35.bench.serve import Run, Settings
-from mlx_qwen35.commands.streams import write_file
-from mlx_qwen35.commands.table import align
+from mlx_qwen35.console.streams import write_file
+from mlx_qwen35.console.table import align
 
 _LOAD = ("server", "clients", "requests/s", "tokens/s", "first token", "p95", "ours: requests/s", "first token")
 _SESSION = ("server", "session", "tokens of prompts", "read", "first token", "p95", "ours: session", "read")

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_qwen35.commands.options import add_answer_options, add_model_options, add_options, given_options
 from mlx_qwen35.commands.output import print_media, print_pieces, tell_cut
-from mlx_qwen35.commands.parser import Parser
-from mlx_qwen35.commands.progress import Step
-from mlx_qwen35.commands.run import as_command, load_model, require_model
 from mlx_qwen35.commands.session import check_session, opened, save, tell_interrupted
-from mlx_qwen35.commands.streams import MARK, standard_input
+from mlx_qwen35.console.options import add_answer_options, add_model_options, add_options, given_options
+from mlx_qwen35.console.parser import Parser
+from mlx_qwen35.console.progress import Step
+from mlx_qwen35.console.run import as_command, load_model, require_model
+from mlx_qwen35.console.streams import MARK, standard_input
 from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.engine.options import PromptOptions
 from mlx_qwen35.engine.result import Result

@@ -8,20 +8,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_qwen35.commands.interrupt import INTERRUPTED
-from mlx_qwen35.commands.options import (
+from mlx_qwen35.commands.output import print_media, print_pieces, tell_cut
+from mlx_qwen35.commands.session import check_session, opened, tell_interrupted
+from mlx_qwen35.console.interrupt import INTERRUPTED
+from mlx_qwen35.console.options import (
     DeclaredAction,
     add_answer_options,
     add_model_options,
     add_options,
     given_options,
 )
-from mlx_qwen35.commands.output import print_media, print_pieces, tell_cut
-from mlx_qwen35.commands.parser import Parser
-from mlx_qwen35.commands.progress import Step
-from mlx_qwen35.commands.run import as_command, load_model, require_model
-from mlx_qwen35.commands.session import check_session, opened, tell_interrupted
-from mlx_qwen35.commands.streams import read_file, read_input, standard_input
+from mlx_qwen35.console.parser import Parser
+from mlx_qwen35.console.progress import Step
+from mlx_qwen35.console.run import as_command, load_model, require_model
+from mlx_qwen35.console.streams import read_file, read_input, standard_input
 from mlx_qwen35.engine.conversation import Turn
 from mlx_qwen35.engine.encode import one_message
 from mlx_qwen35.engine.generation import start

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from mlx_qwen35.checkpoint.rope_fields import wider
-from mlx_qwen35.commands.progress import Step
+from mlx_qwen35.console.progress import Step
 from mlx_qwen35.engine.result import Result
 from mlx_qwen35.media.preprocess import Media
 from mlx_qwen35.model.model import Model

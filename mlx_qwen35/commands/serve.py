@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_qwen35.commands.options import add_model_options, add_options, given_options
-from mlx_qwen35.commands.parser import Parser
-from mlx_qwen35.commands.progress import Step
-from mlx_qwen35.commands.run import as_command, load_model, require_model
+from mlx_qwen35.console.options import add_model_options, add_options, given_options
+from mlx_qwen35.console.parser import Parser
+from mlx_qwen35.console.progress import Step
+from mlx_qwen35.console.run import as_command, load_model, require_model
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.options import options_of, spelled
 from mlx_qwen35.server.options import ServerOptions

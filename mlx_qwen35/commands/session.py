@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.cache.session_file import SessionFile
-from mlx_qwen35.commands.interrupt import unwound_when_ended
-from mlx_qwen35.commands.progress import Step
+from mlx_qwen35.console.interrupt import unwound_when_ended
+from mlx_qwen35.console.progress import Step
 from mlx_qwen35.engine.conversation import Conversation, Turn
 from mlx_qwen35.engine.session import Session
 from mlx_qwen35.model.model import Model

@@ -14,11 +14,11 @@ from mlx_qwen35.checkpoint.dtypes import DTYPES
 from mlx_qwen35.checkpoint.hub import look, resolve
 from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.checkpoint.rope_fields import rescaled
-from mlx_qwen35.commands.options import add_model_options, given_options
-from mlx_qwen35.commands.parser import Parser
-from mlx_qwen35.commands.progress import Step
-from mlx_qwen35.commands.run import as_command, load_model
-from mlx_qwen35.commands.streams import read_file, write_file
+from mlx_qwen35.console.options import add_model_options, given_options
+from mlx_qwen35.console.parser import Parser
+from mlx_qwen35.console.progress import Step
+from mlx_qwen35.console.run import as_command, load_model
+from mlx_qwen35.console.streams import read_file, write_file
 from mlx_qwen35.doctor import check, facts, probe
 from mlx_qwen35.doctor.facts import Facts
 from mlx_qwen35.doctor.plan import format_plans, longest_contexts, plans

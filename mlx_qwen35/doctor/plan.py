@@ -9,7 +9,7 @@ from mlx_qwen35.cache.kv_format import FORMS, UNQUANTIZED, KVFormat
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.dtypes import DTYPES, dtype_name
 from mlx_qwen35.checkpoint.names import VISION
-from mlx_qwen35.commands.table import align
+from mlx_qwen35.console.table import align
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import choose_dtype, stored_dtype
 

@@ -14,7 +14,7 @@ from mlx_qwen35.backend import CUDA, METAL, TF32, assume
 from mlx_qwen35.checkpoint.config import parse_config
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.random import geometry
-from mlx_qwen35.commands.run import as_command
+from mlx_qwen35.console.run import as_command
 from mlx_qwen35.doctor import check, facts, main
 from mlx_qwen35.doctor.check import PROMPTS, SAMPLE_LAYERS, Speed, measure, sample_model
 from mlx_qwen35.machine.chip import MEGABYTES, OPERATIONS

@@ -7,7 +7,7 @@ from kernels.shortened import shortened_products
 
 from mlx_qwen35 import load
 from mlx_qwen35.backend import TF32
-from mlx_qwen35.commands.run import as_command
+from mlx_qwen35.console.run import as_command
 from mlx_qwen35.doctor import facts
 from mlx_qwen35.kernels.products import shortened
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from mlx_qwen35 import load
-from mlx_qwen35.commands.run import as_command
+from mlx_qwen35.console.run import as_command
 from mlx_qwen35.machine import chip as machine
 from mlx_qwen35.machine.chip import MEGABYTES, OPERATIONS, TUNED, CommandBuffers, command_buffers, parse_chip, tune
 

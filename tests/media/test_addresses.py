@@ -20,7 +20,7 @@ from refusing import refused
 
 from mlx_qwen35 import VisionOptions, load, read_image
 from mlx_qwen35.commands import generate as command
-from mlx_qwen35.commands.options import given_options
+from mlx_qwen35.console.options import given_options
 from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.engine.generation import start
 from mlx_qwen35.media import fetch

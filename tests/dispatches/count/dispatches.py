@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.checkpoint.config import parse_config
-from mlx_qwen35.commands.table import align
+from mlx_qwen35.console.table import align
 
 from .byte_rule import Bytes, moved
 from .dispatch_rule import BOUNDARY, Node, launches, left_out, stands_for

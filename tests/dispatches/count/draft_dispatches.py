@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_qwen35.commands.table import align
+from mlx_qwen35.console.table import align
 from mlx_qwen35.engine.drafts.speculate import MOST_DEPTH
 
 from .dispatches import AROUND, OURS, count, recorded

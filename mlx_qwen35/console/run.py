@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from mlx_qwen35.checkpoint.hub import CHOICES
-from mlx_qwen35.commands.interrupt import INTERRUPTED, interruptible
-from mlx_qwen35.commands.options import given_options
-from mlx_qwen35.commands.progress import Step
-from mlx_qwen35.commands.streams import OutputError, give_up_output, standard_streams
+from mlx_qwen35.console.interrupt import INTERRUPTED, interruptible
+from mlx_qwen35.console.options import given_options
+from mlx_qwen35.console.progress import Step
+from mlx_qwen35.console.streams import OutputError, give_up_output, standard_streams
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import LoadOptions, load
 from mlx_qwen35.machine.chip import tune

@@ -15,11 +15,11 @@ import pytest
 from refusing import refused
 
 from mlx_qwen35 import load
-from mlx_qwen35.commands.run import as_command
-from mlx_qwen35.commands.streams import read_file
+from mlx_qwen35.console.run import as_command
+from mlx_qwen35.console.streams import read_file
 
 FULL = Path("/dev/full")
-HERE = "from mlx_qwen35.commands.run import as_command\nwith as_command('a'): "
+HERE = "from mlx_qwen35.console.run import as_command\nwith as_command('a'): "
 
 
 def run(code: str, **options) -> subprocess.CompletedProcess[str]:

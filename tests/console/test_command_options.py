@@ -11,7 +11,7 @@ from refusing import refused
 
 from mlx_qwen35.bench import command as bench
 from mlx_qwen35.commands import chat, generate
-from mlx_qwen35.commands.options import given_options
+from mlx_qwen35.console.options import given_options
 from mlx_qwen35.convert import __main__ as convert_command
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.options import FolderOptions, WritingOptions
