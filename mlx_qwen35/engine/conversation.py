@@ -237,7 +237,7 @@ class Turn:
     ):
         """replaces: how many of the conversation's last messages these take the place of. seed: None: the options'."""
         self.messages, self.replaces, self.seed = messages, replaces, seed
-        self._conversation, self._progress = conversation, progress
+        self._conversation, self.progress = conversation, progress
         self._engine = Engine(conversation.model)
         self._begun: Begun | None = None
         self._ended = False
@@ -307,7 +307,7 @@ class Turn:
     def count(self, tokens: int) -> None:
         """So many more tokens of its prompt are prefilled."""
         self._prefilled += tokens
-        self._progress(self._prefilled, self.total - self.reused)
+        self.progress(self._prefilled, self.total - self.reused)
 
     def _next(self) -> Piece | None:
         """The next piece; None behind the last."""

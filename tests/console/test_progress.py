@@ -8,10 +8,10 @@ import time
 import pytest
 
 from mlx_qwen35 import load
-from mlx_qwen35.console import progress
 from mlx_qwen35.commands.chat import main as chat
 from mlx_qwen35.commands.generate import main as command
 from mlx_qwen35.commands.output import print_pieces
+from mlx_qwen35.console import progress
 from mlx_qwen35.console.progress import Step, seconds_left
 from mlx_qwen35.doctor import check, probe
 from mlx_qwen35.doctor.command import main as doctor

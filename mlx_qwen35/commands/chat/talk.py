@@ -1,0 +1,25 @@
+"""What a chat is at any moment."""
+
+from typing import Any
+
+from mlx_qwen35.commands.chat.reader import Reader
+from mlx_qwen35.commands.chat.screen import Screen
+from mlx_qwen35.engine.conversation import Conversation, Turn
+from mlx_qwen35.engine.session import Session
+
+
+class Talk:
+    """A conversation, and what goes with its next message.
+
+    media: parts (images, videos) that go with the next message. session: the file of the conversation, if one is open.
+    text: what the next read begins with, as /edit has it. ended: whether /exit was typed.
+    """
+
+    def __init__(self, conversation: Conversation, reader: Reader, screen: Screen, session: Session | None = None):
+        self.conversation, self.reader, self.screen, self.session = conversation, reader, screen, session
+        self.media: list[dict[str, Any]] = []
+        self.text, self.ended = "", False
+
+    def show(self, turn: Turn) -> bool:
+        """Answer: run a turn to its end; False where it has no token."""
+        return self.screen.answer(self.conversation, turn)
