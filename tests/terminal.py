@@ -106,9 +106,9 @@ class Terminal:
         """The exit status of the command, which must end soon."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            dead, status = self._tmux("display-message", "-p", "#{pane_dead} #{pane_dead_status}").rstrip("\n").split(" ")
-            if dead == "1":
-                return int(status)
+            told = self._tmux("display-message", "-p", "#{pane_dead} #{pane_dead_status}").split()
+            if told[0] == "1":
+                return int(told[1])
             time.sleep(0.03)
         raise AssertionError(f"still running after {seconds} s:\n{self.screen(history=True)}")
 

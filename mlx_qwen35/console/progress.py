@@ -1,5 +1,7 @@
-"""How far a long step has come, on standard error: on a terminal a line that is written over, with a spinner, elsewhere,
-where it goes to a file or another program, a plain line every ten seconds. A step that is quickly done shows nothing."""
+"""How far a long step has come, on standard error: on a terminal a line that is written over, with a spinner;
+elsewhere, where it goes to a file or another program, a plain line every ten seconds. A step that is quickly done shows
+nothing.
+"""
 
 import os
 import sys
@@ -19,8 +21,8 @@ MEASURED = 3.0  # seconds that a step must have been measured for before it says
 class Step:
     """A step that may take long. Called with how much is done, of how much in all, it shows that beside its name.
 
-    unit: of what is counted; "B" for bytes. Where nothing is counted, the name is shown all the same. timed: whether the
-    time left is shown; see `seconds_left`.
+    unit: of what is counted; "B" for bytes. Where nothing is counted, the name is shown all the same. timed: whether
+    the time left is shown; see `seconds_left`.
     """
 
     def __init__(self, what: str, unit: str = "", timed: bool = False):
@@ -56,7 +58,7 @@ class Step:
             self._marks = []
         self._marks.append((done, time.monotonic()))
         left = seconds_left(self._marks, total)
-        return f", {_duration(left)} left" if left else ""
+        return f", {duration(left)} left" if left else ""
 
     def say(self, what: str) -> None:
         """What it does now, which is not timed."""
@@ -150,7 +152,7 @@ def seconds_left(marks: Sequence[tuple[int, float]], total: int) -> float | None
     return (total - done) * (late + slope * (total - middle) / 2)  # from the later middle to that of what is left
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     for size, name in ((3600, "h"), (60, "min")):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.{1 if size == 3600 else 0}f} {name}"

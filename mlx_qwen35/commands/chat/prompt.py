@@ -1,4 +1,4 @@
-"""Messages typed on a terminal: several lines, history, completion. prompt_toolkit is imported here and nowhere else."""
+"""Messages typed on a terminal: several lines, history, completion. prompt_toolkit is imported here alone."""
 
 import os
 import sys
@@ -40,7 +40,7 @@ class TerminalReader:
             completer=_Commands(orders),
             complete_in_thread=True,
             complete_while_typing=Condition(lambda: self._session.default_buffer.text.startswith("/")),
-            placeholder=lambda: [("dim", self._hint)],
+            placeholder=self._placeholder,
             input_processors=[TabsProcessor(char1=" ", char2=" ")],
             key_bindings=self._keys(),
             enable_suspend=True,
@@ -48,7 +48,7 @@ class TerminalReader:
         )
 
     def read(self, text: str = "", attached: str = "") -> str | None:
-        above = [("dim", f"{attached}\n")] if attached else []
+        above = [("dim", f"with {attached}\n")] if attached else []
         self._hint = HINT
         try:
             typed = self._session.prompt([*above, ("bold", ">>> ")], default=text)
@@ -58,6 +58,10 @@ class TerminalReader:
             self._told = True
             print(f"the history is not kept: {self._history.failure}", file=sys.stderr, flush=True)
         return unblocked(typed.strip())
+
+    def _placeholder(self) -> list[tuple[str, str]]:
+        app = self._session.app
+        return [] if app.is_done or app.layout.is_searching else [("dim", self._hint)]
 
     def _keys(self) -> KeyBindings:
         keys = KeyBindings()
