@@ -34,7 +34,7 @@ IS_UMBRELLA = STARTED_AS.split(" ")[0] == PACKAGE  # the command mlx_qwen35, whi
 
 
 def as_typed(command: str) -> str:
-    """The name of a command, "mlx_qwen35.chat", as it was typed in this process: under the umbrella "mlx_qwen35 chat"."""
+    """The dotted name of a command as it is typed in this process: "mlx_qwen35 chat" where that is how it started."""
     return command.replace(".", " ", 1) if IS_UMBRELLA else command
 
 

@@ -12,7 +12,7 @@ from mlx_qwen35.options import unknown_option
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, with --version, --quiet and examples, and with the nearest option named in the place of an unknown one.
+    """argparse's, with --version, --quiet and examples. In the place of an unknown option the nearest one is named.
 
     prog: the command's dotted name; shown is the name that was typed. stray: what to say of a word that belongs to no
     option. examples: what follows the command's name in command lines that work. quiet: the names of --quiet.
@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """argparse's, then the examples, each on a line as it is typed."""
-        lines = "".join(f"  {self.prog} {example}\n" for example in self.examples)
+        lines = "".join(f"  {self.prog} {example}".rstrip() + "\n" for example in self.examples)
         return super().format_help() + (f"\nexamples:\n{lines}" if lines else "")
 
     def error(self, message: str) -> NoReturn:
