@@ -91,12 +91,13 @@ def _peers(text: str) -> tuple[str, ...]:
     return names
 
 
-def _parser() -> Parser:
+def parser() -> Parser:
     parser = Parser(
         prog="mlx_qwen35.bench",
         usage="%(prog)s (--model MODEL | --geometry SIZE) [options]",
         description="Measure prefill and decode speed on this machine, beside other programs on the same weights. Each "
         "program runs in a process of its own, all in turn. Ends with status 1 if one of them could not run.",
+        examples=("--model nano", "--model nano --needle 1k,4k", "--geometry mid --compare mlx-lm --json speed.json"),
     )
     loaded = options_of(LoadOptions)
     source = parser.add_mutually_exclusive_group()
@@ -283,7 +284,7 @@ def _serve(options: argparse.Namespace, folder: Path, model: str, step: Step) ->
 
 def main(arguments: Sequence[str] | None = None) -> None:
     with as_command("mlx_qwen35.bench", tuned=False):
-        failures = bench(_parser().parse(arguments))
+        failures = bench(parser().parse(arguments))
         if failures:
             sys.exit("\n".join(f"error: {name} could not run: {reason}" for name, reason in failures.items()))
 

@@ -37,6 +37,12 @@ def parser() -> Parser:
         usage="%(prog)s --model MODEL [options]",
         description="Talk to a model. In the session:\n" + help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        quiet=("-q", "--quiet"),
+        examples=(
+            "--model nano",
+            "--model Qwen/Qwen3.5-4B --recipe 4bit",
+            "--model nano --session notes.session --no-enable-thinking",
+        ),
     )
     prompt = options_of(PromptOptions)
     add_model_options(parser)

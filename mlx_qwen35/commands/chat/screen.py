@@ -5,6 +5,7 @@ from typing import Protocol
 
 from mlx_qwen35.commands.output import print_pieces, tell_cut
 from mlx_qwen35.commands.session import tell_interrupted
+from mlx_qwen35.console.notices import tell
 from mlx_qwen35.console.progress import Step
 from mlx_qwen35.engine.conversation import Conversation, Turn
 from mlx_qwen35.engine.result import Result
@@ -30,7 +31,7 @@ class PlainScreen:
     """Text to standard output, all else to standard error, without colours."""
 
     def say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        tell(text)
 
     def fail(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
