@@ -120,10 +120,10 @@ def _remover(found: Converted) -> Callable[[], None]:
 
 
 def _hub() -> Iterator[Stored]:
-    from huggingface_hub import CacheNotFound, scan_cache_dir
+    from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
     try:
-        cache = scan_cache_dir()
+        cache = scan_cache_dir(constants.HF_HUB_CACHE)
     except CacheNotFound:
         return
     for repository in sorted(cache.repos, key=lambda repository: repository.repo_id):
