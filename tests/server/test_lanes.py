@@ -106,6 +106,7 @@ def test_a_text_is_the_same_from_the_library() -> None:
     assert heard.result.cached_tokens > 0
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize(("prompt", "shown"), [("What is there?", {"images": PICTURES}), ([5] * 35, {})])
 def test_several_answers_take_one_reading(prompt: Any, shown: dict[str, Any]) -> None:
     bench, options = Bench(), {"temp": 1.0, "max_tokens": 6, "mtp": "off", **shown}
@@ -146,7 +147,7 @@ def test_probabilities_are_those_of_alone() -> None:
 # --- I3 -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("requests", [12, pytest.param(500, marks=pytest.mark.full)])
+@pytest.mark.parametrize("requests", [4, pytest.param(500, marks=pytest.mark.full)])
 def test_what_has_left_leaves_nothing(requests: int) -> None:
     rng, bench = random.Random(1), Bench()
 
