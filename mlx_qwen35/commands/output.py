@@ -1,10 +1,10 @@
 """What generate and chat print: media, text as it comes, and that an answer was cut."""
 
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from mlx_qwen35.checkpoint.rope_fields import wider
+from mlx_qwen35.console.notices import tell
 from mlx_qwen35.console.progress import Step
 from mlx_qwen35.engine.result import Result
 from mlx_qwen35.media.preprocess import Media
@@ -18,7 +18,7 @@ def print_media(media: Sequence[Media], before: Sequence[Media] = ()) -> None:
     counts = Counter(item.kind for item in before)
     for item in media:
         counts[item.kind] += 1
-        print(f"{item.kind} {counts[item.kind]}: {item}", file=sys.stderr, flush=True)
+        tell(f"{item.kind} {counts[item.kind]}: {item}")
 
 
 def print_pieces(pieces: Iterable[Piece], waiting: Step) -> None:
@@ -71,4 +71,4 @@ def tell_cut(result: Result, model: Model, shorter: str = "shorten the prompt") 
     elif full and result.finish_reason == "length":
         told = f"{cut}: {full}{either(more)}"
     if told:
-        print(told, file=sys.stderr, flush=True)
+        tell(told)

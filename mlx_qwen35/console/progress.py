@@ -1,5 +1,7 @@
 """How far a long step has come, on standard error: on a terminal a line that is written over, elsewhere, where it goes
-to a file or another program, a plain line every ten seconds. A step that is quickly done shows nothing."""
+to a file or another program, a plain line every ten seconds. A step that is quickly done, or with --quiet, shows
+nothing.
+"""
 
 import sys
 import threading
@@ -7,6 +9,8 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
+
+from mlx_qwen35.console.notices import quiet
 
 SOON, OFTEN = 0.3, 0.1  # seconds until something is shown on a terminal, and from one state to the next
 SELDOM = 10.0  # both, elsewhere
@@ -86,7 +90,7 @@ class Step:
                 self._show()
 
     def _show(self) -> None:
-        if self._ended:
+        if self._ended or quiet():
             return
         self._shown = time.monotonic()
         before, after = ("\r\033[K", "") if self._terminal else ("", "\n")
