@@ -33,7 +33,8 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "generate": INPUT | {"measure", "engine"},
     "server": ALL,
     "console": ALL,
-    **dict.fromkeys(("convert", "doctor", "bench"), ALL | {"console"}),
+    **dict.fromkeys(("convert", "bench"), ALL | {"console"}),
+    "doctor": ALL | {"console", "convert"},
     "commands": ALL | {"console", "server", "convert", "doctor", "bench"},
 }
 
