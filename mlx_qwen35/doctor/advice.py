@@ -71,7 +71,7 @@ def _answer(planned: Planned, row: Row) -> str:
 
 def _speeds(planned: Planned, row: Row) -> Advice:
     if row.decode is None or row.prefill is None:
-        return Advice("Its speed is not computed. To measure it:", f"mlx_qwen35 doctor --model {shlex.quote(planned.name)}")
+        return Advice("Its speed is not known. To measure:", f"mlx_qwen35 doctor --model {shlex.quote(planned.name)}")
     return Advice(
         f"Computed, not measured: {speed(row.decode)} tokens a second, after {row.plan.context / row.prefill:,.0f} s "
         f"for a prompt of {row.plan.context:,}."
