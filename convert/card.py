@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mlx_qwen35.checkpoint.converted import QUALITY
 from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION
 from mlx_qwen35.checkpoint.shapes import is_matrix
 from mlx_qwen35.console.table import markdown
@@ -22,7 +23,7 @@ from mlx_qwen35.load import has_vision
 from mlx_qwen35.measure.divergence import Evaluation
 from mlx_qwen35.quantization import Quantization
 
-CARD, QUALITY, PLOT = "README.md", "quality.json", "error_by_layer.svg"
+CARD, PLOT = "README.md", "error_by_layer.svg"
 _PROGRAMS = ("mlx", "mlx-qwen35")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
