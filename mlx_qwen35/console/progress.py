@@ -48,6 +48,10 @@ class Step:
         left = self._left(done, total)
         self._tell(f": {_amounts(done, total, self._unit)}, {100 * done // total} %{left}" if total else "")
 
+    def images(self, done: int, total: int) -> None:
+        """So many of a prompt's images are encoded, which comes before its prefill."""
+        self._tell(f": {_amounts(done, total, 'images')}, {100 * done // total} %")
+
     def _left(self, done: int, total: int) -> str:
         if not self._timed:
             return ""

@@ -29,7 +29,8 @@ from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.prompt.prompt import Prompt
 
 _OF_ONE_PROMPT = {
-    "cache", "ignore_chat_template", "progress", "images", "videos", "constraint", "continue_final_message",
+    "cache", "ignore_chat_template", "progress", "media_progress", "images", "videos", "pdfs", "pages", "constraint",
+    "continue_final_message",
 }  # fmt: skip
 _QUESTION = {"role": "user", "content": "?"}
 
@@ -49,7 +50,8 @@ class Conversation:
 
     Args:
         options: of every turn, see `Options`; not cache, ignore_chat_template, continue_final_message, progress,
-            constraint, images or videos. library: one that other conversations share; by default one of its own.
+            media_progress, constraint, images, videos, pdfs or pages. library: one that other conversations share; by
+            default one of its own.
     """
 
     def __init__(self, model: Model, processor: Processor, **options: Unpack[Options]):
@@ -184,7 +186,8 @@ class Conversation:
             if turn.seed is not None:
                 planned = replace(planned, seed=turn.seed)
             request = make_request(
-                self.processor, prompt, planned, self.cache, self._options, self._rules, progress=turn.count
+                self.processor, prompt, planned, self.cache, self._options, self._rules, progress=turn.count,
+                media_progress=lambda done, total: turn.media_progress(done, total),
             )
         except BaseException:
             self._use = self.library.keep(read) if read else None
@@ -224,6 +227,8 @@ class Turn:
     one that runs. A turn that is left early, cancelled or ended so keeps the answer as far as it came; if that has no
     token, the conversation is as before. After an error it is as before, too, or has the answer up to the error.
 
+    progress, media_progress: called as those of `Options` are.
+
     Any thread may go on with a turn.
     """
 
@@ -238,6 +243,7 @@ class Turn:
         """replaces: how many of the conversation's last messages these take the place of. seed: None: the options'."""
         self.messages, self.replaces, self.seed = messages, replaces, seed
         self._conversation, self.progress = conversation, progress
+        self.media_progress: Callable[[int, int], object] = lambda done, total: None
         self._engine = Engine(conversation.model)
         self._begun: Begun | None = None
         self._ended = False

@@ -40,7 +40,7 @@ class PlainScreen:
 
     def answer(self, conversation: Conversation, turn: Turn) -> bool:
         with self.step("prefill", "tokens", timed=True) as prefill:
-            turn.progress = prefill
+            turn.progress, turn.media_progress = prefill, prefill.images
             try:
                 print_pieces(turn, prefill)
             except KeyboardInterrupt:
