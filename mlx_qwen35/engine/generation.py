@@ -1,16 +1,19 @@
 """Prompts and options -> sequences, and a generation that runs them."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Unpack
 
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.cache.prefix import PrefixLibrary
 from mlx_qwen35.engine.constraints.rules import Rules
+from mlx_qwen35.engine.constraints.thinking import line_tokens
 from mlx_qwen35.engine.encode import encode, prefix_of, refuse_idle_vision
 from mlx_qwen35.engine.engine import Engine
 from mlx_qwen35.engine.logprobs import LogprobScorer
 from mlx_qwen35.engine.options import Options, check_options
 from mlx_qwen35.engine.plan import SequencePlan, plan
+from mlx_qwen35.engine.presets import Sampling
 from mlx_qwen35.engine.result import Result
 from mlx_qwen35.engine.sampling import Sampler
 from mlx_qwen35.engine.sequence import Sequence as Request
@@ -115,7 +118,7 @@ def make_request(
     rules: of the same options.
     """
     sampler = Sampler(
-        planned.sampling, planned.seed, len(prompt.tokens), processor.vocabulary,
+        exempting(planned.sampling, processor), planned.seed, len(prompt.tokens), processor.vocabulary,
         processors=options.get("logits_processors", ()), choose=options.get("sampler"),
         door=rules.door(prompt, planned.thinking_budget, planned.limit), prompt=prompt.tokens,
     )  # fmt: skip
@@ -130,6 +133,14 @@ def make_request(
         drafts=planned.drafts, progress=progress, media_progress=media_progress,
         loop_guard=bool(options.get("loop_guard")), scorer=scorer, one_call=options.get("parallel_tool_calls") is False,
     )  # fmt: skip
+
+
+def exempting(sampling: Sampling, processor: Processor) -> Sampling:
+    """The sampling, which names the tokens that XTC never excludes."""
+    if not sampling.xtc_probability or sampling.xtc_special_tokens is not None:
+        return sampling
+    thought = () if processor.think_end is None else (processor.think_end,)
+    return replace(sampling, xtc_special_tokens=(*sorted(processor.stop_ids), *thought, *line_tokens(processor)))
 
 
 def check_caches(options: Options, model: Model, rows: int) -> list[Cache | None]:

@@ -229,7 +229,7 @@ class GenerationOptions:
     )  # fmt: skip
     sampler: Choice | None = option(
         help="function that chooses a token: log-probabilities (1, V) -> (1,), as in mlx-lm; it takes the place of "
-        "temp, top_k, top_p and min_p, and the seed is its own affair; without drafts", check=_a_sampler,
+        "the options from temp to min_p and of XTC, and the seed is its own affair; without drafts", check=_a_sampler,
         python_only=True,
     )  # fmt: skip
     logits_processors: Sequence[Processor] | None = option(
@@ -251,7 +251,14 @@ class GenerationOptions:
     )  # fmt: skip
 
 
-WARPERS = ("temp", "top_k", "top_p", "min_p")  # the options whose work a caller's sampler does
+WARPERS = (
+    "temp", "top_k", "top_p", "min_p", "min_tokens_to_keep", "xtc_probability", "xtc_threshold", "xtc_special_tokens",
+)  # the options whose work a caller's sampler does
+# An option -> the one without which it has no effect.
+NEEDS = {
+    "top_logprobs": "logprobs", "min_tokens_to_keep": "min_p", "xtc_threshold": "xtc_probability",
+    "xtc_special_tokens": "xtc_probability",
+}  # fmt: skip
 GROUPS = (PromptOptions, GenerationOptions, Sampling, VisionOptions)
 
 
@@ -307,6 +314,10 @@ class Options(TypedDict, total=False):
     frequency_penalty: float
     repetition_penalty: float
     logit_bias: Mapping[int, float]
+    min_tokens_to_keep: int
+    xtc_probability: float
+    xtc_threshold: float
+    xtc_special_tokens: Sequence[int]
     min_pixels: int
     max_pixels: int
     fps: float
@@ -329,12 +340,12 @@ def check_options(given: Mapping[str, Any]) -> Options:
     thinking_switch(options)
     check_constraints(options)
     draft_options(options)
-    if "top_logprobs" in options and not options.get("logprobs"):
-        raise InputError(
-            "option_no_effect",
-            f"{spelled('top_logprobs', options['top_logprobs'])} must be given with {spelled('logprobs', True)}: it "
-            "would have no effect alone",
-        )
+    for name, other in NEEDS.items():
+        if name in options and not options.get(other):
+            raise InputError(
+                "option_no_effect",
+                f"{spelled(name)} must be given with {spelled(other)}: it would have no effect alone",
+            )
     if "sampler" in options and (idle := [name for name in WARPERS if name in options]):
         raise InputError(
             "option_conflict", f"{listed(idle)} must not be given with sampler, which chooses the token by itself"

@@ -19,10 +19,11 @@ from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.checkpoint.config import parse_config
 from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.engine import sampling as engine_sampler
+from mlx_qwen35.engine.distribution import process
 from mlx_qwen35.engine.drafts.speculate import Speculation
 from mlx_qwen35.engine.engine import Engine
 from mlx_qwen35.engine.presets import Sampling
-from mlx_qwen35.engine.sampling import Sampler, commit, peek, process, sample
+from mlx_qwen35.engine.sampling import Sampler, commit, peek, sample
 from mlx_qwen35.engine.sequence import Sequence
 from mlx_qwen35.prompt.prompt import Prompt
 

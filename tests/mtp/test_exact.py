@@ -40,7 +40,7 @@ SAMPLINGS = {
     "frequency": Sampling(temp=0, frequency_penalty=2.0),
     "repetition": Sampling(temp=0.1, repetition_penalty=1.8),
     "bias": Sampling(temp=0.5, logit_bias={5: 4.0, 7: 4.0, 9: -100.0}, presence_penalty=0.7),
-    "all": Sampling(0.8, 20, 0.9, 0.01, 0.5, 0.4, 1.2, {3: 3.0, 4: 3.0}),
+    "all": Sampling(0.8, 20, 0.9, 0.01, 0.5, 0.4, 1.2, {3: 3.0, 4: 3.0}, 3, 0.5, 0.05, (3,)),
 }
 CASES = {name: Case(prompt(i, 1 + 3 * i), sampling, 11 + i) for i, (name, sampling) in enumerate(SAMPLINGS.items())}
 PLAIN = CASES["plain"]
