@@ -13,12 +13,19 @@ from mlx_qwen35.options import either
 from mlx_qwen35.prompt.piece import CALL, CALL_END, Piece
 
 
-def print_media(media: Sequence[Media], before: Sequence[Media] = ()) -> None:
-    """The size of each image and video, on stderr, one line each, counted behind those before."""
-    counts = Counter(item.kind for item in before)
+def media_lines(media: Sequence[Media], before: Sequence[Media] = ()) -> list[str]:
+    """The size of each image and video, counted behind those before."""
+    counts, lines = Counter(item.kind for item in before), []
     for item in media:
         counts[item.kind] += 1
-        print(f"{item.kind} {counts[item.kind]}: {item}", file=sys.stderr, flush=True)
+        lines.append(f"{item.kind} {counts[item.kind]}: {item}")
+    return lines
+
+
+def print_media(media: Sequence[Media]) -> None:
+    """The size of each image and video, on stderr, one line each."""
+    for line in media_lines(media):
+        print(line, file=sys.stderr, flush=True)
 
 
 def print_pieces(pieces: Iterable[Piece], waiting: Step) -> None:

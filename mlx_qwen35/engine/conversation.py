@@ -1,6 +1,6 @@
 """A conversation of several turns, each part of which is prefilled once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from typing import Any, Unpack, cast
@@ -60,7 +60,7 @@ class Conversation:
         self.messages: list[Message] = []
         self.reset()
 
-    def change(self, **options: Unpack[Options]) -> None:
+    def change(self, **options: Any) -> None:
         """Take other options from the next turn on; None: as if an option had not been given. A turn that runs is
         cancelled. Messages, and what was read of them, stay.
 
@@ -89,8 +89,9 @@ class Conversation:
         options["library"] = self.library
         rules = Rules(self.processor, options)
         prompt = self.processor.encode_messages([_QUESTION], vision, **template)
-        plan_rows(self.model, self.processor, [prompt], [0], options, rules, self.library)  # refuses a bad option
+        (plan,) = plan_rows(self.model, self.processor, [prompt], [0], options, rules, self.library)
         self.options = given  # as they were given
+        self.sampling = plan.sampling  # with every default filled in
         self.system = given.get("system_prompt")  # what a reset keeps
         self.vision = vision  # for the images and videos of coming messages
         self._template, self._options, self._rules = template, options, rules
@@ -266,6 +267,6 @@ class Conversation:
         return self.messages[: len(roles) - 1 - roles[::-1].index(role)]
 
 
-def _refuse(options: Options, *more: str) -> None:
+def _refuse(options: Mapping[str, Any], *more: str) -> None:
     if refused := sorted(name for name in {*_OF_ONE_PROMPT, *more} if options.get(name) is not None):
         raise TypeError(f"a conversation takes no {', '.join(refused)}")

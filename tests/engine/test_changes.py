@@ -28,9 +28,9 @@ def talk(nano):
 
 def stored(conversation: Conversation, messages: list[dict]) -> int:
     """Tokens of the prompt of these messages that a snapshot of its library holds."""
-    tokens = conversation.encode(messages).tokens
-    held = [entry.prefix.tokens for entry in conversation.library.entries()]
-    return max((len(own) for own in held if len(own) < len(tokens) and tuple(own) == tuple(tokens[: len(own)])), default=0)
+    tokens = list(conversation.encode(messages).tokens)
+    held = [entry.prefix.tokens.tolist() for entry in conversation.library.entries()]
+    return max((len(own) for own in held if len(own) < len(tokens) and own == tokens[: len(own)]), default=0)
 
 
 @pytest.mark.parametrize("thinking", [False, True])
@@ -40,7 +40,7 @@ def test_what_was_taken_back_leaves_no_trace_and_nothing_that_is_stored_is_read(
     edited, plain = talk(*QUESTIONS[:2], **options), talk(QUESTIONS[0], **options)
     if way == "undo":
         taken = edited.undo()
-        assert [message["content"] for message in taken][0] == QUESTIONS[1]
+        assert taken[0]["content"] == QUESTIONS[1]
         assert edited.messages == plain.messages
         turn = edited.send(QUESTIONS[2])
     else:
