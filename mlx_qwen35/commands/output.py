@@ -14,19 +14,20 @@ from mlx_qwen35.options import either
 from mlx_qwen35.prompt.piece import CALL, CALL_END, Piece
 
 
-def print_media(media: Sequence[Media], before: Sequence[Media] = ()) -> None:
-    """The size of each image and video, on stderr, one line each, counted behind those before; pages of a PDF that
-    follow each other and have one size share a line.
+def media_lines(media: Sequence[Media], before: Sequence[Media] = ()) -> list[str]:
+    """The size of each image and video, counted behind those before; pages of a PDF that follow each other and have
+    one size share a line.
     """
-    counts = Counter(item.kind for item in before if not isinstance(item, Page))
+    counts, lines = Counter(item.kind for item in before if not isinstance(item, Page)), []
     for name, group in groupby(media, _page_size):
         items = list(group)
         if isinstance(items[0], Page):
-            tell(f"{_pages(items)} of {name}{' each' * (len(items) > 1)}")
+            lines.append(f"{_pages(items)} of {name}{' each' * (len(items) > 1)}")
             continue
         for item in items:
             counts[item.kind] += 1
-            tell(f"{item.kind} {counts[item.kind]}: {item}")
+            lines.append(f"{item.kind} {counts[item.kind]}: {item}")
+    return lines
 
 
 def _page_size(item: Media) -> str | None:
@@ -41,6 +42,12 @@ def _pages(pages: Sequence[Media]) -> str:
     if numbers == list(range(numbers[0], numbers[-1] + 1)):
         return f"pages {numbers[0]}-{numbers[-1]}"
     return f"pages {', '.join(map(str, numbers))}"
+
+
+def print_media(media: Sequence[Media]) -> None:
+    """The size of each image and video, on stderr, one line each."""
+    for line in media_lines(media):
+        tell(line)
 
 
 def print_pieces(pieces: Iterable[Piece], waiting: Step) -> None:

@@ -1,6 +1,7 @@
 """The command mlx_qwen35.chat: an interactive conversation in the terminal."""
 
 import argparse
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from mlx_qwen35.commands.chat.orders import help_text
 from mlx_qwen35.commands.chat.reader import PlainReader
 from mlx_qwen35.commands.chat.screen import PlainScreen
 from mlx_qwen35.commands.chat.talk import Talk
-from mlx_qwen35.commands.session import check_session, opened
+from mlx_qwen35.commands.session import check_session, open_session
+from mlx_qwen35.console.interrupt import unwound_when_ended
 from mlx_qwen35.console.options import add_answer_options, add_model_options, add_options, given_options
 from mlx_qwen35.console.parser import Parser
 from mlx_qwen35.console.run import as_command, load_model, require_model
@@ -57,11 +59,10 @@ def main() -> None:
         reader, screen = PlainReader(), PlainScreen()
         if standard_input().isatty():
             screen.say(f"{name}. /help lists the commands.")
-        if not args.session:
-            run(Talk(Conversation(model, processor, **options), reader, screen))
-            return
-        with opened(args.session, model, processor, options) as session:
-            run(Talk(session.conversation, reader, screen, session))
+        session = open_session(args.session, model, processor, options) if args.session else None
+        conversation = session.conversation if session else Conversation(model, processor, **options)
+        with unwound_when_ended(), closing(Talk(conversation, reader, screen, session, name)) as talk:
+            run(talk)
 
 
 if __name__ == "__main__":
