@@ -1,5 +1,6 @@
 """What generate and chat print: media, text as it comes, and that an answer was cut."""
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import groupby
@@ -12,6 +13,17 @@ from mlx_qwen35.media.preprocess import Media, Page
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.options import either
 from mlx_qwen35.prompt.piece import CALL, CALL_END, Piece
+
+_CONTROLS: dict[int, int | None] = {  # as pictures of them
+    **{code: 0x2400 + code for code in range(0x20)},
+    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
+    **{0x7F: 0x2421, 0x0D: None, 0x0A: 0x0A, 0x09: 0x09},
+}
+
+
+def safe(text: str) -> str:
+    """A text without characters that control a terminal: it moves no cursor, sets no title and opens no link."""
+    return text.translate(_CONTROLS)
 
 
 def media_lines(media: Sequence[Media], before: Sequence[Media] = ()) -> list[str]:
@@ -68,7 +80,7 @@ def print_pieces(pieces: Iterable[Piece], waiting: Step) -> None:
                 text += "\n"
             text += {CALL: f"{last.name}(", CALL_END: ")\n"}.get(last.kind, last.text)
             line = (line + text)[-1:]
-            print(text, end="", flush=True)
+            print(safe(text) if sys.stdout.isatty() else text, end="", flush=True)
     finally:
         if last and last.kind != CALL_END:  # before what goes to standard error
             print("\n</think>" if inside else "", flush=True)
