@@ -18,7 +18,7 @@ from mlx_qwen35.console.table import align
 from mlx_qwen35.convert.planned import planned
 from mlx_qwen35.convert.recipes import StorageOptions
 from mlx_qwen35.load import choose_dtype
-from mlx_qwen35.machine.chip import parse_chip, this_chip
+from mlx_qwen35.machine.chip import this_chip
 
 SIZES = ("0.8b", "2b", "4b", "9b", "27b")
 RECIPES = ("bf16", "8bit", "6bit", "4bit")  # the most bits first
@@ -81,11 +81,6 @@ def fit(size: str, recipe: str, checkpoint: Checkpoint, machine: Machine, memory
     return Fit(size, recipe, disk, plan.image, memory - plan.image, longest, speed)
 
 
-def a_mac(gigabytes: float, chip: str = "M1") -> Machine:
-    """A Mac of so many GB with the chip of this name."""
-    return replace(mac(gigabytes), name=f"{chip}, {gigabytes:g} GB", chip=parse_chip(f"Apple {chip}"))
-
-
 def fits(limit: int, gigabytes: float | None = None, chip: str = "M1") -> tuple[Machine, list[Fit]]:
     """A machine, and every recipe of every size on it, the largest first.
 
@@ -99,7 +94,7 @@ def fits(limit: int, gigabytes: float | None = None, chip: str = "M1") -> tuple[
             machine = this_machine(checkpoint.config.text, choose_dtype(checkpoint, None), limit)
             machine = replace(machine, name=name, chip=here)
         else:
-            machine = a_mac(gigabytes, chip)
+            machine = mac(gigabytes, chip=chip)
         found.append(fit(size, recipe, checkpoint, machine, memory))
     return machine, found
 

@@ -25,14 +25,19 @@ def check_session(path: Path) -> None:
         file.close()
 
 
-@contextmanager
-def opened(path: Path, model: Model, processor: Processor, options: Mapping[str, Any]) -> Iterator[Session]:
-    """The session in this file. However the block ends, what is new in it is saved, and the file let go of."""
+def open_session(path: Path, model: Model, processor: Processor, options: Mapping[str, Any]) -> Session:
+    """The session in this file, or a new one."""
     with Step(f"reading {path}"):
         session = Session.load(path, model, processor, **options)
-    with session, unwound_when_ended():
-        if session.tokens:
-            tell(f"{session.tokens:,} tokens from {path} in {session.seconds:.2f} s")
+    if session.tokens:
+        tell(f"{session.tokens:,} tokens from {path} in {session.seconds:.2f} s")
+    return session
+
+
+@contextmanager
+def opened(path: Path, model: Model, processor: Processor, options: Mapping[str, Any]) -> Iterator[Session]:
+    """The same. However the block ends, what is new in it is saved, and the file let go of."""
+    with open_session(path, model, processor, options) as session, unwound_when_ended():
         try:
             yield session
         finally:

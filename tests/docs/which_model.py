@@ -5,8 +5,9 @@ Its figures are those of `mlx_qwen35 models fit`. Nothing of this is measured.
 
 from collections.abc import Iterator
 
+from mlx_qwen35.budget.plan import mac
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
-from mlx_qwen35.commands.fit import a_mac, checkpoints, fit
+from mlx_qwen35.commands.fit import checkpoints, fit
 
 # GB of memory, member of the family, recipe, and the chips that Macs with this memory are sold with.
 ROWS = (
@@ -18,13 +19,13 @@ CHIPS = {"M1": "M1", "M4": "M4", "M1 Pro": "M1, M2 Pro", "M1 Max": "M1, M2 Max"}
 
 
 def row(checkpoint: Checkpoint, gigabytes: int, size: str, recipe: str, sold: tuple[str, ...]) -> Iterator[str]:
-    machine = a_mac(gigabytes)
+    machine = mac(gigabytes)
     found = fit(size, recipe, checkpoint, machine, 0)
     yield from (f"{gigabytes} GB", f"{size.upper()}, `{recipe}`")
     yield f"{found.memory / 1e9:.1f} of {machine.limit / 1e9:.1f} GB"
     yield f"{1 << found.longest.bit_length() - 1:,}"
     for chip in CHIPS:
-        speed = fit(size, recipe, checkpoint, a_mac(gigabytes, chip), 0).speed
+        speed = fit(size, recipe, checkpoint, mac(gigabytes, chip=chip), 0).speed
         yield f"{speed:.0f}" if chip in sold else "–"
 
 

@@ -60,7 +60,7 @@ _shtab_mlx_qwen35_bench_options=(
   "--prefill-step-size[prompt tokens of a prefill chunk (default\: 1024)]:N:"
   "--compare[some of mlx-lm,mlx-vlm,transformers]:NAMES:"
   "--json[write every measurement to this file]:FILE:_files"
-  "--plot[PNG file for the speeds over the prompt lengths, which needs matplotlib, or for the needles]:FILE:_files"
+  "--plot[draw the speeds or the needles into this PNG file (needs matplotlib)]:FILE:_files"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -99,17 +99,23 @@ _shtab_mlx_qwen35_chat_options=(
   "--presence-penalty[subtracted from the logit of each token that was generated before]:X:"
   "--frequency-penalty[subtracted from the logit of a token for each time it was generated before]:X:"
   "--repetition-penalty[divides a positive logit of a token that was generated before, multiplies a negative one\; 1 is off]:X:"
+  "--min-tokens-to-keep[tokens that min-p keeps at the least]:N:"
+  "--xtc-probability[how often XTC applies\: then tokens above the threshold are excluded, except the least probable of them\; 0 is off]:P:"
+  "--xtc-threshold[probability above which XTC excludes a token]:P:"
   "--min-pixels[least pixels of an image, height x width\; a smaller one is enlarged (default\: the checkpoint\'s)]:N:"
   "--max-pixels[most pixels of an image, height x width\; a larger one is reduced (default\: by this machine\'s memory)]:N:"
   "--fps[frames of a video to use for each second (default\: the checkpoint\'s, 2)]:X:"
   "--video-num-frames[frames of a video to use in all, instead of fps]:N:"
   "--video-total-pixels[most pixels of all used frames of a video together, frames x height x width (default\: by this machine\'s memory)]:N:"
   "--source-fps[frames per second of a video that comes as a folder, a list or an array of images]:X:"
+  "--dpi[pixels per inch of the pages of a PDF, fewer where a page would have more than max_pixels (default\: 144)]:N:"
   "--published-limits[limit pixels as the checkpoint does, and not by this machine\'s memory]"
   "--outer-vision-tags[put one pair of vision tags around a whole video, as transformers 5.10 and later do (default\: one around each pair of frames, as when the model was released)]"
   "--allow-private-urls[follow URLs that lead to this machine or into its network, which are refused otherwise]"
   "--keep-vision[keep the vision encoder in memory after the first image\; otherwise each prompt releases it]"
   "--session[a file that holds the conversation\: read where it is there, written by \/save and at the end]:FILE:_files"
+  "--hide-thinking[show one line in place of the reasoning]"
+  "--verbose[show all figures of each answer]"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -174,7 +180,8 @@ _shtab_mlx_qwen35_doctor_options=(
   "--probe[show the largest activation of each layer of --model, and whether single elements of its keys stand out]"
   "--text[a text for --probe (default\: a short one)]:FILE:_files"
   "--no-check[do not measure speed, which takes half a minute]"
-  "--json[write the report to this file too]:FILE:_files"
+  "--verbose[with --plan\: every recipe and context, and all parts]"
+  "--json[print the report, or the plan, as JSON in the place of the text, or with FILE write it there too]"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -195,6 +202,8 @@ _shtab_mlx_qwen35_generate_options=(
   "--prompt-file[a text file that holds the message]:FILE:_files"
   "--image[images put before the message, in the order given\: files, URLs or data\: URIs]:FILE:_files"
   "--video[videos put before the message, in the order given\: files, URLs or folders of images]:FILE:_files"
+  "--pdf[PDF documents put before the message, in the order given, an image for each page\: files, URLs or data\: URIs]:FILE:_files"
+  "--pages[pages of each PDF, as 1-3,7,9- (default\: all)]:PAGES:"
   "--ignore-chat-template[complete the prompt as raw text, control tokens included]"
   {--system-prompt,--system}"[system message put before the conversation]:TEXT:"
   {--enable-thinking,--no-enable-thinking}"[think before answering, or answer at once (default\: the preset\'s, else the chat template\'s)]"
@@ -224,12 +233,16 @@ _shtab_mlx_qwen35_generate_options=(
   "--presence-penalty[subtracted from the logit of each token that was generated before]:X:"
   "--frequency-penalty[subtracted from the logit of a token for each time it was generated before]:X:"
   "--repetition-penalty[divides a positive logit of a token that was generated before, multiplies a negative one\; 1 is off]:X:"
+  "--min-tokens-to-keep[tokens that min-p keeps at the least]:N:"
+  "--xtc-probability[how often XTC applies\: then tokens above the threshold are excluded, except the least probable of them\; 0 is off]:P:"
+  "--xtc-threshold[probability above which XTC excludes a token]:P:"
   "--min-pixels[least pixels of an image, height x width\; a smaller one is enlarged (default\: the checkpoint\'s)]:N:"
   "--max-pixels[most pixels of an image, height x width\; a larger one is reduced (default\: by this machine\'s memory)]:N:"
   "--fps[frames of a video to use for each second (default\: the checkpoint\'s, 2)]:X:"
   "--video-num-frames[frames of a video to use in all, instead of fps]:N:"
   "--video-total-pixels[most pixels of all used frames of a video together, frames x height x width (default\: by this machine\'s memory)]:N:"
   "--source-fps[frames per second of a video that comes as a folder, a list or an array of images]:X:"
+  "--dpi[pixels per inch of the pages of a PDF, fewer where a page would have more than max_pixels (default\: 144)]:N:"
   "--published-limits[limit pixels as the checkpoint does, and not by this machine\'s memory]"
   "--outer-vision-tags[put one pair of vision tags around a whole video, as transformers 5.10 and later do (default\: one around each pair of frames, as when the model was released)]"
   "--allow-private-urls[follow URLs that lead to this machine or into its network, which are refused otherwise]"
