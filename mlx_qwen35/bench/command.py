@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 import mlx.core as mx
 
 from mlx_qwen35.backend import backend
-from mlx_qwen35.bench import heatmap, needle, serve, serve_model, serve_report
+from mlx_qwen35.bench import heatmap, needle, plot, serve, serve_model, serve_report
 from mlx_qwen35.bench.measure import OURS, PEERS, Settings, measure, started, summarize
-from mlx_qwen35.bench.report import as_json, describe_machine, draw, format_table
+from mlx_qwen35.bench.report import as_json, describe_machine, format_table
 from mlx_qwen35.bench.worker import blas
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.dtypes import DTYPES, dtype_name
@@ -29,6 +29,7 @@ from mlx_qwen35.console.interrupt import unwound_when_ended
 from mlx_qwen35.console.json_output import add_json, check_json, write_json
 from mlx_qwen35.console.options import add_options, given_options
 from mlx_qwen35.console.parser import Parser
+from mlx_qwen35.console.plot import check_plot
 from mlx_qwen35.console.progress import Step
 from mlx_qwen35.console.run import as_command, load_model
 from mlx_qwen35.errors import InputError
@@ -129,9 +130,8 @@ def _parser() -> Parser:
     parser.add_argument("--compare", type=_peers, metavar="NAMES", help=f"some of {','.join(PEERS)}")
     add_json(parser, "every measurement")
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="PNG file for the speeds over the prompt lengths, which needs "
-        "matplotlib, or for the needles",
-    )  # fmt: skip
+        "--plot", type=Path, metavar="FILE", help="draw the speeds or the needles into this PNG file (needs matplotlib)"
+    )
     for option in REMOVED:
         parser.add_argument(option, action=_Removed)
     return parser
@@ -151,12 +151,9 @@ def _checkpoint(options: argparse.Namespace, step: Step) -> Iterator[Path]:
 
 def _check_outputs(options: argparse.Namespace) -> None:
     """Refuse outputs that could not be written, before anything is measured."""
-    if options.plot and not options.needle and find_spec("matplotlib") is None:
-        raise InputError(
-            "package_missing", "--plot needs matplotlib, which is not installed: pip install 'mlx-qwen35[plot]'"
-        )
     check_json(options.json)
     if path := options.plot:
+        check_plot()
         if not path.absolute().parent.is_dir():
             raise InputError("output_unwritable", f"the folder of {path} must exist")
         if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
@@ -225,8 +222,7 @@ def _report_needles(options: argparse.Namespace, dtype: mx.Dtype, answers: Seque
     if not write_json(options.json, heatmap.as_json(machine, name, rows, answers)):
         print(heatmap.format_table(machine, name, rows))
     if options.plot:
-        what = "right answers by the depth of the number (down) and the tokens of the prompt (across)"
-        heatmap.draw(options.plot, [name, machine["chip"], what], rows)
+        heatmap.draw(options.plot, options.model, f"{name}\n{machine['chip']}", rows)
 
 
 def _speed(options: argparse.Namespace, folder: Path, model: str, step: Step) -> dict[str, str]:
@@ -249,7 +245,7 @@ def _speed(options: argparse.Namespace, folder: Path, model: str, step: Step) ->
     if not write_json(options.json, as_json(machine, model, settings, rows, runs, failures)):
         print(format_table(machine, model, settings, rows, median(run.products for run in runs)))
     if options.plot:
-        draw(options.plot, f"{model}, {dtype}\n{machine['chip']}", rows)
+        plot.draw(options.plot, model, f"{model}, {dtype}, {settings.repeats} rounds\n{machine['chip']}", runs)
     return failures
 
 
