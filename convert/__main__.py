@@ -14,15 +14,16 @@ from mlx_qwen35.checkpoint.names import VISION
 from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes
 from mlx_qwen35.console.options import add_options, given_options
 from mlx_qwen35.console.parser import Parser
+from mlx_qwen35.console.plot import check_plot
 from mlx_qwen35.console.run import as_command
 from mlx_qwen35.console.streams import read_file
-from mlx_qwen35.convert import convert, with_default
+from mlx_qwen35.convert import convert, sensitivity_plot, with_default
 from mlx_qwen35.convert.card import QUALITY
 from mlx_qwen35.convert.dry_run import describe
 from mlx_qwen35.convert.options import CommandOptions, FolderOptions, WritingOptions
 from mlx_qwen35.convert.plan import make_plan
 from mlx_qwen35.convert.recipes import DEFAULT, StorageOptions, check_saving, save_recipe
-from mlx_qwen35.convert.sensitivity import CANDIDATES, propose, sensitivity, smallest, table, unmeasured
+from mlx_qwen35.convert.sensitivity import CANDIDATES, GroupCost, propose, sensitivity, smallest, table, unmeasured
 from mlx_qwen35.convert.source import reading
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.measure.text import windows
@@ -62,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "option_no_effect",
                 "--save-recipe has no effect without --sensitivity and --cap; add them or leave it out",
             )
+        if args.plot and not args.sensitivity:
+            raise InputError("option_no_effect", "--plot has no effect without --sensitivity; add it or leave it out")
         if args.dry_run or args.sensitivity:
             _look(args, options)
             return
@@ -101,14 +104,19 @@ def _look(args: argparse.Namespace, options: dict[str, Any]) -> None:
             "own storage. Leave it out",
         )
     source = resolve(args.hf_path, args.revision)
+    if args.plot:
+        check_plot(args.plot)
     if args.save_recipe:
         check_saving(args.save_recipe, (args.sensitivity.expanduser(), *source.iterdir()))
     with reading(source):
         checkpoint = open_checkpoint(source)
-    _sensitivity(checkpoint, read_file("--sensitivity", args.sensitivity), args.cap, args.save_recipe)
+    costs = _sensitivity(checkpoint, read_file("--sensitivity", args.sensitivity), args.cap, args.save_recipe)
+    if args.plot:
+        name = args.hf_path.rstrip("/").split("/")[-1]
+        sensitivity_plot.draw(args.plot, name, f"{name}, on {args.sensitivity.name}", costs)
 
 
-def _sensitivity(checkpoint: Checkpoint, text: str, cap: float | None, file: Path | None) -> None:
+def _sensitivity(checkpoint: Checkpoint, text: str, cap: float | None, file: Path | None) -> Sequence[GroupCost]:
     """Print the table; under a cap, tensors in no group (norms, vision encoder, draft head) count as by default.
 
     A cap that nothing fits under is refused before anything is measured, and what was measured is printed first.
@@ -125,6 +133,7 @@ def _sensitivity(checkpoint: Checkpoint, text: str, cap: float | None, file: Pat
     print(table(costs, proposal), flush=True)
     if proposal and file:
         save_recipe(file, proposal.matrices, CANDIDATES[0], f"proposed for at most {cap:g} GB by the KL of each group")
+    return costs
 
 
 def _size(nbytes: int, shapes: Iterable[tuple[int, ...]]) -> str:

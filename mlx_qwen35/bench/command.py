@@ -151,12 +151,12 @@ def _checkpoint(options: argparse.Namespace, step: Step) -> Iterator[Path]:
 def _check_outputs(options: argparse.Namespace) -> None:
     """Refuse outputs that could not be written, before anything is measured."""
     if options.plot:
-        check_plot()
-    for path in (options.json, options.plot):
-        if path and not path.absolute().parent.is_dir():
-            raise InputError("output_unwritable", f"the folder of {path} must exist")
-        if path and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
-            raise InputError("output_unwritable", f"{path} must be a file that can be written")
+        check_plot(options.plot)
+    path = options.json
+    if path and not path.absolute().parent.is_dir():
+        raise InputError("output_unwritable", f"the folder of {path} must exist")
+    if path and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
+        raise InputError("output_unwritable", f"{path} must be a file that can be written")
 
 
 def _check_effects(options: argparse.Namespace) -> None:

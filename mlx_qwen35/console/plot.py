@@ -3,6 +3,7 @@
 matplotlib is imported where a picture is drawn: pip install 'mlx-qwen35[plot]'.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -29,12 +30,14 @@ STYLE: Any = {
 }  # fmt: skip
 
 
-def check_plot() -> None:
-    """InputError where matplotlib is absent: before anything is measured."""
+def check_plot(path: Path) -> None:
+    """InputError where --plot could not draw into this file, to be called before anything is measured."""
     if find_spec("matplotlib") is None:
         raise InputError(
             "package_missing", "--plot needs matplotlib, which is not installed: pip install 'mlx-qwen35[plot]'"
         )
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise InputError("output_unwritable", f"--plot must name a file that can be written; {path} cannot")
 
 
 @contextmanager
