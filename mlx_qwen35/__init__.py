@@ -13,10 +13,11 @@ operations and cache/ for the states) and samples a token from the logits. The p
 
 __version__ = "0.1.0"  # pyproject.toml takes it from here
 
-from mlx_qwen35.console import interrupt  # first, for Ctrl-C during the other imports
+from mlx_qwen35 import gate  # noqa: F401 (first, for a Python that cannot read the rest)
+from mlx_qwen35.console import interrupt  # second, for Ctrl-C during the other imports
 
 with interrupt.tell_errors():
-    from mlx_qwen35 import backend  # noqa: F401 (second, for a machine on which MLX cannot be loaded)
+    from mlx_qwen35 import backend  # noqa: F401 (third, for a machine on which MLX cannot be loaded)
 
 from mlx_qwen35.cache.cache import Cache, Snapshot
 from mlx_qwen35.engine.conversation import Conversation

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.budget.plan import loaded_bytes, mac, plan_memory, state_bytes
-from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.config import parse_config
 from mlx_qwen35.checkpoint.random import geometry, is_float32
 from mlx_qwen35.checkpoint.shapes import mtp_shapes, text_shapes, vision_shapes
-from mlx_qwen35.convert.plan import make_plan
+from mlx_qwen35.convert.planned import planned
 from mlx_qwen35.convert.recipes import StorageOptions
 
 # GB of memory, member of the family, recipe, and the chips that Macs with this memory are sold with.
@@ -40,39 +40,24 @@ def write_headers(folder: Path, config: dict[str, Any]) -> Path:
         header[name] = {"dtype": "F32" if is_float32(name) else "BF16", "shape": shape, "data_offsets": (start, end)}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    _write(folder / "model.safetensors", struct.pack("<Q", len(text)) + text, 8 + len(text) + end)
+    with (folder / "model.safetensors").open("wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        out.truncate(8 + len(text) + end)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
-def convert_headers(source: Path, target: Path, recipe: str) -> Checkpoint:
-    """What a conversion would write, with holes for the weights."""
-    plan = make_plan(source, StorageOptions(recipe))
-    target.mkdir()
-    for shard in plan.shards:
-        _write(target / shard.file, shard.header, shard.nbytes)
-    (target / "model.safetensors.index.json").write_text(json.dumps(plan.index))
-    (target / "config.json").write_text(json.dumps(plan.config))
-    return open_checkpoint(target)
-
-
-def _write(file: Path, header: bytes, nbytes: int) -> None:
-    with file.open("wb") as out:
-        out.write(header)
-        out.truncate(nbytes)
-
-
 def row(checkpoint: Checkpoint, gigabytes: int, name: str, recipe: str, sold: tuple[str, ...]) -> tuple[str, ...]:
     machine, text = mac(gigabytes), checkpoint.config.text
-    planned = plan_memory(checkpoint, machine, CONTEXT, pixels=PIXELS)
+    plan = plan_memory(checkpoint, machine, CONTEXT, pixels=PIXELS)
     fitting = (n for n in (LONGEST >> i for i in range(9)) if plan_memory(checkpoint, machine, n).fits)
-    moved = planned.weights + planned.state  # the plan has the states twice, as they are read and as they are written
+    moved = plan.weights + plan.state  # the plan has the states twice, as they are read and as they are written
     if not text.tie_word_embeddings:
         parts = [name for name in checkpoint.entries if ".embed_tokens." in name]
         moved -= loaded_bytes(checkpoint, parts, machine.dtype)
-    assert planned.state == 2 * state_bytes(text, machine.dtype.size) and planned.image <= machine.limit
+    assert plan.state == 2 * state_bytes(text, machine.dtype.size) and plan.image <= machine.limit
     speeds = (f"{1e9 * speed / moved:.0f}" if chip in sold else "–" for chip, (_, speed) in CHIPS.items())
-    memory = f"{planned.image / 1e9:.1f} of {machine.limit / 1e9:.1f} GB"
+    memory = f"{plan.image / 1e9:.1f} of {machine.limit / 1e9:.1f} GB"
     return f"{gigabytes} GB", f"{name.upper()}, `{recipe}`", memory, f"{next(fitting):,}", *speeds
 
 
@@ -84,7 +69,7 @@ def table() -> list[str]:
         root = Path(folder)
         sources = {name: write_headers(root / name, geometry(name)) for name in dict.fromkeys(row[1] for row in ROWS)}
         rows = [
-            row(convert_headers(sources[name], root / f"{name}-{recipe}", recipe), gigabytes, name, recipe, sold)
+            row(planned(sources[name], StorageOptions(recipe)), gigabytes, name, recipe, sold)
             for gigabytes, name, recipe, sold in ROWS
         ]
     return [f"| {' | '.join(cells)} |" for cells in (heads, ("---",) * len(heads), *rows)]
