@@ -11,7 +11,8 @@ from typing import Any
 from drawing import main
 
 from mlx_qwen35 import bench
-from mlx_qwen35.bench.heatmap import Row, draw as draw_maps
+from mlx_qwen35.bench.heatmap import Row
+from mlx_qwen35.bench.heatmap import draw as draw_maps
 from mlx_qwen35.console import plot
 
 

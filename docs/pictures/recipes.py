@@ -15,7 +15,8 @@ from drawing import ROOT, machine, main
 
 from mlx_qwen35.console import plot
 
-SHIFTS = {"mxfp4": (6, 5), "nvfp4": (8, -10), "4bit": (8, 3)}  # points: where a name stands beside its mark
+LITTLE = 1e-3  # nats a token
+INTEGER, FLOATING = ("8bit", "6bit", "5bit", "4bit"), ("nvfp4", "mxfp4")
 
 
 def measure(*options: str) -> dict[str, Any]:
@@ -27,36 +28,38 @@ def measure(*options: str) -> dict[str, Any]:
 
 
 def draw(path: Path, figures: dict[str, Any]) -> plot.Figure:
-    rows = {row["label"].removeprefix("--recipe "): row for row in figures["rows"] if row["evaluation"]["kl"] > 1e-6}
-    recipes = {name: row for name, row in rows.items() if " " not in name and not name.startswith("-")}
-    evaluation = recipes["4bit"]["evaluation"]
-    title = f"8 bit changes next to nothing (KL {_kl(recipes, '8bit'):.2g}), 4 bit little (KL {_kl(recipes, '4bit'):.2g})"
+    rows = {row["label"].removeprefix("--recipe "): row for row in figures["rows"]}
+    integer, floating = ([name for name in names if name in rows] for names in (INTEGER, FLOATING))
+    small = [int(name[0]) for name in integer if rows[name]["evaluation"]["kl"] < LITTLE]
+    worst = rows["4bit"]["evaluation"]
+    title = f"nano diverges by less than {LITTLE:g} nats a token down to {min(small)} bit, by {worst['kl']:.1g} in 4 bit"
     note = (
-        f"nano, {evaluation['positions']:,} tokens of the answers to {evaluation['sequences']} held-out items, "
-        "against the unquantized source. Lines: one standard error.\n"
-        f"{figures['machine']}. What holds for the 4B must be measured on the 4B: convert --eval."
+        f"nano, {worst['positions']:,} tokens of the answers to {worst['sequences']} held-out items, against the "
+        f"unquantized source. {figures['machine']}.\nLines: one standard error. What holds for the 4B must be measured "
+        "on the 4B: mlx_qwen35.convert --eval TEXT."
     )
-    with plot.picture(path, title, note, 4.4) as (figure, (axes,)):
-        integer = sorted((row["bits"], name) for name, row in recipes.items() if name.endswith("bit"))
-        _points(axes, recipes, [name for _, name in integer], plot.BLUE, "affine, searched rounding", "-")
-        _points(axes, recipes, ["nvfp4", "mxfp4"], plot.ORANGE, "floating point", "")
+    with plot.picture(path, title, note, 4.2) as (figure, (axes,)):
+        _points(axes, [rows[name] for name in integer], plot.BLUE, "-")
+        _points(axes, [rows[name] for name in floating], plot.ORANGE, "")
         axes.set_yscale("log")
-        axes.set_xlabel("bits a weight of the text model, everything counted")
+        axes.set_ylim(0.01, 12)
+        axes.set_xlim(4, 9)
+        axes.set_xlabel("size: bits a weight of the text model, with scales and what stays unquantized")
         axes.set_title("KL divergence from the source, 10⁻³ nats a token")
-        axes.legend()
+        plot.decades(axes.yaxis)
+        plot.round_ticks(axes.xaxis)
     return figure
 
 
-def _kl(recipes: dict[str, Any], name: str) -> float:
-    return 1e3 * recipes[name]["evaluation"]["kl"]
-
-
-def _points(axes: plot.Axes, recipes: dict[str, Any], names: Sequence[str], colour: str, label: str, line: str) -> None:
-    bits = [recipes[name]["bits"] for name in names]
-    kl, errors = [_kl(recipes, name) for name in names], [1e3 * recipes[name]["evaluation"]["kl_error"] for name in names]
-    axes.errorbar(bits, kl, errors, color=colour, marker="o", linestyle=line, label=label)
-    for name, x, y in zip(names, bits, kl, strict=True):
-        plot.label(axes, name, x, y, SHIFTS.get(name, (8, 3)), ha="left", color=colour)
+def _points(axes: plot.Axes, rows: Sequence[dict[str, Any]], colour: str, line: str) -> None:
+    """A mark for each recipe, with its name."""
+    bits = [row["bits"] for row in rows]
+    kl, errors = ([1e3 * row["evaluation"][name] for row in rows] for name in ("kl", "kl_error"))
+    axes.errorbar(bits, kl, errors, color=colour, marker="o", linestyle=line)
+    for row, x, y in zip(rows, bits, kl, strict=True):
+        name = row["label"].removeprefix("--recipe ")
+        place, side = ((-8, -3), "right") if name in FLOATING else ((6, 5), "left")
+        plot.label(axes, name, x, y, place, ha=side, color=colour, size=10)
 
 
 if __name__ == "__main__":

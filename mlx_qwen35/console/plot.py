@@ -75,9 +75,24 @@ def picture(path: Path, title: str, note: str, height: float, panels: int = 1) -
 
 def round_ticks(axis: Any, most: int = 6) -> None:
     """At most so many ticks, at multiples of 1, 2 or 5 times a power of ten, with a grid."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 5, 10]))
+    _numbers(axis)
+
+
+def decades(axis: Any) -> None:
+    """A tick at each power of ten of a logarithmic axis, with a grid."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator())
+    axis.set_minor_locator(NullLocator())
+    _numbers(axis)
+
+
+def _numbers(axis: Any) -> None:
+    from matplotlib.ticker import FuncFormatter
+
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.grid(True)
 
@@ -93,7 +108,7 @@ def name_above(axes: Axes) -> None:
 
 def label(axes: Axes, text: str, x: float, y: float, shift: tuple[float, float] = (0, 3), **look: Any) -> None:
     """A value beside its mark: above it, or shifted by so many points."""
-    axes.annotate(text, (x, y), shift, textcoords="offset points", size=8, **({"ha": "center"} | look))
+    axes.annotate(text, (x, y), shift, textcoords="offset points", **({"ha": "center", "size": 8} | look))
 
 
 def shades() -> Any:
