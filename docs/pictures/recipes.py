@@ -32,7 +32,8 @@ def draw(path: Path, figures: dict[str, Any]) -> plot.Figure:
     integer, floating = ([name for name in names if name in rows] for names in (INTEGER, FLOATING))
     small = [int(name[0]) for name in integer if rows[name]["evaluation"]["kl"] < LITTLE]
     worst = rows["4bit"]["evaluation"]
-    title = f"nano diverges by less than {LITTLE:g} nats a token down to {min(small)} bit, by {worst['kl']:.1g} in 4 bit"
+    four = f"{worst['kl']:.1g} in 4 bit"
+    title = f"nano diverges by less than {LITTLE:g} nats a token down to {min(small)} bit, by {four}"
     note = (
         f"nano, {worst['positions']:,} tokens of the answers to {worst['sequences']} held-out items, against the "
         f"unquantized source. {figures['machine']}.\nLines: one standard error. What holds for the 4B must be measured "

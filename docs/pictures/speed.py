@@ -32,7 +32,7 @@ def measure(geometry: str = "mid", lengths: str = "128,1024", rounds: int = 5) -
 def draw(path: Path, figures: dict[str, Any]) -> plot.Figure:
     machine, rounds = figures["machine"], figures["settings"]["repeats"]
     versions = ", ".join(text for text in machine["versions"].split(", ") if not text.endswith("not installed"))
-    note = f"{figures['model']}, {figures['settings']['dtype']}, {rounds} rounds in turn.\n{machine['chip']}; {versions}"
+    note = f"{figures['model']}, {figures['settings']['dtype']}, {rounds} rounds in turn. {machine['chip']}\n{versions}"
     return draw_bars(path, figures["model"], note, [Measurement(**run) for run in figures["runs"]])
 
 

@@ -103,12 +103,15 @@ def name_above(axes: Axes) -> None:
 
     above = axes.transAxes + ScaledTranslation(0, 0.34, axes.figure.dpi_scale_trans)  # inches
     place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "bbox_transform": above, "borderaxespad": 0, "borderpad": 0}
-    axes.legend(**place, ncols=6, handlelength=1).set_in_layout(False)  # it may be wider than its panel
+    row = {"ncols": 6, "handlelength": 1, "handletextpad": 0.5, "columnspacing": 1.4}
+    axes.legend(**place, **row).set_in_layout(False)  # it may be wider than its panel
 
 
 def label(axes: Axes, text: str, x: float, y: float, shift: tuple[float, float] = (0, 3), **look: Any) -> None:
     """A value beside its mark: above it, or shifted by so many points."""
-    axes.annotate(text, (x, y), shift, textcoords="offset points", **({"ha": "center", "size": 8} | look))
+    paper = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}  # hides the grid
+    look = {"ha": "center", "size": 8, "bbox": paper} | look
+    axes.annotate(text, (x, y), shift, textcoords="offset points", **look)
 
 
 def shades() -> Any:
