@@ -35,8 +35,8 @@ def test_ticks_are_multiples_of_a_round_step_from_zero(tmp_path, most):
 
 def test_a_picture_has_its_size_and_corners_that_let_the_page_through(tmp_path):
     draw(tmp_path / "bar.png")
-    image = Image.open(tmp_path / "bar.png").convert("RGBA")
-    assert image.size == (WIDTH * DPI, 3.0 * DPI)
+    image = Image.open(tmp_path / "bar.png")
+    assert image.size == (WIDTH * DPI, 3.0 * DPI) and image.mode == "RGBA"
     assert image.getpixel((0, 0))[3] == 0 and image.getpixel((40, 40)) == (255, 255, 255, 255)
 
 
