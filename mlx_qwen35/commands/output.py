@@ -12,6 +12,17 @@ from mlx_qwen35.model.model import Model
 from mlx_qwen35.options import either
 from mlx_qwen35.prompt.piece import CALL, CALL_END, Piece
 
+_CONTROLS: dict[int, int | None] = {  # as pictures of them
+    **{code: 0x2400 + code for code in range(0x20)},
+    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
+    **{0x7F: 0x2421, 0x0D: None, 0x0A: 0x0A, 0x09: 0x09},
+}
+
+
+def safe(text: str) -> str:
+    """A text without characters that control a terminal: it moves no cursor, sets no title and opens no link."""
+    return text.translate(_CONTROLS)
+
 
 def print_media(media: Sequence[Media], before: Sequence[Media] = ()) -> None:
     """The size of each image and video, on stderr, one line each, counted behind those before."""
@@ -39,7 +50,7 @@ def print_pieces(pieces: Iterable[Piece], waiting: Step) -> None:
                 text += "\n"
             text += {CALL: f"{last.name}(", CALL_END: ")\n"}.get(last.kind, last.text)
             line = (line + text)[-1:]
-            print(text, end="", flush=True)
+            print(safe(text) if sys.stdout.isatty() else text, end="", flush=True)
     finally:
         if last and last.kind != CALL_END:  # before what goes to standard error
             print("\n</think>" if inside else "", flush=True)

@@ -67,5 +67,5 @@ def require_model(args: argparse.Namespace) -> str:
 def load_model(args: argparse.Namespace) -> tuple[Model, Processor]:
     """The model that the options name, with progress on stderr."""
     name = require_model(args)
-    with Step(f"loading {name}", "B") as progress:
+    with Step(f"loading {name}", "B", timed=True) as progress:
         return load(**given_options(args, [LoadOptions]), progress=progress)

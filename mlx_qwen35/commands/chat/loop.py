@@ -12,7 +12,7 @@ def run(talk: Talk) -> None:
     while not talk.ended:
         try:
             text, talk.text = talk.text, ""
-            line = talk.reader.read(text)
+            line = talk.reader.read(text, talk.attached)
             if line is None:
                 return
             if line:

@@ -1,5 +1,6 @@
 """What a chat is at any moment."""
 
+from collections import Counter
 from typing import Any
 
 from mlx_qwen35.commands.chat.reader import Reader
@@ -19,6 +20,12 @@ class Talk:
         self.conversation, self.reader, self.screen, self.session = conversation, reader, screen, session
         self.media: list[dict[str, Any]] = []
         self.text, self.ended = "", False
+
+    @property
+    def attached(self) -> str:
+        """What goes with the next message, in words."""
+        counts = Counter(part["type"] for part in self.media)
+        return ", ".join(f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in counts.items())
 
     def show(self, turn: Turn) -> bool:
         """Answer: run a turn to its end; False where it has no token."""
