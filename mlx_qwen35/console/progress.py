@@ -41,15 +41,14 @@ class Step:
         self.end()
 
     def __call__(self, done: int, total: int) -> None:
-        left = self._left(done, total)
-        self._tell(f": {_amounts(done, total, self._unit)}, {100 * done // total} %{left}" if total else "")
+        if self._timed:
+            self._marks.append((done, time.monotonic()))
+        self.told(done, total, seconds_left(self._marks, total) if self._timed else None)
 
-    def _left(self, done: int, total: int) -> str:
-        if not self._timed:
-            return ""
-        self._marks.append((done, time.monotonic()))
-        left = seconds_left(self._marks, total)
-        return f", {_duration(left)} left" if left else ""
+    def told(self, done: int, total: int, left: float | None) -> None:
+        """Like a call, of a step that tells itself how many seconds are left."""
+        time_left = f", {_duration(left)} left" if left else ""
+        self._tell(f": {_amounts(done, total, self._unit)}, {100 * done // total} %{time_left}" if total else "")
 
     def say(self, what: str) -> None:
         """What it does now, which is not timed."""
