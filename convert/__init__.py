@@ -11,12 +11,13 @@ if __name__ == "convert":  # an editable install puts this folder on the path to
 
 from pathlib import Path
 
+from mlx_qwen35.convert.cached import convert_cached
 from mlx_qwen35.convert.conversion import Conversion
 from mlx_qwen35.convert.progress import downloading
 from mlx_qwen35.convert.recipes import StorageOptions
 from mlx_qwen35.convert.target import target_path
 
-__all__ = ["convert"]
+__all__ = ["convert", "convert_cached"]
 
 
 def convert(

@@ -116,13 +116,7 @@ class Downloads(Supply):
         return self.folder
 
     def most_bytes(self, plan: ConversionPlan) -> int:
-        held: set[Path] = set()
-        most = 0
-        for _, files, last in _in_turn([files_of(job) for job in plan.jobs]):
-            held |= files
-            most = max(most, sum(file.stat().st_size for file in held))
-            held -= last
-        return most
+        return most_bytes(plan)
 
     def stretches(self, chunks: Sequence[Chunk], done: Collection[int]) -> list[Stretch]:
         """The chunks of each file together: files in the order in which the first chunks need them."""
@@ -210,6 +204,17 @@ class Downloads(Supply):
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise hub_error(self._source.name, None, error) from error
+
+
+def most_bytes(plan: ConversionPlan) -> int:
+    """The most that the source's files take at a time where they come one by one."""
+    held: set[Path] = set()
+    most = 0
+    for _, files, last in _in_turn([files_of(job) for job in plan.jobs]):
+        held |= files
+        most = max(most, sum(file.stat().st_size for file in held))
+        held -= last
+    return most
 
 
 def _in_turn(needs: Sequence[frozenset[Path]]) -> list[tuple[list[int], frozenset[Path], frozenset[Path]]]:

@@ -9,10 +9,11 @@ from mlx_qwen35.commands.chat.orders import help_text
 from mlx_qwen35.commands.chat.reader import PlainReader
 from mlx_qwen35.commands.chat.screen import PlainScreen
 from mlx_qwen35.commands.chat.talk import Talk
+from mlx_qwen35.commands.obtain import add_recipe_option, load_model
 from mlx_qwen35.commands.session import check_session, opened
 from mlx_qwen35.console.options import add_answer_options, add_model_options, add_options, given_options
 from mlx_qwen35.console.parser import Parser
-from mlx_qwen35.console.run import as_command, load_model, require_model
+from mlx_qwen35.console.run import as_command, require_model
 from mlx_qwen35.console.streams import standard_input
 from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.engine.options import PromptOptions
@@ -40,6 +41,7 @@ def parser() -> Parser:
     )
     prompt = options_of(PromptOptions)
     add_model_options(parser)
+    add_recipe_option(parser)
     group = parser.add_argument_group("prompt")
     shown = [prompt["system_prompt"], prompt["enable_thinking"]]
     add_answer_options(parser, group, shown, without=("logprobs", "top_logprobs", "tool_choice", "parallel_tool_calls"))
@@ -53,7 +55,7 @@ def main() -> None:
         name, options = require_model(args), given_options(args)
         if args.session:
             check_session(args.session)
-        model, processor = load_model(args)
+        model, processor = load_model(args, COMMAND)
         reader, screen = PlainReader(), PlainScreen()
         if standard_input().isatty():
             screen.say(f"{name}. /help lists the commands.")
