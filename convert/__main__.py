@@ -18,8 +18,9 @@ from mlx_qwen35.console.parser import Parser
 from mlx_qwen35.console.plot import check_plot
 from mlx_qwen35.console.run import as_command
 from mlx_qwen35.console.streams import read_file
-from mlx_qwen35.convert import convert, sensitivity_plot, with_default
+from mlx_qwen35.convert import convert, sensitivity_plot
 from mlx_qwen35.convert.card import QUALITY
+from mlx_qwen35.convert.conversion import with_default
 from mlx_qwen35.convert.dry_run import describe, planned_tensors
 from mlx_qwen35.convert.options import CommandOptions, FolderOptions, WritingOptions
 from mlx_qwen35.convert.plan import make_plan
