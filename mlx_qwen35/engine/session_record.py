@@ -119,7 +119,6 @@ def _pixels(media: Media) -> Bytes:
     return Bytes(media.shape, lambda: media.pixels)
 
 
-
 # --- in --------------------------------------------------------------------------------------------------------------
 
 

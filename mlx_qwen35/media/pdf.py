@@ -9,6 +9,7 @@ import re
 import shutil
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
@@ -44,6 +45,7 @@ class Document:
 
     def __init__(self, name: str, file: BinaryIO):
         self.name, self._file = name, file
+        weakref.finalize(self, file.close)
         self._last: tuple[tuple[int, Size], np.ndarray] | None = None
         with self._opened() as pdf:
             self.pages = len(pdf)
