@@ -53,6 +53,24 @@ class Document:
     def __repr__(self) -> str:
         return f"Document({self.name}, {self.pages:,} pages)"
 
+    def chosen(self, pages: str | None) -> list[int]:
+        """The numbers of the pages that a text such as "1-3,7,9-" chooses, in its order; None: all.
+
+        Raises InputError option_invalid for another text, and pages_invalid for a page that is not there.
+        """
+        if pages is None:
+            return list(range(1, self.pages + 1))
+        found: list[int] = []
+        for first, last in ranges(spelled("pages"), pages):
+            last = self.pages if last is None else last
+            if not first <= last <= self.pages:
+                raise InputError(
+                    "pages_invalid",
+                    f"{spelled('pages')} must be within 1 to {self.pages}, as {self.name} has them, got {pages}",
+                )
+            found += range(first, last + 1)
+        return found
+
     def points(self, numbers: Sequence[int]) -> list[tuple[float, float]]:
         """(height, width) of pages as they are shown, turned and cropped, in points. Nothing is drawn."""
         with self._opened() as pdf:
@@ -125,25 +143,6 @@ def open_pdf(source: "Source | Document", allow_private_urls: bool = False) -> D
             copy = tempfile.SpooledTemporaryFile(IN_MEMORY)  # noqa: SIM115 (lives as long as the document)
             shutil.copyfileobj(file, copy)
     return Document(name, cast(BinaryIO, copy))
-
-
-def chosen(pages: str | None, document: Document) -> list[int]:
-    """The numbers of the pages that a text such as "1-3,7,9-" chooses, in its order; None: all.
-
-    Raises InputError option_invalid for another text, and pages_invalid for a page that the document does not have.
-    """
-    if pages is None:
-        return list(range(1, document.pages + 1))
-    found: list[int] = []
-    for first, last in ranges(spelled("pages"), pages):
-        last = document.pages if last is None else last
-        if not first <= last <= document.pages:
-            raise InputError(
-                "pages_invalid",
-                f"{spelled('pages')} must be within 1 to {document.pages}, as {document.name} has them, got {pages}",
-            )
-        found += range(first, last + 1)
-    return found
 
 
 def ranges(name: str, pages: Any) -> list[tuple[int, int | None]]:

@@ -11,7 +11,7 @@ from refusing import refused
 from mlx_qwen35 import VisionOptions
 from mlx_qwen35.checkpoint.config import read_config
 from mlx_qwen35.checkpoint.hub import resolve
-from mlx_qwen35.media.pdf import MOST_POINTS, Document, chosen, open_pdf
+from mlx_qwen35.media.pdf import MOST_POINTS, Document, open_pdf
 from mlx_qwen35.media.preprocess import Preprocessor
 from mlx_qwen35.media.preprocessor_files import read_preprocessor
 
@@ -140,19 +140,19 @@ def test_sizes_are_known_without_drawing(monkeypatch):
     ("text", "numbers"), [(None, [1, 2, 3]), ("2", [2]), ("3,1", [3, 1]), ("2-3", [2, 3]), (" 2 - , 1", [2, 3, 1])]
 )
 def test_pages_are_chosen_by_numbers_and_ranges(text, numbers):
-    assert chosen(text, open_pdf(pdf(page(), page(), page()))) == numbers
+    assert open_pdf(pdf(page(), page(), page())).chosen(text) == numbers
 
 
 @pytest.mark.parametrize("text", ["4", "2-4", "4-", "99999999999"])
 def test_pages_that_are_not_there_are_refused_with_those_that_are(text):
     with refused("pages_invalid", "1 to 3"):
-        chosen(text, open_pdf(pdf(page(), page(), page())))
+        open_pdf(pdf(page(), page(), page())).chosen(text)
 
 
 @pytest.mark.parametrize("text", ["", ",", "1,", "0", "0-2", "3-2", "-2", "1-2-3", "a", "1.5", "9" * 30, 2, ["1"]])
 def test_a_choice_of_pages_that_is_none_is_refused(text):
     with refused("option_invalid", "pages"):
-        chosen(text, open_pdf(pdf(page())))
+        open_pdf(pdf(page())).chosen(text)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
