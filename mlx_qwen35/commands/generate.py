@@ -32,7 +32,7 @@ from mlx_qwen35.engine.result import Result
 from mlx_qwen35.engine.sequence import Sequence as Request
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.fetch import is_remote
-from mlx_qwen35.media.pdf import chosen, open_pdf
+from mlx_qwen35.media.pdf import open_pdf
 from mlx_qwen35.media.preprocess import Media
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.options import option, options_of
@@ -131,7 +131,7 @@ def open_documents(media: Sequence[tuple[str, str]], options: Mapping[str, Any])
     for kind, name in media:
         document = open_pdf(name, options.get("allow_private_urls", False)) if kind == "pdf" else None
         if document:
-            chosen(options.get("pages"), document)
+            document.chosen(options.get("pages"))
         opened.append((kind, document or name))
     return opened
 
@@ -142,7 +142,7 @@ def with_media(prompt: str, media: Sequence[tuple[str, Any]], options: dict[str,
         for kind, source in media:
             options.setdefault(f"{kind}s", []).append(source)
         return prompt
-    if not media:
+    if not media and "pages" not in options:
         return prompt
     return one_message(prompt, media, options.pop("system_prompt", None), options.pop("pages", None))
 
