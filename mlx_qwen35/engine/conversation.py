@@ -25,7 +25,8 @@ from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.prompt.prompt import Prompt
 
 _OF_ONE_PROMPT = {
-    "cache", "ignore_chat_template", "progress", "images", "videos", "constraint", "continue_final_message",
+    "cache", "ignore_chat_template", "progress", "media_progress", "images", "videos", "pdfs", "pages", "constraint",
+    "continue_final_message",
 }  # fmt: skip
 _QUESTION = {"role": "user", "content": "?"}
 
@@ -45,7 +46,8 @@ class Conversation:
 
     Args:
         options: of every turn, see `Options`; not cache, ignore_chat_template, continue_final_message, progress,
-            constraint, images or videos. library: one that other conversations share; by default one of its own.
+            media_progress, constraint, images, videos, pdfs or pages. library: one that other conversations share; by
+            default one of its own.
     """
 
     def __init__(self, model: Model, processor: Processor, **options: Unpack[Options]):
@@ -231,7 +233,8 @@ class Conversation:
             if turn.seed is not None:
                 planned = replace(planned, seed=turn.seed)
             request = make_request(
-                self.processor, prompt, planned, self.cache, self._options, self._rules, progress=turn.count
+                self.processor, prompt, planned, self.cache, self._options, self._rules, progress=turn.count,
+                media_progress=lambda done, total: turn.media_progress(done, total),
             )
         except BaseException:
             self._use = self.library.keep(read) if read else None

@@ -40,6 +40,8 @@ class Turn:
     one that runs. A turn that is left early, cancelled or ended so keeps the answer as far as it came; if that has no
     token, the conversation is as before. After an error it is as before, too, or has the answer up to the error.
 
+    progress, media_progress: called as those of `Options` are.
+
     Any thread may go on with a turn.
     """
 
@@ -56,6 +58,7 @@ class Turn:
         """
         self.messages, self.replaces, self.seed = messages, replaces, seed
         self._conversation, self.progress = conversation, progress
+        self.media_progress: Callable[[int, int], object] = lambda done, total: None
         self._engine = Engine(conversation.model)
         self._begun: Begun | None = None
         self._ended = False

@@ -86,6 +86,7 @@ def model_has_read(conversation: Conversation, turn: Turn) -> PromptRow:
 FULL = pytest.mark.full
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize(
     ("thinking", "depth"),
     [(False, 1), (True, 3), *(pytest.param(*case, marks=FULL) for case in ((False, 2), (False, 3), (True, 1)))],
@@ -100,6 +101,7 @@ def test_turns_are_answered_alike_with_drafts(nano, thinking, depth):
         assert drafted.cache.row_lengths == plain.cache.row_lengths and found.reused == want.reused
 
 
+@pytest.mark.full
 def test_the_head_has_read_each_turn_whole(nano):
     conversation = Conversation(*nano, enable_thinking=False, mtp="on", mtp_depth=2, temp=0)
     for content in TURNS:

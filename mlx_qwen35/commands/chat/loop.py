@@ -11,7 +11,7 @@ def run(talk: Talk) -> None:
     talk.ask()  # a session may end with calls
     while not talk.ended:
         try:
-            line = talk.reader.read(talk.text)
+            line = talk.reader.read(talk.text, talk.attached)
             if line is None:
                 return
             take(talk, line)

@@ -1,6 +1,7 @@
 """What a chat is at any moment, and how it goes on."""
 
 import json
+from collections import Counter
 from typing import Any
 
 from mlx_qwen35.commands.chat.clipboard import Clipboard
@@ -53,6 +54,12 @@ class Talk:
         begin = conversation.send if self._before is None else conversation.edit
         if self.show(begin(content)):
             self.media, self._before = [], None
+
+    @property
+    def attached(self) -> str:
+        """What goes with the next message, in words."""
+        counts = Counter(part["type"] for part in self.media)
+        return ", ".join(f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in counts.items())
 
     def show(self, turn: Turn) -> bool:
         """Answer: run a turn to its end; False where it has no token. Calls in the answer are asked about."""
