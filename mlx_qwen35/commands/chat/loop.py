@@ -19,6 +19,7 @@ def run(talk: Talk) -> None:
             talk.screen.fail(f"error: {error} [{error.code}]")
         except KeyboardInterrupt:
             talk.screen.fail("interrupted")
+            talk.abandon()
 
 
 def take(talk: Talk, line: str) -> None:

@@ -13,8 +13,8 @@ from mlx_qwen35.errors import InputError
 class Order:
     """One command.
 
-    argument: how its argument is shown, "" without one. path: whether that is a file's name. choices: the words that it
-    may begin with, for completion. group: its heading in /help.
+    group: its heading in /help. argument: how its argument is shown, "" without one. path: whether that is a file's
+    name. choices: the words that may come next, of what stands before them, for completion.
     """
 
     group: str
@@ -23,7 +23,7 @@ class Order:
     do: Callable[[Talk, str], None]
     argument: str = ""
     path: bool = False
-    choices: Callable[[Talk], Sequence[str]] | None = None
+    choices: Callable[[str], Sequence[str]] = lambda before: ()
 
 
 def help_text() -> str:
@@ -65,8 +65,8 @@ def _help(talk: Talk, _: str) -> None:
     talk.screen.say(help_text())
 
 
-def _words(*words: str) -> Callable[[Talk], Sequence[str]]:
-    return lambda talk: words
+def _words(*words: str) -> Callable[[str], Sequence[str]]:
+    return lambda before: () if before else words
 
 
 _NEXT, _BACK, _HOW, _HELD = "With the next message", "Go back", "How it answers", "The conversation"
@@ -90,7 +90,7 @@ ORDERS = (
     ),
     Order(
         _HOW, "set", "show all options, or set one", settings.set_or_show, "[OPTION VALUE]",
-        choices=settings.option_names,
+        choices=settings.completions,
     ),
     Order(
         _HOW, "tools", "show, load or remove functions to call", settings.tools, "[FILE|off]", path=True,
