@@ -130,7 +130,7 @@ def with_media(prompt: str, media: Sequence[tuple[str, Any]], options: dict[str,
         for kind, source in media:
             options.setdefault(f"{kind}s", []).append(source)
         return prompt
-    if not media:
+    if not media and "pages" not in options:
         return prompt
     return one_message(prompt, media, options.pop("system_prompt", None), options.pop("pages", None))
 

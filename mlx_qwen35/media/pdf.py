@@ -9,6 +9,7 @@ import re
 import shutil
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
@@ -44,6 +45,7 @@ class Document:
 
     def __init__(self, name: str, file: BinaryIO):
         self.name, self._file = name, file
+        weakref.finalize(self, file.close)
         self._last: tuple[tuple[int, Size], np.ndarray] | None = None
         with self._opened() as pdf:
             self.pages = len(pdf)
@@ -128,12 +130,12 @@ def open_pdf(source: "Source | Document", allow_private_urls: bool = False) -> D
 def chosen(pages: str | None, document: Document) -> list[int]:
     """The numbers of the pages that a text such as "1-3,7,9-" chooses, in its order; None: all.
 
-    Raises InputError pages_invalid for another text, and for a page that the document does not have.
+    Raises InputError option_invalid for another text, and pages_invalid for a page that the document does not have.
     """
     if pages is None:
         return list(range(1, document.pages + 1))
     found: list[int] = []
-    for first, last in ranges("pages", pages):
+    for first, last in ranges(spelled("pages"), pages):
         last = document.pages if last is None else last
         if not first <= last <= document.pages:
             raise InputError(
@@ -150,7 +152,7 @@ def ranges(name: str, pages: Any) -> list[tuple[int, int | None]]:
     found = [(int(m[1]), int(m[3] or 0) or None if m[2] else int(m[1])) for m in matches if m and len(m[0]) < 20]
     if len(found) < len(matches) or any(not 0 < first <= (last or first) for first, last in found):
         raise InputError(
-            "pages_invalid", f"{name} must be numbers from 1 on and ranges of them, as 1-3,7,9-; got {shown(pages)}"
+            "option_invalid", f"{name} must be numbers from 1 on and ranges of them, as 1-3,7,9-; got {shown(pages)}"
         )
     return found
 
