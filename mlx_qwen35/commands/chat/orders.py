@@ -1,6 +1,7 @@
 """The commands of a chat, each declared once: /help, completion and the documents follow from the table."""
 
 import difflib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,10 @@ class Order:
     choices: Callable[[str], Sequence[str]] = lambda before: ()
 
 
+# A slash, and no other in the first word: that would be a path, in a message.
+COMMAND = re.compile(r"/(?P<name>[^/\s]*)(\s+(?P<argument>.*))?", re.DOTALL)
+
+
 def help_text() -> str:
     """The commands under their headings, in 80 columns."""
     shown = {order.name: f"/{order.name} {order.argument}".rstrip() for order in ORDERS}
@@ -47,11 +52,9 @@ def find(name: str) -> Order:
     raise InputError("option_unknown", f"there is no command /{name}{meant}; /help lists them, // sends a slash")
 
 
-def obey(talk: Talk, line: str) -> None:
-    """Do what a line that begins with a slash says."""
-    name, *rest = line.removeprefix("/").split(None, 1)
-    argument = "".join(rest).strip()
-    order = find(name)
+def obey(talk: Talk, name: str, argument: str = "") -> None:
+    """Do what a command says."""
+    order, argument = find(name), argument.strip()
     if argument and not order.argument:
         raise InputError("option_unknown", f"/{name} takes nothing behind it, got {argument}")
     order.do(talk, argument)
