@@ -174,7 +174,7 @@ def run_session(args: argparse.Namespace, text: str, options: dict[str, Any]) ->
             turn = session.conversation.send(content, prefill)
             whole = print_answer(turn, turn, media, prefill, args.json)
             turn.cancel()
-        if turn.result:
+        if turn.result is not None:
             print_result(turn.result, model, media, args.json)
         if not whole:
             tell_interrupted(session.conversation, turn)

@@ -46,9 +46,9 @@ class PlainScreen:
             except KeyboardInterrupt:
                 turn.cancel()
                 print()
-                if turn.result and not turn.result.tokens:
+                if turn.result is not None and not turn.result.tokens:
                     tell_interrupted(conversation, turn)
-        if not turn.result or not turn.result.tokens:
+        if turn.result is None or not turn.result.tokens:
             return False
         self.say(f"[{statistics(turn, turn.result)}]")
         tell_cut(turn.result, conversation.model, "/reset begins anew")
