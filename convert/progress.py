@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from mlx_qwen35.console.notices import quiet
 from mlx_qwen35.console.progress import SELDOM
 from mlx_qwen35.measure.layerwise import Progress
 
@@ -16,12 +17,12 @@ def _interval() -> float:
 
 
 def bytes_bar(what: str, total: int) -> tqdm:
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, mininterval=_interval())
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, mininterval=_interval(), disable=quiet())
 
 
 @contextmanager
 def percent(what: str, total: int) -> Iterator[Progress]:
     """A bar that shows the share of the work and the time left, for work whose unit tells nothing, such as products."""
     form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-    with tqdm(total=total, desc=what, bar_format=form, mininterval=_interval()) as bar:
+    with tqdm(total=total, desc=what, bar_format=form, mininterval=_interval(), disable=quiet()) as bar:
         yield bar.update

@@ -7,7 +7,6 @@ is quantized by itself: the bytes do not depend on the chunks.
 import json
 import os
 import shutil
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from zlib import crc32
 
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.folder import INDEX
+from mlx_qwen35.console.notices import tell
 from mlx_qwen35.convert import float16
 from mlx_qwen35.convert.journal import Done, Journal, damaged, differs, identity
 from mlx_qwen35.convert.plan import ConversionPlan, Job
@@ -216,7 +216,7 @@ def _write_weights(
     done = _written(plan, chunks, folder, journal, verify)
     left = {number: chunk for number, chunk in enumerate(chunks) if number not in done}
     if done:
-        print(f"resuming: {len(done)} of {len(chunks)} chunks are there", file=sys.stderr)
+        tell(f"resuming: {len(done)} of {len(chunks)} chunks are there")
     new: dict[int, Done] = {}
     with _opened(plan) as sources, _shards(plan, folder) as (files, places):
 

@@ -7,12 +7,12 @@ target's name in one step. Hidden folders of the same names without a journal of
 import fcntl
 import os
 import shutil
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mlx_qwen35.console.notices import tell
 from mlx_qwen35.convert.apart import Reads, check_apart, key_of
 from mlx_qwen35.convert.exchange import exchange
 from mlx_qwen35.convert.journal import JOURNAL, OtherConversion, note_placing, replaces
@@ -134,14 +134,14 @@ def _clean(work: Path, resume: bool) -> None:
     journal = work / JOURNAL
     resumes = resume and b"\n" in journal.read_bytes()  # a first line without its end identifies nothing
     if resume and not resumes:
-        print(f"nothing to resume in {work}: converting from the start", file=sys.stderr)
+        tell(f"nothing to resume in {work}: converting from the start")
     left = [path for path in work.iterdir() if path != journal and not (resumes and _is_plain(path))]
     if not resumes:
         os.truncate(journal, 0)
     for path in left:
         remove(path)
     if left and not resumes:
-        print(f"removed the unfinished conversion in {work} (--resume would have gone on with it)", file=sys.stderr)
+        tell(f"removed the unfinished conversion in {work} (--resume would have gone on with it)")
 
 
 def _is_plain(path: Path) -> bool:

@@ -134,20 +134,20 @@ def settle_switches(group: Any) -> None:
             object.__setattr__(group, name, declared.default)
 
 
-def check_keywords(given: Mapping[str, Any], groups: Iterable[type]) -> dict[str, Any]:
-    """Name -> checked value of the options given to a Python function, aliases resolved, None left out."""
+def check_keywords(given: Mapping[str, Any], groups: Iterable[type], none: bool = False) -> dict[str, Any]:
+    """Name -> checked value of the options given to a Python function, aliases resolved. none: whether None stays."""
     declared = [option for group in groups for option in options_of(group).values()]
     known = {keyword: option for option in declared for keyword in option.keywords}
     checked: dict[str, Any] = {}
     for keyword, value in given.items():
         if keyword not in known:
             raise unknown_option(keyword, known)
-        if value is None:
+        if value is None and not none:
             continue
         name = known[keyword].name
         if name in checked:
-            raise same_option(*(keyword for keyword in known[name].keywords if given.get(keyword) is not None))
-        checked[name] = known[keyword].checked(spelled(keyword), value)
+            raise same_option(*(keyword for keyword in known[name].keywords if none or given.get(keyword) is not None))
+        checked[name] = None if value is None else known[keyword].checked(spelled(keyword), value)
     return checked
 
 

@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 import mlx.core as mx
 
 from mlx_qwen35.backend import backend
-from mlx_qwen35.bench import heatmap, needle, serve, serve_model, serve_report
+from mlx_qwen35.bench import heatmap, needle, plot, serve, serve_model, serve_report
 from mlx_qwen35.bench.measure import OURS, PEERS, Settings, measure, started, summarize
-from mlx_qwen35.bench.report import describe_machine, draw, format_table, write_json
+from mlx_qwen35.bench.report import describe_machine, format_table, write_json
 from mlx_qwen35.bench.worker import blas
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.dtypes import DTYPES, dtype_name
@@ -28,6 +28,7 @@ from mlx_qwen35.checkpoint.random import GEOMETRIES, geometry, write_random_chec
 from mlx_qwen35.console.interrupt import unwound_when_ended
 from mlx_qwen35.console.options import add_options, given_options
 from mlx_qwen35.console.parser import Parser
+from mlx_qwen35.console.plot import check_plot
 from mlx_qwen35.console.progress import Step
 from mlx_qwen35.console.run import as_command, load_model
 from mlx_qwen35.errors import InputError
@@ -128,9 +129,8 @@ def _parser() -> Parser:
     parser.add_argument("--compare", type=_peers, metavar="NAMES", help=f"some of {','.join(PEERS)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement to this file")
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="PNG file for the speeds over the prompt lengths, which needs "
-        "matplotlib, or for the needles",
-    )  # fmt: skip
+        "--plot", type=Path, metavar="FILE", help="draw the speeds or the needles into this PNG file (needs matplotlib)"
+    )
     for option in REMOVED:
         parser.add_argument(option, action=_Removed)
     return parser
@@ -150,10 +150,8 @@ def _checkpoint(options: argparse.Namespace, step: Step) -> Iterator[Path]:
 
 def _check_outputs(options: argparse.Namespace) -> None:
     """Refuse outputs that could not be written, before anything is measured."""
-    if options.plot and not options.needle and find_spec("matplotlib") is None:
-        raise InputError(
-            "package_missing", "--plot needs matplotlib, which is not installed: pip install 'mlx-qwen35[plot]'"
-        )
+    if options.plot:
+        check_plot()
     for path in (options.json, options.plot):
         if path and not path.absolute().parent.is_dir():
             raise InputError("output_unwritable", f"the folder of {path} must exist")
@@ -224,8 +222,7 @@ def _report_needles(options: argparse.Namespace, dtype: mx.Dtype, answers: Seque
     if options.json:
         heatmap.write_json(options.json, machine, name, rows, answers)
     if options.plot:
-        what = "right answers by the depth of the number (down) and the tokens of the prompt (across)"
-        heatmap.draw(options.plot, [name, machine["chip"], what], rows)
+        heatmap.draw(options.plot, options.model, f"{name}\n{machine['chip']}", rows)
 
 
 def _speed(options: argparse.Namespace, folder: Path, model: str, step: Step) -> dict[str, str]:
@@ -249,7 +246,7 @@ def _speed(options: argparse.Namespace, folder: Path, model: str, step: Step) ->
     if options.json:
         write_json(options.json, machine, model, settings, rows, runs, failures)
     if options.plot:
-        draw(options.plot, f"{model}, {dtype}\n{machine['chip']}", rows)
+        plot.draw(options.plot, model, f"{model}, {dtype}, {settings.repeats} rounds\n{machine['chip']}", runs)
     return failures
 
 

@@ -108,24 +108,3 @@ def write_json(
         "rows": [asdict(row) for row in rows], "runs": [asdict(run) for run in runs],
     }  # fmt: skip
     write_file(path, json.dumps(content, indent=2) + "\n")
-
-
-def draw(path: Path, title: str, rows: Sequence[Summary]) -> None:
-    """Prefill and decode speed over the prompt length, a line for each program."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    lengths = sorted({row.prompt for row in rows})
-    for axes, name in zip(figure.subplots(1, 2), ("prefill", "decode"), strict=True):
-        for program in dict.fromkeys(row.program for row in rows):
-            points = sorted((row.prompt, getattr(row, f"{name}_speed")) for row in rows if row.program == program)
-            axes.plot(*zip(*points, strict=True), marker="o", label=program)
-        axes.set(xscale="log", xlabel="prompt tokens", ylabel=f"{name} tokens/s", ylim=(0, None))
-        axes.set_xticks(lengths, map(str, lengths))
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    axes.legend()
-    figure.suptitle(title)
-    figure.savefig(path, dpi=150)

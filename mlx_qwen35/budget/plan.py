@@ -60,10 +60,10 @@ def this_machine(config: TextConfig, dtype: mx.Dtype, limit: int, kv: KVFormat =
     return Machine("this machine", limit, dtype, attention_impl(config.head_dim, dtype), chip, buffers, kv)
 
 
-def mac(gigabytes: int, dtype: mx.Dtype = mx.float16, kv: KVFormat = UNQUANTIZED) -> Machine:
-    """A Mac with an M1 and `gigabytes` of memory."""
+def mac(gigabytes: float, dtype: mx.Dtype = mx.float16, kv: KVFormat = UNQUANTIZED, chip: str = "M1") -> Machine:
+    """A Mac with `gigabytes` of memory. chip: one up to M4."""
     return Machine(
-        f"M1, {gigabytes} GB", int(WORKING_SET * gigabytes * 2**30), dtype, "fused", parse_chip("Apple M1"),
+        f"{chip}, {gigabytes:g} GB", int(WORKING_SET * gigabytes * 2**30), dtype, "fused", parse_chip(f"Apple {chip}"),
         CommandBuffers(*TUNED.values()), kv,
     )  # fmt: skip
 

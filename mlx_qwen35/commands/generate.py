@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from mlx_qwen35.engine.result import Result
 from mlx_qwen35.engine.sequence import Sequence as Request
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.fetch import is_remote
+from mlx_qwen35.media.pdf import chosen, open_pdf
 from mlx_qwen35.media.preprocess import Media
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.options import option, options_of
@@ -37,6 +38,7 @@ from mlx_qwen35.prompt.piece import Piece
 from mlx_qwen35.prompt.processor import Messages
 
 COMMAND = "mlx_qwen35.generate"
+MEDIA = ("images", "videos", "pdfs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,7 @@ class CommandOptions:
 
 
 class _MediaAction(DeclaredAction):
-    """Collects images and videos in one list, each with its kind, in the order given."""
+    """Collects images, videos and PDFs in one list, each with its kind, in the order given."""
 
     def value(self, namespace: argparse.Namespace, text: list[str], typed: str) -> list[tuple[str, str]]:
         return [*namespace.media, *((self.declared.flag, name) for name in text)]
@@ -72,12 +74,12 @@ def parser() -> Parser:
     add_model_options(parser)
     group = parser.add_argument_group("prompt")
     add_options(group.add_mutually_exclusive_group(), [own["prompt"], own["prompt_file"]])
-    for name in ("images", "videos"):
+    for name in MEDIA:
         group.add_argument(
             *prompt[name].flags, dest="media", action=_MediaAction, declared=prompt[name], nargs="+", default=[],
             metavar="FILE", help=prompt[name].help,
         )  # fmt: skip
-    add_answer_options(parser, group, [option for option in prompt.values() if option.name not in ("images", "videos")])
+    add_answer_options(parser, group, [option for option in prompt.values() if option.name not in MEDIA])
     add_options(group, [own["session"]])
     add_options(parser.add_argument_group("output"), [own["json"]])
     return parser
@@ -111,15 +113,26 @@ def check_there(media: Sequence[tuple[str, str]]) -> None:
             )
 
 
-def with_media(prompt: str, media: Sequence[tuple[str, str]], options: dict[str, Any]) -> str | Messages:
-    """The prompt, as messages where it has images or videos; takes what it uses out of options."""
+def open_documents(media: Sequence[tuple[str, str]], options: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The media with the PDFs opened: one that cannot be, or has other pages, is refused before the model is loaded."""
+    opened: list[tuple[str, Any]] = []
+    for kind, name in media:
+        document = open_pdf(name, options.get("allow_private_urls", False)) if kind == "pdf" else None
+        if document:
+            chosen(options.get("pages"), document)
+        opened.append((kind, document or name))
+    return opened
+
+
+def with_media(prompt: str, media: Sequence[tuple[str, Any]], options: dict[str, Any]) -> str | Messages:
+    """The prompt, as messages where it has images, videos or PDFs; takes what it uses out of options."""
     if options.get("ignore_chat_template"):
         for kind, source in media:
             options.setdefault(f"{kind}s", []).append(source)
         return prompt
     if not media:
         return prompt
-    return one_message(prompt, media, options.pop("system_prompt", None))
+    return one_message(prompt, media, options.pop("system_prompt", None), options.pop("pages", None))
 
 
 def print_statistics(result: Result, media: Sequence[Media]) -> None:
@@ -143,6 +156,7 @@ def run(args: argparse.Namespace) -> int:
     if options.get("logprobs") and not args.json:
         raise InputError("option_no_effect", "--logprobs must be given with --json, which has them: text has no place")
     check_there(args.media)
+    args.media = open_documents(args.media, options)
     if args.session:
         if options.get("ignore_chat_template"):
             raise InputError(
@@ -153,7 +167,7 @@ def run(args: argparse.Namespace) -> int:
     prompt = with_media(text, args.media, options)
     model, processor = load_model(args)
     with Step("prefill", "tokens", timed=True) as prefill:
-        generation = start(model, processor, [prompt], progress=prefill, **options)
+        generation = start(model, processor, [prompt], progress=prefill, media_progress=prefill.images, **options)
         (request,) = generation.requests
         media = [placed.media for placed in request.prompt.media]
         whole = print_answer((piece for _, piece in generation), request, media, prefill, args.json)
@@ -164,14 +178,16 @@ def run(args: argparse.Namespace) -> int:
 
 def run_session(args: argparse.Namespace, text: str, options: dict[str, Any]) -> int:
     """The prompt is the next message of the conversation in a file."""
-    content = one_message(text, args.media, None)[0]["content"]
+    content = one_message(text, args.media, None, options.pop("pages", None))[0]["content"]
     model, processor = load_model(args)
     with opened(args.session, model, processor, options) as session:
         if args.media:
-            content = processor.read_parts(content, session.conversation.vision)
+            with Step("reading", "images") as reading:
+                content = processor.read_parts(content, session.conversation.vision, reading)
         media = [part[part["type"]] for part in content if part["type"] != "text"] if args.media else []
         with Step("prefill", "tokens", timed=True) as prefill:
             turn = session.conversation.send(content, prefill)
+            turn.media_progress = prefill.images
             whole = print_answer(turn, turn, media, prefill, args.json)
             turn.cancel()
         if turn.result is not None:

@@ -3,22 +3,63 @@
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 from mlx_qwen35.checkpoint.rope_fields import wider
+from mlx_qwen35.console.notices import tell
 from mlx_qwen35.console.progress import Step
 from mlx_qwen35.engine.result import Result
-from mlx_qwen35.media.preprocess import Media
+from mlx_qwen35.media.preprocess import Media, Page
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.options import either
 from mlx_qwen35.prompt.piece import CALL, CALL_END, Piece
 
+_CONTROLS: dict[int, int | None] = {  # as pictures of them
+    **{code: 0x2400 + code for code in range(0x20)},
+    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
+    **{0x7F: 0x2421, 0x0D: None, 0x0A: 0x0A, 0x09: 0x09},
+}
 
-def print_media(media: Sequence[Media], before: Sequence[Media] = ()) -> None:
-    """The size of each image and video, on stderr, one line each, counted behind those before."""
-    counts = Counter(item.kind for item in before)
-    for item in media:
-        counts[item.kind] += 1
-        print(f"{item.kind} {counts[item.kind]}: {item}", file=sys.stderr, flush=True)
+
+def safe(text: str) -> str:
+    """A text without characters that control a terminal: it moves no cursor, sets no title and opens no link."""
+    return text.translate(_CONTROLS)
+
+
+def media_lines(media: Sequence[Media], before: Sequence[Media] = ()) -> list[str]:
+    """The size of each image and video, counted behind those before; pages of a PDF that follow each other and have
+    one size share a line.
+    """
+    counts, lines = Counter(item.kind for item in before if not isinstance(item, Page)), []
+    for name, group in groupby(media, _page_size):
+        items = list(group)
+        if isinstance(items[0], Page):
+            lines.append(f"{_pages(items)} of {name}{' each' * (len(items) > 1)}")
+            continue
+        for item in items:
+            counts[item.kind] += 1
+            lines.append(f"{item.kind} {counts[item.kind]}: {item}")
+    return lines
+
+
+def _page_size(item: Media) -> str | None:
+    return f"{item.document.name}: {item}" if isinstance(item, Page) else None
+
+
+def _pages(pages: Sequence[Media]) -> str:
+    """page 3, pages 1-3, pages 1, 4 and so on."""
+    numbers = [page.number for page in pages if isinstance(page, Page)]
+    if len(numbers) == 1:
+        return f"page {numbers[0]}"
+    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"pages {numbers[0]}-{numbers[-1]}"
+    return f"pages {', '.join(map(str, numbers))}"
+
+
+def print_media(media: Sequence[Media]) -> None:
+    """The size of each image and video, on stderr, one line each."""
+    for line in media_lines(media):
+        tell(line)
 
 
 def print_pieces(pieces: Iterable[Piece], waiting: Step) -> None:
@@ -39,7 +80,7 @@ def print_pieces(pieces: Iterable[Piece], waiting: Step) -> None:
                 text += "\n"
             text += {CALL: f"{last.name}(", CALL_END: ")\n"}.get(last.kind, last.text)
             line = (line + text)[-1:]
-            print(text, end="", flush=True)
+            print(safe(text) if sys.stdout.isatty() else text, end="", flush=True)
     finally:
         if last and last.kind != CALL_END:  # before what goes to standard error
             print("\n</think>" if inside else "", flush=True)
@@ -71,4 +112,4 @@ def tell_cut(result: Result, model: Model, shorter: str = "shorten the prompt") 
     elif full and result.finish_reason == "length":
         told = f"{cut}: {full}{either(more)}"
     if told:
-        print(told, file=sys.stderr, flush=True)
+        tell(told)

@@ -1,6 +1,9 @@
-"""How far a long step has come, on standard error: on a terminal a line that is written over, elsewhere, where it goes
-to a file or another program, a plain line every ten seconds. A step that is quickly done shows nothing."""
+"""How far a long step has come, on standard error: on a terminal a line that is written over, with a spinner;
+elsewhere, where it goes to a file or another program, a plain line every ten seconds. A step that is quickly done, or
+with --quiet, shows nothing.
+"""
 
+import os
 import sys
 import threading
 import time
@@ -8,31 +11,37 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
+from mlx_qwen35.console.notices import quiet
+
 SOON, OFTEN = 0.3, 0.1  # seconds until something is shown on a terminal, and from one state to the next
 SELDOM = 10.0  # both, elsewhere
+TURN = 0.1  # seconds from one picture of the spinner to the next
+SPINNER, PLAIN_SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "|/-\\"
 MEASURED = 3.0  # seconds that a step must have been measured for before it says how long it still takes
 
 
 class Step:
     """A step that may take long. Called with how much is done, of how much in all, it shows that beside its name.
 
-    unit: of what is counted; "B" for bytes. Where nothing is counted, the name is shown all the same. timed: whether it
-    is a prefill, which shows the time left; see `seconds_left`.
+    unit: of what is counted; "B" for bytes. Where nothing is counted, the name is shown all the same. timed: whether
+    the time left is shown; see `seconds_left`.
     """
 
     def __init__(self, what: str, unit: str = "", timed: bool = False):
-        self._what, self._unit, self._state = what, unit, ""
+        self._what, self._unit = what, unit
+        self._state: list[str] = []  # how far it has come: what can be left out of a narrow line first
         self._timed = timed
         self._marks: list[tuple[int, float]] = []  # how much was done when; empty where it is not timed
         self._terminal = sys.stderr.isatty()
-        self._timer = threading.Timer(SOON if self._terminal else SELDOM, self._begin)
-        self._timer.daemon = True
+        self._turns = 0
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._lock = threading.Lock()
         self._shown: float | None = None  # when a state was shown last; None while it is too early
         self._ended = False
 
     def __enter__(self) -> Self:
-        self._timer.start()
+        self._thread.start()
         return self
 
     def __exit__(
@@ -42,23 +51,29 @@ class Step:
 
     def __call__(self, done: int, total: int) -> None:
         left = self._left(done, total)
-        self._tell(f": {_amounts(done, total, self._unit)}, {100 * done // total} %{left}" if total else "")
+        self._tell([_amounts(done, total, self._unit), f"{100 * done // total} %{left}"] if total else [])
+
+    def images(self, done: int, total: int) -> None:
+        """So many of a prompt's images are encoded, which comes before its prefill."""
+        self._tell([_amounts(done, total, "images"), f"{100 * done // total} %"])
 
     def _left(self, done: int, total: int) -> str:
         if not self._timed:
             return ""
+        if self._marks and done <= self._marks[-1][0]:  # it begins anew
+            self._marks = []
         self._marks.append((done, time.monotonic()))
         left = seconds_left(self._marks, total)
-        return f", {_duration(left)} left" if left else ""
+        return f", {duration(left)} left" if left else ""
 
     def say(self, what: str) -> None:
         """What it does now, which is not timed."""
         self._what, self._timed = what, False
-        self._tell("", new=True)
+        self._tell([], new=True)
 
     def end(self) -> None:
         """Show nothing more. Ending twice is fine."""
-        self._timer.cancel()
+        self._end.set()
         with self._lock:
             self._clear()
             self._ended = True
@@ -72,11 +87,18 @@ class Step:
         if self._shown is not None and self._terminal and not self._ended:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
-    def _begin(self) -> None:
-        with self._lock:
-            self._show()
+    def _run(self) -> None:
+        """Show it for the first time, and turn the spinner, until the end."""
+        wait = SOON if self._terminal else SELDOM
+        while not self._end.wait(wait):
+            with self._lock:
+                self._show()
+                self._turns += 1
+            if not self._terminal:
+                return
+            wait = TURN
 
-    def _tell(self, state: str, new: bool = False) -> None:
+    def _tell(self, state: list[str], new: bool = False) -> None:
         with self._lock:
             self._state = state
             if self._shown is None:
@@ -86,11 +108,37 @@ class Step:
                 self._show()
 
     def _show(self) -> None:
-        if self._ended:
+        if self._ended or quiet():
             return
         self._shown = time.monotonic()
-        before, after = ("\r\033[K", "") if self._terminal else ("", "\n")
-        print(f"{before}{self._what}{self._state} ...", end=after, file=sys.stderr, flush=True)
+        if self._terminal:
+            print(f"\r\033[K{self._line()}", end="", file=sys.stderr, flush=True)
+        else:
+            print(f"{_joined(self._what, self._state)} ...", file=sys.stderr, flush=True)
+
+    def _line(self) -> str:
+        """What fits into one line of the terminal."""
+        pictures = SPINNER if "utf" in (sys.stderr.encoding or "utf").lower() else PLAIN_SPINNER
+        width = _columns() - 3
+        line = _joined(self._what, self._state)
+        if len(line) > width:
+            line = _joined(self._what, self._state[1:])
+        if len(line) > width:
+            kept = max(8, width - 1 - (len(line) - len(self._what)))
+            line = _joined(f"{self._what[:kept]}…", self._state[1:])[:width]
+        return f"{pictures[self._turns % len(pictures)]} {line}"
+
+
+def _joined(what: str, state: Sequence[str]) -> str:
+    return ": ".join([what, *([", ".join(state)] if state else [])])
+
+
+def _columns() -> int:
+    """Of the terminal that standard error is."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except OSError:
+        return 80
 
 
 def seconds_left(marks: Sequence[tuple[int, float]], total: int) -> float | None:
@@ -110,7 +158,7 @@ def seconds_left(marks: Sequence[tuple[int, float]], total: int) -> float | None
     return (total - done) * (late + slope * (total - middle) / 2)  # from the later middle to that of what is left
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     for size, name in ((3600, "h"), (60, "min")):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.{1 if size == 3600 else 0}f} {name}"

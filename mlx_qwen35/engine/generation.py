@@ -47,7 +47,8 @@ def start(model: Model, processor: Processor, prompts: Sequence[Given], **option
     requests: list[Request] = []
     count = _counter(given, requests)
     rows = zip(encoded, plans, caches, strict=True)
-    requests += [make_request(processor, *row, given, rules, progress=count) for row in rows]
+    seen = given.get("media_progress", lambda done, total: None)
+    requests += [make_request(processor, *row, given, rules, progress=count, media_progress=seen) for row in rows]
     return Generation(model, requests)
 
 
@@ -76,7 +77,7 @@ def plan_rows(
 
     It is where memory would refuse a prompt, or shorten an answer or the drafts.
     """
-    prefixes = [prefix_of(prompt) for prompt in prompts]
+    prefixes = [prefix_of(prompt) for prompt in prompts] if library else []
 
     def planned() -> list[SequencePlan]:
         held = library.ready(prefixes) if library else [0] * len(prompts)
@@ -110,6 +111,7 @@ def make_request(
     rules: Rules,
     *,
     progress: Callable[[int], None] = lambda tokens: None,
+    media_progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Request:
     """The sequence of an encoded prompt and its plan. options: checked; for stop strings and the caller's functions.
 
@@ -128,8 +130,8 @@ def make_request(
         stop_ids=processor.stop_ids, stream=rules.stream(
             prompt, cache.length if cache else 0, planned.seed, tuple(options.get("stop", ()))
         ), cache=cache, library=options.get("library"),
-        drafts=planned.drafts, progress=progress, loop_guard=bool(options.get("loop_guard")),
-        scorer=scorer, one_call=options.get("parallel_tool_calls") is False,
+        drafts=planned.drafts, progress=progress, media_progress=media_progress,
+        loop_guard=bool(options.get("loop_guard")), scorer=scorer, one_call=options.get("parallel_tool_calls") is False,
     )  # fmt: skip
 
 

@@ -14,7 +14,8 @@ import pytest
 
 from mlx_qwen35.bench import command, main
 from mlx_qwen35.bench.measure import OURS, Measurement, ProgramError, Settings, in_turn, measure, started, summarize
-from mlx_qwen35.bench.report import draw, format_table
+from mlx_qwen35.bench.plot import claim, draw
+from mlx_qwen35.bench.report import format_table
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = Settings((5, 9), decode_tokens=3, repeats=2, prefill_step_size=4, dtype="float32")
@@ -198,10 +199,21 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path, capsys):
     assert "[config_missing]" in capsys.readouterr().err
 
 
-def test_one_length_can_be_drawn(tmp_path):
+def test_bars_are_medians_and_lines_reach_from_the_slowest_to_the_fastest_round(tmp_path):
     pytest.importorskip("matplotlib")
-    draw(tmp_path / "one.png", "one length", summarize([run_of(OURS, 0, 1.0, 0.5)]))
-    assert (tmp_path / "one.png").stat().st_size > 1000
+    seconds = {OURS: (1.0, 2.0, 4.0), "a": (4.0, 4.0, 8.0)}  # for a prompt of 8 tokens
+    runs = [run_of(name, i, took, 0.5) for name, all_took in seconds.items() for i, took in enumerate(all_took)]
+    figure = draw(tmp_path / "bars.png", "a model", "a note", runs)
+    prefill, decode = figure.axes
+    assert figure.get_suptitle() == f"{OURS} prefills 2.00 and decodes 1.00 times as fast as a"
+    assert [bar.get_height() for bar in prefill.patches] == [4.0, 2.0]
+    spread = prefill.collections[0]
+    assert [line[:, 1].tolist() for line in spread.get_segments()] == [[2.0, 8.0]]
+    assert [text.get_text() for text in prefill.get_legend().texts] == [OURS, "a"] and decode.get_title(loc="left")
+
+
+def test_one_program_is_told_by_its_own_speeds():
+    assert claim("nano", [run_of(OURS, 0, 0.0625, 0.5)]) == "nano: prefill at 128 tokens/s, decoding at 2.00"
 
 
 REMOVED = ("--dispatches", "--recipe", "--mtp", "--vision", "--image-megapixels", "--clip-frames", "--clip-size")

@@ -44,6 +44,7 @@ def said(conversation: Conversation, text: str) -> tuple[int, ...]:
     return turned(conversation, text).result.tokens
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("thinking", [True, False])
 def test_each_turn_answers_as_if_the_whole_conversation_were_read_anew(nano, thinking):
     conversation = Conversation(*nano, enable_thinking=thinking, system_prompt="Be brief.", temp=1.1, seed=3)

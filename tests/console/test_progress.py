@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 import time
 
@@ -35,6 +36,7 @@ def stderr(monkeypatch):
         monkeypatch.setattr(sys, "stderr", stream)
         for name in ("SOON", "OFTEN", "SELDOM"):
             monkeypatch.setattr(progress, name, 0.0)
+        monkeypatch.setattr(progress, "TURN", 3600)
         return stream
 
     return replaced
@@ -58,7 +60,7 @@ def test_on_a_terminal_a_step_is_one_line_that_is_written_over_and_erased(stderr
         begun(stream)
         step(1_500_000, 3_000_000)
         step.say("checking")
-    shown = "loading ...", "loading: 1.5 of 3.0 MB, 50 % ...", "checking ...", ""
+    shown = "⠋ loading", "⠙ loading: 1.5 of 3.0 MB, 50 %", "⠙ checking", ""
     assert stream.getvalue() == "".join(f"\r\033[K{text}" for text in shown)
 
 
@@ -69,7 +71,41 @@ def test_on_a_terminal_a_step_makes_room_for_other_lines(stderr):
         step.clear()
         print("image 1", file=stream)
         step(1, 2)
-    assert stream.getvalue() == "\r\033[Kprefill ...\r\033[Kimage 1\n\r\033[Kprefill: 1 of 2 tokens, 50 % ...\r\033[K"
+    assert stream.getvalue() == "\r\033[K⠋ prefill\r\033[Kimage 1\n\r\033[K⠙ prefill: 1 of 2 tokens, 50 %\r\033[K"
+
+
+def test_the_spinner_turns_while_nothing_is_told(stderr, monkeypatch):
+    stream = stderr(terminal=True)
+    monkeypatch.setattr(progress, "TURN", 0.0)
+    with Step("loading"):
+        while not all(picture in stream.getvalue() for picture in progress.SPINNER):
+            time.sleep(0.001)
+
+
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [
+        (80, "⠙ loading Qwen3.5-27B-4bit: 7.5 of 15.0 GB, 50 %"),
+        (40, "⠙ loading Qwen3.5-27B-4bit: 50 %"),
+        (26, "⠙ loading Qwen3.5-…: 50 %"),
+    ],
+)
+def test_a_step_leaves_out_what_a_narrow_terminal_has_no_room_for(stderr, monkeypatch, columns, line):
+    stream = stderr(terminal=True)
+    stream.fileno = lambda: 2
+    monkeypatch.setattr("os.get_terminal_size", lambda _: os.terminal_size((columns, 20)))
+    with Step("loading Qwen3.5-27B-4bit", "B") as step:
+        begun(stream)
+        step(7_500_000_000, 15_000_000_000)
+    assert stream.getvalue().split("\r\033[K")[2] == line
+
+
+def test_what_begins_anew_is_timed_anew(stderr):
+    stream = stderr(terminal=False)
+    with Step("loading", "B", timed=True) as step:
+        for done in (*range(5), *range(5)):
+            step(done, 5)
+    assert stream.getvalue().count("left") == 0
 
 
 def test_elsewhere_a_step_has_plain_lines(stderr):

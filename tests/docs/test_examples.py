@@ -30,7 +30,10 @@ QUICK = {  # what measures, with less to do
 }
 
 
-LONG = {"serve_load.py"}
+LONG = {
+    "serve_load.py", "serve_apis.py", "first_draft.py", "parallel.py", "drafts.py", "rows.py", "image_memory.py",
+    "logits.py",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,7 @@ def test_no_array_is_left_of_rows_that_left(model):
     assert active() == before
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize(
     "when",
     ["decoding", "drafting", *(pytest.param(name, marks=pytest.mark.full) for name in ("waiting", "prefilling"))],
@@ -177,6 +178,7 @@ class Listing(Dead):
         return [19, 20]
 
 
+@pytest.mark.core(4)
 @pytest.mark.parametrize("depth", [0, pytest.param(2, marks=pytest.mark.full)])
 @pytest.mark.parametrize(
     ("own", "kind"),

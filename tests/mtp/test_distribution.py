@@ -181,6 +181,7 @@ class _Counted(dict):
         return self.n
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("rule", [likeliest, another_model_s, blind])
 @pytest.mark.parametrize("name", ["every processor", *(pytest.param(n, marks=pytest.mark.full) for n in REST)])
 def test_texts_with_drafts_follow_the_processed_distribution(name, rule):
@@ -197,6 +198,7 @@ def test_each_seed_has_its_text_whatever_is_guessed(depth, name):
     assert texts(SAMPLINGS[name], Guesses(blind, depth)) == texts(SAMPLINGS[name], None)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["every processor", *(pytest.param(n, marks=pytest.mark.full) for n in REST)])
 def test_a_guess_that_is_accepted_though_it_was_not_drawn_would_be_noticed(name):
     found = texts(SAMPLINGS[name], Guesses(blind, 3), Credulous())

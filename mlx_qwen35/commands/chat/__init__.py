@@ -1,15 +1,20 @@
 """The command mlx_qwen35.chat: an interactive conversation in the terminal."""
 
 import argparse
+import os
+import sys
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_qwen35.commands.chat.about import describe
 from mlx_qwen35.commands.chat.loop import run
-from mlx_qwen35.commands.chat.orders import help_text
-from mlx_qwen35.commands.chat.reader import PlainReader
-from mlx_qwen35.commands.chat.screen import PlainScreen
+from mlx_qwen35.commands.chat.orders import ORDERS, help_text
+from mlx_qwen35.commands.chat.reader import PlainReader, Reader
+from mlx_qwen35.commands.chat.screen import PlainScreen, Screen
 from mlx_qwen35.commands.chat.talk import Talk
-from mlx_qwen35.commands.session import check_session, opened
+from mlx_qwen35.commands.session import check_session, open_session
+from mlx_qwen35.console.interrupt import unwound_when_ended
 from mlx_qwen35.console.options import add_answer_options, add_model_options, add_options, given_options
 from mlx_qwen35.console.parser import Parser
 from mlx_qwen35.console.run import as_command, load_model, require_model
@@ -29,6 +34,8 @@ class CommandOptions:
         help="a file that holds the conversation: read where it is there, written by /save and at the end",
         metavar="FILE",
     )
+    hide_thinking: bool = option(False, help="show one line in place of the reasoning")
+    verbose: bool = option(False, help="show all figures of each answer")
 
 
 def parser() -> Parser:
@@ -47,21 +54,38 @@ def parser() -> Parser:
     return parser
 
 
+def interface(hide_thinking: bool, verbose: bool) -> tuple[Reader, Screen]:
+    """What reads and what shows: each plain where it has no terminal that moves a cursor."""
+    moves = os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+    typed, outputs = standard_input().isatty(), [stream for stream in (sys.stdout, sys.stderr) if stream.isatty()]
+    reader: Reader = PlainReader(">>> " if typed and sys.stderr.isatty() else "")
+    screen: Screen = PlainScreen(hide_thinking, verbose)
+    if moves and typed and outputs:
+        from mlx_qwen35.commands.chat.prompt import TerminalReader
+
+        reader = TerminalReader(ORDERS, outputs[0])
+    if moves and sys.stdout.isatty():
+        from mlx_qwen35.commands.chat.terminal import TerminalScreen
+
+        screen = TerminalScreen(hide_thinking, verbose)
+    return reader, screen
+
+
 def main() -> None:
-    with as_command(COMMAND):
+    with as_command(COMMAND), unwound_when_ended():
         args = parser().parse()
         name, options = require_model(args), given_options(args)
         if args.session:
             check_session(args.session)
-        model, processor = load_model(args)
-        reader, screen = PlainReader(), PlainScreen()
-        if standard_input().isatty():
-            screen.say(f"{name}. /help lists the commands.")
-        if not args.session:
-            run(Talk(Conversation(model, processor, **options), reader, screen))
-            return
-        with opened(args.session, model, processor, options) as session:
-            run(Talk(session.conversation, reader, screen, session))
+        reader, screen = interface(bool(args.hide_thinking), bool(args.verbose))
+        with screen.opened():
+            model, processor = load_model(args)
+            if standard_input().isatty():
+                screen.say(describe(name, model))
+            session = open_session(args.session, model, processor, options) if args.session else None
+            conversation = session.conversation if session else Conversation(model, processor, **options)
+            with closing(Talk(conversation, reader, screen, session, name)) as talk:
+                run(talk)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
 """What a chat shows: answers as they come, confirmations, errors. On a terminal terminal.py has another one."""
 
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from mlx_qwen35.commands.output import print_pieces, tell_cut
 from mlx_qwen35.commands.session import tell_interrupted
-from mlx_qwen35.console.progress import Step
+from mlx_qwen35.console.progress import Step, duration
 from mlx_qwen35.engine.conversation import Conversation, Turn
 from mlx_qwen35.engine.result import Result
+from mlx_qwen35.prompt.piece import Piece
 
 
 class Screen(Protocol):
@@ -19,6 +23,9 @@ class Screen(Protocol):
     def fail(self, text: str) -> None:
         """An error, or what could not be done."""
 
+    def opened(self) -> AbstractContextManager[None]:
+        """The block is a chat: what is typed where no prompt is waits unseen for the next one."""
+
     def step(self, what: str, unit: str = "", timed: bool = False) -> Step:
         """A step that may take long, as a context; called with what is done and all."""
 
@@ -27,7 +34,13 @@ class Screen(Protocol):
 
 
 class PlainScreen:
-    """Text to standard output, all else to standard error, without colours."""
+    """Text to standard output, all else to standard error, without colours.
+
+    hide_thinking: one line in place of the reasoning. verbose: all figures of an answer in place of three.
+    """
+
+    def __init__(self, hide_thinking: bool = False, verbose: bool = False):
+        self._hide, self._verbose = hide_thinking, verbose
 
     def say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -35,14 +48,17 @@ class PlainScreen:
     def fail(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
+    def opened(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def step(self, what: str, unit: str = "", timed: bool = False) -> Step:
         return Step(what, unit, timed)
 
     def answer(self, conversation: Conversation, turn: Turn) -> bool:
         with self.step("prefill", "tokens", timed=True) as prefill:
-            turn.progress = prefill
+            turn.progress, turn.media_progress = prefill, prefill.images
             try:
-                print_pieces(turn, prefill)
+                print_pieces(folded(turn, prefill, self.say) if self._hide else turn, prefill)
             except KeyboardInterrupt:
                 turn.cancel()
                 print()
@@ -50,9 +66,48 @@ class PlainScreen:
                     tell_interrupted(conversation, turn)
         if turn.result is None or not turn.result.tokens:
             return False
-        self.say(f"[{statistics(turn, turn.result)}]")
+        self.say(f"[{statistics(turn, turn.result) if self._verbose else summary(turn, turn.result)}]")
         tell_cut(turn.result, conversation.model, "/reset begins anew")
         return True
+
+
+def folded(turn: Turn, step: Step, say: Callable[[str], None]) -> Iterator[Piece]:
+    """The pieces of an answer but for its reasoning, of which a line tells how long it was. step: what is shown now."""
+    began = 0.0
+    try:
+        for piece in turn:
+            if not piece.reasoning:
+                began = _tell_thought(turn, began, step, say)
+                yield piece
+            elif not began:
+                began = time.monotonic()
+                step.say("thinking")
+    finally:
+        _tell_thought(turn, began, step, say)
+
+
+def _tell_thought(turn: Turn, began: float, step: Step, say: Callable[[str], None]) -> float:
+    if began and turn.result is not None:
+        step.end()
+        seconds = duration(time.monotonic() - began)
+        say(f"thought for {seconds}, {_counted(turn.result.reasoning_tokens, 'token')}")
+    return 0.0
+
+
+def summary(turn: Turn, result: Result) -> str:
+    """What most people want to know of an answer."""
+    speed = result.generation_tps
+    parts = [
+        "interrupted" if result.finish_reason == "interrupted" else "",
+        _counted(result.generation_tokens, "token"),
+        f"{speed:.{0 if speed >= 10 else 1}f} tokens/s" if speed else "",
+        f"{turn.prefill_seconds:.1f} s to the first",
+    ]
+    return " · ".join(filter(None, parts))
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def statistics(turn: Turn, result: Result) -> str:
