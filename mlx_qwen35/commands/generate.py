@@ -215,7 +215,7 @@ def run_session(args: argparse.Namespace, text: str, options: dict[str, Any]) ->
             turn.media_progress = prefill.images
             whole = print_answer(turn, turn, media, prefill, args.json == STDOUT)
             turn.cancel()
-        if turn.result:
+        if turn.result is not None:
             print_result(turn.result, model, media, args)
         if not whole:
             tell_interrupted(session.conversation, turn)

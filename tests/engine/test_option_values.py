@@ -131,7 +131,9 @@ def test_a_name_like_no_other_is_refused_without_advice():
     assert "?" not in str(caught.value)
 
 
-BESIDE = {name: {other: True if other == "logprobs" else 0.5} for name, other in NEEDS.items()}  # without which an option is refused
+BESIDE = {  # without which an option is refused
+    name: {other: True if other == "logprobs" else 0.5} for name, other in NEEDS.items()
+}
 
 
 @pytest.mark.parametrize("name", sorted(set(MEANING) - {"tools"}))

@@ -70,7 +70,7 @@ class Talk:
 
     def show(self, turn: Turn) -> bool:
         """Answer: run a turn to its end; False where it has no token. Calls in the answer are asked about."""
-        if not self.screen.answer(self.conversation, turn) or not turn.result:
+        if not self.screen.answer(self.conversation, turn) or turn.result is None:
             return False
         self.text, self.last, self.figures = "", turn.result, statistics(turn, turn.result)
         self.ask()

@@ -70,7 +70,7 @@ class TerminalScreen:
                 step.end()
                 answer.end()
                 self._answer = None
-        if not turn.result or not turn.result.tokens:
+        if turn.result is None or not turn.result.tokens:
             tell_interrupted(conversation, turn)
             return False
         self._note(statistics(turn, turn.result) if self._verbose else summary(turn, turn.result))
