@@ -72,17 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args = parser().parse(arguments)
         check_json(args.json)
         options = given_options(args, (FolderOptions, StorageOptions, WritingOptions))
-        if not args.hf_path:
-            raise InputError("option_missing", "--hf-path must be given: a local folder or a Hugging Face id")
-        if args.cap is not None and not args.sensitivity:
-            raise InputError("option_no_effect", "--cap has no effect without --sensitivity; add it or leave it out")
-        if args.save_recipe and args.cap is None:
-            raise InputError(
-                "option_no_effect",
-                "--save-recipe has no effect without --sensitivity and --cap; add them or leave it out",
-            )
-        if args.plot and not args.sensitivity:
-            raise InputError("option_no_effect", "--plot has no effect without --sensitivity; add it or leave it out")
+        _check_effects(args)
         if args.dry_run or args.sensitivity:
             _look(args, options)
             return
@@ -99,6 +89,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if args.json != STDOUT:
                 print(f"published: {found['published']}")
         write_json(args.json, found)
+
+
+def _check_effects(args: argparse.Namespace) -> None:
+    """InputError where the source is missing, or an option has no effect beside the others."""
+    if not args.hf_path:
+        raise InputError("option_missing", "--hf-path must be given: a local folder or a Hugging Face id")
+    if args.cap is not None and not args.sensitivity:
+        raise InputError("option_no_effect", "--cap has no effect without --sensitivity; add it or leave it out")
+    if args.save_recipe and args.cap is None:
+        raise InputError(
+            "option_no_effect",
+            "--save-recipe has no effect without --sensitivity and --cap; add them or leave it out",
+        )
+    if args.plot and not args.sensitivity:
+        raise InputError("option_no_effect", "--plot has no effect without --sensitivity; add it or leave it out")
 
 
 def _look(args: argparse.Namespace, options: dict[str, Any]) -> None:

@@ -232,7 +232,8 @@ def check_model_fits(checkpoint: Checkpoint, dtype: mx.Dtype, limit: int, name: 
     has = f"a model may take {_gb(plan.machine.limit)}"
     fits_packed = plan.text - plan.weights * (1 - PACKED) <= plan.machine.limit
     if checkpoint.raw and not checkpoint.config.quantization and fits_packed:
-        raise InputError("memory_exceeded", f"{need}; {has}. Convert it to 4 bit, about 3 times smaller:\n  {_way(name)}")
+        way = f"Convert it to 4 bit, about 3 times smaller:\n  {_way(name)}"
+        raise InputError("memory_exceeded", f"{need}; {has}. {way}")
     raise InputError(
         "memory_exceeded", f"{need}; {has}. Choose a folder with fewer bits, or a smaller model of the family"
     )
