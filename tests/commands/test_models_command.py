@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from mlx_qwen35 import load
+from mlx_qwen35.budget.plan import mac
 from mlx_qwen35.checkpoint.hub import resolve
-from mlx_qwen35.commands import chat, fit, models
+from mlx_qwen35.checkpoint.random import geometry, write_headers
+from mlx_qwen35.commands import fit, models
+from mlx_qwen35.commands.fit import Fit, format_fits, recommended
 from mlx_qwen35.commands.stored import stored
 from mlx_qwen35.machine.process import is_locked, show_in_use
-from mlx_qwen35.options import on_command_line
 
 HUB_ID, OURS, STUDIO = "Qwen/Qwen3.5-nano", "Qwen/Qwen3.5-4B", "~/.lmstudio/models/someone/nano-mlx"
 
@@ -33,19 +36,16 @@ def link(folder: Path, cache: Path, repository: str) -> Path:
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """A user's folder with a model in each place, and one of another family."""
-    nano, other = tmp_path / "nano", tmp_path / "other"
-    nano.mkdir()
+    tiny, other = write_headers(tmp_path / "tiny", geometry("tiny")), tmp_path / "other"
     other.mkdir()
-    for file in resolve("nano").glob("*.[js]*"):
-        shutil.copy(file, nano)
     (other / "config.json").write_text('{"model_type": "bert"}')
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("MLX_QWEN35_HOME", str(tmp_path / "ours"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    link(nano, tmp_path / "hub", HUB_ID)
+    link(tiny, tmp_path / "hub", HUB_ID)
     link(other, tmp_path / "hub", "google/bert")
-    shutil.copytree(nano, tmp_path / "ours/models/Qwen--Qwen3.5-4B/4bit")
-    shutil.copytree(nano, Path(STUDIO).expanduser())
+    shutil.copytree(tiny, tmp_path / "ours/models/Qwen--Qwen3.5-4B/4bit")
+    shutil.copytree(tiny, Path(STUDIO).expanduser())
     return tmp_path
 
 
@@ -118,7 +118,7 @@ def test_without_any_cache_nano_is_there(tmp_path, monkeypatch, run):
 
 def test_a_download_and_a_conversion_are_removed_each_by_its_name(home, run):
     status, out, _ = run("remove", HUB_ID, "--yes")
-    assert status == 0 and "MB freed" in out
+    assert status == 0 and "freed" in out
     assert HUB_ID not in listed(run) and not (home / "hub/models--Qwen--Qwen3.5-nano").exists()
     assert run("remove", OURS, "--recipe", "4bit", "--yes")[0] == 0
     assert OURS not in listed(run) and not (home / "ours/models/Qwen--Qwen3.5-4B").exists()
@@ -133,9 +133,9 @@ def test_what_was_removed_is_told_as_json(home, run):
     ("words", "code"),
     [
         ((STUDIO, "--yes"), "target_refused"), (("nano", "--yes"), "target_refused"),
-        (("absent/model", "--yes"), "model_not_found"), ((OURS, "--yes"), "model_not_found"), ((HUB_ID,), "option_missing"),
-        ((HUB_ID, "--recipe", "4bit", "--yes"), "model_not_found"), ((HUB_ID, "absent/model", "--yes"), "model_not_found"),
-        ((), "option_invalid"),
+        (("absent/model", "--yes"), "model_not_found"), ((OURS, "--yes"), "model_not_found"),
+        ((HUB_ID, "--recipe", "4bit", "--yes"), "model_not_found"), ((HUB_ID,), "option_missing"),
+        ((HUB_ID, "absent/model", "--yes"), "model_not_found"), ((), "option_invalid"),
     ],
 )  # fmt: skip
 def test_what_must_not_or_cannot_be_removed_is_refused_and_nothing_is_lost(home, run, words, code):
@@ -182,55 +182,66 @@ def test_a_model_that_is_being_downloaded_stays(home, run):
     assert run("remove", HUB_ID, "--yes")[2].endswith("[target_busy]\n")
 
 
-def test_a_loaded_model_shows_that_it_is_in_use(home):
-    from mlx_qwen35 import load
-
-    folder = Path(STUDIO).expanduser()
-    model, _ = load(folder)
-    assert is_locked(folder / "config.json")
-    del model, _
-    assert not is_locked(folder / "config.json")
+def test_a_loaded_model_shows_that_it_is_in_use(tmp_path):
+    shutil.copytree(resolve("nano"), tmp_path / "model")
+    file = tmp_path / "model/config.json"
+    model, processor = load(file.parent)
+    assert is_locked(file)
+    del model, processor
+    assert not is_locked(file)
 
 
 # --- fit -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small(monkeypatch):
+def test_an_m1_with_8_gb_is_given_the_4b_in_4_bit(run, monkeypatch):
     monkeypatch.setattr(fit, "SIZES", ("4b",))
-
-
-def of_mac(run, *words: str) -> dict:
-    return json.loads(run("fit", "--json", *words)[1])
-
-
-def test_an_m1_with_8_gb_is_given_the_4b_in_4_bit(small, run):
-    found = of_mac(run, "--memory", "8")
-    (best,) = (row for row in found["fits"] if row["recommended"])
+    found = json.loads(run("fit", "--json", "--memory", "8")[1])["fits"]
+    (best,) = (row for row in found if row["recommended"])
     assert (best["model"], best["recipe"]) == ("Qwen/Qwen3.5-4B", "4bit")
     assert best["memory_bytes"] < 3.3e9 and best["longest_context"] > 65_536
     assert 15 < best["computed_decode_tokens_per_second"] < 22
-    assert [row["recipe"] for row in found["fits"] if not row["fits"]] == ["bf16"]
+    assert [row["recipe"] for row in found if not row["fits"]] == ["bf16"]
 
 
-def test_a_larger_and_faster_mac_takes_more_bits(small, run):
-    (best,) = (row for row in of_mac(run, "--memory", "32", "--chip", "M2 Max")["fits"] if row["recommended"])
-    assert best["recipe"] == "bf16"
+def a_fit(size: str, recipe: str, memory: float = 3e9, left: float = 9e9, longest: int = 65_536, speed=20.0) -> Fit:
+    return Fit(size, recipe, int(memory), int(memory), int(left), longest, speed)
 
 
-def test_the_text_names_what_to_type(small, run):
-    status, out, _ = run("fit", "--memory", "8")
-    assert status == 0 and "  mlx_qwen35 chat --model Qwen/Qwen3.5-4B" in out and max(map(len, out.splitlines())) <= 100
+SMALL = a_fit("2b", "4bit", left=5e9)
 
 
-def test_where_nothing_fits_nano_does(small, run):
-    assert "mlx_qwen35 chat --model nano" in run("fit", "--memory", "2")[1]
+@pytest.mark.parametrize(
+    "large",
+    [a_fit("4b", "4bit", left=4.9e9), a_fit("4b", "4bit", longest=32_767), a_fit("4b", "4bit", speed=9.9),
+     a_fit("4b", "4bit", longest=0)],
+    ids=["no memory for others", "short context", "slow", "too large"],
+)  # fmt: skip
+def test_a_larger_model_is_recommended_where_it_is_good_enough(large):
+    assert recommended([large, SMALL]) is SMALL
+    for enough in (a_fit("4b", "4bit"), a_fit("4b", "4bit", speed=None)):
+        assert recommended([enough, SMALL]) is enough
+
+
+def test_where_none_is_good_enough_the_smallest_that_fits_is_recommended():
+    slow = a_fit("4b", "4bit", speed=2), a_fit("2b", "4bit", speed=5)
+    assert recommended(slow) is slow[1]
+
+
+def test_the_text_names_what_is_too_large_and_what_to_type():
+    text = format_fits(mac(8), [a_fit("4b", "8bit", 9e9, longest=0), a_fit("4b", "4bit", 7e9, longest=0), SMALL])
+    assert text.endswith(f"\n  {SMALL.command}") and "4B (4bit takes 7.0 GB)" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_where_nothing_fits_nano_does():
+    assert format_fits(mac(2), [a_fit("4b", "4bit", longest=0)]).endswith("mlx_qwen35 chat --model nano")
 
 
 @pytest.mark.parametrize(
     ("words", "code"),
-    [(("--chip", "M4"), "option_no_effect"), (("--memory", "0"), "option_invalid"), (("--memory", "x"), "option_invalid"),
-     (("--memory", "8", "--chip", "X1"), "option_invalid")],
+    [(("--chip", "M4"), "option_no_effect"), (("--memory", "0"), "option_invalid"),
+     (("--memory", "x"), "option_invalid"), (("--memory", "8", "--chip", "X1"), "option_invalid")],
 )  # fmt: skip
 def test_a_mac_that_is_none_is_refused(run, words, code):
     status, _, err = run("fit", *words)
