@@ -43,7 +43,7 @@ def typed(monkeypatch, capsys):
 # --- help ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", [(), ("--help",), ("completion", "zsh")], ids=" ".join)
+@pytest.mark.parametrize("words", [(), ("completion", "zsh")], ids=" ".join)
 def test_help_and_completion_import_nothing_heavy(words):
     done = run("mlx_qwen35", *words, python=("-X", "importtime"))
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
