@@ -32,6 +32,7 @@ class Option:
     python_only: absent from command lines.
     prompts: the kinds of prompt that it has an effect on ("text", "raw text", "messages", "tokens"); empty: all.
     media: what a prompt must show for it to have an effect: "image", "video", "image or video"; empty: nothing.
+    bare: its value on the command line where none follows it; None: one must follow.
     optional: whether its value may be None.
     """
 
@@ -53,6 +54,7 @@ class Option:
     python_only: bool = False
     prompts: tuple[str, ...] = ()
     media: str = ""
+    bare: Any = None
 
     @property
     def keywords(self) -> tuple[str, ...]:

@@ -134,6 +134,10 @@ def owned(folder: Path) -> Iterator[Path]:
                 "target_busy", f"one process at a time makes or removes {folder}; {who} does. Wait for it, or end it"
             )
         holder.write_text(str(os.getpid()))
-        yield place
+        try:
+            yield place
+        finally:
+            if place.is_dir() and os.listdir(place) == [holder.name]:  # nothing is left to go on with
+                shutil.rmtree(place)
     finally:
         os.close(lock)

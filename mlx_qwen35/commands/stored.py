@@ -29,8 +29,8 @@ class Stored:
 
     name: what follows --model. place: of PLACES. nbytes: on the disk. used: when its files were read last, in seconds
     since 1970. recipe: of a conversion, which follows --recipe. remove: takes it off the disk. storage: see `storage`.
-    holds: of "text", "vision" and "drafts". fault: why it cannot be used, as a code of errors.py, or UNFINISHED; "" where
-    it can.
+    holds: of "text", "vision" and "drafts". fault: why it cannot be used, as a code of errors.py, or UNFINISHED; ""
+    where it can.
     """
 
     name: str
@@ -120,14 +120,14 @@ def _remover(found: Converted) -> Callable[[], None]:
 
 
 def _hub() -> Iterator[Stored]:
-    from huggingface_hub import CacheNotFound, scan_cache_dir
+    from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
     try:
-        cache = scan_cache_dir()
+        cache = scan_cache_dir(constants.HF_HUB_CACHE)
     except CacheNotFound:
         return
     for repository in sorted(cache.repos, key=lambda repository: repository.repo_id):
-        revisions = sorted(repository.revisions, key=lambda revision: ("main" not in revision.refs, revision.commit_hash))
+        revisions = sorted(repository.revisions, key=lambda found: ("main" not in found.refs, found.commit_hash))
         if repository.repo_type != "model" or not revisions:
             continue
         delete = cache.delete_revisions(*(revision.commit_hash for revision in revisions))

@@ -181,7 +181,7 @@ def test_a_head_in_a_file_of_its_own_is_seen_and_its_form_known(told, repositori
 
 def test_a_model_that_does_not_fit_is_refused_by_its_id(told):
     assert told["memory"]["code"] == "memory_exceeded"
-    assert "--hf-path it/memory" in told["memory"]["errors"]
+    assert "--model it/memory --recipe 4bit" in told["memory"]["errors"]
 
 
 def test_a_disk_too_small_for_the_conversion_is_told(told):

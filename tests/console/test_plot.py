@@ -51,7 +51,13 @@ def test_a_picture_that_cannot_be_written_is_refused(tmp_path):
         draw(tmp_path / "none" / "bar.png")
 
 
-def test_without_matplotlib_a_picture_is_refused_with_the_extra_to_install(monkeypatch):
+def test_without_matplotlib_a_picture_is_refused_with_the_extra_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with refused("package_missing", "mlx-qwen35[plot]"):
-        check_plot()
+        check_plot(tmp_path / "bar.png")
+
+
+@pytest.mark.parametrize("place", ["", "none/bar.png"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, place):
+    with refused("output_unwritable", place):
+        check_plot(tmp_path / place)

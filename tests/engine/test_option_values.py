@@ -60,6 +60,8 @@ MEANING = {
     "stop": lambda value: isinstance(value, tuple) and all(isinstance(text, str) and text for text in value),
     "system_prompt": lambda value: isinstance(value, str), "enable_thinking": _flag, "ignore_chat_template": _flag,
     "images": lambda value: isinstance(value, list | tuple), "videos": lambda value: isinstance(value, list | tuple),
+    "pdfs": lambda value: isinstance(value, list | tuple), "pages": lambda value: value == "1",
+    "media_progress": callable, "dpi": _whole(8, 2400),
     "progress": callable, "min_pixels": _whole(1, 1 << 30), "max_pixels": _whole(1, 1 << 30), "fps": _number(1e-6, 1e6),
     "video_num_frames": _whole(1, 10**7), "video_total_pixels": _whole(1, 10**12), "source_fps": _number(1e-6, 1e6),
     "published_limits": _flag, "outer_vision_tags": _flag, "allow_private_urls": _flag, "tools": lambda value: True,

@@ -3,9 +3,8 @@
 import mlx.core as mx
 
 from mlx_qwen35.checkpoint.dtypes import dtype_name
-from mlx_qwen35.commands.chat.attach import media_of
 from mlx_qwen35.commands.chat.settings import changed
-from mlx_qwen35.commands.chat.talk import Talk
+from mlx_qwen35.commands.chat.talk import Talk, media_of
 from mlx_qwen35.commands.output import media_lines
 
 

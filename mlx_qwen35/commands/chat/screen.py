@@ -8,6 +8,7 @@ from typing import Protocol
 
 from mlx_qwen35.commands.output import print_pieces, tell_cut
 from mlx_qwen35.commands.session import tell_interrupted
+from mlx_qwen35.console.notices import tell
 from mlx_qwen35.console.progress import Step, duration
 from mlx_qwen35.engine.conversation import Conversation, Turn
 from mlx_qwen35.engine.result import Result
@@ -43,7 +44,7 @@ class PlainScreen:
         self._hide, self._verbose = hide_thinking, verbose
 
     def say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        tell(text)
 
     def fail(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
