@@ -130,7 +130,7 @@ def _told(found: Converted, why: str) -> Path:
     """The folder of a conversion, which is told in a line."""
     from mlx_qwen35.convert.cached import outdated
 
-    print(f"{why}using its {found.recipe} conversion in {found.folder}", file=sys.stderr)
+    print(f"{why}using the {found.recipe} conversion of {found.name} in {found.folder}", file=sys.stderr)
     if now := outdated(found):
         print(
             f"{found.name} has changed since: the conversion is of commit {found.commit[:12]}, and the hub has "
