@@ -25,8 +25,9 @@ _MOST = 1 << 26  # bytes to send at once; more is counted as sent, and refused
 class Repository:
     """A folder that is published at a commit.
 
-    gated: its files are refused. parts: whether a part of a file can be asked for. checksums: whether the hub tells those of the weights, as of files in its large storage, right or `wrong`.
-    before: called with the path and the position of each piece of a file; True breaks the connection.
+    gated: its files are refused. parts: whether a part of a file can be asked for. checksums: whether the hub tells
+    those of the weights, as of files in its large storage, right or `wrong`. before: called with the path and the
+    position of each piece of a file; True breaks the connection.
     """
 
     folder: Path

@@ -200,6 +200,6 @@ def _facts(loading: _Loading, planned: "Prospect", name: str, revision: str | No
         for count in (loading.plan(planned.checkpoint).text, planned.download, planned.disk, planned.most)
     )
     return (
-        f"Converted to 4 bit it takes {memory} of memory. That downloads {download} and converts them file by file, "
+        f"Converted to 4 bit it takes {memory} of memory. That downloads {download} and converts it file by file, "
         f"takes {most} of the disk while it runs, and keeps {disk} in {folder}"
     )
