@@ -148,8 +148,10 @@ def _converted(name: str, recipe: str, revision: str | None) -> Path:
     """Make a conversion, with progress on stderr."""
     from mlx_qwen35.convert import convert_cached
 
+    if not is_local(name, revision):  # which is refused
+        print(f"making the {recipe} conversion of {name} in {folder_of(name, recipe, revision)}", file=sys.stderr)
     try:
-        with Step(f"downloading and converting {name} to {recipe}", "B") as step:
+        with Step("downloading and converting", "B") as step:
             return convert_cached(name, recipe, revision, progress=step.told)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on where this one was", file=sys.stderr)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -139,14 +139,27 @@ def test_the_whole_way_from_a_refusal_to_an_answer_and_an_answer_offline(run, na
 @pytest.mark.full
 def test_killed_at_several_points_it_ends_with_the_bytes_of_an_undisturbed_one(run, nano, home, tmp_path):
     first, second, third = weights(nano)
-    for path, position in ((first, 1 << 18), (second, 1 << 15), (third, 1 << 19)):
-        process: list[subprocess.Popen] = []
-        nano.before = lambda at, begin, p=path, b=position, process=process: (at, begin) == (p, b) and (
-            process[0].kill() or True
-        )
-        process.append(run.start("it/nano", "--recipe", "4bit"))
-        process[0].communicate(timeout=120)
-        assert process[0].returncode == -9
+    place, running = hidden(folder_of("it/nano", "4bit"))[1] / "weights", []
+
+    def kill_within(path: str) -> Callable[[str, int], bool]:
+        """Kill the process once a part of this file is on its disk."""
+
+        def before(at: str, position: int) -> bool:
+            if at != path or position < 1 << 18:
+                return False
+            deadline, part = time.monotonic() + 60, place / f"{path}.part"
+            while not (part.is_file() and part.stat().st_size) and time.monotonic() < deadline:
+                time.sleep(0.005)
+            running[-1].kill()
+            return True
+
+        return before
+
+    for path in (first, second, third):
+        nano.before = kill_within(path)
+        running.append(run.start("it/nano", "--recipe", "4bit"))
+        running[-1].communicate(timeout=120)
+        assert running[-1].returncode == -9
     nano.before = lambda path, position: False
     status, output, errors = run("it/nano", "--recipe", "4bit")
     assert (status, output.split()[-1]) == (0, "92"), errors
