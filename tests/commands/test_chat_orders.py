@@ -599,9 +599,10 @@ def test_a_load_that_fails_leaves_the_conversation(chat, tmp_path, nano, closing
 def test_info_tells_what_is_held(chat, nano, tmp_path, closing):
     closing(talk := chat(f"/save {tmp_path / 'talk'}", ASK, f"/image {SHAPES}", "/info"))
     told: dict[str, list[str]] = {}
+    name = ""
     for line in talk.screen.said[-1].splitlines():
-        told.setdefault(line[:11].strip() or name, []).append(line[13:])
         name = line[:11].strip() or name
+        told.setdefault(name, []).append(line[13:])
     conversation = talk.conversation
     assert told["model"][0].startswith("nano") and told["session"] == [f"{tmp_path / 'talk'}, not saved yet"]
     used, window = len(conversation.encode(conversation.messages).tokens), nano[0].config.max_position_embeddings
