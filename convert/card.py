@@ -7,22 +7,25 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mlx_qwen35.checkpoint.converted import QUALITY
 from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION
 from mlx_qwen35.checkpoint.shapes import is_matrix
 from mlx_qwen35.console.table import markdown
+from mlx_qwen35.convert.error_plot import plot
+from mlx_qwen35.convert.sensitivity import groups
 from mlx_qwen35.convert.verify import Difference
 from mlx_qwen35.load import has_vision
 from mlx_qwen35.measure.divergence import Evaluation
 from mlx_qwen35.quantization import Quantization
 
-CARD, QUALITY, PLOT = "README.md", "quality.json", "error_by_layer.svg"
+CARD, PLOT = "README.md", "error_by_layer.svg"
 _PROGRAMS = ("mlx", "mlx-qwen35")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -31,7 +34,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 class Facts:
     """What a card tells beyond what the folder holds.
 
-    name: of the folder. source: an id or a path, of which the card has the last part. recipe: its name, or the options
+    name: of the folder. source: an id or a path, of which the card has the last part. commit: of the id; "" for a path.
+    recipe: its name, or the options
     by hand. errors: Hugging Face name -> the errors of that tensor. text: the name of the text of the evaluation.
     license: as Hugging Face writes it, see files.py.
     """
@@ -45,6 +49,7 @@ class Facts:
     evaluation: Evaluation | None = None
     text: str = ""
     license: str | None = None
+    commit: str = ""
 
 
 def write_card(folder: Path, facts: Facts) -> None:
@@ -53,8 +58,8 @@ def write_card(folder: Path, facts: Facts) -> None:
     (folder / CARD).write_text(card(checkpoint, facts), encoding="utf-8")
     text = json.dumps(quality(checkpoint, facts), indent=2, ensure_ascii=False)
     (folder / QUALITY).write_text(text + "\n", encoding="utf-8")
-    if series := _series(checkpoint, facts):
-        (folder / PLOT).write_text(plot(series), encoding="utf-8")
+    if picture := _plot(checkpoint, facts):
+        (folder / PLOT).write_text(picture, encoding="utf-8")
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
@@ -89,6 +94,7 @@ def quality(checkpoint: Checkpoint, facts: Facts) -> dict[str, Any]:
     """Everything that was measured, for programs: what stands in quality.json."""
     values: dict[str, Any] = {
         "source": _last(facts.source),
+        **({"commit": facts.commit} if facts.commit else {}),
         "recipe": facts.recipe,
         "rounding": facts.rounding,
         "versions": {program: version(program) for program in _PROGRAMS},
@@ -114,54 +120,25 @@ def _matrices(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 # --- the plot --------------------------------------------------------------------------------------------------------
 
 
-def _series(checkpoint: Checkpoint, facts: Facts) -> dict[str, list[float]]:
-    """Name of a line -> its relative error at each layer; {} where nothing was measured."""
-    lines: dict[str, list[float]] = {}
-    squares: dict[int, float] = defaultdict(float)
-    counts: dict[int, int] = defaultdict(int)
-    for name, shape in _matrices(checkpoint).items():
-        if name in facts.errors and name.startswith(f"{TEXT}layers."):
-            layer = int(name.removeprefix(f"{TEXT}layers.").split(".")[0])
-            squares[layer] += facts.errors[name].relative * math.prod(shape)
-            counts[layer] += math.prod(shape)
-    layers = range(checkpoint.config.text.num_hidden_layers)
-    if all(layer in counts for layer in layers):
-        lines["weights of the layer"] = [math.sqrt(squares[layer] / counts[layer]) for layer in layers]
-    if facts.evaluation and facts.evaluation.layers:
-        lines["residual stream after it"] = list(facts.evaluation.layers)
-    return lines
+def _plot(checkpoint: Checkpoint, facts: Facts) -> str:
+    """An SVG; "" where nothing was measured."""
+    errors: dict[str, dict[int, float]] = defaultdict(dict)
+    for (group, layer), names in _by_layer(checkpoint, facts).items():
+        sizes = [math.prod(checkpoint.shapes[name]) for name in names]
+        squares = sum(facts.errors[name].relative * size for name, size in zip(names, sizes, strict=True))
+        errors[group][layer] = math.sqrt(squares / sum(sizes))
+    stream = facts.evaluation.layers if facts.evaluation else ()
+    return plot(checkpoint.config.text.layer_types, errors, stream) if errors or stream else ""
 
 
-def plot(lines: Mapping[str, Iterable[float]], width: int = 640, height: int = 320) -> str:
-    """An SVG of relative errors by layer, in percent, the axis from 0: name of a line -> its values."""
-    values = {name: [100 * value for value in line] for name, line in lines.items()}
-    most = max(max(line) for line in values.values()) or 1.0
-    count = max(len(line) for line in values.values())
-    left, top, right, bottom = 60, 8 + 16 * len(values), width - 16, height - 44  # the names stand above
-
-    def at(i: int, value: float) -> tuple[float, float]:
-        return left + (right - left) * i / max(1, count - 1), bottom - (bottom - top) * value / most
-
-    def label(x: float, y: float, text: str, anchor: str = "middle", colour: str = "#444") -> str:
-        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{text}</text>'
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans" font-size="12">',
-        f'<rect width="{width}" height="{height}" fill="#fff"/>',
-        label((left + right) / 2, height - 8, "layer"),
-        label(left - 6, 14, "error, %", "start"),
-    ]
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        _, y = at(0, share * most)
-        parts.append(f'<path d="M{left} {y:.1f}H{right}" stroke="#ddd"/>')
-        parts.append(label(left - 6, y + 4, f"{share * most:.3g}", "end"))
-    parts += [label(at(i, 0)[0], bottom + 18, str(i)) for i in range(0, count, -(-count // 8))]
-    for number, (name, line) in enumerate(values.items()):
-        colour = ("#0b62a4", "#c44e00", "#2d7d2d")[number % 3]
-        points = " ".join("{:.1f},{:.1f}".format(*at(i, value)) for i, value in enumerate(line))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(label(right, 14 + 16 * number, name, "end", colour))
-    return "\n".join([*parts, "</svg>"]) + "\n"
+def _by_layer(checkpoint: Checkpoint, facts: Facts) -> dict[tuple[str, int], list[str]]:
+    """(group, layer) -> the names of its matrices whose errors are known."""
+    found: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for group, names in groups(checkpoint).items():
+        for name in names:
+            if name in facts.errors and name.startswith(f"{TEXT}layers."):
+                found[group, int(name.removeprefix(f"{TEXT}layers.").split(".")[0])].append(name)
+    return found
 
 
 # --- the card --------------------------------------------------------------------------------------------------------
@@ -241,7 +218,7 @@ def _measured(checkpoint: Checkpoint, facts: Facts) -> str:
         error = "; ± is one standard error" if e.kl_error is not None else ""
         told = f"{e.positions} tokens of {facts.text or 'a text'} in {e.sequences} pieces, against the source{error}."
         parts.append(f"{told}\n\n{markdown(['figure', ''], rows)}")
-    if _series(checkpoint, facts):
+    if _plot(checkpoint, facts):
         parts.append(f"Error, root of its mean square as a share of the source's, layer by layer:\n\n![]({PLOT})")
     if not parts:
         return ""

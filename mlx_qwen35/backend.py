@@ -12,16 +12,25 @@ from dataclasses import dataclass, replace
 
 from mlx_qwen35.errors import InputError
 
+
+def remedy(reason: str, system: str, machine: str) -> str:
+    """What to do where MLX cannot be imported. reason: of the ImportError."""
+    if "libcuda" in reason:
+        return "MLX for CUDA needs NVIDIA's driver: install it, or in a new environment mlx-qwen35[cpu]"
+    if system != "Darwin":
+        return "On Linux install MLX with one backend, as mlx-qwen35[cpu] or, for an NVIDIA GPU, mlx-qwen35[cuda13]"
+    if machine != "arm64":
+        return "MLX runs on Macs with Apple Silicon (M1 and later), and this Mac has an Intel processor"
+    return "Install it again: pip install --force-reinstall mlx"
+
+
 try:
     import mlx.core as mx
 except ImportError as error:
     _reason = str(error).partition("\n")[0]
-    _remedy = (
-        "MLX for CUDA needs NVIDIA's driver: install it, or in a new environment MLX for the CPU, mlx-qwen35[cpu]"
-        if "libcuda" in _reason
-        else "On Linux install MLX with one backend, as mlx-qwen35[cpu] or, for an NVIDIA GPU, mlx-qwen35[cuda13]"
-    )
-    raise InputError("mlx_unusable", f"MLX cannot be loaded ({_reason}). {_remedy}") from None
+    raise InputError(
+        "mlx_unusable", f"MLX cannot be loaded ({_reason}). {remedy(_reason, platform.system(), platform.machine())}"
+    ) from None
 
 TF32 = "MLX_ENABLE_TF32"  # environment; MLX's default is 1, which shortens float32 products (kernels/products.py)
 

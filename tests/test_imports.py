@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "mlx_qwen35"
 
-GROUND = frozenset({"errors", "values", "fields", "quantization", "backend", "options"})  # what everyone may import
+# What everyone may import.
+GROUND = frozenset({"gate", "errors", "values", "fields", "quantization", "backend", "options"})
 LEAVES = frozenset({"machine", "kernels", "checkpoint"})
 MODEL = LEAVES | {"cache", "media", "budget", "model"}
 INPUT = MODEL | {"prompt"}
@@ -33,7 +34,8 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "generate": INPUT | {"measure", "engine"},
     "server": ALL,
     "console": ALL,
-    **dict.fromkeys(("convert", "doctor", "bench"), ALL | {"console"}),
+    **dict.fromkeys(("convert", "bench"), ALL | {"console"}),
+    "doctor": ALL | {"console", "convert"},
     "commands": ALL | {"console", "server", "convert", "doctor", "bench"},
 }
 
@@ -103,7 +105,8 @@ def test_no_import_goes_in_a_circle():
 
 
 def test_only_commands_import_the_package_itself():
-    assert {room(module) for module, targets in graph(ROOT).items() if "" in targets} <= {"console", "convert"}
+    found = {room(module) for module, targets in graph(ROOT).items() if "" in targets}
+    assert found <= {"console", "commands", "convert"}
 
 
 TURNED = {

@@ -1,22 +1,17 @@
 """What was found of the needles, by kind, length and depth: as a table, as JSON and as a picture."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from PIL import Image, ImageDraw, ImageFont
+from typing import Any
 
 from mlx_qwen35.bench.needle import ANSWER, DEPTHS, Answer
 from mlx_qwen35.bench.report import header
-from mlx_qwen35.console.streams import write_file
+from mlx_qwen35.console import plot
 from mlx_qwen35.console.table import align
-from mlx_qwen35.errors import InputError
 
+NUMBERS = {"single": "single numbers", "several": "several in a text", "chain": "chains"}  # kind -> what is found
 SHADES = " ░▒▓█"  # of a share of right answers, none to all
-NO, YES = (247, 238, 214), (20, 92, 98)  # the same as colours
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-WIDTH, HEIGHT, SIDE, GAP = 72, 32, 70, 18  # pixels: of a cell, beside the cells for the depths, around and between
 
 
 @dataclass(frozen=True)
@@ -66,50 +61,48 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (row.kind, f"{row.length:,}", *shares, f"{sum(row.right) / asked:.0%}", f"{row.seconds:.1f} s")
 
 
-def write_json(
-    path: Path, machine: Mapping[str, str], model: str, rows: Sequence[Row], answers: Sequence[Answer]
-) -> None:
+def as_json(
+    machine: Mapping[str, str], model: str, rows: Sequence[Row], answers: Sequence[Answer]
+) -> dict[str, Any]:
     """Every answer, and the counts."""
-    content = {
+    return {
         "machine": dict(machine), "model": model, "depths": DEPTHS, "rows": [asdict(row) for row in rows],
         "answers": [asdict(answer) | {"right": answer.right} for answer in answers],
     }  # fmt: skip
-    write_file(path, json.dumps(content, indent=2) + "\n")
 
 
-def draw(path: Path, title: Sequence[str], rows: Sequence[Row]) -> None:
+def draw(path: Path, model: str, note: str, rows: Sequence[Row]) -> plot.Figure:
     """A PNG file: for each kind a map with the lengths from left to right and the depths from top to bottom.
 
-    InputError where it cannot be written.
+    note: what was asked of what, to stand below.
     """
-    maps = [(kind, [row for row in rows if row.kind == kind]) for kind in dict.fromkeys(row.kind for row in rows)]
-    head, font = GAP + 22 * len(title) + GAP, ImageFont.load_default(14)
-    across = [SIDE + WIDTH * len(own) + GAP for _, own in maps]
-    width = max(GAP + sum(across), GAP + max(round(font.getlength(line)) for line in title) + GAP)
-    image = Image.new("RGB", (width, head + 2 * 24 + HEIGHT * len(DEPTHS) + GAP), "white")
-    pen = ImageDraw.Draw(image)
-    for i, line in enumerate(title):
-        pen.text((GAP, GAP + 22 * i), line, "black", font)
-    for (kind, own), left in zip(maps, (GAP + sum(across[:i]) for i in range(len(maps))), strict=True):
-        _draw_map(pen, font, kind, own, left, head)
-    try:
-        image.save(path, "PNG")
-    except OSError as error:
-        raise InputError("output_unwritable", f"{path} must be a file that can be written: {error}") from error
+    kinds = {kind: [row for row in rows if row.kind == kind] for kind in dict.fromkeys(row.kind for row in rows)}
+    found = [f"{_share(own):.0%} of {NUMBERS[kind]}" for kind, own in kinds.items()]
+    note += "\nRight answers of those asked, by the depth of the number in the text and the length of the text."
+    with plot.picture(path, f"{model} finds {', '.join(found)}", note, 3.6, len(kinds)) as (figure, panels):
+        for axes, (kind, own) in zip(panels, kinds.items(), strict=True):
+            _draw_map(axes, kind, own)
+        for axes in panels[1:]:
+            axes.set_yticks([])
+        panels[0].set_ylabel("depth of the number")
+    return figure
 
 
-def _draw_map(pen: ImageDraw.ImageDraw, font: Font, kind: str, rows: Sequence[Row], left: int, top: int) -> None:
-    first, cells = left + SIDE, top + 24
-    pen.text((first, top), kind, "black", font)
-    for line, depth in enumerate(DEPTHS):
-        y = cells + HEIGHT * line
-        pen.text((first - 8, y + HEIGHT // 2), f"{depth:.0%}", "black", font, "rm")
-        for column, row in enumerate(rows):
-            x, share = first + WIDTH * column, row.right[line] / row.asked
-            colour = tuple(round(no + share * (yes - no)) for no, yes in zip(NO, YES, strict=True))
-            pen.rectangle((x, y, x + WIDTH - 2, y + HEIGHT - 2), colour)
-            ink = "white" if share > 0.5 else "black"
-            pen.text((x + WIDTH // 2, y + HEIGHT // 2), f"{share:.0%}", ink, font, "mm")
-    for column, row in enumerate(rows):
-        middle = first + WIDTH * column + WIDTH // 2
-        pen.text((middle, cells + HEIGHT * len(DEPTHS) + 12), f"{row.length:,}", "black", font, "mm")
+def _draw_map(axes: plot.Axes, kind: str, rows: Sequence[Row]) -> None:
+    shares = [[row.right[line] / row.asked for row in rows] for line in range(len(DEPTHS))]
+    axes.pcolormesh(shares, cmap=plot.shades(), vmin=0, vmax=1, edgecolor=plot.PAPER, linewidth=2)
+    for line, found in enumerate(shares):
+        for column, (row, share) in enumerate(zip(rows, found, strict=True)):
+            ink = plot.PAPER if share > 0.8 else plot.INK
+            text = f"{row.right[line]}/{row.asked}"
+            axes.text(column + 0.5, line + 0.5, text, ha="center", va="center", color=ink, size=8)
+    axes.set_title(f"{kind}: {_share(rows):.0%}")
+    axes.set_xticks([column + 0.5 for column in range(len(rows))], [f"{row.length:,}" for row in rows])
+    axes.set_yticks([line + 0.5 for line in range(len(DEPTHS))], [f"{depth:.0%}" for depth in DEPTHS])
+    axes.set_xlabel("tokens of the prompt")
+    axes.spines.bottom.set_visible(False)
+    axes.invert_yaxis()
+
+
+def _share(rows: Sequence[Row]) -> float:
+    return sum(sum(row.right) for row in rows) / sum(row.asked * len(row.right) for row in rows)

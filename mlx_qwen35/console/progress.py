@@ -1,6 +1,6 @@
 """How far a long step has come, on standard error: on a terminal a line that is written over, with a spinner;
-elsewhere, where it goes to a file or another program, a plain line every ten seconds. A step that is quickly done shows
-nothing.
+elsewhere, where it goes to a file or another program, a plain line every ten seconds. A step that is quickly done, or
+with --quiet, shows nothing.
 """
 
 import os
@@ -10,6 +10,8 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
+
+from mlx_qwen35.console.notices import quiet
 
 SOON, OFTEN = 0.3, 0.1  # seconds until something is shown on a terminal, and from one state to the next
 SELDOM = 10.0  # both, elsewhere
@@ -48,17 +50,20 @@ class Step:
         self.end()
 
     def __call__(self, done: int, total: int) -> None:
-        left = self._left(done, total)
-        self._tell([_amounts(done, total, self._unit), f"{100 * done // total} %{left}"] if total else [])
+        if self._timed:
+            if self._marks and done <= self._marks[-1][0]:  # it begins anew
+                self._marks = []
+            self._marks.append((done, time.monotonic()))
+        self.told(done, total, seconds_left(self._marks, total) if self._timed else None)
 
-    def _left(self, done: int, total: int) -> str:
-        if not self._timed:
-            return ""
-        if self._marks and done <= self._marks[-1][0]:  # it begins anew
-            self._marks = []
-        self._marks.append((done, time.monotonic()))
-        left = seconds_left(self._marks, total)
-        return f", {duration(left)} left" if left else ""
+    def told(self, done: int, total: int, left: float | None) -> None:
+        """Like a call, of a step that tells itself how many seconds are left."""
+        time_left = f", {duration(left)} left" if left else ""
+        self._tell([_amounts(done, total, self._unit), f"{100 * done // total} %{time_left}"] if total else [])
+
+    def images(self, done: int, total: int) -> None:
+        """So many of a prompt's images are encoded, which comes before its prefill."""
+        self._tell([_amounts(done, total, "images"), f"{100 * done // total} %"])
 
     def say(self, what: str) -> None:
         """What it does now, which is not timed."""
@@ -102,7 +107,7 @@ class Step:
                 self._show()
 
     def _show(self) -> None:
-        if self._ended:
+        if self._ended or quiet():
             return
         self._shown = time.monotonic()
         if self._terminal:

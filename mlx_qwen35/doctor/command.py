@@ -1,12 +1,14 @@
 """The command mlx_qwen35.doctor."""
 
 import argparse
-import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 
 import mlx.core as mx
+from rich.console import Console
 
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.config import parse_config
@@ -14,14 +16,19 @@ from mlx_qwen35.checkpoint.dtypes import DTYPES
 from mlx_qwen35.checkpoint.hub import look, resolve
 from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.checkpoint.rope_fields import rescaled
+from mlx_qwen35.console.json_output import add_json, check_json, write_json
 from mlx_qwen35.console.options import add_model_options, given_options
 from mlx_qwen35.console.parser import Parser
+from mlx_qwen35.console.plot import check_plot
 from mlx_qwen35.console.progress import Step
 from mlx_qwen35.console.run import as_command, load_model
-from mlx_qwen35.console.streams import read_file, write_file
+from mlx_qwen35.console.streams import read_file
 from mlx_qwen35.doctor import check, facts, probe
 from mlx_qwen35.doctor.facts import Facts
-from mlx_qwen35.doctor.plan import format_plans, longest_contexts, plans
+from mlx_qwen35.doctor.picture import draw_planned
+from mlx_qwen35.doctor.plan import CONTEXT, plan_model
+from mlx_qwen35.doctor.plan_json import as_json
+from mlx_qwen35.doctor.show_plan import show as show_planned
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import LoadOptions, default_dtype, stored_dtype
 from mlx_qwen35.machine.memory import limit_of
@@ -30,7 +37,6 @@ from mlx_qwen35.options import as_flag
 
 COMMAND = "mlx_qwen35.doctor"
 OF_MODEL = ("probe", "revision", "kv_bits", "kv_rotate")
-CONTEXT = 8192  # tokens that --plan plans for where nothing is said
 
 
 def parser() -> Parser:
@@ -40,6 +46,7 @@ def parser() -> Parser:
         description="Print the machine, the kernels that run on it, the dtype and chunk lengths that are chosen, and "
         "the speed: text to paste into an issue. Without --model, layers of the 4B with random weights in 4 bit are "
         "measured.",
+        examples=("", "--plan Qwen/Qwen3.5-4B", "--plan nano --context 4096 --mtp", "--model nano --no-check"),
     )
     add_model_options(parser)
     parser.add_argument(
@@ -63,32 +70,36 @@ def parser() -> Parser:
     )
     parser.add_argument("--text", type=Path, metavar="FILE", help="a text for --probe (default: a short one)")
     parser.add_argument("--no-check", action="store_true", help="do not measure speed, which takes half a minute")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to this file too")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="with --plan: draw the memory into this PNG file")
+    parser.add_argument("--verbose", action="store_true", help="with --plan: every recipe and context, and all parts")
+    add_json(parser, "the report, or the plan,")
     return parser
 
 
 def show_plan(args: argparse.Namespace) -> None:
-    """Print the table of --plan, from headers alone."""
-    others = [name for name in ("model", "probe", "text", "no_check", "json") if getattr(args, name)]
-    if others:
-        listed = ", ".join("--" + name.replace("_", "-") for name in others)
+    """Print the plan of --plan, from headers alone."""
+    if others := [as_flag(name) for name in ("model", "probe", "text", "no_check") if getattr(args, name)]:
         raise InputError(
             "option_conflict",
-            f"{listed} must not be given with --plan, which loads nothing and prints a table. Choose one",
+            f"{', '.join(others)} must not be given with --plan, which loads nothing. Choose one",
         )
-    with look(args.plan, args.revision) as folder:
+    if args.plot:
+        check_plot(args.plot)
+    with Step(f"reading the headers of {args.plan}"), look(args.plan, args.revision) as folder:
         checkpoint = open_checkpoint(folder, rope_scaling=args.rope_scaling)
-        context = args.context
-        if context is None:
-            context = min(CONTEXT, checkpoint.config.text.max_position_embeddings)
         kv = LoadOptions(**given_options(args, [LoadOptions])).kv_format(checkpoint.config.text.head_dim)
-        found = plans(checkpoint, context, args.dtype, args.mtp, limit_of(args.memory_limit), kv)
-        print(format_plans(args.plan, found, longest_contexts(checkpoint, found, args.mtp)))
+        limit = limit_of(args.memory_limit)
+        planned = plan_model(args.plan, folder, args.context, args.dtype, args.mtp, limit, kv, args.rope_scaling)
+    if not write_json(args.json, as_json(planned)):
+        show_planned(planned, Console(file=sys.stdout), args.verbose)
+    if args.plot:
+        draw_planned(args.plot, planned)
 
 
 def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Facts]:
-    """Section -> facts. given: the environment before this command changed it."""
-    if idle := ["--context"] * (args.context is not None) + ["--mtp"] * args.mtp:
+    """Section -> facts; the first is the verdict. given: the environment before this command changed it."""
+    of_plan = (args.context is not None, args.mtp, args.verbose, args.plot)
+    if idle := [*compress(("--context", "--mtp", "--verbose", "--plot"), of_plan)]:
         raise InputError(
             "option_no_effect", f"{', '.join(idle)} has no effect without --plan; add that or leave it out"
         )
@@ -113,7 +124,8 @@ def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Fac
     report[title] = {"dtype": facts.dtype(model.dtype, stored, args.dtype)}
     report[title] |= facts.prefill(model)
     with Step("checking kernels"):
-        report["kernels"] = facts.kernels(enabled_kernels(model)) | facts.rotary(model.rotary)
+        enabled = enabled_kernels(model)
+        report["kernels"] = facts.kernels(enabled) | facts.rotary(model.rotary)
     if args.probe:
         tokens = processor.tokenizer.encode(text_to_probe, add_special_tokens=False)
         with Step("running the text", "tokens") as progress:
@@ -123,11 +135,12 @@ def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Fac
             "after each layer": " ".join(f"{value:.4g}" for value in maxima),
             "key norms, largest weight over median": probe.describe_key_norms(model),
         }
+    speed, scale = None, 1 if args.model else len(text.layer_types) / check.SAMPLE_LAYERS
     if not args.no_check:
-        scale = 1 if args.model else len(text.layer_types) / check.SAMPLE_LAYERS
         with Step("measuring speed", "s") as progress:
-            report["check"] = facts.speed(check.measure(model, progress=progress), scale)
-    return report
+            speed = check.measure(model, progress=progress)
+        report["check"] = facts.speed(speed, scale)
+    return {"verdict": facts.verdict(enabled, speed, scale)} | report
 
 
 def _read_text(file: Path | None) -> str:
@@ -139,12 +152,9 @@ def _read_text(file: Path | None) -> str:
     return text
 
 
-def _can_write(file: Path) -> bool:
-    return os.access(file if file.exists() else file.parent, os.W_OK) and file.parent.is_dir() and not file.is_dir()
-
-
 def show(report: Mapping[str, Facts]) -> None:
-    print(f"{COMMAND}, paste from here\n")
+    """The verdict, then the whole report."""
+    print(*report["verdict"].values(), f"\n{COMMAND}, paste from here\n", sep="\n")
     for title, section in report.items():
         print(f"{title}")
         for name, text in section.items():
@@ -156,14 +166,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = dict(os.environ)
     with as_command(COMMAND):
         args = parser().parse(arguments)
+        check_json(args.json)
         if args.plan:
             show_plan(args)
             return
-        if args.json and not _can_write(args.json):
-            raise InputError(
-                "output_unwritable", f"--json must name a file in a folder that can be written, got {args.json}"
-            )
         report = examine(args, given)
-        if args.json:
-            write_file(args.json, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-        show(report)
+        if not write_json(args.json, report):
+            show(report)

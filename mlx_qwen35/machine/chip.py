@@ -16,7 +16,11 @@ from mlx_qwen35.backend import TF32
 
 _PEAK = {1: 2.3e12, 2: 2.9e12, 3: 2.8e12, 4: 3.4e12}  # operations a second of the plain chip of a generation
 _TIMES = {"": 1, "Pro": 1.75, "Max": 3.4, "Ultra": 6.8}  # and of the larger ones, as many times that
-_BANDWIDTH = {"": 68e9, "Pro": 150e9, "Max": 300e9, "Ultra": 800e9}  # bytes a second
+_BANDWIDTH = {  # bytes a second of the generations from M1 on
+    "": (68e9, 100e9, 100e9, 120e9, 153e9), "Pro": (200e9, 200e9, 150e9, 273e9, 307e9),
+    "Max": (400e9, 400e9, 300e9, 410e9, 460e9), "Ultra": (800e9, 800e9, 819e9),
+}  # fmt: skip
+LATEST = 5  # generation whose figures are known
 TUNED_UP_TO = 4  # generations for which larger command buffers were published to pay
 _NATIVE_BFLOAT16 = 3  # from this generation on
 
@@ -42,13 +46,14 @@ class Chip:
     @property
     def bandwidth(self) -> float:
         """Bytes a second between memory and chip."""
-        return _BANDWIDTH[self.tier]
+        known = _BANDWIDTH[self.tier]
+        return known[self.generation - 1] if 1 <= self.generation <= len(known) else min(known)
 
 
 def parse_chip(brand: str) -> Chip:
     """The chip of a brand string such as "Apple M2 Max"; an unknown one counts as new, and as slow as the slowest."""
     found = re.match(r"Apple M(\d+)\b(?: (Pro|Max|Ultra))?", brand)
-    return Chip(brand, int(found[1]), found[2] or "") if found else Chip(brand, TUNED_UP_TO + 1, "")
+    return Chip(brand, int(found[1]), found[2] or "") if found else Chip(brand, LATEST + 1, "")
 
 
 @functools.cache

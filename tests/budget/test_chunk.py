@@ -56,6 +56,7 @@ def remembered(monkeypatch):
 # --- the watchdog ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core(2)
 @pytest.mark.usefixtures("remembered")
 @pytest.mark.parametrize("kind", BUFFERS)
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def test_no_command_buffer_takes_more_than_a_second_but_with_the_shortest_chunk(
                 assert lengths[-1] == LENGTHS[-1]
                 over.add((chip.name, S))
         assert lengths == sorted(lengths, reverse=True), "a longer context must not be read in longer chunks"
-    slow = {(f"Apple M{n}", 1_048_576) for n in (1, 2, 3)}  # 1.1 to 1.3 seconds
+    slow = {("Apple M1", 1_048_576)}  # 1.3 seconds
     assert over == (slow if (name, kind) == ("27b", "one for all") else set())
 
 

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
 from mlx_qwen35.convert import convert
-from mlx_qwen35.convert.card import CARD, PLOT, QUALITY, Facts, card, plot, quality, sizes, write_card
+from mlx_qwen35.convert.card import CARD, PLOT, QUALITY, Facts, card, quality, sizes, write_card
 from mlx_qwen35.convert.files import find_license
 from mlx_qwen35.convert.verify import Difference
 from mlx_qwen35.measure.divergence import Evaluation
@@ -162,21 +161,6 @@ def test_without_measurements_there_is_no_plot(folder, tmp_path):
     target = shutil.copytree(folder, tmp_path / "out", ignore=shutil.ignore_patterns(PLOT))
     write_card(target, BARE)
     assert (target / CARD).is_file() and not (target / PLOT).exists()
-
-
-def test_the_plot_draws_both_lines_from_zero_to_the_greatest(written):
-    root = ElementTree.parse(written / PLOT).getroot()
-    lines = root.findall("{*}polyline")
-    heights = [[float(pair.split(",")[1]) for pair in line.get("points").split()] for line in lines]
-    assert heights[0] == [40.0] * 4  # 8 % of every layer's weights: the greatest of all
-    assert heights[1] == [246.5, 217.0, 158.0, 40.0]  # 1, 2, 4, 8 %
-    told = [text.text for text in root.findall("{*}text")]
-    assert "8" in told and "weights of the layer" in told and "residual stream after it" in told
-
-
-def test_a_plot_of_one_layer_or_of_no_error_can_be_drawn():
-    assert 'points="60.0,24.0"' in plot({"weights": [0.5]})
-    assert 'points="60.0,276.0 624.0,276.0"' in plot({"weights": [0.0, 0.0]})
 
 
 def test_commands_name_the_folder_and_each_program(folder, facts):

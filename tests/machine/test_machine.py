@@ -102,7 +102,7 @@ def test_from_m3_on_chips_compute_in_bfloat16():
     assert [n for n in range(1, 7) if parse_chip(f"Apple M{n} Pro").native_bfloat16] == [3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("brand", ["Apple M5", "Apple M5 Max", "Apple M20 Pro", "Apple processor", "VirtualApple", ""])
+@pytest.mark.parametrize("brand", ["Apple M6", "Apple M6 Max", "Apple M20 Pro", "Apple processor", "VirtualApple", ""])
 def test_an_unknown_chip_counts_as_new_and_as_slow_as_the_slowest(brand):
     chip = parse_chip(brand)
     assert chip.native_bfloat16 and chip.generation > machine.TUNED_UP_TO

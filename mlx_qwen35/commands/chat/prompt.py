@@ -32,7 +32,7 @@ class TerminalReader:
     def __init__(self, orders: Sequence[Order], output: TextIO):
         """orders: what is completed. output: the terminal, standard output or standard error."""
         self._history = _History()
-        self._hint, self._told = HINT, False
+        self._hint, self._told, self._given = HINT, False, False  # given: whether a text was there from the start
         self._session: PromptSession[str] = PromptSession(
             multiline=True,
             prompt_continuation="... ",
@@ -49,7 +49,7 @@ class TerminalReader:
 
     def read(self, text: str = "", attached: str = "") -> str | None:
         above = [("dim", f"with {attached}\n")] if attached else []
-        self._hint = HINT
+        self._hint, self._given = HINT, bool(text)
         if self._history.failure and not self._told:
             self._told = True
             print(f"the history is not kept: {self._history.failure}", file=sys.stderr, flush=True)
@@ -73,8 +73,8 @@ class TerminalReader:
                 buffer.complete_state = None
             elif block_open(buffer.text):
                 buffer.newline(copy_margin=False)
-            elif buffer.text.strip():
-                buffer.validate_and_handle()
+            else:
+                buffer.validate_and_handle()  # an empty line too: it leaves an edit
 
         @keys.add("escape", "enter", filter=typing)
         def _(event: KeyPressEvent) -> None:
@@ -88,6 +88,8 @@ class TerminalReader:
                 self._hint = LEAVING
             buffer.save_to_undo_stack()
             buffer.text = ""
+            if self._given:
+                buffer.validate_and_handle()
 
         return keys
 
@@ -107,8 +109,11 @@ class _Commands(Completer):
             if not blank and order.name.startswith(name):
                 word = f"{order.name} " if order.argument else order.name
                 yield Completion(word, -len(name), display=f"/{order.name}", display_meta=order.help)
-            elif blank and order.name == name and order.path:
-                yield from self._paths.get_completions(Document(argument), complete_event)
+            elif blank and order.name == name:
+                before, _, word = argument.rpartition(" ")
+                yield from (Completion(own, -len(word)) for own in order.choices(before) if own.startswith(word))
+                if order.path:
+                    yield from self._paths.get_completions(Document(argument), complete_event)
 
 
 class _History(FileHistory):

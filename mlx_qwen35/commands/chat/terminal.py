@@ -20,6 +20,7 @@ from mlx_qwen35.commands.chat.markdown import STYLES, blocks, rendered
 from mlx_qwen35.commands.chat.screen import folded, statistics, summary
 from mlx_qwen35.commands.output import safe, tell_cut
 from mlx_qwen35.commands.session import tell_interrupted
+from mlx_qwen35.console import notices
 from mlx_qwen35.console.progress import Step
 from mlx_qwen35.engine.conversation import Conversation, Turn
 from mlx_qwen35.prompt.piece import ARGUMENTS, CALL, CALL_END, CONTENT, REASONING, Piece
@@ -69,7 +70,7 @@ class TerminalScreen:
                 step.end()
                 answer.end()
                 self._answer = None
-        if not turn.result or not turn.result.tokens:
+        if turn.result is None or not turn.result.tokens:
             tell_interrupted(conversation, turn)
             return False
         self._note(statistics(turn, turn.result) if self._verbose else summary(turn, turn.result))
@@ -77,7 +78,8 @@ class TerminalScreen:
         return True
 
     def _note(self, text: str) -> None:
-        self._console.print(Text(text, DIM))
+        if not notices.quiet():
+            self._console.print(Text(text, DIM), soft_wrap=True)
 
 
 class _Answer:

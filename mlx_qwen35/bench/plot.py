@@ -1,0 +1,64 @@
+"""The speeds as bars: medians, and how far the rounds scatter."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+from mlx_qwen35.bench.measure import OURS, Measurement
+from mlx_qwen35.console import plot
+
+SPEEDS = ("prefill", "decode")
+
+
+def draw(path: Path, model: str, note: str, runs: Sequence[Measurement]) -> plot.Figure:
+    """A PNG file: a panel for prefill and one for decode, for each prompt length a bar for each program.
+
+    note: what was measured on what, to stand below.
+    """
+    note += "\nBars: medians over rounds."
+    if len({run.round for run in runs}) > 1:
+        note += " Lines: the slowest and the fastest round."
+    with plot.picture(path, claim(model, runs), note, 4.2, 2) as (figure, panels):
+        for axes, name in zip(panels, SPEEDS, strict=True):
+            _panel(axes, name, runs)
+        plot.name_above(panels[0])
+    return figure
+
+
+def _panel(axes: plot.Axes, name: str, runs: Sequence[Measurement]) -> None:
+    lengths, programs = sorted({run.prompt for run in runs}), list(dict.fromkeys(run.program for run in runs))
+    width = 0.8 / len(programs)
+    for i, program in enumerate(programs):
+        places = [j + width * (i - (len(programs) - 1) / 2) for j in range(len(lengths))]
+        speeds = [_speeds(runs, program, prompt, name) for prompt in lengths]
+        middle = [median(found) for found in speeds]
+        around = [(m - min(found), max(found) - m) for m, found in zip(middle, speeds, strict=True)]
+        spread = {"yerr": list(zip(*around, strict=True)), "ecolor": plot.INK}
+        axes.bar(places, middle, 0.9 * width, color=plot.COLOURS[i], label=program, **spread)
+        for place, value, (_, above) in zip(places, middle, around, strict=True):
+            plot.label(axes, _short(value), place, value + above)
+    axes.set_title(f"\n{name}, tokens/s", pad=12)
+    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+    axes.set_xlabel("tokens of the prompt")
+    plot.round_ticks(axes.yaxis)
+
+
+def _speeds(runs: Sequence[Measurement], program: str, prompt: int, name: str) -> list[float]:
+    return [getattr(run, f"{name}_speed") for run in runs if (run.program, run.prompt) == (program, prompt)]
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def claim(model: str, runs: Sequence[Measurement]) -> str:
+    """The title: what the medians at the longest prompt say."""
+    longest = max(run.prompt for run in runs)
+    peers = [run.program for run in runs if run.program != OURS]
+    ours = {name: _speeds(runs, OURS, longest, name) for name in SPEEDS}
+    if not peers:
+        speeds = (_short(median(ours[name])) for name in SPEEDS)
+        return "{}: prefill at {} tokens/s, decoding at {}".format(model, *speeds)
+    theirs = {name: _speeds(runs, peers[0], longest, name) for name in SPEEDS}
+    prefill, decode = (median(us / it for us, it in zip(ours[name], theirs[name], strict=True)) for name in SPEEDS)
+    return f"{OURS} prefills {prefill:.2f} and decodes {decode:.2f} times as fast as {peers[0]}"

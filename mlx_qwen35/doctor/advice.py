@@ -1,0 +1,105 @@
+"""The answer of --plan in sentences: whether a model runs here, how fast, how long a context, and what else to do."""
+
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from mlx_qwen35.convert.recipes import DEFAULT
+from mlx_qwen35.doctor.plan import AS_IS, Planned, Row, longest_contexts
+
+WORTH = 0.75  # of the memory that a model takes, below which a conversion is advised where the model fits as it is
+
+
+class Advice(NamedTuple):
+    """A sentence, and the command that does what it says; "" for none."""
+
+    text: str
+    command: str = ""
+
+
+def size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
+
+
+def speed(tokens: float) -> str:
+    """Of tokens a second."""
+    return f"{tokens:.0f}" if tokens >= 10 else f"{tokens:.1f}"
+
+
+def advice(planned: Planned) -> Iterator[Advice]:
+    """The answer first, then what makes room."""
+    row = planned.row(AS_IS)
+    longest = longest_contexts(planned.checkpoint, row.plan, planned.mtp)
+    yield Advice(_answer(planned, row))
+    if row.plan.fits:
+        yield _speeds(planned, row)
+    yield from _context(planned, row, longest)
+    recipe = advised(planned)
+    if recipe:
+        yield _conversion(planned, row, recipe)
+    elif not any(longest.values()):
+        yield Advice("Choose a smaller model of the family. What fits is listed by:", "mlx_qwen35 models fit")
+
+
+def advised(planned: Planned) -> Row | None:
+    """The recipe to convert by: the default, or else the first that fits here; None where none does, or little is won.
+    """
+    found = [planned.row(name) for name in (DEFAULT, *planned.stored) if name in planned.stored and name != AS_IS]
+    best = next((row for row in found if row.plan.fits), next((row for row in found if row.kv_bits), None))
+    own = planned.row(AS_IS).plan
+    return best if best and (not own.fits or best.plan.image < WORTH * own.image) else None
+
+
+def _answer(planned: Planned, row: Row) -> str:
+    plan, chip = row.plan, row.plan.machine.chip
+    where, limit = f"this machine ({chip.name})" if chip else "this machine", size(plan.machine.limit)
+    if not plan.fits:
+        return (
+            f"{planned.name} does not fit {where} {AS_IS}: {plan.context:,} tokens take {size(plan.text)}, and a model "
+            f"may take {limit}."
+        )
+    if plan.image > plan.machine.limit:
+        return (
+            f"{planned.name} runs on {where} with text: {plan.context:,} tokens take {size(plan.text)} of the {limit} "
+            f"that a model may take. Images do not fit: they take {size(plan.image)}."
+        )
+    return (
+        f"{planned.name} runs on {where}: {plan.context:,} tokens take {size(plan.image)} of the {limit} that a model "
+        "may take."
+    )
+
+
+def _speeds(planned: Planned, row: Row) -> Advice:
+    if row.decode is None or row.prefill is None:
+        return Advice("Its speed is not known. To measure:", f"mlx_qwen35 doctor --model {shlex.quote(planned.name)}")
+    return Advice(
+        f"Computed, not measured: {speed(row.decode)} tokens a second, after {row.plan.context / row.prefill:,.0f} s "
+        f"for a prompt of {row.plan.context:,}."
+    )
+
+
+def _context(planned: Planned, row: Row, longest: Mapping[str, int]) -> Iterator[Advice]:
+    """How long a conversation may become, and what makes room for a longer one."""
+    own, most = longest[row.plan.machine.kv.name], planned.checkpoint.config.text.max_position_embeddings
+    if own:
+        yield Advice(f"Longest conversation: {own:,} tokens{', all that the model takes' * (own >= most)}.")
+    wider = {bits: tokens for bits, tokens in longest.items() if bits != "16" and tokens > own}
+    if bits := row.kv_bits or next(iter(wider), None):
+        yield Advice(
+            f"--kv-bits {bits} makes room for {longest[bits]:,}:",
+            f"mlx_qwen35 chat --model {shlex.quote(planned.name)} --kv-bits {bits}",
+        )
+
+
+def _conversion(planned: Planned, row: Row, recipe: Row) -> Advice:
+    plan, name = recipe.plan, recipe.stored
+    longest = longest_contexts(planned.stored[name], plan, planned.mtp)[recipe.kv_bits or plan.machine.kv.name]
+    fits = "it takes" if row.plan.fits else "it fits:"
+    options = f" with --kv-bits {recipe.kv_bits}" if recipe.kv_bits else ""
+    amount = "" if options else f" {size(plan.image)},"
+    fast = f", {speed(recipe.decode)} tokens a second (computed)" if recipe.decode else ""
+    folder = f"{planned.name.rstrip('/').split('/')[-1]}-{name}"
+    return Advice(
+        f"Converted by recipe {name}{options} {fits}{amount} up to {longest:,} tokens{fast}:",
+        f"mlx_qwen35 convert --hf-path {shlex.quote(planned.name)} --mlx-path {shlex.quote(folder)} --recipe {name}",
+    )
