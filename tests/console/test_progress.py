@@ -119,6 +119,7 @@ def test_elsewhere_a_step_has_plain_lines(stderr):
 def test_elsewhere_what_a_step_says_too_soon_after_a_line_is_shown_later(stderr, monkeypatch):
     stream = stderr(terminal=False)
     monkeypatch.setattr(progress, "SELDOM", 0.2)
+    monkeypatch.setattr(progress, "TURN", 0.0)
     with Step("preparing") as step:
         begun(stream)
         step.say("writing random weights")
