@@ -88,9 +88,10 @@ def format_list(found: Sequence[Stored]) -> str:
     for place, title in PLACES.items():
         here = [model for model in found if model.place == place]
         rows = [
-            (f"  {size(model.nbytes)}", model.storage or "-", ", ".join(model.holds) or "-", day(model.used), model.typed)
+            (f"  {size(model.nbytes)}", model.storage or "-", ", ".join(model.holds) or "-", day(model.used),
+             model.typed)
             for model in here
-        ]
+        ]  # fmt: skip
         faults = [f"  {model.typed}: {CODES.get(model.fault, model.fault)}" for model in here if model.fault]
         lines += [title, *align(rows, left=range(1, 5)), *faults, ""] if rows else []
     lines.append(f"{size(sum(model.nbytes for model in found))} in all. The last column is what follows --model.")
