@@ -272,6 +272,14 @@ def test_prompts_grow_as_long_as_the_time_allows(monkeypatch, seconds, longest):
     assert clock.done <= max(seconds, 0.5)
 
 
+def test_a_check_that_takes_longer_than_its_time_never_says_that_it_is_done_before_its_last_part(monkeypatch):
+    model, told = sample_model(TINY, mx.float32, 10**9), []
+    Clock(monkeypatch)
+    measure(model, 3.0, progress=lambda done, total: told.append((done, total)))
+    assert all(done < total for done, total in told[:-8]) and told[-1][0] == told[-1][1] > 0
+    assert sorted(told) == told
+
+
 def test_a_measured_model_has_all_figures():
     model = sample_model(TINY, mx.float32, 10**9)  # stays in memory
     speed = measure(model, seconds=0.0)
