@@ -15,15 +15,26 @@ from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes
 from mlx_qwen35.console.json_output import STDOUT, add_json, check_json, write_json
 from mlx_qwen35.console.options import add_options, given_options
 from mlx_qwen35.console.parser import Parser
+from mlx_qwen35.console.plot import check_plot
 from mlx_qwen35.console.run import as_command
 from mlx_qwen35.console.streams import read_file
-from mlx_qwen35.convert import convert, with_default
+from mlx_qwen35.convert import convert, sensitivity_plot
 from mlx_qwen35.convert.card import QUALITY
+from mlx_qwen35.convert.conversion import with_default
 from mlx_qwen35.convert.dry_run import describe, planned_tensors
 from mlx_qwen35.convert.options import CommandOptions, FolderOptions, WritingOptions
 from mlx_qwen35.convert.plan import make_plan
 from mlx_qwen35.convert.recipes import DEFAULT, StorageOptions, check_saving, save_recipe
-from mlx_qwen35.convert.sensitivity import CANDIDATES, measured, propose, sensitivity, smallest, table, unmeasured
+from mlx_qwen35.convert.sensitivity import (
+    CANDIDATES,
+    GroupCost,
+    measured,
+    propose,
+    sensitivity,
+    smallest,
+    table,
+    unmeasured,
+)
 from mlx_qwen35.convert.source import reading
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.measure.text import windows
@@ -61,15 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args = parser().parse(arguments)
         check_json(args.json)
         options = given_options(args, (FolderOptions, StorageOptions, WritingOptions))
-        if not args.hf_path:
-            raise InputError("option_missing", "--hf-path must be given: a local folder or a Hugging Face id")
-        if args.cap is not None and not args.sensitivity:
-            raise InputError("option_no_effect", "--cap has no effect without --sensitivity; add it or leave it out")
-        if args.save_recipe and args.cap is None:
-            raise InputError(
-                "option_no_effect",
-                "--save-recipe has no effect without --sensitivity and --cap; add them or leave it out",
-            )
+        _check_effects(args)
         if args.dry_run or args.sensitivity:
             _look(args, options)
             return
@@ -86,6 +89,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if args.json != STDOUT:
                 print(f"published: {found['published']}")
         write_json(args.json, found)
+
+
+def _check_effects(args: argparse.Namespace) -> None:
+    """InputError where the source is missing, or an option has no effect beside the others."""
+    if not args.hf_path:
+        raise InputError("option_missing", "--hf-path must be given: a local folder or a Hugging Face id")
+    if args.cap is not None and not args.sensitivity:
+        raise InputError("option_no_effect", "--cap has no effect without --sensitivity; add it or leave it out")
+    if args.save_recipe and args.cap is None:
+        raise InputError(
+            "option_no_effect",
+            "--save-recipe has no effect without --sensitivity and --cap; add them or leave it out",
+        )
+    if args.plot and not args.sensitivity:
+        raise InputError("option_no_effect", "--plot has no effect without --sensitivity; add it or leave it out")
 
 
 def _look(args: argparse.Namespace, options: dict[str, Any]) -> None:
@@ -116,14 +134,19 @@ def _look(args: argparse.Namespace, options: dict[str, Any]) -> None:
             "own storage. Leave it out",
         )
     source = resolve(args.hf_path, args.revision)
+    if args.plot:
+        check_plot(args.plot)
     if args.save_recipe:
         check_saving(args.save_recipe, (args.sensitivity.expanduser(), *source.iterdir()))
     with reading(source):
         checkpoint = open_checkpoint(source)
-    _sensitivity(checkpoint, read_file("--sensitivity", args.sensitivity), args)
+    costs = _sensitivity(checkpoint, read_file("--sensitivity", args.sensitivity), args)
+    if args.plot:
+        name = args.hf_path.rstrip("/").split("/")[-1]
+        sensitivity_plot.draw(args.plot, name, f"{name}, on {args.sensitivity.name}", costs)
 
 
-def _sensitivity(checkpoint: Checkpoint, text: str, args: argparse.Namespace) -> None:
+def _sensitivity(checkpoint: Checkpoint, text: str, args: argparse.Namespace) -> Sequence[GroupCost]:
     """Print the table; under a cap, tensors in no group (norms, vision encoder, draft head) count as by default.
 
     A cap that nothing fits under is refused before anything is measured, and what was measured is printed first.
@@ -142,6 +165,7 @@ def _sensitivity(checkpoint: Checkpoint, text: str, args: argparse.Namespace) ->
     if proposal and args.save_recipe:
         told = f"proposed for at most {cap:g} GB by the KL of each group"
         save_recipe(args.save_recipe, proposal.matrices, CANDIDATES[0], told)
+    return costs
 
 
 def _size(nbytes: int, shapes: Iterable[tuple[int, ...]]) -> dict[str, Any]:

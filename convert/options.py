@@ -46,3 +46,6 @@ class CommandOptions:
         most=sys.float_info.max / 1e9, metavar="GB",
     )  # fmt: skip
     save_recipe: Path | None = option(help="write the proposed recipe, for --recipe FILE", metavar="FILE")
+    plot: Path | None = option(
+        help="with --sensitivity: draw what was measured into this PNG file (needs matplotlib)", metavar="FILE"
+    )

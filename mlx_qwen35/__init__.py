@@ -33,6 +33,7 @@ if not interrupt.IS_UMBRELLA:  # the help of the command mlx_qwen35 comes at onc
     from mlx_qwen35.measure.score import Score, score
     from mlx_qwen35.media.image import read_image
     from mlx_qwen35.media.options import VisionOptions
+    from mlx_qwen35.media.pdf import Document, open_pdf
     from mlx_qwen35.media.preprocess import Media
     from mlx_qwen35.model.model import Model
     from mlx_qwen35.prompt.answer import Answer, parse_answer
@@ -42,8 +43,8 @@ if not interrupt.IS_UMBRELLA:  # the help of the command mlx_qwen35 comes at onc
     from mlx_qwen35.prompt.tool_calls import Cut, ToolCall
 
 __all__ = [
-    "PRESETS", "Answer", "Cache", "Conversation", "Cut", "InputError", "Media", "Model", "Options", "Piece",
-    "Processor", "Prompt", "Result", "Sampling", "Score", "Session", "Snapshot", "TokenLogprob", "ToolCall",
-    "TopLogprob", "VisionOptions", "__version__", "batch_generate", "generate", "load", "parse_answer", "read_image",
-    "score", "stream_generate",
+    "PRESETS", "Answer", "Cache", "Conversation", "Cut", "Document", "InputError", "Media", "Model", "Options",
+    "Piece", "Processor", "Prompt", "Result", "Sampling", "Score", "Session", "Snapshot", "TokenLogprob", "ToolCall",
+    "TopLogprob", "VisionOptions", "__version__", "batch_generate", "generate", "load", "open_pdf", "parse_answer",
+    "read_image", "score", "stream_generate",
 ]  # fmt: skip

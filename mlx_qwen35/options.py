@@ -159,6 +159,16 @@ DECLINED = {
     "conversation where the context is full; keys and values in fewer bits make room for a longer one",
     "quantized_kv_start": "keys and values have one form from the first token on. To convert them later would take the "
     "memory of both forms where it is fullest, and results would depend on where chunks end",
+    "adapter_path": "adapters are not read yet. Merge it into its model with mlx_lm.fuse, and load that folder",
+    "chat_template_config": "the switches of the template are options: --enable-thinking and --preserve-thinking",
+    "draft_model": "the checkpoint's own head drafts: --mtp",
+    "extra_eos_token": "give its text to --stop",
+    "num_draft_tokens": "the checkpoint's own head drafts: --mtp-depth",
+    "prefill_response": "in Python the last message may be the assistant's, with continue_final_message=True",
+    "prompt_cache_file": "--session keeps a conversation and what was read of it",
+    "quantize_activations": "activations stay in the dtype",
+    "trust_remote_code": "no code of a checkpoint runs, so none must be trusted",
+    "use_default_chat_template": "the checkpoint's template is the one that it was trained with",
     "kv_group_size": "64 elements of a head share a scale and a bias",
     "kv_bits": "the form of keys and values belongs to the model: load(kv_bits=...)",
     "--kv-bits": "keys and values are in no folder. It is an option of mlx_qwen35.generate, chat and doctor, and of "

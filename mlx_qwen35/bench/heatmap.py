@@ -10,6 +10,7 @@ from mlx_qwen35.bench.report import header
 from mlx_qwen35.console import plot
 from mlx_qwen35.console.table import align
 
+NUMBERS = {"single": "single numbers", "several": "several in a text", "chain": "chains"}  # kind -> what is found
 SHADES = " ░▒▓█"  # of a share of right answers, none to all
 
 
@@ -76,7 +77,7 @@ def draw(path: Path, model: str, note: str, rows: Sequence[Row]) -> plot.Figure:
     note: what was asked of what, to stand below.
     """
     kinds = {kind: [row for row in rows if row.kind == kind] for kind in dict.fromkeys(row.kind for row in rows)}
-    found = [f"{_share(own):.0%} of {kind}" for kind, own in kinds.items()]
+    found = [f"{_share(own):.0%} of {NUMBERS[kind]}" for kind, own in kinds.items()]
     note += "\nRight answers of those asked, by the depth of the number in the text and the length of the text."
     with plot.picture(path, f"{model} finds {', '.join(found)}", note, 3.6, len(kinds)) as (figure, panels):
         for axes, (kind, own) in zip(panels, kinds.items(), strict=True):
@@ -92,7 +93,7 @@ def _draw_map(axes: plot.Axes, kind: str, rows: Sequence[Row]) -> None:
     axes.pcolormesh(shares, cmap=plot.shades(), vmin=0, vmax=1, edgecolor=plot.PAPER, linewidth=2)
     for line, found in enumerate(shares):
         for column, (row, share) in enumerate(zip(rows, found, strict=True)):
-            ink = plot.PAPER if share > 0.5 else plot.INK
+            ink = plot.PAPER if share > 0.8 else plot.INK
             text = f"{row.right[line]}/{row.asked}"
             axes.text(column + 0.5, line + 0.5, text, ha="center", va="center", color=ink, size=8)
     axes.set_title(f"{kind}: {_share(rows):.0%}")

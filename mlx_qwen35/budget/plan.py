@@ -17,6 +17,7 @@ from mlx_qwen35.cache.kv_format import UNQUANTIZED, KVFormat
 from mlx_qwen35.cache.layer import KVCache
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.config import FULL, LINEAR, TextConfig
+from mlx_qwen35.checkpoint.converted import to_4bit
 from mlx_qwen35.checkpoint.names import TEXT, VISION, takes_dtype
 from mlx_qwen35.checkpoint.shapes import mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.checkpoint.tensors import DTYPE_BYTES
@@ -237,11 +238,8 @@ def check_model_fits(checkpoint: Checkpoint, dtype: mx.Dtype, limit: int, name: 
     has = f"a model may take {_gb(plan.machine.limit)}"
     fits_packed = plan.text - plan.weights * (1 - PACKED) <= plan.machine.limit
     if checkpoint.raw and not checkpoint.config.quantization and fits_packed:
-        raise InputError(
-            "memory_exceeded",
-            f"{need}; {has}. Convert it to 4 bit, about 3 times smaller:\n  mlx_qwen35.convert --hf-path {name} "
-            f"--mlx-path {name.rstrip('/').split('/')[-1]}-4bit --recipe 4bit",
-        )
+        way = f"Convert it to 4 bit, about 3 times smaller:\n  {to_4bit(name)}"
+        raise InputError("memory_exceeded", f"{need}; {has}. {way}")
     raise InputError(
         "memory_exceeded", f"{need}; {has}. Choose a folder with fewer bits, or a smaller model of the family"
     )

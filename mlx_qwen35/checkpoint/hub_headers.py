@@ -5,9 +5,10 @@ weights works as with the snapshot. The folder is temporary, and never in the hu
 """
 
 import fnmatch
+import hashlib
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class RemoteFile:
         """Bytes start <= i < stop. Raises like `pieces`."""
         return b"".join(self.pieces(start, stop))
 
-    def pieces(self, start: int, stop: int) -> Iterator[bytes]:
+    def pieces(self, start: int, stop: int) -> Generator[bytes]:
         """Bytes start <= i < stop as they come. OSError where the server does not send them, or not all of them."""
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -122,17 +123,28 @@ def called(folder: Path, repository: str) -> Iterator[None]:
         warnings.warn(str(warning.message).replace(str(folder), repository), warning.category, stacklevel=5)
 
 
-def write_headers(folder: Path, files: list[RemoteFile], whole: bool = False) -> None:
-    """Write the headers of the files into a folder. whole: all that is no file of weights is written as it is."""
+def write_headers(folder: Path, files: list[RemoteFile]) -> None:
+    """Write the headers of the files into a folder. Raises like `folder_of_headers`."""
     with ThreadPoolExecutor(_AT_A_TIME) as pool:
-        list(pool.map(lambda file: _write(file, folder / file.path, whole), files))
+        list(pool.map(lambda file: _write(file, folder / file.path), files))
     _write_norms(folder, files)
 
 
-def _write(file: RemoteFile, target: Path, whole: bool) -> None:
+def complete(folder: Path, files: list[RemoteFile]) -> None:
+    """Write into a folder of headers what is no file of weights and was left out. Raises like `folder_of_headers`."""
+    for file in files:
+        path = folder / file.path
+        if path.suffix != ".safetensors" and not (path.suffix == ".json" and file.nbytes <= SMALL):
+            data = file.read(0, file.nbytes) if file.nbytes else b""
+            if file.sha256 not in (None, hashlib.sha256(data).hexdigest()):
+                raise OSError(f"{file.path} has another SHA-256 than the hub says")
+            path.write_bytes(data)
+
+
+def _write(file: RemoteFile, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     json = target.suffix == ".json"
-    if (json and file.nbytes <= SMALL) or (whole and target.suffix != ".safetensors"):
+    if json and file.nbytes <= SMALL:
         target.write_bytes(file.read(0, file.nbytes) if file.nbytes else b"")
     elif json and file.nbytes <= _MOST_PADDING:  # its length counts in what a conversion writes; it is read as empty
         target.write_bytes(b"{}".ljust(file.nbytes))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_qwen35.commands.obtain import add_recipe_option, load_model
 from mlx_qwen35.commands.output import print_media, print_pieces, tell_cut
 from mlx_qwen35.commands.session import check_session, opened, tell_interrupted
 from mlx_qwen35.console.interrupt import INTERRUPTED
@@ -21,7 +22,7 @@ from mlx_qwen35.console.options import (
 )
 from mlx_qwen35.console.parser import Parser
 from mlx_qwen35.console.progress import Step
-from mlx_qwen35.console.run import as_command, load_model, require_model
+from mlx_qwen35.console.run import as_command, require_model
 from mlx_qwen35.console.streams import read_file, read_input, standard_input
 from mlx_qwen35.engine.conversation import Turn
 from mlx_qwen35.engine.encode import one_message
@@ -31,7 +32,7 @@ from mlx_qwen35.engine.result import Result
 from mlx_qwen35.engine.sequence import Sequence as Request
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.fetch import is_remote
-from mlx_qwen35.media.pdf import chosen, open_pdf
+from mlx_qwen35.media.pdf import open_pdf
 from mlx_qwen35.media.preprocess import Media
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.options import option, options_of
@@ -82,6 +83,7 @@ def parser() -> Parser:
     )
     own, prompt = options_of(CommandOptions), options_of(PromptOptions)
     add_model_options(parser)
+    add_recipe_option(parser)
     group = parser.add_argument_group("prompt")
     add_options(group.add_mutually_exclusive_group(), [own["prompt"], own["prompt_file"]])
     for name in MEDIA:
@@ -129,7 +131,7 @@ def open_documents(media: Sequence[tuple[str, str]], options: Mapping[str, Any])
     for kind, name in media:
         document = open_pdf(name, options.get("allow_private_urls", False)) if kind == "pdf" else None
         if document:
-            chosen(options.get("pages"), document)
+            document.chosen(options.get("pages"))
         opened.append((kind, document or name))
     return opened
 
@@ -140,7 +142,7 @@ def with_media(prompt: str, media: Sequence[tuple[str, Any]], options: dict[str,
         for kind, source in media:
             options.setdefault(f"{kind}s", []).append(source)
         return prompt
-    if not media:
+    if not media and "pages" not in options:
         return prompt
     return one_message(prompt, media, options.pop("system_prompt", None), options.pop("pages", None))
 
@@ -188,7 +190,7 @@ def run(args: argparse.Namespace) -> int:
         check_session(args.session)
         return run_session(args, text, options)
     prompt = with_media(text, args.media, options)
-    model, processor = load_model(args)
+    model, processor = load_model(args, COMMAND)
     with Step("prefill", "tokens", timed=True) as prefill:
         generation = start(model, processor, [prompt], progress=prefill, media_progress=prefill.images, **options)
         (request,) = generation.requests
@@ -202,7 +204,7 @@ def run(args: argparse.Namespace) -> int:
 def run_session(args: argparse.Namespace, text: str, options: dict[str, Any]) -> int:
     """The prompt is the next message of the conversation in a file."""
     content = one_message(text, args.media, None, options.pop("pages", None))[0]["content"]
-    model, processor = load_model(args)
+    model, processor = load_model(args, COMMAND)
     with opened(args.session, model, processor, options) as session:
         if args.media:
             with Step("reading", "images") as reading:
@@ -213,7 +215,7 @@ def run_session(args: argparse.Namespace, text: str, options: dict[str, Any]) ->
             turn.media_progress = prefill.images
             whole = print_answer(turn, turn, media, prefill, args.json == STDOUT)
             turn.cancel()
-        if turn.result:
+        if turn.result is not None:
             print_result(turn.result, model, media, args)
         if not whole:
             tell_interrupted(session.conversation, turn)

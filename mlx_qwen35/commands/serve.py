@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx_qwen35.commands.obtain import add_recipe_option, settle
 from mlx_qwen35.console.json_output import add_json, check_json, write_json
 from mlx_qwen35.console.notices import tell
 from mlx_qwen35.console.options import add_model_options, add_options, given_options
@@ -32,6 +33,7 @@ def parser() -> Parser:
     )
     add_model_options(parser)
     add_json(parser, "address, model and limits of a server that is ready")
+    add_recipe_option(parser)
     add_options(parser.add_argument_group("server"), options_of(ServerOptions).values())
     return parser
 
@@ -51,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(
             "package_missing", f"serving needs starlette and uvicorn: {error}. Install mlx-qwen35[server]"
         ) from error
+    folder = settle(args, COMMAND)
     app = make_app(options)
     sockets = bind(options.host, options.port)
     url = _url(options.host, sockets[0].getsockname()[1])
@@ -64,15 +67,15 @@ def run(args: argparse.Namespace) -> int:
         told = f"{service.name} is served on {url}/v1, with a page on {url}/"
         tell(told, terms(service, is_open=not read_key(options)))
 
-    serve(app, sockets, lambda: load_service(args, options), ready)
+    serve(app, sockets, lambda: load_service(args, options, folder), ready)
     return 0
 
 
-def load_service(args: argparse.Namespace, options: ServerOptions) -> "Service":
-    """The model that the options name, ready to be asked."""
+def load_service(args: argparse.Namespace, options: ServerOptions, folder: Path | None) -> "Service":
+    """The model that the options name, or its conversion in a folder, ready to be asked."""
     from mlx_qwen35.server.service import Service
 
-    model, processor = load_model(args)
+    model, processor = load_model(args, folder)
     if options.context is not None:
         whole(spelled("context"), options.context, 1, model.config.max_position_embeddings)
     if options.grammar:
@@ -80,7 +83,7 @@ def load_service(args: argparse.Namespace, options: ServerOptions) -> "Service":
 
         with Step("making structured output ready"):
             compiler_of(processor).grammar('start: "a"', "a first grammar")
-    service = Service(model, processor, options, name_of(args.model), load=lambda: load_model(args))
+    service = Service(model, processor, options, name_of(args.model), load=lambda: load_model(args, folder))
     service.start()
     return service
 

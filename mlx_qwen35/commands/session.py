@@ -55,9 +55,9 @@ def save(session: Session) -> None:
 def tell_interrupted(conversation: Conversation, turn: Turn) -> None:
     """Say what is kept of a turn that was interrupted."""
     told = ""
-    if turn.result and turn.result.tokens:
+    if turn.result is not None and turn.result.tokens:
         told = "the answer is kept as far as it came"
-    elif turn.result:
+    elif turn.result is not None:
         kept = max((len(entry.prefix) for entry in conversation.entries), default=0)
         told = f"{kept:,} of {turn.total:,} prompt tokens are read and kept: the same message goes on from there"
     tell(f"interrupted; {told}" if told else "interrupted")

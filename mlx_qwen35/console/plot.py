@@ -3,6 +3,7 @@
 matplotlib is imported where a picture is drawn: pip install 'mlx-qwen35[plot]'.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -19,7 +20,7 @@ BLUE, ORANGE, GREEN, YELLOW, PINK, SKY = "#0072b2", "#d55e00", "#009e73", "#e69f
 COLOURS = (BLUE, ORANGE, GREEN, YELLOW, PINK, SKY)
 NONE_AND_ALL = ("#eef2f6", BLUE)  # of a share
 INK, GREY, LINE, PAPER = "#1f2328", "#59636e", "#d1d9e0", "#ffffff"
-WIDTH, MARGIN, DPI = 8.0, 0.14, 200  # inches, inches, dots an inch: twice the 800 pixels of a page
+WIDTH, MARGIN, DPI = 8.0, 0.14, 180  # inches, inches, dots an inch
 STYLE: Any = {
     "font.size": 10, "text.color": INK, "axes.labelcolor": GREY, "axes.titlelocation": "left", "axes.titlesize": 10,
     "axes.facecolor": "none", "axes.axisbelow": True, "axes.edgecolor": LINE, "axes.spines.top": False,
@@ -29,17 +30,21 @@ STYLE: Any = {
 }  # fmt: skip
 
 
-def check_plot() -> None:
-    """InputError where matplotlib is absent: before anything is measured."""
+def check_plot(path: Path) -> None:
+    """InputError where --plot could not draw into this file, to be called before anything is measured."""
     if find_spec("matplotlib") is None:
         raise InputError(
             "package_missing", "--plot needs matplotlib, which is not installed: pip install 'mlx-qwen35[plot]'"
         )
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise InputError("output_unwritable", f"--plot must name a file that can be written; {path} cannot")
 
 
 @contextmanager
-def picture(path: Path, title: str, note: str, height: float, panels: int = 1) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure of so many panels side by side, to draw in; then it is written to a PNG file.
+def picture(
+    path: Path, title: str, note: str, height: float, panels: int = 1, rows: int = 1
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure of so many panels a row, to draw in; then it is written to a PNG file.
 
     title: the claim, above. note: what was measured on what, in small print below. height: in inches; the width is
     WIDTH. The same figure gives the same bytes. InputError where the file cannot be written.
@@ -63,18 +68,33 @@ def picture(path: Path, title: str, note: str, height: float, panels: int = 1) -
                 facecolor=PAPER, edgecolor=LINE, zorder=-1, transform=figure.dpi_scale_trans,
             )
         )  # fmt: skip
-        yield figure, list(figure.subplots(1, panels, squeeze=False)[0])
+        yield figure, list(figure.subplots(rows, panels, squeeze=False).flat)
         try:
-            figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})
+            figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None}, pil_kwargs={"optimize": True})
         except OSError as error:
             raise InputError("output_unwritable", f"{path} must be a file that can be written: {error}") from error
 
 
 def round_ticks(axis: Any, most: int = 6) -> None:
     """At most so many ticks, at multiples of 1, 2 or 5 times a power of ten, with a grid."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 5, 10]))
+    _numbers(axis)
+
+
+def decades(axis: Any) -> None:
+    """A tick at each power of ten of a logarithmic axis, with a grid."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator())
+    axis.set_minor_locator(NullLocator())
+    _numbers(axis)
+
+
+def _numbers(axis: Any) -> None:
+    from matplotlib.ticker import FuncFormatter
+
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.grid(True)
 
@@ -85,12 +105,15 @@ def name_above(axes: Axes) -> None:
 
     above = axes.transAxes + ScaledTranslation(0, 0.34, axes.figure.dpi_scale_trans)  # inches
     place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "bbox_transform": above, "borderaxespad": 0, "borderpad": 0}
-    axes.legend(**place, ncols=6, handlelength=1).set_in_layout(False)  # it may be wider than its panel
+    row = {"ncols": 6, "handlelength": 1, "handletextpad": 0.5, "columnspacing": 1.4}
+    axes.legend(**place, **row).set_in_layout(False)  # it may be wider than its panel
 
 
 def label(axes: Axes, text: str, x: float, y: float, shift: tuple[float, float] = (0, 3), **look: Any) -> None:
     """A value beside its mark: above it, or shifted by so many points."""
-    axes.annotate(text, (x, y), shift, textcoords="offset points", size=8, **({"ha": "center"} | look))
+    paper = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}  # hides the grid
+    look = {"ha": "center", "size": 8, "bbox": paper} | look
+    axes.annotate(text, (x, y), shift, textcoords="offset points", **look)
 
 
 def shades() -> Any:

@@ -50,21 +50,20 @@ class Step:
         self.end()
 
     def __call__(self, done: int, total: int) -> None:
-        left = self._left(done, total)
-        self._tell([_amounts(done, total, self._unit), f"{100 * done // total} %{left}"] if total else [])
+        if self._timed:
+            if self._marks and done <= self._marks[-1][0]:  # it begins anew
+                self._marks = []
+            self._marks.append((done, time.monotonic()))
+        self.told(done, total, seconds_left(self._marks, total) if self._timed else None)
+
+    def told(self, done: int, total: int, left: float | None) -> None:
+        """Like a call, of a step that tells itself how many seconds are left."""
+        time_left = f", {duration(left)} left" if left else ""
+        self._tell([_amounts(done, total, self._unit), f"{100 * done // total} %{time_left}"] if total else [])
 
     def images(self, done: int, total: int) -> None:
         """So many of a prompt's images are encoded, which comes before its prefill."""
         self._tell([_amounts(done, total, "images"), f"{100 * done // total} %"])
-
-    def _left(self, done: int, total: int) -> str:
-        if not self._timed:
-            return ""
-        if self._marks and done <= self._marks[-1][0]:  # it begins anew
-            self._marks = []
-        self._marks.append((done, time.monotonic()))
-        left = seconds_left(self._marks, total)
-        return f", {duration(left)} left" if left else ""
 
     def say(self, what: str) -> None:
         """What it does now, which is not timed."""

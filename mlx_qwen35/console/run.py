@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from mlx_qwen35.checkpoint.hub import CHOICES
 from mlx_qwen35.console.ending import told
@@ -35,8 +36,10 @@ def require_model(args: argparse.Namespace) -> str:
     return args.model
 
 
-def load_model(args: argparse.Namespace) -> tuple[Model, Processor]:
-    """The model that the options name, with progress on stderr."""
-    name = require_model(args)
+def load_model(args: argparse.Namespace, folder: Path | None = None) -> tuple[Model, Processor]:
+    """The model that the options name, with progress on stderr. folder: what is loaded in its place."""
+    name, options = require_model(args), given_options(args, [LoadOptions])
+    if folder:
+        options |= {"model": folder, "revision": None}
     with Step(f"loading {name}", "B", timed=True) as progress:
-        return load(**given_options(args, [LoadOptions]), progress=progress)
+        return load(**options, progress=progress)

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,11 +19,13 @@ from mlx_qwen35.checkpoint.rope_fields import rescaled
 from mlx_qwen35.console.json_output import add_json, check_json, write_json
 from mlx_qwen35.console.options import add_model_options, given_options
 from mlx_qwen35.console.parser import Parser
+from mlx_qwen35.console.plot import check_plot
 from mlx_qwen35.console.progress import Step
 from mlx_qwen35.console.run import as_command, load_model
 from mlx_qwen35.console.streams import read_file
 from mlx_qwen35.doctor import check, facts, probe
 from mlx_qwen35.doctor.facts import Facts
+from mlx_qwen35.doctor.picture import draw_planned
 from mlx_qwen35.doctor.plan import CONTEXT, plan_model
 from mlx_qwen35.doctor.plan_json import as_json
 from mlx_qwen35.doctor.show_plan import show as show_planned
@@ -67,6 +70,7 @@ def parser() -> Parser:
     )
     parser.add_argument("--text", type=Path, metavar="FILE", help="a text for --probe (default: a short one)")
     parser.add_argument("--no-check", action="store_true", help="do not measure speed, which takes half a minute")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="with --plan: draw the memory into this PNG file")
     parser.add_argument("--verbose", action="store_true", help="with --plan: every recipe and context, and all parts")
     add_json(parser, "the report, or the plan,")
     return parser
@@ -79,6 +83,8 @@ def show_plan(args: argparse.Namespace) -> None:
             "option_conflict",
             f"{', '.join(others)} must not be given with --plan, which loads nothing. Choose one",
         )
+    if args.plot:
+        check_plot(args.plot)
     with Step(f"reading the headers of {args.plan}"), look(args.plan, args.revision) as folder:
         checkpoint = open_checkpoint(folder, rope_scaling=args.rope_scaling)
         kv = LoadOptions(**given_options(args, [LoadOptions])).kv_format(checkpoint.config.text.head_dim)
@@ -86,11 +92,14 @@ def show_plan(args: argparse.Namespace) -> None:
         planned = plan_model(args.plan, folder, args.context, args.dtype, args.mtp, limit, kv, args.rope_scaling)
     if not write_json(args.json, as_json(planned)):
         show_planned(planned, Console(file=sys.stdout), args.verbose)
+    if args.plot:
+        draw_planned(args.plot, planned)
 
 
 def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Facts]:
     """Section -> facts; the first is the verdict. given: the environment before this command changed it."""
-    if idle := ["--context"] * (args.context is not None) + ["--mtp"] * args.mtp + ["--verbose"] * args.verbose:
+    of_plan = (args.context is not None, args.mtp, args.verbose, args.plot)
+    if idle := [*compress(("--context", "--mtp", "--verbose", "--plot"), of_plan)]:
         raise InputError(
             "option_no_effect", f"{', '.join(idle)} has no effect without --plan; add that or leave it out"
         )

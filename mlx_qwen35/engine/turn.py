@@ -87,7 +87,7 @@ class Turn:
         """
         for _ in self:
             pass
-        return self.result.text if self.result else ""
+        return self.result.text if self.result is not None else ""
 
     @property
     def result(self) -> Result | None:

@@ -9,6 +9,7 @@ import re
 import shutil
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
@@ -44,12 +45,31 @@ class Document:
 
     def __init__(self, name: str, file: BinaryIO):
         self.name, self._file = name, file
+        weakref.finalize(self, file.close)
         self._last: tuple[tuple[int, Size], np.ndarray] | None = None
         with self._opened() as pdf:
             self.pages = len(pdf)
 
     def __repr__(self) -> str:
         return f"Document({self.name}, {self.pages:,} pages)"
+
+    def chosen(self, pages: str | None) -> list[int]:
+        """The numbers of the pages that a text such as "1-3,7,9-" chooses, in its order; None: all.
+
+        Raises InputError option_invalid for another text, and pages_invalid for a page that is not there.
+        """
+        if pages is None:
+            return list(range(1, self.pages + 1))
+        found: list[int] = []
+        for first, last in ranges(spelled("pages"), pages):
+            last = self.pages if last is None else last
+            if not first <= last <= self.pages:
+                raise InputError(
+                    "pages_invalid",
+                    f"{spelled('pages')} must be within 1 to {self.pages}, as {self.name} has them, got {pages}",
+                )
+            found += range(first, last + 1)
+        return found
 
     def points(self, numbers: Sequence[int]) -> list[tuple[float, float]]:
         """(height, width) of pages as they are shown, turned and cropped, in points. Nothing is drawn."""
@@ -125,32 +145,13 @@ def open_pdf(source: "Source | Document", allow_private_urls: bool = False) -> D
     return Document(name, cast(BinaryIO, copy))
 
 
-def chosen(pages: str | None, document: Document) -> list[int]:
-    """The numbers of the pages that a text such as "1-3,7,9-" chooses, in its order; None: all.
-
-    Raises InputError pages_invalid for another text, and for a page that the document does not have.
-    """
-    if pages is None:
-        return list(range(1, document.pages + 1))
-    found: list[int] = []
-    for first, last in ranges("pages", pages):
-        last = document.pages if last is None else last
-        if not first <= last <= document.pages:
-            raise InputError(
-                "pages_invalid",
-                f"{spelled('pages')} must be within 1 to {document.pages}, as {document.name} has them, got {pages}",
-            )
-        found += range(first, last + 1)
-    return found
-
-
 def ranges(name: str, pages: Any) -> list[tuple[int, int | None]]:
     """The first and the last page of each range of a text; None: to the end. name: of the option, in errors."""
     matches = [_RANGE.fullmatch(text) for text in pages.split(",")] if isinstance(pages, str) else [None]
     found = [(int(m[1]), int(m[3] or 0) or None if m[2] else int(m[1])) for m in matches if m and len(m[0]) < 20]
     if len(found) < len(matches) or any(not 0 < first <= (last or first) for first, last in found):
         raise InputError(
-            "pages_invalid", f"{name} must be numbers from 1 on and ranges of them, as 1-3,7,9-; got {shown(pages)}"
+            "option_invalid", f"{name} must be numbers from 1 on and ranges of them, as 1-3,7,9-; got {shown(pages)}"
         )
     return found
 

@@ -43,8 +43,13 @@ class Media:
     values: np.ndarray = field(repr=False)  # (3, 256) float32: what each byte of each channel becomes
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the pixels."""
+        return self.pixels.shape
+
+    @property
     def size(self) -> Size:
-        return self.pixels.shape[1:3]
+        return self.shape[1], self.shape[2]
 
     @property
     def is_video(self) -> bool:
@@ -80,7 +85,7 @@ class Media:
 
     @property
     def resized(self) -> bool:
-        return self.size != self.original
+        return self.size != tuple(self.original)
 
     def patches(self, frames: slice = slice(None), rows: slice = slice(None)) -> np.ndarray:
         """(F, n, P) float32: these rows of the patches of these pairs of frames. No others are computed."""
@@ -124,8 +129,12 @@ class Page(Media):
         return self.document.drawn(self.number, self.size)[None]
 
     @property
-    def size(self) -> Size:
-        return self._size
+    def shape(self) -> tuple[int, ...]:
+        return 1, *self._size, 3
+
+    def held(self) -> Media:
+        """An image that holds its pixels."""
+        return Media(self.pixels, (), self.original, self.config, self.values)
 
     def __str__(self) -> str:
         height, width = self.size

@@ -6,7 +6,7 @@ from typing import Any
 
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.options import VisionOptions
-from mlx_qwen35.media.pdf import Document, chosen, open_pdf
+from mlx_qwen35.media.pdf import Document, open_pdf
 from mlx_qwen35.media.preprocess import Page
 from mlx_qwen35.options import spelled
 from mlx_qwen35.prompt.parts import source_of
@@ -28,7 +28,7 @@ def open_pages(
     wanted = own.pop("pages", None)
     options = replace(options, **own)
     document = open_pdf(source, options.allow_private_urls)
-    pages = cut(document, chosen(wanted, document), options)
+    pages = cut(document, document.chosen(wanted), options)
     _check_window(pages, count, window)
     return [new for page in pages for new in ({"type": "text", "text": label(page)}, {"type": "image", "image": page})]
 

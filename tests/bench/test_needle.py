@@ -4,6 +4,7 @@ import json
 import random
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from PIL import Image
 from refusing import refused
@@ -200,9 +201,9 @@ def test_the_picture_has_a_map_for_each_kind_with_a_colour_for_each_share(tmp_pa
     pytest.importorskip("matplotlib")
     found = [answer(kind, 500, depth, "47" if depth else "no") for kind in ("single", "chain") for depth in DEPTHS]
     draw(tmp_path / "map.png", "nano", "a note", summarize(found))
-    counts = {colour: count for count, colour in Image.open(tmp_path / "map.png").getcolors(1 << 20)}
-    none, every = ((*bytes.fromhex(colour[1:]), 255) for colour in NONE_AND_ALL)
-    assert counts[every] > 3 * counts[none] > 3 * 1000
+    pixels = np.asarray(Image.open(tmp_path / "map.png").convert("RGB"), int)
+    none, every = (np.sum(abs(pixels - [*bytes.fromhex(colour[1:])]).max(-1) < 8) for colour in NONE_AND_ALL)
+    assert every > 3 * none > 3 * 1000
     with refused("output_unwritable"):
         draw(tmp_path / "none" / "map.png", "nano", "a note", summarize(found))
 

@@ -37,7 +37,7 @@ def test_a_picture_has_its_size_and_corners_that_let_the_page_through(tmp_path):
     draw(tmp_path / "bar.png")
     image = Image.open(tmp_path / "bar.png")
     assert image.size == (WIDTH * DPI, 3.0 * DPI) and image.mode == "RGBA"
-    assert image.getpixel((0, 0))[3] == 0 and image.getpixel((40, 40)) == (255, 255, 255, 255)
+    assert image.getpixel((0, 0))[3] == 0 and image.getpixel((20, 200)) == (255, 255, 255, 255)
 
 
 def test_the_same_figure_gives_the_same_bytes(tmp_path):
@@ -51,7 +51,13 @@ def test_a_picture_that_cannot_be_written_is_refused(tmp_path):
         draw(tmp_path / "none" / "bar.png")
 
 
-def test_without_matplotlib_a_picture_is_refused_with_the_extra_to_install(monkeypatch):
+def test_without_matplotlib_a_picture_is_refused_with_the_extra_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with refused("package_missing", "mlx-qwen35[plot]"):
-        check_plot()
+        check_plot(tmp_path / "bar.png")
+
+
+@pytest.mark.parametrize("place", ["", "none/bar.png"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, place):
+    with refused("output_unwritable", place):
+        check_plot(tmp_path / place)

@@ -18,7 +18,7 @@ def nano():
 def talk(nano):
     def begun(*questions: str, **options) -> Conversation:
         """A conversation in which these were asked and answered."""
-        conversation = Conversation(*nano, **{"seed": 1, "max_tokens": 24, "enable_thinking": False, **options})
+        conversation = Conversation(*nano, **{"seed": 1, "max_tokens": 6, "enable_thinking": False, **options})
         for question in questions:
             assert conversation.send(question).text
         return conversation
@@ -33,7 +33,7 @@ def stored(conversation: Conversation, messages: list[dict]) -> int:
     return max((len(own) for own in held if len(own) < len(tokens) and own == tokens[: len(own)]), default=0)
 
 
-@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("thinking", [False, pytest.param(True, marks=pytest.mark.full)])
 @pytest.mark.parametrize("way", ["undo", "edit"])
 def test_what_was_taken_back_leaves_no_trace_and_nothing_that_is_stored_is_read(talk, way, thinking):
     options = {"enable_thinking": thinking, "temp": 0.9, "system_prompt": "Be brief."}
@@ -90,16 +90,12 @@ def test_a_session_that_is_saved_does_not_hold_what_was_taken_back(talk, nano, t
 
 
 def test_options_change_from_the_next_turn_on(talk):
-    changed, plain = talk(QUESTIONS[0]), talk(QUESTIONS[0])
-    plain_messages = plain.messages
+    changed, other = talk(QUESTIONS[0]), talk(temp=1.5, seed=7, max_tokens=9)
+    before, other.messages = dict(changed.options), list(changed.messages)
     changed.change(temperature=1.5, seed=7, max_tokens=9)
-    other = talk(temp=1.5, seed=7, max_tokens=9)
-    other.messages = plain_messages
     assert changed.send(QUESTIONS[1]).text == other.send(QUESTIONS[1]).text
-    changed.change(temp=None, seed=1, max_tokens=24)
-    assert changed.options == plain.options
-    plain.messages = list(changed.messages)
-    assert changed.send(QUESTIONS[2]).text == plain.send(QUESTIONS[2]).text
+    changed.change(temp=None, seed=1, max_tokens=6)
+    assert changed.options == before and "temp" not in before
 
 
 def test_the_thinking_switch_and_the_system_prompt_change_the_prompt_alone(talk):

@@ -60,6 +60,8 @@ MEANING = {
     "stop": lambda value: isinstance(value, tuple) and all(isinstance(text, str) and text for text in value),
     "system_prompt": lambda value: isinstance(value, str), "enable_thinking": _flag, "ignore_chat_template": _flag,
     "images": lambda value: isinstance(value, list | tuple), "videos": lambda value: isinstance(value, list | tuple),
+    "pdfs": lambda value: isinstance(value, list | tuple), "pages": lambda value: value == "1",
+    "media_progress": callable, "dpi": _whole(8, 2400),
     "progress": callable, "min_pixels": _whole(1, 1 << 30), "max_pixels": _whole(1, 1 << 30), "fps": _number(1e-6, 1e6),
     "video_num_frames": _whole(1, 10**7), "video_total_pixels": _whole(1, 10**12), "source_fps": _number(1e-6, 1e6),
     "published_limits": _flag, "outer_vision_tags": _flag, "allow_private_urls": _flag, "tools": lambda value: True,
@@ -129,7 +131,9 @@ def test_a_name_like_no_other_is_refused_without_advice():
     assert "?" not in str(caught.value)
 
 
-BESIDE = {name: {other: True if other == "logprobs" else 0.5} for name, other in NEEDS.items()}  # without which an option is refused
+BESIDE = {  # without which an option is refused
+    name: {other: True if other == "logprobs" else 0.5} for name, other in NEEDS.items()
+}
 
 
 @pytest.mark.parametrize("name", sorted(set(MEANING) - {"tools"}))

@@ -229,7 +229,8 @@ def test_xtc_acts_on_the_rows_that_it_is_drawn_for_behind_the_other_filters(logi
 def test_xtc_leaves_out_end_tokens_the_end_of_thinking_and_line_ends():
     _, processor = load("nano")
     exempt = exempting(Sampling(xtc_probability=0.5), processor).xtc_special_tokens
-    assert {processor.tokenizer.decode([token]) for token in exempt} == {"<|im_end|>", "<|endoftext|>", "</think>", "\n"}
+    texts = {processor.tokenizer.decode([token]) for token in exempt}
+    assert texts == {"<|im_end|>", "<|endoftext|>", "</think>", "\n"}
     own = Sampling(xtc_probability=0.5, xtc_special_tokens=())
     assert exempting(own, processor) == own and exempting(Sampling(), processor) == Sampling()
 

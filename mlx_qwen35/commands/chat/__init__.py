@@ -13,11 +13,12 @@ from mlx_qwen35.commands.chat.orders import ORDERS, help_text
 from mlx_qwen35.commands.chat.reader import PlainReader, Reader
 from mlx_qwen35.commands.chat.screen import PlainScreen, Screen
 from mlx_qwen35.commands.chat.talk import Talk
+from mlx_qwen35.commands.obtain import add_recipe_option, load_model
 from mlx_qwen35.commands.session import check_session, open_session
 from mlx_qwen35.console.interrupt import unwound_when_ended
 from mlx_qwen35.console.options import add_answer_options, add_model_options, add_options, given_options
 from mlx_qwen35.console.parser import Parser
-from mlx_qwen35.console.run import as_command, load_model, require_model
+from mlx_qwen35.console.run import as_command, require_model
 from mlx_qwen35.console.streams import standard_input
 from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.engine.options import PromptOptions
@@ -54,6 +55,7 @@ def parser() -> Parser:
     )
     prompt = options_of(PromptOptions)
     add_model_options(parser)
+    add_recipe_option(parser)
     group = parser.add_argument_group("prompt")
     shown = [prompt["system_prompt"], prompt["enable_thinking"]]
     add_answer_options(parser, group, shown, without=("logprobs", "top_logprobs", "tool_choice", "parallel_tool_calls"))
@@ -88,7 +90,7 @@ def main() -> None:
             check_session(args.session)
         reader, screen = interface(bool(args.hide_thinking), bool(args.verbose))
         with screen.opened():
-            model, processor = load_model(args)
+            model, processor = load_model(args, COMMAND)
             if standard_input().isatty():
                 screen.say(describe(name, model))
             session = open_session(args.session, model, processor, options) if args.session else None

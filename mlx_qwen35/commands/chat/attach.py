@@ -3,14 +3,12 @@
 import os
 import re
 import shlex
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mlx_qwen35.commands.chat.talk import Part, Talk
+from mlx_qwen35.commands.chat.talk import Part, Talk, media_of
 from mlx_qwen35.commands.output import media_lines
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.media.preprocess import Media
 from mlx_qwen35.media.signatures import HEAD, IMAGES, identify
 
 _LONGEST = 1 << 15  # characters of a line of dropped files
@@ -37,16 +35,11 @@ def _is_file(name: str) -> bool:
     return os.path.isfile(os.path.expanduser(name))
 
 
-def media_of(parts: Sequence[Part]) -> list[Media]:
-    """The images and videos among the parts of a message; the pages of a document are images."""
-    return [part[part["type"]] for part in parts if part["type"] != "text"]
-
-
 def attach(talk: Talk, parts: Sequence[Part], what: str) -> None:
     """Add parts to the next message: all of them, or none where one cannot be read."""
     conversation = talk.conversation
-    with talk.screen.step(f"reading {what}"):
-        found = conversation.processor.read_parts(parts, conversation.vision)
+    with talk.screen.step(f"reading {what}", "images") as step:
+        found = conversation.processor.read_parts(parts, conversation.vision, step)
     for line in media_lines(media_of(found), media_of(talk.media)):
         talk.screen.say(line)
     talk.media += found
@@ -83,9 +76,7 @@ def paste(talk: Talk, _: str) -> None:
 
 
 def drop(talk: Talk, _: str) -> None:
-    counts = Counter(item.kind for item in media_of(talk.media))
-    told = " and ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts.items())
-    talk.media = []
+    told, talk.media = talk.attached, []
     talk.screen.say(f"dropped {told}" if told else "there was nothing to drop")
 
 

@@ -1,7 +1,7 @@
 """The loop of a chat over messages and commands."""
 
 from mlx_qwen35.commands.chat.attach import attach, dropped
-from mlx_qwen35.commands.chat.orders import obey
+from mlx_qwen35.commands.chat.orders import COMMAND, obey
 from mlx_qwen35.commands.chat.talk import Talk
 from mlx_qwen35.errors import InputError
 
@@ -19,6 +19,7 @@ def run(talk: Talk) -> None:
             talk.screen.fail(f"error: {error} [{error.code}]")
         except KeyboardInterrupt:
             talk.screen.fail("interrupted")
+            talk.abandon()
 
 
 def take(talk: Talk, line: str) -> None:
@@ -27,7 +28,7 @@ def take(talk: Talk, line: str) -> None:
         talk.abandon()
     elif parts := dropped(line):
         attach(talk, parts, line)
-    elif line.startswith("/") and not line.startswith("//"):
-        obey(talk, line)
+    elif command := COMMAND.fullmatch(line):
+        obey(talk, command["name"], command["argument"] or "")
     else:
         talk.take(line.removeprefix("/") if line.startswith("//") else line)

@@ -1,6 +1,7 @@
 """The commands of a chat, each declared once: /help, completion and the documents follow from the table."""
 
 import difflib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,8 @@ from mlx_qwen35.errors import InputError
 class Order:
     """One command.
 
-    argument: how its argument is shown, "" without one. path: whether that is a file's name. choices: the words that it
-    may begin with, for completion. group: its heading in /help.
+    group: its heading in /help. argument: how its argument is shown, "" without one. path: whether that is a file's
+    name. choices: the words that may come next, of what stands before them, for completion.
     """
 
     group: str
@@ -23,7 +24,11 @@ class Order:
     do: Callable[[Talk, str], None]
     argument: str = ""
     path: bool = False
-    choices: Callable[[Talk], Sequence[str]] | None = None
+    choices: Callable[[str], Sequence[str]] = lambda before: ()
+
+
+# A slash, and no other in the first word: that would be a path, in a message.
+COMMAND = re.compile(r"/(?P<name>[^/\s]*)(\s+(?P<argument>.*))?", re.DOTALL)
 
 
 def help_text() -> str:
@@ -47,11 +52,9 @@ def find(name: str) -> Order:
     raise InputError("option_unknown", f"there is no command /{name}{meant}; /help lists them, // sends a slash")
 
 
-def obey(talk: Talk, line: str) -> None:
-    """Do what a line that begins with a slash says."""
-    name, *rest = line.removeprefix("/").split(None, 1)
-    argument = "".join(rest).strip()
-    order = find(name)
+def obey(talk: Talk, name: str, argument: str = "") -> None:
+    """Do what a command says."""
+    order, argument = find(name), argument.strip()
     if argument and not order.argument:
         raise InputError("option_unknown", f"/{name} takes nothing behind it, got {argument}")
     order.do(talk, argument)
@@ -65,8 +68,8 @@ def _help(talk: Talk, _: str) -> None:
     talk.screen.say(help_text())
 
 
-def _words(*words: str) -> Callable[[Talk], Sequence[str]]:
-    return lambda talk: words
+def _words(*words: str) -> Callable[[str], Sequence[str]]:
+    return lambda before: () if before else words
 
 
 _NEXT, _BACK, _HOW, _HELD = "With the next message", "Go back", "How it answers", "The conversation"
@@ -90,7 +93,7 @@ ORDERS = (
     ),
     Order(
         _HOW, "set", "show all options, or set one", settings.set_or_show, "[OPTION VALUE]",
-        choices=settings.option_names,
+        choices=settings.completions,
     ),
     Order(
         _HOW, "tools", "show, load or remove functions to call", settings.tools, "[FILE|off]", path=True,

@@ -63,9 +63,9 @@ class PlainScreen:
             except KeyboardInterrupt:
                 turn.cancel()
                 print()
-                if turn.result and not turn.result.tokens:
+                if turn.result is not None and not turn.result.tokens:
                     tell_interrupted(conversation, turn)
-        if not turn.result or not turn.result.tokens:
+        if turn.result is None or not turn.result.tokens:
             return False
         self.say(f"[{statistics(turn, turn.result) if self._verbose else summary(turn, turn.result)}]")
         tell_cut(turn.result, conversation.model, "/reset begins anew")
@@ -88,7 +88,7 @@ def folded(turn: Turn, step: Step, say: Callable[[str], None]) -> Iterator[Piece
 
 
 def _tell_thought(turn: Turn, began: float, step: Step, say: Callable[[str], None]) -> float:
-    if began and turn.result:
+    if began and turn.result is not None:
         step.end()
         seconds = duration(time.monotonic() - began)
         say(f"thought for {seconds}, {_counted(turn.result.reasoning_tokens, 'token')}")

@@ -1,7 +1,7 @@
 """Commands that change options between turns: /set, /think, /system, /tools."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_qwen35.commands.chat.attach import one_name
@@ -43,8 +43,16 @@ def find(name: str) -> Option:
     return SETTABLE[key]
 
 
-def option_names(_: Talk) -> list[str]:
-    return sorted({option.name for option in SETTABLE.values()})
+NAMES = sorted({option.name for option in SETTABLE.values()})
+
+
+def completions(before: str) -> Sequence[str]:
+    """What may come next behind /set: a name, and behind it a value that has a name."""
+    if not before.strip():
+        return NAMES
+    option = SETTABLE.get(before.strip())
+    values = ("on", "off") if option and option.kind is bool else option.choices if option else ()
+    return (*values, DEFAULT) if option else ()
 
 
 def set_option(talk: Talk, argument: str) -> None:
@@ -59,9 +67,8 @@ def set_or_show(talk: Talk, argument: str) -> None:
     if argument:
         set_option(talk, argument)
         return
-    names = option_names(talk)
-    width = max(map(len, names))
-    lines = [f"{name:{width}}  {_current(talk, name)}" for name in names]
+    width = max(map(len, NAMES))
+    lines = [f"{name:{width}}  {_current(talk, name)}" for name in NAMES]
     talk.screen.say("\n".join([*lines, f"/set OPTION VALUE changes one, /set OPTION {DEFAULT} resets it."]))
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from mlx_qwen35.commands.chat.clipboard import Clipboard
@@ -10,8 +11,14 @@ from mlx_qwen35.commands.chat.screen import Screen, statistics
 from mlx_qwen35.engine.conversation import Conversation, Turn
 from mlx_qwen35.engine.result import Result
 from mlx_qwen35.engine.session import Session
+from mlx_qwen35.media.preprocess import Media, Page
 
 Part = dict[str, Any]
+
+
+def media_of(parts: Sequence[Part]) -> list[Media]:
+    """The images and videos among the parts of a message; the pages of a document are images."""
+    return [part[part["type"]] for part in parts if part["type"] != "text"]
 
 
 class Talk:
@@ -58,12 +65,12 @@ class Talk:
     @property
     def attached(self) -> str:
         """What goes with the next message, in words."""
-        counts = Counter(part["type"] for part in self.media)
+        counts = Counter("page" if isinstance(item, Page) else item.kind for item in media_of(self.media))
         return ", ".join(f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in counts.items())
 
     def show(self, turn: Turn) -> bool:
         """Answer: run a turn to its end; False where it has no token. Calls in the answer are asked about."""
-        if not self.screen.answer(self.conversation, turn) or not turn.result:
+        if not self.screen.answer(self.conversation, turn) or turn.result is None:
             return False
         self.text, self.last, self.figures = "", turn.result, statistics(turn, turn.result)
         self.ask()
