@@ -69,7 +69,7 @@ def convert(
     target = target_path(mlx_path)
     storage = recipe, quantize, q_bits, q_group_size, q_mode, q_vision_bits, dtype, rope_scaling, rounding
     options = StorageOptions(*storage)
-    with downloading(f"downloading and converting {hf_path}") as tell:
+    with downloading("downloading and converting") as tell:
         Conversion(
             hf_path, target, options, tell, calibration, evaluation, verify, resume, revision, overwrite
         ).run()

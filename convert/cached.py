@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from mlx_qwen35.checkpoint.converted import Converted, converted, folder_of
+from mlx_qwen35.checkpoint.converted import Converted, converted, folder_of, hidden
 from mlx_qwen35.checkpoint.hub import is_local, latest, look
 from mlx_qwen35.convert.conversion import Conversion, with_default
 from mlx_qwen35.convert.plan import ConversionPlan, make_plan
@@ -59,7 +59,7 @@ def convert_cached(
         )  # fmt: skip
 
     try:
-        conversion(resume=True).run()
+        conversion(resume=hidden(folder)[0].is_dir()).run()
     except InputError as error:
         if error.code not in ("resume_differs", "journal_damaged"):
             raise
@@ -119,5 +119,7 @@ def prospect(name: str, recipe: str, revision: str | None = None) -> Iterator[Pr
         refuse_quantized(plan, name)
         files = {part.file for job in plan.jobs for part in job.source.parts}
         folder = plan.write_headers(Path(place))
-        most = plan.nbytes + most_bytes(plan)
-        yield Prospect(open_checkpoint(folder), sum(file.stat().st_size for file in files), plan.nbytes, most)
+        cached = headers.parent.name == "snapshots"  # whole in huggingface_hub's cache, where it is read
+        download = 0 if cached else sum(file.stat().st_size for file in files)
+        most = plan.nbytes + (0 if cached else most_bytes(plan))
+        yield Prospect(open_checkpoint(folder), download, plan.nbytes, most)

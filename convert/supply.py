@@ -121,7 +121,7 @@ class Downloads(Supply):
     def stretches(self, chunks: Sequence[Chunk], done: Collection[int]) -> list[Stretch]:
         """The chunks of each file together: files in the order in which the first chunks need them."""
         left = [number for number in range(len(chunks)) if number not in done]
-        turns = _in_turn([files_of(chunks[number].job) for number in left])
+        turns = in_turn([files_of(chunks[number].job) for number in left])
         found = [Stretch({left[i]: chunks[left[i]] for i in which}, files, last) for which, files, last in turns]
         needed = frozenset().union(*(stretch.files for stretch in found))
         every = frozenset().union(*(files_of(chunk.job) for chunk in chunks))
@@ -191,7 +191,7 @@ class Downloads(Supply):
                         tries = iter(WAITS)
             except InputError as error:
                 wait = next(tries, None)
-                if wait is None or not isinstance(error.__cause__, OSError):
+                if wait is None or not _may_pass(error.__cause__):
                     raise
                 time.sleep(wait)
 
@@ -210,14 +210,14 @@ def most_bytes(plan: ConversionPlan) -> int:
     """The most that the source's files take at a time where they come one by one."""
     held: set[Path] = set()
     most = 0
-    for _, files, last in _in_turn([files_of(job) for job in plan.jobs]):
+    for _, files, last in in_turn([files_of(job) for job in plan.jobs]):
         held |= files
         most = max(most, sum(file.stat().st_size for file in held))
         held -= last
     return most
 
 
-def _in_turn(needs: Sequence[frozenset[Path]]) -> list[tuple[list[int], frozenset[Path], frozenset[Path]]]:
+def in_turn(needs: Sequence[frozenset[Path]]) -> list[tuple[list[int], frozenset[Path], frozenset[Path]]]:
     """Jobs by the files that they need: their positions, these files, and those of them that no later job needs."""
     place: dict[Path, int] = {}
     groups: dict[frozenset[Path], list[int]] = {}
@@ -228,6 +228,12 @@ def _in_turn(needs: Sequence[frozenset[Path]]) -> list[tuple[list[int], frozense
     order = sorted(groups, key=lambda files: sorted((place[path] for path in files), reverse=True))
     later = [frozenset().union(*order[i + 1 :]) for i in range(len(order))]
     return [(groups[files], files, files - after) for files, after in zip(order, later, strict=True)]
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether a failure may be over soon: a connection that broke, a server that is overloaded or down."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status is None or status == 429 or status >= 500
 
 
 def _part(target: Path) -> Path:

@@ -61,6 +61,17 @@ def folder_of(name: str, recipe: str, revision: str | None = None) -> Path:
     return home() / "models" / name.replace("/", "--") / f"{recipe}{at}"
 
 
+def to_4bit(name: str) -> str:
+    """What is typed to convert a model of this name to 4 bit."""
+    if Path(name).expanduser().exists():
+        folder = f"{name.rstrip('/').split('/')[-1]}-4bit"
+        return f"mlx_qwen35.convert --hf-path {name} --mlx-path {folder} --recipe 4bit"
+    return (
+        f"mlx_qwen35.generate --model {name} --recipe 4bit\nor in Python\n"
+        f"  load(mlx_qwen35.convert.convert_cached({name!r}, recipe='4bit'))"
+    )
+
+
 def hidden(folder: Path) -> tuple[Path, Path]:
     """Beside a folder: what an unfinished conversion has written, and what it has downloaded."""
     return folder.with_name(f".{folder.name}.converting"), folder.with_name(f".{folder.name}.source")

@@ -76,9 +76,8 @@ def settle(args: argparse.Namespace, command: str) -> Path | None:
         with look(args.model, args.revision) as headers:
             _check_fits(_Loading(args), open_checkpoint(headers, rope_scaling=args.rope_scaling), args.model)
     except InputError as error:
-        if error.code in _REFUSALS:
-            return _instead(args, error, command)
-    return None  # other errors are told where the model is loaded
+        return _instead(args, error, command)
+    return None
 
 
 # --- which folder ----------------------------------------------------------------------------------------------------
@@ -117,20 +116,25 @@ def _settled(args: argparse.Namespace) -> Path | None:
         return _told(found, "") if found else _converted(name, args.recipe, revision)
     if is_local(name, revision):
         return None
-    loading = _Loading(args)
-    there = [(one, open_checkpoint(one.folder)) for one in converted(name) if one.revision == revision]
-    fitting = [one for one, checkpoint in there if loading.plan(checkpoint).fits]
-    if not fitting or loading.fits_unpacked(there[0][1]):
+    found = _kept(args)
+    if not found or _Loading(args).fits_unpacked(open_checkpoint(found.folder)):
         return None
-    best = max(fitting, key=lambda one: one.nbytes)
-    return _told(best, f"{name} does not fit into memory as published: ")
+    return _told(found, f"{name} does not fit into memory as published: ")
+
+
+def _kept(args: argparse.Namespace) -> Converted | None:
+    """The largest of the conversions that are kept and fit."""
+    loading = _Loading(args)
+    there = [one for one in converted(args.model) if one.revision == args.revision]
+    fitting = [one for one in there if loading.plan(open_checkpoint(one.folder)).fits]
+    return max(fitting, key=lambda one: one.nbytes, default=None)
 
 
 def _told(found: Converted, why: str) -> Path:
     """The folder of a conversion, which is told in a line."""
     from mlx_qwen35.convert.cached import outdated
 
-    print(f"{why}using its {found.recipe} conversion in {found.folder}", file=sys.stderr)
+    print(f"{why}using the {found.recipe} conversion of {found.name} in {found.folder}", file=sys.stderr)
     if now := outdated(found):
         print(
             f"{found.name} has changed since: the conversion is of commit {found.commit[:12]}, and the hub has "
@@ -144,8 +148,10 @@ def _converted(name: str, recipe: str, revision: str | None) -> Path:
     """Make a conversion, with progress on stderr."""
     from mlx_qwen35.convert import convert_cached
 
+    if not is_local(name, revision):  # which is refused
+        print(f"making the {recipe} conversion of {name} in {folder_of(name, recipe, revision)}", file=sys.stderr)
     try:
-        with Step(f"downloading and converting {name} to {recipe}", "B") as step:
+        with Step("downloading and converting", "B") as step:
             return convert_cached(name, recipe, revision, progress=step.told)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on where this one was", file=sys.stderr)
@@ -158,6 +164,8 @@ def _converted(name: str, recipe: str, revision: str | None) -> Path:
 def _instead(args: argparse.Namespace, refusal: InputError, command: str) -> Path:
     """The folder of a conversion that takes the place of a model which was refused, if that is wanted."""
     name, revision = args.model, args.revision
+    if refusal.code == "hub_failed" and (found := _kept(args)):
+        return _told(found, f"{name} could not be had as published: ")
     if refusal.code not in _REFUSALS or is_local(name, revision):
         raise refusal
     with _offered(args, refusal) as (loading, planned):
@@ -200,6 +208,6 @@ def _facts(loading: _Loading, planned: "Prospect", name: str, revision: str | No
         for count in (loading.plan(planned.checkpoint).text, planned.download, planned.disk, planned.most)
     )
     return (
-        f"Converted to 4 bit it takes {memory} of memory. That downloads {download} and converts them file by file, "
+        f"Converted to 4 bit it takes {memory} of memory. That downloads {download} and converts it file by file, "
         f"takes {most} of the disk while it runs, and keeps {disk} in {folder}"
     )

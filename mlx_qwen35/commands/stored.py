@@ -3,6 +3,8 @@
 Conversions and downloads can be removed here. LM Studio keeps lists of its models, and removes them itself.
 """
 
+import functools
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -105,18 +107,14 @@ def _files(folder: Path) -> tuple[int, float | None]:
 
 def _conversions() -> Iterator[Stored]:
     for kept in all_converted():
-        found = Stored(
-            kept.name, "converted", kept.folder, kept.nbytes, _files(kept.folder)[1], kept.recipe, _remover(kept)
-        )
+        used, remove = _files(kept.folder)[1], functools.partial(_remove_conversion, kept)
+        found = Stored(kept.name, "converted", kept.folder, kept.nbytes, used, kept.recipe, remove)
         yield _seen(found) if kept.finished else replace(found, fault=UNFINISHED)
 
 
-def _remover(found: Converted) -> Callable[[], None]:
-    def remove() -> None:
-        refuse_use(found.folder)
-        found.remove()
-
-    return remove
+def _remove_conversion(kept: Converted) -> None:
+    refuse_use(kept.folder)
+    kept.remove()
 
 
 def _hub() -> Iterator[Stored]:
@@ -130,16 +128,20 @@ def _hub() -> Iterator[Stored]:
         revisions = sorted(repository.revisions, key=lambda found: ("main" not in found.refs, found.commit_hash))
         if repository.repo_type != "model" or not revisions:
             continue
-        delete = cache.delete_revisions(*(revision.commit_hash for revision in revisions))
-
-        def remove(place: Path = repository.repo_path, delete: Callable[[], None] = delete.execute) -> None:
-            for snapshot in place.glob("snapshots/*"):
-                refuse_use(snapshot)
-            _refuse_download(place)
-            delete()
-
         folder, used = revisions[0].snapshot_path, repository.last_accessed
+        remove = functools.partial(_remove_download, repository.repo_path)
         yield _seen(Stored(repository.repo_id, "hub", folder, repository.size_on_disk, used, remove=remove))
+
+
+def _remove_download(place: Path) -> None:
+    """Remove a repository from Hugging Face's cache, in all its revisions."""
+    for snapshot in place.glob("snapshots/*"):
+        refuse_use(snapshot)
+    _refuse_download(place)
+    try:
+        shutil.rmtree(place)
+    except OSError as error:
+        raise InputError("output_unwritable", f"{place} could not be removed: {error}") from error
 
 
 def _lm_studio() -> Iterator[Stored]:

@@ -16,27 +16,27 @@ from mlx_qwen35.errors import InputError
 COMMANDS = {
     "generate": ("mlx_qwen35.commands.generate", "answer one prompt"),
     "chat": ("mlx_qwen35.commands.chat", "talk to a model"),
-    "serve": ("mlx_qwen35.commands.serve", "serve a model: OpenAI's and Anthropic's APIs, and a page to talk to"),
+    "serve": ("mlx_qwen35.commands.serve", "serve a model: OpenAI's and Anthropic's APIs, and a page"),
     "convert": ("mlx_qwen35.convert.__main__", "quantize a checkpoint"),
-    "models": ("mlx_qwen35.commands.models", "say which models fit this machine, and list or remove those it has"),
+    "models": ("mlx_qwen35.commands.models", "say which models fit, list and remove those that are here"),
     "bench": ("mlx_qwen35.bench.command", "measure speed"),
     "doctor": ("mlx_qwen35.doctor.command", "look at this machine, and plan memory"),
     "completion": ("mlx_qwen35.commands.completion", "print the completion script of a shell"),
 }
 LIGHT = ("completion",)  # commands that need no MLX
 EXAMPLES = """\
-  mlx_qwen35 chat --model nano                      a tiny model that comes along: nothing is downloaded
-  mlx_qwen35 models fit                             which model fits this machine, and the command to get it
-  mlx_qwen35 chat --model Qwen/Qwen3.5-4B           the 4B, downloaded once
+  mlx_qwen35 chat --model nano              a tiny model: nothing is downloaded
+  mlx_qwen35 models fit                     what fits here, and how to get it
+  mlx_qwen35 chat --model Qwen/Qwen3.5-4B   the 4B, downloaded once
 """
 
 
 def help_text() -> str:
     listed = "".join(f"  {name:12}{what}\n" for name, (_, what) in COMMANDS.items())
     return (
-        "Qwen3.5 on Apple Silicon: text, images and video.\n\n"
-        f"usage: {PACKAGE} COMMAND [options]\n\nTo begin with:\n{EXAMPLES}\ncommands:\n{listed}\n"
-        f"{PACKAGE} COMMAND --help shows a command's options, {PACKAGE} --version the version."
+        f"usage: {PACKAGE} COMMAND [options]\n\nQwen3.5 on Apple Silicon: text, images and video.\n\n"
+        f"To begin with:\n{EXAMPLES}\ncommands:\n{listed}\n"
+        f"{PACKAGE} COMMAND --help shows a command's options and examples."
     )
 
 

@@ -38,6 +38,7 @@ class Step:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._lock = threading.Lock()
         self._shown: float | None = None  # when a state was shown last; None while it is too early
+        self._changed = True  # since it was shown
         self._ended = False
 
     def __enter__(self) -> Self:
@@ -87,19 +88,18 @@ class Step:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
     def _run(self) -> None:
-        """Show it for the first time, and turn the spinner, until the end."""
+        """Show it for the first time, and turn the spinner, until the end; elsewhere show what has changed since."""
         wait = SOON if self._terminal else SELDOM
         while not self._end.wait(wait):
             with self._lock:
-                self._show()
+                if self._terminal or self._changed:
+                    self._show()
                 self._turns += 1
-            if not self._terminal:
-                return
-            wait = TURN
+            wait = TURN if self._terminal else max(SELDOM, TURN)
 
     def _tell(self, state: list[str], new: bool = False) -> None:
         with self._lock:
-            self._state = state
+            self._state, self._changed = state, True
             if self._shown is None:
                 return
             since = time.monotonic() - self._shown
@@ -109,7 +109,7 @@ class Step:
     def _show(self) -> None:
         if self._ended or quiet():
             return
-        self._shown = time.monotonic()
+        self._shown, self._changed = time.monotonic(), False
         if self._terminal:
             print(f"\r\033[K{self._line()}", end="", file=sys.stderr, flush=True)
         else:

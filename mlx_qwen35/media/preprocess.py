@@ -132,6 +132,10 @@ class Page(Media):
     def shape(self) -> tuple[int, ...]:
         return 1, *self._size, 3
 
+    def held(self) -> Media:
+        """An image that holds its pixels."""
+        return Media(self.pixels, (), self.original, self.config, self.values)
+
     def __str__(self) -> str:
         height, width = self.size
         return f"{width}x{height} at {self.dpi:.0f} dpi, {self.tokens:,} tokens"

@@ -24,7 +24,7 @@ from mlx_qwen35.server.service import ANSWERS, Answer, failed
 from mlx_qwen35.server.status import Metrics
 
 LOG = logging.getLogger("mlx_qwen35.server")
-_MEDIA = ("url", "image_url", "video_url", "data")  # fields that hold images and videos, or where they are
+_MEDIA = ("url", "image_url", "video_url", "data", "file_data")  # fields that hold images and videos, or where they are
 SILENT = ("/page/", "/health", "/metrics")  # paths without a line: files of the page, and what is asked all the time
 
 

@@ -598,8 +598,11 @@ def test_a_load_that_fails_leaves_the_conversation(chat, tmp_path, nano, closing
 
 def test_info_tells_what_is_held(chat, nano, tmp_path, closing):
     closing(talk := chat(f"/save {tmp_path / 'talk'}", ASK, f"/image {SHAPES}", "/info"))
-    rows = [line.split(None, 1) for line in talk.screen.said[-1].splitlines()]
-    told = {name: [value for own, value in rows if own == name] for name, _ in rows}
+    told: dict[str, list[str]] = {}
+    name = ""
+    for line in talk.screen.said[-1].splitlines():
+        name = line[:11].strip() or name
+        told.setdefault(name, []).append(line[13:])
     conversation = talk.conversation
     assert told["model"][0].startswith("nano") and told["session"] == [f"{tmp_path / 'talk'}, not saved yet"]
     used, window = len(conversation.encode(conversation.messages).tokens), nano[0].config.max_position_embeddings
@@ -607,7 +610,7 @@ def test_info_tells_what_is_held(chat, nano, tmp_path, closing):
     entries = conversation.library.entries()
     assert told["snapshots"][0].startswith(f"{len(entries)}, ") and "0.0 MB" not in told["snapshots"][0]
     assert told["option"] == ["enable_thinking: off", "max_tokens: 6", "seed: 1", "temp: 0.9"]
-    assert told["attached"][0].startswith("image 1: ") and f"{talk.last.prompt_tokens} tokens" in told["last"][0]
+    assert told["attached"][0].startswith("image 1: ") and f"{talk.last.prompt_tokens} tokens" in told["last answer"][0]
 
 
 def test_info_of_a_chat_that_has_not_begun(chat):

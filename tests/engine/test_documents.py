@@ -169,6 +169,6 @@ def test_memory_does_not_grow_with_the_pages(nano):
 
 @pytest.mark.full
 def test_sixty_pages_take_no_more_memory_than_six(nano):
-    few, many = peak(nano, 6, 1024), peak(nano, 60, 1024)
-    print(f"6 pages: {few / 1e6:.1f} MB, 60 pages: {many / 1e6:.1f} MB; the pixels of a page: 3.1 MB")
-    assert many - few < 1024 * 1024 * 3
+    few, many = peak(nano, 6, 512), peak(nano, 60, 512)
+    print(f"6 pages: {few / 1e6:.1f} MB, 60 pages: {many / 1e6:.1f} MB; the pixels of a page: 0.8 MB")
+    assert many - few < 512 * 512 * 3

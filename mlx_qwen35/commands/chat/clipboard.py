@@ -27,10 +27,7 @@ class Clipboard:
         try:
             found = ImageGrab.grabclipboard()
         except (NotImplementedError, OSError, ValueError, subprocess.SubprocessError) as error:
-            raise InputError(
-                "media_unreadable",
-                f"the clipboard must be readable: {error}. On Linux that takes wl-paste (Wayland) or xclip (X11)",
-            ) from error
+            raise InputError("media_unreadable", f"the clipboard must be readable: {error}") from error
         if not found:
             raise InputError("media_not_found", "the clipboard must hold an image; it holds none")
         return found

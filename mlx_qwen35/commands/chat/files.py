@@ -6,6 +6,7 @@ from typing import Any
 from mlx_qwen35.cache.session_file import SessionFile
 from mlx_qwen35.commands.chat.attach import one_name
 from mlx_qwen35.commands.chat.talk import Talk
+from mlx_qwen35.commands.chat.turns import shortened, text_and_media
 from mlx_qwen35.engine.session import Session
 from mlx_qwen35.errors import InputError
 
@@ -28,6 +29,8 @@ def save(talk: Talk, argument: str) -> None:
     except BaseException:
         file.close()
         raise
+    if talk.session:
+        talk.screen.say(f"{talk.session.path} stays as it was saved last")
     talk.open(session)
 
 
@@ -51,9 +54,11 @@ def load(talk: Talk, argument: str) -> None:
         session = Session.load(path, conversation.model, conversation.processor, **options)
     talk.abandon()
     talk.open(session)
-    count = sum(message["role"] == "user" for message in session.conversation.messages)
+    asked = [message for message in session.conversation.messages if message["role"] == "user"]
+    last = f", the last {shortened(text_and_media(asked[-1])[0])}" if asked else ""
     talk.screen.say(
-        f"{path}: {count} question{'s' * (count != 1)}, {session.tokens:,} tokens read in {session.seconds:.2f} s"
+        f"{path}: {len(asked)} question{'s' * (len(asked) != 1)}{last}; {session.tokens:,} tokens in "
+        f"{session.seconds:.2f} s"
     )
     talk.ask()
 

@@ -23,9 +23,11 @@ def info(talk: Talk, _: str) -> None:
         ("session", str(talk.session.path) + ", not saved yet" * talk.session.changed if talk.session else "none"),
         *(("attached", line) for line in media_lines(media_of(talk.media))),
         *(("option", f"{name}: {value}") for name, value in changed(talk).items()),
-        ("last answer", talk.figures or "none"),
+        *(("last answer", part) for part in talk.figures.split("; ") if part),
     ]  # fmt: skip
-    talk.screen.say("\n".join(f"{name:{max(len(row[0]) for row in rows)}}  {value}" for name, value in rows))
+    width, names = max(len(name) for name, _ in rows), ["", *(name for name, _ in rows)]
+    shown = [(name if name != before else "", value) for before, (name, value) in zip(names, rows, strict=False)]
+    talk.screen.say("\n".join(f"{name:{width}}  {value}" for name, value in shown))
 
 
 def _asked(talk: Talk) -> bool:

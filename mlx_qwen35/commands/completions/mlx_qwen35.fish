@@ -68,7 +68,7 @@ function _shtab_mlx_qwen35_using
 end
 
 set -g _shtab_mlx_qwen35_commands generate chat serve convert models 'models list' 'models remove' 'models fit' bench doctor completion
-set -g _shtab_mlx_qwen35_opts_with_value --allowed-host --api-key-file --calibration --cap --chip --choice --clients --compare --context --decode-tokens --dpi --dtype --eval --fps --frequency-penalty --geometry --hf-path --host --idle-unload --image --json --json-schema --kv-bits --max-pixels --max-tokens --memory --memory-limit --min-p --min-pixels --min-tokens-to-keep --mlx-path --model --mtp --mtp-depth --needle --pages --pdf --plan --plot --port --prefill-step-size --presence-penalty --preset --prompt --prompt-file --prompt-lengths --q-bits --q-group-size --q-mode --q-vision-bits --reasoning-effort --recipe --regex --repeats --repetition-penalty --revision --rope-scaling --rounding --rows --save-recipe --seed --sensitivity --session --session-dir --source-fps --stop --system --system-prompt --temp --temperature --text --thinking-budget --timeout --tool-choice --tools --top-k --top-logprobs --top-p --upload-repo --video --video-num-frames --video-total-pixels --xtc-probability --xtc-threshold -m -p
+set -g _shtab_mlx_qwen35_opts_with_value --allowed-host --api-key-file --calibration --cap --chip --choice --clients --compare --context --decode-tokens --dpi --dtype --eval --fps --frequency-penalty --geometry --hf-path --host --idle-unload --image --json-schema --kv-bits --max-pixels --max-tokens --memory --memory-limit --min-p --min-pixels --min-tokens-to-keep --mlx-path --model --mtp --mtp-depth --needle --pages --pdf --plan --plot --port --prefill-step-size --presence-penalty --preset --prompt --prompt-file --prompt-lengths --q-bits --q-group-size --q-mode --q-vision-bits --reasoning-effort --recipe --regex --repeats --repetition-penalty --revision --rope-scaling --rounding --rows --save-recipe --seed --sensitivity --session --session-dir --source-fps --stop --system --system-prompt --temp --temperature --text --thinking-budget --timeout --tool-choice --tools --top-k --top-logprobs --top-p --upload-repo --video --video-num-frames --video-total-pixels --xtc-probability --xtc-threshold -m -p
 
 complete -c mlx_qwen35 -e
 complete -c mlx_qwen35 -f
@@ -188,7 +188,7 @@ complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using chat' -l keep-vision -d 'keep
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using chat' -l session -xka "(__fish_complete_path (commandline -ct))" -d 'a file that holds the conversation: read where it is there, written by /save and at the end'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using chat' -l hide-thinking -d 'show one line in place of the reasoning'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using chat' -l verbose -d 'show all figures of each answer'
-complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using; and test $_shtab_mlx_qwen35_npos -eq 0' -a serve -d 'serve a model: OpenAI'"'"'s and Anthropic'"'"'s APIs, and a page to talk to'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using; and test $_shtab_mlx_qwen35_npos -eq 0' -a serve -d 'serve a model: OpenAI'"'"'s and Anthropic'"'"'s APIs, and a page'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using serve' -s h -l help -d 'show this help message and exit'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using serve' -l version -d 'show program'"'"'s version number and exit'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using serve' -l quiet -d 'write nothing but errors to standard error'
@@ -240,7 +240,7 @@ complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using convert' -l sensitivity -xka 
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using convert' -l cap -x -d 'with --sensitivity: propose a recipe of at most this size'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using convert' -l save-recipe -xka "(__fish_complete_path (commandline -ct))" -d 'write the proposed recipe, for --recipe FILE'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using convert' -l json -d 'print what was written, or would be, or was measured, as JSON in the place of the text, or with FILE write it there too'
-complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using; and test $_shtab_mlx_qwen35_npos -eq 0' -a models -d 'say which models fit this machine, and list or remove those it has'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using; and test $_shtab_mlx_qwen35_npos -eq 0' -a models -d 'say which models fit, list and remove those that are here'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using models' -s h -l help -d 'show this help message and exit'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using models' -l version -d 'show program'"'"'s version number and exit'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using models' -l quiet -d 'write nothing but errors to standard error'
@@ -287,7 +287,7 @@ complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using bench' -l decode-tokens -x -d
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using bench' -l repeats -x -d 'rounds; each program runs once in each, or all is asked (default: 5; of needles 1, of --serve 3)'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using bench' -l prefill-step-size -x -d 'prompt tokens of a prefill chunk (default: 1024)'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using bench' -l compare -x -d 'some of mlx-lm,mlx-vlm,transformers'
-complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using bench' -l json -xka "(__fish_complete_path (commandline -ct))" -d 'write every measurement to this file'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using bench' -l json -d 'print every measurement as JSON in the place of the text, or with FILE write it there too'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using bench' -l plot -xka "(__fish_complete_path (commandline -ct))" -d 'draw the speeds or the needles into this PNG file (needs matplotlib)'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using; and test $_shtab_mlx_qwen35_npos -eq 0' -a doctor -d 'look at this machine, and plan memory'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using doctor' -s h -l help -d 'show this help message and exit'

@@ -16,8 +16,8 @@ _shtab_mlx_qwen35_commands() {
     convert:'quantize a checkpoint'
     doctor:'look at this machine, and plan memory'
     generate:'answer one prompt'
-    models:'say which models fit this machine, and list or remove those it has'
-    serve:'serve a model: OpenAI'"'"'s and Anthropic'"'"'s APIs, and a page to talk to'
+    models:'say which models fit, list and remove those that are here'
+    serve:'serve a model: OpenAI'"'"'s and Anthropic'"'"'s APIs, and a page'
   )
   _describe 'mlx_qwen35 commands' _commands
 }
@@ -59,7 +59,7 @@ _shtab_mlx_qwen35_bench_options=(
   "--repeats[rounds\; each program runs once in each, or all is asked (default\: 5\; of needles 1, of --serve 3)]:N:"
   "--prefill-step-size[prompt tokens of a prefill chunk (default\: 1024)]:N:"
   "--compare[some of mlx-lm,mlx-vlm,transformers]:NAMES:"
-  "--json[write every measurement to this file]:FILE:_files"
+  "--json[print every measurement as JSON in the place of the text, or with FILE write it there too]"
   "--plot[draw the speeds or the needles into this PNG file (needs matplotlib)]:FILE:_files"
 )
 
