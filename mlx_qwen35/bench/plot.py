@@ -52,7 +52,7 @@ def _short(value: float) -> str:
 
 
 def claim(model: str, runs: Sequence[Measurement]) -> str:
-    """The title: what the medians at the longest prompt say."""
+    """The title: what the rounds at the longest prompt say, from the worst to the best for us."""
     longest = max(run.prompt for run in runs)
     peers = [run.program for run in runs if run.program != OURS]
     ours = {name: _speeds(runs, OURS, longest, name) for name in SPEEDS}
@@ -60,5 +60,10 @@ def claim(model: str, runs: Sequence[Measurement]) -> str:
         speeds = (_short(median(ours[name])) for name in SPEEDS)
         return "{}: prefill at {} tokens/s, decoding at {}".format(model, *speeds)
     theirs = {name: _speeds(runs, peers[0], longest, name) for name in SPEEDS}
-    prefill, decode = (median(us / it for us, it in zip(ours[name], theirs[name], strict=True)) for name in SPEEDS)
-    return f"{OURS} prefills {prefill:.2f} and decodes {decode:.2f} times as fast as {peers[0]}"
+    found = ([us / it for us, it in zip(ours[name], theirs[name], strict=True)] for name in SPEEDS)
+    return "{} prefills {} and decodes {} times as fast as {}".format(OURS, *map(_range, found), peers[0])
+
+
+def _range(ratios: Sequence[float]) -> str:
+    least, most = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
+    return least if least == most else f"{least} to {most}"
