@@ -9,30 +9,15 @@ each group of tensors; card.py writes the model card.
 if __name__ == "convert":  # an editable install puts this folder on the path too
     raise ModuleNotFoundError("there is no module convert; import mlx_qwen35.convert", name=__name__)
 
-import os
-import warnings
-from dataclasses import replace
 from pathlib import Path
 
-from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
-from mlx_qwen35.checkpoint.hub import resolve
-from mlx_qwen35.checkpoint.names import MTP
-from mlx_qwen35.console.streams import read_file
-from mlx_qwen35.convert.apart import Reads
-from mlx_qwen35.convert.calibrate import statistics
-from mlx_qwen35.convert.card import Facts, write_card
-from mlx_qwen35.convert.evaluate import evaluate
-from mlx_qwen35.convert.files import find_license
-from mlx_qwen35.convert.journal import replaces
-from mlx_qwen35.convert.plan import make_plan
-from mlx_qwen35.convert.recipes import DEFAULT, NO_OPTIONS, StorageOptions, find_recipe, names_file
-from mlx_qwen35.convert.source import check_readable, reading
-from mlx_qwen35.convert.stream import write
-from mlx_qwen35.convert.target import appearing_whole, check_space, check_target, prepare, target_path
-from mlx_qwen35.errors import InputError
-from mlx_qwen35.measure.text import windows
+from mlx_qwen35.convert.cached import convert_cached
+from mlx_qwen35.convert.conversion import Conversion
+from mlx_qwen35.convert.progress import downloading
+from mlx_qwen35.convert.recipes import StorageOptions
+from mlx_qwen35.convert.target import target_path
 
-__all__ = ["convert"]
+__all__ = ["convert", "convert_cached"]
 
 
 def convert(
@@ -82,74 +67,10 @@ def convert(
     Raises InputError when a rule is broken, before anything is written wherever the headers show it.
     """
     target = target_path(mlx_path)
-    if replaces(target) is None:  # else an earlier conversion must be brought to its end first
-        check_target(target, overwrite)
     storage = recipe, quantize, q_bits, q_group_size, q_mode, q_vision_bits, dtype, rope_scaling, rounding
     options = StorageOptions(*storage)
-    source = resolve(hf_path, revision, lambda headers: _judge(headers, target, options))
-    named = [calibration, evaluation, recipe if names_file(recipe) else None]
-    reads = Reads(source, tuple(Path(os.path.expanduser(file)) for file in named if file is not None))
-    prepare(target, overwrite, reads)
-    with reading(source):
-        options = with_default(source, options)
-        plan = make_plan(source, options)
-        check_readable(plan.sources)
-        license = find_license(source)
-    if calibration is not None:
-        if rounding != "search" or not any(job.quantization for job in plan.jobs):
-            raise InputError(
-                "option_no_effect",
-                "--calibration weighs the errors of a search: it has no effect where nothing is quantized, or with "
-                "--rounding nearest. Leave it out",
-            )
-        checkpoint = open_checkpoint(source, rope_scaling=options.rope_scaling)
-        tokens = windows(checkpoint, read_file("--calibration", Path(calibration)))
-        plan = replace(plan, statistics=statistics(checkpoint, tokens))
-    if evaluation is not None:
-        original = open_checkpoint(source, rope_scaling=options.rope_scaling)
-        text = windows(original, read_file("--eval", Path(evaluation)))
-    with appearing_whole(target, overwrite, resume, reads) as folder:
-        check_space(plan.nbytes, target)
-        report = write(plan, folder, verify=verify)
-        facts = Facts(
-            name=target.name,
-            source=str(hf_path).encode(errors="replace").decode(),
-            recipe=_recipe_name(options),
-            reasons=find_recipe(options.recipe).reasons if options.recipe else (),
-            rounding=rounding,
-            errors=report.errors,
-            license=license,
-        )
-        if evaluation is not None:
-            found = evaluate(original, open_checkpoint(folder), text)
-            facts = replace(facts, evaluation=found, text=Path(evaluation).name)
-        write_card(folder, facts)
+    with downloading("downloading and converting") as tell:
+        Conversion(
+            hf_path, target, options, tell, calibration, evaluation, verify, resume, revision, overwrite
+        ).run()
     return target
-
-
-def with_default(source: Path, options: StorageOptions) -> StorageOptions:
-    """The options with the default recipe, where they choose no quantization and the source is not quantized.
-
-    A text model in FP8, or a quantized draft head alone, makes no quantized source.
-    """
-    if replace(options, q_vision_bits=None, dtype=None, rope_scaling=None, rounding=NO_OPTIONS.rounding) != NO_OPTIONS:
-        return options
-    checkpoint = open_checkpoint(source, fp8=True, rope_scaling=options.rope_scaling)
-    quantized = any(checkpoint.quantization(name) for name in checkpoint.entries if not name.startswith(MTP))
-    return options if quantized else replace(options, recipe=DEFAULT)
-
-
-def _judge(headers: Path, target: Path, options: StorageOptions) -> None:
-    """InputError where the headers show that a conversion could not be written."""
-    with warnings.catch_warnings(action="ignore"):  # they come with the plan that is carried out
-        check_space(make_plan(headers, with_default(headers, options)).nbytes, target)
-
-
-def _recipe_name(options: StorageOptions) -> str:
-    """The recipe in the card's words."""
-    if options.recipe:
-        return Path(options.recipe).name
-    if not options.quantize:
-        return "as in the source"
-    given = {"bits": options.q_bits, "group size": options.q_group_size, "mode": options.q_mode}
-    return ", ".join(["quantized alike by hand", *(f"{name} {value}" for name, value in given.items() if value)])

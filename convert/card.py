@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mlx_qwen35.checkpoint.converted import QUALITY
 from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION
 from mlx_qwen35.checkpoint.shapes import is_matrix
 from mlx_qwen35.console.table import markdown
@@ -24,7 +25,7 @@ from mlx_qwen35.load import has_vision
 from mlx_qwen35.measure.divergence import Evaluation
 from mlx_qwen35.quantization import Quantization
 
-CARD, QUALITY, PLOT = "README.md", "quality.json", "error_by_layer.svg"
+CARD, PLOT = "README.md", "error_by_layer.svg"
 _PROGRAMS = ("mlx", "mlx-qwen35")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -33,7 +34,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 class Facts:
     """What a card tells beyond what the folder holds.
 
-    name: of the folder. source: an id or a path, of which the card has the last part. recipe: its name, or the options
+    name: of the folder. source: an id or a path, of which the card has the last part. commit: of the id; "" for a path.
+    recipe: its name, or the options
     by hand. errors: Hugging Face name -> the errors of that tensor. text: the name of the text of the evaluation.
     license: as Hugging Face writes it, see files.py.
     """
@@ -47,6 +49,7 @@ class Facts:
     evaluation: Evaluation | None = None
     text: str = ""
     license: str | None = None
+    commit: str = ""
 
 
 def write_card(folder: Path, facts: Facts) -> None:
@@ -91,6 +94,7 @@ def quality(checkpoint: Checkpoint, facts: Facts) -> dict[str, Any]:
     """Everything that was measured, for programs: what stands in quality.json."""
     values: dict[str, Any] = {
         "source": _last(facts.source),
+        **({"commit": facts.commit} if facts.commit else {}),
         "recipe": facts.recipe,
         "rounding": facts.rounding,
         "versions": {program: version(program) for program in _PROGRAMS},

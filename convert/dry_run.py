@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION
 from mlx_qwen35.console.table import align
@@ -23,6 +24,18 @@ def describe(plan: ConversionPlan) -> str:
             nbytes = sum(job.nbytes for job in jobs)
             lines.append(f"{part}: {nbytes / 1e9:.3f} GB, {_bits(jobs):.3f} bits per weight")
     return "\n".join([*lines, f"{plan.nbytes / 1e9:.3f} GB in all, nothing was written"])
+
+
+def planned_tensors(plan: ConversionPlan) -> dict[str, Any]:
+    """The same for --json."""
+    tensors = [
+        {
+            "name": job.outputs[0].name, "shape": job.source.shape, "source": job.source.dtype,
+            "stored_as": str(job.quantization or job.dtype), "bytes": job.nbytes,
+        }
+        for job in plan.jobs
+    ]  # fmt: skip
+    return {"bytes": plan.nbytes, "tensors": tensors}
 
 
 def _bits(jobs: Sequence[Job]) -> float:

@@ -14,6 +14,7 @@ import numpy as np
 
 from mlx_qwen35.checkpoint.checkpoint import FP32_ORIGINAL
 from mlx_qwen35.checkpoint.dtypes import STORED
+from mlx_qwen35.checkpoint.folder import INDEX
 from mlx_qwen35.checkpoint.names import TEXT, VISION
 from mlx_qwen35.checkpoint.shapes import keep_fp32
 from mlx_qwen35.checkpoint.tensors import DTYPE_BYTES
@@ -108,6 +109,19 @@ class ConversionPlan:
     def nbytes(self) -> int:
         """Bytes of the folder, without config.json and the index."""
         return sum(shard.nbytes for shard in self.shards) + sum(file.stat().st_size for file in self.copied)
+
+    def write_headers(self, folder: Path) -> Path:
+        """Write the result's config.json and headers into a folder, which is returned; the rest of each file is a hole.
+
+        Code that reads no weights works as with the result.
+        """
+        for shard in self.shards:
+            with (folder / shard.file).open("wb") as stream:
+                stream.write(shard.header)
+                stream.truncate(shard.nbytes)
+        for name, values in {INDEX: self.index, "config.json": self.config}.items():
+            (folder / name).write_text(json.dumps(values), encoding="utf-8")
+        return folder
 
     def without_float16(self, names: Collection[str]) -> "ConversionPlan":
         """The same plan with tensors of these Hugging Face names, which do not fit float16, in another dtype.

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import mlx.core as mx
 
@@ -243,3 +244,15 @@ def table(costs: Sequence[GroupCost], proposal: Proposal | None = None) -> str:
     if proposal:
         text += f"\n\nproposed: {proposal.nbytes / 1e9:.3f} GB, the groups' KL adds up to {proposal.kl:.2e} nats"
     return text
+
+
+def measured(costs: Sequence[GroupCost], proposal: Proposal | None = None) -> dict[str, Any]:
+    """The groups, and the proposal, for --json."""
+    groups = [
+        {
+            "group": cost.group, "form": str(cost.quantization) if cost.quantization else None, "bytes": cost.nbytes,
+            "kl": cost.kl, "kl_standard_error": cost.kl_error, "taken": bool(proposal and cost in proposal.groups),
+        }
+        for cost in costs
+    ]  # fmt: skip
+    return {"groups": groups, "proposal": proposal and {"bytes": proposal.nbytes, "kl": proposal.kl}}

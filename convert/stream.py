@@ -7,24 +7,25 @@ is quantized by itself: the bytes do not depend on the chunks.
 import json
 import os
 import shutil
-import sys
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 from zlib import crc32
 
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.folder import INDEX
+from mlx_qwen35.console.notices import tell
 from mlx_qwen35.convert import float16
 from mlx_qwen35.convert.journal import Done, Journal, damaged, differs, identity
 from mlx_qwen35.convert.plan import ConversionPlan, Job
-from mlx_qwen35.convert.progress import bytes_bar
 from mlx_qwen35.convert.rows import Chunk, Files, convert_rows, difference_of, digest_of, refusal
 from mlx_qwen35.convert.source import check_unchanged
+from mlx_qwen35.convert.supply import Supply
 from mlx_qwen35.convert.verify import Difference, FileRange, check_file
 
 CHUNK_BYTES = 4 << 20  # of the source; a thread holds about four times as much
@@ -45,26 +46,28 @@ class Report:
     unfit: Mapping[str, str]
 
 
-def write(plan: ConversionPlan, folder: Path, *, verify: bool = True) -> Report:
+def write(plan: ConversionPlan, folder: Path, *, verify: bool = True, supply: Supply | None = None) -> Report:
     """Write the planned checkpoint into an existing folder, config.json last: without it nothing loads.
 
-    verify: measure errors, and read again what was written. Resumes if the folder holds this plan's journal; otherwise
+    verify: measure errors, and read again what was written. supply: where the files of weights come from; by default
+    they are where the plan says. Resumes if the folder holds this plan's journal; otherwise
     the folder must be empty. The journal stays, for what follows may be killed too. Raises InputError when the source
     changes or holds what cannot be written, when the folder does not read back as written, or when its journal is
     another plan's.
     """
+    supply = supply or Supply()
     check_unchanged(plan.sources)
-    with Journal(folder, identity(plan, verify=verify, chunk=CHUNK_BYTES)) as journal:
-        unfit = _unfit(plan)
+    with Journal(folder, identity(plan, verify=verify, chunk=CHUNK_BYTES, commit=supply.commit)) as journal:
+        unfit = _unfit(plan, supply)
         journal.note_unfit(unfit)
         if unfit:
             float16.warn(unfit)
             plan = plan.without_float16(unfit)
         chunks = [chunk for job in plan.jobs for chunk in _chunks_of(job)]
-        done = _write_weights(plan, chunks, folder, journal, verify)
+        done = _write_weights(plan, chunks, folder, journal, verify, supply)
         check_unchanged(plan.sources)
         if verify:
-            _check_shards(plan, chunks, folder, done)
+            _check_shards(plan, chunks, folder, done, supply)
         _write_others(plan, folder, verify)
         open_checkpoint(folder)
     errors: dict[str, Difference] = defaultdict(Difference)
@@ -104,22 +107,16 @@ def _chunks_of(job: Job) -> Iterator[Chunk]:
         yield Chunk(job, start, min(start + step, rows))
 
 
-@contextmanager
-def _opened(plan: ConversionPlan) -> Iterator[dict[Path, int]]:
-    """Descriptors of the source's files."""
-    with ExitStack() as stack:
-        files = {part.file for job in plan.jobs for part in job.source.parts}
-        yield {file: stack.enter_context(file.open("rb")).fileno() for file in files}
-
-
-def _each(chunks: list[Chunk], function: Callable[[Chunk], Found], what: str) -> Generator[tuple[Chunk, Found]]:
+def _each(
+    chunks: Collection[Chunk], function: Callable[[Chunk], Found], what: str, supply: Supply
+) -> Generator[tuple[Chunk, Found]]:
     """Chunks with the results of the function, computed on a few threads, which end when the generator is closed.
 
     In order: of several faults the first counts.
     """
     if not chunks:
         return
-    with ThreadPoolExecutor(THREADS) as pool, bytes_bar(what, sum(chunk.nbytes for chunk in chunks)) as bar:
+    with ThreadPoolExecutor(THREADS) as pool, supply.bar(what, sum(chunk.nbytes for chunk in chunks)) as bar:
         try:
             results = [pool.submit(function, chunk) for chunk in chunks]
             for chunk, result in zip(chunks, results, strict=True):
@@ -131,13 +128,16 @@ def _each(chunks: list[Chunk], function: Callable[[Chunk], Found], what: str) ->
             raise
 
 
-def _unfit(plan: ConversionPlan) -> dict[str, str]:
+def _unfit(plan: ConversionPlan, supply: Supply) -> dict[str, str]:
     """Hugging Face name -> the reason why float16 cannot hold the tensor that is to become float16."""
     chunks = [chunk for job in plan.jobs if float16.takes_float16(job) for chunk in _chunks_of(job)]
+    if not chunks:
+        return {}
+    assert supply.stays, "they are read again to be converted"
     extents: dict[str, list[float16.Extent]] = defaultdict(list)
-    with _opened(plan) as sources:
-        results = _each(chunks, lambda chunk: float16.extents_of(chunk, sources), "looking what fits float16")
-        with closing(results):
+    with supply.held(supply.stretch(dict(enumerate(chunks)))) as sources:
+        what = "looking what fits float16"
+        with closing(_each(chunks, lambda chunk: float16.extents_of(chunk, sources), what, supply)) as results:
             for chunk, found in results:
                 extents[chunk.job.source.name] += found
     return {name: why for name, found in extents.items() if (why := float16.unfit(found))}
@@ -187,9 +187,9 @@ def _shards(plan: ConversionPlan, folder: Path) -> Iterator[tuple[list[int], dic
 
 
 def _written(
-    plan: ConversionPlan, chunks: list[Chunk], folder: Path, journal: Journal, verify: bool
+    plan: ConversionPlan, chunks: list[Chunk], folder: Path, journal: Journal, verify: bool, supply: Supply
 ) -> dict[int, Done]:
-    """The chunks of an earlier run, by number, compared with the source that they were read from.
+    """The chunks of an earlier run, by number, compared with the source that they were read from, where that stays.
 
     Empty where a file is gone. OtherConversion when the source or the journal is another.
     """
@@ -199,50 +199,59 @@ def _written(
     for number, done in journal.done.items():
         if number >= len(chunks) or len(done.checksums) != (len(chunks[number].job.outputs) if verify else 0):
             raise damaged(folder, f"chunk {number} is none of this conversion's")
-    with _opened(plan) as sources:
-        there = [chunks[number] for number in journal.done]
-        results = _each(there, lambda chunk: digest_of(chunk, sources), "comparing")
-        with closing(results):
-            for (_, found), done in zip(results, journal.done.values(), strict=True):
-                if found != done.source:
-                    raise differs(folder, "the source changed")
+    there = {number: chunks[number] for number in journal.done}
+    if supply.stays and there:
+        with supply.held(supply.stretch(there)) as sources:
+            results = _each(there.values(), lambda chunk: digest_of(chunk, sources), "comparing", supply)
+            with closing(results):
+                for (_, found), done in zip(results, journal.done.values(), strict=True):
+                    if found != done.source:
+                        raise differs(folder, "the source changed")
     return dict(journal.done)
 
 
 def _write_weights(
-    plan: ConversionPlan, chunks: list[Chunk], folder: Path, journal: Journal, verify: bool
+    plan: ConversionPlan, chunks: list[Chunk], folder: Path, journal: Journal, verify: bool, supply: Supply
 ) -> dict[int, Done]:
     """Write the chunks that the journal does not have; returns all by number."""
-    done = _written(plan, chunks, folder, journal, verify)
-    left = {number: chunk for number, chunk in enumerate(chunks) if number not in done}
-    if done:
-        print(f"resuming: {len(done)} of {len(chunks)} chunks are there", file=sys.stderr)
-    new: dict[int, Done] = {}
-    with _opened(plan) as sources, _shards(plan, folder) as (files, places):
-
-        def note() -> None:
-            for file in files:
-                os.fsync(file)
-            journal.append(new)
-            done.update(new)
-            new.clear()
-
-        read = 0
-        results = _each(
-            list(left.values()), lambda chunk: _carry_out(chunk, plan, sources, places, verify), "writing"
-        )
-        with closing(results):  # the threads end before the files are closed
-            for number, (chunk, result) in zip(left, results, strict=True):
-                new[number] = result
-                read += chunk.nbytes
-                if read >= BATCH_BYTES:
-                    note()
-                    read = 0
-        note()
+    done = _written(plan, chunks, folder, journal, verify, supply)
+    if done and supply.stays:
+        tell(f"resuming: {len(done)} of {len(chunks)} chunks are there")
+    for stretch in supply.stretches(chunks, done):
+        with supply.held(stretch) as sources, _shards(plan, folder) as (files, places):
+            carry_out = partial(_carry_out, plan=plan, sources=sources, places=places, verify=verify)
+            with closing(_each(stretch.chunks.values(), carry_out, "writing", supply)) as results:
+                for found in _noted(zip(stretch.chunks, results, strict=True), files, journal):
+                    done.update(found)
     return done
 
 
-def _check_shards(plan: ConversionPlan, chunks: list[Chunk], folder: Path, done: Mapping[int, Done]) -> None:
+def _noted(
+    results: Iterable[tuple[int, tuple[Chunk, Done]]], files: list[int], journal: Journal
+) -> Iterator[dict[int, Done]]:
+    """Chunks by number, once their data is on the disk and the journal has them."""
+    new: dict[int, Done] = {}
+    read = 0
+
+    def note() -> dict[int, Done]:
+        for file in files:
+            os.fsync(file)
+        journal.append(new)
+        return dict(new)
+
+    for number, (chunk, done) in results:
+        new[number] = done
+        read += chunk.nbytes
+        if read >= BATCH_BYTES:
+            yield note()
+            new.clear()
+            read = 0
+    yield note()
+
+
+def _check_shards(
+    plan: ConversionPlan, chunks: list[Chunk], folder: Path, done: Mapping[int, Done], supply: Supply
+) -> None:
     """Read the output files again and compare them with the checksums of what was written."""
     ranges = {shard.file: [FileRange(0, len(shard.header), crc32(shard.header), "its header")] for shard in plan.shards}
     offsets = {name: (shard.file, offset) for shard in plan.shards for name, offset in shard.offsets.items()}
@@ -252,6 +261,6 @@ def _check_shards(plan: ConversionPlan, chunks: list[Chunk], folder: Path, done:
             row = output.nbytes // output.shape[0]
             start, nbytes = offset + chunk.start * row, (chunk.stop - chunk.start) * row
             ranges[file].append(FileRange(start, nbytes, known, output.name))
-    with bytes_bar("reading again", sum(shard.nbytes for shard in plan.shards)) as bar:
+    with supply.bar("reading again", sum(shard.nbytes for shard in plan.shards)) as bar:
         for file, written in ranges.items():
             check_file(folder / file, written, bar.update)

@@ -4,28 +4,26 @@ The conversion writes into a hidden folder beside the target, which its journal 
 target's name in one step. Hidden folders of the same names without a journal of ours are never touched.
 """
 
+import errno
 import fcntl
 import os
 import shutil
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mlx_qwen35.checkpoint.converted import hidden
+from mlx_qwen35.console.notices import tell
 from mlx_qwen35.convert.apart import Reads, check_apart, key_of
 from mlx_qwen35.convert.exchange import exchange
 from mlx_qwen35.convert.journal import JOURNAL, OtherConversion, note_placing, replaces
 from mlx_qwen35.errors import InputError
 
 
-def _hidden(target: Path, purpose: str) -> Path:
-    return target.with_name(f".{target.name}.{purpose}")
-
-
 def written(target: Path) -> tuple[Path, Path, Path]:
     """The target, the hidden folder that is written into, and the hidden name of the folder that is replaced."""
-    return target, _hidden(target, "converting"), _hidden(target, "replaced")
+    return target, hidden(target)[0], target.with_name(f".{target.name}.replaced")
 
 
 # --- what may be written ---------------------------------------------------------------------------------------------
@@ -65,17 +63,6 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 def _is_checkpoint(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
-
-
-def check_space(nbytes: int, target: Path) -> None:
-    """InputError unless the target's disk has room for `nbytes`. Weights of an unfinished conversion count as room."""
-    free = shutil.disk_usage(next(folder for folder in target.parents if folder.is_dir())).free
-    there = sum(512 * path.stat().st_blocks for path in _hidden(target, "converting").glob("*.safetensors"))
-    if free + there < nbytes:
-        raise InputError(
-            "disk_full",
-            f"{target} needs {nbytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free. Make room",
-        )
 
 
 # --- the hidden folder -----------------------------------------------------------------------------------------------
@@ -134,14 +121,14 @@ def _clean(work: Path, resume: bool) -> None:
     journal = work / JOURNAL
     resumes = resume and b"\n" in journal.read_bytes()  # a first line without its end identifies nothing
     if resume and not resumes:
-        print(f"nothing to resume in {work}: converting from the start", file=sys.stderr)
+        tell(f"nothing to resume in {work}: converting from the start")
     left = [path for path in work.iterdir() if path != journal and not (resumes and _is_plain(path))]
     if not resumes:
         os.truncate(journal, 0)
     for path in left:
         remove(path)
     if left and not resumes:
-        print(f"removed the unfinished conversion in {work} (--resume would have gone on with it)", file=sys.stderr)
+        tell(f"removed the unfinished conversion in {work} (--resume would have gone on with it)")
 
 
 def _is_plain(path: Path) -> bool:
@@ -234,10 +221,13 @@ def _restore(target: Path) -> None:
 
 
 @contextmanager
-def _telling(target: Path) -> Iterator[None]:
+def telling(target: Path) -> Iterator[None]:
+    """InputError where the disk fails."""
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError("disk_full", f"the disk is full, and {target} is not complete. Make room") from error
         raise InputError(
             "output_unwritable",
             f"{target} could not be written: {error}. Check permissions and disk, or choose another --mlx-path",
@@ -246,7 +236,7 @@ def _telling(target: Path) -> Iterator[None]:
 
 def prepare(target: Path, overwrite: bool, reads: Reads | None) -> None:
     """Finish an earlier conversion. InputError unless the target may be written and lies apart from what is read."""
-    with _telling(target):
+    with telling(target):
         if reads:
             check_apart(reads, target, written(target))
         _recover(target)
@@ -254,16 +244,18 @@ def prepare(target: Path, overwrite: bool, reads: Reads | None) -> None:
 
 
 @contextmanager
-def appearing_whole(target: Path, overwrite: bool, resume: bool = False, reads: Reads | None = None) -> Iterator[Path]:
+def appearing_whole(
+    target: Path, overwrite: bool, resume: bool = False, reads: Reads | None = None, keeps: bool = False
+) -> Iterator[Path]:
     """A hidden folder beside `target` to write into, which takes its name when the block ends and goes on errors.
 
-    A killed process leaves the hidden folder; the next conversion to the same target removes it, or resumes it with
-    `resume`. The leftovers of another conversion stay. InputError where `reads` does not lie apart from the folders
-    that are written, renamed or removed.
+    keeps: it stays on errors, to be resumed, unless it does not hold what was written. A killed process leaves it; the
+    next conversion to the same target removes it, or resumes it with `resume`. The leftovers of another conversion
+    stay. InputError where `reads` does not lie apart from the folders that are written, renamed or removed.
     """
     _, work, _ = written(target)
     begun = not resume  # until then the leftovers stay
-    with _telling(target):
+    with telling(target):
         prepare(target, overwrite, reads)
         lock = _claim(target)
         try:
@@ -278,8 +270,9 @@ def appearing_whole(target: Path, overwrite: bool, resume: bool = False, reads: 
             _put_in_place(target)
         except OtherConversion:
             raise
-        except BaseException:
-            if begun and key_of(lock) == key_of(work):
+        except BaseException as error:
+            stays = keeps and getattr(error, "code", "") != "output_differs"
+            if begun and not stays and key_of(lock) == key_of(work):
                 with suppress(OSError):
                     remove(work)
             raise

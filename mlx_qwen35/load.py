@@ -23,7 +23,7 @@ from mlx_qwen35.kernels.packed_attention import GROUP
 from mlx_qwen35.kernels.products import warn_shortened_products
 from mlx_qwen35.machine.chip import this_chip
 from mlx_qwen35.machine.memory import MOST_GIGABYTES, limit_of, set_limits, usable_bytes
-from mlx_qwen35.machine.process import check_folder, refuse_fork
+from mlx_qwen35.machine.process import check_folder, refuse_fork, show_in_use
 from mlx_qwen35.model.enabled import enabled_kernels, warn_unfit_layers
 from mlx_qwen35.model.lazy import LazyPart
 from mlx_qwen35.model.model import Model
@@ -215,6 +215,7 @@ def load_model(
         encoder = loaded_bytes(checkpoint, vision_names(checkpoint), dtype)
         model.vision = LazyPart(lambda: load_vision_encoder(checkpoint, dtype, mtp_head, limit), encoder)
     model.fingerprint = functools.cache(lambda: fingerprint(checkpoint))
+    show_in_use(checkpoint.folder / "config.json", model)
     model.eval()
     return model
 

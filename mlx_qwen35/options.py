@@ -32,6 +32,7 @@ class Option:
     python_only: absent from command lines.
     prompts: the kinds of prompt that it has an effect on ("text", "raw text", "messages", "tokens"); empty: all.
     media: what a prompt must show for it to have an effect: "image", "video", "image or video"; empty: nothing.
+    bare: its value on the command line where none follows it; None: one must follow.
     optional: whether its value may be None.
     """
 
@@ -53,6 +54,7 @@ class Option:
     python_only: bool = False
     prompts: tuple[str, ...] = ()
     media: str = ""
+    bare: Any = None
 
     @property
     def keywords(self) -> tuple[str, ...]:
@@ -134,20 +136,20 @@ def settle_switches(group: Any) -> None:
             object.__setattr__(group, name, declared.default)
 
 
-def check_keywords(given: Mapping[str, Any], groups: Iterable[type]) -> dict[str, Any]:
-    """Name -> checked value of the options given to a Python function, aliases resolved, None left out."""
+def check_keywords(given: Mapping[str, Any], groups: Iterable[type], none: bool = False) -> dict[str, Any]:
+    """Name -> checked value of the options given to a Python function, aliases resolved. none: whether None stays."""
     declared = [option for group in groups for option in options_of(group).values()]
     known = {keyword: option for option in declared for keyword in option.keywords}
     checked: dict[str, Any] = {}
     for keyword, value in given.items():
         if keyword not in known:
             raise unknown_option(keyword, known)
-        if value is None:
+        if value is None and not none:
             continue
         name = known[keyword].name
         if name in checked:
-            raise same_option(*(keyword for keyword in known[name].keywords if given.get(keyword) is not None))
-        checked[name] = known[keyword].checked(spelled(keyword), value)
+            raise same_option(*(keyword for keyword in known[name].keywords if none or given.get(keyword) is not None))
+        checked[name] = None if value is None else known[keyword].checked(spelled(keyword), value)
     return checked
 
 
@@ -157,6 +159,16 @@ DECLINED = {
     "conversation where the context is full; keys and values in fewer bits make room for a longer one",
     "quantized_kv_start": "keys and values have one form from the first token on. To convert them later would take the "
     "memory of both forms where it is fullest, and results would depend on where chunks end",
+    "adapter_path": "adapters are not read yet. Merge it into its model with mlx_lm.fuse, and load that folder",
+    "chat_template_config": "the switches of the template are options: --enable-thinking and --preserve-thinking",
+    "draft_model": "the checkpoint's own head drafts: --mtp",
+    "extra_eos_token": "give its text to --stop",
+    "num_draft_tokens": "the checkpoint's own head drafts: --mtp-depth",
+    "prefill_response": "in Python the last message may be the assistant's, with continue_final_message=True",
+    "prompt_cache_file": "--session keeps a conversation and what was read of it",
+    "quantize_activations": "activations stay in the dtype",
+    "trust_remote_code": "no code of a checkpoint runs, so none must be trusted",
+    "use_default_chat_template": "the checkpoint's template is the one that it was trained with",
     "kv_group_size": "64 elements of a head share a scale and a bias",
     "kv_bits": "the form of keys and values belongs to the model: load(kv_bits=...)",
     "--kv-bits": "keys and values are in no folder. It is an option of mlx_qwen35.generate, chat and doctor, and of "

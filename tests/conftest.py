@@ -71,8 +71,22 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"parity: live, with transformers {transformers.__version__} and torch {torch.__version__}"
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The mark `gpu` says that a test needs a GPU, `cuda` that it needs one of NVIDIA."""
+    """The mark `gpu` says that a test needs a GPU, `cuda` that it needs one of NVIDIA, `core(n)` that all but n of its
+    sets of parameters, evenly spread, are part of the full matrix only.
+    """
+    families: dict[tuple[Path, str], list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("core") and not item.get_closest_marker("full"):
+            families.setdefault((item.path, item.name.partition("[")[0]), []).append(item)
+    for family in families.values():
+        mark = family[0].get_closest_marker("core")
+        count = mark.args[0] if mark else 0
+        kept = {place * len(family) // count for place in range(count)}
+        for place, item in enumerate(family):
+            if place not in kept:
+                item.add_marker(pytest.mark.full)
     lacking = {"gpu": not backend().fused_kernels, "cuda": backend() != CUDA}
     for item in items:
         for mark, lacks in lacking.items():

@@ -8,29 +8,49 @@ import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+_PIECE = 1 << 15
 _MOST = 1 << 26  # bytes to send at once; more is counted as sent, and refused
 
 
 @dataclass
 class Repository:
-    """A folder that is published. gated: its files are refused. parts: whether a part of a file can be asked for."""
+    """A folder that is published at a commit.
+
+    gated: its files are refused. parts: whether a part of a file can be asked for. checksums: whether the hub tells
+    those of the weights, as of files in its large storage, right or `wrong`. before: called with the path and the
+    position of each piece of a file; True breaks the connection.
+    """
 
     folder: Path
     gated: bool = False
     parts: bool = True
+    checksums: bool = False
+    wrong: bool = False
+    commit: str = COMMIT
+    before: Callable[[str, int], bool] = lambda path, position: False
     sent: Counter = field(default_factory=Counter)  # bytes by path
+    asked: list[tuple[str, int, int]] = field(default_factory=list)  # path, first byte, end
 
     @property
     def files(self) -> dict[str, Path]:
         return {str(file.relative_to(self.folder)): file for file in self.folder.rglob("*") if file.is_file()}
+
+    def storage(self, path: str) -> dict[str, Any]:
+        """What the hub tells of a file in its large storage."""
+        if not self.checksums or not path.endswith(".safetensors"):
+            return {}
+        data = b"another" if self.wrong else self.files[path].read_bytes()
+        found = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+        return {"lfs": found}
 
     def bytes_sent(self, ending: str = "") -> int:
         return sum(nbytes for path, nbytes in self.sent.items() if path.endswith(ending))
@@ -59,14 +79,18 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self.repositories.get(name)
         if repository is None:
             return self._answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
-        if rest and rest.split("/")[-1] not in ("main", COMMIT):
+        if rest and rest.split("/")[-1] not in ("main", "v1", repository.commit):
             return self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         sizes = {path: file.stat().st_size for path, file in repository.files.items()}
         if rest.startswith("/tree"):
             answer = [{"type": "file", "path": path, "size": size, "oid": _tag(path)} for path, size in sizes.items()]
         else:
-            files = [{"rfilename": path, "size": size, "blobId": _tag(path)} for path, size in sizes.items()]
-            answer = {"id": name, "sha": COMMIT, "siblings": files, "private": False, "tags": [], "downloads": 0}
+            files = [
+                {"rfilename": path, "size": size, "blobId": _tag(path)} | repository.storage(path)
+                for path, size in sizes.items()
+            ]
+            answer = {"id": name, "sha": repository.commit, "siblings": files, "private": False}
+            answer |= {"tags": [], "downloads": 0}
         self._answer(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def _file(self, name: str, path: str) -> None:
@@ -75,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(403, b"", {"X-Error-Code": "GatedRepo"})
         file = repository.files[path]
         size = file.stat().st_size
-        headers = {"ETag": f'"{_tag(path)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{_tag(path)}"', "X-Repo-Commit": repository.commit, "Accept-Ranges": "bytes"}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if asked and not repository.parts:
             return self._answer(501, b"")
@@ -87,17 +111,26 @@ class _Handler(BaseHTTPRequestHandler):
         if stop - start > _MOST:
             repository.sent[path] += stop - start
             return self._answer(507, b"")
+        repository.asked.append((path, start, min(stop, size)))
+        self._begin(206 if asked else 200, min(stop, size) - start, headers)
         with file.open("rb") as stream:
             stream.seek(start)
-            data = stream.read(min(stop, size) - start)
-        repository.sent[path] += len(data)
-        self._answer(206 if asked else 200, data, headers)
+            while data := stream.read(min(_PIECE, stop - stream.tell())):
+                if repository.before(path, stream.tell() - len(data)):
+                    self.close_connection = True
+                    return
+                self.wfile.write(data)
+                self.wfile.flush()
+                repository.sent[path] += len(data)
 
-    def _answer(self, status: int, data: bytes, headers: Mapping[str, str] | None = None) -> None:
+    def _begin(self, status: int, nbytes: int, headers: Mapping[str, str]) -> None:
         self.send_response(status)
-        for name, value in ({"Content-Length": str(len(data))} | dict(headers or {})).items():
+        for name, value in ({"Content-Length": str(nbytes)} | dict(headers)).items():
             self.send_header(name, value)
         self.end_headers()
+
+    def _answer(self, status: int, data: bytes, headers: Mapping[str, str] | None = None) -> None:
+        self._begin(status, len(data), headers or {})
         if self.command != "HEAD":
             self.wfile.write(data)
 

@@ -102,12 +102,17 @@ class Terminal:
                 raise AssertionError(f"after {seconds} s without {texts}:\n{screen}")
             time.sleep(0.03)
 
+    @property
+    def process(self) -> int:
+        """The command's process."""
+        return int(self._tmux("display-message", "-p", "#{pane_pid}"))
+
     def ended(self, seconds: float = 60) -> int:
         """The exit status of the command, which must end soon."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             told = self._tmux("display-message", "-p", "#{pane_dead} #{pane_dead_status}").split()
-            if told[0] == "1":
+            if len(told) == 2:  # the status comes after the end
                 return int(told[1])
             time.sleep(0.03)
         raise AssertionError(f"still running after {seconds} s:\n{self.screen(history=True)}")

@@ -17,11 +17,12 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlx_qwen35.engine.distribution import process
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy, RowDrafts
 from mlx_qwen35.engine.engine import Engine
 from mlx_qwen35.engine.presets import Sampling
-from mlx_qwen35.engine.sampling import Sampler, noise, process
+from mlx_qwen35.engine.sampling import Sampler, noise
 from mlx_qwen35.engine.sequence import Sequence as Request
 from mlx_qwen35.model.model import Model, Visual
 from mlx_qwen35.prompt.prompt import Prompt
@@ -138,7 +139,7 @@ def acceptance(
 ) -> Acceptance:
     """The three shares over all guesses; coupled is counted over the seeds, classical is an exact expectation.
 
-    vocabulary: the tokenizer's size, see sampling.process. before_norm: see guesses.
+    vocabulary: the tokenizer's size, see distribution.process. before_norm: see guesses.
     """
     found, total = np.zeros(3), 0
     for text in texts:

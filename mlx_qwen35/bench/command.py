@@ -4,7 +4,6 @@ mlx_qwen35.bench --model FOLDER_OR_ID | --geometry mid --serve [--compare mlx-lm
 """
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,13 +18,14 @@ import mlx.core as mx
 from mlx_qwen35.backend import backend
 from mlx_qwen35.bench import heatmap, needle, plot, serve, serve_model, serve_report
 from mlx_qwen35.bench.measure import OURS, PEERS, Settings, measure, started, summarize
-from mlx_qwen35.bench.report import describe_machine, format_table, write_json
+from mlx_qwen35.bench.report import as_json, describe_machine, format_table
 from mlx_qwen35.bench.worker import blas
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.dtypes import DTYPES, dtype_name
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.random import GEOMETRIES, geometry, write_random_checkpoint
 from mlx_qwen35.console.interrupt import unwound_when_ended
+from mlx_qwen35.console.json_output import add_json, check_json, write_json
 from mlx_qwen35.console.options import add_options, given_options
 from mlx_qwen35.console.parser import Parser
 from mlx_qwen35.console.plot import check_plot
@@ -92,12 +92,13 @@ def _peers(text: str) -> tuple[str, ...]:
     return names
 
 
-def _parser() -> Parser:
+def parser() -> Parser:
     parser = Parser(
         prog="mlx_qwen35.bench",
         usage="%(prog)s (--model MODEL | --geometry SIZE) [options]",
         description="Measure prefill and decode speed on this machine, beside other programs on the same weights. Each "
         "program runs in a process of its own, all in turn. Ends with status 1 if one of them could not run.",
+        examples=("--model nano", "--model nano --needle 1k,4k", "--geometry mid --compare mlx-lm --json speed.json"),
     )
     loaded = options_of(LoadOptions)
     source = parser.add_mutually_exclusive_group()
@@ -127,7 +128,7 @@ def _parser() -> Parser:
     ):
         parser.add_argument(option, type=_positive, metavar="N", help=f"{meaning} (default: {default})")
     parser.add_argument("--compare", type=_peers, metavar="NAMES", help=f"some of {','.join(PEERS)}")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement to this file")
+    add_json(parser, "every measurement")
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw the speeds or the needles into this PNG file (needs matplotlib)"
     )
@@ -150,13 +151,9 @@ def _checkpoint(options: argparse.Namespace, step: Step) -> Iterator[Path]:
 
 def _check_outputs(options: argparse.Namespace) -> None:
     """Refuse outputs that could not be written, before anything is measured."""
+    check_json(options.json)
     if options.plot:
         check_plot(options.plot)
-    path = options.json
-    if path and not path.absolute().parent.is_dir():
-        raise InputError("output_unwritable", f"the folder of {path} must exist")
-    if path and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
-        raise InputError("output_unwritable", f"{path} must be a file that can be written")
 
 
 def _check_effects(options: argparse.Namespace) -> None:
@@ -218,9 +215,8 @@ def _report_needles(options: argparse.Namespace, dtype: mx.Dtype, answers: Seque
     given = given_options(options, [LoadOptions])
     also = [f"{as_flag(name)} {given[name]}" for name in (*OF_NEEDLES, "rope_scaling") if name in given]
     name = ", ".join([options.model, dtype_name(dtype), *also])
-    print(heatmap.format_table(machine, name, rows))
-    if options.json:
-        heatmap.write_json(options.json, machine, name, rows, answers)
+    if not write_json(options.json, heatmap.as_json(machine, name, rows, answers)):
+        print(heatmap.format_table(machine, name, rows))
     if options.plot:
         heatmap.draw(options.plot, options.model, f"{name}\n{machine['chip']}", rows)
 
@@ -242,9 +238,8 @@ def _speed(options: argparse.Namespace, folder: Path, model: str, step: Step) ->
         raise InputError("bench_failed", f"{OURS} could not run: {failures[OURS]}")
     step.end()
     machine, rows = describe_machine(environments), summarize(runs)
-    print(format_table(machine, model, settings, rows, median(run.products for run in runs)))
-    if options.json:
-        write_json(options.json, machine, model, settings, rows, runs, failures)
+    if not write_json(options.json, as_json(machine, model, settings, rows, runs, failures)):
+        print(format_table(machine, model, settings, rows, median(run.products for run in runs)))
     if options.plot:
         plot.draw(options.plot, model, f"{model}, {dtype}, {settings.repeats} rounds\n{machine['chip']}", runs)
     return failures
@@ -272,15 +267,14 @@ def _serve(options: argparse.Namespace, folder: Path, model: str, step: Step) ->
         raise InputError("bench_failed", f"{OURS} could not run: {failures[OURS]}")
     step.end()
     machine, rows = describe_machine({OURS: environment}), serve_report.summarize(runs)
-    print(serve_report.format_tables(machine, model, settings, rows))
-    if options.json:
-        serve_report.write_json(options.json, machine, model, settings, rows, runs, failures)
+    if not write_json(options.json, as_json(machine, model, settings, rows, runs, failures)):
+        print(serve_report.format_tables(machine, model, settings, rows))
     return failures
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     with as_command("mlx_qwen35.bench", tuned=False):
-        failures = bench(_parser().parse(arguments))
+        failures = bench(parser().parse(arguments))
         if failures:
             sys.exit("\n".join(f"error: {name} could not run: {reason}" for name, reason in failures.items()))
 

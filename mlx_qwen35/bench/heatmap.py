@@ -1,14 +1,13 @@
 """What was found of the needles, by kind, length and depth: as a table, as JSON and as a picture."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from mlx_qwen35.bench.needle import ANSWER, DEPTHS, Answer
 from mlx_qwen35.bench.report import header
 from mlx_qwen35.console import plot
-from mlx_qwen35.console.streams import write_file
 from mlx_qwen35.console.table import align
 
 NUMBERS = {"single": "single numbers", "several": "several in a text", "chain": "chains"}  # kind -> what is found
@@ -62,15 +61,14 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (row.kind, f"{row.length:,}", *shares, f"{sum(row.right) / asked:.0%}", f"{row.seconds:.1f} s")
 
 
-def write_json(
-    path: Path, machine: Mapping[str, str], model: str, rows: Sequence[Row], answers: Sequence[Answer]
-) -> None:
+def as_json(
+    machine: Mapping[str, str], model: str, rows: Sequence[Row], answers: Sequence[Answer]
+) -> dict[str, Any]:
     """Every answer, and the counts."""
-    content = {
+    return {
         "machine": dict(machine), "model": model, "depths": DEPTHS, "rows": [asdict(row) for row in rows],
         "answers": [asdict(answer) | {"right": answer.right} for answer in answers],
     }  # fmt: skip
-    write_file(path, json.dumps(content, indent=2) + "\n")
 
 
 def draw(path: Path, model: str, note: str, rows: Sequence[Row]) -> plot.Figure:

@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TextIO
 
+from mlx_qwen35.bench.scatter import positive_median, ratios, scatter
+
 OURS = "mlx_qwen35"
 PEERS = ("mlx-lm", "mlx-vlm", "transformers")
 
@@ -110,7 +112,7 @@ class Measurement:
 
     @property
     def beyond(self) -> float:
-        """Time of a token beyond its matrix products."""
+        """Time of a token beyond its matrix products, which are timed apart: not positive where rounds scatter."""
         return self.token - self.products
 
 
@@ -163,40 +165,57 @@ def _run(worker: Worker, ours: Worker, prompt: int, round: int, settings: Settin
 
 @dataclass(frozen=True)
 class Summary:
-    """One program at one prompt length: medians over its rounds, and our ratios to it, round by round."""
+    """One program at one prompt length: medians over its rounds, and our ratios to it, round by round.
+
+    Differences, and ratios of them, are None where they are not measurable: where one of a round is not positive.
+    """
 
     program: str
     prompt: int
     prefill_speed: float  # tokens per second
+    prefill_range: tuple[float, float]  # of its rounds, the slowest and the fastest
+    prefill_scatter: float  # from one to the other, in medians
     decode_speed: float
-    beyond: float  # seconds a token beyond its matrix products
+    decode_range: tuple[float, float]
+    decode_scatter: float
+    beyond: float | None  # seconds a token beyond its matrix products
     mlx_peak_bytes: int | None
     max_rss_bytes: int
-    ours_prefill: float  # our speed over its: above 1 we are faster
-    ours_decode: float
-    ours_beyond: float  # our time over its: below 1 we lose less
+    ours_prefill: float | None  # our speed over its: above 1 we are faster
+    ours_decode: float | None
+    ours_beyond: float | None  # our time over its: below 1 we lose less
 
 
 def summarize(runs: Sequence[Measurement]) -> list[Summary]:
     """The summary of each program and prompt length; ratios are medians over pairs of one round."""
-    rows = []
-    for prompt, name in dict.fromkeys((run.prompt, run.program) for run in runs):
-        own = [run for run in runs if (run.prompt, run.program) == (prompt, name)]
-        ours = [run for run in runs if (run.prompt, run.program) == (prompt, OURS)]
-        pairs = list(zip(ours, own, strict=True))
-        peaks = [run.mlx_peak_bytes for run in own if run.mlx_peak_bytes is not None]
-        rows.append(
-            Summary(
-                program=name,
-                prompt=prompt,
-                prefill_speed=median(run.prefill_speed for run in own),
-                decode_speed=median(run.decode_speed for run in own),
-                beyond=median(run.beyond for run in own),
-                mlx_peak_bytes=max(peaks, default=None),
-                max_rss_bytes=max(run.max_rss_bytes for run in own),
-                ours_prefill=median(us.prefill_speed / it.prefill_speed for us, it in pairs),
-                ours_decode=median(us.decode_speed / it.decode_speed for us, it in pairs),
-                ours_beyond=median(us.beyond / it.beyond for us, it in pairs),
-            )
+    return [
+        _summary(
+            [run for run in runs if (run.prompt, run.program) == (prompt, name)],
+            [run for run in runs if (run.prompt, run.program) == (prompt, OURS)],
         )
-    return rows
+        for prompt, name in dict.fromkeys((run.prompt, run.program) for run in runs)
+    ]
+
+
+def _summary(own: Sequence[Measurement], ours: Sequence[Measurement]) -> Summary:
+    def of(name: str, rounds: Sequence[Measurement] = own) -> list[float]:
+        return [getattr(run, name) for run in rounds]
+
+    prefill, decode = of("prefill_speed"), of("decode_speed")
+    peaks = [run.mlx_peak_bytes for run in own if run.mlx_peak_bytes is not None]
+    return Summary(
+        program=own[0].program,
+        prompt=own[0].prompt,
+        prefill_speed=median(prefill),
+        prefill_range=(min(prefill), max(prefill)),
+        prefill_scatter=scatter(prefill),
+        decode_speed=median(decode),
+        decode_range=(min(decode), max(decode)),
+        decode_scatter=scatter(decode),
+        beyond=positive_median(of("beyond")),
+        mlx_peak_bytes=max(peaks, default=None),
+        max_rss_bytes=max(run.max_rss_bytes for run in own),
+        ours_prefill=ratios(of("prefill_speed", ours), prefill),
+        ours_decode=ratios(of("decode_speed", ours), decode),
+        ours_beyond=ratios(of("beyond", ours), of("beyond")),
+    )

@@ -1,6 +1,5 @@
 """The measurements as a table, as JSON and as a plot, and the machine."""
 
-import json
 import os
 import platform
 import subprocess
@@ -11,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.backend import backend, system_memory
-from mlx_qwen35.bench.measure import OURS, Measurement, Settings, Summary
-from mlx_qwen35.console.streams import write_file
+from mlx_qwen35.bench.measure import OURS, Settings, Summary
+from mlx_qwen35.bench.scatter import NOT_MEASURABLE, notes, with_scatter
 from mlx_qwen35.console.table import align
 
 _PACKAGES = ("mlx", "mlx-lm", "mlx-vlm", "transformers", "torch")
@@ -72,39 +71,53 @@ def format_table(
     machine: Mapping[str, str], model: str, settings: Settings, rows: Sequence[Summary], products: float
 ) -> str:
     """The text the command prints. products: seconds of the bare products of one token."""
+    table = align([_COLUMNS] + [_cells(row) for row in rows])
+    shares = {
+        f"{what} of {row.program} at {row.prompt:,} tokens": share
+        for row in rows
+        for what, share in (("prefill", row.prefill_scatter), ("decode", row.decode_scatter))
+    }
     lines = [
         *header(machine),
         f"{'model:':10}{model}, {settings.dtype}; {settings.repeats} rounds of every program in turn, "
         f"{settings.decode_tokens} tokens decoded, prefill of {settings.prefill_step_size} tokens at a time",
         f"{'products:':10}{products * 1e3:.2f} ms a token for the matrix-vector products of the linear maps alone",
         "",
-        *align([_COLUMNS] + [_cells(row) for row in rows]),
+        *table,
         "",
-        "ours: our speed over the program's, our time over its time beyond the products; medians over rounds",
+        "medians over rounds; ~: from the slowest round to the fastest, of the median",
+        "ours: our speed over the program's, our time over its time beyond the products, round by round",
+        *notes(table, shares, "in some round a token took no longer than its products, which are timed right after it"),
     ]
     return "\n".join(lines)
 
 
 def _cells(row: Summary) -> tuple[str, ...]:
     peak = "-" if row.mlx_peak_bytes is None else f"{row.mlx_peak_bytes / 1e9:.2f} GB"
-    speeds = (f"{row.prefill_speed:.1f}", f"{row.decode_speed:.1f}", f"{row.beyond * 1e3:.2f} ms")
-    ratios = (f"{row.ours_prefill:.2f}x", f"{row.ours_decode:.2f}x", f"{row.ours_beyond:.2f}x")
+    speeds = (
+        with_scatter(f"{row.prefill_speed:.1f}", row.prefill_scatter),
+        with_scatter(f"{row.decode_speed:.1f}", row.decode_scatter),
+        f"{row.beyond * 1e3:.2f} ms" if row.beyond else NOT_MEASURABLE,
+    )  # fmt: skip
+    ratios = tuple(map(ratio, (row.ours_prefill, row.ours_decode, row.ours_beyond)))
     ratios = ("", "", "") if row.program == OURS else ratios
     return (row.program, str(row.prompt), *speeds, peak, f"{row.max_rss_bytes / 1e9:.2f} GB", *ratios)
 
 
-def write_json(
-    path: Path,
+def ratio(value: float | None) -> str:
+    return f"{value:.2f}x" if value else NOT_MEASURABLE
+
+
+def as_json(
     machine: Mapping[str, str],
     model: str,
-    settings: Settings,
-    rows: Sequence[Summary],
-    runs: Sequence[Measurement],
+    settings: Any,
+    rows: Sequence[Any],
+    runs: Sequence[Any],
     failures: Mapping[str, str],
-) -> None:
-    """Every measurement, and the medians."""
-    content = {
+) -> dict[str, Any]:
+    """Every measurement, and the medians with their ranges. settings, rows, runs: dataclasses."""
+    return {
         "machine": dict(machine), "model": model, "settings": asdict(settings), "failures": dict(failures),
         "rows": [asdict(row) for row in rows], "runs": [asdict(run) for run in runs],
     }  # fmt: skip
-    write_file(path, json.dumps(content, indent=2) + "\n")

@@ -6,6 +6,7 @@ GB are 10^9 bytes. MLX's own limit makes an allocation wait, but never refuses o
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 
@@ -16,6 +17,7 @@ from mlx_qwen35.cache.kv_format import UNQUANTIZED, KVFormat
 from mlx_qwen35.cache.layer import KVCache
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.config import FULL, LINEAR, TextConfig
+from mlx_qwen35.checkpoint.converted import to_4bit
 from mlx_qwen35.checkpoint.names import TEXT, VISION, takes_dtype
 from mlx_qwen35.checkpoint.shapes import mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.checkpoint.tensors import DTYPE_BYTES
@@ -60,10 +62,10 @@ def this_machine(config: TextConfig, dtype: mx.Dtype, limit: int, kv: KVFormat =
     return Machine("this machine", limit, dtype, attention_impl(config.head_dim, dtype), chip, buffers, kv)
 
 
-def mac(gigabytes: int, dtype: mx.Dtype = mx.float16, kv: KVFormat = UNQUANTIZED, chip: str = "M1") -> Machine:
+def mac(gigabytes: float, dtype: mx.Dtype = mx.float16, kv: KVFormat = UNQUANTIZED, chip: str = "M1") -> Machine:
     """A Mac with `gigabytes` of memory. chip: one up to M4."""
     return Machine(
-        f"{chip}, {gigabytes} GB", int(WORKING_SET * gigabytes * 2**30), dtype, "fused", parse_chip(f"Apple {chip}"),
+        f"{chip}, {gigabytes:g} GB", int(WORKING_SET * gigabytes * 2**30), dtype, "fused", parse_chip(f"Apple {chip}"),
         CommandBuffers(*TUNED.values()), kv,
     )  # fmt: skip
 
@@ -134,21 +136,26 @@ def plan_memory(
         chunk = chunk_length(
             text, context, room, size, machine.attention_impl, machine.chip, machine.buffers, machine.kv
         )
-    drafts = names(checkpoint, mtp_shapes(text)) if mtp else []
-    packed = bool(checkpoint.quantization(f"{TEXT}layers.0.mlp.gate_proj.weight"))
     return MemoryPlan(
         machine, context, chunk,
         weights=loaded_bytes(checkpoint, names(checkpoint, text_shapes(text)), machine.dtype),
-        drafts=loaded_bytes(checkpoint, drafts, machine.dtype),
-        kv=kv_bytes(text, context, size, text.mtp_num_hidden_layers if mtp else 0, machine.kv),
+        drafts=loaded_bytes(checkpoint, names(checkpoint, mtp_shapes(text)) if mtp else [], machine.dtype),
         state=2 * (1 + mtp) * state_bytes(text, size),
-        prefill=most_prefill_bytes(text, machine, context, chunk, packed and machine.on_cpu),
-        sampling=SAMPLING_ARRAYS * 4 * text.vocab_size,
-        growth=growth_bytes(text, context, size, machine.kv),
-        buffers=machine.kept,
-        vision_encoder=encoder,
-        encoding=encoding,
+        sampling=SAMPLING_ARRAYS * 4 * text.vocab_size, buffers=machine.kept,
+        vision_encoder=encoder, encoding=encoding,
+        **_of_context(checkpoint, machine, context, chunk, mtp),
     )  # fmt: skip
+
+
+def _of_context(checkpoint: Checkpoint, machine: Machine, context: int, chunk: int, mtp: int) -> dict[str, Any]:
+    """The parts of a plan that depend on the context."""
+    text, size = checkpoint.config.text, machine.dtype.size
+    quantized = bool(checkpoint.quantization(f"{TEXT}layers.0.mlp.gate_proj.weight"))
+    return {
+        "kv": kv_bytes(text, context, size, text.mtp_num_hidden_layers if mtp else 0, machine.kv),
+        "prefill": most_prefill_bytes(text, machine, context, chunk, quantized and machine.on_cpu),
+        "growth": growth_bytes(text, context, size, machine.kv),
+    }
 
 
 def longest_context(checkpoint: Checkpoint, plan: MemoryPlan, kv: KVFormat, mtp: int = 0) -> int:
@@ -160,7 +167,7 @@ def longest_context(checkpoint: Checkpoint, plan: MemoryPlan, kv: KVFormat, mtp:
     contexts = range(1024, checkpoint.config.text.max_position_embeddings + 1, 1024)
 
     def too_long(context: int) -> bool:
-        return not plan_memory(checkpoint, machine, context, chunk=plan.chunk, mtp=mtp).fits
+        return not replace(plan, **_of_context(checkpoint, machine, context, plan.chunk, mtp)).fits
 
     return 1024 * bisect.bisect_left(contexts, True, key=too_long)
 
@@ -231,11 +238,8 @@ def check_model_fits(checkpoint: Checkpoint, dtype: mx.Dtype, limit: int, name: 
     has = f"a model may take {_gb(plan.machine.limit)}"
     fits_packed = plan.text - plan.weights * (1 - PACKED) <= plan.machine.limit
     if checkpoint.raw and not checkpoint.config.quantization and fits_packed:
-        raise InputError(
-            "memory_exceeded",
-            f"{need}; {has}. Convert it to 4 bit, about 3 times smaller:\n  mlx_qwen35.convert --hf-path {name} "
-            f"--mlx-path {name.rstrip('/').split('/')[-1]}-4bit --recipe 4bit",
-        )
+        way = f"Convert it to 4 bit, about 3 times smaller:\n  {to_4bit(name)}"
+        raise InputError("memory_exceeded", f"{need}; {has}. {way}")
     raise InputError(
         "memory_exceeded", f"{need}; {has}. Choose a folder with fewer bits, or a smaller model of the family"
     )

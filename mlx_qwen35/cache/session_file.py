@@ -8,10 +8,11 @@ own 64 digits counted as zeros.
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +45,21 @@ class Taken(NamedTuple):
         """Copy an array, which may be a view of a larger one."""
         words = np.array(mx.view(array, {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.dtype.size]))
         return cls(array.dtype, array.shape, np.ascontiguousarray(words).reshape(-1).view(np.uint8))
+
+
+class Bytes(NamedTuple):
+    """Bytes that are made when they are written, as the pixels of a page are."""
+
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]  # uint8
+    dtype: mx.Dtype = mx.uint8
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape)
+
+
+Stored = mx.array | Taken | Bytes
 
 
 class SessionFile(SavedFile):
@@ -119,7 +135,7 @@ class SessionFile(SavedFile):
 
     # --- writing ---
 
-    def write(self, metadata: Mapping[str, str], arrays: Mapping[str, mx.array | Taken]) -> int:
+    def write(self, metadata: Mapping[str, str], arrays: Mapping[str, Stored]) -> int:
         """Replace the file; its bytes. Beside the arrays this takes memory for two pieces of them. Format and version
         are added to the metadata. The file keeps its permissions; a new one has the usual ones.
 
@@ -170,7 +186,7 @@ class SessionFile(SavedFile):
             )
 
 
-def _header(metadata: Mapping[str, str], arrays: Mapping[str, mx.array | Taken]) -> bytes:
+def _header(metadata: Mapping[str, str], arrays: Mapping[str, Stored]) -> bytes:
     """Length and JSON of a safetensors file, the checksum still zeros."""
     metadata = {"checksum": UNKNOWN, "format": FORMAT, "version": VERSION, **metadata}
     values: dict[str, object] = {"__metadata__": metadata}
@@ -184,7 +200,7 @@ def _header(metadata: Mapping[str, str], arrays: Mapping[str, mx.array | Taken])
     return len(text).to_bytes(8, "little") + text
 
 
-def _fill(file: int, header: bytes, arrays: Mapping[str, mx.array | Taken]) -> None:
+def _fill(file: int, header: bytes, arrays: Mapping[str, Stored]) -> None:
     """Write everything to an empty file, and then the checksum."""
     digest = hashlib.sha256(header)
     with os.fdopen(os.dup(file), "wb") as stream:
@@ -198,10 +214,13 @@ def _fill(file: int, header: bytes, arrays: Mapping[str, mx.array | Taken]) -> N
     _flush(file)
 
 
-def _pieces(array: mx.array | Taken) -> Iterator[memoryview]:
+def _pieces(array: Stored) -> Iterator[memoryview]:
     """The bytes of an array, which may be a view of a larger one, in the order of its numbers."""
     if isinstance(array, Taken):
         yield array.data.data
+        return
+    if isinstance(array, Bytes):
+        yield np.ascontiguousarray(array.make()).data
         return
     axis = next((i for i, size in enumerate(array.shape) if size > 1), None)
     if array.nbytes <= PIECE or axis is None:

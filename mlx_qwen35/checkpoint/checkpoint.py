@@ -183,6 +183,13 @@ def _settle_lm_head(config: Config, entries: dict[str, Entry]) -> tuple[Config, 
     return replace(config, text=replace(config.text, tie_word_embeddings=False)), entries
 
 
+def repeats_embedding(folder: Path) -> bool:
+    """Whether an lm_head is stored beside the embedding that config.json ties it to: its numbers decide, see above."""
+    return read_config(folder).text.tie_word_embeddings and {f"{_HEAD}weight", f"{_EMBEDDING}weight"} <= set(
+        _named(folder)
+    )
+
+
 def _with_head(base: Checkpoint) -> Checkpoint:
     """The base model with the draft head in a file of its own, or without it and with the reason."""
     file = None

@@ -8,10 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.options import spelled
 from mlx_qwen35.values import shown
+
+if TYPE_CHECKING:
+    from mlx_qwen35.checkpoint.hub_headers import Published
 
 NANO = "nano"
 CHOICES = (
@@ -85,24 +89,35 @@ def _local(name: str | Path, revision: str | None) -> Path | None:
     return None
 
 
-@contextmanager
-def _headers(repository: str, revision: str | None) -> Iterator[Path | None]:
-    """A folder of headers; None where nothing must be downloaded, or the hub lists no files."""
-    from mlx_qwen35.checkpoint.hub_headers import folder_of_headers, in_cache, list_files
+def published(repository: str, revision: str | None = None) -> "Published | None":
+    """What the hub lists of a repository that is to be downloaded.
+
+    None where all of it is in huggingface_hub's cache, or the hub lists nothing: offline, unknown, refused. Then the
+    cache may have it, and `resolve` says why not.
+    """
+    from mlx_qwen35.checkpoint.hub_headers import Published, in_cache, list_files
 
     try:
         commit, files = list_files(repository, revision, _FILES)
-    except _failures():
-        files = []  # offline, unknown, refused: the cache may have it, and the download says why not
-    if not files or in_cache(repository, commit, files):
+    except failures():
+        return None
+    return None if not files or in_cache(repository, commit, files) else Published(repository, commit, files)
+
+
+@contextmanager
+def _headers(repository: str, revision: str | None) -> Iterator[Path | None]:
+    """A folder of headers; None where nothing must be downloaded, or the hub lists no files."""
+    from mlx_qwen35.checkpoint.hub_headers import folder_of_headers
+
+    if (found := published(repository, revision)) is None:
         yield None
         return
     with ExitStack() as stack:
         try:
-            folder = stack.enter_context(folder_of_headers(repository, files))
-        except _failures() as error:
+            folder = stack.enter_context(folder_of_headers(repository, found.files))
+        except failures() as error:
             if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-                raise _told(repository, revision, error) from error
+                raise hub_error(repository, revision, error) from error
             warnings.warn(
                 f"the headers of {repository} could not be read from the hub ({_reason(error)}): it is downloaded "
                 "before it is known whether it can be used",
@@ -111,6 +126,21 @@ def _headers(repository: str, revision: str | None) -> Iterator[Path | None]:
             )
             folder = None
         yield folder
+
+
+def latest(repository: str, revision: str | None = None) -> str:
+    """The commit of a revision on the hub; "" where the hub does not tell."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().model_info(repository, revision=revision, timeout=5).sha or ""
+    except failures():
+        return ""
+
+
+def is_local(name: str | Path, revision: str | None = None) -> bool:
+    """Whether a checkpoint's name is that of a folder, or the bundled model. Raises InputError like `resolve`."""
+    return _local(name, revision) is not None
 
 
 def _look(name: str | Path) -> Path:
@@ -140,18 +170,19 @@ def _download(repository: str, revision: str | None) -> Path:
 
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(_FILES)))
-    except _failures() as error:
-        raise _told(repository, revision, error) from error
+    except failures() as error:
+        raise hub_error(repository, revision, error) from error
 
 
-def _failures() -> tuple[type[Exception], ...]:
+def failures() -> tuple[type[Exception], ...]:
     """The exceptions of huggingface_hub, most of which are OSError, and of its HTTP library."""
     from huggingface_hub.errors import HFValidationError
 
     return HFValidationError, OSError, json.JSONDecodeError, *_unreachable()
 
 
-def _told(repository: str, revision: str | None, error: Exception) -> InputError:
+def hub_error(repository: str, revision: str | None, error: Exception) -> InputError:
+    """What the hub's refusal means, and what to do."""
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     if isinstance(error, HFValidationError):
@@ -209,7 +240,7 @@ def upload(folder: Path, repository: str) -> str:
     try:
         api.create_repo(repository, repo_type="model", exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=str(folder), repo_type="model")
-    except _failures() as error:
+    except failures() as error:
         raise InputError(
             "upload_failed",
             f"{folder} is whole, but could not be published as {repository} ({_reason(error)}). Log in "

@@ -5,9 +5,10 @@ weights works as with the snapshot. The folder is temporary, and never in the hu
 """
 
 import fnmatch
+import hashlib
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,18 +28,23 @@ _TIMEOUT = 30  # seconds without an answer
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a repository: its path there, its address, its bytes."""
+    """A file of a repository: its path there, its address, its bytes, and their SHA-256 where the hub tells it."""
 
     path: str
     url: str
     nbytes: int
+    sha256: str | None = None
 
     def read(self, start: int, stop: int) -> bytes:
-        """Bytes start <= i < stop. OSError where the server does not send them."""
+        """Bytes start <= i < stop. Raises like `pieces`."""
+        return b"".join(self.pieces(start, stop))
+
+    def pieces(self, start: int, stop: int) -> Generator[bytes]:
+        """Bytes start <= i < stop as they come. OSError where the server does not send them, or not all of them."""
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
         headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        data = bytearray()
+        position = start
         with get_session().stream("GET", self.url, headers=headers, timeout=_TIMEOUT) as response:
             if response.is_error:
                 response.read()
@@ -46,12 +52,21 @@ class RemoteFile:
             if start and response.status_code != 206:
                 raise OSError(f"the server sends no parts of files, asked for a part of {self.path}")
             for piece in response.iter_bytes():
-                data += piece
-                if len(data) >= stop - start:  # a server that sends everything is left here
+                yield piece[: stop - position]
+                position += len(piece)
+                if position >= stop:  # a server that sends everything is left here
                     break
-        if len(data) < stop - start:
-            raise OSError(f"{self.path} ended after {start + len(data)} of {self.nbytes} bytes")
-        return bytes(data[: stop - start])
+        if position < stop:
+            raise OSError(f"{self.path} ended after {position} of {self.nbytes} bytes")
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the hub lists of a repository at a commit: the files that belong to a checkpoint."""
+
+    name: str
+    commit: str
+    files: list[RemoteFile]
 
 
 def list_files(repository: str, revision: str | None, patterns: tuple[str, ...]) -> tuple[str, list[RemoteFile]]:
@@ -71,7 +86,7 @@ def list_files(repository: str, revision: str | None, patterns: tuple[str, ...])
             nbytes = get_hf_file_metadata(url).size if item.size is None else item.size
             if nbytes is None:
                 raise OSError(f"the server does not tell the size of {path}")
-            files.append(RemoteFile(str(path), url, nbytes))
+            files.append(RemoteFile(str(path), url, nbytes, item.lfs.sha256 if item.lfs else None))
     return info.sha or "", files
 
 
@@ -91,16 +106,39 @@ def folder_of_headers(repository: str, files: list[RemoteFile]) -> Iterator[Path
     """
     with TemporaryDirectory(prefix="mlx_qwen35-headers-") as place:
         folder = Path(place).resolve()
-        with warnings.catch_warnings(record=True) as told:
-            try:
-                with ThreadPoolExecutor(_AT_A_TIME) as pool:
-                    list(pool.map(lambda file: _write(file, folder / file.path), files))
-                _write_norms(folder, files)
-                yield folder
-            except InputError as error:
-                raise InputError(error.code, str(error).replace(str(folder), repository)) from error
-        for warning in told:
-            warnings.warn(str(warning.message).replace(str(folder), repository), warning.category, stacklevel=4)
+        with called(folder, repository):
+            write_headers(folder, files)
+            yield folder
+
+
+@contextmanager
+def called(folder: Path, repository: str) -> Iterator[None]:
+    """Errors and warnings of the block call a folder by the repository's name."""
+    with warnings.catch_warnings(record=True) as told:
+        try:
+            yield
+        except InputError as error:
+            raise InputError(error.code, str(error).replace(str(folder), repository)) from error
+    for warning in told:
+        warnings.warn(str(warning.message).replace(str(folder), repository), warning.category, stacklevel=5)
+
+
+def write_headers(folder: Path, files: list[RemoteFile]) -> None:
+    """Write the headers of the files into a folder. Raises like `folder_of_headers`."""
+    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        list(pool.map(lambda file: _write(file, folder / file.path), files))
+    _write_norms(folder, files)
+
+
+def complete(folder: Path, files: list[RemoteFile]) -> None:
+    """Write into a folder of headers what is no file of weights and was left out. Raises like `folder_of_headers`."""
+    for file in files:
+        path = folder / file.path
+        if path.suffix != ".safetensors" and not (path.suffix == ".json" and file.nbytes <= SMALL):
+            data = file.read(0, file.nbytes) if file.nbytes else b""
+            if file.sha256 not in (None, hashlib.sha256(data).hexdigest()):
+                raise OSError(f"{file.path} has another SHA-256 than the hub says")
+            path.write_bytes(data)
 
 
 def _write(file: RemoteFile, target: Path) -> None:

@@ -1,7 +1,10 @@
-"""Random checkpoints in Hugging Face's layout, for tests and bench: the text is noise, the sizes are real."""
+"""Random checkpoints in Hugging Face's layout, for tests and bench: the text is noise, the sizes are real. And headers
+alone, for plans.
+"""
 
 import json
 import math
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_qwen35.checkpoint.config import FULL, LINEAR, parse_config
-from mlx_qwen35.checkpoint.folder import INDEX
+from mlx_qwen35.checkpoint.folder import INDEX, SINGLE
 from mlx_qwen35.checkpoint.names import is_zero_centred
 from mlx_qwen35.checkpoint.shapes import mtp_shapes, text_shapes, vision_shapes
 
@@ -149,4 +152,21 @@ def write_random_checkpoint(
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2))
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2))
+    return folder
+
+
+def write_headers(folder: Path, config: Mapping[str, Any]) -> Path:
+    """The published layout without its numbers: a header, and a hole behind it."""
+    parsed, header, end = parse_config(config), {}, 0
+    vision = vision_shapes(parsed.vision) if parsed.vision else {}
+    for name, shape in (text_shapes(parsed.text) | vision | mtp_shapes(parsed.text)).items():
+        start, end = end, end + math.prod(shape) * (4 if is_float32(name) else 2)
+        header[name] = {"dtype": "F32" if is_float32(name) else "BF16", "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    folder.mkdir(parents=True)
+    with (folder / SINGLE).open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    (folder / "config.json").write_text(json.dumps(config))
     return folder

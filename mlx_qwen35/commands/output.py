@@ -3,11 +3,13 @@
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 from mlx_qwen35.checkpoint.rope_fields import wider
+from mlx_qwen35.console.notices import tell
 from mlx_qwen35.console.progress import Step
 from mlx_qwen35.engine.result import Result
-from mlx_qwen35.media.preprocess import Media
+from mlx_qwen35.media.preprocess import Media, Page
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.options import either
 from mlx_qwen35.prompt.piece import CALL, CALL_END, Piece
@@ -24,12 +26,40 @@ def safe(text: str) -> str:
     return text.translate(_CONTROLS)
 
 
-def print_media(media: Sequence[Media], before: Sequence[Media] = ()) -> None:
-    """The size of each image and video, on stderr, one line each, counted behind those before."""
-    counts = Counter(item.kind for item in before)
-    for item in media:
-        counts[item.kind] += 1
-        print(f"{item.kind} {counts[item.kind]}: {item}", file=sys.stderr, flush=True)
+def media_lines(media: Sequence[Media], before: Sequence[Media] = ()) -> list[str]:
+    """The size of each image and video, counted behind those before; pages of a PDF that follow each other and have
+    one size share a line.
+    """
+    counts, lines = Counter(item.kind for item in before if not isinstance(item, Page)), []
+    for name, group in groupby(media, _page_size):
+        items = list(group)
+        if isinstance(items[0], Page):
+            lines.append(f"{_pages(items)} of {name}{' each' * (len(items) > 1)}")
+            continue
+        for item in items:
+            counts[item.kind] += 1
+            lines.append(f"{item.kind} {counts[item.kind]}: {item}")
+    return lines
+
+
+def _page_size(item: Media) -> str | None:
+    return f"{item.document.name}: {item}" if isinstance(item, Page) else None
+
+
+def _pages(pages: Sequence[Media]) -> str:
+    """page 3, pages 1-3, pages 1, 4 and so on."""
+    numbers = [page.number for page in pages if isinstance(page, Page)]
+    if len(numbers) == 1:
+        return f"page {numbers[0]}"
+    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"pages {numbers[0]}-{numbers[-1]}"
+    return f"pages {', '.join(map(str, numbers))}"
+
+
+def print_media(media: Sequence[Media]) -> None:
+    """The size of each image and video, on stderr, one line each."""
+    for line in media_lines(media):
+        tell(line)
 
 
 def print_pieces(pieces: Iterable[Piece], waiting: Step) -> None:
@@ -82,4 +112,4 @@ def tell_cut(result: Result, model: Model, shorter: str = "shorten the prompt") 
     elif full and result.finish_reason == "length":
         told = f"{cut}: {full}{either(more)}"
     if told:
-        print(told, file=sys.stderr, flush=True)
+        tell(told)

@@ -1,10 +1,14 @@
 """The command mlx_qwen35.serve: a model behind OpenAI's and Anthropic's APIs."""
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx_qwen35.commands.obtain import add_recipe_option, settle
+from mlx_qwen35.console.json_output import add_json, check_json, write_json
+from mlx_qwen35.console.notices import tell
 from mlx_qwen35.console.options import add_model_options, add_options, given_options
 from mlx_qwen35.console.parser import Parser
 from mlx_qwen35.console.progress import Step
@@ -25,8 +29,11 @@ def parser() -> Parser:
         prog=COMMAND,
         usage="%(prog)s --model MODEL [options]",
         description="Serve a model: OpenAI's and Anthropic's APIs, and a page to talk to, on http://127.0.0.1:8080.",
+        examples=("--model nano", "--model Qwen/Qwen3.5-4B --port 9000", "--model nano --port 0 --json"),
     )
     add_model_options(parser)
+    add_json(parser, "address, model and limits of a server that is ready")
+    add_recipe_option(parser)
     add_options(parser.add_argument_group("server"), options_of(ServerOptions).values())
     return parser
 
@@ -34,34 +41,41 @@ def parser() -> Parser:
 def run(args: argparse.Namespace) -> int:
     require_model(args)
     options = ServerOptions(**given_options(args, [ServerOptions]))
+    if args.quiet and options.log_text:
+        raise InputError("option_conflict", "--log-text and --quiet must not be given together. Leave one out")
+    check_json(args.json)
     try:
         from mlx_qwen35.server.app import make_app
         from mlx_qwen35.server.guard import read_key
         from mlx_qwen35.server.listen import bind, serve
-        from mlx_qwen35.server.log import to_stderr
+        from mlx_qwen35.server.log import LOG, to_stderr
     except ImportError as error:
         raise InputError(
             "package_missing", f"serving needs starlette and uvicorn: {error}. Install mlx-qwen35[server]"
         ) from error
+    folder = settle(args, COMMAND)
     app = make_app(options)
     sockets = bind(options.host, options.port)
     url = _url(options.host, sockets[0].getsockname()[1])
     to_stderr(options.log_text)
+    if args.quiet:
+        LOG.setLevel(logging.ERROR)
 
     def ready() -> None:
         service: Service = app.state.service
+        write_json(args.json, found_of(service, url), in_a_line=True)
         told = f"{service.name} is served on {url}/v1, with a page on {url}/"
-        print(told, terms(service, is_open=not read_key(options)), sep="\n", file=sys.stderr, flush=True)
+        tell(told, terms(service, is_open=not read_key(options)))
 
-    serve(app, sockets, lambda: load_service(args, options), ready)
+    serve(app, sockets, lambda: load_service(args, options, folder), ready)
     return 0
 
 
-def load_service(args: argparse.Namespace, options: ServerOptions) -> "Service":
-    """The model that the options name, ready to be asked."""
+def load_service(args: argparse.Namespace, options: ServerOptions, folder: Path | None) -> "Service":
+    """The model that the options name, or its conversion in a folder, ready to be asked."""
     from mlx_qwen35.server.service import Service
 
-    model, processor = load_model(args)
+    model, processor = load_model(args, folder)
     if options.context is not None:
         whole(spelled("context"), options.context, 1, model.config.max_position_embeddings)
     if options.grammar:
@@ -69,9 +83,16 @@ def load_service(args: argparse.Namespace, options: ServerOptions) -> "Service":
 
         with Step("making structured output ready"):
             compiler_of(processor).grammar('start: "a"', "a first grammar")
-    service = Service(model, processor, options, name_of(args.model), load=lambda: load_model(args))
+    service = Service(model, processor, options, name_of(args.model), load=lambda: load_model(args, folder))
     service.start()
     return service
+
+
+def found_of(service: "Service", url: str) -> dict[str, object]:
+    """What --json tells of a server that is ready."""
+    memory = service.model.memory_limit if service.model else None
+    limits = {"context": service.context, "answers_at_a_time": service.rows, "memory_bytes": memory}
+    return {"url": f"{url}/v1", "page": f"{url}/", "model": service.name, **limits}
 
 
 def terms(service: "Service", is_open: bool) -> str:

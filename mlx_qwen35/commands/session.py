@@ -1,6 +1,5 @@
 """The option --session of generate and chat: what was loaded and saved is told on standard error."""
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from mlx_qwen35.cache.session_file import SessionFile
 from mlx_qwen35.console.interrupt import unwound_when_ended
+from mlx_qwen35.console.notices import tell
 from mlx_qwen35.console.progress import Step
 from mlx_qwen35.engine.conversation import Conversation, Turn
 from mlx_qwen35.engine.session import Session
@@ -25,14 +25,19 @@ def check_session(path: Path) -> None:
         file.close()
 
 
-@contextmanager
-def opened(path: Path, model: Model, processor: Processor, options: Mapping[str, Any]) -> Iterator[Session]:
-    """The session in this file. However the block ends, what is new in it is saved, and the file let go of."""
+def open_session(path: Path, model: Model, processor: Processor, options: Mapping[str, Any]) -> Session:
+    """The session in this file, or a new one."""
     with Step(f"reading {path}"):
         session = Session.load(path, model, processor, **options)
-    with session, unwound_when_ended():
-        if session.tokens:
-            print(f"{session.tokens:,} tokens from {path} in {session.seconds:.2f} s", file=sys.stderr, flush=True)
+    if session.tokens:
+        tell(f"{session.tokens:,} tokens from {path} in {session.seconds:.2f} s")
+    return session
+
+
+@contextmanager
+def opened(path: Path, model: Model, processor: Processor, options: Mapping[str, Any]) -> Iterator[Session]:
+    """The same. However the block ends, what is new in it is saved, and the file let go of."""
+    with open_session(path, model, processor, options) as session, unwound_when_ended():
         try:
             yield session
         finally:
@@ -44,15 +49,15 @@ def opened(path: Path, model: Model, processor: Processor, options: Mapping[str,
 def save(session: Session) -> None:
     with Step(f"writing {session.path}"):
         nbytes = session.save()
-    print(f"saved {session.path}, {nbytes / 1e6:,.1f} MB", file=sys.stderr, flush=True)
+    tell(f"saved {session.path}, {nbytes / 1e6:,.1f} MB")
 
 
 def tell_interrupted(conversation: Conversation, turn: Turn) -> None:
     """Say what is kept of a turn that was interrupted."""
     told = ""
-    if turn.result and turn.result.tokens:
+    if turn.result is not None and turn.result.tokens:
         told = "the answer is kept as far as it came"
-    elif turn.result:
+    elif turn.result is not None:
         kept = max((len(entry.prefix) for entry in conversation.entries), default=0)
         told = f"{kept:,} of {turn.total:,} prompt tokens are read and kept: the same message goes on from there"
-    print(f"interrupted; {told}" if told else "interrupted", file=sys.stderr, flush=True)
+    tell(f"interrupted; {told}" if told else "interrupted")

@@ -6,7 +6,7 @@ The package imports this module first. In a program that is none of the commands
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,26 @@ from mlx_qwen35.errors import InputError
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 
 
-def _command() -> str:
-    """mlx_qwen35.NAME where this process was started as that, by its script or by python -m; otherwise ""."""
-    words = sys.orig_argv if sys.argv[:1] == ["-m"] else sys.argv[:1]  # -m: while the module is being found
-    names = (Path(word.removeprefix("-m")).name for word in words)
-    return next((name for name in names if name.startswith("mlx_qwen35.")), "")
+def started_as(argv: Sequence[str], original: Sequence[str]) -> str:
+    """The command of these words, by its script or by python -m: "mlx_qwen35.chat", "mlx_qwen35 chat", "mlx_qwen35";
+    otherwise "". original: the words with the interpreter's options, which name the module while it is being found.
+    """
+    if not argv:
+        return ""
+    program = original[-len(argv)].removeprefix("-m") if argv[0] == "-m" else Path(argv[0]).name
+    if program != PACKAGE:
+        return program if program.startswith(f"{PACKAGE}.") else ""
+    return " ".join([program, *(word for word in argv[1:2] if not word.startswith("-"))])
+
+
+PACKAGE = "mlx_qwen35"
+STARTED_AS = started_as(sys.argv, sys.orig_argv)
+IS_UMBRELLA = STARTED_AS.split(" ")[0] == PACKAGE  # the command mlx_qwen35, which has all the others
+
+
+def as_typed(command: str) -> str:
+    """The dotted name of a command as it is typed in this process: "mlx_qwen35 chat" where that is how it started."""
+    return command.replace(".", " ", 1) if IS_UMBRELLA else command
 
 
 @contextmanager
@@ -29,9 +44,9 @@ def tell_errors() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        if not _command():
+        if not STARTED_AS:
             raise
-        print(f"{_command()}: error: {error} [{error.code}]", file=sys.stderr)
+        print(f"{STARTED_AS}: error: {error} [{error.code}]", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -69,5 +84,5 @@ def unwound_when_ended() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-if _command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+if STARTED_AS and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _leave)

@@ -20,11 +20,15 @@ class _Accepts(Protocol):
     def add_argument(self, *flags: str, **settings: Any) -> Any: ...
 
 
+def meaning(what: str) -> str:
+    return f"print {what} as JSON in the place of the text, or with FILE write it there too"
+
+
 def add_json(accepts: _Accepts, what: str = "the result") -> None:
     """The option. what: what the JSON holds, for --help."""
     accepts.add_argument(
         "--json", nargs="?", type=Path, const=STDOUT, metavar="FILE",
-        help=f"print {what} as JSON in the place of the text, or with FILE write it there too",
+        help=meaning(what),
     )  # fmt: skip
 
 
@@ -39,11 +43,11 @@ def check_json(file: Path | None) -> None:
         )
 
 
-def write_json(file: Path | None, value: Any) -> bool:
+def write_json(file: Path | None, value: Any, in_a_line: bool = False) -> bool:
     """Print or write `value`, as `file`, the value of --json, says; True where it stands in the place of the text."""
     if file is None:
         return False
-    text = json.dumps(value, indent=2, ensure_ascii=False, default=list)  # bytes as numbers
+    text = json.dumps(value, indent=None if in_a_line else 2, ensure_ascii=False, default=list)  # bytes as numbers
     if file == STDOUT:
         print(text, flush=True)
         return True

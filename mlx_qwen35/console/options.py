@@ -62,7 +62,8 @@ def add_options(accepts: _Accepts, declared: Iterable[Option]) -> None:
                 dest=option.name,
                 action=DeclaredAction,
                 declared=option,
-                nargs=0 if option.kind is bool else None,
+                nargs=0 if option.kind is bool else None if option.bare is None else "?",
+                const=option.bare,
                 metavar=f"{{{','.join(option.choices)}}}" if option.choices else option.metavar,
                 help=option.help.replace("%", "%%"),
             )

@@ -1,6 +1,6 @@
 """How far a long step has come, on standard error: on a terminal a line that is written over, with a spinner;
-elsewhere, where it goes to a file or another program, a plain line every ten seconds. A step that is quickly done shows
-nothing.
+elsewhere, where it goes to a file or another program, a plain line every ten seconds. A step that is quickly done, or
+with --quiet, shows nothing.
 """
 
 import os
@@ -10,6 +10,8 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
+
+from mlx_qwen35.console.notices import quiet
 
 SOON, OFTEN = 0.3, 0.1  # seconds until something is shown on a terminal, and from one state to the next
 SELDOM = 10.0  # both, elsewhere
@@ -36,6 +38,7 @@ class Step:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._lock = threading.Lock()
         self._shown: float | None = None  # when a state was shown last; None while it is too early
+        self._changed = True  # since it was shown
         self._ended = False
 
     def __enter__(self) -> Self:
@@ -48,17 +51,20 @@ class Step:
         self.end()
 
     def __call__(self, done: int, total: int) -> None:
-        left = self._left(done, total)
-        self._tell([_amounts(done, total, self._unit), f"{100 * done // total} %{left}"] if total else [])
+        if self._timed:
+            if self._marks and done <= self._marks[-1][0]:  # it begins anew
+                self._marks = []
+            self._marks.append((done, time.monotonic()))
+        self.told(done, total, seconds_left(self._marks, total) if self._timed else None)
 
-    def _left(self, done: int, total: int) -> str:
-        if not self._timed:
-            return ""
-        if self._marks and done <= self._marks[-1][0]:  # it begins anew
-            self._marks = []
-        self._marks.append((done, time.monotonic()))
-        left = seconds_left(self._marks, total)
-        return f", {duration(left)} left" if left else ""
+    def told(self, done: int, total: int, left: float | None) -> None:
+        """Like a call, of a step that tells itself how many seconds are left."""
+        time_left = f", {duration(left)} left" if left else ""
+        self._tell([_amounts(done, total, self._unit), f"{100 * done // total} %{time_left}"] if total else [])
+
+    def images(self, done: int, total: int) -> None:
+        """So many of a prompt's images are encoded, which comes before its prefill."""
+        self._tell([_amounts(done, total, "images"), f"{100 * done // total} %"])
 
     def say(self, what: str) -> None:
         """What it does now, which is not timed."""
@@ -82,19 +88,18 @@ class Step:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
     def _run(self) -> None:
-        """Show it for the first time, and turn the spinner, until the end."""
+        """Show it for the first time, and turn the spinner, until the end; elsewhere show what has changed since."""
         wait = SOON if self._terminal else SELDOM
         while not self._end.wait(wait):
             with self._lock:
-                self._show()
+                if self._terminal or self._changed:
+                    self._show()
                 self._turns += 1
-            if not self._terminal:
-                return
-            wait = TURN
+            wait = TURN if self._terminal else max(SELDOM, TURN)
 
     def _tell(self, state: list[str], new: bool = False) -> None:
         with self._lock:
-            self._state = state
+            self._state, self._changed = state, True
             if self._shown is None:
                 return
             since = time.monotonic() - self._shown
@@ -102,9 +107,9 @@ class Step:
                 self._show()
 
     def _show(self) -> None:
-        if self._ended:
+        if self._ended or quiet():
             return
-        self._shown = time.monotonic()
+        self._shown, self._changed = time.monotonic(), False
         if self._terminal:
             print(f"\r\033[K{self._line()}", end="", file=sys.stderr, flush=True)
         else:

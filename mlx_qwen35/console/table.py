@@ -1,15 +1,16 @@
 """Tables as text."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 
-def align(table: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table: names to the left, figures to the right."""
+def align(table: Sequence[Sequence[str]], left: Container[int] = (0,)) -> list[str]:
+    """Lines of a table. left: the columns that begin at their left end, as names do; figures end at the right."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = []
-    for name, *figures in table:
-        padded = [figure.rjust(width) for figure, width in zip(figures, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *padded]))
+    for row in table:
+        cells = zip(range(len(row)), row, widths, strict=True)
+        padded = [cell.ljust(width) if column in left else cell.rjust(width) for column, cell, width in cells]
+        lines.append("  ".join(padded).rstrip())
     return lines
 
 

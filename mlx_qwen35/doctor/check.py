@@ -77,15 +77,23 @@ def measure(
 ) -> Speed:
     """Prefill longer and longer prompts, decode, and run steps of several tokens, each for about `seconds`.
 
-    progress: called with the seconds so far, and the most that it takes.
+    progress: called with the seconds so far, and what they will be in all as far as is known: slow steps take longer.
     """
     mx.clear_cache()
     mx.reset_peak_memory()
     start, prompt, elapsed, cache = time.perf_counter(), 0, 0.0, model.make_cache()
 
-    def tick() -> None:
-        progress(min(int(time.perf_counter() - start), int(3 * seconds)), int(3 * seconds))
+    def telling(most: float, later: float) -> Callable[[], None]:
+        """For a part that takes `most` seconds, with `later` seconds behind it."""
+        begin = time.perf_counter()
 
+        def tick() -> None:
+            now = time.perf_counter()
+            progress(int(now - start), int(now - start + max(0.0, begin + most - now) + later))
+
+        return tick
+
+    tick = telling(seconds, 2 * seconds)
     for length in PROMPTS:
         tick()
         cache = model.make_cache()
@@ -95,9 +103,9 @@ def measure(
         prompt, elapsed = length, time.perf_counter() - begin
         if time.perf_counter() - start + 2 * elapsed > seconds:
             break
-    layers, head = _decode(model, cache, seconds, tick)
-    peak = mx.get_peak_memory()
-    several = tuple(_decode(model, cache, seconds / 3, tick, tokens) for tokens in (2, 3, 4))
+    layers, head = _decode(model, cache, seconds, telling(seconds, seconds))
+    peak, third = mx.get_peak_memory(), seconds / 3
+    several = tuple(_decode(model, cache, third, telling(third, (4 - n) * third), n) for n in (2, 3, 4))
     return Speed(prompt, elapsed, layers, head, peak, several)
 
 

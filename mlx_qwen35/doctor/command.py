@@ -46,6 +46,7 @@ def parser() -> Parser:
         description="Print the machine, the kernels that run on it, the dtype and chunk lengths that are chosen, and "
         "the speed: text to paste into an issue. Without --model, layers of the 4B with random weights in 4 bit are "
         "measured.",
+        examples=("", "--plan Qwen/Qwen3.5-4B", "--plan nano --context 4096 --mtp", "--model nano --no-check"),
     )
     add_model_options(parser)
     parser.add_argument(
@@ -96,7 +97,7 @@ def show_plan(args: argparse.Namespace) -> None:
 
 
 def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Facts]:
-    """Section -> facts. given: the environment before this command changed it."""
+    """Section -> facts; the first is the verdict. given: the environment before this command changed it."""
     of_plan = (args.context is not None, args.mtp, args.verbose, args.plot)
     if idle := [*compress(("--context", "--mtp", "--verbose", "--plot"), of_plan)]:
         raise InputError(
@@ -123,7 +124,8 @@ def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Fac
     report[title] = {"dtype": facts.dtype(model.dtype, stored, args.dtype)}
     report[title] |= facts.prefill(model)
     with Step("checking kernels"):
-        report["kernels"] = facts.kernels(enabled_kernels(model)) | facts.rotary(model.rotary)
+        enabled = enabled_kernels(model)
+        report["kernels"] = facts.kernels(enabled) | facts.rotary(model.rotary)
     if args.probe:
         tokens = processor.tokenizer.encode(text_to_probe, add_special_tokens=False)
         with Step("running the text", "tokens") as progress:
@@ -133,11 +135,12 @@ def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Fac
             "after each layer": " ".join(f"{value:.4g}" for value in maxima),
             "key norms, largest weight over median": probe.describe_key_norms(model),
         }
+    speed, scale = None, 1 if args.model else len(text.layer_types) / check.SAMPLE_LAYERS
     if not args.no_check:
-        scale = 1 if args.model else len(text.layer_types) / check.SAMPLE_LAYERS
         with Step("measuring speed", "s") as progress:
-            report["check"] = facts.speed(check.measure(model, progress=progress), scale)
-    return report
+            speed = check.measure(model, progress=progress)
+        report["check"] = facts.speed(speed, scale)
+    return {"verdict": facts.verdict(enabled, speed, scale)} | report
 
 
 def _read_text(file: Path | None) -> str:
@@ -150,7 +153,8 @@ def _read_text(file: Path | None) -> str:
 
 
 def show(report: Mapping[str, Facts]) -> None:
-    print(f"{COMMAND}, paste from here\n")
+    """The verdict, then the whole report."""
+    print(*report["verdict"].values(), f"\n{COMMAND}, paste from here\n", sep="\n")
     for title, section in report.items():
         print(f"{title}")
         for name, text in section.items():

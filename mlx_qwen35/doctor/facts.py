@@ -83,6 +83,25 @@ def speed(found: Speed, scale: float) -> Facts:
     }
 
 
+def verdict(enabled: dict[str, EnabledLayers], found: Speed | None, scale: float) -> Facts:
+    """Whether all is well, and the speed if it was measured. enabled: the layers of each kernel. scale: of `speed`."""
+    wrong = [
+        f"the kernel {name} runs in none of {layers.of} layers"
+        for name, layers in enabled.items()
+        if backend().fused_kernels and layers.of and not layers.layers
+    ]
+    if this_chip() and not backend().watchdog:
+        wrong.append("MLX computes on the CPU, and this Mac's GPU is faster")
+    if shortened():
+        wrong.append(f"products of float32 matrices are not exact, since {TF32} is not 0")
+    state = f"Not all is well: {'; '.join(wrong)}." if wrong else f"All is well: MLX computes on {backend().device}."
+    if found is None:
+        return {"state": state}
+    prompt, decode = found.per_second(scale)
+    whole = "" if scale == 1 else ", an estimate for the 4B in 4 bit"
+    return {"state": state, "speed": f"Measured: {decode:.1f} tokens a second, {prompt:.1f} of a prompt{whole}."}
+
+
 def kernels(enabled: dict[str, EnabledLayers]) -> Facts:
     """The layers in which each kernel runs."""
     if not backend().fused_kernels:

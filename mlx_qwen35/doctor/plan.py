@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import mlx.core as mx
@@ -66,20 +67,21 @@ def contexts(checkpoint: Checkpoint, asked: int | None) -> list[int]:
     return list(dict.fromkeys([asked or min(CONTEXT, most), *(n for n in CONTEXTS if n <= most)]))
 
 
-def plans(checkpoint: Checkpoint, found: Sequence[Machine], context: int, mtp: int = 0) -> list[MemoryPlan]:
-    """Of a conversation up to a context on each machine, with an image of PIXELS where the model sees."""
-    pixels = PIXELS if checkpoint.has(VISION) else 0
-    return [plan_memory(checkpoint, machine, context, pixels=pixels, mtp=mtp) for machine in found]
-
-
 def rows(
     stored: Mapping[str, Checkpoint], found: Sequence[Machine], lengths: Sequence[int], mtp: int = 0
 ) -> Iterator[Row]:
-    """A row for each form of storage, context and machine, in this order. lengths: contexts."""
+    """A row for each form of storage, context and machine, in this order, with an image where the model sees.
+
+    lengths: contexts. mtp: as for `plan_memory`. All forms of storage are read in the same chunks.
+    """
+    chunks: dict[tuple[int, str], int] = {}
     for name, checkpoint in stored.items():
-        for context in sorted(lengths):
-            for plan in plans(checkpoint, found, context, mtp):
-                yield Row(name, plan, *_speeds(checkpoint, plan), _kv_bits(checkpoint, plan, mtp))
+        pixels = PIXELS if checkpoint.has(VISION) else 0
+        for context, machine in product(sorted(lengths), found):
+            chunk = chunks.get((context, machine.name))
+            plan = plan_memory(checkpoint, machine, context, pixels=pixels, chunk=chunk, mtp=mtp)
+            chunks[context, machine.name] = plan.chunk
+            yield Row(name, plan, *_speeds(checkpoint, plan), _kv_bits(checkpoint, plan, mtp))
 
 
 def _speeds(checkpoint: Checkpoint, plan: MemoryPlan) -> tuple[float | None, float | None]:

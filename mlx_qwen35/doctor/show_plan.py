@@ -68,7 +68,8 @@ def _show_bars(planned: Planned, console: Console, verbose: bool) -> None:
     left, right, blocks = max(map(len, names)) + 2, max(map(len, ends)) + 2, coloured(console)
     for name, end, row in zip(names, ends, found, strict=True):
         if console.width < NARROW:
-            _print(console, f"{name}: {end}", bar(row.plan, console.width, blocks))
+            _say(console, f"{name}: {end}")
+            _print(console, bar(row.plan, console.width, blocks))
         else:
             middle = bar(row.plan, console.width - left - right, blocks)
             _print(console, Text.assemble(name.ljust(left), middle, f"  {end}"))
@@ -91,44 +92,50 @@ def _end(plan: MemoryPlan) -> str:
 
 def _show_speeds(planned: Planned, console: Console) -> None:
     """A row for each recipe and context; on a narrow terminal one table for each machine."""
-    tables = [align(_speed_table(planned, planned.machines))]
-    if len(tables[0][0]) > console.width:
-        tables = [align(_speed_table(planned, [machine])) for machine in planned.machines]
     _say(console, "Tokens a second, decode / prefill, computed from the chip's figures")
-    for lines in tables:
-        _print(console, *lines, *[""] * (len(tables) > 1))
+    heads = [machine.name for machine in planned.machines]
+    table = align(_speed_table(planned, planned.machines, heads))
+    if len(table[0]) <= console.width:
+        _print(console, *table)
+    else:
+        for machine in planned.machines:
+            kinds = (align(_speed_table(planned, [machine], ["tokens/s"], joined)) for joined in (True, False))
+            _print(console, "", machine.name, *min(kinds, key=lambda lines: len(lines[0]) > console.width))
+        _print(console)
     for line in _formula(planned.machines):
         _say(console, line)
 
 
-def _speed_table(planned: Planned, machines: Sequence[Machine]) -> list[tuple[str, ...]]:
-    """Recipes with the same cells share their rows."""
-    named: dict[tuple[tuple[str, ...], ...], list[str]] = {}
+def _speed_table(
+    planned: Planned, machines: Sequence[Machine], heads: Sequence[str], joined: bool = True
+) -> list[tuple[str, ...]]:
+    """joined: whether recipes with the same cells share their rows."""
+    named: dict[tuple[object, ...], list[str]] = {}
     for name in planned.stored:
         cells = tuple(
             (f"{context:,}", *(_cell(planned.row(name, context, machine)) for machine in machines))
             for context in sorted(planned.contexts)
         )
-        named.setdefault(cells, []).append(name)
-    table = [("stored", "context", *(machine.name for machine in machines))]
+        named.setdefault(cells if joined else (name, *cells), []).append(name)
+    table = [("stored", "context", *heads)]
     for rows, names in named.items():
-        joined = "any" if len(names) == len(planned.stored) > 1 else ", ".join(names)
-        table += [(joined, *cells) for cells in rows]
+        name = "any" if len(names) == len(planned.stored) > 1 else ", ".join(names)
+        table += [(name, *cells) for cells in rows if isinstance(cells, tuple)]
     return table
 
 
 def _cell(row: Row) -> str:
     if not row.plan.fits:
-        return f"--kv-bits {row.kv_bits}" if row.kv_bits else "no"
+        return f"kv {row.kv_bits}" if row.kv_bits else "no"
     if row.decode is None or row.prefill is None:
         return "fits"
     return f"{speed(row.decode)} / {speed(row.prefill)}"
 
 
 def _formula(machines: Sequence[Machine]) -> Iterator[str]:
-    yield "no: it does not fit. --kv-bits: it fits with that. fits: speed not computed."
-    yield "decode: share of the bandwidth / bytes of a token (weights, states, keys and values)"
-    yield "prefill: share of the peak / operations of a token (two a weight, and attention)"
+    yield "no: it does not fit. kv 8: it does with --kv-bits 8. fits: its speed is not known."
+    yield "decode: share of bandwidth / bytes of a token (weights, states, keys, values)"
+    yield "prefill: share of peak / operations of a token (two a weight, and attention)"
     for chip in {machine.chip.name: machine.chip for machine in machines if machine.chip}.values():
         yield (
             f"{chip.name}: {DECODE[chip.tier]:.0%} of {chip.bandwidth / 1e9:.0f} GB/s, {PREFILL:.0%} of "

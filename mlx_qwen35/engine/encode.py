@@ -10,7 +10,8 @@ from mlx_qwen35.cache.prefix_tokens import Prefix, Shown
 from mlx_qwen35.engine.options import Options, PromptOptions, thinking_switch, vision_options
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.options import VISION_OPTIONS
-from mlx_qwen35.options import listed, options_of
+from mlx_qwen35.media.preprocess import Page
+from mlx_qwen35.options import listed, options_of, spelled
 from mlx_qwen35.prompt.processor import Messages, Processor
 from mlx_qwen35.prompt.prompt import Prompt
 from mlx_qwen35.values import shown
@@ -68,19 +69,28 @@ def _tokens(processor: Processor, prompt: Sequence[Any], options: Options) -> Pr
 def _messages(text: str, options: Options) -> Messages:
     media = [("image", source) for source in options.get("images", ())]
     media += [("video", source) for source in options.get("videos", ())]
-    return one_message(text, media, options.get("system_prompt"))
+    media += [("pdf", source) for source in options.get("pdfs", ())]
+    return one_message(text, media, options.get("system_prompt"), options.get("pages"))
 
 
-def one_message(text: str, media: Sequence[tuple[str, Any]], system: str | None) -> Messages:
-    """One user message of images and videos, as pairs of kind and source, and text; behind the system's, if any."""
-    parts = [{"type": kind, kind: source} for kind, source in media]
+def one_message(
+    text: str, media: Sequence[tuple[str, Any]], system: str | None, pages: str | None = None
+) -> Messages:
+    """One user message of images, videos and PDFs, as pairs of kind and source, and text; behind the system's, if any.
+
+    pages: of each PDF.
+    """
+    if pages is not None and not any(kind == "pdf" for kind, _ in media):
+        raise InputError("option_no_effect", f"{spelled('pages')} must be given with a PDF: it would have no effect")
+    parts = [{"type": kind, kind: source} | ({"pages": pages} if kind == "pdf" else {}) for kind, source in media]
     before = [{"role": "system", "content": system}] if system else []
     return [*before, {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}]
 
 
 def _refuse_idle(kind: str, options: Options) -> None:
     """An option without effect on this kind of prompt is refused."""
-    switches = ("ignore_chat_template", "continue_final_message", "images", "videos")  # False and [] ask for nothing
+    # False and [] ask for nothing.
+    switches = ("ignore_chat_template", "continue_final_message", "images", "videos", "pdfs")
     idle = [
         name
         for name, declared in options_of(PromptOptions).items()
@@ -94,8 +104,9 @@ def _refuse_idle(kind: str, options: Options) -> None:
 
 def refuse_idle_vision(options: Options, prompts: Sequence[Prompt]) -> None:
     """An option for images needs an image among the prompts, one for videos a video."""
-    kinds = {placed.media.kind for prompt in prompts for placed in prompt.media}
-    for needed in ("image", "video", "image or video"):
+    media = [placed.media for prompt in prompts for placed in prompt.media]
+    kinds = {item.kind for item in media} | {"PDF" for item in media if isinstance(item, Page)}
+    for needed in ("image", "video", "PDF", "image or video"):
         idle = [name for name, declared in VISION_OPTIONS.items() if declared.media == needed and options.get(name)]
         if idle and not kinds & set(needed.split(" or ")):
             raise InputError(

@@ -1,16 +1,19 @@
 """Prompts and options -> sequences, and a generation that runs them."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Unpack
 
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.cache.prefix import PrefixLibrary
 from mlx_qwen35.engine.constraints.rules import Rules
+from mlx_qwen35.engine.constraints.thinking import line_tokens
 from mlx_qwen35.engine.encode import encode, prefix_of, refuse_idle_vision
 from mlx_qwen35.engine.engine import Engine
 from mlx_qwen35.engine.logprobs import LogprobScorer
 from mlx_qwen35.engine.options import Options, check_options
 from mlx_qwen35.engine.plan import SequencePlan, plan
+from mlx_qwen35.engine.presets import Sampling
 from mlx_qwen35.engine.result import Result
 from mlx_qwen35.engine.sampling import Sampler
 from mlx_qwen35.engine.sequence import Sequence as Request
@@ -44,7 +47,8 @@ def start(model: Model, processor: Processor, prompts: Sequence[Given], **option
     requests: list[Request] = []
     count = _counter(given, requests)
     rows = zip(encoded, plans, caches, strict=True)
-    requests += [make_request(processor, *row, given, rules, progress=count) for row in rows]
+    seen = given.get("media_progress", lambda done, total: None)
+    requests += [make_request(processor, *row, given, rules, progress=count, media_progress=seen) for row in rows]
     return Generation(model, requests)
 
 
@@ -73,7 +77,7 @@ def plan_rows(
 
     It is where memory would refuse a prompt, or shorten an answer or the drafts.
     """
-    prefixes = [prefix_of(prompt) for prompt in prompts]
+    prefixes = [prefix_of(prompt) for prompt in prompts] if library else []
 
     def planned() -> list[SequencePlan]:
         held = library.ready(prefixes) if library else [0] * len(prompts)
@@ -107,13 +111,14 @@ def make_request(
     rules: Rules,
     *,
     progress: Callable[[int], None] = lambda tokens: None,
+    media_progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Request:
     """The sequence of an encoded prompt and its plan. options: checked; for stop strings and the caller's functions.
 
     rules: of the same options.
     """
     sampler = Sampler(
-        planned.sampling, planned.seed, len(prompt.tokens), processor.vocabulary,
+        exempting(planned.sampling, processor), planned.seed, len(prompt.tokens), processor.vocabulary,
         processors=options.get("logits_processors", ()), choose=options.get("sampler"),
         door=rules.door(prompt, planned.thinking_budget, planned.limit), prompt=prompt.tokens,
     )  # fmt: skip
@@ -125,9 +130,17 @@ def make_request(
         stop_ids=processor.stop_ids, stream=rules.stream(
             prompt, cache.length if cache else 0, planned.seed, tuple(options.get("stop", ()))
         ), cache=cache, library=options.get("library"),
-        drafts=planned.drafts, progress=progress, loop_guard=bool(options.get("loop_guard")),
-        scorer=scorer, one_call=options.get("parallel_tool_calls") is False,
+        drafts=planned.drafts, progress=progress, media_progress=media_progress,
+        loop_guard=bool(options.get("loop_guard")), scorer=scorer, one_call=options.get("parallel_tool_calls") is False,
     )  # fmt: skip
+
+
+def exempting(sampling: Sampling, processor: Processor) -> Sampling:
+    """The sampling, which names the tokens that XTC never excludes."""
+    if not sampling.xtc_probability or sampling.xtc_special_tokens is not None:
+        return sampling
+    thought = () if processor.think_end is None else (processor.think_end,)
+    return replace(sampling, xtc_special_tokens=(*sorted(processor.stop_ids), *thought, *line_tokens(processor)))
 
 
 def check_caches(options: Options, model: Model, rows: int) -> list[Cache | None]:

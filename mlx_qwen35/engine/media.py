@@ -45,10 +45,12 @@ class MediaEncoder:
 
     def encode(self, sequence: Sequence) -> bool:
         """Encode one image or video of what is unread of its prompt; False: all are encoded."""
-        media = (placed.media for placed in sequence.rest.media if placed.media.digest not in self._encoded)
-        for shown in media:
-            self._encoded[shown.digest] = _encoder(self.model).encode(shown)
-            return True
+        media = [placed.media for placed in sequence.rest.media]
+        for done, shown in enumerate(media):
+            if shown.digest not in self._encoded:
+                sequence.media_progress(done, len(media))
+                self._encoded[shown.digest] = _encoder(self.model).encode(shown)
+                return True
         return False
 
     def row(self, sequence: Sequence) -> PromptRow:

@@ -25,6 +25,7 @@ from mlx_qwen35.engine.presets import MOST_SEED, PRESETS, Sampling
 from mlx_qwen35.engine.sampling import Choice, Processor
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.options import VISION_OPTIONS, VisionOptions
+from mlx_qwen35.media.pdf import check_pages
 from mlx_qwen35.options import check_keywords, listed, option, options_of, spelled
 from mlx_qwen35.prompt.messages import check_tools
 from mlx_qwen35.values import shown, whole
@@ -91,7 +92,7 @@ def _a_library(name: str, value: Any) -> PrefixLibrary:
 
 def _a_function(name: str, value: Any) -> Callable[[int, int], object]:
     if not callable(value):
-        raise InputError("option_invalid", f"{name} must be a function of two counts of tokens, got {shown(value)}")
+        raise InputError("option_invalid", f"{name} must be a function of two counts, got {shown(value)}")
     return value
 
 
@@ -113,6 +114,13 @@ class PromptOptions:
         help="videos put before the message, in the order given: files, URLs or folders of images",
         check=_a_list, flag="video", each=True, metavar="FILE", prompts=("text", "raw text"),
     )  # fmt: skip
+    pdfs: Sequence[Any] | None = option(
+        help="PDF documents put before the message, in the order given, an image for each page: files, URLs or data: "
+        "URIs", check=_a_list, flag="pdf", each=True, metavar="FILE", prompts=("text",),
+    )  # fmt: skip
+    pages: str | None = option(
+        help="pages of each PDF, as 1-3,7,9- (default: all)", check=check_pages, metavar="PAGES", prompts=("text",)
+    )
     ignore_chat_template: bool | None = option(
         False, help="complete the prompt as raw text, control tokens included", prompts=("raw text",)
     )
@@ -221,7 +229,7 @@ class GenerationOptions:
     )  # fmt: skip
     sampler: Choice | None = option(
         help="function that chooses a token: log-probabilities (1, V) -> (1,), as in mlx-lm; it takes the place of "
-        "temp, top_k, top_p and min_p, and the seed is its own affair; without drafts", check=_a_sampler,
+        "the options from temp to min_p and of XTC, and the seed is its own affair; without drafts", check=_a_sampler,
         python_only=True,
     )  # fmt: skip
     logits_processors: Sequence[Processor] | None = option(
@@ -237,9 +245,20 @@ class GenerationOptions:
     progress: Callable[[int, int], object] | None = option(
         help="called during prefill with the tokens done and the tokens in all", check=_a_function, python_only=True
     )
+    media_progress: Callable[[int, int], object] | None = option(
+        help="called before each image or video of a prompt is encoded with how many are, and how many there are; a "
+        "page of a PDF is an image", check=_a_function, python_only=True,
+    )  # fmt: skip
 
 
-WARPERS = ("temp", "top_k", "top_p", "min_p")  # the options whose work a caller's sampler does
+WARPERS = (
+    "temp", "top_k", "top_p", "min_p", "min_tokens_to_keep", "xtc_probability", "xtc_threshold", "xtc_special_tokens",
+)  # the options whose work a caller's sampler does
+# An option -> the one without which it has no effect.
+NEEDS = {
+    "top_logprobs": "logprobs", "min_tokens_to_keep": "min_p", "xtc_threshold": "xtc_probability",
+    "xtc_special_tokens": "xtc_probability",
+}  # fmt: skip
 GROUPS = (PromptOptions, GenerationOptions, Sampling, VisionOptions)
 
 
@@ -252,6 +271,8 @@ class Options(TypedDict, total=False):
 
     images: Sequence[Any]
     videos: Sequence[Any]
+    pdfs: Sequence[Any]
+    pages: str
     ignore_chat_template: bool
     system_prompt: str
     system: str
@@ -283,6 +304,7 @@ class Options(TypedDict, total=False):
     logits_processors: Sequence[Processor]
     constraint: Constraint
     progress: Callable[[int, int], object]
+    media_progress: Callable[[int, int], object]
     temp: float
     temperature: float
     top_k: int
@@ -292,12 +314,17 @@ class Options(TypedDict, total=False):
     frequency_penalty: float
     repetition_penalty: float
     logit_bias: Mapping[int, float]
+    min_tokens_to_keep: int
+    xtc_probability: float
+    xtc_threshold: float
+    xtc_special_tokens: Sequence[int]
     min_pixels: int
     max_pixels: int
     fps: float
     video_num_frames: int
     video_total_pixels: int
     source_fps: float
+    dpi: int
     published_limits: bool
     outer_vision_tags: bool
     allow_private_urls: bool
@@ -313,12 +340,12 @@ def check_options(given: Mapping[str, Any]) -> Options:
     thinking_switch(options)
     check_constraints(options)
     draft_options(options)
-    if "top_logprobs" in options and not options.get("logprobs"):
-        raise InputError(
-            "option_no_effect",
-            f"{spelled('top_logprobs', options['top_logprobs'])} must be given with {spelled('logprobs', True)}: it "
-            "would have no effect alone",
-        )
+    for name, other in NEEDS.items():
+        if name in options and not options.get(other):
+            raise InputError(
+                "option_no_effect",
+                f"{spelled(name)} must be given with {spelled(other)}: it would have no effect alone",
+            )
     if "sampler" in options and (idle := [name for name in WARPERS if name in options]):
         raise InputError(
             "option_conflict", f"{listed(idle)} must not be given with sampler, which chooses the token by itself"

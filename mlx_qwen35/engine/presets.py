@@ -1,12 +1,12 @@
 """How tokens are sampled: the settings, checked, and the published presets."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.options import check_fields, option
+from mlx_qwen35.options import check_fields, option, spelled
 from mlx_qwen35.values import is_number, is_whole, number, plain, shown, whole
 
 MOST_FLOAT = float(np.finfo(np.float32).max)  # logits are float32: beyond it a number is infinite
@@ -29,6 +29,13 @@ def _biases(name: str, given: Mapping[int, float]) -> dict[int, float]:
         if not (is_whole(token) and 0 <= token < 2**31 and is_number(bias) and bias <= MOST_FLOAT):
             raise InputError("option_invalid", f"{rule} {shown(token)}: {shown(bias)}")
     return {int(token): float(bias) for token, bias in biases.items()}
+
+
+def _tokens(name: str, given: Sequence[int]) -> tuple[int, ...]:
+    tokens = tuple(plain(token) for token in given) if isinstance(given, list | tuple) else (None,)
+    if not all(is_whole(token) and 0 <= token < 2**31 for token in tokens):
+        raise InputError("option_invalid", f"{name} must be a list of token ids, got {shown(given)}")
+    return tokens
 
 
 @dataclass(frozen=True)
@@ -63,9 +70,27 @@ class Sampling:
         default_factory=dict, help="token id -> number that is added to its logit; minus infinity forbids the token",
         check=_biases, python_only=True,
     )  # fmt: skip
+    min_tokens_to_keep: int = option(1, help="tokens that min-p keeps at the least", least=1, metavar="N")
+    xtc_probability: float = option(
+        0.0, help="how often XTC applies: then tokens above the threshold are excluded, except the least probable of "
+        "them; 0 is off", least=0, most=1, metavar="P",
+    )  # fmt: skip
+    xtc_threshold: float = option(
+        0.1, help="probability above which XTC excludes a token", least=0, most=0.5, metavar="P"
+    )
+    xtc_special_tokens: Sequence[int] | None = option(
+        help="token ids that XTC never excludes (default: the end tokens, </think> and the line end)", check=_tokens,
+        python_only=True,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.temp == 0 and self.xtc_probability:
+            raise InputError(
+                "option_conflict",
+                f"{spelled('xtc_probability')} must not be given with {spelled('temp', 0)}, which always takes the "
+                "most probable token",
+            )
 
     @property
     def penalises(self) -> bool:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 from mlx_qwen35.engine.constraints.loop import Loop, first_loop
 from mlx_qwen35.engine.drafts.speculate import DraftStatistics
@@ -10,9 +10,11 @@ from mlx_qwen35.engine.logprobs import TokenLogprob
 from mlx_qwen35.prompt.tool_calls import Cut, ToolCall
 
 
-@dataclass(frozen=True)
-class Result:
-    """One finished answer; str() is its text.
+@dataclass(frozen=True, eq=False)
+class Result(str):
+    """One finished answer. It is the string of its text, and has the rest in fields that do not change.
+
+    Equality, hash and truth are those of the text, so two answers of one text are equal.
 
     finish_reason: "stop" (an end token or a stop string), "tool_calls" (the same, behind a whole call), "length"
     (see limited_by), "loop" (by the loop guard), "interrupted", or "error". limited_by: what set its most tokens:
@@ -49,8 +51,8 @@ class Result:
     reasoning_tokens: int = 0
     stop: str = ""
 
-    def __str__(self) -> str:
-        return self.text
+    def __new__(cls, text: str, *fields: Any, **more: Any) -> Self:
+        return super().__new__(cls, text)
 
     @property
     def message(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Logits -> the processed distribution -> a token.
+"""Logits -> tokens.
 
 The noise of a sample depends on its seed and on the token's position in its sequence alone. So a seed gives the same
 text alone, in a batch, and with drafts.
@@ -7,7 +7,6 @@ A sequence may have constraints and the caller's own functions. They are told to
 sampled after its last token is known on the host; the pass that gives its logits need not wait.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,78 +15,29 @@ import numpy as np
 
 from mlx_qwen35.engine.constraints.bits import holds, restricted
 from mlx_qwen35.engine.constraints.door import Door
+from mlx_qwen35.engine.distribution import normalise, penalise, warp
 from mlx_qwen35.engine.presets import Sampling, check_seed
 from mlx_qwen35.errors import InputError
-
-
-def process(logits: mx.array, sampling: Sampling, counts: mx.array | None = None, vocabulary: int = 0) -> mx.array:
-    """(B, V) logits -> (B, V) float32 log-probabilities to sample from, -inf where cut off.
-
-    In transformers' order: bias and penalties, temperature, top-k, top-p, min-p, each of the distribution before it.
-
-    Args:
-        counts: (B, V) how often each token was generated; None for no token or no penalty.
-        vocabulary: the tokenizer's size. The LM head's rows beyond it are padding, never sampled; 0: there are none.
-    """
-    return warp(penalise(logits, sampling, counts, vocabulary), sampling)
-
-
-def warp(logits: mx.array, sampling: Sampling) -> mx.array:
-    """(B, V) float32 logits -> log-probabilities after temperature, top-k, top-p and min-p."""
-    if sampling.temp == 0:
-        best = mx.argmax(logits, axis=-1, keepdims=True)
-        return mx.where(mx.arange(logits.shape[-1]) == best, 0.0, -mx.inf)
-    logits = logits / sampling.temp
-    if not 0 < sampling.top_k < logits.shape[-1]:
-        return _cut(_normalise(logits), sampling)
-    ids = mx.argpartition(-logits, kth=sampling.top_k - 1, axis=-1)[..., : sampling.top_k]
-    logprobs = _cut(_normalise(mx.take_along_axis(logits, ids, axis=-1)), sampling)
-    return mx.put_along_axis(mx.full(logits.shape, -mx.inf), ids, logprobs, axis=-1)
-
-
-def penalise(logits: mx.array, sampling: Sampling, counts: mx.array | None, vocabulary: int) -> mx.array:
-    """Bias and penalties, in float32. The vocabulary's padding becomes -inf."""
-    logits = logits.astype(mx.float32)
-    if 0 < vocabulary < logits.shape[-1]:
-        logits = mx.where(mx.arange(logits.shape[-1]) < vocabulary, logits, -mx.inf)
-    if sampling.logit_bias:
-        ids = mx.array(list(sampling.logit_bias))
-        logits = logits.at[:, ids].add(mx.array(list(sampling.logit_bias.values()), mx.float32))
-    if counts is None or not sampling.penalises:
-        return logits
-    generated, factor = counts > 0, sampling.repetition_penalty
-    scaled = mx.where(logits < 0, logits * factor, logits / factor)
-    logits = mx.where(generated, scaled, logits)
-    return logits - sampling.presence_penalty * generated - sampling.frequency_penalty * counts
-
-
-def _normalise(logits: mx.array) -> mx.array:
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-
-
-def _cut(logprobs: mx.array, sampling: Sampling) -> mx.array:
-    """Top-p, then min-p, each normalised again. A row's most probable token always stays."""
-    if sampling.top_p < 1:
-        order = mx.argsort(logprobs, axis=-1)
-        sums = mx.cumsum(mx.take_along_axis(mx.exp(logprobs), order, axis=-1), axis=-1)  # from the least probable on
-        stays = (sums > 1 - sampling.top_p) | (mx.arange(order.shape[-1]) == order.shape[-1] - 1)
-        stays = mx.put_along_axis(mx.zeros(order.shape, mx.bool_), order, stays, axis=-1)
-        logprobs = _normalise(mx.where(stays, logprobs, -mx.inf))
-    if sampling.min_p > 0:
-        least = logprobs.max(axis=-1, keepdims=True) + math.log(sampling.min_p)
-        logprobs = _normalise(mx.where(logprobs < least, -mx.inf, logprobs))
-    return logprobs
-
-
-def noise(vocabulary: int, seed: int, position: int) -> mx.array:
-    """(V,) float32 standard Gumbel noise, a function of seed and position, both below 2**32."""
-    return mx.random.gumbel((vocabulary,), key=mx.random.key(seed << 32 | position))
-
 
 Bits = list[np.ndarray | None]  # (W,) uint32 of each place, 32 tokens a word; None: any token
 NO_TOKEN = -1  # in place of a token where none is allowed, or the caller's sampler chose none of the vocabulary
 Processor = Callable[[mx.array, mx.array], mx.array]  # tokens (n,), logits (1, V) -> logits, as in mlx-lm
 Choice = Callable[[mx.array], mx.array]  # log-probabilities (1, V) -> token (1,), as in mlx-lm
+
+
+def noise(vocabulary: int, seed: int, position: int) -> mx.array:
+    """(V,) float32 standard Gumbel noise, a function of seed and position, both below 2**32."""
+    return mx.random.gumbel((vocabulary,), key=_key(seed, position))
+
+
+def draws_xtc(sampling: Sampling, seed: int, position: int) -> mx.array:
+    """() whether XTC applies to a token, a function of seed and position. It draws beside the token's `noise`."""
+    _, own = mx.random.split(_key(seed, position))
+    return mx.random.uniform(key=own) < sampling.xtc_probability
+
+
+def _key(seed: int, position: int) -> mx.array:
+    return mx.random.key(seed << 32 | position)
 
 
 class Sampler:
@@ -96,7 +46,7 @@ class Sampler:
     Args:
         seed: 0 to 2**32 - 1.
         position: the next token's position in the sequence.
-        vocabulary: the tokenizer's size, see `process`.
+        vocabulary: the tokenizer's size, see `distribution.process`.
         processors, choose: the caller's logits_processors and sampler.
         door: what tokens are allowed; None: any.
         prompt: the tokens before, for the processors.
@@ -296,12 +246,14 @@ def _peek(
     if any(allowed is not None for row in bits for allowed in row):
         flat = restricted(flat, [allowed for row in bits for allowed in row])
     if own and first.choose:
-        tokens = mx.concatenate([_chosen(first.choose(_normalise(row))) for row in mx.split(flat, n)])
+        tokens = mx.concatenate([_chosen(first.choose(normalise(row))) for row in mx.split(flat, n)])
     elif sampling.temp == 0:
         tokens = mx.argmax(flat, axis=-1)
     else:
-        gumbel = mx.stack([s.noise(s.position + before + i) for s in samplers for i in range(n)])
-        tokens = mx.argmax(warp(flat, sampling) + gumbel, axis=-1)
+        places = [(s, s.position + before + i) for s in samplers for i in range(n)]
+        drawn = [draws_xtc(sampling, s.seed, place) for s, place in places] if sampling.xtc_probability else []
+        gumbel = mx.stack([s.noise(place) for s, place in places])
+        tokens = mx.argmax(warp(flat, sampling, mx.stack(drawn) if drawn else None) + gumbel, axis=-1)
     if own:
         valid = (tokens >= 0) & (tokens < (first.vocabulary or V)) & (flat.max(-1) > -mx.inf)
         tokens = mx.where(valid, tokens.astype(mx.int32), NO_TOKEN)

@@ -53,6 +53,7 @@ class Sequence:
             before. None: a cache of its own.
         drafts: whether to draft, and how deep.
         progress: called with the tokens of each chunk of the prompt that is prefilled.
+        media_progress: called with the images and videos that are encoded, and all of them, before each.
         library: where the prefill begins, with the longest beginning of the prompt that it holds, and where the
             beginnings at the prompt's marks are stored, and what has been read when the prefill is cancelled. A cache
             beside it must be empty.
@@ -74,6 +75,7 @@ class Sequence:
         cache: Cache | None = None,
         drafts: DraftPolicy = DraftPolicy(0),  # noqa: B008 (frozen)
         progress: Callable[[int], None] = lambda tokens: None,
+        media_progress: Callable[[int, int], object] = lambda done, total: None,
         library: PrefixLibrary | None = None,
         loop_guard: bool = False,
         scorer: LogprobScorer | None = None,
@@ -81,6 +83,7 @@ class Sequence:
     ):
         self.prompt, self.sampler, self.limit, self.stop_ids, self.stream = prompt, sampler, limit, stop_ids, stream
         self.prefill_step_size, self.progress, self.library = prefill_step_size, progress, library
+        self.media_progress = media_progress
         self.cache, self.scorer, self.loop_guard, self.one_call = cache, scorer, loop_guard, one_call
         self.limited_by = limited_by
         self._recent = NOTHING

@@ -15,7 +15,7 @@ from mlx_qwen35.cache.cache import Snapshot
 from mlx_qwen35.cache.layer import CachePosition
 from mlx_qwen35.cache.prefix_tokens import Prefix, Shown
 from mlx_qwen35.cache.session_arrays import misfits, read_places, session_arrays
-from mlx_qwen35.cache.session_file import SessionFile
+from mlx_qwen35.cache.session_file import Bytes, SessionFile, Stored
 from mlx_qwen35.checkpoint.dtypes import dtype_name
 from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.engine.tool_turns import Message
@@ -79,7 +79,7 @@ def _apart(one: str, other: str) -> tuple[str, str]:
 # --- out -------------------------------------------------------------------------------------------------------------
 
 
-def to_record(conversation: Conversation) -> tuple[dict[str, str], dict[str, mx.array]]:
+def to_record(conversation: Conversation) -> tuple[dict[str, str], dict[str, Stored]]:
     """Metadata and arrays of a conversation. What is stored of it in its library are places to go on from.
 
     Raises InputError where a message names an image or video that cannot be read any more.
@@ -108,10 +108,15 @@ def to_record(conversation: Conversation) -> tuple[dict[str, str], dict[str, mx.
         "media": [[item.digest, item.times, item.original] for item in media.values()],
     }
     metadata = identity(model, processor) | {"template": template_digest(processor), "program": version("mlx_qwen35")}
-    arrays = {"tokens": mx.array(prefix.tokens.astype(np.uint32))}
-    arrays |= {f"media.{i}": mx.array(item.pixels) for i, item in enumerate(media.values())}
+    arrays: dict[str, Stored] = {"tokens": mx.array(prefix.tokens.astype(np.uint32))}
+    arrays |= {f"media.{i}": _pixels(item) for i, item in enumerate(media.values())}
     arrays |= session_arrays(places, model.make_cache())
     return metadata | {name: json.dumps(value) for name, value in values.items()}, arrays
+
+
+def _pixels(media: Media) -> Bytes:
+    """Pixels that are written one image after the other: a page is drawn then."""
+    return Bytes(media.shape, lambda: media.pixels)
 
 
 # --- in --------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ _BANDWIDTH = {  # bytes a second of the generations from M1 on
     "": (68e9, 100e9, 100e9, 120e9, 153e9), "Pro": (200e9, 200e9, 150e9, 273e9, 307e9),
     "Max": (400e9, 400e9, 300e9, 410e9, 460e9), "Ultra": (800e9, 800e9, 819e9),
 }  # fmt: skip
+LATEST = 5  # generation whose figures are known
 TUNED_UP_TO = 4  # generations for which larger command buffers were published to pay
 _NATIVE_BFLOAT16 = 3  # from this generation on
 
@@ -52,7 +53,7 @@ class Chip:
 def parse_chip(brand: str) -> Chip:
     """The chip of a brand string such as "Apple M2 Max"; an unknown one counts as new, and as slow as the slowest."""
     found = re.match(r"Apple M(\d+)\b(?: (Pro|Max|Ultra))?", brand)
-    return Chip(brand, int(found[1]), found[2] or "") if found else Chip(brand, TUNED_UP_TO + 1, "")
+    return Chip(brand, int(found[1]), found[2] or "") if found else Chip(brand, LATEST + 1, "")
 
 
 @functools.cache

@@ -1,9 +1,13 @@
-"""The process: one lock for what runs, and refusals where it cannot work: forked after MLX had started, or in a folder
-that was removed.
+"""The process: one lock for what runs, refusals where it cannot work (forked after MLX had started, or in a folder that
+was removed), and files that other processes are to see in use.
 """
 
+import fcntl
 import os
 import threading
+import weakref
+from contextlib import suppress
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -46,3 +50,24 @@ def check_folder() -> None:
         raise InputError(
             "current_folder_missing", f"the current folder must be there: {error.strerror}. Change to another one"
         ) from error
+
+
+def show_in_use(file: Path, owner: object) -> None:
+    """To other processes the file `is_locked` as long as the owner lives, where the file system has locks."""
+    with suppress(OSError):
+        opened = os.open(file, os.O_RDONLY)
+        weakref.finalize(owner, os.close, opened)
+        fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def is_locked(file: Path) -> bool:
+    """Whether a process has locked this file."""
+    with suppress(OSError):
+        opened = os.open(file, os.O_RDONLY)
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(opened)
+    return False

@@ -24,12 +24,14 @@ from mlx_qwen35.media.address import Connections, Opener, Request
 from mlx_qwen35.values import flag
 
 CONNECT_SECONDS = 20.0  # for the connection, and for each wait for more of the answer
-DEADLINE_SECONDS = {"image": 60.0, "video": 900.0}  # for everything: names, redirects, headers and body
-MAX_BYTES = {"image": 64_000_000, "video": 2_000_000_000}
+DEADLINE_SECONDS = {"image": 60.0, "video": 900.0, "pdf": 300.0}  # for everything: names, redirects, headers and body
+MAX_BYTES = {"image": 64_000_000, "video": 2_000_000_000, "pdf": 512_000_000}
 _HTTP = ("http://", "https://")
 _UNSAID = ("", "application/octet-stream", "binary/octet-stream")  # the last is what S3 says of what it does not know
-_ALSO = {"image": (), "video": ("image/gif",)}  # a GIF is a video too
-_A = {"image": "an image", "video": "a video"}
+# The media type of each kind, and with what those that are accepted begin; a GIF is a video too.
+_TYPE = {"image": "image/*", "video": "video/*", "pdf": "application/pdf"}
+_TYPES = {"image": ("image/",), "video": ("video/", "image/gif"), "pdf": ("application/pdf", "application/x-pdf")}
+_A = {"image": "an image", "video": "a video", "pdf": "a PDF"}
 _SLICE = 1 << 20
 _SHOWN = 200  # characters of a name in a message
 
@@ -44,8 +46,8 @@ def fetch(source: str, kind: str, allow_private_urls: bool = False) -> bytes:
 
     Args:
         source: an http or https URL, or a data: URI (base64 or percent-encoded).
-        kind: "image" or "video": chooses the limits and the media types that are accepted. A type that is absent, or
-            application/octet-stream, is accepted for both.
+        kind: "image", "video" or "pdf": chooses the limits and the media types that are accepted. A type that is
+            absent, or application/octet-stream, is accepted for all.
         allow_private_urls: whether the URL, or what it redirects to, may lead to loopback, private, link-local or
             reserved addresses. A program that follows URLs of others must not: they would read what it can reach.
 
@@ -67,7 +69,7 @@ def fetch_file(source: str, kind: str, allow_private_urls: bool = False) -> Iter
         yield BytesIO(_decode(source, kind))
         return
     with ExitStack() as stack:
-        with _disk(kind):
+        with disk(kind):
             # Without a buffer: writing its rest could fail when the file is closed.
             file = stack.enter_context(tempfile.TemporaryFile(buffering=0))
         _download(source, kind, allow_private_urls, file)
@@ -76,7 +78,7 @@ def fetch_file(source: str, kind: str, allow_private_urls: bool = False) -> Iter
 
 
 @contextmanager
-def _disk(kind: str) -> Iterator[None]:
+def disk(kind: str) -> Iterator[None]:
     """OSErrors of the block are the disk's."""
     try:
         yield
@@ -111,16 +113,16 @@ def _short(text: str, length: int) -> str:
 def _check_type(media: str, kind: str, name: str) -> None:
     """`media`: a Content-Type, parameters and all."""
     media = media.partition(";")[0].strip().lower()
-    if media in _UNSAID or media.startswith(f"{kind}/") or media in _ALSO[kind]:
+    if media in _UNSAID or media.startswith(_TYPES[kind]):
         return
     if media in ("text/html", "application/xhtml+xml"):
-        hint = f"It is a web page: open it in a browser and copy the address of the {kind}"
+        hint = f"It is a web page: open it in a browser and copy the address of the {_A[kind].split()[1]}"
     else:
-        other = media.partition("/")[0]
-        hint = f"Give it as {_A[other]}" if other in _A else f"Give the address of {_A[kind]}"
+        other = next((other for other, types in _TYPES.items() if media.startswith(types)), None)
+        hint = f"Give it as {_A[other]}" if other else f"Give the address of {_A[kind]}"
     raise InputError(
         "media_type_wrong",
-        f"the media type of {_A[kind]} must be {kind}/...; {name} says {_short(media, 60)}. {hint}",
+        f"the media type of {_A[kind]} must be {_TYPE[kind]}; {name} says {_short(media, 60)}. {hint}",
     )
 
 
@@ -221,7 +223,7 @@ def _download(source: str, kind: str, allow_private_urls: bool, into: BinaryIO) 
 def _transfer(source: str, kind: str, connections: Connections, into: BinaryIO) -> None:
     name = name_of(source)
     url = quote(source, safe="!#$%&'()*+,/:;=?@[]~")  # spaces and letters beyond ASCII
-    headers = {"User-Agent": "mlx-qwen35", "Accept": f"{kind}/*, */*;q=0.5"}
+    headers = {"User-Agent": "mlx-qwen35", "Accept": f"{_TYPE[kind]}, */*;q=0.5"}
     try:
         with _opener(connections).open(Request(url, headers), timeout=CONNECT_SECONDS) as answer:
             _check_type(answer.headers.get("Content-Type", ""), kind, name)
@@ -261,7 +263,7 @@ def _read(answer: http.client.HTTPResponse, kind: str, name: str, into: BinaryIO
     while piece := answer.read1(_SLICE):
         length += len(piece)
         _check_length(length, kind, name, at_least="at least ")
-        with _disk(kind):
+        with disk(kind):
             while piece:
                 piece = piece[into.write(piece) :]
     if expected is not None and length < expected:

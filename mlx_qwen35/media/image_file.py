@@ -84,7 +84,8 @@ def _not_opened(head: bytes, name: str) -> str:
     kind = identify(head)
     if kind in IMAGES:
         return f"an image must be whole; {name} begins as {kind} and is cut short or damaged. Copy or download it again"
-    hint = "Give it as a video" if kind.startswith("a video") else "Give an image, or save it as PNG or JPEG"
+    other = next((other for other in ("a video", "a PDF") if kind.startswith(other)), None)
+    hint = f"Give it as {other}" if other else "Give an image, or save it as PNG or JPEG"
     return f"an image must be JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC; {name} is {kind}. {hint}"
 
 

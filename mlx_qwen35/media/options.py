@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.image import MAX_PIXELS
+from mlx_qwen35.media.pdf import DPI
 from mlx_qwen35.options import check_fields, option, options_of, settle_switches, spelled
 
 
@@ -33,6 +34,10 @@ class VisionOptions:
     source_fps: float | None = option(
         help="frames per second of a video that comes as a folder, a list or an array of images",
         least=1e-6, most=1e6, metavar="X", media="video",
+    )  # fmt: skip
+    dpi: int | None = option(
+        help="pixels per inch of the pages of a PDF, fewer where a page would have more than max_pixels (default: "
+        f"{DPI})", least=8, most=2400, metavar="N", media="PDF",
     )  # fmt: skip
     published_limits: bool = option(
         False, help="limit pixels as the checkpoint does, and not by this machine's memory", media="image or video"

@@ -6,6 +6,7 @@ bytes until a slice of them is encoded: float32 patches would take eight times a
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -15,9 +16,11 @@ import numpy as np
 from mlx_qwen35.checkpoint.config import VisionConfig
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.machine.memory import most_pixels
+from mlx_qwen35.media.decoded import Size
 from mlx_qwen35.media.frames import FrameSampling
 from mlx_qwen35.media.image import read_resized
 from mlx_qwen35.media.options import VisionOptions
+from mlx_qwen35.media.pdf import DPI, POINTS, Document
 from mlx_qwen35.media.video import read_video
 from mlx_qwen35.options import spelled
 
@@ -40,6 +43,15 @@ class Media:
     values: np.ndarray = field(repr=False)  # (3, 256) float32: what each byte of each channel becomes
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the pixels."""
+        return self.pixels.shape
+
+    @property
+    def size(self) -> Size:
+        return self.shape[1], self.shape[2]
+
+    @property
     def is_video(self) -> bool:
         return bool(self.times)
 
@@ -50,7 +62,7 @@ class Media:
     @property
     def grid(self) -> tuple[int, int, int]:
         """Patches in time, height and width."""
-        _, height, width, _ = self.pixels.shape
+        height, width = self.size
         return max(1, len(self.times)), height // self.config.patch_size, width // self.config.patch_size
 
     @property
@@ -65,7 +77,7 @@ class Media:
         return digest.hexdigest()
 
     def __str__(self) -> str:
-        (old_height, old_width), (_, height, width, _) = self.original, self.pixels.shape
+        (old_height, old_width), (height, width) = self.original, self.size
         size = f"{old_width}x{old_height}"
         size += f" resized to {width}x{height}" if self.resized else ""
         frames = f", {len(self.pixels)} frames" if self.is_video else ""
@@ -73,12 +85,12 @@ class Media:
 
     @property
     def resized(self) -> bool:
-        return self.pixels.shape[1:3] != self.original
+        return self.size != tuple(self.original)
 
     def patches(self, frames: slice = slice(None), rows: slice = slice(None)) -> np.ndarray:
         """(F, n, P) float32: these rows of the patches of these pairs of frames. No others are computed."""
         step = self.config.temporal_patch_size
-        shape = (self.grid[0], step if self.is_video else 1, *self.pixels.shape[1:])
+        shape = (self.grid[0], step if self.is_video else 1, *self.size, 3)
         pairs = np.broadcast_to(self.pixels.reshape(shape), (shape[0], step, *shape[2:]))[frames]
         height, width = self.grid[1:]
         start, stop, _ = rows.indices(height * width)
@@ -89,6 +101,44 @@ class Media:
         lines = patches(pairs[:, :, first * side : last * side], self.config)
         wanted = lines[:, start - first * line : stop - first * line]
         return self.values[np.arange(3)[:, None], wanted].reshape(*wanted.shape[:2], -1)
+
+
+class Page(Media):
+    """A page of a document. Its size is known; it is drawn whenever its pixels are asked for.
+
+    number: in the document, from 1 on. original: its (height, width) at the dots per inch that were asked for; dpi:
+    those that it has.
+    """
+
+    document: Document
+    number: int
+    dpi: float
+    _size: Size
+
+    def __init__(
+        self, document: Document, number: int, dpi: int, original: Size, size: Size, config: VisionConfig,
+        values: np.ndarray,
+    ):  # fmt: skip
+        vars(self).update(
+            document=document, number=number, dpi=dpi * size[0] / original[0], times=(), original=original, _size=size,
+            config=config, values=values,
+        )  # fmt: skip
+
+    @property
+    def pixels(self) -> np.ndarray:
+        return self.document.drawn(self.number, self.size)[None]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return 1, *self._size, 3
+
+    def held(self) -> Media:
+        """An image that holds its pixels."""
+        return Media(self.pixels, (), self.original, self.config, self.values)
+
+    def __str__(self) -> str:
+        height, width = self.size
+        return f"{width}x{height} at {self.dpi:.0f} dpi, {self.tokens:,} tokens"
 
 
 def patches(pairs: np.ndarray, config: VisionConfig) -> np.ndarray:
@@ -167,8 +217,7 @@ class Preprocessor:
 
     def image(self, source: Any, options: VisionOptions) -> Media:
         """Read and resize an image from any source that read_image takes."""
-        suits = self.most_of_image
-        least, most = self._limits(options, options.min_pixels, options.max_pixels, suits, "max_pixels")
+        least, most = self._image_limits(options)
 
         def fit(height: int, width: int) -> tuple[int, int]:
             return image_size(height, width, self.factor, least, most)
@@ -177,6 +226,19 @@ class Preprocessor:
             source, fit, allow_private_urls=options.allow_private_urls, memory_limit=self.memory_limit
         )
         return Media(pixels[None], (), original, self.config, self.values)
+
+    def pages(self, document: Document, numbers: Sequence[int], options: VisionOptions) -> list[Page]:
+        """Pages of a document, at the options' dots per inch as far as an image may have so many pixels."""
+        least, most = self._image_limits(options)
+        dpi, found = options.dpi or DPI, []
+        for number, points in zip(numbers, document.points(numbers), strict=True):
+            height, width = (max(1, round(side * dpi / POINTS)) for side in points)
+            size = image_size(height, width, self.factor, least, most)
+            found.append(Page(document, number, dpi, (height, width), size, self.config, self.values))
+        return found
+
+    def _image_limits(self, options: VisionOptions) -> tuple[int, int]:
+        return self._limits(options, options.min_pixels, options.max_pixels, self.most_of_image, "max_pixels")
 
     def video(self, source: Any, options: VisionOptions) -> Media:
         """Read, sample and resize a video from any source that read_video takes."""

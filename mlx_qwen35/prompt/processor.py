@@ -16,7 +16,8 @@ from mlx_qwen35.prompt.continuation import cut, opened
 from mlx_qwen35.prompt.control import ControlTokens, check_text, unmarked
 from mlx_qwen35.prompt.marks import Heads, answers_behind_query, marks_at
 from mlx_qwen35.prompt.messages import Plain, check_messages, check_template_options, veiled
-from mlx_qwen35.prompt.parts import read_parts, take_media, without_media
+from mlx_qwen35.prompt.pages import open_pages
+from mlx_qwen35.prompt.parts import kind_of, read_parts, take_media, with_pages, without_media
 from mlx_qwen35.prompt.placeholders import PADS, expand_tokens, expand_videos, in_order
 from mlx_qwen35.prompt.prompt import Prompt
 from mlx_qwen35.prompt.stream import TextStream
@@ -103,8 +104,9 @@ class Processor:
 
         The content of a message is text or a list of parts: {"type": "text", "text": ...}, {"type": "image", "image":
         SOURCE} with min_pixels and max_pixels if wanted, {"type": "video", "video": SOURCE} with fps or num_frames,
-        total_pixels and source_fps; also {"type": "image_url", "image_url": {"url": ...}}. SOURCE is anything that
-        read_image or read_video takes.
+        total_pixels and source_fps, {"type": "pdf", "pdf": SOURCE} with pages, dpi, min_pixels and max_pixels; also
+        {"type": "image_url", "image_url": {"url": ...}}. SOURCE is anything that read_image, read_video or open_pdf
+        takes. A PDF becomes its pages: the text "Page 3 of 12:" and an image for each.
 
         History is taken as clients send it. A developer's message is a system's, and later system messages join the
         first. A call's arguments are a mapping or its JSON: a blank text is {}, and text that is no JSON object becomes
@@ -123,7 +125,7 @@ class Processor:
         plain = Plain()
         checked = check_messages(messages, plain)
         options = check_template_options(template, plain)
-        bare, media = take_media(checked, self.read, vision)
+        bare, media = take_media(with_pages(checked, self._pages, vision), self.read, vision)
         go_on = flag("continue_final_message", continue_final_message)
         text, heads = self._rendered(bare, options, plain, go_on), self._heads(options)
         answers = answers_behind_query(bare) + (not go_on and options.get("add_generation_prompt", True))
@@ -158,9 +160,24 @@ class Processor:
             self._preprocessors[kind] = read_preprocessor(self._folder, kind, self.config.vision, self.memory_limit)
         return self._preprocessors[kind]
 
-    def read_parts(self, parts: Sequence[Any], vision: VisionOptions) -> list[Any]:
-        """The parts of one message with their images and videos read now."""
-        return read_parts(parts, self.read, vision)
+    def read_parts(
+        self, parts: Sequence[Any], vision: VisionOptions, progress: Callable[[int, int], None] = lambda done, all: None
+    ) -> list[Any]:
+        """The parts of one message with their images and videos read now, and the pages of PDFs in their place.
+
+        progress: called with the images that are ready, and all of them; a page is one.
+        """
+        found = read_parts(parts, self.read, self._pages, vision)
+        media = [part[kind] for part in found if (kind := kind_of(part))]
+        for done, item in enumerate(media, start=1):
+            item.digest  # noqa: B018 (draws a page: one that cannot be drawn is told now)
+            progress(done, len(media))
+        return found
+
+    def _pages(self, part: Mapping[str, Any], vision: VisionOptions) -> list[dict[str, Any]]:
+        """The pages of the PDF of a part."""
+        cut, window = self._preprocessor("image").pages, self.config.text.max_position_embeddings
+        return open_pages(part, vision, cut, lambda text: len(self.tokenizer.encode(text)), window)
 
     @property
     def sees(self) -> bool:
@@ -170,7 +187,7 @@ class Processor:
     def render(self, messages: Messages, *, continue_final_message: bool = False, **template: Any) -> str:
         """The prompt text of messages, each image and video one placeholder; see encode_messages."""
         plain = Plain()
-        checked = without_media(check_messages(messages, plain))
+        checked = without_media(with_pages(check_messages(messages, plain), self._pages, VisionOptions()))
         options, go_on = check_template_options(template, plain), flag("continue_final_message", continue_final_message)
         return unmarked(self._rendered(checked, options, plain, go_on))
 

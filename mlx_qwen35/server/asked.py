@@ -101,8 +101,15 @@ def sampling(body: Fields, service: Service) -> dict[str, Any]:
     options = body.option("temperature", Sampling, "temp") | body.option("seed", GenerationOptions)
     if isinstance(body.any("seed", None), list):
         raise body.error("seed", "must be a number")
-    for name in ("top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
+    for name in ("top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "xtc_probability"):
         options |= body.option(name, Sampling)
+    for name, other in (("min_tokens_to_keep", "min_p"), ("xtc_threshold", "xtc_probability")):
+        given = body.option(name, Sampling)
+        if given and other not in options:
+            raise body.error(name, f"must be given with {other}", code="option_no_effect")
+        options |= given if options.get(other) else {}  # a client that sends every default sends 0, which is off
+    if options.get("temp") == 0 and options.get("xtc_probability"):
+        raise body.error("xtc_probability", "must be 0 where temperature is 0", code="option_conflict")
     options |= {"top_k": 0} if body.any("top_k", None) == -1 else body.option("top_k", Sampling)
     return options | _biases(body, service.processor.vocabulary)
 

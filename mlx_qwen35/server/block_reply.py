@@ -86,7 +86,7 @@ class BlockReply(ABC):
     def _told(self, event: Event) -> Iterator[str]:
         for change in self.blocks.add(event.pieces):
             yield from self.changed(change)
-        if event.result:
+        if event.result is not None:
             if error := refusal(event.result):
                 raise error
             for change in self.blocks.end(cut_short(event.result)):
@@ -97,7 +97,7 @@ class BlockReply(ABC):
         async for event in answer:
             list(self._told(event))
         (result,) = answer.results
-        assert result
+        assert result is not None
         return self.whole(result)
 
 

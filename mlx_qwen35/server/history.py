@@ -5,11 +5,11 @@ from typing import Any
 from mlx_qwen35.media.options import VisionOptions
 from mlx_qwen35.media.preprocess import Media
 from mlx_qwen35.server.fields import Fields
-from mlx_qwen35.server.media import read_media
+from mlx_qwen35.server.media import read_media, read_pages
 from mlx_qwen35.server.service import Service
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-PARTS = ("text", "image_url", "video_url")
+PARTS = ("text", "image_url", "video_url", "file")
 REASONING = ("reasoning_content", "reasoning", "thinking")  # clients' names for it
 DETAILS = ("auto", "low", "high", "original")  # of an image; the others are what memory allows
 LOW = 512 * 512  # most pixels of an image whose detail is "low"
@@ -65,24 +65,36 @@ def _content(given: Fields, role: str, service: Service) -> Any:
         return given.text("content")
     if not isinstance(content, list):
         raise given.error("content", "must be text or a list of parts", content)
-    return [_part(part, service) for part in given.objects("content")]
+    return [read for part in given.objects("content") for read in _part(part, service)]
 
 
-def _part(given: Fields, service: Service) -> Message:
+def _part(given: Fields, service: Service) -> list[Message]:
     kind = given.text("type")
     if kind == "refusal":
-        return {"type": "text", "text": given.text("refusal")}
+        return [{"type": "text", "text": given.text("refusal")}]
     if kind not in PARTS:
         heard = kind in ("input_audio", "audio_url")
         rule = "is not supported: this model does not hear" if heard else f"must be one of {', '.join(PARTS)}"
         raise given.error("type", rule, kind, "unsupported_part")
     if kind == "text":
-        part = {"type": "text", "text": given.text("text")}
+        parts = [{"type": "text", "text": given.text("text")}]
         given.ignore("cache_control")
+    elif kind == "file":
+        file = given.object("file")
+        parts = read_file(file, service)
+        file.done()
     else:
-        part = _medium(given, kind, service)
+        parts = [_medium(given, kind, service)]
     given.done()
-    return part
+    return parts
+
+
+def read_file(file: Fields, service: Service) -> list[Message]:
+    """The pages of a PDF in `file_data`."""
+    file.refuse("file_id", "this server stores no files. Send a data: URI as file_data")
+    data = file.text("file_data")
+    file.ignore("filename")
+    return read_pages(service.processor, data, file.place("file_data"), service.options)
 
 
 def _medium(given: Fields, field: str, service: Service) -> Message:

@@ -223,10 +223,10 @@ class Lanes:
         new, lane.kept = tuple(request.logprobs[lane.told :]), None
         lane.told += len(new)
         result = request.result() if request.finished else None
-        if result:
+        if result is not None:
             self.running.pop(id(request), None)
         lane.tell(Event(lane.choice, tuple(request.pieces()), new, result))
-        if result:
+        if result is not None:
             self._has_room([other.room for other in self.running.values()])
 
     def _fail(self, error: Exception) -> None:

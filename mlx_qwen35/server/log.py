@@ -24,7 +24,7 @@ from mlx_qwen35.server.service import ANSWERS, Answer, failed
 from mlx_qwen35.server.status import Metrics
 
 LOG = logging.getLogger("mlx_qwen35.server")
-_MEDIA = ("url", "image_url", "video_url", "data")  # fields that hold images and videos, or where they are
+_MEDIA = ("url", "image_url", "video_url", "data", "file_data")  # fields that hold images and videos, or where they are
 SILENT = ("/page/", "/health", "/metrics")  # paths without a line: files of the page, and what is asked all the time
 
 
@@ -100,7 +100,7 @@ class Log:
     def _tell_text(self, scope: Scope, answers: Sequence[Answer]) -> None:
         if "json" in scope:
             LOG.info("  asked: %s", json.dumps(_without_media(scope["json"]), ensure_ascii=False))
-        for result in (result for answer in answers for result in answer.results if result):
+        for result in (result for answer in answers for result in answer.results if result is not None):
             LOG.info("  answered: %s", json.dumps([result.reasoning, result.text], ensure_ascii=False))
 
 
@@ -117,7 +117,7 @@ def _counts(answers: Sequence[Answer]) -> str:
     if not answers:
         return ""
     results = [result for answer in answers for result in answer.results]
-    ended = [result for result in results if result]
+    ended = [result for result in results if result is not None]
     tokens = sum(answer.job.prompt_tokens for answer in answers)
     cached = max((result.cached_tokens for result in ended), default=0)
     out = sum(result.generation_tokens for result in ended)

@@ -6,8 +6,9 @@ from typing import Any
 from mlx_qwen35.engine.options import GenerationOptions
 from mlx_qwen35.prompt.messages import MOST_TOOLS
 from mlx_qwen35.server import asked
+from mlx_qwen35.server.errors import ApiError
 from mlx_qwen35.server.fields import MISSING, Fields
-from mlx_qwen35.server.media import read_media
+from mlx_qwen35.server.media import read_media, read_pages
 from mlx_qwen35.server.service import Service
 
 BILLING = "x-anthropic-billing-header"  # Claude Code's first line of the system prompt, another one in each request
@@ -113,25 +114,37 @@ def _image(block: Fields, service: Service) -> Message:
     return {"type": "image", "image": read_media(service.processor, "image", url, source.place(name), service.options)}
 
 
-def _document(block: Fields, in_result: bool) -> Message:
-    """A document of plain text. Of another one a result tells that it cannot be read: it stays in the history."""
-    source = block.object("source")
-    if in_result and source.text("type") != "text":
-        text = UNREAD
-    else:
-        source.choice("type", ("text",))
-        text = source.text("data")
-    told = [block.text(name, None) for name in ("title", "context")]
+def _document(block: Fields, service: Service, in_result: bool) -> list[Message]:
+    """A document of plain text, or the pages of a PDF. Of one that cannot be read a result tells so: it stays in the
+    history.
+    """
+    try:
+        parts = _source(block.object("source"), service)
+    except ApiError:
+        if not in_result:
+            raise
+        parts = [{"type": "text", "text": UNREAD}]
+    told = [text for name in ("title", "context") if (text := block.text(name, None))]
     block.ignore(*_BLOCK_IDLE)
     block.done()
-    return {"type": "text", "text": "\n\n".join(filter(None, [*told, text]))}
+    if len(parts) == 1:
+        return [{"type": "text", "text": "\n\n".join([*told, parts[0]["text"]])}]
+    return [*({"type": "text", "text": f"{text}\n\n"} for text in told), *parts]
 
 
-def _part(block: Fields, service: Service, in_result: bool = False) -> Message:
+def _source(source: Fields, service: Service) -> list[Message]:
+    kind = source.choice("type", ("text", "base64"))
+    if kind == "text":
+        return [{"type": "text", "text": source.text("data")}]
+    source.choice("media_type", ("application/pdf",))
+    return read_pages(service.processor, source.text("data"), source.place("data"), service.options)
+
+
+def _part(block: Fields, service: Service, in_result: bool = False) -> list[Message]:
     kind = block.choice("type", _PARTS)
     if kind == "document":
-        return _document(block, in_result)
-    return _text(block) if kind == "text" else _image(block, service)
+        return _document(block, service, in_result)
+    return [_text(block) if kind == "text" else _image(block, service)]
 
 
 def _user(message: Fields, service: Service) -> Iterator[Message]:
@@ -139,7 +152,7 @@ def _user(message: Fields, service: Service) -> Iterator[Message]:
     parts: list[Message] = []
     for block in _blocks(message, "content"):
         if block.choice("type", (*_PARTS, "tool_result")) != "tool_result":
-            parts.append(_part(block, service))
+            parts += _part(block, service)
             continue
         if parts:
             yield {"role": "user", "content": parts}
@@ -155,7 +168,7 @@ def _result(block: Fields, service: Service) -> Message:
     if block.flag("is_error", False):
         parts.append({"type": "text", "text": "Error: "})
     for part in _blocks(block, "content", ""):
-        parts.append(_part(part, service, in_result=True))
+        parts += _part(part, service, in_result=True)
     block.ignore(*_BLOCK_IDLE)
     block.done()
     return {"role": "tool", "tool_call_id": call, "content": parts}

@@ -69,7 +69,7 @@ async def _events(answers: Sequence[Answer]) -> AsyncGenerator[Event]:
     first = 0
     for answer in answers:
         async for event in answer:
-            if event.result and (error := refusal(event.result)):
+            if event.result is not None and (error := refusal(event.result)):
                 raise error
             yield event._replace(choice=first + event.choice)
         first += len(answer.results)
@@ -79,7 +79,7 @@ async def _whole(answers: Sequence[Answer], head: dict[str, Any], kind: Kind) ->
     growing = _growing(answers, kind)
     async for event in _events(answers):
         growing[event.choice].said(event)
-    results = [result for answer in answers for result in answer.results if result]
+    results = [result for answer in answers for result in answer.results if result is not None]
     choices = [choice.whole(result, finish_reason(result)) for choice, result in zip(growing, results, strict=True)]
     return head | {"choices": choices, "usage": usage(answers)}
 
@@ -96,7 +96,7 @@ async def _chunks(answers: Sequence[Answer], head: dict[str, Any], kind: Kind, t
                 yield _how_far(answers)
                 continue
             choices = growing[event.choice].said(event)
-            if event.result:
+            if event.result is not None:
                 choices.append(growing[event.choice].ending(finish_reason(event.result)))
             for choice in choices:
                 yield sse(head | {"choices": [choice]})
@@ -129,7 +129,7 @@ def refusal(result: Result) -> ApiError | None:
 
 def usage(answers: Sequence[Answer]) -> dict[str, Any]:
     """Tokens of all choices. A prompt counts once, however many choices it has."""
-    done = [[result for result in answer.results if result] for answer in answers]
+    done = [[result for result in answer.results if result is not None] for answer in answers]
     results = [result for results in done for result in results]
     prompt = sum(results[0].prompt_tokens for results in done)
     completion = sum(result.generation_tokens for result in results)

@@ -7,7 +7,7 @@ from mlx_qwen35.engine.options import GenerationOptions
 from mlx_qwen35.prompt.messages import MOST_TOOLS
 from mlx_qwen35.server import asked
 from mlx_qwen35.server.fields import LOG, Fields
-from mlx_qwen35.server.history import DETAILS, read_detail
+from mlx_qwen35.server.history import DETAILS, read_detail, read_file
 from mlx_qwen35.server.service import Service
 
 PLAIN = "plain:"  # before reasoning that a client carries as encrypted_content: this server keeps no secret
@@ -109,18 +109,22 @@ def _content(owner: Fields, name: str, service: Service) -> Any:
         return value
     if not isinstance(value, list):
         raise owner.error(name, "must be a string or a list of parts", value)
-    return [_part(part, service) for part in owner.objects(name)]
+    return [read for part in owner.objects(name) for read in _part(part, service)]
 
 
-def _part(part: Fields, service: Service) -> Message:
-    kind = part.choice("type", ("input_text", "output_text", "refusal", "input_image"))
-    if kind != "input_image":
-        read: Message = {"type": "text", "text": part.text("refusal" if kind == "refusal" else "text")}
+def _part(part: Fields, service: Service) -> list[Message]:
+    kind = part.choice("type", ("input_text", "output_text", "refusal", "input_image", "input_file"))
+    if kind == "input_file":
+        part.refuse("file_url", "send a data: URI as file_data")
+        read = read_file(part, service)
+        part.ignore("detail")
+    elif kind != "input_image":
+        read = [{"type": "text", "text": part.text("refusal" if kind == "refusal" else "text")}]
         part.ignore("annotations", "logprobs")
     else:
         part.refuse("file_id", "this server stores no files. Send a data: URI as image_url")
         detail, url = part.choice("detail", DETAILS, "auto"), part.text("image_url")
-        read = {"type": "image", "image": read_detail(service, "image", url, part.place("image_url"), detail)}
+        read = [{"type": "image", "image": read_detail(service, "image", url, part.place("image_url"), detail)}]
     part.ignore("prompt_cache_breakpoint")
     part.done()
     return read

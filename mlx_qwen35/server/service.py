@@ -86,7 +86,7 @@ class Answer:
 
     async def _next(self) -> Event:
         event = await self._events.get()
-        if event.result:
+        if event.result is not None:
             self.results[event.choice] = event.result
         return event
 

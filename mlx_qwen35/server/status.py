@@ -43,7 +43,7 @@ class Metrics:
         path = next((route.path for route in routes), "other")  # else any word of a client would be a series
         self.requests[path, status] += 1
         for answer in answers:
-            ended = [result for result in answer.results if result]
+            ended = [result for result in answer.results if result is not None]
             self.tokens["prompt"] += answer.job.prompt_tokens
             self.tokens["cached"] += max((result.cached_tokens for result in ended), default=0)
             self.tokens["generated"] += sum(result.generation_tokens for result in ended)

@@ -16,6 +16,7 @@ from mlx_qwen35.bench import command, main
 from mlx_qwen35.bench.measure import OURS, Measurement, ProgramError, Settings, in_turn, measure, started, summarize
 from mlx_qwen35.bench.plot import claim, draw
 from mlx_qwen35.bench.report import format_table
+from mlx_qwen35.bench.scatter import NOT_MEASURABLE
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = Settings((5, 9), decode_tokens=3, repeats=2, prefill_step_size=4, dtype="float32")
@@ -235,3 +236,37 @@ def test_removed_options_are_not_in_the_help(capsys):
         main(["--help"])
     shown = capsys.readouterr().out
     assert "--plot" in shown and not [option for option in REMOVED if option in shown]
+
+
+# --- rounds that scatter ---------------------------------------------------------------------------------------------
+
+
+def test_a_figure_has_its_range_and_how_far_its_rounds_scatter():
+    (row,) = summarize([run_of(OURS, i, prefill, 0.5) for i, prefill in enumerate((1.0, 2.0, 4.0))])
+    assert (row.prefill_speed, row.prefill_range, row.prefill_scatter) == (4.0, (2.0, 8.0), 1.5)
+    assert (row.decode_speed, row.decode_range, row.decode_scatter) == (2.0, (2.0, 2.0), 0.0)
+
+
+@pytest.mark.parametrize(("slow", "scatters"), [(1.05, False), (1.5, True)])
+def test_the_rounds_that_scatter_most_are_told_from_a_tenth_on(slow, scatters):
+    rounds = [*enumerate((1.0, 1.0, slow))]
+    runs = [run_of(OURS, i, 1.0, token) for i, token in rounds] + [run_of("a", i, token, 1.0) for i, token in rounds]
+    text = format_table({}, "some model", SETTINGS, summarize(runs), 0.1)
+    assert ("rounds scatter by" in text) == scatters
+    assert not scatters or re.search(r"rounds scatter by 33% \(decode of mlx_qwen35 .*--repeats", text)
+
+
+@pytest.mark.parametrize("token", [0.25, 0.2])  # as long as its products, and shorter
+def test_what_is_not_beyond_the_products_is_not_measurable_and_no_ratio_is_negative(token):
+    runs = [run_of(name, i, 1.0, 0.5 if i else token) for name in (OURS, "a") for i in range(3)]
+    rows = summarize(runs)
+    assert [(row.beyond, row.ours_beyond) for row in rows] == [(None, None)] * 2
+    text = format_table({}, "some model", SETTINGS, rows, 0.25)
+    assert text.count(NOT_MEASURABLE) == 4 and not re.search(r"(?<![\w~])-\d", text)  # three cells and the reason
+    assert NOT_MEASURABLE not in format_table({}, "some model", SETTINGS, summarize([runs[1], runs[4]]), 0.25)
+
+
+def test_json_on_standard_output_takes_the_place_of_the_table(capsys):
+    main(["--geometry", "tiny", *QUICK, "--json"])
+    written = json.loads(capsys.readouterr().out)
+    assert all(row["decode_range"] == [row["decode_speed"]] * 2 for row in written["rows"])

@@ -95,6 +95,7 @@ def test_common_beginnings():
     assert [common(*pair) for pair in ([[], [1]], [[1, 2], [1, 2]], [[1, 2], [1, 3]], [[1], [1, 2]])] == [0, 2, 1, 1]
 
 
+@pytest.mark.full
 def test_prompts_have_the_length_that_was_asked_for_and_every_depth_is_asked(nano):
     found = [one for some in measure(*nano, [160], 1) for one in some]
     assert [(one.kind, one.depth) for one in found] == [(kind, depth) for kind in KINDS for depth in DEPTHS]
@@ -130,6 +131,7 @@ def test_every_length_is_checked_before_the_first_is_measured(nano, monkeypatch)
         measure(*nano, [200, 20], 1)
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("whole", [0, 2])
 def test_what_was_measured_before_ctrl_c_is_shown_and_written(whole, tmp_path, capsys, monkeypatch):
     """whole: kinds of the first length. A snapshot is restored before each of a kind's questions."""

@@ -1,6 +1,7 @@
 """mlx_qwen35.bench --serve: what it asks, counts and says. No timing is asserted."""
 
 import json
+import re
 from pathlib import Path
 from threading import Barrier
 
@@ -9,6 +10,7 @@ import pytest
 
 from mlx_qwen35.bench import main
 from mlx_qwen35.bench.measure import OURS, ProgramError
+from mlx_qwen35.bench.scatter import NOT_MEASURABLE
 from mlx_qwen35.bench.serve import Reply, Run, Server, Settings, measure
 from mlx_qwen35.bench.serve_model import add_tokenizer, prepared
 from mlx_qwen35.bench.serve_report import format_tables, summarize
@@ -156,3 +158,12 @@ def test_what_would_have_no_effect_is_refused(arguments: list[str], message: str
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_rounds_that_scatter_are_told_and_a_server_that_read_nothing_has_no_ratio():
+    servers = {OURS: 5, "a": 10, "b": 12}  # tokens of each prompt of 10 that it says it kept
+    runs = [run_of(name, i, i + 1.0, 0.5, clients=0, cached=kept) for name, kept in servers.items() for i in range(2)]
+    rows = summarize(runs)
+    assert [row.ours_read for row in rows] == [1, None, None] and rows[0].requests_range == (2.0, 4.0)
+    text = format_tables({}, "some model", SETTINGS, rows)
+    assert "rounds scatter by 67%" in text and text.count(NOT_MEASURABLE) == 5 and not re.search(r"(?<![\w~])-\d", text)

@@ -56,6 +56,7 @@ def remembered(monkeypatch):
 # --- the watchdog ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core(2)
 @pytest.mark.usefixtures("remembered")
 @pytest.mark.parametrize("kind", BUFFERS)
 @pytest.mark.parametrize(

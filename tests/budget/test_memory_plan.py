@@ -115,6 +115,7 @@ def mid(checkpoint_folder) -> Checkpoint:
     return open_checkpoint(checkpoint_folder(geometry("mid")))
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize(
     ("tokens", "image", "kv_bits"),
     [
@@ -154,6 +155,7 @@ def test_a_run_takes_what_the_plan_says_within_a_tenth(mid, tokens, image, kv_bi
     assert abs((plan.image if image else plan.text) / measured - 1) < 0.1
 
 
+@pytest.mark.core(2)
 @pytest.mark.skipif(backend().device != "the CPU", reason="what a CPU takes")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("T", [9, 64])

@@ -180,6 +180,7 @@ def test_without_a_cache_nothing_is_remembered(model):
     assert difference(first, model(ids(1, 9))) == 0
 
 
+@pytest.mark.full
 def test_keys_survive_the_growth_of_the_buffer(model):
     tokens = ids(3, KVCache.STEP + 3)
     cache = model.make_cache()
@@ -403,6 +404,7 @@ class Stopping:
         raise Stop
 
 
+@pytest.mark.core(3)
 @pytest.mark.parametrize("kept", [False, True], ids=["plain", "with a snapshot"])
 @pytest.mark.parametrize("broken", range(4))
 def test_an_exception_in_the_middle_of_a_pass_leaves_the_cache_unharmed(broken, kept, model):

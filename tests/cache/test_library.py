@@ -84,6 +84,7 @@ def edited(rng: np.random.Generator, prefix: Prefix) -> Prefix:
     return Prefix(tokens.astype(np.int32), tuple(media))
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(2, 30))])
 @pytest.mark.parametrize("aligned", [True, False])
 def test_after_any_edits_warm_is_cold(model, seed, aligned):
@@ -180,6 +181,7 @@ def test_a_place_that_another_prompt_stores_again_stays_in_use(model):
     assert not library.entries()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("conversations", [60, pytest.param(1000, marks=pytest.mark.full)])
 def test_the_cap_holds_what_runs_stays_and_the_counts_add_up(model, conversations):
     rng, library = np.random.default_rng(0), model.make_library()
@@ -205,6 +207,7 @@ def test_the_cap_holds_what_runs_stays_and_the_counts_add_up(model, conversation
     assert not library.entries() and library.nbytes == 0
 
 
+@pytest.mark.full
 def test_of_a_dropped_long_prompt_a_short_snapshot_does_not_hold_the_memory(model):
     library, prefix = model.make_library(), Prefix(np.arange(1000, dtype=np.int32) % 90)
     cache, use = library.begin(prefix)

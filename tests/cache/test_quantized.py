@@ -255,6 +255,7 @@ def test_commands_decline_them_too(flag, why):
         parser().parse(["--model", "nano", "--prompt", "a", flag, "5"])
 
 
+@pytest.mark.full
 def test_a_context_without_room_names_the_forms_with_fewer_bits():
     model, processor = load("nano")
     model.memory_limit = mx.get_active_memory() + 4_000_000

@@ -154,6 +154,7 @@ def test_of_many_tensors_eight_are_named_and_the_rest_are_counted():
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core(3)
 @pytest.mark.parametrize(
     ("plant", "dtype", "bits", "named"),
     [
@@ -251,6 +252,7 @@ def test_of_the_tower_too_what_does_not_fit_is_named_and_its_embeddings_are_in_f
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_casting_at_load_takes_no_more_than_the_weights_and_the_largest_part_of_them(checkpoint_folder):
     """Each layer is read, cast and let go; the embedding is the largest part."""
     checkpoint = open_checkpoint(checkpoint_folder(geometry("mid"), mtp=False, vision=False))

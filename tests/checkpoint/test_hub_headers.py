@@ -5,7 +5,6 @@ Each repository is one case, and the hub counts what was sent of it.
 """
 
 import json
-import math
 import os
 import struct
 import subprocess
@@ -15,14 +14,12 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from hollow import hollow
 from serving_hub import Repository, hub
 
-from mlx_qwen35.checkpoint.config import parse_config
-from mlx_qwen35.checkpoint.folder import INDEX
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.names import is_zero_centred
 from mlx_qwen35.checkpoint.random import geometry
-from mlx_qwen35.checkpoint.shapes import mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.convert.__main__ import main as convert_command
 from mlx_qwen35.doctor.command import main as doctor_command
 
@@ -74,30 +71,6 @@ case("no parts", lambda name: doctor_command(["--plan", name]), "no-parts")
 told["left"] = os.listdir(tempfile.gettempdir())
 print(json.dumps(told))
 """
-
-
-def hollow(folder: Path, config: dict[str, Any]) -> Path:
-    """A checkpoint of the published form whose weights are holes, as long as the weights would be."""
-    folder.mkdir()
-    parsed = parse_config(config)
-    shapes = text_shapes(parsed.text) | vision_shapes(parsed.vision) | mtp_shapes(parsed.text)
-    names, weight_map = list(shapes), {}
-    for number, part in enumerate((names[:300], names[300:]), 1):
-        file, header, position = f"model.safetensors-{number:05d}-of-00002.safetensors", {}, 0
-        for name in part:
-            end = position + 2 * math.prod(shapes[name])
-            header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": (position, end)}
-            position = end
-        text = json.dumps(header).encode()
-        with (folder / file).open("wb") as stream:
-            stream.write(struct.pack("<Q", len(text)) + text)
-            stream.truncate(8 + len(text) + position)
-        weight_map |= dict.fromkeys(part, file)
-    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.json").write_text("{}".ljust(12_000_000))
-    (folder / "merges.txt").write_text("x" * 3_000_000)
-    return folder
 
 
 def with_sidecar(raw: Path, folder: Path) -> Path:
@@ -181,7 +154,7 @@ def test_a_head_in_a_file_of_its_own_is_seen_and_its_form_known(told, repositori
 
 def test_a_model_that_does_not_fit_is_refused_by_its_id(told):
     assert told["memory"]["code"] == "memory_exceeded"
-    assert "--hf-path it/memory" in told["memory"]["errors"]
+    assert "--model it/memory --recipe 4bit" in told["memory"]["errors"]
 
 
 def test_a_disk_too_small_for_the_conversion_is_told(told):

@@ -253,6 +253,7 @@ EVERY_MODE = [
 USUAL = {32: (2, 5, 8), 64: (3, 4, 6), 128: (4,)}  # group size -> bits: each of both
 
 
+@pytest.mark.core(3)
 @pytest.mark.parametrize(
     "form",
     [form if form[2] != "affine" or form[1] in USUAL[form[0]] else pytest.param(form, marks=pytest.mark.full)
@@ -283,6 +284,7 @@ def mixed(name: str) -> Quantization | None:
     return Quantization(64, 4, "affine")
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize("rename", [mlx_lm_name, mlx_vlm_name, str], ids=["mlx-lm", "mlx-vlm", "hugging face"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_a_model_of_mixed_packings_equals_the_unpacked_one(tied, rename, checkpoint_folder, tmp_path):
@@ -358,6 +360,7 @@ PEER_FORMS = [
 peer_form = pytest.mark.parametrize("form", PEER_FORMS, ids=["bfloat16", "4 bit", "8 bit", "mxfp4"])
 
 
+@pytest.mark.core(2)
 @peer_form
 @pytest.mark.filterwarnings("ignore")
 def test_a_folder_written_by_mlx_lm_gives_the_logits_of_mlx_lm(form, with_tokenizer, tmp_path):

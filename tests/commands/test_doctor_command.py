@@ -44,8 +44,9 @@ def run(monkeypatch, capsys):
 
 def sections(out: str) -> dict[str, dict[str, str]]:
     """The printed report, read back."""
-    begin, *blocks = out.strip().split("\n\n")
-    assert begin == "mlx_qwen35.doctor, paste from here"
+    verdict, begin, *blocks = out.strip().split("\n\n")
+    assert begin == "mlx_qwen35.doctor, paste from here" and blocks[0].startswith("verdict\n")
+    assert all(line in blocks[0] for line in verdict.splitlines())
     parts = [block.split("\n") for block in blocks]
     return {title: dict(re.fullmatch(r"  (.+?): (.*)", line).groups() for line in rest) for title, *rest in parts}
 
@@ -58,7 +59,7 @@ def test_off_a_mac_every_section_is_there_and_says_what_does_not_apply(run):
     status, out, err = run()
     assert (status, err) == (0, "")
     report = sections(out)
-    assert list(report) == ["machine", "settings of MLX", SAMPLE, "kernels", "check"]
+    assert list(report) == ["verdict", "machine", "settings of MLX", SAMPLE, "kernels", "check"]
     assert list(report["machine"]) == ["chip", "memory", "system", "MLX computes on", "versions"]
     assert report["machine"]["MLX computes on"] == "the CPU"
     assert f"mlx {mx.__version__}" in report["machine"]["versions"]
@@ -80,7 +81,7 @@ def test_off_a_mac_every_section_is_there_and_says_what_does_not_apply(run):
 def test_of_a_model_its_own_dtype_and_contexts_are_shown_and_its_own_speed(run):
     status, out, _ = run("--model", "nano", "--dtype", "float16")
     report = sections(out)
-    assert status == 0 and list(report)[2] == "model nano"
+    assert status == 0 and list(report)[3] == "model nano"
     assert report["model nano"]["dtype"] == "float16, as asked for"
     assert "estimate" not in out
 
@@ -89,6 +90,37 @@ def test_the_file_holds_what_is_printed(run, tmp_path):
     _, out, _ = run("--no-check", "--json", str(tmp_path / "report.json"))
     assert json.loads((tmp_path / "report.json").read_text()) == sections(out)
     assert "check" not in sections(out)
+
+
+def test_json_on_standard_output_takes_the_place_of_the_report(run):
+    _, out, _ = run("--no-check", "--json")
+    assert list(json.loads(out)) == ["verdict", "machine", "settings of MLX", SAMPLE, "kernels"]
+
+
+# --- the verdict -----------------------------------------------------------------------------------------------------
+
+
+def test_the_first_lines_say_whether_all_is_well_and_how_fast_it_is(run):
+    _, out, _ = run("--model", "nano")
+    state, speed = out.splitlines()[:2]
+    assert state == "All is well: MLX computes on the CPU." and re.fullmatch(r"Measured: [\d.]+ .* [\d.]+ .*\.", speed)
+
+
+def test_what_is_not_well_is_named(on_chip):
+    ran, off = EnabledLayers(23, 24), EnabledLayers(0, 8)
+    with assume(METAL):
+        assert facts.verdict({"a": ran, "none of its kind": EnabledLayers(0, 0)}, None, 1)["state"].startswith("All is")
+        state = facts.verdict({"a": ran, "b": off}, None, 1)["state"]
+        assert state.startswith("Not all is well") and "kernel b " in state and "kernel a " not in state
+    on_chip("Apple M1")
+    state = facts.verdict({}, None, 1)["state"]
+    assert state.startswith("Not all is well") and "CPU" in state
+
+
+def test_the_speed_of_the_sample_is_called_an_estimate():
+    speed = Speed(100, 1.5, layers_seconds=0.02, head_seconds=0.5, peak_bytes=3)
+    assert facts.verdict({}, speed, 1)["speed"] == "Measured: 1.9 tokens a second, 50.0 of a prompt."
+    assert "estimate" in facts.verdict({}, speed, 8)["speed"]
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
@@ -240,8 +272,17 @@ def test_prompts_grow_as_long_as_the_time_allows(monkeypatch, seconds, longest):
     assert clock.done <= max(seconds, 0.5)
 
 
+def test_a_check_that_takes_longer_than_its_time_never_says_that_it_is_done_before_its_last_part(monkeypatch):
+    model, told = sample_model(TINY, mx.float32, 10**9), []
+    Clock(monkeypatch)
+    measure(model, 3.0, progress=lambda done, total: told.append((done, total)))
+    assert all(done < total for done, total in told[:-8]) and told[-1][0] == told[-1][1] > 0
+    assert sorted(told) == told
+
+
 def test_a_measured_model_has_all_figures():
-    speed = measure(sample_model(TINY, mx.float32, 10**9), seconds=0.0)
+    model = sample_model(TINY, mx.float32, 10**9)  # stays in memory
+    speed = measure(model, seconds=0.0)
     assert speed.prompt == 32 and min(speed.prompt_seconds, speed.layers_seconds, speed.head_seconds) > 0
     assert speed.peak_bytes >= mx.get_active_memory() > 0
 

@@ -116,7 +116,7 @@ class Closed(io.StringIO):
 def test_an_answer_that_nobody_reads_is_saved_as_far_as_it_came(run, path, nano, monkeypatch, main, error, status):
     question = "What is 34 + 58?"
     expected = Conversation(*nano, **OPTIONS).send(question).text
-    monkeypatch.setattr(sys, "stdout", Closed(error, 1 + (main is chat.main)))  # chat prints >> first
+    monkeypatch.setattr(sys, "stdout", Closed(error, 1))
     given = ("--prompt", question) if main is generate.main else ()
     assert run(main, "--session", path, *given, *GREEDY, lines=question + "\n")[0] == status
     asked, answer = messages(path, nano)
@@ -135,8 +135,11 @@ def test_save_needs_a_file(run):
     assert "[option_missing]" in run(chat.main, lines="/save\n")[2]
 
 
-def test_save_takes_no_name(run, path):
-    assert "[option_unknown]" in run(chat.main, "--session", path, lines="/save elsewhere\n")[2]
+def test_save_with_a_name_begins_a_file_of_its_own(run, path, nano):
+    other = path.with_name("elsewhere")
+    lines = f"What is 34 + 58?\n/save {other}\nWho are you?\n"
+    assert run(chat.main, "--session", path, *GREEDY, lines=lines)[0] == 0
+    assert not path.exists() and len(messages(other, nano)) == 4
 
 
 def test_ctrl_c_while_the_prompt_is_read_keeps_what_was_read(run, path, nano, monkeypatch):

@@ -116,6 +116,19 @@ def test_elsewhere_a_step_has_plain_lines(stderr):
     assert stream.getvalue() == "reading ...\nreading: 1,024 of 4,096 tokens, 25 % ...\n"
 
 
+def test_elsewhere_what_a_step_says_too_soon_after_a_line_is_shown_later(stderr, monkeypatch):
+    stream = stderr(terminal=False)
+    monkeypatch.setattr(progress, "SELDOM", 0.2)
+    monkeypatch.setattr(progress, "TURN", 0.0)
+    with Step("preparing") as step:
+        begun(stream)
+        step.say("writing random weights")
+        while "writing" not in stream.getvalue():
+            time.sleep(0.001)
+        time.sleep(0.3)
+    assert stream.getvalue() == "preparing ...\nwriting random weights ...\n"
+
+
 def prefill_marks(done: int, *, held: int = 0, start: float = 0.0, slower: float = 1.0) -> list[tuple[int, float]]:
     """Marks of a prefill in chunks of 512, up to `done` tokens behind `held`, of 2 ms + 1 us * context a token.
 

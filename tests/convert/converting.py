@@ -18,8 +18,9 @@ from mlx_qwen35.checkpoint.names import hugging_face_name, is_zero_centred
 from mlx_qwen35.convert.card import CARD, PLOT, QUALITY
 from mlx_qwen35.convert.plan import make_plan
 from mlx_qwen35.convert.recipes import StorageOptions
+from mlx_qwen35.convert.space import check_space
 from mlx_qwen35.convert.stream import Report, write
-from mlx_qwen35.convert.target import appearing_whole, check_space
+from mlx_qwen35.convert.target import appearing_whole
 
 
 def converted(

@@ -36,6 +36,7 @@ def at(where, value):
     return change
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -95,6 +96,7 @@ def test_packed_matrix_gets_scales_in_bfloat16(tmp_path, change):
     assert scales == {mx.float16}
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize("rounding", ["search", "nearest"])
 @pytest.mark.parametrize(
     "multiple", [7.5, 8.0, *(pytest.param(m, marks=pytest.mark.full) for m in (6.0, 6.5, 7.0, 8.5, 9.0, 9.5, 10.0))]
@@ -133,6 +135,7 @@ def test_overflow_is_no_matter_in_bfloat16(tmp_path):
     assert mx.array_equal(after[DOWN], arrays_of(source)[DOWN])
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("quantize", [False, True])
 @pytest.mark.parametrize("program", ["mlx_lm", "mlx_vlm"])
 def test_peers_load_a_folder_with_kept_tensors(tmp_path, program, quantize):

@@ -82,6 +82,7 @@ def stored_in(folder: Path) -> dict[str, mx.array]:
     return {name: array for file in folder.glob("*.safetensors") for name, array in mx.load(str(file)).items()}
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize(("dtype", "bits"), SAME_DTYPE)
 def test_mlx_lm_computes_with_our_folder_what_it_computes_with_its_own(both, dtype, bits):
     ours, theirs = both(dtype, dtype, bits)
@@ -117,6 +118,7 @@ def test_default_options_rounded_to_nearest_are_mlx_lms(mlx_lm, raw, tmp_path):
     assert ours.dtype == theirs.dtype == mx.bfloat16 and mx.array_equal(ours, theirs)
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
 def test_other_modes_load_in_mlx_lm(mlx_lm, source_of, tmp_path, mode):
     theirs, load = mlx_lm

@@ -60,6 +60,7 @@ def killed(out: Path, act: int) -> bool:
             os._exit(0)
 
 
+@pytest.mark.core(1)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of fork beside threads
 @pytest.mark.parametrize("one_step", [True, False], ids=["in one step", "in two"])
 @pytest.mark.parametrize("exhaustive", [False, pytest.param(True, marks=pytest.mark.full)], ids=["some", "all"])

@@ -65,6 +65,7 @@ def test_every_recipe_says_what_it_is_for_and_why():
     assert all(recipe.use and recipe.reasons for recipe in RECIPES.values())
 
 
+@pytest.mark.core(3)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_is_what_the_folder_holds(recipe, checkpoint_folder, tmp_path):
     folder = convert(checkpoint_folder(), tmp_path / "out", recipe=recipe)

@@ -93,6 +93,7 @@ def test_revision_of_a_local_folder_is_refused(raw, refused):
     refused(raw, "option_no_effect", revision="main")
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.full), 4])
 @pytest.mark.parametrize("quantize", [False, True])
 def test_nan_and_infinity_are_counted_over_the_whole_tensor(refused, tmp_path, monkeypatch, quantize, threads):

@@ -50,6 +50,7 @@ def test_every_matrix_of_the_text_is_in_one_group(raw):
     assert sorted(name for names in groups(checkpoint).values() for name in names) == sorted(matrices)
 
 
+@pytest.mark.full
 def test_divergence_of_a_group_is_that_of_its_matrices_alone(raw, rows):
     def alter(model):
         for layer in model.layers:

@@ -201,6 +201,7 @@ def test_packed_tower_and_draft_head_of_an_mlx_layout_are_copied(raw, tmp_path):
 # --- packed sources --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize(
     "options",
     [

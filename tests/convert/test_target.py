@@ -15,7 +15,7 @@ from watching import when_shown
 
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
-from mlx_qwen35.convert import convert, target
+from mlx_qwen35.convert import convert, space
 from mlx_qwen35.convert.journal import JOURNAL
 
 Usage = namedtuple("Usage", "total used free")  # what shutil.disk_usage returns
@@ -198,9 +198,9 @@ def test_what_a_resumed_run_has_written_counts_as_room(tmp_path, monkeypatch):
     (tmp_path / ".out.converting").mkdir()
     (tmp_path / ".out.converting" / "model-00001-of-00001.safetensors").write_bytes(os.urandom(1_000_000))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1e9, 1e9, 500_000))
-    target.check_space(1_400_000, tmp_path / "out")
+    space.check_space(1_400_000, tmp_path / "out")
     with refused("disk_full"):
-        target.check_space(1_600_000, tmp_path / "out")
+        space.check_space(1_600_000, tmp_path / "out")
 
 
 def test_empty_folder_is_a_good_target(raw, tmp_path, finished):

@@ -36,6 +36,7 @@ def stands_for(folder, name) -> np.ndarray:
     return np.array(mx.dequantize(*parts, dtype=mx.float32, **options), np.float64)
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize(
     "options",
     [

@@ -56,6 +56,7 @@ def mlx_vlm(request) -> tuple[str, Dispatches]:
 # --- launches --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @needs_mlx_lm
 def test_mlx_lm_takes_814_with_either_recipe(mlx_lm):
     _, found = mlx_lm

@@ -93,6 +93,7 @@ def audit(nodes: list[Node], dtype: str) -> list[str]:
     return faults
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize("case", CASES)
 def test_only_norms_tables_and_the_core_are_in_float32(graphs, case):
     assert audit(graphs[case], case.split()[0]) == []

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mlx_qwen35.commands.generate import CommandOptions
+from mlx_qwen35.commands.obtain import RecipeOptions
 from mlx_qwen35.engine.options import GenerationOptions, PromptOptions
 from mlx_qwen35.engine.presets import Sampling
 from mlx_qwen35.load import LoadOptions
@@ -17,7 +18,7 @@ from mlx_qwen35.server.options import ServerOptions
 DOCS = Path(__file__).parents[2] / "docs"
 BEGIN, END = "<!-- options: generated, see tests/docs -->\n", "<!-- end -->"
 TITLES: dict[str, tuple[type, ...]] = {
-    "model": (LoadOptions,),
+    "model": (LoadOptions, RecipeOptions),
     "prompt and output": (CommandOptions, PromptOptions),
     "generation": (GenerationOptions,),
     "sampling": (Sampling,),

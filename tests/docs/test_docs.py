@@ -21,11 +21,12 @@ import pytest
 from serving import serving
 
 import mlx_qwen35
+from mlx_qwen35.errors import CODES
 
 ROOT = Path(__file__).parents[2]
 NANO = str(Path(mlx_qwen35.__file__).parent / "nano")
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-OTHERS = {"curl", "git", "pip", "pip-audit"}  # whose options are not ours to check
+OTHERS = {"curl", "git", "hf", "pip", "pip-audit", "pipx", "uv"}  # whose options are not ours to check
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
 CURRENT = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]  # it also tells of what was
@@ -98,7 +99,7 @@ def test_commands_marked_as_run_do_run(document: Path, folder: Path, call: Call)
         said = ""
         for name, *words in commands(block.text):
             arguments = [NANO if word.startswith("Qwen/") else word for word in words]
-            if name == "mlx_qwen35.generate":
+            if name == "mlx_qwen35.generate" or words[0] == "generate":
                 arguments += ["--seed", "0"]
             status, out, err = call(name, *arguments, stdin="What is 2 + 2?\n")
             assert status == 0 and out.strip(), f"{name} {words}: {err}"
@@ -107,7 +108,7 @@ def test_commands_marked_as_run_do_run(document: Path, folder: Path, call: Call)
 
 @pytest.mark.parametrize("document", CURRENT, ids=named)
 def test_options_in_commands_exist(document: Path, call: Call):
-    inline = re.findall(r"`((?:mlx_qwen35\.\w+|python|make|pytest) [^`\n]*)`", document.read_text())
+    inline = re.findall(r"`((?:mlx_qwen35(?:\.\w+)?|python|make|pytest) [^`\n]*)`", document.read_text())
     shells = [block.text for block in blocks(document) if block.info.startswith("sh")]
     for name, *arguments in (words for text in [*shells, *inline] for words in commands(text)):
         if name in SCRIPTS:
@@ -214,6 +215,12 @@ def test_the_readme_is_short():
 def test_the_table_of_models_is_what_the_plan_computes():
     table = runpy.run_path(str(ROOT / "tests/docs/which_model.py"))["table"]()
     assert "\n".join(table) in (ROOT / "README.md").read_text(), "\n".join(table)
+
+
+def test_every_error_has_its_cause_and_what_to_do():
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \| (.+) \|$", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE)
+    assert [(code, cause) for code, cause, _ in rows] == list(CODES.items())
+    assert all(len(what_to_do) > 10 for *_, what_to_do in rows)
 
 
 @pytest.mark.parametrize("name", ["options.md", "server.md"])

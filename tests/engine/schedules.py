@@ -19,7 +19,7 @@ VOCABULARY = 250
 SAMPLINGS = (
     Sampling(temp=0),
     Sampling(temp=1.0),
-    Sampling(temp=0.8, top_k=20, top_p=0.9, min_p=0.01),
+    Sampling(temp=0.8, top_k=20, top_p=0.9, min_p=0.01, xtc_probability=0.5),
     Sampling(temp=1.0, presence_penalty=1.5, frequency_penalty=0.3, repetition_penalty=1.2),
     Sampling(temp=1.0, logit_bias={3: 2.0, 5: -4.0}),
 )

@@ -94,6 +94,7 @@ def grid() -> list[tuple[float, float]]:
     return found
 
 
+@pytest.mark.full
 def test_over_a_grid_of_costs_and_probabilities_most_tokens_come_at_a_depth_within_6_percent_of_the_best(grid):
     near = [share for share, _ in grid]
     assert len(near) == 72 and mean(near) > 0.94
@@ -125,6 +126,7 @@ def test_the_most_is_a_bound():
 # --- where it does not pay -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize(("p", "noise"), [(0.0, 0.03), (0.0, 0.15), (0.5, 0.03), (0.5, 0.1)])
 def test_where_rows_cost_in_proportion_3_percent_are_rejected_at_most_at_512_tokens_and_after(p, noise):
     for seed in range(20):

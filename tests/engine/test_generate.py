@@ -138,6 +138,7 @@ PROMPTS = [
 ]
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize(
     "options", [{}, {"temp": 6.0, "seed": 5, "top_k": 20, "presence_penalty": 0.5}], ids=["greedy", "sampled"]
 )

@@ -244,6 +244,7 @@ def test_columns_not_yet_in_use_do_not_count(text_model):
 # --- afterwards ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_the_caller_s_cache_is_as_it_was_and_goes_on(nano, poison, step):
     model, processor = nano

@@ -17,7 +17,7 @@ from refusing import refused
 from mlx_qwen35 import InputError, Options, Sampling, VisionOptions, batch_generate, generate, load, stream_generate
 from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.engine.generation import start
-from mlx_qwen35.engine.options import GROUPS, check_options
+from mlx_qwen35.engine.options import GROUPS, NEEDS, check_options
 from mlx_qwen35.load import LoadOptions
 from mlx_qwen35.options import options_of
 
@@ -50,6 +50,8 @@ def _flag(value: object) -> bool:
 MEANING = {
     "max_tokens": _whole(1), "prefill_step_size": _whole(1), "seed": _seeds, "mtp_depth": _whole(1, 3),
     "top_k": _whole(0), "temp": _number(0, 1e39), "top_p": _number(0, 1), "min_p": _number(0, 1),
+    "min_tokens_to_keep": _whole(1), "xtc_probability": _number(0, 1), "xtc_threshold": _number(0, 0.5),
+    "xtc_special_tokens": lambda value: value is None or all(map(_whole(0), value)),
     "presence_penalty": _number(-2, 2), "frequency_penalty": _number(-2, 2), "repetition_penalty": _number(1e-3, 1e39),
     "logit_bias": lambda value: all(type(t) is int and t >= 0 and b < math.inf for t, b in value.items()),
     "preset": lambda value: False, "mtp": lambda value: False, "cache": lambda value: value == [],
@@ -58,6 +60,8 @@ MEANING = {
     "stop": lambda value: isinstance(value, tuple) and all(isinstance(text, str) and text for text in value),
     "system_prompt": lambda value: isinstance(value, str), "enable_thinking": _flag, "ignore_chat_template": _flag,
     "images": lambda value: isinstance(value, list | tuple), "videos": lambda value: isinstance(value, list | tuple),
+    "pdfs": lambda value: isinstance(value, list | tuple), "pages": lambda value: value == "1",
+    "media_progress": callable, "dpi": _whole(8, 2400),
     "progress": callable, "min_pixels": _whole(1, 1 << 30), "max_pixels": _whole(1, 1 << 30), "fps": _number(1e-6, 1e6),
     "video_num_frames": _whole(1, 10**7), "video_total_pixels": _whole(1, 10**12), "source_fps": _number(1e-6, 1e6),
     "published_limits": _flag, "outer_vision_tags": _flag, "allow_private_urls": _flag, "tools": lambda value: True,
@@ -127,7 +131,9 @@ def test_a_name_like_no_other_is_refused_without_advice():
     assert "?" not in str(caught.value)
 
 
-BESIDE = {"top_logprobs": {"logprobs": True}}  # without which an option is refused
+BESIDE = {  # without which an option is refused
+    name: {other: True if other == "logprobs" else 0.5} for name, other in NEEDS.items()
+}
 
 
 @pytest.mark.parametrize("name", sorted(set(MEANING) - {"tools"}))
@@ -225,7 +231,7 @@ def test_numbers_of_numpy_and_mlx_are_taken_and_become_pythons(nano):
     sampling = start(*nano, ["hi"], **text).requests[0].sampler.sampling
     assert sampling == Sampling(0.5, 5, 0.5, 0.25, 1.0, logit_bias={9: -1.5})
     kinds = {type(value) for value in (*asdict(sampling).values(), *sampling.logit_bias, *sampling.logit_bias.values())}
-    assert kinds == {float, int, dict}
+    assert kinds == {float, int, dict, NoneType}
     result = generate(*nano, "hi", **text)
     assert json.loads(json.dumps(asdict(result)))["seed"] == 7
 

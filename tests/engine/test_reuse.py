@@ -41,6 +41,7 @@ def user(content) -> dict:
     return {"role": "user", "content": content}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("reasoning", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_an_agent_s_session_reads_at_most_9_percent_of_its_prompts(nano, ask, reasoning):
     library, results = nano[0].make_library(), []
@@ -127,6 +128,7 @@ def test_a_library_of_another_model_and_one_beside_a_cache_are_refused(nano):
         model.make_library(-1)
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("mtp", ["off", "on"])
 def test_a_prefill_that_was_cancelled_goes_on_where_it_was(nano, mtp):
     class Stop(BaseException):
@@ -189,6 +191,7 @@ def test_another_system_prompt_is_read_anew_and_the_old_one_is_still_known(talk)
     assert 0 < turn.total - turn.reused < 10
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("mtp", ["off", "on"])
 def test_another_answer_reads_its_generation_prompt_alone(talk, mtp):
     conversation = talk(temp=3.0, seed=1, max_tokens=24, mtp=mtp)
@@ -245,6 +248,7 @@ def test_the_newest_place_of_a_conversation_stays_whatever_the_cap(nano, talk):
     assert not conversation.library.entries()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("turns", [20, pytest.param(300, marks=pytest.mark.full)])
 def test_many_turns_hold_weights_the_cache_and_a_constant(nano, talk, turns):
     conversation = talk(max_tokens=1, enable_thinking=False, temp=0, library=nano[0].make_library(0.001))

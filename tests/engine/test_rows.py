@@ -66,6 +66,7 @@ def test_texts_and_images_that_come_and_go_get_what_each_gets_alone(nano):
         ({"prompt": "What do you see?", "images": [PICTURE], "mtp": "on"}, 2),
         ({"prompt": "Who are you?", "temp": 0, "stop": ["mlx"]}, 9),
         ({"prompt": "What is 3 + 4?", "presence_penalty": 1.5, "min_p": 0.1}, 7),
+        ({"prompt": "What is 3 + 4?", "temp": 4.0, "mtp": "on", "xtc_probability": 0.6}, 3),
     ]
     engine, requests = Engine(nano[0], interleave=True), []
     for step in range(10):
@@ -107,6 +108,7 @@ def test_no_array_is_left_of_rows_that_left(model):
     assert active() == before
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize(
     "when",
     ["decoding", "drafting", *(pytest.param(name, marks=pytest.mark.full) for name in ("waiting", "prefilling"))],
@@ -176,6 +178,7 @@ class Listing(Dead):
         return [19, 20]
 
 
+@pytest.mark.core(4)
 @pytest.mark.parametrize("depth", [0, pytest.param(2, marks=pytest.mark.full)])
 @pytest.mark.parametrize(
     ("own", "kind"),

@@ -1,14 +1,33 @@
 """Logits -> distribution -> token. That the distribution is transformers' is shown in tests/parity/test_warpers.py."""
 
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from refusing import refused
 
-from mlx_qwen35 import PRESETS, Sampling
-from mlx_qwen35.engine.sampling import Sampler, noise, process, sample
+from mlx_qwen35 import PRESETS, Sampling, load
+from mlx_qwen35.engine.distribution import process
+from mlx_qwen35.engine.generation import exempting
+from mlx_qwen35.engine.options import check_options
+from mlx_qwen35.engine.sampling import Sampler, draws_xtc, noise, sample
 
 V = 300
+
+
+def mlx_lms() -> ModuleType:
+    """mlx_lm.sample_utils, without the package around it, which imports transformers."""
+    folder = find_spec("mlx_lm").submodule_search_locations[0]
+    spec = spec_from_file_location("sample_utils", Path(folder) / "sample_utils.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+sample_utils = mlx_lms()
 
 
 @pytest.fixture
@@ -169,3 +188,76 @@ def test_rows_may_have_samplings_of_their_own(logits):
 def test_a_bad_seed_is_told(seed):
     with refused("option_invalid", "0", "4294967295", seed):
         Sampler(Sampling(), seed, 0, V)
+
+
+# --- min_tokens_to_keep and XTC --------------------------------------------------------------------------------------
+
+ALWAYS = mx.array([True, True])
+
+
+@pytest.mark.parametrize(("keep", "min_p"), [(1, 0.3), (2, 0.9), (7, 0.5), (V, 1.0), (V + 1, 1.0)])
+def test_min_p_is_mlx_lms(logits, keep, min_p):
+    theirs = sample_utils.apply_min_p(logits - mx.logsumexp(logits, -1, keepdims=True), min_p, min(keep, V))
+    ours = probabilities(logits, min_p=min_p, min_tokens_to_keep=keep)
+    np.testing.assert_allclose(ours, np.array(mx.softmax(theirs, -1)), atol=1e-6)
+
+
+def test_min_p_keeps_its_tokens_of_those_that_the_filters_left(logits):
+    kept = probabilities(logits, top_k=5, min_p=1.0, min_tokens_to_keep=9) > 0
+    np.testing.assert_array_equal(kept, probabilities(logits, top_k=5) > 0)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.02, 0.1, 0.3, 0.5])
+@pytest.mark.parametrize("exempt", [(), (5, 17), tuple(range(V))])
+def test_xtc_is_mlx_lms(logits, threshold, exempt):
+    theirs = sample_utils.apply_xtc(logits, 1.0, threshold, list(exempt))
+    sampling = Sampling(xtc_probability=1.0, xtc_threshold=threshold, xtc_special_tokens=exempt)
+    ours = np.exp(np.array(process(logits, sampling, drawn=ALWAYS)))
+    np.testing.assert_allclose(ours, np.array(mx.softmax(theirs, -1)), atol=1e-6)
+
+
+def test_xtc_acts_on_the_rows_that_it_is_drawn_for_behind_the_other_filters(logits):
+    sampling = Sampling(temp=1.5, top_k=6, top_p=0.95, xtc_probability=0.5, xtc_threshold=0.1)
+    before = process(logits, Sampling(temp=1.5, top_k=6, top_p=0.95))
+    after = np.array(process(logits, sampling, drawn=mx.array([False, True])))
+    np.testing.assert_array_equal(after[0], np.array(before[0]))
+    expected = np.array(mx.softmax(sample_utils.apply_xtc(before[1:], 1.0, 0.1, []), -1))[0]
+    np.testing.assert_allclose(np.exp(after[1]), expected, atol=1e-6)
+    assert (after[1] == -np.inf).sum() > (after[0] == -np.inf).sum()
+
+
+def test_xtc_leaves_out_end_tokens_the_end_of_thinking_and_line_ends():
+    _, processor = load("nano")
+    exempt = exempting(Sampling(xtc_probability=0.5), processor).xtc_special_tokens
+    texts = {processor.tokenizer.decode([token]) for token in exempt}
+    assert texts == {"<|im_end|>", "<|endoftext|>", "</think>", "\n"}
+    own = Sampling(xtc_probability=0.5, xtc_special_tokens=())
+    assert exempting(own, processor) == own and exempting(Sampling(), processor) == Sampling()
+
+
+def test_xtc_is_drawn_with_its_probability_and_not_with_the_noise():
+    sampling = Sampling(xtc_probability=0.3)
+    drawn = np.array(mx.stack([draws_xtc(sampling, 4, place) for place in range(1000)]))
+    first = np.array(mx.stack([noise(8, 4, place)[0] for place in range(1000)]))
+    assert abs(drawn.mean() - 0.3) < 0.05
+    assert abs(np.corrcoef(drawn, first)[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"min_tokens_to_keep": 0}, "option_invalid"), ({"xtc_probability": 1.5}, "option_invalid"),
+        ({"xtc_threshold": 0.6}, "option_invalid"), ({"xtc_special_tokens": 5}, "option_invalid"),
+        ({"xtc_special_tokens": [-1]}, "option_invalid"), ({"temp": 0, "xtc_probability": 0.5}, "option_conflict"),
+    ],
+)  # fmt: skip
+def test_xtc_refuses_what_it_cannot_do(options, code):
+    with refused(code, next(name for name in reversed(options))):
+        Sampling(**options)
+
+
+@pytest.mark.parametrize(("name", "other"), [("min_tokens_to_keep", "min_p"), ("xtc_threshold", "xtc_probability")])
+def test_an_option_that_refines_another_is_refused_without_it(name, other):
+    for given in ({}, {other: 0}):
+        with refused("option_no_effect", name, other):
+            check_options({name: getattr(Sampling(), name)} | given)

@@ -170,6 +170,7 @@ def test_the_tower_s_time_is_told_and_is_none_without_an_image(nano):
     assert generate(*nano, ASK, max_tokens=1).vision_seconds == 0
 
 
+@pytest.mark.full
 def test_embeddings_are_let_go_when_the_prompt_is_read(nano, monkeypatch):
     """They are larger than all else that a sequence of one token could hold."""
     large = np.zeros((1024, 1024, 3), np.uint8)
@@ -272,6 +273,7 @@ def test_a_checkpoint_whose_tower_was_left_out_refuses_images_and_reads_text(tmp
         load(folder, keep_vision=True)
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("bits", [None, 0, 8])
 def test_a_converted_checkpoint_sees_the_same(tmp_path, bits):
     packing = {"recipe": "bf16"} if bits is None else {"quantize": True, "q_bits": 8, "q_vision_bits": bits}
@@ -323,6 +325,7 @@ def said(conversation: Conversation, content) -> str:
     return "".join(str(piece) for piece in conversation.send(content))
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("thinking", [True, False])
 def test_turns_with_images_answer_as_if_all_were_read_anew(nano, thinking):
     turns = [

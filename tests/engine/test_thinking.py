@@ -40,6 +40,7 @@ def begun(nano, prompts, count, **options):
     return [(result.tokens[:count], result) for result in generation.results()]
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize(
     ("budget", "mtp"),
     [(0, "off"), (1, "on"),

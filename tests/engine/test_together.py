@@ -53,6 +53,7 @@ def fits(text: str) -> bool:
     return set(found) == {"sum", "sure"} and 0 <= found["sum"] <= 999 and isinstance(found["sure"], bool)
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("thinking", [{}, {"thinking_budget": 3, "max_tokens": 320}, {"enable_thinking": False}])
 @pytest.mark.parametrize("temp", [pytest.param(0, marks=pytest.mark.full), 1.0])
 def test_a_form_holds_behind_thinking_and_is_the_same_with_drafts(nano, thinking, temp):

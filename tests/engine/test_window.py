@@ -113,6 +113,7 @@ def test_an_answer_that_memory_limits_says_so():
     assert request.limited_by == "memory" and request.limit < model.config.max_position_embeddings - 100
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("left", [1, 2, 4])
 def test_drafts_change_nothing_at_the_edge(small, depth, left):

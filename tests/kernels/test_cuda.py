@@ -55,9 +55,6 @@ LAUNCHES = {
 }
 
 
-FIRST = next(iter(LAUNCHES))
-
-
 def programs(case: str) -> list[cuda.Program]:
     launch, sizes, count = LAUNCHES[case]
     with cuda.recorded() as found:
@@ -70,7 +67,7 @@ def programs(case: str) -> list[cuda.Program]:
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, marks=pytest.mark.full) if case.startswith(("gated", "packed")) and case != FIRST else case
+        pytest.param(case, marks=pytest.mark.full) if case.startswith(("gated", "packed")) else case
         for case in LAUNCHES
     ],
 )
@@ -92,6 +89,7 @@ MUTANTS = {
 }
 
 
+@pytest.mark.core(1)
 @nvcc
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_header_that_lacks_something_does_not_compile(mutant, tmp_path):

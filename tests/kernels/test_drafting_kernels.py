@@ -108,6 +108,7 @@ def test_a_step_with_drafts_has_one_launch_for_each_layer_and_sum(as_on_a_mac, c
     assert len(names) == 3 + 1 + 8  # three DeltaNet layers, one other, eight sums
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize("kept", [[1, 4], [3, 0], [4, 4], [2, 2]], ids=str)
 def test_what_is_kept_of_a_pass_on_the_kernels_is_what_single_tokens_leave(as_on_a_mac, checkpoint_folder, kept):
     model = load_text_model(checkpoint_folder(geometry("tiny")))

@@ -97,6 +97,7 @@ def test_nano_generates_the_same_tokens_with_the_kernel(as_on_a_mac, monkeypatch
     assert len(as_on_a_mac.launches) == launches
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("step", [7, 64])
 def test_a_tiny_checkpoint_reads_the_same_with_the_kernels(as_on_a_mac, monkeypatch, checkpoint_folder, step):
     model = load_text_model(checkpoint_folder(geometry("tiny")))

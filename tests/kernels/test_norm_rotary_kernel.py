@@ -54,6 +54,7 @@ def test_operations_give_the_bits_of_the_layers_parts(dtype):
 # --- the answer ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core(11)
 @emulated
 @pytest.mark.parametrize(("D", "dims"), SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)

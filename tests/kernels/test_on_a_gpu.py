@@ -229,6 +229,7 @@ def both(run: Run, function: Callable[[], Any]) -> tuple[Any, Any]:
     return by_kernels, plain
 
 
+@pytest.mark.core(1)
 @runs("question", [("What is 34 + 58?",), ("Who are you?",)], [("What is 34 + 58?",)])
 def test_nano_generates_the_same_tokens_with_kernels_and_with_operations(run: Run, question):
     def tokens(model, processor) -> list[int]:
@@ -238,6 +239,7 @@ def test_nano_generates_the_same_tokens_with_kernels_and_with_operations(run: Ru
     assert fused == plain and len(fused) > 3
 
 
+@pytest.mark.core(2)
 @runs("depth", [(1,), (2,), (3,)], [(2,)])
 def test_nano_generates_the_same_tokens_with_drafts_on_kernels_and_on_operations(run: Run, depth):
     def tokens(model, processor) -> list[tuple[int, ...]]:

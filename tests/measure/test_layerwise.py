@@ -69,6 +69,7 @@ def checkpoint(request, raw, tmp_path) -> Checkpoint:
     return open_checkpoint(makers[request.param]())
 
 
+@pytest.mark.core(2)
 def test_logits_are_those_of_the_whole_model(checkpoint, rng):
     assert worst(checkpoint, sequences(rng)) < 1e-5
 
@@ -79,6 +80,7 @@ def test_chunks_and_slices_of_the_head_change_nothing(raw, rng, monkeypatch):
     assert worst(open_checkpoint(raw), sequences(rng)) < 1e-5
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("options", [{}, {"quantize": True, "q_bits": 3}, {"quantize": True, "q_mode": "mxfp4"}])
 def test_products_by_numpy_are_those_of_mlx(raw, tmp_path, rng, options):
     model = Layerwise(open_checkpoint(convert(raw, tmp_path / "out", **options)), mx.float32)

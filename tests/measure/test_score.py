@@ -128,6 +128,7 @@ def peak(model: Model, length: int, chunk: int) -> int:
     return mx.get_peak_memory() - before
 
 
+@pytest.mark.full
 def test_memory_does_not_grow_with_the_length(text_model):
     """Of layers whose cache does not grow either. All logits of 64 and 256 tokens would be 2 and 8 MB."""
     model = text_model(changed(SMALL, num_hidden_layers=2, layer_types=[LINEAR, LINEAR], vocab_size=8192))

@@ -77,6 +77,7 @@ def test_a_large_picture_takes_little_more_than_its_decoded_pixels(tmp_path):
         assert float(taken) < limit, mode
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_picture_that_memory_has_no_room_for_is_refused_before_it_is_decoded(mode, monkeypatch):
     body = black_png(mode, 1000)

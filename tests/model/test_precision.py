@@ -60,6 +60,7 @@ def test_norms_and_decay_parameters_are_float32_and_matrices_are_not(dtype, text
 
 # Rounding activations to 8 (bfloat16) or 11 bits (float16) some 40 times in a row moves logits, whose deviation here is
 # 0.3, by about 2**-9 or 2**-12 of it each time; where the output of a head nearly cancels, its norm magnifies that.
+@pytest.mark.core(1)
 @pytest.mark.parametrize("dtype, typical, most", [(mx.float16, 2e-3, 2e-2), (mx.bfloat16, 1.5e-2, 0.15)])
 def test_logits_of_half_models_are_close_to_those_of_float32(dtype, typical, most, text_model):
     want = text_model()(prompt())

@@ -86,6 +86,7 @@ def model_has_read(conversation: Conversation, turn: Turn) -> PromptRow:
 FULL = pytest.mark.full
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize(
     ("thinking", "depth"),
     [(False, 1), (True, 3), *(pytest.param(*case, marks=FULL) for case in ((False, 2), (False, 3), (True, 1)))],
@@ -100,6 +101,7 @@ def test_turns_are_answered_alike_with_drafts(nano, thinking, depth):
         assert drafted.cache.row_lengths == plain.cache.row_lengths and found.reused == want.reused
 
 
+@pytest.mark.full
 def test_the_head_has_read_each_turn_whole(nano):
     conversation = Conversation(*nano, enable_thinking=False, mtp="on", mtp_depth=2, temp=0)
     for content in TURNS:
@@ -163,7 +165,7 @@ def test_drafts_may_be_off_for_a_turn_and_on_again(nano):
     plain, mixed = Conversation(*nano, mtp="off", **options), Conversation(*nano, mtp="on", **options)
     gap = 0
     for content, mode in zip(TURNS, ("on", "off", "on", "on", "off"), strict=True):
-        mixed._options["mtp"] = mode
+        mixed.change(mtp=mode)
         turn = said(mixed, content)
         assert turn.result.tokens == said(plain, content).result.tokens
         assert bool(turn.result.mtp.drafted) == (mode == "on")
@@ -184,7 +186,7 @@ def test_a_head_that_starts_anew_reads_the_rest_of_the_text_at_its_positions(nan
     conversation = Conversation(*nano, enable_thinking=False, mtp="off", temp=0)
     said(conversation, TURNS[0])
     said(conversation, TURNS[1])
-    conversation._options["mtp"] = "on"
+    conversation.change(mtp="on")
     turn = said(conversation, TURNS[2])
     drafts = conversation.cache.follower
     drafts.flush(model)

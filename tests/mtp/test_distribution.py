@@ -19,10 +19,11 @@ from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.checkpoint.config import parse_config
 from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.engine import sampling as engine_sampler
+from mlx_qwen35.engine.distribution import process
 from mlx_qwen35.engine.drafts.speculate import Speculation
 from mlx_qwen35.engine.engine import Engine
 from mlx_qwen35.engine.presets import Sampling
-from mlx_qwen35.engine.sampling import Sampler, commit, peek, process, sample
+from mlx_qwen35.engine.sampling import Sampler, commit, peek, sample
 from mlx_qwen35.engine.sequence import Sequence
 from mlx_qwen35.prompt.prompt import Prompt
 
@@ -180,6 +181,7 @@ class _Counted(dict):
         return self.n
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("rule", [likeliest, another_model_s, blind])
 @pytest.mark.parametrize("name", ["every processor", *(pytest.param(n, marks=pytest.mark.full) for n in REST)])
 def test_texts_with_drafts_follow_the_processed_distribution(name, rule):
@@ -196,6 +198,7 @@ def test_each_seed_has_its_text_whatever_is_guessed(depth, name):
     assert texts(SAMPLINGS[name], Guesses(blind, depth)) == texts(SAMPLINGS[name], None)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["every processor", *(pytest.param(n, marks=pytest.mark.full) for n in REST)])
 def test_a_guess_that_is_accepted_though_it_was_not_drawn_would_be_noticed(name):
     found = texts(SAMPLINGS[name], Guesses(blind, 3), Credulous())

@@ -40,7 +40,7 @@ SAMPLINGS = {
     "frequency": Sampling(temp=0, frequency_penalty=2.0),
     "repetition": Sampling(temp=0.1, repetition_penalty=1.8),
     "bias": Sampling(temp=0.5, logit_bias={5: 4.0, 7: 4.0, 9: -100.0}, presence_penalty=0.7),
-    "all": Sampling(0.8, 20, 0.9, 0.01, 0.5, 0.4, 1.2, {3: 3.0, 4: 3.0}),
+    "all": Sampling(0.8, 20, 0.9, 0.01, 0.5, 0.4, 1.2, {3: 3.0, 4: 3.0}, 3, 0.5, 0.05, (3,)),
 }
 CASES = {name: Case(prompt(i, 1 + 3 * i), sampling, 11 + i) for i, (name, sampling) in enumerate(SAMPLINGS.items())}
 PLAIN = CASES["plain"]
@@ -94,12 +94,14 @@ def forced(monkeypatch, plain) -> Callable[..., None]:
 # --- the same tokens -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core(4)
 @pytest.mark.parametrize("name", CASES)
 def test_a_text_is_the_same_with_the_head_s_own_drafts(name, model, plain):
     case, depth = CASES[name], 1 + list(CASES).index(name) % 3
     assert run(model, [case], 8, depth).tokens == [plain(case)[:8]]
 
 
+@pytest.mark.core(4)
 @pytest.mark.parametrize("name", CASES)
 def test_a_text_is_the_same_however_many_drafts_are_right(name, model, plain, forced):
     case, depth = CASES[name], 1 + (list(CASES).index(name) + 1) % 3
@@ -241,6 +243,7 @@ def packed(checkpoint_folder, tmp_path_factory) -> Model:
     return drafting.load_small(checkpoint_folder(drafting.SMALL, vision=False), folder / "model", bits=4)
 
 
+@pytest.mark.core(1)
 @pytest.mark.skipif(not backend().unpacks_for_many_rows, reason="products go row by row on the CPU alone")
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_a_packed_model_s_memory_is_the_same_to_the_bit(depth, packed, monkeypatch, kept):
@@ -280,6 +283,7 @@ def test_of_a_step_only_the_tokens_that_are_kept_leave_a_trace(counts, model):
 # --- what the head remembers -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.core(4)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("depth", [1, 3])
 def test_the_head_has_read_the_text_as_if_at_once(pattern, depth, model, plain, forced):
@@ -288,6 +292,7 @@ def test_the_head_has_read_the_text_as_if_at_once(pattern, depth, model, plain, 
     assert head_distance(model, [cache], [[*PLAIN.prompt, *plain(PLAIN)[:11]]]) < SAME
 
 
+@pytest.mark.core(4)
 @pytest.mark.parametrize("begin", [1, 2, 7])
 @pytest.mark.parametrize("script", [SCRIPT, [0] * 9 + [3, 0, 0, 0, 2, 0], [2, 0], [0, 1]], ids=str)
 def test_the_head_has_read_the_text_whatever_the_depths_were(script, begin, model, plain, forced):
@@ -334,6 +339,7 @@ def goes_on_as_plain(model: Model, cache: Cache, read_tokens: Sequence[int]) -> 
     return run(model, [again], 4, cache=cache).tokens == run(model, [whole], 4).tokens
 
 
+@pytest.mark.core(11)
 @pytest.mark.parametrize(("count", "depths"), [*((n, 3) for n in (1, 2, 4, 5, 8)), *((n, [0, 2]) for n in (2, 3, 4))])
 @pytest.mark.parametrize("end", ["stop id", "stop string", "closed", "limit"])
 def test_the_cache_has_read_what_was_yielded(end, count, depths, model, plain, clean, forced):
@@ -516,6 +522,7 @@ def nano() -> tuple[Model, Processor]:
     return load("nano")
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize("depth", [1, pytest.param(2, marks=pytest.mark.full), 3])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_generate_answers_as_without_drafts(name, depth, nano):
@@ -533,6 +540,7 @@ def test_a_batch_answers_as_without_drafts(nano):
     assert [result.tokens for result in drafted] == [result.tokens for result in plain]
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize("begin", [3, 11, 20, 33, 45])
 def test_a_stop_string_ends_an_answer_in_the_middle_of_drafts(begin, nano):
     stop = [generate(*nano, "Hello", mtp="off", enable_thinking=False).text[begin : begin + 2]]

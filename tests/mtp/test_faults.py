@@ -94,6 +94,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, model: Model, value: float, step: 
     monkeypatch.setattr(DraftFollower, "propose", guess)
 
 
+@pytest.mark.core(3)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("prompts", [ASKED[:1], ASKED], ids=["one", "batch"])
 @pytest.mark.parametrize("depth", [1, 2])

@@ -211,6 +211,7 @@ def assert_proposes(followed: Followed, reference: HeadReference, row: PromptRow
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core(3)
 @pytest.mark.parametrize("step", CHUNKS)
 def test_pairs_of_a_prompt_are_those_of_the_reference(tiny, monkeypatch, step):
     model, reference = tiny
@@ -234,6 +235,7 @@ def test_keys_and_values_do_not_depend_on_the_chunks(one, row):
         np.testing.assert_allclose(other, first, atol=ALONE, rtol=0)
 
 
+@pytest.mark.core(5)
 @pytest.mark.parametrize("step", [1, 4, 64])
 @pytest.mark.parametrize("name", PICTURES)
 def test_pairs_of_a_prompt_with_images_are_those_of_the_reference(one, monkeypatch, name, step):
@@ -251,6 +253,7 @@ def test_drafts_are_those_of_the_reference(tiny, monkeypatch, depth):
     assert_proposes(followed, tiny[1], text(33), 500, depth)
 
 
+@pytest.mark.core(4)
 @pytest.mark.parametrize("step", [7, 64])
 @pytest.mark.parametrize("name", PICTURES)
 def test_drafts_after_a_prompt_with_images_are_those_of_the_reference(one, monkeypatch, name, step):
@@ -334,6 +337,7 @@ def test_each_row_of_a_batch_has_the_pairs_of_the_reference(one, monkeypatch, st
         assert len(followed.reads[i]) == len(row.tokens) - 1
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("columns", [256, 1])
 def test_each_row_of_a_batch_drafts_what_it_drafts_alone(one, monkeypatch, columns):
     monkeypatch.setattr(KVRow, "STEP", columns)

@@ -32,6 +32,7 @@ def layer_outputs(model, x: mx.array):
             yield i, (stream + delta)[0], mixer[0]
 
 
+@pytest.mark.core(3)
 @every_case
 def test_decoder_layers_and_mixers_equal_transformers(case, parity_model, reference):
     x = mx.array(cases.layer_input(case))[None]

@@ -55,6 +55,7 @@ def test_half_of_the_heads_remember_for_hundreds_of_tokens(case, parity_model):
             assert decay.min().item() < 0.99
 
 
+@pytest.mark.core(11)
 @every_case
 @pytest.mark.parametrize("length", LENGTHS)
 def test_logits_of_whole_prompts_equal_transformers(case, length, parity_model, reference):
@@ -62,6 +63,7 @@ def test_logits_of_whole_prompts_equal_transformers(case, length, parity_model, 
     assert reference(case).error("logits", logits) < TOLERANCE
 
 
+@pytest.mark.core(5)
 @every_case
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_logits_of_chunked_prompts_equal_transformers(case, chunk, parity_model, reference):
@@ -71,6 +73,7 @@ def test_logits_of_chunked_prompts_equal_transformers(case, chunk, parity_model,
     assert reference(case).error("logits", logits) < TOLERANCE
 
 
+@pytest.mark.core(2)
 def test_logits_of_a_prompt_of_600_tokens_equal_transformers(long_prompt, reference):
     case, logits, _ = long_prompt
     assert len(logits) == 600

@@ -59,6 +59,7 @@ def test_the_cases_are_those_that_were_asked_for():
     assert (wide.hidden_size, wide.num_heads, wide.intermediate_size, wide.out_hidden_size) == (1024, 16, 4096, 2560)
 
 
+@pytest.mark.core(2)
 @every_stage
 def test_patch_embedding_equals_transformers(case, grid, tower, reference):
     patches = mx.array(vision_cases.media(case, str(grid), grid).patches())
@@ -121,6 +122,7 @@ def test_tower_equals_transformers(case, grid, tower, reference):
     assert reference(case).error(f"{grid} tower", out) < (TOWER_4B if case is WIDE else TOWER)
 
 
+@pytest.mark.core(4)
 @pytest.mark.parametrize("most", [4, 36, 68, 136])
 @pytest.mark.parametrize(("case", "grid"), [(TINY, (1, 10, 14)), (TINY, (3, 4, 6)), (ODD, (1, 16, 8))], ids=str)
 def test_tower_in_slices_and_tiles_equals_transformers(case, grid, most, tower, reference, monkeypatch):

@@ -56,12 +56,14 @@ def row_of(model_of) -> Callable[[Scene], PromptRow]:
 # --- positions -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core(3)
 @every_scene
 def test_positions_equal_transformers(scene, reference):
     ours = positions(scene.length, scene.prompt.placeholders)
     assert reference(scene.case).error(f"{scene.name} positions", ours) == 0
 
 
+@pytest.mark.core(3)
 @every_scene
 def test_the_next_position_is_transformers_delta_plus_the_length(scene, model_of, row_of, reference):
     model = model_of(scene.case)
@@ -137,6 +139,7 @@ def answer(model: Model, before: list[PromptRow], prompt: Prompt, step: int) -> 
     return recorder, draw(recorder, [prompt], step, [cache])[0]
 
 
+@pytest.mark.core(3)
 @every_scene
 def test_merged_embeddings_equal_transformers(scene, model_of, row_of, reference):
     """Read in chunks of 7, which end inside images."""
@@ -155,6 +158,7 @@ chunked = [
 ]
 
 
+@pytest.mark.core(9)
 @pytest.mark.parametrize(("scene", "step"), chunked)
 def test_logits_and_16_greedy_tokens_equal_transformers(scene, step, model_of, reference):
     recorder, drawn = answer(model_of(scene.case), [], scene.prompt, step)
@@ -183,6 +187,7 @@ def test_text_that_comes_right_behind_an_image_in_another_call_equals_the_whole_
     assert reference(TINY).error("image logits", recorder.all_logits()) < TOLERANCE
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize(("case", "step"), [(TINY, 7), (ODD, 1000)], ids=lambda x: getattr(x, "name", x))
 def test_rows_with_different_images_and_none_equal_single_runs(case, step, model_of, row_of, reference):
     model = model_of(case)

@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_qwen35.engine.distribution import process
 from mlx_qwen35.engine.presets import Sampling
-from mlx_qwen35.engine.sampling import process
 
 GOLDEN = Path(__file__).parent / "golden" / "warpers.npz"
 ROWS, V = 3, 211

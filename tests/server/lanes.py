@@ -27,7 +27,7 @@ class Heard:
     @property
     def results(self) -> list[Result]:
         """One, once it has ended."""
-        return [event.result for event in self.events if event.result]
+        return [event.result for event in self.events if event.result is not None]
 
     @property
     def result(self) -> Result:

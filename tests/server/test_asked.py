@@ -24,6 +24,10 @@ TOOLS = {"tools": [TOOL], "parallel_tool_calls": True}
         ({"top_k": -1}, {"top_k": 0}),
         ({"logit_bias": {"7": -100}}, {"logit_bias": {7: -100.0}}),
         *[({name: 0.5}, {name: 0.5}) for name in ("top_p", "min_p", "presence_penalty", "frequency_penalty")],
+        ({"min_p": 0.5, "min_tokens_to_keep": 3}, {"min_p": 0.5, "min_tokens_to_keep": 3}),
+        ({"xtc_probability": 0.5, "xtc_threshold": 0.2}, {"xtc_probability": 0.5, "xtc_threshold": 0.2}),
+        ({"xtc_probability": 0, "xtc_threshold": 0.1, "min_p": 0, "min_tokens_to_keep": 1},  # all the defaults
+         {"xtc_probability": 0.0, "min_p": 0.0}),
         ({"repetition_penalty": 1.5, "seed": 2**32 - 1}, {"repetition_penalty": 1.5, "seed": 2**32 - 1}),
     ],
 )

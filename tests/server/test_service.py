@@ -23,7 +23,7 @@ LONG = {"max_tokens": 2000, "mtp": "off", **ENDLESS}
 async def whole(answer: Answer) -> list[Result]:
     async for _ in answer:
         pass
-    return [result for result in answer.results if result]
+    return [result for result in answer.results if result is not None]
 
 
 def served(use: Callable[[Service], Coroutine[Any, Any, None]], **options: Any) -> Service:
@@ -107,7 +107,7 @@ def test_closing_ends_what_runs_and_refuses_what_waits() -> None:
         closing = asyncio.ensure_future(asyncio.to_thread(service.close))
         async for _ in events:
             pass
-        (ended,), (refused,) = [result for result in running.results if result], await whole(waiting)
+        (ended,), (refused,) = [result for result in running.results if result is not None], await whole(waiting)
         assert (ended.finish_reason, ended.error) == ("interrupted", None)
         assert ApiError.of(refused.error or Exception()).code == "closing"
         await closing

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +13,16 @@ from mlx_qwen35.commands.chat.orders import ORDERS, help_text
 from mlx_qwen35.commands.chat.reader import PlainReader, Reader
 from mlx_qwen35.commands.chat.screen import PlainScreen, Screen
 from mlx_qwen35.commands.chat.talk import Talk
-from mlx_qwen35.commands.session import check_session, opened
+from mlx_qwen35.commands.obtain import add_recipe_option, load_model
+from mlx_qwen35.commands.session import check_session, open_session
 from mlx_qwen35.console.interrupt import unwound_when_ended
 from mlx_qwen35.console.options import add_answer_options, add_model_options, add_options, given_options
 from mlx_qwen35.console.parser import Parser
-from mlx_qwen35.console.run import as_command, load_model, require_model
+from mlx_qwen35.console.run import as_command, require_model
 from mlx_qwen35.console.streams import standard_input
 from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.engine.options import PromptOptions
+from mlx_qwen35.errors import InputError
 from mlx_qwen35.options import option, options_of
 
 COMMAND = "mlx_qwen35.chat"
@@ -43,9 +46,16 @@ def parser() -> Parser:
         usage="%(prog)s --model MODEL [options]",
         description="Talk to a model. In the session:\n" + help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        quiet=("-q", "--quiet"),
+        examples=(
+            "--model nano",
+            "--model Qwen/Qwen3.5-4B",
+            "--model nano --session notes.session --no-enable-thinking",
+        ),
     )
     prompt = options_of(PromptOptions)
     add_model_options(parser)
+    add_recipe_option(parser)
     group = parser.add_argument_group("prompt")
     shown = [prompt["system_prompt"], prompt["enable_thinking"]]
     add_answer_options(parser, group, shown, without=("logprobs", "top_logprobs", "tool_choice", "parallel_tool_calls"))
@@ -74,18 +84,19 @@ def main() -> None:
     with as_command(COMMAND), unwound_when_ended():
         args = parser().parse()
         name, options = require_model(args), given_options(args)
+        if args.quiet and args.verbose:
+            raise InputError("option_conflict", "--verbose and --quiet must not be given together. Leave one out")
         if args.session:
             check_session(args.session)
         reader, screen = interface(bool(args.hide_thinking), bool(args.verbose))
         with screen.opened():
-            model, processor = load_model(args)
+            model, processor = load_model(args, COMMAND)
             if standard_input().isatty():
                 screen.say(describe(name, model))
-            if not args.session:
-                run(Talk(Conversation(model, processor, **options), reader, screen))
-                return
-            with opened(args.session, model, processor, options) as session:
-                run(Talk(session.conversation, reader, screen, session))
+            session = open_session(args.session, model, processor, options) if args.session else None
+            conversation = session.conversation if session else Conversation(model, processor, **options)
+            with closing(Talk(conversation, reader, screen, session, name)) as talk:
+                run(talk)
 
 
 if __name__ == "__main__":

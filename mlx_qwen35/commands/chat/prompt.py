@@ -2,8 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -12,6 +11,7 @@ from prompt_toolkit.completion import CompleteEvent, Completer, Completion, Path
 from prompt_toolkit.document import Document
 from prompt_toolkit.enums import DEFAULT_BUFFER
 from prompt_toolkit.filters import Condition, has_focus
+from prompt_toolkit.formatted_text import AnyFormattedText
 from prompt_toolkit.history import FileHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.layout.processors import TabsProcessor
@@ -32,7 +32,7 @@ class TerminalReader:
     def __init__(self, orders: Sequence[Order], output: TextIO):
         """orders: what is completed. output: the terminal, standard output or standard error."""
         self._history = _History()
-        self._hint, self._told = HINT, False
+        self._hint, self._told, self._given = HINT, False, False  # given: whether a text was there from the start
         self._session: PromptSession[str] = PromptSession(
             multiline=True,
             prompt_continuation="... ",
@@ -49,17 +49,16 @@ class TerminalReader:
 
     def read(self, text: str = "", attached: str = "") -> str | None:
         above = [("dim", f"with {attached}\n")] if attached else []
-        self._hint = HINT
-        try:
-            typed = self._session.prompt([*above, ("bold", ">>> ")], default=text)
-        except EOFError:
-            return None
+        self._hint, self._given = HINT, bool(text)
         if self._history.failure and not self._told:
             self._told = True
             print(f"the history is not kept: {self._history.failure}", file=sys.stderr, flush=True)
-        return unblocked(typed.strip())
+        try:
+            return unblocked(self._session.prompt([*above, ("bold", ">>> ")], default=text).strip())
+        except EOFError:
+            return None
 
-    def _placeholder(self) -> list[tuple[str, str]]:
+    def _placeholder(self) -> AnyFormattedText:
         app = self._session.app
         return [] if app.is_done or app.layout.is_searching else [("dim", self._hint)]
 
@@ -74,8 +73,8 @@ class TerminalReader:
                 buffer.complete_state = None
             elif block_open(buffer.text):
                 buffer.newline(copy_margin=False)
-            elif buffer.text.strip():
-                buffer.validate_and_handle()
+            else:
+                buffer.validate_and_handle()  # an empty line too: it leaves an edit
 
         @keys.add("escape", "enter", filter=typing)
         def _(event: KeyPressEvent) -> None:
@@ -89,6 +88,8 @@ class TerminalReader:
                 self._hint = LEAVING
             buffer.save_to_undo_stack()
             buffer.text = ""
+            if self._given:
+                buffer.validate_and_handle()
 
         return keys
 
@@ -108,8 +109,11 @@ class _Commands(Completer):
             if not blank and order.name.startswith(name):
                 word = f"{order.name} " if order.argument else order.name
                 yield Completion(word, -len(name), display=f"/{order.name}", display_meta=order.help)
-            elif blank and order.name == name and order.path:
-                yield from self._paths.get_completions(Document(argument), complete_event)
+            elif blank and order.name == name:
+                before, _, word = argument.rpartition(" ")
+                yield from (Completion(own, -len(word)) for own in order.choices(before) if own.startswith(word))
+                if order.path:
+                    yield from self._paths.get_completions(Document(argument), complete_event)
 
 
 class _History(FileHistory):
@@ -121,24 +125,24 @@ class _History(FileHistory):
     def __init__(self) -> None:
         self.failure: Exception | None = None
         super().__init__("")
+        self._try(lambda: ())
 
     def load_history_strings(self) -> Iterable[str]:
-        with self._file():
-            return list(super().load_history_strings())
-        return []
+        return self._try(super().load_history_strings)
 
     def store_string(self, string: str) -> None:
-        with self._file():
-            super().store_string(string)
+        store = super().store_string
+        self._try(lambda: store(string) or ())
 
-    @contextmanager
-    def _file(self) -> Iterator[None]:
+    def _try(self, use: Callable[[], Iterable[str]]) -> Iterable[str]:
+        """Use the file, which is made where it is absent; nothing, where that fails."""
         try:
             state = Path(os.environ.get("XDG_STATE_HOME", ""))
             folder = (state if state.is_absolute() else Path("~/.local/state").expanduser()) / "mlx_qwen35"
             folder.mkdir(parents=True, exist_ok=True)
             self.filename = str(folder / "chat_history")
             os.close(os.open(self.filename, os.O_RDWR | os.O_CREAT, 0o600))
-            yield
+            return use()
         except (OSError, RuntimeError) as error:  # what cannot be written, a home that is none
             self.failure = error
+            return ()

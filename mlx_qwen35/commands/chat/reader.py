@@ -16,7 +16,7 @@ class Reader(Protocol):
         """The next message or command, which may have several lines; None at the end.
 
         text: to begin with, for /edit. attached: what goes with the message, to show. Ctrl-C is no end: on a terminal
-        it clears what was typed.
+        it clears what was typed, and where a text was given it is an empty line.
         """
 
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from mlx_qwen35.commands.output import print_pieces, tell_cut
 from mlx_qwen35.commands.session import tell_interrupted
+from mlx_qwen35.console.notices import tell
 from mlx_qwen35.console.progress import Step, duration
 from mlx_qwen35.engine.conversation import Conversation, Turn
 from mlx_qwen35.engine.result import Result
@@ -43,7 +44,7 @@ class PlainScreen:
         self._hide, self._verbose = hide_thinking, verbose
 
     def say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        tell(text)
 
     def fail(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -56,15 +57,15 @@ class PlainScreen:
 
     def answer(self, conversation: Conversation, turn: Turn) -> bool:
         with self.step("prefill", "tokens", timed=True) as prefill:
-            turn.progress = prefill
+            turn.progress, turn.media_progress = prefill, prefill.images
             try:
                 print_pieces(folded(turn, prefill, self.say) if self._hide else turn, prefill)
             except KeyboardInterrupt:
                 turn.cancel()
                 print()
-                if turn.result and not turn.result.tokens:
+                if turn.result is not None and not turn.result.tokens:
                     tell_interrupted(conversation, turn)
-        if not turn.result or not turn.result.tokens:
+        if turn.result is None or not turn.result.tokens:
             return False
         self.say(f"[{statistics(turn, turn.result) if self._verbose else summary(turn, turn.result)}]")
         tell_cut(turn.result, conversation.model, "/reset begins anew")
@@ -87,7 +88,7 @@ def folded(turn: Turn, step: Step, say: Callable[[str], None]) -> Iterator[Piece
 
 
 def _tell_thought(turn: Turn, began: float, step: Step, say: Callable[[str], None]) -> float:
-    if began and turn.result:
+    if began and turn.result is not None:
         step.end()
         seconds = duration(time.monotonic() - began)
         say(f"thought for {seconds}, {_counted(turn.result.reasoning_tokens, 'token')}")

@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 import termios
-import tty
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -21,6 +20,7 @@ from mlx_qwen35.commands.chat.markdown import STYLES, blocks, rendered
 from mlx_qwen35.commands.chat.screen import folded, statistics, summary
 from mlx_qwen35.commands.output import safe, tell_cut
 from mlx_qwen35.commands.session import tell_interrupted
+from mlx_qwen35.console import notices
 from mlx_qwen35.console.progress import Step
 from mlx_qwen35.engine.conversation import Conversation, Turn
 from mlx_qwen35.prompt.piece import ARGUMENTS, CALL, CALL_END, CONTENT, REASONING, Piece
@@ -70,7 +70,7 @@ class TerminalScreen:
                 step.end()
                 answer.end()
                 self._answer = None
-        if not turn.result or not turn.result.tokens:
+        if turn.result is None or not turn.result.tokens:
             tell_interrupted(conversation, turn)
             return False
         self._note(statistics(turn, turn.result) if self._verbose else summary(turn, turn.result))
@@ -78,7 +78,8 @@ class TerminalScreen:
         return True
 
     def _note(self, text: str) -> None:
-        self._console.print(Text(text, DIM), soft_wrap=True)
+        if not notices.quiet():
+            self._console.print(Text(text, DIM), soft_wrap=True)
 
 
 class _Answer:
@@ -101,7 +102,8 @@ class _Answer:
         self._region.show(self._rows(), DIM if kind == REASONING else Style())
 
     def end(self) -> None:
-        self._print(self._text.rstrip())
+        for rest in blocks(self._text) if self._kind == CONTENT else [self._text.rstrip()]:
+            self._print(rest)
         self._text = ""
 
     def forget(self) -> None:
@@ -116,7 +118,7 @@ class _Answer:
             if end and last.strip():
                 whole, self._text = [lines], last
         elif self._kind == CONTENT:
-            line = self._text.rpartition("\n")[2].strip()
+            line = self._text.rpartition("\n")[2].lstrip()
             if "\n" in added or len(line) >= 4 > len(line) - len(added):  # 4 letters tell what kind of line it is
                 *whole, self._text = blocks(self._text)
         return whole
@@ -172,17 +174,18 @@ class _Region:
 
 @contextmanager
 def quiet(resumed: Callable[[], None]) -> Iterator[None]:
-    """What is typed in the block is shown by a prompt alone, and waits for one. What is pasted meanwhile stays together.
+    """What is typed in the block is shown by a prompt alone, and waits for one; what is pasted stays together.
 
     resumed: called when the process goes on after Ctrl-Z.
     """
     if not sys.stdin.isatty():
         yield
         return
-    before = termios.tcgetattr(sys.stdin)
+    before, silent = termios.tcgetattr(sys.stdin), termios.tcgetattr(sys.stdin)
+    silent[3] = silent[3] & ~(termios.ECHO | termios.ICANON) | termios.NOFLSH  # Ctrl-C leaves what was typed
 
     def enter() -> None:
-        tty.setcbreak(sys.stdin, termios.TCSANOW)
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
         print(PASTES, end="", flush=True)
 
     def leave() -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Rules:
     """What restricts the answers of one request, made once for all of its prompts.
 
-    Raises InputError for a grammar that cannot be used, and a bias on tokens that there are not.
+    Raises InputError for a grammar that cannot be used, and options that name tokens that there are not.
     """
 
     def __init__(self, processor: Processor, options: "Options"):
@@ -30,10 +30,12 @@ class Rules:
         idle = [name for name in ("tool_choice", "parallel_tool_calls") if options.get(name, True) is not True]
         if idle and not options.get("tools"):
             raise InputError("option_no_effect", f"{listed(idle)} must be given with {spelled('tools')}, for its calls")
-        if wrong := [token for token in options.get("logit_bias", ()) if token >= processor.vocabulary]:
-            raise InputError(
-                "option_invalid", f"logit_bias must name tokens from 0 to {processor.vocabulary - 1}, got {wrong[0]}"
-            )
+        named = [("logit_bias", token) for token in options.get("logit_bias", ())]
+        named += [("xtc_special_tokens", token) for token in options.get("xtc_special_tokens", ())]
+        for name, token in named:
+            if token >= processor.vocabulary:
+                most = processor.vocabulary - 1
+                raise InputError("option_invalid", f"{name} must name tokens from 0 to {most}, got {token}")
         self._caller = options.get("constraint")
         self._guard = bool(options.get("loop_guard"))
         self._one_call = options.get("parallel_tool_calls") is False
