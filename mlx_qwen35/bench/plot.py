@@ -1,10 +1,12 @@
 """The speeds as bars: medians, and how far the rounds scatter."""
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from statistics import median
 
 from mlx_qwen35.bench.measure import OURS, Measurement
+from mlx_qwen35.bench.scatter import MOST, scatter
 from mlx_qwen35.console import plot
 
 SPEEDS = ("prefill", "decode")
@@ -18,6 +20,9 @@ def draw(path: Path, model: str, note: str, runs: Sequence[Measurement]) -> plot
     note += "\nBars: medians over rounds."
     if len({run.round for run in runs}) > 1:
         note += " Lines: the slowest and the fastest round."
+    groups = [_speeds(runs, *group) for group in product(_programs(runs), _lengths(runs), SPEEDS)]
+    if (most := max(map(scatter, groups))) > MOST:
+        note += f" They scatter by up to {most:.0%}: too much to compare closely."
     with plot.picture(path, claim(model, runs), note, 4.2, 2) as (figure, panels):
         for axes, name in zip(panels, SPEEDS, strict=True):
             _panel(axes, name, runs)
@@ -26,7 +31,7 @@ def draw(path: Path, model: str, note: str, runs: Sequence[Measurement]) -> plot
 
 
 def _panel(axes: plot.Axes, name: str, runs: Sequence[Measurement]) -> None:
-    lengths, programs = sorted({run.prompt for run in runs}), list(dict.fromkeys(run.program for run in runs))
+    lengths, programs = _lengths(runs), _programs(runs)
     width = 0.8 / len(programs)
     for i, program in enumerate(programs):
         places = [j + width * (i - (len(programs) - 1) / 2) for j in range(len(lengths))]
@@ -41,6 +46,14 @@ def _panel(axes: plot.Axes, name: str, runs: Sequence[Measurement]) -> None:
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axes.set_xlabel("tokens of the prompt")
     plot.round_ticks(axes.yaxis)
+
+
+def _programs(runs: Sequence[Measurement]) -> list[str]:
+    return list(dict.fromkeys(run.program for run in runs))
+
+
+def _lengths(runs: Sequence[Measurement]) -> list[int]:
+    return sorted({run.prompt for run in runs})
 
 
 def _speeds(runs: Sequence[Measurement], program: str, prompt: int, name: str) -> list[float]:
