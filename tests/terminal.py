@@ -46,14 +46,16 @@ class Terminal:
         variables = [f"{name}={value}" for name, value in self._environment.items()]
         self._home.mkdir(parents=True, exist_ok=True)
         self._folder = tempfile.TemporaryDirectory()  # short: a socket's path must be
-        configuration = Path(self._folder.name, "conf")
+        command = shlex.join(["exec", "env", "-i", *variables, *self._command])
+        inner = shlex.quote(f"echo $$ > {self._file('process')}; {command}")  # tmux itself may miss an end
+        configuration = self._file("conf")
         configuration.write_text(
             "set -g default-terminal xterm-256color\nset -g status off\nset -g escape-time 50\n"
             "set -g history-limit 5000\nset -g remain-on-exit on\nset -g remain-on-exit-format ''\n"
         )
         self._tmux(
             "-f", str(configuration), "new-session", "-d", "-x", str(columns), "-y", str(rows), "-c", str(self._home),
-            shlex.join(["exec", "env", "-i", *variables, *self._command]),
+            f"sh -c {inner}; echo $? > {self._file('status')}",
         )  # fmt: skip
         return self
 
@@ -105,20 +107,22 @@ class Terminal:
     @property
     def process(self) -> int:
         """The command's process."""
-        return int(self._tmux("display-message", "-p", "#{pane_pid}"))
+        return int(self._file("process").read_text())
 
     def ended(self, seconds: float = 60) -> int:
         """The exit status of the command, which must end soon."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            told = self._tmux("display-message", "-p", "#{pane_dead} #{pane_dead_status}").split()
-            if len(told) == 2:  # the status comes after the end
-                return int(told[1])
+            if self._file("status").exists() and (status := self._file("status").read_text()):
+                return int(status)
             time.sleep(0.03)
         raise AssertionError(f"still running after {seconds} s:\n{self.screen(history=True)}")
 
+    def _file(self, name: str) -> Path:
+        return Path(self._folder.name, name)
+
     def _tmux(self, *arguments: str, text: str = "") -> str:
-        command = ["tmux", "-u", "-S", f"{self._folder.name}/socket", *arguments]
+        command = ["tmux", "-u", "-S", str(self._file("socket")), *arguments]
         done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=30)
         assert done.returncode == 0, f"{shlex.join(command)}: {done.stderr}"
         return done.stdout

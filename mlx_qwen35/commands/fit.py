@@ -25,8 +25,8 @@ RECIPES = ("bf16", "8bit", "6bit", "4bit")  # the most bits first
 CONTEXT, PIXELS = 8192, 1 << 20  # tokens and an image that memory is computed for
 FAST, LONG, LEFT = 10, 32_768, 5e9  # tokens/s, tokens of context, and bytes for other programs that suffice
 RULE = (
-    f"the largest, in the most bits, that gives {FAST} tokens/s and a context of {LONG:,},\n"
-    f"and leaves {LEFT / 1e9:.0f} GB to macOS and other programs"
+    f"the largest, in the most bits, that gives {FAST} tokens/s,\nhas a context of {LONG:,} and leaves "
+    f"{LEFT / 1e9:.0f} GB to macOS and other programs"
 )
 
 
@@ -122,7 +122,7 @@ def format_fits(machine: Machine, found: Sequence[Fit]) -> str:
     if large:
         lines += ["", f"Too large: {', '.join(large)}"]
     lines += [
-        "", f"Memory: at most, for a conversation of {CONTEXT:,} tokens with an image of a megapixel.",
+        "", f"Memory: at most, with {CONTEXT:,} tokens and an image of a megapixel.",
         f"Tokens/s: {speeds}.",
     ]  # fmt: skip
     if best:

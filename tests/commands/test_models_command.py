@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from terminal import Terminal, needs_tmux, ours
 
 from mlx_qwen35 import load
 from mlx_qwen35.budget.plan import mac
@@ -145,14 +146,14 @@ def test_what_must_not_or_cannot_be_removed_is_refused_and_nothing_is_lost(home,
     assert listed(run, "--all").keys() == before.keys()
 
 
-class Terminal(io.StringIO):
+class Typed(io.StringIO):
     def isatty(self) -> bool:
         return True
 
 
 @pytest.mark.parametrize(("answer", "stays"), [("y\n", False), ("n\n", True), ("\n", True), ("", True)])
 def test_at_a_terminal_it_asks(home, run, monkeypatch, answer, stays):
-    monkeypatch.setattr(sys, "stdin", Terminal(answer))
+    monkeypatch.setattr(sys, "stdin", Typed(answer))
     status, _, err = run("remove", HUB_ID)
     assert status == 0 and HUB_ID in err
     assert (HUB_ID in listed(run)) is stays
@@ -231,7 +232,7 @@ def test_where_none_is_good_enough_the_smallest_that_fits_is_recommended():
 def test_the_text_names_what_is_too_large_and_what_to_type():
     text = format_fits(mac(8), [a_fit("4b", "8bit", 9e9, longest=0), a_fit("4b", "4bit", 7e9, longest=0), SMALL])
     assert text.endswith(f"\n  {SMALL.command}") and "4B (4bit takes 7.0 GB)" in text
-    assert max(map(len, text.splitlines())) <= 100
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_where_nothing_fits_nano_does():
@@ -246,3 +247,18 @@ def test_where_nothing_fits_nano_does():
 def test_a_mac_that_is_none_is_refused(run, words, code):
     status, _, err = run("fit", *words)
     assert status == 2 and err.endswith(f"[{code}]\n")
+
+
+# --- a terminal ------------------------------------------------------------------------------------------------------
+
+
+@needs_tmux
+def test_in_a_terminal_a_download_is_removed_with_a_y(home):
+    place = home / "hub/models--Qwen--Qwen3.5-nano"
+    settings = {"HF_HUB_CACHE": str(home / "hub"), "MLX_QWEN35_HOME": str(home / "ours")}
+    with Terminal(ours("mlx_qwen35", "models", "remove", HUB_ID), home, environment=settings) as terminal:
+        terminal.wait("[y/N]")
+        assert place.exists()
+        terminal.type("y")
+        assert terminal.ended() == 0
+        assert f"removed {HUB_ID}" in terminal.screen() and not place.exists()
