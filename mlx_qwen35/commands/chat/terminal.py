@@ -79,7 +79,7 @@ class TerminalScreen:
 
     def _note(self, text: str) -> None:
         if not notices.quiet():
-            self._console.print(Text(text, DIM), soft_wrap=True)
+            self._console.print(Text(text, DIM))
 
 
 class _Answer:
