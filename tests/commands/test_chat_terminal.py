@@ -163,7 +163,9 @@ def test_on_40_columns_words_are_kept_whole_and_a_long_line_of_code_can_be_copie
     code = "x = " + " + ".join(f"number{n}" for n in range(9))
     text = "A paragraph of words that does not fit into one line, 日本語の文章はここで折り返される。"
     terminal = chat(*answering(f"{text}\n\n```\n{code}\n```"), size=(40, 20))
-    assert all(len(line) <= 40 for line in terminal.screen().splitlines())
+    terminal.type("/help")
+    assert "  /video FILE ...      add videos\n" in terminal.wait("this list")
+    assert "  /image FILE ...      add images: files\n                       or URLs\n" in terminal.screen(history=True)
     terminal.type(ASK)
     screen = terminal.wait("tokens/s")
     assert "A paragraph of words that does not fit\ninto one line," in screen
