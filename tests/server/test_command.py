@@ -98,7 +98,7 @@ def test_a_wrong_command_line_is_told_in_one_line(run: Callable, arguments: list
 
 def test_a_context_beyond_the_models_is_refused() -> None:
     with pytest.raises(InputError) as told:
-        load_service(parser().parse(["--model", "nano"]), ServerOptions(context=100_000_000))
+        load_service(parser().parse(["--model", "nano"]), ServerOptions(context=100_000_000), None)
     assert told.value.code == "option_invalid"
 
 
@@ -163,7 +163,7 @@ class Lifetime:
 
     def _load(self):
         self.may_load.wait()
-        return load_service(parser().parse(["--model", "nano"]), self.options)
+        return load_service(parser().parse(["--model", "nano"]), self.options, None)
 
 
 @pytest.fixture
