@@ -8,7 +8,8 @@ draws NAME.png from the figures in NAME.json. With --measure they are measured a
 import argparse
 import json
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,17 @@ def main(script: str, measure: Callable[[], Any], draw: Callable[[Path, Any], ob
     if parser.parse_args().measure:
         figures.write_text(json.dumps(measure(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     draw(figures.with_suffix(".png"), json.loads(figures.read_text(encoding="utf-8")))
+
+
+def benched(arguments: Sequence[str], *names: str) -> dict[str, Any]:
+    """These parts of what mlx_qwen35.bench writes with --json; of the machine its chip and the versions."""
+    from mlx_qwen35 import bench
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "figures.json"
+        bench.main([*arguments, "--json", str(file)])
+        found = json.loads(file.read_text(encoding="utf-8"))
+    return {"machine": {name: found["machine"][name] for name in ("chip", "versions")}} | {n: found[n] for n in names}
 
 
 def machine() -> str:

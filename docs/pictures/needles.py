@@ -3,25 +3,18 @@
 --measure runs mlx_qwen35.bench --model nano --needle 300,1k,2k --repeats 4.
 """
 
-import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from drawing import main
+from drawing import benched, main
 
-from mlx_qwen35 import bench
 from mlx_qwen35.bench.heatmap import Row
 from mlx_qwen35.bench.heatmap import draw as draw_maps
 from mlx_qwen35.console import plot
 
 
 def measure(lengths: str = "300,1k,2k", repeats: int = 4) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "needles.json"
-        bench.main(["--model", "nano", "--needle", lengths, "--repeats", str(repeats), "--json", str(file)])
-        figures = json.loads(file.read_text())
-    return {name: figures[name] for name in ("machine", "model", "rows")}
+    return benched(["--model", "nano", "--needle", lengths, "--repeats", str(repeats)], "model", "rows")
 
 
 def draw(path: Path, figures: dict[str, Any]) -> plot.Figure:

@@ -3,15 +3,12 @@
 --measure runs mlx_qwen35.bench on random weights of geometry mid, beside the peers that are installed.
 """
 
-import json
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from drawing import main
+from drawing import benched, main
 
-from mlx_qwen35 import bench
 from mlx_qwen35.bench.measure import Measurement
 from mlx_qwen35.bench.plot import draw as draw_bars
 from mlx_qwen35.console import plot
@@ -22,11 +19,7 @@ PEERS = {"mlx-lm": "mlx_lm", "mlx-vlm": "mlx_vlm", "transformers": "torch"}
 def measure(geometry: str = "mid", lengths: str = "128,1024", rounds: int = 5) -> dict[str, Any]:
     peers = ",".join(name for name, module in PEERS.items() if find_spec(module))
     given = ["--geometry", geometry, "--dtype", "float32", "--prompt-lengths", lengths, "--repeats", str(rounds)]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "speed.json"
-        bench.main([*given, *(["--compare", peers] if peers else []), "--json", str(file)])
-        figures = json.loads(file.read_text())
-    return {name: figures[name] for name in ("machine", "model", "settings", "runs")}
+    return benched([*given, *(["--compare", peers] if peers else [])], "model", "settings", "runs")
 
 
 def draw(path: Path, figures: dict[str, Any]) -> plot.Figure:
