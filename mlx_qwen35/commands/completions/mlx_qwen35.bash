@@ -8,16 +8,16 @@
 _shtab_mlx_qwen35_models_subparsers=(list remove fit)
 _shtab_mlx_qwen35_subparsers=(generate chat serve convert models bench doctor completion)
 
-_shtab_mlx_qwen35_generate_option_strings=(-h --help --version -q --quiet --model --revision --dtype --memory-limit --kv-bits --kv-rotate --rope-scaling --prompt -p --prompt-file --image --video --pdf --pages --ignore-chat-template --system-prompt --system --enable-thinking --no-enable-thinking --tools --preserve-thinking --no-preserve-thinking --max-tokens -m --stop --preset --seed --mtp --mtp-depth --thinking-budget --reasoning-effort --loop-guard --tool-choice --no-parallel-tool-calls --json-schema --regex --choice --logprobs --top-logprobs --prefill-step-size --temp --temperature --top-k --top-p --min-p --presence-penalty --frequency-penalty --repetition-penalty --min-tokens-to-keep --xtc-probability --xtc-threshold --min-pixels --max-pixels --fps --video-num-frames --video-total-pixels --source-fps --dpi --published-limits --outer-vision-tags --allow-private-urls --keep-vision --session --json --verbose)
-_shtab_mlx_qwen35_chat_option_strings=(-h --help --version -q --quiet --model --revision --dtype --memory-limit --kv-bits --kv-rotate --rope-scaling --system-prompt --system --enable-thinking --no-enable-thinking --max-tokens -m --stop --preset --seed --mtp --mtp-depth --thinking-budget --reasoning-effort --loop-guard --json-schema --regex --choice --prefill-step-size --temp --temperature --top-k --top-p --min-p --presence-penalty --frequency-penalty --repetition-penalty --min-tokens-to-keep --xtc-probability --xtc-threshold --min-pixels --max-pixels --fps --video-num-frames --video-total-pixels --source-fps --dpi --published-limits --outer-vision-tags --allow-private-urls --keep-vision --session --hide-thinking --verbose)
-_shtab_mlx_qwen35_serve_option_strings=(-h --help --version --quiet --model --revision --dtype --memory-limit --kv-bits --kv-rotate --rope-scaling --json --host --port --api-key-file --rows --context --fetch-media --allowed-host --log-text --session-dir --strict-model --timeout --idle-unload --grammar)
-_shtab_mlx_qwen35_convert_option_strings=(-h --help --version --quiet --hf-path --model --mlx-path --revision --recipe --quantize -q --q-bits --q-group-size --q-mode --q-vision-bits --dtype --rope-scaling --rounding --calibration --overwrite --resume --no-verify --eval --upload-repo --dry-run --sensitivity --cap --save-recipe --json)
+_shtab_mlx_qwen35_generate_option_strings=(-h --help --version -q --quiet --model --revision --dtype --memory-limit --kv-bits --kv-rotate --rope-scaling --recipe --prompt -p --prompt-file --image --video --pdf --pages --ignore-chat-template --system-prompt --system --enable-thinking --no-enable-thinking --tools --preserve-thinking --no-preserve-thinking --max-tokens -m --stop --preset --seed --mtp --mtp-depth --thinking-budget --reasoning-effort --loop-guard --tool-choice --no-parallel-tool-calls --json-schema --regex --choice --logprobs --top-logprobs --prefill-step-size --temp --temperature --top-k --top-p --min-p --presence-penalty --frequency-penalty --repetition-penalty --min-tokens-to-keep --xtc-probability --xtc-threshold --min-pixels --max-pixels --fps --video-num-frames --video-total-pixels --source-fps --dpi --published-limits --outer-vision-tags --allow-private-urls --keep-vision --session --json --verbose)
+_shtab_mlx_qwen35_chat_option_strings=(-h --help --version -q --quiet --model --revision --dtype --memory-limit --kv-bits --kv-rotate --rope-scaling --recipe --system-prompt --system --enable-thinking --no-enable-thinking --max-tokens -m --stop --preset --seed --mtp --mtp-depth --thinking-budget --reasoning-effort --loop-guard --json-schema --regex --choice --prefill-step-size --temp --temperature --top-k --top-p --min-p --presence-penalty --frequency-penalty --repetition-penalty --min-tokens-to-keep --xtc-probability --xtc-threshold --min-pixels --max-pixels --fps --video-num-frames --video-total-pixels --source-fps --dpi --published-limits --outer-vision-tags --allow-private-urls --keep-vision --session --hide-thinking --verbose)
+_shtab_mlx_qwen35_serve_option_strings=(-h --help --version --quiet --model --revision --dtype --memory-limit --kv-bits --kv-rotate --rope-scaling --json --recipe --host --port --api-key-file --rows --context --fetch-media --allowed-host --log-text --session-dir --strict-model --timeout --idle-unload --grammar)
+_shtab_mlx_qwen35_convert_option_strings=(-h --help --version --quiet --hf-path --model --mlx-path --revision --recipe --quantize -q --q-bits --q-group-size --q-mode --q-vision-bits --dtype --rope-scaling --rounding --calibration --overwrite --resume --no-verify --eval --upload-repo --dry-run --sensitivity --cap --save-recipe --plot --json)
 _shtab_mlx_qwen35_models_list_option_strings=(-h --help --version --quiet --all --json)
 _shtab_mlx_qwen35_models_remove_option_strings=(-h --help --version --quiet --recipe --yes --json)
 _shtab_mlx_qwen35_models_fit_option_strings=(-h --help --version --quiet --memory --chip --json)
 _shtab_mlx_qwen35_models_option_strings=(-h --help --version --quiet --all --json)
 _shtab_mlx_qwen35_bench_option_strings=(-h --help --version --quiet --model --geometry --revision --dtype --rope-scaling --memory-limit --kv-bits --kv-rotate --needle --serve --clients --prompt-lengths --decode-tokens --repeats --prefill-step-size --compare --json --plot)
-_shtab_mlx_qwen35_doctor_option_strings=(-h --help --version --quiet --model --revision --dtype --memory-limit --kv-bits --kv-rotate --rope-scaling --plan --context --mtp --probe --text --no-check --verbose --json)
+_shtab_mlx_qwen35_doctor_option_strings=(-h --help --version --quiet --model --revision --dtype --memory-limit --kv-bits --kv-rotate --rope-scaling --plan --context --mtp --probe --text --no-check --plot --verbose --json)
 _shtab_mlx_qwen35_completion_option_strings=(-h --help --version --quiet)
 _shtab_mlx_qwen35_option_strings=(-h --help --version)
 
@@ -42,12 +42,14 @@ _shtab_mlx_qwen35_convert___calibration_COMPGEN=_shtab_compgen_files
 _shtab_mlx_qwen35_convert___eval_COMPGEN=_shtab_compgen_files
 _shtab_mlx_qwen35_convert___sensitivity_COMPGEN=_shtab_compgen_files
 _shtab_mlx_qwen35_convert___save_recipe_COMPGEN=_shtab_compgen_files
+_shtab_mlx_qwen35_convert___plot_COMPGEN=_shtab_compgen_files
 _shtab_mlx_qwen35_models_remove_pos_0_COMPGEN=_mlx_qwen35_models
 _shtab_mlx_qwen35_bench___model_COMPGEN=_mlx_qwen35_models
 _shtab_mlx_qwen35_bench___plot_COMPGEN=_shtab_compgen_files
 _shtab_mlx_qwen35_doctor___model_COMPGEN=_mlx_qwen35_models
 _shtab_mlx_qwen35_doctor___plan_COMPGEN=_mlx_qwen35_models
 _shtab_mlx_qwen35_doctor___text_COMPGEN=_shtab_compgen_files
+_shtab_mlx_qwen35_doctor___plot_COMPGEN=_shtab_compgen_files
 
 _shtab_mlx_qwen35_generate___dtype_choices=(float32 float16 bfloat16)
 _shtab_mlx_qwen35_generate___kv_bits_choices=(8 8/4 4)

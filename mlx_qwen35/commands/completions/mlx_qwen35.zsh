@@ -77,6 +77,7 @@ _shtab_mlx_qwen35_chat_options=(
   "--kv-bits[store keys and values in 8 bit, keys in 8 and values in 4 (8\/4), or both in 4 (for reading, not for long thinking)\; default\: in the dtype]:{8,8/4,4}:(8 8/4 4)"
   "--kv-rotate[rotate keys and values by a Hadamard transform before they are quantized, with --kv-bits 8\/4 or 4]"
   "--rope-scaling[read beyond the context of training\: yarn, or yarn\:FACTOR as yarn\:2 (default factor\: 4)\; none takes the folder\'s scaling away (default\: the folder\'s)]:TYPE:"
+  "--recipe[load a conversion of a Hugging Face id\: 8bit, 6bit, 5bit, 4bit, mxfp4 or nvfp4. The first time it is made while the original is downloaded, file by file, and kept\; default\: the original, or where that does not fit into memory a conversion that is kept, else an offer to make one]:NAME:"
   {--system-prompt,--system}"[system message put before the conversation]:TEXT:"
   {--enable-thinking,--no-enable-thinking}"[think before answering, or answer at once (default\: the preset\'s, else the chat template\'s)]"
   {--max-tokens,-m}"[most tokens to generate, thinking included (default\: the preset\'s length, as far as context and memory allow)]:N:"
@@ -157,6 +158,7 @@ _shtab_mlx_qwen35_convert_options=(
   "--sensitivity[measure on this text file what quantizing a group costs]:FILE:_files"
   "--cap[with --sensitivity\: propose a recipe of at most this size]:GB:"
   "--save-recipe[write the proposed recipe, for --recipe FILE]:FILE:_files"
+  "--plot[with --sensitivity\: draw what was measured into this PNG file (needs matplotlib)]:FILE:_files"
   "--json[print what was written, or would be, or was measured, as JSON in the place of the text, or with FILE write it there too]"
 )
 
@@ -180,6 +182,7 @@ _shtab_mlx_qwen35_doctor_options=(
   "--probe[show the largest activation of each layer of --model, and whether single elements of its keys stand out]"
   "--text[a text for --probe (default\: a short one)]:FILE:_files"
   "--no-check[do not measure speed, which takes half a minute]"
+  "--plot[with --plan\: draw the memory into this PNG file]:FILE:_files"
   "--verbose[with --plan\: every recipe and context, and all parts]"
   "--json[print the report, or the plan, as JSON in the place of the text, or with FILE write it there too]"
 )
@@ -198,6 +201,7 @@ _shtab_mlx_qwen35_generate_options=(
   "--kv-bits[store keys and values in 8 bit, keys in 8 and values in 4 (8\/4), or both in 4 (for reading, not for long thinking)\; default\: in the dtype]:{8,8/4,4}:(8 8/4 4)"
   "--kv-rotate[rotate keys and values by a Hadamard transform before they are quantized, with --kv-bits 8\/4 or 4]"
   "--rope-scaling[read beyond the context of training\: yarn, or yarn\:FACTOR as yarn\:2 (default factor\: 4)\; none takes the folder\'s scaling away (default\: the folder\'s)]:TYPE:"
+  "--recipe[load a conversion of a Hugging Face id\: 8bit, 6bit, 5bit, 4bit, mxfp4 or nvfp4. The first time it is made while the original is downloaded, file by file, and kept\; default\: the original, or where that does not fit into memory a conversion that is kept, else an offer to make one]:NAME:"
   {--prompt,-p}"[the message\; - reads standard input, as a pipe does without this option]:TEXT:"
   "--prompt-file[a text file that holds the message]:FILE:_files"
   "--image[images put before the message, in the order given\: files, URLs or data\: URIs]:FILE:_files"
@@ -314,6 +318,7 @@ _shtab_mlx_qwen35_serve_options=(
   "--kv-rotate[rotate keys and values by a Hadamard transform before they are quantized, with --kv-bits 8\/4 or 4]"
   "--rope-scaling[read beyond the context of training\: yarn, or yarn\:FACTOR as yarn\:2 (default factor\: 4)\; none takes the folder\'s scaling away (default\: the folder\'s)]:TYPE:"
   "--json[print address, model and limits of a server that is ready as JSON in the place of the text, or with FILE write it there too]"
+  "--recipe[load a conversion of a Hugging Face id\: 8bit, 6bit, 5bit, 4bit, mxfp4 or nvfp4. The first time it is made while the original is downloaded, file by file, and kept\; default\: the original, or where that does not fit into memory a conversion that is kept, else an offer to make one]:NAME:"
   "--host[address to listen on (default\: 127.0.0.1, this machine alone)\; any other one needs a key]:ADDRESS:"
   "--port[port to listen on\; 0 takes a free one (default\: 8080)]:N:"
   "--api-key-file[a file with the key that every request must bring\; MLX_QWEN35_API_KEY in the environment does the same]:FILE:_files"
