@@ -119,7 +119,7 @@ CODES = {
     "journal_damaged": "what a killed conversion had noted was changed since",
     "source_changed": "a file changed while it was read",
     "source_unreadable": "a file of the source cannot be read",
-    "source_quantized": "the measurement needs an unquantized checkpoint",
+    "source_quantized": "a measurement, or a conversion that is kept, needs an unquantized checkpoint",
     "recipe_not_found": "there is no recipe of that name, and no such file",
     "recipe_invalid": "a recipe file does not hold what one must",
     "quantization_unfit": "a group size does not divide a matrix",

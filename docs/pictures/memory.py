@@ -1,33 +1,28 @@
 """The memory plans of README's table as stacked bars, computed from headers alone: python docs/pictures/memory.py"""
 
 import sys
-import tempfile
 from pathlib import Path
 
 from drawing import FOLDER, ROOT
 
 sys.path.append(str(ROOT / "tests/docs"))
 
-from which_model import CONTEXT, PIXELS, ROWS, write_headers
+from which_model import ROWS
 
 from mlx_qwen35.budget.plan import MemoryPlan, mac, plan_memory
-from mlx_qwen35.checkpoint.random import geometry
+from mlx_qwen35.commands.fit import checkpoints
 from mlx_qwen35.console import plot
-from mlx_qwen35.convert.planned import planned
-from mlx_qwen35.convert.recipes import StorageOptions
 from mlx_qwen35.doctor import picture
+from mlx_qwen35.doctor.plan import CONTEXT, PIXELS
 
 
 def plans() -> list[tuple[str, MemoryPlan]]:
-    found = []
-    with tempfile.TemporaryDirectory() as folder:
-        sizes = dict.fromkeys(size for _, size, _, _ in ROWS)
-        sources = {size: write_headers(Path(folder) / size, geometry(size)) for size in sizes}
-        for gigabytes, size, recipe, _ in ROWS:
-            checkpoint = planned(sources[size], StorageOptions(recipe))
-            plan = plan_memory(checkpoint, mac(gigabytes), CONTEXT, pixels=PIXELS)
-            found.append((f"{gigabytes} GB: {size.upper()}, {recipe}", plan))
-    return found
+    found = {(size, recipe): checkpoint for size, recipe, checkpoint in checkpoints(row[1:3] for row in ROWS)}
+    return [
+        (f"{gigabytes} GB: {size.upper()}, {recipe}",
+         plan_memory(found[size, recipe], mac(gigabytes), CONTEXT, pixels=PIXELS))
+        for gigabytes, size, recipe, _ in ROWS
+    ]  # fmt: skip
 
 
 def draw(path: Path) -> plot.Figure:

@@ -1,10 +1,12 @@
 """The speeds as bars: medians, and how far the rounds scatter."""
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from statistics import median
 
 from mlx_qwen35.bench.measure import OURS, Measurement
+from mlx_qwen35.bench.scatter import MOST, scatter
 from mlx_qwen35.console import plot
 
 SPEEDS = ("prefill", "decode")
@@ -18,6 +20,9 @@ def draw(path: Path, model: str, note: str, runs: Sequence[Measurement]) -> plot
     note += "\nBars: medians over rounds."
     if len({run.round for run in runs}) > 1:
         note += " Lines: the slowest and the fastest round."
+    groups = [_speeds(runs, *group) for group in product(_programs(runs), _lengths(runs), SPEEDS)]
+    if (most := max(map(scatter, groups))) > MOST:
+        note += f" They scatter by up to {most:.0%}: too much to compare closely."
     with plot.picture(path, claim(model, runs), note, 4.2, 2) as (figure, panels):
         for axes, name in zip(panels, SPEEDS, strict=True):
             _panel(axes, name, runs)
@@ -26,7 +31,7 @@ def draw(path: Path, model: str, note: str, runs: Sequence[Measurement]) -> plot
 
 
 def _panel(axes: plot.Axes, name: str, runs: Sequence[Measurement]) -> None:
-    lengths, programs = sorted({run.prompt for run in runs}), list(dict.fromkeys(run.program for run in runs))
+    lengths, programs = _lengths(runs), _programs(runs)
     width = 0.8 / len(programs)
     for i, program in enumerate(programs):
         places = [j + width * (i - (len(programs) - 1) / 2) for j in range(len(lengths))]
@@ -43,6 +48,14 @@ def _panel(axes: plot.Axes, name: str, runs: Sequence[Measurement]) -> None:
     plot.round_ticks(axes.yaxis)
 
 
+def _programs(runs: Sequence[Measurement]) -> list[str]:
+    return list(dict.fromkeys(run.program for run in runs))
+
+
+def _lengths(runs: Sequence[Measurement]) -> list[int]:
+    return sorted({run.prompt for run in runs})
+
+
 def _speeds(runs: Sequence[Measurement], program: str, prompt: int, name: str) -> list[float]:
     return [getattr(run, f"{name}_speed") for run in runs if (run.program, run.prompt) == (program, prompt)]
 
@@ -52,7 +65,7 @@ def _short(value: float) -> str:
 
 
 def claim(model: str, runs: Sequence[Measurement]) -> str:
-    """The title: what the medians at the longest prompt say."""
+    """The title: what the rounds at the longest prompt say, from the worst to the best for us."""
     longest = max(run.prompt for run in runs)
     peers = [run.program for run in runs if run.program != OURS]
     ours = {name: _speeds(runs, OURS, longest, name) for name in SPEEDS}
@@ -60,5 +73,10 @@ def claim(model: str, runs: Sequence[Measurement]) -> str:
         speeds = (_short(median(ours[name])) for name in SPEEDS)
         return "{}: prefill at {} tokens/s, decoding at {}".format(model, *speeds)
     theirs = {name: _speeds(runs, peers[0], longest, name) for name in SPEEDS}
-    prefill, decode = (median(us / it for us, it in zip(ours[name], theirs[name], strict=True)) for name in SPEEDS)
-    return f"{OURS} prefills {prefill:.2f} and decodes {decode:.2f} times as fast as {peers[0]}"
+    found = ([us / it for us, it in zip(ours[name], theirs[name], strict=True)] for name in SPEEDS)
+    return "{} prefills {} and decodes {} times as fast as {}".format(OURS, *map(_range, found), peers[0])
+
+
+def _range(ratios: Sequence[float]) -> str:
+    least, most = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
+    return least if least == most else f"{least} to {most}"

@@ -77,7 +77,7 @@ def parser() -> Parser:
         examples=(
             '--model nano --prompt "What is 34 + 58?"',
             '--model nano --image shapes.png --prompt "What do you see?"',
-            "--model Qwen/Qwen3.5-4B --prompt-file ask.txt",
+            "--model Qwen/Qwen3.5-4B --recipe 4bit --prompt Hello",
             "--model nano --prompt Hi --quiet --json --max-tokens 20",
         ),
     )

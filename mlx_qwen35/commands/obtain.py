@@ -15,6 +15,8 @@ from mlx_qwen35.checkpoint.converted import Converted, converted, folder_of
 from mlx_qwen35.checkpoint.hub import is_local, look
 from mlx_qwen35.checkpoint.shapes import text_shapes
 from mlx_qwen35.console import run
+from mlx_qwen35.console.interrupt import as_typed
+from mlx_qwen35.console.notices import tell
 from mlx_qwen35.console.options import add_options, given_options
 from mlx_qwen35.console.progress import Step
 from mlx_qwen35.console.streams import standard_input
@@ -134,12 +136,12 @@ def _told(found: Converted, why: str) -> Path:
     """The folder of a conversion, which is told in a line."""
     from mlx_qwen35.convert.cached import outdated
 
-    print(f"{why}using the {found.recipe} conversion of {found.name} in {found.folder}", file=sys.stderr)
+    tell(f"{why}using the {found.recipe} conversion of {found.name} in {found.folder}")
     if now := outdated(found):
-        print(
+        tell(
             f"{found.name} has changed since: the conversion is of commit {found.commit[:12]}, and the hub has "
-            f"{now[:12]}. Remove the folder to convert it anew, or give --revision {now[:12]} to keep both",
-            file=sys.stderr,
+            f"{now[:12]}. Remove it to convert it anew ({as_typed('mlx_qwen35.models')} remove {found.name} --recipe "
+            f"{found.recipe}), or give --revision {now[:12]} to keep both"
         )
     return found.folder
 
@@ -149,12 +151,12 @@ def _converted(name: str, recipe: str, revision: str | None) -> Path:
     from mlx_qwen35.convert import convert_cached
 
     if not is_local(name, revision):  # which is refused
-        print(f"making the {recipe} conversion of {name} in {folder_of(name, recipe, revision)}", file=sys.stderr)
+        tell(f"making the {recipe} conversion of {name} in {folder_of(name, recipe, revision)}")
     try:
         with Step("downloading and converting", "B") as step:
             return convert_cached(name, recipe, revision, progress=step.told)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on where this one was", file=sys.stderr)
+        tell("interrupted: the same command goes on where this one was")
         raise
 
 
@@ -170,7 +172,7 @@ def _instead(args: argparse.Namespace, refusal: InputError, command: str) -> Pat
         raise refusal
     with _offered(args, refusal) as (loading, planned):
         facts = _facts(loading, planned, name, revision)
-    typed = f"{command} --model {name}{f' --revision {revision}' if revision else ''} --recipe {OFFERED}"
+    typed = f"{as_typed(command)} --model {name}{f' --revision {revision}' if revision else ''} --recipe {OFFERED}"
     first = str(refusal).split(". Convert it")[0]
     if not (standard_input().isatty() and sys.stderr.isatty()):
         raise InputError(refusal.code, f"{first}. {facts}. That is done by\n  {typed}") from refusal

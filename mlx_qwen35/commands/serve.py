@@ -29,7 +29,7 @@ def parser() -> Parser:
         prog=COMMAND,
         usage="%(prog)s --model MODEL [options]",
         description="Serve a model: OpenAI's and Anthropic's APIs, and a page to talk to, on http://127.0.0.1:8080.",
-        examples=("--model nano", "--model Qwen/Qwen3.5-4B --port 9000", "--model nano --port 0 --json"),
+        examples=("--model nano", "--model Qwen/Qwen3.5-4B --recipe 4bit --port 9000", "--model nano --port 0 --json"),
     )
     add_model_options(parser)
     add_json(parser, "address, model and limits of a server that is ready")

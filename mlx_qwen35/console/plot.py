@@ -36,7 +36,8 @@ def check_plot(path: Path) -> None:
         raise InputError(
             "package_missing", "--plot needs matplotlib, which is not installed: pip install 'mlx-qwen35[plot]'"
         )
-    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+    file = path.expanduser().absolute()
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
         raise InputError("output_unwritable", f"--plot must name a file that can be written; {path} cannot")
 
 
@@ -70,7 +71,8 @@ def picture(
         )  # fmt: skip
         yield figure, list(figure.subplots(rows, panels, squeeze=False).flat)
         try:
-            figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None}, pil_kwargs={"optimize": True})
+            options: dict[str, Any] = {"metadata": {"Software": None}, "pil_kwargs": {"optimize": True}}
+            figure.savefig(path.expanduser(), format="png", dpi=DPI, **options)
         except OSError as error:
             raise InputError("output_unwritable", f"{path} must be a file that can be written: {error}") from error
 

@@ -42,7 +42,11 @@ class Step:
         self._ended = False
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:  # Ctrl-C: it may have started
+            self._end.set()
+            raise
         return self
 
     def __exit__(

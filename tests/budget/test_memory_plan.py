@@ -208,7 +208,8 @@ def test_a_model_too_big_is_refused_with_the_command_that_makes_it_smaller(check
         load_model(checkpoint, mx.float32, "Qwen/Qwen3.5-4B", memory_limit=24_000_000)
     said = str(caught.value)
     assert all(figure in said for figure in ("0.0283 GB", "0.0136 GB", "0.0240 GB"))
-    assert "mlx_qwen35.convert --hf-path Qwen/Qwen3.5-4B --mlx-path Qwen3.5-4B-4bit --recipe 4bit" in said
+    assert "mlx_qwen35.generate --model Qwen/Qwen3.5-4B --recipe 4bit" in said
+    assert "convert_cached('Qwen/Qwen3.5-4B', recipe='4bit')" in said
 
 
 def test_a_packed_model_too_big_is_not_sent_to_the_converter(checkpoint_folder, tmp_path):

@@ -22,7 +22,7 @@ def nano():
 
 @pytest.fixture
 def talk(monkeypatch, capsys):
-    def session(*lines: str, options: tuple[str, ...] = ("--model", "nano")) -> tuple[str, str]:
+    def session(*lines: str, options: tuple[str, ...] = ("--model", "nano", "--verbose")) -> tuple[str, str]:
         monkeypatch.setattr(sys, "argv", ["mlx_qwen35.chat", *options])
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
         main()
@@ -139,7 +139,7 @@ def test_a_bad_option_is_told_before_the_session_starts(talk, capsys, options):
 
 
 def test_a_session_shows_answers_and_how_much_was_reused(talk, nano):
-    out, err = talk(TURNS[0], TURNS[1], "/exit", "never asked", options=("--model", "nano", "--seed", "1"))
+    out, err = talk(TURNS[0], TURNS[1], "/exit", "never asked", options=("--model", "nano", "--verbose", "--seed", "1"))
     whole = Conversation(*nano, seed=1)
     answers = [turned(whole, text).result for text in TURNS[:2]]
     assert out == "".join(f"<think>\n{answer.reasoning}\n</think>\n\n{answer.text}\n" for answer in answers)

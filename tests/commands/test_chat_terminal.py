@@ -41,6 +41,9 @@ def answering(text: str) -> tuple[str, ...]:
     return "--no-enable-thinking", "--max-tokens", "1000", "--regex", re.escape(text).replace("\\\n", "\n")
 
 
+LONG = "--no-enable-thinking", "--max-tokens", "1000", "--regex", "(word ){300}"
+
+
 def last(screen: str) -> str:
     return screen.rstrip().splitlines()[-1].rstrip()
 
@@ -74,9 +77,9 @@ def test_keys_of_a_session(chat, tmp_path):
     assert "... 35 + 58?" in terminal.wait(FIGURES, count=3)
 
     terminal.type("/im", enter=False)
-    terminal.wait("/image  add an image")
+    terminal.wait("/image  add images")
     terminal.keys("Tab")
-    terminal.type(f"{PICTURES}/shap", enter=False)
+    terminal.type(f"{PICTURES}/shapes.pn", enter=False)
     terminal.wait("shapes.png")  # in the menu
     terminal.keys("Tab", "Enter", "Enter")  # the first takes it, the second sends
     terminal.wait("with 1 image")
@@ -90,7 +93,7 @@ def test_keys_of_a_session(chat, tmp_path):
 
 
 def test_ctrl_c_in_an_answer_stops_it_and_what_was_typed_meanwhile_waits(chat):
-    terminal = chat(*answering("word " * 300))
+    terminal = chat(*LONG)
     terminal.type(ASK)
     terminal.wait("word word word")
     terminal.paste("one\ntwo")
@@ -98,13 +101,14 @@ def test_ctrl_c_in_an_answer_stops_it_and_what_was_typed_meanwhile_waits(chat):
     screen = terminal.wait("interrupted · ", ">>> one", "... two")
     assert screen.count(TYPED) == 2  # of the question and of what waits: what was typed is not echoed elsewhere
     terminal.keys("Enter")
-    terminal.wait("word word", count=2)
+    terminal.wait("... two\nword word")
     terminal.keys("C-c")
     terminal.wait("interrupted · ", count=2)
     terminal.keys("C-d")
     assert terminal.ended() == 0
 
 
+@pytest.mark.full
 def test_the_history_goes_on_in_the_next_session(chat):
     one = chat()
     one.type("/help")
@@ -130,6 +134,7 @@ x = 1
 End."""
 
 
+@pytest.mark.full
 def test_an_answer_is_rendered_block_by_block(chat):
     terminal = chat(*answering(MARKDOWN))
     terminal.type(ASK)
@@ -158,7 +163,9 @@ def test_on_40_columns_words_are_kept_whole_and_a_long_line_of_code_can_be_copie
     code = "x = " + " + ".join(f"number{n}" for n in range(9))
     text = "A paragraph of words that does not fit into one line, 日本語の文章はここで折り返される。"
     terminal = chat(*answering(f"{text}\n\n```\n{code}\n```"), size=(40, 20))
-    assert all(len(line) <= 40 for line in terminal.screen().splitlines())
+    terminal.type("/help")
+    assert "  /video FILE ...      add videos\n" in terminal.wait("this list")
+    assert "  /image FILE ...      add images: files\n                       or URLs\n" in terminal.screen(history=True)
     terminal.type(ASK)
     screen = terminal.wait("tokens/s")
     assert "A paragraph of words that does not fit\ninto one line," in screen
@@ -231,9 +238,10 @@ def test_the_history_is_searched_and_where_it_cannot_be_kept_this_is_told_once(c
 
 @pytest.mark.full
 def test_ctrl_z_stops_the_chat_and_fg_goes_on(tmp_path):
-    chat = shlex.join(map(str, ours("mlx_qwen35.chat", "--model", "nano", *answering("word " * 300))))
+    talk = tmp_path / "talk"
+    talk.write_text(f"exec {shlex.join(map(str, ours('mlx_qwen35.chat', '--model', 'nano', *LONG)))}")
     with Terminal(["bash", "--norc", "-i"], tmp_path) as terminal:
-        terminal.type(chat)
+        terminal.type("sh talk")
         terminal.wait(TYPED)
         for round in (1, 2):
             if round == 2:
@@ -244,7 +252,7 @@ def test_ctrl_z_stops_the_chat_and_fg_goes_on(tmp_path):
             terminal.type(f"echo $((40 + {round}))")  # the shell shows what is typed
             terminal.wait(f"\n4{round}\n", f"echo $((40 + {round}))")
             terminal.type("fg")
-            terminal.wait("chat --model nano", count=2 * round)
+            terminal.wait("sh talk\n", count=1 + 2 * round)  # as typed, and for each stop and fg
         terminal.keys("C-c")
         terminal.wait("interrupted · ")
 

@@ -194,6 +194,7 @@ def test_the_probe_shows_the_largest_activation_of_each_layer(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
+        (["--plot", "a.png"], "option_no_effect"),
         (["--text", "a.txt"], "option_no_effect"),
         (["--model", "nano", "--text", "a.txt"], "option_no_effect"),
         (["--probe"], "option_no_effect"),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from mlx_qwen35 import load
 from mlx_qwen35.budget.plan import mac
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.random import geometry, write_headers
-from mlx_qwen35.commands import fit, models
+from mlx_qwen35.commands import chat, fit, models
 from mlx_qwen35.commands.fit import Fit, format_fits, recommended
 from mlx_qwen35.commands.stored import stored
 from mlx_qwen35.machine.process import is_locked, show_in_use
@@ -233,6 +234,14 @@ def test_the_text_names_what_is_too_large_and_what_to_type():
     text = format_fits(mac(8), [a_fit("4b", "8bit", 9e9, longest=0), a_fit("4b", "4bit", 7e9, longest=0), SMALL])
     assert text.endswith(f"\n  {SMALL.command}") and "4B (4bit takes 7.0 GB)" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("recipe", fit.RECIPES)
+def test_the_command_to_type_is_one_that_chat_takes(recipe):
+    words = shlex.split(a_fit("4b", recipe).command)
+    assert words[:2] == ["mlx_qwen35", "chat"]
+    args = chat.parser().parse(words[2:])
+    assert (args.model, args.recipe) == ("Qwen/Qwen3.5-4B", None if recipe == "bf16" else recipe)
 
 
 def test_where_nothing_fits_nano_does():

@@ -81,7 +81,7 @@ def test_chat_goes_on_and_saves_at_its_end_and_on_demand(run, path, nano):
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
 def test_a_chat_whose_terminal_closes_saves_first(path, number):
-    command = [sys.executable, "-m", "mlx_qwen35.chat", "--model", "nano", "--session", str(path), *GREEDY]
+    command = [sys.executable, "-m", "mlx_qwen35.chat", "--model", "nano", "--session", path, "--verbose", *GREEDY]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as chat:
         chat.stdin.write("What is 34 + 58?\n")
         chat.stdin.flush()

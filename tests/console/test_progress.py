@@ -4,6 +4,7 @@ import io
 import json
 import os
 import sys
+import threading
 import time
 
 import pytest
@@ -106,6 +107,22 @@ def test_what_begins_anew_is_timed_anew(stderr):
         for done in (*range(5), *range(5)):
             step(done, 5)
     assert stream.getvalue().count("left") == 0
+
+
+def test_a_step_that_ctrl_c_ends_while_it_starts_shows_nothing_later(stderr, monkeypatch):
+    stderr(terminal=True)
+    start, started = threading.Thread.start, []
+
+    def interrupted(thread):
+        started.append(thread)
+        start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt), Step("loading"):
+        pass
+    started[0].join(60)
+    assert not started[0].is_alive()
 
 
 def test_elsewhere_a_step_has_plain_lines(stderr):

@@ -10,7 +10,9 @@ from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
 from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes
 from mlx_qwen35.convert import convert
+from mlx_qwen35.convert.__main__ import main
 from mlx_qwen35.convert.sensitivity import GroupCost, groups, propose, quantized_nbytes, sensitivity, table
+from mlx_qwen35.convert.sensitivity_plot import draw
 from mlx_qwen35.load import load_model
 from mlx_qwen35.quantization import Quantization
 
@@ -171,3 +173,23 @@ def test_a_table_has_a_line_for_each_row_and_marks_what_is_taken():
     assert [line.endswith("yes |") for line in lines[2:8]] == [False, False, True, False, True, False]
     assert lines[-1] == "proposed: 0.000 GB, the groups' KL adds up to 5.00e-01 nats"
     assert len(table(ROWS).splitlines()) == 8
+
+
+# --- the picture -----------------------------------------------------------------------------------------------------
+
+
+def test_bars_are_the_divergence_of_each_group_the_most_expensive_on_top(tmp_path):
+    pytest.importorskip("matplotlib")
+    costs = [*forms("a", (None, 0, 400), (FOUR, 0.001, 100), (EIGHT, 0.0001, 200))]
+    costs += forms("b", (None, 0, 4_000_000), (FOUR, 0.003, 100), (EIGHT, 0.0002, 200))
+    figure = draw(tmp_path / "bars.png", "a model", "a note", costs)
+    (axes,) = figure.axes
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["b, 4.00 MB", "a, 0.00 MB"]
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([3, 1, 0.2, 0.1])  # 10^-3 nats
+    assert figure.get_suptitle() == "a model: 4 bit costs most in b (3), 8 bit at most 0.2"
+
+
+def test_a_picture_of_nothing_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--hf-path", "nano", "--mlx-path", str(tmp_path / "out"), "--plot", str(tmp_path / "bars.png")])
+    assert "[option_no_effect]" in capsys.readouterr().err

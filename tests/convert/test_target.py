@@ -176,7 +176,7 @@ def test_failed_replacement_keeps_the_old_checkpoint(raw, tmp_path, finished, mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", fail)
-    with refused("output_unwritable"):
+    with refused("disk_full"):
         convert(raw, out, quantize=True, overwrite=True)
     assert contents(out) == finished
     assert [path.name for path in tmp_path.glob(".out*")] == []

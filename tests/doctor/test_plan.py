@@ -28,6 +28,7 @@ from mlx_qwen35.convert.recipes import RECIPES, StorageOptions
 from mlx_qwen35.doctor import main
 from mlx_qwen35.doctor.advice import advice
 from mlx_qwen35.doctor.bars import BLOCK, LETTERS, LIMIT, bar, coloured, legend
+from mlx_qwen35.doctor.picture import draw_planned
 from mlx_qwen35.doctor.plan import AS_IS, CONTEXTS, MACS, Planned, plan_model
 from mlx_qwen35.doctor.show_plan import show
 
@@ -268,3 +269,18 @@ def test_on_a_terminal_bars_have_colours_and_with_no_color_letters(tmp_path):
             terminal.wait("TFLOPS")
             assert f"{mark * 3}" in terminal.screen()
             assert bool(re.search(r"\033\[3[1-6]m", terminal.screen(colours=True))) != bool(setting)
+
+
+# --- the picture -----------------------------------------------------------------------------------------------------
+
+
+def test_the_parts_of_each_bar_add_up_to_its_share_of_the_limit(packed, tmp_path):
+    pytest.importorskip("matplotlib")
+    planned = on_an_m1(packed)
+    figure = draw_planned(tmp_path / "plan.png", planned)
+    (axes,) = figure.axes
+    rows = [planned.row(AS_IS, machine=machine) for machine in planned.machines]
+    ends = [sum(bar.get_width() for bar in axes.patches if bar.get_y() < place < bar.get_y() + 1) for place in range(4)]
+    assert ends == pytest.approx([100 * row.plan.image / row.plan.machine.limit for row in rows])
+    assert figure.get_suptitle().endswith("fits 4 of 4 machines")
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == [machine.name for machine in planned.machines]

@@ -49,7 +49,7 @@ def parser() -> Parser:
         quiet=("-q", "--quiet"),
         examples=(
             "--model nano",
-            "--model Qwen/Qwen3.5-4B",
+            "--model Qwen/Qwen3.5-4B --recipe 4bit",
             "--model nano --session notes.session --no-enable-thinking",
         ),
     )

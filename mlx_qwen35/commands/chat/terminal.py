@@ -1,9 +1,11 @@
 """What a chat shows on a terminal: Markdown, dimmed reasoning, a spinner. rich is imported here and in markdown.py."""
 
 import os
+import re
 import signal
 import sys
 import termios
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -40,10 +42,10 @@ class TerminalScreen:
         self._answer: _Answer | None = None  # that comes now
 
     def say(self, text: str) -> None:
-        self._console.print(Text(safe(text)), soft_wrap=True)
+        self._console.print(Text(hung(safe(text), self._console.width)), soft_wrap=True)
 
     def fail(self, text: str) -> None:
-        self._errors.print(Text(safe(text), "red"), soft_wrap=True)
+        self._errors.print(Text(hung(safe(text), self._errors.width), "red"), soft_wrap=True)
 
     def opened(self) -> AbstractContextManager[None]:
         return quiet(self._resumed)
@@ -79,7 +81,18 @@ class TerminalScreen:
 
     def _note(self, text: str) -> None:
         if not notices.quiet():
-            self._console.print(Text(text, DIM), soft_wrap=True)
+            self._console.print(Text(text, DIM))
+
+
+def hung(text: str, width: int) -> str:
+    """A text with its long lines broken between words, each going on under its second column, if it has one."""
+    lines = []
+    for line in text.split("\n"):
+        column = re.match(r"\s*(\S+( \S+)*  +)?", line)
+        indent = " " * (column.end() if column else 0)
+        wrapper = textwrap.TextWrapper(width, "", indent, break_long_words=False, break_on_hyphens=False)
+        lines += wrapper.wrap(line) if len(line) > width else [line]
+    return "\n".join(lines)
 
 
 class _Answer:
