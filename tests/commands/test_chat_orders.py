@@ -517,6 +517,8 @@ def test_two_calls_are_asked_about_one_after_another(chat, tools):
     assert (first["tool_call_id"], first["content"], second["tool_call_id"]) == ("a", SKY, "b")
     assert [part["type"] for part in second["content"]] == ["image", "text"] and not talk.media
     assert [("Paris" in text, "Oslo" in text) for text in talk.screen.said[:2]] == [(True, False), (False, True)]
+    chat("/undo", talk=talk)
+    assert talk.conversation.messages == []
 
 
 def test_tools_are_removed_and_a_file_that_holds_none_is_refused(chat, tools, tmp_path):

@@ -111,7 +111,7 @@ class Talk:
         """Leave an edit, the results of calls, or a message that had no answer. The conversation is as before."""
         if self._before is not None:
             self.media, self._before = self._before, None
-            self.screen.say("the edit is dropped; the message stays as it was")
+            self.screen.say("the message stays as it was")
         if self.calls:
             self.calls = []
             self.screen.say("the calls stay without results")

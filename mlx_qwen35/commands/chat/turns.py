@@ -11,7 +11,7 @@ from mlx_qwen35.commands.chat.talk import Part, Talk
 from mlx_qwen35.engine.presets import MOST_SEED, check_seed
 from mlx_qwen35.errors import InputError
 
-_SHORT = 50  # characters of a message in a confirmation
+_SHORT = 40  # characters of a message in a confirmation
 
 
 def text_and_media(message: Mapping[str, Any]) -> tuple[str, list[Part]]:
@@ -60,7 +60,7 @@ def edit(talk: Talk, _: str) -> None:
         raise InputError("messages_invalid", "/edit needs a message that was sent; there is none")
     text, media = text_and_media(asked[-1])
     talk.edit(text, media)
-    talk.screen.say(f"your next message takes the place of {shortened(text)}; an empty line leaves it as it was")
+    talk.screen.say(f"editing {shortened(text)}; an empty line leaves it")
 
 
 def copy(talk: Talk, _: str) -> None:
