@@ -135,13 +135,19 @@ class Talk:
             self.session.close()
         self.session, self.conversation = session, session.conversation
 
+    def release(self) -> None:
+        """Save what is new in the session, and let go of it. Where it cannot be saved it stays."""
+        if self.session:
+            if self.session.changed:
+                self.save()
+            self.session.close()
+            self.session = None
+
     def close(self) -> None:
         """End: save what is new in the session, and let go of it."""
         self.conversation.cancel()
-        if self.session is None:
-            return
         try:
-            if self.session.changed:
-                self.save()
+            self.release()
         finally:
-            self.session.close()
+            if self.session:
+                self.session.close()
