@@ -8,6 +8,7 @@ from typing import Any
 from mlx_qwen35.commands.chat.clipboard import Clipboard
 from mlx_qwen35.commands.chat.reader import Reader
 from mlx_qwen35.commands.chat.screen import Screen, statistics
+from mlx_qwen35.console.interrupt import uninterrupted
 from mlx_qwen35.engine.conversation import Conversation, Turn
 from mlx_qwen35.engine.result import Result
 from mlx_qwen35.engine.session import Session
@@ -144,10 +145,11 @@ class Talk:
             self.session = None
 
     def close(self) -> None:
-        """End: save what is new in the session, and let go of it."""
-        self.conversation.cancel()
-        try:
-            self.release()
-        finally:
-            if self.session:
-                self.session.close()
+        """End: save what is new in the session, and let go of it. No signal and no Ctrl-C ends that earlier."""
+        with uninterrupted():
+            self.conversation.cancel()
+            try:
+                self.release()
+            finally:
+                if self.session:
+                    self.session.close()
