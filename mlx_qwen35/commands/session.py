@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.cache.session_file import SessionFile
-from mlx_qwen35.console.interrupt import unwound_when_ended
+from mlx_qwen35.console.interrupt import uninterrupted, unwound_when_ended
 from mlx_qwen35.console.notices import tell
 from mlx_qwen35.console.progress import Step
 from mlx_qwen35.engine.conversation import Conversation, Turn
@@ -41,9 +41,10 @@ def opened(path: Path, model: Model, processor: Processor, options: Mapping[str,
         try:
             yield session
         finally:
-            session.conversation.cancel()
-            if session.changed:
-                save(session)
+            with uninterrupted():
+                session.conversation.cancel()
+                if session.changed:
+                    save(session)
 
 
 def save(session: Session) -> None:

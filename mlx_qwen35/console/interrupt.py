@@ -14,6 +14,7 @@ from typing import Any
 from mlx_qwen35.errors import InputError
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+_ENDING = (signal.SIGHUP, signal.SIGTERM)
 
 
 def started_as(argv: Sequence[str], original: Sequence[str]) -> str:
@@ -70,13 +71,37 @@ def interruptible() -> Iterator[None]:
 @contextmanager
 def unwound_when_ended() -> Iterator[None]:
     """In the block a closed terminal (SIGHUP) or SIGTERM raises SystemExit in the main thread, so that what is open is
-    saved.
+    saved. From then on no signal ends the block earlier.
     """
 
     def leave(number: int, _: Any) -> None:
+        for other in (*_ENDING, signal.SIGINT):
+            signal.signal(other, _stay)
         sys.exit(128 + number)  # as shells have it
 
-    before = {number: signal.signal(number, leave) for number in (signal.SIGHUP, signal.SIGTERM)}
+    with _restored():
+        for number in _ENDING:
+            signal.signal(number, leave)
+        yield
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """The block, which saves what is open, is ended by none of SIGHUP, SIGTERM and Ctrl-C."""
+    with _restored():
+        for number in (*_ENDING, signal.SIGINT):
+            signal.signal(number, _stay)
+        yield
+
+
+def _stay(*_: Any) -> None:
+    """Not SIG_IGN: Python complains of a signal that came before it was ignored and is handled behind that."""
+
+
+@contextmanager
+def _restored() -> Iterator[None]:
+    """The handlers of signals are as before behind the block."""
+    before = {number: signal.getsignal(number) for number in (*_ENDING, signal.SIGINT)}
     try:
         yield
     finally:

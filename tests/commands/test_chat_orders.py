@@ -566,6 +566,15 @@ def test_save_overwrites_no_other_file(chat, tmp_path, nano, closing):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["diary", "other"]
 
 
+def test_a_reset_leaves_the_file_with_the_old_conversation(chat, nano, tmp_path, closing):
+    path, other = tmp_path / "talk", tmp_path / "other"
+    talk = chat(f"/save {path}", "/reset", ASK, "/save", OTHER, "/reset", "/exit")
+    talk.close()
+    assert [message["content"] for message in held(path, nano)[::2]] == [ASK, OTHER] and not asked(talk)
+    closing(talk := chat(ASK, f"/save {other}", "/reset", THIRD, "/save", "/reset", f"/load {path}"))
+    assert codes(talk) == ["option_missing"] and len(held(other, nano)) == 2 and asked(talk) == [ASK, OTHER]
+
+
 def test_load_goes_on_with_the_other_conversation_and_reads_none_of_it_again(chat, tmp_path, nano, closing):
     one, two = tmp_path / "one", tmp_path / "two"
     talk = chat(ASK, f"/save {one}", system_prompt="Be brief.")

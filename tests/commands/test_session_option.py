@@ -6,12 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from mlx_qwen35 import Conversation, Session, load
 from mlx_qwen35.commands import chat, generate
+from mlx_qwen35.commands.chat.reader import PlainReader
+from mlx_qwen35.commands.chat.screen import PlainScreen
+from mlx_qwen35.commands.chat.talk import Talk
+from mlx_qwen35.console.interrupt import unwound_when_ended
 from mlx_qwen35.model.model import Model
 
 PICTURE = str(Path(__file__).parents[2] / "examples" / "pictures" / "shapes.png")
@@ -92,6 +97,40 @@ def test_a_chat_whose_terminal_closes_saves_first(path, number):
     assert chat.returncode == 128 + number
     with Session.load(path, *load("nano")) as session:
         assert [message["role"] for message in session.conversation.messages] == ["user", "assistant"]
+
+
+@pytest.fixture
+def bothered(monkeypatch):
+    """While a file is written to the disk, the process gets every signal that ends one, and Ctrl-C."""
+    sync, got = os.fsync, []
+
+    def slow(file: int) -> None:
+        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+            got.append(number)
+            signal.raise_signal(number)
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    return got
+
+
+def test_a_signal_does_not_end_the_last_save(run, path, nano, bothered):
+    assert run(generate.main, "--session", path, "--prompt", "Who are you?", *GREEDY)[0] == 0
+    assert len(messages(path, nano)) == 2 and bothered
+
+
+@pytest.mark.parametrize("first", [signal.SIGHUP, signal.SIGTERM])
+def test_a_second_signal_does_not_end_the_save_of_the_first(path, nano, bothered, first):
+    session = Session.load(path, *nano, **OPTIONS)
+    with pytest.raises(SystemExit) as ended, unwound_when_ended():
+        with closing(Talk(session.conversation, PlainReader(), PlainScreen(), session)) as talk:
+            talk.take("Who are you?")
+            try:
+                signal.raise_signal(first)
+            finally:
+                signal.raise_signal(signal.SIGINT)  # before the save begins
+    assert ended.value.code == 128 + first and bothered
+    assert len(messages(path, nano)) == 2
 
 
 class Closed(io.StringIO):

@@ -82,7 +82,7 @@ ORDERS = (
     Order(_BACK, "retry", "another answer, with the next seed or this one", turns.retry, "[SEED]"),
     Order(_BACK, "undo", "take back the last question and its answer", turns.undo),
     Order(_BACK, "edit", "put the last message into the input again", turns.edit),
-    Order(_BACK, "reset", "forget the conversation", turns.reset),
+    Order(_BACK, "reset", "forget the conversation; its file keeps it", turns.reset),
     Order(
         _HOW, "system", "show, set or remove the system prompt", settings.system, "[TEXT|off]",
         choices=_words("off"),

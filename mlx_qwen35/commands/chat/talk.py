@@ -8,6 +8,7 @@ from typing import Any
 from mlx_qwen35.commands.chat.clipboard import Clipboard
 from mlx_qwen35.commands.chat.reader import Reader
 from mlx_qwen35.commands.chat.screen import Screen, statistics
+from mlx_qwen35.console.interrupt import uninterrupted
 from mlx_qwen35.engine.conversation import Conversation, Turn
 from mlx_qwen35.engine.result import Result
 from mlx_qwen35.engine.session import Session
@@ -135,13 +136,20 @@ class Talk:
             self.session.close()
         self.session, self.conversation = session, session.conversation
 
-    def close(self) -> None:
-        """End: save what is new in the session, and let go of it."""
-        self.conversation.cancel()
-        if self.session is None:
-            return
-        try:
+    def release(self) -> None:
+        """Save what is new in the session, and let go of it. Where it cannot be saved it stays."""
+        if self.session:
             if self.session.changed:
                 self.save()
-        finally:
             self.session.close()
+            self.session = None
+
+    def close(self) -> None:
+        """End: save what is new in the session, and let go of it. No signal and no Ctrl-C ends that earlier."""
+        with uninterrupted():
+            self.conversation.cancel()
+            try:
+                self.release()
+            finally:
+                if self.session:
+                    self.session.close()

@@ -72,10 +72,14 @@ def copy(talk: Talk, _: str) -> None:
 
 
 def reset(talk: Talk, _: str) -> None:
+    """A session keeps what it holds: it is saved and let go of."""
     talk.abandon()
+    told = ["forgotten"]
+    if talk.session and any(message["role"] != "system" for message in talk.conversation.messages):
+        told.append(f"{talk.session.path} keeps the old conversation, /save FILE begins a file for the next")
+        talk.release()
     talk.conversation.reset()
     talk.media, talk.last, talk.figures = [], None, ""
-    kept = ["the system prompt stays"] * bool(talk.conversation.system)
-    if talk.session:
-        kept.append(f"{talk.session.path} has the old conversation until the next is saved")
-    talk.screen.say("; ".join(["forgotten", *kept]))
+    if talk.conversation.system:
+        told.append("the system prompt stays")
+    talk.screen.say("; ".join(told))
