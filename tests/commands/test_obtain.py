@@ -14,6 +14,7 @@ import pytest
 from refusing import refused
 from serving_hub import Repository, hub
 from sharding import split
+from terminal import Terminal, needs_tmux, ours
 
 from mlx_qwen35.checkpoint.converted import folder_of, hidden
 from mlx_qwen35.checkpoint.hub import resolve
@@ -90,6 +91,7 @@ class Runs:
     def __init__(self, address: str, place: Path):
         own = {"HF_ENDPOINT": address, "HF_HOME": str(place / "hub"), "HF_HUB_OFFLINE": "0"}
         own |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        self.own = own
         self.environment = os.environ | own
 
     def start(self, name: str, *options: str, **given) -> subprocess.Popen:
@@ -245,3 +247,19 @@ def test_at_a_terminal_it_is_asked(run, answer, status):
     assert process.returncode == status and "[Y/n]" in text, text
     assert (output.split() or [""])[-1] == ("92" if status == 0 else "")
     os.close(terminal)
+
+
+@needs_tmux
+def test_the_answer_to_a_chats_offer_is_shown_and_can_be_corrected(run, tmp_path):
+    own = {"MLX_QWEN35_HOME": str(tmp_path / "kept")} | run.own
+    command = ours("mlx_qwen35.chat", "--model", "it/nano", *LIMIT)
+    with Terminal(command, tmp_path / "user", environment=own) as terminal:
+        terminal.wait("[Y/n]")
+        terminal.type("no", enter=False)
+        terminal.wait("[Y/n] no")
+        terminal.keys("BSpace", "BSpace")
+        terminal.type("y")
+        screen = terminal.wait("making the 4bit conversion")
+        assert "[Y/n] y\n" in screen
+        terminal.keys("C-c")
+        assert terminal.ended() == 130

@@ -13,12 +13,12 @@ from mlx_qwen35.commands.chat.orders import ORDERS, help_text
 from mlx_qwen35.commands.chat.reader import PlainReader, Reader
 from mlx_qwen35.commands.chat.screen import PlainScreen, Screen
 from mlx_qwen35.commands.chat.talk import Talk
-from mlx_qwen35.commands.obtain import add_recipe_option, load_model
+from mlx_qwen35.commands.obtain import add_recipe_option, settle
 from mlx_qwen35.commands.session import check_session, open_session
 from mlx_qwen35.console.interrupt import unwound_when_ended
 from mlx_qwen35.console.options import add_answer_options, add_model_options, add_options, given_options
 from mlx_qwen35.console.parser import Parser
-from mlx_qwen35.console.run import as_command, require_model
+from mlx_qwen35.console.run import as_command, load_model, require_model
 from mlx_qwen35.console.streams import standard_input
 from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.engine.options import PromptOptions
@@ -89,8 +89,9 @@ def main() -> None:
         if args.session:
             check_session(args.session)
         reader, screen = interface(bool(args.hide_thinking), bool(args.verbose))
+        folder = settle(args, COMMAND)  # which may ask, while the terminal still shows what is typed
         with screen.opened():
-            model, processor = load_model(args, COMMAND)
+            model, processor = load_model(args, folder)
             if standard_input().isatty():
                 screen.say(describe(name, model))
             session = open_session(args.session, model, processor, options) if args.session else None
