@@ -13,8 +13,9 @@ def run(talk: Talk) -> None:
         try:
             line = talk.reader.read(talk.text, talk.attached)
             if line is None:
-                return
-            take(talk, line)
+                talk.leave()
+            else:
+                take(talk, line)
         except InputError as error:
             talk.screen.fail(f"error: {error} [{error.code}]")
         except KeyboardInterrupt:
