@@ -335,6 +335,14 @@ def test_set_alone_shows_all_options_and_their_values(chat):
     assert chat("/set seed").screen.said == ["seed: 1"]
 
 
+def test_every_option_that_is_listed_can_be_set_and_reset(chat):
+    lines = [f"/set {name} {value}" for name in NAMES for value in ("1", "on", "x", "default")]
+    talk = chat(*lines)
+    assert all(f"{name}: " in "\n".join(talk.screen.said) for name in NAMES)
+    assert set(codes(talk)) <= {"option_invalid", "option_conflict", "option_no_effect", "text_unreadable"}
+    assert set(talk.conversation.options) <= set(NAMES)
+
+
 def test_names_and_values_of_options_complete():
     assert find("set").choices("") == NAMES == completions("")
     assert "instruct" in completions("preset") and "default" in completions("temp")
