@@ -21,6 +21,7 @@ from mlx_qwen35.commands.chat.orders import COMMAND, ORDERS, find, help_text
 from mlx_qwen35.commands.chat.screen import PlainScreen
 from mlx_qwen35.commands.chat.settings import NAMES, completions
 from mlx_qwen35.commands.chat.talk import Talk
+from mlx_qwen35.commands.output import tell_cut
 from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.model.model import Model
 
@@ -542,6 +543,22 @@ def test_tools_are_removed_and_a_file_that_holds_none_is_refused(chat, tools, tm
     wrong = tmp_path / "wrong.json"
     wrong.write_text('{"a": 1}')
     assert len(chat(f"/tools {wrong}", "/tools none.json", talk=talk).screen.failed) == 2
+
+
+TITLE = "\x1b]0;mine\x07"  # sets the title of a terminal
+
+
+def test_what_a_screen_says_controls_no_terminal(chat, nano, capsys):
+    screen = PlainScreen()
+    screen.say(TITLE)
+    screen.fail(TITLE)
+    cut = SimpleNamespace(
+        limited_by="max_tokens", generation_tokens=1, cut_in_reasoning=False, cut=SimpleNamespace(name=TITLE),
+        finish_reason="length",
+    )  # fmt: skip
+    tell_cut(cut, nano[0])
+    err = capsys.readouterr().err
+    assert err.count("mine") == 3 and not {"\x1b", "\x07"} & set(err)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
