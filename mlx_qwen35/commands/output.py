@@ -112,4 +112,4 @@ def tell_cut(result: Result, model: Model, shorter: str = "shorten the prompt") 
     elif full and result.finish_reason == "length":
         told = f"{cut}: {full}{either(more)}"
     if told:
-        tell(told)
+        tell(safe(told))

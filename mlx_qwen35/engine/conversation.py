@@ -24,7 +24,7 @@ from mlx_qwen35.prompt.messages import Plain, check_template_options
 from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.prompt.prompt import Prompt
 
-_OF_ONE_PROMPT = {
+OF_ONE_PROMPT = {
     "cache", "ignore_chat_template", "progress", "media_progress", "images", "videos", "pdfs", "pages", "constraint",
     "continue_final_message",
 }  # fmt: skip
@@ -271,5 +271,5 @@ class Conversation:
 
 
 def _refuse(options: Mapping[str, Any], *more: str) -> None:
-    if refused := sorted(name for name in {*_OF_ONE_PROMPT, *more} if options.get(name) is not None):
+    if refused := sorted(name for name in {*OF_ONE_PROMPT, *more} if options.get(name) is not None):
         raise TypeError(f"a conversation takes no {', '.join(refused)}")

@@ -4,7 +4,9 @@ import json
 import shutil
 import sys
 from collections.abc import Iterable
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image, ImageGrab
@@ -19,6 +21,7 @@ from mlx_qwen35.commands.chat.orders import COMMAND, ORDERS, find, help_text
 from mlx_qwen35.commands.chat.screen import PlainScreen
 from mlx_qwen35.commands.chat.settings import NAMES, completions
 from mlx_qwen35.commands.chat.talk import Talk
+from mlx_qwen35.commands.output import tell_cut
 from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.model.model import Model
 
@@ -33,8 +36,12 @@ def nano():
     return load("nano")
 
 
+class Paused(Exception):
+    """The lines are at their end, the chat is not."""
+
+
 class Script:
-    """A reader of lines that are given; `texts` are what they began with."""
+    """A reader of lines that are given; `texts` are what they began with. ^C and ^D are these keys."""
 
     def __init__(self, lines: Iterable[str]):
         self.lines, self.texts = list(lines), []
@@ -42,11 +49,11 @@ class Script:
     def read(self, text: str = "", attached: str = "") -> str | None:
         self.texts.append(text)
         if not self.lines:
-            return None
-        if self.lines[0] == "^C":
-            del self.lines[0]
+            raise Paused
+        line = self.lines.pop(0)
+        if line == "^C":
             raise KeyboardInterrupt
-        return self.lines.pop(0)
+        return None if line == "^D" else line
 
 
 class Notes(PlainScreen):
@@ -87,7 +94,8 @@ def chat(nano, capsys):
             conversation = Conversation(*nano, **{**OPTIONS, **options})
             talk = Talk(conversation, Script(()), Notes(), name="nano", clipboard=clipboard)
         talk.reader, talk.screen = Script(lines), Notes()
-        run(talk)
+        with suppress(Paused):
+            run(talk)
         return talk
 
     return go
@@ -328,6 +336,14 @@ def test_set_alone_shows_all_options_and_their_values(chat):
     assert chat("/set seed").screen.said == ["seed: 1"]
 
 
+def test_every_option_that_is_listed_can_be_set_and_reset(chat):
+    lines = [f"/set {name} {value}" for name in NAMES for value in ("1", "on", "x", "default")]
+    talk = chat(*lines)
+    assert all(f"{name}: " in "\n".join(talk.screen.said) for name in NAMES)
+    assert set(codes(talk)) <= {"option_invalid", "option_conflict", "option_no_effect", "text_unreadable"}
+    assert set(talk.conversation.options) <= set(NAMES)
+
+
 def test_names_and_values_of_options_complete():
     assert find("set").choices("") == NAMES == completions("")
     assert "instruct" in completions("preset") and "default" in completions("temp")
@@ -529,6 +545,22 @@ def test_tools_are_removed_and_a_file_that_holds_none_is_refused(chat, tools, tm
     assert len(chat(f"/tools {wrong}", "/tools none.json", talk=talk).screen.failed) == 2
 
 
+TITLE = "\x1b]0;mine\x07"  # sets the title of a terminal
+
+
+def test_what_a_screen_says_controls_no_terminal(chat, nano, capsys):
+    screen = PlainScreen()
+    screen.say(TITLE)
+    screen.fail(TITLE)
+    cut = SimpleNamespace(
+        limited_by="max_tokens", generation_tokens=1, cut_in_reasoning=False, cut=SimpleNamespace(name=TITLE),
+        finish_reason="length",
+    )  # fmt: skip
+    tell_cut(cut, nano[0])
+    err = capsys.readouterr().err
+    assert err.count("mine") == 3 and not {"\x1b", "\x07"} & set(err)
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -573,6 +605,46 @@ def test_a_reset_leaves_the_file_with_the_old_conversation(chat, nano, tmp_path,
     assert [message["content"] for message in held(path, nano)[::2]] == [ASK, OTHER] and not asked(talk)
     closing(talk := chat(ASK, f"/save {other}", "/reset", THIRD, "/save", "/reset", f"/load {path}"))
     assert codes(talk) == ["option_missing"] and len(held(other, nano)) == 2 and asked(talk) == [ASK, OTHER]
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A context in which no disk has room."""
+
+    @contextmanager
+    def full():
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+            yield
+
+    return full
+
+
+@pytest.mark.parametrize("leave", ["/exit", "^D"])
+def test_a_save_that_fails_at_the_end_is_told_and_a_second_end_leaves(chat, tmp_path, full_disk, leave):
+    talk = chat(f"/save {tmp_path / 'talk'}", ASK)
+    with full_disk():
+        chat(leave, "/think", talk=talk)
+        assert codes(talk) == ["disk_full"] and "/save FILE" in talk.screen.failed[0]
+        assert talk.screen.said and not talk.ended
+        chat(leave, "/think", talk=talk)
+        assert talk.ended and not talk.screen.said
+        with refused("disk_full"):
+            talk.close()
+
+
+def test_a_chat_whose_save_failed_goes_on_in_another_file(chat, nano, tmp_path, full_disk):
+    talk = chat(f"/save {tmp_path / 'talk'}", ASK)
+    with full_disk():
+        chat("/exit", talk=talk)
+    chat(f"/save {tmp_path / 'other'}", THIRD, talk=talk)
+    with full_disk():
+        chat("/exit", talk=talk)
+    assert codes(talk) == ["disk_full"] and not talk.ended  # the first failure does not count any more
+    chat("/exit", talk=talk)
+    assert talk.ended
+    talk.close()
+    assert [message["content"] for message in held(tmp_path / "other", nano)[::2]] == [ASK, THIRD]
 
 
 def test_load_goes_on_with_the_other_conversation_and_reads_none_of_it_again(chat, tmp_path, nano, closing):

@@ -36,10 +36,10 @@ def path(tmp_path) -> Path:
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    def command(main, *arguments: object, lines: str = "") -> tuple[int, str, str]:
+    def command(main, *arguments: object, lines: str | io.StringIO = "") -> tuple[int, str, str]:
         """Exit status, and what went to standard output and standard error, progress left out."""
         monkeypatch.setattr(sys, "argv", ["mlx_qwen35.command", "--model", "nano", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines) if isinstance(lines, str) else lines)
         try:
             main()
             status = 0
@@ -168,6 +168,26 @@ def test_a_command_leaves_the_signals_of_the_process_as_they_were(run, path, mai
     before = [signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)]
     run(main, "--session", path, *(("--prompt", "Hi") if main is generate.main else ()), *GREEDY)
     assert [signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)] == before
+
+
+class Broken(io.StringIO):
+    """A standard input that fails behind its lines, once."""
+
+    failed = False
+
+    def readline(self, *_: int) -> str:
+        line = super().readline()
+        if not line:
+            assert not self.failed, "it is read again"
+            self.failed = True
+            raise OSError(5, "Input/output error")
+        return line
+
+
+def test_a_chat_whose_input_cannot_be_read_saves_and_ends(run, path, nano):
+    status, _, err = run(chat.main, "--session", path, *GREEDY, lines=Broken("Who are you?\n"))
+    assert status == 2 and err.count("[text_unreadable]") == 1
+    assert len(messages(path, nano)) == 2
 
 
 def test_save_needs_a_file(run):

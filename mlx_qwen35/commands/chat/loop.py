@@ -2,19 +2,26 @@
 
 from mlx_qwen35.commands.chat.attach import attach, dropped
 from mlx_qwen35.commands.chat.orders import COMMAND, obey
+from mlx_qwen35.commands.chat.reader import Unreadable
 from mlx_qwen35.commands.chat.talk import Talk
 from mlx_qwen35.errors import InputError
 
 
 def run(talk: Talk) -> None:
-    """Read and do until /exit or the end of input; what goes wrong is told, and the talk goes on."""
+    """Read and do until /exit or the end of input; what goes wrong is told, and the talk goes on.
+
+    Raises Unreadable.
+    """
     talk.ask()  # a session may end with calls
     while not talk.ended:
         try:
             line = talk.reader.read(talk.text, talk.attached)
             if line is None:
-                return
-            take(talk, line)
+                talk.leave()
+            else:
+                take(talk, line)
+        except Unreadable:
+            raise
         except InputError as error:
             talk.screen.fail(f"error: {error} [{error.code}]")
         except KeyboardInterrupt:

@@ -61,7 +61,7 @@ def obey(talk: Talk, name: str, argument: str = "") -> None:
 
 
 def _exit(talk: Talk, _: str) -> None:
-    talk.ended = True
+    talk.leave()
 
 
 def _help(talk: Talk, _: str) -> None:

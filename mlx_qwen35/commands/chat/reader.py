@@ -9,6 +9,10 @@ from mlx_qwen35.errors import InputError
 QUOTES = '"""'  # around a message of several lines
 
 
+class Unreadable(InputError):
+    """Standard input cannot be read any more."""
+
+
 class Reader(Protocol):
     """What the user types."""
 
@@ -44,7 +48,7 @@ class PlainReader:
         except UnicodeDecodeError as error:
             raise InputError("text_unreadable", f"a line must be UTF-8 text: {error}") from error
         except OSError as error:
-            raise InputError("text_unreadable", f"standard input must be readable: {error}") from error
+            raise Unreadable("text_unreadable", f"standard input must be readable: {error}") from error
 
 
 def block_open(text: str) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
-from mlx_qwen35.commands.output import print_pieces, tell_cut
+from mlx_qwen35.commands.output import print_pieces, safe, tell_cut
 from mlx_qwen35.commands.session import tell_interrupted
 from mlx_qwen35.console.notices import tell
 from mlx_qwen35.console.progress import Step, duration
@@ -44,10 +44,10 @@ class PlainScreen:
         self._hide, self._verbose = hide_thinking, verbose
 
     def say(self, text: str) -> None:
-        tell(text)
+        tell(safe(text))
 
     def fail(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(safe(text), file=sys.stderr, flush=True)
 
     def opened(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -8,6 +8,7 @@ from mlx_qwen35.commands.chat.attach import one_name
 from mlx_qwen35.commands.chat.talk import Talk
 from mlx_qwen35.engine.constraints.calls import read_tools
 from mlx_qwen35.engine.constraints.forms import read_tool_list
+from mlx_qwen35.engine.conversation import OF_ONE_PROMPT
 from mlx_qwen35.engine.options import GROUPS
 from mlx_qwen35.engine.presets import Sampling
 from mlx_qwen35.errors import InputError
@@ -17,8 +18,7 @@ from mlx_qwen35.values import shown
 
 ANEW = "the prompt is read anew from its beginning"
 DEFAULT = "default"  # the value that resets an option
-# Options of one prompt, and what --json alone shows.
-_ELSEWHERE = ("images", "videos", "ignore_chat_template", "logprobs", "top_logprobs")
+_ELSEWHERE = {*OF_ONE_PROMPT, "logprobs", "top_logprobs"}  # --json alone shows those two
 _SWITCH = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
 
 

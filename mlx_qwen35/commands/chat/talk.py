@@ -12,6 +12,7 @@ from mlx_qwen35.console.interrupt import uninterrupted
 from mlx_qwen35.engine.conversation import Conversation, Turn
 from mlx_qwen35.engine.result import Result
 from mlx_qwen35.engine.session import Session
+from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.preprocess import Media, Page
 
 Part = dict[str, Any]
@@ -46,6 +47,7 @@ class Talk:
         self.calls: list[dict[str, Any]] = []
         self.last: Result | None = None
         self.text, self.figures, self.ended = "", "", False
+        self._unsaved = False  # at an end that was tried
         self._before: list[Part] | None = None  # the media before the edit that is going on
         self._results: dict[str, Any] = {}  # call id -> content, of the first calls
 
@@ -128,6 +130,7 @@ class Talk:
     def write(self, session: Session) -> None:
         with self.screen.step(f"writing {session.path}"):
             nbytes = session.save()
+        self._unsaved = False
         self.screen.say(f"saved {session.path}, {nbytes / 1e6:,.1f} MB")
 
     def open(self, session: Session) -> None:
@@ -135,6 +138,19 @@ class Talk:
         if self.session:
             self.session.close()
         self.session, self.conversation = session, session.conversation
+
+    def leave(self) -> None:
+        """End the chat, what is new in the session saved. Where that fails it goes on, for /save FILE or a further try;
+        the second call ends it.
+        """
+        failed, self._unsaved = self._unsaved, True
+        if self.session and self.session.changed and not failed:
+            try:
+                self.save()
+            except InputError as error:
+                told = f"{error}. The conversation is not saved: /save FILE keeps it elsewhere, a second /exit leaves"
+                raise InputError(error.code, told) from error
+        self.ended = True
 
     def release(self) -> None:
         """Save what is new in the session, and let go of it. Where it cannot be saved it stays."""
