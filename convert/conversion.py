@@ -74,7 +74,7 @@ class Conversion:
         """
         twice = self.calibration is not None or self.evaluation is not None
         found = None if twice or is_local(self.name, self.revision) else published(str(self.name), self.revision)
-        if found is not None:
+        if found is not None and not isinstance(found, Path):
             with owned(self.target) as place, telling(self.target):
                 supply = Downloads(found, place, self.tell)
                 source = supply.prepare(lambda headers: self._judge(headers, supply))
@@ -83,7 +83,7 @@ class Conversion:
                     shutil.rmtree(place)
                     return
                 shutil.rmtree(place)
-        source = resolve(self.name, self.revision, self._judge)
+        source = found if isinstance(found, Path) else resolve(self.name, self.revision, self._judge)
         yield source, Supply("" if is_local(self.name, self.revision) else source.name)
 
     def _judge(self, headers: Path, supply: Downloads | None = None) -> None:

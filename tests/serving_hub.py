@@ -27,7 +27,8 @@ class Repository:
 
     gated: its files are refused. parts: whether a part of a file can be asked for. checksums: whether the hub tells
     those of the weights, as of files in its large storage, right or `wrong`. before: called with the path and the
-    position of each piece of a file; True breaks the connection.
+    position of each piece of a file; True breaks the connection. down: how many of the first requests for what
+    the hub tells of it are answered with 503. requests: how many there were, for files or for what the hub tells of them.
     """
 
     folder: Path
@@ -37,6 +38,8 @@ class Repository:
     wrong: bool = False
     commit: str = COMMIT
     before: Callable[[str, int], bool] = lambda path, position: False
+    down: int = 0
+    requests: int = 0
     sent: Counter = field(default_factory=Counter)  # bytes by path
     asked: list[tuple[str, int, int]] = field(default_factory=list)  # path, first byte, end
 
@@ -79,6 +82,9 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self.repositories.get(name)
         if repository is None:
             return self._answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
+        repository.requests += 1
+        if repository.requests <= repository.down:
+            return self._answer(503, b"{}")
         if rest and rest.split("/")[-1] not in ("main", "v1", repository.commit):
             return self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         sizes = {path: file.stat().st_size for path, file in repository.files.items()}
@@ -95,6 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, name: str, path: str) -> None:
         repository = self.repositories[name]
+        repository.requests += 1
         if repository.gated:
             return self._answer(403, b"", {"X-Error-Code": "GatedRepo"})
         file = repository.files[path]

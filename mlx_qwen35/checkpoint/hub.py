@@ -38,7 +38,10 @@ def resolve(name: str | Path, revision: str | None = None, judge: Callable[[Path
     if folder is not None:
         return folder
     if judge:
-        with _headers(str(name), revision) as folder:
+        found = published(str(name), revision)
+        if isinstance(found, Path):
+            return found
+        with _headers(found, revision) as folder:
             if folder is not None:
                 judge(folder)
     return _download(str(name), revision)
@@ -54,7 +57,11 @@ def look(name: str | Path, revision: str | None = None) -> Iterator[Path]:
     if folder is not None:
         yield folder
         return
-    with _headers(str(name), revision) as folder:
+    found = published(str(name), revision)
+    if isinstance(found, Path):
+        yield found
+        return
+    with _headers(found, revision) as folder:
         yield _download(str(name), revision) if folder is None else folder
 
 
@@ -89,37 +96,36 @@ def _local(name: str | Path, revision: str | None) -> Path | None:
     return None
 
 
-def published(repository: str, revision: str | None = None) -> "Published | None":
-    """What the hub lists of a repository that is to be downloaded.
+def published(repository: str, revision: str | None = None) -> "Published | Path":
+    """What the hub lists of a repository that is to be downloaded, or its folder in huggingface_hub's cache.
 
-    None where all of it is in huggingface_hub's cache, or the hub lists nothing: offline, unknown, refused. Then the
-    cache may have it, and `resolve` says why not.
+    The folder where all of it is there, or where the hub does not list it: offline, closed, out of order. Raises
+    InputError where the cache has nothing then: no download begins before its files are known.
     """
     from mlx_qwen35.checkpoint.hub_headers import Published, in_cache, list_files
 
     try:
         commit, files = list_files(repository, revision, _FILES)
-    except failures():
-        return None
-    return None if not files or in_cache(repository, commit, files) else Published(repository, commit, files)
+    except failures() as error:
+        return _cached(repository, revision, error)
+    if not files or in_cache(repository, commit, files):
+        return _download(repository, revision)
+    return Published(repository, commit, files)
 
 
 @contextmanager
-def _headers(repository: str, revision: str | None) -> Iterator[Path | None]:
-    """A folder of headers; None where nothing must be downloaded, or the hub lists no files."""
+def _headers(found: "Published", revision: str | None) -> Iterator[Path | None]:
+    """A folder of headers; None where the hub sends no parts of files."""
     from mlx_qwen35.checkpoint.hub_headers import folder_of_headers
 
-    if (found := published(repository, revision)) is None:
-        yield None
-        return
     with ExitStack() as stack:
         try:
-            folder = stack.enter_context(folder_of_headers(repository, found.files))
+            folder = stack.enter_context(folder_of_headers(found.name, found.files))
         except failures() as error:
-            if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-                raise hub_error(repository, revision, error) from error
+            if _is_refused_or_down(error):
+                raise hub_error(found.name, revision, error) from error
             warnings.warn(
-                f"the headers of {repository} could not be read from the hub ({_reason(error)}): it is downloaded "
+                f"the headers of {found.name} could not be read from the hub ({_reason(error)}): it is downloaded "
                 "before it is known whether it can be used",
                 UserWarning,
                 stacklevel=4,
@@ -172,6 +178,24 @@ def _download(repository: str, revision: str | None) -> Path:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(_FILES)))
     except failures() as error:
         raise hub_error(repository, revision, error) from error
+
+
+def _cached(repository: str, revision: str | None, failure: Exception) -> Path:
+    """The folder in huggingface_hub's cache, without a request. InputError of the hub's failure where there is none."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(repository, revision=revision, allow_patterns=list(_FILES), local_files_only=True)
+        )
+    except failures():
+        raise hub_error(repository, revision, failure) from failure
+
+
+def _is_refused_or_down(error: Exception) -> bool:
+    """Whether a download would fail too: a closed repository, a hub that does not answer or is overloaded."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status in (401, 403, 429, 500, 502, 503, 504) or isinstance(error, _unreachable())
 
 
 def failures() -> tuple[type[Exception], ...]:

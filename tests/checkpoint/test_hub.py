@@ -6,7 +6,7 @@ import refusing
 from huggingface_hub import errors
 
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
-from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.checkpoint.hub import look, resolve
 
 
 def hub_raises(monkeypatch, error: BaseException) -> None:
@@ -135,3 +135,19 @@ def test_offline_the_cache_alone_is_used(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     assert huggingface_hub.constants.HF_HUB_OFFLINE
     refused("Qwen/Qwen3.5-4B", "hub_failed", "--model")
+
+
+@pytest.mark.parametrize("error", [ConnectionError("down"), errors.HfHubHTTPError("503", response=Response())])
+def test_what_the_cache_has_is_used_without_a_download_where_the_hub_fails(error, monkeypatch, tmp_path):
+    def listing(*args, **options):
+        raise error
+
+    def download(*args, local_files_only=False, **options):
+        assert local_files_only, "a download was begun"
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", listing)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve("Qwen/Qwen3.5-4B", judge=open_checkpoint) == tmp_path
+    with look("Qwen/Qwen3.5-4B") as folder:
+        assert folder == tmp_path
