@@ -67,6 +67,9 @@ class Notes(PlainScreen):
     def say(self, text: str) -> None:
         self.said.append(text)
 
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
     def fail(self, text: str) -> None:
         self.failed.append(text)
 

@@ -21,6 +21,9 @@ class Screen(Protocol):
     def say(self, text: str) -> None:
         """A confirmation, or what was asked for, as /help."""
 
+    def note(self, text: str) -> None:
+        """What nobody asked for, as the figures of an answer; with --quiet nothing."""
+
     def fail(self, text: str) -> None:
         """An error, or what could not be done."""
 
@@ -44,6 +47,9 @@ class PlainScreen:
         self._hide, self._verbose = hide_thinking, verbose
 
     def say(self, text: str) -> None:
+        print(safe(text), file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
         tell(safe(text))
 
     def fail(self, text: str) -> None:
@@ -59,7 +65,7 @@ class PlainScreen:
         with self.step("prefill", "tokens", timed=True) as prefill:
             turn.progress, turn.media_progress = prefill, prefill.images
             try:
-                print_pieces(folded(turn, prefill, self.say) if self._hide else turn, prefill)
+                print_pieces(folded(turn, prefill, self.note) if self._hide else turn, prefill)
             except KeyboardInterrupt:
                 turn.cancel()
                 print()
@@ -67,7 +73,7 @@ class PlainScreen:
                     tell_interrupted(conversation, turn)
         if turn.result is None or not turn.result.tokens:
             return False
-        self.say(f"[{statistics(turn, turn.result) if self._verbose else summary(turn, turn.result)}]")
+        self.note(f"[{statistics(turn, turn.result) if self._verbose else summary(turn, turn.result)}]")
         tell_cut(turn.result, conversation.model, "/reset begins anew")
         return True
 

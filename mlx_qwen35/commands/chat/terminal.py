@@ -47,6 +47,10 @@ class TerminalScreen:
     def fail(self, text: str) -> None:
         self._errors.print(Text(hung(safe(text), self._errors.width), "red"), soft_wrap=True)
 
+    def note(self, text: str) -> None:
+        if not notices.quiet():
+            self._console.print(Text(hung(safe(text), self._console.width), DIM), soft_wrap=True)
+
     def opened(self) -> AbstractContextManager[None]:
         return quiet(self._resumed)
 
@@ -63,7 +67,7 @@ class TerminalScreen:
         with self.step("prefill", "tokens", timed=True) as step:
             turn.progress = step
             try:
-                for piece in folded(turn, step, self._note) if self._hide else turn:
+                for piece in folded(turn, step, self.note) if self._hide else turn:
                     step.end()
                     answer.add(piece)
             except KeyboardInterrupt:
@@ -75,13 +79,9 @@ class TerminalScreen:
         if turn.result is None or not turn.result.tokens:
             tell_interrupted(conversation, turn)
             return False
-        self._note(statistics(turn, turn.result) if self._verbose else summary(turn, turn.result))
+        self.note(statistics(turn, turn.result) if self._verbose else summary(turn, turn.result))
         tell_cut(turn.result, conversation.model, "/reset begins anew")
         return True
-
-    def _note(self, text: str) -> None:
-        if not notices.quiet():
-            self._console.print(Text(text, DIM))
 
 
 def hung(text: str, width: int) -> str:
