@@ -21,7 +21,9 @@ from mlx_qwen35.commands.chat.orders import COMMAND, ORDERS, find, help_text
 from mlx_qwen35.commands.chat.screen import PlainScreen
 from mlx_qwen35.commands.chat.settings import NAMES, completions
 from mlx_qwen35.commands.chat.talk import Talk
+from mlx_qwen35.commands.chat.terminal import TerminalScreen
 from mlx_qwen35.commands.output import tell_cut
+from mlx_qwen35.console.progress import Step
 from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.model.model import Model
 
@@ -379,6 +381,32 @@ def test_system_is_shown_set_and_removed(chat):
 
 
 # --- media -----------------------------------------------------------------------------------------------------------
+
+
+class Pixels(Step):
+    """Keeps how many images were encoded."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.encoded: list[tuple[int, int]] = []
+
+    def images(self, done: int, total: int) -> None:
+        self.encoded.append((done, total))
+
+
+@pytest.mark.parametrize("kind", [PlainScreen, TerminalScreen])
+def test_both_screens_show_how_many_images_are_encoded(nano, monkeypatch, kind):
+    screen, steps = kind(), []
+
+    def step(*given, **options) -> Pixels:
+        steps.append(Pixels("prefill"))
+        return steps[-1]
+
+    monkeypatch.setattr(screen, "step", step)
+    conversation = Conversation(*nano, **OPTIONS)
+    parts = [{"type": "image", "image": name} for name in (SHAPES, TRIANGLE)]
+    assert screen.answer(conversation, conversation.send([*parts, {"type": "text", "text": ASK}]))
+    assert {total for _, total in steps[0].encoded} == {2}
 
 
 @pytest.fixture

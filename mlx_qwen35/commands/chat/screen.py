@@ -62,8 +62,7 @@ class PlainScreen:
         return Step(what, unit, timed)
 
     def answer(self, conversation: Conversation, turn: Turn) -> bool:
-        with self.step("prefill", "tokens", timed=True) as prefill:
-            turn.progress, turn.media_progress = prefill, prefill.images
+        with watched(turn, self) as prefill:
             try:
                 print_pieces(folded(turn, prefill, self.note) if self._hide else turn, prefill)
             except KeyboardInterrupt:
@@ -76,6 +75,13 @@ class PlainScreen:
         self.note(f"[{statistics(turn, turn.result) if self._verbose else summary(turn, turn.result)}]")
         tell_cut(turn.result, conversation.model, "/reset begins anew")
         return True
+
+
+def watched(turn: Turn, screen: Screen) -> Step:
+    """A step, to be entered, that shows how far a turn is: the images of its prompt, and then the prompt."""
+    step = screen.step("prefill", "tokens", timed=True)
+    turn.progress, turn.media_progress = step, step.images
+    return step
 
 
 def folded(turn: Turn, step: Step, say: Callable[[str], None]) -> Iterator[Piece]:

@@ -19,7 +19,7 @@ from rich.text import Text
 from rich.theme import Theme
 
 from mlx_qwen35.commands.chat.markdown import STYLES, blocks, rendered
-from mlx_qwen35.commands.chat.screen import folded, statistics, summary
+from mlx_qwen35.commands.chat.screen import folded, statistics, summary, watched
 from mlx_qwen35.commands.output import safe, tell_cut
 from mlx_qwen35.commands.session import tell_interrupted
 from mlx_qwen35.console import notices
@@ -64,8 +64,7 @@ class TerminalScreen:
     def answer(self, conversation: Conversation, turn: Turn) -> bool:
         self._answer = answer = _Answer(self._console)
         print(PASTES, end="", flush=True)
-        with self.step("prefill", "tokens", timed=True) as step:
-            turn.progress = step
+        with watched(turn, self) as step:
             try:
                 for piece in folded(turn, step, self.note) if self._hide else turn:
                     step.end()
