@@ -693,6 +693,14 @@ def test_load_goes_on_with_the_other_conversation_and_reads_none_of_it_again(cha
     assert talk.last.text == chat(ASK, THIRD, system_prompt="Be brief.").last.text
 
 
+def test_what_is_loaded_has_no_last_answer(chat, tmp_path, closing):
+    closing(talk := chat(ASK, f"/save {tmp_path / 'one'}", "/info", "/reset", OTHER, f"/save {tmp_path / 'two'}"))
+    assert any("last answer" in text for text in talk.screen.said) and talk.last
+    chat(f"/load {tmp_path / 'one'}", "/info", "/set seed 1", "/retry", talk=talk)
+    assert not any("last answer" in text for text in talk.screen.said)
+    assert talk.last.seed != 2  # of the other conversation the next
+
+
 def test_a_load_that_fails_leaves_the_conversation(chat, tmp_path, nano, closing):
     diary, taken, open_ = tmp_path / "diary", tmp_path / "taken", tmp_path / "open"
     diary.write_text("my diary")

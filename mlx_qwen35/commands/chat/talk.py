@@ -130,9 +130,13 @@ class Talk:
         return f"saved {session.path}, {nbytes / 1e6:,.1f} MB"
 
     def open(self, session: Session) -> None:
-        """Go on in another session. The one before is let go of as it was saved."""
+        """Go on in another session. The one before is let go of as it was saved. Of another conversation no answer is
+        known.
+        """
         if self.session:
             self.session.close()
+        if session.conversation is not self.conversation:
+            self.last, self.figures = None, ""
         self.session, self.conversation = session, session.conversation
 
     def leave(self) -> None:
