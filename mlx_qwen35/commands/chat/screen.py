@@ -8,7 +8,7 @@ from typing import Protocol
 
 from mlx_qwen35.commands.output import print_pieces, safe, tell_cut
 from mlx_qwen35.commands.session import tell_interrupted
-from mlx_qwen35.console.notices import tell
+from mlx_qwen35.console.notices import on_lines_of_its_own, tell
 from mlx_qwen35.console.progress import Step, duration
 from mlx_qwen35.engine.conversation import Conversation, Turn
 from mlx_qwen35.engine.result import Result
@@ -47,13 +47,15 @@ class PlainScreen:
         self._hide, self._verbose = hide_thinking, verbose
 
     def say(self, text: str) -> None:
-        print(safe(text), file=sys.stderr, flush=True)
+        with on_lines_of_its_own():
+            print(safe(text), file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         tell(safe(text))
 
     def fail(self, text: str) -> None:
-        print(safe(text), file=sys.stderr, flush=True)
+        with on_lines_of_its_own():
+            print(safe(text), file=sys.stderr, flush=True)
 
     def opened(self) -> AbstractContextManager[None]:
         return nullcontext()
