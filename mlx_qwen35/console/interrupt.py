@@ -71,7 +71,7 @@ def interruptible() -> Iterator[None]:
 @contextmanager
 def unwound_when_ended() -> Iterator[None]:
     """In the block a closed terminal (SIGHUP) or SIGTERM raises SystemExit in the main thread, so that what is open is
-    saved. From then on no signal ends the block earlier.
+    saved. From then on no signal ends the block earlier. One that is ignored, as nohup has it, stays ignored.
     """
 
     def leave(number: int, _: Any) -> None:
@@ -81,7 +81,8 @@ def unwound_when_ended() -> Iterator[None]:
 
     with _restored():
         for number in _ENDING:
-            signal.signal(number, leave)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, leave)
         yield
 
 

@@ -7,11 +7,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
-from mlx_qwen35.console.notices import quiet
+from mlx_qwen35.console.notices import STEPS, quiet
 
 SOON, OFTEN = 0.3, 0.1  # seconds until something is shown on a terminal, and from one state to the next
 SELDOM = 10.0  # both, elsewhere
@@ -28,7 +29,7 @@ class Step:
     """
 
     def __init__(self, what: str, unit: str = "", timed: bool = False):
-        self._what, self._unit = what, unit
+        self._what, self._unit = _on_one_line(what), unit
         self._state: list[str] = []  # how far it has come: what can be left out of a narrow line first
         self._timed = timed
         self._marks: list[tuple[int, float]] = []  # how much was done when; empty where it is not timed
@@ -36,16 +37,17 @@ class Step:
         self._turns = 0
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._shown: float | None = None  # when a state was shown last; None while it is too early
         self._changed = True  # since it was shown
         self._ended = False
 
     def __enter__(self) -> Self:
+        STEPS.append(self._hidden)
         try:
             self._thread.start()
         except BaseException:  # Ctrl-C: it may have started
-            self._end.set()
+            self.end()
             raise
         return self
 
@@ -72,7 +74,7 @@ class Step:
 
     def say(self, what: str) -> None:
         """What it does now, which is not timed."""
-        self._what, self._timed = what, False
+        self._what, self._timed = _on_one_line(what), False
         self._tell([], new=True)
 
     def end(self) -> None:
@@ -81,11 +83,19 @@ class Step:
         with self._lock:
             self._clear()
             self._ended = True
+        if self._hidden in STEPS:
+            STEPS.remove(self._hidden)
 
     def clear(self) -> None:
         """Take its line off the terminal, for something else that is printed. The next state shows it again."""
         with self._lock:
             self._clear()
+
+    @contextmanager
+    def _hidden(self) -> Iterator[None]:
+        with self._lock:
+            self._clear()
+            yield
 
     def _clear(self) -> None:
         if self._shown is not None and self._terminal and not self._ended:
@@ -130,6 +140,10 @@ class Step:
             kept = max(8, width - 1 - (len(line) - len(self._what)))
             line = _joined(f"{self._what[:kept]}…", self._state[1:])[:width]
         return f"{pictures[self._turns % len(pictures)]} {line}"
+
+
+def _on_one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _joined(what: str, state: Sequence[str]) -> str:

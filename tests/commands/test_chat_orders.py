@@ -21,7 +21,9 @@ from mlx_qwen35.commands.chat.orders import COMMAND, ORDERS, find, help_text
 from mlx_qwen35.commands.chat.screen import PlainScreen
 from mlx_qwen35.commands.chat.settings import NAMES, completions
 from mlx_qwen35.commands.chat.talk import Talk
+from mlx_qwen35.commands.chat.terminal import TerminalScreen
 from mlx_qwen35.commands.output import tell_cut
+from mlx_qwen35.console.progress import Step
 from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.model.model import Model
 
@@ -65,6 +67,9 @@ class Notes(PlainScreen):
         self.failed: list[str] = []
 
     def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def note(self, text: str) -> None:
         self.said.append(text)
 
     def fail(self, text: str) -> None:
@@ -138,12 +143,17 @@ def test_two_slashes_send_one(chat):
 
 
 def test_every_command_says_what_it_did(chat, tmp_path, closing):
-    given = {"image": SHAPES, "video": MOVING, "pdf": SHAPES, "load": tmp_path / "none", "save": tmp_path / "talk"}
-    closing(talk := chat(ASK, clipboard=Kept(Image.new("RGB", (64, 64)))))
+    picture, document, other = Image.new("RGB", (64, 64)), tmp_path / "a.pdf", tmp_path / "other"
+    picture.save(document)
+    chat(ASK, f"/save {other}").close()
+    given = {"image": SHAPES, "video": MOVING, "pdf": document, "load": other, "save": tmp_path / "talk"}
+    closing(talk := chat(clipboard=Kept(picture)))
     for order in ORDERS:
+        chat("/drop", ASK, talk=talk)  # what goes back needs an answer
+        talk.clipboard.content = picture
         chat(f"/{order.name} {given.get(order.name, '')}".strip(), talk=talk)
-        told = [*talk.screen.said, *talk.screen.failed]
-        assert (told and all(told)) or order.name == "exit", order.name
+        assert not talk.screen.failed, order.name
+        assert (talk.screen.said and all(talk.screen.said)) or order.name == "exit", order.name
     assert talk.ended
 
 
@@ -376,6 +386,32 @@ def test_system_is_shown_set_and_removed(chat):
 
 
 # --- media -----------------------------------------------------------------------------------------------------------
+
+
+class Pixels(Step):
+    """Keeps how many images were encoded."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.encoded: list[tuple[int, int]] = []
+
+    def images(self, done: int, total: int) -> None:
+        self.encoded.append((done, total))
+
+
+@pytest.mark.parametrize("kind", [PlainScreen, TerminalScreen])
+def test_both_screens_show_how_many_images_are_encoded(nano, monkeypatch, kind):
+    screen, steps = kind(), []
+
+    def step(*given, **options) -> Pixels:
+        steps.append(Pixels("prefill"))
+        return steps[-1]
+
+    monkeypatch.setattr(screen, "step", step)
+    conversation = Conversation(*nano, **OPTIONS)
+    parts = [{"type": "image", "image": name} for name in (SHAPES, TRIANGLE)]
+    assert screen.answer(conversation, conversation.send([*parts, {"type": "text", "text": ASK}]))
+    assert {total for _, total in steps[0].encoded} == {2}
 
 
 @pytest.fixture
@@ -660,6 +696,14 @@ def test_load_goes_on_with_the_other_conversation_and_reads_none_of_it_again(cha
     chat(THIRD, talk=talk)
     assert talk.last.cached_tokens == kept > 0
     assert talk.last.text == chat(ASK, THIRD, system_prompt="Be brief.").last.text
+
+
+def test_what_is_loaded_has_no_last_answer(chat, tmp_path, closing):
+    closing(talk := chat(ASK, f"/save {tmp_path / 'one'}", "/info", "/reset", OTHER, f"/save {tmp_path / 'two'}"))
+    assert any("last answer" in text for text in talk.screen.said) and talk.last
+    chat(f"/load {tmp_path / 'one'}", "/info", "/set seed 1", "/retry", talk=talk)
+    assert not any("last answer" in text for text in talk.screen.said)
+    assert talk.last.seed != 2  # of the other conversation the next
 
 
 def test_a_load_that_fails_leaves_the_conversation(chat, tmp_path, nano, closing):

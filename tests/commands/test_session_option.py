@@ -133,6 +133,17 @@ def test_a_second_signal_does_not_end_the_save_of_the_first(path, nano, bothered
     assert len(messages(path, nano)) == 2
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_signal_that_is_ignored_stays_ignored(number):
+    before = signal.signal(number, signal.SIG_IGN)  # as nohup has it
+    try:
+        with unwound_when_ended():
+            signal.raise_signal(number)
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
 class Closed(io.StringIO):
     """A standard output whose reader has left, or whose disk is full, after so many pieces."""
 

@@ -14,6 +14,7 @@ from mlx_qwen35.commands.chat import main as chat
 from mlx_qwen35.commands.generate import main as command
 from mlx_qwen35.commands.output import print_pieces
 from mlx_qwen35.console import progress
+from mlx_qwen35.console.notices import tell
 from mlx_qwen35.console.progress import Step, seconds_left
 from mlx_qwen35.doctor import check, probe
 from mlx_qwen35.doctor.command import main as doctor
@@ -73,6 +74,17 @@ def test_on_a_terminal_a_step_makes_room_for_other_lines(stderr):
         print("image 1", file=stream)
         step(1, 2)
     assert stream.getvalue() == "\r\033[K⠋ prefill\r\033[Kimage 1\n\r\033[K⠙ prefill: 1 of 2 tokens, 50 %\r\033[K"
+
+
+def test_a_notice_stands_on_lines_of_its_own_beside_a_step_whose_name_has_lines(stderr):
+    stream = stderr(terminal=True)
+    with Step("reading\n  a.png\tb.png") as step:
+        begun(stream)
+        tell("image 1")
+        step.say("the\nend")
+    tell("done")
+    shown = "\r\033[K⠋ reading a.png b.png", "\r\033[Kimage 1\n", "\r\033[K⠙ the end", "\r\033[Kdone\n"
+    assert stream.getvalue() == "".join(shown)
 
 
 def test_the_spinner_turns_while_nothing_is_told(stderr, monkeypatch):

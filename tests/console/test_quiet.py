@@ -2,14 +2,17 @@
 
 import importlib
 import io
+import json
 import sys
 import threading
 import warnings
 from pathlib import Path
 
 import pytest
+from tasks.tools import WEATHER_TOOLS
 
 from mlx_qwen35.commands import chat, generate
+from mlx_qwen35.commands.chat.orders import help_text
 from mlx_qwen35.commands.umbrella import COMMANDS
 from mlx_qwen35.console import progress
 from mlx_qwen35.console.notices import be_quiet, quiet, tell
@@ -89,6 +92,17 @@ def test_generate_leaves_standard_error_empty(monkeypatch, capsys):
     assert run(generate, monkeypatch, capsys, *words)[1]
     out, err = run(generate, monkeypatch, capsys, *words, "-q")
     assert out and not err
+
+
+def test_chat_answers_a_command_and_asks_for_a_result(monkeypatch, capsys, tmp_path):
+    tools = tmp_path / "tools.json"
+    tools.write_text(json.dumps(WEATHER_TOOLS[:1]))
+    call = json.dumps({"city": "Paris"})
+    words = ("--model", "nano", "--temp", "0", "--no-enable-thinking", "-q")
+    lines = ("/help", "/set seed 7", f"/tools {tools}", "What is the weather in Paris?")
+    _, err = run(chat, monkeypatch, capsys, *words, stdin="\n".join(lines))
+    assert err.startswith(f"{help_text()}\nseed: 7\n") and f"result of get_weather({call})?" in err
+    assert err.count("\n") == help_text().count("\n") + 4  # and nothing else
 
 
 def test_chat_leaves_standard_error_empty(monkeypatch, capsys):

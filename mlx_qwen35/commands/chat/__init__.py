@@ -93,7 +93,7 @@ def main() -> None:
         with screen.opened():
             model, processor = load_model(args, folder)
             if standard_input().isatty():
-                screen.say(describe(name, model))
+                screen.note(describe(name, model))
             session = open_session(args.session, model, processor, options) if args.session else None
             conversation = session.conversation if session else Conversation(model, processor, **options)
             with closing(Talk(conversation, reader, screen, session, name)) as talk:

@@ -16,16 +16,17 @@ def save(talk: Talk, argument: str) -> None:
     path = Path(one_name(argument)).expanduser() if argument else None
     if path is None and talk.session is None:
         raise InputError("option_missing", "/save must name a file: no session is open")
-    if path is None or _is_open(talk, path):
-        talk.save()
+    if talk.session and (path is None or path.resolve() == talk.session.path):
+        talk.screen.say(talk.write(talk.session))
         return
+    assert path is not None
     file = SessionFile(path)
     try:
         if file.there:
             file.header()  # refuses a file that is no session
             raise InputError("output_unwritable", f"{path} is a session already: /load opens it, or name another file")
         session = Session(file, talk.conversation)
-        talk.write(session)
+        talk.screen.say(talk.write(session))
     except BaseException:
         file.close()
         raise
@@ -47,7 +48,7 @@ def load(talk: Talk, argument: str) -> None:
     if talk.session is None and any(message["role"] == "user" for message in conversation.messages):
         raise InputError("option_conflict", "this conversation is in no file: /save FILE keeps it, /reset forgets it")
     if talk.session and talk.session.changed:
-        talk.save()
+        talk.screen.note(talk.write(talk.session))
     options: dict[str, Any] = {"library": conversation.library, **conversation.options}
     options.pop("system_prompt", None)  # a session has its own
     with talk.screen.step(f"reading {path}"):

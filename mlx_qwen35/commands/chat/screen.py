@@ -8,7 +8,7 @@ from typing import Protocol
 
 from mlx_qwen35.commands.output import print_pieces, safe, tell_cut
 from mlx_qwen35.commands.session import tell_interrupted
-from mlx_qwen35.console.notices import tell
+from mlx_qwen35.console.notices import on_lines_of_its_own, tell
 from mlx_qwen35.console.progress import Step, duration
 from mlx_qwen35.engine.conversation import Conversation, Turn
 from mlx_qwen35.engine.result import Result
@@ -20,6 +20,9 @@ class Screen(Protocol):
 
     def say(self, text: str) -> None:
         """A confirmation, or what was asked for, as /help."""
+
+    def note(self, text: str) -> None:
+        """What nobody asked for, as the figures of an answer; with --quiet nothing."""
 
     def fail(self, text: str) -> None:
         """An error, or what could not be done."""
@@ -44,10 +47,15 @@ class PlainScreen:
         self._hide, self._verbose = hide_thinking, verbose
 
     def say(self, text: str) -> None:
+        with on_lines_of_its_own():
+            print(safe(text), file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
         tell(safe(text))
 
     def fail(self, text: str) -> None:
-        print(safe(text), file=sys.stderr, flush=True)
+        with on_lines_of_its_own():
+            print(safe(text), file=sys.stderr, flush=True)
 
     def opened(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -56,10 +64,9 @@ class PlainScreen:
         return Step(what, unit, timed)
 
     def answer(self, conversation: Conversation, turn: Turn) -> bool:
-        with self.step("prefill", "tokens", timed=True) as prefill:
-            turn.progress, turn.media_progress = prefill, prefill.images
+        with watched(turn, self) as prefill:
             try:
-                print_pieces(folded(turn, prefill, self.say) if self._hide else turn, prefill)
+                print_pieces(folded(turn, prefill, self.note) if self._hide else turn, prefill)
             except KeyboardInterrupt:
                 turn.cancel()
                 print()
@@ -67,9 +74,16 @@ class PlainScreen:
                     tell_interrupted(conversation, turn)
         if turn.result is None or not turn.result.tokens:
             return False
-        self.say(f"[{statistics(turn, turn.result) if self._verbose else summary(turn, turn.result)}]")
+        self.note(f"[{statistics(turn, turn.result) if self._verbose else summary(turn, turn.result)}]")
         tell_cut(turn.result, conversation.model, "/reset begins anew")
         return True
+
+
+def watched(turn: Turn, screen: Screen) -> Step:
+    """A step, to be entered, that shows how far a turn is: the images of its prompt, and then the prompt."""
+    step = screen.step("prefill", "tokens", timed=True)
+    turn.progress, turn.media_progress = step, step.images
+    return step
 
 
 def folded(turn: Turn, step: Step, say: Callable[[str], None]) -> Iterator[Piece]:

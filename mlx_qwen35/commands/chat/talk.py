@@ -122,21 +122,21 @@ class Talk:
 
     # --- its file ---
 
-    def save(self) -> None:
-        """Write the session that is open."""
-        assert self.session is not None
-        self.write(self.session)
-
-    def write(self, session: Session) -> None:
+    def write(self, session: Session) -> str:
+        """Save a session; a confirmation."""
         with self.screen.step(f"writing {session.path}"):
             nbytes = session.save()
         self._unsaved = False
-        self.screen.say(f"saved {session.path}, {nbytes / 1e6:,.1f} MB")
+        return f"saved {session.path}, {nbytes / 1e6:,.1f} MB"
 
     def open(self, session: Session) -> None:
-        """Go on in another session. The one before is let go of as it was saved."""
+        """Go on in another session. The one before is let go of as it was saved. Of another conversation no answer is
+        known.
+        """
         if self.session:
             self.session.close()
+        if session.conversation is not self.conversation:
+            self.last, self.figures = None, ""
         self.session, self.conversation = session, session.conversation
 
     def leave(self) -> None:
@@ -146,7 +146,7 @@ class Talk:
         failed, self._unsaved = self._unsaved, True
         if self.session and self.session.changed and not failed:
             try:
-                self.save()
+                self.screen.note(self.write(self.session))
             except InputError as error:
                 told = f"{error}. The conversation is not saved: /save FILE keeps it elsewhere, a second /exit leaves"
                 raise InputError(error.code, told) from error
@@ -156,7 +156,7 @@ class Talk:
         """Save what is new in the session, and let go of it. Where it cannot be saved it stays."""
         if self.session:
             if self.session.changed:
-                self.save()
+                self.screen.note(self.write(self.session))
             self.session.close()
             self.session = None
 

@@ -19,7 +19,7 @@ from rich.text import Text
 from rich.theme import Theme
 
 from mlx_qwen35.commands.chat.markdown import STYLES, blocks, rendered
-from mlx_qwen35.commands.chat.screen import folded, statistics, summary
+from mlx_qwen35.commands.chat.screen import folded, statistics, summary, watched
 from mlx_qwen35.commands.output import safe, tell_cut
 from mlx_qwen35.commands.session import tell_interrupted
 from mlx_qwen35.console import notices
@@ -47,6 +47,10 @@ class TerminalScreen:
     def fail(self, text: str) -> None:
         self._errors.print(Text(hung(safe(text), self._errors.width), "red"), soft_wrap=True)
 
+    def note(self, text: str) -> None:
+        if not notices.quiet():
+            self._console.print(Text(hung(safe(text), self._console.width), DIM), soft_wrap=True)
+
     def opened(self) -> AbstractContextManager[None]:
         return quiet(self._resumed)
 
@@ -60,10 +64,9 @@ class TerminalScreen:
     def answer(self, conversation: Conversation, turn: Turn) -> bool:
         self._answer = answer = _Answer(self._console)
         print(PASTES, end="", flush=True)
-        with self.step("prefill", "tokens", timed=True) as step:
-            turn.progress = step
+        with watched(turn, self) as step:
             try:
-                for piece in folded(turn, step, self._note) if self._hide else turn:
+                for piece in folded(turn, step, self.note) if self._hide else turn:
                     step.end()
                     answer.add(piece)
             except KeyboardInterrupt:
@@ -75,13 +78,9 @@ class TerminalScreen:
         if turn.result is None or not turn.result.tokens:
             tell_interrupted(conversation, turn)
             return False
-        self._note(statistics(turn, turn.result) if self._verbose else summary(turn, turn.result))
+        self.note(statistics(turn, turn.result) if self._verbose else summary(turn, turn.result))
         tell_cut(turn.result, conversation.model, "/reset begins anew")
         return True
-
-    def _note(self, text: str) -> None:
-        if not notices.quiet():
-            self._console.print(Text(text, DIM))
 
 
 def hung(text: str, width: int) -> str:
