@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.converted import Converted, converted, folder_of, hidden
-from mlx_qwen35.checkpoint.hub import is_local, latest, look
+from mlx_qwen35.checkpoint.hub import is_local, look
 from mlx_qwen35.convert.conversion import Conversion, with_default
 from mlx_qwen35.convert.plan import ConversionPlan, make_plan
 from mlx_qwen35.convert.progress import Told
@@ -72,12 +72,6 @@ def kept(name: str, recipe: str, revision: str | None = None) -> Converted | Non
     found = [one for one in converted(name) if one.recipe == recipe]
     same = [one for one in found if one.revision == revision]
     return next(iter(same or [one for one in found if revision and one.commit == revision]), None)
-
-
-def outdated(found: Converted) -> str:
-    """The commit that the hub has now, where a conversion was made from another one; "" where not, or not known."""
-    now = latest(found.name, found.revision)
-    return now if found.commit and now != found.commit else ""
 
 
 def refuse_quantized(plan: ConversionPlan, name: str) -> None:

@@ -134,15 +134,7 @@ def _kept(args: argparse.Namespace) -> Converted | None:
 
 def _told(found: Converted, why: str) -> Path:
     """The folder of a conversion, which is told in a line."""
-    from mlx_qwen35.convert.cached import outdated
-
     tell(f"{why}using the {found.recipe} conversion of {found.name} in {found.folder}")
-    if now := outdated(found):
-        tell(
-            f"{found.name} has changed since: the conversion is of commit {found.commit[:12]}, and the hub has "
-            f"{now[:12]}. Remove it to convert it anew ({as_typed('mlx_qwen35.models')} remove {found.name} --recipe "
-            f"{found.recipe}), or give --revision {now[:12]} to keep both"
-        )
     return found.folder
 
 

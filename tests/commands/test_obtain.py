@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from refusing import refused
 from serving_hub import Repository, hub
@@ -19,7 +20,7 @@ from terminal import Terminal, needs_tmux, ours
 from mlx_qwen35.checkpoint.converted import folder_of, hidden
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.commands import chat, generate, serve
-from mlx_qwen35.commands.obtain import RecipeOptions, load_model
+from mlx_qwen35.commands.obtain import RecipeOptions, load_model, settle
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.cached import KEPT, convert_cached
 from mlx_qwen35.options import options_of
@@ -74,6 +75,21 @@ def test_a_conversion_that_is_kept_is_used_and_told(kept, capfd, option, why):
     load_model(generate.parser().parse(["--model", "it/nano", *option]), "mlx_qwen35.generate")
     told = capfd.readouterr().err
     assert why in told and str(kept) in told
+
+
+@pytest.mark.parametrize("option", [LIMIT, ("--recipe", "4bit")])
+def test_the_hub_is_not_asked_where_a_conversion_that_is_kept_is_used(kept, monkeypatch, option):
+    asked = []
+
+    def request(*args, **given):
+        asked.append(args)
+        raise ConnectionError("down")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", request)
+    args = generate.parser().parse(["--model", "it/nano", *option])
+    load_model(args, "mlx_qwen35.generate")
+    assert settle(args, "mlx_qwen35.serve") == kept
+    assert not asked
 
 
 def test_a_conversion_of_another_revision_is_not_used(kept):
@@ -209,11 +225,11 @@ def test_ctrl_c_says_that_it_goes_on_and_ends_with_130(run, nano):
 
 
 @pytest.mark.full
-def test_a_newer_commit_is_told_and_a_revision_is_another_conversion(run, nano):
+def test_a_conversion_that_is_kept_asks_nobody_and_a_revision_is_another_one(run, nano):
     assert run("it/nano", "--recipe", "4bit")[0] == 0
-    nano.commit = "f" * 40
-    status, _, errors = run("it/nano", "--recipe", "4bit")
-    assert status == 0 and "f" * 12 in errors and len(asked(nano)) == 3
+    nano.commit, requests = "f" * 40, nano.requests
+    assert run("it/nano", "--recipe", "4bit")[0] == 0
+    assert nano.requests == requests and len(asked(nano)) == 3
     assert run("it/nano", "--recipe", "4bit", "--revision", "v1")[0] == 0
     assert len(asked(nano)) == 6 and folder_of("it/nano", "4bit", "v1").is_dir()
 
