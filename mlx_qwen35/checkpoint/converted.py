@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 from urllib.parse import quote, unquote
 
 from mlx_qwen35.errors import InputError
@@ -36,10 +37,15 @@ class Converted:
         return sum(_disk_bytes(place) for place in (self.folder, *hidden(self.folder)))
 
     def remove(self) -> None:
-        """Remove it. InputError where a process is making it, or it cannot be removed."""
-        with owned(self.folder):
+        """Remove it. InputError where a process is making it, or it cannot be removed.
+
+        It loses its name first: what is left where the removal is broken off is no conversion.
+        """
+        with owned(self.folder) as owned_place:
             try:
-                for place in (self.folder, *hidden(self.folder)):
+                if self.folder.is_dir():
+                    self.folder.rename(mkdtemp(dir=owned_place))
+                for place in hidden(self.folder):
                     if place.is_dir():
                         shutil.rmtree(place)
             except OSError as error:

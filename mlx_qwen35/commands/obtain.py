@@ -3,6 +3,7 @@
 import argparse
 import math
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -127,9 +128,20 @@ def _settled(args: argparse.Namespace) -> Path | None:
 def _kept(args: argparse.Namespace) -> Converted | None:
     """The largest of the conversions that are kept and fit."""
     loading = _Loading(args)
-    there = [one for one in converted(args.model) if one.revision == args.revision]
+    there = [one for one in converted(args.model) if one.revision == args.revision and _is_whole(one)]
     fitting = [one for one in there if loading.plan(open_checkpoint(one.folder)).fits]
     return max(fitting, key=lambda one: one.nbytes, default=None)
+
+
+def _is_whole(found: Converted) -> bool:
+    """Whether a conversion can be read; a damaged one is warned of."""
+    try:
+        open_checkpoint(found.folder)
+    except InputError as error:
+        remove = f"{as_typed('mlx_qwen35.models')} remove {found.name} --recipe {found.recipe}"
+        warnings.warn(f"a conversion is damaged and not used ({error}). Remove it: {remove}", UserWarning, stacklevel=2)
+        return False
+    return True
 
 
 def _told(found: Converted, why: str) -> Path:

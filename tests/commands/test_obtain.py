@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -75,6 +76,17 @@ def test_a_conversion_that_is_kept_is_used_and_told(kept, capfd, option, why):
     load_model(generate.parser().parse(["--model", "it/nano", *option]), "mlx_qwen35.generate")
     told = capfd.readouterr().err
     assert why in told and str(kept) in told
+
+
+def test_a_damaged_conversion_is_told_of_and_neither_used_nor_in_the_way(kept, capfd):
+    whole = convert(resolve("nano"), folder_of("it/nano", "mxfp4"), recipe="mxfp4", rounding="nearest")
+    next(kept.glob("*.safetensors")).write_bytes(b"")
+    with pytest.warns(UserWarning, match=re.escape(str(kept))):
+        load_model(generate.parser().parse(["--model", "it/nano", *LIMIT]), "mlx_qwen35.generate")
+    assert str(whole) in capfd.readouterr().err
+    next(whole.glob("*.safetensors")).write_bytes(b"")
+    with pytest.warns(UserWarning), refused("hub_failed"):  # the original is asked for, as without conversions
+        load_model(generate.parser().parse(["--model", "it/nano", *LIMIT]), "mlx_qwen35.generate")
 
 
 @pytest.mark.parametrize("option", [LIMIT, ("--recipe", "4bit")])
