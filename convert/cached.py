@@ -15,6 +15,7 @@ from mlx_qwen35.convert.plan import ConversionPlan, make_plan
 from mlx_qwen35.convert.progress import Told
 from mlx_qwen35.convert.recipes import DEFAULT, RECIPES, StorageOptions
 from mlx_qwen35.convert.supply import most_bytes
+from mlx_qwen35.convert.target import telling
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.options import spelled
 from mlx_qwen35.values import choice
@@ -50,7 +51,8 @@ def convert_cached(
     if found := kept(name, recipe, revision):
         return found.folder
     folder = folder_of(name, recipe, revision)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with telling(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
 
     def conversion(resume: bool) -> Conversion:
         return Conversion(

@@ -66,6 +66,14 @@ def test_a_local_model_is_refused_with_the_way_to_convert_it(tmp_path, home):
         convert_cached(str(tmp_path))
 
 
+@pytest.mark.parametrize("place", ["file/kept", "x" * 300, "~nobody of this name/kept"])
+def test_a_place_for_conversions_that_cannot_be_made_is_told(place, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MLX_QWEN35_HOME", place if place[0] == "~" else str(tmp_path / place))
+    with refused("output_unwritable", "MLX_QWEN35_HOME"):
+        convert_cached("it/nano")
+
+
 # --- what is kept, without the network -------------------------------------------------------------------------------
 
 
@@ -244,6 +252,14 @@ def test_a_conversion_that_is_kept_asks_nobody_and_a_revision_is_another_one(run
     assert nano.requests == requests and len(asked(nano)) == 3
     assert run("it/nano", "--recipe", "4bit", "--revision", "v1")[0] == 0
     assert len(asked(nano)) == 6 and folder_of("it/nano", "4bit", "v1").is_dir()
+
+
+def test_a_place_for_the_download_that_cannot_be_made_is_told(run):
+    place = hidden(folder_of("it/nano", "4bit"))[1]
+    place.parent.mkdir(parents=True)
+    place.touch()
+    status, _, errors = run("it/nano", "--recipe", "4bit")
+    assert status == 2 and "[output_unwritable]" in errors and "MLX_QWEN35_HOME" in errors and str(place) in errors
 
 
 @pytest.mark.full
