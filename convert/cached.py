@@ -9,12 +9,13 @@ from tempfile import TemporaryDirectory
 
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.converted import Converted, converted, folder_of, hidden
-from mlx_qwen35.checkpoint.hub import is_local, latest, look
+from mlx_qwen35.checkpoint.hub import is_local, look
 from mlx_qwen35.convert.conversion import Conversion, with_default
 from mlx_qwen35.convert.plan import ConversionPlan, make_plan
 from mlx_qwen35.convert.progress import Told
 from mlx_qwen35.convert.recipes import DEFAULT, RECIPES, StorageOptions
 from mlx_qwen35.convert.supply import most_bytes
+from mlx_qwen35.convert.target import telling
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.options import spelled
 from mlx_qwen35.values import choice
@@ -50,7 +51,8 @@ def convert_cached(
     if found := kept(name, recipe, revision):
         return found.folder
     folder = folder_of(name, recipe, revision)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with telling(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
 
     def conversion(resume: bool) -> Conversion:
         return Conversion(
@@ -72,12 +74,6 @@ def kept(name: str, recipe: str, revision: str | None = None) -> Converted | Non
     found = [one for one in converted(name) if one.recipe == recipe]
     same = [one for one in found if one.revision == revision]
     return next(iter(same or [one for one in found if revision and one.commit == revision]), None)
-
-
-def outdated(found: Converted) -> str:
-    """The commit that the hub has now, where a conversion was made from another one; "" where not, or not known."""
-    now = latest(found.name, found.revision)
-    return now if found.commit and now != found.commit else ""
 
 
 def refuse_quantized(plan: ConversionPlan, name: str) -> None:

@@ -75,7 +75,7 @@ class Conversion:
         twice = self.calibration is not None or self.evaluation is not None
         found = None if twice or is_local(self.name, self.revision) else published(str(self.name), self.revision)
         if found is not None and not isinstance(found, Path):
-            with owned(self.target) as place, telling(self.target):
+            with telling(self.target), owned(self.target) as place:
                 supply = Downloads(found, place, self.tell)
                 source = supply.prepare(lambda headers: self._judge(headers, supply))
                 if not self._reads_twice(source):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mlx_qwen35.checkpoint.converted import hidden
+from mlx_qwen35.checkpoint.converted import hidden, home
 from mlx_qwen35.console.notices import tell
 from mlx_qwen35.convert.apart import Reads, check_apart, key_of
 from mlx_qwen35.convert.exchange import exchange
@@ -98,7 +98,7 @@ def _claim(target: Path) -> int:
     lock = _lock(work, target)
     try:
         if any(work.iterdir()) and not _is_ours(work):
-            raise _foreign(work)
+            raise _foreign(work, target)
         if _is_ours(target):  # another conversion has placed its folder since we looked
             raise _busy(target)
         (work / JOURNAL).touch()
@@ -108,11 +108,11 @@ def _claim(target: Path) -> int:
     return lock
 
 
-def _foreign(folder: Path) -> InputError:
+def _foreign(folder: Path, target: Path) -> InputError:
     return InputError(
         "target_refused",
         f"the conversion needs the name {folder}, which holds something that no conversion of this version made. Move "
-        "or remove it, or choose another --mlx-path",
+        f"or remove it, or {_elsewhere(target)}",
     )
 
 
@@ -230,8 +230,14 @@ def telling(target: Path) -> Iterator[None]:
             raise InputError("disk_full", f"the disk is full, and {target} is not complete. Make room") from error
         raise InputError(
             "output_unwritable",
-            f"{target} could not be written: {error}. Check permissions and disk, or choose another --mlx-path",
+            f"{target} could not be written: {error}. Check permissions and disk, or {_elsewhere(target)}",
         ) from error
+
+
+def _elsewhere(target: Path) -> str:
+    """What to do for another place."""
+    kept = target.is_relative_to(home())
+    return "set MLX_QWEN35_HOME to a folder that can be written" if kept else "choose another --mlx-path"
 
 
 def prepare(target: Path, overwrite: bool, reads: Reads | None) -> None:

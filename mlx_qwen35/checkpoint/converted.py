@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 from urllib.parse import quote, unquote
 
 from mlx_qwen35.errors import InputError
@@ -36,14 +37,19 @@ class Converted:
         return sum(_disk_bytes(place) for place in (self.folder, *hidden(self.folder)))
 
     def remove(self) -> None:
-        """Remove it. InputError where a process is making it, or it cannot be removed."""
-        with owned(self.folder):
-            try:
-                for place in (self.folder, *hidden(self.folder)):
+        """Remove it. InputError where a process is making it, or it cannot be removed.
+
+        It loses its name first: what is left where the removal is broken off is no conversion.
+        """
+        try:
+            with owned(self.folder) as owned_place:
+                if self.folder.is_dir():
+                    self.folder.rename(mkdtemp(dir=owned_place))
+                for place in hidden(self.folder):
                     if place.is_dir():
                         shutil.rmtree(place)
-            except OSError as error:
-                raise InputError("output_unwritable", f"{self.folder} could not be removed: {error}") from error
+        except OSError as error:
+            raise InputError("output_unwritable", f"{self.folder} could not be removed: {error}") from error
         with suppress(OSError):  # others of the same repository may be there
             self.folder.parent.rmdir()
 
@@ -51,7 +57,10 @@ class Converted:
 def home() -> Path:
     """MLX_QWEN35_HOME, or mlx_qwen35 in the user's cache."""
     if own := os.environ.get("MLX_QWEN35_HOME"):
-        return Path(own).expanduser()
+        try:
+            return Path(own).expanduser()
+        except RuntimeError as error:
+            raise InputError("output_unwritable", f"MLX_QWEN35_HOME must name a folder, got {own}: {error}") from error
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx_qwen35"
 
 
@@ -79,7 +88,9 @@ def hidden(folder: Path) -> tuple[Path, Path]:
 
 def converted(name: str) -> list[Converted]:
     """The finished conversions of a repository."""
-    return [found for found in _of(folder_of(name, "any").parent) if found.finished]
+    with suppress(OSError):
+        return [found for found in _of(folder_of(name, "any").parent) if found.finished]
+    return []
 
 
 def all_converted() -> list[Converted]:

@@ -134,16 +134,6 @@ def _headers(found: "Published", revision: str | None) -> Iterator[Path | None]:
         yield folder
 
 
-def latest(repository: str, revision: str | None = None) -> str:
-    """The commit of a revision on the hub; "" where the hub does not tell."""
-    from huggingface_hub import HfApi
-
-    try:
-        return HfApi().model_info(repository, revision=revision, timeout=5).sha or ""
-    except failures():
-        return ""
-
-
 def is_local(name: str | Path, revision: str | None = None) -> bool:
     """Whether a checkpoint's name is that of a folder, or the bundled model. Raises InputError like `resolve`."""
     return _local(name, revision) is not None

@@ -3,6 +3,7 @@
 import argparse
 import math
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -127,22 +128,25 @@ def _settled(args: argparse.Namespace) -> Path | None:
 def _kept(args: argparse.Namespace) -> Converted | None:
     """The largest of the conversions that are kept and fit."""
     loading = _Loading(args)
-    there = [one for one in converted(args.model) if one.revision == args.revision]
+    there = [one for one in converted(args.model) if one.revision == args.revision and _is_whole(one)]
     fitting = [one for one in there if loading.plan(open_checkpoint(one.folder)).fits]
     return max(fitting, key=lambda one: one.nbytes, default=None)
 
 
+def _is_whole(found: Converted) -> bool:
+    """Whether a conversion can be read; a damaged one is warned of."""
+    try:
+        open_checkpoint(found.folder)
+    except InputError as error:
+        remove = f"{as_typed('mlx_qwen35.models')} remove {found.name} --recipe {found.recipe}"
+        warnings.warn(f"a conversion is damaged and not used ({error}). Remove it: {remove}", UserWarning, stacklevel=2)
+        return False
+    return True
+
+
 def _told(found: Converted, why: str) -> Path:
     """The folder of a conversion, which is told in a line."""
-    from mlx_qwen35.convert.cached import outdated
-
     tell(f"{why}using the {found.recipe} conversion of {found.name} in {found.folder}")
-    if now := outdated(found):
-        tell(
-            f"{found.name} has changed since: the conversion is of commit {found.commit[:12]}, and the hub has "
-            f"{now[:12]}. Remove it to convert it anew ({as_typed('mlx_qwen35.models')} remove {found.name} --recipe "
-            f"{found.recipe}), or give --revision {now[:12]} to keep both"
-        )
     return found.folder
 
 

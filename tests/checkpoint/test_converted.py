@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,23 @@ def test_what_is_removed_takes_nothing_and_leaves_the_others(kept):
     assert not first.exists() and second.is_dir()
     found["8bit"].remove()
     assert all_converted() == [] and list((kept / "models").iterdir()) == []
+
+
+def test_a_removal_that_is_broken_off_leaves_no_half_conversion_and_can_be_given_again(kept, monkeypatch):
+    folder = make("Org/A", "4bit")
+
+    def killed(place: Path, **_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        converted("Org/A")[0].remove()
+    assert not folder.exists() and converted("Org/A") == []
+    (left,) = all_converted()
+    assert not left.finished and left.nbytes >= 100_000
+    make("Org/A", "4bit")
+    converted("Org/A")[0].remove()
+    assert all_converted() == []
 
 
 def test_what_a_process_is_making_is_not_removed_and_the_process_is_named():

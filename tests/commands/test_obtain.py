@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from refusing import refused
 from serving_hub import Repository, hub
@@ -19,7 +21,7 @@ from terminal import Terminal, needs_tmux, ours
 from mlx_qwen35.checkpoint.converted import folder_of, hidden
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.commands import chat, generate, serve
-from mlx_qwen35.commands.obtain import RecipeOptions, load_model
+from mlx_qwen35.commands.obtain import RecipeOptions, load_model, settle
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.cached import KEPT, convert_cached
 from mlx_qwen35.options import options_of
@@ -64,6 +66,14 @@ def test_a_local_model_is_refused_with_the_way_to_convert_it(tmp_path, home):
         convert_cached(str(tmp_path))
 
 
+@pytest.mark.parametrize("place", ["file/kept", "x" * 300, "~nobody of this name/kept"])
+def test_a_place_for_conversions_that_cannot_be_made_is_told(place, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MLX_QWEN35_HOME", place if place[0] == "~" else str(tmp_path / place))
+    with refused("output_unwritable", "MLX_QWEN35_HOME"):
+        convert_cached("it/nano")
+
+
 # --- what is kept, without the network -------------------------------------------------------------------------------
 
 
@@ -74,6 +84,32 @@ def test_a_conversion_that_is_kept_is_used_and_told(kept, capfd, option, why):
     load_model(generate.parser().parse(["--model", "it/nano", *option]), "mlx_qwen35.generate")
     told = capfd.readouterr().err
     assert why in told and str(kept) in told
+
+
+def test_a_damaged_conversion_is_told_of_and_neither_used_nor_in_the_way(kept, capfd):
+    whole = convert(resolve("nano"), folder_of("it/nano", "mxfp4"), recipe="mxfp4", rounding="nearest")
+    next(kept.glob("*.safetensors")).write_bytes(b"")
+    with pytest.warns(UserWarning, match=re.escape(str(kept))):
+        load_model(generate.parser().parse(["--model", "it/nano", *LIMIT]), "mlx_qwen35.generate")
+    assert str(whole) in capfd.readouterr().err
+    next(whole.glob("*.safetensors")).write_bytes(b"")
+    with pytest.warns(UserWarning), refused("hub_failed"):  # the original is asked for, as without conversions
+        load_model(generate.parser().parse(["--model", "it/nano", *LIMIT]), "mlx_qwen35.generate")
+
+
+@pytest.mark.parametrize("option", [LIMIT, ("--recipe", "4bit")])
+def test_the_hub_is_not_asked_where_a_conversion_that_is_kept_is_used(kept, monkeypatch, option):
+    asked = []
+
+    def request(*args, **given):
+        asked.append(args)
+        raise ConnectionError("down")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", request)
+    args = generate.parser().parse(["--model", "it/nano", *option])
+    load_model(args, "mlx_qwen35.generate")
+    assert settle(args, "mlx_qwen35.serve") == kept
+    assert not asked
 
 
 def test_a_conversion_of_another_revision_is_not_used(kept):
@@ -209,13 +245,21 @@ def test_ctrl_c_says_that_it_goes_on_and_ends_with_130(run, nano):
 
 
 @pytest.mark.full
-def test_a_newer_commit_is_told_and_a_revision_is_another_conversion(run, nano):
+def test_a_conversion_that_is_kept_asks_nobody_and_a_revision_is_another_one(run, nano):
     assert run("it/nano", "--recipe", "4bit")[0] == 0
-    nano.commit = "f" * 40
-    status, _, errors = run("it/nano", "--recipe", "4bit")
-    assert status == 0 and "f" * 12 in errors and len(asked(nano)) == 3
+    nano.commit, requests = "f" * 40, nano.requests
+    assert run("it/nano", "--recipe", "4bit")[0] == 0
+    assert nano.requests == requests and len(asked(nano)) == 3
     assert run("it/nano", "--recipe", "4bit", "--revision", "v1")[0] == 0
     assert len(asked(nano)) == 6 and folder_of("it/nano", "4bit", "v1").is_dir()
+
+
+def test_a_place_for_the_download_that_cannot_be_made_is_told(run):
+    place = hidden(folder_of("it/nano", "4bit"))[1]
+    place.parent.mkdir(parents=True)
+    place.touch()
+    status, _, errors = run("it/nano", "--recipe", "4bit")
+    assert status == 2 and "[output_unwritable]" in errors and "MLX_QWEN35_HOME" in errors and str(place) in errors
 
 
 @pytest.mark.full
