@@ -17,7 +17,7 @@ from mlx_qwen35.checkpoint.hub import is_local, look
 from mlx_qwen35.checkpoint.shapes import text_shapes
 from mlx_qwen35.console import run
 from mlx_qwen35.console.interrupt import as_typed
-from mlx_qwen35.console.notices import tell
+from mlx_qwen35.console.notices import quiet, tell
 from mlx_qwen35.console.options import add_options, given_options
 from mlx_qwen35.console.progress import Step
 from mlx_qwen35.console.streams import standard_input
@@ -178,7 +178,7 @@ def _instead(args: argparse.Namespace, refusal: InputError, command: str) -> Pat
         facts = _facts(loading, planned, name, revision)
     typed = f"{as_typed(command)} --model {name}{f' --revision {revision}' if revision else ''} --recipe {OFFERED}"
     first = str(refusal).split(". Convert it")[0]
-    if not (standard_input().isatty() and sys.stderr.isatty()):
+    if quiet() or not (standard_input().isatty() and sys.stderr.isatty()):
         raise InputError(refusal.code, f"{first}. {facts}. That is done by\n  {typed}") from refusal
     print(f"{first}.\n{facts}.\nDo that now? [Y/n] ", end="", file=sys.stderr, flush=True)
     if standard_input().readline().strip().lower() not in ("", "y", "yes"):

@@ -22,6 +22,7 @@ from mlx_qwen35.checkpoint.converted import folder_of, hidden
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.commands import chat, generate, serve
 from mlx_qwen35.commands.obtain import RecipeOptions, load_model, settle
+from mlx_qwen35.console.notices import be_quiet
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.cached import KEPT, convert_cached
 from mlx_qwen35.options import options_of
@@ -110,6 +111,15 @@ def test_the_hub_is_not_asked_where_a_conversion_that_is_kept_is_used(kept, monk
     load_model(args, "mlx_qwen35.generate")
     assert settle(args, "mlx_qwen35.serve") == kept
     assert not asked
+
+
+def test_quiet_tells_nothing_of_it(kept, capfd, monkeypatch):
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # which --quiet sets
+    try:
+        load_model(generate.parser().parse(["--model", "it/nano", "--quiet", *LIMIT]), "mlx_qwen35.generate")
+    finally:
+        be_quiet(False)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_conversion_of_another_revision_is_not_used(kept):
@@ -271,11 +281,17 @@ def test_what_is_quantized_or_closed_is_refused(run, nano, tmp_path):
     assert status == 2 and "[hub_failed]" in errors and "hf auth login" in errors
 
 
-@pytest.mark.full
-@pytest.mark.parametrize(("answer", "status"), [("\n", 0), ("n\n", 2)])
-def test_at_a_terminal_it_is_asked(run, answer, status):
+@pytest.mark.parametrize(
+    ("options", "answer", "status"),
+    [
+        pytest.param((), "\n", 0, marks=pytest.mark.full),
+        pytest.param((), "n\n", 2, marks=pytest.mark.full),
+        (("--quiet",), "", 2),
+    ],
+)
+def test_at_a_terminal_it_is_asked_unless_nothing_may_be_written(run, options, answer, status):
     terminal, end = pty.openpty()
-    process = run.start("it/nano", *LIMIT, stdin=end, stderr=end)
+    process = run.start("it/nano", *LIMIT, *options, stdin=end, stderr=end)
     os.close(end)
     text, deadline = "", time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
@@ -288,7 +304,7 @@ def test_at_a_terminal_it_is_asked(run, answer, status):
         if text.rstrip().endswith("[Y/n]"):
             os.write(terminal, answer.encode())
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == status and "[Y/n]" in text, text
+    assert process.returncode == status and ("[Y/n]" in text) == (not options), text
     assert (output.split() or [""])[-1] == ("92" if status == 0 else "")
     os.close(terminal)
 
