@@ -5,8 +5,9 @@ import sys
 
 import pytest
 from refusing import refused
+from rich.console import Console
 
-from mlx_qwen35.commands.chat.markdown import blocks
+from mlx_qwen35.commands.chat.markdown import blocks, rendered
 from mlx_qwen35.commands.chat.reader import PlainReader
 from mlx_qwen35.commands.output import safe
 
@@ -66,3 +67,23 @@ def test_no_control_character_is_left_but_line_ends_and_tabs():
     controls = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0)]))
     assert not set(safe(controls)) & (set(controls) - {"\n", "\t"})
     assert safe("a\r\nb\tc é 日本 👩‍💻") == "a\nb\tc é 日本 👩‍💻"
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("2*3*4 = 24", "2*3*4 = 24"),
+        ("(a)*b*(c) is x**2**3", "(a)*b*(c) is x**2**3"),
+        ("see __init__ of a~~b~~c", "see __init__ of a~~b~~c"),
+        ("*one* **two** _three_ ~~four~~, **五**六", "one two three four, 五六"),
+        ("3) a\n7) b", " 3) a\n 7) b"),
+        ("9. a\n10. b\n    - c", "  9. a\n 10. b\n      • c"),
+        ("|a|b|\n|-|-|\n|1|2| |", " a  b\n ────\n 1  2"),
+        ("|a|b|\n|-|-|\n|1|2|\n|3|4|5|", "|a|b|\n|-|-|\n|1|2|\n|3|4|5|"),
+        ('[x](https://a.b "of c")', 'x (https://a.b "of c")'),
+    ],
+)
+def test_nothing_that_was_written_is_left_out_of_an_answer(written, shown):
+    console = Console(file=io.StringIO(), width=80)
+    console.print(rendered(console, written), soft_wrap=True, end="")
+    assert console.file.getvalue() == shown

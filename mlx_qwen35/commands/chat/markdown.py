@@ -1,25 +1,70 @@
 """Markdown of an answer, block by block, for a terminal: nothing that the model wrote is left out."""
 
+import re
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 from markdown_it import MarkdownIt
+from markdown_it.rules_block.state_block import StateBlock
+from markdown_it.rules_block.table import escapedSplit, getLine, table
+from markdown_it.rules_inline.state_inline import StateInline
 from markdown_it.token import Token
 from pygments.token import Comment, Generic, Keyword, Name, Number, String
 from pygments.token import Token as Code
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from rich.markdown import CodeBlock, Heading, HorizontalRule, ListItem, Markdown, TableElement
+from rich.markdown import CodeBlock, Heading, HorizontalRule, ListElement, ListItem, Markdown, TableElement
 from rich.segment import Segment, Segments
 from rich.style import Style
 from rich.syntax import ANSISyntaxTheme, Syntax
 from rich.text import Text
 
+_OPERAND, _NEXT_OPERAND = re.compile(r"[0-9A-Za-z)\]}]"), re.compile(r"[0-9A-Za-z(\[{]")
+
+
+def _as_written(state: StateInline, silent: bool) -> bool:
+    """Stars between operands are no emphasis, as in 2*3*4, nor are two underscores, as in __init__."""
+    run = re.compile(r"\*+|_+|~+").match(state.src, state.pos, state.posMax)
+    if not run:
+        return False
+    inside = _OPERAND.match(state.src, run.start() - 1) if run.start() else None
+    if not (inside and _NEXT_OPERAND.match(state.src, run.end())) and run[0][:2] != "__":
+        return False
+    state.pos = run.end()
+    if not silent:
+        state.pending += run[0]
+    return True
+
+
+def _whole_table(state: StateBlock, start: int, end: int, silent: bool) -> bool:
+    """A table none of whose rows has more cells than columns: Markdown would leave those out."""
+    before, line = len(state.tokens), state.line
+    if not table(state, start, end, silent):
+        return False
+    columns = sum(token.type == "th_open" for token in state.tokens[before:])
+    if silent or not any(len(_cells(state, row)) > columns for row in range(start + 2, state.line)):
+        return True
+    del state.tokens[before:]
+    state.line = line
+    return False
+
+
+def _cells(state: StateBlock, row: int) -> list[str]:
+    """The cells of a row but for empty ones at its end."""
+    text = getLine(state, row).strip().removeprefix("|")
+    cells = [cell.strip() for cell in escapedSplit(text)]
+    while cells and not cells[-1]:
+        cells.pop()
+    return cells
+
+
 # Without what would take text away: tags, escapes (LaTeX has \( and \{), and definitions of links, which are not shown.
 # A line of dashes is a rule, and makes no heading of the line before it.
 _PARSER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 _PARSER.disable(["html_block", "html_inline", "image", "entity", "escape", "reference", "lheading"])
+_PARSER.inline.ruler.before("strikethrough", "as_written", _as_written)
+_PARSER.block.ruler.at("table", _whole_table, {"alt": ["paragraph", "reference"]})
 
 # Readable on light and on dark.
 STYLES = {
@@ -55,6 +100,8 @@ def rendered(console: Console, block: str) -> RenderableType:
     tokens = _PARSER.parse(block)
     for child in (child for token in tokens for child in token.children or ()):
         child.type = child.type.replace("softbreak", "hardbreak")
+        if title := child.attrs.get("title"):
+            child.attrs["href"] = f'{child.attrs["href"]} "{title}"'
     if len(tokens) == 1 and tokens[0].type in ("fence", "code_block"):
         code = _highlighted(tokens[0].content, tokens[0].info)
         return Text("\n").join([Text(f"── {tokens[0].info}".rstrip(), "dim"), code, Text("──", "dim")])
@@ -97,8 +144,25 @@ class _Code(CodeBlock):
 
 
 class _Item(ListItem):
-    def render_number(self, console: Console, options: ConsoleOptions, number: Any, last_number: Any) -> RenderResult:
-        return super().render_number(console, options, cast(int, f"{number}."), cast(int, f"{last_number}."))
+    number = ""  # as it was written
+
+    @classmethod
+    def create(cls, markdown: Markdown, token: Token) -> "_Item":
+        item = cls()
+        item.number = f"{token.info}{token.markup}"
+        return item
+
+
+class _List(ListElement):
+    """A list that keeps its numbers."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        numbers: Any = [getattr(item, "number", "") for item in self.items]
+        for item, number in zip(self.items, numbers, strict=True):
+            if self.list_type == "bullet_list_open":
+                yield from item.render_bullet(console, options)
+            else:
+                yield from item.render_number(console, options, number, max(numbers, key=len))
 
 
 class _Rule(HorizontalRule):
@@ -120,7 +184,7 @@ class _Table(TableElement):
 class _Markdown(Markdown):
     elements = Markdown.elements | {
         "heading_open": _Heading, "fence": _Code, "code_block": _Code, "hr": _Rule, "table_open": _Table,
-        "list_item_open": _Item,
+        "list_item_open": _Item, "ordered_list_open": _List, "bullet_list_open": _List,
     }  # fmt: skip
 
     def __init__(self, tokens: list[Token]):
