@@ -122,13 +122,13 @@ def test_a_signal_does_not_end_the_last_save(run, path, nano, bothered):
 @pytest.mark.parametrize("first", [signal.SIGHUP, signal.SIGTERM])
 def test_a_second_signal_does_not_end_the_save_of_the_first(path, nano, bothered, first):
     session = Session.load(path, *nano, **OPTIONS)
-    with pytest.raises(SystemExit) as ended, unwound_when_ended():
-        with closing(Talk(session.conversation, PlainReader(), PlainScreen(), session)) as talk:
-            talk.take("Who are you?")
-            try:
-                signal.raise_signal(first)
-            finally:
-                signal.raise_signal(signal.SIGINT)  # before the save begins
+    talk = Talk(session.conversation, PlainReader(), PlainScreen(), session)
+    with pytest.raises(SystemExit) as ended, unwound_when_ended(), closing(talk):
+        talk.take("Who are you?")
+        try:
+            signal.raise_signal(first)
+        finally:
+            signal.raise_signal(signal.SIGINT)  # before the save begins
     assert ended.value.code == 128 + first and bothered
     assert len(messages(path, nano)) == 2
 

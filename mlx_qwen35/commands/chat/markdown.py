@@ -174,11 +174,11 @@ class _Table(TableElement):
     """A table whose cells are broken where they are too narrow for a word."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for table in super().__rich_console__(console, options):
-            columns: Any = getattr(table, "columns", ())
+        for part in super().__rich_console__(console, options):
+            columns: Any = getattr(part, "columns", ())
             for column in columns:
                 column.overflow = "fold"
-            yield table
+            yield part
 
 
 class _Markdown(Markdown):
