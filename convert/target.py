@@ -214,7 +214,7 @@ def _restore(target: Path) -> None:
         return
     ours = _is_replaced(replaced, work)
     if os.path.lexists(target) or not (ours or _is_checkpoint(replaced)) or replaced.is_symlink():
-        raise _foreign(replaced)
+        raise _foreign(replaced, target)
     os.rename(replaced, target)
     if not ours:  # no journal says who moved it: it stays
         check_target(target, overwrite=False)
