@@ -136,13 +136,14 @@ class EmptyAnswer(RuntimeWarning):
 class InputError(ValueError):
     """Something the caller can mend: a path, a file, an option, a prompt. The commands print it without a traceback.
 
-    code: one of CODES, which says what each means. str() is the message.
+    code: one of CODES, which says what each means. fault: the message without its advice, where that was given apart.
+    str() is all of the message.
     """
 
-    def __init__(self, code: str, message: str):
+    def __init__(self, code: str, fault: str, advice: str = ""):
         assert code in CODES, f"{code} is not among the codes of {__name__}"
-        super().__init__(code, message)
-        self.code = code
+        super().__init__(*filter(None, (code, fault, advice)))
+        self.code, self.fault = code, fault
 
     def __str__(self) -> str:
-        return self.args[1]
+        return ". ".join(self.args[1:])

@@ -27,8 +27,8 @@ class Repository:
 
     gated: its files are refused. parts: whether a part of a file can be asked for. checksums: whether the hub tells
     those of the weights, as of files in its large storage, right or `wrong`. before: called with the path and the
-    position of each piece of a file; True breaks the connection. down: how many of the first requests for what
-    the hub tells of it are answered with 503. requests: how many there were, for files or for what is told of them.
+    position of each piece of a file; True breaks the connection. down: requests for its list of files up to this
+    one, counting all, are answered with 503. requests: how many there were, of files too.
     """
 
     folder: Path

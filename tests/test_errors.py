@@ -39,6 +39,8 @@ def test_every_code_that_is_raised_is_listed_and_the_other_way_round():
 def test_an_error_is_its_message_and_keeps_its_code_through_a_pickle():
     error = pickle.loads(pickle.dumps(InputError("option_invalid", "temp must be a number")))
     assert (str(error), error.code) == ("temp must be a number", "option_invalid")
+    error = pickle.loads(pickle.dumps(InputError("memory_exceeded", "it needs 9 GB", "Choose another")))
+    assert (error.fault, str(error)) == ("it needs 9 GB", "it needs 9 GB. Choose another")
 
 
 def test_an_unlisted_code_is_our_own_mistake():

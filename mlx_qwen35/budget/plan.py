@@ -239,10 +239,9 @@ def check_model_fits(checkpoint: Checkpoint, dtype: mx.Dtype, limit: int, name: 
     fits_packed = plan.text - plan.weights * (1 - PACKED) <= plan.machine.limit
     if checkpoint.raw and not checkpoint.config.quantization and fits_packed:
         way = f"Convert it to 4 bit, about 3 times smaller:\n  {to_4bit(name)}"
-        raise InputError("memory_exceeded", f"{need}; {has}. {way}")
-    raise InputError(
-        "memory_exceeded", f"{need}; {has}. Choose a folder with fewer bits, or a smaller model of the family"
-    )
+        raise InputError("memory_exceeded", f"{need}; {has}", way)
+    way = "Choose a folder with fewer bits, or a smaller model of the family"
+    raise InputError("memory_exceeded", f"{need}; {has}", way)
 
 
 def _gb(count: float) -> str:

@@ -127,8 +127,8 @@ def open_checkpoint(folder: Path, *, fp8: bool = False, rope_scaling: str | None
     if scales and not fp8:
         raise InputError(
             "fp8_not_runnable",
-            f"{folder} holds FP8 weights with block scales, which MLX does not compute with. Convert it first: "
-            f"mlx_qwen35.convert --hf-path {folder} --mlx-path OUT",
+            f"{folder} holds FP8 weights with block scales, which MLX does not compute with",
+            f"Convert it first: mlx_qwen35.convert --hf-path {folder} --mlx-path OUT",
         )
     has_head = any(name.startswith(MTP) for name in entries)
     head = draft_head.declared(folder) if has_head else draft_head.Declared()

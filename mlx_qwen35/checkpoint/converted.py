@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from tempfile import mkdtemp
-from urllib.parse import quote, unquote
+from urllib import parse
 
 from mlx_qwen35.errors import InputError
 
@@ -66,7 +67,7 @@ def home() -> Path:
 
 def folder_of(name: str, recipe: str, revision: str | None = None) -> Path:
     """Where the conversion of a repository is kept, whether or not it is there. No id has a double hyphen."""
-    at = f"@{quote(revision, safe='')}" if revision else ""
+    at = f"@{parse.quote(revision, safe='')}" if revision else ""
     return home() / "models" / name.replace("/", "--") / f"{recipe}{at}"
 
 
@@ -74,7 +75,7 @@ def to_4bit(name: str) -> str:
     """What is typed to convert a model of this name to 4 bit."""
     if Path(name).expanduser().exists():
         folder = f"{name.rstrip('/').split('/')[-1]}-4bit"
-        return f"mlx_qwen35.convert --hf-path {name} --mlx-path {folder} --recipe 4bit"
+        return f"mlx_qwen35.convert --hf-path {quote(name)} --mlx-path {quote(folder)} --recipe 4bit"
     return (
         f"mlx_qwen35.generate --model {name} --recipe 4bit\nor in Python\n"
         f"  load(mlx_qwen35.convert.convert_cached({name!r}, recipe='4bit'))"
@@ -107,7 +108,8 @@ def _of(place: Path) -> Iterator[Converted]:
         folder = place / key
         finished = (folder / "config.json").is_file()
         commit = _commit(folder) if finished else ""
-        yield Converted(place.name.replace("--", "/", 1), recipe, unquote(revision) or None, folder, commit, finished)
+        name = place.name.replace("--", "/", 1)
+        yield Converted(name, recipe, parse.unquote(revision) or None, folder, commit, finished)
 
 
 def _key(path: Path) -> str:

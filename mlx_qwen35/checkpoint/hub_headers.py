@@ -118,7 +118,7 @@ def called(folder: Path, repository: str) -> Iterator[None]:
         try:
             yield
         except InputError as error:
-            raise InputError(error.code, str(error).replace(str(folder), repository)) from error
+            raise InputError(error.code, *(part.replace(str(folder), repository) for part in error.args[1:])) from error
     for warning in told:
         warnings.warn(str(warning.message).replace(str(folder), repository), warning.category, stacklevel=5)
 

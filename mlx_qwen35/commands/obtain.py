@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -19,7 +20,6 @@ from mlx_qwen35.console import run
 from mlx_qwen35.console.interrupt import as_typed
 from mlx_qwen35.console.notices import quiet, tell
 from mlx_qwen35.console.options import add_options, given_options
-from mlx_qwen35.console.progress import Step
 from mlx_qwen35.console.streams import standard_input
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import LoadOptions, choose_dtype
@@ -153,12 +153,13 @@ def _told(found: Converted, why: str) -> Path:
 def _converted(name: str, recipe: str, revision: str | None) -> Path:
     """Make a conversion, with progress on stderr."""
     from mlx_qwen35.convert import convert_cached
+    from mlx_qwen35.convert.progress import downloading
 
     if not is_local(name, revision):  # which is refused
         tell(f"making the {recipe} conversion of {name} in {folder_of(name, recipe, revision)}")
     try:
-        with Step("downloading and converting", "B") as step:
-            return convert_cached(name, recipe, revision, progress=step.told)
+        with downloading("downloading and converting") as told:
+            return convert_cached(name, recipe, revision, progress=told)
     except KeyboardInterrupt:
         tell("interrupted: the same command goes on where this one was")
         raise
@@ -176,11 +177,11 @@ def _instead(args: argparse.Namespace, refusal: InputError, command: str) -> Pat
         raise refusal
     with _offered(args, refusal) as (loading, planned):
         facts = _facts(loading, planned, name, revision)
-    typed = f"{as_typed(command)} --model {name}{f' --revision {revision}' if revision else ''} --recipe {OFFERED}"
-    first = str(refusal).split(". Convert it")[0]
+    at = f" --revision {shlex.quote(revision)}" if revision else ""
+    typed = f"{as_typed(command)} --model {name}{at} --recipe {OFFERED}"
     if quiet() or not (standard_input().isatty() and sys.stderr.isatty()):
-        raise InputError(refusal.code, f"{first}. {facts}. That is done by\n  {typed}") from refusal
-    print(f"{first}.\n{facts}.\nDo that now? [Y/n] ", end="", file=sys.stderr, flush=True)
+        raise InputError(refusal.code, f"{refusal.fault}. {facts}. That is done by\n  {typed}") from refusal
+    print(f"{refusal.fault}.\n{facts}.\nDo that now? [Y/n] ", end="", file=sys.stderr, flush=True)
     if standard_input().readline().strip().lower() not in ("", "y", "yes"):
         raise InputError(refusal.code, f"{name} was not converted. To do it later:\n  {typed}") from refusal
     return _converted(name, OFFERED, revision)
@@ -197,10 +198,9 @@ def _offered(args: argparse.Namespace, refusal: InputError) -> Iterator[tuple[_L
         try:
             _check_fits(loading, planned.checkpoint, f"its {OFFERED} conversion")
         except InputError as error:
-            fault = str(error).split(". Choose")[0]
             raise InputError(
                 refusal.code,
-                f"{args.model} does not fit into memory: even {fault}. Choose a smaller model of the family; "
+                f"{args.model} does not fit into memory: even {error.fault}. Choose a smaller model of the family; "
                 "mlx_qwen35 models fit lists what fits",
             ) from refusal
         check_space(planned.disk, folder_of(args.model, OFFERED, args.revision), planned.most - planned.disk)

@@ -2,13 +2,14 @@
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 from refusing import refused
 
-from mlx_qwen35.checkpoint.converted import all_converted, converted, folder_of, hidden, home, owned
+from mlx_qwen35.checkpoint.converted import all_converted, converted, folder_of, hidden, home, owned, to_4bit
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +86,14 @@ def test_a_removal_that_is_broken_off_leaves_no_half_conversion_and_can_be_given
     make("Org/A", "4bit")
     converted("Org/A")[0].remove()
     assert all_converted() == []
+
+
+def test_the_command_that_converts_a_folder_takes_any_name(tmp_path):
+    folder = tmp_path / "my model"
+    folder.mkdir()
+    words = shlex.split(to_4bit(str(folder)))
+    assert words[words.index("--hf-path") + 1] == str(folder)
+    assert words[words.index("--mlx-path") + 1] == "my model-4bit"
 
 
 def test_what_a_process_is_making_is_not_removed_and_the_process_is_named():

@@ -23,7 +23,7 @@ from mlx_qwen35.checkpoint.random import geometry, write_headers
 from mlx_qwen35.commands.umbrella import COMMANDS
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.plan import make_plan
-from mlx_qwen35.convert.planned import planned, write_holes
+from mlx_qwen35.convert.planned import planned
 from mlx_qwen35.convert.recipes import RECIPES, StorageOptions
 from mlx_qwen35.doctor import main
 from mlx_qwen35.doctor.advice import advice
@@ -44,7 +44,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def packed(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same by recipe 4bit."""
-    return write_holes(make_plan(raw, StorageOptions("4bit")), tmp_path_factory.mktemp("4b-4bit"))
+    return make_plan(raw, StorageOptions("4bit")).write_headers(tmp_path_factory.mktemp("4b-4bit"))
 
 
 @pytest.fixture(autouse=True)
