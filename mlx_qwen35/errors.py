@@ -95,6 +95,7 @@ CODES = {
     "media_type_wrong": "a web page, an image in the place of a video, or the like",
     "media_too_large": "there are more pixels or bytes than allowed",
     "document_locked": "a PDF is encrypted with a password",
+    "document_too_slow": "a page of a PDF takes too long to draw",
     "pages_invalid": "pages are chosen that a PDF does not have",
     "image_unsupported": "colours or sample formats that do not turn into RGB",
     "array_invalid": "an array is of the wrong shape, dtype or range",

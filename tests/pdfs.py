@@ -47,6 +47,18 @@ def locked() -> bytes:
     )  # fmt: skip
 
 
+def nested(depth: int, times: int) -> bytes:
+    """A page that draws a form so many times, which draws the next so many times, and so on: times ** depth lines."""
+    forms = []
+    for number in range(5, 5 + depth):
+        last = number == 4 + depth
+        content = "0 0 m 96 48 l S" if last else "/F Do " * times
+        inner = "" if last else f"/Resources << /XObject << /F {number + 1} 0 R >> >>"
+        head = f"<< /Type /XObject /Subtype /Form /BBox [0 0 96 48] {inner} /Length {len(content)} >>"
+        forms.append(f"{head}\nstream\n{content}\nendstream")
+    return pdf(page("/F Do " * times, more="/Resources << /XObject << /F 5 0 R >> >>"), objects=forms)
+
+
 def photographed(*images: np.ndarray, dpi: int = 144) -> bytes:
     """A file in which each page is a picture, stored without loss."""
     out = io.BytesIO()

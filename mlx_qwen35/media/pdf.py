@@ -1,12 +1,17 @@
 """A PDF document -> its pages, drawn one at a time by PDFium, at the size that is asked for.
 
-A document keeps a copy of its file, of which a large one is on disk, and the page that was drawn last. So memory does
-not grow with its pages, and the file may change or go.
+A document keeps a copy of its file on disk, and the page that was drawn last. So memory does not grow with its pages,
+and the file may change or go. PDFium works in a process of its own, see pdfium.py: no PDF can stop or end this one.
 """
 
+import importlib.util
+import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import weakref
@@ -19,6 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 import numpy as np
 
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.media import pdfium
 from mlx_qwen35.media.decoded import Size
 from mlx_qwen35.media.fetch import MAX_BYTES, disk, fetch_file, is_remote, name_of
 from mlx_qwen35.media.signatures import HEAD, IMAGES, identify
@@ -26,29 +32,29 @@ from mlx_qwen35.options import spelled
 from mlx_qwen35.values import shown
 
 if TYPE_CHECKING:
-    from pypdfium2 import PdfDocument
-
     Source = str | Path | bytes | bytearray | memoryview
 
 DPI = 144  # two pixels a point, so that text of 10 points is 20 pixels high
 POINTS = 72  # an inch
 MOST_POINTS = 14_400  # of a side, as the PDF standard has it
-IN_MEMORY = 1 << 24  # bytes of a file; a larger one is copied to a disk
+SECONDS = 20  # of a process that draws a page, or reads the sizes of pages
 _ENDS = 1024  # bytes at either end in which %PDF and %%EOF must be, as in Acrobat
-_PDFIUM = threading.Lock()  # it has no threads
 _LOCKED = (4, 5)  # FPDF_ERR_PASSWORD, FPDF_ERR_SECURITY
 _RANGE = re.compile(r"\s*(\d+)\s*(-\s*(\d*)\s*)?")
 
 
 class Document:
-    """A PDF, see `open_pdf`. name: how messages call it. pages: how many it has; they count from 1."""
+    """A PDF, see `open_pdf`. name: how messages call it. pages: how many it has; they count from 1.
 
-    def __init__(self, name: str, file: BinaryIO):
-        self.name, self._file = name, file
+    file: on a disk. seconds: that PDFium may take for a page.
+    """
+
+    def __init__(self, name: str, file: BinaryIO, seconds: float = SECONDS):
+        self.name, self._file, self._seconds = name, file, seconds
+        self._lock = threading.Lock()  # processes share the file's position
         weakref.finalize(self, file.close)
         self._last: tuple[tuple[int, Size], np.ndarray] | None = None
-        with self._opened() as pdf:
-            self.pages = len(pdf)
+        self.pages: int = json.loads(self._asked(name))[0]
 
     def __repr__(self) -> str:
         return f"Document({self.name}, {self.pages:,} pages)"
@@ -73,57 +79,56 @@ class Document:
 
     def points(self, numbers: Sequence[int]) -> list[tuple[float, float]]:
         """(height, width) of pages as they are shown, turned and cropped, in points. Nothing is drawn."""
-        with self._opened() as pdf:
-            return [self._points(pdf, number) for number in numbers]
-
-    def _points(self, pdf: "PdfDocument", number: int) -> tuple[float, float]:
-        with self._whole(number):
-            width, height = pdf.get_page_size(number - 1)
-        if not max(width, height) <= MOST_POINTS:
-            raise InputError(
-                "media_too_large",
-                f"a page of a PDF may have sides of at most {MOST_POINTS:,} points; page {number} of {self.name} is "
-                f"{width:,.0f} x {height:,.0f}. Print it to a smaller format, or leave it out with {spelled('pages')}",
-            )
-        return height, width
+        with self._lock:
+            _, sizes = json.loads(self._asked(self.name, numbers))
+        for number, (width, height) in zip(numbers, sizes, strict=True):
+            if not max(width, height) <= MOST_POINTS:
+                raise InputError(
+                    "media_too_large",
+                    f"a page of a PDF may have sides of at most {MOST_POINTS:,} points; page {number} of {self.name} "
+                    f"is {width:,.0f} x {height:,.0f}. Print it to a smaller format, or leave it out with "
+                    f"{spelled('pages')}",
+                )
+        return [(height, width) for width, height in sizes]
 
     def drawn(self, number: int, size: Size) -> np.ndarray:
         """(*size, 3) uint8 RGB: a page on white, with its annotations and form fields. The last one is kept."""
-        with self._opened() as pdf:
+        with self._lock:
             if self._last is None or self._last[0] != (number, size):
                 self._last = None  # makes room before the next is drawn
-                with self._whole(number):
-                    self._last = (number, size), _draw(pdf, number - 1, size)
+                pixels = self._asked(f"page {number} of {self.name}", [number], size)
+                self._last = (number, size), np.frombuffer(pixels, np.uint8).reshape(*size, 3)
             return self._last[1]
 
-    @contextmanager
-    def _opened(self) -> Iterator["PdfDocument"]:
-        """PDFium's view of it. It is closed after each use, for PDFium keeps the fonts and images of every page."""
-        with _PDFIUM:
-            pdfium = _pdfium()
-            try:
-                pdf = pdfium.PdfDocument(self._file)
-            except pdfium.PdfiumError as error:
-                if error.err_code in _LOCKED:
-                    raise InputError(
-                        "document_locked",
-                        f"a PDF must open without a password; {self.name} is encrypted. Save a copy without one, as by "
-                        "'qpdf --decrypt --password=... FILE COPY', or print it into a new PDF",
-                    ) from error
-                raise _damaged(f"{self.name} cannot be opened ({error})") from error
-            try:
-                pdf.init_forms()
-                yield pdf
-            finally:
-                pdf.close()
-
-    @contextmanager
-    def _whole(self, number: int) -> Iterator[None]:
-        """What PDFium cannot do with a page is told."""
-        try:
-            yield
-        except _pdfium().PdfiumError as error:
-            raise _damaged(f"page {number} of {self.name} cannot be read ({error})") from error
+    def _asked(self, what: str, pages: Sequence[int] = (), size: Size | None = None) -> bytes:
+        """The answer of a process of its own, which may crash, and hang for so many seconds. what: in errors."""
+        file = self._file.fileno()
+        request = {"file": file, "seconds": self._seconds, "pages": list(pages), "size": size}
+        command = [sys.executable, "-P", pdfium.__file__]  # -P: the modules beside it are not on its path
+        done = subprocess.run(
+            command, input=json.dumps(request).encode(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            pass_fds=[file], start_new_session=True,  # a terminal's Ctrl-C is for this process, which then ends it
+        )  # fmt: skip
+        if done.returncode == 0:
+            return done.stdout
+        if done.returncode == -signal.SIGALRM:
+            raise InputError(
+                "document_too_slow",
+                f"a page of a PDF must be read within {self._seconds:g} seconds; {what} takes longer. Leave it out "
+                f"with {spelled('pages')}, or print it into a new PDF",
+            )
+        if done.returncode != pdfium.REFUSED:
+            raise _damaged(f"{what} ends PDFium (status {done.returncode})")
+        code, page, message = json.loads(done.stdout)
+        if page is not None:
+            raise _damaged(f"page {page} of {self.name} cannot be read ({message})")
+        if code in _LOCKED:
+            raise InputError(
+                "document_locked",
+                f"a PDF must open without a password; {self.name} is encrypted. Save a copy without one, as by "
+                "'qpdf --decrypt --password=... FILE COPY', or print it into a new PDF",
+            )
+        raise _damaged(f"{self.name} cannot be opened ({message})")
 
 
 def open_pdf(source: "Source | Document", allow_private_urls: bool = False) -> Document:
@@ -136,59 +141,38 @@ def open_pdf(source: "Source | Document", allow_private_urls: bool = False) -> D
     """
     if isinstance(source, Document):
         return source
-    _pdfium()
+    if importlib.util.find_spec("pypdfium2") is None:
+        raise InputError("package_missing", "PDFs need the package pypdfium2: pip install 'mlx-qwen35[pdf]'")
     with _source(source, allow_private_urls) as (file, name):
         _check_ends(file, name)
         with disk("PDF"):
-            copy = tempfile.SpooledTemporaryFile(IN_MEMORY)  # noqa: SIM115 (lives as long as the document)
+            copy = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115 (lives as long as the document)
             shutil.copyfileobj(file, copy)
-    return Document(name, cast(BinaryIO, copy))
+            copy.flush()
+    return Document(name, copy)
 
 
 def ranges(name: str, pages: Any) -> list[tuple[int, int | None]]:
     """The first and the last page of each range of a text; None: to the end. name: of the option, in errors."""
     matches = [_RANGE.fullmatch(text) for text in pages.split(",")] if isinstance(pages, str) else [None]
-    found = [(int(m[1]), int(m[3] or 0) or None if m[2] else int(m[1])) for m in matches if m and len(m[0]) < 20]
-    if len(found) < len(matches) or any(not 0 < first <= (last or first) for first, last in found):
+    found = [(int(m[1]), _last(m)) for m in matches if m and len(m[0]) < 20]
+    if len(found) < len(matches) or any(not 0 < first <= (first if last is None else last) for first, last in found):
         raise InputError(
             "option_invalid", f"{name} must be numbers from 1 on and ranges of them, as 1-3,7,9-; got {shown(pages)}"
         )
     return found
 
 
+def _last(match: re.Match[str]) -> int | None:
+    if not match[2]:
+        return int(match[1])
+    return int(match[3]) if match[3] else None
+
+
 def check_pages(name: str, pages: Any) -> str:
     """InputError unless it is a text that chooses pages."""
     ranges(name, pages)
     return pages
-
-
-def _pdfium() -> Any:
-    try:
-        import pypdfium2
-    except ImportError as error:
-        raise InputError(
-            "package_missing", "PDFs need the package pypdfium2: pip install 'mlx-qwen35[pdf]'"
-        ) from error
-    return pypdfium2
-
-
-def _draw(pdf: "PdfDocument", index: int, size: Size) -> np.ndarray:
-    """What PdfPage.render does, at a size that need not have the page's ratio to the pixel."""
-    from pypdfium2 import PdfBitmap, raw
-
-    height, width = size
-    page = pdf[index]
-    bitmap = PdfBitmap.new_native(width, height, raw.FPDFBitmap_BGR, rev_byteorder=True)
-    try:
-        bitmap.fill_rect((255, 255, 255, 255), 0, 0, width, height)
-        place = bitmap, page, 0, 0, width, height, 0, raw.FPDF_ANNOT | raw.FPDF_REVERSE_BYTE_ORDER
-        raw.FPDF_RenderPageBitmap(*place)
-        if pdf.formenv:
-            raw.FPDF_FFLDraw(pdf.formenv, *place)
-        return np.frombuffer(bitmap.buffer, np.uint8).reshape(height, width, 3)
-    finally:
-        bitmap.close()  # the pixels are Python's
-        page.close()
 
 
 @contextmanager

@@ -14,6 +14,11 @@ from mlx_qwen35.server.service import Service
 BILLING = "x-anthropic-billing-header"  # Claude Code's first line of the system prompt, another one in each request
 IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
 _PARTS = ("text", "image", "document")
+# Codes of a PDF that came whole and shows no pages.
+_UNREADABLE = (
+    "media_empty", "media_not_opened", "media_damaged", "media_too_large", "aspect_ratio_exceeded", "document_locked",
+    "document_too_slow", "package_missing",
+)  # fmt: skip
 UNREAD = "(a document of a kind that this model cannot read)"
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}  # of tools, as OpenAI's API names them
 DECLINED = {
@@ -120,8 +125,8 @@ def _document(block: Fields, service: Service, in_result: bool) -> list[Message]
     """
     try:
         parts = _source(block.object("source"), service)
-    except ApiError:
-        if not in_result:
+    except ApiError as error:
+        if not in_result or error.code not in _UNREADABLE:
             raise
         parts = [{"type": "text", "text": UNREAD}]
     told = [text for name in ("title", "context") if (text := block.text(name, None))]

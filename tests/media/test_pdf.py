@@ -1,11 +1,12 @@
 """Pages of PDFs: which part of a page is drawn, in which size, and what is refused by name."""
 
+import signal
 import sys
 import threading
 
 import numpy as np
 import pytest
-from pdfs import draws, filled, locked, page, patterned, pdf, photographed
+from pdfs import draws, filled, locked, nested, page, patterned, pdf, photographed
 from refusing import refused
 
 from mlx_qwen35 import VisionOptions
@@ -149,13 +150,32 @@ def test_pages_that_are_not_there_are_refused_with_those_that_are(text):
         open_pdf(pdf(page(), page(), page())).chosen(text)
 
 
-@pytest.mark.parametrize("text", ["", ",", "1,", "0", "0-2", "3-2", "-2", "1-2-3", "a", "1.5", "9" * 30, 2, ["1"]])
+@pytest.mark.parametrize("text", ["", ",", "1,", "0", "0-2", "1-0", "3-2", "-2", "1-2-3", "a", "1.5", "9" * 30, 2, [1]])
 def test_a_choice_of_pages_that_is_none_is_refused(text):
     with refused("option_invalid", "pages"):
         open_pdf(pdf(page())).chosen(text)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_a_page_that_takes_too_long_is_refused_and_stops_nothing(tmp_path):
+    (tmp_path / "a.pdf").write_bytes(nested(8, 10))
+    with (tmp_path / "a.pdf").open("rb") as file:
+        document = Document("a.pdf", file, seconds=1)
+        assert document.points([1]) == [(48, 96)]
+        with refused("document_too_slow", "1 seconds", "page 1 of a.pdf"):
+            document.drawn(1, (48, 96))
+    assert corner(drawn(page(FULL)), 0, 0) == RED
+
+
+def test_a_pdf_that_ends_pdfium_is_refused_as_damaged(tmp_path, monkeypatch):
+    document, crash = open_pdf(pdf(page())), tmp_path / "crash"
+    crash.write_text("#!/bin/sh\nkill -SEGV $$\n")
+    crash.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(crash))
+    with refused("media_damaged", "page 1", -signal.SIGSEGV):
+        document.drawn(1, (48, 96))
 
 
 @pytest.mark.parametrize(

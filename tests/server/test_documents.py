@@ -73,3 +73,21 @@ def test_what_is_no_pdf_in_the_request_is_refused_at_its_place(
     with pytest.raises(ApiError) as caught:
         read_message(file(**fields), nano_server.service)
     assert (caught.value.code, str(caught.value.param)) == (code, f"content.0.file.{next(iter(fields))}")
+
+
+@pytest.mark.parametrize(
+    ("source", "field"),
+    [
+        ({"type": "base64", "media_type": "application/pdf"}, "data"),
+        ({"type": "base64", "media_type": "application/pdf", "data": 3}, "data"),
+        ({"type": "base64", "media_type": "text/html", "data": "aGk="}, "media_type"),
+        ({"type": "text"}, "data"),
+    ],
+)
+def test_a_result_s_malformed_document_is_refused_at_its_field(
+    nano_server: Running, source: dict[str, Any], field: str
+) -> None:
+    result = {"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "document", "source": source}]}
+    with pytest.raises(ApiError) as caught:
+        conversation(Fields({"messages": [{"role": "user", "content": [result]}]}), nano_server.service)
+    assert (caught.value.status, caught.value.param) == (400, f"messages.0.content.0.content.0.source.{field}")
