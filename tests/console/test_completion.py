@@ -16,6 +16,7 @@ SYNTAX = {"bash": ("bash", "-n"), "zsh": ("zsh", "-n"), "fish": ("fish", "--no-e
 ASK = """
 source "$1"; shift
 COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMP_LINE="$*"; COMP_POINT=${#COMP_LINE}
+compopt() { printf '%s\\n' "$*" > quoting; }  # what bash would be told
 _shtab_mlx_qwen35
 printf '%s\\n' "${COMPREPLY[@]}"
 """
@@ -52,7 +53,7 @@ def completed(tmp_path, monkeypatch):
 
     def ask(*words: str) -> list[str]:
         command = ["bash", "-c", ASK, "bash", str(file), "mlx_qwen35", *words]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path).stdout.split()
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path).stdout.splitlines()
 
     return ask
 
@@ -82,3 +83,24 @@ def test_names_of_models_are_those_that_this_machine_has(completed, tmp_path):
     studio.mkdir(parents=True)
     offered = ["nano", "Qwen/Qwen3.5-4B", "Qwen/Qwen3.5-9B", str(studio)]
     assert sorted(set(completed("chat", "--model", "")) - {".cache", ".lmstudio"}) == sorted(offered)
+
+
+HOSTILE = "$(touch PWNED)Qwen3.5"
+
+
+@pytest.fixture(params=[HOSTILE, "`touch PWNED` Qwen3.5", "a name; touch PWNED"])
+def folder(request, tmp_path):
+    """A folder of LM Studio whose name a shell would run."""
+    found = tmp_path / ".lmstudio/models/org" / request.param
+    found.mkdir(parents=True)
+    return found
+
+
+def test_a_name_is_offered_whole_and_never_run(completed, tmp_path, folder):
+    hub = tmp_path / ".cache/huggingface/hub"
+    (hub / f"models--org--{HOSTILE}").mkdir(parents=True)
+    offered = completed("chat", "--model", "")
+    assert {str(folder), f"org/{HOSTILE}"} <= set(offered)
+    assert str(folder) in completed("chat", "--model", str(folder.parent) + "/")
+    assert not (tmp_path / "PWNED").exists()
+    assert (tmp_path / "quoting").read_text() == "-o filenames\n"  # so that bash quotes what it inserts

@@ -19,17 +19,19 @@ FILES, FOLDERS, MODELS = ("FILE", "FILE|TEXT"), ("FOLDER",), ("MODEL",)
 
 # What may follow --model: nano, what Hugging Face's cache and the conversions hold, LM Studio's folders, any folder.
 BASH = """\
-_mlx_qwen35_models() {
-  local place name found="nano"
+_mlx_qwen35_model_dirs() {  # a name with "dir", by which shtab lets bash quote what it inserts
+  local place name found=(nano)
   for place in "${HF_HUB_CACHE:-${HF_HOME:-$HOME/.cache/huggingface}/hub}"/models--*Qwen3.5* \\
       "${MLX_QWEN35_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/mlx_qwen35}"/models/*--*; do
     [ -d "$place" ] || continue
-    name="${place##*/}" name="${name#models--}" found="$found ${name/--//}"
+    name="${place##*/}" name="${name#models--}" found+=("${name/--//}")
   done
   for place in "$HOME"/.lmstudio/models/*/* "$HOME"/.cache/lm-studio/models/*/*; do
-    [ -d "$place" ] && found="$found $place"
+    [ -d "$place" ] && found+=("$place")
   done
-  compgen -W "$found" -- "$1"
+  for name in "${found[@]}"; do
+    [[ $name == "$1"* ]] && printf '%s\\n' "$name"  # never compgen -W, which runs what a name holds
+  done
   compgen -d -- "$1"
 }"""
 ZSH = """\
@@ -58,7 +60,7 @@ function __mlx_qwen35_models
   __fish_complete_directories
 end"""
 OF_MODELS = {
-    "bash": "_mlx_qwen35_models",
+    "bash": "_mlx_qwen35_model_dirs",
     "zsh": "_mlx_qwen35_models",
     "fish": "__mlx_qwen35_models",
     "preamble": {"bash": BASH, "zsh": ZSH, "fish": FISH},

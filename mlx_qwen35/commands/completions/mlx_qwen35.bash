@@ -21,7 +21,7 @@ _shtab_mlx_qwen35_doctor_option_strings=(-h --help --version --quiet --model --r
 _shtab_mlx_qwen35_completion_option_strings=(-h --help --version --quiet)
 _shtab_mlx_qwen35_option_strings=(-h --help --version)
 
-_shtab_mlx_qwen35_generate___model_COMPGEN=_mlx_qwen35_models
+_shtab_mlx_qwen35_generate___model_COMPGEN=_mlx_qwen35_model_dirs
 _shtab_mlx_qwen35_generate___prompt_file_COMPGEN=_shtab_compgen_files
 _shtab_mlx_qwen35_generate___image_COMPGEN=_shtab_compgen_files
 _shtab_mlx_qwen35_generate___video_COMPGEN=_shtab_compgen_files
@@ -29,25 +29,25 @@ _shtab_mlx_qwen35_generate___pdf_COMPGEN=_shtab_compgen_files
 _shtab_mlx_qwen35_generate___tools_COMPGEN=_shtab_compgen_files
 _shtab_mlx_qwen35_generate___json_schema_COMPGEN=_shtab_compgen_files
 _shtab_mlx_qwen35_generate___session_COMPGEN=_shtab_compgen_files
-_shtab_mlx_qwen35_chat___model_COMPGEN=_mlx_qwen35_models
+_shtab_mlx_qwen35_chat___model_COMPGEN=_mlx_qwen35_model_dirs
 _shtab_mlx_qwen35_chat___json_schema_COMPGEN=_shtab_compgen_files
 _shtab_mlx_qwen35_chat___session_COMPGEN=_shtab_compgen_files
-_shtab_mlx_qwen35_serve___model_COMPGEN=_mlx_qwen35_models
+_shtab_mlx_qwen35_serve___model_COMPGEN=_mlx_qwen35_model_dirs
 _shtab_mlx_qwen35_serve___api_key_file_COMPGEN=_shtab_compgen_files
 _shtab_mlx_qwen35_serve___session_dir_COMPGEN=_shtab_compgen_dirs
-_shtab_mlx_qwen35_convert___hf_path_COMPGEN=_mlx_qwen35_models
-_shtab_mlx_qwen35_convert___model_COMPGEN=_mlx_qwen35_models
+_shtab_mlx_qwen35_convert___hf_path_COMPGEN=_mlx_qwen35_model_dirs
+_shtab_mlx_qwen35_convert___model_COMPGEN=_mlx_qwen35_model_dirs
 _shtab_mlx_qwen35_convert___mlx_path_COMPGEN=_shtab_compgen_dirs
 _shtab_mlx_qwen35_convert___calibration_COMPGEN=_shtab_compgen_files
 _shtab_mlx_qwen35_convert___eval_COMPGEN=_shtab_compgen_files
 _shtab_mlx_qwen35_convert___sensitivity_COMPGEN=_shtab_compgen_files
 _shtab_mlx_qwen35_convert___save_recipe_COMPGEN=_shtab_compgen_files
 _shtab_mlx_qwen35_convert___plot_COMPGEN=_shtab_compgen_files
-_shtab_mlx_qwen35_models_remove_pos_0_COMPGEN=_mlx_qwen35_models
-_shtab_mlx_qwen35_bench___model_COMPGEN=_mlx_qwen35_models
+_shtab_mlx_qwen35_models_remove_pos_0_COMPGEN=_mlx_qwen35_model_dirs
+_shtab_mlx_qwen35_bench___model_COMPGEN=_mlx_qwen35_model_dirs
 _shtab_mlx_qwen35_bench___plot_COMPGEN=_shtab_compgen_files
-_shtab_mlx_qwen35_doctor___model_COMPGEN=_mlx_qwen35_models
-_shtab_mlx_qwen35_doctor___plan_COMPGEN=_mlx_qwen35_models
+_shtab_mlx_qwen35_doctor___model_COMPGEN=_mlx_qwen35_model_dirs
+_shtab_mlx_qwen35_doctor___plan_COMPGEN=_mlx_qwen35_model_dirs
 _shtab_mlx_qwen35_doctor___text_COMPGEN=_shtab_compgen_files
 _shtab_mlx_qwen35_doctor___plot_COMPGEN=_shtab_compgen_files
 
@@ -188,17 +188,19 @@ _shtab_mlx_qwen35___version_nargs=0
 
 
 # Custom Preamble
-_mlx_qwen35_models() {
-  local place name found="nano"
+_mlx_qwen35_model_dirs() {  # a name with "dir", by which shtab lets bash quote what it inserts
+  local place name found=(nano)
   for place in "${HF_HUB_CACHE:-${HF_HOME:-$HOME/.cache/huggingface}/hub}"/models--*Qwen3.5* \
       "${MLX_QWEN35_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/mlx_qwen35}"/models/*--*; do
     [ -d "$place" ] || continue
-    name="${place##*/}" name="${name#models--}" found="$found ${name/--//}"
+    name="${place##*/}" name="${name#models--}" found+=("${name/--//}")
   done
   for place in "$HOME"/.lmstudio/models/*/* "$HOME"/.cache/lm-studio/models/*/*; do
-    [ -d "$place" ] && found="$found $place"
+    [ -d "$place" ] && found+=("$place")
   done
-  compgen -W "$found" -- "$1"
+  for name in "${found[@]}"; do
+    [[ $name == "$1"* ]] && printf '%s\n' "$name"  # never compgen -W, which runs what a name holds
+  done
   compgen -d -- "$1"
 }
 # End Custom Preamble
