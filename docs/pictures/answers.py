@@ -45,7 +45,10 @@ def draw(path: Path, figures: dict[str, Any]) -> plot.Figure:
     with plot.picture(path, title, note, 5.0, len(TASKS), rows=2) as (figure, panels):
         for axes, place in zip(panels, product((True, False), TASKS), strict=True):
             axes.set_axis_off()
-            if answer := cells.get(place):
+            answer = cells.get(place)
+            if answer is None:
+                plot.label(axes, f"{'none of' if place[0] else 'all'} {items} right", 0.5, 0.5, (0, 0), va="center")
+            else:
                 _show(axes, items_of(answer["task"], False, items, 0)[answer["index"]], answer)
         for axes, task in zip(panels, TASKS, strict=False):
             axes.set_title(f"{counts[task]} of {items}", loc="center")

@@ -31,11 +31,12 @@ def draw(path: Path, figures: dict[str, Any]) -> plot.Figure:
     rows = {row["label"].removeprefix("--recipe "): row for row in figures["rows"]}
     integer, floating = ([name for name in names if name in rows] for names in (INTEGER, FLOATING))
     small = [int(name[0]) for name in integer if rows[name]["evaluation"]["kl"] < LITTLE]
-    worst = rows["4bit"]["evaluation"]
-    four = f"{worst['kl']:.1g} in 4 bit"
-    title = f"nano diverges by less than {LITTLE:g} nats a token down to {min(small)} bit, by {four}"
+    source = rows["4bit"]["evaluation"]
+    fours = [rows[name]["evaluation"]["kl"] for name in ("4bit", *floating)]
+    four = f"{min(fours):.1g} to {max(fours):.1g} in 4 bit"
+    title = f"nano diverges by < {LITTLE:g} nats a token down to {min(small)} bit, by {four}"
     note = (
-        f"nano, {worst['positions']:,} tokens of the answers to {worst['sequences']} held-out items, against the "
+        f"nano, {source['positions']:,} tokens of the answers to {source['sequences']} held-out items, against the "
         f"unquantized source. {figures['machine']}.\nLines: one standard error. What holds for the 4B must be measured "
         "on the 4B: mlx_qwen35.convert --eval TEXT."
     )

@@ -20,8 +20,7 @@ def draw(path: Path, model: str, note: str, runs: Sequence[Measurement]) -> plot
     note += "\nBars: medians over rounds."
     if len({run.round for run in runs}) > 1:
         note += " Lines: the slowest and the fastest round."
-    groups = [_speeds(runs, *group) for group in product(_programs(runs), _lengths(runs), SPEEDS)]
-    if (most := max(map(scatter, groups))) > MOST:
+    if (most := _scatter(runs)) > MOST:
         note += f" They scatter by up to {most:.0%}: too much to compare closely."
     with plot.picture(path, claim(model, runs), note, 4.2, 2) as (figure, panels):
         for axes, name in zip(panels, SPEEDS, strict=True):
@@ -32,7 +31,7 @@ def draw(path: Path, model: str, note: str, runs: Sequence[Measurement]) -> plot
 
 def _panel(axes: plot.Axes, name: str, runs: Sequence[Measurement]) -> None:
     lengths, programs = _lengths(runs), _programs(runs)
-    width = 0.8 / len(programs)
+    width, tall = 0.8 / len(programs), 0.1 * max(getattr(run, f"{name}_speed") for run in runs)  # holds its label
     for i, program in enumerate(programs):
         places = [j + width * (i - (len(programs) - 1) / 2) for j in range(len(lengths))]
         speeds = [_speeds(runs, program, prompt, name) for prompt in lengths]
@@ -40,8 +39,8 @@ def _panel(axes: plot.Axes, name: str, runs: Sequence[Measurement]) -> None:
         around = [(m - min(found), max(found) - m) for m, found in zip(middle, speeds, strict=True)]
         spread = {"yerr": list(zip(*around, strict=True)), "ecolor": plot.INK}
         axes.bar(places, middle, 0.9 * width, color=plot.COLOURS[i], label=program, **spread)
-        for place, value, (_, above) in zip(places, middle, around, strict=True):
-            plot.label(axes, _short(value), place, value + above)
+        for place, value in zip(places, middle, strict=True):
+            plot.label(axes, _short(value), place, 0 if value > tall else value)
     axes.set_title(f"\n{name}, tokens/s", pad=12)
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axes.set_xlabel("tokens of the prompt")
@@ -60,18 +59,28 @@ def _speeds(runs: Sequence[Measurement], program: str, prompt: int, name: str) -
     return [getattr(run, f"{name}_speed") for run in runs if (run.program, run.prompt) == (program, prompt)]
 
 
+def _scatter(runs: Sequence[Measurement]) -> float:
+    """The most that the rounds of a bar scatter."""
+    return max(scatter(_speeds(runs, *bar)) for bar in product(_programs(runs), _lengths(runs), SPEEDS))
+
+
 def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def claim(model: str, runs: Sequence[Measurement]) -> str:
-    """The title: what the rounds at the longest prompt say, from the worst to the best for us."""
+    """The title: what the rounds at the longest prompt say, from the worst to the best for us.
+
+    Rounds that scatter by more than MOST are not compared.
+    """
     longest = max(run.prompt for run in runs)
     peers = [run.program for run in runs if run.program != OURS]
     ours = {name: _speeds(runs, OURS, longest, name) for name in SPEEDS}
     if not peers:
         speeds = (_short(median(ours[name])) for name in SPEEDS)
         return "{}: prefill at {} tokens/s, decoding at {}".format(model, *speeds)
+    if (most := _scatter(runs)) > MOST:
+        return f"Rounds scatter by {most:.0%}: measure again on a quiet machine"
     theirs = {name: _speeds(runs, peers[0], longest, name) for name in SPEEDS}
     found = ([us / it for us, it in zip(ours[name], theirs[name], strict=True)] for name in SPEEDS)
     return "{} prefills {} and decodes {} times as fast as {}".format(OURS, *map(_range, found), peers[0])

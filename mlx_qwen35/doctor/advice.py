@@ -1,13 +1,18 @@
 """The answer of --plan in sentences: whether a model runs here, how fast, how long a context, and what else to do."""
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import NamedTuple
 
 from mlx_qwen35.convert.recipes import DEFAULT
 from mlx_qwen35.doctor.plan import AS_IS, Planned, Row, longest_contexts
+from mlx_qwen35.options import as_flag
 
 WORTH = 0.75  # of the memory that a model takes, below which a conversion is advised where the model fits as it is
+CONVERTING = ("revision", "dtype", "rope_scaling")  # the options of a plan that convert takes
+LOADING = (*CONVERTING, "memory_limit", "kv_bits", "kv_rotate")  # and what loads a model
 
 
 class Advice(NamedTuple):
@@ -71,7 +76,8 @@ def _answer(planned: Planned, row: Row) -> str:
 
 def _speeds(planned: Planned, row: Row) -> Advice:
     if row.decode is None or row.prefill is None:
-        return Advice("Its speed is not known. To measure:", f"mlx_qwen35 doctor --model {shlex.quote(planned.name)}")
+        command = _command(planned, ("doctor", "--model", planned.name), LOADING)
+        return Advice("Its speed is not known. To measure:", command)
     return Advice(
         f"Computed, not measured: {speed(row.decode)} tokens a second, after {row.plan.context / row.prefill:,.0f} s "
         f"for a prompt of {row.plan.context:,}."
@@ -80,20 +86,20 @@ def _speeds(planned: Planned, row: Row) -> Advice:
 
 def _context(planned: Planned, row: Row, longest: Mapping[str, int]) -> Iterator[Advice]:
     """How long a conversation may become, and what makes room for a longer one."""
-    own, most = longest[row.plan.machine.kv.name], planned.checkpoint.config.text.max_position_embeddings
+    own, most = longest[_bits(row)], planned.checkpoint.config.text.max_position_embeddings
     if own:
         yield Advice(f"Longest conversation: {own:,} tokens{', all that the model takes' * (own >= most)}.")
     wider = {bits: tokens for bits, tokens in longest.items() if bits != "16" and tokens > own}
     if bits := row.kv_bits or next(iter(wider), None):
         yield Advice(
             f"--kv-bits {bits} makes room for {longest[bits]:,}:",
-            f"mlx_qwen35 chat --model {shlex.quote(planned.name)} --kv-bits {bits}",
+            _command(planned, ("chat", "--model", planned.name), LOADING, kv_bits=bits),
         )
 
 
 def _conversion(planned: Planned, row: Row, recipe: Row) -> Advice:
     plan, name = recipe.plan, recipe.stored
-    longest = longest_contexts(planned.stored[name], plan, planned.mtp)[recipe.kv_bits or plan.machine.kv.name]
+    longest = longest_contexts(planned.stored[name], plan, planned.mtp)[recipe.kv_bits or _bits(recipe)]
     fits = "it takes" if row.plan.fits else "it fits:"
     options = f" with --kv-bits {recipe.kv_bits}" if recipe.kv_bits else ""
     amount = "" if options else f" {size(plan.image)},"
@@ -101,5 +107,20 @@ def _conversion(planned: Planned, row: Row, recipe: Row) -> Advice:
     folder = f"{planned.name.rstrip('/').split('/')[-1]}-{name}"
     return Advice(
         f"Converted by recipe {name}{options} {fits}{amount} up to {longest:,} tokens{fast}:",
-        f"mlx_qwen35 convert --hf-path {shlex.quote(planned.name)} --mlx-path {shlex.quote(folder)} --recipe {name}",
+        _command(planned, ("convert", "--hf-path", planned.name, "--mlx-path", folder), CONVERTING, recipe=name),
     )
+
+
+def _bits(row: Row) -> str:
+    """Of keys and values, as `longest_contexts` names them: rotated or not, they take the same memory."""
+    return replace(row.plan.machine.kv, rotate=False).name
+
+
+def _command(planned: Planned, words: Sequence[str], takes: Collection[str], **advised: str) -> str:
+    """A command to paste into a shell, with what it takes of the options that the plan was computed with.
+
+    advised: more options, which come before given ones of the same name.
+    """
+    given = {name: value for name, value in planned.given.items() if name in takes and value and name not in advised}
+    options = [(as_flag(name), *(() if value is True else (str(value),))) for name, value in (given | advised).items()]
+    return shlex.join(["mlx_qwen35", *words, *chain(*options)])

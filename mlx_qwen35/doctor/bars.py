@@ -21,7 +21,8 @@ def coloured(console: Console) -> bool:
 def bar(plan: MemoryPlan, width: int, blocks: bool) -> Text:
     """The parts of a plan and what is free up to the limit, which is marked: `width` characters stand for the larger.
 
-    Each part ends where its share of the memory ends, to the nearest character.
+    Each part ends where its share of the memory ends, to the nearest character. What is over the limit stands beyond
+    the mark, with one character at least.
     """
     found, limit = parts(plan), plan.machine.limit
     scale = (width - 1) / max(limit, plan.image)  # the limit's mark takes one
@@ -31,7 +32,7 @@ def bar(plan: MemoryPlan, width: int, blocks: bool) -> Text:
         done += nbytes
         text.append((BLOCK if blocks else LETTERS[label]) * count, COLOURS[label] if blocks else "")
     text.append((FREE if blocks else ".") * (width - 1 - len(text)), "dim" if blocks else "")
-    at = round(scale * limit)
+    at = min(round(scale * limit), width - 1 - (plan.image > limit))
     return text[:at] + Text(LIMIT, "bold" if blocks else "") + text[at:]
 
 

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import compress
 from pathlib import Path
 
@@ -87,9 +88,11 @@ def show_plan(args: argparse.Namespace) -> None:
         check_plot(args.plot)
     with Step(f"reading the headers of {args.plan}"), look(args.plan, args.revision) as folder:
         checkpoint = open_checkpoint(folder, rope_scaling=args.rope_scaling)
-        kv = LoadOptions(**given_options(args, [LoadOptions])).kv_format(checkpoint.config.text.head_dim)
+        given = given_options(args, [LoadOptions])
+        kv = LoadOptions(**given).kv_format(checkpoint.config.text.head_dim)
         limit = limit_of(args.memory_limit)
         planned = plan_model(args.plan, folder, args.context, args.dtype, args.mtp, limit, kv, args.rope_scaling)
+    planned = replace(planned, given=given)
     if not write_json(args.json, as_json(planned)):
         show_planned(planned, Console(file=sys.stdout), args.verbose)
     if args.plot:

@@ -42,7 +42,7 @@ def draw_planned(path: Path, planned: Planned) -> plot.Figure:
     """A bar for each machine, of the form of storage that is advised here, at the first context."""
     stored = (advised(planned) or planned.row(AS_IS)).stored
     found = [planned.row(stored, machine=machine).plan for machine in planned.machines]
-    fitting = sum(plan.fits for plan in found)
+    fitting = sum(plan.image <= plan.machine.limit for plan in found)
     form = "" if stored == AS_IS else f" by recipe {stored}"
     image = " and an image of one megapixel" if found[0].vision_encoder else ""
     title = f"{Path(planned.name).name}{form} fits {fitting} of {len(found)} machines"

@@ -1,7 +1,7 @@
 """mlx_qwen35.doctor --plan: what a model would take and how fast it would be, here and on Macs, without loading it."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
@@ -109,7 +109,10 @@ def longest_contexts(checkpoint: Checkpoint, plan: MemoryPlan, mtp: int = 0) -> 
 
 @dataclass(frozen=True)
 class Planned:
-    """A model and all that --plan found of it. The first machine is this one, the first context that is asked for."""
+    """A model and all that --plan found of it. The first machine is this one, the first context that is asked for.
+
+    given: the options of `load` that it was computed with, for the commands that are advised.
+    """
 
     name: str
     stored: Mapping[str, Checkpoint]
@@ -117,6 +120,7 @@ class Planned:
     contexts: Sequence[int]
     mtp: int
     rows: Sequence[Row]
+    given: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def checkpoint(self) -> Checkpoint:

@@ -14,7 +14,7 @@ from mlx_qwen35.doctor.advice import advice, advised, size, speed
 from mlx_qwen35.doctor.bars import bar, coloured, legend
 from mlx_qwen35.doctor.plan import AS_IS, PIXELS, Planned, Row, longest_contexts
 
-NARROW = 64  # columns, below which a bar has a line of its own
+ROOM = 20  # columns, below which what is left beside names and figures is no bar: it has a line of its own
 _PARTS = (
     ("text weights", "weights"), ("draft head", "drafts"), ("keys and values", "kv"), ("DeltaNet state", "state"),
     ("prefill of a chunk", "prefill"), ("sampling a token", "sampling"), ("buffers that MLX keeps", "buffers"),
@@ -65,14 +65,14 @@ def _show_bars(planned: Planned, console: Console, verbose: bool) -> None:
     _say(console, "Memory" if verbose else f"Memory at {planned.contexts[0]:,} tokens{image}{form}")
     names = [_name(row, verbose) for row in found]
     ends = [_end(row.plan) for row in found]
-    left, right, blocks = max(map(len, names)) + 2, max(map(len, ends)) + 2, coloured(console)
+    left, blocks = max(map(len, names)) + 2, coloured(console)
+    room = console.width - left - max(map(len, ends)) - 2
     for name, end, row in zip(names, ends, found, strict=True):
-        if console.width < NARROW:
+        if room < ROOM:
             _say(console, f"{name}: {end}")
             _print(console, bar(row.plan, console.width, blocks))
         else:
-            middle = bar(row.plan, console.width - left - right, blocks)
-            _print(console, Text.assemble(name.ljust(left), middle, f"  {end}"))
+            _print(console, Text.assemble(name.ljust(left), bar(row.plan, room, blocks), f"  {end}"))
     _print(console, legend([row.plan for row in found], blocks, console.width))
 
 

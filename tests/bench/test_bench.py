@@ -207,11 +207,24 @@ def test_bars_are_medians_and_lines_reach_from_the_slowest_to_the_fastest_round(
     figure = draw(tmp_path / "bars.png", "a model", "a note", runs)
     prefill, decode = figure.axes
     assert "They scatter by up to 150%" in figure.get_supxlabel()
-    assert figure.get_suptitle() == f"{OURS} prefills 2.00 to 4.00 and decodes 1.00 times as fast as a"
+    assert figure.get_suptitle().startswith("Rounds scatter by 150%") and "fast as" not in figure.get_suptitle()
+    assert {text.get_text(): text.xy[1] for text in prefill.texts} == {"4.00": 0, "2.00": 0}
     assert [bar.get_height() for bar in prefill.patches] == [4.0, 2.0]
+    slow = draw(tmp_path / "bars.png", "a model", "", [run_of(OURS, 0, 1.0, 0.5), run_of("a", 0, 16.0, 0.5)])
+    assert [text.xy[1] for text in slow.axes[0].texts] == [0, 0.5]  # above a bar that could not hold it
     spread = prefill.collections[0]
     assert [line[:, 1].tolist() for line in spread.get_segments()] == [[2.0, 8.0]]
     assert [text.get_text() for text in prefill.get_legend().texts] == [OURS, "a"] and decode.get_title(loc="left")
+
+
+def test_programs_are_compared_by_round_where_rounds_scatter_little():
+    def runs(*seconds: float) -> list[Measurement]:
+        ours = [run_of(OURS, i, took, 0.5) for i, took in enumerate(seconds)]
+        return ours + [run_of("a", i, 4.0, 0.5) for i in range(len(seconds))]
+
+    assert claim("a model", runs(2.0, 2.0)) == f"{OURS} prefills 2.00 and decodes 1.00 times as fast as a"
+    assert claim("a model", runs(2.0, 2.1)) == f"{OURS} prefills 1.90 to 2.00 and decodes 1.00 times as fast as a"
+    assert claim("a model", runs(2.0, 2.4)) == "Rounds scatter by 18%: measure again on a quiet machine"
 
 
 def test_one_program_is_told_by_its_own_speeds():

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,28 @@ def test_every_advised_command_is_one_of_the_umbrella_s(raw, packed):
     assert all(words[0] == "mlx_qwen35" and words[1] in COMMANDS for found in cases for words in commands(found))
 
 
+def test_advised_commands_keep_the_options_that_the_plan_was_computed_with(raw, packed, capsys):
+    def told(folder: Path, *options: str) -> dict[str, list[str]]:
+        """Command -> its words after the model."""
+        main(["--plan", str(folder), "--json", *options])
+        found = [shlex.split(one["command"]) for one in json.loads(capsys.readouterr().out)["advice"] if one["command"]]
+        return {words[1]: words[4:] for words in found}
+
+    scaled = ("--dtype", "float16", "--rope-scaling", "yarn:2.0")
+    small = ("--memory-limit", "5.5")
+    assert told(raw, *scaled, *small)["convert"] == ["--mlx-path", "Qwen 4B-4bit", *scaled, "--recipe", "4bit"]
+    found = told(packed, *scaled, *small, "--kv-bits", "8/4", "--kv-rotate")
+    assert found["doctor"] == ["--dtype", "float16", *small, "--kv-bits", "8/4", "--kv-rotate", *scaled[2:]]
+    assert found["chat"] == ["--dtype", "float16", *small, "--kv-rotate", *scaled[2:], "--kv-bits", "4"]
+
+
+def test_an_advised_command_can_be_pasted_into_a_shell(packed):
+    found = replace(on_an_m1(packed), given={"revision": "a b; c", "keep_vision": True})
+    assert commands(found) == [
+        ["mlx_qwen35", "chat", "--model", str(packed), "--revision", "a b; c", "--kv-bits", "8"]
+    ]
+
+
 # --- bars ------------------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +203,20 @@ def test_a_bar_is_as_wide_as_it_may_be_and_its_limit_stands_where_memory_ends(ra
     assert fitting[-1] == LIMIT and fitting.count(LIMIT) == large.count(LIMIT) == 1
     plan = plan_of(found, AS_IS, "8 GB")
     assert abs(large.index(LIMIT) / (width - 1) - plan.machine.limit / plan.image) <= 1 / width
+
+
+@pytest.mark.parametrize("width", [10, 20, 80])
+def test_what_is_over_the_limit_stands_beyond_the_mark_however_little(raw, width):
+    plan = plan_of(on_an_m1(raw), AS_IS, "8 GB")
+    for limit, beyond in ((plan.image, 0), (plan.image - 1, 1)):
+        text = bar(replace(plan, machine=replace(plan.machine, limit=limit)), width, False).plain
+        assert len(text) == width and len(text) - 1 - text.index(LIMIT) == beyond
+
+
+@pytest.mark.parametrize(("columns", "verbose"), [(40, False), (64, False), (64, True), (80, True)])
+def test_a_bar_has_room_or_a_line_of_its_own(raw, columns, verbose):
+    found = re.findall(r"[wvdksm]{2,}\.*\|[wvdksm]*", shown(on_an_m1(raw), columns, verbose))
+    assert {len(text) for text in found} == {max(map(len, found))} and len(found[0]) >= 20
 
 
 def test_parts_have_their_share_of_a_bar_in_letters_or_in_colours(raw):
@@ -284,3 +321,11 @@ def test_the_parts_of_each_bar_add_up_to_its_share_of_the_limit(packed, tmp_path
     assert ends == pytest.approx([100 * row.plan.image / row.plan.machine.limit for row in rows])
     assert figure.get_suptitle().endswith("fits 4 of 4 machines")
     assert [tick.get_text() for tick in axes.get_yticklabels()] == [machine.name for machine in planned.machines]
+
+
+def test_the_claim_counts_the_bars_that_end_before_the_line(packed, tmp_path):
+    pytest.importorskip("matplotlib")
+    plan = on_an_m1(packed).row(AS_IS).plan
+    planned = on_an_m1(packed, limit=(plan.text + plan.image) // 2)
+    assert planned.row(AS_IS).plan.fits  # text alone
+    assert draw_planned(tmp_path / "plan.png", planned).get_suptitle().endswith("fits 3 of 4 machines")
