@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from mlx_qwen35.console.table import size
 from mlx_qwen35.convert.recipes import DEFAULT
 from mlx_qwen35.doctor.plan import AS_IS, Planned, Row, longest_contexts
 
@@ -15,10 +16,6 @@ class Advice(NamedTuple):
 
     text: str
     command: str = ""
-
-
-def size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
 
 
 def speed(tokens: float) -> str:
@@ -70,8 +67,10 @@ def _answer(planned: Planned, row: Row) -> str:
 
 
 def _speeds(planned: Planned, row: Row) -> Advice:
-    if row.decode is None or row.prefill is None:
+    if row.decode is None:
         return Advice("Its speed is not known. To measure:", f"mlx_qwen35 doctor --model {shlex.quote(planned.name)}")
+    if row.prefill is None:
+        return Advice(f"Computed, not measured: {speed(row.decode)} tokens a second. Its prefill speed is not known.")
     return Advice(
         f"Computed, not measured: {speed(row.decode)} tokens a second, after {row.plan.context / row.prefill:,.0f} s "
         f"for a prompt of {row.plan.context:,}."
