@@ -63,7 +63,7 @@ def this_machine(config: TextConfig, dtype: mx.Dtype, limit: int, kv: KVFormat =
 
 
 def mac(gigabytes: float, dtype: mx.Dtype = mx.float16, kv: KVFormat = UNQUANTIZED, chip: str = "M1") -> Machine:
-    """A Mac with `gigabytes` of memory. chip: one up to M4."""
+    """A Mac with `gigabytes` of memory. chip: as "M2 Max"; its command buffers are those of M1 to M4."""
     return Machine(
         f"{chip}, {gigabytes:g} GB", int(WORKING_SET * gigabytes * 2**30), dtype, "fused", parse_chip(f"Apple {chip}"),
         CommandBuffers(*TUNED.values()), kv,

@@ -45,6 +45,8 @@ def prefill_operations(config: TextConfig, tokens: int) -> float:
     return tokens * (2 * weights + rule + attention)
 
 
-def prefill_speed(config: TextConfig, tokens: int, chip: Chip) -> float:
-    """Tokens a second of the prefill of a prompt of so many tokens."""
+def prefill_speed(config: TextConfig, tokens: int, chip: Chip) -> float | None:
+    """Tokens a second of the prefill of a prompt of so many tokens; None where the chip's peak is not known."""
+    if not chip.knows_flops:
+        return None
     return tokens * PREFILL * chip.flops / prefill_operations(config, tokens)

@@ -9,13 +9,15 @@ from mlx_qwen35.commands.fit import as_json, fits, format_fits
 from mlx_qwen35.commands.stored import PLACES, Stored, stored
 from mlx_qwen35.console.interrupt import as_typed
 from mlx_qwen35.console.json_output import STDOUT, add_json, check_json, write_json
+from mlx_qwen35.console.notices import tell
 from mlx_qwen35.console.parser import Parser
 from mlx_qwen35.console.progress import Step
 from mlx_qwen35.console.run import as_command
+from mlx_qwen35.console.safe import safe_name
 from mlx_qwen35.console.streams import standard_input
-from mlx_qwen35.console.table import align
+from mlx_qwen35.console.table import align, size
 from mlx_qwen35.errors import CODES, InputError
-from mlx_qwen35.machine.chip import LATEST, parse_chip
+from mlx_qwen35.machine.chip import chip_name
 from mlx_qwen35.machine.memory import limit_of
 from mlx_qwen35.options import either
 from mlx_qwen35.values import choice
@@ -83,23 +85,20 @@ def described(model: Stored) -> dict[str, object]:
 
 
 def format_list(found: Sequence[Stored]) -> str:
-    """A table for each place; names come last, so that long ones break nothing."""
+    """A table for each place; what a model holds beside text; names last, so that long ones break nothing."""
     lines = []
     for place, title in PLACES.items():
         here = [model for model in found if model.place == place]
         rows = [
-            (f"  {size(model.nbytes)}", model.storage or "-", ", ".join(model.holds) or "-", day(model.used),
-             model.typed)
+            (f"  {size(model.nbytes)}", safe_name(model.storage) or "-",
+             ", ".join(model.holds[1:] or model.holds) or "-", day(model.used),
+             safe_name(model.typed))
             for model in here
         ]  # fmt: skip
-        faults = [f"  {model.typed}: {CODES.get(model.fault, model.fault)}" for model in here if model.fault]
+        faults = [f"  {safe_name(model.typed)}: {CODES.get(model.fault, model.fault)}" for model in here if model.fault]
         lines += [title, *align(rows, left=range(1, 5)), *faults, ""] if rows else []
     lines.append(f"{size(sum(model.nbytes for model in found))} in all. The last column is what follows --model.")
     return "\n".join(lines)
-
-
-def size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
 
 
 def day(seconds: float | None) -> str:
@@ -114,15 +113,16 @@ def remove_models(args: argparse.Namespace) -> None:
     check_json(args.json)
     with Step("looking at the models on this machine"):
         known = stored()
-    removed = []
-    for model in [named(name, args.recipe, known) for name in dict.fromkeys(args.names)]:
+    chosen, removed = [named(name, args.recipe, known) for name in dict.fromkeys(args.names)], []
+    for model in chosen:
         if not args.yes and not agreed(model):
+            tell(f"kept {safe_name(model.typed)}")
             continue
         assert model.remove
         model.remove()
         removed.append(described(model))
         if args.json != STDOUT:
-            print(f"removed {model.typed}: {size(model.nbytes)} freed", flush=True)
+            print(f"removed {safe_name(model.typed)}: {size(model.nbytes)} freed", flush=True)
     write_json(args.json, removed)
 
 
@@ -140,15 +140,18 @@ def named(name: str, recipe: str | None, known: Sequence[Stored]) -> Stored:
         raise InputError("target_refused", f"{name} belongs to LM Studio: remove it there, under My Models")
     if not model.remove:
         raise InputError("target_refused", f"{name} comes with the package, and is a few MB: it stays")
+    if model.check_unused:
+        model.check_unused()
     return model
 
 
 def agreed(model: Stored) -> bool:
     """Whether the user, at a terminal, wants it removed."""
+    name = safe_name(model.typed)
     if not standard_input().isatty():
-        raise InputError("option_missing", f"--yes must be given to remove {model.typed} where nobody can be asked")
+        raise InputError("option_missing", f"--yes must be given to remove {name} where nobody can be asked")
     where = PLACES[model.place]
-    print(f"Remove {model.typed} ({where}, {size(model.nbytes)})? [y/N] ", end="", file=sys.stderr, flush=True)
+    print(f"Remove {name} ({where}, {size(model.nbytes)})? [y/N] ", end="", file=sys.stderr, flush=True)
     return standard_input().readline().strip().lower() in ("y", "yes")
 
 
@@ -159,10 +162,8 @@ def show_fit(args: argparse.Namespace) -> None:
     if args.chip and args.memory is None:
         raise InputError("option_no_effect", "--chip must be given with --memory: it is another Mac's")
     if args.memory is not None and not 1 <= args.memory <= 4096:
-        raise InputError("option_invalid", f"--memory must be the GB of a Mac, 8 or more, got {args.memory:g}")
-    chip = args.chip or "M1"
-    if parse_chip(f"Apple {chip}").generation > LATEST:
-        raise InputError("option_invalid", f"--chip must be one of M1 to M{LATEST}, also as 'M1 Pro', got {chip!r}")
+        raise InputError("option_invalid", f"--memory must be the GB of a Mac, 1 to 4,096, got {args.memory:g}")
+    chip = chip_name("--chip", args.chip or "M1")
     with Step("planning memory"):
         machine, found = fits(limit_of(None), args.memory, chip)
     if not write_json(args.json, as_json(machine, found)):

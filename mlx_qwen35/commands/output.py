@@ -8,22 +8,12 @@ from itertools import groupby
 from mlx_qwen35.checkpoint.rope_fields import wider
 from mlx_qwen35.console.notices import tell
 from mlx_qwen35.console.progress import Step
+from mlx_qwen35.console.safe import safe
 from mlx_qwen35.engine.result import Result
 from mlx_qwen35.media.preprocess import Media, Page
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.options import either
 from mlx_qwen35.prompt.piece import CALL, CALL_END, Piece
-
-_CONTROLS: dict[int, int | None] = {  # as pictures of them
-    **{code: 0x2400 + code for code in range(0x20)},
-    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
-    **{0x7F: 0x2421, 0x0D: None, 0x0A: 0x0A, 0x09: 0x09},
-}
-
-
-def safe(text: str) -> str:
-    """A text without characters that control a terminal: it moves no cursor, sets no title and opens no link."""
-    return text.translate(_CONTROLS)
 
 
 def media_lines(media: Sequence[Media], before: Sequence[Media] = ()) -> list[str]:

@@ -30,7 +30,8 @@ class Stored:
     """A model on this machine.
 
     name: what follows --model. place: of PLACES. nbytes: on the disk. used: when its files were read last, in seconds
-    since 1970. recipe: of a conversion, which follows --recipe. remove: takes it off the disk. storage: see `storage`.
+    since 1970. recipe: of a conversion, which follows --recipe. remove: takes it off the disk. check_unused:
+    InputError where a process uses it. storage: see `storage`.
     holds: of "text", "vision" and "drafts". fault: why it cannot be used, as a code of errors.py, or UNFINISHED; ""
     where it can.
     """
@@ -42,6 +43,7 @@ class Stored:
     used: float | None
     recipe: str = ""
     remove: Callable[[], None] | None = None
+    check_unused: Callable[[], None] | None = None
     storage: str = ""
     holds: tuple[str, ...] = ()
     fault: str = ""
@@ -108,7 +110,8 @@ def _files(folder: Path) -> tuple[int, float | None]:
 def _conversions() -> Iterator[Stored]:
     for kept in all_converted():
         used, remove = _files(kept.folder)[1], functools.partial(_remove_conversion, kept)
-        found = Stored(kept.name, "converted", kept.folder, kept.nbytes, used, kept.recipe, remove)
+        check = functools.partial(refuse_use, kept.folder)
+        found = Stored(kept.name, "converted", kept.folder, kept.nbytes, used, kept.recipe, remove, check)
         yield _seen(found) if kept.finished else replace(found, fault=UNFINISHED)
 
 
@@ -129,15 +132,14 @@ def _hub() -> Iterator[Stored]:
         if repository.repo_type != "model" or not revisions:
             continue
         folder, used = revisions[0].snapshot_path, repository.last_accessed
-        remove = functools.partial(_remove_download, repository.repo_path)
-        yield _seen(Stored(repository.repo_id, "hub", folder, repository.size_on_disk, used, remove=remove))
+        remove, check = (functools.partial(act, repository.repo_path) for act in (_remove_download, _check_download))
+        found = Stored(repository.repo_id, "hub", folder, repository.size_on_disk, used, "", remove, check)
+        yield _seen(found)
 
 
 def _remove_download(place: Path) -> None:
     """Remove a repository from Hugging Face's cache, in all its revisions."""
-    for snapshot in place.glob("snapshots/*"):
-        refuse_use(snapshot)
-    _refuse_download(place)
+    _check_download(place)
     try:
         shutil.rmtree(place)
     except OSError as error:
@@ -161,7 +163,9 @@ def refuse_use(folder: Path) -> None:
         raise InputError("target_busy", f"{folder} is in use: a process has loaded it. End that, then remove it")
 
 
-def _refuse_download(place: Path) -> None:
-    """InputError where a process downloads into this place of Hugging Face's cache, which locks each file."""
+def _check_download(place: Path) -> None:
+    """InputError where a process has loaded a revision in this place of Hugging Face's cache, or downloads into it."""
+    for snapshot in place.glob("snapshots/*"):
+        refuse_use(snapshot)
     if any(map(is_locked, (place.parent / ".locks" / place.name).glob("*.lock"))):
         raise InputError("target_busy", f"{place} is being downloaded by a process. Wait for it, or end it")

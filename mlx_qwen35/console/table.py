@@ -17,3 +17,8 @@ def align(table: Sequence[Sequence[str]], left: Container[int] = (0,)) -> list[s
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
+
+
+def size(nbytes: int) -> str:
+    """3.1 GB, of less than 0.1 GB in MB."""
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"

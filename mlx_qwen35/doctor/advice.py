@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import NamedTuple
 
+from mlx_qwen35.console.table import size
 from mlx_qwen35.convert.recipes import DEFAULT
 from mlx_qwen35.doctor.plan import AS_IS, Planned, Row, longest_contexts
 from mlx_qwen35.options import as_flag
@@ -20,10 +21,6 @@ class Advice(NamedTuple):
 
     text: str
     command: str = ""
-
-
-def size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
 
 
 def speed(tokens: float) -> str:
@@ -75,9 +72,11 @@ def _answer(planned: Planned, row: Row) -> str:
 
 
 def _speeds(planned: Planned, row: Row) -> Advice:
-    if row.decode is None or row.prefill is None:
+    if row.decode is None:
         command = _command(planned, ("doctor", "--model", planned.name), LOADING)
         return Advice("Its speed is not known. To measure:", command)
+    if row.prefill is None:
+        return Advice(f"Computed, not measured: {speed(row.decode)} tokens a second. Its prefill speed is not known.")
     return Advice(
         f"Computed, not measured: {speed(row.decode)} tokens a second, after {row.plan.context / row.prefill:,.0f} s "
         f"for a prompt of {row.plan.context:,}."

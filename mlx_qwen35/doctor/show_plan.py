@@ -9,8 +9,9 @@ from rich.text import Text
 from mlx_qwen35.budget.plan import Machine, MemoryPlan
 from mlx_qwen35.budget.roofline import DECODE, PREFILL
 from mlx_qwen35.checkpoint.dtypes import dtype_name
-from mlx_qwen35.console.table import align
-from mlx_qwen35.doctor.advice import advice, advised, size, speed
+from mlx_qwen35.console.safe import safe, safe_name
+from mlx_qwen35.console.table import align, size
+from mlx_qwen35.doctor.advice import advice, advised, speed
 from mlx_qwen35.doctor.bars import bar, coloured, legend
 from mlx_qwen35.doctor.plan import AS_IS, PIXELS, Planned, Row, longest_contexts
 
@@ -33,7 +34,7 @@ def show(planned: Planned, console: Console, verbose: bool = False) -> None:
     for text, command in advice(planned):
         _say(console, text)
         if command:
-            _print(console, Text(f"  {command}", "bold"))
+            _print(console, Text(f"  {safe_name(command)}", "bold"))
     _print(console)
     _show_bars(planned, console, verbose)
     _print(console)
@@ -45,7 +46,7 @@ def show(planned: Planned, console: Console, verbose: bool = False) -> None:
 def _print(console: Console, *lines: str | Text) -> None:
     """Lines as they are, however wide."""
     for line in lines or ("",):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(safe(line) if isinstance(line, str) else line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _say(console: Console, text: str) -> None:
@@ -127,9 +128,9 @@ def _speed_table(
 def _cell(row: Row) -> str:
     if not row.plan.fits:
         return f"kv {row.kv_bits}" if row.kv_bits else "no"
-    if row.decode is None or row.prefill is None:
+    if row.decode is None:
         return "fits"
-    return f"{speed(row.decode)} / {speed(row.prefill)}"
+    return f"{speed(row.decode)} / {'?' if row.prefill is None else speed(row.prefill)}"
 
 
 def _formula(machines: Sequence[Machine]) -> Iterator[str]:
@@ -137,10 +138,8 @@ def _formula(machines: Sequence[Machine]) -> Iterator[str]:
     yield "decode: share of bandwidth / bytes of a token (weights, states, keys, values)"
     yield "prefill: share of peak / operations of a token (two a weight, and attention)"
     for chip in {machine.chip.name: machine.chip for machine in machines if machine.chip}.values():
-        yield (
-            f"{chip.name}: {DECODE[chip.tier]:.0%} of {chip.bandwidth / 1e9:.0f} GB/s, {PREFILL:.0%} of "
-            f"{chip.flops / 1e12:.1f} TFLOPS"
-        )
+        peak = f"{PREFILL:.0%} of {chip.flops / 1e12:.1f} TFLOPS" if chip.knows_flops else "its peak is not known"
+        yield f"{chip.name}: {DECODE[chip.tier]:.0%} of {chip.bandwidth / 1e9:.0f} GB/s, {peak}"
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mlx_qwen35.backend import TF32
+from mlx_qwen35.errors import InputError
 
 _PEAK = {1: 2.3e12, 2: 2.9e12, 3: 2.8e12, 4: 3.4e12}  # operations a second of the plain chip of a generation
 _TIMES = {"": 1, "Pro": 1.75, "Max": 3.4, "Ultra": 6.8}  # and of the larger ones, as many times that
@@ -20,7 +21,7 @@ _BANDWIDTH = {  # bytes a second of the generations from M1 on
     "": (68e9, 100e9, 100e9, 120e9, 153e9), "Pro": (200e9, 200e9, 150e9, 273e9, 307e9),
     "Max": (400e9, 400e9, 300e9, 410e9, 460e9), "Ultra": (800e9, 800e9, 819e9),
 }  # fmt: skip
-LATEST = 5  # generation whose figures are known
+LATEST = 5  # generation whose bandwidth is known
 TUNED_UP_TO = 4  # generations for which larger command buffers were published to pay
 _NATIVE_BFLOAT16 = 3  # from this generation on
 
@@ -40,8 +41,13 @@ class Chip:
 
     @property
     def flops(self) -> float:
-        """Peak 16-bit operations a second."""
+        """Peak 16-bit operations a second; of an unknown chip those of the slowest, enough to choose chunks by."""
         return _PEAK.get(self.generation, min(_PEAK.values())) * _TIMES[self.tier]
+
+    @property
+    def knows_flops(self) -> bool:
+        """Whether `flops` is a published figure, and not that of the slowest chip."""
+        return self.generation in _PEAK
 
     @property
     def bandwidth(self) -> float:
@@ -54,6 +60,22 @@ def parse_chip(brand: str) -> Chip:
     """The chip of a brand string such as "Apple M2 Max"; an unknown one counts as new, and as slow as the slowest."""
     found = re.match(r"Apple M(\d+)\b(?: (Pro|Max|Ultra))?", brand)
     return Chip(brand, int(found[1]), found[2] or "") if found else Chip(brand, LATEST + 1, "")
+
+
+def chip_name(option: str, name: str) -> str:
+    """The name of a chip whose bandwidth is known, such as "M2 Max", however its letters are written, or InputError.
+
+    option: what the error calls it.
+    """
+    found = re.fullmatch(r"M(\d+)(?: (Pro|Max|Ultra))?", name.strip(), re.ASCII | re.IGNORECASE)
+    if found:
+        generation, tier = int(found[1]), (found[2] or "").title()
+        if 1 <= generation <= len(_BANDWIDTH[tier]):
+            return f"M{generation} {tier}".strip()
+    raise InputError(
+        "option_invalid", f"{option} must be one of M1 to M{LATEST}, also as 'M1 Pro', 'M1 Max' or, up to "
+        f"M{len(_BANDWIDTH['Ultra'])}, 'M1 Ultra', got {name!r}"
+    )  # fmt: skip
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from mlx_qwen35.commands.chat.markdown import blocks, rendered
 from mlx_qwen35.commands.chat.reader import PlainReader
-from mlx_qwen35.commands.output import safe
+from mlx_qwen35.console.safe import safe
 
 
 @pytest.fixture

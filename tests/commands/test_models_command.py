@@ -13,11 +13,14 @@ from terminal import Terminal, needs_tmux, ours
 
 from mlx_qwen35 import load
 from mlx_qwen35.budget.plan import mac
+from mlx_qwen35.budget.roofline import prefill_speed
+from mlx_qwen35.checkpoint.config import parse_config
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.random import geometry, write_headers
 from mlx_qwen35.commands import chat, fit, models
 from mlx_qwen35.commands.fit import Fit, format_fits, recommended
 from mlx_qwen35.commands.stored import stored
+from mlx_qwen35.machine.chip import chip_name, parse_chip
 from mlx_qwen35.machine.process import is_locked, show_in_use
 
 HUB_ID, OURS, STUDIO = "Qwen/Qwen3.5-nano", "Qwen/Qwen3.5-4B", "~/.lmstudio/models/someone/nano-mlx"
@@ -88,7 +91,7 @@ def test_the_list_has_what_is_in_each_place(home, run):
 
 def test_the_text_of_the_list_says_what_to_type_and_fits_80_columns(home, run):
     status, out, _ = run("list")
-    assert status == 0 and max(map(len, out.splitlines())) <= 100
+    assert status == 0 and max(len(line) for line in out.splitlines() if STUDIO not in line) <= 80  # but for a path
     for name in (f"{OURS} --recipe 4bit", HUB_ID, STUDIO, "nano"):
         assert f"  {name}\n" in out
 
@@ -113,6 +116,14 @@ def test_without_any_cache_nano_is_there(tmp_path, monkeypatch, run):
     monkeypatch.setenv("MLX_QWEN35_HOME", str(tmp_path / "ours"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     assert list(listed(run)) == ["nano"]
+
+
+def test_no_name_controls_the_terminal_and_json_keeps_it(home, run):
+    name = "evil\x1b]0;title\x07\nx"
+    Path(STUDIO).expanduser().rename(Path(STUDIO).expanduser().parent / name)
+    out = run("list")[1]
+    assert out.replace("\n", "").isprintable() and "evil\u241b]0;title\u2407\u240ax" in out
+    assert any(found.endswith(name) for found in listed(run))
 
 
 # --- remove ----------------------------------------------------------------------------------------------------------
@@ -157,6 +168,7 @@ def test_at_a_terminal_it_asks(home, run, monkeypatch, answer, stays):
     monkeypatch.setattr(sys, "stdin", Typed(answer))
     status, _, err = run("remove", HUB_ID)
     assert status == 0 and HUB_ID in err
+    assert (f"kept {HUB_ID}" in err) is stays
     assert (HUB_ID in listed(run)) is stays
 
 
@@ -173,6 +185,15 @@ def test_a_model_that_is_loaded_stays_until_it_is_let_go(home, run, name, words)
     assert status == 2 and err.endswith("[target_busy]\n") and folder.is_dir()
     del owner
     assert run("remove", name, *words, "--yes")[0] == 0 and not folder.exists()
+
+
+def test_where_one_of_several_is_in_use_none_is_removed(home, run):
+    link(home / "tiny", home / "hub", "Qwen/Qwen3.5-other")
+    owner = Owner()
+    show_in_use(home / "hub/models--Qwen--Qwen3.5-other/snapshots/abc/config.json", owner)
+    before = listed(run)
+    assert run("remove", HUB_ID, "Qwen/Qwen3.5-other", "--yes")[2].endswith("[target_busy]\n")
+    assert listed(run).keys() == before.keys()
 
 
 def test_a_model_that_is_being_downloaded_stays(home, run):
@@ -251,11 +272,22 @@ def test_where_nothing_fits_nano_does():
 @pytest.mark.parametrize(
     ("words", "code"),
     [(("--chip", "M4"), "option_no_effect"), (("--memory", "0"), "option_invalid"),
-     (("--memory", "x"), "option_invalid"), (("--memory", "8", "--chip", "X1"), "option_invalid")],
+     (("--memory", "x"), "option_invalid"),
+     *((("--memory", "8", "--chip", chip), "option_invalid") for chip in ("X1", "M0", "M6", "M1 Foo", "M5 Ultra"))],
 )  # fmt: skip
 def test_a_mac_that_is_none_is_refused(run, words, code):
     status, _, err = run("fit", *words)
     assert status == 2 and err.endswith(f"[{code}]\n")
+
+
+def test_a_chip_is_known_however_its_letters_are_written():
+    assert [chip_name("--chip", name) for name in ("M2 max", "m5", "M3 ULTRA")] == ["M2 Max", "M5", "M3 Ultra"]
+
+
+def test_of_m5_no_prefill_speed_is_computed():
+    config = parse_config(geometry("4b")).text
+    assert prefill_speed(config, 1024, parse_chip("Apple M5")) is None
+    assert prefill_speed(config, 1024, parse_chip("Apple M4"))
 
 
 # --- a terminal ------------------------------------------------------------------------------------------------------

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
-from mlx_qwen35.commands.output import print_pieces, safe, tell_cut
+from mlx_qwen35.commands.output import print_pieces, tell_cut
 from mlx_qwen35.commands.session import tell_interrupted
 from mlx_qwen35.console.notices import on_lines_of_its_own, tell
 from mlx_qwen35.console.progress import Step, duration
+from mlx_qwen35.console.safe import safe
 from mlx_qwen35.engine.conversation import Conversation, Turn
 from mlx_qwen35.engine.result import Result
 from mlx_qwen35.prompt.piece import Piece

@@ -20,10 +20,11 @@ from rich.theme import Theme
 
 from mlx_qwen35.commands.chat.markdown import STYLES, blocks, rendered
 from mlx_qwen35.commands.chat.screen import folded, statistics, summary, watched
-from mlx_qwen35.commands.output import safe, tell_cut
+from mlx_qwen35.commands.output import tell_cut
 from mlx_qwen35.commands.session import tell_interrupted
 from mlx_qwen35.console import notices
 from mlx_qwen35.console.progress import Step
+from mlx_qwen35.console.safe import safe
 from mlx_qwen35.engine.conversation import Conversation, Turn
 from mlx_qwen35.prompt.piece import ARGUMENTS, CALL, CALL_END, CONTENT, REASONING, Piece
 
