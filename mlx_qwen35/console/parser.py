@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         quiet: Sequence[str] = ("--quiet",),
         **options: Any,
     ):
-        super().__init__(prog=as_typed(prog), **options)
+        super().__init__(prog=as_typed(prog), allow_abbrev=False, **options)
         self._stray = stray
         self.examples = examples
         self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")

@@ -573,6 +573,13 @@ def test_two_calls_are_asked_about_one_after_another(chat, tools):
     assert talk.conversation.messages == []
 
 
+def test_functions_that_a_session_does_not_keep_are_told_of(chat, tools, closing, tmp_path):
+    path = tmp_path / "talk"
+    chat(f"/tools {tools}", WEATHER, SKY, f"/save {path}", temp=0, max_tokens=64).close()
+    closing(talk := chat(f"/load {path}"))
+    assert any("/tools FILE" in text for text in talk.screen.said)
+
+
 def test_tools_are_removed_and_a_file_that_holds_none_is_refused(chat, tools, tmp_path):
     talk = chat(f"/tools {tools}", "/tools off")
     assert "tools" not in talk.conversation.options and "no tools" in talk.screen.said[-1]

@@ -84,6 +84,8 @@ class Talk:
     def ask(self) -> None:
         """Ask for the results of the calls in the last message, one after another."""
         messages = self.conversation.messages
+        if any(message.get("tool_calls") for message in messages) and not self.conversation.options.get("tools"):
+            self.screen.note("a session does not keep the functions that were called: /tools FILE gives them again")
         self.calls, self._results = list(messages[-1].get("tool_calls", ())) if messages else [], {}
         self._ask_next()
 
