@@ -7,17 +7,21 @@ With exit status REFUSED it is PDFium's error in JSON: code, page and message.
 """
 
 import json
+import resource
 import signal
 import sys
 from typing import Any
 
 REFUSED = 3
+MEMORY = 1 << 31  # bytes of address space, where the system holds a process to them (Linux)
 
 
 def main() -> int:
     from pypdfium2 import PdfDocument, PdfiumError
 
     asked, page = json.load(sys.stdin), None
+    if sys.platform == "linux":
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends a process that is inside PDFium too
     signal.setitimer(signal.ITIMER_REAL, asked["seconds"])
     try:
