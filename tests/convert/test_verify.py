@@ -162,7 +162,7 @@ def test_disk_that_fills_up_in_the_middle_leaves_nothing(raw, tmp_path, monkeypa
         return written[-1]
 
     monkeypatch.setattr(os, "pwrite", full)
-    with refused("output_unwritable", "No space left on device"):
+    with refused("disk_full", tmp_path / "here" / "out"):
         converted(raw, tmp_path / "here" / "out")
     assert sum(written) > 3_000_000 and not any((tmp_path / "here").iterdir())
 
@@ -175,7 +175,7 @@ def test_no_thread_goes_on_when_the_journal_cannot_be_written(raw, tmp_path, mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Journal, "append", full)
-    with refused("output_unwritable") as caught:
+    with refused("disk_full") as caught:
         converted(raw, tmp_path / "here" / "out")
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")], caught
     assert not any((tmp_path / "here").iterdir())

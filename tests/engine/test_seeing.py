@@ -527,7 +527,7 @@ def test_chat_keeps_an_image_when_the_message_is_interrupted_before_it_is_taken(
 
 
 def test_chat_goes_on_when_the_reading_of_an_image_is_interrupted(talk, monkeypatch):
-    def interrupted(self, parts, vision):
+    def interrupted(self, parts, vision, progress):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Processor, "read_parts", interrupted)

@@ -142,7 +142,7 @@ def test_a_conversation_goes_on_until_its_window_is_full_and_from_a_reset(small)
 
 
 def test_a_chat_says_that_an_answer_was_cut_by_a_full_context_and_begins_anew(run):
-    out, err = run(chat, stdin=f"{ASK}\n{ASK}\n/reset\n{ASK}\n")
+    out, err = run(chat, "--verbose", stdin=f"{ASK}\n{ASK}\n/reset\n{ASK}\n")
     cut, refusal, again = (text in err for text in ("/reset begins anew or", "[context_length_exceeded]", "/reset)"))
     assert cut and refusal and again and "--max-tokens" not in err
     first, behind_reset = (line.split(",")[0] for line in err.splitlines() if line.startswith("[prompt "))

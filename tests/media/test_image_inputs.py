@@ -493,7 +493,8 @@ NOT_PICTURES = {
 @pytest.mark.parametrize("what", NOT_PICTURES)
 def test_what_is_not_a_picture_is_named(what, tmp_path):
     (tmp_path / "file").write_bytes(NOT_PICTURES[what])
-    hint = "Give it as a video" if "video" in what else "save it as PNG or JPEG"
+    hints = {"video": "Give it as a video", "PDF": "Give it as a PDF"}
+    hint = next((hint for kind, hint in hints.items() if kind in what), "save it as PNG or JPEG")
     refused(tmp_path / "file", "media_not_opened", str(tmp_path / "file"), what, hint)
 
 
