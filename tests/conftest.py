@@ -46,8 +46,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     guard()
-    # A run that was started with Ctrl-C ignored (nohup, a script's &) would hand that to every process it starts.
+    # A run that was started with signals ignored (nohup, a script's &) would hand that to every process it starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     # A warning is an error, except deprecations inside the programs that we only compare with.
     config.addinivalue_line("filterwarnings", "error")
     config.addinivalue_line("filterwarnings", "ignore::mlx_qwen35.errors.EmptyAnswer")  # of short answers in tests
