@@ -54,6 +54,7 @@ def main() -> None:
     else:
         with told(PACKAGE):
             answer(first)
+        sys.exit(0)
 
 
 def answer(word: str) -> None:

@@ -147,8 +147,16 @@ def test_probabilities_are_those_of_alone() -> None:
 # --- I3 -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def sequences() -> Callable[[], list[Sequence]]:
+    """A function that lists the sequences that came since the test began: other tests of the process may hold some."""
+    gc.collect()
+    before = {id(own) for own in gc.get_objects() if type(own) is Sequence}
+    return lambda: [own for own in gc.get_objects() if type(own) is Sequence and id(own) not in before]
+
+
 @pytest.mark.parametrize("requests", [4, pytest.param(500, marks=pytest.mark.full)])
-def test_what_has_left_leaves_nothing(requests: int) -> None:
+def test_what_has_left_leaves_nothing(requests: int, sequences: Callable[[], list[Sequence]]) -> None:
     rng, bench = random.Random(1), Bench()
 
     def answer(count: int) -> None:
@@ -169,14 +177,16 @@ def test_what_has_left_leaves_nothing(requests: int) -> None:
     answer(requests)
     assert active() <= before + 65_536 and bench.lanes.engine.held() == []
     gc.collect()
-    assert not [own for own in gc.get_objects() if type(own) is Sequence]
+    assert not sequences()
 
 
 # --- I4: cancel -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["queue", "reading", "decoding"])
-def test_a_cancel_ends_an_answer_within_a_step_and_no_other(where: str) -> None:
+def test_a_cancel_ends_an_answer_within_a_step_and_no_other(
+    where: str, sequences: Callable[[], list[Sequence]]
+) -> None:
     bench = Bench(rows=2)
     prompt, options = settings(1)
     (first,) = bench.ask(prompt, **options)
@@ -196,7 +206,7 @@ def test_a_cancel_ends_an_answer_within_a_step_and_no_other(where: str) -> None:
     assert gone.result.finish_reason == "interrupted"
     assert len(bench.lanes.running) + len(bench.lanes.queue) == 1
     del gone.lane
-    assert [own for own in gc.get_objects() if type(own) is Sequence] in ([], [first.lane.request])
+    assert sequences() in ([], [first.lane.request])
     bench.run()
     check(first, alone(1))
 
