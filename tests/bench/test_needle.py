@@ -80,6 +80,7 @@ def test_an_answer_is_right_where_the_number_stands_in_it_by_itself():
     assert {text: answer("single", 9, 0, text).right for text in said} == said
 
 
+@pytest.mark.full
 def test_what_prompts_share_is_read_once_and_the_answers_are_those_of_whole_prompts(nano):
     generator = random.Random(1)
     text = [generator.randrange(5, 300) for _ in range(150)]

@@ -84,7 +84,7 @@ def edited(rng: np.random.Generator, prefix: Prefix) -> Prefix:
     return Prefix(tokens.astype(np.int32), tuple(media))
 
 
-@pytest.mark.core(2)
+@pytest.mark.core(1)
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(2, 30))])
 @pytest.mark.parametrize("aligned", [True, False])
 def test_after_any_edits_warm_is_cold(model, seed, aligned):
@@ -221,6 +221,7 @@ def test_of_a_dropped_long_prompt_a_short_snapshot_does_not_hold_the_memory(mode
     assert [entry.kind for entry in library.entries()] == [SYSTEM] and library.nbytes < whole / 2
 
 
+@pytest.mark.full
 def test_a_stored_snapshot_takes_its_bytes_and_no_more(model):
     """Behind drafts the states are views of those of all steps, unless they are copied."""
     library, prefix = model.make_library(), Prefix(np.arange(300, dtype=np.int32) % 90)

@@ -61,6 +61,7 @@ def test_divergence_of_a_group_is_that_of_its_matrices_alone(raw, rows):
     assert row_of(rows, "MLP down").kl == pytest.approx(divergence(open_checkpoint(raw), alter), abs=2e-6)
 
 
+@pytest.mark.full
 def test_a_tied_embedding_is_packed_on_the_way_in_and_out(raw, rows):
     def alter(model):
         model.embed_tokens.weight = rounded(model.embed_tokens.weight, FOUR)

@@ -101,6 +101,7 @@ def test_over_a_grid_of_costs_and_probabilities_most_tokens_come_at_a_depth_with
     assert sum(share > 0.8 for share in near) >= 69  # the other three could gain 7 or 8 %, and are disabled for a while
 
 
+@pytest.mark.full
 def test_over_the_grid_what_measuring_costs_is_small(grid):
     speeds = [speed for _, speed in grid]
     assert min(speeds) > 0.9 and mean(speeds) > 0.97

@@ -161,6 +161,7 @@ def test_rows_of_both_modes_get_the_preset_of_their_own_mode(nano, monkeypatch):
     assert [request.sampler.sampling.temp for request in start(*nano, prompts).requests] == [1.0, 0.7]
 
 
+@pytest.mark.full
 def test_row_i_of_a_batch_has_seed_plus_i_or_its_own(nano):
     options = {"temp": 8.0, "max_tokens": 12}
     for given, seeds in ((7, [7, 8, 9]), (2**32 - 2, [2**32 - 2, 2**32 - 1, 0]), ([4, 4, 2], [4, 4, 2])):

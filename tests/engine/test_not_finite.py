@@ -87,6 +87,7 @@ def test_the_layer_is_named_in_a_batch_too(overflowing, nano):
         batch_generate(model, nano[1], [ASK, "Hello"], max_tokens=3)
 
 
+@pytest.mark.full
 def test_the_probe_shows_where_the_residual_stream_grows(overflowing, nano):
     tokens = nano[1].encode_text(TEXT).tokens
     maxima = residual_maxima(load_text_model(overflowing), tokens)

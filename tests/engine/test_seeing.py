@@ -68,6 +68,7 @@ def test_an_image_may_straddle_chunks_of_the_prompt(nano, step):
     assert generate(*nano, ASK, images=[SHAPES], temp=1.0, seed=4, prefill_step_size=step).tokens == whole.tokens
 
 
+@pytest.mark.full
 def test_a_batch_with_different_images_and_none_equals_single_runs(nano):
     prompts = [
         [{"role": "user", "content": [part(SHAPES), {"type": "text", "text": ASK}]}],
@@ -325,7 +326,7 @@ def said(conversation: Conversation, content) -> str:
     return "".join(str(piece) for piece in conversation.send(content))
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize("thinking", [True, False])
 def test_turns_with_images_answer_as_if_all_were_read_anew(nano, thinking):
     turns = [

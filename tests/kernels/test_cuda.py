@@ -63,6 +63,7 @@ def programs(case: str) -> list[cuda.Program]:
     return list(found.values())
 
 
+@pytest.mark.core(1)
 @nvcc
 @pytest.mark.parametrize(
     "case",

@@ -81,6 +81,7 @@ def test_off_a_mac_the_operations_run(monkeypatch):
     mx.eval(model(mx.array([[1, 2, 3]])))
 
 
+@pytest.mark.full
 def test_nano_generates_the_same_tokens_with_the_kernel(as_on_a_mac, monkeypatch):
     prompts = [
         [{"role": "user", "content": "What is 34 + 58?"}],

@@ -267,6 +267,7 @@ STEPS = (  # depth, kept of the token and the drafts; depth 0: a plain step
 )  # fmt: skip
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize(
     ("row", "first"),
     [

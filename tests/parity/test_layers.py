@@ -43,6 +43,7 @@ def test_decoder_layers_and_mixers_equal_transformers(case, parity_model, refere
         assert reference(case).error(f"layers.{i}", whole) < TOLERANCE, f"layer {i}"
 
 
+@pytest.mark.core(3)
 @every_case
 def test_mlp_equals_transformers(case, parity_model, reference):
     x = mx.array(cases.layer_input(case))[None]

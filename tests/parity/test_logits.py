@@ -80,6 +80,7 @@ def test_logits_of_a_prompt_of_600_tokens_equal_transformers(long_prompt, refere
     assert reference(case).error("logits", logits) < TOLERANCE
 
 
+@pytest.mark.core(2)
 def test_logits_of_32_decoded_tokens_equal_transformers(long_prompt, parity_model, reference):
     case, _, cache = long_prompt
     logits = read_in_chunks(parity_model(case), prompt(case)[:, cases.PROMPT :], 1, cache)

@@ -66,6 +66,7 @@ def test_patch_embedding_equals_transformers(case, grid, tower, reference):
     assert reference(case).error(f"{grid} patch_embed", rows_of(tower(case).patch_embed(patches))) < STAGE
 
 
+@pytest.mark.core(2)
 @every_stage
 def test_interpolated_position_table_equals_transformers(case, grid, tower, reference):
     """What is added to the patches, alone: the embedding of no light at all, less its bias."""

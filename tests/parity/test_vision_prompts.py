@@ -210,6 +210,7 @@ def test_rows_with_different_images_and_none_equal_single_runs(case, step, model
         assert joined.next_positions[row] == following
 
 
+@pytest.mark.full
 def test_a_batch_whose_later_turn_shows_images_to_some_rows_equals_single_runs(model_of, row_of):
     model = model_of(TINY)
     turns = [[Scene(TINY, name) for name in names] for names in (("image", "text"), ("text", "later"))]
