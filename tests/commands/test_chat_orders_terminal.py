@@ -40,7 +40,7 @@ def test_an_edit_a_drop_an_option_and_a_session(tmp_path, columns):
         terminal.type("p 0.5")
         terminal.wait("temp: 0.5")
         terminal.type("/save talk")
-        terminal.wait("saved ")
+        terminal.wait("saved")
         terminal.type("/exit")
         assert terminal.ended() == 0
     assert (tmp_path / "talk").exists()
