@@ -15,6 +15,7 @@ import numpy as np
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.names import TEXT
 from mlx_qwen35.convert.progress import percent
+from mlx_qwen35.kernels.low_rank import ActiveAdapters
 from mlx_qwen35.load import choose_dtype
 from mlx_qwen35.measure.layerwise import Layerwise, make_batches
 from mlx_qwen35.model.layers import Joined, Linear
@@ -76,13 +77,13 @@ class _Recorder(nn.Module):
         self.inner = inner
         self._sums, self._names = weights.sums, [f"{weights.prefix}{name}.weight" for name in names]
 
-    def __call__(self, x: mx.array) -> mx.array | list[mx.array]:
+    def __call__(self, x: mx.array, adapters: ActiveAdapters | None = None) -> mx.array | list[mx.array]:
         self._record(x)
-        return self.inner(x)
+        return self.inner(x, adapters)
 
-    def whole(self, x: mx.array) -> list[mx.array]:
+    def whole(self, x: mx.array, adapters: ActiveAdapters | None = None) -> list[mx.array]:
         self._record(x)
-        return self.inner.whole(x)
+        return self.inner.whole(x, adapters)
 
     def split(self, products: Sequence[mx.array]) -> list[mx.array]:
         return self.inner.split(products)

@@ -19,6 +19,11 @@ CODES = {
     "model_type_unsupported": "the checkpoint is of another family",
     "weights_missing": "there is no safetensors file, or one that the index names is absent",
     "index_invalid": "the index of the safetensors files is damaged",
+    "adapter_not_found": "there is no such adapter's folder, or it has no tensors",
+    "adapter_invalid": "an adapter's files are damaged, or contradict each other",
+    "adapter_unsupported": "an adapter is of a kind that is not run, or not beside the weights",
+    "adapter_mismatch": "an adapter is for another model: unknown names or shapes that do not fit",
+    "adapter_unknown": "no adapter of this name is loaded",
     "adapter_unmerged": "a folder holds an adapter, not merged into its model",
     "path_outside_folder": "a file that a checkpoint names lies outside of its folder",
     "safetensors_truncated": "a safetensors file is shorter than its header says",
@@ -109,6 +114,11 @@ CODES = {
     "url_refused": "an address that must not be followed",
     "fetch_failed": "a server could not be reached, or did not deliver",
     "fetch_timeout": "a server took too long",
+    # training
+    "data_missing": "a folder of training data has no rows to train on",
+    "data_invalid": "a row of training data breaks a rule",
+    "loss_not_finite": "a loss or a gradient is not finite",
+    "run_invalid": "what a training run has saved is damaged, or is of another run",
     # conversion and measurement
     "target_refused": "the folder to write is a file, is not empty, or holds something else than a checkpoint",
     "target_overlaps_source": "what is read and what is written or removed are not apart",

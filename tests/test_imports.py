@@ -34,9 +34,10 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "generate": INPUT | {"measure", "engine"},
     "server": ALL,
     "console": ALL,
-    **dict.fromkeys(("convert", "bench"), ALL | {"console"}),
+    **dict.fromkeys(("convert", "train"), ALL | {"console"}),
+    "bench": ALL | {"console", "train"},
     "doctor": ALL | {"console", "convert"},
-    "commands": ALL | {"console", "server", "convert", "doctor", "bench"},
+    "commands": ALL | {"console", "server", "convert", "train", "doctor", "bench"},
 }
 
 

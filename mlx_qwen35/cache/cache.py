@@ -17,6 +17,7 @@ from mlx_qwen35.cache.layer import CachePosition, DeltaCache, ForwardContext, KV
 from mlx_qwen35.checkpoint.config import FULL, TextConfig
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.gated_delta import DeltaState
+from mlx_qwen35.kernels.low_rank import ActiveAdapters
 from mlx_qwen35.values import shown
 
 
@@ -76,7 +77,11 @@ class Snapshot:
 class Cache:
     """The cache of B rows. Made by `model.make_cache()`."""
 
-    def __init__(self, config: TextConfig, dtype: mx.Dtype, batch: int = 1, kv: KVFormat = UNQUANTIZED):
+    def __init__(
+        self, config: TextConfig, dtype: mx.Dtype, batch: int = 1, kv: KVFormat = UNQUANTIZED,
+        adapters: Sequence[str] | None = None,
+    ):  # fmt: skip
+        """adapters: the adapter of each row, "" for none. What a row holds is of use to its adapter alone."""
         Hk, head_dim = config.num_key_value_heads, config.head_dim
         conv = (batch, config.linear_conv_kernel_dim - 1, config.conv_dim)
         recurrent = (batch, config.linear_num_value_heads, config.linear_value_head_dim, config.linear_key_head_dim)
@@ -88,6 +93,7 @@ class Cache:
             for kind in config.layer_types
         ]
         self.position = CachePosition((0,) * batch, (0,) * batch)
+        self.adapters = ("",) * batch if adapters is None else tuple(adapters)
         self.follower: Follower | None = None  # the draft head's cache, if tokens are drafted
 
     @property
@@ -123,6 +129,7 @@ class Cache:
         lengths: Sequence[int] | None = None,
         positions: np.ndarray | None = None,
         stepwise: bool = False,
+        adapters: ActiveAdapters | None = None,
     ) -> Iterator[ForwardContext]:
         """Append T columns. They count when the block ends; if it raises, the cache is as before.
 
@@ -147,7 +154,7 @@ class Cache:
         try:
             for layer in self.layers:
                 layer.reserve(counts)
-            yield ForwardContext(counts, padded, table, stepwise)
+            yield ForwardContext(counts, padded, table, stepwise, adapters)
         except BaseException:
             self.layers = before
             mx.async_eval(self.held())  # what the pass wrote behind the columns in use is a graph of this thread
@@ -167,19 +174,24 @@ class Cache:
     def select(self, rows: Sequence[int]) -> "Cache":
         """A cache of these rows alone, without the draft head's."""
         position = CachePosition(*(tuple(own[row] for row in rows) for own in self.position))
-        return self._like([layer.select(rows) for layer in self.layers], position)
+        selected = self._like([layer.select(rows) for layer in self.layers], position)
+        selected.adapters = tuple(self.adapters[row] for row in rows)
+        return selected
 
     @staticmethod
     def joined(caches: Sequence["Cache"]) -> "Cache":
         """A cache of the rows of several caches of one model, without the draft head's."""
         layers = [type(own[0]).joined(own) for own in zip(*(cache.layers for cache in caches), strict=True)]
         positions = zip(*(cache.position for cache in caches), strict=True)
-        return caches[0]._like(layers, CachePosition(*(tuple(chain.from_iterable(own)) for own in positions)))
+        joined = caches[0]._like(layers, CachePosition(*(tuple(chain.from_iterable(own)) for own in positions)))
+        joined.adapters = tuple(chain.from_iterable(cache.adapters for cache in caches))
+        return joined
 
     def _like(self, layers: list[LayerCache], position: CachePosition) -> "Cache":
         cache = Cache.__new__(Cache)
         cache.config, cache.dtype, cache.kv = self.config, self.dtype, self.kv
         cache.layers, cache.position, cache.follower = layers, position, None
+        cache.adapters = self.adapters
         return cache
 
     # --- going back ---
@@ -195,6 +207,7 @@ class Cache:
     def assign(self, other: "Cache") -> None:
         """Hold what another cache of this model holds. The other must not be used any more."""
         self.layers, self.position, self.follower = other.layers, other.position, other.follower
+        self.adapters = other.adapters
 
     def snapshot(self) -> Snapshot:
         """A snapshot of this position. Costs references to the DeltaNet states (50 MB for the 4B once they change)."""
@@ -205,7 +218,8 @@ class Cache:
         if not isinstance(snapshot, Snapshot):
             raise InputError("option_invalid", f"restore takes what cache.snapshot() gives, got {shown(snapshot)}")
         held = snapshot._cache
-        if (held.config, held.dtype, held.kv, held.batch) != (self.config, self.dtype, self.kv, self.batch):
+        own, other = ((c.config, c.dtype, c.kv, c.batch, c.adapters) for c in (self, held))
+        if own != other:
             raise InputError(
                 "snapshot_foreign",
                 "a snapshot can only be restored into a cache of the same model with as many rows; it is of "
@@ -252,4 +266,5 @@ class Cache:
 
 def _form(cache: Cache) -> str:
     kv = f", keys and values in {cache.kv.name} bit" if cache.kv.quantized else ""
-    return f"{cache.batch} rows in {cache.dtype}{kv}"
+    adapters = "".join(f", adapter {name}" for name in sorted(set(cache.adapters)) if name)
+    return f"{cache.batch} rows in {cache.dtype}{kv}{adapters}"

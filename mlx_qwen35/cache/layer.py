@@ -22,6 +22,7 @@ import mlx.core as mx
 
 from mlx_qwen35.cache.kv_format import Columns, KVFormat
 from mlx_qwen35.kernels.gated_delta import DeltaState
+from mlx_qwen35.kernels.low_rank import ActiveAdapters
 
 
 class ForwardContext(NamedTuple):
@@ -31,6 +32,7 @@ class ForwardContext(NamedTuple):
     lengths: mx.array | None  # (B,) the same; None: no padding
     positions: mx.array  # (B, T), or (3, B, T) for the T, H and W axes
     stepwise: bool = False  # whether DeltaNet layers store their state after each token
+    adapters: ActiveAdapters | None = None  # of the rows; None: no row has one
 
 
 class CachePosition(NamedTuple):

@@ -81,7 +81,7 @@ class Rows:
 
     def begin(self, sequence: Sequence, hidden: mx.array) -> None:
         """Give a sequence its first token. hidden (1, D): of its last prompt token."""
-        logits = self.model.logits(hidden)
+        logits = self.model.logits(hidden, self.model.adapters.active([sequence.adapter]))
         token = sample([sequence.sampler], logits)
         if not mx.isfinite(logits).all().item():
             assert sequence.own is not None
@@ -160,7 +160,8 @@ class Rows:
         hidden = self.model.hidden(tokens, self.cache, uneven, stepwise=depth > 0)
         if not depth:
             self.speculation.follow(tokens, hidden, lengths)
-        made = Pass(tokens, lengths, hidden, self.model.logits(hidden), position, before if depth else None)
+        logits = self.model.logits(hidden, self.model.active(self.cache))
+        made = Pass(tokens, lengths, hidden, logits, position, before if depth else None)
         if any(sequence.sampler.needs_tokens(unknown + 1 + depth) for sequence in self.sequences):
             mx.async_eval(made.logits)
         else:

@@ -20,6 +20,7 @@ from mlx_qwen35.engine.prefill import Chunk, PromptRow, chunks
 from mlx_qwen35.engine.result import Result
 from mlx_qwen35.engine.sampling import Sampler
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.model.lora import BASE
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.prompt.answer import finish_reason
 from mlx_qwen35.prompt.piece import CONTENT, REASONING, Piece
@@ -60,6 +61,7 @@ class Sequence:
         loop_guard: whether an answer that repeats itself without end ends.
         scorer: gives the log-probabilities of its tokens: `logprobs` has them, one for each token so far.
         one_call: whether the answer ends behind its first whole call.
+        adapter: the name of the loaded adapter that reads and answers, "" for none; a cache must be of the same.
     """
 
     def __init__(
@@ -80,12 +82,13 @@ class Sequence:
         loop_guard: bool = False,
         scorer: LogprobScorer | None = None,
         one_call: bool = False,
+        adapter: str = "",
     ):
         self.prompt, self.sampler, self.limit, self.stop_ids, self.stream = prompt, sampler, limit, stop_ids, stream
         self.prefill_step_size, self.progress, self.library = prefill_step_size, progress, library
         self.media_progress = media_progress
         self.cache, self.scorer, self.loop_guard, self.one_call = cache, scorer, loop_guard, one_call
-        self.limited_by = limited_by
+        self.limited_by, self.adapter = limited_by, adapter
         self._recent = NOTHING
         self._held = 0  # tokens in it when its prefill began
         self._done = self._step = 0  # tokens of the prompt that are read, and most of its next chunk
@@ -241,7 +244,7 @@ class Sequence:
             self.own, self.use = self.library.begin(self.prefix)
             self.cached = self.use.reused
             self._marks = self._places(self.use)
-        self.own = self.own or (self.cache.copy() if self.cache else model.make_cache())
+        self.own = self.own or (self.cache.copy() if self.cache else model.make_cache(adapter=self.adapter or BASE))
 
     def prefill(self, model: Model, step: int, row: Callable[[], PromptRow]) -> Chunk:
         """Prefill one chunk of at most `step` tokens, and of the planned size.

@@ -116,7 +116,7 @@ def predict(
         for begin in range(max(start, first - 1), done, piece):
             end = min(begin + piece, done)
             at = slice(begin + 1 - first, end + 1 - first)
-            logits = model.logits(hidden[begin - start : end - start]).astype(mx.float32)
+            logits = model.logits(hidden[begin - start : end - start], model.active(cache)).astype(mx.float32)
             if not (mx.abs(logits) < mx.inf).all().item():
                 raise not_finite(model, cache)
             found.add(at, 0, logits, targets[at])

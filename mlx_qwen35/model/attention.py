@@ -32,7 +32,7 @@ class GatedAttention(nn.Module):
         Each row attends to its own keys, so neither neighbours nor padding can reach it.
         """
         B, T, _ = x.shape
-        products = self.qkv_proj.whole(x)
+        products = self.qkv_proj.whole(x, context.adapters)
         queries, _, v = self.qkv_proj.split(products)
         gate = queries.reshape(B, T, self.heads, -1)[..., self.head_dim :]
         v = v.reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
@@ -45,7 +45,7 @@ class GatedAttention(nn.Module):
         rows = [self._row(*row, cache.format) for row in zip(own, seen, context.counts, strict=True)]
         out = rows[0] if B == 1 else mx.concatenate(rows)
         out = _gated(out.swapaxes(1, 2), gate)
-        return self.o_proj(out.reshape(B, T, -1))
+        return self.o_proj(out.reshape(B, T, -1), context.adapters)
 
     def _row(self, q: mx.array, seen: Columns, n: int, kv: KVFormat) -> mx.array:
         """The first n of T queries (1, H, T, D) over the row's keys and values; 0 for the padding."""

@@ -8,6 +8,7 @@ import mlx.nn as nn
 from mlx_qwen35.cache.layer import ForwardContext, LayerCache
 from mlx_qwen35.checkpoint.config import FULL, TextConfig
 from mlx_qwen35.kernels.elementwise import compiled, silu
+from mlx_qwen35.kernels.low_rank import ActiveAdapters
 from mlx_qwen35.model.attention import GatedAttention
 from mlx_qwen35.model.delta_net import GatedDeltaNet
 from mlx_qwen35.model.layers import RMSNorm
@@ -23,9 +24,9 @@ class MLP(nn.Module):
         self.gate_up = weights.joined("gate_proj", "up_proj")
         self.down_proj = weights.linear("down_proj")
 
-    def __call__(self, x: mx.array) -> mx.array:
-        gate, up = self.gate_up(x)
-        return self.down_proj(_activated(gate, up))
+    def __call__(self, x: mx.array, adapters: ActiveAdapters | None = None) -> mx.array:
+        gate, up = self.gate_up(x, adapters)
+        return self.down_proj(_activated(gate, up), adapters)
 
 
 @compiled
@@ -69,7 +70,7 @@ class DecoderLayer(nn.Module):
         if at is not None:
             x, mixed = (mx.take_along_axis(array, at[:, None, None], axis=1) for array in (x, mixed))
         x, normed = self.post_attention_layernorm.of_sum(x, mixed)
-        return x, self.mlp(normed)
+        return x, self.mlp(normed, context.adapters)
 
 
 Pace = Callable[[list[mx.array]], None]  # called with each layer's x, delta and arrays of its cache; may evaluate them

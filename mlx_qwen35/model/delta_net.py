@@ -27,7 +27,7 @@ class GatedDeltaNet(nn.Module):
     def __call__(self, x: mx.array, rotary: Table, context: ForwardContext, cache: DeltaCache) -> mx.array:
         """x (B, T, D) normed -> (B, T, D). Replaces the layer's state. The rotary table is not used."""
         core = DeltaWeights(self.conv1d, self.A_log, self.dt_bias, self.norm, self.eps)
-        projected = self.in_proj.whole(x)
+        projected = self.in_proj.whole(x, context.adapters)
         out, state = delta_core(projected, self.in_proj.split, core, cache.values, context.lengths, context.stepwise)
         cache.append(state, context.stepwise)
-        return self.out_proj(out)
+        return self.out_proj(out, context.adapters)

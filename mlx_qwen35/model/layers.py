@@ -6,28 +6,34 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_qwen35.kernels.add_norm import add_norm, rms_norm
+from mlx_qwen35.kernels.low_rank import ActiveAdapters, Maps
 from mlx_qwen35.kernels.quantized_linear import dequantize, dequantizes, quantized_linear
 from mlx_qwen35.quantization import Quantization
 
 
 class Linear(nn.Module):
-    """y = x W^T, W (out, in) as stored or quantized by MLX; plus a bias in the vision encoder."""
+    """y = x W^T, W (out, in) as stored or quantized by MLX; plus a bias in the vision encoder.
 
-    def __init__(self, parts: dict[str, mx.array], quantization: Quantization | None = None):
+    maps: the weights whose rows stand in W. Adapters know their low-rank parts by them.
+    """
+
+    def __init__(self, parts: dict[str, mx.array], quantization: Quantization | None = None, maps: Maps = ()):
         super().__init__()
         self.weight = parts["weight"]
+        self.maps = maps
         if quantization:
             self.scales, self.biases = parts["scales"], parts.get("biases")
         self.quantization = quantization
         self.bias = parts.get("bias")
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, adapters: ActiveAdapters | None = None) -> mx.array:
         if self.quantization is None:
             y = x @ self.weight.T
         else:
             y = quantized_linear(x, self.weight, self.scales, self.biases, self.quantization)
         y = y if self.bias is None else y + self.bias
-        return y.astype(x.dtype)  # float32 weights give float32
+        y = y.astype(x.dtype)  # float32 weights give float32
+        return y if adapters is None else adapters.add(self.maps, x, y)
 
 
 class Joined(nn.Module):
@@ -41,17 +47,17 @@ class Joined(nn.Module):
         self.products = products
         self.slices = slices  # for each map, the index of its product, and its outputs there
 
-    def __call__(self, x: mx.array) -> list[mx.array]:
+    def __call__(self, x: mx.array, adapters: ActiveAdapters | None = None) -> list[mx.array]:
         """x (..., D) -> the output of each map, in the order of their names."""
-        return self.split(self.whole(x))
+        return self.split(self.whole(x, adapters))
 
-    def whole(self, x: mx.array) -> list[mx.array]:
+    def whole(self, x: mx.array, adapters: ActiveAdapters | None = None) -> list[mx.array]:
         """x (..., D) -> the products, each with the outputs of several maps side by side."""
         products: list[mx.array] = []
         for product in self.products:
             if products and product.quantization and dequantizes(x):  # in sequence: else MLX dequantizes all at once
                 x = mx.depends(x, products[-1:])
-            products.append(product(x))
+            products.append(product(x, adapters))
         return products
 
     def split(self, products: Sequence[mx.array]) -> list[mx.array]:
@@ -63,17 +69,20 @@ class Joined(nn.Module):
 class Embedding(Linear):
     """A table over the vocabulary, read by row. Where it is tied it is the LM head too."""
 
-    def __init__(self, parts: dict[str, mx.array], quantization: Quantization | None, dtype: mx.Dtype):
-        super().__init__(parts, quantization)
+    def __init__(
+        self, parts: dict[str, mx.array], quantization: Quantization | None, dtype: mx.Dtype, maps: Maps = ()
+    ):
+        super().__init__(parts, quantization, maps)
         self.dtype = dtype
 
-    def look_up(self, tokens: mx.array) -> mx.array:
+    def look_up(self, tokens: mx.array, adapters: ActiveAdapters | None = None) -> mx.array:
         """tokens (B, T) integer -> (B, T, D) in the activation dtype."""
         rows = self.weight[tokens]
         if self.quantization is not None:
             biases = None if self.biases is None else self.biases[tokens]
             rows = dequantize(rows, self.scales[tokens], biases, self.quantization)
-        return rows.astype(self.dtype)
+        rows = rows.astype(self.dtype)
+        return rows if adapters is None else adapters.add_rows(self.maps, tokens, rows)
 
 
 class RMSNorm(nn.Module):

@@ -13,9 +13,11 @@ from mlx_qwen35.cache.prefix import PrefixLibrary, library_bytes
 from mlx_qwen35.checkpoint.config import TextConfig
 from mlx_qwen35.checkpoint.dtypes import dtype_name
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.kernels.low_rank import ActiveAdapters
 from mlx_qwen35.machine.memory import MOST_GIGABYTES
 from mlx_qwen35.model.decoder import DecoderLayer, Pace, run
 from mlx_qwen35.model.lazy import LazyPart
+from mlx_qwen35.model.lora import AdapterSet
 from mlx_qwen35.model.mtp import MultiTokenPrediction
 from mlx_qwen35.model.rotary import Rotary
 from mlx_qwen35.model.vision import VisionEncoder
@@ -59,14 +61,22 @@ class Model(nn.Module):
         self.rotary = Rotary(config.rope)
         self.dtype = weights.dtype  # of activations
         self.kv = kv
+        self.adapters = AdapterSet(weights.dtype)
         self.vision: LazyPart[VisionEncoder] | None = None
         self.mtp: LazyPart[MultiTokenPrediction] | None = None
         self.fingerprint: Callable[[], str] = _no_checkpoint  # set by load, see checkpoint/fingerprint.py
 
-    def make_cache(self, batch: int = 1) -> Cache:
-        """An empty cache for a batch of so many rows, at least 1."""
+    def make_cache(self, batch: int = 1, adapter: str | None = None) -> Cache:
+        """An empty cache for a batch of so many rows, at least 1.
+
+        adapter: the name of a loaded adapter, which reads all rows, or "base" for none; None: the model's default.
+        """
         whole("batch", batch, 1)
-        return Cache(self.config, self.dtype, batch, self.kv)
+        return Cache(self.config, self.dtype, batch, self.kv, (self.adapters.named(adapter),) * batch)
+
+    def active(self, cache: Cache) -> ActiveAdapters | None:
+        """The adapters of a pass over the rows of a cache; None: no row has one."""
+        return self.adapters.active(cache.adapters)
 
     def make_library(self, memory: float | None = None) -> PrefixLibrary:
         """An empty library of prefixes, for the option `library`.
@@ -80,7 +90,8 @@ class Model(nn.Module):
 
     def __call__(self, tokens: mx.array, cache: Cache | None = None) -> mx.array:
         """tokens (B, T) integer -> logits (B, T, V) in the activation dtype. Extends the cache if one is given."""
-        return self.logits(self.hidden(tokens, cache))
+        cache = self.make_cache(len(tokens)) if cache is None else cache
+        return self.logits(self.hidden(tokens, cache), self.active(cache))
 
     def hidden(
         self,
@@ -113,21 +124,24 @@ class Model(nn.Module):
             raise InputError(
                 "cache_batch_mismatch", f"the cache is for {cache.batch} rows, tokens have {tokens.shape[0]}"
             )
-        with cache.forward(tokens.shape[1], lengths, positions, stepwise) as context:
-            x, rotary = self.embed(tokens, visual), self.rotary.table(context.positions)
+        adapters = self.active(cache)
+        with cache.forward(tokens.shape[1], lengths, positions, stepwise, adapters) as context:
+            x, rotary = self.embed(tokens, visual, adapters), self.rotary.table(context.positions)
             return run(self.layers, self.norm, x, rotary, context, cache.layers, at, pace)
 
-    def embed(self, tokens: mx.array, visual: Visual | None = None) -> mx.array:
+    def embed(
+        self, tokens: mx.array, visual: Visual | None = None, adapters: ActiveAdapters | None = None
+    ) -> mx.array:
         """tokens (B, T) -> (B, T, D) in the activation dtype, with `visual` in place of the placeholders."""
-        x = self.embed_tokens.look_up(tokens)
+        x = self.embed_tokens.look_up(tokens, adapters)
         if visual is not None:
             x[visual.rows, visual.columns] = visual.embeddings.astype(x.dtype)
         return x
 
-    def logits(self, hidden: mx.array) -> mx.array:
-        """(..., D) after the final norm -> (..., V). Costly: V is 248,320, so pass only the rows you need."""
+    def logits(self, hidden: mx.array, adapters: ActiveAdapters | None = None) -> mx.array:
+        """(B, ..., D) after the final norm -> (B, ..., V). Costly: V is 248,320, so pass only the rows you need."""
         lm_head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return lm_head(hidden)
+        return lm_head(hidden, adapters)
 
 
 def not_finite(model: Model, cache: Cache, row: int = 0) -> InputError:

@@ -44,4 +44,5 @@ class MultiTokenPrediction(nn.Module):
         layer. at: see `decoder.run`.
         """
         both = [self.pre_fc_norm_embedding(embeddings), self.pre_fc_norm_hidden(hidden)]
-        return run(self.layers, self.norm, self.fc(mx.concatenate(both, axis=-1)), rotary, context, caches, at)
+        x = self.fc(mx.concatenate(both, axis=-1), context.adapters)
+        return run(self.layers, self.norm, x, rotary, context, caches, at)

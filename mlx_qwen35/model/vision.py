@@ -11,6 +11,7 @@ from mlx_qwen35.budget import encoding
 from mlx_qwen35.checkpoint.config import VisionConfig
 from mlx_qwen35.kernels.attention import attention
 from mlx_qwen35.kernels.elementwise import sigmoid
+from mlx_qwen35.kernels.low_rank import ActiveAdapters
 from mlx_qwen35.kernels.norm_rotary import rotate
 from mlx_qwen35.media.preprocess import Media
 from mlx_qwen35.model.weights import Weights
@@ -39,16 +40,18 @@ class Attention(nn.Module):
         self.proj = weights.linear("proj")
         self.heads = config.num_heads
 
-    def project(self, x: mx.array, rotary: tuple[mx.array, mx.array]) -> list[mx.array]:
+    def project(
+        self, x: mx.array, rotary: tuple[mx.array, mx.array], adapters: ActiveAdapters | None
+    ) -> list[mx.array]:
         """x (F, n, D) -> q and k, both rotated, and v, each (F, H, n, D / H)."""
         F, n, _ = x.shape
-        q, k, v = self.qkv(x).reshape(F, n, 3, self.heads, -1).transpose(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x, adapters).reshape(F, n, 3, self.heads, -1).transpose(2, 0, 3, 1, 4)
         return [rotate(q, rotary), rotate(k, rotary), v]
 
-    def __call__(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    def __call__(self, q: mx.array, k: mx.array, v: mx.array, adapters: ActiveAdapters | None) -> mx.array:
         F, _, n, D = q.shape
         out = attention(q, k, v, D**-0.5, causal=False)
-        return self.proj(out.swapaxes(1, 2).reshape(F, n, -1))
+        return self.proj(out.swapaxes(1, 2).reshape(F, n, -1), adapters)
 
 
 class MLP(nn.Module):
@@ -59,10 +62,10 @@ class MLP(nn.Module):
         self.linear_fc1 = weights.linear("linear_fc1")
         self.linear_fc2 = weights.linear("linear_fc2")
 
-    def __call__(self, inputs: mx.array) -> mx.array:
-        x = self.linear_fc1(inputs).astype(mx.float32)
+    def __call__(self, inputs: mx.array, adapters: ActiveAdapters | None) -> mx.array:
+        x = self.linear_fc1(inputs, adapters).astype(mx.float32)
         x = x * sigmoid(math.sqrt(8 / math.pi) * x * (1.0 + 0.044715 * x * x))
-        return self.linear_fc2(x.astype(inputs.dtype))
+        return self.linear_fc2(x.astype(inputs.dtype), adapters)
 
 
 class Block(nn.Module):
@@ -75,22 +78,24 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(weights, "norm2")
         self.mlp = MLP(weights.at("mlp"))
 
-    def __call__(self, tiles: list[mx.array], rotary: list[tuple[mx.array, mx.array]]) -> list[mx.array]:
+    def __call__(
+        self, tiles: list[mx.array], rotary: list[tuple[mx.array, mx.array]], adapters: ActiveAdapters | None
+    ) -> list[mx.array]:
         """tiles: (F, n, D) each, together all patches of F frames. rotary: the table of each tile.
 
         Evaluates tile by tile, since MLX would hold the intermediate results of all tiles.
         """
         projected = []
         for x, table in zip(tiles, rotary, strict=True):
-            projected.append(self.attn.project(self.norm1(x), table))
+            projected.append(self.attn.project(self.norm1(x), table, adapters))
             mx.eval(projected[-1])
         queries, keys, values = map(list, zip(*projected, strict=True))
         k, v = mx.concatenate(keys, axis=2), mx.concatenate(values, axis=2)
         del projected, keys, values
         done: list[mx.array] = []
         for x, q in zip(tiles, queries, strict=True):
-            x = x + self.attn(q, k, v)
-            done.append(x + self.mlp(self.norm2(x)))
+            x = x + self.attn(q, k, v, adapters)
+            done.append(x + self.mlp(self.norm2(x), adapters))
             mx.eval(done)
         return done
 
@@ -105,12 +110,12 @@ class Merger(nn.Module):
         self.linear_fc2 = weights.linear("linear_fc2")
         self.squares = config.spatial_merge_size**2
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, adapters: ActiveAdapters | None) -> mx.array:
         """x (F, n, D) -> (F, n / 4, text D)"""
         F, n, _ = x.shape
-        inner = self.linear_fc1(self.norm(x).reshape(F, n // self.squares, -1)).astype(mx.float32)
+        inner = self.linear_fc1(self.norm(x).reshape(F, n // self.squares, -1), adapters).astype(mx.float32)
         inner = inner * 0.5 * (1.0 + mx.erf(inner * math.sqrt(0.5)))
-        return self.linear_fc2(inner.astype(x.dtype))
+        return self.linear_fc2(inner.astype(x.dtype), adapters)
 
 
 class VisionEncoder(nn.Module):
@@ -128,8 +133,8 @@ class VisionEncoder(nn.Module):
         self.config = config
         self.dtype = weights.dtype
 
-    def encode(self, media: Media) -> mx.array:
-        """The embeddings of an image or video, (tokens, text D), evaluated.
+    def encode(self, media: Media, adapters: ActiveAdapters | None = None) -> mx.array:
+        """The embeddings of an image or video, (tokens, text D), evaluated. adapters: one for all rows, or None.
 
         Activations of a long video take no more memory than those of one slice of SLICE patches. A larger image is cut
         into tiles: only queries, keys, values and the blocks' outputs then exist for all its patches.
@@ -141,7 +146,7 @@ class VisionEncoder(nn.Module):
         for first in range(0, media.grid[0], step):
             frames = slice(first, first + step)
             rows = (slice(start, start + encoding.SLICE) for start in range(0, count, encoding.SLICE))
-            embeddings = self((mx.array(media.patches(frames, some)) for some in rows), media.grid[1:])
+            embeddings = self((mx.array(media.patches(frames, some)) for some in rows), media.grid[1:], adapters)
             embeddings = embeddings.reshape(-1, embeddings.shape[-1])
             out[at : at + len(embeddings)] = embeddings
             at += len(embeddings)
@@ -149,7 +154,9 @@ class VisionEncoder(nn.Module):
             mx.clear_cache()
         return out
 
-    def __call__(self, tiles: Iterable[mx.array], grid: tuple[int, int]) -> mx.array:
+    def __call__(
+        self, tiles: Iterable[mx.array], grid: tuple[int, int], adapters: ActiveAdapters | None = None
+    ) -> mx.array:
         """tiles (F, n, P), together all N patches of F frames of grid (height, width) -> (F, N / 4, text D)."""
         positions = squares_order(*grid, self.config.spatial_merge_size)
         indices, weights = table_taps(positions, grid, math.isqrt(self.config.num_position_embeddings))
@@ -161,10 +168,10 @@ class VisionEncoder(nn.Module):
             mx.eval(x, rotary)
             start = rows.stop
         for block in self.blocks:
-            x = block(x, rotary)
+            x = block(x, rotary, adapters)
         merged = []
         for tile in x:
-            merged.append(self.merger(tile))
+            merged.append(self.merger(tile, adapters))
             mx.eval(merged)
         return mx.concatenate(merged, axis=1)
 

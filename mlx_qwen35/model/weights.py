@@ -10,6 +10,7 @@ from mlx_qwen35.checkpoint import float16
 from mlx_qwen35.checkpoint.arrays import check_finite, lazy_arrays
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.names import takes_dtype
+from mlx_qwen35.kernels.low_rank import Maps
 from mlx_qwen35.model.layers import Embedding, Joined, Linear, RMSNorm
 from mlx_qwen35.quantization import Quantization
 
@@ -66,7 +67,7 @@ class Weights:
     def linear(self, name: str) -> Linear:
         """A matrix, and its bias if it has one. A convolution over separate patches is a matrix too."""
         parts, quantization = self._matrix(name)
-        return Linear(parts | {"weight": parts["weight"].flatten(1)}, quantization)
+        return Linear(parts | {"weight": parts["weight"].flatten(1)}, quantization, self._maps(parts, name))
 
     def joined(self, *names: str) -> Joined:
         """Several matrices of the same width, joined where quantization and dtypes agree; on the CPU each by itself.
@@ -87,11 +88,16 @@ class Weights:
             parts, quantization = matrices[group[0]]
             if len(group) > 1:
                 parts = {suffix: mx.concatenate([matrices[name][0][suffix] for name in group]) for suffix in parts}
-            products.append(Linear(parts, quantization))
+            maps = [self._maps(matrices[name][0], name) for name in group]
+            products.append(Linear(parts, quantization, sum(maps, ())))
         return Joined(products, [slices[name] for name in names])
 
     def embedding(self, name: str) -> Embedding:
-        return Embedding(*self._matrix(name), self.dtype)
+        parts, quantization = self._matrix(name)
+        return Embedding(parts, quantization, self.dtype, self._maps(parts, name))
+
+    def _maps(self, parts: dict[str, mx.array], name: str) -> Maps:
+        return ((f"{self.prefix}{name}.weight", len(parts["weight"])),)
 
 
 # --- from disk -------------------------------------------------------------------------------------------------------

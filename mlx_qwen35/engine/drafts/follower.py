@@ -28,11 +28,11 @@ class Pairs(NamedTuple):
 class DraftFollower:
     """The MTP head's cache beside the B rows of a model's cache, with which it returns to snapshots."""
 
-    def __init__(self, model: Model, row_lengths: Sequence[int]):
-        """row_lengths: tokens in the model's cache, which the head will not see."""
+    def __init__(self, model: Model, row_lengths: Sequence[int], adapters: Sequence[str] | None = None):
+        """row_lengths: tokens in the model's cache, which the head will not see. adapters: of its rows."""
         batch = len(row_lengths)
         layers = (FULL,) * model.config.mtp_num_hidden_layers
-        self.cache = Cache(replace(model.config, layer_types=layers), model.dtype, batch, model.kv)
+        self.cache = Cache(replace(model.config, layer_types=layers), model.dtype, batch, model.kv, adapters)
         self.followed = tuple(row_lengths)  # the tokens that it follows, of each row
         self.hidden: mx.array | None = None  # (B, D) of each row's last token; None before the first
         self.position: np.ndarray | None = None  # (3, B) of the first pending pair; None continues from the cache's
@@ -111,7 +111,7 @@ class DraftFollower:
             self.cache.position = self.cache.position._replace(next_positions=tuple(first))
         begins = int(self.hidden is None)
         table = self._positions(tokens.shape[1], counts, first, positions)
-        embeddings = model.embed(tokens, visual)[:, begins:]
+        embeddings = model.embed(tokens, visual, model.active(self.cache))[:, begins:]
         if embeddings.shape[1]:
             before = self._previous(hidden)
             counted = [max(0, count - begins) for count in counts]
@@ -151,7 +151,8 @@ class DraftFollower:
         """Run the collected pairs."""
         if self.pending:
             pairs = _concatenated(self.pending)
-            self._run(model, model.embed(pairs.tokens), pairs.hidden, pairs.counts, self._pending_positions(pairs))
+            embeddings = model.embed(pairs.tokens, None, model.active(self.cache))
+            self._run(model, embeddings, pairs.hidden, pairs.counts, self._pending_positions(pairs))
             self.pending, self.position = (), None
 
     def _previous(self, hidden: mx.array) -> mx.array:
@@ -189,13 +190,15 @@ class DraftFollower:
         pairs = _concatenated((*self.pending, Pairs(self.hidden[:, None], tokens, tuple(counts))))
         ends = mx.array([max(0, count - 1) for count in pairs.counts])
         positions = self._pending_positions(pairs)
-        y = self._run(model, model.embed(pairs.tokens), pairs.hidden, pairs.counts, positions, ends)
+        adapters = model.active(self.cache)
+        embeddings = model.embed(pairs.tokens, None, adapters)
+        y = self._run(model, embeddings, pairs.hidden, pairs.counts, positions, ends)
         self.pending, self.position, self.ahead = (), None, True
         before = self.cache.position
-        drafted = [sample(model.logits(y), [])]
+        drafted = [sample(model.logits(y, adapters), [])]
         while len(drafted) < depth:
-            y = self._run(model, model.embed(drafted[-1]), y, counts)
-            drafted.append(sample(model.logits(y), drafted))
+            y = self._run(model, model.embed(drafted[-1], None, adapters), y, counts)
+            drafted.append(sample(model.logits(y, adapters), drafted))
         self.cache.rollback(before, [0] * len(counts))
         return mx.concatenate(drafted, axis=1)
 
@@ -219,7 +222,8 @@ class DraftFollower:
     ) -> mx.array:
         assert model.mtp is not None
         T = hidden.shape[1]
-        with self.cache.forward(T, None if min(counts) == T else counts, positions) as context:
+        lengths = None if min(counts) == T else counts
+        with self.cache.forward(T, lengths, positions, False, model.active(self.cache)) as context:
             rotary = model.rotary.table(context.positions)
             return model.mtp.part(embeddings, hidden, rotary, context, self.cache.layers, at)
 

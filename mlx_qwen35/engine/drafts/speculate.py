@@ -135,7 +135,7 @@ def attach(model: Model, cache: Cache, policy: DraftPolicy, user: object) -> Dra
             model.mtp.unload()
         return policy
     if not (isinstance(follower, DraftFollower) and list(follower.followed) == cache.row_lengths):
-        cache.follower = DraftFollower(model, cache.row_lengths)
+        cache.follower = DraftFollower(model, cache.row_lengths, cache.adapters)
     assert model.mtp is not None
     model.mtp.acquire(user)
     return policy

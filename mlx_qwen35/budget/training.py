@@ -1,0 +1,1 @@
+"""The memory plan of a training run, from a checkpoint's headers."""
