@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import mlx.core as mx
 
 from mlx_qwen35.checkpoint.adapter import Adapter, Pair
+from mlx_qwen35.checkpoint.names import VISION
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.low_rank import ActiveAdapters, LowRank, Maps
 from mlx_qwen35.values import shown
@@ -83,15 +84,24 @@ class AdapterSet:
         self._products.clear()
 
     def named(self, name: str | None) -> str:
-        """The adapter that a request names, as caches note it: NONE for "base", the default for None."""
+        """The adapter that a request names, as caches note it: NONE for "base" and NONE, the default for None."""
         if name is None:
             return self.default
-        if name == BASE:
+        if name in (BASE, NONE):
             return NONE
         if name not in self._adapters:
             listed = ", ".join([BASE, *self._adapters])
             raise InputError("adapter_unknown", f"adapter must be one of {listed}, got {shown(name)}")
         return name
+
+    def fingerprint(self, name: str) -> str:
+        """What tells an adapter from all others, whatever its name; "" for NONE."""
+        return self._adapters[name].fingerprint if name else ""
+
+    def of_vision(self, name: str) -> str:
+        """The adapter whose images an adapter sees: itself where it changes the vision encoder, else NONE."""
+        changes = name and any(weight.startswith(VISION) for weight in self._adapters[name].pairs)
+        return name if changes else NONE
 
     def active(self, rows: Sequence[str]) -> ActiveAdapters | None:
         """The adapters of a pass, the name of each row's; None: no row has one."""
