@@ -76,6 +76,11 @@ class AdapterSet:
     def __getitem__(self, name: str) -> Adapter:
         return self._adapters[name]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(adapter.nbytes for adapter in self._adapters.values())
+
     def add(self, name: str, adapter: Adapter) -> None:
         """Hold one more, which was checked against the checkpoint. InputError for a name that is taken."""
         if name in self._adapters or name in (BASE, NONE):
