@@ -61,10 +61,10 @@ def model(body: Fields, service: Service) -> str:
     """
     name = body.text("model", None)
     if name is None or name in service.models:
-        return name or service.name
+        return name or service.default
     if service.options.strict_model or _names_adapter(name, service):
         raise unknown_model(service)
-    return service.name
+    return service.default
 
 
 def _names_adapter(name: str, service: Service) -> bool:

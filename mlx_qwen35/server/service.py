@@ -24,7 +24,7 @@ from mlx_qwen35.cache.prefix import PrefixLibrary
 from mlx_qwen35.engine.generation import Given
 from mlx_qwen35.engine.prepared import Prepared, prepare
 from mlx_qwen35.engine.result import Result
-from mlx_qwen35.model.lora import NONE
+from mlx_qwen35.model.lora import NONE, AdapterSet
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.server.admission import Admission, default_rows
@@ -128,8 +128,7 @@ class Service:
     ):
         self.processor, self.options, self.name = processor, options, name
         self.config = model.config
-        # The ids of what can be asked for, with the name of each adapter, "" for none.
-        self.models = {name: NONE} | {f"{name}:{adapter}": adapter for adapter in model.adapters.names}
+        self.models = _models(name, model.adapters)
         self.admission = Admission(model, processor.config.vision)
         self._load, self._clock = load, clock
         self.upkeep = Upkeep(model, processor, options, clock, **machine)
@@ -162,6 +161,11 @@ class Service:
         window = self.config.max_position_embeddings
         return min(window, self.options.context or window)
 
+    @property
+    def default(self) -> str:
+        """The model of a request that names none."""
+        return next(iter(self.models))
+
     # --- from the event loop ---
 
     async def off_loop(self, work: Callable[[], T]) -> T:
@@ -177,9 +181,9 @@ class Service:
     def prepare(self, prompt: Given, n: int = 1, model: str = "", **options: Any) -> Job:
         """Check a prompt and its options and make them ready. For `off_loop`. Raises InputError. Its time begins.
 
-        model: one of `models`; "": the first, which has no adapter.
+        model: one of `models`; "": `default`.
         """
-        model = model or self.name
+        model = model or self.default
         until = self._clock() + (self.options.timeout or float("inf"))
         adapter = self.models[model]
         prepared = prepare(self.config, self.processor, prompt, n, self.context, adapter, **options)
@@ -300,6 +304,14 @@ class Service:
             LOG.exception("the model cannot be loaded again")
             return _refuse(lanes, error)
         self._lanes.add(lanes)
+
+
+def _models(name: str, adapters: AdapterSet) -> dict[str, str]:
+    """The ids of what can be asked for, each with the name of its adapter. The model alone, which has NONE, comes first;
+    it cannot be had where an adapter's whole tensors stand in it.
+    """
+    alone = {} if any(adapters[own].whole for own in adapters.names) else {name: NONE}
+    return alone | {f"{name}:{own}": own for own in adapters.names}
 
 
 def _refuse(lanes: list[Lane], error: Exception) -> None:

@@ -173,7 +173,8 @@ def test_a_session_goes_on_with_its_adapter_whatever_its_name(nano, renamed, tmp
 
 
 @pytest.mark.parametrize(
-    ("own", "other", "told"), [("a", "b", "(a)"), ("a", None, "(a)"), (None, "a", "adapter base"), ("base", "b", "base")]
+    ("own", "other", "told"),
+    [("a", "b", "(a)"), ("a", None, "(a)"), (None, "a", "adapter base"), ("base", "b", "adapter base")],
 )
 def test_a_session_of_another_adapter_is_refused_and_stays(nano, tmp_path, own, other, told):
     path = tmp_path / "talk"
