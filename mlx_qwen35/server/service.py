@@ -307,8 +307,8 @@ class Service:
 
 
 def _models(name: str, adapters: AdapterSet) -> dict[str, str]:
-    """The ids of what can be asked for, each with the name of its adapter. The model alone, which has NONE, comes first;
-    it cannot be had where an adapter's whole tensors stand in it.
+    """The ids of what can be asked for, with the name of each adapter. The model alone, which has NONE, comes first; it
+    cannot be had where an adapter's whole tensors stand in it.
     """
     alone = {} if any(adapters[own].whole for own in adapters.names) else {name: NONE}
     return alone | {f"{name}:{own}": own for own in adapters.names}
