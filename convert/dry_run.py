@@ -34,7 +34,7 @@ def _source(job: Job) -> str:
     name, adapter = job.source.name, job.source.adapter
     if adapter is None:
         return job.source.dtype
-    stored = "adapter" if name in adapter.replaced else job.source.stored.dtype
+    stored = f"{job.source.stored.dtype} of the adapter" if name in adapter.stored else job.source.stored.dtype
     return f"{stored} + rank {len(adapter.pairs[name].a)}" if name in adapter.pairs else stored
 
 

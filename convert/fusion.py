@@ -24,7 +24,7 @@ class AdapterOptions:
         help="fuse an adapter into the weights: a folder of PEFT, mlx-lm or mlx-vlm", metavar="FOLDER"
     )
     adapter_scale: float = option(
-        1.0, help="a factor of the adapter's own scale", least=0, above=True, most=1e6, metavar="X"
+        1.0, help="a factor of the adapter's own scale", least=-1000, most=1000, metavar="X"
     )
 
     def __post_init__(self) -> None:

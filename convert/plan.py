@@ -63,7 +63,7 @@ class Job:
     @property
     def copies_parts(self) -> bool:
         same = self.quantization is not None and self.quantization == self.source.quantization
-        return same and not self.source.adapter
+        return same and not self.source.is_fused
 
     @property
     def is_original(self) -> bool:
@@ -212,7 +212,7 @@ def _jobs(source: Source, recipe: Recipe | None, dtype: str, asked: bool, roundi
         quantization = recipe.quantization(name, tensor.shape) if recipe else tensor.quantization
         if quantization:
             same = quantization == tensor.quantization and not asked and quantization.mode == "affine"
-            same = same and not tensor.adapter
+            same = same and not tensor.is_fused
             yield _job(tensor, stored_name, tensor.parts[1].dtype if same else dtype, quantization, rounding)
             continue
         own = "F32" if keep_fp32(name) else dtype
@@ -245,7 +245,7 @@ def _job(
 
 def _refuse_packed(folder: Path, source: Source) -> None:
     """InputError where an adapter changes matrices that are packed, and would be packed again as they are."""
-    packed = [name for name, tensor in source.tensors.items() if tensor.adapter and tensor.quantization]
+    packed = [name for name, tensor in source.tensors.items() if tensor.is_fused and tensor.quantization]
     if packed:
         raise InputError(
             "source_quantized",
@@ -261,7 +261,7 @@ def _warn_of_quantizing_anew(folder: Path, jobs: Sequence[Job]) -> None:
     if anew:
         before = ", ".join(sorted({f"{q.bits}-bit {q.mode}" for q in anew}))
         advice = "Convert the original where you can"
-        if any(job.source.adapter for job in jobs):
+        if any(job.source.is_fused for job in jobs):
             advice += ": a part of the adapter is rounded away. Loaded beside this folder it stays whole"
         warnings.warn(
             f"{folder} is already quantized ({before}) and {len(anew)} of its matrices are quantized anew: the new "

@@ -20,8 +20,8 @@ from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.draft_head import settled
 from mlx_qwen35.checkpoint.dtypes import DTYPES, STORED
 from mlx_qwen35.checkpoint.folder import safetensors_files
-from mlx_qwen35.checkpoint.fusing import changed_by
-from mlx_qwen35.checkpoint.names import MTP
+from mlx_qwen35.checkpoint.fusing import with_own_head
+from mlx_qwen35.checkpoint.names import MTP, is_zero_centred
 from mlx_qwen35.checkpoint.rope_fields import rescaled
 from mlx_qwen35.checkpoint.shapes import is_matrix
 from mlx_qwen35.checkpoint.tensors import Entry, read_bytes
@@ -45,7 +45,7 @@ class Tensor:
 
     parts: the weight as stored; quantized, with scales and, in affine mode, biases; in FP8, with the factors of its
     blocks. block: (rows, columns) of an FP8 block. folded: a norm to which the one was added. channels_last: a
-    convolution with its input channels on the last axis. adapter: that is fused into it.
+    convolution with its input channels on the last axis. adapter: that changes it.
     """
 
     name: str
@@ -58,8 +58,13 @@ class Tensor:
     adapter: Adapter | None = None
 
     @property
+    def is_fused(self) -> bool:
+        """Whether a low-rank part is added to what is stored."""
+        return self.adapter is not None and self.name in self.adapter.pairs
+
+    @property
     def stored(self) -> "Tensor":
-        """The tensor without an adapter."""
+        """The tensor without a low-rank part."""
         return replace(self, adapter=None)
 
     @property
@@ -70,7 +75,7 @@ class Tensor:
     def dtype(self) -> str:
         """The dtype of the values that read_values gives."""
         stored = self.parts[0].dtype
-        computed = self.quantization or self.block or self.folded or self.adapter
+        computed = self.quantization or self.block or self.folded or self.is_fused
         return "F32" if computed or stored == "F64" else stored
 
     @property
@@ -158,6 +163,8 @@ def open_source(folder: Path, rope_scaling: str | None = None, options: AdapterO
     """
     files = tuple(map(SourceFile.at, safetensors_files(folder) if folder.is_dir() else ()))
     checkpoint = open_checkpoint(folder, fp8=True, rope_scaling=rope_scaling)
+    adapter = options.read(checkpoint)
+    checkpoint = with_own_head(checkpoint, adapter)
     if why := checkpoint.mtp_head_fault:
         warnings.warn(f"{folder} is converted without a draft head: {why}", UserWarning, stacklevel=2)
     beside = {entry.file for entry in checkpoint.entries.values()} - {file.path for file in files}
@@ -175,9 +182,9 @@ def open_source(folder: Path, rope_scaling: str | None = None, options: AdapterO
         )
     mtp = {name: t.quantization for name, t in tensors.items() if name.startswith(MTP) and t.quantization}
     config = _with_tie(settled(config, mtp), checkpoint.config.text.tie_word_embeddings)
-    adapter = options.read(checkpoint)
     if adapter:
-        tensors |= {name: replace(tensors[name], adapter=adapter) for name in changed_by(adapter)}
+        tensors |= _adapted(tensors, adapter)
+        files += tuple(map(SourceFile.at, sorted({entry.file for entry in adapter.stored.values()})))
     told = facts(adapter, options.adapter_scale) if adapter else None
     return Source(checkpoint, config, tensors, files, told)
 
@@ -201,6 +208,17 @@ def _tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], block: tu
     channels_last = not checkpoint.raw and name.endswith("patch_embed.proj.weight")
     parts = (checkpoint.fp32_original.get(name, entry),)
     return Tensor(name, shape, parts, folded=checkpoint.is_folded(name), channels_last=channels_last)
+
+
+def _adapted(tensors: Mapping[str, Tensor], adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that an adapter changes. A pair of a head that is the table has nothing to change beside it."""
+    for name in [name for name in tensors if name in adapter.stored or name in adapter.pairs]:
+        tensor = tensors[name]
+        if name in adapter.stored:
+            mlx, parts = adapter.format != "peft", (adapter.stored[name],)
+            last = mlx and name.endswith("patch_embed.proj.weight")
+            tensor = Tensor(name, tensor.shape, parts, folded=mlx and is_zero_centred(name), channels_last=last)
+        yield name, replace(tensor, adapter=adapter)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -246,7 +264,7 @@ def dequantize(parts: list[np.ndarray], dtypes: list[str], quantization: Quantiz
 
 def read_values(tensor: Tensor, start: int, stop: int, files: Mapping[Path, int]) -> np.ndarray:
     """Rows of a tensor as bits of tensor.dtype, in Hugging Face's layout: (rows, the other axes as one)."""
-    if tensor.adapter:
+    if tensor.adapter and tensor.is_fused:
         values = as_float32(read_values(tensor.stored, start, stop, files), tensor.stored.dtype)
         return fused_rows(tensor.adapter, tensor.name, values, start).view(np.uint32)
     if tensor.block:

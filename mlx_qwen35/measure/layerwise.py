@@ -20,9 +20,10 @@ from mlx_qwen35.cache.kv_format import UNQUANTIZED, KVFormat
 from mlx_qwen35.checkpoint import float16
 from mlx_qwen35.checkpoint.adapter import Adapter
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
+from mlx_qwen35.checkpoint.fusing import with_own_head
 from mlx_qwen35.checkpoint.names import TEXT
 from mlx_qwen35.checkpoint.shapes import text_shapes
-from mlx_qwen35.checkpoint.tensors import Entry, as_array, read_bytes
+from mlx_qwen35.checkpoint.tensors import Entry, as_array, open_arrays, read_bytes
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.measure.adapted import adapted
 from mlx_qwen35.model.decoder import DecoderLayer
@@ -87,7 +88,8 @@ class Layerwise:
         kv: KVFormat = UNQUANTIZED,
         adapter: Adapter | None = None,
     ):
-        self.checkpoint, self.config = checkpoint, checkpoint.config.text
+        self.checkpoint = checkpoint = with_own_head(checkpoint, adapter)
+        self.config = checkpoint.config.text
         self.dtype, self.kv, self.adapter = dtype, kv, adapter
         self.rotary = Rotary(self.config.rope)
         self._alter = alter
@@ -158,7 +160,9 @@ class Layerwise:
 
     def _read(self, names: list[str]) -> Weights:
         weights = read_weights(self.checkpoint, names, self.dtype)
-        return self._alter(adapted(weights, self.adapter) if self.adapter else weights)
+        if self.adapter:
+            weights = adapted(weights, self.adapter, lambda entry: open_arrays({"": entry})[""])
+        return self._alter(weights)
 
     def _rows(self, name: str, rows: np.ndarray) -> Weights:
         """The weights of embed_tokens or lm_head with these rows alone, ascending."""
@@ -168,7 +172,8 @@ class Layerwise:
         wide = [n for n, entry in entries.items() if entry.dtype in ("BF16", "F32", "F64")]
         kept = float16.unfit((n, arrays[n]) for n in wide) if self.dtype == mx.float16 else {}
         weights = Weights(arrays, self.checkpoint.quantization, self.dtype, self.config.rms_norm_eps, kept)
-        weights = adapted(weights, self.adapter, mx.array(rows)) if self.adapter else weights
+        if self.adapter:
+            weights = adapted(weights, self.adapter, lambda entry: read_rows(entry, rows), mx.array(rows))
         return self._alter(weights.at(prefix.removesuffix(".")) if prefix else weights)
 
 
