@@ -49,6 +49,12 @@ def check_names(parts: Parts, checkpoint: Checkpoint) -> None:
             f"low-rank parts must be of linear layers, the patch embedding or the table of tokens; the adapter "
             f"{parts.folder} has some of {shorten(odd, 4)}. Merge it with the program that made it",
         )
+    if (TABLE, MAGNITUDE) in tensors and not parts.mlx:
+        raise InputError(
+            "adapter_unsupported",
+            f"the adapter {parts.folder} scales the columns of the table of tokens (DoRA as PEFT has it), which is not "
+            "run. Merge it with PEFT",
+        )
     for (name, kind), stored in tensors.items():
         entry = stored.entry
         if entry.dtype not in FLOATS:
@@ -75,7 +81,7 @@ def _stored_shape(parts: Parts, name: str, kind: str, shape: tuple[int, ...]) ->
             return shape
         return (shape[0], *shape[2:], shape[1])  # convolutions
     if kind == MAGNITUDE:
-        return (shape[1],) if name == TABLE and not parts.mlx else (shape[0],)
+        return shape[:1]
     rank = parts.declared[name].rank
     if len(shape) > 2 and not parts.mlx:  # of a convolution, a convolution too
         return (rank, *shape[1:]) if kind == A else (shape[0], rank, *(1,) * (len(shape) - 2))

@@ -53,8 +53,7 @@ def parts_of(folder: Path, config: Mapping[str, Any], layers: int) -> Parts:
             )
         own = Fields(fields.object("lora_parameters") or {}, "lora_parameters")
         keys = own.get("keys", list) if own.has("keys") else None
-        full_names = bool(keys) and all(str(key).startswith("language_model.") for key in keys or ())
-        vlm = full_names or "base_quantization" in config or not own.values
+        vlm = "model" not in config  # mlx-lm notes all options of its command
         parts = Parts(folder, "mlx-vlm" if vlm else "mlx-lm", mlx=True)
         trained = _Trained(folder, keys, fields.whole("num_layers", -1, WIDTH, absent=-1), layers)
         declared = None if kind == "full" else _declared(fields, own)

@@ -43,7 +43,7 @@ class Parts:
 
     tensors: by the weight's Hugging Face name and the kind; names that are unknown stay as they are stored.
     declared: of the weights with low-rank parts. mlx: an MLX program wrote it. Then whole tensors are in MLX's layout,
-    low-rank parts of the table of tokens are those of a tied head too, and its magnitudes are of rows.
+    and low-rank parts of the table of tokens are those of a tied head too.
     """
 
     folder: Path
