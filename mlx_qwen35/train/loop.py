@@ -42,8 +42,8 @@ class Watcher:
     def moves(self, training: "Training", what: str, done: int, total: int) -> None:
         """So many batches of a step or of a validation are done."""
 
-    def stepped(self, training: "Training", line: Line) -> None:
-        """A step is done, or the validation before the first step; `line` is of the log."""
+    def stepped(self, training: "Training", line: Line, seconds: float) -> None:
+        """A step is done, or step 0, the validation before the first. line: of the log. seconds: that it took."""
 
     def ends(self, training: "Training") -> None:
         """All steps are done, or validation has ended the run, and the adapter is written."""
@@ -166,8 +166,9 @@ class Training:
 
     def _train(self) -> None:
         if self.valid is not None and self.state.best is None:
-            loss = self._validation()
-            self._commit({"step": 0, "validation": loss}, replace(self.state, best=Best(0, loss, self.state.parameters)))
+            began, loss = time.monotonic(), self._validation()
+            state = replace(self.state, best=Best(0, loss, self.state.parameters))
+            self._commit({"step": 0, "validation": loss}, state, time.monotonic() - began)
         while not self.done:
             self._step()
             if self.state.step % self.options.save_every == 0:
@@ -201,14 +202,14 @@ class Training:
             state = replace(state, stale=state.stale + 1)
             if state.best is None or loss < state.best.loss:
                 state = replace(state, best=Best(number, loss, parameters), stale=0)
-        seconds = time.monotonic() - began
-        self._seconds.append({"step": number, "seconds": round(seconds, 3)})
-        self._commit(line, replace(state, seconds=state.seconds + seconds))
+        self._commit(line, state, time.monotonic() - began)
 
-    def _commit(self, line: Line, state: RunState) -> None:
+    def _commit(self, line: Line, state: RunState, seconds: float) -> None:
+        """Note a step, and take its state, whole."""
         self._log.append(line)
-        self.state = state
-        self._tell("stepped", line)
+        self._seconds.append({"step": line["step"], "seconds": round(seconds, 3)})
+        self.state = replace(state, seconds=state.seconds + seconds)
+        self._tell("stepped", line, seconds)
 
     def _add(self, batch: Sequence[Row], text: Sums, head: Sums) -> None:
         """Add loss and gradients of a batch."""

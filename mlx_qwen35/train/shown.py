@@ -56,10 +56,9 @@ class Shown(Watcher):
         if what == "validation" or not self._recent or self._recent[-1] > LONG:
             self._show(f"training{self._rate}, {what}, batch {done + 1} of {total}")
 
-    def stepped(self, training: Training, line: Line) -> None:
+    def stepped(self, training: Training, line: Line, seconds: float) -> None:
         number = line["step"]
         if number:
-            seconds = training.seconds().get(number, 0.0)
             self._recent.append(seconds)
             self._rate = f", loss {line['loss']:.4f}, {line['tokens'] / max(seconds, 1e-3):,.0f} tokens/s"
         if "validation" in line:

@@ -33,8 +33,6 @@ from mlx_qwen35.train.record import Counts, Run, Step, Validation
 from mlx_qwen35.train.rows import RowFile, open_rows
 from mlx_qwen35.train.state import RunFolder, RunState
 
-READ = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json",
-        "video_preprocessor_config.json")  # fmt: skip
 FREE = ("save_every",)  # options that may change when a run goes on
 
 
@@ -53,7 +51,19 @@ class Prepared:
     begin: Adapter | None
     rows: RowFile
     valid: RowFile | None
-    order: Order
+    plan: TrainingPlan
+
+    @property
+    def order(self) -> Order:
+        """Of the rows, by step."""
+        options = self.options
+        return Order(self.rows.lengths, options.batch_size, options.accumulate, options.seed)
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        epochs = 1.0 if self.options.epochs is None else self.options.epochs
+        return self.options.steps or max(1, round(epochs * len(self.order)))
 
     def parameters(self) -> dict[str, Pair]:
         """The first values of what is trained."""
@@ -62,84 +72,117 @@ class Prepared:
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on, as JSON has it."""
-        folder = self.checkpoint.folder
         options = {name: value for name, value in asdict(self.options).items() if name not in FREE}
-        files = [self.data / f"{split}.jsonl" for split in ("train", "valid")]
+        splits = {"train.jsonl": self.rows} | ({"valid.jsonl": self.valid} if self.valid else {})
         found = {
             "options": options,
-            "data": {file.name: _digest(file) for file in files if file.is_file()},
+            "data": {name: rows.fingerprint for name, rows in splits.items()},
             "model": {"weights": fingerprint(self.checkpoint), "dtype": dtype_name(self.dtype)},
-            "files": {name: _digest(folder / name) for name in READ if (folder / name).is_file()},
             "adapter": self.begin and self.begin.fingerprint,
         }
         return json.loads(json.dumps(found))
 
 
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def prepared(given: LoadOptions, data: str | Path, options: TrainOptions, folder: Path | None = None) -> Prepared:
+def prepared(
+    given: LoadOptions,
+    data: str | Path,
+    options: TrainOptions,
+    folder: Path | None = None,
+    reads: Reads = lambda what, done, total: None,
+) -> Prepared:
     """Read headers, configuration, tokenizer and data, no weights. folder: of the model, where it is found already.
 
     Raises InputError for whatever of them cannot be used, and where the run would not fit into memory.
     """
-    limit = limit_of(given.memory_limit)
     assert given.model is not None
-    checkpoint = open_checkpoint(folder or resolve(given.model, given.revision), rope_scaling=given.rope_scaling)
+    limit, where = limit_of(given.memory_limit), Path(data).expanduser()
+    checkpoint = open_checkpoint(folder or resolve(given.model, given.revision))
     config = checkpoint.config.text
     if options.draft_head and not (config.mtp_num_hidden_layers and checkpoint.has(MTP)):
-        raise InputError(
-            "draft_head_missing", f"{spelled('draft_head')} must not be given: {given.model} has no draft head"
-        )
+        raise InputError("draft_head_missing", f"{spelled('draft_head')} must not be given: {given.model} has no draft head")
     begin = None if options.from_adapter is None else read_adapter(options.from_adapter, checkpoint)
-    chosen = options if begin is None else replace(options, from_adapter=None)
-    shapes = trained_shapes(config, chosen)
+    shapes = trained_shapes(config, options)
     processor = Processor.from_folder(checkpoint.folder, checkpoint.config, has_vision(checkpoint), limit)
-    where = Path(data).expanduser()
-    rows = open_rows(where, "train", processor, options.max_length, mask_prompt=options.mask_prompt)
-    valid = open_rows(where, "valid", processor, options.max_length, mask_prompt=options.mask_prompt)
-    if rows is None:
-        raise InputError("data_missing", f"{spelled('data')} must be a folder with a train.jsonl; {where} has none")
-    if valid is None and options.patience is not None:
+
+    def rows(split: str) -> RowFile | None:
+        return open_rows(
+            where, split, processor, options.max_length, mask_prompt=options.mask_prompt,
+            progress=lambda done, total: reads(f"reading {where / split}.jsonl", done, total),
+        )  # fmt: skip
+
+    train, valid = rows("train"), rows("valid")
+    assert train is not None, "open_rows refuses a folder without train.jsonl"
+    idle = [name for name in ("patience", "validation_rows") if valid is None and getattr(options, name) is not None]
+    if idle:
         raise InputError(
             "option_no_effect",
-            f"{spelled('patience')} has no effect without validation: {where} has no valid.jsonl. Add one, or leave it "
-            "out",
+            f"{listed(idle)} has no effect without validation: {where} has no valid.jsonl. Add one, or leave it out",
         )
     dtype = choose_dtype(checkpoint, given.dtype)
-    order = Order.of(len(rows), options)
-    return Prepared(
-        str(given.model), where, options, checkpoint, processor, dtype, limit, shapes, begin, rows, valid, order
-    )
+    plan = None
+    return Prepared(str(given.model), where, options, checkpoint, processor, dtype, limit, shapes, begin, train, valid, plan)
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What a run has come to.
+def train(
+    model: str | Path,
+    data: str | Path,
+    adapter: str | Path,
+    options: TrainOptions = TrainOptions(),  # noqa: B008 (frozen)
+    *,
+    resume: bool = False,
+    revision: str | None = None,
+    dtype: str | mx.Dtype | None = None,
+    memory_limit: float | None = None,
+    report: bool = True,
+    watchers: Sequence[Watcher] = (),
+    reads: Reads = lambda what, done, total: None,
+) -> Trained:
+    """Train an adapter for a model, and write it into the folder `adapter`.
 
-    adapter: the folder. kept: which parameters the adapter is, in words. steps: done so far, of this process and those
-    before it. validations: mean loss by step, 0 before the first. best: the step of the adapter; None without
-    validation. seconds: of all steps. peak: bytes of memory, of this process.
+    Args:
+        model: a local folder, a Hugging Face id, or "nano"; quantized or not.
+        data: a folder with train.jsonl, and valid.jsonl if there is one. With it the adapter is that of the lowest
+            validation loss, otherwise that of the last step.
+        adapter: a folder that is absent or empty. The adapter stands there from the first saved state on, and run/
+            holds what a run needs to go on.
+        resume: go on with the run in `adapter`. Killed at any moment and gone on with, a run ends with the same bytes
+            as one that was not. Where nothing was saved yet it begins.
+        revision, dtype, memory_limit: see `load`.
+        report: whether report.md and losses.png are written, with answers before and after.
+        watchers: what looks on.
+        reads: called while data and weights are read, as reads(what, done, total).
+
+    KeyboardInterrupt and SystemExit save the state behind the last whole step, and pass on.
+
+    Raises InputError: whatever `load` and the data can be refused for; target_refused, target_busy where the folder
+    cannot be written; memory_exceeded where the run would not fit; resume_differs, run_invalid where a run cannot go
+    on; loss_not_finite.
     """
-
-    adapter: Path
-    kept: str
-    run: Run
-    tokens: int
-    targets: int
-    seconds: float
-    peak: int
-
-    def as_json(self) -> dict[str, Any]:
-        run = self.run
-        return {
-            "adapter": str(self.adapter), "kept": self.kept, "ended": run.ended, "best_step": run.best,
-            "steps": len(run.steps), "loss": [step.loss for step in run.steps[:1] + run.steps[-1:]],
-            "validation": [own._asdict() for own in run.validations],
-            "counts": {split: asdict(counts) for split, counts in run.counts.items()}, "tokens": self.tokens,
-            "targets": self.targets, "seconds": round(self.seconds, 1), "peak_memory": self.peak,
-            "planned_memory": run.planned, "options": asdict(run.options),
-            "versions": {name: version(name) for name in ("mlx-qwen35", "mlx")},
-        }  # fmt: skip
+    refuse_fork()
+    check_folder()
+    given = LoadOptions(model=model, revision=revision, dtype=dtype, memory_limit=memory_limit)
+    folder = RunFolder(Path(adapter).expanduser())
+    folder.check(resume)
+    found = prepared(given, data, options, reads=reads)
+    identity = found.identity()
+    with folder.held():
+        goes_on = folder.check(resume)
+        if resume and not goes_on:
+            tell(f"nothing to go on with in {folder.out}: training from the start")
+        state = folder.read(identity) if goes_on else RunState(0, found.parameters())
+        mx.reset_peak_memory()
+        loaded = load_model(
+            found.checkpoint, found.dtype, found.model, lambda done, total: reads(f"loading {model}", done, total), found.limit
+        )
+        training = Training(
+            loaded, found.processor, options, found.rows, found.valid, found.order, found.steps, state, folder, identity,
+            embed=Embeddings(loaded, folder.folder), write=found.writes(folder.out), watchers=watchers,
+            saved=state.step if goes_on else None,
+        )  # fmt: skip
+        asked = before(loaded, found.processor, found.valid or found.rows) if report else None
+        training.run()
+        peak = mx.get_peak_memory()
+        run = run_of(training, found.model, str(found.data), found.plan.peak, peak)
+        if asked:
+            after(asked, run, loaded, found.processor, training.state.chosen, folder.out)
+    return trained(...)
