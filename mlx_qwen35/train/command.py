@@ -91,7 +91,7 @@ def _train(args: argparse.Namespace, options: TrainOptions, given: dict[str, Any
     with unwound_when_ended(), Shown() as shown:
         trained = train(
             data=args.data, adapter=args.adapter, options=options, resume=bool(args.resume),
-            report=args.report is not False, watchers=[shown], progress=shown.loads, **given,
+            report=args.report is not False, watchers=[shown], reads=shown.reads, **given,
         )  # fmt: skip
     if args.json != STDOUT:
         print(summary(trained), flush=True)

@@ -22,7 +22,6 @@ from mlx_qwen35.machine.awake import Awake
 from mlx_qwen35.machine.process import LOCK
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.options import spelled
-from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.train.gradients import batch_loss
 from mlx_qwen35.train.optimizer import Gradients, learning_rate, norm, updated
 from mlx_qwen35.train.options import TrainOptions
@@ -89,7 +88,6 @@ class Training:
     """
 
     model: Model
-    processor: Processor
     options: TrainOptions
     rows: RowFile
     valid: RowFile | None

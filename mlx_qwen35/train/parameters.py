@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -15,33 +16,55 @@ from mlx_qwen35.errors import InputError
 from mlx_qwen35.options import spelled
 from mlx_qwen35.train.options import RANK, TrainOptions
 
-Shapes = Mapping[str, tuple[int, ...]]  # name of a weight -> (out, in); of the table of tokens (V, D)
 LAYERS = f"{TEXT}layers."
 
 
-def trained_shapes(config: TextConfig, options: TrainOptions) -> Shapes:
-    """The maps that get a low-rank part, in the order of the data; those of the draft head last.
+class Part(NamedTuple):
+    """The size of a low-rank part beside a weight (out, width); of the table of tokens (V, D)."""
 
-    A target is a map's name or the end of it from a dot on, as in PEFT. InputError where one matches no map.
+    out: int
+    width: int
+    rank: int
+
+    @property
+    def count(self) -> int:
+        """Its numbers, of A and B."""
+        return self.rank * (self.out + self.width)
+
+
+Parts = Mapping[str, Part]  # by the weight's Hugging Face name
+
+
+def trained_parts(config: TextConfig, options: TrainOptions, begin: Adapter | None) -> Parts:
+    """What is trained, in the order of the data, the draft head's parts last. begin: an adapter whose parts these are.
+
+    A target is the name of a map or its end from a dot on, as in PEFT. InputError where one is no map's, and where the
+    adapter holds what cannot be trained.
     """
+    rank = options.rank or RANK
+    chosen = _chosen(config, options) if begin is None else _of_adapter(config, options, begin)
+    head = mtp_shapes(config) if options.draft_head else {}
+    return chosen | {name: Part(*shape, rank) for name, shape in head.items()
+                     if is_matrix(name, shape) and name not in chosen}  # fmt: skip
+
+
+def _chosen(config: TextConfig, options: TrainOptions) -> dict[str, Part]:
     maps = {name: shape for name, shape in text_shapes(config).items() if is_matrix(name, shape)}
-    first = max(0, config.num_hidden_layers - (options.layers or config.num_hidden_layers))
-    inside = {name: shape for name, shape in maps.items() if name.startswith(LAYERS) and _layer(name) >= first}
-    chosen = dict(inside)
-    if options.targets is not None:
-        outside = {name: shape for name, shape in maps.items() if not name.startswith(LAYERS)}
-        offered = outside | inside
-        for target in options.targets:
-            if not any(_ends(name, target) for name in offered):
-                kinds = ", ".join(dict.fromkeys(name.removesuffix(".weight").rsplit(".", 1)[-1] for name in offered))
-                raise InputError(
-                    "option_invalid", f"each of {spelled('targets')} must be one of this model's maps ({kinds}), or the "
-                    f"end of a map's whole name; got {target!r}",
-                )  # fmt: skip
-        chosen = {name: shape for name, shape in offered.items() if any(_ends(name, own) for own in options.targets)}
-    if options.draft_head:
-        chosen |= {name: shape for name, shape in mtp_shapes(config).items() if is_matrix(name, shape)}
-    return chosen
+    first = config.num_hidden_layers - (options.layers or config.num_hidden_layers)
+    offered = {name: shape for name, shape in maps.items() if not name.startswith(LAYERS) or _layer(name) >= first}
+    targets = options.targets
+    for target in targets or ():
+        if not any(_ends(name, target) for name in offered):
+            kinds = ", ".join(dict.fromkeys(name.removesuffix(".weight").rsplit(".", 1)[-1] for name in offered))
+            raise InputError(
+                "option_invalid",
+                f"each of {spelled('targets')} must be a map that this model has there ({kinds}), or the end of a map's "
+                f"whole name; got {target!r}",
+            )
+    wanted = [name for name in offered if name.startswith(LAYERS)]
+    if targets is not None:
+        wanted = [name for name in offered if any(_ends(name, target) for target in targets)]
+    return {name: Part(*offered[name], options.rank or RANK) for name in wanted}
 
 
 def _layer(name: str) -> int:
@@ -49,29 +72,10 @@ def _layer(name: str) -> int:
 
 
 def _ends(name: str, target: str) -> bool:
-    module = name.removesuffix(".weight")
-    return module == target or module.endswith(f".{target}")
+    return f".{name.removesuffix('.weight')}".endswith(f".{target}")
 
 
-def first_values(shapes: Shapes, options: TrainOptions) -> dict[str, Pair]:
-    """A uniform within 1 / sqrt(in), as PEFT's, and B zero, float32. A depends on the seed and the map's name alone."""
-    rank = options.rank or RANK
-    scale = (2.0 * rank if options.alpha is None else options.alpha) / rank
-    return {name: Pair(_uniform(name, rank, shape[1], options.seed), mx.zeros((shape[0], rank)), scale)
-            for name, shape in shapes.items()}  # fmt: skip
-
-
-def _uniform(name: str, rank: int, width: int, seed: int) -> mx.array:
-    key = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    values = np.random.default_rng(np.frombuffer(key, np.uint32)).random((rank, width), np.float32)
-    return mx.array((2 * values - 1) / np.float32(math.sqrt(width)))
-
-
-def from_adapter(adapter: Adapter, options: TrainOptions) -> dict[str, Pair]:
-    """The low-rank parts of an adapter, float32, and with --draft-head first values for a head that it has none for.
-
-    InputError where the adapter holds more than low-rank parts of the text model and the draft head.
-    """
+def _of_adapter(config: TextConfig, options: TrainOptions, adapter: Adapter) -> dict[str, Part]:
     foreign = [name for name in adapter.pairs if not name.startswith((TEXT, "lm_head.", MTP))]
     if adapter.replaced or adapter.magnitudes or foreign:
         what = "whole tensors" if adapter.replaced else "magnitudes (DoRA)" if adapter.magnitudes else foreign[0]
@@ -80,6 +84,32 @@ def from_adapter(adapter: Adapter, options: TrainOptions) -> dict[str, Pair]:
             f"{spelled('from_adapter')} must hold low-rank parts of the text model alone; {adapter.path} holds {what}. "
             "Fuse it into the model, and train a new adapter on that",
         )
-    return {name: Pair(pair.a.astype(mx.float32), pair.b.astype(mx.float32), pair.scale)
-            for name, pair in adapter.pairs.items() if options.draft_head or not name.startswith(MTP)}  # fmt: skip
+    skipped = () if options.draft_head else (MTP,)
+    skipped += ("lm_head.",) if config.tie_word_embeddings else ()  # is the table's
+    return {name: Part(len(pair.b), pair.a.shape[1], len(pair.a)) for name, pair in adapter.pairs.items()
+            if not name.startswith(skipped)}  # fmt: skip
 
+
+def first_values(parts: Parts, options: TrainOptions, begin: Adapter | None) -> dict[str, Pair]:
+    """The adapter's values, or A uniform within 1 / sqrt(width), as PEFT has it, and B zero; float32.
+
+    A first A depends on the seed and the map's name alone.
+    """
+    alpha = options.alpha
+    given = begin.pairs if begin else {}
+    made = {}
+    for name, (out, width, rank) in parts.items():
+        if name in given:
+            a, b, scale = given[name]
+            made[name] = Pair(a.astype(mx.float32), b.astype(mx.float32), scale)
+        else:
+            scale = 2.0 if alpha is None else alpha / rank
+            made[name] = Pair(_uniform(name, rank, width, options.seed), mx.zeros((out, rank)), scale)
+    return made
+
+
+def _uniform(name: str, rank: int, width: int, seed: int) -> mx.array:
+    key, bound = hashlib.sha256(f"{seed} {name}".encode()).digest(), 1 / math.sqrt(width)
+    # RandomState: numpy promises that its numbers never change (NEP 19), of Generator it does not.
+    values = np.random.RandomState(np.frombuffer(key, "<u4")).uniform(-bound, bound, (rank, width))
+    return mx.array(values.astype(np.float32))

@@ -23,18 +23,31 @@ class Shown(Watcher):
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=RECENT)
-        self._step = Step("reading", timed=True)
+        self._step: Step | None = None
+        self._what = ""
         self._training: Training | None = None
         self._rate = ""
 
     def __enter__(self) -> Self:
-        self._step.__enter__()
         return self
+
+    def _begin(self, what: str, unit: str) -> Step:
+        """The step that is shown from now on, the one before it ended."""
+        if self._step is None or what != self._what:
+            self.end()
+            self._step, self._what = Step(what, unit, timed=True), what
+            self._step.__enter__()
+        return self._step
+
+    def end(self) -> None:
+        """Show nothing more."""
+        if self._step:
+            self._step.end()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._step.end()
+        self.end()
         training = self._training
         if training and isinstance(error, KeyboardInterrupt | SystemExit) and training.saved is not None:
             tell(
@@ -42,9 +55,9 @@ class Shown(Watcher):
                 "The same command with --resume goes on"
             )
 
-    def reads(self, what: str, done: int, total: int) -> None:
+    def reads(self, what: str, done: int, total: int, unit: str) -> None:
         """So much of the data, or of the model's weights, was read."""
-        self._step.told(done, total, None, what)
+        self._begin(what, unit)(done, total)
 
     def begins(self, training: Training) -> None:
         self._training = training
@@ -69,7 +82,7 @@ class Shown(Watcher):
         self._show(f"training{self._rate}")
 
     def ends(self, training: Training) -> None:
-        self._step.say("looking at what was learnt")
+        self._begin("asking what was learnt", "")
 
     def _show(self, what: str) -> None:
         training = self._training
@@ -77,7 +90,7 @@ class Shown(Watcher):
         left = None
         if self._recent:
             left = (training.steps - training.state.step) * sum(self._recent) / len(self._recent)
-        self._step.told(training.state.step, training.steps, left, what)
+        self._begin("training", "steps").told(training.state.step, training.steps, left, what)
 
 
 def summary(trained: Trained) -> str:

@@ -23,7 +23,7 @@ from mlx_qwen35.options import spelled
 from mlx_qwen35.train.optimizer import Moments
 
 RUN = "run"  # the folder within OUT
-LOG, SECONDS = "log.jsonl", "seconds.jsonl"
+LOG, SECONDS, IMAGES = "log.jsonl", "seconds.jsonl", "images"
 KEPT = 2  # states
 _STATE = "step-{:08d}.safetensors"
 
@@ -67,6 +67,7 @@ class RunFolder:
 
     def __init__(self, out: Path):
         self.out, self.folder = out, out / RUN
+        self.images = self.folder / IMAGES
 
     @property
     def states(self) -> list[Path]:
@@ -87,7 +88,7 @@ class RunFolder:
                 )
             return True
         begun = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
-        foreign = sorted(name for name in there - {RUN} | begun - {LOG, SECONDS} if not name.startswith("."))
+        foreign = sorted(name for name in there - {RUN} | begun - {LOG, SECONDS, IMAGES} if not name.startswith("."))
         if foreign:
             raise InputError(
                 "target_refused",

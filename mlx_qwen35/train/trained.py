@@ -26,6 +26,11 @@ class Trained:
     seconds: float
     peak: int
 
+    @classmethod
+    def of(cls, training: Training, run: Run) -> "Trained":
+        tokens, targets = (sum(getattr(step, name) for step in run.steps) for name in ("tokens", "targets"))
+        return cls(training.folder.out, training.kept, run, tokens, targets, training.state.seconds, run.peak or 0)
+
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / max(self.seconds, 1e-3)

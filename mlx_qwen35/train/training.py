@@ -1,39 +1,48 @@
 """From names of a model, a folder of data and a folder to write, to a trained adapter: what is read and checked first."""
 
-import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_qwen35.checkpoint.adapter import Adapter, Pair, read_adapter, write_adapter
+from mlx_qwen35.checkpoint.adapter import Adapter, Pair, read_adapter
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.dtypes import dtype_name
 from mlx_qwen35.checkpoint.fingerprint import fingerprint
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.names import MTP
+from mlx_qwen35.console.notices import tell
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import LoadOptions, choose_dtype, has_vision, load_model
 from mlx_qwen35.machine.memory import limit_of
 from mlx_qwen35.machine.process import check_folder, refuse_fork
-from mlx_qwen35.model.weights import Progress
-from mlx_qwen35.options import option, spelled
+from mlx_qwen35.options import listed, spelled
 from mlx_qwen35.prompt.processor import Processor
-from mlx_qwen35.train import report
+from mlx_qwen35.train.images import Embeddings
 from mlx_qwen35.train.loop import Training, Watcher
 from mlx_qwen35.train.options import TrainOptions
 from mlx_qwen35.train.order import Order
-from mlx_qwen35.train.parameters import Shapes, first_values, from_adapter, trained_shapes
-from mlx_qwen35.train.record import Counts, Run, Step, Validation
-from mlx_qwen35.train.rows import RowFile, open_rows
-from mlx_qwen35.train.state import RunFolder, RunState
+from mlx_qwen35.train.parameters import Parts, first_values, trained_parts
+from mlx_qwen35.train.report import after, before
+from mlx_qwen35.train.rows import Row, RowFile, open_rows
+from mlx_qwen35.train.state import RUN, RunFolder, RunState
+from mlx_qwen35.train.trained import Trained, run_of
 
 FREE = ("save_every",)  # options that may change when a run goes on
+def write_adapter(folder, pairs, base, form):  # STAND-IN
+    arrays = {}
+    for name, pair in pairs.items():
+        arrays[f"base_model.model.{name.removesuffix('.weight')}.lora_A.weight"] = pair.a
+        arrays[f"base_model.model.{name.removesuffix('.weight')}.lora_B.weight"] = pair.b
+    mx.save_safetensors(str(folder / "adapter_model.safetensors"), arrays)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+
+
+Reads = Callable[[str, int, int, str], object]  # what is read, how much of it, of how much, in which unit
 
 
 @dataclass(frozen=True)
@@ -47,11 +56,10 @@ class Prepared:
     processor: Processor
     dtype: mx.Dtype
     limit: int
-    shapes: Shapes
+    parts: Parts
     begin: Adapter | None
     rows: RowFile
     valid: RowFile | None
-    plan: TrainingPlan
 
     @property
     def order(self) -> Order:
@@ -65,10 +73,14 @@ class Prepared:
         epochs = 1.0 if self.options.epochs is None else self.options.epochs
         return self.options.steps or max(1, round(epochs * len(self.order)))
 
-    def parameters(self) -> dict[str, Pair]:
-        """The first values of what is trained."""
-        first = first_values(self.shapes, self.options)
-        return first if self.begin is None else first | from_adapter(self.begin, self.options)
+    def write(self, out: Path, parameters: Mapping[str, Pair]) -> None:
+        """Write the adapter's files. Each takes its name whole, the configuration first, whose bytes never change."""
+        place = out / RUN / ".adapter"
+        place.mkdir(exist_ok=True)
+        write_adapter(place, parameters, self.model, self.options.adapter_format)
+        for file in sorted(place.iterdir(), key=lambda path: path.suffix != ".json"):
+            os.replace(file, out / file.name)
+        place.rmdir()
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on, as JSON has it."""
@@ -88,7 +100,7 @@ def prepared(
     data: str | Path,
     options: TrainOptions,
     folder: Path | None = None,
-    reads: Reads = lambda what, done, total: None,
+    reads: Reads = lambda what, done, total, unit: None,
 ) -> Prepared:
     """Read headers, configuration, tokenizer and data, no weights. folder: of the model, where it is found already.
 
@@ -101,13 +113,13 @@ def prepared(
     if options.draft_head and not (config.mtp_num_hidden_layers and checkpoint.has(MTP)):
         raise InputError("draft_head_missing", f"{spelled('draft_head')} must not be given: {given.model} has no draft head")
     begin = None if options.from_adapter is None else read_adapter(options.from_adapter, checkpoint)
-    shapes = trained_shapes(config, options)
+    parts = trained_parts(config, options, begin)
     processor = Processor.from_folder(checkpoint.folder, checkpoint.config, has_vision(checkpoint), limit)
 
     def rows(split: str) -> RowFile | None:
         return open_rows(
             where, split, processor, options.max_length, mask_prompt=options.mask_prompt,
-            progress=lambda done, total: reads(f"reading {where / split}.jsonl", done, total),
+            progress=lambda done, total: reads(f"reading {where / split}.jsonl", done, total, "B"),
         )  # fmt: skip
 
     train, valid = rows("train"), rows("valid")
@@ -119,8 +131,7 @@ def prepared(
             f"{listed(idle)} has no effect without validation: {where} has no valid.jsonl. Add one, or leave it out",
         )
     dtype = choose_dtype(checkpoint, given.dtype)
-    plan = None
-    return Prepared(str(given.model), where, options, checkpoint, processor, dtype, limit, shapes, begin, train, valid, plan)
+    return Prepared(str(given.model), where, options, checkpoint, processor, dtype, limit, parts, begin, train, valid)
 
 
 def train(
@@ -135,7 +146,7 @@ def train(
     memory_limit: float | None = None,
     report: bool = True,
     watchers: Sequence[Watcher] = (),
-    reads: Reads = lambda what, done, total: None,
+    reads: Reads = lambda what, done, total, unit: None,
 ) -> Trained:
     """Train an adapter for a model, and write it into the folder `adapter`.
 
@@ -150,7 +161,7 @@ def train(
         revision, dtype, memory_limit: see `load`.
         report: whether report.md and losses.png are written, with answers before and after.
         watchers: what looks on.
-        reads: called while data and weights are read, as reads(what, done, total).
+        reads: called while data and weights are read, as reads(what, done, total, unit).
 
     KeyboardInterrupt and SystemExit save the state behind the last whole step, and pass on.
 
@@ -169,20 +180,32 @@ def train(
         goes_on = folder.check(resume)
         if resume and not goes_on:
             tell(f"nothing to go on with in {folder.out}: training from the start")
-        state = folder.read(identity) if goes_on else RunState(0, found.parameters())
+        state = folder.read(identity) if goes_on else RunState(0, first_values(found.parts, options, found.begin))
         mx.reset_peak_memory()
         loaded = load_model(
-            found.checkpoint, found.dtype, found.model, lambda done, total: reads(f"loading {model}", done, total), found.limit
-        )
+            found.checkpoint, found.dtype, found.model, lambda done, total: reads(f"loading {model}", done, total, "B"),
+            found.limit,
+        )  # fmt: skip
+        files = [found.rows, *([found.valid] if found.valid else [])]
+        images = Embeddings(loaded, folder.images) if any(file.report.images for file in files) else None
+        if images:
+            images.fill(files, lambda done, total: reads("encoding images", done, total, "rows"))
         training = Training(
-            loaded, found.processor, options, found.rows, found.valid, found.order, found.steps, state, folder, identity,
-            embed=Embeddings(loaded, folder.folder), write=found.writes(folder.out), watchers=watchers,
-            saved=state.step if goes_on else None,
+            loaded, options, found.rows, found.valid, found.order, found.steps, state, folder, identity,
+            embed=lambda rows: _embedded(images, rows), write=lambda parameters: found.write(folder.out, parameters),
+            watchers=watchers, saved=state.step if goes_on else None,
         )  # fmt: skip
         asked = before(loaded, found.processor, found.valid or found.rows) if report else None
         training.run()
-        peak = mx.get_peak_memory()
-        run = run_of(training, found.model, str(found.data), found.plan.peak, peak)
+        run = run_of(training, found.model, str(found.data), None, mx.get_peak_memory())
         if asked:
             after(asked, run, loaded, found.processor, training.state.chosen, folder.out)
-    return trained(...)
+    return Trained.of(training, run)
+
+
+def _embedded(images: Embeddings | None, rows: Sequence[Row]) -> list[mx.array] | None:
+    """The embeddings of each row's images and videos; None where no row has any."""
+    if images is None or not any(row.media for row in rows):
+        return None
+    none = mx.zeros((0, images.model.config.hidden_size), images.model.dtype)
+    return [none if (own := images.of(row)) is None else own for row in rows]
