@@ -19,6 +19,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_qwen35.backend import backend
+from mlx_qwen35.kernels.by_hand import Arrays, by_hand
 from mlx_qwen35.kernels.cpu import PIECE
 from mlx_qwen35.kernels.elementwise import exp, silu
 
@@ -239,7 +240,17 @@ def chunked_rule(
 
 def unit_lower_inverse(A: mx.array) -> mx.array:
     """(I + A)^-1 for strictly lower triangular A (..., L, L), L a power of two. By LAPACK or by doubling."""
+    return by_hand(_inverse, _inverse_gradient, A) if backend().differentiates else _inverse(A)
+
+
+def _inverse(A: mx.array) -> mx.array:
     return mx.linalg.tri_inv(A + mx.eye(A.shape[-1])) if backend().inverts_by_lapack else doubling_inverse(A)
+
+
+def _inverse_gradient(primals: Arrays, dX: mx.array, X: mx.array) -> Arrays:
+    """dA = -X^T dX X^T, of which the strictly lower part is free."""
+    transposed = mx.swapaxes(X, -1, -2)
+    return [mx.tril(-(transposed @ dX @ transposed), -1)]
 
 
 def doubling_inverse(A: mx.array) -> mx.array:
