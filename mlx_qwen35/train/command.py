@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_qwen35.checkpoint.hub import look
-from mlx_qwen35.console.json_output import STDOUT, add_json, check_json, write_json
-from mlx_qwen35.console.notices import tell
 from mlx_qwen35.console.interrupt import unwound_when_ended
+from mlx_qwen35.console.json_output import STDOUT, add_json, check_json, write_json
 from mlx_qwen35.console.options import add_options, given_options
 from mlx_qwen35.console.parser import Parser
 from mlx_qwen35.console.progress import Step

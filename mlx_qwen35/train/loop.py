@@ -22,6 +22,7 @@ from mlx_qwen35.machine.awake import Awake
 from mlx_qwen35.machine.process import LOCK
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.options import spelled
+from mlx_qwen35.train.draft_head import draft_gradients
 from mlx_qwen35.train.gradients import batch_loss
 from mlx_qwen35.train.optimizer import Gradients, learning_rate, norm, updated
 from mlx_qwen35.train.options import TrainOptions
@@ -212,21 +213,23 @@ class Training:
     def _add(self, batch: Sequence[Row], text: Sums, head: Sums) -> None:
         """Add loss and gradients of a batch."""
         options = self.options
-        own, of_head = split(self.state.parameters)
+        parameters, embeddings = self.state.parameters, self.embed(batch)
         with LOCK:
-            found = batch_loss(self.model, own, batch, embeddings=self.embed(batch), pieces=options.pieces)
+            found = batch_loss(
+                self.model, of_text(parameters), batch, embeddings=embeddings, pieces=options.pieces
+            )
             text.add(found.loss, found.targets, found.gradients)
             if options.draft_head:
-                from mlx_qwen35.train.draft_head import draft_gradients
-
-                drafted = draft_gradients(self.model, of_head, batch, found.hidden, pieces=options.pieces)
+                drafted = draft_gradients(
+                    self.model, parameters, batch, found.hidden, embeddings=embeddings, pieces=options.pieces
+                )
                 head.add(drafted.loss, drafted.targets, drafted.gradients)
 
     def _validation(self, parameters: Mapping[str, Pair] | None = None) -> float:
         """The mean loss over all targets of the validation's rows."""
         assert self.valid is not None
         options, sums = self.options, Sums()
-        own, _ = split(self.state.parameters if parameters is None else parameters)
+        own = of_text(self.state.parameters if parameters is None else parameters)
         indices = range(min(len(self.valid), options.validation_rows or len(self.valid)))
         for done, start in enumerate(range(0, len(indices), options.batch_size)):
             self._tell("moves", "validation", done, -(-len(indices) // options.batch_size))
@@ -261,7 +264,6 @@ class Training:
             self.saved = self.state.step
 
 
-def split(parameters: Mapping[str, Pair]) -> tuple[dict[str, Pair], dict[str, Pair]]:
-    """Those of the text model, and those of the draft head."""
-    head = {name: pair for name, pair in parameters.items() if name.startswith(MTP)}
-    return {name: pair for name, pair in parameters.items() if name not in head}, head
+def of_text(parameters: Mapping[str, Pair]) -> dict[str, Pair]:
+    """Those that are not the draft head's."""
+    return {name: pair for name, pair in parameters.items() if not name.startswith(MTP)}

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_qwen35.checkpoint.adapter_write import FORMATS
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.options import check_fields, option, spelled
 from mlx_qwen35.values import shown
 
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adam", "sgd", "adafactor", "muon")
-FORMATS = ("peft", "mlx-lm")
 RANK = 8  # of a low-rank part, where none is chosen
 
 

@@ -1,7 +1,6 @@
 """From names of a model, a folder of data and a folder to write, to a trained adapter: what is read and checked first."""
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_qwen35.checkpoint.adapter import Adapter, Pair, read_adapter
+from mlx_qwen35.checkpoint.adapter_write import write_adapter
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.dtypes import dtype_name
 from mlx_qwen35.checkpoint.fingerprint import fingerprint
@@ -29,19 +29,10 @@ from mlx_qwen35.train.order import Order
 from mlx_qwen35.train.parameters import Parts, first_values, trained_parts
 from mlx_qwen35.train.report import after, before
 from mlx_qwen35.train.rows import Row, RowFile, open_rows
-from mlx_qwen35.train.state import RUN, RunFolder, RunState
+from mlx_qwen35.train.state import RunFolder, RunState
 from mlx_qwen35.train.trained import Trained, run_of
 
 FREE = ("save_every",)  # options that may change when a run goes on
-def write_adapter(folder, pairs, base, form):  # STAND-IN
-    arrays = {}
-    for name, pair in pairs.items():
-        arrays[f"base_model.model.{name.removesuffix('.weight')}.lora_A.weight"] = pair.a
-        arrays[f"base_model.model.{name.removesuffix('.weight')}.lora_B.weight"] = pair.b
-    mx.save_safetensors(str(folder / "adapter_model.safetensors"), arrays)
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-
-
 Reads = Callable[[str, int, int, str], object]  # what is read, how much of it, of how much, in which unit
 
 
@@ -74,13 +65,8 @@ class Prepared:
         return self.options.steps or max(1, round(epochs * len(self.order)))
 
     def write(self, out: Path, parameters: Mapping[str, Pair]) -> None:
-        """Write the adapter's files. Each takes its name whole, the configuration first, whose bytes never change."""
-        place = out / RUN / ".adapter"
-        place.mkdir(exist_ok=True)
-        write_adapter(place, parameters, self.model, self.options.adapter_format)
-        for file in sorted(place.iterdir(), key=lambda path: path.suffix != ".json"):
-            os.replace(file, out / file.name)
-        place.rmdir()
+        """Write the adapter's files, whole or not at all."""
+        write_adapter(out, parameters, format=self.options.adapter_format, model=self.model)
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on, as JSON has it."""
