@@ -65,12 +65,10 @@ def draft_gradients(
         lambda rows: model.logits(rows, active(others)), drafted.reshape(-1, drafted.shape[-1])[at], targets,
         pieces=pieces, backward=backward,
     )  # fmt: skip
-    if not backward:
+    if found.hidden is None:
         return DraftLoss(found.loss, len(targets), {})
-    back = Backward({name: parameters[name] for name in names})
-    back.dx = mx.zeros_like(drafted).reshape(-1, drafted.shape[-1])
-    back.dx[at] = found.hidden
-    back.dx = back.dx.reshape(drafted.shape)
+    back, dx = Backward({name: parameters[name] for name in names}), mx.zeros_like(drafted)
+    back.dx = dx.reshape(-1, dx.shape[-1]).at[at].add(found.hidden).reshape(dx.shape)
     back.through(run, None, names, further=False)
     return DraftLoss(found.loss, len(targets), back.sums)
 

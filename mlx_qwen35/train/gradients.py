@@ -81,7 +81,7 @@ def batch_loss(
     if not backward:
         return BatchLoss(found.loss, len(batch.targets), {}, hidden)
     loss = found.loss
-    back = _Backward(parameters)
+    back = Backward(parameters)
     back.add(head, found.parameters)
     if inputs:
         assert found.hidden is not None
@@ -119,7 +119,7 @@ def _by_place(model: Model, parameters: Parameters) -> tuple[list[str], list[lis
     return embedding, layers, head
 
 
-class _Backward:
+class Backward:
     """The way back: the gradient of the hidden states where it has come to, and the sums of those of parameters."""
 
     def __init__(self, parameters: Parameters):
