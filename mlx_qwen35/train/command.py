@@ -9,12 +9,11 @@ from mlx_qwen35.console.interrupt import unwound_when_ended
 from mlx_qwen35.console.json_output import STDOUT, add_json, check_json, write_json
 from mlx_qwen35.console.options import add_options, given_options
 from mlx_qwen35.console.parser import Parser
-from mlx_qwen35.console.progress import Step
 from mlx_qwen35.console.run import as_command, require_model
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import LoadOptions
 from mlx_qwen35.options import listed, options_of
-from mlx_qwen35.train.dry_run import as_json, describe
+from mlx_qwen35.train.dry_run import look_ahead
 from mlx_qwen35.train.options import RunOptions, TrainOptions
 from mlx_qwen35.train.shown import Shown, summary
 from mlx_qwen35.train.training import prepared, train
@@ -73,17 +72,14 @@ def _of_model(args: argparse.Namespace) -> dict[str, Any]:
 
 def _look(args: argparse.Namespace, options: TrainOptions, given: dict[str, Any]) -> None:
     """Print what --dry-run finds."""
-    idle = [name for name in ("adapter", "resume", "report") if getattr(args, name) is not None]
-    idle = [name for name in idle if name != "adapter"]
-    if idle:
+    if idle := [name for name in ("resume", "report") if getattr(args, name) is not None]:
         raise InputError("option_no_effect", f"{listed(idle)} has no effect with --dry-run; leave it out")
     load = LoadOptions(**given)
     assert load.model is not None
-    with Step(f"reading {args.data}", "rows") as step, look(load.model, load.revision, texts=True) as folder:
-        found = prepared(load, args.data, options, folder, progress=step)
-        value = as_json(found)
-    if not write_json(args.json, value):
-        print(describe(found))
+    with Shown() as shown, look(load.model, load.revision, texts=True) as folder:
+        found = look_ahead(prepared(load, args.data, options, folder, shown.reads))
+    if not write_json(args.json, found.as_json()):
+        print(found.described())
 
 
 def _train(args: argparse.Namespace, options: TrainOptions, given: dict[str, Any]) -> None:

@@ -245,7 +245,7 @@ class Training:
     def _check_finite(self, what: str, value: float) -> None:
         if math.isfinite(value):
             return
-        saved = "No state was saved yet" if self.saved is None else f"The state of step {self.saved:,} is as it was saved"
+        saved = "No state was saved yet" if self.saved is None else f"The saved state of step {self.saved:,} is intact"
         raise InputError(
             "loss_not_finite",
             f"loss and gradients must be finite; behind step {self.state.step:,} {what} is {value}. {saved}. Begin anew "

@@ -27,11 +27,16 @@ def learning_rate(options: TrainOptions, step: int, steps: int) -> float:
 def norm(gradients: Gradients) -> float:
     """The length of all gradients as one vector."""
     squares = [mx.sum(array * array) for pair in gradients.values() for array in pair]
-    return math.sqrt(mx.sum(mx.stack(squares)).item()) if squares else 0.0
+    return math.sqrt(float(mx.sum(mx.stack(squares)))) if squares else 0.0
 
 
 def updated(
-    options: TrainOptions, rate: float, step: int, parameters: Mapping[str, Pair], gradients: Gradients, moments: Moments
+    options: TrainOptions,
+    rate: float,
+    step: int,
+    parameters: Mapping[str, Pair],
+    gradients: Gradients,
+    moments: Moments,
 ) -> tuple[dict[str, Pair], Moments]:
     """The parameters and moments behind step `step`, from 1 on, evaluated; all that is given stays as it is.
 

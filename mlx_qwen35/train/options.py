@@ -75,7 +75,8 @@ class TrainOptions:
         check_fields(self)
         if self.steps is not None and self.epochs is not None:
             raise InputError(
-                "option_conflict", f"{spelled('steps')} and {spelled('epochs')} both say how long to train. Leave one out"
+                "option_conflict",
+                f"{spelled('steps')} and {spelled('epochs')} both say how long to train. Leave one out",
             )
         if self.from_adapter is not None:
             fixed = ("rank", "alpha", "targets", "layers")
@@ -98,7 +99,9 @@ class RunOptions:
     data: str | None = option(
         help="folder with train.jsonl, and valid.jsonl if there is one", check=_path, metavar="FOLDER"
     )
-    adapter: str | None = option(help="folder to write: the adapter, and run/ to go on with", check=_path, metavar="FOLDER")
+    adapter: str | None = option(
+        help="folder to write: the adapter, and run/ to go on with", check=_path, metavar="FOLDER"
+    )
     resume: bool = option(False, help="go on with the run in --adapter; a run that was killed ends as if it was not")
     report: bool = option(
         True, help="write no report.md with losses, answers before and after, and the use of drafts"

@@ -27,8 +27,8 @@ class Part(NamedTuple):
     rank: int
 
     @property
-    def count(self) -> int:
-        """Its numbers, of A and B."""
+    def numbers(self) -> int:
+        """Of A and B together."""
         return self.rank * (self.out + self.width)
 
 
@@ -44,7 +44,7 @@ def trained_parts(config: TextConfig, options: TrainOptions, begin: Adapter | No
     rank = options.rank or RANK
     chosen = _chosen(config, options) if begin is None else _of_adapter(config, options, begin)
     head = mtp_shapes(config) if options.draft_head else {}
-    return chosen | {name: Part(*shape, rank) for name, shape in head.items()
+    return chosen | {name: Part(shape[0], shape[1], rank) for name, shape in head.items()
                      if is_matrix(name, shape) and name not in chosen}  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def _chosen(config: TextConfig, options: TrainOptions) -> dict[str, Part]:
     wanted = [name for name in offered if name.startswith(LAYERS)]
     if targets is not None:
         wanted = [name for name in offered if any(_ends(name, target) for target in targets)]
-    return {name: Part(*offered[name], options.rank or RANK) for name in wanted}
+    return {name: Part(offered[name][0], offered[name][1], options.rank or RANK) for name in wanted}
 
 
 def _layer(name: str) -> int:
@@ -84,10 +84,9 @@ def _of_adapter(config: TextConfig, options: TrainOptions, adapter: Adapter) -> 
             f"{spelled('from_adapter')} must hold low-rank parts of the text model alone; {adapter.path} holds {what}. "
             "Fuse it into the model, and train a new adapter on that",
         )
-    skipped = () if options.draft_head else (MTP,)
-    skipped += ("lm_head.",) if config.tie_word_embeddings else ()  # is the table's
+    skipped = [MTP] * (not options.draft_head) + ["lm_head."] * config.tie_word_embeddings  # the table's, if tied
     return {name: Part(len(pair.b), pair.a.shape[1], len(pair.a)) for name, pair in adapter.pairs.items()
-            if not name.startswith(skipped)}  # fmt: skip
+            if not name.startswith(tuple(skipped))}  # fmt: skip
 
 
 def first_values(parts: Parts, options: TrainOptions, begin: Adapter | None) -> dict[str, Pair]:

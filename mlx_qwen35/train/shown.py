@@ -51,7 +51,7 @@ class Shown(Watcher):
         training = self._training
         if training and isinstance(error, KeyboardInterrupt | SystemExit) and training.saved is not None:
             tell(
-                f"stopped behind step {training.saved:,} of {training.steps:,}, which is saved in {training.folder.out}. "
+                f"stopped behind step {training.saved:,} of {training.steps:,}, saved in {training.folder.out}. "
                 "The same command with --resume goes on"
             )
 
@@ -98,7 +98,8 @@ def summary(trained: Trained) -> str:
     run = trained.run
     lines = [f"wrote {trained.adapter}: {trained.kept}", f"{run.claim}. {run.ended}"]
     if cut := run.counts["train"].cut:
-        lines.append(f"{cut:,} of {run.counts['train'].rows:,} rows were cut at --max-length {run.options.max_length:,}")
+        rows, most = run.counts["train"].rows, run.options.max_length
+        lines.append(f"{cut:,} of {rows:,} rows were longer than --max-length {most:,}, and lost their ends")
     lines.append(
         f"{len(run.steps):,} steps, {trained.tokens:,} tokens, {trained.targets:,} targets in "
         f"{duration(trained.seconds)}: {trained.tokens / max(trained.seconds, 1e-3):,.0f} tokens/s; peak memory "

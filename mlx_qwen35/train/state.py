@@ -77,7 +77,7 @@ class RunFolder:
     def check(self, resume: bool) -> bool:
         """Whether there is a state to go on from. InputError where OUT must not be written."""
         if self.out.exists() and not self.out.is_dir():
-            raise InputError("target_refused", f"{spelled('adapter')} must name a folder to write; {self.out} is a file")
+            raise InputError("target_refused", f"{spelled('adapter')} must name a folder; {self.out} is a file")
         there = {path.name for path in self.out.iterdir()} if self.out.is_dir() else set()
         if self.states:
             if not resume:
@@ -104,7 +104,7 @@ class RunFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
-            raise InputError("output_unwritable", f"{self.folder} must be a folder that can be written: {error}") from error
+            raise InputError("output_unwritable", f"{self.folder} must be writable: {error}") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
@@ -169,7 +169,8 @@ def _state(record: Mapping[str, Any], arrays: Mapping[str, mx.array]) -> RunStat
     scales: Mapping[str, float] = record["scales"]
 
     def pairs(kind: str) -> dict[str, Pair]:
-        return {name: Pair(*(arrays[f"{kind}|{name}|{part}"] for part in "ab"), scale) for name, scale in scales.items()}
+        return {name: Pair(arrays[f"{kind}|{name}|a"], arrays[f"{kind}|{name}|b"], scale)
+                for name, scale in scales.items()}  # fmt: skip
 
     moments: dict[str, Any] = {}
     for key, array in arrays.items():
@@ -179,15 +180,15 @@ def _state(record: Mapping[str, Any], arrays: Mapping[str, mx.array]) -> RunStat
     parameters, best = pairs("parameters"), record["best"]
     if best is not None:
         own = any(key.startswith("best|") for key in arrays)
-        best = Best(*best, pairs("best") if own else parameters)
+        best = Best(best[0], best[1], pairs("best") if own else parameters)
     return RunState(record["step"], parameters, moments, best, record["stale"], record["seconds"])
 
 
 def _damaged(path: Path, fault: str) -> InputError:
     return InputError(
         "run_invalid",
-        f"{path} must be a state as it was saved, and was damaged or changed ({fault}). Remove it: the one before it, if "
-        "there is one, is gone on from; else train into another folder",
+        f"{path} must be a state as it was saved, and was damaged or changed ({fault}). Remove it: the state before "
+        "it, if there is one, is gone on from; else train into another folder",
     )
 
 
@@ -226,7 +227,7 @@ class Lines:
                 kept.append(line)
             steps = [json.loads(line)["step"] for line in kept]
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError("run_invalid", f"{path} must hold a line for each step, and was changed ({error})") from error
+            raise InputError("run_invalid", f"{path} must hold a line a step, and was changed ({error})") from error
         if complete and [own for own in steps if own] != list(range(1, step + 1)):
             raise InputError(
                 "run_invalid", f"{path} must hold a line for each step up to {step}, and was changed. Put it back, or "

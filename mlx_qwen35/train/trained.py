@@ -60,13 +60,13 @@ def counted(rows: RowFile) -> Counts:
 def run_of(training: Training, model: str, data: str, planned: int | None, peak: int) -> Run:
     """The record of a run, from its log. planned, peak: bytes of memory."""
     lines, seconds = training.log(), training.seconds()
-    splits = {"train": training.rows} | ({"valid": training.valid} if training.valid else {})
+    files = {"train": training.rows} | ({"valid": training.valid} if training.valid else {})
     best = training.state.best
     ended = "All steps were made."
     if training.early:
         ended = f"Validation ended it: {training.state.stale} times without a lower loss."
     return Run(
-        model, data, training.options, {split: counted(rows) for split, rows in splits.items()},
+        model, data, training.options, {split: counted(rows) for split, rows in files.items()},
         [Step(line["step"], line["loss"], line["learning_rate"], line["targets"], line["tokens"],
               seconds.get(line["step"], 0.0)) for line in lines if line["step"]],
         [Validation(line["step"], line["validation"]) for line in lines if "validation" in line],

@@ -1,4 +1,4 @@
-"""From names of a model, a folder of data and a folder to write, to a trained adapter: what is read and checked first."""
+"""`train`: from a model's name, a folder of data and a folder to write to a trained adapter."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +33,7 @@ from mlx_qwen35.train.state import RunFolder, RunState
 from mlx_qwen35.train.trained import Trained, run_of
 
 FREE = ("save_every",)  # options that may change when a run goes on
-Reads = Callable[[str, int, int, str], object]  # what is read, how much of it, of how much, in which unit
+Reads = Callable[[str, int, int, str], None]  # what is read, how much of it, of how much, in which unit
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,25 @@ class Prepared:
         epochs = 1.0 if self.options.epochs is None else self.options.epochs
         return self.options.steps or max(1, round(epochs * len(self.order)))
 
+    @property
+    def files(self) -> dict[str, RowFile]:
+        """The data, by split."""
+        return {"train": self.rows} | ({"valid": self.valid} if self.valid else {})
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the data is not learnt, in sentences."""
+        notes, most = [], f"{spelled('max_length')} {self.options.max_length:,}"
+        for split, file in self.files.items():
+            own = file.report
+            if own.cut:
+                notes.append(f"{split}.jsonl: {own.cut:,} of {own.rows:,} rows lose their ends to {most}")
+            if own.skipped:
+                notes.append(f"{split}.jsonl: {own.skipped:,} rows are left out, since {most} leaves them no target")
+            if own.unread:
+                notes.append(f"{split}.jsonl: nothing reads the columns {', '.join(own.unread)}")
+        return notes
+
     def write(self, out: Path, parameters: Mapping[str, Pair]) -> None:
         """Write the adapter's files, whole or not at all."""
         write_adapter(out, parameters, format=self.options.adapter_format, model=self.model)
@@ -71,10 +90,9 @@ class Prepared:
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on, as JSON has it."""
         options = {name: value for name, value in asdict(self.options).items() if name not in FREE}
-        splits = {"train.jsonl": self.rows} | ({"valid.jsonl": self.valid} if self.valid else {})
         found = {
             "options": options,
-            "data": {name: rows.fingerprint for name, rows in splits.items()},
+            "data": {f"{split}.jsonl": file.fingerprint for split, file in self.files.items()},
             "model": {"weights": fingerprint(self.checkpoint), "dtype": dtype_name(self.dtype)},
             "adapter": self.begin and self.begin.fingerprint,
         }
@@ -97,7 +115,9 @@ def prepared(
     checkpoint = open_checkpoint(folder or resolve(given.model, given.revision))
     config = checkpoint.config.text
     if options.draft_head and not (config.mtp_num_hidden_layers and checkpoint.has(MTP)):
-        raise InputError("draft_head_missing", f"{spelled('draft_head')} must not be given: {given.model} has no draft head")
+        raise InputError(
+            "draft_head_missing", f"{spelled('draft_head')} must not be given: {given.model} has no draft head"
+        )
     begin = None if options.from_adapter is None else read_adapter(options.from_adapter, checkpoint)
     parts = trained_parts(config, options, begin)
     processor = Processor.from_folder(checkpoint.folder, checkpoint.config, has_vision(checkpoint), limit)
@@ -162,6 +182,7 @@ def train(
     folder.check(resume)
     found = prepared(given, data, options, reads=reads)
     identity = found.identity()
+    tell(*found.notes)
     with folder.held():
         goes_on = folder.check(resume)
         if resume and not goes_on:
@@ -172,10 +193,10 @@ def train(
             found.checkpoint, found.dtype, found.model, lambda done, total: reads(f"loading {model}", done, total, "B"),
             found.limit,
         )  # fmt: skip
-        files = [found.rows, *([found.valid] if found.valid else [])]
-        images = Embeddings(loaded, folder.images) if any(file.report.images for file in files) else None
+        shown = any(file.report.images for file in found.files.values())
+        images = Embeddings(loaded, folder.images) if shown else None
         if images:
-            images.fill(files, lambda done, total: reads("encoding images", done, total, "rows"))
+            images.fill(found.files.values(), lambda done, total: reads("encoding images", done, total, "rows"))
         training = Training(
             loaded, options, found.rows, found.valid, found.order, found.steps, state, folder, identity,
             embed=lambda rows: _embedded(images, rows), write=lambda parameters: found.write(folder.out, parameters),
