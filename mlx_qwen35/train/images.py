@@ -5,14 +5,11 @@ for another. It holds a checksum and the embeddings; one that is damaged is made
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
-from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.preprocess import Media
 from mlx_qwen35.model.lora import NONE
 from mlx_qwen35.model.model import Model
