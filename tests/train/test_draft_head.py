@@ -21,7 +21,7 @@ MAPS = ("mtp.fc", *(f"{LAYER}{name}" for name in (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
     "mlp.down_proj",
 )))  # fmt: skip
-TEXT = "model.language_model.layers.1.mlp.up_proj"
+TEXT = ("model.language_model.layers.1.mlp.up_proj", "model.language_model.embed_tokens")  # which is the LM head too
 LENGTHS = (11, 7, 2)
 
 
@@ -47,6 +47,7 @@ def shape(model, name: str) -> tuple[int, int]:
     return {
         "fc": (D, 2 * D), "q_proj": (2 * heads, D), "k_proj": (kv, D), "v_proj": (kv, D), "o_proj": (D, heads),
         "gate_proj": (inner, D), "up_proj": (inner, D), "down_proj": (D, inner),
+        "embed_tokens": (c.vocab_size, D),
     }[name.rpartition(".")[2]]  # fmt: skip
 
 
@@ -87,8 +88,9 @@ def relative(found: mx.array, expected: mx.array) -> float:
 
 @pytest.mark.parametrize("pieces", [256, 3])
 def test_gradients_are_those_of_the_definition(tiny, pieces):
-    given, rows = pairs(tiny, [*MAPS, TEXT]), drawn(tiny)
-    hidden = batch_loss(tiny, {f"{TEXT}.weight": given[f"{TEXT}.weight"]}, rows, backward=False).hidden
+    given, rows = pairs(tiny, [*MAPS, *TEXT]), drawn(tiny)
+    text = {name: pair for name, pair in given.items() if not name.startswith("mtp.")}
+    hidden = batch_loss(tiny, text, rows, backward=False).hidden
     found = draft_gradients(tiny, given, rows, hidden, pieces=pieces)
     names = [f"{name}.weight" for name in MAPS]
 
@@ -159,9 +161,9 @@ def test_a_batch_is_the_sum_of_its_rows(tiny):
 
 
 def test_the_text_adapter_gets_no_gradient_from_the_head(tiny):
-    given, rows = pairs(tiny, [*MAPS, TEXT]), drawn(tiny)
+    given, rows = pairs(tiny, [*MAPS[:1], *TEXT]), drawn(tiny)
     hidden = batch_loss(tiny, {}, rows, backward=False).hidden
-    assert f"{TEXT}.weight" not in draft_gradients(tiny, given, rows, hidden).gradients
+    assert set(draft_gradients(tiny, given, rows, hidden).gradients) == {f"{MAPS[0]}.weight"}
 
 
 def test_rows_without_a_target_give_zeros(tiny):
