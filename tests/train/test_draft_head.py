@@ -1,6 +1,7 @@
 """The draft head trained along: loss and gradients against the definition, finite differences, and how it drafts."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +13,8 @@ from mlx_qwen35.checkpoint.adapter import Pair
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.kernels.low_rank import ActiveAdapters
 from mlx_qwen35.model.lora import stacked
+from mlx_qwen35.prompt.positions import Placeholder, positions
+from mlx_qwen35.prompt.prompt import Placed
 from mlx_qwen35.train.draft_head import draft_gradients
 from mlx_qwen35.train.gradients import batch_loss
 from mlx_qwen35.train.rows import Row
@@ -62,19 +65,25 @@ def drawn(model, lengths=LENGTHS, seed: int = 1) -> list[Row]:
     return rows
 
 
-def plain(model, given: Mapping[str, Pair], rows: list[Row], hidden: mx.array) -> mx.array:
-    """The definition, row by row, without pieces: sum of -log p(token i + 2 | hidden i, embedding i + 1)."""
+def plain(
+    model, given: Mapping[str, Pair], rows: list[Row], hidden: mx.array, shown: mx.array | None = None
+) -> mx.array:
+    """The definition, row by row, without pieces: sum of -log p(token i + 2 | hidden i, embedding i + 1).
+
+    shown: (n, D) embeddings of what the rows show, in the place of those of their placeholders.
+    """
     adapters, total = ActiveAdapters(lambda maps: stacked(maps, [given]), 0), mx.zeros(())
     for b, row in enumerate(rows):
         T = len(row.tokens)
         if T < 3:
             continue
-        head = DraftFollower(model, [0]).cache
-        with head.forward(T - 1, None, None, False, adapters) as context:
-            y = model.mtp.part(
-                model.embed(mx.array([row.tokens[1:]]), None, adapters), hidden[b : b + 1, : T - 1],
-                model.rotary.table(context.positions), context, head.layers,
-            )  # fmt: skip
+        head, placeholders = DraftFollower(model, [0]).cache, [p for own in row.media for p in own.placeholders]
+        x = model.embed(mx.array([row.tokens]), None, adapters)
+        for place in placeholders:
+            x[0, place.start : place.stop] = shown
+        with head.forward(T - 1, None, positions(T, placeholders)[:, None, :-1], False, adapters) as context:
+            table = model.rotary.table(context.positions)
+            y = model.mtp.part(x[:, 1:], hidden[b : b + 1, : T - 1], table, context, head.layers)
         logits = model.logits(y[0, : T - 2], adapters).astype(mx.float32)
         wanted = mx.array(row.tokens[2:])
         losses = mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0]
@@ -146,6 +155,15 @@ def test_the_loss_is_that_of_the_head_while_it_drafts(tiny):
             logits = tiny.logits(y)[0, 0]
             total += float(mx.logsumexp(logits) - logits[row.tokens[t]])
     assert draft_gradients(tiny, given, [row], hidden, backward=False).loss == pytest.approx(total, rel=1e-5)
+
+
+def test_images_have_their_embeddings_and_positions(tiny):
+    (row,), given, shown = drawn(tiny, (16,)), pairs(tiny, MAPS), Placeholder(2, 2, 3)
+    row = replace(row, media=(Placed(None, (shown,)),))  # nobody asks for its pixels
+    embeddings = mx.array(np.random.default_rng(8).normal(0, 1, (6, tiny.config.hidden_size)).astype(np.float32))
+    hidden = batch_loss(tiny, {}, [row], embeddings=[embeddings], backward=False).hidden
+    found = draft_gradients(tiny, given, [row], hidden, embeddings=[embeddings], backward=False)
+    assert found.loss == pytest.approx(plain(tiny, given, [row], hidden, embeddings).item(), rel=1e-5)
 
 
 def test_a_batch_is_the_sum_of_its_rows(tiny):
