@@ -28,7 +28,7 @@ def check_folder(folder: Path) -> None:
             "model_not_found",
             f"a checkpoint must be a folder, a Hugging Face id or 'nano'; there is no folder {folder}",
         )
-    names = _names(folder)
+    names = names_in(folder)
     for name in _READ:
         if name in names:
             check_file(folder / name)
@@ -45,7 +45,7 @@ def safetensors_files(folder: Path) -> list[Path]:
     if is_file(folder / SINGLE):
         return [folder / SINGLE]
     if not is_file(folder / INDEX):
-        raise _without_weights(folder, _names(folder))
+        raise _without_weights(folder, names_in(folder))
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError("index_invalid", f"{folder / INDEX} must hold a 'weight_map' of tensor names to files")
@@ -102,7 +102,7 @@ def shorten(names: list[str], most: int = 8) -> str:
 # --- where no weights are --------------------------------------------------------------------------------------------
 
 
-def _names(folder: Path) -> list[str]:
+def names_in(folder: Path) -> list[str]:
     try:
         return sorted(os.listdir(folder))
     except OSError as error:

@@ -101,7 +101,7 @@ def batch_loss(
 
 def active(parameters: Parameters) -> ActiveAdapters | None:
     """Low-rank parts, traced ones too, as the adapter of all rows of a pass; None where there are none."""
-    return ActiveAdapters(lambda maps: stacked(maps, [parameters]), 0) if parameters else None
+    return ActiveAdapters(lambda maps: stacked(maps, {0: parameters}), 0) if parameters else None
 
 
 def _layer(batch: Batch, i: int, x: mx.array, pairs: Parameters) -> mx.array:
