@@ -98,7 +98,7 @@ class Session:
 
 
 def _state(conversation: Conversation) -> tuple[Any, ...]:
-    return _copy(conversation.messages), conversation.entries
+    return _copy(conversation.messages), conversation.entries, conversation.adapter
 
 
 def _copy(value: Any) -> Any:
