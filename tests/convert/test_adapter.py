@@ -1,5 +1,9 @@
 """An adapter fused by the converter: what is written is the source with the adapter, rounded once."""
 
+import json
+import os
+import shutil
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -13,11 +17,18 @@ from mlx_qwen35.checkpoint.adapter_write import write_adapter
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.fusing import fuse
 from mlx_qwen35.checkpoint.shapes import is_matrix
-from mlx_qwen35.convert import convert
+from mlx_qwen35.convert import convert, stream
+from mlx_qwen35.convert.__main__ import main
 from mlx_qwen35.convert.calibrate import statistics
+from mlx_qwen35.convert.card import CARD, QUALITY, Facts
+from mlx_qwen35.convert.card import card as make_card
 from mlx_qwen35.convert.evaluate import evaluate
 from mlx_qwen35.convert.fusion import AdapterOptions
+from mlx_qwen35.convert.plan import make_plan
+from mlx_qwen35.convert.recipes import StorageOptions
 from mlx_qwen35.convert.sensitivity import sensitivity
+from mlx_qwen35.convert.stream import write
+from mlx_qwen35.convert.target import appearing_whole
 from mlx_qwen35.load import load_model
 from mlx_qwen35.quantization import Quantization
 
@@ -192,6 +203,7 @@ def test_calibration_runs_the_fused_source(exact):
     assert not np.allclose(found[MAPS[1]], plain[MAPS[1]], rtol=0.01)
 
 
+@pytest.mark.full
 def test_sensitivity_quantizes_the_fused_source(exact):
     source, _, read, folder = exact
     four = (Quantization(64, 4, "affine"),)
@@ -200,3 +212,108 @@ def test_sensitivity_quantizes_the_fused_source(exact):
         for start, own in ((source, read), (folder, None))
     )
     assert ours.keys() == theirs.keys() and all(abs(ours[group] - kl) < 1e-3 * kl for group, kl in theirs.items())
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_dry_run_says_adapter_and_ranks_and_which_tensors_change(raw, adapter, capsys):
+    main(["--hf-path", str(raw), "--adapter", str(adapter), "--dry-run", "--adapter-scale", "0.5"])
+    text = capsys.readouterr().out
+    assert "adapter mine (peft): 6 maps of rank 2, scaled by 0.5" in text
+    changed = [line.split()[0] for line in text.splitlines() if "BF16 + rank 2" in line]
+    assert sorted(changed) == sorted(MAPS + OF_PARTS)
+    main(["--hf-path", str(raw), "--adapter", str(adapter), "--dry-run", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert (told["adapter"]["maps"], told["adapter"]["ranks"], told["adapter"]["scale"]) == (6, [2], 1)
+
+
+def test_the_card_names_adapter_and_base(raw, adapter, fused, monkeypatch, capsys, tmp_path):
+    quality, card = json.loads((fused / QUALITY).read_text()), (fused / CARD).read_text()
+    assert quality["adapter"]["fingerprint"] == read_adapter(adapter, open_checkpoint(raw)).fingerprint
+    assert f"fused into the weights of {raw.name}: mine (peft)" in card and str(adapter) not in card
+    base = Facts("mine-4bit", "Qwen/Qwen3.5-4B", "4bit", adapter=quality["adapter"])
+    assert "base_model: Qwen/Qwen3.5-4B\nbase_model_relation: finetune" in make_card(open_checkpoint(fused), base)
+
+
+def test_the_summary_and_the_evaluation_name_the_adapter(raw, adapter, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("What is this? A red circle. ")
+    given = ["--hf-path", str(raw), "--adapter", str(adapter), "--recipe", "bf16", "--eval", str(text)]
+    main([*given, "--mlx-path", str(tmp_path / "out")])
+    told = capsys.readouterr().out
+    assert "adapter mine (peft): 6 maps of rank 2" in told and "against the source with the adapter" in told
+    found = json.loads((tmp_path / "out" / QUALITY).read_text())["evaluation"]
+    assert found["kl"] < 1e-3  # bfloat16 against the unrounded; against the bare source it is 0.1
+    assert "against the source with the adapter" in (tmp_path / "out" / CARD).read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"adapter_scale": 2.0}, "option_no_effect"),
+        ({"adapter": {"one": "mine"}}, "option_invalid"),
+        ({"adapter": "nowhere"}, "adapter_not_found"),
+        ({"adapter": "ADAPTER", "adapter_scale": float("nan")}, "option_invalid"),
+    ],
+)
+def test_what_cannot_be_fused_is_refused_before_anything_is_written(raw, adapter, tmp_path, options, code):
+    given = {name: adapter if value == "ADAPTER" else value for name, value in options.items()}
+    with refused(code):
+        convert(raw, tmp_path / "out", **given)
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_adapters_folder_is_never_written_into(raw, adapter, tmp_path):
+    own = Path(shutil.copytree(adapter, tmp_path / "mine"))
+    before = files_of(own)
+    for target, code in ((own, "target_refused"), (own / "out", "target_overlaps_source")):
+        with refused(code, own):
+            convert(raw, target, adapter=own, overwrite=True)
+    shutil.copytree(raw, tmp_path / "out")
+    inside = Path(shutil.copytree(adapter, tmp_path / "out" / "mine"))
+    with refused("target_overlaps_source", "mine"):
+        convert(raw, tmp_path / "out", adapter=inside, overwrite=True)
+    assert files_of(own) == before == files_of(inside)
+
+
+# --- killed in the middle ---------------------------------------------------------------------------------------------
+
+
+def broken_off(source, target, adapter, monkeypatch):
+    """A conversion that ends after some chunks, as where the power fails: nothing is removed."""
+    count, write_at = iter(range(10_000)), os.pwrite
+
+    def fails(*given):
+        if next(count) == 150:
+            raise Stopped
+        return write_at(*given)
+
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(stream, "BATCH_BYTES", 200_000)
+        patched.setattr(os, "pwrite", fails)
+        patched.setattr(shutil, "rmtree", lambda *_: None)
+        plan = make_plan(source, StorageOptions(recipe="bf16"), AdapterOptions(adapter))
+        with appearing_whole(target, False, keeps=True) as folder:
+            write(plan, folder)
+
+
+class Stopped(BaseException):
+    pass
+
+
+def test_a_conversion_that_was_broken_off_ends_with_the_same_bytes(raw, adapter, fused, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(stream, "CHUNK_BYTES", 30_000)
+    broken_off(raw, tmp_path / "out", adapter, monkeypatch)
+    resumed = convert(raw, tmp_path / "out", adapter=adapter, recipe="bf16", resume=True)
+    assert "resuming:" in capfd.readouterr().err
+    assert files_of(resumed) == files_of(fused)
+
+
+def test_another_adapter_or_scale_resumes_nothing(raw, adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "CHUNK_BYTES", 30_000)
+    broken_off(raw, tmp_path / "out", adapter, monkeypatch)
+    write_adapter(tmp_path / "mine", pairs_of(raw, MAPS + OF_PARTS, size=0.04))
+    for given in ({"adapter": tmp_path / "mine"}, {"adapter": adapter, "adapter_scale": 0.5}, {}):
+        with refused("resume_differs", "adapter"):
+            convert(raw, tmp_path / "out", recipe="bf16", resume=True, **given)
