@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_qwen35.checkpoint.adapter import Adapter
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mlx_qwen35.checkpoint.fusing import with_own_head
 from mlx_qwen35.checkpoint.hub import check_repository, look, resolve, upload
 from mlx_qwen35.checkpoint.names import VISION
 from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes
@@ -142,31 +142,34 @@ def _look(args: argparse.Namespace, options: dict[str, Any]) -> None:
     if args.plot:
         check_plot(args.plot)
     if args.save_recipe:
-        check_saving(args.save_recipe, (args.sensitivity.expanduser(), *source.iterdir()))
+        folders = [folder for folder in (source, *adapter.folders) if folder.is_dir()]
+        read = [file for folder in folders for file in folder.iterdir()]
+        check_saving(args.save_recipe, (args.sensitivity.expanduser(), *read))
     with reading(source):
         checkpoint = open_checkpoint(source)
-        fused = adapter.read(checkpoint)
-    costs = _sensitivity(checkpoint, fused, read_file("--sensitivity", args.sensitivity), args)
+    costs = _sensitivity(checkpoint, adapter, read_file("--sensitivity", args.sensitivity), args)
     if args.plot:
-        name = args.hf_path.rstrip("/").split("/")[-1]
+        name = " with ".join(Path(given).name for given in (args.hf_path, *adapter.folders))
         sensitivity_plot.draw(args.plot, name, f"{name}, on {args.sensitivity.name}", costs)
 
 
 def _sensitivity(
-    checkpoint: Checkpoint, adapter: Adapter | None, text: str, args: argparse.Namespace
+    checkpoint: Checkpoint, adapter: AdapterOptions, text: str, args: argparse.Namespace
 ) -> Sequence[GroupCost]:
     """Print the table; under a cap, tensors in no group (norms, vision encoder, draft head) count as by default.
 
     A cap that nothing fits under is refused before anything is measured, and what was measured is printed first.
     """
     tokens, limit, other, cap = windows(checkpoint, text), 0, 0, args.cap
+    fused = adapter.read(checkpoint)
+    checkpoint = with_own_head(checkpoint, fused)
     if cap is not None:
         planned = unmeasured(checkpoint)
         grouped = {name for cost in planned for name in cost.names}
-        jobs = make_plan(checkpoint.folder, StorageOptions(DEFAULT)).jobs
+        jobs = make_plan(checkpoint.folder, StorageOptions(DEFAULT), adapter).jobs
         limit, other = int(cap * 1e9), sum(job.nbytes for job in jobs if job.source.name not in grouped)
         smallest(planned, limit, other)
-    costs = sensitivity(checkpoint, tokens, adapter=adapter)
+    costs = sensitivity(checkpoint, tokens, adapter=fused)
     proposal = None if cap is None else propose(costs, limit, other)
     if not write_json(args.json, measured(costs, proposal)):
         print(table(costs, proposal), flush=True)

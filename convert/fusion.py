@@ -14,6 +14,7 @@ from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.fusing import fuse
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.options import check_fields, option, spelled
+from mlx_qwen35.values import shown
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class AdapterOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not isinstance(self.adapter, str | Path | None):
+            name, given = spelled("adapter"), shown(self.adapter)
+            raise InputError("option_invalid", f"{name} must be one adapter's folder, which is fused; got {given}")
         if self.adapter is None and self.adapter_scale != 1:
             name, needed = spelled("adapter_scale"), spelled("adapter")
             raise InputError("option_no_effect", f"{name} has no effect without {needed}; add it or leave {name} out")

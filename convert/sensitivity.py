@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from mlx_qwen35.checkpoint.adapter import Adapter
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
+from mlx_qwen35.checkpoint.fusing import with_own_head
 from mlx_qwen35.checkpoint.names import TEXT
 from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes
 from mlx_qwen35.checkpoint.tensors import DTYPE_BYTES
@@ -108,6 +109,7 @@ def sensitivity(
     into what is quantized, in float32. Of each group the first entry is the source. Raises InputError as `unmeasured`
     does.
     """
+    checkpoint = with_own_head(checkpoint, adapter)
     costs = unmeasured(checkpoint, candidates)
     batches = make_batches(tokens, checkpoint.config.text.vocab_size)
     counted = Counted(batches, tokens)

@@ -14,15 +14,8 @@ from mlx_qwen35.errors import InputError
 def with_own_head(checkpoint: Checkpoint, adapter: Adapter | None) -> Checkpoint:
     """The checkpoint that an adapter is fused into: with a head of its own where head and table come to differ.
 
-    Such a head begins as the table that it was tied to. Raises InputError where the table is quantized, and where the
-    adapter has lengths of the table's columns (DoRA), which no row has by itself.
+    Such a head begins as the table that it was tied to. Raises InputError where that is quantized.
     """
-    if adapter and any(lengths.ndim > 1 for lengths in adapter.magnitudes.values()):
-        raise InputError(
-            "adapter_unsupported",
-            f"the adapter {adapter.path} has DoRA's magnitudes of the table of tokens, which are not fused here. Merge "
-            "it with the program that made it (merge_and_unload), and give the folder of the result",
-        )
     text = checkpoint.config.text
     if not (adapter and adapter.unties and text.tie_word_embeddings):
         return checkpoint
