@@ -13,7 +13,7 @@ from mlx_qwen35.budget.plan import check_model_fits, check_vision_encoder_fits, 
 from mlx_qwen35.cache.kv_format import FORMS, UNQUANTIZED, KVFormat, check_kv_bits
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.dtypes import COMPUTED, DTYPES, check_dtype
-from mlx_qwen35.checkpoint.fingerprint import fingerprint
+from mlx_qwen35.checkpoint.fingerprint import fingerprint, vision_fingerprint
 from mlx_qwen35.checkpoint.hub import CHOICES, resolve
 from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION
 from mlx_qwen35.checkpoint.rope_fields import check_rope_scaling
@@ -213,7 +213,10 @@ def load_model(
     mtp_head = model.mtp = _draft_head(checkpoint, dtype)
     if has_vision(checkpoint):  # the lambda must not hold the model, which would then hold itself
         encoder = loaded_bytes(checkpoint, vision_names(checkpoint), dtype)
-        model.vision = LazyPart(lambda: load_vision_encoder(checkpoint, dtype, mtp_head, limit), encoder)
+        model.vision = LazyPart(
+            lambda: load_vision_encoder(checkpoint, dtype, mtp_head, limit), encoder,
+            fingerprint=functools.cache(lambda: vision_fingerprint(checkpoint)),
+        )  # fmt: skip
     model.fingerprint = functools.cache(lambda: fingerprint(checkpoint))
     show_in_use(checkpoint.folder / "config.json", model)
     model.eval()
