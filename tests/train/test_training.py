@@ -29,7 +29,9 @@ def data(tmp_path) -> Path:
     return tmp_path / "data"
 
 
-def run(data: Path, out: Path, resume: bool = False, watchers: Sequence[Watcher] = (), dtype=None, **options) -> Trained:
+def run(
+    data: Path, out: Path, resume: bool = False, watchers: Sequence[Watcher] = (), dtype: str | None = None, **options
+) -> Trained:
     own = TrainOptions(**OPTIONS | options)
     return train("nano", data, out, own, dtype=dtype, report=False, resume=resume, watchers=watchers)
 
