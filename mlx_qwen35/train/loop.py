@@ -147,9 +147,7 @@ class Training:
     def _open(self, stack: ExitStack, name: str, complete: bool = True) -> Lines:
         state = self.state
         begun = state.step if state.step or state.best else -1
-        lines = Lines(self.folder.folder / name, begun, complete)
-        stack.callback(lines.close)
-        return lines
+        return stack.enter_context(Lines(self.folder.folder / name, begun, complete))
 
     def _tell(self, what: str, *values: Any) -> None:
         for watcher in self.watchers:

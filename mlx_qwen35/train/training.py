@@ -26,7 +26,7 @@ from mlx_qwen35.train.images import Embeddings
 from mlx_qwen35.train.loop import Training, Watcher
 from mlx_qwen35.train.options import TrainOptions
 from mlx_qwen35.train.order import Order
-from mlx_qwen35.train.parameters import Parts, first_values, trained_parts
+from mlx_qwen35.train.parameters import LAYERS, Parts, first_values, trained_parts
 from mlx_qwen35.train.report import after, before
 from mlx_qwen35.train.rows import Row, RowFile, open_rows
 from mlx_qwen35.train.state import RunFolder, RunState
@@ -120,6 +120,12 @@ def prepared(
         )
     begin = None if options.from_adapter is None else read_adapter(options.from_adapter, checkpoint)
     parts = trained_parts(config, options, begin)
+    if options.adapter_format == "mlx-lm" and (others := [name for name in parts if not name.startswith((LAYERS, MTP))]):
+        raise InputError(
+            "adapter_unsupported",
+            f"{spelled('adapter_format')} mlx-lm holds maps of layers alone, and {others[0]} is to be trained. Write it "
+            "as peft, or leave it out",
+        )
     processor = Processor.from_folder(checkpoint.folder, checkpoint.config, has_vision(checkpoint), limit)
 
     def rows(split: str) -> RowFile | None:
