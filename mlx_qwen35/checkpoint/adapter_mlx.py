@@ -54,7 +54,7 @@ def parts_of(folder: Path, config: Mapping[str, Any], layers: int) -> Parts:
         own = Fields(fields.object("lora_parameters") or {}, "lora_parameters")
         keys = own.get("keys", list) if own.has("keys") else None
         vlm = "model" not in config  # mlx-lm notes all options of its command
-        parts = Parts(folder, "mlx-vlm" if vlm else "mlx-lm", mlx=True)
+        parts = Parts(folder, "mlx-vlm" if vlm else "mlx-lm", mlx=True, dora=kind == "dora")
         trained = _Trained(folder, keys, fields.whole("num_layers", -1, WIDTH, absent=-1), layers)
         declared = None if kind == "full" else _declared(fields, own)
         for stored, entry in entries.items():

@@ -36,7 +36,7 @@ def folder(checkpoint: Checkpoint, tmp_path: Path) -> Callable[[str], Path]:
 # --- what is there ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["", "  ", "a\0b", 3, None, "~nobody-of-this-name/adapter"])
+@pytest.mark.parametrize("path", ["", "  ", "a\0b", 3, None, "~nobody-of-this-name/adapter", "a" * 5000])
 def test_a_path_that_is_none_is_refused(path: Any, checkpoint: Checkpoint) -> None:
     with refused("adapter_not_found"):
         read_adapter(path, checkpoint)
@@ -167,9 +167,9 @@ WRONG: dict[str, tuple[str, Tensors, str, str]] = {  # golden, changes, code, a 
     "in": ("peft-plain", {UP_A: mx.zeros((2, 255))}, "adapter_mismatch", "[2, 256]"),
     "out": ("peft-plain", {UP_B: mx.zeros((449, 2))}, "adapter_mismatch", "[448, 2]"),
     "transposed": ("peft-plain", {UP_A: mx.zeros((256, 2))}, "adapter_mismatch", "[2, 256]"),
-    "rank of A": ("peft-plain", {UP_A: mx.zeros((3, 256))}, "adapter_mismatch", "[3, 256]"),
+    "rank of A": ("peft-plain", {UP_A: mx.zeros((3, 256))}, "adapter_invalid", "[3, 256]"),
     "rank of both": (
-        "peft-plain", {UP_A: mx.zeros((3, 256)), UP_B: mx.zeros((448, 3))}, "adapter_mismatch", "[2, 256]"
+        "peft-plain", {UP_A: mx.zeros((3, 256)), UP_B: mx.zeros((448, 3))}, "adapter_invalid", "[2, 256]"
     ),
     "no B": ("peft-plain", {UP_B: None}, "adapter_invalid", "no B"),
     "no A": ("peft-plain", {UP_A: None}, "adapter_invalid", "no A"),
@@ -193,7 +193,16 @@ WRONG: dict[str, tuple[str, Tensors, str, str]] = {  # golden, changes, code, a 
         "base_model.model.model.language_model.norm.weight": mx.full((256,), float("nan"))
     }, "weights_not_finite", "norm"),
     "mlx: not transposed": ("mlx-lora", {MLX_A: mx.zeros((6, 256))}, "adapter_mismatch", "[256, 6]"),
-    "mlx: rank": ("mlx-lora", {MLX_A: mx.zeros((4, 256))}, "adapter_mismatch", "[256, 6]"),
+    "mlx: rank": ("mlx-lora", {MLX_A: mx.zeros((256, 4))}, "adapter_invalid", "[256, 6]"),
+    "mlx: no magnitude": ("mlx-dora", {
+        "language_model.model.layers.3.mlp.down_proj.m": None
+    }, "adapter_invalid", "DoRA"),
+    "no magnitude": ("peft-dora", {
+        UP_A.replace("up_proj.lora_A.weight", "down_proj.lora_magnitude_vector"): None
+    }, "adapter_invalid", "DoRA"),
+    "a magnitude": ("peft-plain", {
+        UP_A.replace("lora_A.weight", "lora_magnitude_vector"): mx.ones(448)
+    }, "adapter_invalid", "DoRA"),
     "mlx: half": ("mlx-lora", {MLX_A: None}, "adapter_invalid", "no A"),
     "mlx: another layer": ("mlx-lora", {
         MLX_A.replace("layers.2", "layers.1"): mx.zeros((256, 6))
@@ -305,7 +314,7 @@ def test_parts_for_a_draft_head_stand_beside_any_adapter_and_need_one(
         ({"rank": "3", "alpha": "nan"}, HEAD, "adapter_invalid"),
         ({"rank": "x", "alpha": "6"}, HEAD, "adapter_invalid"),
         ({"rank": "0", "alpha": "6"}, HEAD, "adapter_invalid"),
-        ({"rank": "4", "alpha": "6"}, HEAD, "adapter_mismatch"),
+        ({"rank": "4", "alpha": "6"}, HEAD, "adapter_invalid"),
         ({"rank": "3", "alpha": "6"}, dict(list(HEAD.items())[:1]), "adapter_invalid"),
         ({"rank": "3", "alpha": "6"}, {"base_model.model.mtp.fc.weight": mx.zeros((256, 512))}, "adapter_invalid"),
         ({"rank": "2", "alpha": "6"}, {UP_A: mx.zeros((2, 256))}, "adapter_invalid"),
