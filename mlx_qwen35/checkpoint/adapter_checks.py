@@ -2,11 +2,11 @@
 
 import math
 
-from mlx_qwen35.checkpoint.adapter_parts import BASE, HEAD, MAGNITUDE, TABLE, WHOLE, A, B, Parts, invalid
+from mlx_qwen35.checkpoint.adapter_parts import BASE, MAGNITUDE, WHOLE, A, B, Parts, invalid
 from mlx_qwen35.checkpoint.adapter_peft import DRAFT_HEAD
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.folder import shorten
-from mlx_qwen35.checkpoint.names import MTP, VISION
+from mlx_qwen35.checkpoint.names import HEAD, MTP, TABLE, VISION
 from mlx_qwen35.checkpoint.shapes import Shapes, is_matrix, mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.checkpoint.tensors import FLOATS, same_numbers
 from mlx_qwen35.errors import InputError

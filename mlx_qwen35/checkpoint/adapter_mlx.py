@@ -10,7 +10,6 @@ from typing import Any
 
 from mlx_qwen35.checkpoint.adapter_parts import (
     MAGNITUDE,
-    TABLE,
     WHOLE,
     A,
     B,
@@ -21,7 +20,7 @@ from mlx_qwen35.checkpoint.adapter_parts import (
     invalid,
     reading,
 )
-from mlx_qwen35.checkpoint.names import TEXT, hugging_face_name
+from mlx_qwen35.checkpoint.names import TABLE, TEXT, hugging_face_name
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import WIDTH, Fields
 from mlx_qwen35.values import shown

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_qwen35.checkpoint.folder import is_file, names_in, shorten
-from mlx_qwen35.checkpoint.names import TEXT
 from mlx_qwen35.checkpoint.tensors import Entry, Header, open_header
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import read_json
 
 CONFIG = "adapter_config.json"
-TABLE, HEAD = f"{TEXT}embed_tokens.weight", "lm_head.weight"
 
 # The kinds of an adapter's tensors. BASE: what the trained weight was before, which PEFT stores for tables of tokens.
 A, B, MAGNITUDE, BASE, WHOLE = "A", "B", "magnitude", "base", "whole"

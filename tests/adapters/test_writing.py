@@ -17,10 +17,10 @@ from parity.cases import Case
 from refusing import refused
 
 from mlx_qwen35.checkpoint.adapter import Pair, read_adapter
-from mlx_qwen35.checkpoint.adapter_parts import TABLE
 from mlx_qwen35.checkpoint.adapter_peft import DRAFT_HEAD
 from mlx_qwen35.checkpoint.adapter_write import write_adapter
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mlx_qwen35.checkpoint.names import TABLE
 from mlx_qwen35.checkpoint.shapes import is_matrix
 
 TEXT = "model.language_model.layers."
