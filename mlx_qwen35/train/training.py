@@ -207,6 +207,8 @@ def train(
             embed=images, write=lambda parameters: found.write(folder.out, parameters),
             watchers=watchers, saved=state.step if goes_on else None,
         )  # fmt: skip
+        if report:
+            reads("asking the model before it is trained", 0, 0, "")
         asked = before(loaded, found.processor, found.valid or found.rows) if report else None
         training.run()
         run = run_of(training, found.model, str(found.data), None, mx.get_peak_memory())
