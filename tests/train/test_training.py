@@ -6,6 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from PIL import Image
 from refusing import refused
 
 from mlx_qwen35.checkpoint.adapter import read_adapter
@@ -14,7 +15,7 @@ from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.train import Trained, Training, TrainOptions, Watcher, train
 from mlx_qwen35.train.state import RunFolder
 
-OPTIONS = {"steps": 3, "accumulate": 1, "learning_rate": 0.01, "rank": 2, "validate_every": 2, "targets": "down_proj"}
+OPTIONS = {"epochs": 1, "accumulate": 1, "learning_rate": 0.01, "rank": 2, "validate_every": 2, "targets": "down_proj"}
 
 
 def write_rows(folder: Path, split: str, texts: Sequence[str]) -> None:
@@ -60,7 +61,9 @@ def test_interrupted_and_resumed_is_not_interrupted_byte_for_byte(tmp_path, data
     assert [path.name[-13:-12] for path in RunFolder(tmp_path / "parts").states] == [str(int(at[-1]) - 1)]
     resumed = run(data, tmp_path / "parts", resume=True)
     assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole")
-    assert [step.step for step in resumed.run.steps] == [1, 2, 3] and resumed.tokens == whole.tokens
+    assert [step.step for step in resumed.run.steps] == [1, 2, 3, 4]
+    counts = resumed.run.counts["train"]  # an epoch has each row once
+    assert (resumed.tokens, resumed.targets) == (whole.tokens, whole.targets) == (counts.tokens, counts.targets)
 
 
 @pytest.mark.full
@@ -70,6 +73,26 @@ def test_interrupted_in_a_validation_it_makes_that_step_again(tmp_path, data):
         run(data, tmp_path / "parts", watchers=[Stopper("validation", SystemExit)])  # before the first step
     run(data, tmp_path / "parts", resume=True)
     assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole")
+
+
+@pytest.mark.full
+def test_rows_with_images_are_trained_and_their_embeddings_are_kept(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (64, 64), colour).save(folder / f"{number}.png")
+    rows = [
+        {"messages": [
+            {"role": "user", "content": [{"type": "image", "image": f"{number}.png"}]},
+            {"role": "assistant", "content": "a wall"},
+        ]}
+        for number in range(2)
+    ]  # fmt: skip
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trained = run(folder, tmp_path / "out", epochs=20, batch_size=2)
+    losses = [step.loss for step in trained.run.steps]
+    assert trained.run.counts["train"].images == 2 and losses[-1] < 0.7 * losses[0]
+    assert len(list((tmp_path / "out" / "run" / "images").iterdir())) == 2
 
 
 @pytest.mark.full
@@ -91,10 +114,10 @@ def test_numbers_that_are_not_finite_end_a_run_and_leave_what_was_saved(tmp_path
 
 
 def test_validation_without_a_lower_loss_ends_a_run_and_the_best_adapter_is_kept(tmp_path, data):
-    trained = run(data, tmp_path / "out", steps=9, validate_every=1, patience=2, learning_rate=1, save_every=50)
+    trained = run(data, tmp_path / "out", epochs=2, validate_every=1, patience=2, learning_rate=1)
     losses = [own.loss for own in trained.run.validations]
     best = losses.index(min(losses))
-    assert len(trained.run.steps) == best + 2 < 9 and trained.run.best == best
+    assert len(trained.run.steps) == best + 2 < 8 and trained.run.best == best
     adapter = read_adapter(tmp_path / "out", open_checkpoint(resolve("nano")))
     assert any(mx.any(pair.b).item() for pair in adapter.pairs.values()) == (best > 0)
     assert "lowest" in trained.kept and trained.run.ended.startswith("Validation")
