@@ -53,7 +53,7 @@ class Chain:
     config = replace(parse_config(geometry("tiny")).text, layer_types=())
     dtype, memory_limit, vision, mtp, adapters = mx.float32, 1 << 40, None, None, AdapterSet(mx.float32)
 
-    def make_cache(self) -> Cache:
+    def make_cache(self, adapter: str | None = None) -> Cache:
         return Cache(self.config, self.dtype)
 
     def hidden(self, tokens: mx.array, cache: Cache, lengths: Many[int] | None = None, *_, **__) -> mx.array:

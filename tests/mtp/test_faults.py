@@ -81,8 +81,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, model: Model, value: float, step: 
     """The embedding of token 777 becomes `value`, and the head guesses it for row 0, at a step."""
     look_up, propose, steps = type(model.embed_tokens).look_up, DraftFollower.propose, []
 
-    def poison(self, tokens):
-        return mx.where((tokens == 777)[..., None], mx.array(value), look_up(self, tokens))
+    def poison(self, tokens, *adapters):
+        return mx.where((tokens == 777)[..., None], mx.array(value), look_up(self, tokens, *adapters))
 
     def guess(self, *arguments):
         steps.append(1)
