@@ -95,7 +95,7 @@ def config_of(folder: Path) -> Mapping[str, Any]:
     tensors = [name for name in names if name.endswith(".safetensors")]
     if tensors and "config.json" not in names:
         raise invalid(folder, f"it has {shorten(tensors, 3)} and no {CONFIG}, which has the scale")
-    kind = "It holds a model, which is not given as an adapter" if "config.json" in names else "Give the folder that has it"
+    kind = "It holds a model, and no adapter" if "config.json" in names else "Give the folder that has it"
     raise InputError("adapter_not_found", f"an adapter's folder must hold {CONFIG}, and {folder} has none. {kind}")
 
 
