@@ -123,8 +123,8 @@ def _without_weights(folder: Path, names: list[str]) -> InputError:
     if adapter := _adapter(names):
         return InputError(
             "adapter_unmerged",
-            f"{folder} holds an adapter ({adapter[0]}) and not a model; give the model that it was trained on, and the "
-            f"folder as {spelled('adapter')}",
+            f"{folder} holds an adapter ({adapter[0]}) and not a model; give the model that it was trained on, and "
+            f"this folder as {spelled('adapter')}",
         )
     rule = f"weights are read from {SINGLE} or from the files that {INDEX} names, and {folder} has neither"
     if other := _ending(names, ".safetensors"):
