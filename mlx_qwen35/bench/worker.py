@@ -18,6 +18,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -126,7 +127,9 @@ def load_mlx_qwen35(folder: Path, dtype: str, rope_scaling: str | None = None) -
     def hidden(tokens: Any, cache: Any) -> Any:
         return model.hidden(tokens, cache, pace=Pace()) if tokens.shape[1] > 1 else model.hidden(tokens, cache)
 
-    return MLXProgram(Network(model.make_cache, hidden, model.logits, lambda cache: cache.evaluate()), model)
+    adapters = model.adapters.active([model.adapters.default])
+    logits = partial(model.logits, adapters=adapters)
+    return MLXProgram(Network(model.make_cache, hidden, logits, lambda cache: cache.evaluate()), model)
 
 
 def load_mlx_lm(folder: Path, dtype: str) -> MLXProgram:

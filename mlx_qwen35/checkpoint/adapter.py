@@ -14,11 +14,11 @@ import mlx.core as mx
 
 from mlx_qwen35.checkpoint import adapter_mlx, adapter_peft
 from mlx_qwen35.checkpoint.adapter_checks import check_complete, check_names, drop_bases, leaves_head
-from mlx_qwen35.checkpoint.adapter_parts import HEAD, MAGNITUDE, TABLE, WHOLE, A, B, Parts, config_of, invalid
+from mlx_qwen35.checkpoint.adapter_parts import MAGNITUDE, WHOLE, A, B, Parts, config_of, invalid
 from mlx_qwen35.checkpoint.arrays import lazy_arrays, to_raw
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.folder import shorten
-from mlx_qwen35.checkpoint.names import is_zero_centred
+from mlx_qwen35.checkpoint.names import HEAD, TABLE, is_zero_centred
 from mlx_qwen35.checkpoint.tensors import Entry, as_array, open_arrays, pieces
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.options import spelled
@@ -40,10 +40,11 @@ class Adapter:
     format: "peft", "mlx-lm" or "mlx-vlm".
     pairs: Hugging Face name of a weight, as model.language_model.layers.0.mlp.up_proj.weight -> its low-rank part. The
         table of tokens has A (r, D) and B (V, r). A head has a part of its own, lm_head.weight, also where it is tied
-        to the table: PEFT's low-rank part of the table does not reach the head, mlx-lm's does (then both names have the
-        same pair). The draft head's names begin with mtp.
+        to the table: PEFT's low-rank part of the table does not reach the head, mlx-lm's does (then both names have
+        the same pair). The draft head's names begin with mtp.
     replaced: Hugging Face name -> a whole tensor in the place of the checkpoint's, always in raw layout (conv1d
-        [C, 1, K], norms gamma - 1). With lm_head.weight among them a model is untied. Read from disk when computed.
+        [C, 1, K], norms gamma - 1). With lm_head.weight among them a model is untied. Read from disk
+        when it is computed.
     magnitudes: of DoRA, name of a weight -> (out,) lengths of its rows.
     fingerprint: SHA-256 of all of it, in hexadecimal: the names, the scales and the numbers, wherever they lie.
     stored: where the files have the whole tensors, there in MLX's layout unless the format is "peft".

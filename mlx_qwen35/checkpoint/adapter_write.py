@@ -14,10 +14,10 @@ import mlx.core as mx
 
 from mlx_qwen35.checkpoint import adapter_mlx, adapter_peft
 from mlx_qwen35.checkpoint.adapter import Pair
-from mlx_qwen35.checkpoint.adapter_parts import CONFIG, TABLE
+from mlx_qwen35.checkpoint.adapter_parts import CONFIG
 from mlx_qwen35.checkpoint.dtypes import DTYPES
 from mlx_qwen35.checkpoint.folder import is_file
-from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION
+from mlx_qwen35.checkpoint.names import MTP, TABLE, TEXT, VISION
 from mlx_qwen35.checkpoint.tensors import open_header
 from mlx_qwen35.errors import InputError
 

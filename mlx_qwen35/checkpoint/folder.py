@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import read_json
+from mlx_qwen35.options import spelled
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Files that are read by their names, here or by the tokenizer's library.
@@ -122,8 +123,8 @@ def _without_weights(folder: Path, names: list[str]) -> InputError:
     if adapter := _adapter(names):
         return InputError(
             "adapter_unmerged",
-            f"{folder} holds an adapter ({adapter[0]}) and not a model; merge it into the model that it was trained on "
-            "(merge_and_unload in PEFT, mlx_lm.fuse in MLX) and give the folder of the result",
+            f"{folder} holds an adapter ({adapter[0]}) and not a model; give the model that it was trained on, and "
+            f"this folder as {spelled('adapter')}",
         )
     rule = f"weights are read from {SINGLE} or from the files that {INDEX} names, and {folder} has neither"
     if other := _ending(names, ".safetensors"):

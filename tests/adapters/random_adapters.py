@@ -14,7 +14,7 @@ from mlx_qwen35.checkpoint.shapes import is_matrix
 
 
 def every_map(checkpoint: Checkpoint, *prefixes: str) -> dict[str, tuple[int, int]]:
-    """Name -> (out, in) of all that may have a low-rank part: of the text model, or of the parts with these prefixes."""
+    """Name -> (out, in) of all that may have a low-rank part: of the text model, or of other parts."""
     wanted = prefixes or (TEXT, HEAD)
     shapes = checkpoint.shapes | {HEAD: (checkpoint.config.text.vocab_size, checkpoint.config.text.hidden_size)}
     return {
