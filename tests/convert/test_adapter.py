@@ -255,6 +255,7 @@ def test_the_summary_and_the_evaluation_name_the_adapter(raw, adapter, tmp_path,
     [
         ({"adapter_scale": 2.0}, "option_no_effect"),
         ({"adapter": {"one": "mine"}}, "option_invalid"),
+        ({"adapter": ["one", "two"]}, "option_invalid"),
         ({"adapter": "nowhere"}, "adapter_not_found"),
         ({"adapter": "ADAPTER", "adapter_scale": float("nan")}, "option_invalid"),
     ],
