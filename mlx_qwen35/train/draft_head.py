@@ -74,20 +74,20 @@ def draft_gradients(
 
 
 class _Head:
-    """The head over all pairs of a batch, of its low-rank parts: (B, T, D), of which each row's last one is padding."""
+    """The head over the pairs of a batch, of its low-rank parts: (B, T, D).
+
+    Each row's last pair has no next token. Nothing sees it, and it predicts no target.
+    """
 
     def __init__(self, model: Model, batch: Batch, hidden: mx.array, others: Parameters):
         assert model.mtp is not None
         self.head, self.batch, self.hidden = model.mtp.part, batch, hidden
         embedded = batch.embed(active(others))
-        self.embedded = mx.concatenate([embedded[:, 1:], embedded[:, :1]], axis=1)  # the last pair has no next token
-        self.counts = tuple(count - 1 for count in batch.context.counts)
+        self.embedded = mx.concatenate([embedded[:, 1:], embedded[:, :1]], axis=1)
         mx.eval(self.embedded)
 
     def __call__(self, _: None, pairs: Parameters) -> mx.array:
-        context = self.batch.context._replace(
-            counts=self.counts, lengths=mx.array(self.counts, mx.int32), adapters=active(pairs)
-        )
+        context = self.batch.context._replace(adapters=active(pairs))
         caches = [PassingKeys() for _ in self.head.layers]
         return self.head(self.embedded, self.hidden, self.batch.rotary, context, caches)
 

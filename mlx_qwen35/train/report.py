@@ -21,7 +21,7 @@ from mlx_qwen35.console.progress import duration
 from mlx_qwen35.console.table import markdown
 from mlx_qwen35.machine.chip import brand
 from mlx_qwen35.model.model import Model
-from mlx_qwen35.options import options_of
+from mlx_qwen35.options import Option, options_of
 from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.train import plot
 from mlx_qwen35.train.record import Run, loss_text
@@ -133,12 +133,16 @@ def _trained(run: Run, pairs: Mapping[str, Pair]) -> str:
 def _options(options: Any) -> str:
     """The options that are not at their defaults, as on the command line."""
     group: Any = type(options)
-    typed = []
-    for name, option in options_of(group).items():
-        value, (on, *others) = getattr(options, name), option.flags
-        if value is not None and value != option.default:
-            typed.append({True: on, False: (on, *others)[-1]}[value] if option.kind is bool else f"{on} {value}")
+    named = [(option, getattr(options, name)) for name, option in options_of(group).items()]
+    typed = [_typed(option, value) for option, value in named if value is not None and value != option.default]
     return f"Options: `{' '.join(typed)}`." if typed else "All options have their defaults."
+
+
+def _typed(option: Option, value: Any) -> str:
+    if isinstance(value, bool):
+        return option.flags[0 if value else -1]
+    text = ",".join(value) if isinstance(value, tuple) else last(value) if isinstance(value, str) else f"{value:.10g}"
+    return f"{option.flags[0]} {text}"
 
 
 def _losses(run: Run) -> str:
@@ -222,13 +226,7 @@ def _cost(run: Run) -> str:
 
 def _use(run: Run, name: str) -> str:
     model = last(run.model)
-    return f"""## Use
-
-```sh
-mlx_qwen35.generate --model {model} --adapter {name} --prompt "..."
-mlx_qwen35.serve --model {model} --adapter {name}
-mlx_qwen35.convert --hf-path {model} --adapter {name} --mlx-path {name}-fused
-```
+    peft = f"""
 
 In transformers, of the unquantized original:
 
@@ -238,3 +236,14 @@ from transformers import AutoModelForImageTextToText
 
 model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained("{model}"), "{name}")
 ```"""
+    mlx_lm = f"""
+
+In mlx-lm, of the text model: `mlx_lm.generate --model {model} --adapter-path {name}`."""
+    commands = f"""## Use
+
+```sh
+mlx_qwen35.generate --model {model} --adapter {name} --prompt "..."
+mlx_qwen35.serve --model {model} --adapter {name}
+mlx_qwen35.convert --hf-path {model} --adapter {name} --mlx-path {name}-fused
+```"""
+    return commands + (mlx_lm if getattr(run.options, "adapter_format", "") == "mlx-lm" else peft)

@@ -1,6 +1,7 @@
 """The draft head trained along: loss and gradients against the definition, finite differences, and how it drafts."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +13,8 @@ from mlx_qwen35.checkpoint.adapter import Pair
 from mlx_qwen35.engine.drafts.follower import DraftFollower
 from mlx_qwen35.kernels.low_rank import ActiveAdapters
 from mlx_qwen35.model.lora import stacked
+from mlx_qwen35.prompt.positions import Placeholder, positions
+from mlx_qwen35.prompt.prompt import Placed
 from mlx_qwen35.train.draft_head import draft_gradients
 from mlx_qwen35.train.gradients import batch_loss
 from mlx_qwen35.train.rows import Row
@@ -21,7 +24,7 @@ MAPS = ("mtp.fc", *(f"{LAYER}{name}" for name in (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
     "mlp.down_proj",
 )))  # fmt: skip
-TEXT = "model.language_model.layers.1.mlp.up_proj"
+TEXT = ("model.language_model.layers.1.mlp.up_proj", "model.language_model.embed_tokens")  # which is the LM head too
 LENGTHS = (11, 7, 2)
 
 
@@ -47,6 +50,7 @@ def shape(model, name: str) -> tuple[int, int]:
     return {
         "fc": (D, 2 * D), "q_proj": (2 * heads, D), "k_proj": (kv, D), "v_proj": (kv, D), "o_proj": (D, heads),
         "gate_proj": (inner, D), "up_proj": (inner, D), "down_proj": (D, inner),
+        "embed_tokens": (c.vocab_size, D),
     }[name.rpartition(".")[2]]  # fmt: skip
 
 
@@ -61,19 +65,25 @@ def drawn(model, lengths=LENGTHS, seed: int = 1) -> list[Row]:
     return rows
 
 
-def plain(model, given: Mapping[str, Pair], rows: list[Row], hidden: mx.array) -> mx.array:
-    """The definition, row by row, without pieces: sum of -log p(token i + 2 | hidden i, embedding i + 1)."""
+def plain(
+    model, given: Mapping[str, Pair], rows: list[Row], hidden: mx.array, shown: mx.array | None = None
+) -> mx.array:
+    """The definition, row by row, without pieces: sum of -log p(token i + 2 | hidden i, embedding i + 1).
+
+    shown: (n, D) embeddings of what the rows show, in the place of those of their placeholders.
+    """
     adapters, total = ActiveAdapters(lambda maps: stacked(maps, [given]), 0), mx.zeros(())
     for b, row in enumerate(rows):
         T = len(row.tokens)
         if T < 3:
             continue
-        head = DraftFollower(model, [0]).cache
-        with head.forward(T - 1, None, None, False, adapters) as context:
-            y = model.mtp.part(
-                model.embed(mx.array([row.tokens[1:]]), None, adapters), hidden[b : b + 1, : T - 1],
-                model.rotary.table(context.positions), context, head.layers,
-            )  # fmt: skip
+        head, placeholders = DraftFollower(model, [0]).cache, [p for own in row.media for p in own.placeholders]
+        x = model.embed(mx.array([row.tokens]), None, adapters)
+        for place in placeholders:
+            x[0, place.start : place.stop] = shown
+        with head.forward(T - 1, None, positions(T, placeholders)[:, None, :-1], False, adapters) as context:
+            table = model.rotary.table(context.positions)
+            y = model.mtp.part(x[:, 1:], hidden[b : b + 1, : T - 1], table, context, head.layers)
         logits = model.logits(y[0, : T - 2], adapters).astype(mx.float32)
         wanted = mx.array(row.tokens[2:])
         losses = mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0]
@@ -87,8 +97,9 @@ def relative(found: mx.array, expected: mx.array) -> float:
 
 @pytest.mark.parametrize("pieces", [256, 3])
 def test_gradients_are_those_of_the_definition(tiny, pieces):
-    given, rows = pairs(tiny, [*MAPS, TEXT]), drawn(tiny)
-    hidden = batch_loss(tiny, {f"{TEXT}.weight": given[f"{TEXT}.weight"]}, rows, backward=False).hidden
+    given, rows = pairs(tiny, [*MAPS, *TEXT]), drawn(tiny)
+    text = {name: pair for name, pair in given.items() if not name.startswith("mtp.")}
+    hidden = batch_loss(tiny, text, rows, backward=False).hidden
     found = draft_gradients(tiny, given, rows, hidden, pieces=pieces)
     names = [f"{name}.weight" for name in MAPS]
 
@@ -146,6 +157,15 @@ def test_the_loss_is_that_of_the_head_while_it_drafts(tiny):
     assert draft_gradients(tiny, given, [row], hidden, backward=False).loss == pytest.approx(total, rel=1e-5)
 
 
+def test_images_have_their_embeddings_and_positions(tiny):
+    (row,), given, shown = drawn(tiny, (16,)), pairs(tiny, MAPS), Placeholder(2, 2, 3)
+    row = replace(row, media=(Placed(None, (shown,)),))  # nobody asks for its pixels
+    embeddings = mx.array(np.random.default_rng(8).normal(0, 1, (6, tiny.config.hidden_size)).astype(np.float32))
+    hidden = batch_loss(tiny, {}, [row], embeddings=[embeddings], backward=False).hidden
+    found = draft_gradients(tiny, given, [row], hidden, embeddings=[embeddings], backward=False)
+    assert found.loss == pytest.approx(plain(tiny, given, [row], hidden, embeddings).item(), rel=1e-5)
+
+
 def test_a_batch_is_the_sum_of_its_rows(tiny):
     given, rows = pairs(tiny, MAPS), drawn(tiny, (12, 5, 1))
     hidden = batch_loss(tiny, {}, rows, backward=False).hidden
@@ -159,9 +179,9 @@ def test_a_batch_is_the_sum_of_its_rows(tiny):
 
 
 def test_the_text_adapter_gets_no_gradient_from_the_head(tiny):
-    given, rows = pairs(tiny, [*MAPS, TEXT]), drawn(tiny)
+    given, rows = pairs(tiny, [*MAPS[:1], *TEXT]), drawn(tiny)
     hidden = batch_loss(tiny, {}, rows, backward=False).hidden
-    assert f"{TEXT}.weight" not in draft_gradients(tiny, given, rows, hidden).gradients
+    assert set(draft_gradients(tiny, given, rows, hidden).gradients) == {f"{MAPS[0]}.weight"}
 
 
 def test_rows_without_a_target_give_zeros(tiny):
