@@ -83,8 +83,8 @@ class TrainOptions:
             if given := [spelled(name) for name in fixed if getattr(self, name) is not None]:
                 raise InputError(
                     "option_conflict",
-                    f"{', '.join(given)} must not be given with {spelled('from_adapter')}: that adapter says which maps "
-                    "are trained, and of what rank. Leave it out",
+                    f"{', '.join(given)} must not be given with {spelled('from_adapter')}: that adapter says which "
+                    "maps are trained, and of what rank. Leave it out",
                 )
         if self.weight_decay and self.optimizer == "adam":
             raise InputError(

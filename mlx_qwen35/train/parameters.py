@@ -58,8 +58,8 @@ def _chosen(config: TextConfig, options: TrainOptions) -> dict[str, Part]:
             kinds = ", ".join(dict.fromkeys(name.removesuffix(".weight").rsplit(".", 1)[-1] for name in offered))
             raise InputError(
                 "option_invalid",
-                f"each of {spelled('targets')} must be a map that this model has there ({kinds}), or the end of a map's "
-                f"whole name; got {target!r}",
+                f"each of {spelled('targets')} must be a map that this model has there ({kinds}), or the end of a "
+                f"map's whole name; got {target!r}",
             )
     wanted = [name for name in offered if name.startswith(LAYERS)]
     if targets is not None:

@@ -45,10 +45,11 @@ class Row:
 class Report:
     """What a file holds.
 
-    lines: that are not empty. rows: that are trained. tokens, targets: of all rows, after cutting. cut, skipped: rows
-    that were cut, and rows left out since no target was left of them. answers, thinking: answers and texts that are
-    learnt, and those of them with reasoning. images, visual: images and videos in the rows, and their tokens. longest: tokens of the longest
-    row before it was cut. unread: names of columns that nothing reads.
+    lines: that are not empty. rows: that are trained. tokens, targets: of all rows, after cutting.
+    cut, skipped: rows that were cut, and rows left out since no target was left of them.
+    answers, thinking: answers and texts that are learnt, and those of them with reasoning.
+    images, visual: images and videos in the rows, and their tokens.
+    longest: tokens of the longest row before it was cut. unread: names of columns that nothing reads.
     """
 
     lines: int = 0
@@ -81,7 +82,7 @@ class RowFile:
         self._max_length, self._mask_prompt, self._urls = max_length, mask_prompt, urls
         self._places, self._lines = array("q"), array("l")
         self._answers = array("i"), array("i")  # of each row, first and last + 1
-        self._lengths, self._targets = array("i"), array("i")
+        self._lengths, self._targets, self._shows = array("i"), array("i"), array("b")
         self.report, self.fingerprint = Report(), ""
 
     def read(self, progress: Progress) -> "RowFile":
@@ -106,8 +107,9 @@ class RowFile:
 
     def _add(self, place: int, rendered: Rendered, row: Row) -> None:
         report, targets = self.report, sum(row.targets)
-        columns = (self._places, self._lines, *self._answers, self._lengths, self._targets)
-        for column, value in zip(columns, (place, row.line, *rendered.answers, len(row.tokens), targets), strict=True):
+        columns = (self._places, self._lines, *self._answers, self._lengths, self._targets, self._shows)
+        values = (place, row.line, *rendered.answers, len(row.tokens), targets, bool(row.media))
+        for column, value in zip(columns, values, strict=True):
             column.append(value)
         report.rows += 1
         report.tokens += len(row.tokens)
@@ -132,6 +134,10 @@ class RowFile:
 
     def __iter__(self) -> Iterator[Row]:
         return (self[i] for i in range(len(self)))
+
+    def shown(self) -> list[int]:
+        """The indices of the rows that show an image or a video."""
+        return [i for i, shows in enumerate(self._shows) if shows]
 
     def _rendered(
         self, number: int, values: Mapping[str, Any], answers: tuple[int, int] | None = None
