@@ -126,7 +126,7 @@ CODES = {
     "disk_full": "the disk has too little room",
     "output_unwritable": "a file, a folder or standard output cannot be written",
     "output_differs": "what was written does not read back the same",
-    "resume_differs": "the conversion to go on with was another one",
+    "resume_differs": "the conversion or the training run to go on with was another one",
     "journal_damaged": "what a killed conversion had noted was changed since",
     "source_changed": "a file changed while it was read",
     "source_unreadable": "a file of the source cannot be read",

@@ -1,6 +1,7 @@
 """A checkpoint's folder or id -> the model and its processor."""
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from mlx.utils import tree_flatten
 from mlx_qwen35.backend import backend
 from mlx_qwen35.budget.plan import check_model_fits, check_vision_encoder_fits, loaded_bytes
 from mlx_qwen35.cache.kv_format import FORMS, UNQUANTIZED, KVFormat, check_kv_bits
+from mlx_qwen35.checkpoint.adapter_choice import Chosen, check_adapter, choose
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.dtypes import COMPUTED, DTYPES, check_dtype
-from mlx_qwen35.checkpoint.fingerprint import fingerprint
+from mlx_qwen35.checkpoint.fingerprint import fingerprint, vision_fingerprint
 from mlx_qwen35.checkpoint.hub import CHOICES, resolve
 from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION
 from mlx_qwen35.checkpoint.rope_fields import check_rope_scaling
@@ -26,6 +28,7 @@ from mlx_qwen35.machine.memory import MOST_GIGABYTES, limit_of, set_limits, usab
 from mlx_qwen35.machine.process import check_folder, refuse_fork, show_in_use
 from mlx_qwen35.model.enabled import enabled_kernels, warn_unfit_layers
 from mlx_qwen35.model.lazy import LazyPart
+from mlx_qwen35.model.lora import AdapterSet
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.model.mtp import MultiTokenPrediction
 from mlx_qwen35.model.rotary import is_exact
@@ -60,6 +63,13 @@ class LoadOptions:
     kv_rotate: bool = option(
         False, help="rotate keys and values by a Hadamard transform before they are quantized, with --kv-bits 8/4 or 4"
     )
+    adapter: str | Path | Mapping[str, str | Path] | None = option(
+        help="an adapter (LoRA) that is loaded beside the weights: a folder of PEFT, mlx-lm or mlx-vlm", metavar="PATH",
+        each=True, check=check_adapter,
+    )  # fmt: skip
+    adapter_scale: float = option(
+        1.0, help="a factor of the adapter's own scale (default: 1)", least=-1000, most=1000, metavar="X"
+    )
     rope_scaling: str | None = option(
         help="read beyond the context of training: yarn, or yarn:FACTOR as yarn:2 (default factor: 4); none takes the "
         "folder's scaling away (default: the folder's)", metavar="TYPE", check=check_rope_scaling,
@@ -67,6 +77,11 @@ class LoadOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.adapter is None and self.adapter_scale != 1.0:
+            raise InputError(
+                "option_no_effect",
+                f"{spelled('adapter_scale')} must be given with {spelled('adapter')}: there is no adapter to scale",
+            )
         if self.kv_rotate and self.kv_bits not in ("8/4", "4"):
             raise InputError(
                 "option_no_effect",
@@ -94,6 +109,8 @@ def load(
     memory_limit: float | None = None,
     kv_bits: str | int | None = None,
     kv_rotate: bool = False,
+    adapter: str | Path | Mapping[str, str | Path] | None = None,
+    adapter_scale: float = 1.0,
     rope_scaling: str | None = None,
     progress: Progress = lambda done, total: None,
 ) -> tuple[Model, Processor]:
@@ -116,34 +133,44 @@ def load(
             must have a multiple of 64 elements.
         kv_rotate: whether a Hadamard transform spreads each key and value over its elements before it is quantized;
             with 8/4 and 4 alone. Heads must have a power of two elements.
+        adapter: the folder of an adapter of PEFT, mlx-lm or mlx-vlm. It stands beside the weights: requests get it, but
+            for those that say adapter="base". A mapping {name: folder} loads several. Then a request says which, and
+            gets none where it says nothing. `model.adapters.names` lists them. Whole tensors of an adapter, as norms,
+            take the place of the checkpoint's; it must be loaded alone.
+        adapter_scale: a factor of the adapters' own scales.
         rope_scaling: "yarn" or "yarn:FACTOR" reads beyond the context of training, by default 4 times as far; "none"
             takes the folder's scaling away; None is the folder's.
         progress: called as progress(bytes_read, all_bytes) while the weights are read; for float16 they are read twice.
 
-    Raises InputError when the checkpoint is not found, is broken, or does not fit into this machine's memory.
+    Raises InputError when the checkpoint or an adapter is not found, is broken, does not fit the other, or does not fit
+    into this machine's memory: before weights are read.
     """
     refuse_fork()
     check_folder()
     if not callable(progress):
         raise InputError("option_invalid", f"progress must be a function of two counts, got {shown(progress)}")
-    given = LoadOptions(model, revision, dtype, memory_limit, keep_vision, kv_bits, kv_rotate, rope_scaling)
+    given = LoadOptions(
+        model, revision, dtype, memory_limit, keep_vision, kv_bits, kv_rotate, adapter, adapter_scale, rope_scaling
+    )
     limit = limit_of(given.memory_limit)
 
-    def checked(folder: Path) -> Checkpoint:
+    def checked(folder: Path) -> tuple[Checkpoint, Chosen]:
         checkpoint = open_checkpoint(folder, rope_scaling=given.rope_scaling)
         if given.keep_vision and not has_vision(checkpoint):
             raise InputError(
                 "vision_missing", f"{spelled('keep_vision')} must not be given: {model} has no vision encoder to keep"
             )
         given.kv_format(checkpoint.config.text.head_dim)
-        check_model_fits(checkpoint, choose_dtype(checkpoint, given.dtype), limit, str(model))
-        return checkpoint
+        adapters, dtype = choose(given.adapter, given.adapter_scale, checkpoint), choose_dtype(checkpoint, given.dtype)
+        check_model_fits(checkpoint.replacing(adapters.whole), dtype, limit, str(model), adapters.listed)
+        return checkpoint, adapters
 
     folder = resolve(model, revision, checked)
-    checkpoint = checked(folder)
+    checkpoint, adapters = checked(folder)
     processor = Processor.from_folder(folder, checkpoint.config, has_vision(checkpoint), limit)
     kv = given.kv_format(checkpoint.config.text.head_dim)
-    loaded = load_model(checkpoint, choose_dtype(checkpoint, given.dtype), str(model), progress, limit, kv)
+    dtype = choose_dtype(checkpoint, given.dtype)
+    loaded = load_model(checkpoint, dtype, str(model), progress, limit, kv, adapters)
     if loaded.vision:
         loaded.vision.keep = given.keep_vision
     return loaded, processor
@@ -184,21 +211,26 @@ def load_model(
     progress: Progress = lambda done, total: None,
     memory_limit: int | None = None,
     kv: KVFormat = UNQUANTIZED,
+    adapters: Chosen | None = None,
 ) -> Model:
     """Load the text model. Vision encoder and draft head are loaded at their first use.
 
-    memory_limit: bytes; None is what suits the machine. kv: the format of keys and values in its caches.
+    memory_limit: bytes; None is what suits the machine. kv: the format of keys and values in its caches. adapters: read
+    and checked; they hold their whole tensors no more when this returns.
     """
-    limit = usable_bytes(memory_limit)
-    names = [stored for stored, _ in checkpoint.part(text_shapes(checkpoint.config.text))]
-    check_model_fits(checkpoint, dtype, limit, name)
+    limit, adapters = usable_bytes(memory_limit), adapters or Chosen()
+    whole = adapters.take_whole()
+    altered, replaced = checkpoint.replacing(whole), [*whole]
+    config = altered.config.text
+    names = [stored for stored, _ in altered.part(text_shapes(config))]
+    check_model_fits(altered, dtype, limit, name, adapters.listed)
     set_limits(limit)
     if dtype == mx.float32:
         warn_shortened_products()
-    config = checkpoint.config.text
-    weights = read_weights(checkpoint, names, dtype, progress)
+    weights = read_weights(altered, names, dtype, progress)
     model = Model(config, weights, limit, kv)
-    weights.arrays.clear()  # so that each layer frees the arrays as stored once it is evaluated
+    later = checkpoint.replacing({name: whole[name] for name in whole if name.startswith((VISION, MTP))})
+    del weights, altered, whole  # so that each layer frees the arrays as stored once it is evaluated
     done, total = 0, _nbytes(model)
     for part in (model.embed_tokens, *([] if config.tie_word_embeddings else [model.lm_head]), *model.layers):
         mx.eval(part.parameters())
@@ -206,28 +238,35 @@ def load_model(
         progress(done, total)
     mx.eval(model.parameters(), model.rotary.frequencies, model.rotary.axes)  # pending work belongs to this thread
     progress(total, total)
+    for own, adapter in adapters.adapters.items():
+        model.adapters.add(own, adapter, replaced)
+    model.adapters.default = adapters.default
+    model.adapters.stack(model)
     mx.clear_cache()
     enabled_kernels(model)  # the self-checks run now, not in the middle of an answer
     is_exact(config.rope, mx.default_device().type)
     warn_unfit_layers(model)
-    mtp_head = model.mtp = _draft_head(checkpoint, dtype)
+    mtp_head = model.mtp = _draft_head(later, dtype, model.adapters)
     if has_vision(checkpoint):  # the lambda must not hold the model, which would then hold itself
-        encoder = loaded_bytes(checkpoint, vision_names(checkpoint), dtype)
-        model.vision = LazyPart(lambda: load_vision_encoder(checkpoint, dtype, mtp_head, limit), encoder)
+        encoder, beside = loaded_bytes(later, vision_names(later), dtype), model.adapters
+        model.vision = LazyPart(
+            lambda: beside.stack(load_vision_encoder(later, dtype, mtp_head, limit)), encoder,
+            fingerprint=functools.cache(lambda: vision_fingerprint(checkpoint)),
+        )  # fmt: skip
     model.fingerprint = functools.cache(lambda: fingerprint(checkpoint))
     show_in_use(checkpoint.folder / "config.json", model)
     model.eval()
     return model
 
 
-def _draft_head(checkpoint: Checkpoint, dtype: mx.Dtype) -> LazyPart[MultiTokenPrediction] | None:
+def _draft_head(checkpoint: Checkpoint, dtype: mx.Dtype, adapters: AdapterSet) -> LazyPart[MultiTokenPrediction] | None:
     """The draft head, not loaded yet; None for a checkpoint without one."""
     config, fault = checkpoint.config.text, checkpoint.mtp_head_fault
     if not fault and not (config.mtp_num_hidden_layers and checkpoint.has(MTP)):
         return None
     names = [stored for stored, _ in checkpoint.part(mtp_shapes(config))]
     nbytes = 0 if fault else loaded_bytes(checkpoint, names, dtype)
-    return LazyPart(lambda: load_draft_head(checkpoint, names, dtype), nbytes, fault)
+    return LazyPart(lambda: adapters.stack(load_draft_head(checkpoint, names, dtype)), nbytes, fault)
 
 
 def load_draft_head(checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype) -> MultiTokenPrediction:

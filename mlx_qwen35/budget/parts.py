@@ -2,7 +2,7 @@
 
 from mlx_qwen35.budget.plan import MemoryPlan
 
-LABELS = ("weights", "vision encoder", "draft head", "keys and values", "state", "working memory")
+LABELS = ("weights", "vision encoder", "draft head", "adapters", "keys and values", "state", "working memory")
 
 
 def parts(plan: MemoryPlan) -> list[tuple[str, int]]:
@@ -12,5 +12,5 @@ def parts(plan: MemoryPlan) -> list[tuple[str, int]]:
     takes beyond text: 0 where a long text takes more.
     """
     beyond, working = plan.image - plan.text, plan.working + plan.buffers
-    sizes = (plan.weights, beyond, plan.drafts, plan.kv, plan.state, working)
+    sizes = (plan.weights, beyond, plan.drafts, plan.adapters, plan.kv, plan.state, working)
     return list(zip(LABELS, sizes, strict=True))

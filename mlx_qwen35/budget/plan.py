@@ -11,10 +11,12 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_qwen35.backend import backend
+from mlx_qwen35.budget.adapters import adapter_bytes
 from mlx_qwen35.budget.chunk import chunk_length, contexts_up_to, prefill_bytes, unpacked_bytes
 from mlx_qwen35.budget.encoding import working_bytes
 from mlx_qwen35.cache.kv_format import UNQUANTIZED, KVFormat
 from mlx_qwen35.cache.layer import KVCache
+from mlx_qwen35.checkpoint.adapter import Adapter
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.config import FULL, LINEAR, TextConfig
 from mlx_qwen35.checkpoint.converted import to_4bit
@@ -79,6 +81,7 @@ class MemoryPlan:
     chunk: int
     weights: int
     drafts: int  # of the draft head (MTP), where it is on
+    adapters: int  # their low-rank parts, all of them
     kv: int
     state: int  # DeltaNet's, before a chunk and after it; with drafts, after each token of a step
     prefill: int
@@ -96,13 +99,17 @@ class MemoryPlan:
     @property
     def text(self) -> int:
         """The peak of a prompt of text and its answer."""
-        return self.weights + self.drafts + self.kv + self.state + self.working + self.buffers
+        return self._loaded + self.kv + self.state + self.working + self.buffers
 
     @property
     def image(self) -> int:
         """The peak of a first turn with an image, which is encoded before there are keys and values."""
         encoding = self.vision_encoder + self.encoding
-        return max(self.text, self.weights + self.drafts + self.state // 2 + encoding + self.buffers)
+        return max(self.text, self._loaded + self.state // 2 + encoding + self.buffers)
+
+    @property
+    def _loaded(self) -> int:
+        return self.weights + self.drafts + self.adapters
 
     @property
     def fits(self) -> bool:
@@ -117,11 +124,13 @@ def plan_memory(
     pixels: int = 0,
     chunk: int | None = None,
     mtp: int = 0,
+    adapters: Sequence[Adapter] = (),
 ) -> MemoryPlan:
     """The plan of one conversation up to `context` tokens.
 
     pixels: height x width of an image in it. chunk: tokens of a chunk; None: by the machine. mtp: how many tokens are
-    drafted at a time; 0: the draft head is not loaded.
+    drafted at a time; 0: the draft head is not loaded. adapters: all that are loaded. A checkpoint counts their whole
+    tensors, see `Checkpoint.replacing`.
     """
     text, size = checkpoint.config.text, machine.dtype.size
     encoder = encoding = 0
@@ -140,6 +149,7 @@ def plan_memory(
         machine, context, chunk,
         weights=loaded_bytes(checkpoint, names(checkpoint, text_shapes(text)), machine.dtype),
         drafts=loaded_bytes(checkpoint, names(checkpoint, mtp_shapes(text)) if mtp else [], machine.dtype),
+        adapters=adapter_bytes(checkpoint, adapters, machine.dtype, joined=not machine.on_cpu),
         state=2 * (1 + mtp) * state_bytes(text, size),
         sampling=SAMPLING_ARRAYS * 4 * text.vocab_size, buffers=machine.kept,
         vision_encoder=encoder, encoding=encoding,
@@ -228,13 +238,16 @@ def most_prefill_bytes(text: TextConfig, machine: Machine, context: int, chunk: 
 # --- the guard -------------------------------------------------------------------------------------------------------
 
 
-def check_model_fits(checkpoint: Checkpoint, dtype: mx.Dtype, limit: int, name: str) -> None:
+def check_model_fits(
+    checkpoint: Checkpoint, dtype: mx.Dtype, limit: int, name: str, adapters: Sequence[Adapter] = ()
+) -> None:
     """Refuse a model without room for even a short context, before its weights are read. The message says what fits."""
     text = checkpoint.config.text
-    plan = plan_memory(checkpoint, this_machine(text, dtype, limit), SHORT)
+    plan = plan_memory(checkpoint, this_machine(text, dtype, limit), SHORT, adapters=adapters)
     if plan.fits:
         return
     need = f"{name} needs {_gb(plan.text)}, of which {_gb(plan.weights)} are its text weights"
+    need += f", and {_gb(plan.adapters)} adapters" if plan.adapters else ""
     has = f"a model may take {_gb(plan.machine.limit)}"
     fits_packed = plan.text - plan.weights * (1 - PACKED) <= plan.machine.limit
     if checkpoint.raw and not checkpoint.config.quantization and fits_packed:

@@ -9,13 +9,14 @@ from mlx_qwen35.errors import InputError
 
 def lazy_arrays(checkpoint: Checkpoint, names: list[str]) -> dict[str, mx.array]:
     """Arrays read from disk when computed, in raw layout: conv1d [C, 1, K], norms gamma - 1."""
-    arrays = open_arrays({name: checkpoint.fp32_original.get(name, checkpoint.entries[name]) for name in names})
-    if checkpoint.raw:
-        return arrays
-    return {name: _to_raw(name, array, checkpoint.is_folded(name)) for name, array in arrays.items()}
+    own = [name for name in names if name not in checkpoint.replaced]
+    arrays = open_arrays({name: checkpoint.fp32_original.get(name, checkpoint.entries[name]) for name in own})
+    if not checkpoint.raw:
+        arrays = {name: to_raw(name, array, checkpoint.is_folded(name)) for name, array in arrays.items()}
+    return arrays | {name: array for name, array in checkpoint.replaced.items() if name in names}
 
 
-def _to_raw(name: str, array: mx.array, folded: bool) -> mx.array:
+def to_raw(name: str, array: mx.array, folded: bool) -> mx.array:
     """An array in MLX's layout -> in raw layout. The 1 is subtracted from folded norms in float32, which is exact."""
     if name.endswith("conv1d.weight"):
         return array.swapaxes(1, 2)

@@ -8,10 +8,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+import mlx.core as mx
+
 from mlx_qwen35.checkpoint import draft_head, foreign
 from mlx_qwen35.checkpoint.config import Config, read_config
+from mlx_qwen35.checkpoint.dtypes import STORED, dtype_name
 from mlx_qwen35.checkpoint.folder import check_folder, safetensors_files, shorten
-from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION, hugging_face_name, is_spare, is_zero_centred, mtp_name
+from mlx_qwen35.checkpoint.names import HEAD, MTP, TEXT, VISION, hugging_face_name, is_spare, is_zero_centred, mtp_name
 from mlx_qwen35.checkpoint.shapes import Shapes, is_matrix, mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.checkpoint.tensors import FLOATS, Entry, open_arrays, read_header, same_numbers
 from mlx_qwen35.errors import InputError
@@ -31,7 +34,7 @@ class Checkpoint:
     entries: by Hugging Face name. fp32_original: the float32 originals of some of them. raw: conv1d is [C, 1, K] and
     norm weights are gamma - 1, as Hugging Face stores them; otherwise an MLX program moved the axis and added the one.
     block_scales: the factors of FP8 weights. mtp_head: the fields of config.json for the MTP head. mtp_head_fault: the
-    reason why a head in a file of its own is left out.
+    reason why a head in a file of its own is left out. replaced: tensors of an adapter in the place of the folder's.
     """
 
     folder: Path
@@ -42,6 +45,7 @@ class Checkpoint:
     block_scales: Mapping[str, Entry] = field(default_factory=dict)
     mtp_head: draft_head.Declared = field(default_factory=draft_head.Declared)
     mtp_head_fault: str | None = None
+    replaced: Mapping[str, mx.array] = field(default_factory=dict)
 
     @cached_property
     def shapes(self) -> Shapes:
@@ -69,7 +73,8 @@ class Checkpoint:
 
     @cached_property
     def _mtp_head_is_raw(self) -> bool:
-        norms = {name: entry for name, entry in self.entries.items() if draft_head.tells(name)}
+        own = {name: entry for name, entry in self.entries.items() if name not in self.replaced}
+        norms = {name: entry for name, entry in own.items() if draft_head.tells(name)}
         return draft_head.norms_are_raw(open_arrays(norms), self.mtp_head.raw)
 
     def is_folded(self, name: str) -> bool:
@@ -77,6 +82,24 @@ class Checkpoint:
         if self.raw or not is_zero_centred(name):
             return False
         return not (name.startswith(MTP) and self._mtp_head_is_raw)
+
+    def replacing(self, tensors: Mapping[str, mx.array]) -> "Checkpoint":
+        """This checkpoint with whole tensors in the place of its own, unquantized. A head of its own makes it untied.
+
+        tensors: by Hugging Face name, in raw layout.
+        """
+        if not tensors:
+            return self
+        stale = {name.removesuffix("weight") + part for name in tensors for part in ("weight", "scales", "biases")}
+        entries = {name: entry for name, entry in self.entries.items() if name not in stale}
+        own = {name: entry for name, entry in self.fp32_original.items() if name not in tensors}
+        tied = self.config.text.tie_word_embeddings and HEAD not in tensors
+        for name, array in tensors.items():
+            entries[name] = Entry(Path(), name, STORED[dtype_name(array.dtype)], array.shape, 0, array.nbytes)
+        return replace(
+            self, config=replace(self.config, text=replace(self.config.text, tie_word_embeddings=tied)),
+            entries=entries, fp32_original=own, replaced=dict(tensors),
+        )  # fmt: skip
 
     def has(self, prefix: str) -> bool:
         return any(name.startswith(prefix) for name in self.entries)

@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import read_json
+from mlx_qwen35.options import spelled
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Files that are read by their names, here or by the tokenizer's library.
@@ -28,7 +29,7 @@ def check_folder(folder: Path) -> None:
             "model_not_found",
             f"a checkpoint must be a folder, a Hugging Face id or 'nano'; there is no folder {folder}",
         )
-    names = _names(folder)
+    names = names_in(folder)
     for name in _READ:
         if name in names:
             check_file(folder / name)
@@ -45,7 +46,7 @@ def safetensors_files(folder: Path) -> list[Path]:
     if is_file(folder / SINGLE):
         return [folder / SINGLE]
     if not is_file(folder / INDEX):
-        raise _without_weights(folder, _names(folder))
+        raise _without_weights(folder, names_in(folder))
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError("index_invalid", f"{folder / INDEX} must hold a 'weight_map' of tensor names to files")
@@ -102,7 +103,7 @@ def shorten(names: list[str], most: int = 8) -> str:
 # --- where no weights are --------------------------------------------------------------------------------------------
 
 
-def _names(folder: Path) -> list[str]:
+def names_in(folder: Path) -> list[str]:
     try:
         return sorted(os.listdir(folder))
     except OSError as error:
@@ -122,8 +123,8 @@ def _without_weights(folder: Path, names: list[str]) -> InputError:
     if adapter := _adapter(names):
         return InputError(
             "adapter_unmerged",
-            f"{folder} holds an adapter ({adapter[0]}) and not a model; merge it into the model that it was trained on "
-            "(merge_and_unload in PEFT, mlx_lm.fuse in MLX) and give the folder of the result",
+            f"{folder} holds an adapter ({adapter[0]}) and not a model; give the model that it was trained on, and the "
+            f"folder as {spelled('adapter')}",
         )
     rule = f"weights are read from {SINGLE} or from the files that {INDEX} names, and {folder} has neither"
     if other := _ending(names, ".safetensors"):

@@ -1,6 +1,12 @@
 """The names of a checkpoint's tensors in each program, and the properties that follow from a name."""
 
 TEXT, VISION, MTP = "model.language_model.", "model.visual.", "mtp."
+HEAD = "lm_head.weight"  # of an adapter also where the head is the table of tokens
+
+# The maps of one input, whose products are joined where that saves launches.
+DELTA_INPUTS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
+MLP_INPUTS = ("gate_proj", "up_proj")
 
 # Modules around the model: each program, and each class of Hugging Face's, puts some of them in front of a name.
 _WRAPPERS = ("model.", "language_model.")

@@ -186,12 +186,12 @@ def _numbers(data: bytes | bytearray, dtype: str) -> np.ndarray:
 
 def _read(entry: Entry) -> mx.array:
     """The whole tensor, read piece by piece."""
-    parts = [_numbers(data, entry.dtype) for data in _pieces(entry)]
+    parts = [_numbers(data, entry.dtype) for data in pieces(entry)]
     numbers = np.concatenate(parts) if len(parts) != 1 else parts[0]
     return mx.view(mx.array(numbers), _ARRAYS[entry.dtype][1]).reshape(entry.shape)
 
 
-def _pieces(entry: Entry) -> Iterator[bytes]:
+def pieces(entry: Entry) -> Iterator[bytes]:
     """The bytes of a tensor, PIECE numbers at a time."""
     step = PIECE * DTYPE_BYTES[entry.dtype]
     with entry.file.open("rb") as stream:
@@ -214,5 +214,5 @@ def same_numbers(a: Entry, b: Entry) -> bool:
         return False
     return all(
         mx.array_equal(as_array(own, a.dtype), as_array(other, b.dtype)).item()
-        for own, other in zip(_pieces(a), _pieces(b), strict=True)
+        for own, other in zip(pieces(a), pieces(b), strict=True)
     )

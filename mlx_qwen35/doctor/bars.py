@@ -9,8 +9,8 @@ from mlx_qwen35.budget.parts import LABELS, parts
 from mlx_qwen35.budget.plan import MemoryPlan
 
 BLOCK, FREE, LIMIT = "█", "·", "|"
-LETTERS = dict(zip(LABELS, "wvdksm", strict=True))
-COLOURS = dict(zip(LABELS, ("blue", "magenta", "cyan", "green", "yellow", "red"), strict=True))
+LETTERS = dict(zip(LABELS, "wvdaksm", strict=True))
+COLOURS = dict(zip(LABELS, ("blue", "magenta", "cyan", "bright_blue", "green", "yellow", "red"), strict=True))
 
 
 def coloured(console: Console) -> bool:

@@ -121,7 +121,7 @@ def _decode(
         hidden = model.hidden(token, cache, stepwise=tokens > 1)
         mx.eval(hidden)
         middle = time.perf_counter()
-        mx.eval(model.logits(hidden))
+        mx.eval(model.logits(hidden, model.active(cache)))
         layers.append(middle - begin)
         heads.append(time.perf_counter() - middle)
         tick()

@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 from rich.console import Console
 
+from mlx_qwen35.checkpoint.adapter_choice import choose
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.config import parse_config
 from mlx_qwen35.checkpoint.dtypes import DTYPES
@@ -37,7 +38,7 @@ from mlx_qwen35.model.enabled import enabled_kernels
 from mlx_qwen35.options import as_flag
 
 COMMAND = "mlx_qwen35.doctor"
-OF_MODEL = ("probe", "revision", "kv_bits", "kv_rotate")
+OF_MODEL = ("probe", "revision", "kv_bits", "kv_rotate", "adapter", "adapter_scale")
 
 
 def parser() -> Parser:
@@ -49,7 +50,7 @@ def parser() -> Parser:
         "measured.",
         examples=("", "--plan Qwen/Qwen3.5-4B", "--plan nano --context 4096 --mtp", "--model nano --no-check"),
     )
-    add_model_options(parser)
+    add_model_options(parser, adapters="all are loaded and counted, and what is measured has the one that is alone")
     parser.add_argument(
         "--plan", metavar="MODEL", help="print the memory plan of this model, here and on Macs, and load nothing"
     )
@@ -91,7 +92,10 @@ def show_plan(args: argparse.Namespace) -> None:
         given = given_options(args, [LoadOptions])
         kv = LoadOptions(**given).kv_format(checkpoint.config.text.head_dim)
         limit = limit_of(args.memory_limit)
-        planned = plan_model(args.plan, folder, args.context, args.dtype, args.mtp, limit, kv, args.rope_scaling)
+        adapters = choose(args.adapter, given.get("adapter_scale", 1.0), checkpoint)
+        planned = plan_model(
+            args.plan, folder, args.context, args.dtype, args.mtp, limit, kv, args.rope_scaling, adapters
+        )
     planned = replace(planned, given=given)
     if not write_json(args.json, as_json(planned)):
         show_planned(planned, Console(file=sys.stdout), args.verbose)
@@ -125,7 +129,7 @@ def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Fac
             model = check.sample_model(text, DTYPES[args.dtype] if args.dtype else default_dtype(stored), limit)
         title = f"no --model: {check.SAMPLE_LAYERS} layers and the head of the 4B, random weights in 4 bit"
     report[title] = {"dtype": facts.dtype(model.dtype, stored, args.dtype)}
-    report[title] |= facts.prefill(model)
+    report[title] |= facts.adapters(model) | facts.prefill(model)
     with Step("checking kernels"):
         enabled = enabled_kernels(model)
         report["kernels"] = facts.kernels(enabled) | facts.rotary(model.rotary)

@@ -9,7 +9,8 @@ from mlx_qwen35.console import plot
 from mlx_qwen35.doctor.advice import advised
 from mlx_qwen35.doctor.plan import AS_IS, Planned
 
-COLOURS = dict(zip(LABELS, (plot.BLUE, plot.PINK, plot.SKY, plot.GREEN, plot.YELLOW, plot.ORANGE), strict=True))
+_IN_ORDER = (plot.BLUE, plot.PINK, plot.SKY, plot.GREY, plot.GREEN, plot.YELLOW, plot.ORANGE)
+COLOURS = dict(zip(LABELS, _IN_ORDER, strict=True))
 
 
 def draw(path: Path, title: str, note: str, plans: Sequence[tuple[str, MemoryPlan]]) -> plot.Figure:

@@ -10,6 +10,8 @@ import mlx.core as mx
 from mlx_qwen35.budget.plan import Machine, MemoryPlan, longest_context, mac, plan_memory, this_machine
 from mlx_qwen35.budget.roofline import decode_speed, prefill_speed, token_bytes
 from mlx_qwen35.cache.kv_format import FORMS, UNQUANTIZED, KVFormat
+from mlx_qwen35.checkpoint.adapter import Adapter
+from mlx_qwen35.checkpoint.adapter_choice import Chosen
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.dtypes import DTYPES
 from mlx_qwen35.checkpoint.names import MTP, VISION
@@ -68,18 +70,22 @@ def contexts(checkpoint: Checkpoint, asked: int | None) -> list[int]:
 
 
 def rows(
-    stored: Mapping[str, Checkpoint], found: Sequence[Machine], lengths: Sequence[int], mtp: int = 0
+    stored: Mapping[str, Checkpoint],
+    found: Sequence[Machine],
+    lengths: Sequence[int],
+    mtp: int = 0,
+    adapters: Sequence[Adapter] = (),
 ) -> Iterator[Row]:
     """A row for each form of storage, context and machine, in this order, with an image where the model sees.
 
-    lengths: contexts. mtp: as for `plan_memory`. All forms of storage are read in the same chunks.
+    lengths: contexts. mtp, adapters: as for `plan_memory`. All forms of storage are read in the same chunks.
     """
     chunks: dict[tuple[int, str], int] = {}
     for name, checkpoint in stored.items():
         pixels = PIXELS if checkpoint.has(VISION) else 0
         for context, machine in product(sorted(lengths), found):
             chunk = chunks.get((context, machine.name))
-            plan = plan_memory(checkpoint, machine, context, pixels=pixels, chunk=chunk, mtp=mtp)
+            plan = plan_memory(checkpoint, machine, context, pixels=pixels, chunk=chunk, mtp=mtp, adapters=adapters)
             chunks[context, machine.name] = plan.chunk
             yield Row(name, plan, *_speeds(checkpoint, plan), _kv_bits(checkpoint, plan, mtp))
 
@@ -97,7 +103,8 @@ def _kv_bits(checkpoint: Checkpoint, plan: MemoryPlan, mtp: int) -> str | None:
         return None
     smaller = machine.kv.smaller(text.head_dim)
     in_form = (replace(machine, kv=KVFormat.of(form, machine.kv.rotate)) for form in smaller)
-    fitting = (plan_memory(checkpoint, one, plan.context, chunk=plan.chunk, mtp=mtp).fits for one in in_form)
+    others = (plan_memory(checkpoint, one, plan.context, chunk=plan.chunk, mtp=mtp) for one in in_form)
+    fitting = (replace(other, adapters=plan.adapters).fits for other in others)
     return next((form for form, fits in zip(smaller, fitting, strict=True) if fits), None)
 
 
@@ -111,7 +118,8 @@ def longest_contexts(checkpoint: Checkpoint, plan: MemoryPlan, mtp: int = 0) -> 
 class Planned:
     """A model and all that --plan found of it. The first machine is this one, the first context that is asked for.
 
-    given: the options of `load` that it was computed with, for the commands that are advised.
+    adapters: names of those that are counted. given: the options of `load` that it was computed with, for the commands
+    that are advised.
     """
 
     name: str
@@ -120,6 +128,7 @@ class Planned:
     contexts: Sequence[int]
     mtp: int
     rows: Sequence[Row]
+    adapters: Sequence[str] = ()
     given: Mapping[str, object] = field(default_factory=dict)
 
     @property
@@ -138,9 +147,13 @@ class Planned:
 
 def plan_model(
     name: str, folder: Path, context: int | None, dtype: str | None, mtp: int, limit: int, kv: KVFormat,
-    rope_scaling: str | None = None,
+    rope_scaling: str | None = None, chosen: Chosen | None = None,
 ) -> Planned:  # fmt: skip
-    """Plan the model of this name from a folder, or its headers. For the rest see the functions above."""
-    stored = forms(folder, rope_scaling)
+    """Plan the model of this name from a folder, or its headers, with these adapters. For the rest see the functions
+    above.
+    """
+    chosen = chosen or Chosen()
+    stored = {form: own.replacing(chosen.whole) for form, own in forms(folder, rope_scaling).items()}
     lengths, found = contexts(stored[AS_IS], context), machines(stored[AS_IS], dtype, limit, kv)
-    return Planned(name, stored, found, lengths, mtp, list(rows(stored, found, lengths, mtp)))
+    planned = list(rows(stored, found, lengths, mtp, chosen.listed))
+    return Planned(name, stored, found, lengths, mtp, planned, list(chosen.adapters))

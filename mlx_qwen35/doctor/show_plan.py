@@ -17,8 +17,9 @@ from mlx_qwen35.doctor.plan import AS_IS, PIXELS, Planned, Row, longest_contexts
 
 ROOM = 20  # columns, below which what is left beside names and figures is no bar: it has a line of its own
 _PARTS = (
-    ("text weights", "weights"), ("draft head", "drafts"), ("keys and values", "kv"), ("DeltaNet state", "state"),
-    ("prefill of a chunk", "prefill"), ("sampling a token", "sampling"), ("buffers that MLX keeps", "buffers"),
+    ("text weights", "weights"), ("draft head", "drafts"), ("adapters", "adapters"), ("keys and values", "kv"),
+    ("DeltaNet state", "state"), ("prefill of a chunk", "prefill"), ("sampling a token", "sampling"),
+    ("buffers that MLX keeps", "buffers"),
 )  # fmt: skip
 _IMAGE = (("vision encoder", "vision_encoder"), ("encoding an image", "encoding"))
 _NOTES = (
@@ -157,7 +158,8 @@ def _parts(planned: Planned, stored: str) -> list[str]:
         ("keys and values in", *(_form(plan.machine.kv.name) for plan in found)),
         ("tokens prefilled at a time", *(str(plan.chunk) for plan in found)),
     ]
-    rows += [(label, *(_gb(getattr(plan, part)) for plan in found)) for label, part in _PARTS]
+    counted = [own for own in _PARTS if found[0].adapters or own[1] != "adapters"]
+    rows += [(label, *(_gb(getattr(plan, part)) for plan in found)) for label, part in counted]
     rows.append(("text, at most", *(_gb(plan.text) for plan in found)))
     if found[0].vision_encoder:
         rows += [(label, *(_gb(getattr(plan, part)) for plan in found)) for label, part in _IMAGE]

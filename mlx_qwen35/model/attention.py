@@ -6,6 +6,7 @@ import mlx.nn as nn
 from mlx_qwen35.cache.kv_format import Columns, KVFormat
 from mlx_qwen35.cache.layer import ForwardContext, KVCache
 from mlx_qwen35.checkpoint.config import TextConfig
+from mlx_qwen35.checkpoint.names import ATTENTION_INPUTS
 from mlx_qwen35.kernels.elementwise import compiled, sigmoid
 from mlx_qwen35.kernels.norm_rotary import queries_and_keys
 from mlx_qwen35.model.rotary import Table
@@ -20,7 +21,7 @@ class GatedAttention(nn.Module):
 
     def __init__(self, config: TextConfig, weights: Weights):
         super().__init__()
-        self.qkv_proj = weights.joined("q_proj", "k_proj", "v_proj")
+        self.qkv_proj = weights.joined(*ATTENTION_INPUTS)
         self.q_norm = weights.norm("q_norm")
         self.k_norm = weights.norm("k_norm")
         self.o_proj = weights.linear("o_proj")

@@ -7,6 +7,7 @@ import mlx.nn as nn
 
 from mlx_qwen35.cache.layer import ForwardContext, LayerCache
 from mlx_qwen35.checkpoint.config import FULL, TextConfig
+from mlx_qwen35.checkpoint.names import MLP_INPUTS
 from mlx_qwen35.kernels.elementwise import compiled, silu
 from mlx_qwen35.kernels.low_rank import ActiveAdapters
 from mlx_qwen35.model.attention import GatedAttention
@@ -21,7 +22,7 @@ class MLP(nn.Module):
 
     def __init__(self, weights: Weights):
         super().__init__()
-        self.gate_up = weights.joined("gate_proj", "up_proj")
+        self.gate_up = weights.joined(*MLP_INPUTS)
         self.down_proj = weights.linear("down_proj")
 
     def __call__(self, x: mx.array, adapters: ActiveAdapters | None = None) -> mx.array:

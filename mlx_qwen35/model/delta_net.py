@@ -5,6 +5,7 @@ import mlx.nn as nn
 
 from mlx_qwen35.cache.layer import DeltaCache, ForwardContext
 from mlx_qwen35.checkpoint.config import TextConfig
+from mlx_qwen35.checkpoint.names import DELTA_INPUTS
 from mlx_qwen35.kernels.fused_delta import delta_core
 from mlx_qwen35.kernels.gated_delta import DeltaWeights
 from mlx_qwen35.model.rotary import Table
@@ -16,7 +17,7 @@ class GatedDeltaNet(nn.Module):
 
     def __init__(self, config: TextConfig, weights: Weights):
         super().__init__()
-        self.in_proj = weights.joined("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+        self.in_proj = weights.joined(*DELTA_INPUTS)
         self.conv1d = weights.conv("conv1d")
         self.A_log = weights.float32("A_log")
         self.dt_bias = weights.float32("dt_bias")

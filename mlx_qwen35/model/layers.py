@@ -26,6 +26,11 @@ class Linear(nn.Module):
         self.quantization = quantization
         self.bias = parts.get("bias")
 
+    @property
+    def beside(self) -> list[Maps]:
+        """The maps of each product beside which adapters may have low-rank parts."""
+        return [self.maps]
+
     def __call__(self, x: mx.array, adapters: ActiveAdapters | None = None) -> mx.array:
         if self.quantization is None:
             y = x @ self.weight.T
@@ -67,13 +72,21 @@ class Joined(nn.Module):
 
 
 class Embedding(Linear):
-    """A table over the vocabulary, read by row. Where it is tied it is the LM head too."""
+    """A table over the vocabulary, read by row. Where it is tied it is the LM head too.
+
+    rows: as `maps`, of the table. maps: of the head, since an adapter of the one is none of the other (PEFT).
+    """
 
     def __init__(
-        self, parts: dict[str, mx.array], quantization: Quantization | None, dtype: mx.Dtype, maps: Maps = ()
-    ):
+        self, parts: dict[str, mx.array], quantization: Quantization | None, dtype: mx.Dtype, rows: Maps = (),
+        maps: Maps = (),
+    ):  # fmt: skip
         super().__init__(parts, quantization, maps)
-        self.dtype = dtype
+        self.dtype, self.rows = dtype, rows
+
+    @property
+    def beside(self) -> list[Maps]:
+        return [self.rows, self.maps]
 
     def look_up(self, tokens: mx.array, adapters: ActiveAdapters | None = None) -> mx.array:
         """tokens (B, T) integer -> (B, T, D) in the activation dtype."""
@@ -82,7 +95,7 @@ class Embedding(Linear):
             biases = None if self.biases is None else self.biases[tokens]
             rows = dequantize(rows, self.scales[tokens], biases, self.quantization)
         rows = rows.astype(self.dtype)
-        return rows if adapters is None else adapters.add_rows(self.maps, tokens, rows)
+        return rows if adapters is None else adapters.add_rows(self.rows, tokens, rows)
 
 
 class RMSNorm(nn.Module):

@@ -9,7 +9,7 @@ from mlx_qwen35.backend import backend
 from mlx_qwen35.checkpoint import float16
 from mlx_qwen35.checkpoint.arrays import check_finite, lazy_arrays
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
-from mlx_qwen35.checkpoint.names import takes_dtype
+from mlx_qwen35.checkpoint.names import HEAD, takes_dtype
 from mlx_qwen35.kernels.low_rank import Maps
 from mlx_qwen35.model.layers import Embedding, Joined, Linear, RMSNorm
 from mlx_qwen35.quantization import Quantization
@@ -94,7 +94,8 @@ class Weights:
 
     def embedding(self, name: str) -> Embedding:
         parts, quantization = self._matrix(name)
-        return Embedding(parts, quantization, self.dtype, self._maps(parts, name))
+        head = ((HEAD, len(parts["weight"])),)
+        return Embedding(parts, quantization, self.dtype, self._maps(parts, name), head)
 
     def _maps(self, parts: dict[str, mx.array], name: str) -> Maps:
         return ((f"{self.prefix}{name}.weight", len(parts["weight"])),)

@@ -82,7 +82,7 @@ def _visual(rows: Sequence[Row], embeddings: Sequence[mx.array] | None) -> Visua
 # --- stand-ins for caches --------------------------------------------------------------------------------------------
 
 
-class _PassingKeys(KVCache):
+class PassingKeys(KVCache):
     """Gives each row the keys and values of this pass, and holds none."""
 
     def __init__(self) -> None:
@@ -106,4 +106,4 @@ def _passing_caches(model: Model, batch: int) -> list[LayerCache]:
     conv, recurrent = (batch, K - 1, config.conv_dim), (batch, Hv, Dv, Dk)
     zeros = DeltaState(mx.zeros(conv, model.dtype), mx.zeros(recurrent, mx.float32))
     mx.eval(zeros)
-    return [_PassingKeys() if kind == FULL else _PassingStates(zeros) for kind in config.layer_types]
+    return [PassingKeys() if kind == FULL else _PassingStates(zeros) for kind in config.layer_types]

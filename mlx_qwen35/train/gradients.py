@@ -81,7 +81,7 @@ def batch_loss(
     if not backward:
         return BatchLoss(found.loss, len(batch.targets), {}, hidden)
     loss = found.loss
-    back = _Backward(parameters)
+    back = Backward(parameters)
     back.add(head, found.parameters)
     if inputs:
         assert found.hidden is not None
@@ -101,7 +101,7 @@ def batch_loss(
 
 def active(parameters: Parameters) -> ActiveAdapters | None:
     """Low-rank parts, traced ones too, as the adapter of all rows of a pass; None where there are none."""
-    return ActiveAdapters(lambda maps: stacked(maps, [parameters]), 0) if parameters else None
+    return ActiveAdapters(lambda maps: stacked(maps, {0: parameters}), 0) if parameters else None
 
 
 def _layer(batch: Batch, i: int, x: mx.array, pairs: Parameters) -> mx.array:
@@ -119,7 +119,7 @@ def _by_place(model: Model, parameters: Parameters) -> tuple[list[str], list[lis
     return embedding, layers, head
 
 
-class _Backward:
+class Backward:
     """The way back: the gradient of the hidden states where it has come to, and the sums of those of parameters."""
 
     def __init__(self, parameters: Parameters):

@@ -1,6 +1,6 @@
-"""The tables of docs/options.md and docs/server.md, from the declared options.
+"""The tables of docs/options.md, docs/server.md and docs/finetune.md, from the declared options.
 
-`python tests/docs/options_table.py` renews both pages.
+`python tests/docs/options_table.py` renews the pages.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,6 +14,8 @@ from mlx_qwen35.load import LoadOptions
 from mlx_qwen35.media.options import VisionOptions
 from mlx_qwen35.options import Option, options_of
 from mlx_qwen35.server.options import ServerOptions
+from mlx_qwen35.train.command import GROUPS, OF_MODEL
+from mlx_qwen35.train.options import RunOptions, TrainOptions
 
 DOCS = Path(__file__).parents[2] / "docs"
 BEGIN, END = "<!-- options: generated, see tests/docs -->\n", "<!-- end -->"
@@ -24,14 +26,14 @@ TITLES: dict[str, tuple[type, ...]] = {
     "sampling": (Sampling,),
     "images and video": (VisionOptions,),
 }
-PAGES = (DOCS / "options.md", DOCS / "server.md")
+PAGES = (DOCS / "options.md", DOCS / "server.md", DOCS / "finetune.md")
 _KINDS = {int: "integer", float: "number", bool: "switch", str: "text"}
 
 
 def page(path: Path) -> str:
     """The whole page, with the table as it must be."""
     before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    lines = _server_lines() if path.stem == "server" else _lines()
+    lines = {"server": _server_lines, "finetune": _training_lines}.get(path.stem, _lines)()
     return f"{before}{BEGIN}{chr(10).join(lines)}\n{END}{rest.partition(END)[2]}"
 
 
@@ -50,6 +52,19 @@ def _server_lines() -> Iterator[str]:
     yield "|---|---|---|"
     for option in options_of(ServerOptions).values():
         yield f"| {_code(option.flags)} | {_value(option)} | {option.help} |"
+
+
+def _training_lines() -> Iterator[str]:
+    """In Python those of the first two parts are arguments of `train`, the others fields of `TrainOptions`."""
+    load, own = options_of(LoadOptions), options_of(TrainOptions)
+    parts = {"the run": list(options_of(RunOptions).values()), "model": [load[name] for name in OF_MODEL]}
+    parts |= {title: [own[name] for name in names] for title, names in GROUPS.items()}
+    yield "| command line | Python | value | meaning |"
+    yield "|---|---|---|---|"
+    for title, options in parts.items():
+        yield f"| **{title}** | | | |"
+        for option in options:
+            yield _row(option, in_python=option.name != "dry_run")
 
 
 def _row(option: Option, in_python: bool) -> str:

@@ -1,0 +1,91 @@
+"""What a training run was: its data, options, steps and validations, for the report and the picture."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+class Step(NamedTuple):
+    """A step of the optimizer. loss: the mean of its targets. tokens: of all its rows. seconds: that it took."""
+
+    step: int  # from 1
+    loss: float
+    learning_rate: float
+    targets: int
+    tokens: int
+    seconds: float
+
+
+class Validation(NamedTuple):
+    """The mean loss of all targets of the validation rows after so many steps."""
+
+    step: int  # 0: before the first
+    loss: float
+
+
+@dataclass(frozen=True)
+class Counts:
+    """A split of the data, as it is trained on. cut: rows that are too long, and lose tokens. images: and videos."""
+
+    rows: int
+    tokens: int
+    targets: int
+    cut: int = 0
+    images: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run.
+
+    model, data: as they were named. options: a frozen dataclass of options. counts: by split. best: the step whose
+    adapter was kept; None: the last. ended: why it ended, as a sentence. peak, planned: bytes of memory.
+    """
+
+    model: str
+    data: str
+    options: Any
+    counts: Mapping[str, Counts]
+    steps: Sequence[Step]
+    validations: Sequence[Validation] = ()
+    best: int | None = None
+    ended: str = ""
+    peak: int | None = None
+    planned: int | None = None
+
+    @property
+    def kept(self) -> Validation | None:
+        """The validation of the step whose adapter was kept; of a step without one, the last before it."""
+        earlier = [own for own in self.validations if self.best is None or own.step <= self.best]
+        return max(earlier, key=lambda own: own.step, default=None)
+
+    def mean(self, start: int, stop: int) -> float | None:
+        """The mean loss of the targets of the steps start + 1 to stop; None where there are none."""
+        own = [step for step in self.steps if start < step.step <= stop]
+        return mean_loss(own) if own else None
+
+    @property
+    def claim(self) -> str:
+        """What the losses say, in one line."""
+        kept = self.kept
+        if kept and len(self.validations) > 1:
+            return _change("Validation", self.validations[0].loss, kept.loss, kept.step)
+        if self.steps:
+            return _change("Training", self.steps[0].loss, self.steps[-1].loss, self.steps[-1].step)
+        return "No step was made"
+
+
+def _change(kind: str, first: float, last: float, steps: int) -> str:
+    if last >= first:
+        return f"{kind} loss did not fall: {loss_text(first)} before, {loss_text(last)} after {steps:,} steps"
+    return f"{kind} loss fell from {loss_text(first)} to {loss_text(last)} in {steps:,} steps"
+
+
+def mean_loss(steps: Sequence[Step]) -> float:
+    """Of all targets of some steps."""
+    return sum(step.loss * step.targets for step in steps) / sum(step.targets for step in steps)
+
+
+def loss_text(loss: float | None) -> str:
+    """Three digits: 6.18, 0.0512."""
+    return "" if loss is None else f"{loss:#.3g}"
