@@ -51,7 +51,7 @@ class TrainOptions:
     )
     mask_prompt: bool = option(True, help="all tokens are targets, not those of answers alone")
     batch_size: int = option(1, help="rows that go through the model together (default: 1)", least=1, metavar="N")
-    accumulate: int = option(4, help="batches of a step; each target weighs the same (default: 4)", least=1, metavar="N")
+    accumulate: int = option(4, help="batches of a step; all targets weigh the same (default: 4)", least=1, metavar="N")
     steps: int | None = option(help="steps of the optimizer (default: as many as --epochs takes)", least=1, metavar="N")
     epochs: float | None = option(help="times that each row is seen (default: 1)", least=0, above=True, most=1e4)
     optimizer: str = option(
@@ -66,7 +66,7 @@ class TrainOptions:
     warmup: int = option(0, help="steps in which the learning rate rises first (default: 0)", least=0, metavar="N")
     weight_decay: float = option(0.0, help="of the optimizer; adam has none (default: 0)", least=0, most=10)
     clip: float = option(
-        1.0, help="longer gradients are scaled to this norm, over all maps; 0 leaves them (default: 1)", least=0, most=1e9
+        1.0, help="a longer gradient is scaled to this norm, over all maps; 0: none (default: 1)", least=0, most=1e9
     )
     validate_every: int = option(
         50, help="steps between validations, where the data has a valid.jsonl (default: 50)", least=1, metavar="N"
