@@ -70,6 +70,7 @@ def things(split: str, count: int, rng: Random) -> list[tuple[str, str]]:
             found.append((rng.choice(SHAPES), rng.choice(list(COLOURS))))
         else:
             found.append(rng.choice(unseen if split == "test" and i % 3 else known))
+    rng.shuffle(found)
     return found
 
 
