@@ -68,7 +68,7 @@ class LoadOptions:
         each=True, check=check_adapter,
     )  # fmt: skip
     adapter_scale: float = option(
-        1.0, help="a factor of the adapter's own scale (default: 1)", least=0, above=True, most=100, metavar="X"
+        1.0, help="a factor of the adapter's own scale (default: 1)", least=-1000, most=1000, metavar="X"
     )
     rope_scaling: str | None = option(
         help="read beyond the context of training: yarn, or yarn:FACTOR as yarn:2 (default factor: 4); none takes the "
@@ -137,7 +137,7 @@ def load(
             for those that say adapter="base". A mapping {name: folder} loads several. Then a request says which, and
             gets none where it says nothing. `model.adapters.names` lists them. Whole tensors of an adapter, as norms,
             take the place of the checkpoint's; it must be loaded alone.
-        adapter_scale: a factor of the adapters' own scales, above 0 and at most 100.
+        adapter_scale: a factor of the adapters' own scales.
         rope_scaling: "yarn" or "yarn:FACTOR" reads beyond the context of training, by default 4 times as far; "none"
             takes the folder's scaling away; None is the folder's.
         progress: called as progress(bytes_read, all_bytes) while the weights are read; for float16 they are read twice.

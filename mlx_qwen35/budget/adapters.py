@@ -1,5 +1,6 @@
 """What the low-rank parts of adapters take in memory, from shapes: as model/lora.py stacks them."""
 
+import math
 from collections.abc import Hashable, Sequence
 
 import mlx.core as mx
@@ -24,7 +25,7 @@ def adapter_bytes(checkpoint: Checkpoint, adapters: Sequence[Adapter], dtype: mx
     for maps in products.values():
         ranks = [sum(len(adapter.pairs[name].a) for name in maps if name in adapter.pairs) for adapter in adapters]
         if any(ranks):
-            width, rows = next(iter(maps.values()))[1], sum(shape[0] for shape in maps.values())
+            width, rows = math.prod(next(iter(maps.values()))[1:]), sum(shape[0] for shape in maps.values())
             numbers += sum(map(bool, ranks)) * max(ranks) * (width + rows)
     return numbers * dtype.size
 

@@ -14,12 +14,12 @@ import mlx.core as mx
 
 from mlx_qwen35.checkpoint import adapter_mlx, adapter_peft
 from mlx_qwen35.checkpoint.adapter_checks import check_complete, check_names, drop_bases, leaves_head
-from mlx_qwen35.checkpoint.adapter_parts import HEAD, MAGNITUDE, TABLE, WHOLE, A, B, Parts, config_of, invalid
+from mlx_qwen35.checkpoint.adapter_parts import MAGNITUDE, WHOLE, A, B, Parts, config_of, invalid
 from mlx_qwen35.checkpoint.arrays import lazy_arrays, to_raw
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.folder import shorten
-from mlx_qwen35.checkpoint.names import is_zero_centred
-from mlx_qwen35.checkpoint.tensors import as_array, open_arrays, pieces
+from mlx_qwen35.checkpoint.names import HEAD, TABLE, is_zero_centred
+from mlx_qwen35.checkpoint.tensors import Entry, as_array, open_arrays, pieces
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.options import spelled
 from mlx_qwen35.values import number, shown
@@ -40,13 +40,13 @@ class Adapter:
     format: "peft", "mlx-lm" or "mlx-vlm".
     pairs: Hugging Face name of a weight, as model.language_model.layers.0.mlp.up_proj.weight -> its low-rank part. The
         table of tokens has A (r, D) and B (V, r). A head has a part of its own, lm_head.weight, also where it is tied
-        to the table: PEFT's low-rank part of the table does not reach the head, mlx-lm's does (then both names have the
-        same pair). The draft head's names begin with mtp.
-    replaced: Hugging Face name -> a whole tensor, as the checkpoint stores it, in the place of the checkpoint's. With
-        lm_head.weight among them a model is untied. Read from disk when it is computed.
-    magnitudes: of DoRA, name of a weight -> (out,) lengths of its rows. PEFT's of the table of tokens are (1, D),
-        lengths of its columns.
+        to the table: PEFT's low-rank part of the table does not reach the head, mlx-lm's does (then both names have
+        the same pair). The draft head's names begin with mtp.
+    replaced: Hugging Face name -> a whole tensor in the place of the checkpoint's, always in raw layout (conv1d
+        [C, 1, K], norms gamma - 1). With lm_head.weight among them a model is untied. Read from disk when computed.
+    magnitudes: of DoRA, name of a weight -> (out,) lengths of its rows.
     fingerprint: SHA-256 of all of it, in hexadecimal: the names, the scales and the numbers, wherever they lie.
+    stored: where the files have the whole tensors, there in MLX's layout unless the format is "peft".
     """
 
     path: Path
@@ -55,6 +55,7 @@ class Adapter:
     replaced: Mapping[str, mx.array] = field(default_factory=dict)
     magnitudes: Mapping[str, mx.array] = field(default_factory=dict)
     fingerprint: str = ""
+    stored: Mapping[str, Entry] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -106,7 +107,8 @@ def read_adapter(path: str | Path, checkpoint: Checkpoint, scale: float = 1.0) -
     replaced = {name: array for (name, _), array in _arrays(parts, [WHOLE]).items()}
     if leaves:
         replaced[HEAD] = lazy_arrays(checkpoint, [TABLE])[TABLE]
-    return Adapter(folder, parts.format, pairs, replaced, magnitudes, fingerprint)
+    stored = {name: parts.tensors[name, WHOLE].entry for name, kind in parts.tensors if kind == WHOLE}
+    return Adapter(folder, parts.format, pairs, replaced, magnitudes, fingerprint, stored)
 
 
 def _folder(path: str | Path) -> Path:
@@ -121,7 +123,7 @@ def _folder(path: str | Path) -> Path:
 def fused(weight: mx.array, pair: Pair | None, magnitude: mx.array | None = None) -> mx.array:
     """W + scale B A in float32, (out, in) or the shape of a convolution's W.
 
-    With a magnitude, of DoRA, its rows have the lengths in (out,), or its columns those in (1, in) (arXiv:2402.09353).
+    With a magnitude (out,), of DoRA, its rows have these lengths (arXiv:2402.09353).
     """
     fused = weight.astype(mx.float32)
     if pair is not None:
@@ -129,9 +131,7 @@ def fused(weight: mx.array, pair: Pair | None, magnitude: mx.array | None = None
         fused = fused + pair.scale * product.reshape(fused.shape)
     if magnitude is None:
         return fused
-    lengths = magnitude.astype(mx.float32)
-    lengths, axis = (lengths[:, None], 1) if lengths.ndim == 1 else (lengths, 0)
-    return fused * (lengths / mx.linalg.norm(fused, axis=axis, keepdims=True))
+    return fused * (magnitude.astype(mx.float32)[:, None] / mx.linalg.norm(fused, axis=1, keepdims=True))
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
@@ -161,8 +161,6 @@ def _low_rank(parts: Parts, scale: float, tied: bool) -> tuple[dict[str, Pair], 
     scales = {name: declared.scale * scale for name, declared in parts.declared.items()}
     pairs = {name: Pair(arrays[name, A], arrays[name, B], scales[name]) for name, kind in arrays if kind == A}
     magnitudes = {name: array for (name, kind), array in arrays.items() if kind == MAGNITUDE}
-    if TABLE in magnitudes and not parts.mlx:
-        magnitudes[TABLE] = magnitudes[TABLE][None]
     if tied and TABLE in pairs and (parts.mlx or _alike(pairs[TABLE], pairs.get(HEAD))):
         pairs[HEAD] = pairs[TABLE]
         if TABLE in magnitudes and parts.mlx:

@@ -2,11 +2,11 @@
 
 import math
 
-from mlx_qwen35.checkpoint.adapter_parts import BASE, HEAD, MAGNITUDE, TABLE, WHOLE, A, B, Parts, invalid
+from mlx_qwen35.checkpoint.adapter_parts import BASE, MAGNITUDE, WHOLE, A, B, Parts, invalid
 from mlx_qwen35.checkpoint.adapter_peft import DRAFT_HEAD
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.folder import shorten
-from mlx_qwen35.checkpoint.names import MTP, VISION
+from mlx_qwen35.checkpoint.names import HEAD, MTP, TABLE, VISION
 from mlx_qwen35.checkpoint.shapes import Shapes, is_matrix, mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.checkpoint.tensors import FLOATS, same_numbers
 from mlx_qwen35.errors import InputError
@@ -49,6 +49,12 @@ def check_names(parts: Parts, checkpoint: Checkpoint) -> None:
             f"low-rank parts must be of linear layers, the patch embedding or the table of tokens; the adapter "
             f"{parts.folder} has some of {shorten(odd, 4)}. Merge it with the program that made it",
         )
+    if (TABLE, MAGNITUDE) in tensors and not parts.mlx:
+        raise InputError(
+            "adapter_unsupported",
+            f"the adapter {parts.folder} scales the columns of the table of tokens (DoRA as PEFT has it), which is not "
+            "run. Merge it with PEFT",
+        )
     for (name, kind), stored in tensors.items():
         entry = stored.entry
         if entry.dtype not in FLOATS:
@@ -56,11 +62,14 @@ def check_names(parts: Parts, checkpoint: Checkpoint) -> None:
                 "dtype_unsupported",
                 f"an adapter must be of floating point numbers; {entry.stored_name} of {parts.folder} is {entry.dtype}",
             )
-        wanted = _stored_shape(parts, name, kind, shapes[name])
-        if entry.shape != wanted:
-            raise _mismatch(
-                parts, checkpoint, f"{entry.stored_name} is {list(entry.shape)} and would have to be {list(wanted)}"
-            )
+        wanted, shape = _stored_shape(parts, name, kind, shapes[name]), entry.shape
+        if shape == wanted:
+            continue
+        told = f"{entry.stored_name} is {list(shape)} and would have to be {list(wanted)}"
+        axis = (kind == B) != stored.transposed  # of the rank
+        if kind in (A, B) and (*shape[:axis], *shape[axis + 1 :]) == (*wanted[:axis], *wanted[axis + 1 :]):
+            raise invalid(parts.folder, f"{told}, for its configuration says rank {parts.declared[name].rank}")
+        raise _mismatch(parts, checkpoint, told)
 
 
 def _is_map(name: str, shape: tuple[int, ...]) -> bool:
@@ -75,7 +84,7 @@ def _stored_shape(parts: Parts, name: str, kind: str, shape: tuple[int, ...]) ->
             return shape
         return (shape[0], *shape[2:], shape[1])  # convolutions
     if kind == MAGNITUDE:
-        return (shape[1],) if name == TABLE and not parts.mlx else (shape[0],)
+        return shape[:1]
     rank = parts.declared[name].rank
     if len(shape) > 2 and not parts.mlx:  # of a convolution, a convolution too
         return (rank, *shape[1:]) if kind == A else (shape[0], rank, *(1,) * (len(shape) - 2))
@@ -99,6 +108,9 @@ def check_complete(parts: Parts) -> None:
             raise invalid(parts.folder, f"it has {kind} and no {partner} of {name}")
         if kind == WHOLE and any((name, other) in parts.tensors for other in (A, BASE)):
             raise invalid(parts.folder, f"it has {name} whole and a low-rank part of it")
+        if kind == A and not name.startswith(MTP) and parts.dora != ((name, MAGNITUDE) in parts.tensors):
+            has = "no magnitude" if parts.dora else "a magnitude"
+            raise invalid(parts.folder, f"it has {has} of {name}, and its configuration says otherwise (DoRA)")
 
 
 def leaves_head(parts: Parts, checkpoint: Checkpoint) -> bool:

@@ -21,7 +21,7 @@ Given = str | Path | Mapping[str, str | Path] | list[str]  # as `load` or a comm
 
 def check_adapter(name: str, value: Any) -> Given:
     """The value of the option `adapter`, its names checked; the folders are not looked at."""
-    if isinstance(value, list):  # of a command line, which adds one at a time
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):  # of a command line, one at a time
         _pairs(name, value)
         return value
     if isinstance(value, Mapping) and value:

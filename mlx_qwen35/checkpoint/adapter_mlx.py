@@ -10,7 +10,6 @@ from typing import Any
 
 from mlx_qwen35.checkpoint.adapter_parts import (
     MAGNITUDE,
-    TABLE,
     WHOLE,
     A,
     B,
@@ -21,7 +20,7 @@ from mlx_qwen35.checkpoint.adapter_parts import (
     invalid,
     reading,
 )
-from mlx_qwen35.checkpoint.names import TEXT, hugging_face_name
+from mlx_qwen35.checkpoint.names import TABLE, TEXT, hugging_face_name
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import WIDTH, Fields
 from mlx_qwen35.values import shown
@@ -53,9 +52,8 @@ def parts_of(folder: Path, config: Mapping[str, Any], layers: int) -> Parts:
             )
         own = Fields(fields.object("lora_parameters") or {}, "lora_parameters")
         keys = own.get("keys", list) if own.has("keys") else None
-        full_names = bool(keys) and all(str(key).startswith("language_model.") for key in keys or ())
-        vlm = full_names or "base_quantization" in config or not own.values
-        parts = Parts(folder, "mlx-vlm" if vlm else "mlx-lm", mlx=True)
+        vlm = "model" not in config  # mlx-lm notes all options of its command
+        parts = Parts(folder, "mlx-vlm" if vlm else "mlx-lm", mlx=True, dora=kind == "dora")
         trained = _Trained(folder, keys, fields.whole("num_layers", -1, WIDTH, absent=-1), layers)
         declared = None if kind == "full" else _declared(fields, own)
         for stored, entry in entries.items():

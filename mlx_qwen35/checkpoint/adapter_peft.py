@@ -69,9 +69,10 @@ def parts_of(folder: Path, config: Mapping[str, Any]) -> Parts:
             "Load it with peft and save it again: save_pretrained(FOLDER, safe_serialization=True)",
         )
     entries = header_of(folder, TENSORS).entries
-    parts = Parts(folder, "peft", mlx=False)
     with reading(folder):
-        scales = _Scales(Fields(config, "adapter_config.json"))
+        fields = Fields(config, "adapter_config.json")
+        scales = _Scales(fields)
+        parts = Parts(folder, "peft", mlx=False, dora=fields.has("use_dora") and fields.get("use_dora", bool))
         _check_prefixes(folder, entries)
         for key, entry in entries.items():
             _add(parts, key, entry, scales)

@@ -14,10 +14,10 @@ import mlx.core as mx
 
 from mlx_qwen35.checkpoint import adapter_mlx, adapter_peft
 from mlx_qwen35.checkpoint.adapter import Pair
-from mlx_qwen35.checkpoint.adapter_parts import CONFIG, TABLE
+from mlx_qwen35.checkpoint.adapter_parts import CONFIG
 from mlx_qwen35.checkpoint.dtypes import DTYPES
 from mlx_qwen35.checkpoint.folder import is_file
-from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION
+from mlx_qwen35.checkpoint.names import MTP, TABLE, TEXT, VISION
 from mlx_qwen35.checkpoint.tensors import open_header
 from mlx_qwen35.errors import InputError
 
@@ -36,7 +36,7 @@ def write_adapter(
         own, mtp_adapter.safetensors, which only this package reads; without any, one that is there is removed.
     format: "peft" (loads with peft into transformers' Qwen3_5ForConditionalGeneration) or "mlx-lm" (into mlx-lm and
         mlx-vlm), which has neither vision nor the table of tokens.
-    model: the id or folder of the model that it is for, noted for PEFT. dropout: noted.
+    model: the id or folder of the model that it is for, noted. dropout: of training, noted.
 
     A process that ends at any moment leaves the old adapter, the new one, or a folder without tensors, which nobody
     takes for an adapter: never the numbers of one with the scale of another.
@@ -45,7 +45,7 @@ def write_adapter(
     """
     own = {name: pair for name, pair in pairs.items() if not name.startswith(MTP)}
     assert format in FORMATS and own, "a known format, and low-rank parts that are not the draft head's alone"
-    files = _peft(own, model, dropout) if format == "peft" else _mlx(own, dropout)
+    files = _peft(own, model, dropout) if format == "peft" else _mlx(own, model, dropout)
     if head := {name: pair for name, pair in pairs.items() if name.startswith(MTP)}:
         files |= _draft_head(head)
     with _telling(Path(folder)):
@@ -90,7 +90,7 @@ def _neat(alpha: float) -> float:
     return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
 
 
-def _mlx(pairs: Mapping[str, Pair], dropout: float) -> _Files:
+def _mlx(pairs: Mapping[str, Pair], model: str, dropout: float) -> _Files:
     if beyond := [name for name in pairs if name.startswith(VISION) or not name.startswith(f"{TEXT}layers.")]:
         raise InputError(
             "adapter_unsupported",
@@ -102,7 +102,7 @@ def _mlx(pairs: Mapping[str, Pair], dropout: float) -> _Files:
     for name, pair in pairs.items():
         tensors |= {f"{modules[name]}.lora_a": pair.a.T, f"{modules[name]}.lora_b": pair.b.T}
     own = {"rank": rank, "scale": scale, "dropout": dropout, "keys": sorted(modules.values())}
-    config = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": own}
+    config = {"model": model, "fine_tune_type": "lora", "num_layers": -1, "lora_parameters": own}
     return {adapter_mlx.TENSORS: (tensors, {"format": "mlx"}), CONFIG: _json(config)}
 
 

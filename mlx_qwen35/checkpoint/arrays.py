@@ -9,12 +9,11 @@ from mlx_qwen35.errors import InputError
 
 def lazy_arrays(checkpoint: Checkpoint, names: list[str]) -> dict[str, mx.array]:
     """Arrays read from disk when computed, in raw layout: conv1d [C, 1, K], norms gamma - 1."""
-    stored = [name for name in names if name not in checkpoint.replaced]
-    arrays = open_arrays({name: checkpoint.fp32_original.get(name, checkpoint.entries[name]) for name in stored})
-    arrays |= {name: checkpoint.replaced[name] for name in names if name in checkpoint.replaced}
-    if checkpoint.raw:
-        return arrays
-    return {name: to_raw(name, array, checkpoint.is_folded(name)) for name, array in arrays.items()}
+    own = [name for name in names if name not in checkpoint.replaced]
+    arrays = open_arrays({name: checkpoint.fp32_original.get(name, checkpoint.entries[name]) for name in own})
+    if not checkpoint.raw:
+        arrays = {name: to_raw(name, array, checkpoint.is_folded(name)) for name, array in arrays.items()}
+    return arrays | {name: array for name, array in checkpoint.replaced.items() if name in names}
 
 
 def to_raw(name: str, array: mx.array, folded: bool) -> mx.array:

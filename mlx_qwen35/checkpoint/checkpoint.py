@@ -86,7 +86,7 @@ class Checkpoint:
     def replacing(self, tensors: Mapping[str, mx.array]) -> "Checkpoint":
         """This checkpoint with whole tensors in the place of its own, unquantized. A head of its own makes it untied.
 
-        tensors: by Hugging Face name, in the layout of this folder.
+        tensors: by Hugging Face name, in raw layout.
         """
         if not tensors:
             return self

@@ -163,7 +163,7 @@ class VisionEncoder(nn.Module):
         x, rotary, start = [], [], 0
         for tile in tiles:
             rows = slice(start, start + tile.shape[1])
-            x.append(self._embed(tile, mx.array(indices[rows]), mx.array(weights[rows])))
+            x.append(self._embed(tile, mx.array(indices[rows]), mx.array(weights[rows]), adapters))
             rotary.append(self._rotary(mx.array(positions[rows])))
             mx.eval(x, rotary)
             start = rows.stop
@@ -175,11 +175,13 @@ class VisionEncoder(nn.Module):
             mx.eval(merged)
         return mx.concatenate(merged, axis=1)
 
-    def _embed(self, patches: mx.array, indices: mx.array, weights: mx.array) -> mx.array:
+    def _embed(
+        self, patches: mx.array, indices: mx.array, weights: mx.array, adapters: ActiveAdapters | None
+    ) -> mx.array:
         """Patch embedding plus the position table, interpolated in float32."""
         taps = (self.pos_embed[indices[:, tap]] * weights[:, tap, None] for tap in range(4))
         position = sum(taps, mx.array(0.0))
-        return self.patch_embed(patches.astype(self.dtype)) + position.astype(self.dtype)
+        return self.patch_embed(patches.astype(self.dtype), adapters) + position.astype(self.dtype)
 
     def _rotary(self, positions: mx.array) -> tuple[mx.array, mx.array]:
         """positions (n, 2), row and column -> cos, sin (1, 1, n, head dim / 2), the row's angles first."""

@@ -220,7 +220,7 @@ def test_a_bar_has_room_or_a_line_of_its_own(raw, columns, verbose):
 
 
 def test_parts_have_their_share_of_a_bar_in_letters_or_in_colours(raw):
-    plan = plan_of(on_an_m1(raw, mtp=1), "4bit", "8 GB")
+    plan = replace(plan_of(on_an_m1(raw, mtp=1), "4bit", "8 GB"), adapters=10**8)
     letters = bar(plan, 1001, False).plain
     for label, nbytes in parts(plan):
         assert abs(letters.count(LETTERS[label]) - 1000 * nbytes / plan.machine.limit) <= 1, label
