@@ -204,6 +204,7 @@ def test_a_model_without_a_head_is_refused(text_model):
         draft_gradients(headless, {}, row, mx.zeros((1, 4, headless.config.hidden_size)))
 
 
+@pytest.mark.full
 def test_a_run_gives_the_same_text_adapter_with_the_head_and_without(tmp_path):
     data = Path(__file__).parents[2] / "examples/finetune/rows"
     for name, draft_head in (("with", True), ("without", False)):
