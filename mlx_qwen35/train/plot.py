@@ -17,7 +17,7 @@ def draw(path: Path, run: Run, note: str) -> plot.Figure:
     """
     steps, line = [step.step for step in run.steps], smoothed(run)
     note += "\nLosses are means over targets. The line is the mean of neighbouring steps."
-    with plot.picture(path, run.claim, note, 4.6, 1, 2) as (figure, (axes, rates)):
+    with plot.picture(path, run.claim, note, 4.5, 1, 2) as (figure, (axes, rates)):
         axes.get_gridspec().set_height_ratios((6, 1))
         each = [step.loss for step in run.steps]
         axes.plot(steps, each, "o", color=plot.SKY, alpha=0.5, markersize=3, markeredgewidth=0, label="a step")

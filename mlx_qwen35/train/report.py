@@ -18,7 +18,7 @@ from mlx_qwen35.backend import backend, system_memory
 from mlx_qwen35.checkpoint.adapter import Pair
 from mlx_qwen35.checkpoint.names import MTP
 from mlx_qwen35.console.progress import duration
-from mlx_qwen35.console.table import markdown
+from mlx_qwen35.console.table import markdown, size
 from mlx_qwen35.machine.chip import brand
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.options import Option, options_of
@@ -219,8 +219,8 @@ def _cost(run: Run) -> str:
     seconds, tokens = (sum(getattr(step, name) for step in run.steps) for name in ("seconds", "tokens"))
     told = [f"{len(run.steps):,} steps in {duration(seconds)}: {tokens / max(seconds, 1e-9):,.0f} tokens a second."]
     if run.peak is not None:
-        planned = f"; the plan was {run.planned / 1e9:.2f} GB" if run.planned else ""
-        told.append(f"Memory at its highest: {run.peak / 1e9:.2f} GB{planned}.")
+        planned = f"; the plan was {size(run.planned)}" if run.planned else ""
+        told.append(f"Memory at its highest: {size(run.peak)}{planned}.")
     return "## Time and memory\n\n" + " ".join(told)
 
 

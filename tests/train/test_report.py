@@ -182,7 +182,7 @@ def test_what_did_not_fall_is_said():
 def test_cut_rows_options_and_their_costs_are_told():
     text = told(run(peak=3_210_000_000, planned=3_100_000_000, ended="All steps are done."))
     assert "2 rows were longer than `--max-length`" in text and "Options: `--rank 4`" in text
-    assert "40 steps in 20 s: 200 tokens a second. Memory at its highest: 3.21 GB; the plan was 3.10 GB." in text
+    assert "40 steps in 20 s: 200 tokens a second. Memory at its highest: 3.2 GB; the plan was 3.1 GB." in text
     assert "All steps are done." in text and "| train | 40 | 4,000 | 400 | 0 | 2 |" in text
 
 
