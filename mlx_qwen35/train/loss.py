@@ -10,6 +10,7 @@ from mlx_qwen35.kernels.cpu import PIECE
 from mlx_qwen35.kernels.elementwise import exp
 
 SLICE = 1 << 24  # logits of which a GPU makes probabilities at a time
+LARGEST = 64.0  # size that float16 gradients are brought to, so that their small elements do not vanish
 
 Head = Callable[..., mx.array]  # (hidden (n, D), *parameters) -> logits (n, V)
 
@@ -47,6 +48,7 @@ def piecewise_loss(
             continue
         with gradients():  # of a linear map: its product is not computed again
             _, found = mx.vjp(lambda *given: [head(*given)], [piece, *parameters], [d_logits])
+        found = [own / LARGEST for own in found] if d_logits.dtype == mx.float16 else found
         del d_logits
         rows.append(found[0])
         totals = [total + own for total, own in zip(totals, found[1:], strict=True)]
@@ -59,7 +61,8 @@ def piecewise_loss(
 def cross_entropy(logits: mx.array, targets: mx.array, backward: bool) -> tuple[mx.array, mx.array | None]:
     """-log p of each target (n,) by the softmax of logits (n, V), in float32; and the gradient of its sum, if wanted.
 
-    The gradient is the softmax, less 1 at the target, in the dtype of the logits. It takes their place in memory.
+    The gradient is the softmax, less 1 at the target, in the dtype of the logits; in float16, which ends at 6e-8, times
+    LARGEST. It takes the place of the logits in memory.
     """
     n, V = logits.shape
     step = max(1, (PIECE if backend().works_in_pieces else SLICE) // V)
@@ -85,4 +88,5 @@ def _of_slice(logits: mx.array, targets: mx.array, backward: bool) -> tuple[mx.a
     losses = (mx.log(total) - picked)[:, 0]
     if not backward:
         return losses, None
-    return losses, (x / total).at[mx.arange(len(x))[:, None], index].add(-1.0).astype(logits.dtype)
+    gradient = (x / total).at[mx.arange(len(x))[:, None], index].add(-1.0)
+    return losses, (gradient * LARGEST if logits.dtype == mx.float16 else gradient).astype(logits.dtype)
