@@ -11,6 +11,7 @@ from typing import Any
 from mlx_qwen35.checkpoint.folder import is_file
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import read_json
+from mlx_qwen35.options import spelled
 
 # Where a folder's JSON files name the program: file, field (None: the whole), and the program by default.
 _CLAIMS = (
@@ -50,8 +51,9 @@ def refuse(folder: Path, unexpected: Collection[str], dtypes: Collection[str]) -
     if lora := next(filter(_LORA.search, unexpected), None):
         raise InputError(
             "adapter_unmerged",
-            f"{folder} holds an adapter that is not merged ({lora}); merge it (merge_and_unload in PEFT, mlx_lm.fuse "
-            "in MLX) and give the folder of the result",
+            f"{folder} holds an adapter that is not merged ({lora}); give the model that it was trained on, and the "
+            f"adapter's own folder as {spelled('adapter')}, or merge it (merge_and_unload in PEFT, mlx_lm.fuse in MLX) "
+            "and give the folder of the result",
         )
     if method := _claimed(folder) or _told_by(unexpected, dtypes):
         raise InputError(

@@ -38,7 +38,7 @@ from mlx_qwen35.model.enabled import enabled_kernels
 from mlx_qwen35.options import as_flag
 
 COMMAND = "mlx_qwen35.doctor"
-OF_MODEL = ("probe", "revision", "kv_bits", "kv_rotate")
+OF_MODEL = ("probe", "revision", "kv_bits", "kv_rotate", "adapter", "adapter_scale")
 
 
 def parser() -> Parser:
@@ -50,7 +50,7 @@ def parser() -> Parser:
         "measured.",
         examples=("", "--plan Qwen/Qwen3.5-4B", "--plan nano --context 4096 --mtp", "--model nano --no-check"),
     )
-    add_model_options(parser)
+    add_model_options(parser, adapters="all are loaded and counted, and what is measured has the one that is alone")
     parser.add_argument(
         "--plan", metavar="MODEL", help="print the memory plan of this model, here and on Macs, and load nothing"
     )
@@ -90,9 +90,10 @@ def show_plan(args: argparse.Namespace) -> None:
     with Step(f"reading the headers of {args.plan}"), look(args.plan, args.revision) as folder:
         checkpoint = open_checkpoint(folder, rope_scaling=args.rope_scaling)
         given = given_options(args, [LoadOptions])
-        options, limit = LoadOptions(**given), limit_of(args.memory_limit)
-        adapters = choose(options.adapter, options.adapter_scale, checkpoint, is_local(args.plan, args.revision))
-        kv = options.kv_format(checkpoint.config.text.head_dim)
+        kv = LoadOptions(**given).kv_format(checkpoint.config.text.head_dim)
+        limit = limit_of(args.memory_limit)
+        numbers = is_local(args.plan, args.revision)
+        adapters = choose(args.adapter, given.get("adapter_scale", 1.0), checkpoint, numbers)
         planned = plan_model(
             args.plan, folder, args.context, args.dtype, args.mtp, limit, kv, args.rope_scaling, adapters
         )
@@ -129,7 +130,7 @@ def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Fac
             model = check.sample_model(text, DTYPES[args.dtype] if args.dtype else default_dtype(stored), limit)
         title = f"no --model: {check.SAMPLE_LAYERS} layers and the head of the 4B, random weights in 4 bit"
     report[title] = {"dtype": facts.dtype(model.dtype, stored, args.dtype)}
-    report[title] |= facts.prefill(model)
+    report[title] |= facts.adapters(model) | facts.prefill(model)
     with Step("checking kernels"):
         enabled = enabled_kernels(model)
         report["kernels"] = facts.kernels(enabled) | facts.rotary(model.rotary)

@@ -70,7 +70,10 @@ def contexts(checkpoint: Checkpoint, asked: int | None) -> list[int]:
 
 
 def rows(
-    stored: Mapping[str, Checkpoint], found: Sequence[Machine], lengths: Sequence[int], mtp: int = 0,
+    stored: Mapping[str, Checkpoint],
+    found: Sequence[Machine],
+    lengths: Sequence[int],
+    mtp: int = 0,
     adapters: Sequence[Adapter] = (),
 ) -> Iterator[Row]:
     """A row for each form of storage, context and machine, in this order, with an image where the model sees.
@@ -82,11 +85,9 @@ def rows(
         pixels = PIXELS if checkpoint.has(VISION) else 0
         for context, machine in product(sorted(lengths), found):
             chunk = chunks.get((context, machine.name))
-            plan = plan_memory(
-                checkpoint, machine, context, pixels=pixels, chunk=chunk, mtp=mtp, adapters=adapters
-            )
+            plan = plan_memory(checkpoint, machine, context, pixels=pixels, chunk=chunk, mtp=mtp, adapters=adapters)
             chunks[context, machine.name] = plan.chunk
-            yield Row(name, plan, *_speeds(checkpoint, plan), _kv_bits(checkpoint, plan, mtp, adapters))
+            yield Row(name, plan, *_speeds(checkpoint, plan), _kv_bits(checkpoint, plan, mtp))
 
 
 def _speeds(checkpoint: Checkpoint, plan: MemoryPlan) -> tuple[float | None, float | None]:
@@ -96,15 +97,14 @@ def _speeds(checkpoint: Checkpoint, plan: MemoryPlan) -> tuple[float | None, flo
     return decode_speed(moved, chip), prefill_speed(checkpoint.config.text, plan.context, chip)
 
 
-def _kv_bits(checkpoint: Checkpoint, plan: MemoryPlan, mtp: int, adapters: Sequence[Adapter]) -> str | None:
+def _kv_bits(checkpoint: Checkpoint, plan: MemoryPlan, mtp: int) -> str | None:
     text, machine = checkpoint.config.text, plan.machine
     if plan.fits:
         return None
     smaller = machine.kv.smaller(text.head_dim)
     in_form = (replace(machine, kv=KVFormat.of(form, machine.kv.rotate)) for form in smaller)
-    fitting = (
-        plan_memory(checkpoint, one, plan.context, chunk=plan.chunk, mtp=mtp, adapters=adapters).fits for one in in_form
-    )
+    others = (plan_memory(checkpoint, one, plan.context, chunk=plan.chunk, mtp=mtp) for one in in_form)
+    fitting = (replace(other, adapters=plan.adapters).fits for other in others)
     return next((form for form, fits in zip(smaller, fitting, strict=True) if fits), None)
 
 
@@ -118,7 +118,8 @@ def longest_contexts(checkpoint: Checkpoint, plan: MemoryPlan, mtp: int = 0) -> 
 class Planned:
     """A model and all that --plan found of it. The first machine is this one, the first context that is asked for.
 
-    given: the options of `load` that it was computed with, for the commands that are advised.
+    adapters: names of those that are counted. given: the options of `load` that it was computed with, for the commands
+    that are advised.
     """
 
     name: str
@@ -127,6 +128,7 @@ class Planned:
     contexts: Sequence[int]
     mtp: int
     rows: Sequence[Row]
+    adapters: Sequence[str] = ()
     given: Mapping[str, object] = field(default_factory=dict)
 
     @property
@@ -145,10 +147,13 @@ class Planned:
 
 def plan_model(
     name: str, folder: Path, context: int | None, dtype: str | None, mtp: int, limit: int, kv: KVFormat,
-    rope_scaling: str | None = None, adapters: Chosen | None = None,
+    rope_scaling: str | None = None, chosen: Chosen | None = None,
 ) -> Planned:  # fmt: skip
-    """Plan the model of this name from a folder, or its headers. For the rest see the functions above."""
-    adapters = adapters or Chosen()
-    stored = {form: own.replacing(adapters.whole) for form, own in forms(folder, rope_scaling).items()}
+    """Plan the model of this name from a folder, or its headers, with these adapters. For the rest see the functions
+    above.
+    """
+    chosen = chosen or Chosen()
+    stored = {form: own.replacing(chosen.whole) for form, own in forms(folder, rope_scaling).items()}
     lengths, found = contexts(stored[AS_IS], context), machines(stored[AS_IS], dtype, limit, kv)
-    return Planned(name, stored, found, lengths, mtp, list(rows(stored, found, lengths, mtp, adapters.listed)))
+    planned = list(rows(stored, found, lengths, mtp, chosen.listed))
+    return Planned(name, stored, found, lengths, mtp, planned, list(chosen.adapters))
