@@ -11,10 +11,11 @@ from pathlib import Path
 import mlx.core as mx
 from rich.console import Console
 
+from mlx_qwen35.checkpoint.adapter_choice import choose
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.config import parse_config
 from mlx_qwen35.checkpoint.dtypes import DTYPES
-from mlx_qwen35.checkpoint.hub import look, resolve
+from mlx_qwen35.checkpoint.hub import is_local, look, resolve
 from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.checkpoint.rope_fields import rescaled
 from mlx_qwen35.console.json_output import add_json, check_json, write_json
@@ -89,9 +90,12 @@ def show_plan(args: argparse.Namespace) -> None:
     with Step(f"reading the headers of {args.plan}"), look(args.plan, args.revision) as folder:
         checkpoint = open_checkpoint(folder, rope_scaling=args.rope_scaling)
         given = given_options(args, [LoadOptions])
-        kv = LoadOptions(**given).kv_format(checkpoint.config.text.head_dim)
-        limit = limit_of(args.memory_limit)
-        planned = plan_model(args.plan, folder, args.context, args.dtype, args.mtp, limit, kv, args.rope_scaling)
+        options, limit = LoadOptions(**given), limit_of(args.memory_limit)
+        adapters = choose(options.adapter, options.adapter_scale, checkpoint, is_local(args.plan, args.revision))
+        kv = options.kv_format(checkpoint.config.text.head_dim)
+        planned = plan_model(
+            args.plan, folder, args.context, args.dtype, args.mtp, limit, kv, args.rope_scaling, adapters
+        )
     planned = replace(planned, given=given)
     if not write_json(args.json, as_json(planned)):
         show_planned(planned, Console(file=sys.stdout), args.verbose)

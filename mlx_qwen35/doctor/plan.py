@@ -10,6 +10,8 @@ import mlx.core as mx
 from mlx_qwen35.budget.plan import Machine, MemoryPlan, longest_context, mac, plan_memory, this_machine
 from mlx_qwen35.budget.roofline import decode_speed, prefill_speed, token_bytes
 from mlx_qwen35.cache.kv_format import FORMS, UNQUANTIZED, KVFormat
+from mlx_qwen35.checkpoint.adapter import Adapter
+from mlx_qwen35.checkpoint.adapter_choice import Chosen
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.dtypes import DTYPES
 from mlx_qwen35.checkpoint.names import MTP, VISION
@@ -68,20 +70,23 @@ def contexts(checkpoint: Checkpoint, asked: int | None) -> list[int]:
 
 
 def rows(
-    stored: Mapping[str, Checkpoint], found: Sequence[Machine], lengths: Sequence[int], mtp: int = 0
+    stored: Mapping[str, Checkpoint], found: Sequence[Machine], lengths: Sequence[int], mtp: int = 0,
+    adapters: Sequence[Adapter] = (),
 ) -> Iterator[Row]:
     """A row for each form of storage, context and machine, in this order, with an image where the model sees.
 
-    lengths: contexts. mtp: as for `plan_memory`. All forms of storage are read in the same chunks.
+    lengths: contexts. mtp, adapters: as for `plan_memory`. All forms of storage are read in the same chunks.
     """
     chunks: dict[tuple[int, str], int] = {}
     for name, checkpoint in stored.items():
         pixels = PIXELS if checkpoint.has(VISION) else 0
         for context, machine in product(sorted(lengths), found):
             chunk = chunks.get((context, machine.name))
-            plan = plan_memory(checkpoint, machine, context, pixels=pixels, chunk=chunk, mtp=mtp)
+            plan = plan_memory(
+                checkpoint, machine, context, pixels=pixels, chunk=chunk, mtp=mtp, adapters=adapters
+            )
             chunks[context, machine.name] = plan.chunk
-            yield Row(name, plan, *_speeds(checkpoint, plan), _kv_bits(checkpoint, plan, mtp))
+            yield Row(name, plan, *_speeds(checkpoint, plan), _kv_bits(checkpoint, plan, mtp, adapters))
 
 
 def _speeds(checkpoint: Checkpoint, plan: MemoryPlan) -> tuple[float | None, float | None]:
@@ -91,13 +96,15 @@ def _speeds(checkpoint: Checkpoint, plan: MemoryPlan) -> tuple[float | None, flo
     return decode_speed(moved, chip), prefill_speed(checkpoint.config.text, plan.context, chip)
 
 
-def _kv_bits(checkpoint: Checkpoint, plan: MemoryPlan, mtp: int) -> str | None:
+def _kv_bits(checkpoint: Checkpoint, plan: MemoryPlan, mtp: int, adapters: Sequence[Adapter]) -> str | None:
     text, machine = checkpoint.config.text, plan.machine
     if plan.fits:
         return None
     smaller = machine.kv.smaller(text.head_dim)
     in_form = (replace(machine, kv=KVFormat.of(form, machine.kv.rotate)) for form in smaller)
-    fitting = (plan_memory(checkpoint, one, plan.context, chunk=plan.chunk, mtp=mtp).fits for one in in_form)
+    fitting = (
+        plan_memory(checkpoint, one, plan.context, chunk=plan.chunk, mtp=mtp, adapters=adapters).fits for one in in_form
+    )
     return next((form for form, fits in zip(smaller, fitting, strict=True) if fits), None)
 
 
@@ -138,9 +145,10 @@ class Planned:
 
 def plan_model(
     name: str, folder: Path, context: int | None, dtype: str | None, mtp: int, limit: int, kv: KVFormat,
-    rope_scaling: str | None = None,
+    rope_scaling: str | None = None, adapters: Chosen | None = None,
 ) -> Planned:  # fmt: skip
     """Plan the model of this name from a folder, or its headers. For the rest see the functions above."""
-    stored = forms(folder, rope_scaling)
+    adapters = adapters or Chosen()
+    stored = {form: own.replacing(adapters.whole) for form, own in forms(folder, rope_scaling).items()}
     lengths, found = contexts(stored[AS_IS], context), machines(stored[AS_IS], dtype, limit, kv)
-    return Planned(name, stored, found, lengths, mtp, list(rows(stored, found, lengths, mtp)))
+    return Planned(name, stored, found, lengths, mtp, list(rows(stored, found, lengths, mtp, adapters.listed)))
