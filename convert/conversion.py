@@ -100,7 +100,7 @@ class Conversion:
         return repeats_embedding(headers) or any(takes_float16(job) or job.source.is_table_of_adapter for job in jobs)
 
     def _foreseen(self, headers: Path) -> ConversionPlan:
-        """The plan by the headers, to which a table that the adapter repeats looks like another one, without a scale."""
+        """The plan by the headers, to which a table that an adapter repeats looks like another; without a scale."""
         unscaled = replace(self.adapter, adapter_scale=1.0)
         with warnings.catch_warnings(action="ignore"):  # they come with the plan that is carried out
             return make_plan(headers, with_default(headers, self.options), unscaled)
