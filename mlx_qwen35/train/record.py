@@ -83,8 +83,8 @@ class Run:
         count, tenth = len(self.steps), -(-len(self.steps) // 10)
         first, last = mean_loss(self.steps[:tenth]), mean_loss(self.steps[-tenth:])
         return (
-            f"Training loss: {loss_text(first)} in the first {tenth:,} of {count:,} steps, {loss_text(last)} in the last "
-            f"{tenth:,}"
+            f"Training loss: {loss_text(first)} in the first {tenth:,} of {count:,} steps, "
+            f"{loss_text(last)} in the last {tenth:,}"
         )
 
 

@@ -126,8 +126,8 @@ def _trained(run: Run, pairs: Mapping[str, Pair]) -> str:
     cut, skipped = (sum(getattr(own, name) for own in run.counts.values()) for name in ("cut", "skipped"))
     if cut or skipped:
         parts.append(
-            f"Rows longer than `--max-length`: {cut:,} cut, whose last tokens were not learnt; {skipped:,} left out, with "
-            "nothing left to learn."
+            f"Rows longer than `--max-length`: {cut:,} cut, whose last tokens were not learnt; {skipped:,} left out, "
+            "with nothing left to learn."
         )
     parts.append(f"Made with {machine()}")
     return "\n\n".join(parts)
