@@ -108,6 +108,8 @@ def test_few_rows_of_many_are_rendered(nano):
 
     rows = Rows(row(nano[1], "What is 1 + 1?", "2") for _ in range(300))
     assert len(questions(rows, nano[1], 8)) == 8 and rows.asked == 8
+    cut = Rows(replace(own, cut=1) for own in rows)
+    assert len(questions(cut, nano[1], 8)) == 8 and cut.asked == 32
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
