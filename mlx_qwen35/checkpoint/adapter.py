@@ -87,10 +87,10 @@ def read_adapter(path: str | Path, checkpoint: Checkpoint, scale: float = 1.0) -
         parts = adapter_peft.parts_of(folder, config)
     elif adapter_mlx.is_one(config):
         parts = adapter_mlx.parts_of(folder, config, len(checkpoint.config.text.layer_types))
-        parts = adapter_peft.with_draft_head(parts)
     else:
         raise invalid(folder, "its adapter_config.json is of no known program: it has neither peft_type (PEFT) nor "
                               "lora_parameters (mlx-lm, mlx-vlm)")  # fmt: skip
+    adapter_peft.add_draft_head(parts)
     check_names(parts, checkpoint)
     check_complete(parts)
     leaves = leaves_head(parts, checkpoint)

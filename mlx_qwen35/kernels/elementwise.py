@@ -34,7 +34,7 @@ def sigmoid(x: mx.array) -> mx.array:
 
 def silu(x: mx.array) -> mx.array:
     """x sigmoid(x) of x's dtype."""
-    return _on_cpu(cpu.silu, _silu_gradient, x) if backend().works_in_pieces else x * mx.sigmoid(x)
+    return _on_cpu(cpu.silu, _silu_backward, x) if backend().works_in_pieces else x * mx.sigmoid(x)
 
 
 def _on_cpu(function: Callable[[mx.array], mx.array], backward: Callable[..., Arrays], x: mx.array) -> mx.array:
@@ -50,6 +50,11 @@ def _sigmoid_gradient(primals: Arrays, dy: mx.array, y: mx.array) -> Arrays:
     return [dy * (y * (1 - y))]
 
 
-def _silu_gradient(primals: Arrays, dy: mx.array, y: mx.array) -> Arrays:
-    s = cpu.sigmoid(primals[0])
-    return [dy * (s + y * (1 - s))]
+def _silu_backward(primals: Arrays, dy: mx.array, y: mx.array) -> Arrays:
+    return [silu_gradient(primals[0], dy)]
+
+
+def silu_gradient(x: mx.array, dy: mx.array) -> mx.array:
+    """The gradient of x, from that of silu(x)."""
+    s = sigmoid(x)
+    return dy * (s + x * s * (1 - s))

@@ -11,8 +11,6 @@ Letters: B batch, T tokens, Hk/Hv key/value heads, r = Hv / Hk, Dk/Dv head sizes
 K conv taps, L chunk length, N chunks. Value head h reads key head h // r.
 """
 
-import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -20,7 +18,7 @@ import mlx.core as mx
 
 from mlx_qwen35.backend import backend
 from mlx_qwen35.kernels.by_hand import Arrays, by_hand
-from mlx_qwen35.kernels.cpu import PIECE
+from mlx_qwen35.kernels.causal_conv import causal_conv
 from mlx_qwen35.kernels.elementwise import exp, silu
 
 L2_EPS = 1e-6  # added to the sum of squares, under the root (transformers, l2norm)
@@ -124,26 +122,12 @@ def _last_tokens(tokens: mx.array, count: int, lengths: mx.array | None) -> mx.a
 def _convolve(tokens: mx.array, conv: mx.array, T: int, sizes: tuple[int, int, int]) -> tuple[mx.array, ...]:
     """Causal depthwise conv, silu, split, and l2 norms: q, k (B, T, Hk, Dk) and v (B, T, Hv, Dv)."""
     Hv, Dv, Dk = sizes
-    mixed = _causal_conv(tokens, conv, T)
+    mixed = causal_conv(tokens, conv)
     B, _, C = mixed.shape
     qk, v = mx.split(mixed, [C - Hv * Dv], axis=-1)
     qk = qk.reshape(B, T, 2, -1, Dk)
     qk = qk * mx.rsqrt((qk * qk).sum(-1, keepdims=True) + L2_EPS)
     return qk[:, :, 0] * Dk**-0.5, qk[:, :, 1], v.reshape(B, T, Hv, Dv)
-
-
-def _causal_conv(tokens: mx.array, conv: mx.array, T: int) -> mx.array:
-    """(B, K - 1 + T, C) -> silu of the depthwise conv (B, T, C); on the CPU piece by piece, see cpu.py."""
-    K, C = conv.shape
-    if T == 1:
-        return silu((tokens * conv).sum(1, keepdims=True))
-    rows = max(1, PIECE // C) if backend().works_in_pieces else T
-    parts = []
-    for begin in range(0, T, rows):
-        end = min(begin + rows, T)
-        taps = [tokens[:, begin + tap : end + tap] * conv[tap] for tap in range(K)]
-        parts.append(silu(functools.reduce(operator.add, taps)))
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
 
 
 # --- the gated delta rule in three forms -----------------------------------------------------------------------------

@@ -14,17 +14,16 @@ import mlx.core as mx
 
 from mlx_qwen35.backend import gradients
 from mlx_qwen35.checkpoint.adapter import Pair
-from mlx_qwen35.checkpoint.names import TEXT
+from mlx_qwen35.checkpoint.names import HEAD, TEXT
 from mlx_qwen35.kernels.low_rank import ActiveAdapters
 from mlx_qwen35.model.lora import stacked
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.train.batch import Batch
-from mlx_qwen35.train.loss import piecewise_loss
+from mlx_qwen35.train.loss import LARGEST, piecewise_loss
 from mlx_qwen35.train.rows import Row
 
 Parameters = Mapping[str, Pair]  # what is trained, float32: name of a weight -> its low-rank part
 Gradients = dict[str, tuple[mx.array, mx.array]]  # of A and of B, by the weight's name
-LARGEST = 64.0  # to which a float16 gradient of hidden states is scaled, so that its small elements do not vanish
 
 
 class BatchLoss(NamedTuple):
@@ -49,7 +48,8 @@ def batch_loss(
     """Loss and gradients of rows that go through the model together, T the tokens of the longest. All is evaluated.
 
     Args:
-        parameters: low-rank parts of maps of the text model; those of the table of tokens and of the LM head too.
+        parameters: low-rank parts of maps of the text model; of the table of tokens too, and of the LM head, each by
+            its own name, also where the head is the table.
         embeddings: of each row's images and videos, (n, D) in the order of their placeholders; None: no row has any.
         pieces: hidden states whose logits are in memory at a time.
         backward: whether gradients are wanted.
@@ -70,6 +70,7 @@ def batch_loss(
         mx.eval(x)
         progress()
     hidden = model.norm(x)
+    mx.eval(hidden)
     found = piecewise_loss(
         lambda rows, *arrays: model.logits(rows, active(paired(parameters, head, arrays))),
         hidden.reshape(-1, hidden.shape[-1])[batch.rows],
@@ -78,9 +79,9 @@ def batch_loss(
         pieces=pieces,
         backward=backward,
     )
-    if not backward:
-        return BatchLoss(found.loss, len(batch.targets), {}, hidden)
     loss = found.loss
+    if not backward:
+        return BatchLoss(loss, len(batch.targets), {}, hidden)
     back = Backward(parameters)
     back.add(head, found.parameters)
     if inputs:
@@ -88,8 +89,8 @@ def batch_loss(
         dx = mx.zeros_like(hidden).reshape(-1, hidden.shape[-1])
         dx[batch.rows] = found.hidden
         back.dx = dx.reshape(hidden.shape)
-        del found, dx
         back.through(lambda x, pairs: model.norm(x), x, [])
+        del found, dx, x
         for i in range(depth - 1, lowest - 1, -1):
             layer = functools.partial(_layer, batch, i)
             back.through(layer, inputs.pop(), layers[i], further=i > lowest or bool(embedding))
@@ -109,11 +110,8 @@ def _layer(batch: Batch, i: int, x: mx.array, pairs: Parameters) -> mx.array:
 
 
 def _by_place(model: Model, parameters: Parameters) -> tuple[list[str], list[list[str]], list[str]]:
-    """The names of what is trained: of the table of tokens, of each layer, of the LM head, which may be the table."""
-    table = f"{TEXT}embed_tokens.weight"
-    embedding, head = ([name] if name in parameters else [] for name in (table, "lm_head.weight"))
-    if model.config.tie_word_embeddings:
-        head = embedding
+    """The names of what is trained: of the table of tokens, of each layer, of the LM head."""
+    embedding, head = ([name] if name in parameters else [] for name in (f"{TEXT}embed_tokens.weight", HEAD))
     layers = [[name for name in parameters if name.startswith(f"{TEXT}layers.{i}.")] for i in range(len(model.layers))]
     assert {*embedding, *head}.union(*layers) == set(parameters), "what is trained belongs to the text model"
     return embedding, layers, head

@@ -1,14 +1,16 @@
 """The loss of hidden states that predict a token each, over the vocabulary in pieces."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_qwen35.backend import gradients
-from mlx_qwen35.kernels.by_hand import Arrays, by_hand
+from mlx_qwen35.backend import backend, gradients
+from mlx_qwen35.kernels.cpu import PIECE
 from mlx_qwen35.kernels.elementwise import exp
+
+SLICE = 1 << 24  # logits of which a GPU makes probabilities at a time
+LARGEST = 64.0  # size that float16 gradients are brought to, so that their small elements do not vanish
 
 Head = Callable[..., mx.array]  # (hidden (n, D), *parameters) -> logits (n, V)
 
@@ -39,40 +41,52 @@ def piecewise_loss(
     totals = [mx.zeros_like(array) for array in parameters] if backward else []
     for start in range(0, len(targets), pieces):
         piece, wanted = hidden[start : start + pieces], targets[start : start + pieces]
-
-        def summed(piece: mx.array, *own: mx.array, wanted: mx.array = wanted) -> list[mx.array]:
-            return [token_losses(head(piece, *own), wanted).sum()]
-
-        if backward:
-            with gradients():
-                (value,), found = mx.vjp(summed, [piece, *parameters], [mx.ones(())])
-            rows.append(found[0])
-            totals = [total + own for total, own in zip(totals, found[1:], strict=True)]
-        else:
-            (value,) = summed(piece, *parameters)
-        mx.eval(value, rows[-1:], totals)
-        loss += float(value)
+        losses, d_logits = cross_entropy(head(piece, *parameters), wanted, backward)
+        mx.eval(losses, d_logits)
+        loss += float(losses.sum())
+        if d_logits is None:
+            continue
+        with gradients():  # of a linear map: its product is not computed again
+            _, found = mx.vjp(lambda *given: [head(*given)], [piece, *parameters], [d_logits])
+        found = [own / LARGEST for own in found] if d_logits.dtype == mx.float16 else found
+        del d_logits
+        rows.append(found[0])
+        totals = [total + own for total, own in zip(totals, found[1:], strict=True)]
+        mx.eval(rows[-1], totals)
     if not backward:
         return PiecewiseLoss(loss, None, ())
     return PiecewiseLoss(loss, mx.concatenate(rows) if rows else hidden, totals)
 
 
-def token_losses(logits: mx.array, targets: mx.array) -> mx.array:
-    """(n,) float32, -log p of each target (n,) by the softmax of logits (n, V), in float32."""
-    return by_hand(functools.partial(_losses, targets=targets), functools.partial(_gradient, targets=targets), logits)
+def cross_entropy(logits: mx.array, targets: mx.array, backward: bool) -> tuple[mx.array, mx.array | None]:
+    """-log p of each target (n,) by the softmax of logits (n, V), in float32; and the gradient of its sum, if wanted.
+
+    The gradient is the softmax, less 1 at the target, in the dtype of the logits; in float16, which ends at 6e-8, times
+    LARGEST. It takes the place of the logits in memory.
+    """
+    n, V = logits.shape
+    step = max(1, (PIECE if backend().works_in_pieces else SLICE) // V)
+    losses = []
+    mx.eval(logits)
+    for start in range(0, n, step):
+        some = slice(start, start + step)
+        loss, gradient = _of_slice(logits[some], targets[some], backward)
+        mx.eval(loss, gradient)  # so that nothing but `logits` holds its memory, and MLX writes into it
+        losses.append(loss)
+        if gradient is not None:
+            logits[some] = gradient
+            mx.eval(logits)
+    return mx.concatenate(losses), logits if backward else None
 
 
-def _losses(logits: mx.array, targets: mx.array) -> mx.array:
-    picked = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return mx.logsumexp(logits.astype(mx.float32), axis=-1) - picked.astype(mx.float32)
-
-
-def _gradient(primals: Arrays, d_losses: mx.array, losses: mx.array, targets: mx.array) -> Arrays:
-    """softmax(logits) - onehot(target), times the cotangent of each loss."""
-    (logits,) = primals
-    index = targets[:, None]
-    picked = mx.take_along_axis(logits, index, axis=-1).astype(mx.float32)
-    total = losses[:, None] + picked  # the log of the sum of exponentials
-    p = exp(logits.astype(mx.float32) - total)
-    p = mx.put_along_axis(p, index, mx.take_along_axis(p, index, axis=-1) - 1, axis=-1)
-    return [(d_losses[:, None] * p).astype(logits.dtype)]
+def _of_slice(logits: mx.array, targets: mx.array, backward: bool) -> tuple[mx.array, mx.array | None]:
+    x, index = logits.astype(mx.float32), targets[:, None]
+    x = x - x.max(-1, keepdims=True)
+    picked = mx.take_along_axis(x, index, axis=-1)
+    x = exp(x)
+    total = x.sum(-1, keepdims=True)
+    losses = (mx.log(total) - picked)[:, 0]
+    if not backward:
+        return losses, None
+    gradient = (x / total).at[mx.arange(len(x))[:, None], index].add(-1.0)
+    return losses, (gradient * LARGEST if logits.dtype == mx.float16 else gradient).astype(logits.dtype)

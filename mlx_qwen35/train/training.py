@@ -30,7 +30,7 @@ from mlx_qwen35.train.parameters import LAYERS, Parts, first_values, trained_par
 from mlx_qwen35.train.report import after, before
 from mlx_qwen35.train.rows import RowFile, open_rows
 from mlx_qwen35.train.state import RunFolder, RunState
-from mlx_qwen35.train.trained import Trained, run_of
+from mlx_qwen35.train.trained import Trained, run_of, versions
 
 FREE = ("save_every",)  # options that may change when a run goes on
 Reads = Callable[[str, int, int, str], None]  # what is read, how much of it, of how much, in which unit
@@ -95,6 +95,7 @@ class Prepared:
             "data": {f"{split}.jsonl": file.fingerprint for split, file in self.files.items()},
             "model": {"weights": fingerprint(self.checkpoint), "dtype": dtype_name(self.dtype)},
             "adapter": self.begin and self.begin.fingerprint,
+            "versions": versions(),
         }
         return json.loads(json.dumps(found))
 

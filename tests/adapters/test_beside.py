@@ -1,26 +1,30 @@
 """Adapters beside the weights: they give what their product gives in the weights, in the bytes that are planned."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from adapters import golden_adapters as goldens
 from adapters.random_adapters import dequantized, every_map, fused_into, made
 from image_memory import noise  # of examples
 from memory_use import active
+from parity import vision_cases
 from refusing import refused
 
 from mlx_qwen35 import generate, load
 from mlx_qwen35.backend import CPU, assume
 from mlx_qwen35.budget.plan import mac, plan_memory, this_machine
 from mlx_qwen35.checkpoint.adapter import Adapter
-from mlx_qwen35.checkpoint.adapter_choice import Chosen
+from mlx_qwen35.checkpoint.adapter_choice import Chosen, choose
 from mlx_qwen35.checkpoint.adapter_write import write_adapter
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.hub import resolve
-from mlx_qwen35.checkpoint.names import HEAD, MTP, TEXT, VISION
+from mlx_qwen35.checkpoint.names import HEAD, MTP, TABLE, TEXT, VISION
 from mlx_qwen35.load import load_model
-from mlx_qwen35.model.model import Model
+from mlx_qwen35.model.model import Model, Visual
+from mlx_qwen35.prompt.positions import positions
 
 TOKENS = mx.array([[5, 190, 77, 3, 251, 18, 9, 64, 130, 2, 41]])
 JOINING = replace(CPU, joins_projections=True)  # products are joined and add in one launch, as on a GPU
@@ -50,6 +54,51 @@ def apart(a: mx.array, b: mx.array) -> float:
     return mx.abs(a - b).max().item()
 
 
+# --- the programs that make adapters ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def golden_model(parity_folder) -> Path:
+    return parity_folder(goldens.MODEL)
+
+
+def golden(name: str, folder: Path, target: Path, scale: float = 1.0) -> tuple[Checkpoint, Model]:
+    """The model of a golden adapter, which is loaded as `load` does."""
+    checkpoint = open_checkpoint(folder)
+    chosen = choose(goldens.write(name, target / name, folder), scale, checkpoint)
+    return checkpoint, load_model(checkpoint, mx.float32, "it", adapters=chosen)
+
+
+@pytest.mark.core(4)
+@pytest.mark.parametrize("name", [name for name in (*goldens.PEFT, *goldens.MLX) if "dora" not in name])
+def test_beside_the_weights_an_adapter_gives_the_logits_of_the_program_that_made_it(name, golden_model, tmp_path):
+    _, model = golden(name, golden_model, tmp_path)
+    found = np.array(model(mx.array(goldens.TOKENS)[None])[0])
+    assert goldens.answers(name).error("logits", found) < 1e-5
+
+
+@pytest.mark.parametrize("name", goldens.OF_VISION)
+def test_peft_sees_and_says_of_an_image_what_is_seen_and_said_here(name, golden_model, tmp_path):
+    _, model = golden(name, golden_model, tmp_path)
+    answers, cache = goldens.answers(name), model.make_cache()
+    adapters, encoder = model.active(cache), model.vision.part
+    tower = encoder.encode(vision_cases.media(goldens.MODEL, "adapted", goldens.GRID), adapters)
+    assert answers.error("tower", np.array(tower)) < 8e-4  # of a deviation of 40
+    prompt = goldens.SCENE.prompt
+    columns = [column for place in prompt.placeholders for column in range(place.start, place.stop)]
+    seen = mx.concatenate([encoder.encode(placed.media, adapters) for placed in prompt.media])
+    visual = Visual(mx.zeros(len(columns), mx.int32), mx.array(columns), seen)
+    table = positions(len(prompt.tokens), prompt.placeholders)[:, None]
+    hidden = model.hidden(mx.array([list(prompt.tokens)]), cache, None, visual, table)
+    assert answers.error("image logits", np.array(model.logits(hidden, adapters)[0])) < 2e-5
+
+
+@pytest.mark.parametrize("name", [name for name in (*goldens.PEFT, *goldens.MLX) if "dora" in name])
+def test_dora_beside_the_weights_is_refused(name, golden_model, tmp_path):
+    with refused("adapter_unsupported", name, "--adapter"):
+        golden(name, golden_model, tmp_path)
+
+
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
@@ -70,7 +119,7 @@ def test_an_adapter_of_some_maps_changes_these_alone(tiny, place):
         assert apart(loaded(tiny, adapter)(TOKENS), loaded(fused_into(tiny, adapter))(TOKENS)) < CLOSE
 
 
-@pytest.mark.parametrize("name", [f"{TEXT}embed_tokens.weight", HEAD])
+@pytest.mark.parametrize("name", [TABLE, HEAD])
 def test_of_a_tied_table_and_its_head_each_has_a_part_of_its_own(tiny, name):
     adapter = made(every_map(tiny), only=lambda other: other == name)
     ours, plain = loaded(tiny, adapter), loaded(tiny)
@@ -163,7 +212,7 @@ def test_whole_tensors_take_the_place_of_the_checkpoints_and_are_not_packed(stor
 
 
 def test_a_head_of_its_own_makes_a_tied_model_untied(tiny):
-    adapter = Adapter(tiny.folder, "peft", {}, {HEAD: whole(tiny, "embed_tokens.weight")[f"{TEXT}embed_tokens.weight"]})
+    adapter = Adapter(tiny.folder, "peft", {}, {HEAD: whole(tiny, TABLE)[TABLE]})
     model, plain = loaded(tiny, adapter), loaded(tiny)
     assert not model.config.tie_word_embeddings and mx.array_equal(model.embed(TOKENS), plain.embed(TOKENS))
     expected = plain.hidden(TOKENS) @ adapter.replaced.get(HEAD, model.lm_head.weight).T

@@ -235,11 +235,12 @@ def test_options_of_images_hold_for_rows(tmp_path: Path, nano: Processor):
 def test_the_report_counts_what_is_trained(tmp_path: Path, nano: Processor):
     picture(tmp_path, "a.png")
     given = [{**ROW, "image": "a.png", "id": 3}, {"messages": [user("a"), answer("b", "r")], "source": "x"}, ROW]
+    given[1]["messages"][0]["images"] = ["a.png"]
     rows = rows_of(given, nano, 500, folder=tmp_path)
     report = rows.report
     assert (report.lines, report.rows, report.answers, report.thinking) == (3, 3, 3, 1)
     assert (report.tokens, report.targets) == (sum(rows.lengths), sum(rows.targets))
-    assert (report.images, report.visual, report.unread) == (1, 2, ("id", "source"))
+    assert (report.images, report.visual, report.unread) == (1, 2, ("id", "messages.images", "source"))
     assert rows.shown() == [0]
 
 
