@@ -42,7 +42,7 @@ def trained_parts(config: TextConfig, options: TrainOptions, begin: Adapter | No
     adapter holds what cannot be trained.
     """
     rank = options.rank or RANK
-    chosen = _chosen(config, options) if begin is None else _of_adapter(config, options, begin)
+    chosen = _chosen(config, options) if begin is None else _of_adapter(options, begin)
     head = mtp_shapes(config) if options.draft_head else {}
     return chosen | {name: Part(shape[0], shape[1], rank) for name, shape in head.items()
                      if is_matrix(name, shape) and name not in chosen}  # fmt: skip
@@ -75,7 +75,7 @@ def _ends(name: str, target: str) -> bool:
     return f".{name.removesuffix('.weight')}".endswith(f".{target}")
 
 
-def _of_adapter(config: TextConfig, options: TrainOptions, adapter: Adapter) -> dict[str, Part]:
+def _of_adapter(options: TrainOptions, adapter: Adapter) -> dict[str, Part]:
     foreign = [name for name in adapter.pairs if not name.startswith((TEXT, "lm_head.", MTP))]
     if adapter.replaced or adapter.magnitudes or foreign:
         what = "whole tensors" if adapter.replaced else "magnitudes (DoRA)" if adapter.magnitudes else foreign[0]
@@ -84,9 +84,8 @@ def _of_adapter(config: TextConfig, options: TrainOptions, adapter: Adapter) -> 
             f"{spelled('from_adapter')} must hold low-rank parts of the text model alone; {adapter.path} holds {what}. "
             "Fuse it into the model, and train a new adapter on that",
         )
-    skipped = [MTP] * (not options.draft_head) + ["lm_head."] * config.tie_word_embeddings  # the table's, if tied
     return {name: Part(len(pair.b), pair.a.shape[1], len(pair.a)) for name, pair in adapter.pairs.items()
-            if not name.startswith(tuple(skipped))}  # fmt: skip
+            if options.draft_head or not name.startswith(MTP)}  # fmt: skip
 
 
 def first_values(parts: Parts, options: TrainOptions, begin: Adapter | None) -> dict[str, Pair]:
