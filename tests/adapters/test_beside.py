@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from adapters import golden_adapters as goldens
@@ -137,6 +138,23 @@ def test_beside_packed_weights_is_as_beside_the_same_numbers_unpacked(packed, pl
     with assume(place):
         unpacked = {name: dequantized(packed, name) for name in every_map(packed) if name in packed.entries}
         assert apart(loaded(packed, adapter)(TOKENS), loaded(packed.replacing(unpacked), adapter)(TOKENS)) < 1e-4
+
+
+@pytest.mark.full
+def test_beside_packed_weights_an_adapter_loses_what_packing_loses(tmp_path):
+    """Of nano by recipe 4bit, over 1,024 random tokens: KL to float32 is 0.10 with an adapter and without."""
+    from mlx_qwen35.convert import convert
+
+    nano = open_checkpoint(resolve("nano"))
+    small = open_checkpoint(convert(resolve("nano"), tmp_path / "packed", recipe="4bit"))
+    adapter = made(every_map(nano, f"{TEXT}layers."), 1, (16,), strength=0.2)
+    tokens = mx.array(np.random.default_rng(0).integers(0, 1000, (4, 256)))
+
+    def divergence(*given: Adapter) -> float:
+        p, q = (nn.log_softmax(loaded(own, *given)(tokens)) for own in (nano, small))
+        return (mx.exp(p) * (p - q)).sum(-1).mean().item()
+
+    assert divergence(adapter) < 1.2 * divergence() < 0.2
 
 
 def test_products_stay_joined_and_have_one_low_rank_part_each(packed):
