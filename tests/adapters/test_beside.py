@@ -30,7 +30,7 @@ from mlx_qwen35.prompt.positions import positions
 TOKENS = mx.array([[5, 190, 77, 3, 251, 18, 9, 64, 130, 2, 41]])
 JOINING = replace(CPU, joins_projections=True)  # products are joined and add in one launch, as on a GPU
 CLOSE = 3e-5  # logits of deviation 0.4, which these adapters move by 2: as far as sums in another order go
-PLACES = pytest.mark.parametrize("place", [CPU, JOINING], ids=["cpu", "joined"])
+PLACES = pytest.mark.parametrize("place", [JOINING, CPU], ids=["joined", "cpu"])
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def golden(name: str, folder: Path, target: Path, scale: float = 1.0) -> tuple[C
     return checkpoint, load_model(checkpoint, mx.float32, "it", adapters=chosen)
 
 
-@pytest.mark.core(4)
+@pytest.mark.core(3)
 @pytest.mark.parametrize("name", [name for name in (*goldens.PEFT, *goldens.MLX) if "dora" not in name])
 def test_beside_the_weights_an_adapter_gives_the_logits_of_the_program_that_made_it(name, golden_model, tmp_path):
     _, model = golden(name, golden_model, tmp_path)
@@ -103,6 +103,7 @@ def test_dora_beside_the_weights_is_refused(name, golden_model, tmp_path):
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core(1)
 @PLACES
 def test_beside_the_weights_is_as_inside_them(tiny, place):
     adapter = made(every_map(tiny), ranks=(4, 1, 7))
@@ -113,6 +114,7 @@ def test_beside_the_weights_is_as_inside_them(tiny, place):
         assert mx.array_equal(ours(TOKENS, ours.make_cache(adapter="base")), plain(TOKENS))
 
 
+@pytest.mark.core(1)
 @PLACES
 def test_an_adapter_of_some_maps_changes_these_alone(tiny, place):
     adapter = made(every_map(tiny), only=lambda name: name.endswith(("in_proj_b.weight", "k_proj.weight")))
@@ -132,6 +134,7 @@ def test_of_a_tied_table_and_its_head_each_has_a_part_of_its_own(tiny, name):
     assert [difference > 1e-3 for difference in changed] == [name != HEAD, name == HEAD]
 
 
+@pytest.mark.core(1)
 @PLACES
 def test_beside_packed_weights_is_as_beside_the_same_numbers_unpacked(packed, place):
     adapter = made(every_map(packed))
@@ -210,8 +213,9 @@ def whole(checkpoint: Checkpoint, *ends: str) -> dict[str, mx.array]:
 ENDS = ("input_layernorm.weight", "linear_attn.norm.weight", "k_proj.weight", "A_log", "merger.norm.weight")
 
 
+@pytest.mark.core(1)
 @PLACES
-@pytest.mark.parametrize("stored", ["tiny", "packed"])
+@pytest.mark.parametrize("stored", ["packed", "tiny"])
 def test_whole_tensors_take_the_place_of_the_checkpoints_and_are_not_packed(stored, place, request):
     checkpoint = request.getfixturevalue(stored)
     adapter = made(
@@ -259,6 +263,7 @@ def exact(monkeypatch):
     mx.set_cache_limit(before)
 
 
+@pytest.mark.core(1)
 @PLACES
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16], ids=str)
 def test_low_rank_parts_take_the_bytes_that_are_planned(packed, place, dtype, exact):
