@@ -212,7 +212,9 @@ def test_a_session_that_took_another_adapter_is_of_that_one(nano, tmp_path):
     path = tmp_path / "talk"
     with Session.load(path, *nano, adapter="a", **OPTIONS) as session:
         assert session.conversation.send(ASK).text
+        session.save()
         session.conversation.change(adapter="b")
+        assert session.changed
         session.save()
     with refused("session_foreign", "(b)"):
         Session.load(path, *nano, adapter="a")
