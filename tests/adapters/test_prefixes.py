@@ -224,6 +224,13 @@ def test_a_session_that_took_another_adapter_is_of_that_one(nano, tmp_path):
         assert again.text and again.result.tokens == generate(*nano, ASK, adapter="b", **OPTIONS).tokens
 
 
+def test_a_session_that_takes_another_adapter_has_changed(nano, tmp_path):
+    with Session.load(tmp_path / "talk", *nano, **OPTIONS) as session:
+        session.save()
+        session.conversation.change(adapter="b")
+        assert session.changed
+
+
 @pytest.mark.full
 def test_undo_keeps_what_the_adapter_has_read(nano):
     conversation = Conversation(*nano, adapter="a", **OPTIONS)
