@@ -238,6 +238,8 @@ complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using convert' -l q-vision-bits -x 
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using convert' -l dtype -xka "float32 float16 bfloat16" -d 'dtype of what is not quantized (default: the source'"'"'s)'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using convert' -l rope-scaling -x -d 'write yarn or yarn:FACTOR into config.json, for contexts beyond that of training, or none (default: as in the source)'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using convert' -l rounding -xka "search nearest" -d 'how quantized groups are rounded (default: search)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using convert' -l adapter -xka "(__fish_complete_directories)" -d 'fuse an adapter into the weights: a folder of PEFT, mlx-lm or mlx-vlm'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using convert' -l adapter-scale -x -d 'a factor of the adapter'"'"'s own scale'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using convert' -l calibration -xka "(__fish_complete_path (commandline -ct))" -d 'weigh rounding errors by the activations on this text file'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using convert' -l overwrite -d 'replace the checkpoint at --mlx-path when done'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using convert' -l resume -d 'continue a killed conversion to --mlx-path'

@@ -150,6 +150,8 @@ _shtab_mlx_qwen35_convert_options=(
   "--dtype[dtype of what is not quantized (default\: the source\'s)]:{float32,float16,bfloat16}:(float32 float16 bfloat16)"
   "--rope-scaling[write yarn or yarn\:FACTOR into config.json, for contexts beyond that of training, or none (default\: as in the source)]:TYPE:"
   "--rounding[how quantized groups are rounded (default\: search)]:{search,nearest}:(search nearest)"
+  "--adapter[fuse an adapter into the weights\: a folder of PEFT, mlx-lm or mlx-vlm]:FOLDER:_files -/"
+  "--adapter-scale[a factor of the adapter\'s own scale]:X:"
   "--calibration[weigh rounding errors by the activations on this text file]:FILE:_files"
   "--overwrite[replace the checkpoint at --mlx-path when done]"
   "--resume[continue a killed conversion to --mlx-path]"
