@@ -10,7 +10,7 @@ import numpy as np
 
 from mlx_qwen35.checkpoint.adapter import Adapter, Pair
 from mlx_qwen35.checkpoint.config import TextConfig
-from mlx_qwen35.checkpoint.names import MTP, TEXT
+from mlx_qwen35.checkpoint.names import HEAD, MTP, TABLE, TEXT
 from mlx_qwen35.checkpoint.shapes import is_matrix, mtp_shapes, text_shapes
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.options import spelled
@@ -49,7 +49,9 @@ def trained_parts(config: TextConfig, options: TrainOptions, begin: Adapter | No
 
 
 def _chosen(config: TextConfig, options: TrainOptions) -> dict[str, Part]:
-    maps = {name: shape for name, shape in text_shapes(config).items() if is_matrix(name, shape)}
+    shapes = text_shapes(config)
+    shapes.setdefault(HEAD, shapes[TABLE])  # a tied head has a low-rank part of its own, as in PEFT
+    maps = {name: shape for name, shape in shapes.items() if is_matrix(name, shape)}
     first = config.num_hidden_layers - (options.layers or config.num_hidden_layers)
     offered = {name: shape for name, shape in maps.items() if not name.startswith(LAYERS) or _layer(name) >= first}
     targets = options.targets
@@ -76,7 +78,7 @@ def _ends(name: str, target: str) -> bool:
 
 
 def _of_adapter(options: TrainOptions, adapter: Adapter) -> dict[str, Part]:
-    foreign = [name for name in adapter.pairs if not name.startswith((TEXT, "lm_head.", MTP))]
+    foreign = [name for name in adapter.pairs if not name.startswith((TEXT, HEAD, MTP))]
     if adapter.replaced or adapter.magnitudes or foreign:
         what = "whole tensors" if adapter.replaced else "magnitudes (DoRA)" if adapter.magnitudes else foreign[0]
         raise InputError(
