@@ -1,9 +1,9 @@
 """Checkpoint -> folder for MLX.
 
-source.py reads the source, recipes.py chooses quantizations, plan.py plans the tensors to write and files.py the files
-beside them; stream.py writes, chunk by chunk (rows, rounding, float16, verify), target.py places the folder and
-journal.py makes it resumable. calibrate.py measures activations, evaluate.py the result, sensitivity.py the cost of
-each group of tensors; card.py writes the model card.
+source.py (with fp8.py) reads the source, fusion.py fuses an adapter into it, recipes.py chooses quantizations, plan.py
+plans the tensors to write and files.py the files beside them; stream.py writes, chunk by chunk (rows, rounding,
+float16, verify), target.py places the folder and journal.py makes it resumable. calibrate.py measures activations,
+evaluate.py the result, sensitivity.py the cost of each group of tensors; card.py writes the model card.
 """
 
 if __name__ == "convert":  # an editable install puts this folder on the path too
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mlx_qwen35.convert.cached import convert_cached
 from mlx_qwen35.convert.conversion import Conversion
+from mlx_qwen35.convert.fusion import AdapterOptions
 from mlx_qwen35.convert.progress import downloading
 from mlx_qwen35.convert.recipes import StorageOptions
 from mlx_qwen35.convert.target import target_path
@@ -32,6 +33,8 @@ def convert(
     q_vision_bits: int | None = None,
     dtype: str | None = None,
     rope_scaling: str | None = None,
+    adapter: str | Path | None = None,
+    adapter_scale: float = 1.0,
     rounding: str = "search",
     calibration: str | Path | None = None,
     evaluation: str | Path | None = None,
@@ -56,9 +59,13 @@ def convert(
     dtype: "float16", "bfloat16" or "float32" of unquantized tensors; by default the one that config.json names. A_log
     stays float32, and other float32 vectors of the text model are stored twice, rounded and as they are.
     rope_scaling: "yarn", "yarn:FACTOR" or "none" in place of the source's, see docs/long_context.md.
+    adapter: folder of an adapter, PEFT's, mlx-lm's or mlx-vlm's, that is fused into the weights: W + scale B A in
+    float32, rounded to the output's dtype, then quantized. What it does not change stays as it is. adapter_scale: a
+    factor of its own scale. See docs/adapters.md.
     rounding: "search" finds ranges, scales and biases of each group with less error than "nearest", mx.quantize's.
     calibration: a text file; the error is then weighted by the inputs of each column on it.
-    evaluation: a text file on which the result is compared with the source: perplexity, KL divergence, top-1.
+    evaluation: a text file on which the result is compared with the source, the adapter fused into it: perplexity, KL
+    divergence, top-1.
     verify: measure the error of every tensor, and read again what was written. resume: continue a killed conversion to
     mlx_path.
 
@@ -68,9 +75,10 @@ def convert(
     """
     target = target_path(mlx_path)
     storage = recipe, quantize, q_bits, q_group_size, q_mode, q_vision_bits, dtype, rope_scaling, rounding
-    options = StorageOptions(*storage)
+    options, fused = StorageOptions(*storage), AdapterOptions(adapter, adapter_scale)
     with downloading("downloading and converting") as tell:
         Conversion(
-            hf_path, target, options, tell, calibration, evaluation, verify, resume, revision, overwrite
+            hf_path, target, options, tell, calibration, evaluation, verify, resume, revision, overwrite,
+            adapter=fused,
         ).run()
     return target

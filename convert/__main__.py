@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mlx_qwen35.checkpoint.fusing import with_own_head
 from mlx_qwen35.checkpoint.hub import check_repository, look, resolve, upload
 from mlx_qwen35.checkpoint.names import VISION
 from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes
@@ -22,6 +23,7 @@ from mlx_qwen35.convert import convert, sensitivity_plot
 from mlx_qwen35.convert.card import QUALITY
 from mlx_qwen35.convert.conversion import with_default
 from mlx_qwen35.convert.dry_run import describe, planned_tensors
+from mlx_qwen35.convert.fusion import AdapterOptions, described
 from mlx_qwen35.convert.options import CommandOptions, FolderOptions, WritingOptions
 from mlx_qwen35.convert.plan import make_plan
 from mlx_qwen35.convert.recipes import DEFAULT, StorageOptions, check_saving, save_recipe
@@ -52,12 +54,14 @@ def parser() -> Parser:
         examples=(
             "--hf-path Qwen/Qwen3.5-4B --mlx-path Qwen3.5-4B-4bit",
             "--hf-path Qwen/Qwen3.5-4B --dry-run --recipe 8bit",
+            "--hf-path Qwen/Qwen3.5-4B --adapter my-adapter --mlx-path my-4B-4bit",
             "--hf-path nano --mlx-path nano-8bit --recipe 8bit",
         ),
     )
     own = options_of(CommandOptions)
     add_options(parser, options_of(FolderOptions).values())
     add_options(parser.add_argument_group("storage"), options_of(StorageOptions).values())
+    add_options(parser.add_argument_group("adapter"), options_of(AdapterOptions).values())
     group = parser.add_argument_group("writing and checking")
     add_options(group, [*options_of(WritingOptions).values(), own["upload_repo"]])
     group = parser.add_argument_group("measurements, which write no weights")
@@ -71,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with as_command(COMMAND):
         args = parser().parse(arguments)
         check_json(args.json)
-        options = given_options(args, (FolderOptions, StorageOptions, WritingOptions))
+        options = given_options(args, (FolderOptions, StorageOptions, AdapterOptions, WritingOptions))
         _check_effects(args)
         if args.dry_run or args.sensitivity:
             _look(args, options)
@@ -118,10 +122,11 @@ def _look(args: argparse.Namespace, options: dict[str, Any]) -> None:
             f"{listed(idle)} has no effect where nothing is written (--dry-run, --sensitivity); leave it out",
         )
     given = {name: options[name] for name in options_of(StorageOptions) if name in options}
+    adapter = AdapterOptions(**{name: options[name] for name in options_of(AdapterOptions) if name in options})
     if args.dry_run:
         with look(args.hf_path, args.revision) as source, reading(source):
             # while the folder is there
-            plan = make_plan(source, with_default(source, StorageOptions(**given)))
+            plan = make_plan(source, with_default(source, StorageOptions(**given)), adapter)
             found, listing = planned_tensors(plan), describe(plan)
         if not write_json(args.json, found):
             print(listing)
@@ -137,28 +142,34 @@ def _look(args: argparse.Namespace, options: dict[str, Any]) -> None:
     if args.plot:
         check_plot(args.plot)
     if args.save_recipe:
-        check_saving(args.save_recipe, (args.sensitivity.expanduser(), *source.iterdir()))
+        folders = [folder for folder in (source, *adapter.folders) if folder.is_dir()]
+        read = [file for folder in folders for file in folder.iterdir()]
+        check_saving(args.save_recipe, (args.sensitivity.expanduser(), *read))
     with reading(source):
         checkpoint = open_checkpoint(source)
-    costs = _sensitivity(checkpoint, read_file("--sensitivity", args.sensitivity), args)
+    costs = _sensitivity(checkpoint, adapter, read_file("--sensitivity", args.sensitivity), args)
     if args.plot:
-        name = args.hf_path.rstrip("/").split("/")[-1]
+        name = " with ".join(Path(given).name for given in (args.hf_path, *adapter.folders))
         sensitivity_plot.draw(args.plot, name, f"{name}, on {args.sensitivity.name}", costs)
 
 
-def _sensitivity(checkpoint: Checkpoint, text: str, args: argparse.Namespace) -> Sequence[GroupCost]:
+def _sensitivity(
+    checkpoint: Checkpoint, adapter: AdapterOptions, text: str, args: argparse.Namespace
+) -> Sequence[GroupCost]:
     """Print the table; under a cap, tensors in no group (norms, vision encoder, draft head) count as by default.
 
     A cap that nothing fits under is refused before anything is measured, and what was measured is printed first.
     """
     tokens, limit, other, cap = windows(checkpoint, text), 0, 0, args.cap
+    fused = adapter.read(checkpoint)
+    checkpoint = with_own_head(checkpoint, fused)
     if cap is not None:
         planned = unmeasured(checkpoint)
         grouped = {name for cost in planned for name in cost.names}
-        jobs = make_plan(checkpoint.folder, StorageOptions(DEFAULT)).jobs
+        jobs = make_plan(checkpoint.folder, StorageOptions(DEFAULT), adapter).jobs
         limit, other = int(cap * 1e9), sum(job.nbytes for job in jobs if job.source.name not in grouped)
         smallest(planned, limit, other)
-    costs = sensitivity(checkpoint, tokens)
+    costs = sensitivity(checkpoint, tokens, adapter=fused)
     proposal = None if cap is None else propose(costs, limit, other)
     if not write_json(args.json, measured(costs, proposal)):
         print(table(costs, proposal), flush=True)
@@ -186,6 +197,7 @@ def _written(folder: Path, seconds: float) -> dict[str, Any]:
     """What a conversion has written, for --json."""
     checkpoint = open_checkpoint(folder)
     tensors = [*checkpoint.entries.values(), *checkpoint.fp32_original.values()]
+    told = json.loads((folder / QUALITY).read_text(encoding="utf-8"))
     return {
         "folder": str(folder),
         "tensors": len(tensors),
@@ -193,7 +205,8 @@ def _written(folder: Path, seconds: float) -> dict[str, Any]:
         "bytes": sum(entry.nbytes for entry in tensors),
         "text_model": _size(checkpoint.nbytes(), text_shapes(checkpoint.config.text).values()),
         "vision_encoder": _vision(checkpoint),
-        "against_source": json.loads((folder / QUALITY).read_text(encoding="utf-8")).get("evaluation"),
+        "adapter": told.get("adapter"),
+        "against_source": told.get("evaluation"),
         "seconds": round(seconds, 1),
     }
 
@@ -214,9 +227,12 @@ def _summary(found: Mapping[str, Any]) -> str:
         left = vision["unquantized"]
         note = f", {left} of its {vision['matrices']} matrices unquantized" if left else ""
         lines.append(f"vision encoder: {size(vision)}{note}")
+    if found["adapter"]:
+        lines.append(f"adapter {described(found['adapter'])}")
     if quality := found["against_source"]:
+        source = "the source with the adapter" if found["adapter"] else "the source"
         lines.append(
-            f"against the source on {quality['positions']} tokens: KL divergence {quality['kl']:.5f}, same most likely "
+            f"against {source} on {quality['positions']} tokens: KL divergence {quality['kl']:.5f}, same most likely "
             f"token {quality['top1']:.2%}, perplexity {quality['perplexity']:.4f} (source "
             f"{quality['source_perplexity']:.4f})"
         )

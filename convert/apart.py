@@ -16,9 +16,9 @@ Key = tuple[int, int]  # device, inode
 
 @dataclass(frozen=True)
 class Reads:
-    """What a conversion reads: the folder of the source, and files of texts and recipes."""
+    """What a conversion reads: the folders of source and adapter, and files of texts and recipes."""
 
-    folder: Path
+    folders: tuple[Path, ...]
     files: tuple[Path, ...] = ()
 
 
@@ -27,12 +27,13 @@ def check_apart(reads: Reads, target: Path, written: tuple[Path, ...]) -> None:
 
     written: the target and the hidden folders beside it; they need not exist.
     """
-    content = list(_within(Path(os.path.realpath(reads.folder))))
-    folders = {key for _, key, is_folder in content if is_folder}
-    read = {path: key_of(path) for path in (reads.folder, *(path for path, *_ in content), *reads.files)}
+    content = {folder: list(_within(Path(os.path.realpath(folder)))) for folder in reads.folders}
+    within = [path for found in content.values() for path, *_ in found]
+    read = {path: key_of(path) for path in (*reads.folders, *within, *reads.files)}
     for folder in written:
-        if folders & _above(folder):
-            raise _overlap(f"{folder} is or lies in the source {reads.folder}", target)
+        for own, found in content.items():
+            if {key for _, key, is_folder in found if is_folder} & _above(folder):
+                raise _overlap(f"{folder} is or lies in {own}, which is read", target)
         itself, there = key_of(folder), {key for _, key, _ in _within(folder)}
         for path, key in read.items():
             if key and (key in there or itself in _above(path)):

@@ -14,7 +14,7 @@ from mlx_qwen35.convert.conversion import Conversion, with_default
 from mlx_qwen35.convert.plan import ConversionPlan, make_plan
 from mlx_qwen35.convert.progress import Told
 from mlx_qwen35.convert.recipes import DEFAULT, RECIPES, StorageOptions
-from mlx_qwen35.convert.supply import most_bytes
+from mlx_qwen35.convert.supply import files_of, most_bytes
 from mlx_qwen35.convert.target import telling
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.options import spelled
@@ -117,5 +117,5 @@ def prospect(name: str, recipe: str, revision: str | None = None) -> Iterator[Pr
         folder = plan.write_headers(Path(place))
         cached = headers.parent.name == "snapshots"  # whole in huggingface_hub's cache, where it is read
         download = 0 if cached else sum(file.stat().st_size for file in files)
-        most = plan.nbytes + (0 if cached else most_bytes(plan))
+        most = plan.nbytes + (0 if cached else most_bytes(map(files_of, plan.jobs)))
         yield Prospect(open_checkpoint(folder), download, plan.nbytes, most)

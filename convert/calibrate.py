@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_qwen35.checkpoint.adapter import Adapter
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.names import TEXT
 from mlx_qwen35.convert.progress import percent
@@ -22,14 +23,18 @@ from mlx_qwen35.model.layers import Joined, Linear
 from mlx_qwen35.model.weights import Weights
 
 
-def statistics(checkpoint: Checkpoint, tokens: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+def statistics(
+    checkpoint: Checkpoint, tokens: Sequence[Sequence[int]], adapter: Adapter | None = None
+) -> dict[str, np.ndarray]:
     """Hugging Face name of each matrix of the text model -> (columns,) float32, mean squares over all tokens.
 
-    A tied embedding counts as the lm_head that it also is; an untied one has no inputs and no entry.
+    A tied embedding counts as the lm_head that it also is; an untied one has no inputs and no entry. adapter: fused
+    into the weights.
     """
     batches = make_batches(tokens, checkpoint.config.text.vocab_size)
     sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(1))
-    model = Layerwise(checkpoint, choose_dtype(checkpoint, None), lambda weights: _RecordedWeights.of(weights, sums))
+    dtype = choose_dtype(checkpoint, None)
+    model = Layerwise(checkpoint, dtype, lambda weights: _RecordedWeights.of(weights, sums), adapter=adapter)
     states = model.embed(batches)
     count = sum(batch.tokens.size for batch in batches)
     with percent("calibrating", count * model.weights_from(0)) as progress:

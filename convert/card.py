@@ -19,6 +19,7 @@ from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION
 from mlx_qwen35.checkpoint.shapes import is_matrix
 from mlx_qwen35.console.table import markdown
 from mlx_qwen35.convert.error_plot import plot
+from mlx_qwen35.convert.fusion import described
 from mlx_qwen35.convert.sensitivity import groups
 from mlx_qwen35.convert.verify import Difference
 from mlx_qwen35.load import has_vision
@@ -37,7 +38,7 @@ class Facts:
     name: of the folder. source: an id or a path, of which the card has the last part. commit: of the id; "" for a path.
     recipe: its name, or the options
     by hand. errors: Hugging Face name -> the errors of that tensor. text: the name of the text of the evaluation.
-    license: as Hugging Face writes it, see files.py.
+    license: as Hugging Face writes it, see files.py. adapter: that was fused, see `fusion.facts`.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Facts:
     text: str = ""
     license: str | None = None
     commit: str = ""
+    adapter: Mapping[str, Any] | None = None
 
 
 def write_card(folder: Path, facts: Facts) -> None:
@@ -95,6 +97,7 @@ def quality(checkpoint: Checkpoint, facts: Facts) -> dict[str, Any]:
     values: dict[str, Any] = {
         "source": _last(facts.source),
         **({"commit": facts.commit} if facts.commit else {}),
+        **({"adapter": facts.adapter} if facts.adapter else {}),
         "recipe": facts.recipe,
         "rounding": facts.rounding,
         "versions": {program: version(program) for program in _PROGRAMS},
@@ -165,7 +168,8 @@ def _front_matter(checkpoint: Checkpoint, facts: Facts) -> str:
     lines = ["---"]
     lines += [f"license: {facts.license}"] if facts.license else []
     lines += [f"base_model: {base}"] if base else []
-    lines += ["base_model_relation: quantized"] if base and bits else []
+    relation = "finetune" if facts.adapter else "quantized" if bits else ""
+    lines += [f"base_model_relation: {relation}"] if base and relation else []
     lines += ["library_name: mlx", f"pipeline_tag: {task}", "tags:"]
     return "\n".join([*lines, "- mlx", "- qwen3_5", *([f"- {bits}-bit"] if bits else []), "---"])
 
@@ -174,6 +178,8 @@ def _opening(facts: Facts) -> str:
     versions = " with ".join(f"{program} {version(program)}" for program in reversed(_PROGRAMS))
     made = f"{_last(facts.source)} for MLX, converted by {versions}"
     lines = [f"{made}: recipe `{facts.recipe}`, rounding `{facts.rounding}`.", ""]
+    if facts.adapter:
+        lines += [f"An adapter is fused into the weights of {_last(facts.source)}: {described(facts.adapter)}.", ""]
     return "\n".join([*lines, *(f"- {reason}" for reason in facts.reasons)]).rstrip()
 
 
@@ -216,7 +222,8 @@ def _measured(checkpoint: Checkpoint, facts: Facts) -> str:
             ["same most likely token", f"{100 * e.top1:.2f} %" + _plus_minus(e.top1_error and 100 * e.top1_error, 2)],
         ]
         error = "; ± is one standard error" if e.kl_error is not None else ""
-        told = f"{e.positions} tokens of {facts.text or 'a text'} in {e.sequences} pieces, against the source{error}."
+        source = "the source with the adapter" if facts.adapter else "the source"
+        told = f"{e.positions} tokens of {facts.text or 'a text'} in {e.sequences} pieces, against {source}{error}."
         parts.append(f"{told}\n\n{markdown(['figure', ''], rows)}")
     if _plot(checkpoint, facts):
         parts.append(f"Error, root of its mean square as a share of the source's, layer by layer:\n\n![]({PLOT})")

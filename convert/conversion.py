@@ -21,6 +21,7 @@ from mlx_qwen35.convert.card import Facts, write_card
 from mlx_qwen35.convert.evaluate import evaluate
 from mlx_qwen35.convert.files import find_license
 from mlx_qwen35.convert.float16 import takes_float16
+from mlx_qwen35.convert.fusion import NO_ADAPTER, AdapterOptions
 from mlx_qwen35.convert.journal import replaces
 from mlx_qwen35.convert.plan import ConversionPlan, make_plan
 from mlx_qwen35.convert.progress import Told
@@ -57,6 +58,7 @@ class Conversion:
     revision: str | None = None
     overwrite: bool = False
     judge: Callable[[ConversionPlan], None] = accept
+    adapter: AdapterOptions = NO_ADAPTER
 
     def run(self) -> None:
         if replaces(self.target) is None:  # else an earlier conversion must be brought to its end first
@@ -88,26 +90,31 @@ class Conversion:
 
     def _judge(self, headers: Path, supply: Downloads | None = None) -> None:
         """InputError where the headers show that a conversion could not be written."""
-        with warnings.catch_warnings(action="ignore"):  # they come with the plan that is carried out
-            plan = make_plan(headers, with_default(headers, self.options))
+        plan = self._foreseen(headers)
         self.judge(plan)
         check_space(plan.nbytes, self.target, supply.most_bytes(plan) if supply else 0)
 
     def _reads_twice(self, headers: Path) -> bool:
         """Whether weights are compared, or looked at, before they are converted."""
-        with warnings.catch_warnings(action="ignore"):
-            plan = make_plan(headers, with_default(headers, self.options))
-        return repeats_embedding(headers) or any(map(takes_float16, plan.jobs))
+        jobs = self._foreseen(headers).jobs
+        return repeats_embedding(headers) or any(takes_float16(job) or job.source.is_table_of_adapter for job in jobs)
+
+    def _foreseen(self, headers: Path) -> ConversionPlan:
+        """The plan by the headers, to which a table that an adapter repeats looks like another; without a scale."""
+        unscaled = replace(self.adapter, adapter_scale=1.0)
+        with warnings.catch_warnings(action="ignore"):  # they come with the plan that is carried out
+            return make_plan(headers, with_default(headers, self.options), unscaled)
 
     # --- the steps ---------------------------------------------------------------------------------------------------
 
     def _convert(self, source: Path, supply: Supply) -> None:
         named = [self.calibration, self.evaluation, self.options.recipe if names_file(self.options.recipe) else None]
-        reads = Reads(source, tuple(Path(os.path.expanduser(file)) for file in named if file is not None))
+        files = tuple(Path(os.path.expanduser(file)) for file in named if file is not None)
+        reads = Reads((source, *self.adapter.folders), files)
         prepare(self.target, self.overwrite, reads)
         with reading(source):
             options = with_default(source, self.options)
-            plan = make_plan(source, options)
+            plan = make_plan(source, options, self.adapter)
             check_readable(plan.sources)
             license = find_license(source)
         self.judge(plan)
@@ -115,6 +122,7 @@ class Conversion:
             plan = replace(plan, statistics=self._statistics(source, plan))
         if self.evaluation is not None:
             original = open_checkpoint(source, rope_scaling=options.rope_scaling)
+            adapter = self.adapter.read(original)
             text = windows(original, read_file("--eval", Path(self.evaluation)))
         with appearing_whole(self.target, self.overwrite, self.resume, reads, keeps=not supply.stays) as folder:
             check_space(plan.nbytes, self.target, supply.most_bytes(plan))
@@ -128,9 +136,10 @@ class Conversion:
                 rounding=options.rounding,
                 errors=report.errors,
                 license=license,
+                adapter=plan.adapter,
             )
             if self.evaluation is not None:
-                found = evaluate(original, open_checkpoint(folder), text)
+                found = evaluate(original, open_checkpoint(folder), text, adapter=adapter)
                 facts = replace(facts, evaluation=found, text=Path(self.evaluation).name)
             write_card(folder, facts)
 
@@ -144,7 +153,8 @@ class Conversion:
                 "--rounding nearest. Leave it out",
             )
         checkpoint = open_checkpoint(source, rope_scaling=self.options.rope_scaling)
-        return statistics(checkpoint, windows(checkpoint, read_file("--calibration", Path(self.calibration))))
+        text = windows(checkpoint, read_file("--calibration", Path(self.calibration)))
+        return statistics(checkpoint, text, self.adapter.read(checkpoint))
 
 
 def with_default(source: Path, options: StorageOptions) -> StorageOptions:

@@ -6,6 +6,7 @@ from typing import Any
 
 from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION
 from mlx_qwen35.console.table import align
+from mlx_qwen35.convert.fusion import described
 from mlx_qwen35.convert.plan import ConversionPlan, Job
 
 _PARTS = {"text model": (TEXT, "lm_head."), "vision encoder": (VISION,), "draft head": (MTP,)}
@@ -17,8 +18,10 @@ def describe(plan: ConversionPlan) -> str:
     for job in plan.jobs:
         shape, stored = " x ".join(map(str, job.source.shape)), str(job.quantization or job.dtype)
         size = f"{job.nbytes / 1e6:.3f}"
-        rows.append((job.outputs[0].name, shape, job.source.dtype, stored, size, f"{_bits([job]):.3f}"))
+        rows.append((job.outputs[0].name, shape, _source(job), stored, size, f"{_bits([job]):.3f}"))
     lines = [*align(rows), ""]
+    if plan.adapter:
+        lines.append(f"adapter {described(plan.adapter)}")
     for part, prefixes in _PARTS.items():
         if jobs := [job for job in plan.jobs if job.source.name.startswith(prefixes)]:
             nbytes = sum(job.nbytes for job in jobs)
@@ -26,16 +29,25 @@ def describe(plan: ConversionPlan) -> str:
     return "\n".join([*lines, f"{plan.nbytes / 1e9:.3f} GB in all, nothing was written"])
 
 
+def _source(job: Job) -> str:
+    """What is read: the dtype, and what an adapter adds or puts in its place."""
+    name, adapter = job.source.name, job.source.adapter
+    if adapter is None:
+        return job.source.dtype
+    stored = f"{job.source.stored.dtype} of the adapter" if name in adapter.stored else job.source.stored.dtype
+    return f"{stored} + rank {len(adapter.pairs[name].a)}" if name in adapter.pairs else stored
+
+
 def planned_tensors(plan: ConversionPlan) -> dict[str, Any]:
     """The same for --json."""
     tensors = [
         {
-            "name": job.outputs[0].name, "shape": job.source.shape, "source": job.source.dtype,
+            "name": job.outputs[0].name, "shape": job.source.shape, "source": _source(job),
             "stored_as": str(job.quantization or job.dtype), "bytes": job.nbytes,
         }
         for job in plan.jobs
     ]  # fmt: skip
-    return {"bytes": plan.nbytes, "tensors": tensors}
+    return {"bytes": plan.nbytes, "tensors": tensors} | ({"adapter": plan.adapter} if plan.adapter else {})
 
 
 def _bits(jobs: Sequence[Job]) -> float:

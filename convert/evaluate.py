@@ -5,6 +5,7 @@ from functools import partial
 
 import mlx.core as mx
 
+from mlx_qwen35.checkpoint.adapter import Adapter
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.convert.progress import percent
 from mlx_qwen35.load import choose_dtype
@@ -18,7 +19,12 @@ def evaluate(
     tokens: Sequence[Sequence[int]],
     first: Sequence[int] | None = None,
     dtype: mx.Dtype | None = None,
+    adapter: Adapter | None = None,
 ) -> Evaluation:
-    """`divergence` of two checkpoints, with a bar. dtype: of the arithmetic of both; None: as the machine needs."""
-    ours, theirs = (Layerwise(checkpoint, choose_dtype(checkpoint, dtype)) for checkpoint in (source, quantized))
+    """`divergence` of two checkpoints, with a bar.
+
+    dtype: of the arithmetic of both; None: as the machine needs. adapter: fused into the source.
+    """
+    ours = Layerwise(source, choose_dtype(source, dtype), adapter=adapter)
+    theirs = Layerwise(quantized, choose_dtype(quantized, dtype))
     return divergence(ours, theirs, tokens, first, partial(percent, "evaluating"))

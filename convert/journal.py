@@ -43,20 +43,24 @@ class Done:
 def identity(plan: ConversionPlan, **options: Any) -> dict[str, str]:
     """The first line: digests of the source's tensors and configuration and of the options, and the programs' versions.
 
-    Weights are compared as they were read, chunk by chunk, see Done. Paths and times of files do not count.
+    An adapter counts as an option, by what it holds. Weights are compared as they were read, chunk by chunk, see Done.
+    Paths and times of files do not count.
     """
 
     def digest(*values: Any) -> str:
         return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
+    stored = [job.source.stored for job in plan.jobs]
     tensors = [
-        asdict(job.source) | {"parts": [(part.stored_name, part.dtype, part.shape) for part in job.source.parts]}
-        for job in plan.jobs
+        asdict(source) | {"parts": [(part.stored_name, part.dtype, part.shape) for part in source.parts]}
+        for source in stored
     ]
     config = [found.path.read_bytes() for found in plan.sources if found.path.name == "config.json"]
     jobs = [(job.dtype, job.quantization, job.outputs, job.rounding) for job in plan.jobs]
     shards = [(shard.file, shard.header) for shard in plan.shards]
     statistics = sorted((name, hashlib.sha256(array.tobytes()).hexdigest()) for name, array in plan.statistics.items())
+    if plan.adapter:
+        options["adapter"] = sorted(plan.adapter.items())
     programs = [f"{name} {version(name)}" for name in ("mlx-qwen35", "mlx", "numpy")]
     return {
         "source": digest(tensors, config),
@@ -209,7 +213,7 @@ def _done(line: Mapping[str, Any]) -> Done:
 
 
 def _check_same(found: Mapping[str, str], identity: Mapping[str, str], folder: Path) -> None:
-    words = {"source": "the source changed", "options": "the options differ"}
+    words = {"source": "the source changed", "options": "the options differ, of which an adapter is one"}
     words["programs"] = f"the versions differ ({found['programs'][:200]}; now {identity['programs']})"
     if other := [words[key] for key, value in identity.items() if found[key] != value]:
         raise differs(folder, " and ".join(other))

@@ -19,6 +19,7 @@ from mlx_qwen35.checkpoint.names import TEXT, VISION
 from mlx_qwen35.checkpoint.shapes import keep_fp32
 from mlx_qwen35.checkpoint.tensors import DTYPE_BYTES
 from mlx_qwen35.convert.files import beside_weights, generation_config, new_config
+from mlx_qwen35.convert.fusion import NO_ADAPTER, AdapterOptions
 from mlx_qwen35.convert.recipes import NO_OPTIONS, ROUNDINGS, Recipe, StorageOptions, choose_recipe
 from mlx_qwen35.convert.source import Source, SourceFile, Tensor, open_source
 from mlx_qwen35.errors import InputError
@@ -61,7 +62,8 @@ class Job:
 
     @property
     def copies_parts(self) -> bool:
-        return self.quantization is not None and self.quantization == self.source.quantization
+        same = self.quantization is not None and self.quantization == self.source.quantization
+        return same and not self.source.is_fused
 
     @property
     def is_original(self) -> bool:
@@ -86,7 +88,8 @@ class ConversionPlan:
     generation: the values of generation_config.json where it is not copied. copied: files of the source. sources: the
     files that are read, as they were when the plan was made. statistics: Hugging Face name of a weight -> (columns,)
     float32, the importance of an error in each input column; weights without an entry count all columns alike.
-    shard_bytes: the most that a file of weights takes.
+    shard_bytes: the most that a file of weights takes. adapter: what is told of the adapter that is fused, see
+    `fusion.facts`.
     """
 
     jobs: tuple[Job, ...]
@@ -97,6 +100,7 @@ class ConversionPlan:
     sources: tuple[SourceFile, ...] = ()
     statistics: Mapping[str, np.ndarray] = field(default_factory=dict)
     shard_bytes: int = SHARD_BYTES
+    adapter: Mapping[str, Any] | None = None
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -139,16 +143,22 @@ class ConversionPlan:
 
 
 def make_plan(
-    folder: Path, options: StorageOptions = NO_OPTIONS, *, shard_bytes: int = SHARD_BYTES
+    folder: Path,
+    options: StorageOptions = NO_OPTIONS,
+    adapter: AdapterOptions = NO_ADAPTER,
+    *,
+    shard_bytes: int = SHARD_BYTES,
 ) -> ConversionPlan:
-    """Plan the conversion of a folder; reads headers and configuration, no weights.
+    """Plan the conversion of a folder; reads headers and configuration, and the adapter, no weights.
 
     With neither a recipe nor quantize, what is quantized stays as it is. Raises InputError when the folder or the
     options break a rule. Warns where quantized weights are quantized anew.
     """
     recipe = choose_recipe(options)
     rounding = choice("--rounding", options.rounding, ROUNDINGS)
-    source = open_source(folder, options.rope_scaling)
+    source = open_source(folder, options.rope_scaling, adapter)
+    if recipe is None:
+        _refuse_packed(folder, source)
     if options.q_vision_bits is not None and not source.checkpoint.has(VISION):
         raise InputError("option_no_effect", f"{folder} has no vision encoder: leave --q-vision-bits out")
     asked = recipe.dtype if recipe else options.dtype
@@ -168,6 +178,7 @@ def make_plan(
         copied=copied,
         sources=source.files + tuple(SourceFile.at(file) for file in (folder / "config.json", *copied)),
         shard_bytes=shard_bytes,
+        adapter=source.adapter,
     )
 
 
@@ -201,6 +212,7 @@ def _jobs(source: Source, recipe: Recipe | None, dtype: str, asked: bool, roundi
         quantization = recipe.quantization(name, tensor.shape) if recipe else tensor.quantization
         if quantization:
             same = quantization == tensor.quantization and not asked and quantization.mode == "affine"
+            same = same and not tensor.is_fused
             yield _job(tensor, stored_name, tensor.parts[1].dtype if same else dtype, quantization, rounding)
             continue
         own = "F32" if keep_fp32(name) else dtype
@@ -227,16 +239,33 @@ def _job(
         Output(name.removesuffix("weight") + suffix, "U32" if suffix == "weight" else scales, shape)
         for suffix, shape in quantization.parts(source.shape).items()
     )
-    return Job(source, dtype, quantization, outputs, "nearest" if quantization == source.quantization else rounding)
+    job = Job(source, dtype, quantization, outputs, rounding)
+    return replace(job, rounding="nearest") if job.copies_parts else job
+
+
+def _refuse_packed(folder: Path, source: Source) -> None:
+    """InputError where an adapter changes matrices that are packed, and would be packed again as they are."""
+    packed = [name for name, tensor in source.tensors.items() if tensor.is_fused and tensor.quantization]
+    if packed:
+        raise InputError(
+            "source_quantized",
+            f"an adapter is fused into unquantized weights, and {folder} has {len(packed)} of those that it changes "
+            f"quantized ({packed[0]} in {source.tensors[packed[0]].quantization}): packed again they would lose a part "
+            "of it. Load the adapter beside this folder (--adapter of the other commands), convert the original with "
+            "it, or choose what is written, as --recipe bf16",
+        )
 
 
 def _warn_of_quantizing_anew(folder: Path, jobs: Sequence[Job]) -> None:
     anew = [q for job in jobs if job.quantization and not job.copies_parts and (q := job.source.quantization)]
     if anew:
         before = ", ".join(sorted({f"{q.bits}-bit {q.mode}" for q in anew}))
+        advice = "Convert the original where you can"
+        if any(job.source.is_fused for job in jobs):
+            advice += ": a part of the adapter is rounded away. Loaded beside this folder it stays whole"
         warnings.warn(
             f"{folder} is already quantized ({before}) and {len(anew)} of its matrices are quantized anew: the new "
-            "errors add to the old ones, which are not measured. Convert the original where you can",
+            f"errors add to the old ones, which are not measured. {advice}",
             UserWarning,
             stacklevel=3,
         )

@@ -98,7 +98,8 @@ def difference_of(chunk: Chunk, parts: list[np.ndarray], files: Files) -> Differ
     """The errors of rows, from the parts that convert_rows gave."""
     job, dtypes = chunk.job, [output.dtype for output in chunk.job.outputs]
     same = dtypes == [part.dtype for part in job.source.parts]
-    if same and job.quantization == job.source.quantization and not job.source.folded:
+    changed = job.source.folded or job.source.is_fused
+    if same and job.quantization == job.source.quantization and not changed:
         return Difference()
     written = dequantize(parts, dtypes, job.quantization) if job.quantization else as_float32(parts[0], job.dtype)
     return difference(as_float32(chunk.values(files), job.source.dtype), written)

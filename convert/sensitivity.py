@@ -14,7 +14,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_qwen35.checkpoint.adapter import Adapter
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
+from mlx_qwen35.checkpoint.fusing import with_own_head
 from mlx_qwen35.checkpoint.names import TEXT
 from mlx_qwen35.checkpoint.shapes import is_matrix, text_shapes
 from mlx_qwen35.checkpoint.tensors import DTYPE_BYTES
@@ -99,18 +101,21 @@ def sensitivity(
     checkpoint: Checkpoint,
     tokens: Sequence[Sequence[int]],
     candidates: Sequence[Quantization] = CANDIDATES,
+    adapter: Adapter | None = None,
 ) -> list[GroupCost]:
     """The KL divergence from the source of every group quantized by itself, in each candidate quantization.
 
-    Matrices are quantized with mx.quantize from the dtype in which they are stored. Of each group the first entry is
-    the source. Raises InputError as `unmeasured` does.
+    Matrices are quantized with mx.quantize from the dtype in which they are stored. adapter: fused into the source, and
+    into what is quantized, in float32. Of each group the first entry is the source. Raises InputError as `unmeasured`
+    does.
     """
+    checkpoint = with_own_head(checkpoint, adapter)
     costs = unmeasured(checkpoint, candidates)
     batches = make_batches(tokens, checkpoint.config.text.vocab_size)
     counted = Counted(batches, tokens)
     dtype = choose_dtype(checkpoint, None)
-    source = Layerwise(checkpoint, dtype)
-    variants = {cost: _Variant(checkpoint, dtype, cost.names, cost.quantization) for cost in costs if cost.quantization}
+    source = Layerwise(checkpoint, dtype, adapter=adapter)
+    variants = {cost: _Variant(source, cost.names, cost.quantization) for cost in costs if cost.quantization}
     work = counted.tokens * sum(source.weights_from(i) for i in (0, *(v.first for v in variants.values())))
     measured = {}
     with percent("measuring", work + 2 * len(variants) * counted.head_work(source)) as progress:
@@ -130,12 +135,17 @@ class _Variant:
     first: the first layer that differs from the source. states: its residual streams; empty before that layer.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype, names: tuple[str, ...], quantization: Quantization):
-        self.model = Layerwise(checkpoint, dtype, lambda weights: quantized(weights, names, quantization))
+    def __init__(self, source: Layerwise, names: tuple[str, ...], quantization: Quantization):
+        self.model = Layerwise(
+            source.checkpoint,
+            source.dtype,
+            lambda weights: quantized(weights, names, quantization),
+            adapter=source.adapter,
+        )
         self.states: list[mx.array] = []
         self.embeds = any(name.endswith("embed_tokens.weight") for name in names)
         layers = [int(name.removeprefix(_LAYERS).split(".")[0]) for name in names if name.startswith(_LAYERS)]
-        self.first = 0 if self.embeds else min(layers, default=checkpoint.config.text.num_hidden_layers)
+        self.first = 0 if self.embeds else min(layers, default=source.config.num_hidden_layers)
 
 
 def _through(

@@ -1,32 +1,35 @@
 """The source of a conversion: a raw Hugging Face folder, an FP8 one, or a folder of an MLX program, quantized or not.
 
-A Tensor is one weight in Hugging Face's layout. Quantized and FP8 weights, and norms with the one added, are computed
-in float32, some rows at a time; all others are read as they are stored.
+A Tensor is one weight in Hugging Face's layout. Quantized and FP8 weights, norms with the one added, and what an
+adapter changes are computed in float32, some rows at a time; all others are read as they are stored.
 """
 
 import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_qwen35.checkpoint.adapter import Adapter
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.draft_head import settled
 from mlx_qwen35.checkpoint.dtypes import DTYPES, STORED
 from mlx_qwen35.checkpoint.folder import safetensors_files
-from mlx_qwen35.checkpoint.names import MTP
+from mlx_qwen35.checkpoint.fusing import with_own_head
+from mlx_qwen35.checkpoint.names import HEAD, MTP, TABLE, is_zero_centred
 from mlx_qwen35.checkpoint.rope_fields import rescaled
 from mlx_qwen35.checkpoint.shapes import is_matrix
 from mlx_qwen35.checkpoint.tensors import Entry, read_bytes
+from mlx_qwen35.convert.fp8 import block_of, brief, decode
+from mlx_qwen35.convert.fusion import NO_ADAPTER, AdapterOptions, facts, fused_rows
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import read_json
 from mlx_qwen35.quantization import Quantization
-from mlx_qwen35.values import is_whole, shown
 
 FLOATS = {stored: DTYPES[name] for name, stored in STORED.items()}
 BITS = {
@@ -34,19 +37,6 @@ BITS = {
     "F8_E4M3": np.uint8,
 }  # fmt: skip
 CLAIMS = ("quantization", "quantization_config")  # where config.json says that weights are quantized
-_BLOCK = (128, 128)  # weights that share a factor in FP8 folders, unless config.json says otherwise
-
-
-def e4m3() -> np.ndarray:
-    """(256,) float32: the value of every FP8 code of sign, 4 bits of exponent, 3 of mantissa. The last one is NaN."""
-    codes = np.arange(128)
-    exponent, mantissa = codes >> 3, codes & 7
-    values = np.ldexp(mantissa + 8.0 * (exponent > 0), np.maximum(exponent, 1) - 10)
-    values[127] = np.nan
-    return np.concatenate([values, -values]).astype(np.float32)
-
-
-_E4M3 = e4m3()
 
 
 @dataclass(frozen=True)
@@ -55,7 +45,7 @@ class Tensor:
 
     parts: the weight as stored; quantized, with scales and, in affine mode, biases; in FP8, with the factors of its
     blocks. block: (rows, columns) of an FP8 block. folded: a norm to which the one was added. channels_last: a
-    convolution with its input channels on the last axis.
+    convolution with its input channels on the last axis. adapter: that changes it.
     """
 
     name: str
@@ -65,6 +55,22 @@ class Tensor:
     block: tuple[int, int] | None = None
     folded: bool = False
     channels_last: bool = False
+    adapter: Adapter | None = None
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether a low-rank part is added to what is stored."""
+        return self.adapter is not None and self.name in self.adapter.pairs
+
+    @property
+    def is_table_of_adapter(self) -> bool:
+        """Whether it is a table of tokens that the adapter's folder holds: the source's again, or in its place."""
+        return self.adapter is not None and self.name in self.adapter.stored and self.name in (TABLE, HEAD)
+
+    @property
+    def stored(self) -> "Tensor":
+        """The tensor without a low-rank part."""
+        return replace(self, adapter=None)
 
     @property
     def stored_name(self) -> str:
@@ -74,7 +80,8 @@ class Tensor:
     def dtype(self) -> str:
         """The dtype of the values that read_values gives."""
         stored = self.parts[0].dtype
-        return "F32" if self.quantization or self.block or self.folded or stored == "F64" else stored
+        computed = self.quantization or self.block or self.folded or self.is_fused
+        return "F32" if computed or stored == "F64" else stored
 
     @property
     def nbytes(self) -> int:
@@ -106,12 +113,14 @@ class Source:
 
     config: the values of config.json, without other programs' fields of the draft head, and with tie_word_embeddings
     as the tensors have it. tensors: by Hugging Face name, in the order of the data. files: the files of weights.
+    adapter: what is told of the adapter that changes some tensors, see `facts`.
     """
 
     checkpoint: Checkpoint
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     files: tuple[SourceFile, ...]
+    adapter: Mapping[str, Any] | None = None
 
     @property
     def nested(self) -> bool:
@@ -151,14 +160,16 @@ def check_unchanged(files: tuple[SourceFile, ...]) -> None:
 # --- opening ---------------------------------------------------------------------------------------------------------
 
 
-def open_source(folder: Path, rope_scaling: str | None = None) -> Source:
-    """Read headers and configuration. InputError when the folder is broken or of a kind that is not converted.
+def open_source(folder: Path, rope_scaling: str | None = None, options: AdapterOptions = NO_ADAPTER) -> Source:
+    """Read headers, configuration and the adapter. InputError when one is broken or of a kind that is not converted.
 
     rope_scaling: in place of the folder's. Warns where a draft head in a file of its own cannot be used, which is left
     out.
     """
     files = tuple(map(SourceFile.at, safetensors_files(folder) if folder.is_dir() else ()))
     checkpoint = open_checkpoint(folder, fp8=True, rope_scaling=rope_scaling)
+    adapter = options.read(checkpoint)
+    checkpoint = with_own_head(checkpoint, adapter)
     if why := checkpoint.mtp_head_fault:
         warnings.warn(f"{folder} is converted without a draft head: {why}", UserWarning, stacklevel=2)
     beside = {entry.file for entry in checkpoint.entries.values()} - {file.path for file in files}
@@ -166,24 +177,21 @@ def open_source(folder: Path, rope_scaling: str | None = None) -> Source:
     config = rescaled(read_json(folder / "config.json"), rope_scaling)
     claims = [part.get(key) for part in (config, config.get("text_config") or {}) for key in CLAIMS]
     claim = next(filter(None, claims), None)
-    block = _block(folder, claim, checkpoint) if checkpoint.block_scales else None
+    block = block_of(folder, claim, checkpoint) if checkpoint.block_scales else None
     tensors = {name: _tensor(checkpoint, name, shape, block) for name, shape in checkpoint.shapes.items()}
     if claim and not any(tensor.quantization or tensor.block for tensor in tensors.values()):
         raise InputError(
             "quantization_unsupported",
             f"the tensors of a quantized source must be FP8 with block scales or quantized by an MLX program; those of "
-            f"{folder} are neither, and its config.json says {_brief(claim)}. Give the original checkpoint",
+            f"{folder} are neither, and its config.json says {brief(claim)}. Give the original checkpoint",
         )
     mtp = {name: t.quantization for name, t in tensors.items() if name.startswith(MTP) and t.quantization}
     config = _with_tie(settled(config, mtp), checkpoint.config.text.tie_word_embeddings)
-    return Source(checkpoint, config, tensors, files)
-
-
-def _brief(claim: Any) -> str:
-    """What config.json says of the quantization, without lists and without what it says of single layers."""
-    if isinstance(claim, dict):
-        claim = {key: value for key, value in claim.items() if not isinstance(value, dict | list)}
-    return shown(claim)
+    if adapter:
+        tensors |= _adapted(tensors, adapter)
+        files += tuple(map(SourceFile.at, sorted({entry.file for entry in adapter.stored.values()})))
+    told = facts(adapter, options.adapter_scale) if adapter else None
+    return Source(checkpoint, config, tensors, files, told)
 
 
 def _with_tie(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
@@ -192,33 +200,6 @@ def _with_tie(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
     if "tie_word_embeddings" in (config.get("text_config") or {}):
         config["text_config"] = {**config["text_config"], "tie_word_embeddings": tied}
     return config
-
-
-def _block(folder: Path, claim: Any, checkpoint: Checkpoint) -> tuple[int, int]:
-    """Rows and columns of a block, once config.json and the shapes of the factors agree."""
-    if not isinstance(claim, dict) or claim.get("quant_method") != "fp8":
-        raise InputError(
-            "quantization_unsupported",
-            f"FP8 weights need a quantization_config of quant_method 'fp8'; that of {folder} is {_brief(claim)}",
-        )
-    size = claim.get("weight_block_size", _BLOCK)
-    if not (isinstance(size, list | tuple) and len(size) == 2 and all(is_whole(n) and n > 0 for n in size)):
-        raise InputError(
-            "config_field_invalid",
-            f"config.json of {folder}: weight_block_size must be [rows, columns], got {shown(size)}",
-        )
-    for name, scales in checkpoint.block_scales.items():
-        weight = checkpoint.entries.get(name)
-        shape = tuple(-(-n // block) for n, block in zip(weight.shape, size, strict=False)) if weight else None
-        fits = weight is not None and (len(weight.shape), weight.dtype) == (2, "F8_E4M3")
-        if not fits or scales.shape != shape or scales.dtype not in FLOATS:
-            raise InputError(
-                "tensors_mismatch",
-                f"factors of FP8 blocks must be one for each {size[0]} x {size[1]} of an F8_E4M3 matrix; "
-                f"{scales.stored_name} is {list(scales.shape)} {scales.dtype} and its weight is "
-                f"{f'{weight.dtype} {list(weight.shape)}' if weight else 'absent'}. Download the source again",
-            )
-    return tuple(size)
 
 
 def _tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], block: tuple[int, int] | None) -> Tensor:
@@ -232,6 +213,17 @@ def _tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], block: tu
     channels_last = not checkpoint.raw and name.endswith("patch_embed.proj.weight")
     parts = (checkpoint.fp32_original.get(name, entry),)
     return Tensor(name, shape, parts, folded=checkpoint.is_folded(name), channels_last=channels_last)
+
+
+def _adapted(tensors: Mapping[str, Tensor], adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that an adapter changes. A pair of a head that is the table has nothing to change beside it."""
+    for name in [name for name in tensors if name in adapter.stored or name in adapter.pairs]:
+        tensor = tensors[name]
+        if name in adapter.stored:
+            mlx, parts = adapter.format != "peft", (adapter.stored[name],)
+            last = mlx and name.endswith("patch_embed.proj.weight")
+            tensor = Tensor(name, tensor.shape, parts, folded=mlx and is_zero_centred(name), channels_last=last)
+        yield name, replace(tensor, adapter=adapter)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -277,8 +269,14 @@ def dequantize(parts: list[np.ndarray], dtypes: list[str], quantization: Quantiz
 
 def read_values(tensor: Tensor, start: int, stop: int, files: Mapping[Path, int]) -> np.ndarray:
     """Rows of a tensor as bits of tensor.dtype, in Hugging Face's layout: (rows, the other axes as one)."""
+    if tensor.adapter and tensor.is_fused:
+        values = as_float32(read_values(tensor.stored, start, stop, files), tensor.stored.dtype)
+        return fused_rows(tensor.adapter, tensor.name, values, start).view(np.uint32)
     if tensor.block:
-        return _fp8(tensor, tensor.block, start, stop, files).view(np.uint32)
+        codes, scales = tensor.parts
+        high, _ = tensor.block
+        factors = as_float32(read_rows(scales, start // high, -(-stop // high), files), scales.dtype)
+        return decode(read_rows(codes, start, stop, files), factors, tensor.block, start).view(np.uint32)
     parts = [read_rows(part, start, stop, files) for part in tensor.parts]
     if tensor.quantization:
         return dequantize(parts, [part.dtype for part in tensor.parts], tensor.quantization).view(np.uint32)
@@ -291,13 +289,3 @@ def read_values(tensor: Tensor, start: int, stop: int, files: Mapping[Path, int]
     if tensor.folded:
         return (as_float32(bits, dtype) - np.float32(1)).view(np.uint32)
     return bits
-
-
-def _fp8(tensor: Tensor, block: tuple[int, int], start: int, stop: int, files: Mapping[Path, int]) -> np.ndarray:
-    (weight, scales), (high, wide) = tensor.parts, block
-    first = start // high
-    factors = as_float32(read_rows(scales, first, -(-stop // high), files), scales.dtype)
-    values = _E4M3[read_rows(weight, start, stop, files)]
-    rows = np.repeat(factors[np.arange(start, stop) // high - first], wide, axis=1)
-    values *= rows[:, : values.shape[1]]
-    return values

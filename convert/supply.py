@@ -7,9 +7,9 @@ holds the result and one file. What was downloaded of a file stays where a conve
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -116,15 +116,19 @@ class Downloads(Supply):
         return self.folder
 
     def most_bytes(self, plan: ConversionPlan) -> int:
-        return most_bytes(plan)
+        return most_bytes(map(self._needs, plan.jobs))
+
+    def _needs(self, job: Job) -> frozenset[Path]:
+        """The files of the repository that a job needs; an adapter's are elsewhere."""
+        return frozenset(path for path in files_of(job) if path.is_relative_to(self._place))
 
     def stretches(self, chunks: Sequence[Chunk], done: Collection[int]) -> list[Stretch]:
         """The chunks of each file together: files in the order in which the first chunks need them."""
         left = [number for number in range(len(chunks)) if number not in done]
-        turns = in_turn([files_of(chunks[number].job) for number in left])
-        found = [Stretch({left[i]: chunks[left[i]] for i in which}, files, last) for which, files, last in turns]
-        needed = frozenset().union(*(stretch.files for stretch in found))
-        every = frozenset().union(*(files_of(chunk.job) for chunk in chunks))
+        turns = in_turn([self._needs(chunks[number].job) for number in left])
+        stretches = [(self.stretch({left[i]: chunks[left[i]] for i in which}), last) for which, _, last in turns]
+        needed = frozenset().union(*(files for _, files, _ in turns))
+        every = frozenset().union(*(self._needs(chunk.job) for chunk in chunks))
         for path in every - needed:
             self._local(path).unlink(missing_ok=True)
         self._course = Course(
@@ -134,7 +138,7 @@ class Downloads(Supply):
             sum(self._remote[path].nbytes if path not in needed else self._have(path) for path in every),
             sum(chunks[number].nbytes for number in done),
         )
-        return found
+        return [replace(stretch, last=last) for stretch, last in stretches]
 
     @contextmanager
     def held(self, stretch: Stretch) -> Iterator[Files]:
@@ -152,7 +156,7 @@ class Downloads(Supply):
         return nullcontext(self._course if what == "writing" else Bar())
 
     def _local(self, path: Path) -> Path:
-        return self._weights / path.relative_to(self.folder)
+        return self._weights / path.relative_to(self.folder) if path in self._remote else path
 
     def _have(self, path: Path) -> int:
         """How many bytes of a file are there."""
@@ -206,11 +210,11 @@ class Downloads(Supply):
             raise hub_error(self._source.name, None, error) from error
 
 
-def most_bytes(plan: ConversionPlan) -> int:
-    """The most that the source's files take at a time where they come one by one."""
+def most_bytes(needs: Iterable[frozenset[Path]]) -> int:
+    """The most that files take at a time where they come one by one. needs: the files of each job."""
     held: set[Path] = set()
     most = 0
-    for _, files, last in in_turn([files_of(job) for job in plan.jobs]):
+    for _, files, last in in_turn([*needs]):
         held |= files
         most = max(most, sum(file.stat().st_size for file in held))
         held -= last

@@ -19,7 +19,7 @@ from mlx_qwen35.checkpoint.arrays import lazy_arrays, to_raw
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.folder import shorten
 from mlx_qwen35.checkpoint.names import HEAD, TABLE, is_zero_centred
-from mlx_qwen35.checkpoint.tensors import as_array, open_arrays, pieces
+from mlx_qwen35.checkpoint.tensors import Entry, as_array, open_arrays, pieces
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.options import spelled
 from mlx_qwen35.values import number, shown
@@ -43,10 +43,10 @@ class Adapter:
         to the table: PEFT's low-rank part of the table does not reach the head, mlx-lm's does (then both names have
         the same pair). The draft head's names begin with mtp.
     replaced: Hugging Face name -> a whole tensor in the place of the checkpoint's, always in raw layout (conv1d
-        [C, 1, K], norms gamma - 1). With lm_head.weight among them a model is untied. Read from disk
-        when it is computed.
+        [C, 1, K], norms gamma - 1). With lm_head.weight among them a model is untied. Read from disk when computed.
     magnitudes: of DoRA, name of a weight -> (out,) lengths of its rows.
     fingerprint: SHA-256 of all of it, in hexadecimal: the names, the scales and the numbers, wherever they lie.
+    stored: where the files have the whole tensors, there in MLX's layout unless the format is "peft".
     """
 
     path: Path
@@ -55,6 +55,7 @@ class Adapter:
     replaced: Mapping[str, mx.array] = field(default_factory=dict)
     magnitudes: Mapping[str, mx.array] = field(default_factory=dict)
     fingerprint: str = ""
+    stored: Mapping[str, Entry] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -86,10 +87,10 @@ def read_adapter(path: str | Path, checkpoint: Checkpoint, scale: float = 1.0) -
         parts = adapter_peft.parts_of(folder, config)
     elif adapter_mlx.is_one(config):
         parts = adapter_mlx.parts_of(folder, config, len(checkpoint.config.text.layer_types))
-        parts = adapter_peft.with_draft_head(parts)
     else:
         raise invalid(folder, "its adapter_config.json is of no known program: it has neither peft_type (PEFT) nor "
                               "lora_parameters (mlx-lm, mlx-vlm)")  # fmt: skip
+    adapter_peft.add_draft_head(parts)
     check_names(parts, checkpoint)
     check_complete(parts)
     leaves = leaves_head(parts, checkpoint)
@@ -106,7 +107,8 @@ def read_adapter(path: str | Path, checkpoint: Checkpoint, scale: float = 1.0) -
     replaced = {name: array for (name, _), array in _arrays(parts, [WHOLE]).items()}
     if leaves:
         replaced[HEAD] = lazy_arrays(checkpoint, [TABLE])[TABLE]
-    return Adapter(folder, parts.format, pairs, replaced, magnitudes, fingerprint)
+    stored = {name: parts.tensors[name, WHOLE].entry for name, kind in parts.tensors if kind == WHOLE}
+    return Adapter(folder, parts.format, pairs, replaced, magnitudes, fingerprint, stored)
 
 
 def _folder(path: str | Path) -> Path:

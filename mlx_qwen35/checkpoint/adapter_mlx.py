@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.checkpoint.adapter_parts import (
+    CONFIG,
     MAGNITUDE,
     WHOLE,
     A,
@@ -43,7 +44,7 @@ def parts_of(folder: Path, config: Mapping[str, Any], layers: int) -> Parts:
     """
     entries = header_of(folder, *_FILES).entries
     with reading(folder):
-        fields = Fields(config, "adapter_config.json")
+        fields = Fields(config, CONFIG)
         kind = fields.get("fine_tune_type", str) if fields.has("fine_tune_type") else "lora"
         if kind not in ("lora", "dora", "full"):
             raise InputError(
@@ -102,6 +103,6 @@ class _Trained:
             return
         raise invalid(
             self._folder,
-            f"it holds {stored[:200]}, which is not among the modules that adapter_config.json names (num_layers "
+            f"it holds {stored[:200]}, which is not among the modules that {CONFIG} names (num_layers "
             f"{self._count}, keys {shown(self._keys)}); the two files may be of different runs",
         )

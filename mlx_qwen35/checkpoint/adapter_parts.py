@@ -82,10 +82,11 @@ def reading(folder: Path) -> Iterator[None]:
 def config_of(folder: Path) -> Mapping[str, Any]:
     """The values of adapter_config.json. InputError where there is no adapter, or no such file."""
     if not os.path.isdir(folder):
+        file = is_file(folder)
         raise InputError(
             "adapter_not_found",
-            f"an adapter must be a folder with {CONFIG}; {folder} is {'a file' if is_file(folder) else 'not there'}",
-            "One of the hub is downloaded first: hf download ID --local-dir FOLDER",
+            f"an adapter must be a folder with {CONFIG}; {folder} is {'a file' if file else 'not there'}",
+            "Give its folder" if file else "One of the hub is downloaded first: hf download ID --local-dir FOLDER",
         )
     with reading(folder):
         if is_file(folder / CONFIG):
@@ -94,7 +95,7 @@ def config_of(folder: Path) -> Mapping[str, Any]:
     tensors = [name for name in names if name.endswith(".safetensors")]
     if tensors and "config.json" not in names:
         raise invalid(folder, f"it has {shorten(tensors, 3)} and no {CONFIG}, which has the scale")
-    kind = "It holds a model: give that to --model" if "config.json" in names else "Give the folder that has it"
+    kind = "It holds a model, and no adapter" if "config.json" in names else "Give the folder that has it"
     raise InputError("adapter_not_found", f"an adapter's folder must hold {CONFIG}, and {folder} has none. {kind}")
 
 

@@ -90,10 +90,9 @@ def show_plan(args: argparse.Namespace) -> None:
     with Step(f"reading the headers of {args.plan}"), look(args.plan, args.revision) as folder:
         checkpoint = open_checkpoint(folder, rope_scaling=args.rope_scaling)
         given = given_options(args, [LoadOptions])
-        kv = LoadOptions(**given).kv_format(checkpoint.config.text.head_dim)
-        limit = limit_of(args.memory_limit)
-        numbers = is_local(args.plan, args.revision)
-        adapters = choose(args.adapter, given.get("adapter_scale", 1.0), checkpoint, numbers)
+        options, limit = LoadOptions(**given), limit_of(args.memory_limit)
+        adapters = choose(options.adapter, options.adapter_scale, checkpoint, is_local(args.plan, args.revision))
+        kv = options.kv_format(checkpoint.config.text.head_dim)
         planned = plan_model(
             args.plan, folder, args.context, args.dtype, args.mtp, limit, kv, args.rope_scaling, adapters
         )

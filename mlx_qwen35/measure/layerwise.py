@@ -18,12 +18,15 @@ from mlx_qwen35.backend import backend
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.cache.kv_format import UNQUANTIZED, KVFormat
 from mlx_qwen35.checkpoint import float16
+from mlx_qwen35.checkpoint.adapter import Adapter
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
+from mlx_qwen35.checkpoint.fusing import with_own_head
 from mlx_qwen35.checkpoint.names import TEXT
 from mlx_qwen35.checkpoint.shapes import text_shapes
-from mlx_qwen35.checkpoint.tensors import Entry, as_array, read_bytes
+from mlx_qwen35.checkpoint.tensors import Entry, as_array, open_arrays, read_bytes
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.low_rank import ActiveAdapters
+from mlx_qwen35.measure.adapted import adapted
 from mlx_qwen35.model.decoder import DecoderLayer
 from mlx_qwen35.model.layers import Linear, RMSNorm
 from mlx_qwen35.model.rotary import Rotary
@@ -73,7 +76,7 @@ class Layerwise:
     """The text model of a checkpoint, raw or converted, quantized or not, loaded layer by layer.
 
     dtype: of activations and unquantized weights. alter: changes each layer's weights before the layer is built, such
-    as to quantize some of them. kv: the form of keys and values.
+    as to quantize some of them. kv: the form of keys and values. adapter: fused into the weights before that.
 
     Peak memory is one layer in `dtype` (0.45 GB for the 4B in float32), the residual streams, and about 0.2 GB.
     """
@@ -84,9 +87,11 @@ class Layerwise:
         dtype: mx.Dtype,
         alter: Callable[[Weights], Weights] = lambda w: w,
         kv: KVFormat = UNQUANTIZED,
+        adapter: Adapter | None = None,
     ):
-        self.checkpoint, self.config = checkpoint, checkpoint.config.text
-        self.dtype, self.kv = dtype, kv
+        self.checkpoint = checkpoint = with_own_head(checkpoint, adapter)
+        self.config = checkpoint.config.text
+        self.dtype, self.kv, self.adapter = dtype, kv, adapter
         self.rotary = Rotary(self.config.rope)
         self._alter = alter
         self._by_numpy = backend().numpy_products and self.dtype == mx.float32
@@ -155,7 +160,10 @@ class Layerwise:
             mx.clear_cache()
 
     def _read(self, names: list[str]) -> Weights:
-        return self._alter(read_weights(self.checkpoint, names, self.dtype))
+        weights = read_weights(self.checkpoint, names, self.dtype)
+        if self.adapter:
+            weights = adapted(weights, self.adapter, lambda entry: open_arrays({"": entry})[""])
+        return self._alter(weights)
 
     def _rows(self, name: str, rows: np.ndarray) -> Weights:
         """The weights of embed_tokens or lm_head with these rows alone, ascending."""
@@ -165,6 +173,8 @@ class Layerwise:
         wide = [n for n, entry in entries.items() if entry.dtype in ("BF16", "F32", "F64")]
         kept = float16.unfit((n, arrays[n]) for n in wide) if self.dtype == mx.float16 else {}
         weights = Weights(arrays, self.checkpoint.quantization, self.dtype, self.config.rms_norm_eps, kept)
+        if self.adapter:
+            weights = adapted(weights, self.adapter, lambda entry: read_rows(entry, rows), mx.array(rows))
         return self._alter(weights.at(prefix.removesuffix(".")) if prefix else weights)
 
 

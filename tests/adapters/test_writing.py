@@ -61,6 +61,9 @@ def test_what_is_written_for_peft_is_read_again(checkpoint: Checkpoint, tmp_path
     assert sorted(os.listdir(tmp_path / "new" / "adapter")) == [CONFIG, PEFT]
     config = json.loads((tmp_path / "new" / "adapter" / CONFIG).read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (2, 3, "a/model")
+    stored = mx.load(str(tmp_path / "new" / "adapter" / PEFT))
+    table = "base_model.model.model.language_model.embed_tokens.lora_embedding_"
+    assert (stored[f"{table}A"].shape, stored[f"{table}B"].shape) == ((2, 1024), (256, 2))
 
 
 def test_what_is_written_for_mlx_lm_has_one_rank_and_scale(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from mlx_qwen35.commands import chat, generate
 from mlx_qwen35.console.options import given_options
 from mlx_qwen35.convert import __main__ as convert_command
 from mlx_qwen35.convert import convert
+from mlx_qwen35.convert.fusion import AdapterOptions
 from mlx_qwen35.convert.options import FolderOptions, WritingOptions
 from mlx_qwen35.convert.recipes import StorageOptions
 from mlx_qwen35.doctor import command as doctor
@@ -56,7 +57,7 @@ def test_convert_takes_the_source_as_model_too(monkeypatch, tmp_path):
 
 
 def test_convert_in_python_takes_what_its_command_declares():
-    groups = (FolderOptions, StorageOptions, WritingOptions)
+    groups = (FolderOptions, StorageOptions, AdapterOptions, WritingOptions)
     declared = {name: option.default for group in groups for name, option in options_of(group).items()}
     parameters = {name: parameter.default for name, parameter in signature(convert).parameters.items()}
     assert parameters.keys() == declared.keys()

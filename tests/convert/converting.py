@@ -16,6 +16,7 @@ import pytest
 
 from mlx_qwen35.checkpoint.names import hugging_face_name, is_zero_centred
 from mlx_qwen35.convert.card import CARD, PLOT, QUALITY
+from mlx_qwen35.convert.fusion import NO_ADAPTER, AdapterOptions
 from mlx_qwen35.convert.plan import make_plan
 from mlx_qwen35.convert.recipes import StorageOptions
 from mlx_qwen35.convert.space import check_space
@@ -30,10 +31,11 @@ def converted(
     resume: bool = False,
     verify: bool = True,
     statistics: Mapping[str, np.ndarray] | None = None,
+    adapter: AdapterOptions = NO_ADAPTER,
     **options: Any,
 ) -> Report:
     """The report of a conversion; options are those of StorageOptions, statistics as in ConversionPlan."""
-    plan = replace(make_plan(source, StorageOptions(**options)), statistics=statistics or {})
+    plan = replace(make_plan(source, StorageOptions(**options), adapter), statistics=statistics or {})
     with appearing_whole(target, False, resume) as folder:
         check_space(plan.nbytes, target)
         return write(plan, folder, verify=verify)

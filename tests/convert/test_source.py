@@ -15,7 +15,7 @@ from mlx_qwen35 import load
 from mlx_qwen35.checkpoint.checkpoint import FP32_ORIGINAL, open_checkpoint
 from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
 from mlx_qwen35.convert import convert, stream
-from mlx_qwen35.convert.source import e4m3
+from mlx_qwen35.convert.fp8 import e4m3
 from mlx_qwen35.fields import read_json
 from mlx_qwen35.load import load_model, load_vision_encoder
 from mlx_qwen35.quantization import Quantization

@@ -40,6 +40,7 @@ LONG = {
 MARKS = {**dict.fromkeys(LONG, pytest.mark.full), "document.py": draws}
 
 
+@pytest.mark.core(9)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=MARKS[name]) if name in MARKS else name for name in EXAMPLES]
 )

@@ -67,8 +67,8 @@ function _shtab_mlx_qwen35_using
   test "$_shtab_mlx_qwen35_cmdpath" = "$argv"
 end
 
-set -g _shtab_mlx_qwen35_commands generate chat serve convert models 'models list' 'models remove' 'models fit' bench doctor completion
-set -g _shtab_mlx_qwen35_opts_with_value --adapter --adapter-scale --allowed-host --api-key-file --calibration --cap --chip --choice --clients --compare --context --decode-tokens --dpi --dtype --eval --fps --frequency-penalty --geometry --hf-path --host --idle-unload --image --json-schema --kv-bits --max-pixels --max-tokens --memory --memory-limit --min-p --min-pixels --min-tokens-to-keep --mlx-path --model --mtp --mtp-depth --needle --pages --pdf --plan --plot --port --prefill-step-size --presence-penalty --preset --prompt --prompt-file --prompt-lengths --q-bits --q-group-size --q-mode --q-vision-bits --reasoning-effort --recipe --regex --repeats --repetition-penalty --revision --rope-scaling --rounding --rows --save-recipe --seed --sensitivity --session --session-dir --source-fps --stop --system --system-prompt --temp --temperature --text --thinking-budget --timeout --tool-choice --tools --top-k --top-logprobs --top-p --upload-repo --video --video-num-frames --video-total-pixels --xtc-probability --xtc-threshold -m -p
+set -g _shtab_mlx_qwen35_commands generate chat serve convert train models 'models list' 'models remove' 'models fit' bench doctor completion
+set -g _shtab_mlx_qwen35_opts_with_value --accumulate --adapter --adapter-format --adapter-scale --allowed-host --alpha --api-key-file --batch-size --calibration --cap --chip --choice --clients --clip --compare --context --data --decode-tokens --dpi --dtype --epochs --eval --fps --frequency-penalty --from-adapter --geometry --hf-path --host --idle-unload --image --json-schema --kv-bits --layers --learning-rate --max-length --max-pixels --max-tokens --memory --memory-limit --min-p --min-pixels --min-tokens-to-keep --mlx-path --model --mtp --mtp-depth --needle --optimizer --pages --patience --pdf --pieces --plan --plot --port --prefill-step-size --presence-penalty --preset --prompt --prompt-file --prompt-lengths --q-bits --q-group-size --q-mode --q-vision-bits --rank --reasoning-effort --recipe --regex --repeats --repetition-penalty --revision --rope-scaling --rounding --rows --save-every --save-recipe --schedule --seed --sensitivity --session --session-dir --source-fps --steps --stop --system --system-prompt --targets --temp --temperature --text --thinking-budget --timeout --tool-choice --tools --top-k --top-logprobs --top-p --upload-repo --validate-every --validation-rows --video --video-num-frames --video-total-pixels --warmup --weight-decay --xtc-probability --xtc-threshold -m -p
 
 complete -c mlx_qwen35 -e
 complete -c mlx_qwen35 -f
@@ -238,6 +238,8 @@ complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using convert' -l q-vision-bits -x 
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using convert' -l dtype -xka "float32 float16 bfloat16" -d 'dtype of what is not quantized (default: the source'"'"'s)'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using convert' -l rope-scaling -x -d 'write yarn or yarn:FACTOR into config.json, for contexts beyond that of training, or none (default: as in the source)'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using convert' -l rounding -xka "search nearest" -d 'how quantized groups are rounded (default: search)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using convert' -l adapter -xka "(__fish_complete_directories)" -d 'fuse an adapter into the weights: a folder of PEFT, mlx-lm or mlx-vlm'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using convert' -l adapter-scale -x -d 'a factor of the adapter'"'"'s own scale'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using convert' -l calibration -xka "(__fish_complete_path (commandline -ct))" -d 'weigh rounding errors by the activations on this text file'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using convert' -l overwrite -d 'replace the checkpoint at --mlx-path when done'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using convert' -l resume -d 'continue a killed conversion to --mlx-path'
@@ -250,6 +252,45 @@ complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using convert' -l cap -x -d 'with -
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using convert' -l save-recipe -xka "(__fish_complete_path (commandline -ct))" -d 'write the proposed recipe, for --recipe FILE'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using convert' -l plot -xka "(__fish_complete_path (commandline -ct))" -d 'with --sensitivity: draw what was measured into this PNG file (needs matplotlib)'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using convert' -l json -d 'print what was written, or would be, or was measured, as JSON in the place of the text, or with FILE write it there too'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using; and test $_shtab_mlx_qwen35_npos -eq 0' -a train -d 'train an adapter on your own rows (LoRA, QLoRA)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -s h -l help -d 'show this help message and exit'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l version -d 'show program'"'"'s version number and exit'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l quiet -d 'write nothing but errors to standard error'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l data -xka "(__fish_complete_directories)" -d 'folder with train.jsonl, and valid.jsonl if there is one'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l adapter -xka "(__fish_complete_directories)" -d 'folder to write: the adapter, and run/ to go on with'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l resume -d 'go on with the run in --adapter; a run that was killed ends as if it was not'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l no-report -d 'write no report.md with losses, answers before and after, and the use of drafts'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l dry-run -d 'print rows, tokens, steps, memory and hours, and read no weights'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l model -xka "__mlx_qwen35_models" -d 'a local folder, a Hugging Face id such as Qwen/Qwen3.5-4B, or '"'"'nano'"'"' (the small demonstration model that comes with the package)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l revision -x -d 'branch, tag or commit of a Hugging Face id'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l dtype -xka "float32 float16 bfloat16" -d 'dtype of activations and unquantized weights (default: the checkpoint'"'"'s on a GPU, but float16 for bfloat16 on M1 and M2; float32 on a CPU)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l memory-limit -x -d 'memory that the model may take, in GB (10^9 bytes; default: by this machine); a model that does not fit is refused before it is downloaded or read'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l rank -x -d 'rank of each low-rank part (default: 8)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l alpha -x -d 'the scale is alpha / rank (default: 2 x rank)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l targets -x -d 'maps to train, by the end of their names, as q_proj,v_proj,mlp.up_proj; embed_tokens and lm_head too (default: all maps of the text model'"'"'s layers)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l layers -x -d 'train the last N layers alone (default: all)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l from-adapter -xka "(__fish_complete_directories)" -d 'begin with the low-rank parts of this adapter, and train those'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l draft-head -d 'train the draft head along, on the same rows, so that drafts still fit'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l adapter-format -xka "peft mlx-lm" -d 'files of the adapter: PEFT'"'"'s or mlx-lm'"'"'s (default: peft)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l max-length -x -d 'tokens of a row; what is longer is cut, and counted (default: 2048)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l no-mask-prompt -d 'all tokens are targets, not those of answers alone'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l batch-size -x -d 'rows that go through the model together (default: 1)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l accumulate -x -d 'batches of a step; all targets weigh the same (default: 4)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l pieces -x -d 'tokens whose logits are in memory at a time (default: 256)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l steps -x -d 'steps of the optimizer (default: as many as --epochs takes)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l epochs -x -d 'times that each row is seen (default: 1)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l optimizer -xka "adamw adam sgd adafactor muon" -d 'of mlx.optimizers; sgd has momentum 0.9 (default: adamw)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l learning-rate -x -d 'of the optimizer, at its highest (default: 1e-4)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l schedule -xka "constant linear cosine" -d 'how the learning rate falls, to 0 behind the last step (default: cosine)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l warmup -x -d 'steps in which the learning rate rises first (default: 0)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l weight-decay -x -d 'of the optimizer; adam has none (default: 0)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l clip -x -d 'a longer gradient is scaled to this norm, over all maps; 0: none (default: 1)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l seed -x -d 'of the order of rows and of the first values (default: 0)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l validate-every -x -d 'steps between validations, where the data has a valid.jsonl (default: 50)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l validation-rows -x -d 'validate on the first N rows (default: all)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l patience -x -d 'end after N validations without a lower loss (default: after all steps)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l save-every -x -d 'steps between saved states (default: 50)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l json -d 'print what was trained, or would be, as JSON in the place of the text, or with FILE write it there too'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using; and test $_shtab_mlx_qwen35_npos -eq 0' -a models -d 'say which models fit, list and remove those that are here'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using models' -s h -l help -d 'show this help message and exit'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using models' -l version -d 'show program'"'"'s version number and exit'
