@@ -99,7 +99,7 @@ class Prepared:
             "options": options,
             "data": {f"{split}.jsonl": file.fingerprint for split, file in self.files.items()},
             "model": {"weights": fingerprint(self.checkpoint), "dtype": dtype_name(self.dtype)},
-            "adapter": self.begin and self.begin.fingerprint,
+            "the adapter that it began with": self.begin and self.begin.fingerprint,
             "versions": versions(),
         }
         return json.loads(json.dumps(found))
