@@ -4,10 +4,12 @@ The current one follows MLX's default device and is asked for at each use, since
 time. Everything may import this module; it imports only errors.
 """
 
+import functools
 import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 from mlx_qwen35.errors import InputError
@@ -52,6 +54,7 @@ class Backend:
     inverts_by_lapack: bool  # triangular matrices
     numpy_products: bool  # numpy's BLAS may be faster than MLX's
     usable_memory: Callable[[], int]  # bytes that a model may take
+    differentiates: bool = False  # each operation has a gradient, see `gradients`
 
     @property
     def fused_kernels(self) -> bool:
@@ -101,15 +104,38 @@ METAL = Backend(
 CUDA = replace(METAL, name="cuda", kernel_language="cuda", watchdog=False, usable_memory=_cuda_memory)
 
 _assumed: Backend | None = None
+_gradients: ContextVar[bool] = ContextVar("gradients", default=False)  # of a thread: a new one begins without
 
 
 def backend() -> Backend:
-    """The backend of MLX's default device, or the one that `assume` has set."""
+    """The backend of MLX's default device, or the one that `assume` has set; within `gradients` differentiable."""
     if _assumed is not None:
-        return _assumed
-    if mx.default_device() == mx.cpu:
-        return CPU
-    return METAL if mx.metal.is_available() else CUDA
+        current = _assumed
+    elif mx.default_device() == mx.cpu:
+        current = CPU
+    else:
+        current = METAL if mx.metal.is_available() else CUDA
+    return differentiable(current) if _gradients.get() else current
+
+
+@functools.cache
+def differentiable(plain: Backend) -> Backend:
+    """The same backend with a gradient for each operation: without kernels, which have none."""
+    return replace(plain, kernel_language="", differentiates=True)
+
+
+@contextmanager
+def gradients(wanted: bool = True) -> Iterator[None]:
+    """Compute on the differentiable backend within the block, in this thread alone; wanted False: not on it.
+
+    What is traced for `mx.vjp` or `mx.grad` must be computed within. Operations of MLX bring their own gradients;
+    where they have none, or a slow one, it is written by hand (kernels/by_hand.py).
+    """
+    token = _gradients.set(wanted)
+    try:
+        yield
+    finally:
+        _gradients.reset(token)
 
 
 @contextmanager

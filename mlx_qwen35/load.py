@@ -15,7 +15,7 @@ from mlx_qwen35.cache.kv_format import FORMS, UNQUANTIZED, KVFormat, check_kv_bi
 from mlx_qwen35.checkpoint.adapter_choice import Chosen, check_adapter, choose, look_at
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.dtypes import COMPUTED, DTYPES, check_dtype
-from mlx_qwen35.checkpoint.fingerprint import fingerprint
+from mlx_qwen35.checkpoint.fingerprint import fingerprint, vision_fingerprint
 from mlx_qwen35.checkpoint.hub import CHOICES, resolve
 from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION
 from mlx_qwen35.checkpoint.rope_fields import check_rope_scaling
@@ -249,7 +249,10 @@ def load_model(
     mtp_head = model.mtp = _draft_head(later, dtype, model.adapters)
     if has_vision(checkpoint):  # the lambda must not hold the model, which would then hold itself
         encoder, beside = loaded_bytes(later, vision_names(later), dtype), model.adapters
-        model.vision = LazyPart(lambda: beside.stack(load_vision_encoder(later, dtype, mtp_head, limit)), encoder)
+        model.vision = LazyPart(
+            lambda: beside.stack(load_vision_encoder(later, dtype, mtp_head, limit)), encoder,
+            fingerprint=functools.cache(lambda: vision_fingerprint(checkpoint)),
+        )  # fmt: skip
     model.fingerprint = functools.cache(lambda: fingerprint(checkpoint))
     show_in_use(checkpoint.folder / "config.json", model)
     model.eval()

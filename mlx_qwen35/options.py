@@ -159,7 +159,7 @@ DECLINED = {
     "conversation where the context is full; keys and values in fewer bits make room for a longer one",
     "quantized_kv_start": "keys and values have one form from the first token on. To convert them later would take the "
     "memory of both forms where it is fullest, and results would depend on where chunks end",
-    "adapter_path": "adapters are not read yet. Merge it into its model with mlx_lm.fuse, and load that folder",
+    "adapter_path": "an adapter, whichever program made it, is the option adapter: --adapter FOLDER",
     "chat_template_config": "the switches of the template are options: --enable-thinking and --preserve-thinking",
     "draft_model": "the checkpoint's own head drafts: --mtp",
     "extra_eos_token": "give its text to --stop",

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +12,14 @@ import uvicorn
 
 from mlx_qwen35.load import load
 from mlx_qwen35.machine.process import LOCK
+from mlx_qwen35.model.model import Model
+from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.server.app import make_app
 from mlx_qwen35.server.listen import bind, config_of
 from mlx_qwen35.server.options import ServerOptions
 from mlx_qwen35.server.service import Service
 
+Loads = Callable[[], tuple[Model, Processor]]
 CLIENT = httpx.Client(timeout=60)  # one for all: making one reads the certificates of the system
 
 
@@ -53,10 +56,16 @@ def computing() -> Iterator[None]:
 
 
 @contextmanager
-def serving(model: str = "nano", machine: Mapping[str, Any] | None = None, **options: Any) -> Iterator[Running]:
-    """Serve a model with these options of the server. machine: a clock, and what `Upkeep` sees."""
-    given = {"load": lambda: load(model)} | dict(machine or {})
-    service = Service(*load(model), ServerOptions(port=0, **options), "nano", **given)
+def serving(model: str | Loads = "nano", machine: Mapping[str, Any] | None = None, **options: Any) -> Iterator[Running]:
+    """Serve a model with these options of the server. model: its name, or what loads it. machine: a clock, and what
+    `Upkeep` sees.
+    """
+
+    def loads() -> tuple[Model, Processor]:
+        return load(model) if isinstance(model, str) else model()
+
+    given = {"load": loads} | dict(machine or {})
+    service = Service(*loads(), ServerOptions(port=0, **options), "nano", **given)
     service.start()
     server = uvicorn.Server(config_of(make_app(service.options, service)))
     sockets = bind("127.0.0.1", 0)

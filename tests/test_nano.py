@@ -58,7 +58,7 @@ def compare(nano: tuple[Model, Processor], task: str, thinking: bool, count: int
     assert sum(a != b for a, b in zip(ours, theirs, strict=True)) <= count // 20, f"ours {ours}\ntheirs {theirs}"
 
 
-@pytest.mark.core(5)
+@pytest.mark.core(2)
 @pytest.mark.parametrize(("task", "thinking"), [key for key in sorted(SCORES) if key[0] in QUICK])
 def test_items_are_answered_as_under_transformers(nano, task, thinking):
     compare(nano, task, thinking, 6 if task == "tool_city" else 20)  # of that each is a batch of its own

@@ -26,6 +26,7 @@ def python(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize("order", list(itertools.permutations(["module", "inside", "convert"])), ids="-".join)
 def test_generate_is_the_function_after_any_order_of_imports(order):
     lines = [IMPORTS[name] for name in order]

@@ -42,6 +42,6 @@ def benched(arguments: Sequence[str], *names: str) -> dict[str, Any]:
 
 def machine() -> str:
     """Versions and chip, for the small print."""
-    from mlx_qwen35.bench.report import chip
+    from mlx_qwen35.machine.chip import brand
 
-    return f"mlx {metadata.version('mlx')}, float32, {chip()}"
+    return f"mlx {metadata.version('mlx')}, float32, {brand()}"

@@ -35,13 +35,13 @@ from ours import completions, marks
 from tasks import draw, items_of
 
 import mlx_qwen35
-from mlx_qwen35.bench.report import chip
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.shapes import text_shapes
 from mlx_qwen35.convert import convert
 from mlx_qwen35.convert.evaluate import evaluate
 from mlx_qwen35.convert.recipes import RECIPES
+from mlx_qwen35.machine.chip import brand
 from mlx_qwen35.measure.divergence import Evaluation
 
 SEED = 0  # of the held-out items, as in evaluation.json
@@ -179,7 +179,7 @@ def footnote(rows: Sequence[Row], items: int) -> str:
         f"{items} held-out items of each task and mode (thinking off, on). KL, top-1, perplexity: {e.positions} answer "
         f"tokens of {e.sequences} text items (perplexity of the source: {e.source_perplexity:.3f}); ± is one standard "
         f"error over items. Answers: exact completions of greedy generation, {rows[0].asked} questions.\n"
-        f"{chip()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}, {packages}, "
+        f"{brand()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}, {packages}, "
         "float32 arithmetic."
     )
 

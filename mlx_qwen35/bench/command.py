@@ -13,20 +13,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NoReturn
 
-import mlx.core as mx
-
 from mlx_qwen35.backend import backend
 from mlx_qwen35.bench import heatmap, needle, plot, serve, serve_model, serve_report
-from mlx_qwen35.bench.measure import OURS, PEERS, Settings, measure, started, summarize
+from mlx_qwen35.bench.measure import OURS, PEERS, Beside, Settings, measure, started, summarize
 from mlx_qwen35.bench.report import as_json, describe_machine, format_table
 from mlx_qwen35.bench.worker import blas
+from mlx_qwen35.checkpoint.adapter_choice import choose
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.dtypes import DTYPES, dtype_name
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.random import GEOMETRIES, geometry, write_random_checkpoint
 from mlx_qwen35.console.interrupt import unwound_when_ended
 from mlx_qwen35.console.json_output import add_json, check_json, write_json
-from mlx_qwen35.console.options import add_options, given_options
+from mlx_qwen35.console.options import add_options, check_one_adapter, given_options
 from mlx_qwen35.console.parser import Parser
 from mlx_qwen35.console.plot import check_plot
 from mlx_qwen35.console.progress import Step
@@ -34,6 +33,7 @@ from mlx_qwen35.console.run import as_command, load_model
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import LoadOptions, choose_dtype
 from mlx_qwen35.machine.chip import tune
+from mlx_qwen35.model.model import Model
 from mlx_qwen35.options import as_flag, options_of
 
 _COUNT = "launches are counted by python -m tests.dispatches.count, in a clone of the repository"
@@ -104,7 +104,7 @@ def parser() -> Parser:
     source = parser.add_mutually_exclusive_group()
     add_options(source, [loaded["model"]])
     source.add_argument("--geometry", choices=GEOMETRIES, help="random weights of this size, removed afterwards")
-    add_options(parser, [loaded["revision"], loaded["dtype"], loaded["rope_scaling"]])
+    add_options(parser, [loaded[name] for name in ("revision", "dtype", "adapter", "adapter_scale", "rope_scaling")])
     add_options(parser.add_argument_group("needles"), [loaded[name] for name in OF_NEEDLES])
     other = parser.add_mutually_exclusive_group()
     other.add_argument(
@@ -162,6 +162,8 @@ def _check_effects(options: argparse.Namespace) -> None:
     if given := [as_flag(name) for name in IDLE[kind] if getattr(options, name) is not None]:
         where = "with --needle or --serve alone" if kind == "speed" else f"without {as_flag(kind)}"
         raise InputError("option_no_effect", f"{given[0]} must be given {where}: it would have no effect")
+    check_one_adapter(options)
+    LoadOptions(**given_options(options, [LoadOptions]))
     if options.needle and options.geometry:
         raise InputError("option_conflict", "--needle must be given with --model: random weights find nothing")
     if options.compare and options.rope_scaling:
@@ -188,11 +190,26 @@ def bench(options: argparse.Namespace) -> dict[str, str]:
         return {}
     with Step("preparing") as step, _checkpoint(options, step) as folder:
         name = options.model or f"random weights of geometry {options.geometry}"
-        if options.serve:
-            return _serve(options, folder, name, step)
         if options.rope_scaling:
             name += f", --rope-scaling {options.rope_scaling}"
-        return _speed(options, folder, name, step)
+        if beside := _beside(options, folder):
+            name += f", adapter {beside.described}"
+        return (_serve if options.serve else _speed)(options, folder, name, step, beside)
+
+
+def _beside(options: argparse.Namespace, folder: Path) -> Beside | None:
+    """The adapter, checked before anything is measured. InputError where a program beside ours cannot load it."""
+    if not options.adapter:
+        return None
+    scale = 1.0 if options.adapter_scale is None else options.adapter_scale
+    ((name, adapter),) = choose(options.adapter, scale, open_checkpoint(folder)).adapters.items()
+    if options.compare and (set(options.compare) != {"mlx-lm"} or adapter.format == "peft" or scale != 1):
+        raise InputError(
+            "option_conflict",
+            "--adapter must be given without --compare, or with --compare mlx-lm alone, an adapter in mlx-lm's format "
+            f"and no --adapter-scale: what is compared must be the same; this one is in the format of {adapter.format}",
+        )
+    return Beside(name, adapter.path, scale)
 
 
 def _needles(options: argparse.Namespace) -> None:
@@ -204,30 +221,37 @@ def _needles(options: argparse.Namespace) -> None:
             answers += found
     except KeyboardInterrupt:
         if answers:
-            _report_needles(options, model.dtype, answers)
+            _report_needles(options, model, answers)
         raise
-    _report_needles(options, model.dtype, answers)
+    _report_needles(options, model, answers)
 
 
-def _report_needles(options: argparse.Namespace, dtype: mx.Dtype, answers: Sequence[needle.Answer]) -> None:
+def _report_needles(options: argparse.Namespace, model: Model, answers: Sequence[needle.Answer]) -> None:
     """Print and write what was measured."""
     machine, rows = describe_machine({OURS: {"blas": blas(), "torch_threads": None}}), heatmap.summarize(answers)
-    given = given_options(options, [LoadOptions])
+    given, adapter = given_options(options, [LoadOptions]), model.adapters.default
     also = [f"{as_flag(name)} {given[name]}" for name in (*OF_NEEDLES, "rope_scaling") if name in given]
-    name = ", ".join([options.model, dtype_name(dtype), *also])
+    also += [f"adapter {adapter}"] if adapter else []
+    name = ", ".join([options.model, dtype_name(model.dtype), *also])
     if not write_json(options.json, heatmap.as_json(machine, name, rows, answers)):
         print(heatmap.format_table(machine, name, rows))
     if options.plot:
         heatmap.draw(options.plot, options.model, f"{name}\n{machine['chip']}", rows)
 
 
-def _speed(options: argparse.Namespace, folder: Path, model: str, step: Step) -> dict[str, str]:
+def _speed(
+    options: argparse.Namespace, folder: Path, model: str, step: Step, beside: Beside | None
+) -> dict[str, str]:
     failures: dict[str, str] = {}
     dtype = dtype_name(choose_dtype(open_checkpoint(folder, rope_scaling=options.rope_scaling), options.dtype))
     lengths, decode, chunk, peers = (getattr(options, name) or default for name, default in SPEED.items())
     settings = Settings(lengths, decode, options.repeats or 5, chunk, dtype)
     step.say("loading the programs")
-    with started((OURS, *peers), folder, dtype, failures, options.rope_scaling) as workers:
+    loading: dict[str, dict[str, Any]] = {OURS: {"rope_scaling": options.rope_scaling}}
+    if beside:
+        loading[OURS] |= {"adapter": {beside.name: str(beside.path)}, "adapter_scale": beside.scale}
+        loading["mlx-lm"] = {"adapter": str(beside.path)}
+    with started((OURS, *peers), folder, dtype, failures, loading) as workers:
         if OURS in failures:
             raise InputError(
                 "bench_failed", f"{OURS} could not load {options.model or options.geometry}: {failures[OURS]}"
@@ -245,7 +269,9 @@ def _speed(options: argparse.Namespace, folder: Path, model: str, step: Step) ->
     return failures
 
 
-def _serve(options: argparse.Namespace, folder: Path, model: str, step: Step) -> dict[str, str]:
+def _serve(
+    options: argparse.Namespace, folder: Path, model: str, step: Step, beside: Beside | None
+) -> dict[str, str]:
     lengths, peers = options.prompt_lengths or (256,), options.compare or ()
     if len(lengths) > 1 or set(peers) - set(serve.MODULES):
         raise InputError("option_conflict", "--serve takes one of --prompt-lengths, and --compare mlx-lm")
@@ -260,7 +286,9 @@ def _serve(options: argparse.Namespace, folder: Path, model: str, step: Step) ->
     )  # fmt: skip
     with serve_model.prepared(folder, dtype) as served:
         step.say("starting the servers")
-        with unwound_when_ended(), serve.serving((OURS, *peers), served, settings.dtype, failures) as servers:
+        with unwound_when_ended(), serve.serving(
+            (OURS, *peers), served, settings.dtype, failures, beside
+        ) as servers:
             runs = [] if OURS in failures else serve.measure(servers, settings, failures, step.say)
             environment = {"blas": {} if OURS in failures else blas(servers[0].pid), "torch_threads": None}
     if OURS in failures:

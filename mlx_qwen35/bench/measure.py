@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,21 @@ from mlx_qwen35.bench.scatter import positive_median, ratios, scatter
 
 OURS = "mlx_qwen35"
 PEERS = ("mlx-lm", "mlx-vlm", "transformers")
+Options = Mapping[str, Mapping[str, Any]]  # program -> options of its loader
+NO_OPTIONS: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Beside:
+    """An adapter that is loaded beside the weights."""
+
+    name: str
+    path: Path
+    scale: float
+
+    @property
+    def described(self) -> str:
+        return self.name if self.scale == 1 else f"{self.name}, scale {self.scale:g}"
 
 
 class ProgramError(Exception):
@@ -35,15 +50,15 @@ def last_words(errors: TextIO, code: int) -> str:
 class Worker:
     """One program in a process of its own, until `close`."""
 
-    def __init__(self, name: str, folder: Path, dtype: str, rope_scaling: str | None = None):
+    def __init__(self, name: str, folder: Path, dtype: str, options: Mapping[str, Any] = NO_OPTIONS):
         """Raises ProgramError when the program is not installed or cannot load the checkpoint.
 
-        rope_scaling: for our program, as `load` takes it; the others read what the folder says.
+        options: of its loader, see worker.py.
         """
         self.name = name
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the worker)
         command = [sys.executable, "-P", str(Path(__file__).with_name("worker.py")), name, str(folder), dtype]
-        command += [rope_scaling] if rope_scaling and name == OURS else []
+        command += [json.dumps(options)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, bufsize=1
         )
@@ -73,14 +88,14 @@ class Worker:
 
 @contextmanager
 def started(
-    names: Sequence[str], folder: Path, dtype: str, failures: dict[str, str], rope_scaling: str | None = None
+    names: Sequence[str], folder: Path, dtype: str, failures: dict[str, str], options: Options = NO_OPTIONS
 ) -> Iterator[list[Worker]]:
-    """A worker for each program that loads. The others go to `failures` with the reason."""
+    """A worker for each program that loads. The others go to `failures` with the reason. options: of their loaders."""
     workers: list[Worker] = []
     try:
         for name in names:
             try:
-                workers.append(Worker(name, folder, dtype, rope_scaling))
+                workers.append(Worker(name, folder, dtype, options.get(name, {})))
             except ProgramError as error:
                 failures[error.program] = str(error)
         yield workers

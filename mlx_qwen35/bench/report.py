@@ -2,17 +2,16 @@
 
 import os
 import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.backend import backend, system_memory
 from mlx_qwen35.bench.measure import OURS, Settings, Summary
 from mlx_qwen35.bench.scatter import NOT_MEASURABLE, notes, with_scatter
 from mlx_qwen35.console.table import align
+from mlx_qwen35.machine.chip import brand
 
 _PACKAGES = ("mlx", "mlx-lm", "mlx-vlm", "transformers", "torch")
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
@@ -22,17 +21,6 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def chip() -> str:
-    if platform.system() == "Darwin":
-        return subprocess.run(
-            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
 def describe_machine(environments: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Hardware, systems and versions. environments: program -> its worker's first reply."""
     memory, on = system_memory(), backend().device
@@ -40,7 +28,7 @@ def describe_machine(environments: Mapping[str, Mapping[str, Any]]) -> dict[str,
     threads = [f"{name}={os.environ[name]}" for name in _THREADS if name in os.environ]
     threads += [f"torch {e['torch_threads']}" for e in environments.values() if e["torch_threads"]]
     return {
-        "chip": f"{chip()}, {os.cpu_count()} cores, {memory / 1e9:.1f} GB memory",
+        "chip": f"{brand()}, {os.cpu_count()} cores, {memory / 1e9:.1f} GB memory",
         "GPU": gpu,
         "system": platform.platform(),
         "threads": ", ".join(threads) or "as the libraries choose",

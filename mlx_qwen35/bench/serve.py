@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_qwen35.bench.measure import OURS, ProgramError, in_turn, last_words
+from mlx_qwen35.bench.measure import OURS, Beside, ProgramError, in_turn, last_words
 
 MODULES = {OURS: "mlx_qwen35.serve", "mlx-lm": "mlx_lm.server"}
 ENDS = ("<|endoftext|>", "<|im_end|>", "<think>", "<tool_call>")  # tokens that would end an answer, or its text
@@ -80,14 +80,20 @@ class Run:
 class Server:
     """A server's process, until `close`. It listens on 127.0.0.1."""
 
-    def __init__(self, name: str, folder: Path, dtype: str):
-        """Raises ProgramError when it is not installed or does not come up."""
+    def __init__(self, name: str, folder: Path, dtype: str, beside: Beside | None = None):
+        """Raises ProgramError when it is not installed or does not come up. beside: the adapter that is asked."""
         self.name, self._ends = name, _end_tokens(folder)
+        self._model = "default_model"  # of mlx-lm; ours answers by the model alone
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         command = [sys.executable, "-m", MODULES[name], "--model", str(folder), "--port", str(self.port)]
         command += ["--dtype", dtype] if name == OURS else ["--log-level", "ERROR"]
+        if beside and name == OURS:
+            command += ["--adapter", f"{beside.name}={beside.path}", "--adapter-scale", str(beside.scale)]
+            self._model = f"{folder.resolve().name}:{beside.name}"
+        elif beside:
+            command += ["--adapter-path", str(beside.path)]
         paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]  # for a checkout not installed
         environment = {"MLX_ENABLE_TF32": "0", **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the server)
@@ -124,7 +130,7 @@ class Server:
     def ask(self, messages: Sequence[dict[str, str]], tokens: int) -> Reply:
         """Have a conversation answered with so many tokens. Raises ProgramError."""
         body = {
-            "model": "default_model", "messages": messages, "stream": True, "stream_options": {"include_usage": True},
+            "model": self._model, "messages": messages, "stream": True, "stream_options": {"include_usage": True},
             "temperature": 0, "max_tokens": tokens, "logit_bias": dict.fromkeys(self._ends, -100),
             "chat_template_kwargs": {"enable_thinking": False},
         }  # fmt: skip
@@ -173,13 +179,15 @@ def _end_tokens(folder: Path) -> list[str]:
 
 
 @contextmanager
-def serving(names: Sequence[str], folder: Path, dtype: str, failures: dict[str, str]) -> Iterator[list[Server]]:
+def serving(
+    names: Sequence[str], folder: Path, dtype: str, failures: dict[str, str], beside: Beside | None = None
+) -> Iterator[list[Server]]:
     """A server for each program that comes up. The others go to `failures` with the reason."""
     with ExitStack() as stack:
         servers = []
         for name in names:
             try:
-                servers.append(Server(name, folder, dtype))
+                servers.append(Server(name, folder, dtype, beside))
             except ProgramError as error:
                 failures[error.program] = str(error)
             else:

@@ -1,5 +1,6 @@
-"""One program in a process of its own: python worker.py PROGRAM FOLDER DTYPE, then one JSON request a line on stdin.
-Behind DTYPE our program takes --rope-scaling's value.
+"""One program in a process of its own: python worker.py PROGRAM FOLDER DTYPE OPTIONS, then one JSON request a line on
+stdin. OPTIONS is a JSON object of the program's loader: of ours rope_scaling, adapter and adapter_scale as `load` takes
+them, of mlx-lm adapter, a folder.
 
 The first line of output says that the model is loaded; each further one answers a request. {"prompt", "decode", "step"}
 runs the model once, {"products": passes} times the linear maps alone. A failure ends the process with its traceback.
@@ -18,7 +19,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -113,8 +113,11 @@ def evaluate_states(cache: Any) -> None:
     mx.eval([layer.state for layer in cache])
 
 
-def load_mlx_qwen35(folder: Path, dtype: str, rope_scaling: str | None = None) -> MLXProgram:
+def load_mlx_qwen35(
+    folder: Path, dtype: str, rope_scaling: str | None = None, adapter: Any = None, adapter_scale: float = 1.0
+) -> MLXProgram:
     sys.path.append(str(Path(__file__).parents[2]))  # for a checkout that is not installed
+    from mlx_qwen35.checkpoint.adapter_choice import choose
     from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
     from mlx_qwen35.checkpoint.dtypes import DTYPES
     from mlx_qwen35.load import load_model
@@ -122,20 +125,25 @@ def load_mlx_qwen35(folder: Path, dtype: str, rope_scaling: str | None = None) -
     from mlx_qwen35.model.pace import Pace
 
     tune()  # as our commands do, and in this process alone
-    model = load_model(open_checkpoint(folder, rope_scaling=rope_scaling), DTYPES[dtype], str(folder))
+    checkpoint = open_checkpoint(folder, rope_scaling=rope_scaling)
+    adapters = choose(adapter, adapter_scale, checkpoint)
+    model = load_model(checkpoint, DTYPES[dtype], str(folder), adapters=adapters)
+    active = model.adapters.active([model.adapters.default])
 
     def hidden(tokens: Any, cache: Any) -> Any:
         return model.hidden(tokens, cache, pace=Pace()) if tokens.shape[1] > 1 else model.hidden(tokens, cache)
 
-    adapters = model.adapters.active([model.adapters.default])
-    logits = partial(model.logits, adapters=adapters)
+    def logits(hidden: Any) -> Any:
+        return model.logits(hidden, active)
+
     return MLXProgram(Network(model.make_cache, hidden, logits, lambda cache: cache.evaluate()), model)
 
 
-def load_mlx_lm(folder: Path, dtype: str) -> MLXProgram:
-    from mlx_lm.utils import load_model
+def load_mlx_lm(folder: Path, dtype: str, adapter: str | None = None) -> MLXProgram:
+    from mlx_lm.utils import load_adapters, load_model
 
-    model = cast(load_model(folder)[0], dtype)
+    model = load_model(folder)[0]
+    model = cast(load_adapters(model, adapter) if adapter else model, dtype)
     text = model.language_model
     head = text.model.embed_tokens.as_linear if text.args.tie_word_embeddings else text.lm_head
     return MLXProgram(Network(text.make_cache, text.model, head, evaluate_states), model)
@@ -177,7 +185,7 @@ class Transformers:
         return {"prefill_s": seconds[0], "decode_s": seconds[1:], "mlx_peak_bytes": None}
 
 
-LOADERS = {
+LOADERS: dict[str, Callable[..., Any]] = {
     "mlx_qwen35": load_mlx_qwen35, "mlx-lm": load_mlx_lm, "mlx-vlm": load_mlx_vlm, "transformers": Transformers,
 }  # fmt: skip
 
@@ -206,11 +214,11 @@ def answer(program: Any, vocabulary: int, request: dict[str, Any]) -> dict[str, 
     return program.run(prompt, request["decode"], request["step"]) | {"max_rss_bytes": max_rss_bytes()}
 
 
-def serve(name: str, folder: Path, options: list[str], replies: TextIO) -> None:
+def serve(name: str, folder: Path, dtype: str, options: dict[str, Any], replies: TextIO) -> None:
     """options: those of the program's loader."""
     config = json.loads((folder / "config.json").read_text())
     vocabulary = config.get("text_config", config)["vocab_size"]
-    program = LOADERS[name](folder, *options)
+    program = LOADERS[name](folder, dtype, **options)
     torch = sys.modules.get("torch") if name == "transformers" else None
     print(json.dumps({"blas": blas(), "torch_threads": torch and torch.get_num_threads()}), file=replies)
     for line in sys.stdin:
@@ -220,9 +228,9 @@ def serve(name: str, folder: Path, options: list[str], replies: TextIO) -> None:
 def main() -> None:
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what a library prints must not come between the replies
-    name, folder, *options = sys.argv[1:]
+    name, folder, dtype, options = sys.argv[1:]
     os.environ.setdefault("MLX_ENABLE_TF32", "0")  # for all programs alike: float32 is float32
-    serve(name, Path(folder), options, replies)
+    serve(name, Path(folder), dtype, json.loads(options), replies)
 
 
 if __name__ == "__main__":

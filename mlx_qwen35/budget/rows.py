@@ -27,7 +27,8 @@ class RowNeeds:
 class RowsPlan:
     """The bytes of rows on one model, before any of them is read.
 
-    weights: of the text model. head, encoder: of the draft head and of the vision encoder, where a row needs them.
+    weights: of the text model, and of the adapters beside it. head, encoder: of the draft head and of the vision
+    encoder, where a row needs them.
     unpacks: whether prefill dequantizes matrices.
     """
 

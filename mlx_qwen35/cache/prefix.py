@@ -27,10 +27,18 @@ def library_bytes(limit: int) -> int:
     return int(limit * (0.1 if limit <= 6e9 else 0.25))
 
 
+class Adapters(Protocol):
+    """What tells a model's adapters apart where their names do not last."""
+
+    def fingerprint(self, name: str) -> str: ...
+
+
 class Model(Protocol):
     """What a library needs of the model that it is of."""
 
-    def make_cache(self) -> Cache: ...
+    @property
+    def adapters(self) -> Adapters: ...
+    def make_cache(self, batch: int = 1, adapter: str | None = None) -> Cache: ...
 
 
 class Behind(Protocol):
@@ -55,7 +63,8 @@ class Entry:
 class PrefixLibrary:
     """Snapshots of the beginnings of prompts of one model. Made by `model.make_library()`.
 
-    Prefixes are compared token by token, and images by the digests of their pixels. Any thread may call any method.
+    Prefixes are compared token by token, images by the digests of their pixels, and adapters by their names. Any thread
+    may call any method.
 
     A snapshot that is in use is never let go: the newest of each kind that a running prompt began with or stored.
     The others take at most `memory` bytes.
@@ -78,7 +87,7 @@ class PrefixLibrary:
                 self.behind.touch(entry)
             if entry and entry.kind == QUERY:
                 self.drop_loops(entry, prefix)
-            cache = entry.snapshot.cache() if entry else self.model.make_cache()
+            cache = entry.snapshot.cache() if entry else self.model.make_cache(adapter=prefix.adapter)
             cache.reserve(len(prefix) - use.reused)
             if entry:
                 entry.snapshot = cache.snapshot()  # in new memory too, where the columns had to be copied
@@ -101,10 +110,10 @@ class PrefixLibrary:
 
         compact: whether it gives up the columns behind those in use.
 
-        Raises InputError for a snapshot of a cache of another form, and of another number of tokens.
+        Raises InputError for a snapshot of a cache of another form or adapter, and of another number of tokens.
         """
         with LOCK:
-            self.model.make_cache().restore(snapshot)  # refuses another form
+            self.model.make_cache(adapter=prefix.adapter).restore(snapshot)  # refuses another form
             if snapshot.row_lengths != [len(prefix)]:
                 raise InputError(
                     "snapshot_foreign",

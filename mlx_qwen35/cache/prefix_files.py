@@ -1,8 +1,10 @@
 """A folder that keeps what a library of prefixes stores, so that another process need not read it again.
 
 A place of a prompt has two files: its DeltaNet states, and the keys and values behind the place before it, with their
-tokens. They are named by a digest of the tokens, of what these show, and of the model. So no column is written twice,
-and a place that a prompt has left behind gives its states back.
+tokens. They are named by a digest of the tokens, of what these show, of the model and of the adapter. So no column is
+written twice, and a place that a prompt has left behind gives its states back.
+
+Here prefixes name adapters by their fingerprints, which outlive the names that adapters are loaded under.
 """
 
 import json
@@ -12,11 +14,13 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from mlx_qwen35.cache.cache import Snapshot
+from mlx_qwen35.cache.cache import Cache, Snapshot
 from mlx_qwen35.cache.layer import CachePosition
-from mlx_qwen35.cache.prefix import RANKS, Entry, Model, PrefixLibrary
+from mlx_qwen35.cache.prefix import RANKS, Adapters, Entry, PrefixLibrary
 from mlx_qwen35.cache.prefix_arrays import columns, restored, states
 from mlx_qwen35.cache.prefix_folder import ASIDE, Damaged, Folder
 from mlx_qwen35.cache.prefix_places import UNFIT, Place, Places
@@ -52,6 +56,7 @@ class PrefixFiles:
         self.folder, self.tell = folder, tell
         self.memory = memory
         self.library: PrefixLibrary | None = None
+        self._adapters: Adapters | None = None  # of the library's model
         self.pending = 0  # bytes that wait to be written
         self._identity = dict(identity)
         self.places = Places(identity)
@@ -67,7 +72,7 @@ class PrefixFiles:
     def attach(self, library: PrefixLibrary) -> None:
         """Be behind a library, and no other."""
         self.detach()
-        self.library, library.behind = library, self
+        self.library, library.behind, self._adapters = library, self, library.model.adapters
         if self.memory is None:
             self.memory = library.memory
             self._jobs.put(self._trim)
@@ -80,7 +85,7 @@ class PrefixFiles:
                 self.flush()
                 with LOCK:
                     self._take(entry, float("inf"))
-            library.behind = None
+            library.behind = self._adapters = None
 
     @property
     def nbytes(self) -> int:
@@ -114,9 +119,10 @@ class PrefixFiles:
 
     def _take(self, entry: Entry, most: float) -> None:
         self.touch(entry)
+        prefix = self._stored(entry.prefix)
         with self._guard:
-            path = self.places.path(entry.prefix)
-            key = self.places.key(entry.prefix)
+            path = self.places.path(prefix)
+            key = self.places.key(prefix)
             known = self.places.get(key)
             if known and known.kind:
                 known.kind = max(known.kind, entry.kind, key=RANKS.__getitem__)
@@ -132,7 +138,7 @@ class PrefixFiles:
         with self._guard:
             if (needed := key if known else parent) and needed not in self.places:
                 return  # it was let go of meanwhile
-            place = self.places.setdefault(key, Place(entry.prefix, parent, sizes[0]))
+            place = self.places.setdefault(key, Place(prefix, parent, sizes[0]))
             place.kind, place.states, place.written, place.used = entry.kind, sizes[1], False, time.time_ns()
             self.pending += sum(sizes)
         self._jobs.put(lambda: self._write(key, start, taken[0], taken[1], cache.next_positions[0]))
@@ -140,7 +146,7 @@ class PrefixFiles:
     def touch(self, entry: Entry) -> None:
         """A prompt began with an entry: it is let go of behind those that were not used since."""
         with self._guard:
-            key = self.places.key(entry.prefix)
+            key = self.places.key(self._stored(entry.prefix))
             if place := self.places.get(key):
                 place.used = time.time_ns()
                 self._jobs.put(lambda: self._files.touch(key + STATES))
@@ -148,7 +154,7 @@ class PrefixFiles:
     def drop(self, entry: Entry) -> None:
         """An entry was let go, for its prompt has gone on: its states are of no more use."""
         with self._guard:
-            key = self.places.key(entry.prefix)
+            key = self.places.key(self._stored(entry.prefix))
             if place := self.places.get(key):
                 place.kind = None
                 self._jobs.put(lambda: self._forsake(key))
@@ -158,17 +164,21 @@ class PrefixFiles:
         with self._recalls:
             if (library := self.library) is None:
                 return
-            known = library.reusable(prefix)
+            known, stored = library.reusable(prefix), self._stored(prefix)
             with self._guard:
-                path = [key for key in self.places.path(prefix) if known < len(self.places[key].prefix) < len(prefix)]
+                path = [key for key in self.places.path(stored) if known < len(self.places[key].prefix) < len(prefix)]
             for key in reversed(path):
-                if self._recall(library, key):
+                if self._recall(library, key, prefix.adapter):
                     return
+
+    def _stored(self, prefix: Prefix) -> Prefix:
+        """A prefix of the library, as the folder has it."""
+        return replace(prefix, adapter=self._adapters.fingerprint(prefix.adapter)) if self._adapters else prefix
 
     # --- reading ---
 
-    def _recall(self, library: PrefixLibrary, key: str) -> bool:
-        """Read a place into a library; whether that went well."""
+    def _recall(self, library: PrefixLibrary, key: str, adapter: str) -> bool:
+        """Read a place into a library; whether that went well. adapter: the name that its adapter has there."""
         with self._guard:
             place = self.places.get(key)
             if not (place and place.kind and place.written):
@@ -180,8 +190,8 @@ class PrefixFiles:
             self._busy = frozenset(chain)
         try:
             library.trim(room)
-            snapshot = self._read(chain, len(place.prefix), library.model)
-            library.store(place.prefix, snapshot, kind, compact=False)
+            snapshot = self._read(chain, len(place.prefix), partial(library.model.make_cache, adapter=adapter))
+            library.store(replace(place.prefix, adapter=adapter), snapshot, kind, compact=False)
         except Damaged as error:
             self._set_aside(error)
             return False
@@ -194,13 +204,15 @@ class PrefixFiles:
                 self._jobs.put(lambda key=other: self._forsake(key))  # type: ignore[misc]
         return True
 
-    def _read(self, chain: Sequence[str], length: int, model: Model) -> Snapshot:
-        """The snapshot behind the last of these places, each of which goes on from the one before it."""
+    def _read(self, chain: Sequence[str], length: int, empty: Callable[[], Cache]) -> Snapshot:
+        """The snapshot behind the last of these places, each of which goes on from the one before it. empty: see
+        `restored`.
+        """
         name = chain[-1] + STATES
         try:
             position = CachePosition((length,), (int(self._files.metadata(name)["next_position"]),))
             pieces = (self._files.arrays(file) for file in (*(key + COLUMNS for key in chain), name))
-            return restored(model.make_cache, position, pieces)
+            return restored(empty, position, pieces)
         except InputError:  # which is a ValueError
             raise
         except (KeyError, ValueError) as error:
@@ -218,8 +230,10 @@ class PrefixFiles:
         place, size = self.places.get(key), sum(array.nbytes for array in (*new.values(), *own.values()))
         try:
             if place and new:
-                about = {"parent": place.parent, "start": start, "tokens": place.prefix.tokens[start:].tolist(),
-                         "media": [shown for shown in place.prefix.media if shown.start >= start]}  # fmt: skip
+                prefix = place.prefix
+                about = {"parent": place.parent, "start": start, "tokens": prefix.tokens[start:].tolist(),
+                         "media": [shown for shown in prefix.media if shown.start >= start],
+                         "adapter": prefix.adapter}  # fmt: skip
                 place.columns = self._files.save(key + COLUMNS, self._described(about), new)
             if place and place.kind:
                 about = {"kind": place.kind, "next_position": next_position}

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -33,7 +33,7 @@ class Place:
 
 
 class Places(dict[str, Place]):
-    """Places by key: a digest of the tokens, of what these show, and of the model.
+    """Places by key: a digest of the tokens, of what these show, of the model and of the adapter.
 
     identity: what the model is.
     """
@@ -50,9 +50,11 @@ class Places(dict[str, Place]):
         parent, tokens, media = (json.loads(header[field]) for field in ("parent", "tokens", "media"))
         if parent and parent not in self:
             return
-        before = self[parent].prefix if parent else Prefix(np.zeros(0, np.int32))
+        empty = Prefix(np.zeros(0, np.int32), adapter=json.loads(header.get("adapter", '""')))  # older files lack it
+        before = self[parent].prefix if parent else empty
         shown = tuple(Shown(digest, tuple(map(tuple, places))) for digest, places in media)
-        prefix = Prefix(np.concatenate([before.tokens, np.array(tokens, np.int32)]), before.media + shown)
+        joined = np.concatenate([before.tokens, np.array(tokens, np.int32)])
+        prefix = replace(before, tokens=joined, media=before.media + shown)
         if self.key(prefix) != key:
             raise ValueError(f"the tokens in {key} must be those that it was written with")
         self[key] = Place(prefix, parent, file.st_size)
@@ -74,7 +76,7 @@ class Places(dict[str, Place]):
         return [key for key in self._keys(prefix, lengths) if key in self]
 
     def _keys(self, prefix: Prefix, lengths: Iterable[int]) -> Iterator[str]:
-        digest, done = hashlib.sha256(self._identity), 0
+        digest, done = hashlib.sha256(self._identity + prefix.adapter.encode()), 0
         for length in sorted(lengths):
             digest.update(prefix.tokens[done:length].astype("<i4").tobytes())
             done, whole = length, digest.copy()

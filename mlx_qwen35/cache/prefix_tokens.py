@@ -1,6 +1,6 @@
 """A prompt, or its beginning, as the model reads it: what a library of prefixes compares."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -27,11 +27,13 @@ class Shown(NamedTuple):
 class Prefix:
     """A prompt, or its beginning, as the model reads it: tokens (n,) int32, and what its placeholders show, in order.
 
-    Equal prefixes of one model have the same cache.
+    Equal prefixes of one model have the same cache. adapter: the name of the one that reads it, in a folder its
+    fingerprint; "" for none. Prefixes of two adapters share nothing.
     """
 
     tokens: np.ndarray
     media: tuple[Shown, ...] = ()
+    adapter: str = ""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -42,10 +44,13 @@ class Prefix:
 
     def upto(self, length: int) -> "Prefix":
         """The first `length` tokens."""
-        return Prefix(self.tokens[:length], tuple(shown for shown in self.media if shown.start < length))
+        media = tuple(shown for shown in self.media if shown.start < length)
+        return replace(self, tokens=self.tokens[:length], media=media)
 
     def shared(self, other: "Prefix") -> int:
         """How many tokens are the same from the first on, with what they show."""
+        if self.adapter != other.adapter:
+            return 0
         starts = [shown.start for pair in zip_longest(self.media, other.media) if pair[0] != pair[1]
                   for shown in pair if shown]  # fmt: skip
         return min([_common(self.tokens, other.tokens), *starts])
@@ -56,6 +61,8 @@ class Prefix:
     def begins(self, other: "Prefix") -> bool:
         """Whether the other goes on from this one, or is the same."""
         n = len(self)
+        if self.adapter != other.adapter:
+            return False
         return n <= len(other) and self.media == other.upto(n).media and _common(self.tokens, other.tokens) == n
 
 

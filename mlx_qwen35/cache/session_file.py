@@ -20,7 +20,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_qwen35.cache.session_reading import FORMAT, PLACE, UNKNOWN, VERSION, SavedFile
+from mlx_qwen35.cache.session_reading import PLACE, UNKNOWN, VERSION, SavedFile
 from mlx_qwen35.checkpoint.dtypes import STORED, dtype_name
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.values import shown
@@ -147,7 +147,7 @@ class SessionFile(SavedFile):
             raise InputError(
                 "session_closed", f"{self.path} must be saved before the session is closed. Load it again to go on"
             )
-        header = _header(metadata, arrays)
+        header = _header({"format": self.format, "version": VERSION, **metadata}, arrays)
         nbytes = len(header) + sum(array.nbytes for array in arrays.values())
         with self._telling():
             if self.there and not self._holds(self.path):
@@ -188,7 +188,7 @@ class SessionFile(SavedFile):
 
 def _header(metadata: Mapping[str, str], arrays: Mapping[str, Stored]) -> bytes:
     """Length and JSON of a safetensors file, the checksum still zeros."""
-    metadata = {"checksum": UNKNOWN, "format": FORMAT, "version": VERSION, **metadata}
+    metadata = {"checksum": UNKNOWN, **metadata}
     values: dict[str, object] = {"__metadata__": metadata}
     end = 0
     for name, array in arrays.items():

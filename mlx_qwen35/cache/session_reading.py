@@ -23,6 +23,8 @@ class SavedFile:
     now, session_invalid where it is not as it was written.
     """
 
+    format = FORMAT  # of the file: what it holds
+
     def __init__(self, path: Path):
         self.path = path
 
@@ -47,7 +49,7 @@ class SavedFile:
             raise InputError(
                 "session_invalid", f"{self.path} must be a session as it was saved; it is {self._fault(error.code)}"
             ) from error
-        for name, known in (("format", FORMAT), ("version", VERSION)):
+        for name, known in (("format", self.format), ("version", VERSION)):
             if (found := header.metadata.get(name)) != known:
                 raise InputError("session_invalid", f"{self.path}: {name!r} must be {known}, got {shown(found)}")
         if next(iter(header.metadata)) != "checksum":

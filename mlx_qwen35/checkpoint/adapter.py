@@ -43,8 +43,7 @@ class Adapter:
         to the table: PEFT's low-rank part of the table does not reach the head, mlx-lm's does (then both names have
         the same pair). The draft head's names begin with mtp.
     replaced: Hugging Face name -> a whole tensor in the place of the checkpoint's, always in raw layout (conv1d
-        [C, 1, K], norms gamma - 1). With lm_head.weight among them a model is untied. Read from disk
-        when it is computed.
+        [C, 1, K], norms gamma - 1). With lm_head.weight among them a model is untied. Read from disk when computed.
     magnitudes: of DoRA, name of a weight -> (out,) lengths of its rows.
     fingerprint: SHA-256 of all of it, in hexadecimal: the names, the scales and the numbers, wherever they lie.
     stored: where the files have the whole tensors, there in MLX's layout unless the format is "peft".

@@ -48,8 +48,10 @@ def resolve(name: str | Path, revision: str | None = None, judge: Callable[[Path
 
 
 @contextmanager
-def look(name: str | Path, revision: str | None = None) -> Iterator[Path]:
+def look(name: str | Path, revision: str | None = None, texts: bool = False) -> Iterator[Path]:
     """The folder of a checkpoint whose headers and configuration alone are read; nothing else is downloaded.
+
+    texts: whether the tokenizer and the template are there too.
 
     Raises InputError like `resolve`.
     """
@@ -62,7 +64,19 @@ def look(name: str | Path, revision: str | None = None) -> Iterator[Path]:
         yield found
         return
     with _headers(found, revision) as folder:
+        if folder is not None and texts:
+            _complete(folder, found, revision)
         yield _download(str(name), revision) if folder is None else folder
+
+
+def _complete(folder: Path, found: "Published", revision: str | None) -> None:
+    """Fetch all but the weights into a folder of headers."""
+    from mlx_qwen35.checkpoint.hub_headers import complete
+
+    try:
+        complete(folder, found.files)
+    except failures() as error:
+        raise hub_error(found.name, revision, error) from error
 
 
 def _local(name: str | Path, revision: str | None) -> Path | None:

@@ -18,11 +18,13 @@ from mlx_qwen35.console.options import (
     add_answer_options,
     add_model_options,
     add_options,
+    check_one_adapter,
     given_options,
 )
 from mlx_qwen35.console.parser import Parser
 from mlx_qwen35.console.progress import Step
 from mlx_qwen35.console.run import as_command, require_model
+from mlx_qwen35.console.safe import safe_name
 from mlx_qwen35.console.streams import read_file, read_input, standard_input
 from mlx_qwen35.engine.conversation import Turn
 from mlx_qwen35.engine.encode import one_message
@@ -155,6 +157,7 @@ def print_statistics(result: Result, media: Sequence[Media], verbose: bool) -> N
     end = FULL[result.limited_by] if result.finish_reason == "length" else result.finish_reason
     ended = "" if end in ("stop", "tool_calls") else f" ({end})"
     details = [f"Ended by: {result.finish_reason}, seed {result.seed}", f"Drafts: {drafts}"]
+    details += [f"Adapter: {safe_name(result.adapter)}"] if result.adapter else []
     accepted = [f"Drafts: {100 * drafts.accepted / drafts.drafted:.0f} % accepted"] if drafts.drafted else []
     tell(
         "=" * 10,
@@ -178,6 +181,7 @@ def check_output(args: argparse.Namespace, options: dict[str, Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     require_model(args)
+    check_one_adapter(args)
     text, options = read_prompt(args), given_options(args)
     check_output(args, options)
     check_there(args.media)

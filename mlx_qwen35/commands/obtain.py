@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_qwen35.budget.plan import SHORT, MemoryPlan, check_model_fits, plan_memory, this_machine
+from mlx_qwen35.checkpoint.adapter import Adapter
+from mlx_qwen35.checkpoint.adapter_choice import choose
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.converted import Converted, converted, folder_of
 from mlx_qwen35.checkpoint.hub import is_local, look
@@ -92,11 +94,17 @@ class _Loading:
     def __init__(self, args: argparse.Namespace):
         given = LoadOptions(**given_options(args, [LoadOptions]))
         self.dtype, self.limit = given.dtype, usable_bytes(limit_of(given.memory_limit))
+        self._adapter, self._scale = given.adapter, given.adapter_scale
+
+    def adapters(self, checkpoint: Checkpoint) -> list[Adapter]:
+        """The adapters, checked against a model. InputError, as `load` raises it, for one that does not suit it."""
+        return choose(self._adapter, self._scale, checkpoint).listed
 
     def plan(self, checkpoint: Checkpoint) -> MemoryPlan:
         """Of the shortest useful context."""
         dtype = choose_dtype(checkpoint, self.dtype)
-        return plan_memory(checkpoint, this_machine(checkpoint.config.text, dtype, self.limit), SHORT)
+        machine = this_machine(checkpoint.config.text, dtype, self.limit)
+        return plan_memory(checkpoint, machine, SHORT, adapters=self.adapters(checkpoint))
 
     def fits_unpacked(self, checkpoint: Checkpoint) -> bool:
         """Whether the original of a conversion fits, which has the same tensors."""
@@ -106,7 +114,8 @@ class _Loading:
 
 
 def _check_fits(loading: _Loading, checkpoint: Checkpoint, name: str) -> None:
-    check_model_fits(checkpoint, choose_dtype(checkpoint, loading.dtype), loading.limit, name)
+    dtype = choose_dtype(checkpoint, loading.dtype)
+    check_model_fits(checkpoint, dtype, loading.limit, name, loading.adapters(checkpoint))
 
 
 def _settled(args: argparse.Namespace) -> Path | None:
@@ -116,6 +125,8 @@ def _settled(args: argparse.Namespace) -> Path | None:
         from mlx_qwen35.convert.cached import kept
 
         found = None if is_local(name, revision) else kept(name, args.recipe, revision)
+        if not found:
+            _check_adapters(args)
         return _told(found, "") if found else _converted(name, args.recipe, revision)
     if is_local(name, revision):
         return None
@@ -123,6 +134,13 @@ def _settled(args: argparse.Namespace) -> Path | None:
     if not found or _Loading(args).fits_unpacked(open_checkpoint(found.folder)):
         return None
     return _told(found, f"{name} does not fit into memory as published: ")
+
+
+def _check_adapters(args: argparse.Namespace) -> None:
+    """Refuse adapters that do not suit the model, before a conversion of it is made."""
+    if args.adapter and not is_local(args.model, args.revision):
+        with look(args.model, args.revision) as headers:
+            _Loading(args).adapters(open_checkpoint(headers))
 
 
 def _kept(args: argparse.Namespace) -> Converted | None:

@@ -31,7 +31,7 @@ def parser() -> Parser:
         description="Serve a model: OpenAI's and Anthropic's APIs, and a page to talk to, on http://127.0.0.1:8080.",
         examples=("--model nano", "--model Qwen/Qwen3.5-4B --recipe 4bit --port 9000", "--model nano --port 0 --json"),
     )
-    add_model_options(parser)
+    add_model_options(parser, adapters="each is served as MODEL:NAME beside MODEL, which has none")
     add_json(parser, "address, model and limits of a server that is ready")
     add_recipe_option(parser)
     add_options(parser.add_argument_group("server"), options_of(ServerOptions).values())
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     def ready() -> None:
         service: Service = app.state.service
         write_json(args.json, found_of(service, url), in_a_line=True)
-        told = f"{service.name} is served on {url}/v1, with a page on {url}/"
+        told = f"{service.default} is served on {url}/v1, with a page on {url}/"
         tell(told, terms(service, is_open=not read_key(options)))
 
     serve(app, sockets, lambda: load_service(args, options, folder), ready)
@@ -92,7 +92,8 @@ def found_of(service: "Service", url: str) -> dict[str, object]:
     """What --json tells of a server that is ready."""
     memory = service.model.memory_limit if service.model else None
     limits = {"context": service.context, "answers_at_a_time": service.rows, "memory_bytes": memory}
-    return {"url": f"{url}/v1", "page": f"{url}/", "model": service.name, **limits}
+    adapters = {"adapters": [name for name in service.models.values() if name]}
+    return {"url": f"{url}/v1", "page": f"{url}/", "model": service.default, **adapters, **limits}
 
 
 def terms(service: "Service", is_open: bool) -> str:
@@ -102,7 +103,8 @@ def terms(service: "Service", is_open: bool) -> str:
     memory = service.model.memory_limit / 1e9 if service.model else 0
     key = "none" if is_open else "asked for"
     size = f"context: {service.context:,} tokens; answers at a time: {service.rows}; memory: {memory:.1f} GB"
-    found = f"{size}; key: {key}"
+    models = f"; models: {', '.join(service.models)}" if len(service.models) > 1 else ""
+    found = f"{size}; key: {key}{models}"
     if is_loopback(service.options.host):
         return found
     return f"{found}; other machines reach it by its address, or an --allowed-host"

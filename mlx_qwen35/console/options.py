@@ -2,14 +2,16 @@
 
 import argparse
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from mlx_qwen35.engine.options import GROUPS, GenerationOptions
 from mlx_qwen35.engine.presets import Sampling
+from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import LoadOptions
 from mlx_qwen35.media.options import VisionOptions
-from mlx_qwen35.options import Option, note_spelling, options_of
+from mlx_qwen35.options import Option, note_spelling, options_of, spelled
 
 
 class _Accepts(Protocol):
@@ -69,11 +71,24 @@ def add_options(accepts: _Accepts, declared: Iterable[Option]) -> None:
             )
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    options = options_of(LoadOptions)
+def add_model_options(parser: argparse.ArgumentParser, adapters: str = "") -> None:
+    """adapters: how several of them are used, where the command takes more than one, for --help."""
+    options = dict(options_of(LoadOptions))
+    if adapters:
+        meaning = f"{options['adapter'].help}, by the folder's name or another; may be repeated: {adapters}"
+        options["adapter"] = replace(options["adapter"], help=meaning, metavar="[NAME=]PATH")
     add_options(
         parser.add_argument_group("model"), [option for name, option in options.items() if name != "keep_vision"]
     )
+
+
+def check_one_adapter(args: argparse.Namespace) -> None:
+    """InputError where several adapters are given to a command that uses one."""
+    if len(args.adapter or ()) > 1:
+        raise InputError(
+            "option_conflict",
+            f"{spelled('adapter')} must be given once: this command uses one adapter; it was given {len(args.adapter)}",
+        )
 
 
 def add_answer_options(
@@ -94,5 +109,5 @@ def add_answer_options(
 def given_options(args: argparse.Namespace, groups: Iterable[type] = GROUPS) -> dict[str, Any]:
     """The options of these groups that the command line holds."""
     values: Mapping[str, Any] = vars(args)
-    names = [name for group in groups for name in options_of(group)]
+    names = [name for group in groups for name, own in options_of(group).items() if not own.python_only]
     return {name: values[name] for name in names if values.get(name) is not None}

@@ -63,8 +63,9 @@ class Step:
             self._marks.append((done, time.monotonic()))
         self.told(done, total, seconds_left(self._marks, total) if self._timed else None)
 
-    def told(self, done: int, total: int, left: float | None) -> None:
-        """Like a call, of a step that tells itself how many seconds are left."""
+    def told(self, done: int, total: int, left: float | None, what: str | None = None) -> None:
+        """Like a call, of a step that tells itself how many seconds are left. what: its name from now on."""
+        self._what = self._what if what is None else _on_one_line(what)
         time_left = f", {duration(left)} left" if left else ""
         self._tell([_amounts(done, total, self._unit), f"{100 * done // total} %{time_left}"] if total else [])
 

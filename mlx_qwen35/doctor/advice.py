@@ -13,7 +13,7 @@ from mlx_qwen35.options import as_flag
 
 WORTH = 0.75  # of the memory that a model takes, below which a conversion is advised where the model fits as it is
 CONVERTING = ("revision", "dtype", "rope_scaling")  # the options of a plan that convert takes
-LOADING = (*CONVERTING, "memory_limit", "kv_bits", "kv_rotate")  # and what loads a model
+LOADING = (*CONVERTING, "memory_limit", "kv_bits", "kv_rotate", "adapter", "adapter_scale")  # and what loads a model
 
 
 class Advice(NamedTuple):
@@ -121,5 +121,6 @@ def _command(planned: Planned, words: Sequence[str], takes: Collection[str], **a
     advised: more options, which come before given ones of the same name.
     """
     given = {name: value for name, value in planned.given.items() if name in takes and value and name not in advised}
-    options = [(as_flag(name), *(() if value is True else (str(value),))) for name, value in (given | advised).items()]
+    each = [(name, value if isinstance(value, list) else [value]) for name, value in (given | advised).items()]
+    options = [(as_flag(name), *(() if one is True else (str(one),))) for name, values in each for one in values]
     return shlex.join(["mlx_qwen35", *words, *chain(*options)])

@@ -38,7 +38,7 @@ from mlx_qwen35.model.enabled import enabled_kernels
 from mlx_qwen35.options import as_flag
 
 COMMAND = "mlx_qwen35.doctor"
-OF_MODEL = ("probe", "revision", "kv_bits", "kv_rotate")
+OF_MODEL = ("probe", "revision", "kv_bits", "kv_rotate", "adapter", "adapter_scale")
 
 
 def parser() -> Parser:
@@ -50,7 +50,7 @@ def parser() -> Parser:
         "measured.",
         examples=("", "--plan Qwen/Qwen3.5-4B", "--plan nano --context 4096 --mtp", "--model nano --no-check"),
     )
-    add_model_options(parser)
+    add_model_options(parser, adapters="all are loaded and counted, and what is measured has the one that is alone")
     parser.add_argument(
         "--plan", metavar="MODEL", help="print the memory plan of this model, here and on Macs, and load nothing"
     )
@@ -129,7 +129,7 @@ def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Fac
             model = check.sample_model(text, DTYPES[args.dtype] if args.dtype else default_dtype(stored), limit)
         title = f"no --model: {check.SAMPLE_LAYERS} layers and the head of the 4B, random weights in 4 bit"
     report[title] = {"dtype": facts.dtype(model.dtype, stored, args.dtype)}
-    report[title] |= facts.prefill(model)
+    report[title] |= facts.adapters(model) | facts.prefill(model)
     with Step("checking kernels"):
         enabled = enabled_kernels(model)
         report["kernels"] = facts.kernels(enabled) | facts.rotary(model.rotary)

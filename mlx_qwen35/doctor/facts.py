@@ -15,6 +15,7 @@ from mlx_qwen35.kernels.attention import attention_impl
 from mlx_qwen35.kernels.products import shortened
 from mlx_qwen35.machine.chip import TUNED, TUNED_UP_TO, this_chip
 from mlx_qwen35.model.enabled import EnabledLayers
+from mlx_qwen35.model.lora import LoadedAdapter
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.model.rotary import CHECKED, Rotary, is_exact, table_error
 
@@ -68,6 +69,24 @@ def dtype(chosen: mx.Dtype, stored: mx.Dtype, asked: str | None) -> str:
     if chosen != stored:
         return f"{name}: this chip has no arithmetic for bfloat16"
     return f"{name}, as the weights are stored"
+
+
+def adapters(model: Model) -> Facts:
+    """The adapters of a model, a line each; none where it has none."""
+    loaded = [model.adapters[name] for name in model.adapters.names]
+    return {
+        f"adapter {own.name}": f"{own.path}, of {own.format}, rank {own.rank}, "
+        + ", ".join(
+            [*(what for what, has in _changes(own).items() if has), f"fingerprint {own.fingerprint[:12]}"]
+        )
+        for own in loaded
+    } | ({"memory of adapters": f"{model.adapters.nbytes / 1e6:.1f} MB"} if loaded else {})
+
+
+def _changes(adapter: LoadedAdapter) -> dict[str, bool]:
+    """What an adapter has beside low-rank parts of the text model."""
+    return {"whole tensors": adapter.whole, "of the vision encoder too": adapter.sees,
+            "of the draft head too": adapter.drafts}  # fmt: skip
 
 
 def speed(found: Speed, scale: float) -> Facts:

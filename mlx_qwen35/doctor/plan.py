@@ -118,7 +118,8 @@ def longest_contexts(checkpoint: Checkpoint, plan: MemoryPlan, mtp: int = 0) -> 
 class Planned:
     """A model and all that --plan found of it. The first machine is this one, the first context that is asked for.
 
-    given: the options of `load` that it was computed with, for the commands that are advised.
+    adapters: names of those that are counted. given: the options of `load` that it was computed with, for the commands
+    that are advised.
     """
 
     name: str
@@ -127,6 +128,7 @@ class Planned:
     contexts: Sequence[int]
     mtp: int
     rows: Sequence[Row]
+    adapters: Sequence[str] = ()
     given: Mapping[str, object] = field(default_factory=dict)
 
     @property
@@ -145,10 +147,13 @@ class Planned:
 
 def plan_model(
     name: str, folder: Path, context: int | None, dtype: str | None, mtp: int, limit: int, kv: KVFormat,
-    rope_scaling: str | None = None, adapters: Chosen | None = None,
+    rope_scaling: str | None = None, chosen: Chosen | None = None,
 ) -> Planned:  # fmt: skip
-    """Plan the model of this name from a folder, or its headers. For the rest see the functions above."""
-    adapters = adapters or Chosen()
-    stored = {form: own.replacing(adapters.whole) for form, own in forms(folder, rope_scaling).items()}
+    """Plan the model of this name from a folder, or its headers, with these adapters. For the rest see the functions
+    above.
+    """
+    chosen = chosen or Chosen()
+    stored = {form: own.replacing(chosen.whole) for form, own in forms(folder, rope_scaling).items()}
     lengths, found = contexts(stored[AS_IS], context), machines(stored[AS_IS], dtype, limit, kv)
-    return Planned(name, stored, found, lengths, mtp, list(rows(stored, found, lengths, mtp, adapters.listed)))
+    planned = list(rows(stored, found, lengths, mtp, chosen.listed))
+    return Planned(name, stored, found, lengths, mtp, planned, list(chosen.adapters))

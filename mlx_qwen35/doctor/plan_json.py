@@ -15,6 +15,7 @@ def as_json(planned: Planned) -> dict[str, Any]:
         "context": planned.contexts[0],
         "max_context": planned.checkpoint.config.text.max_position_embeddings,
         "draft_tokens": planned.mtp,
+        "adapters": list(planned.adapters),
         "longest_contexts": longest_contexts(planned.checkpoint, planned.row(AS_IS).plan, planned.mtp),
         "speeds": "computed",
         "advice": [{"text": text, "command": command or None} for text, command in advice(planned)],

@@ -10,7 +10,7 @@ from mlx_qwen35.cache.prefix import Entry, Use
 from mlx_qwen35.cache.prefix_tokens import Prefix
 from mlx_qwen35.engine.constraints.rules import Rules
 from mlx_qwen35.engine.encode import prefix_of, template_options
-from mlx_qwen35.engine.generation import check_library, check_loaded, make_request, plan_rows
+from mlx_qwen35.engine.generation import adapters_of, check_library, check_loaded, make_request, plan_rows
 from mlx_qwen35.engine.options import GROUPS, Options, check_options, vision_options
 from mlx_qwen35.engine.plan import check_window
 from mlx_qwen35.engine.tool_turns import Message, Results, result_messages
@@ -33,6 +33,8 @@ _QUESTION = {"role": "user", "content": "?"}
 
 class Conversation:
     """Messages so far, and a library that remembers what of them was read.
+
+    adapter: the name of the one that reads and answers, "" for none.
 
     Most chat templates remove the reasoning from earlier turns, and a DeltaNet state cannot be trimmed. So snapshots
     are stored where prompts part: behind the system prompt and the tools, before the answer to each message of the
@@ -70,9 +72,11 @@ class Conversation:
         """
         _refuse(options, "library")
         with LOCK:
-            before = self.system
+            before, adapter = self.system, self.adapter
             self._take(check_options({**self.options, **check_keywords(options, GROUPS, none=True)}))
             self.cancel()
+            if self.adapter != adapter:
+                self._let_go()
             if self.system != before:
                 told = bool(self.messages) and self.messages[0]["role"] == "system"
                 self.messages = [*self._beginning(), *self.messages[told:]]
@@ -89,13 +93,15 @@ class Conversation:
         vision, apart = vision_options(given), {*VISION_OPTIONS, "system_prompt"}
         options = cast(Options, {name: value for name, value in given.items() if name not in apart})
         options["library"] = self.library
+        (adapter,) = adapters_of(given, self.model, 1)
         rules = Rules(self.processor, options)
         prompt = self.processor.encode_messages([_QUESTION], vision, **template)
-        (plan,) = plan_rows(self.model, self.processor, [prompt], [0], options, rules, self.library)
+        (plan,) = plan_rows(self.model, self.processor, [prompt], [adapter], [0], options, rules, self.library)
         self.options = given  # as they were given
         self.sampling = plan.sampling  # with every default filled in
         self.system = given.get("system_prompt")  # what a reset keeps
         self.vision = vision  # for the images and videos of coming messages
+        self.adapter = adapter  # the name of the one that answers, "" for none
         self._template, self._options, self._rules = template, options, rules
 
     def reset(self) -> None:
@@ -103,9 +109,13 @@ class Conversation:
         with LOCK:
             self.cancel()
             self.messages = self._beginning()
-            self.cache = self.model.make_cache()  # the last prompt and its answer
-            self._use: Use | None = None  # keeps that prompt in the library
-            self.library.trim()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Of what was read: another adapter has no use for it."""
+        self.cache = self.model.make_cache(adapter=self.adapter)  # the last prompt and its answer
+        self._use: Use | None = None  # keeps that prompt in the library
+        self.library.trim()
 
     def _beginning(self) -> list[Message]:
         return [{"role": "system", "content": self.system}] if self.system else []
@@ -115,7 +125,7 @@ class Conversation:
         with LOCK:
             other = copy(self)
             other.messages = [dict(message) for message in self.messages]
-            other._turn, other.cache = None, self.model.make_cache()
+            other._turn, other.cache = None, self.model.make_cache(adapter=self.adapter)
             return other
 
     def resume(self, messages: Sequence[Message], places: Sequence[tuple[Prefix, str, Snapshot]]) -> None:
@@ -183,7 +193,7 @@ class Conversation:
             rest = self._before("user")
             taken, self.messages = self.messages[len(rest) :], rest
             if self._use:
-                self._use = self.library.keep(prefix_of(self.encode([*rest, _QUESTION])))
+                self._use = self.library.keep(prefix_of(self.encode([*rest, _QUESTION]), self.adapter))
             return taken
 
     def send_results(
@@ -225,16 +235,17 @@ class Conversation:
         remedy = "Send less, begin anew (reset(), in chat /reset)"
         check_window(self.model.config, len(prompt.tokens), prompt, "the conversation with this message", remedy)
         read = self._use and self._use.prefix
-        self.cache, self._use = self.model.make_cache(), None  # the library goes on in the memory of the last turn
+        # The library goes on in the memory of the last turn.
+        self.cache, self._use = self.model.make_cache(adapter=self.adapter), None
         try:
             (planned,) = plan_rows(
-                self.model, self.processor, [prompt], [0], self._options, self._rules, self.library
+                self.model, self.processor, [prompt], [self.adapter], [0], self._options, self._rules, self.library
             )
             if turn.seed is not None:
                 planned = replace(planned, seed=turn.seed)
             request = make_request(
-                self.processor, prompt, planned, self.cache, self._options, self._rules, progress=turn.count,
-                media_progress=lambda done, total: turn.media_progress(done, total),
+                self.processor, prompt, self.adapter, planned, self.cache, self._options, self._rules,
+                progress=turn.count, media_progress=lambda done, total: turn.media_progress(done, total),
             )
         except BaseException:
             self._use = self.library.keep(read) if read else None

@@ -45,10 +45,10 @@ def encode(processor: Processor, prompt: str | Sequence[int] | Messages, options
     )  # fmt: skip
 
 
-def prefix_of(prompt: Prompt) -> Prefix:
-    """A prompt as a library of prefixes compares it."""
+def prefix_of(prompt: Prompt, adapter: str = "") -> Prefix:
+    """A prompt as a library of prefixes compares it. adapter: the name of the one that reads it, "" for none."""
     shown = (Shown(placed.media.digest, placed.placeholders) for placed in prompt.media)
-    return Prefix(np.array(prompt.tokens, np.int32), tuple(shown))
+    return Prefix(np.array(prompt.tokens, np.int32), tuple(shown), adapter)
 
 
 def template_options(options: Options) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from mlx_qwen35.engine.sampling import Sampler
 from mlx_qwen35.engine.sequence import Sequence as Request
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.machine.process import refuse_fork
+from mlx_qwen35.model.lora import BASE
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.prompt.piece import Piece
 from mlx_qwen35.prompt.processor import Messages, Processor
@@ -41,12 +42,13 @@ def start(model: Model, processor: Processor, prompts: Sequence[Given], **option
     refuse_fork()
     check_loaded(model, processor)
     given, encoded, rules = make_ready(processor, prompts, **options)
-    caches = check_caches(given, model, len(prompts))
+    adapters = adapters_of(given, model, len(prompts))
+    caches = check_caches(given, model, adapters)
     cached = [cache.length if cache else 0 for cache in caches]
-    plans = plan_rows(model, processor, encoded, cached, given, rules, check_library(given, model))
+    plans = plan_rows(model, processor, encoded, adapters, cached, given, rules, check_library(given, model))
     requests: list[Request] = []
     count = _counter(given, requests)
-    rows = zip(encoded, plans, caches, strict=True)
+    rows = zip(encoded, adapters, plans, caches, strict=True)
     seen = given.get("media_progress", lambda done, total: None)
     requests += [make_request(processor, *row, given, rules, progress=count, media_progress=seen) for row in rows]
     return Generation(model, requests)
@@ -68,16 +70,18 @@ def plan_rows(
     model: Model,
     processor: Processor,
     prompts: Sequence[Prompt],
+    adapters: Sequence[str],
     cached: Sequence[int],
     options: Options,
     rules: Rules,
     library: PrefixLibrary | None,
 ) -> list[SequencePlan]:
-    """The plans of prompts, cached[i] tokens before each. A library that is in their way makes room.
+    """The plans of prompts, cached[i] tokens before each, and the names of their adapters. A library that is in their
+    way makes room.
 
     It is where memory would refuse a prompt, or shorten an answer or the drafts.
     """
-    prefixes = [prefix_of(prompt) for prompt in prompts] if library else []
+    prefixes = [prefix_of(*own) for own in zip(prompts, adapters, strict=True)] if library else []
 
     def planned() -> list[SequencePlan]:
         held = library.ready(prefixes) if library else [0] * len(prompts)
@@ -105,6 +109,7 @@ def check_loaded(model: Model, processor: Processor) -> None:
 def make_request(
     processor: Processor,
     prompt: Prompt,
+    adapter: str,
     planned: SequencePlan,
     cache: Cache | None,
     options: Options,
@@ -113,9 +118,9 @@ def make_request(
     progress: Callable[[int], None] = lambda tokens: None,
     media_progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Request:
-    """The sequence of an encoded prompt and its plan. options: checked; for stop strings and the caller's functions.
+    """The sequence of an encoded prompt, the adapter that reads it, "" for none, and its plan.
 
-    rules: of the same options.
+    options: checked; for stop strings and the caller's functions. rules: of the same options.
     """
     sampler = Sampler(
         exempting(planned.sampling, processor), planned.seed, len(prompt.tokens), processor.vocabulary,
@@ -132,6 +137,7 @@ def make_request(
         ), cache=cache, library=options.get("library"),
         drafts=planned.drafts, progress=progress, media_progress=media_progress,
         loop_guard=bool(options.get("loop_guard")), scorer=scorer, one_call=options.get("parallel_tool_calls") is False,
+        adapter=adapter,
     )  # fmt: skip
 
 
@@ -143,9 +149,25 @@ def exempting(sampling: Sampling, processor: Processor) -> Sampling:
     return replace(sampling, xtc_special_tokens=(*sorted(processor.stop_ids), *thought, *line_tokens(processor)))
 
 
-def check_caches(options: Options, model: Model, rows: int) -> list[Cache | None]:
-    """The cache that each prompt goes on with. InputError unless each has one of this model, and of its own."""
-    given = options.get("cache")
+def adapters_of(options: Options, model: Model, rows: int) -> list[str]:
+    """The adapter of each prompt, "" for none. InputError for one that is not loaded."""
+    given = options.get("adapter")
+    if isinstance(given, str | None):
+        return [model.adapters.named(given)] * rows
+    if len(given) != rows:
+        raise InputError(
+            "option_invalid",
+            f"adapter must be one name, or one for each of {rows} {'prompts' if rows > 1 else 'prompt'}; there are "
+            f"{len(given)}",
+        )
+    return [model.adapters.named(name) for name in given]
+
+
+def check_caches(options: Options, model: Model, adapters: Sequence[str]) -> list[Cache | None]:
+    """The cache that each prompt goes on with. InputError unless each has one of this model, of its adapter, and of its
+    own.
+    """
+    given, rows = options.get("cache"), len(adapters)
     if given is None:
         return [None] * rows
     caches = [given] if isinstance(given, Cache) else list(given)
@@ -166,6 +188,14 @@ def check_caches(options: Options, model: Model, rows: int) -> list[Cache | None
                 "option_invalid",
                 f"cache must come from make_cache() of this model (form of keys and values: {model.kv.name}); it is "
                 f"another model's (form: {cache.kv.name})",
+            )
+    for cache, adapter in zip(caches, adapters, strict=True):
+        if cache.adapters != (adapter,):
+            (own,) = cache.adapters
+            raise InputError(
+                "option_conflict",
+                f"cache must be of the adapter that goes on with it, {adapter or BASE}; this one is of {own or BASE}. "
+                f"Give adapter={own or BASE!r}, or begin with make_cache(adapter={adapter or BASE!r})",
             )
     return list(caches)
 

@@ -1,6 +1,7 @@
 """The images and videos of waiting sequences, encoded when a sequence's turn comes."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence as Many
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -9,11 +10,19 @@ from mlx_qwen35.engine.sequence import Sequence
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.model.vision import VisionEncoder
-from mlx_qwen35.prompt.prompt import Prompt
+from mlx_qwen35.prompt.prompt import Placed, Prompt
+
+
+class Shown(NamedTuple):
+    """What an embedding is of: pixels by their digest, and the adapter of the vision encoder, "" for none."""
+
+    digest: str
+    adapter: str
 
 
 class MediaEncoder:
-    """Encodes what prompts show. Equal pixels of sequences that wait together are encoded once.
+    """Encodes what prompts show. Equal pixels of sequences that wait together are encoded once, and once more for each
+    adapter that changes the vision encoder.
 
     The vision encoder stays loaded while a sequence waits whose images it must encode.
     """
@@ -21,7 +30,7 @@ class MediaEncoder:
     def __init__(self, model: Model):
         self.model = model
         self._expected: list[Sequence] = []
-        self._encoded: dict[str, mx.array] = {}  # by digest, for expected sequences
+        self._encoded: dict[Shown, mx.array] = {}  # for expected sequences
 
     def expect(self, sequence: Sequence) -> None:
         """A sequence waits. InputError if it shows an image and the model has no vision encoder."""
@@ -38,26 +47,32 @@ class MediaEncoder:
             return
         assert self.model.vision is not None
         self._expected.remove(sequence)
-        wanted = {placed.media.digest for other in self._expected for placed in other.prompt.media}
-        self._encoded = {digest: array for digest, array in self._encoded.items() if digest in wanted}
+        wanted = {self._shown(other, placed) for other in self._expected for placed in other.prompt.media}
+        self._encoded = {shown: array for shown, array in self._encoded.items() if shown in wanted}
         self.model.vision.release(sequence)
         self.model.vision.unload()
 
     def encode(self, sequence: Sequence) -> bool:
         """Encode one image or video of what is unread of its prompt; False: all are encoded."""
-        media = [placed.media for placed in sequence.rest.media]
-        for done, shown in enumerate(media):
-            if shown.digest not in self._encoded:
+        media, adapters = sequence.rest.media, self.model.adapters
+        for done, placed in enumerate(media):
+            shown = self._shown(sequence, placed)
+            if shown not in self._encoded:
                 sequence.media_progress(done, len(media))
-                self._encoded[shown.digest] = _encoder(self.model).encode(shown)
+                active = adapters.active([shown.adapter])
+                self._encoded[shown] = _encoder(self.model).encode(placed.media, active)
                 return True
         return False
 
     def row(self, sequence: Sequence) -> PromptRow:
         """What is unread of its prompt with the embeddings of what that shows, all encoded. It waits no more."""
-        row = _row(sequence.rest, self._encoded)
+        prompt = sequence.rest
+        row = _row(prompt, [self._encoded[self._shown(sequence, placed)] for placed in prompt.media])
         self.forget(sequence)
         return row
+
+    def _shown(self, sequence: Sequence, placed: Placed) -> Shown:
+        return Shown(placed.media.digest, self.model.adapters.of_vision(sequence.adapter))
 
 
 def _encoder(model: Model) -> VisionEncoder:
@@ -66,12 +81,11 @@ def _encoder(model: Model) -> VisionEncoder:
     return model.vision.part
 
 
-def _row(prompt: Prompt, embeddings: Mapping[str, mx.array]) -> PromptRow:
-    """A prompt with the embeddings of what it shows, evaluated. embeddings: by digest."""
-    own = [embeddings[placed.media.digest] for placed in prompt.media]
-    if not own:
+def _row(prompt: Prompt, embeddings: Many[mx.array]) -> PromptRow:
+    """A prompt with the embeddings of what it shows, in order, evaluated."""
+    if not embeddings:
         return PromptRow(prompt.tokens)
-    joined = mx.concatenate(own) if len(own) > 1 else own[0]
+    joined = mx.concatenate(list(embeddings)) if len(embeddings) > 1 else embeddings[0]
     mx.eval(joined)
     return PromptRow(prompt.tokens, prompt.placeholders, joined)
 
@@ -80,7 +94,8 @@ def encode_media(model: Model, prompt: Prompt) -> PromptRow:
     """One prompt with the embeddings of its images and videos. The vision encoder is unloaded if nobody uses it."""
     try:
         media = {placed.media.digest: placed.media for placed in prompt.media}
-        return _row(prompt, {digest: _encoder(model).encode(shown) for digest, shown in media.items()})
+        encoded = {digest: _encoder(model).encode(shown) for digest, shown in media.items()}
+        return _row(prompt, [encoded[placed.media.digest] for placed in prompt.media])
     finally:
         if model.vision:
             model.vision.unload()

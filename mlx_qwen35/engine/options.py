@@ -26,6 +26,7 @@ from mlx_qwen35.engine.sampling import Choice, Processor
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.options import VISION_OPTIONS, VisionOptions
 from mlx_qwen35.media.pdf import check_pages
+from mlx_qwen35.model.lora import BASE
 from mlx_qwen35.options import check_keywords, listed, option, options_of, spelled
 from mlx_qwen35.prompt.messages import check_tools
 from mlx_qwen35.values import shown, whole
@@ -55,6 +56,17 @@ def _a_seed(name: str, value: Any) -> int | list[int]:
     if isinstance(value, list | tuple) or (isinstance(value, np.ndarray | mx.array) and value.ndim):
         return [whole(name, seed, 0, MOST_SEED) for seed in value]
     return whole(name, value, 0, MOST_SEED)
+
+
+def _an_adapter(name: str, value: Any) -> str | list[str | None]:
+    several = list(value) if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(own, str) and own for own in several if own is not None or several is value):
+        raise InputError(
+            "option_invalid",
+            f"{name} must be the name of a loaded adapter, or {BASE!r}, or for several prompts a list of them; "
+            f"got {shown(value)}",
+        )
+    return value if isinstance(value, str) else several
 
 
 def _a_sampler(name: str, value: Any) -> Choice:
@@ -166,6 +178,11 @@ class GenerationOptions:
     seed: int | None = option(
         help="the same seed gives the same text, alone or in a batch; of several prompts, row i has seed + i, or its "
         "own in a list (default: a random one)", least=0, most=MOST_SEED, check=_a_seed, metavar="N",
+    )  # fmt: skip
+    adapter: str | Sequence[str | None] | None = option(
+        help="the loaded adapter that reads and answers, by its name, or base for none; of several prompts one for "
+        "all, or a list (default: the one that load was given without a name, else none)", check=_an_adapter,
+        python_only=True,
     )  # fmt: skip
     mtp: str | None = option(
         help="draft tokens with the checkpoint's multi-token prediction head; the text is the same (default: auto, "
@@ -284,6 +301,7 @@ class Options(TypedDict, total=False):
     stop: Sequence[str]
     preset: str
     seed: int | Sequence[int]
+    adapter: str | Sequence[str | None]
     mtp: str
     mtp_depth: int
     thinking_budget: int

@@ -24,10 +24,13 @@ from mlx_qwen35.prompt.prompt import Prompt
 
 @dataclass
 class Prepared:
-    """A prompt, its options, and the plan of each of its answers."""
+    """A prompt, its options, and the plan of each of its answers. adapter: the name of the one that reads the prompt,
+    "" for none.
+    """
 
     processor: Processor
     prompt: Prompt
+    adapter: str
     options: Options
     rules: Rules
     plans: Sequence[SequencePlan]
@@ -35,7 +38,7 @@ class Prepared:
     @cached_property
     def prefix(self) -> Prefix:
         """The prompt, as a library compares it."""
-        return prefix_of(self.prompt)
+        return prefix_of(self.prompt, self.adapter)
 
     @property
     def open_ended(self) -> bool:
@@ -46,7 +49,7 @@ class Prepared:
         """The sequence of one answer. chunk: most tokens of a chunk of the prompt."""
         planned = replace(self.plans[choice], prefill_step_size=chunk, drafts=drafts)
         options: Any = self.options if library is None else {**self.options, "library": library}
-        return make_request(self.processor, self.prompt, planned, None, options, self.rules)
+        return make_request(self.processor, self.prompt, self.adapter, planned, None, options, self.rules)
 
     def unbegun(self, choice: int, reason: str, error: Exception | None) -> Result:
         """The result of an answer that ends before it begins."""
@@ -56,6 +59,7 @@ class Prepared:
             vision_seconds=0.0, prompt_tps=0.0, generation_tps=0.0, peak_memory=mx.get_peak_memory() / 1e9,
             seed=self.plans[choice].seed, mtp=DraftStatistics("the answer did not begin"), error=error,
             logprobs=() if self.options.get("logprobs") else None, limited_by=self.plans[choice].limited_by,
+            adapter=self.adapter or None,
         )  # fmt: skip
 
     def let_go(self) -> None:
@@ -64,16 +68,18 @@ class Prepared:
 
 
 def prepare(
-    config: TextConfig, processor: Processor, prompt: Given, n: int, window: int | None, **options: Any
-) -> Prepared:
+    config: TextConfig, processor: Processor, prompt: Given, n: int, window: int | None, adapter: str = "",
+    **options: Any,
+) -> Prepared:  # fmt: skip
     """Make a prompt ready for n answers. Any thread may.
 
     Raises InputError for whatever can be wrong with it, except that memory has no room.
 
-    window: most tokens of the prompt and an answer; None: the model's.
+    window: most tokens of the prompt and an answer; None: the model's. adapter: the name of one that is loaded with the
+    model, "" for none.
     """
     given, (encoded,), rules = make_ready(processor, [prompt], **options)
     prompts, contexts = [encoded] * n, [len(encoded.tokens)] * n
     check_prompts(given, config, [encoded], contexts[:1], window)
     plans = fill_in(given, config, processor.greedy, prompts, contexts, rules.closing, window=window)
-    return Prepared(processor, encoded, given, rules, plans)
+    return Prepared(processor, encoded, adapter, given, rules, plans)

@@ -26,7 +26,7 @@ class Result(str):
     vision_seconds: of the vision encoder. prompt_tps, generation_tps: tokens per second, from the encoded prompt to the
     first token without those of the library, and after it. peak_memory: in GB (10^9 bytes), since the program started.
     mtp: the drafts. error: why it ended, with finish_reason "error". logprobs: one for each of tokens; None where not
-    asked for.
+    asked for. adapter: the name of the one that answered, None for none.
     """
 
     text: str
@@ -50,6 +50,7 @@ class Result(str):
     limited_by: str = "max_tokens"
     reasoning_tokens: int = 0
     stop: str = ""
+    adapter: str | None = None
 
     def __new__(cls, text: str, *fields: Any, **more: Any) -> Self:
         return super().__new__(cls, text)

@@ -20,7 +20,6 @@ from mlx_qwen35.engine.prefill import Chunk, PromptRow, chunks
 from mlx_qwen35.engine.result import Result
 from mlx_qwen35.engine.sampling import Sampler
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.model.lora import BASE
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.prompt.answer import finish_reason
 from mlx_qwen35.prompt.piece import CONTENT, REASONING, Piece
@@ -202,6 +201,7 @@ class Sequence:
             limited_by=self.limited_by,
             reasoning_tokens=self.stream.thought if self.stream else 0,
             stop=self.stream.stopped if self.stream else "",
+            adapter=self.adapter or None,
         )
 
     # --- its prefill ---
@@ -230,7 +230,7 @@ class Sequence:
     @cached_property
     def prefix(self) -> Prefix:
         """Its prompt, as the library compares it."""
-        return prefix_of(self.prompt)
+        return prefix_of(self.prompt, self.adapter)
 
     def to_read(self) -> int:
         """Tokens of its prompt that the library does not hold now, before its prefill begins."""
@@ -244,7 +244,7 @@ class Sequence:
             self.own, self.use = self.library.begin(self.prefix)
             self.cached = self.use.reused
             self._marks = self._places(self.use)
-        self.own = self.own or (self.cache.copy() if self.cache else model.make_cache(adapter=self.adapter or BASE))
+        self.own = self.own or (self.cache.copy() if self.cache else model.make_cache(adapter=self.adapter))
 
     def prefill(self, model: Model, step: int, row: Callable[[], PromptRow]) -> Chunk:
         """Prefill one chunk of at most `step` tokens, and of the planned size.

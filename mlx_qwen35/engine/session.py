@@ -8,6 +8,7 @@ from typing import Any, Self, Unpack
 
 from mlx_qwen35.cache.session_file import SessionFile
 from mlx_qwen35.engine.conversation import Conversation
+from mlx_qwen35.engine.generation import adapters_of
 from mlx_qwen35.engine.options import Options, check_options
 from mlx_qwen35.engine.session_record import read_record, to_record
 from mlx_qwen35.errors import InputError
@@ -39,13 +40,14 @@ class Session:
         own.
 
         Raises InputError: session_invalid for a file that is no session or is damaged; session_foreign where model,
-        dtype, format of keys and values, rotary embedding or tokenizer are others; session_busy where another process
-        has it; option_conflict for another system prompt. The file stays as it is.
+        dtype, format of keys and values, rotary embedding, tokenizer or adapter are others; session_busy where another
+        process has it; option_conflict for another system prompt. The file stays as it is.
         """
         began, given = time.perf_counter(), check_options(options)
         file = SessionFile(path)
         try:
-            record = read_record(file, model, processor) if file.there else None
+            (adapter,) = adapters_of(given, model, 1)
+            record = read_record(file, model, processor, adapter) if file.there else None
             if record:
                 given |= _system(record.system, given)
             conversation = Conversation(model, processor, **given)
@@ -96,7 +98,7 @@ class Session:
 
 
 def _state(conversation: Conversation) -> tuple[Any, ...]:
-    return _copy(conversation.messages), conversation.entries
+    return _copy(conversation.messages), conversation.entries, conversation.adapter
 
 
 def _copy(value: Any) -> Any:

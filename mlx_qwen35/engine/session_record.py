@@ -21,6 +21,7 @@ from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.engine.tool_turns import Message
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.preprocess import Media
+from mlx_qwen35.model.lora import BASE
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.options import spelled
 from mlx_qwen35.prompt.parts import replace_media
@@ -51,8 +52,13 @@ def template_digest(processor: Processor) -> str:
     return _sha256(json.dumps(processor.tokenizer.chat_template))
 
 
-def check_identity(path: object, metadata: Mapping[str, str], model: Model, processor: Processor) -> None:
-    """InputError session_foreign unless a session was made with this model. A warning tells of another template."""
+def check_identity(
+    path: object, metadata: Mapping[str, str], model: Model, processor: Processor, adapter: str
+) -> None:
+    """InputError session_foreign unless a session was made with this model and adapter. A warning tells of another
+    template.
+    """
+    _check_adapter(path, metadata, model, adapter)
     for name, own in identity(model, processor).items():
         if (found := metadata.get(name)) != own:
             mine, its = _apart(own, str(found))
@@ -66,6 +72,25 @@ def check_identity(path: object, metadata: Mapping[str, str], model: Model, proc
             f"{path}: 'template' is of another chat template. What this one renders otherwise is read again",
             RuntimeWarning, stacklevel=2,
         )  # fmt: skip
+
+
+def _check_adapter(path: object, metadata: Mapping[str, str], model: Model, adapter: str) -> None:
+    """adapter: that of the conversation, which the session must be of."""
+    found = metadata.get("adapter", "")  # which a file of before there were adapters does not have
+    if found == model.adapters.fingerprint(adapter):
+        return
+    known = next((name for name in model.adapters.names if model.adapters.fingerprint(name) == found), "")
+    if not found:
+        reader, way = "no adapter", f"Go on without one (adapter {BASE})"
+    elif known:
+        reader, way = known, f"Go on with that adapter ({known})"
+    else:
+        reader, way = f"one that is not loaded, {found[:12]}", "Load the adapter that it was made with"
+    raise InputError(
+        "session_foreign",
+        f"{path}: 'adapter' must be that of the conversation, {adapter or 'none'}; the session was read by {reader}. "
+        f"{way}, or begin another file",
+    )
 
 
 def _apart(one: str, other: str) -> tuple[str, str]:
@@ -108,6 +133,7 @@ def to_record(conversation: Conversation) -> tuple[dict[str, str], dict[str, Sto
         "media": [[item.digest, item.times, item.original] for item in media.values()],
     }
     metadata = identity(model, processor) | {"template": template_digest(processor), "program": version("mlx_qwen35")}
+    metadata["adapter"] = model.adapters.fingerprint(conversation.adapter)
     arrays: dict[str, Stored] = {"tokens": mx.array(prefix.tokens.astype(np.uint32))}
     arrays |= {f"media.{i}": _pixels(item) for i, item in enumerate(media.values())}
     arrays |= session_arrays(places, model.make_cache())
@@ -135,14 +161,14 @@ class Record(NamedTuple):
         return len(self.places[-1][0]) if self.places else 0
 
 
-def read_record(file: SessionFile, model: Model, processor: Processor) -> Record:
-    """The content of a session. Everything is checked before it is used.
+def read_record(file: SessionFile, model: Model, processor: Processor, adapter: str) -> Record:
+    """The content of a session, for a conversation with this adapter. Everything is checked before it is used.
 
     Raises InputError session_invalid and session_foreign, which name the field.
     """
     header = file.header()
-    check_identity(file.path, header.metadata, model, processor)
-    blank = model.make_cache()
+    check_identity(file.path, header.metadata, model, processor, adapter)
+    blank = model.make_cache(adapter=adapter)
     try:
         values = {name: json.loads(header.metadata[name]) for name in VALUES}
         media = tuple(Shown(digest, tuple(map(tuple, places))) for digest, places in values["runs"])
@@ -158,7 +184,7 @@ def read_record(file: SessionFile, model: Model, processor: Processor) -> Record
         messages = replace_media(values["messages"], lambda kind, part: {"type": kind, kind: shown[part[kind]]})
         if not isinstance(values["system"], str | None):
             raise ValueError("'system' must be text or null")
-        prefix = Prefix(np.array(arrays["tokens"]).astype(np.int32), media)
+        prefix = Prefix(np.array(arrays["tokens"]).astype(np.int32), media, adapter)
         kinds = [kind for _, kind in values["places"]]
         places = [
             (prefix.upto(cache.length), kind, cache.snapshot()) for kind, cache in zip(kinds, caches, strict=True)

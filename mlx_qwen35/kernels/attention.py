@@ -13,6 +13,8 @@ import mlx.core as mx
 
 from mlx_qwen35.backend import backend
 from mlx_qwen35.kernels import cpu, fused
+from mlx_qwen35.kernels.by_hand import Arrays, by_hand
+from mlx_qwen35.kernels.elementwise import exp
 from mlx_qwen35.kernels.products import shortened
 
 SCORE_BYTES = 16 << 20  # of float32 scores at a time, where MLX writes them to a GPU's memory
@@ -27,6 +29,13 @@ def attention(q: mx.array, keys: mx.array, values: mx.array, scale: float, causa
 
     causal: the queries are of the last T of S positions, and attend to the positions up to their own; else to all.
     """
+    if backend().differentiates:
+        forward = functools.partial(_attention, scale=scale, causal=causal)
+        return by_hand(forward, functools.partial(_gradient, scale=scale, causal=causal), q, keys, values)
+    return _attention(q, keys, values, scale, causal)
+
+
+def _attention(q: mx.array, keys: mx.array, values: mx.array, scale: float, causal: bool) -> mx.array:
     T, S = q.shape[2], keys.shape[2]
     on_cpu = backend().tiles_attention
     forced = not on_cpu and _worth_forcing(q, S) and fused_self_check(q.shape[3], q.dtype)
@@ -45,6 +54,35 @@ def attention(q: mx.array, keys: mx.array, values: mx.array, scale: float, causa
         else:
             tiles.append(cpu.attention_tile(*part, scale, causal))
     return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)
+
+
+def _gradient(primals: Arrays, dout: mx.array, out: mx.array, scale: float, causal: bool) -> Arrays:
+    """The gradients of q, keys and values, in float32 tile by tile, each over the keys that its queries attend to.
+
+    With P the softmax of a tile's scores: dV = P^T dO, dS = P (dO V^T - rowsum(dO O)), dQ = dS K, dK = dS^T Q.
+    """
+    q, keys, values = primals
+    (B, H, T, D), (Hk, S) = q.shape, keys.shape[1:3]
+    rows = cpu.tile_rows(q.shape, S) if backend().tiles_attention else tile_rows(q.shape, S, False)
+    k, v = keys.astype(mx.float32), values.astype(mx.float32)
+    dk, dv = mx.zeros_like(k), mx.zeros_like(v)
+    dq: list[mx.array] = []
+    for start in range(0, T, rows):
+        stop = min(start + rows, T)
+        n, seen = stop - start, S - T + stop if causal else S
+        tiles = (x[:, :, start:stop].astype(mx.float32).reshape(B, Hk, -1, D) for x in (q * scale, dout, out))
+        own, d_out, out_tile = mx.depends(list(tiles), [dk, dv, *dq[-1:]])
+        scores = (own @ k[:, :, :seen].swapaxes(-1, -2)).reshape(B, Hk, -1, n, seen)
+        if causal:
+            scores = scores.at[..., seen - n :].add(mx.triu(mx.full((n, n), -mx.inf), 1))
+        P = exp(scores - scores.max(-1, keepdims=True)).reshape(B, Hk, -1, seen)
+        P = P / P.sum(-1, keepdims=True)
+        dv = dv.at[:, :, :seen].add(P.swapaxes(-1, -2) @ d_out)
+        dS = P * (d_out @ v[:, :, :seen].swapaxes(-1, -2) - (d_out * out_tile).sum(-1, keepdims=True))
+        dk = dk.at[:, :, :seen].add(dS.swapaxes(-1, -2) @ own)
+        dq.append((scale * (dS @ k[:, :, :seen])).reshape(B, H, n, D))
+    gradients = (mx.concatenate(dq, axis=2), dk, dv)
+    return [gradient.astype(primal.dtype) for gradient, primal in zip(gradients, primals, strict=True)]
 
 
 def _worth_forcing(q: mx.array, S: int) -> bool:

@@ -23,6 +23,7 @@ from mlx_qwen35.kernels.gated_delta import (
     sequential_rule,
     stepwise_gated_delta,
 )
+from mlx_qwen35.kernels.gated_delta_backward import differentiable_rule
 
 THREADS = 512  # the most of a threadgroup: with more, a thread has too few registers for its part of the state
 MEMORY = 32 << 10  # the most bytes of threadgroup memory
@@ -180,7 +181,8 @@ def delta_core(
     if stepwise:
         return stepwise_gated_delta(split(projected), weights, state, lengths)
     qkv, z, b, a = split(projected)
-    return gated_delta(qkv, z, b, a, weights, state, lengths)
+    rule = differentiable_rule if backend().differentiates else None
+    return gated_delta(qkv, z, b, a, weights, state, lengths, rule)
 
 
 def fits(widths: Sequence[int], heads: Heads) -> bool:

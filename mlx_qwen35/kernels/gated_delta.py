@@ -11,15 +11,14 @@ Letters: B batch, T tokens, Hk/Hv key/value heads, r = Hv / Hk, Dk/Dv head sizes
 K conv taps, L chunk length, N chunks. Value head h reads key head h // r.
 """
 
-import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from mlx_qwen35.backend import backend
-from mlx_qwen35.kernels.cpu import PIECE
+from mlx_qwen35.kernels.by_hand import Arrays, by_hand
+from mlx_qwen35.kernels.causal_conv import causal_conv
 from mlx_qwen35.kernels.elementwise import exp, silu
 
 L2_EPS = 1e-6  # added to the sum of squares, under the root (transformers, l2norm)
@@ -123,26 +122,12 @@ def _last_tokens(tokens: mx.array, count: int, lengths: mx.array | None) -> mx.a
 def _convolve(tokens: mx.array, conv: mx.array, T: int, sizes: tuple[int, int, int]) -> tuple[mx.array, ...]:
     """Causal depthwise conv, silu, split, and l2 norms: q, k (B, T, Hk, Dk) and v (B, T, Hv, Dv)."""
     Hv, Dv, Dk = sizes
-    mixed = _causal_conv(tokens, conv, T)
+    mixed = causal_conv(tokens, conv)
     B, _, C = mixed.shape
     qk, v = mx.split(mixed, [C - Hv * Dv], axis=-1)
     qk = qk.reshape(B, T, 2, -1, Dk)
     qk = qk * mx.rsqrt((qk * qk).sum(-1, keepdims=True) + L2_EPS)
     return qk[:, :, 0] * Dk**-0.5, qk[:, :, 1], v.reshape(B, T, Hv, Dv)
-
-
-def _causal_conv(tokens: mx.array, conv: mx.array, T: int) -> mx.array:
-    """(B, K - 1 + T, C) -> silu of the depthwise conv (B, T, C); on the CPU piece by piece, see cpu.py."""
-    K, C = conv.shape
-    if T == 1:
-        return silu((tokens * conv).sum(1, keepdims=True))
-    rows = max(1, PIECE // C) if backend().works_in_pieces else T
-    parts = []
-    for begin in range(0, T, rows):
-        end = min(begin + rows, T)
-        taps = [tokens[:, begin + tap : end + tap] * conv[tap] for tap in range(K)]
-        parts.append(silu(functools.reduce(operator.add, taps)))
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
 
 
 # --- the gated delta rule in three forms -----------------------------------------------------------------------------
@@ -195,51 +180,87 @@ def chunked_rule(
 
     Every exponent is at most 0; those above the diagonal are masked before exp, where they could overflow.
     """
-    B, T, Hk, Dk = k.shape
-    Hv, Dv = v.shape[2:]
-    padding = -T % chunk
-    if padding:  # no decay, no write
-        q, k, v = (mx.pad(x, [(0, 0), (0, padding), (0, 0), (0, 0)]) for x in (q, k, v))
-        log_decay, beta = (mx.pad(x, [(0, 0), (0, padding), (0, 0)]) for x in (log_decay, beta))
-    N = (T + padding) // chunk
+    c = chunks_of(q, k, v, log_decay, beta, chunk)
+    S = state.reshape(*c.E.shape[1:4], *state.shape[2:])
+    outputs = []
+    for n in range(len(c.U)):
+        WS, QS = mx.split(c.reads[n] @ mx.swapaxes(S, -1, -2), 2, axis=-2)
+        change = c.U[n] - WS
+        outputs.append(QS + c.P[n] @ change)
+        S = mx.addmm(c.E[n] * S, mx.swapaxes(change, -1, -2), c.K[n])
+    return in_order(mx.stack(outputs), v.shape[1]), S.reshape(state.shape)
 
-    def by_chunk(x: mx.array, heads: tuple[int, ...]) -> mx.array:  # (N, B, Hk, r, L, ...)
-        x = x.reshape(B, N, chunk, *heads, *x.shape[3:])
-        return mx.moveaxis(mx.moveaxis(x, 1, 0), 2, 4)
 
-    q, k = by_chunk(q, (Hk, 1)), by_chunk(k, (Hk, 1))
-    v, log_decay, beta = (by_chunk(x, (Hk, Hv // Hk)) for x in (v, log_decay, beta))
+class Chunks(NamedTuple):
+    """The chunks of `chunked_rule`, in its notation, and what they are made of; (N, B, Hk, r, ...), r of q and k 1."""
 
+    q: mx.array  # (..., L, Dk)
+    k: mx.array  # (..., L, Dk)
+    v: mx.array  # (..., L, Dv)
+    beta: mx.array  # (..., L, 1)
+    from_start: mx.array  # (..., L, 1) exp(G)
+    to_end: mx.array  # (..., L, 1) exp(G_L - G)
+    decay: mx.array  # (..., L, L) exp(G_i - G_j), 0 above the diagonal
+    A: mx.array  # (..., L, L)
+    X: mx.array  # (..., L, L) (I + A)^-1
+    UW: mx.array  # (..., L, Dv + Dk)
+    U: mx.array  # (..., L, Dv)
+    reads: mx.array  # (..., 2 L, Dk) W and below it exp(G) q: both meet the state that enters the chunk
+    P: mx.array  # (..., L, L) decay (q k^T)
+    K: mx.array  # (..., L, Dk) exp(G_L - G) k
+    E: mx.array  # (..., 1, 1) exp(G_L)
+
+
+def chunks_of(q: mx.array, k: mx.array, v: mx.array, log_decay: mx.array, beta: mx.array, chunk: int) -> Chunks:
+    """The chunks of what `chunked_rule` takes. The last one is filled up with tokens that neither decay nor write."""
+    Hk, r = k.shape[2], v.shape[2] // k.shape[2]
+    q, k = by_chunk(q, Hk, 1, chunk), by_chunk(k, Hk, 1, chunk)
+    v, log_decay, beta = (by_chunk(x, Hk, r, chunk) for x in (v, log_decay, beta))
     G = mx.cumsum(log_decay, axis=-1)
     row = mx.arange(chunk)[:, None]
     above = mx.where(row < row.T, -mx.inf, 0.0)  # adding is faster than choosing on a CPU
     decay = exp(G[..., :, None] - G[..., None, :] + above)
     keys = mx.swapaxes(k, -1, -2)
     A = (beta[..., None] * (row > row.T)) * decay * (k @ keys)
-    from_start, to_end = mx.exp(G)[..., None], mx.exp(G[..., -1:] - G)[..., None]
-    strength = beta[..., None]
-    UW = unit_lower_inverse(A) @ mx.concatenate([strength * v, (strength * from_start) * k], axis=-1)
-    U, W = mx.split(UW, [Dv], axis=-1)
-    reads = mx.concatenate([W, from_start * q], axis=-2)  # both meet the state that enters the chunk
-    inner = decay * (q @ keys)
-    writes = to_end * k
-    whole = mx.exp(G[..., -1])[..., None, None]
+    from_start, to_end, beta = mx.exp(G)[..., None], mx.exp(G[..., -1:] - G)[..., None], beta[..., None]
+    X = unit_lower_inverse(A)
+    UW = X @ mx.concatenate([beta * v, (beta * from_start) * k], axis=-1)
+    U, W = mx.split(UW, [v.shape[-1]], axis=-1)
+    reads = mx.concatenate([W, from_start * q], axis=-2)
+    return Chunks(
+        q, k, v, beta, from_start, to_end, decay, A, X, UW, U, reads, P=decay * (q @ keys), K=to_end * k,
+        E=mx.exp(G[..., -1])[..., None, None],
+    )  # fmt: skip
 
-    S = state.reshape(B, Hk, Hv // Hk, Dv, Dk)
-    outputs = []
-    for n in range(N):
-        WS, QS = mx.split(reads[n] @ mx.swapaxes(S, -1, -2), 2, axis=-2)
-        change = U[n] - WS
-        outputs.append(QS + inner[n] @ change)
-        S = mx.addmm(whole[n] * S, mx.swapaxes(change, -1, -2), writes[n])
-    out = mx.stack(outputs, axis=1)  # (B, N, Hk, r, L, Dv)
-    out = mx.moveaxis(out, 4, 2).reshape(B, N * chunk, Hv, Dv)[:, :T]
-    return out, S.reshape(state.shape)
+
+def by_chunk(x: mx.array, Hk: int, r: int, chunk: int) -> mx.array:
+    """(B, T, Hk r, ...) -> (N, B, Hk, r, L, ...), the last chunk filled up with zeros."""
+    padding = -x.shape[1] % chunk
+    if padding:
+        x = mx.pad(x, [(0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)])
+    x = x.reshape(x.shape[0], -1, chunk, Hk, r, *x.shape[3:])
+    return mx.moveaxis(mx.moveaxis(x, 1, 0), 2, 4)
+
+
+def in_order(x: mx.array, T: int) -> mx.array:
+    """(N, B, Hk, r, L, ...) -> (B, T, Hk r, ...)"""
+    x = mx.moveaxis(mx.moveaxis(x, 4, 2), 0, 1)
+    return x.reshape(x.shape[0], -1, x.shape[3] * x.shape[4], *x.shape[5:])[:, :T]
 
 
 def unit_lower_inverse(A: mx.array) -> mx.array:
     """(I + A)^-1 for strictly lower triangular A (..., L, L), L a power of two. By LAPACK or by doubling."""
+    return by_hand(_inverse, _inverse_gradient, A) if backend().differentiates else _inverse(A)
+
+
+def _inverse(A: mx.array) -> mx.array:
     return mx.linalg.tri_inv(A + mx.eye(A.shape[-1])) if backend().inverts_by_lapack else doubling_inverse(A)
+
+
+def _inverse_gradient(primals: Arrays, dX: mx.array, X: mx.array) -> Arrays:
+    """dA = -X^T dX X^T, of which the strictly lower part is free."""
+    transposed = mx.swapaxes(X, -1, -2)
+    return [mx.tril(-(transposed @ dX @ transposed), -1)]
 
 
 def doubling_inverse(A: mx.array) -> mx.array:

@@ -4,10 +4,14 @@ A GPU multiplies quantized weights directly. MLX's CPU backend does so too, but 
 the first, so there many rows are multiplied by the dequantized matrix, one slice of it after the other.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import mlx.core as mx
 
 from mlx_qwen35.backend import backend
 from mlx_qwen35.kernels import cpu
+from mlx_qwen35.kernels.by_hand import Arrays, by_hand
 from mlx_qwen35.quantization import Quantization
 
 
@@ -37,12 +41,41 @@ def quantized_linear(
             bits=quantization.bits, mode=quantization.mode,
         )  # fmt: skip
         return rows.reshape(*x.shape[:-1], -1)
-    step, dtype = max(1, cpu.UNPACKED // columns), mx.float32 if scales.dtype == mx.float32 else x.dtype
-    parts: list[mx.array] = []
-    for start in range(0, weight.shape[0], step):
-        some = slice(start, start + step)
-        # After x and the part before, or MLX would dequantize all parts first, and those of later layers.
-        packed, some_scales = mx.depends([weight[some], scales[some]], [x, *parts[-1:]])
-        part = dequantize(packed, some_scales, None if biases is None else biases[some], quantization)
-        parts.append(x @ part.astype(dtype).T)
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+    slices = _Slices(weight, scales, biases, quantization)
+    return by_hand(slices.product, slices.gradient, x) if backend().differentiates else slices.product(x)
+
+
+@dataclass(frozen=True)
+class _Slices:
+    """A quantized matrix that is dequantized one slice of its rows after the other."""
+
+    weight: mx.array
+    scales: mx.array
+    biases: mx.array | None
+    quantization: Quantization
+
+    def product(self, x: mx.array) -> mx.array:
+        """x W^T, in float32 where the scales are, else in x's dtype."""
+        dtype = mx.float32 if self.scales.dtype == mx.float32 else x.dtype
+        parts: list[mx.array] = []
+        for rows in self._rows(x.shape[-1]):
+            parts.append(x @ self._part(rows, [x, *parts[-1:]]).astype(dtype).T)
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+
+    def gradient(self, primals: Arrays, dy: mx.array, y: mx.array) -> Arrays:
+        """dy W, in x's dtype."""
+        total = None
+        for rows in self._rows(primals[0].shape[-1]):
+            part = self._part(rows, [dy] if total is None else [dy, total]).astype(dy.dtype)
+            total = dy[..., rows] @ part if total is None else total + dy[..., rows] @ part
+        assert total is not None
+        return [total.astype(primals[0].dtype)]
+
+    def _rows(self, columns: int) -> Iterator[slice]:
+        step = max(1, cpu.UNPACKED // columns)
+        return (slice(start, start + step) for start in range(0, self.weight.shape[0], step))
+
+    def _part(self, rows: slice, after: list[mx.array]) -> mx.array:
+        """Some rows, dequantized after other arrays: else MLX would dequantize all first, and those of later layers."""
+        packed, scales = mx.depends([self.weight[rows], self.scales[rows]], after)
+        return dequantize(packed, scales, None if self.biases is None else self.biases[rows], self.quantization)

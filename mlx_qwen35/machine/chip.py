@@ -11,6 +11,7 @@ import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from mlx_qwen35.backend import TF32
 from mlx_qwen35.errors import InputError
@@ -85,6 +86,16 @@ def this_chip() -> Chip | None:
         return None
     asked = subprocess.run(["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
     return parse_chip(asked.stdout.strip() or "Apple, unknown")
+
+
+def brand() -> str:
+    """The processor's name, on any machine."""
+    if chip := this_chip():
+        return chip.name
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 # --- command buffers -------------------------------------------------------------------------------------------------

@@ -18,10 +18,18 @@ class LazyPart(Generic[Part]):
         nbytes: that it takes in memory, once loaded.
         fault: why it cannot be used, as far as the checkpoint's headers tell.
         keep: whether `unload` leaves it in memory.
+        fingerprint: tells its weights from others, see checkpoint/fingerprint.py; "" where nothing is kept of them.
     """
 
-    def __init__(self, load: Callable[[], Part], nbytes: int = 0, fault: str | None = None, keep: bool = False):
-        self._load, self.nbytes, self.fault, self.keep = load, nbytes, fault, keep
+    def __init__(
+        self,
+        load: Callable[[], Part],
+        nbytes: int = 0,
+        fault: str | None = None,
+        keep: bool = False,
+        fingerprint: Callable[[], str] = lambda: "",
+    ):
+        self._load, self.nbytes, self.fault, self.keep, self.fingerprint = load, nbytes, fault, keep, fingerprint
         self._part: Part | None = None
         self.users: WeakSet[object] = WeakSet()
 

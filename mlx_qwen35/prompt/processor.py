@@ -131,6 +131,39 @@ class Processor:
         answers = answers_behind_query(bare) + (not go_on and options.get("add_generation_prompt", True))
         return self._prompt(text, media, vision, self._control.encode, lambda text: heads.places(text, answers))
 
+    def encode_answered(
+        self,
+        messages: Messages,
+        vision: VisionOptions = VisionOptions(),  # noqa: B008
+        **template: Any,
+    ) -> tuple[Prompt, tuple[int, ...]]:
+        """A prompt, and the answer to it that is the last message, an assistant's: the tokens to be generated.
+
+        The prompt is that of `encode_messages` for the messages before the last, with the enable_thinking that suits
+        the answer: where it has reasoning, the prompt opens it. The tokens end with the one that ends a generation.
+        Raises InputError, as `encode_messages` does, and messages_invalid where the template writes the last message
+        otherwise than a prompt begins it, or where its text holds a control token.
+        """
+        plain = Plain()
+        checked = check_messages(messages, plain)
+        options = check_template_options(template, plain)
+        if not checked or checked[-1]["role"] != "assistant":
+            raise InputError("messages_invalid", "the last message must be an assistant's")
+        bare, media = take_media(with_pages(checked, self._pages, vision), self.read, vision)
+        whole = self._rendered(bare, options | {"add_generation_prompt": False}, plain)
+        switched = ({**options, "enable_thinking": thinking} for thinking in (False, True))
+        asked = [text for own in switched if whole.startswith(text := self._rendered(bare[:-1], own, plain))]
+        text = max(asked, key=len, default="")
+        answer = whole[len(text) :]
+        if not text or (tags := self._control.unmarked_in(answer)):
+            own = "calls belong into tool_calls, and reasoning into reasoning_content"
+            rule = f"hold no {tags[0]} in its text: {own}" if text else "go on where the template's prompt for it ends"
+            raise InputError("messages_invalid", f"messages[{len(messages) - 1}] is an answer, which must {rule}")
+        tokens = self._control.encode(answer)
+        if (end := next((i for i, token in enumerate(tokens) if token in self.stop_ids), None)) is None:
+            raise InputError("chat_template_refused", "the chat template must close an answer with an end token")
+        return self._prompt(text, media, vision, self._control.encode), tuple(tokens[: end + 1])
+
     def read(self, kind: str, source: Any, vision: VisionOptions) -> Media:
         """An image or a video (`kind`), read and resized by the checkpoint's settings."""
         if isinstance(source, Media):

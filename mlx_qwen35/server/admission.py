@@ -37,7 +37,7 @@ class Admission:
         self.vision = vision
         self.plan = RowsPlan(
             model.config, machine,
-            weights=sum(array.nbytes for array in weights),
+            weights=sum(array.nbytes for array in weights) + model.adapters.nbytes,
             head=model.mtp.nbytes if model.mtp else 0,
             encoder=model.vision.nbytes if model.vision else 0,
             unpacks=machine.on_cpu and any(array.dtype == mx.uint32 for array in weights),

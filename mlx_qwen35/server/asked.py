@@ -55,15 +55,27 @@ _IDLE = ("user", "store", "metadata", "service_tier", "safety_identifier", "prom
          "prompt_cache_retention", "priority", "request_id", "skip_special_tokens", "add_special_tokens")  # fmt: skip
 
 
-def check_model(body: Fields, service: Service) -> None:
-    """Any name is served, unless the server is strict."""
+def model(body: Fields, service: Service) -> str:
+    """The id of the model that is asked for, with its adapter. Any name is served by the model alone, unless the server
+    is strict or the name is that of an adapter.
+    """
     name = body.text("model", None)
-    if service.options.strict_model and name not in (None, service.name):
+    if name is None or name in service.models:
+        return name or service.default
+    if service.options.strict_model or _names_adapter(name, service):
         raise unknown_model(service)
+    return service.default
+
+
+def _names_adapter(name: str, service: Service) -> bool:
+    """Whether a name that is not served means an adapter, which no answer of the model alone may stand for."""
+    return name.startswith(f"{service.name}:") or name.rpartition(":")[2] in filter(None, service.models.values())
 
 
 def unknown_model(service: Service) -> ApiError:
-    return ApiError(404, "model_not_found", f"there is no model of that name; this one is {service.name}", "model")
+    served = ", ".join(service.models)
+    told = f"this one is {served}" if len(service.models) == 1 else f"there are {served}"
+    return ApiError(404, "model_not_found", f"there is no model of that name; {told}", "model")
 
 
 def streaming(body: Fields) -> tuple[bool, bool]:

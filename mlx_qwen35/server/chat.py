@@ -23,7 +23,7 @@ async def chat(request: Request) -> Response:
 
 
 def _read(body: Fields, service: Service) -> Wanted:
-    asked.check_model(body, service)
+    model = asked.model(body, service)
     stream, usage = asked.streaming(body)
     n = body.whole("n", 1, least=1, most=asked.MOST_ANSWERS)
     options = asked.sampling(body, service)
@@ -34,7 +34,7 @@ def _read(body: Fields, service: Service) -> Wanted:
     asked.settle(body)
     history = [read_message(message, service) for message in messages]
     with body.naming("messages"):
-        return Wanted([service.prepare(history, n, **options)], stream, usage)
+        return Wanted([service.prepare(history, n, model, **options)], stream, usage)
 
 
 def _logprobs(body: Fields) -> dict[str, Any]:

@@ -82,7 +82,7 @@ async def completions(request: Request) -> Response:
 
 
 def _read(body: Fields, service: Service) -> Wanted:
-    asked.check_model(body, service)
+    model = asked.model(body, service)
     stream, usage = asked.streaming(body)
     prompts = _prompts(body)
     n = body.whole("n", 1, least=1, most=max(1, asked.MOST_ANSWERS // len(prompts)))
@@ -94,7 +94,8 @@ def _read(body: Fields, service: Service) -> Wanted:
     body.refuse("suffix", "write the tokens for it into the prompt")
     asked.settle(body)
     with body.naming("prompt"):
-        return Wanted([service.prepare(prompt, n, **_raw(prompt), **options) for prompt in prompts], stream, usage)
+        jobs = [service.prepare(prompt, n, model, **_raw(prompt), **options) for prompt in prompts]
+        return Wanted(jobs, stream, usage)
 
 
 def _prompts(body: Fields) -> Sequence[str | list[int]]:

@@ -49,7 +49,7 @@ class Upkeep:
         self._used = self._looked = clock()
         # Seconds after which `tick` wants to be called where there is no work, too; None: it need not be.
         self.every = EVERY if options.idle_unload or level() is not None else None
-        self._fingerprint = model.fingerprint() if options.session_dir or options.idle_unload else ""
+        self._identity = _fingerprints(model) if options.session_dir or options.idle_unload else None
         self.files: PrefixFiles | None = None
         if options.session_dir:
             own = identity(model, processor) | {"template": template_digest(processor)}
@@ -80,19 +80,22 @@ class Upkeep:
             model = load()[0]
         except InputError as error:
             raise ApiError(503, "model_unavailable", f"the model cannot be loaded again: {error}") from error
-        if self._fingerprint and model.fingerprint() != self._fingerprint:
-            message = "the model's files are not those that the server was started with; start it again"
+        if self._identity and _fingerprints(model) != self._identity:
+            files = "the model's files, or its adapters'," if model.adapters else "the model's files"
+            message = f"{files} are not those that the server was started with; start it again"
             raise ApiError(503, "model_changed", message)
         LOG.info("the model was loaded again in %.1f s", self._clock() - began)
         return model
 
-    def prepared(self, library: PrefixLibrary | None, prompt: Prompt, given: Any, tools: Any) -> Parted | None:
+    def prepared(
+        self, library: PrefixLibrary | None, prompt: Prompt, given: Any, tools: Any, adapter: str = ""
+    ) -> Parted | None:
         """A request was made ready: have what the folder keeps of it in memory, and tell where it parts from others."""
         if library is None:
             return None
         try:
-            library.recall(prefix_of(prompt))
-            found = parted(library, self.processor, prompt, given, tools)
+            library.recall(prefix_of(prompt, adapter))
+            found = parted(library, self.processor, prompt, given, tools, adapter)
         except Exception:  # without it the prompt is read anew, which is right, too
             LOG.exception("what is stored of a prompt could not be looked up")
             return None
@@ -136,3 +139,8 @@ class Upkeep:
         if self.files:
             self.files.close()
             LOG.info("what was read of prompts is kept in %s", self.options.session_dir)
+
+
+def _fingerprints(model: Model) -> tuple[str, dict[str, str]]:
+    """Of the model, and of each of its adapters by name."""
+    return model.fingerprint(), {name: model.adapters.fingerprint(name) for name in model.adapters.names}

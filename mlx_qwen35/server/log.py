@@ -113,7 +113,9 @@ def _refused(scope: Scope) -> str:
 
 
 def _counts(answers: Sequence[Answer]) -> str:
-    """ "12 in (8 cached), 40 out, stop, " for the answers of a request; one whose client left has "left"."""
+    """ "12 in (8 cached), 40 out, stop, " for the answers of a request; one whose client left has "left". Before it
+    stands "adapter NAME, " where one answered.
+    """
     if not answers:
         return ""
     results = [result for answer in answers for result in answer.results]
@@ -122,7 +124,9 @@ def _counts(answers: Sequence[Answer]) -> str:
     cached = max((result.cached_tokens for result in ended), default=0)
     out = sum(result.generation_tokens for result in ended)
     ends = dict.fromkeys(_end(answer, result) for answer in answers for result in answer.results)
-    return f"{tokens} in ({cached} cached), {out} out, {' '.join(ends)}, "
+    adapter = answers[0].job.prepared.adapter  # of all
+    by = f"adapter {adapter}, " if adapter else ""
+    return f"{by}{tokens} in ({cached} cached), {out} out, {' '.join(ends)}, "
 
 
 def _end(answer: Answer, result: Result | None) -> str:

@@ -38,7 +38,7 @@ async def messages(request: Request) -> Response:
     body = await read_body(request)
     stream = body.flag("stream", False)
     job = await service.off_loop(lambda: _prepared(body, service))
-    reply = MessageReply(service.name, job.prompt_tokens, _shows_thinking(body))
+    reply = MessageReply(job.model, job.prompt_tokens, _shows_thinking(body))
     response = await reply.answer(request, job, stream)
     response.headers["request-id"] = reply.request_id
     return response
@@ -50,34 +50,36 @@ async def count_tokens(request: Request) -> Response:
     return JSONResponse({"input_tokens": await service.off_loop(lambda: _counted(body, service))})
 
 
-def _read(body: Fields, service: Service) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    asked.check_model(body, service)
+def _read(body: Fields, service: Service) -> tuple[str, list[dict[str, Any]], dict[str, Any]]:
+    """The id of the model, the messages and the options."""
+    model = asked.model(body, service)
     prompt = conversation(body, service)
     own = options(body, service)
     if prompt[-1]["role"] == "assistant":  # as Anthropic's API: the answer goes on with it
         own["continue_final_message"] = True
-    return prompt, own
+    return model, prompt, own
 
 
 def _counted(body: Fields, service: Service) -> int:
     body.ignore("max_tokens", "stream")
-    prompt, own = _read(body, service)
+    _, prompt, own = _read(body, service)
     with body.naming("messages", "tool_use_id"):
         return len(encode(service.processor, prompt, check_options(own)).tokens)
 
 
 def _prepared(body: Fields, service: Service) -> Job:
     most = asked.most_tokens(body, "max_tokens") or body.any("max_tokens")
-    prompt, own = _read(body, service)
+    model, prompt, own = _read(body, service)
+    own |= {"model": model, **most}
     with body.naming("messages", "tool_use_id"):
         try:
-            return service.prepare(prompt, **most, **own)
+            return service.prepare(prompt, **own)
         except InputError as error:
             if error.code != "thinking_budget_exceeded":
                 raise
         budget = own.pop("thinking_budget")  # more than there is room for: an effort is cut to that
         effort = next(name for name, tokens in EFFORTS.items() if tokens and tokens >= min(budget, 16384))
-        return service.prepare(prompt, **most, **own, reasoning_effort=effort)
+        return service.prepare(prompt, **own, reasoning_effort=effort)
 
 
 def _shows_thinking(body: Fields) -> bool:

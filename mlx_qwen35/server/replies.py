@@ -57,7 +57,8 @@ async def reply(request: Request, wanted: Wanted, kind: Kind) -> Response:
     """Take a request in and answer it. Raises ApiError while it can be told by a status."""
     service: Service = request.app.state.service
     answers = [service.submit(job) for job in wanted.jobs]
-    head = {"id": f"{kind.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
+    head = {"id": f"{kind.prefix}-{uuid.uuid4().hex}", "created": int(time.time())}
+    head["model"] = wanted.jobs[0].model
     if wanted.stream:
         return event_stream(openai_stream(_chunks(answers, head | {"object": kind.chunk}, kind, wanted.usage)))
     made = await unless_gone(request, _whole(answers, head | {"object": kind.whole}, kind))

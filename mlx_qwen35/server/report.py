@@ -44,13 +44,19 @@ class Parted:
 
 
 def parted(
-    library: PrefixLibrary, processor: Processor, prompt: Prompt, given: Any = None, tools: Any = None
+    library: PrefixLibrary,
+    processor: Processor,
+    prompt: Prompt,
+    given: Any = None,
+    tools: Any = None,
+    adapter: str = "",
 ) -> Parted | None:
     """Where a prompt parts from the nearest in a library; None where little is read again.
 
-    given: the messages that it was made of, if it was made of messages. tools: those of the request.
+    given: the messages that it was made of, if it was made of messages. tools: those of the request. adapter: the name
+    of the one that reads it.
     """
-    prefix = prefix_of(prompt)
+    prefix = prefix_of(prompt, adapter)
     near, place, reused = _nearest(library, prefix)
     if near is None or min(len(near), len(prefix)) - reused < MUCH:
         return None

@@ -50,14 +50,14 @@ async def responses(request: Request) -> Response:
     body = await read_body(request)
     stream, _ = asked.streaming(body)
     job = await service.off_loop(lambda: _prepared(body, service))
-    return await ResponseReply(service.name, body).answer(request, job, stream)
+    return await ResponseReply(job.model, body).answer(request, job, stream)
 
 
 def _prepared(body: Fields, service: Service) -> Job:
-    asked.check_model(body, service)
+    model = asked.model(body, service)
     prompt, own = conversation(body, service), options(body, service)
     with body.naming("input", "call_id"):
-        return service.prepare(prompt, **own)
+        return service.prepare(prompt, model=model, **own)
 
 
 class ResponseReply(BlockReply):

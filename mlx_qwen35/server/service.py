@@ -24,6 +24,7 @@ from mlx_qwen35.cache.prefix import PrefixLibrary
 from mlx_qwen35.engine.generation import Given
 from mlx_qwen35.engine.prepared import Prepared, prepare
 from mlx_qwen35.engine.result import Result
+from mlx_qwen35.model.lora import NONE, AdapterSet
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.server.admission import Admission, default_rows
@@ -48,6 +49,7 @@ class Job:
     needs: RowNeeds  # of each answer
     until: float  # when it is out of time
     n: int = 1  # answers to it; number i has seed + i
+    model: str = ""  # the id of the model, with its adapter
 
     @property
     def prompt_tokens(self) -> int:
@@ -126,6 +128,7 @@ class Service:
     ):
         self.processor, self.options, self.name = processor, options, name
         self.config = model.config
+        self.models = _models(name, model.adapters)
         self.admission = Admission(model, processor.config.vision)
         self._load, self._clock = load, clock
         self.upkeep = Upkeep(model, processor, options, clock, **machine)
@@ -158,6 +161,11 @@ class Service:
         window = self.config.max_position_embeddings
         return min(window, self.options.context or window)
 
+    @property
+    def default(self) -> str:
+        """The model of a request that names none."""
+        return next(iter(self.models))
+
     # --- from the event loop ---
 
     async def off_loop(self, work: Callable[[], T]) -> T:
@@ -170,12 +178,17 @@ class Service:
         finally:
             self._preparing -= 1
 
-    def prepare(self, prompt: Given, n: int = 1, **options: Any) -> Job:
-        """Check a prompt and its options and make them ready. For `off_loop`. Raises InputError. Its time begins."""
+    def prepare(self, prompt: Given, n: int = 1, model: str = "", **options: Any) -> Job:
+        """Check a prompt and its options and make them ready. For `off_loop`. Raises InputError. Its time begins.
+
+        model: one of `models`; "": `default`.
+        """
+        model = model or self.default
         until = self._clock() + (self.options.timeout or float("inf"))
-        prepared = prepare(self.config, self.processor, prompt, n, self.context, **options)
-        self.upkeep.prepared(self.library, prepared.prompt, prompt, options.get("tools"))
-        return Job(prepared, self.admission.needs(prepared), until, n)
+        adapter = self.models[model]
+        prepared = prepare(self.config, self.processor, prompt, n, self.context, adapter, **options)
+        self.upkeep.prepared(self.library, prepared.prompt, prompt, options.get("tools"), adapter)
+        return Job(prepared, self.admission.needs(prepared), until, n, model)
 
     def submit(self, job: Job) -> Answer:
         """Take a job in. From the event loop. ApiError 429 where too many wait, 503 where the server ends."""
@@ -291,6 +304,14 @@ class Service:
             LOG.exception("the model cannot be loaded again")
             return _refuse(lanes, error)
         self._lanes.add(lanes)
+
+
+def _models(name: str, adapters: AdapterSet) -> dict[str, str]:
+    """The ids of what can be asked for, with the name of each adapter. The model alone, which has NONE, comes first; it
+    cannot be had where an adapter's whole tensors stand in it.
+    """
+    alone = {} if any(adapters[own].whole for own in adapters.names) else {name: NONE}
+    return alone | {f"{name}:{own}": own for own in adapters.names}
 
 
 def _refuse(lanes: list[Lane], error: Exception) -> None:

@@ -17,11 +17,13 @@ from mlx_qwen35.server.service import Answer, Service
 BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)  # seconds, of the histogram
 
 
+# In a series of each adapter too, whose label has its name.
 TOKENS = {"prompt": "of prompts", "cached": "of prompts, not read again", "generated": "of answers"}
 GAUGES = {
     "running": "answers that are read or generated",
     "waiting": "requests of which nothing has begun",
     "weights_bytes": "the model's weights",
+    "adapters_bytes": "the adapters beside them",
     "library_bytes": "what is remembered of prompts",
     "memory_bytes": "MLX's memory now",
     "memory_peak_bytes": "MLX's memory at its most",
@@ -33,7 +35,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.requests: Counter[tuple[str, int]] = Counter()  # by path and status
-        self.tokens: Counter[str] = Counter()
+        self.tokens: Counter[tuple[str, str]] = Counter()  # by kind and adapter, "" for none
         self.first = [0] * (len(BOUNDS) + 1)  # answers by the seconds to their first token
         self.first_seconds = 0.0
 
@@ -44,9 +46,10 @@ class Metrics:
         self.requests[path, status] += 1
         for answer in answers:
             ended = [result for result in answer.results if result is not None]
-            self.tokens["prompt"] += answer.job.prompt_tokens
-            self.tokens["cached"] += max((result.cached_tokens for result in ended), default=0)
-            self.tokens["generated"] += sum(result.generation_tokens for result in ended)
+            adapter = answer.job.prepared.adapter
+            self.tokens["prompt", adapter] += answer.job.prompt_tokens
+            self.tokens["cached", adapter] += max((result.cached_tokens for result in ended), default=0)
+            self.tokens["generated", adapter] += sum(result.generation_tokens for result in ended)
             if answer.first_at is not None:
                 self.first[bisect_left(BOUNDS, answer.first_at - began)] += 1
                 self.first_seconds += answer.first_at - began
@@ -58,7 +61,8 @@ class Metrics:
             yield f'mlx_qwen35_requests_total{{path="{path}",status="{status}"}} {count}'
         for kind in TOKENS:
             yield from _head(f"{kind}_tokens_total", "counter", f"tokens: {TOKENS[kind]}")
-            yield f"mlx_qwen35_{kind}_tokens_total {self.tokens[kind]}"
+            for adapter in sorted({"", *(adapter for _, adapter in self.tokens)}):
+                yield f"mlx_qwen35_{kind}_tokens_total{_label(adapter)} {self.tokens[kind, adapter]}"
         name, below = "mlx_qwen35_first_token_seconds", 0
         yield from _head("first_token_seconds", "histogram", "from a request to the first token of its answer")
         for bound, count in zip((*BOUNDS, "+Inf"), self.first, strict=True):
@@ -66,6 +70,12 @@ class Metrics:
             yield f'{name}_bucket{{le="{bound}"}} {below}'
         yield f"{name}_sum {self.first_seconds:.6f}"
         yield f"{name}_count {below}"
+
+
+def _label(adapter: str) -> str:
+    """Of a series; those without an adapter have none."""
+    escaped = adapter.replace("\\", r"\\").replace('"', r"\"")
+    return f'{{adapter="{escaped}"}}' if adapter else ""
 
 
 def _head(name: str, kind: str, meaning: str) -> Iterator[str]:
@@ -85,6 +95,7 @@ def _gauges(service: Service) -> Iterator[str]:
         "running": service.running,
         "waiting": service.waiting,
         "weights_bytes": sum(a.nbytes for a in dict(tree_flatten(model.parameters())).values()) if model else 0,
+        "adapters_bytes": model.adapters.nbytes if model else 0,
         "library_bytes": library.nbytes if library else 0,
         "memory_bytes": mx.get_active_memory(),
         "memory_peak_bytes": mx.get_peak_memory(),

@@ -21,7 +21,7 @@ async def tokenize(request: Request) -> Response:
 
 
 def _tokens(body: Fields, service: Service) -> dict[str, Any]:
-    asked.check_model(body, service)
+    asked.model(body, service)
     named = body.flag("return_token_strs", False)
     encoded = _of_text if body.any("messages", None) is None else _of_messages
     found = encoded(body, service)
@@ -52,7 +52,7 @@ def _of_messages(body: Fields, service: Service) -> list[int]:
 async def detokenize(request: Request) -> Response:
     service: Service = request.app.state.service
     body = await read_body(request)
-    asked.check_model(body, service)
+    asked.model(body, service)
     tokens = body.items("tokens", most=MOST_TOKENS)
     body.done()
     for place, token in enumerate(tokens):

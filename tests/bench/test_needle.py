@@ -209,6 +209,7 @@ def test_the_picture_has_a_map_for_each_kind_with_a_colour_for_each_share(tmp_pa
         draw(tmp_path / "none" / "map.png", "nano", "a note", summarize(found))
 
 
+@pytest.mark.full
 def test_the_command_prints_a_table_and_writes_every_answer(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     files = [tmp_path / "all.json", tmp_path / "map.png"]

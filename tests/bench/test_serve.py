@@ -104,6 +104,7 @@ def test_the_tables_name_machine_settings_and_every_server():
     assert ["a", "2.00", "s", "40", "20", "0.50", "s", "0.50", "s", "1.00x", "1.00x"] in [x.split() for x in lines]
 
 
+@pytest.mark.full
 def test_our_server_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     file, few = tmp_path / "all.json", ["--prompt-lengths", "9", "--decode-tokens", "20", "--repeats", "1"]
     main(["--model", "nano", "--serve", "--clients", "2", *few, "--json", str(file)])

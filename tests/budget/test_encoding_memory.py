@@ -24,6 +24,7 @@ def test_a_prompt_with_a_video_leaves_only_the_text_weights_in_memory(text_model
     assert shown["encoder"] > 0 and not model.vision.loaded
 
 
+@pytest.mark.full
 def test_working_memory_does_not_grow_with_the_video(text_model, config, monkeypatch):
     """MLX frees while it computes, so that a peak varies by some percent; held whole, the long video would take 8
     times as much."""

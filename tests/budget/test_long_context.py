@@ -80,6 +80,7 @@ def decoded(model: Model, caches: list[Cache], count: int) -> None:
         engine.step()
 
 
+@pytest.mark.full
 def test_a_chunk_takes_no_more_memory_behind_a_long_context_than_behind_a_short_one(mini):
     # MLX's CPU backend runs ahead of its work, now more and now less: the least of three runs is what a chunk needs.
     short, long = (min(beyond(mini, columns) for _ in range(3)) for columns in (8192, 16_384))
@@ -107,6 +108,7 @@ def test_the_peak_at_131_072_columns_is_the_plan_within_9_percent(mini, checkpoi
     assert 0.91 < plan.text / measured < 1.09
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("columns", [K64 - 2, K64 - 1, K64])
 def test_decoding_over_a_multiple_of_256_columns_holds_one_array_twice_as_planned(mini, checkpoint_folder, columns):
     """Of one attention layer, whose keys and values are the cache: its keys or its values, and never both."""

@@ -183,6 +183,7 @@ def test_rows_made_of_one_cache_go_on_apart(model):
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_going_on_behind_a_snapshot_copies_nothing(model):
     cache = model.make_cache()
     feed(model, cache, Pass(tuple(range(300))))
@@ -194,6 +195,7 @@ def test_going_on_behind_a_snapshot_copies_nothing(model):
     assert snapshot.row_lengths == [300]
 
 
+@pytest.mark.full
 def test_branches_share_columns_until_they_write_and_then_hold_one_copy_each(model):
     config, count = model.config, 5
     cache = model.make_cache()

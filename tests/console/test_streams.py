@@ -55,7 +55,9 @@ def full_disk(monkeypatch):
         assert os.fstat(full.fileno()).st_rdev == os.stat(os.devnull).st_rdev, "the interpreter's last flush would fail"
 
 
-COMMANDS = ("commands.generate", "commands.chat", "doctor.command", "bench.command", "convert.__main__")
+COMMANDS = (
+    "commands.generate", "commands.chat", "doctor.command", "bench.command", "convert.__main__", "train.command",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("module", COMMANDS)

@@ -135,6 +135,7 @@ def test_overflow_is_no_matter_in_bfloat16(tmp_path):
     assert mx.array_equal(after[DOWN], arrays_of(source)[DOWN])
 
 
+@pytest.mark.full
 @pytest.mark.core(1)
 @pytest.mark.parametrize("quantize", [False, True])
 @pytest.mark.parametrize("program", ["mlx_lm", "mlx_vlm"])

@@ -110,6 +110,7 @@ def test_mlx_lm_differs_only_by_its_own_rounding_of_norms(both, dtype, bits):
     assert mx.array_equal(ours(mx.array(IDS)), theirs(mx.array(IDS)))
 
 
+@pytest.mark.full
 def test_default_options_rounded_to_nearest_are_mlx_lms(mlx_lm, raw, tmp_path):
     theirs, load = mlx_lm
     nearest(raw, tmp_path / "ours", quantize=True)

@@ -88,6 +88,7 @@ def test_an_untied_head_is_of_the_embeddings_group(tmp_path):
     assert len(row.names) == 2 and row.kl > 0
 
 
+@pytest.mark.full
 def test_rows_tell_the_bytes_of_the_folder_written(raw, rows, tmp_path):
     out = open_checkpoint(convert(raw, tmp_path / "out", quantize=True))
     for row in rows:

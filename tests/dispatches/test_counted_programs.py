@@ -131,6 +131,7 @@ def test_ours_reads_each_matrix_once(ours, ours_mixed):
     assert ours_mixed.bytes.matrices == bytes_of_matrices("mixed") == 2_538_618_880
 
 
+@pytest.mark.full
 @needs_mlx_lm
 def test_mlx_lm_reads_the_same_matrices(mlx_lm):
     recipe, found = mlx_lm

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from mlx_qwen35.commands.generate import CommandOptions
@@ -14,6 +15,8 @@ from mlx_qwen35.load import LoadOptions
 from mlx_qwen35.media.options import VisionOptions
 from mlx_qwen35.options import Option, options_of
 from mlx_qwen35.server.options import ServerOptions
+from mlx_qwen35.train.command import GROUPS, OF_MODEL
+from mlx_qwen35.train.options import RunOptions, TrainOptions
 
 DOCS = Path(__file__).parents[2] / "docs"
 BEGIN, END = "<!-- options: generated, see tests/docs -->\n", "<!-- end -->"
@@ -31,7 +34,7 @@ _KINDS = {int: "integer", float: "number", bool: "switch", str: "text"}
 def page(path: Path) -> str:
     """The whole page, with the table as it must be."""
     before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    lines = _server_lines() if path.stem == "server" else _lines()
+    lines = _server_lines() if path.stem == "server" else chain(_lines(), _training_lines())
     return f"{before}{BEGIN}{chr(10).join(lines)}\n{END}{rest.partition(END)[2]}"
 
 
@@ -50,6 +53,21 @@ def _server_lines() -> Iterator[str]:
     yield "|---|---|---|"
     for option in options_of(ServerOptions).values():
         yield f"| {_code(option.flags)} | {_value(option)} | {option.help} |"
+
+
+def _training_lines() -> Iterator[str]:
+    load, own = options_of(LoadOptions), options_of(TrainOptions)
+    parts = {"the run": list(options_of(RunOptions).values()), "model": [load[name] for name in OF_MODEL]}
+    parts |= {title: [own[name] for name in names] for title, names in GROUPS.items()}
+    yield from ("", "## Options of train", "")
+    yield "In Python those of the first two parts are arguments of `train`, the others of `TrainOptions`."
+    yield ""
+    yield "| command line | Python | value | meaning |"
+    yield "|---|---|---|---|"
+    for title, options in parts.items():
+        yield f"| **{title}** | | | |"
+        for option in options:
+            yield _row(option, in_python=option.name != "dry_run")
 
 
 def _row(option: Option, in_python: bool) -> str:

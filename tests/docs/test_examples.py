@@ -22,6 +22,7 @@ SAID = {  # what nano's answers hold
     "rows": "mlx_qwen35", "score": "'92'               -0.0555, greedy: True", "second_turn": "green ",
     "serve": "the server answers: 92", "serve_apis": "/v1/responses         92", "serve_load": "nothing was wrong",
     "session": "\n102\n   (15 of", "stream": "nano",
+    "two_adapters": "base: 92\nfirst: ",
 }  # fmt: skip
 QUICK = {  # what measures, with less to do
     "drafts": ["--ask", "What is 34 + 58?", "--max-tokens", "20"],
@@ -39,6 +40,7 @@ LONG = {
 MARKS = {**dict.fromkeys(LONG, pytest.mark.full), "document.py": draws}
 
 
+@pytest.mark.core(9)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=MARKS[name]) if name in MARKS else name for name in EXAMPLES]
 )

@@ -16,13 +16,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_qwen35.bench.report import chip
 from mlx_qwen35.cache.session_arrays import read_places, session_arrays
 from mlx_qwen35.cache.session_file import SessionFile
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
 from mlx_qwen35.engine.prefill import PromptRow, prefill
 from mlx_qwen35.load import load_model
+from mlx_qwen35.machine.chip import brand
 
 
 def timed(what: str, work: Callable[[], Any]) -> Any:
@@ -38,7 +38,7 @@ def timed(what: str, work: Callable[[], Any]) -> Any:
 
 def main(tokens: int) -> None:
     versions = f"Python {platform.python_version()}, MLX {version('mlx')}"
-    print(f"{chip()}, {platform.platform()}, {versions}; {tokens:,} tokens", flush=True)
+    print(f"{brand()}, {platform.platform()}, {versions}; {tokens:,} tokens", flush=True)
     with TemporaryDirectory() as folder:
         checkpoint = open_checkpoint(write_random_checkpoint(Path(folder) / "mid", geometry("mid"), vision=False))
         model = load_model(checkpoint, mx.float32, "mid")

@@ -162,6 +162,7 @@ def peak(nano: tuple[Model, Processor], count: int, side: int) -> int:
         tracemalloc.stop()
 
 
+@pytest.mark.full
 def test_memory_does_not_grow_with_the_pages(nano):
     few, many = peak(nano, 2, 192), peak(nano, 8, 192)
     assert many - few < 192 * 192 * 3  # less than the pixels of one page

@@ -195,6 +195,7 @@ def test_a_bad_seed_is_told(seed):
 ALWAYS = mx.array([True, True])
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize(("keep", "min_p"), [(1, 0.3), (2, 0.9), (7, 0.5), (V, 1.0), (V + 1, 1.0)])
 def test_min_p_is_mlx_lms(logits, keep, min_p):
     theirs = sample_utils.apply_min_p(logits - mx.logsumexp(logits, -1, keepdims=True), min_p, min(keep, V))
@@ -207,6 +208,7 @@ def test_min_p_keeps_its_tokens_of_those_that_the_filters_left(logits):
     np.testing.assert_array_equal(kept, probabilities(logits, top_k=5) > 0)
 
 
+@pytest.mark.core(4)
 @pytest.mark.parametrize("threshold", [0.0, 0.02, 0.1, 0.3, 0.5])
 @pytest.mark.parametrize("exempt", [(), (5, 17), tuple(range(V))])
 def test_xtc_is_mlx_lms(logits, threshold, exempt):

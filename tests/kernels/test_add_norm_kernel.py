@@ -11,6 +11,7 @@ from mlx_qwen35.kernels.add_norm import fused_add_norm, plain_add_norm, self_che
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
 
+@pytest.mark.core(12)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 8), (1, 3, 64), (2, 5, 136), (3, 1, 257), (1, 2, WHOLE)], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 300.0])

@@ -135,6 +135,7 @@ def differing(kernel: str, dtype: mx.Dtype) -> bool:
     return not delta_cases.same(ours, metal)
 
 
+@pytest.mark.core(4)
 @emulation
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kernel", ANSWERS)

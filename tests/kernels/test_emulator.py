@@ -72,6 +72,7 @@ def test_threadgroup_memory_starts_as_nan() -> None:
 # --- simdgroups ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core(5)
 @pytest.mark.parametrize(
     ("call", "expected"),
     [
@@ -160,6 +161,7 @@ def test_packed_vectors_need_no_alignment() -> None:
     assert run(source, {"x": mx.arange(64.0)}, ((32,), mx.float32))[0].tolist() == list(range(4, 36))
 
 
+@pytest.mark.core(6)
 @pytest.mark.parametrize(
     ("call", "function"),
     [

@@ -62,6 +62,7 @@ def distance(a: mx.array, b: mx.array) -> float:
     return mx.abs(a.astype(mx.float32) - b.astype(mx.float32)).max().item()
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernel_agrees_with_the_operations(kernel: str, dtype: mx.Dtype) -> None:
@@ -81,6 +82,7 @@ def test_the_three_kernels_give_the_same_bits(dtype: mx.Dtype) -> None:
         assert mx.array_equal(state, results[0][1])
 
 
+@pytest.mark.full
 def test_the_masked_kernel_agrees_with_the_operations() -> None:
     values, mask = arrays(6, mx.float32, B=2), mx.array([[1, 1, 1, 1, 0, 0], [1] * 6]).astype(mx.bool_)
     (y, state), _ = their_kernel("generic", values, mask)

@@ -54,7 +54,7 @@ def test_operations_give_the_bits_of_the_layers_parts(dtype):
 # --- the answer ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.core(11)
+@pytest.mark.core(4)
 @emulated
 @pytest.mark.parametrize(("D", "dims"), SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -195,6 +195,7 @@ def test_the_kernel_runs_where_it_is_available_and_agrees(as_on_a_mac):
     assert len(as_on_a_mac.launches) == launches + 1
 
 
+@pytest.mark.core(3)
 @emulated
 @pytest.mark.parametrize(
     ("right", "wrong", "name"),

@@ -86,6 +86,7 @@ def none(found: list[str]) -> None:
 # --- the answers -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core(6)
 @runs("heads, dtype, T", itertools.product(HEADS, DTYPES, LENGTHS), [(HEADS[0], mx.float16, 17)])
 def test_gated_delta_gives_what_the_operations_give(run: Run, heads, dtype, T):
     given, lengths = delta_cases.case(heads, T, dtype, B=2), [T, T // 2]
@@ -184,6 +185,7 @@ def test_each_kernel_passes_its_check_at_load_without_a_warning(run: Run, self_c
         assert run(lambda: self_check(sizes, dtype)) is True
 
 
+@pytest.mark.full
 @runs("T", [(T,) for T in LENGTHS], [(1,), (2,)])
 def test_no_threadgroup_has_more_threads_than_a_pipeline_may_have(run: Run, T):
     launches = []

@@ -158,7 +158,7 @@ chunked = [
 ]
 
 
-@pytest.mark.core(9)
+@pytest.mark.core(4)
 @pytest.mark.parametrize(("scene", "step"), chunked)
 def test_logits_and_16_greedy_tokens_equal_transformers(scene, step, model_of, reference):
     recorder, drawn = answer(model_of(scene.case), [], scene.prompt, step)

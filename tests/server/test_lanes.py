@@ -183,6 +183,7 @@ def test_what_has_left_leaves_nothing(requests: int, sequences: Callable[[], lis
 # --- I4: cancel -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("where", ["queue", "reading", "decoding"])
 def test_a_cancel_ends_an_answer_within_a_step_and_no_other(
     where: str, sequences: Callable[[], list[Sequence]]

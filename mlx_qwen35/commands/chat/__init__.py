@@ -54,7 +54,7 @@ def parser() -> Parser:
         ),
     )
     prompt = options_of(PromptOptions)
-    add_model_options(parser)
+    add_model_options(parser, adapters="/set adapter takes one, where several are loaded")
     add_recipe_option(parser)
     group = parser.add_argument_group("prompt")
     shown = [prompt["system_prompt"], prompt["enable_thinking"]]

@@ -16,6 +16,8 @@ def info(talk: Talk, _: str) -> None:
     taken = library.nbytes + library.apart(())
     rows = [
         ("model", f"{talk.name}, {dtype_name(model.dtype)}"),
+        *(("adapter", f"{conversation.adapter or 'none'}, of {', '.join(model.adapters.names)}")
+          for _ in model.adapters.names[:1]),
         ("context", f"{used:,} of {window:,} tokens, {100 * used / window:.1f} %"),
         ("snapshots", f"{len(snapshots)}, {_megabytes(taken)}"),
         ("memory", f"{_gigabytes(mx.get_active_memory())}, at most so far {_gigabytes(mx.get_peak_memory())}, "

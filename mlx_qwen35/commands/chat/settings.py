@@ -9,7 +9,7 @@ from mlx_qwen35.commands.chat.talk import Talk
 from mlx_qwen35.engine.constraints.calls import read_tools
 from mlx_qwen35.engine.constraints.forms import read_tool_list
 from mlx_qwen35.engine.conversation import OF_ONE_PROMPT
-from mlx_qwen35.engine.options import GROUPS
+from mlx_qwen35.engine.options import GROUPS, GenerationOptions
 from mlx_qwen35.engine.presets import Sampling
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import LoadOptions
@@ -28,7 +28,10 @@ def _named(*groups: type) -> dict[str, Option]:
     return {name: option for option in declared for name in (option.name, option.flag, *option.aliases) if name}
 
 
-SETTABLE: Mapping[str, Option] = {name: own for name, own in _named(*GROUPS).items() if own.name not in _ELSEWHERE}
+_ADAPTER = {"adapter": options_of(GenerationOptions)["adapter"]}  # on the command line that is the folder of one
+SETTABLE: Mapping[str, Option] = _ADAPTER | {
+    name: own for name, own in _named(*GROUPS).items() if own.name not in _ELSEWHERE
+}
 _LOADING = {name: own for name, own in _named(LoadOptions).items() if name not in SETTABLE}
 
 

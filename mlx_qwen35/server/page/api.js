@@ -29,10 +29,10 @@ async function ask(path, key, { headers, ...options } = {}) {
   throw new ApiError(response.status, told.error);
 }
 
-// The name of the model that is served.
-export async function modelName(key) {
+// The ids of what is served: the model, and where it has adapters, each of them with it.
+export async function modelIds(key) {
   const response = await ask("v1/models", key);
-  return (await response.json()).data[0].id;
+  return (await response.json()).data.map(({ id }) => id);
 }
 
 // Each server-sent event of a response: {data} of it, or {comment}.

@@ -6,6 +6,7 @@
 
 import { ApiError, Lost, complete } from "./api.js";
 import { mediaPart } from "./media.js";
+import { modelOption } from "./models.js";
 import { requestOptions, settings } from "./settings.js";
 import * as store from "./store.js";
 
@@ -120,7 +121,7 @@ export class Conversation {
 
   async run() {
     const { system, key, ...options } = settings();
-    const body = { messages: history(this.messages, system), ...requestOptions(options) };
+    const body = { ...modelOption(), messages: history(this.messages, system), ...requestOptions(options) };
     const message = { role: "assistant", text: "", reasoning: "", state: "running" };
     const index = this.messages.push(message) - 1;
     this.controller = new AbortController();

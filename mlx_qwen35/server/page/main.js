@@ -1,9 +1,10 @@
 // The page: which conversation is shown, and what keys and buttons do.
 
-import { Lost, modelName } from "./api.js";
+import { Lost, modelIds } from "./api.js";
 import { Conversation } from "./chat.js";
 import { Attachments, pastedFiles } from "./media.js";
 import { AnswerView, ending, reading, sends, userView } from "./message.js";
+import { showModels, startModels } from "./models.js";
 import { editSettings, inForce, settings, startSettings } from "./settings.js";
 import { showConversations } from "./sidebar.js";
 import * as store from "./store.js";
@@ -49,7 +50,7 @@ function changed(conversation, message) {
   else {
     paint();
     announce([ending(message), views.get(message).text.textContent].filter(Boolean).join(" "));
-    if (message.state === "lost") showModel();
+    if (message.state === "lost" || message.status === 404) showModel(); // it may serve another one now
   }
 }
 
@@ -254,14 +255,14 @@ async function copy({ target }) {
   }
 }
 
-// The model's name, or why it is not known. A server that is gone, or still loads its model, is asked again.
+// What is served, or why that is not known. A server that is gone, or still loads its model, is asked again.
 async function showModel() {
   clearTimeout(asking);
   try {
-    find("model").textContent = await modelName(settings().key);
+    showModels(await modelIds(settings().key));
     tell("");
   } catch (error) {
-    find("model").textContent = "";
+    showModels([]);
     tell(error.message);
     if (error.status === 401) editSettings("key", error.message);
     if (error.status === 503 || error instanceof Lost) asking = setTimeout(showModel, 2000);
@@ -281,6 +282,7 @@ function start() {
   startDrop();
   startFollowing();
   showSettings();
+  startModels();
   startSettings(() => {
     showSettings();
     showModel();
