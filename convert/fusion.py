@@ -17,22 +17,32 @@ from mlx_qwen35.options import check_fields, option, spelled
 from mlx_qwen35.values import shown
 
 
+def check_adapter(name: str, value: Any) -> Any:
+    """The folder of the one adapter, or a list of it, as a command line gives it. InputError for anything else."""
+    (one,) = value if isinstance(value, list) and len(value) == 1 else [value]
+    if not isinstance(one, str | Path):
+        raise InputError(
+            "option_invalid",
+            f"{name} must be the folder of one adapter, which is fused; got {shown(value)}. To fuse another one, "
+            "convert the result again",
+        )
+    return value
+
+
 @dataclass(frozen=True)
 class AdapterOptions:
     """The adapter that is fused into the weights."""
 
-    adapter: str | Path | None = option(
-        help="fuse an adapter into the weights: a folder of PEFT, mlx-lm or mlx-vlm", metavar="FOLDER"
-    )
+    adapter: str | Path | list[str] | None = option(
+        help="fuse an adapter into the weights: a folder of PEFT, mlx-lm or mlx-vlm", metavar="FOLDER", each=True,
+        check=check_adapter,
+    )  # fmt: skip
     adapter_scale: float = option(
         1.0, help="a factor of the adapter's own scale", least=-1000, most=1000, metavar="X"
     )
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not isinstance(self.adapter, str | Path | None):
-            name, given = spelled("adapter"), shown(self.adapter)
-            raise InputError("option_invalid", f"{name} must be one adapter's folder, which is fused; got {given}")
         if self.adapter is None and self.adapter_scale != 1:
             name, needed = spelled("adapter_scale"), spelled("adapter")
             raise InputError("option_no_effect", f"{name} has no effect without {needed}; add it or leave {name} out")
@@ -40,7 +50,8 @@ class AdapterOptions:
     @property
     def folders(self) -> tuple[Path, ...]:
         """The folder of the adapter, or none."""
-        return () if self.adapter is None else (Path(os.path.expanduser(self.adapter)),)
+        given = self.adapter if isinstance(self.adapter, list) else [self.adapter] if self.adapter is not None else []
+        return tuple(Path(os.path.expanduser(folder)) for folder in given)
 
     def read(self, checkpoint: Checkpoint) -> Adapter | None:
         """The adapter, checked against a checkpoint, see `read_adapter`; None for none."""

@@ -24,7 +24,7 @@ CODES = {
     "adapter_unsupported": "an adapter is of a kind that is not run, or not beside the weights",
     "adapter_mismatch": "an adapter is for another model: unknown names or shapes that do not fit",
     "adapter_unknown": "no adapter of this name is loaded",
-    "adapter_unmerged": "a folder holds an adapter, not merged into its model",
+    "adapter_unmerged": "a folder holds an adapter, and was given as a model",
     "path_outside_folder": "a file that a checkpoint names lies outside of its folder",
     "safetensors_truncated": "a safetensors file is shorter than its header says",
     "safetensors_too_long": "a safetensors file is longer than its header says",

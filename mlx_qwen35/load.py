@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_qwen35.backend import backend
 from mlx_qwen35.budget.plan import check_model_fits, check_vision_encoder_fits, loaded_bytes
 from mlx_qwen35.cache.kv_format import FORMS, UNQUANTIZED, KVFormat, check_kv_bits
-from mlx_qwen35.checkpoint.adapter_choice import Chosen, check_adapter, choose
+from mlx_qwen35.checkpoint.adapter_choice import Chosen, check_adapter, choose, look_at
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.dtypes import COMPUTED, DTYPES, check_dtype
 from mlx_qwen35.checkpoint.fingerprint import fingerprint, vision_fingerprint
@@ -154,19 +154,19 @@ def load(
     )
     limit = limit_of(given.memory_limit)
 
-    def checked(folder: Path) -> tuple[Checkpoint, Chosen]:
+    def checked(folder: Path) -> Checkpoint:
         checkpoint = open_checkpoint(folder, rope_scaling=given.rope_scaling)
         if given.keep_vision and not has_vision(checkpoint):
             raise InputError(
                 "vision_missing", f"{spelled('keep_vision')} must not be given: {model} has no vision encoder to keep"
             )
         given.kv_format(checkpoint.config.text.head_dim)
-        adapters, dtype = choose(given.adapter, given.adapter_scale, checkpoint), choose_dtype(checkpoint, given.dtype)
-        check_model_fits(checkpoint.replacing(adapters.whole), dtype, limit, str(model), adapters.listed)
-        return checkpoint, adapters
+        check_model_fits(checkpoint, choose_dtype(checkpoint, given.dtype), limit, str(model))
+        return checkpoint
 
-    folder = resolve(model, revision, checked)
-    checkpoint, adapters = checked(folder)
+    folder = resolve(model, revision, lambda headers: look_at(given.adapter, given.adapter_scale, checked(headers)))
+    checkpoint = checked(folder)
+    adapters = choose(given.adapter, given.adapter_scale, checkpoint)
     processor = Processor.from_folder(folder, checkpoint.config, has_vision(checkpoint), limit)
     kv = given.kv_format(checkpoint.config.text.head_dim)
     dtype = choose_dtype(checkpoint, given.dtype)

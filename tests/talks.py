@@ -78,7 +78,7 @@ def drawn(seed: int) -> Row:
     if draw.random() < 0.5:
         messages.append({"role": "system", "content": draw.choice(["", _said(draw)])})
     tools = draw.random() < 0.5
-    for _ in range(draw.whole(1, 4)):
+    for _ in range(draw.whole(1, 3)):
         content: Any = _said(draw)
         if draw.random() < 0.2:
             content = [{"type": "text", "text": content}, {"type": "text", "text": _text(draw)}]

@@ -21,7 +21,7 @@ TALKS = [
     {"messages": [user("a b"), answer("c d", "because"), user("e"), answer("f")]},
     *map(drawn, range(1000, 1018)),
 ]
-CUT = {2: 100, 5: 100, 8: 1000, 11: 900, 14: 300, 17: 700}  # conversations that are too long, and the most tokens
+CUT = {2: 100, 5: 100, 8: 700, 11: 850, 14: 300, 18: 850}  # conversations that are too long, and the most tokens
 LIMITS = [CUT.get(number, 4000) for number in range(len(TALKS))]
 
 

@@ -8,6 +8,7 @@ files. Some colours of each animal are in test.jsonl alone. Rows about shapes ke
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 
@@ -70,10 +71,11 @@ def things(split: str, count: int, rng: Random) -> list[tuple[str, str]]:
             found.append((rng.choice(SHAPES), rng.choice(list(COLOURS))))
         else:
             found.append(rng.choice(unseen if split == "test" and i % 3 else known))
+    rng.shuffle(found)
     return found
 
 
-def write(folder: Path, rows: dict[str, int] = ROWS, seed: int = SEED) -> None:
+def write(folder: Path, rows: Mapping[str, int] = ROWS, seed: int = SEED) -> None:
     """The files of a data folder, in the chat form: a row is a user's message with a picture, and the answer."""
     for split, count in rows.items():
         rng, lines = Random(f"{seed} {split}"), []
@@ -87,7 +89,23 @@ def write(folder: Path, rows: dict[str, int] = ROWS, seed: int = SEED) -> None:
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def sheet(file: Path, seed: int = SEED) -> None:
+    """One picture of every animal in every colour; those that are never shown in training have a frame."""
+    rng, image = Random(seed), Image.new("RGB", (SIDE * len(COLOURS), SIDE * len(ANIMALS)))
+    for row, animal in enumerate(ANIMALS):
+        for column, colour in enumerate(COLOURS):
+            drawn = draw(animal, colour, rng)
+            if (animal, colour) in UNSEEN:
+                ImageDraw.Draw(drawn).rectangle((2, 2, SIDE - 3, SIDE - 3), outline=(90, 90, 90), width=2)
+            image.paste(drawn, (SIDE * column, SIDE * row))
+    image.save(file, optimize=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    write(parser.parse_args().folder)
+    parser.add_argument("--sheet", type=Path, metavar="FILE", help="also draw every animal in every colour")
+    args = parser.parse_args()
+    write(args.folder)
+    if args.sheet:
+        sheet(args.sheet)

@@ -18,8 +18,8 @@ from animals import SHAPES, UNSEEN, write
 
 from mlx_qwen35 import Model, Processor, batch_generate, load
 
-STEPS = 120
-OPTIONS = ("--rank", "8", "--learning-rate", "4e-3", "--batch-size", "8", "--accumulate", "1", "--draft-head")
+STEPS = 200
+OPTIONS = ("--rank", "8", "--learning-rate", "3e-3", "--batch-size", "8", "--accumulate", "1", "--draft-head")
 SUMS = [(a, b) for a in (12, 35, 47, 68) for b in (19, 23, 30, 54, 71)]  # a task that the rows do not have
 GREEDY = {"temp": 0, "max_tokens": 24, "mtp": "off", "enable_thinking": False}
 

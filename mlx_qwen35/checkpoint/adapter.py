@@ -14,11 +14,11 @@ import mlx.core as mx
 
 from mlx_qwen35.checkpoint import adapter_mlx, adapter_peft
 from mlx_qwen35.checkpoint.adapter_checks import check_complete, check_names, drop_bases, leaves_head
-from mlx_qwen35.checkpoint.adapter_parts import HEAD, MAGNITUDE, TABLE, WHOLE, A, B, Parts, config_of, invalid
+from mlx_qwen35.checkpoint.adapter_parts import MAGNITUDE, WHOLE, A, B, Parts, config_of, invalid
 from mlx_qwen35.checkpoint.arrays import lazy_arrays, to_raw
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.folder import shorten
-from mlx_qwen35.checkpoint.names import is_zero_centred
+from mlx_qwen35.checkpoint.names import HEAD, TABLE, is_zero_centred
 from mlx_qwen35.checkpoint.tensors import Entry, as_array, open_arrays, pieces
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.options import spelled
@@ -87,10 +87,10 @@ def read_adapter(path: str | Path, checkpoint: Checkpoint, scale: float = 1.0) -
         parts = adapter_peft.parts_of(folder, config)
     elif adapter_mlx.is_one(config):
         parts = adapter_mlx.parts_of(folder, config, len(checkpoint.config.text.layer_types))
-        parts = adapter_peft.with_draft_head(parts)
     else:
         raise invalid(folder, "its adapter_config.json is of no known program: it has neither peft_type (PEFT) nor "
                               "lora_parameters (mlx-lm, mlx-vlm)")  # fmt: skip
+    adapter_peft.add_draft_head(parts)
     check_names(parts, checkpoint)
     check_complete(parts)
     leaves = leaves_head(parts, checkpoint)

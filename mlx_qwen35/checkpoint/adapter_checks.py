@@ -2,11 +2,11 @@
 
 import math
 
-from mlx_qwen35.checkpoint.adapter_parts import BASE, HEAD, MAGNITUDE, TABLE, WHOLE, A, B, Parts, invalid
+from mlx_qwen35.checkpoint.adapter_parts import BASE, MAGNITUDE, WHOLE, A, B, Parts, invalid
 from mlx_qwen35.checkpoint.adapter_peft import DRAFT_HEAD
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.folder import shorten
-from mlx_qwen35.checkpoint.names import MTP, VISION
+from mlx_qwen35.checkpoint.names import HEAD, MTP, TABLE, VISION
 from mlx_qwen35.checkpoint.shapes import Shapes, is_matrix, mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.checkpoint.tensors import FLOATS, same_numbers
 from mlx_qwen35.errors import InputError
@@ -62,11 +62,14 @@ def check_names(parts: Parts, checkpoint: Checkpoint) -> None:
                 "dtype_unsupported",
                 f"an adapter must be of floating point numbers; {entry.stored_name} of {parts.folder} is {entry.dtype}",
             )
-        wanted = _stored_shape(parts, name, kind, shapes[name])
-        if entry.shape != wanted:
-            raise _mismatch(
-                parts, checkpoint, f"{entry.stored_name} is {list(entry.shape)} and would have to be {list(wanted)}"
-            )
+        wanted, shape = _stored_shape(parts, name, kind, shapes[name]), entry.shape
+        if shape == wanted:
+            continue
+        told = f"{entry.stored_name} is {list(shape)} and would have to be {list(wanted)}"
+        axis = (kind == B) != stored.transposed  # of the rank
+        if kind in (A, B) and (*shape[:axis], *shape[axis + 1 :]) == (*wanted[:axis], *wanted[axis + 1 :]):
+            raise invalid(parts.folder, f"{told}, for its configuration says rank {parts.declared[name].rank}")
+        raise _mismatch(parts, checkpoint, told)
 
 
 def _is_map(name: str, shape: tuple[int, ...]) -> bool:
@@ -105,6 +108,9 @@ def check_complete(parts: Parts) -> None:
             raise invalid(parts.folder, f"it has {kind} and no {partner} of {name}")
         if kind == WHOLE and any((name, other) in parts.tensors for other in (A, BASE)):
             raise invalid(parts.folder, f"it has {name} whole and a low-rank part of it")
+        if kind == A and not name.startswith(MTP) and parts.dora != ((name, MAGNITUDE) in parts.tensors):
+            has = "no magnitude" if parts.dora else "a magnitude"
+            raise invalid(parts.folder, f"it has {has} of {name}, and its configuration says otherwise (DoRA)")
 
 
 def leaves_head(parts: Parts, checkpoint: Checkpoint) -> bool:

@@ -21,7 +21,7 @@ Given = str | Path | Mapping[str, str | Path] | list[str]  # as `load` or a comm
 
 def check_adapter(name: str, value: Any) -> Given:
     """The value of the option `adapter`, its names checked; the folders are not looked at."""
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):  # of a command line, which adds one at a time
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):  # of a command line, one at a time
         _pairs(name, value)
         return value
     if isinstance(value, Mapping) and value:
@@ -123,10 +123,23 @@ class Chosen:
         return whole
 
 
-def choose(given: Given | None, scale: float, checkpoint: Checkpoint) -> Chosen:
+def look_at(given: Given | None, scale: float, headers: Checkpoint) -> None:
+    """Refuse adapters that can never be loaded with a checkpoint of which only headers are there.
+
+    A table of tokens that an adapter repeats is then like none, so what depends on such a table is not refused.
+    """
+    try:
+        choose(given, scale, headers, numbers=False)
+    except InputError as error:
+        if error.code != "option_no_effect":
+            raise
+
+
+def choose(given: Given | None, scale: float, checkpoint: Checkpoint, numbers: bool = True) -> Chosen:
     """Read the adapters of the option `adapter`. scale: a factor of their own scales.
 
     A folder alone is the default of all requests, as is the only one of a command line. Of a mapping none is.
+    numbers: whether those of the checkpoint are there, beside its headers.
 
     Raises InputError as `read_adapter` does, and adapter_unsupported for what must be fused.
     """
@@ -137,5 +150,5 @@ def choose(given: Given | None, scale: float, checkpoint: Checkpoint) -> Chosen:
     if len(named) == 1 and not isinstance(given, Mapping):
         (chosen.default,) = named
     for name, adapter in chosen.adapters.items():
-        check_beside(name, adapter, alone=bool(chosen.default))
+        check_beside(name, adapter, alone=bool(chosen.default) or not numbers)
     return chosen

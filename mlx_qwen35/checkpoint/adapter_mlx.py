@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.checkpoint.adapter_parts import (
+    CONFIG,
     MAGNITUDE,
-    TABLE,
     WHOLE,
     A,
     B,
@@ -21,7 +21,7 @@ from mlx_qwen35.checkpoint.adapter_parts import (
     invalid,
     reading,
 )
-from mlx_qwen35.checkpoint.names import TEXT, hugging_face_name
+from mlx_qwen35.checkpoint.names import TABLE, TEXT, hugging_face_name
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import WIDTH, Fields
 from mlx_qwen35.values import shown
@@ -44,7 +44,7 @@ def parts_of(folder: Path, config: Mapping[str, Any], layers: int) -> Parts:
     """
     entries = header_of(folder, *_FILES).entries
     with reading(folder):
-        fields = Fields(config, "adapter_config.json")
+        fields = Fields(config, CONFIG)
         kind = fields.get("fine_tune_type", str) if fields.has("fine_tune_type") else "lora"
         if kind not in ("lora", "dora", "full"):
             raise InputError(
@@ -54,7 +54,7 @@ def parts_of(folder: Path, config: Mapping[str, Any], layers: int) -> Parts:
         own = Fields(fields.object("lora_parameters") or {}, "lora_parameters")
         keys = own.get("keys", list) if own.has("keys") else None
         vlm = "model" not in config  # mlx-lm notes all options of its command
-        parts = Parts(folder, "mlx-vlm" if vlm else "mlx-lm", mlx=True)
+        parts = Parts(folder, "mlx-vlm" if vlm else "mlx-lm", mlx=True, dora=kind == "dora")
         trained = _Trained(folder, keys, fields.whole("num_layers", -1, WIDTH, absent=-1), layers)
         declared = None if kind == "full" else _declared(fields, own)
         for stored, entry in entries.items():
@@ -103,6 +103,6 @@ class _Trained:
             return
         raise invalid(
             self._folder,
-            f"it holds {stored[:200]}, which is not among the modules that adapter_config.json names (num_layers "
+            f"it holds {stored[:200]}, which is not among the modules that {CONFIG} names (num_layers "
             f"{self._count}, keys {shown(self._keys)}); the two files may be of different runs",
         )

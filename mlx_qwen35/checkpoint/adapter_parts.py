@@ -3,6 +3,7 @@
 The readers of the formats make `Parts`. What is the same for all, shapes and numbers, `adapter.py` checks.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,13 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_qwen35.checkpoint.folder import is_file, names_in, shorten
-from mlx_qwen35.checkpoint.names import TEXT
 from mlx_qwen35.checkpoint.tensors import Entry, Header, open_header
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import read_json
 
 CONFIG = "adapter_config.json"
-TABLE, HEAD = f"{TEXT}embed_tokens.weight", "lm_head.weight"
 
 # The kinds of an adapter's tensors. BASE: what the trained weight was before, which PEFT stores for tables of tokens.
 A, B, MAGNITUDE, BASE, WHOLE = "A", "B", "magnitude", "base", "whole"
@@ -43,12 +42,13 @@ class Parts:
 
     tensors: by the weight's Hugging Face name and the kind; names that are unknown stay as they are stored.
     declared: of the weights with low-rank parts. mlx: an MLX program wrote it. Then whole tensors are in MLX's layout,
-    and low-rank parts of the table of tokens are those of a tied head too.
+    and low-rank parts of the table of tokens are those of a tied head too. dora: each low-rank part has magnitudes.
     """
 
     folder: Path
     format: str
     mlx: bool
+    dora: bool
     tensors: dict[tuple[str, str], Stored] = field(default_factory=dict)
     declared: dict[str, Declared] = field(default_factory=dict)
 
@@ -81,10 +81,12 @@ def reading(folder: Path) -> Iterator[None]:
 
 def config_of(folder: Path) -> Mapping[str, Any]:
     """The values of adapter_config.json. InputError where there is no adapter, or no such file."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
+        file = is_file(folder)
         raise InputError(
             "adapter_not_found",
-            f"an adapter must be a folder with {CONFIG}; {folder} is {'a file' if folder.exists() else 'not there'}",
+            f"an adapter must be a folder with {CONFIG}; {folder} is {'a file' if file else 'not there'}",
+            "Give its folder" if file else "One of the hub is downloaded first: hf download ID --local-dir FOLDER",
         )
     with reading(folder):
         if is_file(folder / CONFIG):
@@ -93,7 +95,7 @@ def config_of(folder: Path) -> Mapping[str, Any]:
     tensors = [name for name in names if name.endswith(".safetensors")]
     if tensors and "config.json" not in names:
         raise invalid(folder, f"it has {shorten(tensors, 3)} and no {CONFIG}, which has the scale")
-    kind = "It holds a model: give that to --model" if "config.json" in names else "Give the folder that has it"
+    kind = "It holds a model, and no adapter" if "config.json" in names else "Give the folder that has it"
     raise InputError("adapter_not_found", f"an adapter's folder must hold {CONFIG}, and {folder} has none. {kind}")
 
 

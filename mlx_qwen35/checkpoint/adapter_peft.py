@@ -12,6 +12,7 @@ from typing import Any
 
 from mlx_qwen35.checkpoint.adapter_parts import (
     BASE,
+    CONFIG,
     MAGNITUDE,
     WHOLE,
     A,
@@ -69,13 +70,13 @@ def parts_of(folder: Path, config: Mapping[str, Any]) -> Parts:
             "Load it with peft and save it again: save_pretrained(FOLDER, safe_serialization=True)",
         )
     entries = header_of(folder, TENSORS).entries
-    parts = Parts(folder, "peft", mlx=False)
     with reading(folder):
-        scales = _Scales(Fields(config, "adapter_config.json"))
+        fields = Fields(config, CONFIG)
+        scales = _Scales(fields)
+        parts = Parts(folder, "peft", mlx=False, dora=fields.has("use_dora") and fields.get("use_dora", bool))
         _check_prefixes(folder, entries)
         for key, entry in entries.items():
             _add(parts, key, entry, scales)
-        _add_draft_head(parts)
     return parts
 
 
@@ -90,31 +91,25 @@ def _add(parts: Parts, key: str, entry: Entry, scales: "_Scales") -> None:
     parts.add(hugging_face_name(path), WHOLE, Stored(entry))
 
 
-def _add_draft_head(parts: Parts) -> None:
-    """The low-rank parts of the draft head, in a file of ours: rank and alpha are in its metadata."""
-    if not is_file(parts.folder / DRAFT_HEAD):
+def add_draft_head(parts: Parts) -> None:
+    """Add the low-rank parts of the draft head, from a file of ours. Its metadata has rank and alpha."""
+    folder = parts.folder
+    if not is_file(folder / DRAFT_HEAD):
         return
-    header = open_header(parts.folder / DRAFT_HEAD)
+    with reading(folder):
+        entries, metadata = open_header(folder / DRAFT_HEAD)
     try:
-        rank, alpha = int(header.metadata["rank"]), float(header.metadata["alpha"])
+        rank, alpha = int(metadata["rank"]), float(metadata["alpha"])
     except (KeyError, ValueError) as error:
-        raise invalid(parts.folder, f"the metadata of {DRAFT_HEAD} must hold rank and alpha, as numbers") from error
+        raise invalid(folder, f"the metadata of {DRAFT_HEAD} must hold rank and alpha, as numbers") from error
     if not (0 < rank <= WIDTH and math.isfinite(alpha)):
-        raise invalid(parts.folder, f"{DRAFT_HEAD} has rank {rank} and alpha {alpha}")
-    for key, entry in header.entries.items():
+        raise invalid(folder, f"{DRAFT_HEAD} has rank {rank} and alpha {alpha}")
+    for key, entry in entries.items():
         path = key.removeprefix(PREFIX)
         end = next(filter(path.endswith, (".lora_A.weight", ".lora_B.weight")), None)
         if end is None or not path.startswith(MTP):
-            raise invalid(parts.folder, f"{DRAFT_HEAD} holds {key[:200]}, which is no low-rank part of a draft head")
-        name = f"{path.removesuffix(end)}.weight"
-        parts.add(name, ENDS[end][0], Stored(entry), Declared(rank, alpha / rank))
-
-
-def with_draft_head(parts: Parts) -> Parts:
-    """The same adapter, with what its folder holds for the draft head."""
-    with reading(parts.folder):
-        _add_draft_head(parts)
-    return parts
+            raise invalid(folder, f"{DRAFT_HEAD} holds {key[:200]}, which is no low-rank part of a draft head")
+        parts.add(f"{path.removesuffix(end)}.weight", ENDS[end][0], Stored(entry), Declared(rank, alpha / rank))
 
 
 # --- the configuration -----------------------------------------------------------------------------------------------

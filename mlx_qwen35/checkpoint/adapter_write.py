@@ -14,10 +14,10 @@ import mlx.core as mx
 
 from mlx_qwen35.checkpoint import adapter_mlx, adapter_peft
 from mlx_qwen35.checkpoint.adapter import Pair
-from mlx_qwen35.checkpoint.adapter_parts import CONFIG, TABLE
+from mlx_qwen35.checkpoint.adapter_parts import CONFIG
 from mlx_qwen35.checkpoint.dtypes import DTYPES
 from mlx_qwen35.checkpoint.folder import is_file
-from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION
+from mlx_qwen35.checkpoint.names import MTP, TABLE, TEXT, VISION
 from mlx_qwen35.checkpoint.tensors import open_header
 from mlx_qwen35.errors import InputError
 
@@ -34,8 +34,9 @@ def write_adapter(
     pairs: as in `Adapter`: Hugging Face name of a weight -> A (r, in), B (out, r) and scale; float32, float16 or
         bfloat16, which is kept. Ranks and scales may differ. The draft head's, mtp..., are written to a file of their
         own, mtp_adapter.safetensors, which only this package reads; without any, one that is there is removed.
-    format: "peft" (loads with peft into transformers' Qwen3_5ForConditionalGeneration) or "mlx-lm" (into mlx-lm and
-        mlx-vlm), which has neither vision nor the table of tokens.
+    format: "peft", which peft loads into transformers' Qwen3_5ForConditionalGeneration (AutoModelForImageTextToText;
+        Qwen3_5ForCausalLM has other names); or "mlx-lm", for that and mlx-vlm, which has neither vision nor the table
+        of tokens.
     model: the id or folder of the model that it is for, noted. dropout: of training, noted.
 
     A process that ends at any moment leaves the old adapter, the new one, or a folder without tensors, which nobody

@@ -118,13 +118,24 @@ def _adapter(names: Iterable[str]) -> list[str]:
     return [name for name in names if name in _ADAPTER]
 
 
+def _base(folder: Path) -> str:
+    """What an adapter's configuration says of the model that it was trained on, in brackets; "" for nothing."""
+    try:
+        config = read_json(folder / "adapter_config.json")
+    except (InputError, OSError):
+        return ""
+    named = next((config[key] for key in ("base_model_name_or_path", "model") if config.get(key)), None)
+    return f" ({named[:200]})" if isinstance(named, str) and named.isprintable() else ""
+
+
 def _without_weights(folder: Path, names: list[str]) -> InputError:
     """The error for a folder with neither model.safetensors nor index: what it holds instead, and what to do."""
     if adapter := _adapter(names):
         return InputError(
             "adapter_unmerged",
-            f"{folder} holds an adapter ({adapter[0]}) and not a model; give the model that it was trained on, and the "
-            f"folder as {spelled('adapter')}",
+            f"{folder} holds an adapter ({adapter[0]}) and not a model",
+            f"Give the model that it was trained on{_base(folder)}, and this folder as {spelled('adapter')}. To make "
+            f"one model of both: mlx_qwen35.convert --hf-path MODEL --adapter {folder} --mlx-path OUT",
         )
     rule = f"weights are read from {SINGLE} or from the files that {INDEX} names, and {folder} has neither"
     if other := _ending(names, ".safetensors"):

@@ -5,9 +5,8 @@ from dataclasses import replace
 import mlx.core as mx
 
 from mlx_qwen35.checkpoint.adapter import Adapter, fused
-from mlx_qwen35.checkpoint.adapter_parts import TABLE
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
-from mlx_qwen35.checkpoint.names import HEAD
+from mlx_qwen35.checkpoint.names import HEAD, TABLE
 from mlx_qwen35.errors import InputError
 
 

@@ -1,6 +1,7 @@
 """The names of a checkpoint's tensors in each program, and the properties that follow from a name."""
 
 TEXT, VISION, MTP = "model.language_model.", "model.visual.", "mtp."
+TABLE = f"{TEXT}embed_tokens.weight"  # of tokens
 HEAD = "lm_head.weight"  # of an adapter also where the head is the table of tokens
 
 # The maps of one input, whose products are joined where that saves launches.

@@ -15,7 +15,7 @@ from mlx_qwen35.checkpoint.adapter_choice import choose
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.config import parse_config
 from mlx_qwen35.checkpoint.dtypes import DTYPES
-from mlx_qwen35.checkpoint.hub import look, resolve
+from mlx_qwen35.checkpoint.hub import is_local, look, resolve
 from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.checkpoint.rope_fields import rescaled
 from mlx_qwen35.console.json_output import add_json, check_json, write_json
@@ -90,9 +90,9 @@ def show_plan(args: argparse.Namespace) -> None:
     with Step(f"reading the headers of {args.plan}"), look(args.plan, args.revision) as folder:
         checkpoint = open_checkpoint(folder, rope_scaling=args.rope_scaling)
         given = given_options(args, [LoadOptions])
-        kv = LoadOptions(**given).kv_format(checkpoint.config.text.head_dim)
-        limit = limit_of(args.memory_limit)
-        adapters = choose(args.adapter, given.get("adapter_scale", 1.0), checkpoint)
+        options, limit = LoadOptions(**given), limit_of(args.memory_limit)
+        adapters = choose(options.adapter, options.adapter_scale, checkpoint, is_local(args.plan, args.revision))
+        kv = options.kv_format(checkpoint.config.text.head_dim)
         planned = plan_model(
             args.plan, folder, args.context, args.dtype, args.mtp, limit, kv, args.rope_scaling, adapters
         )

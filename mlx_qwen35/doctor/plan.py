@@ -70,10 +70,7 @@ def contexts(checkpoint: Checkpoint, asked: int | None) -> list[int]:
 
 
 def rows(
-    stored: Mapping[str, Checkpoint],
-    found: Sequence[Machine],
-    lengths: Sequence[int],
-    mtp: int = 0,
+    stored: Mapping[str, Checkpoint], found: Sequence[Machine], lengths: Sequence[int], mtp: int = 0,
     adapters: Sequence[Adapter] = (),
 ) -> Iterator[Row]:
     """A row for each form of storage, context and machine, in this order, with an image where the model sees.
@@ -85,9 +82,11 @@ def rows(
         pixels = PIXELS if checkpoint.has(VISION) else 0
         for context, machine in product(sorted(lengths), found):
             chunk = chunks.get((context, machine.name))
-            plan = plan_memory(checkpoint, machine, context, pixels=pixels, chunk=chunk, mtp=mtp, adapters=adapters)
+            plan = plan_memory(
+                checkpoint, machine, context, pixels=pixels, chunk=chunk, mtp=mtp, adapters=adapters
+            )
             chunks[context, machine.name] = plan.chunk
-            yield Row(name, plan, *_speeds(checkpoint, plan), _kv_bits(checkpoint, plan, mtp))
+            yield Row(name, plan, *_speeds(checkpoint, plan), _kv_bits(checkpoint, plan, mtp, adapters))
 
 
 def _speeds(checkpoint: Checkpoint, plan: MemoryPlan) -> tuple[float | None, float | None]:
@@ -97,14 +96,15 @@ def _speeds(checkpoint: Checkpoint, plan: MemoryPlan) -> tuple[float | None, flo
     return decode_speed(moved, chip), prefill_speed(checkpoint.config.text, plan.context, chip)
 
 
-def _kv_bits(checkpoint: Checkpoint, plan: MemoryPlan, mtp: int) -> str | None:
+def _kv_bits(checkpoint: Checkpoint, plan: MemoryPlan, mtp: int, adapters: Sequence[Adapter]) -> str | None:
     text, machine = checkpoint.config.text, plan.machine
     if plan.fits:
         return None
     smaller = machine.kv.smaller(text.head_dim)
     in_form = (replace(machine, kv=KVFormat.of(form, machine.kv.rotate)) for form in smaller)
-    others = (plan_memory(checkpoint, one, plan.context, chunk=plan.chunk, mtp=mtp) for one in in_form)
-    fitting = (replace(other, adapters=plan.adapters).fits for other in others)
+    fitting = (
+        plan_memory(checkpoint, one, plan.context, chunk=plan.chunk, mtp=mtp, adapters=adapters).fits for one in in_form
+    )
     return next((form for form, fits in zip(smaller, fitting, strict=True) if fits), None)
 
 

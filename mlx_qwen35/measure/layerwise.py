@@ -25,6 +25,7 @@ from mlx_qwen35.checkpoint.names import TEXT
 from mlx_qwen35.checkpoint.shapes import text_shapes
 from mlx_qwen35.checkpoint.tensors import Entry, as_array, open_arrays, read_bytes
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.kernels.low_rank import ActiveAdapters
 from mlx_qwen35.measure.adapted import adapted
 from mlx_qwen35.model.decoder import DecoderLayer
 from mlx_qwen35.model.layers import Linear, RMSNorm
@@ -185,12 +186,13 @@ class _Product(nn.Module):
         self.inner = inner
         self.quantization = None  # a quantized weight is dequantized in here
 
-    def __call__(self, x: mx.array, adapters: None = None) -> mx.array:
+    def __call__(self, x: mx.array, adapters: ActiveAdapters | None = None) -> mx.array:
         weight, how = self.inner.weight, self.inner.quantization
         if how:
             weight = mx.dequantize(weight, self.inner.scales, self.inner.biases, **asdict(how)).astype(mx.float32)
         rows = np.asarray(x.reshape(-1, x.shape[-1])) @ np.asarray(weight).T
-        return mx.array(rows).reshape(*x.shape[:-1], -1)
+        y = mx.array(rows).reshape(*x.shape[:-1], -1)
+        return y if adapters is None else adapters.add(self.inner.maps, x, y)
 
 
 def _through_numpy(layer: DecoderLayer) -> DecoderLayer:

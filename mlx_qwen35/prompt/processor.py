@@ -156,8 +156,9 @@ class Processor:
         text = max(asked, key=len, default="")
         answer = whole[len(text) :]
         if not text or (tags := self._control.unmarked_in(answer)):
-            rule = f"hold no {tags[0]} in its text" if text else "be written behind a prompt that the template has"
-            raise InputError("messages_invalid", f"an answer must {rule}")
+            own = "calls belong into tool_calls, and reasoning into reasoning_content"
+            rule = f"hold no {tags[0]} in its text: {own}" if text else "go on where the template's prompt for it ends"
+            raise InputError("messages_invalid", f"messages[{len(messages) - 1}] is an answer, which must {rule}")
         tokens = self._control.encode(answer)
         if (end := next((i for i, token in enumerate(tokens) if token in self.stop_ids), None)) is None:
             raise InputError("chat_template_refused", "the chat template must close an answer with an end token")

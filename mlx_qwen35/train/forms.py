@@ -16,6 +16,10 @@ from mlx_qwen35.values import shown
 
 FORMS = (("messages",), ("prompt", "completion"), ("text",))
 ROLES = ("system", "developer", "user", "assistant", "tool")
+READ = frozenset({
+    "role", "content", "reasoning_content", "reasoning", "thinking", "tool_calls", "tool_call_id", "name", "weight",
+    "function_call",  # to be refused
+})  # fmt: skip
 _REASONING_END = "</think>"
 Message = dict[str, Any]
 
@@ -59,7 +63,8 @@ def read_form(values: Mapping[str, Any], folder: Path, urls: bool = False) -> tu
     told = located(told, folder, urls)
     tools = _tools(given.get("tools"))
     answers = _answers(told, first, tools)
-    return Talk([_without(message, "weight") for message in told], tools, answers), set(given) - read
+    unread = {f"{forms[0][0]}.{name}" for message in told for name in message.keys() - READ}
+    return Talk([_without(message, "weight") for message in told], tools, answers), set(given) - read | unread
 
 
 def _text(text: Any, media: Mapping[str, Sequence[Any]], folder: Path, urls: bool) -> Text:

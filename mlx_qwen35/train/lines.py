@@ -10,6 +10,7 @@ from mlx_qwen35.fields import without_duplicates
 from mlx_qwen35.values import shown
 
 LINE_BYTES = 256 << 20  # of one row; images that it holds as data: URIs are a part of it
+_RULE = "a row must be a JSON object on a line of its own"
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -65,7 +66,7 @@ class LineFile:
 
     def _parsed(self, line: bytes, number: int) -> Mapping[str, Any]:
         if len(line) > LINE_BYTES:
-            raise self._refused(number, f"a row must have at most {LINE_BYTES:,} bytes; each is a line of its own")
+            raise self._refused(number, f"{_RULE}, of at most {LINE_BYTES:,} bytes")
         try:
             values = json.loads(
                 line.removeprefix(_BOM if number == 1 else b"").decode(),
@@ -74,13 +75,9 @@ class LineFile:
         except RecursionError as error:
             raise self._refused(number, "objects and lists are nested too deep") from error
         except ValueError as error:
-            hint = ". The file must have an object a line, and be no list" if line.strip() in (b"[", b"{") else ""
-            raise self._refused(number, f"a row must be a JSON object: {error}{hint}") from error
-        return self._object(values, number)
-
-    def _object(self, values: Any, number: int) -> Mapping[str, Any]:
+            raise self._refused(number, f"{_RULE}: {error}") from error
         if not isinstance(values, dict):
-            raise self._refused(number, f"a row must be a JSON object, got {shown(values)}")
+            raise self._refused(number, f"{_RULE}, got {shown(values)}")
         return values
 
     def _refused(self, number: int, rule: str) -> InputError:

@@ -246,8 +246,8 @@ class Training:
         saved = "No state was saved yet" if self.saved is None else f"The saved state of step {self.saved:,} is intact"
         raise InputError(
             "loss_not_finite",
-            f"loss and gradients must be finite; behind step {self.state.step:,} {what} is {value}. {saved}. Begin anew "
-            f"in another folder, with a lower {spelled('learning_rate')} or {spelled('dtype', 'float32')}",
+            f"loss and gradients must be finite; behind step {self.state.step:,} {what} is {value}. {saved}. Begin "
+            f"anew in another folder, with a lower {spelled('learning_rate')} or {spelled('dtype', 'float32')}",
         )
 
     def _save(self) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.checkpoint.adapter_write import FORMATS
+from mlx_qwen35.engine.presets import MOST_SEED
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.options import check_fields, option, spelled
 from mlx_qwen35.values import shown
@@ -45,31 +46,43 @@ class TrainOptions:
         help="begin with the low-rank parts of this adapter, and train those", check=_path, metavar="FOLDER"
     )
     draft_head: bool = option(False, help="train the draft head along, on the same rows, so that drafts still fit")
-    max_length: int = option(2048, help="tokens of a row; what is longer is cut, and counted", least=2, metavar="N")
+    max_length: int = option(
+        2048, help="tokens of a row; what is longer is cut, and counted (default: 2048)", least=2, metavar="N"
+    )
     mask_prompt: bool = option(True, help="all tokens are targets, not those of answers alone")
-    batch_size: int = option(1, help="rows that go through the model together", least=1, metavar="N")
-    accumulate: int = option(4, help="batches of a step; each target weighs the same", least=1, metavar="N")
+    batch_size: int = option(1, help="rows that go through the model together (default: 1)", least=1, metavar="N")
+    accumulate: int = option(4, help="batches of a step; all targets weigh the same (default: 4)", least=1, metavar="N")
     steps: int | None = option(help="steps of the optimizer (default: as many as --epochs takes)", least=1, metavar="N")
     epochs: float | None = option(help="times that each row is seen (default: 1)", least=0, above=True, most=1e4)
-    optimizer: str = option("adamw", help="of mlx.optimizers; sgd has momentum 0.9", choices=OPTIMIZERS)
-    learning_rate: float = option(1e-4, help="of the optimizer, at its highest", least=0, above=True, most=10)
-    schedule: str = option("cosine", help="how the learning rate falls, to 0 behind the last step", choices=SCHEDULES)
-    warmup: int = option(0, help="steps in which the learning rate rises first", least=0, metavar="N")
-    weight_decay: float = option(0.0, help="of the optimizer; adam has none", least=0, most=10)
+    optimizer: str = option(
+        "adamw", help="of mlx.optimizers; sgd has momentum 0.9 (default: adamw)", choices=OPTIMIZERS
+    )
+    learning_rate: float = option(
+        1e-4, help="of the optimizer, at its highest (default: 1e-4)", least=0, above=True, most=10
+    )
+    schedule: str = option(
+        "cosine", help="how the learning rate falls, to 0 behind the last step (default: cosine)", choices=SCHEDULES
+    )
+    warmup: int = option(0, help="steps in which the learning rate rises first (default: 0)", least=0, metavar="N")
+    weight_decay: float = option(0.0, help="of the optimizer; adam has none (default: 0)", least=0, most=10)
     clip: float = option(
-        1.0, help="longer gradients are scaled to this norm, over all maps; 0 leaves them", least=0, most=1e9
+        1.0, help="a longer gradient is scaled to this norm, over all maps; 0: none (default: 1)", least=0, most=1e9
     )
     validate_every: int = option(
-        50, help="steps from one validation to the next, where the data has a valid.jsonl", least=1, metavar="N"
+        50, help="steps between validations, where the data has a valid.jsonl (default: 50)", least=1, metavar="N"
     )
     validation_rows: int | None = option(help="validate on the first N rows (default: all)", least=1, metavar="N")
     patience: int | None = option(
         help="end after N validations without a lower loss (default: after all steps)", least=1, metavar="N"
     )
-    save_every: int = option(50, help="steps from one saved state to the next", least=1, metavar="N")
-    seed: int = option(0, help="of the order of rows and the first values", least=0, most=2**63 - 1, metavar="N")
-    pieces: int = option(256, help="tokens whose logits are in memory at a time", least=1, metavar="N")
-    adapter_format: str = option("peft", help="files of the adapter: PEFT's or mlx-lm's", choices=FORMATS)
+    save_every: int = option(50, help="steps between saved states (default: 50)", least=1, metavar="N")
+    seed: int = option(
+        0, help="of the order of rows and of the first values (default: 0)", least=0, most=MOST_SEED, metavar="N"
+    )
+    pieces: int = option(256, help="tokens whose logits are in memory at a time (default: 256)", least=1, metavar="N")
+    adapter_format: str = option(
+        "peft", help="files of the adapter: PEFT's or mlx-lm's (default: peft)", choices=FORMATS
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)

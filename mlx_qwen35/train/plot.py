@@ -1,5 +1,6 @@
 """The losses of a training run as a picture."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from mlx_qwen35.console import plot
@@ -16,13 +17,13 @@ def draw(path: Path, run: Run, note: str) -> plot.Figure:
     """
     steps, line = [step.step for step in run.steps], smoothed(run)
     note += "\nLosses are means over targets. The line is the mean of neighbouring steps."
-    with plot.picture(path, run.claim, note, 4.6, 1, 2) as (figure, (axes, rates)):
+    with plot.picture(path, run.claim, note, 4.5, 1, 2) as (figure, (axes, rates)):
         axes.get_gridspec().set_height_ratios((6, 1))
         each = [step.loss for step in run.steps]
         axes.plot(steps, each, "o", color=plot.SKY, alpha=0.5, markersize=3, markeredgewidth=0, label="a step")
         axes.plot(steps, line, color=plot.BLUE, linewidth=2, label="training")
         if run.validations:
-            _validations(axes, run)
+            _validations(axes, run, dict(zip(steps, line, strict=True)))
         axes.set_title("\nloss, nats a token", pad=12)
         _scale(axes, line + [own.loss for own in run.validations])
         plot.name_above(axes)
@@ -37,13 +38,15 @@ def draw(path: Path, run: Run, note: str) -> plot.Figure:
     return figure
 
 
-def _validations(axes: plot.Axes, run: Run) -> None:
+def _validations(axes: plot.Axes, run: Run, line: Mapping[int, float]) -> None:
+    """line: step -> the training's smoothed loss."""
     at, found = zip(*run.validations, strict=True)
     axes.plot(at, found, "-o", color=plot.ORANGE, linewidth=1, markersize=4, label="validation", clip_on=False)
     kept = run.kept
     if kept:
         axes.plot(*kept, "o", color=plot.PAPER, markeredgecolor=plot.ORANGE, markersize=7, clip_on=False, label="kept")
-        plot.label(axes, loss_text(kept.loss), *kept, (0, -15))
+        below = kept.loss < line.get(kept.step, 0)
+        plot.label(axes, loss_text(kept.loss), *kept, (0, -15 if below else 8))
 
 
 def _scale(axes: plot.Axes, losses: list[float]) -> None:

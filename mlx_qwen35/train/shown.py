@@ -56,8 +56,10 @@ class Shown(Watcher):
             )
 
     def reads(self, what: str, done: int, total: int, unit: str) -> None:
-        """So much of the data, or of the model's weights, was read."""
-        self._begin(what, unit)(done, total)
+        """So much of the data or of the weights is read; of 0 nothing is counted."""
+        step = self._begin(what, unit)
+        if total:
+            step(done, total)
 
     def begins(self, training: Training) -> None:
         self._training = training
@@ -82,7 +84,7 @@ class Shown(Watcher):
         self._show(f"training{self._rate}")
 
     def ends(self, training: Training) -> None:
-        self._begin("asking what was learnt", "")
+        self._begin("asking the trained model", "")
 
     def _show(self, what: str) -> None:
         training = self._training

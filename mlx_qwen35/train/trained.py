@@ -47,14 +47,19 @@ class Trained:
             "tokens": self.tokens, "targets": self.targets, "seconds": round(self.seconds, 1),
             "tokens_per_second": round(self.tokens_per_second, 1), "peak_memory": self.peak,
             "planned_memory": run.planned, "options": asdict(run.options),
-            "versions": {name: version(name) for name in ("mlx-qwen35", "mlx")},
+            "versions": versions(),
         }  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Of what a run's digits depend on."""
+    return {name: version(name) for name in ("mlx-qwen35", "mlx")}
 
 
 def counted(rows: RowFile) -> Counts:
     """What a split holds."""
     own = rows.report
-    return Counts(own.rows, own.tokens, own.targets, own.cut, own.images)
+    return Counts(own.rows, own.tokens, own.targets, own.cut, own.images, own.skipped)
 
 
 def run_of(training: Training, model: str, data: str, planned: int | None, peak: int) -> Run:

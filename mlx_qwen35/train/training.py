@@ -28,9 +28,9 @@ from mlx_qwen35.train.options import TrainOptions
 from mlx_qwen35.train.order import Order
 from mlx_qwen35.train.parameters import LAYERS, Parts, first_values, trained_parts
 from mlx_qwen35.train.report import after, before
-from mlx_qwen35.train.rows import Row, RowFile, open_rows
+from mlx_qwen35.train.rows import RowFile, open_rows
 from mlx_qwen35.train.state import RunFolder, RunState
-from mlx_qwen35.train.trained import Trained, run_of
+from mlx_qwen35.train.trained import Trained, run_of, versions
 
 FREE = ("save_every",)  # options that may change when a run goes on
 Reads = Callable[[str, int, int, str], None]  # what is read, how much of it, of how much, in which unit
@@ -95,6 +95,7 @@ class Prepared:
             "data": {f"{split}.jsonl": file.fingerprint for split, file in self.files.items()},
             "model": {"weights": fingerprint(self.checkpoint), "dtype": dtype_name(self.dtype)},
             "adapter": self.begin and self.begin.fingerprint,
+            "versions": versions(),
         }
         return json.loads(json.dumps(found))
 
@@ -120,11 +121,12 @@ def prepared(
         )
     begin = None if options.from_adapter is None else read_adapter(options.from_adapter, checkpoint)
     parts = trained_parts(config, options, begin)
-    if options.adapter_format == "mlx-lm" and (others := [name for name in parts if not name.startswith((LAYERS, MTP))]):
+    others = [name for name in parts if not name.startswith((LAYERS, MTP))]
+    if options.adapter_format == "mlx-lm" and others:
         raise InputError(
             "adapter_unsupported",
-            f"{spelled('adapter_format')} mlx-lm holds maps of layers alone, and {others[0]} is to be trained. Write it "
-            "as peft, or leave it out",
+            f"{spelled('adapter_format')} mlx-lm is for maps of layers alone, and {others[0]} is to be trained. Write "
+            "peft's, or leave that map out",
         )
     processor = Processor.from_folder(checkpoint.folder, checkpoint.config, has_vision(checkpoint), limit)
 
@@ -199,15 +201,15 @@ def train(
             found.checkpoint, found.dtype, found.model, lambda done, total: reads(f"loading {model}", done, total, "B"),
             found.limit,
         )  # fmt: skip
-        shown = any(file.report.images for file in found.files.values())
-        images = Embeddings(loaded, folder.images) if shown else None
-        if images:
-            images.fill(found.files.values(), lambda done, total: reads("encoding images", done, total, "rows"))
+        images = Embeddings(loaded, folder.images)
+        images.fill(found.files.values(), lambda done, total: reads("encoding images", done, total, "rows"))
         training = Training(
             loaded, options, found.rows, found.valid, found.order, found.steps, state, folder, identity,
-            embed=lambda rows: _embedded(images, rows), write=lambda parameters: found.write(folder.out, parameters),
+            embed=images, write=lambda parameters: found.write(folder.out, parameters),
             watchers=watchers, saved=state.step if goes_on else None,
         )  # fmt: skip
+        if report:
+            reads("asking the model before it is trained", 0, 0, "")
         asked = before(loaded, found.processor, found.valid or found.rows) if report else None
         training.run()
         run = run_of(training, found.model, str(found.data), None, mx.get_peak_memory())
@@ -215,10 +217,3 @@ def train(
             after(asked, run, loaded, found.processor, training.state.chosen, folder.out)
     return Trained.of(training, run)
 
-
-def _embedded(images: Embeddings | None, rows: Sequence[Row]) -> list[mx.array] | None:
-    """The embeddings of each row's images and videos; None where no row has any."""
-    if images is None or not any(row.media for row in rows):
-        return None
-    none = mx.zeros((0, images.model.config.hidden_size), images.model.dtype)
-    return [none if (own := images.of(row)) is None else own for row in rows]

@@ -5,9 +5,9 @@ from dataclasses import replace
 import mlx.core as mx
 
 from mlx_qwen35.checkpoint.adapter import Adapter, fused
-from mlx_qwen35.checkpoint.adapter_parts import HEAD, TABLE
 from mlx_qwen35.checkpoint.arrays import lazy_arrays
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
+from mlx_qwen35.checkpoint.names import HEAD, TABLE
 from mlx_qwen35.checkpoint.shapes import Shapes, text_shapes, vision_shapes
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.model.vision import VisionEncoder

@@ -12,6 +12,7 @@ All are for `MODEL`, whose head is tied. `python tests/adapters/make_adapters.py
 """
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ OF_TABLE = {  # where a head is tied, its factors are the table's
 }
 
 
+@cache
 def numbers(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """float32 numbers of a tensor of an adapter, of a size that moves logits by about their own."""
     values = cases.normal(77, name, shape)

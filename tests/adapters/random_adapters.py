@@ -9,12 +9,12 @@ import numpy as np
 from mlx_qwen35.checkpoint.adapter import Adapter, Pair, fused
 from mlx_qwen35.checkpoint.arrays import lazy_arrays
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
-from mlx_qwen35.checkpoint.names import HEAD, TEXT
+from mlx_qwen35.checkpoint.names import HEAD, TABLE, TEXT
 from mlx_qwen35.checkpoint.shapes import is_matrix
 
 
 def every_map(checkpoint: Checkpoint, *prefixes: str) -> dict[str, tuple[int, int]]:
-    """Name -> (out, in) of all that may have a low-rank part: of the text model, or of the parts with these prefixes."""
+    """Name -> (out, in) of all that may have a low-rank part: of the text model, or of other parts."""
     wanted = prefixes or (TEXT, HEAD)
     shapes = checkpoint.shapes | {HEAD: (checkpoint.config.text.vocab_size, checkpoint.config.text.hidden_size)}
     return {
@@ -44,10 +44,10 @@ def fused_into(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
     text = checkpoint.config.text
     whole = dict(adapter.replaced)
     for name, pair in adapter.pairs.items():
-        stored = f"{TEXT}embed_tokens.weight" if name == HEAD and text.tie_word_embeddings else name
+        stored = TABLE if name == HEAD and text.tie_word_embeddings else name
         whole[name] = fused(dequantized(checkpoint, stored), pair)
-    if text.tie_word_embeddings and HEAD not in whole and f"{TEXT}embed_tokens.weight" in whole:
-        whole[HEAD] = dequantized(checkpoint, f"{TEXT}embed_tokens.weight")
+    if text.tie_word_embeddings and HEAD not in whole and TABLE in whole:
+        whole[HEAD] = dequantized(checkpoint, TABLE)
     return checkpoint.replacing(whole)
 
 

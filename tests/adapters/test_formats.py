@@ -16,8 +16,8 @@ from parity import vision_cases
 from parity.cases import Case, Reference
 
 from mlx_qwen35.checkpoint.adapter import Adapter, fused, read_adapter
-from mlx_qwen35.checkpoint.adapter_parts import HEAD, TABLE
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.names import HEAD, TABLE
 
 # Of float32 logits with a standard deviation of 0.3 to 0.8, which the adapters move by 0.7 to 3: the worst is 8e-6. The
 # embeddings of images are 40 times as large.

@@ -53,6 +53,7 @@ def test_prefixes_of_two_adapters_share_nothing():
     assert not READ.upto(4).begins(other) and not Prefix(READ.tokens[:4]).begins(READ)
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("order", [*permutations(NAMES)])
 def test_in_any_order_each_adapter_goes_on_from_what_it_has_read_itself(nano, order):
     library = nano[0].make_library()
@@ -93,6 +94,7 @@ def recalled(nano, library, name) -> tuple[tuple[int, ...], int]:
     return asked(nano, library, name)
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("order", [NAMES, ("b", "base", "a")])
 def test_after_a_restart_each_adapter_finds_its_own_whatever_its_name(nano, renamed, tmp_path, order):
     with folder(tmp_path, nano) as library:
@@ -104,6 +106,7 @@ def test_after_a_restart_each_adapter_finds_its_own_whatever_its_name(nano, rena
             assert tokens == cold[before][0] and read > 0
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("first", ["a", "base"])
 def test_a_folder_gives_nothing_to_another_adapter(nano, renamed, tmp_path, first):
     with folder(tmp_path, nano) as library:
@@ -113,6 +116,7 @@ def test_a_folder_gives_nothing_to_another_adapter(nano, renamed, tmp_path, firs
         assert [recalled(renamed, library, name)[1] for name in others] == [0, 0]
 
 
+@pytest.mark.full
 def test_files_of_before_there_were_adapters_are_of_none(nano, tmp_path):
     with folder(tmp_path, nano) as library:
         cold = recalled(nano, library, "base")
@@ -172,6 +176,7 @@ def test_a_session_goes_on_with_its_adapter_whatever_its_name(nano, renamed, tmp
         assert turn.result.tokens == cold.tokens
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize(
     ("own", "other", "told"),
     [("a", "b", "(a)"), ("a", None, "(a)"), (None, "a", "adapter base"), ("base", "b", "adapter base")],
@@ -185,6 +190,7 @@ def test_a_session_of_another_adapter_is_refused_and_stays(nano, tmp_path, own, 
     assert path.read_bytes() == before
 
 
+@pytest.mark.full
 def test_a_session_of_an_adapter_that_is_not_loaded_is_refused(nano, tmp_path):
     saved(tmp_path / "talk", nano, adapter="a")
     with refused("session_foreign", "not loaded", made(1).fingerprint[:12]):
@@ -201,11 +207,14 @@ def test_a_session_of_before_there_were_adapters_is_of_none(nano, tmp_path):
         assert session.tokens > 0
 
 
+@pytest.mark.full
 def test_a_session_that_took_another_adapter_is_of_that_one(nano, tmp_path):
     path = tmp_path / "talk"
     with Session.load(path, *nano, adapter="a", **OPTIONS) as session:
         assert session.conversation.send(ASK).text
+        session.save()
         session.conversation.change(adapter="b")
+        assert session.changed
         session.save()
     with refused("session_foreign", "(b)"):
         Session.load(path, *nano, adapter="a")
@@ -215,6 +224,14 @@ def test_a_session_that_took_another_adapter_is_of_that_one(nano, tmp_path):
         assert again.text and again.result.tokens == generate(*nano, ASK, adapter="b", **OPTIONS).tokens
 
 
+def test_a_session_that_takes_another_adapter_has_changed(nano, tmp_path):
+    with Session.load(tmp_path / "talk", *nano, **OPTIONS) as session:
+        session.save()
+        session.conversation.change(adapter="b")
+        assert session.changed
+
+
+@pytest.mark.full
 def test_undo_keeps_what_the_adapter_has_read(nano):
     conversation = Conversation(*nano, adapter="a", **OPTIONS)
     for question in (ASK, "Add 10 to that."):

@@ -205,6 +205,13 @@ def test_an_adapter_folder_is_called_one(config, files, raw, tmp_path):
         open_checkpoint(folder)
 
 
+@pytest.mark.parametrize("key", ["base_model_name_or_path", "model"])
+def test_an_adapters_folder_says_which_model_it_was_trained_on_and_how_to_make_one_of_both(key, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({key: "Qwen/Qwen3.5-4B"}))
+    with refused("adapter_unmerged", "Qwen/Qwen3.5-4B", f"mlx_qwen35.convert --hf-path MODEL --adapter {tmp_path}"):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("rename", [
     lambda name: name.replace(".weight", ".lora_A.default.weight"), lambda name: name.replace(".weight", ".lora_a"),
     lambda name: f"base_model.model.{name}",

@@ -248,9 +248,9 @@ class Clock:
                 self.now += 0.2
             return hidden(model, tokens, *given, **options)
 
-        def head(model, states):
+        def head(model, *given):
             self.now += 0.05
-            return logits(model, states)
+            return logits(model, *given)
 
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
         monkeypatch.setattr(Model, "hidden", layers)

@@ -47,7 +47,7 @@ def test_json_is_one_object_with_text_tokens_counts_and_speeds(run):
     assert set(result) == {
         "text", "reasoning", "tokens", "finish_reason", "in_reasoning", "prompt_tokens", "generation_tokens",
         "vision_seconds", "prompt_tps", "generation_tps", "peak_memory", "seed", "mtp", "error", "logprobs",
-        "tool_calls", "cut", "loop", "limited_by", "cached_tokens", "reasoning_tokens", "stop",
+        "tool_calls", "cut", "loop", "limited_by", "cached_tokens", "reasoning_tokens", "stop", "adapter",
     }  # fmt: skip
     assert len(result["tokens"]) == result["generation_tokens"]
 

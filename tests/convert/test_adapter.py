@@ -113,7 +113,7 @@ def test_quantizing_while_fusing_is_quantizing_what_was_fused(raw, adapter, fuse
     assert files_of(at_once) == files_of(after)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.full)])
 def test_fused_logits_are_those_of_the_adapter_beside(source_of, adapter, tmp_path, dtype):
     source = source_of(dtype)
     own = logits(exactly(source, tmp_path / "out", adapter, dtype=dtype))
@@ -163,6 +163,7 @@ def test_a_packed_source_that_would_stay_packed_is_refused(raw, adapter, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.full
 def test_packed_weights_are_fused_at_their_values_and_packed_again_with_a_warning(raw, adapter, tmp_path):
     packed = nearest(raw, tmp_path / "packed", quantize=True)
     folder = convert(packed, tmp_path / "plain", adapter=adapter, recipe="bf16")
@@ -193,6 +194,7 @@ def test_evaluation_compares_with_the_fused_source(exact):
     assert abs(found.kl) < 1e-9 and found.top1 == 1 and max(found.layers) < 1e-6
 
 
+@pytest.mark.full
 def test_calibration_runs_the_fused_source(exact):
     source, _, read, folder = exact
     fused, plain = statistics(open_checkpoint(folder), TOKENS), statistics(open_checkpoint(source), TOKENS)
@@ -231,6 +233,8 @@ def test_dry_run_says_adapter_and_ranks_and_which_tensors_change(raw, adapter, c
 def test_the_card_names_adapter_and_base(raw, adapter, fused, monkeypatch, capsys, tmp_path):
     quality, card = json.loads((fused / QUALITY).read_text()), (fused / CARD).read_text()
     assert quality["adapter"]["fingerprint"] == read_adapter(adapter, open_checkpoint(raw)).fingerprint
+    assert quality["tensors"][MAPS[0]]["relative_squared_error"] > 1e-7  # of rounding what was fused
+    assert quality["tensors"][f"{TEXT}layers.0.mlp.up_proj.weight"]["relative_squared_error"] == 0
     assert f"fused into the weights of {raw.name}: mine (peft)" in card and str(adapter) not in card
     base = Facts("mine-4bit", "Qwen/Qwen3.5-4B", "4bit", adapter=quality["adapter"])
     assert "base_model: Qwen/Qwen3.5-4B\nbase_model_relation: finetune" in make_card(open_checkpoint(fused), base)
@@ -253,6 +257,7 @@ def test_the_summary_and_the_evaluation_name_the_adapter(raw, adapter, tmp_path,
     [
         ({"adapter_scale": 2.0}, "option_no_effect"),
         ({"adapter": {"one": "mine"}}, "option_invalid"),
+        ({"adapter": ["one", "two"]}, "option_invalid"),
         ({"adapter": "nowhere"}, "adapter_not_found"),
         ({"adapter": "ADAPTER", "adapter_scale": float("nan")}, "option_invalid"),
     ],

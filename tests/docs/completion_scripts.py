@@ -15,7 +15,7 @@ from mlx_qwen35.commands.umbrella import COMMANDS
 from mlx_qwen35.console.options import DeclaredAction
 
 FOLDER = Path(completion.__file__).parent / "completions"
-FILES, FOLDERS, MODELS = ("FILE", "FILE|TEXT"), ("FOLDER",), ("MODEL",)
+FILES, FOLDERS, MODELS = ("FILE", "FILE|TEXT"), ("FOLDER", "PATH", "[NAME=]PATH"), ("MODEL",)
 
 # What may follow --model: nano, what Hugging Face's cache and the conversions hold, LM Studio's folders, any folder.
 BASH = """\

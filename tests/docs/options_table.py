@@ -1,9 +1,10 @@
-"""The tables of docs/options.md, docs/server.md and docs/finetune.md, from the declared options.
+"""The tables of docs/options.md and docs/server.md, from the declared options.
 
-`python tests/docs/options_table.py` renews the pages.
+`python tests/docs/options_table.py` renews both pages.
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from mlx_qwen35.commands.generate import CommandOptions
@@ -26,14 +27,14 @@ TITLES: dict[str, tuple[type, ...]] = {
     "sampling": (Sampling,),
     "images and video": (VisionOptions,),
 }
-PAGES = (DOCS / "options.md", DOCS / "server.md", DOCS / "finetune.md")
+PAGES = (DOCS / "options.md", DOCS / "server.md")
 _KINDS = {int: "integer", float: "number", bool: "switch", str: "text"}
 
 
 def page(path: Path) -> str:
     """The whole page, with the table as it must be."""
     before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    lines = {"server": _server_lines, "finetune": _training_lines}.get(path.stem, _lines)()
+    lines = _server_lines() if path.stem == "server" else chain(_lines(), _training_lines())
     return f"{before}{BEGIN}{chr(10).join(lines)}\n{END}{rest.partition(END)[2]}"
 
 
@@ -55,10 +56,12 @@ def _server_lines() -> Iterator[str]:
 
 
 def _training_lines() -> Iterator[str]:
-    """In Python those of the first two parts are arguments of `train`, the others fields of `TrainOptions`."""
     load, own = options_of(LoadOptions), options_of(TrainOptions)
     parts = {"the run": list(options_of(RunOptions).values()), "model": [load[name] for name in OF_MODEL]}
     parts |= {title: [own[name] for name in names] for title, names in GROUPS.items()}
+    yield from ("", "## Options of train", "")
+    yield "In Python those of the first two parts are arguments of `train`, the others of `TrainOptions`."
+    yield ""
     yield "| command line | Python | value | meaning |"
     yield "|---|---|---|---|"
     for title, options in parts.items():

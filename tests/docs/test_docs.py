@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from adapters.by_hand import made
 from serving import serving
 
 import mlx_qwen35
+from mlx_qwen35.checkpoint.adapter_write import write_adapter
 from mlx_qwen35.errors import CODES
 
 ROOT = Path(__file__).parents[2]
@@ -82,8 +84,10 @@ def call(monkeypatch, capsys) -> Call:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch) -> Path:
-    """Where a reader stands, and may write."""
+    """Where a reader stands, and may write. There are two adapters for nano."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for seed, name in enumerate(("pirate", "poet"), start=1):
+        write_adapter(tmp_path / name, made(seed).pairs)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -24,7 +24,7 @@ FOLDER = Path(__file__).parents[2] / "docs/pictures"
 UNITS = {  # script -> what its labels must tell
     "recipes": ("10⁻³ nats a token", "bits a weight"), "sensitivity": ("10⁻³ nats a token", "MB"),
     "memory": ("%", "GB"), "needles": ("tokens", "%"), "speed": ("tokens/s", "tokens of the prompt"),
-    "answers": ("40 of 40", "all 40 right"),
+    "answers": ("40 of 40", "all 40 right"), "losses": ("loss, nats a token", "steps"),
 }  # fmt: skip
 OTHERS = [name for name in UNITS if name != "recipes"]
 LARGEST = 300_000  # bytes
@@ -85,7 +85,7 @@ def test_a_picture_has_a_claim_units_and_round_ticks(name, monkeypatch, tmp_path
 SMALL = {
     "sensitivity": {"items": 1, "tasks": ("add_1", "recall")},
     "needles": {"lengths": "150", "repeats": 1}, "speed": {"geometry": "tiny", "lengths": "5,9", "rounds": 2},
-    "answers": {"items": 2},
+    "answers": {"items": 2}, "losses": {"steps": 3, "rows": {"train": 24, "valid": 8}},
 }  # fmt: skip
 
 

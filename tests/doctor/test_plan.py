@@ -220,7 +220,7 @@ def test_a_bar_has_room_or_a_line_of_its_own(raw, columns, verbose):
 
 
 def test_parts_have_their_share_of_a_bar_in_letters_or_in_colours(raw):
-    plan = plan_of(on_an_m1(raw, mtp=1), "4bit", "8 GB")
+    plan = replace(plan_of(on_an_m1(raw, mtp=1), "4bit", "8 GB"), adapters=10**8)
     letters = bar(plan, 1001, False).plain
     for label, nbytes in parts(plan):
         assert abs(letters.count(LETTERS[label]) - 1000 * nbytes / plan.machine.limit) <= 1, label
@@ -281,7 +281,8 @@ def test_the_command_prints_the_answer_first_and_json_in_its_place(capsys):
     main(["--plan", "nano", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {
-        "model", "context", "max_context", "draft_tokens", "longest_contexts", "speeds", "advice", "machines", "plans",
+        "model", "adapters", "context", "max_context", "draft_tokens", "longest_contexts", "speeds", "advice",
+        "machines", "plans",
     }  # fmt: skip
     assert set(found["advice"][0]) == {"text", "command"}
     assert {key for machine in found["machines"] for key in machine} == {"name", "chip", "limit", "dtype", "kv_bits"}

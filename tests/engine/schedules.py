@@ -59,6 +59,7 @@ class Case:
     leaves: int | None  # cancelled before this step; None: it runs to its end
     budget: int | None = None  # of thinking, in which it begins
     answered: bool = False  # behind thinking the answer is restricted
+    adapter: str = ""  # "": none
 
     def door(self) -> Door | None:
         if self.constrained:
@@ -74,12 +75,12 @@ class Case:
         sampler = Sampler(self.sampling, self.seed, len(self.prompt), VOCABULARY, door=door)
         return Sequence(
             Prompt(self.prompt, thinking=False), sampler, self.limit, prefill_step_size=self.chunk,
-            stop_ids=self.stop_ids, drafts=DraftPolicy(self.depth, fixed=bool(self.depth)),
+            stop_ids=self.stop_ids, drafts=DraftPolicy(self.depth, fixed=bool(self.depth)), adapter=self.adapter,
         )  # fmt: skip
 
 
-def random_cases(seed: int, drafts: bool = True) -> list[Case]:
-    rng, thinking = np.random.default_rng(seed), np.random.default_rng([seed, 1])
+def random_cases(seed: int, drafts: bool = True, adapters: Many[str] = ("",)) -> list[Case]:
+    rng, thinking, choosing = (np.random.default_rng(own) for own in (seed, [seed, 1], [seed, 2]))
     cases = []
     for _ in range(rng.integers(2, 7)):
         arrives = int(rng.integers(0, 20))
@@ -97,6 +98,7 @@ def random_cases(seed: int, drafts: bool = True) -> list[Case]:
                 leaves=arrives + int(rng.integers(1, 20)) if rng.random() < 0.3 else None,
                 budget=int(thinking.integers(0, 9)) if thinking.random() < 0.4 else None,
                 answered=bool(thinking.random() < 0.5),
+                adapter=str(choosing.choice(adapters)),
             )
         )
     return cases
@@ -128,9 +130,11 @@ def together(
     return sequences
 
 
-def check(model: Model, seed: int) -> None:
-    """InputError and assertions apart, every sequence has what it has alone, or a beginning of it."""
-    cases = random_cases(seed, drafts=seed % 4 > 1)
+def check(model: Model, seed: int, adapters: Many[str] = ("",)) -> None:
+    """InputError and assertions apart, every sequence has what it has alone, or a beginning of it. adapters: of whom
+    each has one.
+    """
+    cases = random_cases(seed, seed % 4 > 1, adapters)
     for case, sequence in zip(cases, together(model, cases, interleave=bool(seed % 2)), strict=True):
         assert sequence.error is None, (seed, sequence.error)
         expected = alone(model, case)

@@ -32,9 +32,9 @@ def calls(nano, monkeypatch) -> Iterator[list[tuple[int, ...]]]:
     seen = []
     logits = Model.logits
 
-    def spy(self, hidden):
+    def spy(self, hidden, *adapters):
         seen.append(hidden.shape)
-        return logits(self, hidden)
+        return logits(self, hidden, *adapters)
 
     monkeypatch.setattr(Model, "logits", spy)
     return seen
@@ -381,7 +381,7 @@ def test_a_cache_of_two_prompts_is_refused(nano):
 
 
 def test_logits_that_are_not_finite_stop_with_advice(nano, monkeypatch):
-    monkeypatch.setattr(Model, "logits", lambda self, hidden: mx.full((*hidden.shape[:-1], 1024), mx.nan))
+    monkeypatch.setattr(Model, "logits", lambda self, hidden, *_: mx.full((*hidden.shape[:-1], 1024), mx.nan))
     with refused("logits_not_finite", "dtype='bfloat16'"):
         generate(*nano, ASK)
 

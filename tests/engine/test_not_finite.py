@@ -50,9 +50,9 @@ def poison(monkeypatch):
     """From the call of this number on, the head gives NaN; None ends that."""
     logits, calls = Model.logits, []
 
-    def poisoned(self, hidden):
+    def poisoned(self, hidden, *adapters):
         calls.append(hidden.shape)
-        return logits(self, hidden) * (mx.nan if first is not None and len(calls) >= first else 1)
+        return logits(self, hidden, *adapters) * (mx.nan if first is not None and len(calls) >= first else 1)
 
     first = None
 
@@ -185,10 +185,12 @@ def test_no_token_is_drawn_from_logits_that_are_not_finite(nano, bad_token):
 
 def test_a_row_of_a_batch_that_fails_says_so_in_its_result_and_the_others_answer(nano, monkeypatch):
     logits = Model.logits
-    monkeypatch.setattr(  # the second row's, in every pass
-        Model, "logits", lambda self, hidden: logits(self, hidden) * mx.where(mx.arange(len(hidden)) == 1, mx.nan, 1)
-        .reshape(-1, *[1] * (hidden.ndim - 1))
-    )  # fmt: skip
+
+    def poisoned(self, hidden, *adapters):  # the second row's, in every pass
+        poison = mx.where(mx.arange(len(hidden)) == 1, mx.nan, 1).reshape(-1, *[1] * (hidden.ndim - 1))
+        return logits(self, hidden, *adapters) * poison
+
+    monkeypatch.setattr(Model, "logits", poisoned)
     good, failed = batch_generate(*nano, [ASK, "Hello"])
     assert (good.text, good.finish_reason, good.error) == ("92", "stop", None)
     assert (len(failed.tokens), failed.finish_reason) == (1, "error")
@@ -200,7 +202,7 @@ def test_a_row_of_a_batch_that_fails_says_so_in_its_result_and_the_others_answer
 def test_any_value_that_is_not_finite_counts(nano, monkeypatch, value):
     logits = Model.logits
     last = mx.arange(1024) == 1023
-    monkeypatch.setattr(Model, "logits", lambda self, hidden: mx.where(last, value, logits(self, hidden)))
+    monkeypatch.setattr(Model, "logits", lambda self, *given: mx.where(last, value, logits(self, *given)))
     with refused("logits_not_finite"):
         generate(*nano, ASK, max_tokens=3)
 

@@ -291,7 +291,7 @@ def test_an_error_in_a_pass_of_all_rows_ends_them_and_the_engine_goes_on(model, 
     for _ in range(5):
         engine.step()
     with monkeypatch.context() as patch:
-        patch.setattr(Model, "logits", lambda self, hidden: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Model, "logits", lambda self, *given: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             engine.step()
     assert engine.idle and [row.finish_reason for row in rows] == ["interrupted"] * 2

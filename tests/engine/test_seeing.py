@@ -44,7 +44,7 @@ def encoded(monkeypatch) -> list:
     """Every image and video that a tower encodes."""
     done = []
     encode = VisionEncoder.encode
-    monkeypatch.setattr(VisionEncoder, "encode", lambda self, media: done.append(media) or encode(self, media))
+    monkeypatch.setattr(VisionEncoder, "encode", lambda self, *given: done.append(given[0]) or encode(self, *given))
     return done
 
 

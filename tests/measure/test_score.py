@@ -206,6 +206,6 @@ def test_a_step_that_is_none_is_refused(nano, step):
 def test_logits_that_are_not_finite_are_refused(nano, monkeypatch, value):
     logits = Model.logits
     last = mx.arange(1024) == 1023
-    monkeypatch.setattr(Model, "logits", lambda self, hidden: mx.where(last, value, logits(self, hidden)))
+    monkeypatch.setattr(Model, "logits", lambda self, *given: mx.where(last, value, logits(self, *given)))
     with refused("logits_not_finite"):
         score(*nano, TEXT)

@@ -25,6 +25,7 @@ from mlx_qwen35.engine.engine import Engine
 from mlx_qwen35.engine.presets import Sampling
 from mlx_qwen35.engine.sampling import Sampler, commit, peek, sample
 from mlx_qwen35.engine.sequence import Sequence
+from mlx_qwen35.model.lora import AdapterSet
 from mlx_qwen35.prompt.prompt import Prompt
 
 SAMPLINGS = {
@@ -50,23 +51,26 @@ class Chain:
     """A model whose hidden state is the last token."""
 
     config = replace(parse_config(geometry("tiny")).text, layer_types=())
-    dtype, memory_limit, vision, mtp = mx.float32, 1 << 40, None, None
+    dtype, memory_limit, vision, mtp, adapters = mx.float32, 1 << 40, None, None, AdapterSet(mx.float32)
 
-    def make_cache(self) -> Cache:
+    def make_cache(self, adapter: str | None = None) -> Cache:
         return Cache(self.config, self.dtype)
 
     def hidden(self, tokens: mx.array, cache: Cache, lengths: Many[int] | None = None, *_, **__) -> mx.array:
         with cache.forward(tokens.shape[1], lengths):
             return tokens[..., None].astype(mx.float32)
 
-    def logits(self, hidden: mx.array) -> mx.array:
+    def active(self, cache: Cache) -> None:
+        """No row has an adapter."""
+
+    def logits(self, hidden: mx.array, adapters: None = None) -> mx.array:
         return TABLE[hidden[..., 0].astype(mx.int32)]
 
 
 class Credulous(Chain):
     """Its first token behind a guess is the guess."""
 
-    def logits(self, hidden: mx.array) -> mx.array:
+    def logits(self, hidden: mx.array, adapters: None = None) -> mx.array:
         logits = super().logits(hidden)
         if hidden.ndim < 3 or hidden.shape[1] == 1:
             return logits

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -11,13 +12,13 @@ from refusing import refused
 from mlx_qwen35.backend import gradients
 from mlx_qwen35.checkpoint.adapter import Pair
 from mlx_qwen35.engine.drafts.follower import DraftFollower
-from mlx_qwen35.kernels.low_rank import ActiveAdapters
-from mlx_qwen35.model.lora import stacked
 from mlx_qwen35.prompt.positions import Placeholder, positions
 from mlx_qwen35.prompt.prompt import Placed
 from mlx_qwen35.train.draft_head import draft_gradients
-from mlx_qwen35.train.gradients import batch_loss
+from mlx_qwen35.train.gradients import active, batch_loss
+from mlx_qwen35.train.options import TrainOptions
 from mlx_qwen35.train.rows import Row
+from mlx_qwen35.train.training import train
 
 LAYER = "mtp.layers.0."
 MAPS = ("mtp.fc", *(f"{LAYER}{name}" for name in (
@@ -72,7 +73,7 @@ def plain(
 
     shown: (n, D) embeddings of what the rows show, in the place of those of their placeholders.
     """
-    adapters, total = ActiveAdapters(lambda maps: stacked(maps, [given]), 0), mx.zeros(())
+    adapters, total = active(given), mx.zeros(())
     for b, row in enumerate(rows):
         T = len(row.tokens)
         if T < 3:
@@ -140,7 +141,7 @@ def test_the_loss_is_that_of_the_head_while_it_drafts(tiny):
     (row,) = drawn(tiny, (9,))
     given = pairs(tiny, MAPS)
     hidden = batch_loss(tiny, {}, [row], backward=False).hidden
-    adapters = ActiveAdapters(lambda maps: stacked(maps, [given]), 0)
+    adapters = active(given)
     total = 0.0
     for t in range(2, len(row.tokens)):
         follower = DraftFollower(tiny, [0])
@@ -201,3 +202,14 @@ def test_a_model_without_a_head_is_refused(text_model):
     row = drawn(headless, (4,))
     with refused("draft_head_missing"):
         draft_gradients(headless, {}, row, mx.zeros((1, 4, headless.config.hidden_size)))
+
+
+@pytest.mark.full
+def test_a_run_gives_the_same_text_adapter_with_the_head_and_without(tmp_path):
+    data = Path(__file__).parents[2] / "examples/finetune/rows"
+    for name, draft_head in (("with", True), ("without", False)):
+        train("nano", data, tmp_path / name, TrainOptions(steps=2, draft_head=draft_head), report=False)
+    file = "adapter_model.safetensors"
+    assert (tmp_path / "with" / file).read_bytes() == (tmp_path / "without" / file).read_bytes()
+    trained = mx.load(str(tmp_path / "with/mtp_adapter.safetensors"))
+    assert trained and all(array.any().item() for array in trained.values())

@@ -122,6 +122,15 @@ def test_a_quantized_model_is_trained_and_answers_with_its_adapter(data, tmp_pat
     assert right(*load(tmp_path / "4bit", adapter=out), [(question, ANSWER) for question in asked()[1]]) >= 18
 
 
+def test_an_adapter_is_trained_further(trained, data, tmp_path):
+    out = tmp_path / "further"
+    few = ("--model", "nano", "--data", data, "--adapter", out, "--steps", 2, "--no-report", "--quiet")
+    whole(*few, "--from-adapter", trained)
+    losses = [json.loads(line)["loss"] for line in (out / "run" / "log.jsonl").read_text().splitlines()]
+    assert len(losses) == 2 and max(losses) < 0.1
+    assert (out / "adapter_config.json").read_bytes() == (trained / "adapter_config.json").read_bytes()
+
+
 def test_the_draft_head_trained_along_changes_no_byte_of_the_adapter(data, tmp_path):
     few = ["--model", "nano", "--data", data, "--steps", 3, "--no-report", "--quiet"]
     whole(*few, "--adapter", tmp_path / "alone")
@@ -175,4 +184,4 @@ def test_mlx_lm_loads_the_adapter_in_its_format_and_answers_with_our_logits(data
         found.append(np.array(model(mx.array([TOKENS]))[0]))
     base, ours = logits(None), logits(out)
     rounding = np.abs(found[0] - base).max()  # mlx-lm holds the norms, gamma and all, in bfloat16
-    assert np.abs(ours - base).max() > 20 * rounding and np.abs(found[1] - ours).max() < 3 * rounding
+    assert np.abs(ours - base).max() > 10 * rounding and np.abs(found[1] - ours).max() < 3 * rounding

@@ -6,15 +6,18 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from PIL import Image
 from refusing import refused
 
 from mlx_qwen35.checkpoint.adapter import read_adapter
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.train import Trained, Training, TrainOptions, Watcher, train
+from mlx_qwen35.train.order import Order
+from mlx_qwen35.train.rows import open_rows
 from mlx_qwen35.train.state import RunFolder
 
-OPTIONS = {"steps": 3, "accumulate": 1, "learning_rate": 0.01, "rank": 2, "validate_every": 2, "targets": "down_proj"}
+OPTIONS = {"epochs": 1, "accumulate": 1, "learning_rate": 0.01, "rank": 2, "validate_every": 2, "targets": "down_proj"}
 
 
 def write_rows(folder: Path, split: str, texts: Sequence[str]) -> None:
@@ -60,7 +63,16 @@ def test_interrupted_and_resumed_is_not_interrupted_byte_for_byte(tmp_path, data
     assert [path.name[-13:-12] for path in RunFolder(tmp_path / "parts").states] == [str(int(at[-1]) - 1)]
     resumed = run(data, tmp_path / "parts", resume=True)
     assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole")
-    assert [step.step for step in resumed.run.steps] == [1, 2, 3] and resumed.tokens == whole.tokens
+    assert [step.step for step in resumed.run.steps] == [1, 2, 3, 4]
+    assert (resumed.tokens, resumed.targets) == (whole.tokens, whole.targets)
+
+
+def test_each_step_trains_its_rows(tmp_path, data, nano):
+    seen = [step.tokens for step in run(data, tmp_path / "out", epochs=2, accumulate=3).run.steps]
+    lengths = open_rows(data, "train", nano, 2048).lengths
+    order = Order(lengths, 1, 3, 0)
+    assert seen == [sum(lengths[i] for batch in order[step] for i in batch) for step in range(4)]
+    assert sum(seen) == 2 * sum(lengths)
 
 
 @pytest.mark.full
@@ -70,6 +82,26 @@ def test_interrupted_in_a_validation_it_makes_that_step_again(tmp_path, data):
         run(data, tmp_path / "parts", watchers=[Stopper("validation", SystemExit)])  # before the first step
     run(data, tmp_path / "parts", resume=True)
     assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole")
+
+
+@pytest.mark.full
+def test_rows_with_images_are_trained_and_their_embeddings_are_kept(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (64, 64), colour).save(folder / f"{number}.png")
+    rows = [
+        {"messages": [
+            {"role": "user", "content": [{"type": "image", "image": f"{number}.png"}]},
+            {"role": "assistant", "content": "a wall"},
+        ]}
+        for number in range(2)
+    ]  # fmt: skip
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trained = run(folder, tmp_path / "out", epochs=20, batch_size=2)
+    losses = [step.loss for step in trained.run.steps]
+    assert trained.run.counts["train"].images == 2 and losses[-1] < 0.7 * losses[0]
+    assert len(list((tmp_path / "out" / "run" / "images").iterdir())) == 2
 
 
 @pytest.mark.full
@@ -88,15 +120,22 @@ def test_numbers_that_are_not_finite_end_a_run_and_leave_what_was_saved(tmp_path
     arrays = mx.load(str(RunFolder(tmp_path / "out").states[-1]))
     assert arrays and all(mx.isfinite(array).all().item() for array in arrays.values())
     read_adapter(tmp_path / "out", open_checkpoint(resolve("nano")))
+    with refused("loss_not_finite", "No state"):
+        run(data, tmp_path / "unsaved", dtype="float16", **wild | {"save_every": 9})
+    assert not RunFolder(tmp_path / "unsaved").check(resume=False)  # nothing to go on with, and free for another run
 
 
 def test_validation_without_a_lower_loss_ends_a_run_and_the_best_adapter_is_kept(tmp_path, data):
-    trained = run(data, tmp_path / "out", steps=9, validate_every=1, patience=2, learning_rate=1, save_every=50)
+    trained = run(data, tmp_path / "out", epochs=2, validate_every=1, patience=2, learning_rate=1)
     losses = [own.loss for own in trained.run.validations]
     best = losses.index(min(losses))
-    assert len(trained.run.steps) == best + 2 < 9 and trained.run.best == best
+    assert len(trained.run.steps) == best + 2 < 8 and trained.run.best == best
     adapter = read_adapter(tmp_path / "out", open_checkpoint(resolve("nano")))
-    assert any(mx.any(pair.b).item() for pair in adapter.pairs.values()) == (best > 0)
+    state = mx.load(str(RunFolder(tmp_path / "out").states[-1]))
+    assert adapter.pairs and all(
+        mx.array_equal(pair.b, state[f"best|{name}|b"]) and not mx.array_equal(pair.b, state[f"parameters|{name}|b"])
+        for name, pair in adapter.pairs.items()
+    )
     assert "lowest" in trained.kept and trained.run.ended.startswith("Validation")
 
 

@@ -18,6 +18,7 @@ _shtab_mlx_qwen35_commands() {
     generate:'answer one prompt'
     models:'say which models fit, list and remove those that are here'
     serve:'serve a model: OpenAI'"'"'s and Anthropic'"'"'s APIs, and a page'
+    train:'train an adapter on your own rows (LoRA, QLoRA)'
   )
   _describe 'mlx_qwen35 commands' _commands
 }
@@ -47,7 +48,7 @@ _shtab_mlx_qwen35_bench_options=(
   "--geometry[random weights of this size, removed afterwards]:geometry:(0.8b 2b 4b 9b 27b mid tiny)"
   "--revision[branch, tag or commit of a Hugging Face id]:NAME:"
   "--dtype[dtype of activations and unquantized weights (default\: the checkpoint\'s on a GPU, but float16 for bfloat16 on M1 and M2\; float32 on a CPU)]:{float32,float16,bfloat16}:(float32 float16 bfloat16)"
-  "--adapter[an adapter (LoRA) that is loaded beside the weights\: a folder of PEFT, mlx-lm or mlx-vlm]:PATH:"
+  "--adapter[an adapter (LoRA) that is loaded beside the weights\: a folder of PEFT, mlx-lm or mlx-vlm]:PATH:_files -/"
   "--adapter-scale[a factor of the adapter\'s own scale (default\: 1)]:X:"
   "--rope-scaling[read beyond the context of training\: yarn, or yarn\:FACTOR as yarn\:2 (default factor\: 4)\; none takes the folder\'s scaling away (default\: the folder\'s)]:TYPE:"
   "--memory-limit[memory that the model may take, in GB (10\^9 bytes\; default\: by this machine)\; a model that does not fit is refused before it is downloaded or read]:GB:"
@@ -78,7 +79,7 @@ _shtab_mlx_qwen35_chat_options=(
   "--memory-limit[memory that the model may take, in GB (10\^9 bytes\; default\: by this machine)\; a model that does not fit is refused before it is downloaded or read]:GB:"
   "--kv-bits[store keys and values in 8 bit, keys in 8 and values in 4 (8\/4), or both in 4 (for reading, not for long thinking)\; default\: in the dtype]:{8,8/4,4}:(8 8/4 4)"
   "--kv-rotate[rotate keys and values by a Hadamard transform before they are quantized, with --kv-bits 8\/4 or 4]"
-  "--adapter[an adapter (LoRA) that is loaded beside the weights\: a folder of PEFT, mlx-lm or mlx-vlm, by the folder\'s name or another\; may be repeated\: \/set adapter takes one, where several are loaded]:[NAME=]PATH:"
+  "--adapter[an adapter (LoRA) that is loaded beside the weights\: a folder of PEFT, mlx-lm or mlx-vlm, by the folder\'s name or another\; may be repeated\: \/set adapter takes one, where several are loaded]:[NAME=]PATH:_files -/"
   "--adapter-scale[a factor of the adapter\'s own scale (default\: 1)]:X:"
   "--rope-scaling[read beyond the context of training\: yarn, or yarn\:FACTOR as yarn\:2 (default factor\: 4)\; none takes the folder\'s scaling away (default\: the folder\'s)]:TYPE:"
   "--recipe[load a conversion of a Hugging Face id\: 8bit, 6bit, 5bit, 4bit, mxfp4 or nvfp4. The first time it is made while the original is downloaded, file by file, and kept\; default\: the original, or where that does not fit into memory a conversion that is kept, else an offer to make one]:NAME:"
@@ -152,6 +153,8 @@ _shtab_mlx_qwen35_convert_options=(
   "--dtype[dtype of what is not quantized (default\: the source\'s)]:{float32,float16,bfloat16}:(float32 float16 bfloat16)"
   "--rope-scaling[write yarn or yarn\:FACTOR into config.json, for contexts beyond that of training, or none (default\: as in the source)]:TYPE:"
   "--rounding[how quantized groups are rounded (default\: search)]:{search,nearest}:(search nearest)"
+  "--adapter[fuse an adapter into the weights\: a folder of PEFT, mlx-lm or mlx-vlm]:FOLDER:_files -/"
+  "--adapter-scale[a factor of the adapter\'s own scale]:X:"
   "--calibration[weigh rounding errors by the activations on this text file]:FILE:_files"
   "--overwrite[replace the checkpoint at --mlx-path when done]"
   "--resume[continue a killed conversion to --mlx-path]"
@@ -179,7 +182,7 @@ _shtab_mlx_qwen35_doctor_options=(
   "--memory-limit[memory that the model may take, in GB (10\^9 bytes\; default\: by this machine)\; a model that does not fit is refused before it is downloaded or read]:GB:"
   "--kv-bits[store keys and values in 8 bit, keys in 8 and values in 4 (8\/4), or both in 4 (for reading, not for long thinking)\; default\: in the dtype]:{8,8/4,4}:(8 8/4 4)"
   "--kv-rotate[rotate keys and values by a Hadamard transform before they are quantized, with --kv-bits 8\/4 or 4]"
-  "--adapter[an adapter (LoRA) that is loaded beside the weights\: a folder of PEFT, mlx-lm or mlx-vlm, by the folder\'s name or another\; may be repeated\: all are loaded and counted, and what is measured has the one that is alone]:[NAME=]PATH:"
+  "--adapter[an adapter (LoRA) that is loaded beside the weights\: a folder of PEFT, mlx-lm or mlx-vlm, by the folder\'s name or another\; may be repeated\: all are loaded and counted, and what is measured has the one that is alone]:[NAME=]PATH:_files -/"
   "--adapter-scale[a factor of the adapter\'s own scale (default\: 1)]:X:"
   "--rope-scaling[read beyond the context of training\: yarn, or yarn\:FACTOR as yarn\:2 (default factor\: 4)\; none takes the folder\'s scaling away (default\: the folder\'s)]:TYPE:"
   "--plan[print the memory plan of this model, here and on Macs, and load nothing]:MODEL:_mlx_qwen35_models"
@@ -206,7 +209,7 @@ _shtab_mlx_qwen35_generate_options=(
   "--memory-limit[memory that the model may take, in GB (10\^9 bytes\; default\: by this machine)\; a model that does not fit is refused before it is downloaded or read]:GB:"
   "--kv-bits[store keys and values in 8 bit, keys in 8 and values in 4 (8\/4), or both in 4 (for reading, not for long thinking)\; default\: in the dtype]:{8,8/4,4}:(8 8/4 4)"
   "--kv-rotate[rotate keys and values by a Hadamard transform before they are quantized, with --kv-bits 8\/4 or 4]"
-  "--adapter[an adapter (LoRA) that is loaded beside the weights\: a folder of PEFT, mlx-lm or mlx-vlm]:PATH:"
+  "--adapter[an adapter (LoRA) that is loaded beside the weights\: a folder of PEFT, mlx-lm or mlx-vlm]:PATH:_files -/"
   "--adapter-scale[a factor of the adapter\'s own scale (default\: 1)]:X:"
   "--rope-scaling[read beyond the context of training\: yarn, or yarn\:FACTOR as yarn\:2 (default factor\: 4)\; none takes the folder\'s scaling away (default\: the folder\'s)]:TYPE:"
   "--recipe[load a conversion of a Hugging Face id\: 8bit, 6bit, 5bit, 4bit, mxfp4 or nvfp4. The first time it is made while the original is downloaded, file by file, and kept\; default\: the original, or where that does not fit into memory a conversion that is kept, else an offer to make one]:NAME:"
@@ -324,7 +327,7 @@ _shtab_mlx_qwen35_serve_options=(
   "--memory-limit[memory that the model may take, in GB (10\^9 bytes\; default\: by this machine)\; a model that does not fit is refused before it is downloaded or read]:GB:"
   "--kv-bits[store keys and values in 8 bit, keys in 8 and values in 4 (8\/4), or both in 4 (for reading, not for long thinking)\; default\: in the dtype]:{8,8/4,4}:(8 8/4 4)"
   "--kv-rotate[rotate keys and values by a Hadamard transform before they are quantized, with --kv-bits 8\/4 or 4]"
-  "--adapter[an adapter (LoRA) that is loaded beside the weights\: a folder of PEFT, mlx-lm or mlx-vlm, by the folder\'s name or another\; may be repeated\: each is served as MODEL\:NAME beside MODEL, which has none]:[NAME=]PATH:"
+  "--adapter[an adapter (LoRA) that is loaded beside the weights\: a folder of PEFT, mlx-lm or mlx-vlm, by the folder\'s name or another\; may be repeated\: each is served as MODEL\:NAME beside MODEL, which has none]:[NAME=]PATH:_files -/"
   "--adapter-scale[a factor of the adapter\'s own scale (default\: 1)]:X:"
   "--rope-scaling[read beyond the context of training\: yarn, or yarn\:FACTOR as yarn\:2 (default factor\: 4)\; none takes the folder\'s scaling away (default\: the folder\'s)]:TYPE:"
   "--json[print address, model and limits of a server that is ready as JSON in the place of the text, or with FILE write it there too]"
@@ -346,6 +349,50 @@ _shtab_mlx_qwen35_serve_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_mlx_qwen35_serve_defaults_added=0
+
+_shtab_mlx_qwen35_train_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "(- : *)--version[show program\'s version number and exit]"
+  "--quiet[write nothing but errors to standard error]"
+  "--data[folder with train.jsonl, and valid.jsonl if there is one]:FOLDER:_files -/"
+  "--adapter[folder to write\: the adapter, and run\/ to go on with]:FOLDER:_files -/"
+  "--resume[go on with the run in --adapter\; a run that was killed ends as if it was not]"
+  "--no-report[write no report.md with losses, answers before and after, and the use of drafts]"
+  "--dry-run[print rows, tokens, steps, memory and hours, and read no weights]"
+  "--model[a local folder, a Hugging Face id such as Qwen\/Qwen3.5-4B, or \'nano\' (the small demonstration model that comes with the package)]:MODEL:_mlx_qwen35_models"
+  "--revision[branch, tag or commit of a Hugging Face id]:NAME:"
+  "--dtype[dtype of activations and unquantized weights (default\: the checkpoint\'s on a GPU, but float16 for bfloat16 on M1 and M2\; float32 on a CPU)]:{float32,float16,bfloat16}:(float32 float16 bfloat16)"
+  "--memory-limit[memory that the model may take, in GB (10\^9 bytes\; default\: by this machine)\; a model that does not fit is refused before it is downloaded or read]:GB:"
+  "--rank[rank of each low-rank part (default\: 8)]:N:"
+  "--alpha[the scale is alpha \/ rank (default\: 2 x rank)]:alpha:"
+  "--targets[maps to train, by the end of their names, as q_proj,v_proj,mlp.up_proj\; embed_tokens and lm_head too (default\: all maps of the text model\'s layers)]:NAMES:"
+  "--layers[train the last N layers alone (default\: all)]:N:"
+  "--from-adapter[begin with the low-rank parts of this adapter, and train those]:FOLDER:_files -/"
+  "--draft-head[train the draft head along, on the same rows, so that drafts still fit]"
+  "--adapter-format[files of the adapter\: PEFT\'s or mlx-lm\'s (default\: peft)]:{peft,mlx-lm}:(peft mlx-lm)"
+  "--max-length[tokens of a row\; what is longer is cut, and counted (default\: 2048)]:N:"
+  "--no-mask-prompt[all tokens are targets, not those of answers alone]"
+  "--batch-size[rows that go through the model together (default\: 1)]:N:"
+  "--accumulate[batches of a step\; all targets weigh the same (default\: 4)]:N:"
+  "--pieces[tokens whose logits are in memory at a time (default\: 256)]:N:"
+  "--steps[steps of the optimizer (default\: as many as --epochs takes)]:N:"
+  "--epochs[times that each row is seen (default\: 1)]:epochs:"
+  "--optimizer[of mlx.optimizers\; sgd has momentum 0.9 (default\: adamw)]:{adamw,adam,sgd,adafactor,muon}:(adamw adam sgd adafactor muon)"
+  "--learning-rate[of the optimizer, at its highest (default\: 1e-4)]:learning_rate:"
+  "--schedule[how the learning rate falls, to 0 behind the last step (default\: cosine)]:{constant,linear,cosine}:(constant linear cosine)"
+  "--warmup[steps in which the learning rate rises first (default\: 0)]:N:"
+  "--weight-decay[of the optimizer\; adam has none (default\: 0)]:weight_decay:"
+  "--clip[a longer gradient is scaled to this norm, over all maps\; 0\: none (default\: 1)]:clip:"
+  "--seed[of the order of rows and of the first values (default\: 0)]:N:"
+  "--validate-every[steps between validations, where the data has a valid.jsonl (default\: 50)]:N:"
+  "--validation-rows[validate on the first N rows (default\: all)]:N:"
+  "--patience[end after N validations without a lower loss (default\: after all steps)]:N:"
+  "--save-every[steps between saved states (default\: 50)]:N:"
+  "--json[print what was trained, or would be, as JSON in the place of the text, or with FILE write it there too]"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_mlx_qwen35_train_defaults_added=0
 
 
 _shtab_mlx_qwen35() {
@@ -374,6 +421,7 @@ _shtab_mlx_qwen35() {
         generate) _arguments -C -s $_shtab_mlx_qwen35_generate_options ;;
         models) _shtab_mlx_qwen35_models ;;
         serve) _arguments -C -s $_shtab_mlx_qwen35_serve_options ;;
+        train) _arguments -C -s $_shtab_mlx_qwen35_train_options ;;
       esac
   esac
 }

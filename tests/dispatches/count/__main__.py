@@ -19,6 +19,12 @@ def _peers(text: str) -> tuple[str, ...]:
     return names
 
 
+def _rank(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, got {text}")
+    return int(text)
+
+
 def _file(text: str) -> Path:
     path = Path(text)
     if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
@@ -40,6 +46,10 @@ def _parser() -> argparse.ArgumentParser:
         help="uniform (default): every matrix in 4 bits by groups of 64; mixed: attention's o_proj and DeltaNet's "
         "out_proj in 8 bits, DeltaNet's in_proj_a and in_proj_b not packed",
     )
+    parser.add_argument(
+        "--adapter", type=_rank, default=0, metavar="RANK", help="count ours with an adapter of this rank beside every "
+        "matrix of the layers",
+    )  # fmt: skip
     parser.add_argument("--mtp", action="store_true", help="count a step with 0 to 3 drafts too")
     parser.add_argument("--compare", type=_peers, default=(), help=f"some of {','.join(PEERS)}")
     parser.add_argument("--json", type=_file, metavar="FILE", help="file for everything that was counted")
@@ -51,12 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config, counts, failures = geometry(options.geometry), {}, {}
     for program in (OURS, *options.compare):
         try:
-            counts[program] = count_program(program, config, options.recipe)
+            rank = options.adapter if program == OURS else 0
+            counts[program] = count_program(program, config, options.recipe, rank=rank)
         except CountError as error:
             failures[program] = f"error: {program} could not be counted: {error}"
     if OURS in failures:
         sys.exit(failures[OURS])
     title = f"GPU launches of one decoded token, geometry {options.geometry}, {options.recipe} recipe"
+    title += f", an adapter of rank {options.adapter}" if options.adapter else ""
     print(format_dispatches(title, counts))
     drafts = count_drafts(config, options.recipe) if options.mtp else None
     if drafts:

@@ -163,16 +163,24 @@ class Dispatches:
         return sum((place.bytes for place in self.places.values()), Bytes())
 
 
-def count_program(program: str, config: Mapping[str, Any], recipe: str = "uniform", rows: int = 1) -> Dispatches:
-    """Count one token of each row of a model with this config.json. CountError where the program cannot record it."""
-    return by_kind(recorded(program, config, recipe, rows=rows), parse_config(config).text.layer_types)
+def count_program(
+    program: str, config: Mapping[str, Any], recipe: str = "uniform", rows: int = 1, rank: int = 0, adapters: int = 1
+) -> Dispatches:
+    """Count one token of each row of a model with this config.json. CountError where the program cannot record it.
+
+    rank, adapters: the rows have so many adapters of this rank in turn, of our program; 0: none.
+    """
+    nodes = recorded(program, config, recipe, rows=rows, beside=(rank, adapters) if rank else ())
+    return by_kind(nodes, parse_config(config).text.layer_types)
 
 
 def recorded(
-    program: str, config: Mapping[str, Any], recipe: str, depth: int | None = None, rows: int = 1
+    program: str, config: Mapping[str, Any], recipe: str, depth: int = -1, rows: int = 1, beside: Sequence[int] = ()
 ) -> list[dict[str, Any]]:
-    """The nodes of a token of each row; with a depth, of a step of our decoding of one row with so many drafts."""
-    steps = [str(rows)] if depth is None else [str(rows), str(depth)]
+    """The nodes of a token of each row; with a depth from 0 on, of a step of our decoding of one row with so many
+    drafts. beside: rank and number of adapters.
+    """
+    steps = map(str, (rows, depth, *beside))
     command = [sys.executable, "-m", WORKER, program, json.dumps(RECIPES[recipe]), *steps]
     done = subprocess.run(command, input=json.dumps(config), capture_output=True, text=True, cwd=ROOT)
     if done.returncode:

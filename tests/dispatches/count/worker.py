@@ -1,8 +1,9 @@
-"""The graph of one decoded token of each row: python -m tests.dispatches.count.worker PROGRAM BITS [ROWS [DRAFTS]], in
-the root of the repository.
+"""The graph of one decoded token of each row: python -m tests.dispatches.count.worker PROGRAM BITS [ROWS [DRAFTS
+[RANK ADAPTERS]]], in the root of the repository.
 
-config.json comes on stdin, nodes go to stdout. A third argument is the number of rows. With a number as fourth argument
-the graph is that of a step of our decoding of one row with so many drafts, see draft_step.py.
+config.json comes on stdin, nodes go to stdout. A third argument is the number of rows. With a fourth from 0 on the
+graph is that of a step of our decoding of one row with so many drafts, see draft_step.py. With RANK the rows of our
+program have so many adapters of that rank in turn, beside every matrix of the layers.
 
 BITS and nodes are JSON. BITS says how matrices are packed whose name ends so, those not named have 4 bits:
 {"linear_attn.out_proj": 8, "linear_attn.in_proj_a": null} is 8 bits, and not packed.
@@ -16,6 +17,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import mlx.core as mx
@@ -165,12 +167,36 @@ def _our_model(text: Any, weights: Any) -> Any:
     return model
 
 
-def build_mlx_qwen35(config: dict[str, Any], bits: Bits) -> Network:
+def build_mlx_qwen35(config: dict[str, Any], bits: Bits, rank: int = 0, adapters: int = 1) -> Network:
     """A layer of ours begins at its mixer: the norm before it is one launch with the sum of the layer before."""
     model = _our_model(*_our_weights(config, bits))
+    if rank:
+        _add_adapters(model, rank, adapters)
     lm_head = "embed_tokens" if model.config.tie_word_embeddings else "lm_head"
     beginnings = [*((layer, layer.mixer_name) for layer in model.layers), (model, lm_head)]
-    return Network(beginnings, model.make_cache, model)
+    return Network(beginnings, lambda rows=1: _of_adapters(model, rows), model)
+
+
+def _add_adapters(model: Any, rank: int, adapters: int) -> None:
+    from mlx_qwen35.checkpoint.adapter import Adapter, Pair
+    from mlx_qwen35.checkpoint.shapes import text_shapes
+
+    shapes = {n: s for n, s in text_shapes(model.config).items() if ".layers." in n and len(s) == 2}
+    pairs = {
+        name: Pair(blank((rank, width), model.dtype), blank((out, rank), model.dtype), 1.0)
+        for name, (out, width) in shapes.items()
+    }
+    for number in range(adapters):
+        model.adapters.add(f"adapter {number}", Adapter(Path(), "peft", pairs))
+    model.adapters.stack(model)
+
+
+def _of_adapters(model: Any, rows: int) -> Any:
+    """A cache of rows that have the loaded adapters in turn."""
+    cache = model.make_cache(rows)
+    if names := model.adapters.names:
+        cache.adapters = tuple(names[row % len(names)] for row in range(rows))
+    return cache
 
 
 def draft_step(config: dict[str, Any], bits: Bits, depth: int) -> dict[str, Any]:
@@ -217,10 +243,10 @@ def build_mlx_vlm(config: dict[str, Any], bits: Bits) -> Network:
 BUILDERS = {"mlx_qwen35": build_mlx_qwen35, "mlx-lm": build_mlx_lm, "mlx-vlm": build_mlx_vlm}
 
 
-def serve(name: str, bits: Bits, rows: int, depth: int | None, config: TextIO, replies: TextIO) -> None:
+def serve(name: str, bits: Bits, rows: int, depth: int, beside: list[int], config: TextIO, replies: TextIO) -> None:
     given = json.load(config)
     with markers.prepared():
-        nodes = one_token(BUILDERS[name](given, bits), rows) if depth is None else draft_step(given, bits, depth)
+        nodes = one_token(BUILDERS[name](given, bits, *beside), rows) if depth < 0 else draft_step(given, bits, depth)
     json.dump(nodes, replies)
 
 
@@ -228,8 +254,8 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not come between
     name, bits, *numbers = sys.argv[1:]
-    rows, depth = [*map(int, numbers), *[1, None][len(numbers) :]]
-    serve(name, json.loads(bits), rows, depth, sys.stdin, replies)
+    rows, depth, *beside = [*map(int, numbers), *[1, -1][len(numbers) :]]
+    serve(name, json.loads(bits), rows, depth, beside, sys.stdin, replies)
     replies.close()
 
 
