@@ -42,8 +42,10 @@ def needs(checkpoint: Checkpoint, length: int, **options: object) -> TrainingNee
     return TrainingNeeds(parts, length, own.batch_size, own.pieces, own.optimizer, own.accumulate > 1, rank=own.rank)
 
 
-def planned(checkpoint: Checkpoint, length: int, machine: Machine = mac(16), **options: object) -> TrainingPlan:
-    return plan_training(checkpoint, machine, needs(checkpoint, length, **options))
+def planned(
+    checkpoint: Checkpoint, length: int, machine: Machine | None = None, **options: object
+) -> TrainingPlan:
+    return plan_training(checkpoint, machine or mac(16), needs(checkpoint, length, **options))
 
 
 # --- what is counted -------------------------------------------------------------------------------------------------
