@@ -81,7 +81,7 @@ def read_adapter(path: str | Path, checkpoint: Checkpoint, scale: float = 1.0) -
     weights_not_finite; option_invalid and option_no_effect for the scale.
     """
     scale = number(spelled("adapter_scale"), scale, "a number from -1,000 to 1,000", -1000, 1000)
-    folder = _folder(path)
+    folder = adapter_folder(path)
     config = config_of(folder)
     if "peft_type" in config:
         parts = adapter_peft.parts_of(folder, config)
@@ -111,7 +111,8 @@ def read_adapter(path: str | Path, checkpoint: Checkpoint, scale: float = 1.0) -
     return Adapter(folder, parts.format, pairs, replaced, magnitudes, fingerprint, stored)
 
 
-def _folder(path: str | Path) -> Path:
+def adapter_folder(path: str | Path) -> Path:
+    """The folder that a path names, whether it is there or not. InputError adapter_not_found for a path of none."""
     if not isinstance(path, str | Path) or not str(path).strip() or "\0" in str(path):
         raise InputError("adapter_not_found", f"an adapter must be given as the path of its folder, got {shown(path)}")
     try:

@@ -1,5 +1,6 @@
 """Which adapters are loaded with a model, under which names, and which of them a request gets that names none."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_qwen35.checkpoint.adapter import Adapter, read_adapter
+from mlx_qwen35.checkpoint.adapter import Adapter, adapter_folder, read_adapter
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.options import spelled
@@ -61,7 +62,7 @@ def _pairs(option: str, items: list[str]) -> dict[str, str | Path]:
     found: dict[str, str | Path] = {}
     for item in items:
         name, equals, path = item.partition("=")
-        if not equals or Path(item).exists():
+        if not equals or os.path.exists(item):
             name, path = folder_name(item), item
         check_name(name)
         if not path or name in found:
@@ -72,7 +73,7 @@ def _pairs(option: str, items: list[str]) -> dict[str, str | Path]:
 
 
 def folder_name(path: str | Path) -> str:
-    return Path(path).expanduser().resolve().name
+    return os.path.basename(os.path.realpath(adapter_folder(path)))
 
 
 def check_beside(name: str, adapter: Adapter, alone: bool) -> None:
