@@ -87,8 +87,8 @@ def check_beside(name: str, adapter: Adapter, alone: bool) -> None:
     if adapter.replaced and not alone:
         raise not_beside(
             name, adapter.path,
-            f"whole tensors ({len(adapter.replaced)}), which every request would see: it can only be loaded alone, as "
-            "adapter=PATH",
+            f"whole tensors ({len(adapter.replaced)}), which every request would see: it can only be loaded alone, by "
+            f"{spelled('adapter')} with its folder",
         )  # fmt: skip
 
 
