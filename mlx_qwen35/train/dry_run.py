@@ -8,6 +8,7 @@ from typing import Any
 from mlx_qwen35.backend import backend
 from mlx_qwen35.budget.roofline import PREFILL, prefill_operations
 from mlx_qwen35.checkpoint.config import TextConfig
+from mlx_qwen35.checkpoint.shapes import is_matrix, mtp_shapes
 from mlx_qwen35.console.progress import duration
 from mlx_qwen35.console.table import align
 from mlx_qwen35.machine.chip import Chip, this_chip
@@ -26,6 +27,13 @@ def operations(config: TextConfig, rows: RowFile, passes: int = PASSES) -> float
     return passes * own.rows * prefill_operations(config, max(1, own.tokens // own.rows)) + head
 
 
+def draft_operations(config: TextConfig, rows: RowFile) -> float:
+    """Operations of the draft head over all rows of a file once, trained along; its attention is left out."""
+    own, shapes = rows.report, mtp_shapes(config).items()
+    weights = sum(math.prod(shape) for name, shape in shapes if is_matrix(name, shape))
+    return 2 * PASSES * weights * own.tokens + 4 * own.targets * config.vocab_size * config.hidden_size
+
+
 def seconds(found: Prepared, chip: Chip | None) -> float | None:
     """Of all steps and validations, computed: their operations over `PREFILL` of the chip's peak, which published runs
     of prefill reach; None where the peak is not known.
@@ -33,7 +41,8 @@ def seconds(found: Prepared, chip: Chip | None) -> float | None:
     if chip is None or not chip.knows_flops:
         return None
     config = found.checkpoint.config.text
-    total = operations(config, found.rows) * found.steps / len(found.order)
+    total = operations(config, found.rows) + found.options.draft_head * draft_operations(config, found.rows)
+    total *= found.steps / len(found.order)
     if found.valid is not None:
         share = min(1.0, (found.options.validation_rows or math.inf) / len(found.valid))
         times = 1 + math.ceil(found.steps / found.options.validate_every)

@@ -87,7 +87,7 @@ def batch_loss(
         assert found.hidden is not None
         dx = mx.zeros_like(hidden).reshape(-1, hidden.shape[-1])
         dx[batch.rows] = found.hidden
-        back.dx = dx.reshape(hidden.shape)
+        back.dx, back.scale = dx.reshape(hidden.shape), found.scale
         back.through(lambda x, pairs: model.norm(x), x, [])
         del found, dx, x
         for i in range(depth - 1, lowest - 1, -1):
@@ -152,7 +152,8 @@ class Backward:
             largest = float(mx.abs(self.dx).max())
             if 0 < largest < math.inf:
                 factor = 2.0 ** round(math.log2(LARGEST / largest))
-                self.dx, self.scale = self.dx * factor, self.scale * factor
+                self.dx = (self.dx.astype(mx.float32) * factor).astype(mx.float16)  # the factor may be no float16
+                self.scale *= factor
 
 
 def arrays_of(parameters: Parameters, names: Sequence[str]) -> list[mx.array]:

@@ -71,7 +71,7 @@ class Prepared:
 
     @property
     def notes(self) -> list[str]:
-        """What of the data is not learnt, in sentences."""
+        """What of the data is not learnt, and what of an adapter is left out, in sentences."""
         notes, most = [], f"{spelled('max_length')} {self.options.max_length:,}"
         for split, file in self.files.items():
             own = file.report
@@ -81,6 +81,11 @@ class Prepared:
                 notes.append(f"{split}.jsonl: {own.skipped:,} rows are left out, since {most} leaves them no target")
             if own.unread:
                 notes.append(f"{split}.jsonl: nothing reads the columns {', '.join(own.unread)}")
+        if self.begin and any(name.startswith(MTP) for name in self.begin.pairs.keys() - self.parts.keys()):
+            notes.append(
+                f"the draft head's parts of {self.begin.path} are left out; {spelled('draft_head', True)} trains them "
+                "further"
+            )
         return notes
 
     def write(self, out: Path, parameters: Mapping[str, Pair]) -> None:
@@ -94,7 +99,7 @@ class Prepared:
             "options": options,
             "data": {f"{split}.jsonl": file.fingerprint for split, file in self.files.items()},
             "model": {"weights": fingerprint(self.checkpoint), "dtype": dtype_name(self.dtype)},
-            "adapter": self.begin and self.begin.fingerprint,
+            "the adapter that it began with": self.begin and self.begin.fingerprint,
             "versions": versions(),
         }
         return json.loads(json.dumps(found))
