@@ -217,7 +217,8 @@ def train(
             reads("asking the model before it is trained", 0, 0, "")
         asked = before(loaded, found.processor, found.valid or found.rows) if report else None
         training.run()
-        run = run_of(training, found.model, str(found.data), None, mx.get_peak_memory())
+        quantized = bool(found.checkpoint.config.quantization)
+        run = run_of(training, found.model, str(found.data), None, mx.get_peak_memory(), quantized)
         if asked:
             after(asked, run, loaded, found.processor, training.state.chosen, folder.out)
     return Trained.of(training, run)
