@@ -37,6 +37,7 @@ def parser() -> Parser:
         description="Train low-rank parts beside a model's weights (LoRA; QLoRA where the model is quantized) on the "
         "rows of FOLDER/train.jsonl: messages with tools and images, prompt and completion, or text. Write an adapter "
         "in PEFT's format.",
+        quiet=("-q", "--quiet"),
         examples=(
             "--model Qwen/Qwen3.5-4B --data lessons --adapter lessons-adapter --dry-run",
             "--model Qwen/Qwen3.5-4B --data lessons --adapter lessons-adapter",

@@ -72,7 +72,7 @@ class Outlook:
             *align(rows), "",
             f"trained: low-rank parts of {len(found.parts):,} maps, {numbers:,} numbers in float32",
             f"steps: {found.steps:,}, of {found.options.batch_size * found.options.accumulate:,} rows each "
-            f"({len(found.order):,} steps see every row once)",
+            f"({len(found.order):,} in an epoch, which sees every row once)",
             self._memory(),
             self._time(),
         ]  # fmt: skip

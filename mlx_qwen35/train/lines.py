@@ -82,6 +82,8 @@ class LineFile:
             )  # fmt: skip
         except RecursionError as error:
             raise self._refused(number, "objects and lists are nested too deep") from error
+        except json.JSONDecodeError as error:
+            raise self._refused(number, f"{_RULE}: {error.msg}, at character {error.pos + 1}") from error
         except ValueError as error:
             raise self._refused(number, f"{_RULE}: {error}") from error
         if not isinstance(values, dict):

@@ -25,7 +25,7 @@ from mlx_qwen35.model.model import Model
 from mlx_qwen35.options import Option, options_of
 from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.train import plot
-from mlx_qwen35.train.record import Run, loss_text
+from mlx_qwen35.train.record import Run, loss_text, many
 from mlx_qwen35.train.rows import Row, RowFile
 from mlx_qwen35.train.samples import MOST_TOKENS, Answers, Question, answers, questions
 
@@ -222,7 +222,8 @@ def _cost(run: Run) -> str:
     if not run.steps:
         return ""
     seconds, tokens = (sum(getattr(step, name) for step in run.steps) for name in ("seconds", "tokens"))
-    told = [f"{len(run.steps):,} steps in {duration(seconds)}: {tokens / max(seconds, 1e-9):,.0f} tokens a second."]
+    rate = tokens / max(seconds, 1e-9)
+    told = [f"{many(len(run.steps), 'step')} in {duration(seconds)}: {rate:,.0f} tokens a second."]
     if run.peak is not None:
         planned = f"; the plan was {size(run.planned)}" if run.planned else ""
         told.append(f"Memory at its highest: {size(run.peak)}{planned}.")
@@ -231,15 +232,19 @@ def _cost(run: Run) -> str:
 
 def _use(run: Run, name: str) -> str:
     model = last(run.model)
+    fuse = f"\nmlx_qwen35.convert --hf-path {model} --adapter {name} --mlx-path {name}-fused"
+    source, own = model, "In transformers"
+    if run.quantized:  # the adapter fits these weights, and the original has them unrounded
+        fuse, source, own = "", "ORIGINAL", "In transformers, beside the unquantized original, where it is a little off"
     peft = f"""
 
-In transformers, of the unquantized original:
+{own}:
 
 ```python
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
-model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained("{model}"), "{name}")
+model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained("{source}"), "{name}")
 ```"""
     mlx_lm = f"""
 
@@ -248,7 +253,6 @@ In mlx-lm, of the text model: `mlx_lm.generate --model {model} --adapter-path {n
 
 ```sh
 mlx_qwen35.generate --model {model} --adapter {name} --prompt "..."
-mlx_qwen35.serve --model {model} --adapter {name}
-mlx_qwen35.convert --hf-path {model} --adapter {name} --mlx-path {name}-fused
+mlx_qwen35.serve --model {model} --adapter {name}{fuse}
 ```"""
     return commands + (mlx_lm if getattr(run.options, "adapter_format", "") == "mlx-lm" else peft)

@@ -62,8 +62,10 @@ def counted(rows: RowFile) -> Counts:
     return Counts(own.rows, own.tokens, own.targets, own.cut, own.images, own.skipped)
 
 
-def run_of(training: Training, model: str, data: str, planned: int | None, peak: int) -> Run:
-    """The record of a run, from its log. planned, peak: bytes of memory."""
+def run_of(
+    training: Training, model: str, data: str, planned: int | None, peak: int, quantized: bool = False
+) -> Run:
+    """The record of a run, from its log. planned, peak: bytes of memory. quantized: whether the model is."""
     lines, seconds = training.log(), training.seconds()
     files = {"train": training.rows} | ({"valid": training.valid} if training.valid else {})
     best = training.state.best
@@ -75,5 +77,5 @@ def run_of(training: Training, model: str, data: str, planned: int | None, peak:
         [Step(line["step"], line["loss"], line["learning_rate"], line["targets"], line["tokens"],
               seconds.get(line["step"], 0.0)) for line in lines if line["step"]],
         [Validation(line["step"], line["validation"]) for line in lines if "validation" in line],
-        best and best.step, ended, peak, planned,
+        best and best.step, ended, peak, planned, quantized,
     )  # fmt: skip

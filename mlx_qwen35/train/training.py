@@ -241,7 +241,8 @@ def train(
             reads("asking the model before it is trained", 0, 0, "")
         asked = before(loaded, found.processor, found.valid or found.rows) if report else None
         training.run()
-        run = run_of(training, found.model, str(found.data), found.plan.peak, mx.get_peak_memory())
+        quantized, measured = bool(found.checkpoint.config.quantization), mx.get_peak_memory()
+        run = run_of(training, found.model, str(found.data), found.plan.peak, measured, quantized)
         if asked:
             after(asked, run, loaded, found.processor, training.state.chosen, folder.out)
     return Trained.of(training, run)

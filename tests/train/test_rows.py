@@ -99,6 +99,11 @@ def test_a_line_that_is_no_object_is_refused_by_its_number(tmp_path: Path, nano:
         train(write(tmp_path, ROW, "", BROKEN[name]), nano)
 
 
+def test_a_place_in_a_broken_line_is_a_character_of_that_line(tmp_path: Path, nano: Processor):
+    with refused("data_invalid", "line 2", "at character 10"):
+        train(write(tmp_path, ROW, '{"text": x}'), nano)
+
+
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path, nano: Processor):
     write(tmp_path, ROW)
     (tmp_path / "train.jsonl").write_bytes(b'{"text": "\xff"}\n')
