@@ -26,9 +26,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """One step of one program. seconds, cpu_seconds: of a step. loss: before it, the same for all programs in their first step.
+    """One step of one program.
 
-    weight_bytes: what MLX held before, mostly weights.
+    cpu_seconds: of all threads. loss: before the step; of the first one the same for all programs. weight_bytes: what
+    MLX held before, mostly weights.
     """
 
     program: str
