@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,10 @@ class RunFolder:
     def __init__(self, folder: Path):
         self.folder = folder
 
+    @cached_property
+    def _seconds(self) -> Lines:
+        return Lines(self.folder / SECONDS)
+
     def held(self) -> AbstractContextManager[None]:
         return held(self.folder, self.folder, "evaluates into")
 
@@ -152,7 +157,7 @@ class RunFolder:
             write_whole(path, json.dumps(own, indent=2, ensure_ascii=False) + "\n")
 
     def log(self, task: str) -> ItemLog:
-        return ItemLog(self.folder, task, Lines(self.folder / SECONDS))
+        return ItemLog(self.folder, task, self._seconds)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         write_whole(self.folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
