@@ -1,0 +1,127 @@
+"""A model that is evaluated: its checkpoint, how it is loaded and asked, and the folder of its answers."""
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_qwen35.checkpoint.adapter_choice import choose
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mlx_qwen35.checkpoint.dtypes import dtype_name
+from mlx_qwen35.checkpoint.fingerprint import fingerprint, vision_fingerprint
+from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.engine.prepared import Prepared, prepare
+from mlx_qwen35.engine.presets import Sampling
+from mlx_qwen35.evaluate.asking import Asker, merged
+from mlx_qwen35.evaluate.items import Line, RunFolder
+from mlx_qwen35.evaluate.run import Judge, ask, chosen, keyed
+from mlx_qwen35.evaluate.summary import Outcome, outcome
+from mlx_qwen35.evaluate.task import Asked, Task
+from mlx_qwen35.load import LoadOptions, choose_dtype, has_vision, load
+from mlx_qwen35.machine.versions import versions
+from mlx_qwen35.options import options_of
+from mlx_qwen35.prompt.processor import Processor
+
+Watch = Callable[[str, int, int, str], object]  # what is done, how much of it, of how much, in which unit
+
+
+def unwatched(what: str, done: int, total: int, unit: str) -> None:
+    """Show nothing."""
+
+
+class Subject:
+    """A model, whose weights are read when the first question is asked.
+
+    load: how it is loaded. given: options of `generate` that the user gave. rows: most questions at a time. seed: of
+    the run. found: its folder, where that is known; a Hugging Face id is downloaded otherwise.
+    """
+
+    def __init__(
+        self,
+        load: LoadOptions,
+        given: Mapping[str, Any],
+        rows: int,
+        seed: int,
+        out: Path,
+        watch: Watch = unwatched,
+        found: Path | None = None,
+    ):
+        assert load.model is not None
+        self.load, self.given, self.rows, self.seed, self.watch = load, dict(given), rows, seed, watch
+        self.name = str(load.model)
+        self.folder = RunFolder(out)
+        place = found or resolve(load.model, load.revision)
+        self.checkpoint: Checkpoint = open_checkpoint(place, rope_scaling=load.rope_scaling)
+        self.adapters = choose(load.adapter, load.adapter_scale, self.checkpoint)
+        self.kv = load.kv_format(self.checkpoint.config.text.head_dim)
+        self.dtype: mx.Dtype = choose_dtype(self.checkpoint, load.dtype)
+
+    @cached_property
+    def asker(self) -> Asker:
+        """The loaded model, ready to be asked."""
+        held = ("dtype", "memory_limit", "kv_bits", "kv_rotate", "adapter", "adapter_scale", "rope_scaling")
+        options = {name: getattr(self.load, name) for name in held}
+        model, processor = load(self.checkpoint.folder, progress=self._reads, **options)
+        return Asker(model, processor, self.given, self.rows)
+
+    def _reads(self, done: int, total: int) -> None:
+        self.watch(f"loading {self.name}", done, total, "B")
+
+    def let_go(self) -> None:
+        """Free the model's memory."""
+        self.__dict__.pop("asker", None)
+        mx.clear_cache()
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to go on, as JSON has it."""
+        own, seen = self.checkpoint, has_vision(self.checkpoint)
+        return {
+            "model": {"weights": fingerprint(own), "vision": vision_fingerprint(own) if seen else None,
+                      "dtype": dtype_name(self.dtype), "kv_bits": self.kv.name},
+            "adapters": {name: adapter.fingerprint for name, adapter in self.adapters.adapters.items()},
+            "settings": {**self.given, "seed": self.seed, "adapter_scale": self.load.adapter_scale,
+                         "rope_scaling": self.load.rope_scaling},
+            "versions": versions(),
+        }  # fmt: skip
+
+    def ask(self, task: str, questions: Mapping[str, Callable[[], Asked]], judge: Judge) -> list[Line]:
+        """The lines of a task's questions, of which those are asked that the folder does not have; see `run.ask`."""
+        return ask(
+            lambda: self.asker, self.folder.log(task), questions, judge, self.seed,
+            lambda done, total: self.watch(f"{task}: asking {self.name}", done, total, "questions"),
+        )  # fmt: skip
+
+    def run(self, task: Task, items: int | None = None) -> tuple[list[Line], Outcome]:
+        """Ask a task's questions. items: how many; None: all."""
+        some = {item.key: item for item in chosen(keyed(task), items)}
+        asked = {key: lambda item=item: task.ask(item) for key, item in some.items()}
+        lines = self.ask(task.name, asked, lambda key, answer: float(task.judge(some[key], answer)))
+        settings = self.settings(task.ask(next(iter(some.values()))))
+        return lines, outcome(lines, self.folder.log(task.name).seconds, task.version, settings, task.published)
+
+    def settings(self, asked: Asked) -> dict[str, Any]:
+        """What a question is answered with, every default filled in."""
+        if asked.choices:
+            return {"likelihood": True, "enable_thinking": False, "seed": self.seed}
+        own = self.prepared(asked)
+        plan = own.plans[0]
+        told = [name for name, declared in options_of(Sampling).items() if not declared.python_only]
+        sampling = {name: getattr(plan.sampling, name) for name in told}
+        kept = {name: value for name, value in own.options.items() if name in KEPT}
+        return {"enable_thinking": own.prompt.thinking, "max_tokens": plan.limit, **sampling, **kept, "seed": self.seed}
+
+    def prepared(self, asked: Asked) -> Prepared:
+        """A question as the engine gets it; no weights are read. InputError where it cannot be asked."""
+        prompt: Any = asked.prompt
+        options: Any = merged(asked.options, self.given)
+        return prepare(self.checkpoint.config.text, self.processor, prompt, 1, None, **options)
+
+    @cached_property
+    def processor(self) -> Processor:
+        """Between messages and tokens; it is there before the weights are."""
+        return Processor.from_folder(self.checkpoint.folder, self.checkpoint.config, has_vision(self.checkpoint))
+
+
+KEPT = ("preset", "thinking_budget", "reasoning_effort", "loop_guard", "stop", "system_prompt")  # told as they are
