@@ -307,6 +307,7 @@ complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l model -xka "__mlx_qw
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l revision -x -d 'branch, tag or commit of a Hugging Face id'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l dtype -xka "float32 float16 bfloat16" -d 'dtype of activations and unquantized weights (default: the checkpoint'"'"'s on a GPU, but float16 for bfloat16 on M1 and M2; float32 on a CPU)'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l memory-limit -x -d 'memory that the model may take, in GB (10^9 bytes; default: by this machine); a model that does not fit is refused before it is downloaded or read'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l keep-vision -d 'keep the vision encoder in memory after the first image; otherwise each prompt releases it'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l kv-bits -xka "8 8/4 4" -d 'store keys and values in 8 bit, keys in 8 and values in 4 (8/4), or both in 4 (for reading, not for long thinking); default: in the dtype'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l kv-rotate -d 'rotate keys and values by a Hadamard transform before they are quantized, with --kv-bits 8/4 or 4'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l adapter -xka "(__fish_complete_directories)" -d 'an adapter (LoRA) that is loaded beside the weights: a folder of PEFT, mlx-lm or mlx-vlm'

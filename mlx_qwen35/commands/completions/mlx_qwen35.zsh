@@ -216,6 +216,7 @@ _shtab_mlx_qwen35_eval_options=(
   "--revision[branch, tag or commit of a Hugging Face id]:NAME:"
   "--dtype[dtype of activations and unquantized weights (default\: the checkpoint\'s on a GPU, but float16 for bfloat16 on M1 and M2\; float32 on a CPU)]:{float32,float16,bfloat16}:(float32 float16 bfloat16)"
   "--memory-limit[memory that the model may take, in GB (10\^9 bytes\; default\: by this machine)\; a model that does not fit is refused before it is downloaded or read]:GB:"
+  "--keep-vision[keep the vision encoder in memory after the first image\; otherwise each prompt releases it]"
   "--kv-bits[store keys and values in 8 bit, keys in 8 and values in 4 (8\/4), or both in 4 (for reading, not for long thinking)\; default\: in the dtype]:{8,8/4,4}:(8 8/4 4)"
   "--kv-rotate[rotate keys and values by a Hadamard transform before they are quantized, with --kv-bits 8\/4 or 4]"
   "--adapter[an adapter (LoRA) that is loaded beside the weights\: a folder of PEFT, mlx-lm or mlx-vlm]:PATH:_files -/"
