@@ -1,6 +1,8 @@
 """What a run has saved: whole lines, in the questions' order, of this run alone."""
 
+import errno
 import json
+import os
 
 import pytest
 from refusing import refused
@@ -121,3 +123,20 @@ def test_one_process_at_a_time_has_a_folder(folder):
 
 def test_differences_are_told_by_their_place():
     assert list(differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}})) == ["a.c was 2 and is 3"]
+
+
+def test_a_full_disk_is_told_and_what_was_answered_stays(folder, monkeypatch):
+    begin(folder)
+
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = (folder.folder / "run.json").read_text()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with refused("disk_full", "seconds.jsonl"):
+            folder.log("sums").append({"key": "2"})
+        with refused("disk_full", "run.json"):
+            folder.claim(RUN, {"words": "1"})
+    assert list(RunFolder(folder.folder).log("sums").lines) == ["1"]
+    assert (folder.folder / "run.json").read_text() == before and not [*folder.folder.glob(".run*")]
