@@ -28,6 +28,7 @@ from mlx_qwen35.prompt.processor import Processor
 
 Watch = Callable[[str, int, int, str], object]  # what is done, how much of it, of how much, in which unit
 KEPT = ("preset", "thinking_budget", "reasoning_effort", "loop_guard", "stop", "system_prompt")  # told as they are
+FREE = ("mtp", "mtp_depth")  # what may change when a run goes on: drafts change no answer
 SAMPLE = 32  # questions, evenly spread, that settings are told of
 
 
@@ -88,11 +89,12 @@ class Subject:
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on, as JSON has it."""
         own, seen = self.checkpoint, has_vision(self.checkpoint)
+        settings = {name: value for name, value in self.given.items() if name not in FREE}
         return {
             "model": {"weights": fingerprint(own)[:16], "vision": vision_fingerprint(own)[:16] if seen else None,
                       "dtype": dtype_name(self.dtype), "kv_bits": self.kv.name},
             "adapters": {name: adapter.fingerprint for name, adapter in self.adapters.adapters.items()},
-            "settings": {**self.given, "seed": self.seed, "adapter_scale": self.load.adapter_scale,
+            "settings": {**settings, "seed": self.seed, "adapter_scale": self.load.adapter_scale,
                          "rope_scaling": self.load.rope_scaling},
             "versions": versions(),
         }  # fmt: skip
