@@ -6,11 +6,10 @@ A log is written ahead of the state that it belongs to; what goes beyond the sta
 """
 
 import errno
-import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -21,6 +20,7 @@ from mlx_qwen35.cache.session_file import SessionFile, Stored
 from mlx_qwen35.checkpoint.adapter import Pair
 from mlx_qwen35.checkpoint.folder import written
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.machine.disk import held
 from mlx_qwen35.options import spelled
 from mlx_qwen35.train.optimizer import Moments
 
@@ -99,23 +99,9 @@ class RunFolder:
             )
         return False
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> AbstractContextManager[None]:
         """The block alone trains into this folder, which is made. The lock ends with the process, however that ends."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError as error:
-            raise InputError("output_unwritable", f"{self.folder} must be writable: {error}") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-        except BlockingIOError as error:
-            raise InputError(
-                "target_busy", f"one process at a time trains into a folder; another one has {self.out}. Wait for it"
-            ) from error
-        finally:
-            os.close(lock)
+        return held(self.folder, self.out, "trains into")
 
     def save(self, state: RunState, identity: Mapping[str, Any]) -> None:
         """Write a state, and remove those before the last few. InputError: disk_full, output_unwritable."""

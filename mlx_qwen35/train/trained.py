@@ -1,10 +1,10 @@
 """What a run has come to, as values."""
 
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mlx_qwen35.machine.versions import versions
 from mlx_qwen35.train.loop import Training
 from mlx_qwen35.train.record import Counts, Run, Step, Validation
 from mlx_qwen35.train.rows import RowFile
@@ -49,11 +49,6 @@ class Trained:
             "planned_memory": run.planned, "options": asdict(run.options),
             "versions": versions(),
         }  # fmt: skip
-
-
-def versions() -> dict[str, str]:
-    """Of what a run's digits depend on."""
-    return {name: version(name) for name in ("mlx-qwen35", "mlx")}
 
 
 def counted(rows: RowFile) -> Counts:

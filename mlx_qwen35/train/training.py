@@ -22,6 +22,7 @@ from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import LoadOptions, choose_dtype, has_vision, load_model
 from mlx_qwen35.machine.memory import limit_of
 from mlx_qwen35.machine.process import check_folder, refuse_fork
+from mlx_qwen35.machine.versions import versions
 from mlx_qwen35.options import listed, spelled
 from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.train.images import Embeddings
@@ -32,7 +33,7 @@ from mlx_qwen35.train.parameters import LAYERS, Parts, first_values, trained_par
 from mlx_qwen35.train.report import after, before
 from mlx_qwen35.train.rows import RowFile, open_rows
 from mlx_qwen35.train.state import RunFolder, RunState
-from mlx_qwen35.train.trained import Trained, run_of, versions
+from mlx_qwen35.train.trained import Trained, run_of
 
 FREE = ("save_every",)  # options that may change when a run goes on
 Reads = Callable[[str, int, int, str], None]  # what is read, how much of it, of how much, in which unit

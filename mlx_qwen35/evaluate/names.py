@@ -1,0 +1,57 @@
+"""The names of --tasks, and what they stand for."""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_qwen35.checkpoint.hub import NANO
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.evaluate.kl import KL
+from mlx_qwen35.evaluate.local import SUFFIXES, bundled, read_task
+from mlx_qwen35.evaluate.task import Task
+
+# The list `quick`: questions of each, which together take an M1 a night, and tell scores to 3 to 5 points.
+QUICK = {"mmlu_pro": 140, "ifeval": 100, "mmmu_val": 60}
+HARNESS = "lm_eval"
+OURS = f"there are {KL}, {NANO} and tasks of your own, FILE.yaml"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A task that was asked for. task: None for kl. items: how many questions; None: all."""
+
+    name: str
+    task: Task | None
+    items: int | None = None
+
+
+def find(words: Sequence[str], items: int | None) -> list[Wanted]:
+    """The tasks of --tasks, each once. InputError: task_unknown, task_invalid, package_missing."""
+    found: dict[str, Wanted] = {}
+    for word in words:
+        for name, count in QUICK.items() if word == "quick" else [(word, items)]:
+            own = _find(name, count if items is None else min(items, count or items))
+            if own.name in found:
+                raise InputError("task_invalid", f"two tasks must not have one name; {own.name} is there twice")
+            found[own.name] = own
+    return [*found.values()]
+
+
+def _find(name: str, items: int | None) -> Wanted:
+    if name == KL:
+        return Wanted(KL, None, items)
+    if name == NANO:
+        return Wanted(NANO, bundled(), items)
+    if name.endswith(SUFFIXES):
+        task = read_task(Path(name))
+        if task.name == KL:
+            raise InputError("task_invalid", f"{name}: task must not be {KL}, which is a measurement of its own")
+        return Wanted(task.name, task, items)
+    if importlib.util.find_spec(HARNESS) is None:
+        raise InputError(
+            "package_missing",
+            f"the task {name} needs lm-eval, whose tasks are not installed: pip install 'mlx-qwen35[eval]'. Without it "
+            f"{OURS}",
+        )
+    raise InputError("task_unknown", f"there is no task {name}; {OURS}")
