@@ -60,17 +60,19 @@ class HarnessTask:
 
     def ask(self, item: Item) -> Asked:
         """The first thing that the model is asked about a document."""
-        from mlx_qwen35.evaluate.harness_model import Chat, asked, quiet
+        from mlx_qwen35.evaluate.harness_model import Chat, asked
 
         name, number = item.data
         task = self._tasks[name]
+        document, chat = task.eval_docs[number], {"apply_chat_template": True, "chat_template": Chat.of}
         task.set_fewshot_seed(OTHER_SEED)
-        with quiet():
-            task.build_all_requests(
-                samples=[number], apply_chat_template=True, fewshot_as_multiturn=True, chat_template=Chat.of
-            )
-        first = task.instances[0]
-        return asked([own for own in task.instances if own.args[0] == first.args[0]])
+        prompt = task.fewshot_context(
+            document, num_fewshot=task.config.num_fewshot or 0, fewshot_as_multiturn=True,
+            gen_prefix=task.doc_to_prefix(document), **chat,
+        )  # fmt: skip
+        made = task.construct_requests(doc=document, ctx=prompt, metadata=(name, number, 1), **chat)
+        requests = made if isinstance(made, list) else [made]
+        return asked([own for own in requests if own.args[0] == requests[0].args[0]])
 
     def judge(self, item: Item, answer: str) -> float:
         raise AssertionError("lm-eval judges all answers together: see run")
@@ -90,7 +92,7 @@ class HarnessTask:
         with quiet():
             found: Any = evaluate(
                 lm, {"tasks": tasks, "groups": {}}, samples={name: numbers[name] for name in tasks}, bootstrap_iters=0,
-                apply_chat_template=bool(subject.processor.tokenizer.chat_template), fewshot_as_multiturn=True,
+                apply_chat_template=True, fewshot_as_multiturn=True,
             )  # fmt: skip
         scores = {name: self._scores(name, found["samples"][name]) for name in tasks}
         log = subject.folder.log(self.name)
@@ -98,7 +100,7 @@ class HarnessTask:
         told = {line["key"]: line for line in log.arrange([*judged], judged)}
         lines = [_merged([told[key] for key in keys]) for keys in lm.keys.values()]
         own = outcome(
-            lines, log.seconds, self.version, subject.settings(lm.sample),
+            lines, log.seconds, self.version, subject.settings(self, items),
             self.published if is_published(subject.checkpoint.config.text) else None,
         )  # fmt: skip
         return self._told(lines, own, found)

@@ -17,8 +17,7 @@ from lm_eval.api.model import LM
 
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.evaluate.items import Line
-from mlx_qwen35.evaluate.run import chosen
-from mlx_qwen35.evaluate.subject import SAMPLE, Subject
+from mlx_qwen35.evaluate.subject import Subject
 from mlx_qwen35.evaluate.task import Asked
 
 IMAGE = "<image>"  # where lm-eval's prompts have an image
@@ -48,7 +47,6 @@ class Harness(LM):
         self._subject, self._task, self._numbers, self._many = subject, task, numbers, many
         self._end = subject.processor.tokenizer.special_tokens.get("eos_token", END)
         self.keys: dict[tuple[str, int], list[str]] = {}  # (task, document) -> its questions
-        self.sample: list[Asked] = []  # of what was asked
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text behind the reasoning, up to one of the strings `until`, which reasoning is not searched for."""
@@ -84,7 +82,6 @@ class Harness(LM):
                 key += "+"
             questions[key] = lambda own=own: asked(own, self._end)  # type: ignore[misc]
             self.keys.setdefault((task, number), []).append(key)
-        self.sample += [questions[key]() for key in chosen([*questions], SAMPLE)]
         with redirect_stderr(stderr):
             return self._subject.ask(self._task, questions, lambda key, answer: None)
 
