@@ -20,6 +20,7 @@ def scores(
     options: of `generate`; those of the prompt count. Behind raw text a text is split into tokens together with it.
     """
     given = {name: value for name, value in options.items() if name in options_of(PromptOptions)}
+    given.pop("enable_thinking", None)
     if isinstance(prompt, str) and given == {"ignore_chat_template": True}:
         pairs = [split(processor, prompt, text) for text in texts]
     else:

@@ -7,6 +7,7 @@ were made for models that do not think. The published ones take their place, unl
 import difflib
 import hashlib
 import importlib.util
+import json
 import logging
 import math
 import random
@@ -31,6 +32,7 @@ from mlx_qwen35.evaluate.task import Asked, Item, Published
 PACKAGE, INSTALL = "lm_eval", "pip install 'mlx-qwen35[eval]'"
 OF_FILE = re.compile(r"^(dataset_path|output_type|include|group|custom_dataset|class)\s*:", re.MULTILINE)
 SEED, OTHER_SEED = 0, 1234  # with which lm-eval's command chooses examples and orders choices
+LOCAL = ("json", "csv", "text", "parquet")  # the `datasets` library's names of files of these kinds
 WHOLE = "bits_per_byte"  # what is told of whole texts
 
 
@@ -200,8 +202,9 @@ def _of_file(file: Path) -> HarnessTask:
     except (OSError, ValueError, ImportError, AttributeError, yaml.YAMLError) as error:
         raise InputError("task_invalid", f"{file} must be a task of lm-eval: {error}") from error
     data = _beside(file.parent, spec)
-    digest = hashlib.sha256(file.read_bytes())
-    for path in data:
+    written = json.dumps(load_yaml(file, resolve_func=False), sort_keys=True, default=str)  # with what it includes
+    digest = hashlib.sha256(written.replace(str(file.parent.resolve()), "").encode())
+    for path in [*data, *(sorted(file.parent.glob("*.py")) if "!function" in file.read_text() else ())]:
         digest.update(path.read_bytes())
     name = str(spec.get("task" if isinstance(spec.get("task"), str) else "group", file.stem))
     tasks = _loaded(name, TaskManager(include_defaults=False), spec if data else str(file))
@@ -212,13 +215,17 @@ def _beside(folder: Path, spec: Mapping[str, Any]) -> list[Path]:
     """The local files of a task's data, whose paths become whole ones."""
     own, found = spec.get("dataset_kwargs"), list[Path]()
 
-    def whole(value: Any) -> Any:
+    def whole(value: Any) -> Any:  # addresses and patterns stay as they are
         if isinstance(value, Mapping):
             return {name: whole(inner) for name, inner in value.items()}
         if isinstance(value, list):
             return [whole(inner) for inner in value]
-        if not isinstance(value, str) or not (folder / value).is_file():
+        if not isinstance(value, str) or "://" in value or set(value) & set("*?["):
             return value
+        if not (folder / value).is_file():
+            if spec.get("dataset_path") not in LOCAL:
+                return value
+            raise InputError("task_invalid", f"data_files must be files beside the task's; there is no {folder / value}")
         found.append(folder / value)
         return str((folder / value).resolve())
 
@@ -230,7 +237,7 @@ def _beside(folder: Path, spec: Mapping[str, Any]) -> list[Path]:
 def _loaded(name: str, manager: Any, spec: Any) -> dict[str, Any]:
     """Tasks of lm-eval by name, with their data. The order of choices is drawn here, as by lm-eval's own command."""
     if isinstance(spec, str) and not Path(spec).suffix and spec not in manager.task_index:
-        near = difflib.get_close_matches(name, [*NAMED, *manager.all_tasks], 3)
+        near = difflib.get_close_matches(name, {*NAMED, *manager.all_tasks}, 3)
         raise InputError(
             "task_unknown",
             f"there is no task {name}, here or in lm-eval {version(PACKAGE)}"
