@@ -96,11 +96,14 @@ class Conversion:
 
     def _reads_twice(self, headers: Path) -> bool:
         """Whether weights are compared, or looked at, before they are converted."""
-        return repeats_embedding(headers) or any(map(takes_float16, self._foreseen(headers).jobs))
+        jobs = self._foreseen(headers).jobs
+        return repeats_embedding(headers) or any(takes_float16(job) or job.source.is_table_of_adapter for job in jobs)
 
     def _foreseen(self, headers: Path) -> ConversionPlan:
+        """The plan by the headers, to which a table that an adapter repeats looks like another; without a scale."""
+        unscaled = replace(self.adapter, adapter_scale=1.0)
         with warnings.catch_warnings(action="ignore"):  # they come with the plan that is carried out
-            return make_plan(headers, with_default(headers, self.options), self.adapter)
+            return make_plan(headers, with_default(headers, self.options), unscaled)
 
     # --- the steps ---------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from mlx_qwen35.checkpoint.draft_head import settled
 from mlx_qwen35.checkpoint.dtypes import DTYPES, STORED
 from mlx_qwen35.checkpoint.folder import safetensors_files
 from mlx_qwen35.checkpoint.fusing import with_own_head
-from mlx_qwen35.checkpoint.names import MTP, is_zero_centred
+from mlx_qwen35.checkpoint.names import HEAD, MTP, TABLE, is_zero_centred
 from mlx_qwen35.checkpoint.rope_fields import rescaled
 from mlx_qwen35.checkpoint.shapes import is_matrix
 from mlx_qwen35.checkpoint.tensors import Entry, read_bytes
@@ -61,6 +61,11 @@ class Tensor:
     def is_fused(self) -> bool:
         """Whether a low-rank part is added to what is stored."""
         return self.adapter is not None and self.name in self.adapter.pairs
+
+    @property
+    def is_table_of_adapter(self) -> bool:
+        """Whether it is a table of tokens that the adapter's folder holds: the source's again, or in its place."""
+        return self.adapter is not None and self.name in self.adapter.stored and self.name in (TABLE, HEAD)
 
     @property
     def stored(self) -> "Tensor":

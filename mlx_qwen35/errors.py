@@ -86,7 +86,7 @@ CODES = {
     "embeddings_mismatch": "there are more or fewer embeddings than placeholders",
     # sessions
     "session_invalid": "a file is no session, or a damaged one",
-    "session_foreign": "a session was made with another model or other settings",
+    "session_foreign": "a session was made with another model, another adapter or other settings",
     "session_busy": "another process uses the session",
     "session_closed": "a session was given up, and can be saved no more",
     "turn_running": "a session cannot be saved while a turn runs",

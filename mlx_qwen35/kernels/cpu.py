@@ -7,7 +7,7 @@ results first, and that costs several times the arithmetic.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
@@ -46,13 +46,18 @@ def _many(x: mx.array) -> bool:
 
 
 def _by_pieces(function: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
-    if x.size <= PIECE:
-        return function(x)
-    done: list[mx.array] = []
-    for piece in mx.split(x.reshape(-1), range(PIECE, x.size, PIECE)):
+    return by_pieces(lambda piece: [function(piece)], x)[0]
+
+
+def by_pieces(function: Callable[..., Sequence[mx.array]], *arrays: mx.array) -> Sequence[mx.array]:
+    """function(*arrays), elementwise on arrays of one shape, over one piece of their elements after the other."""
+    if arrays[0].size <= PIECE:
+        return function(*arrays)
+    done: list[Sequence[mx.array]] = []
+    for pieces in zip(*(mx.split(x.reshape(-1), range(PIECE, x.size, PIECE)) for x in arrays), strict=True):
         # In sequence: else MLX does the first step of all pieces, then the second, and none stays in the caches.
-        done.append(function(mx.depends(piece, done[-1]) if done else piece))
-    return mx.concatenate(done).reshape(x.shape)
+        done.append(function(*(mx.depends(list(pieces), list(done[-1])) if done else pieces)))
+    return [mx.concatenate(list(parts)).reshape(arrays[0].shape) for parts in zip(*done, strict=True)]
 
 
 def _one_plus_exp(x: mx.array) -> mx.array:

@@ -8,7 +8,7 @@ import mlx.nn as nn
 from mlx_qwen35.cache.layer import ForwardContext, LayerCache
 from mlx_qwen35.checkpoint.config import FULL, TextConfig
 from mlx_qwen35.checkpoint.names import MLP_INPUTS
-from mlx_qwen35.kernels.elementwise import compiled, silu
+from mlx_qwen35.kernels.elementwise import silu_product
 from mlx_qwen35.kernels.low_rank import ActiveAdapters
 from mlx_qwen35.model.attention import GatedAttention
 from mlx_qwen35.model.delta_net import GatedDeltaNet
@@ -27,12 +27,7 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array, adapters: ActiveAdapters | None = None) -> mx.array:
         gate, up = self.gate_up(x, adapters)
-        return self.down_proj(_activated(gate, up), adapters)
-
-
-@compiled
-def _activated(gate: mx.array, up: mx.array) -> mx.array:
-    return silu(gate) * up
+        return self.down_proj(silu_product(gate, up), adapters)
 
 
 class DecoderLayer(nn.Module):

@@ -16,9 +16,10 @@ from mlx_qwen35.checkpoint.names import MTP
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.train.batch import Batch, PassingKeys
-from mlx_qwen35.train.gradients import Backward, Gradients, Parameters, active
+from mlx_qwen35.train.gradients import Backward, Gradients, Parameters
 from mlx_qwen35.train.loss import piecewise_loss
 from mlx_qwen35.train.rows import Row
+from mlx_qwen35.train.traced import active
 
 
 class DraftLoss(NamedTuple):

@@ -15,12 +15,11 @@ import mlx.core as mx
 from mlx_qwen35.backend import gradients
 from mlx_qwen35.checkpoint.adapter import Pair
 from mlx_qwen35.checkpoint.names import HEAD, TEXT
-from mlx_qwen35.kernels.low_rank import ActiveAdapters
-from mlx_qwen35.model.lora import stacked
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.train.batch import Batch
 from mlx_qwen35.train.loss import LARGEST, piecewise_loss
 from mlx_qwen35.train.rows import Row
+from mlx_qwen35.train.traced import active
 
 Parameters = Mapping[str, Pair]  # what is trained, float32: name of a weight -> its low-rank part
 Gradients = dict[str, tuple[mx.array, mx.array]]  # of A and of B, by the weight's name
@@ -98,11 +97,6 @@ def batch_loss(
         if embedding:
             back.through(lambda _, pairs: batch.embed(active(pairs)), None, embedding, further=False)
     return BatchLoss(loss, len(batch.targets), back.sums, hidden)
-
-
-def active(parameters: Parameters) -> ActiveAdapters | None:
-    """Low-rank parts, traced ones too, as the adapter of all rows of a pass; None where there are none."""
-    return ActiveAdapters(lambda maps: stacked(maps, {0: parameters}), 0) if parameters else None
 
 
 def _layer(batch: Batch, i: int, x: mx.array, pairs: Parameters) -> mx.array:

@@ -9,7 +9,7 @@ from mlx_qwen35.backend import backend, gradients
 from mlx_qwen35.kernels.cpu import PIECE
 from mlx_qwen35.kernels.elementwise import exp
 
-SLICE = 1 << 24  # logits of which a GPU makes probabilities at a time
+SLICE = 1 << 22  # logits of which a GPU makes probabilities at a time
 LARGEST = 64.0  # size that float16 gradients are brought to, so that their small elements do not vanish
 
 Head = Callable[..., mx.array]  # (hidden (n, D), *parameters) -> logits (n, V)

@@ -10,7 +10,7 @@ import numpy as np
 
 from mlx_qwen35.checkpoint.adapter import Adapter, Pair
 from mlx_qwen35.checkpoint.config import TextConfig
-from mlx_qwen35.checkpoint.names import MTP, TEXT
+from mlx_qwen35.checkpoint.names import HEAD, MTP, TABLE, TEXT
 from mlx_qwen35.checkpoint.shapes import is_matrix, mtp_shapes, text_shapes
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.options import spelled
@@ -42,14 +42,16 @@ def trained_parts(config: TextConfig, options: TrainOptions, begin: Adapter | No
     adapter holds what cannot be trained.
     """
     rank = options.rank or RANK
-    chosen = _chosen(config, options) if begin is None else _of_adapter(config, options, begin)
+    chosen = _chosen(config, options) if begin is None else _of_adapter(options, begin)
     head = mtp_shapes(config) if options.draft_head else {}
     return chosen | {name: Part(shape[0], shape[1], rank) for name, shape in head.items()
                      if is_matrix(name, shape) and name not in chosen}  # fmt: skip
 
 
 def _chosen(config: TextConfig, options: TrainOptions) -> dict[str, Part]:
-    maps = {name: shape for name, shape in text_shapes(config).items() if is_matrix(name, shape)}
+    shapes = text_shapes(config)
+    shapes.setdefault(HEAD, shapes[TABLE])  # a tied head has a low-rank part of its own, as in PEFT
+    maps = {name: shape for name, shape in shapes.items() if is_matrix(name, shape)}
     first = config.num_hidden_layers - (options.layers or config.num_hidden_layers)
     offered = {name: shape for name, shape in maps.items() if not name.startswith(LAYERS) or _layer(name) >= first}
     targets = options.targets
@@ -75,8 +77,8 @@ def _ends(name: str, target: str) -> bool:
     return f".{name.removesuffix('.weight')}".endswith(f".{target}")
 
 
-def _of_adapter(config: TextConfig, options: TrainOptions, adapter: Adapter) -> dict[str, Part]:
-    foreign = [name for name in adapter.pairs if not name.startswith((TEXT, "lm_head.", MTP))]
+def _of_adapter(options: TrainOptions, adapter: Adapter) -> dict[str, Part]:
+    foreign = [name for name in adapter.pairs if not name.startswith((TEXT, HEAD, MTP))]
     if adapter.replaced or adapter.magnitudes or foreign:
         what = "whole tensors" if adapter.replaced else "magnitudes (DoRA)" if adapter.magnitudes else foreign[0]
         raise InputError(
@@ -84,9 +86,8 @@ def _of_adapter(config: TextConfig, options: TrainOptions, adapter: Adapter) -> 
             f"{spelled('from_adapter')} must hold low-rank parts of the text model alone; {adapter.path} holds {what}. "
             "Fuse it into the model, and train a new adapter on that",
         )
-    skipped = [MTP] * (not options.draft_head) + ["lm_head."] * config.tie_word_embeddings  # the table's, if tied
     return {name: Part(len(pair.b), pair.a.shape[1], len(pair.a)) for name, pair in adapter.pairs.items()
-            if not name.startswith(tuple(skipped))}  # fmt: skip
+            if options.draft_head or not name.startswith(MTP)}  # fmt: skip
 
 
 def first_values(parts: Parts, options: TrainOptions, begin: Adapter | None) -> dict[str, Pair]:

@@ -25,13 +25,18 @@ class Validation(NamedTuple):
 
 @dataclass(frozen=True)
 class Counts:
-    """A split of the data, as it is trained on. cut: rows that are too long, and lose tokens. images: and videos."""
+    """A split of the data, as it is trained on.
+
+    cut: rows that are too long, and lose tokens. images: and videos. skipped: rows that cutting leaves no target, which
+    are not counted otherwise.
+    """
 
     rows: int
     tokens: int
     targets: int
     cut: int = 0
     images: int = 0
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,16 +74,18 @@ class Run:
         """What the losses say, in one line."""
         kept = self.kept
         if kept and len(self.validations) > 1:
-            return _change("Validation", self.validations[0].loss, kept.loss, kept.step)
-        if self.steps:
-            return _change("Training", self.steps[0].loss, self.steps[-1].loss, self.steps[-1].step)
-        return "No step was made"
-
-
-def _change(kind: str, first: float, last: float, steps: int) -> str:
-    if last >= first:
-        return f"{kind} loss did not fall: {loss_text(first)} before, {loss_text(last)} after {steps:,} steps"
-    return f"{kind} loss fell from {loss_text(first)} to {loss_text(last)} in {steps:,} steps"
+            first, last = self.validations[0].loss, kept.loss
+            if last < first:
+                return f"Validation loss fell from {loss_text(first)} to {loss_text(last)} in {kept.step:,} steps"
+            return f"Validation loss did not fall below the {loss_text(first)} before the first step"
+        if not self.steps:
+            return "No step was made"
+        count, tenth = len(self.steps), -(-len(self.steps) // 10)
+        first, last = mean_loss(self.steps[:tenth]), mean_loss(self.steps[-tenth:])
+        return (
+            f"Training loss: {loss_text(first)} in the first {tenth:,} of {count:,} steps, "
+            f"{loss_text(last)} in the last {tenth:,}"
+        )
 
 
 def mean_loss(steps: Sequence[Step]) -> float:

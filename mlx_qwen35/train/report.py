@@ -114,18 +114,21 @@ def _trained(run: Run, pairs: Mapping[str, Pair]) -> str:
     numbers = sum(pair.a.size + pair.b.size for pair in pairs.values())
     maps = f"{len(pairs)} maps{f', {head} of them in the draft head' if head else ''}"
     rows = [
-        [split, *(f"{n:,}" for n in (own.rows, own.tokens, own.targets, own.images, own.cut))]
+        [split, *(f"{n:,}" for n in (own.rows, own.tokens, own.targets, own.images, own.cut, own.skipped))]
         for split, own in run.counts.items()
     ]
     parts = [
         "## What was trained",
         f"Low-rank parts of {maps}: {numbers:,} numbers, float32. Model: `{last(run.model)}`. Data: "
         f"`{last(run.data)}`. {_options(run.options)}",
-        markdown(["split", "rows", "tokens", "targets", "images, videos", "rows cut"], rows),
+        markdown(["split", "rows", "tokens", "targets", "images, videos", "rows cut", "left out"], rows),
     ]
-    if cut := sum(own.cut for own in run.counts.values()):
-        rows_were = "1 row was" if cut == 1 else f"{cut:,} rows were"
-        parts.append(f"{rows_were} longer than `--max-length` and lost their last tokens, which were not learnt.")
+    cut, skipped = (sum(getattr(own, name) for own in run.counts.values()) for name in ("cut", "skipped"))
+    if cut or skipped:
+        parts.append(
+            f"Rows longer than `--max-length`: {cut:,} cut, whose last tokens were not learnt; {skipped:,} left out, "
+            "with nothing left to learn."
+        )
     parts.append(f"Made with {machine()}")
     return "\n\n".join(parts)
 

@@ -156,12 +156,12 @@ class RowFile:
         It is never cut inside an image or a video: what the cut would go through is left off whole.
         """
         tokens, pads = rendered.tokens, self._renderer.processor.placeholder_ids
-        stop = min(len(tokens), self._max_length)
-        for placed in rendered.media:
-            if placed.placeholders[0].start < stop < placed.placeholders[-1].stop:
-                stop = placed.placeholders[0].start
         learnt = [(run.start, run.stop) for run in rendered.learnt] if self._mask_prompt else [(1, len(tokens))]
-        places = [i for start, end in learnt for i in range(start, min(end, stop)) if tokens[i] not in pads]
+        learnt = [(start, min(end, self._max_length)) for start, end in learnt]
+        places = [i for start, end in learnt for i in range(start, end) if tokens[i] not in pads]
+        for placed in reversed(rendered.media):  # the placeholders of a video have text between them
+            if places and placed.placeholders[0].start < places[-1] < placed.placeholders[-1].stop:
+                places = [i for i in places if i < placed.placeholders[0].start]
         if not places:
             return None
         stop = places[-1] + 1

@@ -54,7 +54,7 @@ class Trained:
 def counted(rows: RowFile) -> Counts:
     """What a split holds."""
     own = rows.report
-    return Counts(own.rows, own.tokens, own.targets, own.cut, own.images)
+    return Counts(own.rows, own.tokens, own.targets, own.cut, own.images, own.skipped)
 
 
 def run_of(training: Training, model: str, data: str, planned: int | None, peak: int) -> Run:

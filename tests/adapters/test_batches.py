@@ -56,6 +56,7 @@ def logits(model: Model, tokens: mx.array, cache: Cache, lengths: list[int] | No
     return model.logits(model.hidden(tokens, cache, lengths), model.active(cache))
 
 
+@pytest.mark.core(2)
 @pytest.mark.parametrize("form", ["16", "8", "4"])
 @pytest.mark.parametrize("bits", [None, 4])
 def test_each_row_of_a_mixed_batch_has_the_bits_that_it_has_alone(models, bits, form):
@@ -98,7 +99,7 @@ def test_a_prompt_in_chunks_is_read_with_its_adapter_throughout(models):
 
 
 @pytest.mark.parametrize(
-    "seed", [seed if seed in (2, 5, 7) else pytest.param(seed, marks=pytest.mark.full) for seed in range(60)]
+    "seed", [seed if seed == 7 else pytest.param(seed, marks=pytest.mark.full) for seed in range(60)]
 )
 def test_a_sequence_in_any_schedule_of_adapters_gets_what_it_gets_alone(models, seed):
     check(models(), seed, NAMES)

@@ -212,7 +212,9 @@ def test_a_session_that_took_another_adapter_is_of_that_one(nano, tmp_path):
     path = tmp_path / "talk"
     with Session.load(path, *nano, adapter="a", **OPTIONS) as session:
         assert session.conversation.send(ASK).text
+        session.save()
         session.conversation.change(adapter="b")
+        assert session.changed
         session.save()
     with refused("session_foreign", "(b)"):
         Session.load(path, *nano, adapter="a")
@@ -220,6 +222,13 @@ def test_a_session_that_took_another_adapter_is_of_that_one(nano, tmp_path):
         assert session.tokens == 0 and len(session.conversation.messages) == 2
         again = session.conversation.regenerate()
         assert again.text and again.result.tokens == generate(*nano, ASK, adapter="b", **OPTIONS).tokens
+
+
+def test_a_session_that_takes_another_adapter_has_changed(nano, tmp_path):
+    with Session.load(tmp_path / "talk", *nano, **OPTIONS) as session:
+        session.save()
+        session.conversation.change(adapter="b")
+        assert session.changed
 
 
 @pytest.mark.full

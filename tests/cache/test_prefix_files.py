@@ -231,11 +231,11 @@ def test_one_thread_at_a_time_uses_the_model_s_arrays(tmp_path, model, monkeypat
         held.append(False)
 
     def noted(way: Callable) -> Callable:
-        def way_with_a_look(given):
+        def way_with_a_look(given, **options):
             thread = threading.Thread(target=look)
             thread.start()
             thread.join()
-            return way(given)
+            return way(given, **options)
 
         return way_with_a_look
 

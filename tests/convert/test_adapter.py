@@ -233,6 +233,8 @@ def test_dry_run_says_adapter_and_ranks_and_which_tensors_change(raw, adapter, c
 def test_the_card_names_adapter_and_base(raw, adapter, fused, monkeypatch, capsys, tmp_path):
     quality, card = json.loads((fused / QUALITY).read_text()), (fused / CARD).read_text()
     assert quality["adapter"]["fingerprint"] == read_adapter(adapter, open_checkpoint(raw)).fingerprint
+    assert quality["tensors"][MAPS[0]]["relative_squared_error"] > 1e-7  # of rounding what was fused
+    assert quality["tensors"][f"{TEXT}layers.0.mlp.up_proj.weight"]["relative_squared_error"] == 0
     assert f"fused into the weights of {raw.name}: mine (peft)" in card and str(adapter) not in card
     base = Facts("mine-4bit", "Qwen/Qwen3.5-4B", "4bit", adapter=quality["adapter"])
     assert "base_model: Qwen/Qwen3.5-4B\nbase_model_relation: finetune" in make_card(open_checkpoint(fused), base)

@@ -49,12 +49,12 @@ def test_inputs_of_an_mlp_are_those_of_the_model(raw, found, layer, monkeypatch)
     mlp, seen, inner = model.layers[layer].mlp, [], []
     original = type(mlp).__call__
 
-    def spy(self, x):
+    def spy(self, x, adapters):
         if self is mlp:
             seen.append(x)
             gate, up = self.gate_up(x)
             inner.append(silu(gate) * up)
-        return original(self, x)
+        return original(self, x, adapters)
 
     monkeypatch.setattr(type(mlp), "__call__", spy)
     for row in TOKENS:
@@ -75,13 +75,13 @@ def test_inputs_of_a_mixer_are_those_of_the_model(raw, found, layer, mixer, name
     inner = part[attribute]
 
     class Spy:
-        def __call__(self, x):
+        def __call__(self, x, adapters):
             seen.append(x)
-            return inner(x)
+            return inner(x, adapters)
 
-        def whole(self, x):
+        def whole(self, x, adapters):
             seen.append(x)
-            return inner.whole(x)
+            return inner.whole(x, adapters)
 
         def split(self, products):
             return inner.split(products)

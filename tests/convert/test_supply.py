@@ -4,7 +4,10 @@ a broken download leaves.
 
 import errno
 import hashlib
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -126,6 +129,29 @@ def test_an_adapter_is_fused_while_the_source_is_downloaded(nano, tmp_path):
         write(make_plan(nano.repository.folder, OPTIONS, chosen), folder)
     assert found == files_of(tmp_path / "whole") and files_of(tmp_path / "mine") == before
     assert nano.asked() == [(number, 0, file.nbytes) for number, file in enumerate(nano.weights)]
+
+
+@pytest.mark.full
+def test_a_source_whose_table_the_adapter_repeats_is_downloaded_whole_to_be_compared(nano, published, tmp_path):
+    """PEFT stores the whole table beside a low-rank part of it. By the headers alone it would look like another one."""
+    key, random = "base_model.model.model.language_model.embed_tokens", np.random.default_rng(0)
+    arrays = mx.load(str(resolve("nano") / "model.safetensors"))
+    table = arrays["model.language_model.embed_tokens.weight"]
+    shapes = (2, len(table)), (table.shape[1], 2)
+    a, b = (mx.array(random.normal(0, 0.1, shape).astype(np.float32)) for shape in shapes)
+    write_adapter(tmp_path / "mine", {"model.language_model.layers.0.mlp.up_proj.weight": Pair(b.T, a.T[:1], 1.0)})
+    tensors = {f"{key}.lora_embedding_A": a, f"{key}.lora_embedding_B": b, f"{key}.base_layer.weight": table}
+    mx.save_safetensors(str(tmp_path / "mine" / "adapter_model.safetensors"), tensors)
+    given = ["--adapter", str(tmp_path / "mine"), "--adapter-scale", "0.5", "--recipe", "4bit"]
+    own = {"HF_ENDPOINT": published[1], "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+    own |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    for name, path in (("it/nano", "hub"), (str(nano.repository.folder), "folder")):
+        command = [sys.executable, "-m", "mlx_qwen35.convert", "--hf-path", name, "--mlx-path", str(tmp_path / path)]
+        done = subprocess.run([*command, *given], env=os.environ | own, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    assert files_of(tmp_path / "hub") == files_of(tmp_path / "folder")
+    told = [json.loads((tmp_path / path / "quality.json").read_text())["adapter"] for path in ("hub", "folder")]
+    assert told[0] == told[1] and told[0]["whole_tensors"] == 0
 
 
 def test_the_disk_holds_one_file_of_the_source_at_a_time(nano):

@@ -48,8 +48,8 @@ def without_a_cast(place: str) -> Callable[[], None]:
     broken = {
         "norm": (add_norm, "rms_norm", lambda x, gamma, eps: mx.fast.rms_norm(x.astype(mx.float32), gamma, eps)),
         "gate": (attention, "_gated", compiled(lambda out, gate: out * mx.sigmoid(gate.astype(mx.float32)))),
-        "mlp": (decoder, "_activated", compiled(lambda gate, up: gate.astype(mx.float32) * up)),
-        "": (decoder, "_activated", decoder._activated),
+        "mlp": (decoder, "silu_product", compiled(lambda gate, up: gate.astype(mx.float32) * up)),
+        "": (decoder, "silu_product", decoder.silu_product),
     }
     module, name, function = broken[place]
     right = getattr(module, name)

@@ -12,13 +12,11 @@ from mlx_qwen35.kernels.low_rank import ActiveAdapters, LowRank
 
 PRODUCTS = {LINEAR: 4, FULL: 4, AROUND: 0}  # of a layer: of the mixer two, of the MLP two
 MIXED = PRODUCTS | {LINEAR: 5}  # gates that are not packed are a product of their own
-GEOMETRIES = pytest.mark.parametrize("name", ["tiny", pytest.param("4b", marks=pytest.mark.full)])
 
 
-@GEOMETRIES
-@pytest.mark.parametrize(
-    ("recipe", "products"), [("uniform", PRODUCTS), pytest.param("mixed", MIXED, marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["tiny", "4b"])
+@pytest.mark.parametrize(("recipe", "products"), [("uniform", PRODUCTS), ("mixed", MIXED)])
 def test_an_adapter_takes_two_launches_more_a_product_and_products_stay_joined(name, recipe, products):
     plain, beside = (count_program("mlx_qwen35", geometry(name), recipe, rank=rank) for rank in (0, 16))
     for kind, place in beside.places.items():
@@ -27,7 +25,7 @@ def test_an_adapter_takes_two_launches_more_a_product_and_products_stay_joined(n
 
 
 @pytest.mark.full
-@GEOMETRIES
+@pytest.mark.parametrize("name", ["tiny", "4b"])
 def test_rows_of_several_adapters_take_three_launches_more_a_product(name):
     plain, beside = (count_program("mlx_qwen35", geometry(name), rows=3, rank=rank, adapters=2) for rank in (0, 16))
     for kind, place in beside.places.items():

@@ -22,6 +22,7 @@ SAID = {  # what nano's answers hold
     "rows": "mlx_qwen35", "score": "'92'               -0.0555, greedy: True", "second_turn": "green ",
     "serve": "the server answers: 92", "serve_apis": "/v1/responses         92", "serve_load": "nothing was wrong",
     "session": "\n102\n   (15 of", "stream": "nano",
+    "two_adapters": "base: 92\nfirst: ",
 }  # fmt: skip
 QUICK = {  # what measures, with less to do
     "drafts": ["--ask", "What is 34 + 58?", "--max-tokens", "20"],

@@ -281,7 +281,8 @@ def test_the_command_prints_the_answer_first_and_json_in_its_place(capsys):
     main(["--plan", "nano", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {
-        "model", "context", "max_context", "draft_tokens", "longest_contexts", "speeds", "advice", "machines", "plans",
+        "model", "adapters", "context", "max_context", "draft_tokens", "longest_contexts", "speeds", "advice",
+        "machines", "plans",
     }  # fmt: skip
     assert set(found["advice"][0]) == {"text", "command"}
     assert {key for machine in found["machines"] for key in machine} == {"name", "chip", "limit", "dtype", "kv_bits"}

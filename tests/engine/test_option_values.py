@@ -55,7 +55,7 @@ MEANING = {
     "presence_penalty": _number(-2, 2), "frequency_penalty": _number(-2, 2), "repetition_penalty": _number(1e-3, 1e39),
     "logit_bias": lambda value: all(type(t) is int and t >= 0 and b < math.inf for t, b in value.items()),
     "preset": lambda value: False, "mtp": lambda value: False, "cache": lambda value: value == [],
-    "library": lambda value: False,
+    "library": lambda value: False, "adapter": lambda value: all(own is None or isinstance(own, str) for own in value),
     "sampler": callable, "logits_processors": lambda value: value == [], "constraint": lambda value: False,
     "stop": lambda value: isinstance(value, tuple) and all(isinstance(text, str) and text for text in value),
     "system_prompt": lambda value: isinstance(value, str), "enable_thinking": _flag, "ignore_chat_template": _flag,

@@ -7,15 +7,20 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import mlx.core as mx
 import openai
 import pytest
 from adapters.by_hand import made, nano_with
-from server.lanes import Bench
+from mlx.utils import tree_flatten
 from server.test_idle import Machine, pass_
 from serving import CLIENT, Running, serving
 
 from mlx_qwen35 import generate, load
 from mlx_qwen35.checkpoint.adapter_write import write_adapter
+from mlx_qwen35.checkpoint.arrays import lazy_arrays
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.checkpoint.names import TEXT
 
 ASK = "What is 34 + 58?"
 IDS = {"nano": "base", "nano:a": "a", "nano:b": "b"}
@@ -185,9 +190,10 @@ def figures(running: Running) -> dict[str, float]:
     return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
 
 
-def test_admission_counts_the_adapters():
-    plain, beside = Bench(loaded=load("nano")), Bench(loaded=nano_with(a=made(1)))
-    assert beside.admission.plan.weights - plain.admission.plan.weights == beside.model.adapters.nbytes > 0
+def test_admission_counts_the_adapters(server):
+    model = server.service.model
+    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    assert server.service.admission.plan.weights - weights == model.adapters.nbytes > 0
 
 
 @pytest.mark.full
@@ -199,11 +205,13 @@ def test_what_is_loaded_again_has_the_adapters_and_changed_files_are_refused(tmp
     def loads() -> Any:
         return load("nano", adapter={name: tmp_path / name for name in ("a", "b")})
 
-    with serving(loads, machine.given(loads), idle_unload=1) as running:
+    with serving(loads, machine.given(loads), idle_unload=1, session_dir=tmp_path / "kept") as running:
         assert content(chat(running, "nano:b")) == SAID["nano:b"]
         pass_(running, machine, 61)
         assert running.service.model is None
-        assert content(chat(running, "nano:b")) == SAID["nano:b"] and machine.loads == 1
+        again = chat(running, "nano:b")
+        assert content(again) == SAID["nano:b"] and machine.loads == 1
+        assert cached(again) > 0  # of the folder
         pass_(running, machine, 61)
         shutil.copytree(tmp_path / "a", tmp_path / "b", dirs_exist_ok=True)
         answer = running.post("/v1/chat/completions", BODY | {"model": "nano:b"})
@@ -212,6 +220,23 @@ def test_what_is_loaded_again_has_the_adapters_and_changed_files_are_refused(tmp
         shutil.rmtree(tmp_path / "b")
         answer = running.post("/v1/chat/completions", BODY)
         assert answer.status_code == 503 and answer.json()["error"]["code"] == "model_unavailable"
+
+
+@pytest.mark.full
+def test_an_adapter_with_whole_tensors_is_the_only_id(tmp_path):
+    checkpoint = open_checkpoint(resolve("nano"))
+    norm = lazy_arrays(checkpoint, [f"{TEXT}norm.weight"])[f"{TEXT}norm.weight"]
+    write_adapter(tmp_path / "tuned", made(1).pairs)
+    file = tmp_path / "tuned" / "adapter_model.safetensors"
+    tensors = mx.load(str(file))
+    mx.eval(tensors)
+    mx.save_safetensors(str(file), tensors | {"base_model.model.model.language_model.norm.weight": norm + 0.5})
+    with serving(lambda: load("nano", adapter=tmp_path / "tuned")) as running:
+        assert [*running.service.models] == ["nano:tuned"] and running.service.default == "nano:tuned"
+        answers = [chat(running, name) for name in ("nano:tuned", None, "gpt-4o")]
+        assert {answer["model"] for answer in answers} == {"nano:tuned"}
+        assert [cached(answer) > 0 for answer in answers] == [False, True, True]
+        assert CLIENT.get(f"{running.url}/v1/models/nano").status_code == 404
 
 
 @pytest.mark.full

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from adapters.by_hand import made, nano_with
 from browsing import CHAT, SHAPES, Browser, Page, answered, ask, expect, opened, prompt, reply, says, set_up
 from serving import Running, serving
 
@@ -290,3 +291,26 @@ def test_nothing_is_sent_by_an_address(page: Page, nano_server: Running) -> None
     expect(prompt(page)).to_have_value("")
     expect(page.get_by_role("article")).to_have_count(0)
     assert not requests
+
+
+@pytest.mark.full
+def test_of_several_models_the_one_that_was_chosen_answers_and_stays_chosen(browser: Browser) -> None:
+    with serving(lambda: nano_with(a=made(1), b=made(2))) as server, opened(browser, server.url) as page:
+        choice = page.get_by_role("combobox", name="Model")
+        expect(choice.locator("option")).to_have_text(["nano", "nano:a", "nano:b"])
+        sent: list[str] = []
+        page.on("request", lambda request: sent.append(request.post_data or "") if request.method == "POST" else None)
+        ask(page, "What is 34 + 58?")
+        choice.select_option("nano:b")
+        page.get_by_role("button", name="Regenerate").click()
+        answered(page)
+        page.reload()
+        expect(choice).to_have_value("nano:b")
+        page.get_by_role("button", name="Regenerate").click()
+        answered(page)
+        assert [json.loads(body)["model"] for body in sent] == ["nano", "nano:b", "nano:b"]
+
+
+def test_one_model_leaves_no_choice(page: Page) -> None:
+    expect(page.locator("#model")).to_have_text("nano")
+    expect(page.get_by_role("combobox", name="Model")).to_be_hidden()

@@ -11,7 +11,7 @@ from mlx_qwen35.model.model import Model
 from mlx_qwen35.train.gradients import batch_loss
 from mlx_qwen35.train.rows import Row, rows_of
 
-QUICK = (1, 2, 6)  # several turns with reasoning, one that is cut, a call of a tool
+QUICK = (1, 2)  # several turns with reasoning, and one that is cut
 CLOSE = 1e-5  # of the loss of a target, which is about 7
 
 

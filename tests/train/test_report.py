@@ -48,7 +48,8 @@ def pair(seed: int = 0, size: float = 1.0) -> Pair:
 
 def run(steps: int = 40, validations: Sequence[Validation] = (), **more) -> Run:
     made = [Step(n, 4.0 / n, 1e-3 * n / steps, 10, 100, 0.5) for n in range(1, steps + 1)]
-    return Run("nano", "lessons", TrainOptions(rank=4), {"train": Counts(40, 4000, 400, 2)}, made, validations, **more)
+    counts = {"train": Counts(40, 4000, 400, 2, 0, 1)}
+    return Run("nano", "lessons", TrainOptions(rank=4), counts, made, validations, **more)
 
 
 def told(which: Run, now: Sequence[str] = (), along: Answers | None = None, **pairs: Pair) -> str:
@@ -107,6 +108,8 @@ def test_few_rows_of_many_are_rendered(nano):
 
     rows = Rows(row(nano[1], "What is 1 + 1?", "2") for _ in range(300))
     assert len(questions(rows, nano[1], 8)) == 8 and rows.asked == 8
+    cut = Rows(replace(own, cut=1) for own in rows)
+    assert len(questions(cut, nano[1], 8)) == 8 and cut.asked == 32
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -174,16 +177,20 @@ def test_losses_have_a_row_for_each_validation_and_mark_what_was_kept():
 
 
 def test_what_did_not_fall_is_said():
-    assert "Validation loss did not fall: 1.00 before, 1.00 after 0 steps" in told(
-        run(20, [Validation(0, 1.0), Validation(20, 2.0)], best=0)
-    )
+    which = run(20, [Validation(0, 1.0), Validation(20, 2.0)], best=0)
+    assert which.claim == "Validation loss did not fall below the 1.00 before the first step"
+
+
+def test_without_validation_the_first_and_the_last_tenth_of_the_steps_are_told():
+    assert run(20).claim == "Training loss: 3.00 in the first 2 of 20 steps, 0.205 in the last 2"
+    assert run(3).claim == "Training loss: 4.00 in the first 1 of 3 steps, 1.33 in the last 1"
 
 
 def test_cut_rows_options_and_their_costs_are_told():
     text = told(run(peak=3_210_000_000, planned=3_100_000_000, ended="All steps are done."))
-    assert "2 rows were longer than `--max-length`" in text and "Options: `--rank 4`" in text
+    assert "`--max-length`: 2 cut, whose last tokens were not learnt; 1 left out" in text and "`--rank 4`" in text
     assert "40 steps in 20 s: 200 tokens a second. Memory at its highest: 3.2 GB; the plan was 3.1 GB." in text
-    assert "All steps are done." in text and "| train | 40 | 4,000 | 400 | 0 | 2 |" in text
+    assert "All steps are done." in text and "| train | 40 | 4,000 | 400 | 0 | 2 | 1 |" in text
 
 
 def test_answers_and_drafts_are_counted_before_and_after():
@@ -225,6 +232,7 @@ def test_a_picture_of_any_number_of_steps(tmp_path, steps):
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
+@pytest.mark.full
 def test_a_single_step_far_off_does_not_flatten_the_picture(tmp_path):
     pytest.importorskip("matplotlib")
     which = run(200)

@@ -1,7 +1,9 @@
 """Files of rows: what is read, cut, counted and refused, and that a file is never in memory."""
 
 import json
+import threading
 import tracemalloc
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from refusing import refused
-from talks import answer, user
+from talks import TOOLS, answer, call, result, user
 
 from mlx_qwen35 import Processor
 from mlx_qwen35.media.options import VisionOptions
@@ -147,17 +149,22 @@ def test_a_file_whose_rows_are_all_left_out_is_refused(nano: Processor):
 
 
 def test_what_stands_behind_the_last_target_is_not_trained(nano: Processor):
-    """A cut that leaves an earlier answer takes the question behind it too."""
-    talk = [user("a"), answer("b"), user("c " * 50), answer("d")]
-    rows = rows_of([{"messages": talk}], nano, 40)
-    assert [nano.decode(row.tokens[-2:]) for row in rows] == ["b<|im_end|>"]
+    """A cut that leaves an earlier answer takes what comes between it and the cut one too."""
+    called = answer("", tool_calls=[call("weather", {"city": "x"})])
+    given = {"messages": [user("a"), called, result("c " * 50), answer("d")], "tools": TOOLS}
+    (whole,) = rows_of([given], nano, 1000)
+    (row,) = rows_of([given], nano, len(whole.tokens) - 20)
+    assert nano.decode(row.tokens[-2:]) == "</tool_call><|im_end|>"
+    assert row.tokens == whole.tokens[: len(row.tokens)] and row.cut == len(whole.tokens) - len(row.tokens) > 50
 
 
 @pytest.mark.parametrize("mask_prompt", [True, False])
 def test_no_cut_goes_through_an_image(tmp_path: Path, nano: Processor, mask_prompt: bool):
+    """Nor through a video, which has text between its placeholders."""
     picture(tmp_path, "a.png")
     part = {"type": "image", "image": "a.png"}
-    row = {"messages": [user(["x", part][1:]), answer("b"), user([part]), answer("c")]}
+    video = {"type": "video", "video": np.zeros((8, 64, 64, 3), np.uint8), "source_fps": 2, "fps": 2}
+    row = {"messages": [user([part]), answer("b"), user([video, part]), answer("c")]}
     whole = list(rows_of([row], nano, 1000, folder=tmp_path, mask_prompt=mask_prompt))
     for limit in range(2, len(whole[-1].tokens) + 1, 2 if mask_prompt else 7):
         try:
@@ -221,6 +228,32 @@ def test_a_damaged_image_is_refused_before_the_first_step(tmp_path: Path, nano: 
     path.write_bytes(path.read_bytes()[:-200])
     with refused("data_invalid", "line 2", "a.png"):
         train(write(tmp_path, ROW, {**ROW, "image": "a.png"}), nano)
+
+
+def test_a_url_is_followed_only_where_that_is_allowed(tmp_path: Path, nano: Processor):
+    data, asked = picture(tmp_path, "a.png").read_bytes(), []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Type", "image/png")
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args: Any) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/a.png"
+        given, vision = [{**ROW, "image": url}], VisionOptions(allow_private_urls=True)
+        with refused("data_invalid", url):
+            rows_of(given, nano, 500, vision=vision)
+        assert not asked
+        rows = rows_of(given, nano, 500, vision=vision, urls=True)
+        server.shutdown()
+    assert rows.report.images == 1 and asked == ["/a.png"]
 
 
 def test_options_of_images_hold_for_rows(tmp_path: Path, nano: Processor):

@@ -72,6 +72,7 @@ def test_a_target_is_the_end_of_a_maps_name():
     assert names(targets=["q_proj"]) == [f"{TEXT}layers.3.self_attn.q_proj.weight"]
     assert names(targets=["layers.2.mlp.up_proj"]) == [f"{TEXT}layers.2.mlp.up_proj.weight"]
     assert names(targets=["embed_tokens"]) == [f"{TEXT}embed_tokens.weight"]
+    assert names(targets=["lm_head"]) == ["lm_head.weight"]  # tied to the table, and trained apart
     with refused("option_invalid", "proj", "q_proj"):  # no part of a name between dots
         names(targets=["proj"])
 
