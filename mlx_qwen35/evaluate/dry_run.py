@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mlx_qwen35.backend import backend
 from mlx_qwen35.budget.plan import MemoryPlan, loaded_bytes, names, plan_memory, this_machine
 from mlx_qwen35.budget.roofline import decode_speed, prefill_speed, token_bytes
 from mlx_qwen35.budget.rows import RowNeeds, RowsPlan
@@ -15,13 +14,14 @@ from mlx_qwen35.console.progress import duration
 from mlx_qwen35.console.table import align, size
 from mlx_qwen35.engine.room import encoding_bytes
 from mlx_qwen35.evaluate.evaluation import Evaluation
-from mlx_qwen35.evaluate.kl import Sequences
+from mlx_qwen35.evaluate.kl import KL, Sequences
 from mlx_qwen35.evaluate.names import Wanted
 from mlx_qwen35.evaluate.run import chosen, keyed
-from mlx_qwen35.evaluate.subject import Subject
+from mlx_qwen35.evaluate.subject import SAMPLE, Subject
+from mlx_qwen35.machine.chip import parse_chip, this_chip
 from mlx_qwen35.machine.memory import limit_of, usable_bytes
 
-SAMPLE = 32  # questions whose prompts are made, evenly spread, to count their tokens
+ELSEWHERE = parse_chip("Apple M1")  # the slowest: what hours are computed for where this machine is no Mac
 LAYERWISE = 200e6  # bytes that kl takes beside a layer and the streams (measure/layerwise.py)
 # Tokens of an answer with thinking, as others have counted or guessed them; of other tasks nothing is known.
 TYPICAL = {"mmlu_pro": 3500, "gpqa_diamond": 12000, "ifeval": 2500, "mmmu_val": 3500}
@@ -33,8 +33,8 @@ class Outlook:
 
     questions: of kl, sequences. prompt_tokens, tokens: of all questions and answers; guessed: whether `tokens` is a
     guess of what answers have, and not the most that they may have. at_once: questions that memory has room for at a
-    time. seconds: one question at a time, without drafts; None where the chip's figures are not known. memory: bytes,
-    at most. limit: bytes that a model may take.
+    time. chip: whose published figures seconds are computed from, one question at a time and without drafts; None
+    where its peak is not known. memory: bytes, at most. limit: bytes that a model may take.
     """
 
     task: str
@@ -44,6 +44,7 @@ class Outlook:
     tokens: int
     guessed: bool
     at_once: int
+    chip: str
     seconds: float | None
     memory: int
     limit: int
@@ -77,12 +78,11 @@ def _of_task(subject: Subject, wanted: Wanted) -> Outlook:
     needs = RowNeeds(max(prompts), most, encoding=encoding)
     at_once = max((n for n in range(1, subject.rows + 1) if rows.fits([needs] * n)), default=1)
     tokens, read = len(items) * answer, round(len(items) * sum(prompts) / len(prompts))
-    seconds, chip = None, rows.machine.chip
-    if chip is not None:
-        seconds = tokens / decode_speed(token_bytes(subject.checkpoint, plan), chip)
-        seconds += read / (prefill_speed(config.text, max(prompts), chip) or math.inf)
+    chip = rows.machine.chip or ELSEWHERE
+    seconds = tokens / decode_speed(token_bytes(subject.checkpoint, plan), chip)
+    seconds += read / (prefill_speed(config.text, max(prompts), chip) or math.inf)
     return Outlook(
-        task.name, subject.name, len(items), read, tokens, typical is not None, at_once, seconds,
+        task.name, subject.name, len(items), read, tokens, typical is not None, at_once, chip.name, seconds,
         rows.nbytes([needs] * at_once), rows.machine.limit,
     )  # fmt: skip
 
@@ -96,10 +96,11 @@ def _of_kl(subject: Subject, read: Sequences) -> Outlook:
             layers[int(name.split(".layers.")[1].split(".")[0])] += math.prod(shape)
     memory = bytes_each * (max(layers) + 2 * read.count * config.hidden_size) + int(LAYERWISE)
     plan = _plan(subject, max(map(len, read.tokens)))
-    speed = prefill_speed(config, plan.context, plan.machine.chip) if plan.machine.chip else None
+    chip = plan.machine.chip or ELSEWHERE
+    speed = prefill_speed(config, plan.context, chip)
     seconds = 2 * read.count / speed if speed else None
     return Outlook(
-        "kl", subject.name, len(read.tokens), read.count, 0, False, 1, seconds, memory, plan.machine.limit
+        KL, subject.name, len(read.tokens), read.count, 0, False, 1, chip.name, seconds, memory, plan.machine.limit
     )  # fmt: skip
 
 
@@ -145,13 +146,12 @@ class Looked:
         lines = [*align(rows, (0, 1)), "", "read, written: tokens of all questions and of all answers"]
         if any(own.guessed for own in self.outlooks):
             lines.append("about: by the tokens that such answers were seen to have, which nobody measured here")
-        if any(own.seconds is not None for own in self.outlooks):
-            lines.append(
-                "time: computed from the chip's figures, one question at a time, without drafts; nothing was measured"
-            )
-        if any(own.seconds is None for own in self.outlooks):
-            why = "this chip's speed is not known" if backend().fused_kernels else "of a CPU it is not computed"
-            lines.append(f"time: unknown ({why}); the run shows the time left after its first answers")
+        own = self.outlooks[0]
+        here = "" if this_chip() else " (this machine's are not known)"
+        lines.append(
+            f"time: computed from the figures of an {own.chip}{here}, one question at a time, without drafts; nothing "
+            "was measured"
+        )
         lines += [
             f"{own.task}: {size(own.memory)} do not fit, a model may take {size(own.limit)}; lower --max-tokens"
             for own in self.outlooks

@@ -72,9 +72,8 @@ def split(given: Mapping[str, Any]) -> tuple[LoadOptions, EvalOptions, dict[str,
         elif value is not None:
             parts[int(place or 0)][name] = value
     own, load, answers = parts
-    return LoadOptions(**load), EvalOptions(**own), {
-        name: OF_ANSWERS[name].checked(spelled(name), value) for name, value in answers.items()
-    }
+    checked = {name: OF_ANSWERS[name].checked(spelled(name), value) for name, value in answers.items()}
+    return LoadOptions(**load), EvalOptions(**own), checked
 
 
 def prepared(

@@ -93,9 +93,7 @@ class ItemLog:
         wanted = dict.fromkeys(keys)
         ordered = [*wanted, *(key for key in self.lines if key not in wanted)]
         if ordered != [line["key"] for line in self._lines.read]:
-            write_whole(
-                self.path, "".join(json.dumps(self.lines[key], ensure_ascii=False) + "\n" for key in ordered)
-            )
+            write_whole(self.path, "".join(json.dumps(self.lines[key], ensure_ascii=False) + "\n" for key in ordered))
             self._lines = Lines(self.path)
         return [self.lines[key] for key in keys]
 

@@ -102,4 +102,3 @@ def check_tokenizers(checkpoint: Checkpoint, against: Checkpoint, text: str | No
             f"two forms of one model must have one tokenizer; those of {checkpoint.folder} and {against.folder} give "
             "other tokens of the same text",
         )
-

@@ -1,6 +1,6 @@
 """A model that is evaluated: its checkpoint, how it is loaded and asked, and the folder of its answers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from mlx_qwen35.options import options_of
 from mlx_qwen35.prompt.processor import Processor
 
 Watch = Callable[[str, int, int, str], object]  # what is done, how much of it, of how much, in which unit
+KEPT = ("preset", "thinking_budget", "reasoning_effort", "loop_guard", "stop", "system_prompt")  # told as they are
+SAMPLE = 32  # questions, evenly spread, that settings are told of
 
 
 def unwatched(what: str, done: int, total: int, unit: str) -> None:
@@ -78,7 +80,7 @@ class Subject:
         """What must be the same for a run to go on, as JSON has it."""
         own, seen = self.checkpoint, has_vision(self.checkpoint)
         return {
-            "model": {"weights": fingerprint(own), "vision": vision_fingerprint(own) if seen else None,
+            "model": {"weights": fingerprint(own)[:16], "vision": vision_fingerprint(own)[:16] if seen else None,
                       "dtype": dtype_name(self.dtype), "kv_bits": self.kv.name},
             "adapters": {name: adapter.fingerprint for name, adapter in self.adapters.adapters.items()},
             "settings": {**self.given, "seed": self.seed, "adapter_scale": self.load.adapter_scale,
@@ -98,19 +100,27 @@ class Subject:
         some = {item.key: item for item in chosen(keyed(task), items)}
         asked = {key: lambda item=item: task.ask(item) for key, item in some.items()}
         lines = self.ask(task.name, asked, lambda key, answer: float(task.judge(some[key], answer)))
-        settings = self.settings(task.ask(next(iter(some.values()))))
+        settings = self.settings([task.ask(item) for item in chosen([*some.values()], SAMPLE)])
         return lines, outcome(lines, self.folder.log(task.name).seconds, task.version, settings, task.published)
 
-    def settings(self, asked: Asked) -> dict[str, Any]:
-        """What a question is answered with, every default filled in."""
+    def settings(self, asked: Sequence[Asked]) -> dict[str, Any]:
+        """What questions are answered with, every default filled in; a list where it is not the same for all."""
+        kinds = {repr([own.choices != (), merged(own.options, self.given)]): own for own in asked}
+        found = [self._settings(own) for own in kinds.values()]
+        told: dict[str, Any] = {}
+        for name in dict.fromkeys(name for own in found for name in own):
+            values = [own.get(name) for own in found]
+            told[name] = values[0] if all(value == values[0] for value in values) else distinct(values)
+        return told | {"seed": self.seed}
+
+    def _settings(self, asked: Asked) -> dict[str, Any]:
         if asked.choices:
-            return {"likelihood": True, "enable_thinking": False, "seed": self.seed}
+            return {"likelihood": True, "enable_thinking": False}
         own = self.prepared(asked)
-        plan = own.plans[0]
-        told = [name for name, declared in options_of(Sampling).items() if not declared.python_only]
-        sampling = {name: getattr(plan.sampling, name) for name in told}
+        names = [name for name, declared in options_of(Sampling).items() if not declared.python_only]
+        sampling = {name: getattr(own.plans[0].sampling, name) for name in names}
         kept = {name: value for name, value in own.options.items() if name in KEPT}
-        return {"enable_thinking": own.prompt.thinking, "max_tokens": plan.limit, **sampling, **kept, "seed": self.seed}
+        return {"enable_thinking": own.prompt.thinking, "max_tokens": own.plans[0].limit, **sampling, **kept}
 
     def prepared(self, asked: Asked) -> Prepared:
         """A question as the engine gets it; no weights are read. InputError where it cannot be asked."""
@@ -124,4 +134,6 @@ class Subject:
         return Processor.from_folder(self.checkpoint.folder, self.checkpoint.config, has_vision(self.checkpoint))
 
 
-KEPT = ("preset", "thinking_budget", "reasoning_effort", "loop_guard", "stop", "system_prompt")  # told as they are
+def distinct(values: Sequence[Any]) -> list[Any]:
+    """Each value once, in order."""
+    return [value for place, value in enumerate(values) if value not in values[:place]]

@@ -71,7 +71,7 @@ def described(summary: Mapping[str, Any]) -> str:
         if "kl" in own:
             lines += [
                 f"{name}: KL divergence from {summary['against']} {_figure(own['kl'], own['kl_error'])} nats, same "
-                f"most likely token {_percent(own['top1'], own['top1_error'])}, on {own['positions']:,} tokens of "
+                f"most likely token {100 * own['top1']:.2f} %, on {own['positions']:,} tokens of "
                 f"{own['text']}"
             ]
     if scored := {name: own for name, own in tasks.items() if "score" in own}:
@@ -86,8 +86,8 @@ def described(summary: Mapping[str, Any]) -> str:
         if own["cut_at_limit"]:
             most = own["settings"].get("max_tokens")
             lines.append(
-                f"{name}: {own['cut_at_limit']:,} of {own['n']:,} answers were cut at {most:,} tokens, and count as "
-                "they stand"
+                f"{name}: {own['cut_at_limit']:,} of {own['n']:,} answers were cut at {most} tokens, and count as they "
+                "stand. Give more by --max-tokens, in another folder"
             )
     return "\n".join(lines)
 
@@ -95,7 +95,7 @@ def described(summary: Mapping[str, Any]) -> str:
 def _row(name: str, own: Mapping[str, Any]) -> Sequence[str]:
     published = own["published"]
     return (
-        name, f"{own['n']:,}", _percent(own["score"], own["standard_error"], ""), f"{own['cut_at_limit']:,}",
+        name, f"{own['n']:,}", _percent(own["score"], own["standard_error"]), f"{own['cut_at_limit']:,}",
         f"{own['tokens']:,}", duration(own["seconds"]), f"{100 * published['score']:.1f}" if published else "",
     )  # fmt: skip
 
@@ -109,8 +109,8 @@ def _paired(name: str, own: Mapping[str, Any], against: str) -> list[str]:
     ]
 
 
-def _percent(share: float, error: float | None, unit: str = " %") -> str:
-    return f"{100 * share:.1f}{'' if error is None else f' ± {100 * error:.1f}'}{unit}"
+def _percent(share: float, error: float | None) -> str:
+    return f"{100 * share:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def _figure(value: float, error: float | None) -> str:
