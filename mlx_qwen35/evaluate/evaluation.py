@@ -115,6 +115,9 @@ def prepared(
             load, model=options.against, revision=None, adapter=None, adapter_scale=1.0, kv_bits=None, kv_rotate=False
         )
         against = Subject(plain, answers, options.batch_size, options.seed, out / AGAINST, watch, found[1])
+    for own in asked:
+        assert own.task is not None
+        subject.settings(own.task, own.items)  # whatever is wrong with options or questions is told now
     read = None
     if kl:
         assert against is not None, "it was asked for above"

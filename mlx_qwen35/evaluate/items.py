@@ -2,7 +2,7 @@
 
 A line is on the disk before the next one is written. Lines stand in the order in which answers came; once a task is
 whole they stand in the order of its questions, so that a run that was killed ends with the same file as one that was
-not. Seconds are the machine's affair, and stand apart, in seconds.jsonl.
+not. Seconds are the machine's affair, and stand apart, in .seconds.jsonl.
 """
 
 import json
@@ -20,7 +20,7 @@ from mlx_qwen35.options import spelled
 from mlx_qwen35.values import shown
 
 Line = Mapping[str, Any]  # an answered question: "key", and what came of it
-RUN, SECONDS, SUMMARY = "run.json", "seconds.jsonl", "summary.json"
+RUN, SECONDS, SUMMARY = "run.json", ".seconds.jsonl", "summary.json"
 
 
 class Lines:
@@ -125,7 +125,7 @@ class RunFolder:
             )
 
     def claim(self, identity: Mapping[str, Any], tasks: Mapping[str, str]) -> None:
-        """Go on with the run that the folder holds, or begin it.
+        """Go on with the run that the folder holds, or begin it. One without an answer yet is begun anew.
 
         identity: what must be the same for that. tasks: name -> version; those that are new are added.
 
@@ -133,7 +133,7 @@ class RunFolder:
         """
         self.check()
         path, own = self.folder / RUN, {**identity, "tasks": dict(tasks)}
-        if path.is_file():
+        if begun := path.is_file() and any(self.folder.glob("*.jsonl")):
             try:
                 found = dict(json.loads(read_file(RUN, path)))
                 before = dict(found["tasks"])
@@ -151,7 +151,7 @@ class RunFolder:
                     f"{'; '.join(differ)}. Give what it was begun with, or another folder",
                 )
             own["tasks"] = before | own["tasks"]
-        if not path.is_file() or own != found:
+        if not begun or own != found:
             write_whole(path, json.dumps(own, indent=2, ensure_ascii=False) + "\n")
 
     def log(self, task: str) -> ItemLog:

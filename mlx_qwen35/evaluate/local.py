@@ -106,7 +106,7 @@ def read_task(file: Path) -> LocalTask:
     if not isinstance(found.get("questions"), str) or not found["questions"]:
         raise _invalid(file, f"questions must name a file of questions, got {shown(found.get('questions'))}")
     name, match = found.get("task", file.stem), found.get("match", "exact")
-    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]*\w[\w.-]*", name, re.ASCII):
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
         raise _invalid(file, f"task must be a name of letters, digits, '_', '-' and '.', got {shown(name)}")
     if match not in MATCHES:
         raise _invalid(file, f"match must be one of {', '.join(MATCHES)}, got {shown(match)}")

@@ -102,16 +102,20 @@ class Subject:
         some = {item.key: item for item in chosen(keyed(task), items)}
         asked = {key: lambda item=item: task.ask(item) for key, item in some.items()}
         lines = self.ask(task.name, asked, lambda key, answer: float(task.judge(some[key], answer)))
-        settings = self.settings([task.ask(item) for item in chosen([*some.values()], SAMPLE)])
-        return lines, outcome(lines, self.folder.log(task.name).seconds, task.version, settings, task.published)
+        seconds = self.folder.log(task.name).seconds
+        return lines, outcome(lines, seconds, task.version, self.settings(task, items), task.published)
 
-    def settings(self, asked: Sequence[Asked]) -> dict[str, Any]:
-        """What questions are answered with, every default filled in; a list where it is not the same for all."""
+    def settings(self, task: Task, items: int | None = None) -> dict[str, Any]:
+        """What questions are answered with, every default filled in; a list where it is not the same for all.
+
+        InputError for options that contradict each other, and for a question that cannot be asked.
+        """
+        asked = [task.ask(item) for item in chosen(chosen(keyed(task), items), SAMPLE)]
         kinds = {repr([own.choices != (), merged(own.options, self.given)]): own for own in asked}
         found = [self._settings(own) for own in kinds.values()]
         told: dict[str, Any] = {}
         for name in dict.fromkeys(name for own in found for name in own):
-            values = [own.get(name) for own in found]
+            values = [own[name] for own in found if name in own]
             told[name] = values[0] if all(value == values[0] for value in values) else distinct(values)
         return told | {"seed": self.seed}
 
