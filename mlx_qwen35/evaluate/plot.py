@@ -8,6 +8,7 @@ from mlx_qwen35.console import plot
 from mlx_qwen35.console.report import last
 
 APART = 0.16  # of a row, between its middle and each of two models
+ROOM = 10  # percent that a label needs
 
 
 def draw(path: Path, summary: Mapping[str, Any]) -> plot.Figure:
@@ -29,7 +30,7 @@ def draw(path: Path, summary: Mapping[str, Any]) -> plot.Figure:
             _model(axes, last(model), [*tasks], entries, shift, plot.COLOURS[place])
         _published(axes, tasks)
         axes.set_title("\nscore, %", pad=12)
-        axes.set_yticks(range(len(tasks)), [f"{name}, {own['n']:,}" for name, own in tasks.items()])
+        axes.set_yticks(range(len(tasks)), [f"{name}\n{own['n']:,} questions" for name, own in tasks.items()])
         axes.set(ylim=(len(tasks) - 0.5, -0.5), xlim=(0, 104))
         plot.round_ticks(axes.xaxis)
         plot.name_above(axes)
@@ -43,15 +44,17 @@ def _model(
     scores = [100 * entries[task]["score"] for task in tasks if task in entries]
     errors = [100 * (entries[task]["standard_error"] or 0.0) for task in tasks if task in entries]
     axes.errorbar(scores, rows, xerr=errors, fmt="o", color=colour, markersize=6, elinewidth=1.5, label=name)
-    for row, score in zip(rows, scores, strict=True):
-        plot.label(axes, f"{score:.1f}", score, row, (0, 5))
+    for row, score, error in zip(rows, scores, errors, strict=True):  # beside its line, inwards
+        low = score - error < ROOM
+        plot.label(axes, f"{score:.1f}", score + error if low else score - error, row, (7 if low else -7, -3),
+                   ha="left" if low else "right")
 
 
 def _published(axes: plot.Axes, tasks: Mapping[str, Mapping[str, Any]]) -> None:
     found = {row: own["published"]["score"] for row, own in enumerate(tasks.values()) if own["published"]}
     if found:
         scores = [100 * score for score in found.values()]
-        axes.plot(scores, [*found], "|", color=plot.INK, markersize=22, markeredgewidth=1.5, label="published")
+        axes.plot(scores, [*found], "|", color=plot.INK, markersize=15, markeredgewidth=2, label="published")
 
 
 def claim(summary: Mapping[str, Any]) -> str:
@@ -60,8 +63,8 @@ def claim(summary: Mapping[str, Any]) -> str:
     model = last(summary["model"])
     gaps = [100 * own["paired"]["difference"] for own in tasks.values() if "paired" in own]
     if gaps:
-        span = f"{min(gaps):+.1f} points" if len(gaps) == 1 else f"{min(gaps):+.1f} to {max(gaps):+.1f} points"
-        return f"{model}: {span} against {last(summary['against'])}"
+        ends = dict.fromkeys(f"{gap:+.1f}" for gap in (min(gaps), max(gaps)))
+        return f"{model}: {' to '.join(ends)} points against {last(summary['against'])}"
     if len(tasks) == 1:
         (name, own), = tasks.items()
         return f"{model}: {100 * own['score']:.1f} % of {name}"

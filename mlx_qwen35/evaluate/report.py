@@ -57,7 +57,7 @@ def report(
         f"# {name}: an evaluation of {last(summary['model'])}",
         f"Made with {_named(summary['versions'])}, on {summary['machine']}.",
         picture,
-        _scores(tasks, against),
+        _scores(tasks, last(summary["model"]), against),
         _distance({name: own for name, own in summary["tasks"].items() if "kl" in own}, against),
         _paired(tasks, against, lines, others),
         _settings(summary["tasks"]),
@@ -77,18 +77,18 @@ def percent(share: float, error: float | None) -> str:
 # --- sections --------------------------------------------------------------------------------------------------------
 
 
-def _scores(tasks: Entries, against: str | None) -> str:
+def _scores(tasks: Entries, model: str, against: str | None) -> str:
     if not tasks:
         return ""
     pictures = any(own["image_tokens"] for own in tasks.values())
-    header = ["task", "questions", "score, %", "cut", "tokens read", *(["of images"] if pictures else []),
-              "written", "time", "published, %"]  # fmt: skip
+    header = ["task", *(["model"] if against else []), "questions", "score, %", "cut", "tokens read",
+              *(["of images"] if pictures else []), "written", "time", "published, %"]  # fmt: skip
     rows, remarks = [], []
-    for name, entry in tasks.items():
-        for who, own in {name: entry, f"{name}, {against}": entry.get("against")}.items():
-            if own:
-                rows.append(_row(who, own, pictures))
-                remarks += _cut(who, own)
+    for name, own in tasks.items():
+        for who, entry in [(model, own), (against, own.get("against"))]:
+            if entry:
+                rows.append([name, *([str(who)] if against else []), *_row(entry, pictures)])
+                remarks += _cut(f"{name}, {who}" if against else name, entry)
     told = ["Scores are ± one standard error over the questions. Cut: answers that the most tokens ended."]
     if pictures:
         told.append(
@@ -97,17 +97,17 @@ def _scores(tasks: Entries, against: str | None) -> str:
         )
     published = {name: own["published"] for name, own in tasks.items() if own["published"]}
     sources = [
-        f"- {name}, {100 * own['score']:.1f} %: {own['source']}{'. ' if own['note'] else ''}{own['note']}"
+        f"- {name}, {100 * own['score']:.1f} %: {own['source']}{'; ' if own['note'] else ''}{own['note']}"
         for name, own in published.items()
     ]
     parts = ["## Scores", markdown(header, rows), " ".join(told), *remarks]
     return "\n\n".join([*parts, *(["Published:\n\n" + "\n".join(sources)] if sources else [])])
 
 
-def _row(name: str, own: Mapping[str, Any], pictures: bool) -> list[str]:
+def _row(own: Mapping[str, Any], pictures: bool) -> list[str]:
     published = own["published"]
     return [
-        name, f"{own['n']:,}", percent(own["score"], own["standard_error"]), f"{own['cut_at_limit']:,}",
+        f"{own['n']:,}", percent(own["score"], own["standard_error"]), f"{own['cut_at_limit']:,}",
         f"{own['prompt_tokens']:,}", *([f"{own['image_tokens']:,}"] if pictures else []), f"{own['tokens']:,}",
         duration(own["seconds"]), f"{100 * published['score']:.1f}" if published else "",
     ]  # fmt: skip
