@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from mlx_qwen35.budget.encoding import working_bytes
-from mlx_qwen35.budget.plan import Machine, in_gb, loaded_bytes, names
+from mlx_qwen35.budget.plan import PACKED, Machine, in_gb, loaded_bytes, names
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.config import LINEAR, TextConfig
 from mlx_qwen35.checkpoint.converted import to_4bit
@@ -139,26 +139,24 @@ def _layer_bytes(checkpoint: Checkpoint, machine: Machine, needs: TrainingNeeds,
         H, Hk, dim, _ = text.attention_heads
         mlp = tokens * ((4 * D + 8 * inner) * size + (9 * H + 9 * Hk) * dim * 4)
         mixer = tokens * (13 * D * size + 18 * H * dim * 4)
-    matrix = min(UNPACKED, D * inner) if machine.on_cpu and _packed(checkpoint, f"{TEXT}layers.0.mlp.up_proj.weight") else 0
-    return max(mlp, mixer) + 8 * matrix + 4 * sum(rank * (out + width) for out, width, rank in own)
+    unpacked = _unpacked_bytes(checkpoint, machine, f"{TEXT}layers.0.mlp.up_proj.weight", D * inner)
+    return max(mlp, mixer) + unpacked + 4 * sum(rank * (out + width) for out, width, rank in own)
 
 
-def _packed(checkpoint: Checkpoint, name: str) -> bool:
-    return bool(checkpoint.quantization(name))
+def _unpacked_bytes(checkpoint: Checkpoint, machine: Machine, name: str, elements: int) -> int:
+    """Of a slice of a quantized matrix that the CPU dequantizes: an element takes 8 bytes on the way."""
+    return 8 * min(UNPACKED, elements) if machine.on_cpu and checkpoint.quantization(name) else 0
 
 
 def _loss_bytes(checkpoint: Checkpoint, machine: Machine, needs: TrainingNeeds) -> int:
-    """Of a piece: logits, in whose place the gradients come, and a part of them in float32.
-
-    Dequantized on the CPU, an element takes 8 bytes on the way.
-    """
+    """Of a piece: logits, in whose place the gradients come, and a part of them in float32."""
     text, size = checkpoint.config.text, machine.dtype.size
     head = f"{TEXT}embed_tokens.weight" if text.tie_word_embeddings else HEAD
     V, D, rows = text.vocab_size, text.hidden_size, min(needs.pieces, needs.batch * needs.length)
-    matrix = min(UNPACKED, V * D) if machine.on_cpu and _packed(checkpoint, head) else 0
     part = min(rows * V, max(V, PIECE if machine.on_cpu else SLICE))
     beside = rows * V * 4 * (HEAD in needs.parts)  # what the head's low-rank part adds
-    return rows * V * size + beside + 5 * 4 * part + 8 * matrix + 3 * needs.batch * needs.length * D * size
+    chosen = 3 * needs.batch * needs.length * D * size
+    return rows * V * size + beside + 5 * 4 * part + chosen + _unpacked_bytes(checkpoint, machine, head, V * D)
 
 
 def _image_bytes(checkpoint: Checkpoint, machine: Machine, patches: int) -> int:
@@ -188,7 +186,8 @@ def check_training_fits(checkpoint: Checkpoint, machine: Machine, needs: Trainin
     ways = proposals(checkpoint, machine, needs)
     if ways:
         raise InputError("memory_exceeded", f"{need}; {has}", "Any of these fits:\n  " + "\n  ".join(ways))
-    if checkpoint.raw and not checkpoint.config.quantization:
+    packed = replace(plan, weights=int(plan.weights * PACKED))
+    if checkpoint.raw and not checkpoint.config.quantization and packed.fits:
         raise InputError("memory_exceeded", f"{need}; {has}", f"Train on it in 4 bit. First type\n  {to_4bit(name)}")
     raise InputError(
         "memory_exceeded", f"{need}; {has}", "Choose a folder with fewer bits, or a smaller model of the family"
@@ -198,20 +197,25 @@ def check_training_fits(checkpoint: Checkpoint, machine: Machine, needs: Trainin
 def proposals(checkpoint: Checkpoint, machine: Machine, needs: TrainingNeeds) -> list[str]:
     """Options that fit, each as it is typed: the largest value of one, or where no one is enough, of several."""
 
-    def largest(options: TrainingNeeds, name: str) -> list[str]:
-        values, change = _smaller(options)[name]
-        found = bisect.bisect_left(values, True, key=lambda n: not plan_training(checkpoint, machine, change(n)).fits)
+    def fits(changed: TrainingNeeds) -> bool:
+        return plan_training(checkpoint, machine, changed).fits
+
+    def largest(of: TrainingNeeds, name: str) -> list[str]:
+        values, change = _smaller(of)[name]
+        found = bisect.bisect_left(values, True, key=lambda value: not fits(change(value)))
         return [spelled(name, values[found - 1])] if found else []
 
     if ways := [way for name in _smaller(needs) for way in largest(needs, name)]:
         return ways
     least = replace(needs, batch=1, pieces=min(needs.pieces, LEAST))
     typed = [spelled("batch_size", 1)] * (needs.batch > 1) + [spelled("pieces", LEAST)] * (needs.pieces > LEAST)
-    for rank in {needs.rank, needs.rank and min(needs.rank, RANK)}:
-        lower = least if rank is None else least.with_rank(rank)
-        ranked = [spelled("rank", rank)] if rank != needs.rank else []
-        if found := largest(lower, "max_length"):
-            return [" ".join([*typed, *ranked, *found])]
+    lower = [(least, typed)]
+    if needs.rank and needs.rank > RANK:
+        lower.append((least.with_rank(RANK), [*typed, spelled("rank", RANK)]))
+    for changed, said in lower:
+        shorter = [] if fits(changed) else largest(changed, "max_length")
+        if fits(changed) or shorter:
+            return [" ".join([*said, *shorter])]
     return []
 
 

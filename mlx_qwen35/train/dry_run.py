@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlx_qwen35.backend import backend
+from mlx_qwen35.budget.plan import in_gb
 from mlx_qwen35.budget.roofline import PREFILL, prefill_operations
+from mlx_qwen35.budget.training import TrainingPlan
 from mlx_qwen35.checkpoint.config import TextConfig
 from mlx_qwen35.checkpoint.shapes import is_matrix, mtp_shapes
 from mlx_qwen35.console.progress import duration
@@ -71,19 +73,33 @@ class Outlook:
             f"trained: low-rank parts of {len(found.parts):,} maps, {numbers:,} numbers in float32",
             f"steps: {found.steps:,}, of {found.options.batch_size * found.options.accumulate:,} rows each "
             f"({len(found.order):,} in an epoch, which sees every row once)",
+            self._memory(),
             self._time(),
         ]  # fmt: skip
         return "\n".join([*lines, *found.notes])
 
     def as_json(self) -> dict[str, Any]:
-        """For --json; `seconds` is null where it is not known."""
+        """For --json; `seconds` is null where it is not known, `memory` is the bytes of the plan."""
         found = self.found
         return {
             "model": found.model, "data": str(found.data), "steps": found.steps, "steps_per_epoch": len(found.order),
             "rows": {split: asdict(file.report) for split, file in found.files.items()},
             "maps": {name: part._asdict() for name, part in found.parts.items()}, "seconds": self.seconds,
-            "notes": found.notes, "options": asdict(found.options),
+            "memory": self.plan.peak, "notes": found.notes, "options": asdict(found.options),
         }  # fmt: skip
+
+    @property
+    def plan(self) -> TrainingPlan:
+        return self.found.plan
+
+    def _memory(self) -> str:
+        plan = self.plan
+        most = "a step of the optimizer" if plan.working == plan.update else "a batch"
+        return (
+            f"memory: {in_gb(plan.peak)} of the {in_gb(plan.machine.limit)} that it may take; weights "
+            f"{in_gb(plan.weights)}, what is trained and kept of it {in_gb(plan.held - plan.weights)}, {most} "
+            f"{in_gb(plan.working)}"
+        )
 
     def _time(self) -> str:
         if self.seconds is None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_qwen35.budget.encoding import at_once
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.options import VisionOptions
 from mlx_qwen35.prompt.processor import Processor
@@ -49,7 +50,7 @@ class Report:
     lines: that are not empty. rows: that are trained. tokens, targets: of all rows, after cutting.
     cut, skipped: rows that were cut, and rows left out since no target was left of them.
     answers, thinking: answers and texts that are learnt, and those of them with reasoning.
-    images, visual: images and videos in the rows, and their tokens.
+    images, visual: images and videos in the rows, and their tokens. patches: the most that are encoded at a time.
     longest: tokens of the longest row before it was cut. unread: names of columns that nothing reads.
     """
 
@@ -63,6 +64,7 @@ class Report:
     thinking: int = 0
     images: int = 0
     visual: int = 0
+    patches: int = 0
     longest: int = 0
     unread: tuple[str, ...] = ()
 
@@ -121,6 +123,7 @@ class RowFile:
         report.thinking += sum(run.thinking for run in learnt)
         report.images += len(row.media)
         report.visual += sum(placed.media.tokens for placed in row.media)
+        report.patches = max(report.patches, *(at_once(placed.media.grid) for placed in row.media), 0)
 
     def __len__(self) -> int:
         return len(self._lines)

@@ -8,6 +8,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_qwen35.budget.plan import Machine, this_machine
+from mlx_qwen35.budget.training import TrainingNeeds, TrainingPlan, check_training_fits, plan_training
 from mlx_qwen35.checkpoint.adapter import Adapter, Pair, read_adapter
 from mlx_qwen35.checkpoint.adapter_write import write_adapter
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -24,7 +26,7 @@ from mlx_qwen35.options import listed, spelled
 from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.train.images import Embeddings
 from mlx_qwen35.train.loop import Training, Watcher
-from mlx_qwen35.train.options import TrainOptions
+from mlx_qwen35.train.options import RANK, TrainOptions
 from mlx_qwen35.train.order import Order
 from mlx_qwen35.train.parameters import LAYERS, Parts, first_values, trained_parts
 from mlx_qwen35.train.report import after, before
@@ -68,6 +70,26 @@ class Prepared:
     def files(self) -> dict[str, RowFile]:
         """The data, by split."""
         return {"train": self.rows} | ({"valid": self.valid} if self.valid else {})
+
+    @property
+    def machine(self) -> Machine:
+        return this_machine(self.checkpoint.config.text, self.dtype, self.limit)
+
+    @property
+    def needs(self) -> TrainingNeeds:
+        """What the run asks of memory."""
+        options, files = self.options, self.files.values()
+        return TrainingNeeds(
+            self.parts, max(int(file.lengths.max()) for file in files), options.batch_size, options.pieces,
+            options.optimizer, accumulates=options.accumulate > 1, keeps_best=self.valid is not None,
+            rank=(options.rank or RANK) if self.begin is None else None,
+            patches=max(file.report.patches for file in files),
+        )  # fmt: skip
+
+    @property
+    def plan(self) -> TrainingPlan:
+        """Of its memory."""
+        return plan_training(self.checkpoint, self.machine, self.needs)
 
     @property
     def notes(self) -> list[str]:
@@ -150,7 +172,9 @@ def prepared(
             f"{listed(idle)} has no effect without validation: {where} has no valid.jsonl. Add one, or leave it out",
         )
     dtype = choose_dtype(checkpoint, given.dtype)
-    return Prepared(str(given.model), where, options, checkpoint, processor, dtype, limit, parts, begin, train, valid)
+    found = Prepared(str(given.model), where, options, checkpoint, processor, dtype, limit, parts, begin, train, valid)
+    check_training_fits(checkpoint, found.machine, found.needs, found.model)
+    return found
 
 
 def train(
@@ -217,8 +241,8 @@ def train(
             reads("asking the model before it is trained", 0, 0, "")
         asked = before(loaded, found.processor, found.valid or found.rows) if report else None
         training.run()
-        quantized = bool(found.checkpoint.config.quantization)
-        run = run_of(training, found.model, str(found.data), None, mx.get_peak_memory(), quantized)
+        peak, quantized = mx.get_peak_memory(), bool(found.checkpoint.config.quantization)
+        run = run_of(training, found.model, str(found.data), found.plan.peak, peak, quantized)
         if asked:
             after(asked, run, loaded, found.processor, training.state.chosen, folder.out)
     return Trained.of(training, run)

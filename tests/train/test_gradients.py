@@ -219,3 +219,10 @@ def test_gradients_in_float16_of_any_size_keep_their_digits_and_zeros(size):
         back.through(lambda x, pairs: 0.01 * x, mx.ones(3, mx.float16), [])
     got, expected = back.dx.astype(mx.float32) / back.scale, 1e-6 * dx.astype(mx.float32)
     assert mx.allclose(got, expected, rtol=5e-3, atol=0)
+
+
+def test_gradients_that_a_layer_makes_larger_than_float16_are_computed_once_more_smaller():
+    back = Backward({})
+    back.dx = mx.array([1e-3, 0.0, -0.25], mx.float16)
+    back.through(lambda x, pairs: 30_000 * x, mx.ones(3, mx.float16), [])
+    assert mx.allclose(back.dx.astype(mx.float32) / back.scale, mx.array([30.0, 0.0, -7500.0]), rtol=5e-3, atol=0)
