@@ -79,7 +79,9 @@ def test_a_target_is_the_end_of_a_maps_name():
 
 def test_only_the_last_layers_are_trained_on_request():
     assert {name.split(".")[3] for name in names(layers=2)} == {"2", "3"}
-    assert names(layers=99) == names()
+    assert names(layers=4) == names()
+    with refused("option_invalid", "1 to 4"):
+        names(layers=5)
     with refused("option_invalid", "in_proj_z"):  # the last layer is attention
         names(layers=1, targets=["in_proj_z"])
 
