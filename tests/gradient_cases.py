@@ -43,7 +43,7 @@ GOLDEN = Path(__file__).with_suffix(".npz")
 RANK, SCALE = 3, 1.5
 SAMPLES, PROJECTIONS = 12, 3
 TABLE = f"{TEXT}embed_tokens.weight"
-IMAGES = (Placeholder(3, 2, 3), Placeholder(17, 3, 2))  # of the second row
+IMAGES = (Placeholder(3, 2, 3), Placeholder(12, 3, 2))  # of the second row
 Gradients = Mapping[str, tuple[np.ndarray, np.ndarray]]  # of A and of B, by the weight's name
 
 
@@ -63,7 +63,7 @@ def parameters(case: cases.Case = CASE) -> dict[str, Pair]:
 def rows(case: cases.Case = CASE) -> list[Row]:
     """A row of text, and a shorter one that shows two images. Some of the tokens are targets."""
     made = []
-    for i, (count, shown) in enumerate(((45, ()), (34, IMAGES))):
+    for i, (count, shown) in enumerate(((36, ()), (24, IMAGES))):
         tokens, drawn = cases.tokens(case, count, f"row {i}"), cases.uniform(case.seed, f"row {i}", (count,)) < 0.6
         pads = {at for own in shown for at in range(own.start, own.stop)}
         targets = tuple(bool(drawn[at]) and at > 0 and at not in pads for at in range(count))

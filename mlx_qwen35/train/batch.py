@@ -32,9 +32,8 @@ class Batch:
         T = max(counts)
         self.tokens = mx.array([[*row.tokens, *[0] * (T - len(row.tokens))] for row in rows])
         self.visual = _visual(rows, embeddings)
-        lengths = None if min(counts) == T else mx.array(counts, mx.int32)
         table = _positions(rows, T)
-        self.context = ForwardContext(counts, lengths, table)
+        self.context = ForwardContext(counts, None, table)  # what is behind a row's end reaches nothing before it
         self.rotary = model.rotary.table(table)
         self.caches = _passing_caches(model, len(rows))
         learnt = [(b * T + t - 1, row.tokens[t]) for b, row in enumerate(rows) for t in np.flatnonzero(row.targets)]

@@ -14,14 +14,17 @@ SETTINGS = Settings((5, 9), repeats=2, dtype="float32")
 
 
 class FakeWorker:
-    """Answers like a worker, and notes in a list that all share what it was asked."""
+    """Answers like a worker, and notes in a list that all share what it was asked.
+
+    fails_at: the length of which it fails at the second row.
+    """
 
     def __init__(self, name: str, asked: list[tuple[str, int]], fails_at: int | None):
         self.name, self.asked, self.fails_at = name, asked, fails_at
 
     def ask(self, tokens: int, steps: int) -> dict:
         self.asked.append((self.name, tokens))
-        if tokens == self.fails_at:
+        if tokens == self.fails_at and self.asked.count((self.name, tokens)) == 2:
             raise ProgramError(self.name, "out of paper")
         size = 100 if self.name == OURS else 700
         return {"seconds": 0.5 if self.name == OURS else 2.0, "cpu_seconds": 1.0, "loss": 7.0, "mlx_peak_bytes": size,

@@ -152,7 +152,7 @@ def test_a_loss_alone_is_the_same_and_has_no_gradients(model: Model):
     whole, alone = found(model, parameters), found(model, parameters, backward=False)
     assert alone.gradients == {} and (alone.loss, alone.targets) == (whole.loss, whole.targets)
     assert mx.array_equal(alone.hidden, whole.hidden)
-    assert alone.hidden.shape == (2, 45, SMALL.config["text_config"]["hidden_size"])
+    assert alone.hidden.shape == (2, 36, SMALL.config["text_config"]["hidden_size"])
 
 
 def test_embeddings_that_do_not_fit_the_placeholders_are_refused(model: Model):
