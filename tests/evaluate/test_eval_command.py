@@ -94,9 +94,12 @@ def test_nano_answers_its_own_questions_as_it_is_known_to(tmp_path):
 
 def test_two_packs_are_compared_on_the_same_questions(packed, tmp_path, capsys):
     out = tmp_path / "out"
-    main(["--model", str(packed), "--against", "nano", "--tasks", "nano", "--items", "2", "--out", str(out), "--quiet"])
+    words = ["--model", str(packed), "--against", "nano", "--tasks", "nano", "--items", "2", "--quiet"]
+    main([*words, "--out", str(out)])
     assert "points against nano" in capsys.readouterr().out
+    looked = told_by(capsys, *words, "--dry-run")["tasks"]
     found = json.loads((out / "summary.json").read_text())["tasks"]["nano"]
+    assert [own["prompt_tokens"] for own in looked] == [found["prompt_tokens"], found["against"]["prompt_tokens"]]
     assert found["paired"]["n"] == 2 and found["paired"]["difference"] == found["score"] - found["against"]["score"]
     assert sorted(os.listdir(out)) == [".seconds.jsonl", "against", "nano.jsonl", "run.json", "summary.json"]
     assert (found["settings"]["max_tokens"], found["settings"]["temp"], found["settings"]["seed"]) == (160, 0.0, 0)

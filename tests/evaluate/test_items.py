@@ -91,7 +91,9 @@ def test_further_tasks_join_a_run_and_are_held_to_their_versions(folder):
     begin(folder)
     folder.claim(RUN, {"words": "1"})
     with refused("resume_differs", "tasks.words"):
-        folder.claim(RUN, {"sums": "1", "words": "2"})
+        folder.claim(RUN, {"words": "2"})
+    with refused("resume_differs", "tasks.sums"):
+        folder.claim(RUN, {"sums": "2"})
 
 
 def test_a_run_without_an_answer_is_begun_anew(folder):
