@@ -34,6 +34,7 @@ def scores(
         behind.setdefault(tuple(context), []).append(place)
     found: dict[int, Score] = {}
     for before, places in behind.items():
-        own = likelihoods(model, processor, before, [pairs[place][1] for place in places])
+        ends = [processor.check_tokens(pairs[place][1]) for place in places]
+        own = likelihoods(model, processor.check_tokens(before), ends)
         found.update(zip(places, own, strict=True))
     return [found[place] for place in range(len(pairs))]

@@ -225,7 +225,7 @@ def _beside(folder: Path, spec: Mapping[str, Any]) -> list[Path]:
         if not (folder / value).is_file():
             if spec.get("dataset_path") not in LOCAL:
                 return value
-            raise InputError("task_invalid", f"data_files must be files beside the task's; there is no {folder / value}")
+            raise InputError("task_invalid", f"data_files must be beside the task's file; there is no {folder / value}")
         found.append(folder / value)
         return str((folder / value).resolve())
 

@@ -94,16 +94,16 @@ def score(
     return _score(tokens, first, found)
 
 
-def likelihoods(
-    model: Model, processor: Processor, context: Sequence[int], continuations: Sequence[Sequence[int]]
-) -> list[Score]:
+def likelihoods(model: Model, context: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[Score]:
     """Score several continuations of one context, as `score` does each, while the context is read once.
 
-    context, continuations: token ids, at least one each. Memory is that of `score` with the longest continuation: what
-    was read of the context is shared. Raises InputError as `score` does.
+    context, continuations: checked token ids, at least one each. Memory is that of `score` with the longest
+    continuation: what was read of the context is shared. Raises InputError as `score` does.
     """
     refuse_fork()
-    read = [_tokens(processor, context, own)[0] for own in continuations]
+    if not context or not all(continuations):
+        raise InputError("text_too_short", "a context and each of its continuations must have at least 1 token")
+    read = [[*context, *own] for own in continuations]
     first, length = len(context), max(map(len, read)) - 1
     with LOCK:
         set_limits(model.memory_limit)

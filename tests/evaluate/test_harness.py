@@ -72,7 +72,8 @@ def test_a_killed_run_and_another_batch_size_give_the_same_files(tmp_path):
     assert [line["score"] for line in lines(tmp_path / "parts", "sums")] == [None] * 7
     evaluate("nano", ALL, tmp_path / "parts", items=9)
     for name in ("sums", "choices", "texts"):
-        assert (tmp_path / "parts" / f"{name}.jsonl").read_bytes() == (tmp_path / "whole" / f"{name}.jsonl").read_bytes()
+        parts, whole = (tmp_path / run / f"{name}.jsonl" for run in ("parts", "whole"))
+        assert parts.read_bytes() == whole.read_bytes()
 
 
 def test_a_model_against_itself_differs_nowhere(tmp_path):
