@@ -55,7 +55,8 @@ def _chosen(config: TextConfig, options: TrainOptions) -> dict[str, Part]:
     depth = config.num_hidden_layers
     if options.layers is not None and options.layers > depth:
         raise InputError(
-            "option_invalid", f"{spelled('layers')} must be 1 to {depth}, the layers of this model; got {options.layers}"
+            "option_invalid",
+            f"{spelled('layers')} must be 1 to {depth}, the layers of this model; got {options.layers}",
         )
     first = depth - (options.layers or depth)
     offered = {name: shape for name, shape in maps.items() if not name.startswith(LAYERS) or _layer(name) >= first}
