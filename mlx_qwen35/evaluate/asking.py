@@ -6,16 +6,14 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from mlx_qwen35.budget.rows import RowNeeds, RowsPlan
-from mlx_qwen35.engine.encode import encode
 from mlx_qwen35.engine.engine import Engine
 from mlx_qwen35.engine.generation import request as begin
-from mlx_qwen35.engine.options import PromptOptions, check_options
 from mlx_qwen35.engine.presets import Sampling
 from mlx_qwen35.engine.room import encoding_bytes, rows_plan
 from mlx_qwen35.engine.sequence import Sequence as Request
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.evaluate.choosing import scores
 from mlx_qwen35.evaluate.task import Asked
-from mlx_qwen35.measure.score import score
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.options import options_of, spelled
 from mlx_qwen35.prompt.processor import Processor
@@ -63,7 +61,8 @@ class Asker:
 
         key, seed; prompt_tokens, and image_tokens where it shows something; tokens: of the answer, reasoning_tokens of
         them of the reasoning; finish_reason: see `Result`; cut_at_limit: whether the most tokens of an answer, or the
-        context, ended it; answer: the text behind the reasoning. Of a question with choices finish_reason is "choice".
+        context, ended it; answer: the text behind the reasoning. Of a question with choices finish_reason is "choice",
+        and there are logprobs, of each choice, and greedy, whether greedy decoding would write it.
 
         Raises InputError for a question that the model cannot be asked, and whatever ends a generation.
         """
@@ -114,17 +113,13 @@ class Asker:
     def _chosen(self, question: Question) -> dict[str, Any]:
         """The choice that is the most probable text behind the prompt, without reasoning."""
         asked = question.asked
-        given = {name: value for name, value in self.options(asked).items() if name in options_of(PromptOptions)}
-        if not isinstance(asked.prompt, str) or not given.get("ignore_chat_template"):
-            given["enable_thinking"] = False
-        prompt: Any = asked.prompt
-        tokens = encode(self.processor, prompt, check_options(given)).tokens
-        ends = [self.processor.tokenizer.encode(choice, add_special_tokens=False) for choice in asked.choices]
-        sums = [score(self.model, self.processor, tokens, end).sum for end in ends]
+        found = scores(self.model, self.processor, asked.prompt, asked.choices, self.options(asked))
+        sums = [own.sum for own in found]
         best = max(range(len(sums)), key=sums.__getitem__)
         return {
-            "key": question.key, "seed": question.seed, "prompt_tokens": len(tokens), "tokens": 0,
-            "finish_reason": "choice", "cut_at_limit": False, "answer": asked.choices[best],
+            "key": question.key, "seed": question.seed, "prompt_tokens": len(found[best].context), "tokens": 0,
+            "finish_reason": "choice", "cut_at_limit": False, "answer": asked.choices[best], "logprobs": sums,
+            "greedy": [own.is_greedy for own in found],
         }  # fmt: skip
 
 

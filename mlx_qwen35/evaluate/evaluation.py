@@ -10,6 +10,7 @@ from typing import Any
 from mlx_qwen35.checkpoint.fingerprint import fingerprint
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.evaluate.compare import paired
+from mlx_qwen35.evaluate.harness import HarnessTask
 from mlx_qwen35.evaluate.items import Line, RunFolder
 from mlx_qwen35.evaluate.kl import KL, Sequences, check_tokenizers, measure, sequences
 from mlx_qwen35.evaluate.names import Wanted, find
@@ -170,7 +171,10 @@ class Evaluation:
             if one.task is None:
                 entries[one.name] = self._kl()
             else:
-                lines[one.name], outcome = own.run(one.task, one.items)
+                if isinstance(one.task, HarnessTask):
+                    lines[one.name], outcome = one.task.run(own, one.items)
+                else:
+                    lines[one.name], outcome = own.run(one.task, one.items)
                 entries[one.name] = entry(outcome)
         own.let_go()
         return entries, lines

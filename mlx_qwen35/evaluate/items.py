@@ -89,12 +89,17 @@ class ItemLog:
         self._lines.append(line)
         self.lines[line["key"]] = line
 
-    def arrange(self, keys: Sequence[str]) -> list[Line]:
-        """The lines of these questions, in this order, which the file has from now on; others stand behind them."""
+    def arrange(self, keys: Sequence[str], scores: Mapping[str, float] | None = None) -> list[Line]:
+        """The lines of these questions, in this order, which the file has from now on; others stand behind them.
+
+        scores: of questions that were judged since they were answered, by key.
+        """
+        for key, score in (scores or {}).items():
+            self.lines[key] = {**self.lines[key], "score": score}
         wanted = dict.fromkeys(keys)
-        ordered = [*wanted, *(key for key in self.lines if key not in wanted)]
-        if ordered != [line["key"] for line in self._lines.read]:
-            write_whole(self.path, "".join(json.dumps(self.lines[key], ensure_ascii=False) + "\n" for key in ordered))
+        ordered = [self.lines[key] for key in [*wanted, *(key for key in self.lines if key not in wanted)]]
+        if ordered != self._lines.read:
+            write_whole(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in ordered))
             self._lines = Lines(self.path)
         return [self.lines[key] for key in keys]
 

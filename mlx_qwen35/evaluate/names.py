@@ -1,19 +1,18 @@
 """The names of --tasks, and what they stand for."""
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_qwen35.checkpoint.hub import NANO
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.evaluate.harness import find_task, is_of_harness
 from mlx_qwen35.evaluate.kl import KL
 from mlx_qwen35.evaluate.local import SUFFIXES, bundled, read_task
 from mlx_qwen35.evaluate.task import Task
 
 # The list `quick`: questions of each, which together take an M1 a night, and tell scores to 3 to 5 points.
 QUICK = {"mmlu_pro": 140, "ifeval": 100, "mmmu_val": 60}
-HARNESS = "lm_eval"
 OURS = f"there are {KL}, {NANO} and tasks of your own, FILE.yaml"
 
 
@@ -43,15 +42,10 @@ def _find(name: str, items: int | None) -> Wanted:
         return Wanted(KL, None, items)
     if name == NANO:
         return Wanted(NANO, bundled(), items)
-    if name.endswith(SUFFIXES):
+    if name.endswith(SUFFIXES) and not is_of_harness(Path(name)):
         task = read_task(Path(name))
         if task.name == KL:
             raise InputError("task_invalid", f"{name}: task must not be {KL}, which is a measurement of its own")
         return Wanted(task.name, task, items)
-    if importlib.util.find_spec(HARNESS) is None:
-        raise InputError(
-            "package_missing",
-            f"the task {name} needs lm-eval, whose tasks are not installed: pip install 'mlx-qwen35[eval]'. Without it "
-            f"{OURS}",
-        )
-    raise InputError("task_unknown", f"there is no task {name}; {OURS}")
+    found = find_task(name)
+    return Wanted(found.name, found, items)

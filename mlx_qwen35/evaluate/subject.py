@@ -143,6 +143,8 @@ class Subject:
         """A question as the engine gets it; no weights are read. InputError where it cannot be asked."""
         prompt: Any = asked.prompt
         options: Any = merged(asked.options, self.given)
+        if asked.choices:  # they are read without reasoning, whatever is given
+            options.pop("enable_thinking", None)
         return prepare(self.checkpoint.config.text, self.processor, prompt, 1, None, **options)
 
     @cached_property

@@ -95,9 +95,16 @@ def described(summary: Mapping[str, Any]) -> str:
 def _row(name: str, own: Mapping[str, Any]) -> Sequence[str]:
     published = own["published"]
     return (
-        name, f"{own['n']:,}", _percent(own["score"], own["standard_error"]), f"{own['cut_at_limit']:,}",
+        name, f"{own['n']:,}", _score(own), f"{own['cut_at_limit']:,}",
         f"{own['tokens']:,}", duration(own["seconds"]), f"{100 * published['score']:.1f}" if published else "",
     )  # fmt: skip
+
+
+def _score(own: Mapping[str, Any]) -> str:
+    """In percent, or in a unit of its own."""
+    if unit := own.get("unit"):
+        return f"{own['score']:.4g} {unit}"
+    return _percent(own["score"], own["standard_error"])
 
 
 def _paired(name: str, own: Mapping[str, Any], against: str) -> list[str]:
