@@ -19,6 +19,7 @@ COMMANDS = {
     "serve": ("mlx_qwen35.commands.serve", "serve a model: OpenAI's and Anthropic's APIs, and a page"),
     "convert": ("mlx_qwen35.convert.__main__", "quantize a checkpoint"),
     "train": ("mlx_qwen35.train.command", "train an adapter on your own rows (LoRA, QLoRA)"),
+    "eval": ("mlx_qwen35.evaluate.command", "measure how well a model answers"),
     "models": ("mlx_qwen35.commands.models", "say which models fit, list and remove those that are here"),
     "bench": ("mlx_qwen35.bench.command", "measure speed"),
     "doctor": ("mlx_qwen35.doctor.command", "look at this machine, and plan memory"),

@@ -15,6 +15,7 @@ import numpy as np
 
 from mlx_qwen35.budget.chunk import prefill_bytes, suitable_chunk
 from mlx_qwen35.budget.plan import SAMPLING_ARRAYS, most_tokens, this_machine
+from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.attention import attention_impl
 from mlx_qwen35.machine.memory import set_limits
@@ -90,21 +91,53 @@ def score(
         set_limits(model.memory_limit)
         chunk = _chunk(model, len(tokens) - 1, prefill_step_size)
         found = predict(model, tokens, first, chunk, progress)
-    targets = tokens[first:]
-    return Score(
-        tuple(tokens[:first]), tuple(targets), found.logprobs.astype(np.float32), found.best == np.array(targets)
-    )
+    return _score(tokens, first, found)
+
+
+def likelihoods(model: Model, context: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[Score]:
+    """Score several continuations of one context, as `score` does each, while the context is read once.
+
+    context, continuations: checked token ids, at least one each. Memory is that of `score` with the longest
+    continuation: what was read of the context is shared. Raises InputError as `score` does.
+    """
+    refuse_fork()
+    if not context or not all(continuations):
+        raise InputError("text_too_short", "a context and each of its continuations must have at least 1 token")
+    read = [[*context, *own] for own in continuations]
+    first, length = len(context), max(map(len, read)) - 1
+    with LOCK:
+        set_limits(model.memory_limit)
+        chunk = _chunk(model, length, None)
+        cache = model.make_cache()
+        cache.reserve(length)
+        for start in range(0, first - 1, chunk):
+            model.hidden(mx.array([list(context[start : min(start + chunk, first - 1)])]), cache, pace=Pace())
+            cache.evaluate()
+            mx.clear_cache()
+        return [_score(own, first, predict(model, own[first - 1 :], 1, chunk, cache=cache.copy())) for own in read]
+
+
+def _score(tokens: Sequence[int], first: int, found: Predictions) -> Score:
+    """Of tokens[first:], by their predictions."""
+    targets = tuple(tokens[first:])
+    return Score(tuple(tokens[:first]), targets, found.logprobs.astype(np.float32), found.best == np.array(targets))
 
 
 def predict(
-    model: Model, tokens: Sequence[int], first: int, chunk: int, progress: Progress = lambda done, total: None
+    model: Model,
+    tokens: Sequence[int],
+    first: int,
+    chunk: int,
+    progress: Progress = lambda done, total: None,
+    cache: Cache | None = None,
 ) -> Predictions:
     """The predictions of tokens[first:], each from all tokens before it; first is at least 1.
 
-    chunk: tokens that go through the layers together. InputError for logits that are not finite.
+    chunk: tokens that go through the layers together. cache: of what stands before the tokens. InputError for logits
+    that are not finite.
     """
     fed, targets = list(tokens[:-1]), np.array(tokens[first:])
-    cache, found = model.make_cache(), Predictions(len(targets))
+    cache, found = model.make_cache() if cache is None else cache, Predictions(len(targets))
     cache.reserve(len(fed))
     piece = _piece(model, chunk)
     for start in range(0, len(fed), chunk):
@@ -157,6 +190,12 @@ def _chunk(model: Model, length: int, given: int | None) -> int:
 
 
 # --- what is scored ---------------------------------------------------------------------------------------------------
+
+
+def split(processor: Processor, text: str, continuation: str) -> tuple[list[int], list[int]]:
+    """The tokens of a raw text that are not scored, and those of its continuation that are; see `score`."""
+    tokens, first = _tokens(processor, text, continuation)
+    return tokens[:first], tokens[first:]
 
 
 def _tokens(processor: Processor, text: Any, continuation: Any) -> tuple[list[int], int]:

@@ -4,19 +4,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
-from mlx_qwen35.budget.encoding import at_once, working_bytes
-from mlx_qwen35.budget.plan import this_machine
-from mlx_qwen35.budget.rows import RowNeeds, RowsPlan
+from mlx_qwen35.budget.rows import RowNeeds
 from mlx_qwen35.cache.prefix import PrefixLibrary, library_bytes
 from mlx_qwen35.checkpoint.config import VisionConfig
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy
 from mlx_qwen35.engine.plan import refuse_memory
 from mlx_qwen35.engine.prepared import Prepared
-from mlx_qwen35.kernels.attention import attention_impl
+from mlx_qwen35.engine.room import encoding_bytes, rows_plan
 from mlx_qwen35.model.model import Model
-from mlx_qwen35.prompt.prompt import Prompt
 
 ROWS = ((6e9, 2), (12e9, 4), (float("inf"), 8))  # answers at a time, up to so many bytes that a model may take
 RESERVED = 4096  # tokens of an answer of no stated length that are reserved when it begins
@@ -32,21 +28,12 @@ class Admission:
     """The memory plan of a model that is served. It knows numbers alone, so any thread may ask."""
 
     def __init__(self, model: Model, vision: VisionConfig | None):
-        weights = dict(tree_flatten(model.parameters())).values()
-        machine = this_machine(model.config, model.dtype, model.memory_limit, model.kv)
-        self.vision = vision
-        self.plan = RowsPlan(
-            model.config, machine,
-            weights=sum(array.nbytes for array in weights) + model.adapters.nbytes,
-            head=model.mtp.nbytes if model.mtp else 0,
-            encoder=model.vision.nbytes if model.vision else 0,
-            unpacks=machine.on_cpu and any(array.dtype == mx.uint32 for array in weights),
-        )  # fmt: skip
+        self.vision, self.plan = vision, rows_plan(model)
 
     def needs(self, prepared: Prepared) -> RowNeeds:
         """What an answer is given room for when it begins. InputError where it does not even fit alone."""
         prompt, limit = prepared.prompt, prepared.plans[0].limit
-        row = RowNeeds(len(prompt.tokens), limit, encoding=self._encoding(prompt))
+        row = RowNeeds(len(prompt.tokens), limit, encoding=encoding_bytes(prompt, self.vision, self.plan.machine))
         least = replace(row, answer=1) if prepared.open_ended else row
         if not self.plan.fits([least]):
             room = min(self.plan.most(row.prompt, row.encoding), row.prompt + least.answer - 1)
@@ -63,13 +50,3 @@ class Admission:
         library.memory = min(left, library_bytes(self.plan.machine.limit))
         library.trim()
         return True
-
-    def _encoding(self, prompt: Prompt) -> int:
-        """Bytes of encoding what a prompt shows, with the embeddings, which are joined from those of each image."""
-        if not prompt.media or self.vision is None:
-            return 0
-        dtype, vision = self.plan.machine.dtype, self.vision
-        impl = attention_impl(vision.hidden_size // vision.num_heads, dtype)
-        media = [placed.media for placed in prompt.media]
-        working = max(working_bytes(vision, dtype, at_once(own.grid), impl) for own in media)
-        return working + 2 * sum(own.tokens for own in media) * vision.out_hidden_size * dtype.size

@@ -52,7 +52,13 @@ def _chosen(config: TextConfig, options: TrainOptions) -> dict[str, Part]:
     shapes = text_shapes(config)
     shapes.setdefault(HEAD, shapes[TABLE])  # a tied head has a low-rank part of its own, as in PEFT
     maps = {name: shape for name, shape in shapes.items() if is_matrix(name, shape)}
-    first = config.num_hidden_layers - (options.layers or config.num_hidden_layers)
+    depth = config.num_hidden_layers
+    if options.layers is not None and options.layers > depth:
+        raise InputError(
+            "option_invalid",
+            f"{spelled('layers')} must be 1 to {depth}, the layers of this model; got {options.layers}",
+        )
+    first = depth - (options.layers or depth)
     offered = {name: shape for name, shape in maps.items() if not name.startswith(LAYERS) or _layer(name) >= first}
     targets = options.targets
     for target in targets or ():

@@ -44,7 +44,8 @@ class Run:
     """A training run.
 
     model, data: as they were named. options: a frozen dataclass of options. counts: by split. best: the step whose
-    adapter was kept; None: the last. ended: why it ended, as a sentence. peak, planned: bytes of memory.
+    adapter was kept; None: the last. ended: why it ended, as a sentence. peak, planned: bytes of memory. quantized:
+    whether the model is.
     """
 
     model: str
@@ -57,6 +58,7 @@ class Run:
     ended: str = ""
     peak: int | None = None
     planned: int | None = None
+    quantized: bool = False
 
     @property
     def kept(self) -> Validation | None:
@@ -76,21 +78,34 @@ class Run:
         if kept and len(self.validations) > 1:
             first, last = self.validations[0].loss, kept.loss
             if last < first:
-                return f"Validation loss fell from {loss_text(first)} to {loss_text(last)} in {kept.step:,} steps"
+                first_text, last_text = apart(first, last)
+                return f"Validation loss fell from {first_text} to {last_text} in {many(kept.step, 'step')}"
             return f"Validation loss did not fall below the {loss_text(first)} before the first step"
         if not self.steps:
             return "No step was made"
         count, tenth = len(self.steps), -(-len(self.steps) // 10)
         first, last = mean_loss(self.steps[:tenth]), mean_loss(self.steps[-tenth:])
-        return (
-            f"Training loss: {loss_text(first)} in the first {tenth:,} of {count:,} steps, "
-            f"{loss_text(last)} in the last {tenth:,}"
-        )
+        begin, end = ("the first", "the last") if tenth == 1 else (f"the first {tenth:,}", f"the last {tenth:,}")
+        if count == 1:
+            return f"Training loss: {loss_text(first)} in the only step"
+        return f"Training loss: {loss_text(first)} in {begin} of {count:,} steps, {loss_text(last)} in {end}"
 
 
 def mean_loss(steps: Sequence[Step]) -> float:
     """Of all targets of some steps."""
     return sum(step.loss * step.targets for step in steps) / sum(step.targets for step in steps)
+
+
+def apart(first: float, last: float) -> tuple[str, str]:
+    """Two losses, in as many digits from three on as tell them apart."""
+    if loss_text(first) != loss_text(last):
+        return loss_text(first), loss_text(last)
+    return f"{first:.4f}", f"{last:.4f}"
+
+
+def many(count: int, what: str) -> str:
+    """1 step, 2,000 steps."""
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def loss_text(loss: float | None) -> str:

@@ -16,22 +16,23 @@ from typing import Any
 
 from mlx_qwen35.backend import backend, system_memory
 from mlx_qwen35.checkpoint.adapter import Pair
+from mlx_qwen35.checkpoint.folder import written
 from mlx_qwen35.checkpoint.names import MTP
 from mlx_qwen35.console.progress import duration
+from mlx_qwen35.console.report import last, quoted
 from mlx_qwen35.console.table import markdown, size
 from mlx_qwen35.machine.chip import brand
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.options import Option, options_of
 from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.train import plot
-from mlx_qwen35.train.record import Run, loss_text
+from mlx_qwen35.train.record import Run, loss_text, many
 from mlx_qwen35.train.rows import Row, RowFile
 from mlx_qwen35.train.samples import MOST_TOKENS, Answers, Question, answers, questions
 
 REPORT, PICTURE = "report.md", "losses.png"
 PACKAGES = ("mlx-qwen35", "mlx")
 MOST_LOSSES = 20  # rows of the table of losses
-MOST_SHOWN = 400  # characters of a question or an answer
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def after(
     if drawn:
         plot.draw(out / PICTURE, run, f"{_named(run)} {machine()}")
     file = out / REPORT
-    file.write_text(report(earlier, now, along, run, pairs, out.name, drawn), encoding="utf-8")
+    with written(str(file)):
+        file.write_text(report(earlier, now, along, run, pairs, out.name, drawn), encoding="utf-8")
     return file
 
 
@@ -85,12 +87,6 @@ def report(
         _use(run, name),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
-
-
-def last(source: str) -> str:
-    """A Hugging Face id as it is, of a path its last part: a report tells no folders of this machine."""
-    path = Path(source).expanduser()
-    return path.resolve().name if path.exists() or source.count("/") != 1 else source
 
 
 def machine() -> str:
@@ -188,17 +184,9 @@ def _samples(earlier: Before, now: Answers) -> str:
     ]
     for question, old, new in zip(earlier.asked, earlier.answers.texts, now.texts, strict=True):
         said = {"data": question.right, "before": old, "after": new}
-        lines = [f"- {name}: {_quoted(text)}" for name, text in said.items()]
-        parts.append("\n".join([f"Line {question.line}: {_quoted(question.shown)}\n", *lines]))
+        lines = [f"- {name}: {quoted(text)}" for name, text in said.items()]
+        parts.append("\n".join([f"Line {question.line}: {quoted(question.shown)}\n", *lines]))
     return "\n\n".join(parts)
-
-
-def _quoted(text: str) -> str:
-    """A text as code on one line, with its beginning if it is long."""
-    line = text.replace("\n", "⏎")
-    line = line if len(line) <= MOST_SHOWN else f"{line[:MOST_SHOWN]}…"
-    fence = "``" if "`" in line else "`"
-    return f"{fence} {line} {fence}" if fence == "``" else f"`{line}`" if line else "(nothing)"
 
 
 def _drafts(earlier: Answers, now: Answers, along: Answers | None) -> str:
@@ -220,7 +208,8 @@ def _cost(run: Run) -> str:
     if not run.steps:
         return ""
     seconds, tokens = (sum(getattr(step, name) for step in run.steps) for name in ("seconds", "tokens"))
-    told = [f"{len(run.steps):,} steps in {duration(seconds)}: {tokens / max(seconds, 1e-9):,.0f} tokens a second."]
+    rate = tokens / max(seconds, 1e-9)
+    told = [f"{many(len(run.steps), 'step')} in {duration(seconds)}: {rate:,.0f} tokens a second."]
     if run.peak is not None:
         planned = f"; the plan was {size(run.planned)}" if run.planned else ""
         told.append(f"Memory at its highest: {size(run.peak)}{planned}.")
@@ -229,15 +218,19 @@ def _cost(run: Run) -> str:
 
 def _use(run: Run, name: str) -> str:
     model = last(run.model)
+    fuse = f"\nmlx_qwen35.convert --hf-path {model} --adapter {name} --mlx-path {name}-fused"
+    source, own = model, "In transformers"
+    if run.quantized:  # the adapter fits these weights, and the original has them unrounded
+        fuse, source, own = "", "ORIGINAL", "In transformers, beside the unquantized original, where it is a little off"
     peft = f"""
 
-In transformers, of the unquantized original:
+{own}:
 
 ```python
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
-model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained("{model}"), "{name}")
+model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained("{source}"), "{name}")
 ```"""
     mlx_lm = f"""
 
@@ -246,7 +239,6 @@ In mlx-lm, of the text model: `mlx_lm.generate --model {model} --adapter-path {n
 
 ```sh
 mlx_qwen35.generate --model {model} --adapter {name} --prompt "..."
-mlx_qwen35.serve --model {model} --adapter {name}
-mlx_qwen35.convert --hf-path {model} --adapter {name} --mlx-path {name}-fused
+mlx_qwen35.serve --model {model} --adapter {name}{fuse}
 ```"""
     return commands + (mlx_lm if getattr(run.options, "adapter_format", "") == "mlx-lm" else peft)

@@ -1,10 +1,11 @@
 """Rows of training data, as inference will see them: tokens, and which of them are targets.
 
-`open_rows` reads a whole file once: it checks every line, counts tokens and targets, and keeps some 40 bytes of each
+`open_rows` reads a whole file once: it checks every line, counts tokens and targets, and keeps some 50 bytes of each
 row. A row is read and rendered again whenever it is asked for, so that a file may be larger than memory.
 """
 
 import hashlib
+import zlib
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,6 +86,7 @@ class RowFile:
         self._places, self._lines = array("q"), array("l")
         self._answers = array("i"), array("i")  # of each row, first and last + 1
         self._lengths, self._targets, self._shows = array("i"), array("i"), array("b")
+        self._sums = array("I")
         self.report, self.fingerprint = Report(), ""
 
     def read(self, progress: Progress) -> "RowFile":
@@ -100,8 +102,7 @@ class RowFile:
                     report.skipped += 1
                 else:
                     self._add(place, rendered, row)
-                    digest.update(np.array(row.tokens, np.int32).tobytes() + bytes(row.targets))
-                    digest.update("".join(placed.media.digest for placed in row.media).encode())
+                    digest.update(_taught(row))
             progress(done, self._source.total)
         report.unread, self.fingerprint = tuple(sorted(unread)), digest.hexdigest()
         self.lengths, self.targets = (np.array(own, np.int32) for own in (self._lengths, self._targets))
@@ -109,8 +110,8 @@ class RowFile:
 
     def _add(self, place: int, rendered: Rendered, row: Row) -> None:
         report, targets = self.report, sum(row.targets)
-        columns = (self._places, self._lines, *self._answers, self._lengths, self._targets, self._shows)
-        values = (place, row.line, *rendered.answers, len(row.tokens), targets, bool(row.media))
+        columns = (self._places, self._lines, *self._answers, self._lengths, self._targets, self._shows, self._sums)
+        values = (place, row.line, *rendered.answers, len(row.tokens), targets, bool(row.media), _sum(row))
         for column, value in zip(columns, values, strict=True):
             column.append(value)
         report.rows += 1
@@ -131,7 +132,7 @@ class RowFile:
         number, answers = self._lines[index], (self._answers[0][index], self._answers[1][index])
         values = self._source.read(self._places[index], number)
         row = next((self._row(rendered, number) for rendered, _ in self._rendered(number, values, answers)), None)
-        if row is None or (len(row.tokens), sum(row.targets)) != (self._lengths[index], self._targets[index]):
+        if row is None or _sum(row) != self._sums[index]:
             raise InputError("data_invalid", f"{self._source.name(number)}: the row has changed since it was checked")
         return row
 
@@ -173,6 +174,17 @@ class RowFile:
             targets[i] = True
         media = tuple(placed for placed in rendered.media if placed.placeholders[-1].stop <= stop)
         return Row(tokens[:stop], tuple(targets), media, number, len(tokens) - stop)
+
+
+def _taught(row: Row) -> bytes:
+    """Tokens, targets and pixels of a row."""
+    shown = "".join(placed.media.digest for placed in row.media)
+    return np.array(row.tokens, np.int32).tobytes() + bytes(row.targets) + shown.encode()
+
+
+def _sum(row: Row) -> int:
+    """A checksum, which tells a row that has changed."""
+    return zlib.crc32(_taught(row))
 
 
 def open_rows(

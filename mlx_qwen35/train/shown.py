@@ -1,6 +1,7 @@
 """How far a run has come, on standard error, and what it has come to, as text."""
 
 from collections import deque
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -9,6 +10,7 @@ from mlx_qwen35.console.notices import tell
 from mlx_qwen35.console.progress import Step, duration
 from mlx_qwen35.console.table import size
 from mlx_qwen35.train.loop import Line, Training, Watcher
+from mlx_qwen35.train.record import many
 from mlx_qwen35.train.trained import Trained
 
 RECENT = 20  # steps whose seconds tell the time that is left
@@ -27,6 +29,7 @@ class Shown(Watcher):
         self._what = ""
         self._training: Training | None = None
         self._rate = ""
+        self._since: list[Line] = []  # the steps behind the last validation
 
     def __enter__(self) -> Self:
         return self
@@ -63,7 +66,19 @@ class Shown(Watcher):
 
     def begins(self, training: Training) -> None:
         self._training = training
+        rows, valid = training.rows, training.valid
+        validated = ""
+        if valid:
+            count = min(len(valid), training.options.validation_rows or len(valid))
+            validated = f", validated on {many(count, 'row')}"
+        tell(
+            f"training {many(len(training.state.parameters), 'map')} on {many(len(rows), 'row')} with "
+            f"{rows.report.targets:,} targets{validated}"
+        )
         if training.state.step:
+            lines = training.log()
+            tested = max((place for place, line in enumerate(lines, 1) if "validation" in line), default=0)
+            self._since = [*lines[tested:]]
             tell(f"going on behind step {training.state.step:,} of {training.steps:,}")
         self._show("training")
 
@@ -75,11 +90,13 @@ class Shown(Watcher):
         number = line["step"]
         if number:
             self._recent.append(seconds)
+            self._since.append(line)
             self._rate = f", loss {line['loss']:.4f}, {line['tokens'] / max(seconds, 1e-3):,.0f} tokens/s"
         if "validation" in line:
             best = training.state.best
             lowest = ", the lowest so far" if best and best.step == number and number else ""
-            loss = f"loss {line['loss']:.4f}, " if number else ""
+            loss = f"loss {_mean(self._since):.4f}, " if number else ""
+            self._since.clear()
             tell(f"step {number:,} of {training.steps:,}: {loss}validation loss {line['validation']:.4f}{lowest}")
         self._show(f"training{self._rate}")
 
@@ -95,6 +112,11 @@ class Shown(Watcher):
         self._begin("training", "steps").told(training.state.step, training.steps, left, what)
 
 
+def _mean(lines: Sequence[Line]) -> float:
+    """The loss of all targets of some steps."""
+    return sum(line["loss"] * line["targets"] for line in lines) / sum(line["targets"] for line in lines)
+
+
 def summary(trained: Trained) -> str:
     """What a run has come to."""
     run = trained.run
@@ -103,7 +125,7 @@ def summary(trained: Trained) -> str:
         rows, most = run.counts["train"].rows, run.options.max_length
         lines.append(f"{cut:,} of {rows:,} rows were longer than --max-length {most:,}, and lost their ends")
     lines.append(
-        f"{len(run.steps):,} steps, {trained.tokens:,} tokens, {trained.targets:,} targets in "
+        f"{many(len(run.steps), 'step')}, {trained.tokens:,} tokens, {trained.targets:,} targets in "
         f"{duration(trained.seconds)}: {trained.tokens / max(trained.seconds, 1e-3):,.0f} tokens/s; peak memory "
         f"{size(trained.peak)}" + (f" (planned {size(run.planned)})" if run.planned else "")
     )

@@ -1,10 +1,10 @@
 """What a run has come to, as values."""
 
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mlx_qwen35.machine.versions import versions
 from mlx_qwen35.train.loop import Training
 from mlx_qwen35.train.record import Counts, Run, Step, Validation
 from mlx_qwen35.train.rows import RowFile
@@ -51,19 +51,16 @@ class Trained:
         }  # fmt: skip
 
 
-def versions() -> dict[str, str]:
-    """Of what a run's digits depend on."""
-    return {name: version(name) for name in ("mlx-qwen35", "mlx")}
-
-
 def counted(rows: RowFile) -> Counts:
     """What a split holds."""
     own = rows.report
     return Counts(own.rows, own.tokens, own.targets, own.cut, own.images, own.skipped)
 
 
-def run_of(training: Training, model: str, data: str, planned: int | None, peak: int) -> Run:
-    """The record of a run, from its log. planned, peak: bytes of memory."""
+def run_of(
+    training: Training, model: str, data: str, planned: int | None, peak: int, quantized: bool = False
+) -> Run:
+    """The record of a run, from its log. planned, peak: bytes of memory. quantized: whether the model is."""
     lines, seconds = training.log(), training.seconds()
     files = {"train": training.rows} | ({"valid": training.valid} if training.valid else {})
     best = training.state.best
@@ -75,5 +72,5 @@ def run_of(training: Training, model: str, data: str, planned: int | None, peak:
         [Step(line["step"], line["loss"], line["learning_rate"], line["targets"], line["tokens"],
               seconds.get(line["step"], 0.0)) for line in lines if line["step"]],
         [Validation(line["step"], line["validation"]) for line in lines if "validation" in line],
-        best and best.step, ended, peak, planned,
+        best and best.step, ended, peak, planned, quantized,
     )  # fmt: skip

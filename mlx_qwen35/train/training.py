@@ -22,6 +22,7 @@ from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import LoadOptions, choose_dtype, has_vision, load_model
 from mlx_qwen35.machine.memory import limit_of
 from mlx_qwen35.machine.process import check_folder, refuse_fork
+from mlx_qwen35.machine.versions import versions
 from mlx_qwen35.options import listed, spelled
 from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.train.images import Embeddings
@@ -32,7 +33,7 @@ from mlx_qwen35.train.parameters import LAYERS, Parts, first_values, trained_par
 from mlx_qwen35.train.report import after, before
 from mlx_qwen35.train.rows import RowFile, open_rows
 from mlx_qwen35.train.state import RunFolder, RunState
-from mlx_qwen35.train.trained import Trained, run_of, versions
+from mlx_qwen35.train.trained import Trained, run_of
 
 FREE = ("save_every",)  # options that may change when a run goes on
 Reads = Callable[[str, int, int, str], None]  # what is read, how much of it, of how much, in which unit
@@ -93,7 +94,7 @@ class Prepared:
 
     @property
     def notes(self) -> list[str]:
-        """What of the data is not learnt, in sentences."""
+        """What of the data is not learnt, and what of an adapter is left out, in sentences."""
         notes, most = [], f"{spelled('max_length')} {self.options.max_length:,}"
         for split, file in self.files.items():
             own = file.report
@@ -103,6 +104,11 @@ class Prepared:
                 notes.append(f"{split}.jsonl: {own.skipped:,} rows are left out, since {most} leaves them no target")
             if own.unread:
                 notes.append(f"{split}.jsonl: nothing reads the columns {', '.join(own.unread)}")
+        if self.begin and any(name.startswith(MTP) for name in self.begin.pairs.keys() - self.parts.keys()):
+            notes.append(
+                f"the draft head's parts of {self.begin.path} are left out; {spelled('draft_head', True)} trains them "
+                "further"
+            )
         return notes
 
     def write(self, out: Path, parameters: Mapping[str, Pair]) -> None:
@@ -116,7 +122,7 @@ class Prepared:
             "options": options,
             "data": {f"{split}.jsonl": file.fingerprint for split, file in self.files.items()},
             "model": {"weights": fingerprint(self.checkpoint), "dtype": dtype_name(self.dtype)},
-            "adapter": self.begin and self.begin.fingerprint,
+            "the adapter that it began with": self.begin and self.begin.fingerprint,
             "versions": versions(),
         }
         return json.loads(json.dumps(found))
@@ -236,7 +242,8 @@ def train(
             reads("asking the model before it is trained", 0, 0, "")
         asked = before(loaded, found.processor, found.valid or found.rows) if report else None
         training.run()
-        run = run_of(training, found.model, str(found.data), found.plan.peak, mx.get_peak_memory())
+        quantized, measured = bool(found.checkpoint.config.quantization), mx.get_peak_memory()
+        run = run_of(training, found.model, str(found.data), found.plan.peak, measured, quantized)
         if asked:
             after(asked, run, loaded, found.processor, training.state.chosen, folder.out)
     return Trained.of(training, run)

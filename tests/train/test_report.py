@@ -183,7 +183,13 @@ def test_what_did_not_fall_is_said():
 
 def test_without_validation_the_first_and_the_last_tenth_of_the_steps_are_told():
     assert run(20).claim == "Training loss: 3.00 in the first 2 of 20 steps, 0.205 in the last 2"
-    assert run(3).claim == "Training loss: 4.00 in the first 1 of 3 steps, 1.33 in the last 1"
+    assert run(3).claim == "Training loss: 4.00 in the first of 3 steps, 1.33 in the last"
+    assert run(1).claim == "Training loss: 4.00 in the only step"
+
+
+def test_losses_that_differ_a_little_are_told_apart():
+    which = run(1, [Validation(0, 6.0341), Validation(1, 6.0312)], best=1)
+    assert which.claim == "Validation loss fell from 6.0341 to 6.0312 in 1 step"
 
 
 def test_cut_rows_options_and_their_costs_are_told():
@@ -208,6 +214,11 @@ def test_what_an_answer_holds_cannot_break_the_report():
 def test_commands_of_the_report_use_the_adapter():
     commands = re.findall(r"^mlx_qwen35.\w+ .*", told(run()), re.MULTILINE)
     assert len(commands) == 3 and all("--adapter lessons-adapter" in command for command in commands)
+
+
+def test_the_report_of_a_quantized_model_does_not_fuse_into_it():
+    text = told(run(quantized=True))
+    assert "convert" not in text and 'from_pretrained("ORIGINAL")' in text
 
 
 # --- the picture -----------------------------------------------------------------------------------------------------

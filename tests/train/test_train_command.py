@@ -46,7 +46,7 @@ def test_a_dry_run_counts_rows_tokens_and_steps_and_reads_no_weights(data, tmp_p
     main(arguments)
     told = capsys.readouterr().out
     assert mx.get_peak_memory() - before < 1e5
-    main([*arguments, "--json"])
+    main([*arguments, "--json", "-q"])
     found = json.loads(capsys.readouterr().out)
     train = found["rows"]["train"]
     assert (train["rows"], train["cut"], found["rows"]["valid"]["rows"]) == (3, 1, 1)
@@ -69,6 +69,10 @@ def test_the_time_of_a_known_chip_is_computed_from_operations(data):
     assert one * PREFILL * 2.3e12 / 5 == pytest.approx(layers + head, rel=0.2)  # validation and the rules beside it
     assert seconds(found, parse_chip("Apple M1 Max")) == pytest.approx(one / 3.4)
     assert seconds(found, parse_chip("Apple M99")) is None
+    along = prepared(LoadOptions("nano"), data, TrainOptions(steps=5, validate_every=2, draft_head=True))
+    drafts = seconds(along, parse_chip("Apple M1")) - one
+    own = sum(part.out * part.width for name, part in along.parts.items() if name.startswith("mtp."))
+    assert drafts * PREFILL * 2.3e12 / 5 == pytest.approx(3 * 2 * own * tokens + head, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +89,7 @@ def test_the_time_of_a_known_chip_is_computed_from_operations(data):
         ("model_not_found", ["--model", "none/", "--data", "DATA", "--adapter", "OUT"]),
         ("data_missing", ["--model", "nano", "--data", "OUT", "--adapter", "OUT"]),
         ("target_refused", ["--model", "nano", "--data", "DATA", "--adapter", "DATA"]),
+        ("target_refused", ["--model", "nano", "--data", "DATA", "--adapter", "DATA", "--dry-run"]),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line_and_nothing_is_written(data, tmp_path, capsys, code, arguments):
@@ -106,6 +111,20 @@ def test_the_json_of_a_run_has_its_losses_and_figures(data, tmp_path, capsys):
     assert found["peak_memory"] > 0 and found["versions"].keys() == {"mlx-qwen35", "mlx"}
     assert "validation loss" in told.err and "nothing reads the columns source" in told.err
     assert math.isfinite(found["tokens_per_second"])
+
+
+@pytest.mark.full
+def test_the_loss_beside_a_validation_is_the_mean_of_all_targets_since_the_one_before(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    main(["--model", "nano", "--data", str(data), "--adapter", str(out), "--steps", "4", "--accumulate", "1",
+          "--validate-every", "2", "--no-report"])  # fmt: skip
+    lines = [json.loads(line) for line in (out / "run" / "log.jsonl").read_text().splitlines()]
+    told = capsys.readouterr().err
+    for own in ((1, 2), (3, 4)):
+        steps = [line for line in lines if line["step"] in own]
+        mean = sum(step["loss"] * step["targets"] for step in steps) / sum(step["targets"] for step in steps)
+        assert f"step {own[1]} of 4: loss {mean:.4f}, " in told
+    assert "training 62 maps on 3 rows with" in told and "validated on 1 row" in told
 
 
 @pytest.mark.full

@@ -67,8 +67,8 @@ function _shtab_mlx_qwen35_using
   test "$_shtab_mlx_qwen35_cmdpath" = "$argv"
 end
 
-set -g _shtab_mlx_qwen35_commands generate chat serve convert train models 'models list' 'models remove' 'models fit' bench doctor completion
-set -g _shtab_mlx_qwen35_opts_with_value --accumulate --adapter --adapter-format --adapter-scale --allowed-host --alpha --api-key-file --batch-size --calibration --cap --chip --choice --clients --clip --compare --context --data --decode-tokens --dpi --dtype --epochs --eval --fps --frequency-penalty --from-adapter --geometry --hf-path --host --idle-unload --image --json-schema --kv-bits --layers --learning-rate --max-length --max-pixels --max-tokens --memory --memory-limit --min-p --min-pixels --min-tokens-to-keep --mlx-path --model --mtp --mtp-depth --needle --optimizer --pages --patience --pdf --pieces --plan --plot --port --prefill-step-size --presence-penalty --preset --prompt --prompt-file --prompt-lengths --q-bits --q-group-size --q-mode --q-vision-bits --rank --reasoning-effort --recipe --regex --repeats --repetition-penalty --revision --rope-scaling --rounding --rows --save-every --save-recipe --schedule --seed --sensitivity --session --session-dir --source-fps --steps --stop --system --system-prompt --targets --temp --temperature --text --thinking-budget --timeout --tool-choice --tools --top-k --top-logprobs --top-p --upload-repo --validate-every --validation-rows --video --video-num-frames --video-total-pixels --warmup --weight-decay --xtc-probability --xtc-threshold -m -p
+set -g _shtab_mlx_qwen35_commands generate chat serve convert train eval models 'models list' 'models remove' 'models fit' bench doctor completion
+set -g _shtab_mlx_qwen35_opts_with_value --accumulate --adapter --adapter-format --adapter-scale --against --allowed-host --alpha --api-key-file --batch-size --calibration --cap --chip --choice --clients --clip --compare --context --data --decode-tokens --dpi --dtype --epochs --eval --fps --frequency-penalty --from-adapter --geometry --hf-path --host --idle-unload --image --items --json-schema --kv-bits --layers --learning-rate --max-length --max-pixels --max-tokens --memory --memory-limit --min-p --min-pixels --min-tokens-to-keep --mlx-path --model --mtp --mtp-depth --needle --optimizer --out --pages --patience --pdf --pieces --plan --plot --port --prefill-step-size --presence-penalty --preset --prompt --prompt-file --prompt-lengths --q-bits --q-group-size --q-mode --q-vision-bits --rank --reasoning-effort --recipe --regex --repeats --repetition-penalty --revision --rope-scaling --rounding --rows --save-every --save-recipe --schedule --seed --sensitivity --session --session-dir --source-fps --steps --stop --system --system-prompt --targets --tasks --temp --temperature --text --thinking-budget --timeout --tool-choice --tools --top-k --top-logprobs --top-p --upload-repo --validate-every --validation-rows --video --video-num-frames --video-total-pixels --warmup --weight-decay --xtc-probability --xtc-threshold -m -p
 
 complete -c mlx_qwen35 -e
 complete -c mlx_qwen35 -f
@@ -255,7 +255,7 @@ complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using convert' -l json -d 'print wh
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using; and test $_shtab_mlx_qwen35_npos -eq 0' -a train -d 'train an adapter on your own rows (LoRA, QLoRA)'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -s h -l help -d 'show this help message and exit'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l version -d 'show program'"'"'s version number and exit'
-complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l quiet -d 'write nothing but errors to standard error'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -s q -l quiet -d 'write nothing but errors to standard error'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l data -xka "(__fish_complete_directories)" -d 'folder with train.jsonl, and valid.jsonl if there is one'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l adapter -xka "(__fish_complete_directories)" -d 'folder to write: the adapter, and run/ to go on with'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l resume -d 'go on with the run in --adapter; a run that was killed ends as if it was not'
@@ -291,6 +291,48 @@ complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l validation-rows -x 
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l patience -x -d 'end after N validations without a lower loss (default: after all steps)'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l save-every -x -d 'steps between saved states (default: 50)'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using train' -l json -d 'print what was trained, or would be, as JSON in the place of the text, or with FILE write it there too'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using; and test $_shtab_mlx_qwen35_npos -eq 0' -a eval -d 'measure how well a model answers'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -s h -l help -d 'show this help message and exit'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l version -d 'show program'"'"'s version number and exit'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l quiet -d 'write nothing but errors to standard error'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l tasks -x -d 'what is asked: kl (how far the model is from --against on a text), nano (the bundled model'"'"'s own questions), quick, tasks of lm-eval, mmmu=FOLDER and further sets of image questions, or a task of your own, FILE.yaml; several with commas'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l out -xka "(__fish_complete_directories)" -d 'folder to write: a line for each answer, and summary.json; a run that was ended goes on'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l against -xka "__mlx_qwen35_models" -d 'another model that is asked the same, as the source of a quantized one; it gets no adapter, and keys and values in the dtype'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l text -xka "(__fish_complete_path (commandline -ct))" -d 'text file that kl is measured on (default: for nano its bundled items)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l items -x -d 'so many questions of each task, evenly spread; of kl windows of 512 tokens (default: all; of kl 8)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l batch-size -x -d 'questions at a time, fewer where memory has no room for long answers; it changes no answer (default: 8)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l seed -x -d 'each question has a seed of its own, by this one, its task and its key (default: 0)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l dry-run -d 'print questions, tokens, hours and memory, and read no weights'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l model -xka "__mlx_qwen35_models" -d 'a local folder, a Hugging Face id such as Qwen/Qwen3.5-4B, or '"'"'nano'"'"' (the small demonstration model that comes with the package)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l revision -x -d 'branch, tag or commit of a Hugging Face id'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l dtype -xka "float32 float16 bfloat16" -d 'dtype of activations and unquantized weights (default: the checkpoint'"'"'s on a GPU, but float16 for bfloat16 on M1 and M2; float32 on a CPU)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l memory-limit -x -d 'memory that the model may take, in GB (10^9 bytes; default: by this machine); a model that does not fit is refused before it is downloaded or read'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l keep-vision -d 'keep the vision encoder in memory after the first image; otherwise each prompt releases it'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l kv-bits -xka "8 8/4 4" -d 'store keys and values in 8 bit, keys in 8 and values in 4 (8/4), or both in 4 (for reading, not for long thinking); default: in the dtype'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l kv-rotate -d 'rotate keys and values by a Hadamard transform before they are quantized, with --kv-bits 8/4 or 4'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l adapter -xka "(__fish_complete_directories)" -d 'an adapter (LoRA) that is loaded beside the weights: a folder of PEFT, mlx-lm or mlx-vlm'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l adapter-scale -x -d 'a factor of the adapter'"'"'s own scale (default: 1)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l rope-scaling -x -d 'read beyond the context of training: yarn, or yarn:FACTOR as yarn:2 (default factor: 4); none takes the folder'"'"'s scaling away (default: the folder'"'"'s)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l enable-thinking -l no-enable-thinking -d 'think before answering, or answer at once (default: the preset'"'"'s, else the chat template'"'"'s)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l preset -xka "thinking coding instruct reasoning" -d 'published sampling settings, which also turn thinking on or off: thinking (general, with thinking), coding (precise code, with thinking), instruct (general, without thinking), reasoning (hard tasks, without thinking); default: thinking or instruct, as the prompt is made'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l max-tokens -s m -x -d 'most tokens to generate, thinking included (default: the preset'"'"'s length, as far as context and memory allow)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l thinking-budget -x -d 'most tokens of thinking: then it is closed, and the answer has the rest, at least 256 tokens'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l loop-guard -d 'end thinking, or the answer, that repeats itself without end'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l mtp -xka "auto on off" -d 'draft tokens with the checkpoint'"'"'s multi-token prediction head; the text is the same (default: auto, which drafts while it is measured to be faster)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l mtp-depth -x -d 'tokens drafted for a step, with auto at most (default: 2 with on, 3 with auto)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l temp -l temperature -x -d 'temperature; 0 is greedy'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l top-k -x -d 'sample from the K most probable tokens; 0 is all'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l top-p -x -d 'sample from the smallest set of tokens with this probability; 1 is all'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l min-p -x -d 'drop tokens below this fraction of the best token'"'"'s probability; 0 is off'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l presence-penalty -x -d 'subtracted from the logit of each token that was generated before'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l frequency-penalty -x -d 'subtracted from the logit of a token for each time it was generated before'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l repetition-penalty -x -d 'divides a positive logit of a token that was generated before, multiplies a negative one; 1 is off'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l min-tokens-to-keep -x -d 'tokens that min-p keeps at the least'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l xtc-probability -x -d 'how often XTC applies: then tokens above the threshold are excluded, except the least probable of them; 0 is off'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l xtc-threshold -x -d 'probability above which XTC excludes a token'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l min-pixels -x -d 'least pixels of an image, height x width; a smaller one is enlarged (default: the checkpoint'"'"'s)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l max-pixels -x -d 'most pixels of an image, height x width; a larger one is reduced (default: by this machine'"'"'s memory)'
+complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using eval' -l json -d 'print the summary, or what --dry-run finds, as JSON in the place of the text, or with FILE write it there too'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using; and test $_shtab_mlx_qwen35_npos -eq 0' -a models -d 'say which models fit, list and remove those that are here'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using models' -s h -l help -d 'show this help message and exit'
 complete -c mlx_qwen35 -n '_shtab_mlx_qwen35_using models' -l version -d 'show program'"'"'s version number and exit'

@@ -15,6 +15,7 @@ _shtab_mlx_qwen35_commands() {
     completion:'print the completion script of a shell'
     convert:'quantize a checkpoint'
     doctor:'look at this machine, and plan memory'
+    eval:'measure how well a model answers'
     generate:'answer one prompt'
     models:'say which models fit, list and remove those that are here'
     serve:'serve a model: OpenAI'"'"'s and Anthropic'"'"'s APIs, and a page'
@@ -200,6 +201,53 @@ _shtab_mlx_qwen35_doctor_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_mlx_qwen35_doctor_defaults_added=0
 
+_shtab_mlx_qwen35_eval_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "(- : *)--version[show program\'s version number and exit]"
+  "--quiet[write nothing but errors to standard error]"
+  "--tasks[what is asked\: kl (how far the model is from --against on a text), nano (the bundled model\'s own questions), quick, tasks of lm-eval, mmmu\=FOLDER and further sets of image questions, or a task of your own, FILE.yaml\; several with commas]:NAMES:"
+  "--out[folder to write\: a line for each answer, and summary.json\; a run that was ended goes on]:FOLDER:_files -/"
+  "--against[another model that is asked the same, as the source of a quantized one\; it gets no adapter, and keys and values in the dtype]:MODEL:_mlx_qwen35_models"
+  "--text[text file that kl is measured on (default\: for nano its bundled items)]:FILE:_files"
+  "--items[so many questions of each task, evenly spread\; of kl windows of 512 tokens (default\: all\; of kl 8)]:N:"
+  "--batch-size[questions at a time, fewer where memory has no room for long answers\; it changes no answer (default\: 8)]:N:"
+  "--seed[each question has a seed of its own, by this one, its task and its key (default\: 0)]:N:"
+  "--dry-run[print questions, tokens, hours and memory, and read no weights]"
+  "--model[a local folder, a Hugging Face id such as Qwen\/Qwen3.5-4B, or \'nano\' (the small demonstration model that comes with the package)]:MODEL:_mlx_qwen35_models"
+  "--revision[branch, tag or commit of a Hugging Face id]:NAME:"
+  "--dtype[dtype of activations and unquantized weights (default\: the checkpoint\'s on a GPU, but float16 for bfloat16 on M1 and M2\; float32 on a CPU)]:{float32,float16,bfloat16}:(float32 float16 bfloat16)"
+  "--memory-limit[memory that the model may take, in GB (10\^9 bytes\; default\: by this machine)\; a model that does not fit is refused before it is downloaded or read]:GB:"
+  "--keep-vision[keep the vision encoder in memory after the first image\; otherwise each prompt releases it]"
+  "--kv-bits[store keys and values in 8 bit, keys in 8 and values in 4 (8\/4), or both in 4 (for reading, not for long thinking)\; default\: in the dtype]:{8,8/4,4}:(8 8/4 4)"
+  "--kv-rotate[rotate keys and values by a Hadamard transform before they are quantized, with --kv-bits 8\/4 or 4]"
+  "--adapter[an adapter (LoRA) that is loaded beside the weights\: a folder of PEFT, mlx-lm or mlx-vlm]:PATH:_files -/"
+  "--adapter-scale[a factor of the adapter\'s own scale (default\: 1)]:X:"
+  "--rope-scaling[read beyond the context of training\: yarn, or yarn\:FACTOR as yarn\:2 (default factor\: 4)\; none takes the folder\'s scaling away (default\: the folder\'s)]:TYPE:"
+  {--enable-thinking,--no-enable-thinking}"[think before answering, or answer at once (default\: the preset\'s, else the chat template\'s)]"
+  "--preset[published sampling settings, which also turn thinking on or off\: thinking (general, with thinking), coding (precise code, with thinking), instruct (general, without thinking), reasoning (hard tasks, without thinking)\; default\: thinking or instruct, as the prompt is made]:{thinking,coding,instruct,reasoning}:(thinking coding instruct reasoning)"
+  {--max-tokens,-m}"[most tokens to generate, thinking included (default\: the preset\'s length, as far as context and memory allow)]:N:"
+  "--thinking-budget[most tokens of thinking\: then it is closed, and the answer has the rest, at least 256 tokens]:N:"
+  "--loop-guard[end thinking, or the answer, that repeats itself without end]"
+  "--mtp[draft tokens with the checkpoint\'s multi-token prediction head\; the text is the same (default\: auto, which drafts while it is measured to be faster)]:{auto,on,off}:(auto on off)"
+  "--mtp-depth[tokens drafted for a step, with auto at most (default\: 2 with on, 3 with auto)]:N:"
+  {--temp,--temperature}"[temperature\; 0 is greedy]:X:"
+  "--top-k[sample from the K most probable tokens\; 0 is all]:K:"
+  "--top-p[sample from the smallest set of tokens with this probability\; 1 is all]:P:"
+  "--min-p[drop tokens below this fraction of the best token\'s probability\; 0 is off]:P:"
+  "--presence-penalty[subtracted from the logit of each token that was generated before]:X:"
+  "--frequency-penalty[subtracted from the logit of a token for each time it was generated before]:X:"
+  "--repetition-penalty[divides a positive logit of a token that was generated before, multiplies a negative one\; 1 is off]:X:"
+  "--min-tokens-to-keep[tokens that min-p keeps at the least]:N:"
+  "--xtc-probability[how often XTC applies\: then tokens above the threshold are excluded, except the least probable of them\; 0 is off]:P:"
+  "--xtc-threshold[probability above which XTC excludes a token]:P:"
+  "--min-pixels[least pixels of an image, height x width\; a smaller one is enlarged (default\: the checkpoint\'s)]:N:"
+  "--max-pixels[most pixels of an image, height x width\; a larger one is reduced (default\: by this machine\'s memory)]:N:"
+  "--json[print the summary, or what --dry-run finds, as JSON in the place of the text, or with FILE write it there too]"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_mlx_qwen35_eval_defaults_added=0
+
 _shtab_mlx_qwen35_generate_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "(- : *)--version[show program\'s version number and exit]"
@@ -354,7 +402,7 @@ _shtab_mlx_qwen35_serve_defaults_added=0
 _shtab_mlx_qwen35_train_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "(- : *)--version[show program\'s version number and exit]"
-  "--quiet[write nothing but errors to standard error]"
+  {-q,--quiet}"[write nothing but errors to standard error]"
   "--data[folder with train.jsonl, and valid.jsonl if there is one]:FOLDER:_files -/"
   "--adapter[folder to write\: the adapter, and run\/ to go on with]:FOLDER:_files -/"
   "--resume[go on with the run in --adapter\; a run that was killed ends as if it was not]"
@@ -419,6 +467,7 @@ _shtab_mlx_qwen35() {
         completion) _arguments -C -s $_shtab_mlx_qwen35_completion_options ;;
         convert) _arguments -C -s $_shtab_mlx_qwen35_convert_options ;;
         doctor) _arguments -C -s $_shtab_mlx_qwen35_doctor_options ;;
+        eval) _arguments -C -s $_shtab_mlx_qwen35_eval_options ;;
         generate) _arguments -C -s $_shtab_mlx_qwen35_generate_options ;;
         models) _shtab_mlx_qwen35_models ;;
         serve) _arguments -C -s $_shtab_mlx_qwen35_serve_options ;;

@@ -1,0 +1,219 @@
+"""`evaluate`: from models, tasks and a folder to a summary."""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mlx_qwen35.checkpoint.fingerprint import fingerprint
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.evaluate.compare import paired
+from mlx_qwen35.evaluate.harness import HarnessTask
+from mlx_qwen35.evaluate.items import Line, RunFolder
+from mlx_qwen35.evaluate.kl import KL, Sequences, check_tokenizers, measure, sequences
+from mlx_qwen35.evaluate.names import Wanted, find
+from mlx_qwen35.evaluate.options import OF_ANSWERS, EvalOptions
+from mlx_qwen35.evaluate.report import write_report
+from mlx_qwen35.evaluate.subject import Subject, Watch, unwatched
+from mlx_qwen35.evaluate.summary import entry
+from mlx_qwen35.load import LoadOptions
+from mlx_qwen35.machine.chip import brand
+from mlx_qwen35.machine.process import check_folder, refuse_fork
+from mlx_qwen35.machine.versions import versions
+from mlx_qwen35.measure.layerwise import Progress
+from mlx_qwen35.options import check_keywords, listed, options_of, spelled
+
+AGAINST = "against"  # the folder within DIR with the other model's answers, and its entry in a summary
+PARTS = 1000  # of a measurement, whose work has no unit
+
+
+def evaluate(
+    model: str | Path,
+    tasks: str | Sequence[str],
+    out: str | Path,
+    *,
+    watch: Watch = unwatched,
+    **options: Any,
+) -> dict[str, Any]:
+    """Ask a model the questions of tasks, and write the answers and a summary into the folder `out`.
+
+    Args:
+        model: a local folder, a Hugging Face id, or "nano".
+        tasks: names and files: "kl", "nano", "FILE.yaml"; see docs/evaluation.md.
+        out: a folder that is absent or empty, or holds this very run, which goes on: what was answered is not asked
+            again. Killed at any moment and gone on with, a run ends with the same files of answers as one that was not.
+        watch: called as watch(what, done, total, unit) while weights are read and questions are asked.
+        options: of `EvalOptions`, of `load`, and how a model answers: preset, max_tokens,
+            enable_thinking, thinking_budget, loop_guard, mtp, mtp_depth and the options of sampling.
+
+    Returns what `out`/summary.json holds. "tasks": name -> n, score (0 to 1), standard_error, cut_at_limit (answers
+    that the most tokens ended), tokens, seconds, versions, settings, published (a figure and its source, or None); of
+    kl "kl" in nats and "top1" as a share, with "kl_error" and "top1_error". With against: "against", the same of the
+    other model, and "paired", the difference question by question.
+
+    Raises InputError: whatever `load` and `generate` can be refused for; task_unknown, task_invalid, package_missing;
+    target_refused, target_busy, disk_full where the folder cannot be written; resume_differs where it holds another
+    run, run_invalid a damaged one; models_differ where kl is asked of two models that are not forms of one.
+    """
+    refuse_fork()
+    check_folder()
+    load, own, answers = split({"model": model, "tasks": tasks, "out": out, **options})
+    return prepared(load, own, answers, watch).run()
+
+
+def split(given: Mapping[str, Any]) -> tuple[LoadOptions, EvalOptions, dict[str, Any]]:
+    """Options by name -> those of load, of the evaluation, and of answers, checked."""
+    parts: list[dict[str, Any]] = [{}, {}, {}]
+    groups = [options_of(EvalOptions), options_of(LoadOptions), OF_ANSWERS]
+    for name, value in given.items():
+        place = next((number for number, group in enumerate(groups) if name in group), None)
+        if place is None:
+            check_keywords({name: value}, ())  # refuses it
+        elif value is not None:
+            parts[int(place or 0)][name] = value
+    own, load, answers = parts
+    checked = {name: OF_ANSWERS[name].checked(spelled(name), value) for name, value in answers.items()}
+    return LoadOptions(**load), EvalOptions(**own), checked
+
+
+def prepared(
+    load: LoadOptions,
+    options: EvalOptions,
+    answers: Mapping[str, Any],
+    watch: Watch = unwatched,
+    found: tuple[Path | None, Path | None] = (None, None),
+) -> "Evaluation":
+    """Read headers, tokenizers and questions, no weights. found: the folders of the two models, where they are known.
+
+    Raises InputError for whatever of them cannot be used, and for options without effect.
+    """
+    if not options.tasks:
+        raise InputError("option_missing", f"{spelled('tasks')} must be given: kl, nano or FILE.yaml, with commas")
+    if isinstance(load.adapter, Mapping) or len(load.adapter if isinstance(load.adapter, list) else ()) > 1:
+        raise InputError("option_conflict", f"{spelled('adapter')} must be one folder: one adapter is evaluated")
+    wanted = find(options.tasks, options.items)
+    asked = [own for own in wanted if own.task]
+    kl = len(asked) < len(wanted)
+    if options.text and not kl:
+        raise InputError("option_no_effect", f"{spelled('text')} has no effect without the task kl; leave it out")
+    if answers and not asked:
+        raise InputError("option_no_effect", f"{listed(answers)} has no effect on kl, which asks nothing; leave it out")
+    if kl and options.against is None:
+        raise InputError(
+            "option_missing",
+            f"{spelled('against')} must be given for kl: the model that this one is compared with, as the source of a "
+            "quantized one",
+        )
+    out = Path(options.out or "").expanduser()
+    if options.out:
+        RunFolder(out).check()
+    subject = Subject(load, answers, options.batch_size, options.seed, out, watch, found[0])
+    against = None
+    if options.against is not None:
+        plain = replace(
+            load, model=options.against, revision=None, adapter=None, adapter_scale=1.0, kv_bits=None, kv_rotate=False
+        )
+        against = Subject(plain, answers, options.batch_size, options.seed, out / AGAINST, watch, found[1])
+    for own in asked:
+        assert own.task is not None
+        subject.settings(own.task, own.items)  # whatever is wrong with options or questions is told now
+    read = None
+    if kl:
+        assert against is not None, "it was asked for above"
+        read = sequences(subject.checkpoint, options.text, options.items)
+        check_tokenizers(read, against.checkpoint, options.text, options.items)
+    return Evaluation(options, subject, against, wanted, read)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is asked, of which models, checked, before any weights are read.
+
+    against: the other model, None for none. read: what kl is measured on, None without kl.
+    """
+
+    options: EvalOptions
+    subject: Subject
+    against: Subject | None
+    wanted: Sequence[Wanted]
+    read: Sequences | None
+
+    def run(self) -> dict[str, Any]:
+        """Ask, and write DIR/summary.json, which is returned. Whatever was asked before is not asked again."""
+        if not self.options.out:
+            raise InputError("option_missing", f"{spelled('out')} must be given: the folder to write")
+        asked = [own for own in self.wanted if own.task]
+        other = self.against if asked else None
+        with ExitStack() as stack:
+            for own in filter(None, (self.subject, other)):
+                stack.enter_context(own.folder.held())
+                own.folder.claim(own.identity(), self._versions(asked if own is other else self.wanted))
+            entries, lines = self._asked(self.subject)
+            theirs: Mapping[str, Sequence[Line]] = {}
+            if other:
+                others, theirs = self._asked(other, asked)
+                for name, told in others.items():
+                    entries[name] |= {AGAINST: told, "paired": asdict(paired(lines[name], theirs[name]))}
+            summary = {
+                "model": self.subject.name, "against": self.against and self.against.name, "machine": brand(),
+                "versions": versions(), "tasks": entries,
+            }  # fmt: skip
+            self.subject.folder.write_summary(summary)
+            write_report(self.subject.folder.folder, summary, lines, theirs)
+        return summary
+
+    def _asked(
+        self, own: Subject, wanted: Sequence[Wanted] | None = None
+    ) -> tuple[dict[str, dict[str, Any]], dict[str, Sequence[Line]]]:
+        """A model's entries and lines, by task. wanted: of which tasks; None: all."""
+        entries: dict[str, dict[str, Any]] = {}
+        lines: dict[str, Sequence[Line]] = {}
+        for one in self.wanted if wanted is None else wanted:
+            if one.task is None:
+                entries[one.name] = self._kl()
+            else:
+                if isinstance(one.task, HarnessTask):
+                    lines[one.name], outcome = one.task.run(own, one.items)
+                else:
+                    lines[one.name], outcome = own.run(one.task, one.items)
+                entries[one.name] = entry(outcome)
+        own.let_go()
+        return entries, lines
+
+    def _versions(self, wanted: Iterable[Wanted]) -> dict[str, str]:
+        return {own.name: own.task.version if own.task else self._kl_version for own in wanted}
+
+    @property
+    def _kl_version(self) -> str:
+        assert self.read is not None and self.against is not None, "prepared has them for kl"
+        return f"{self.read.version}, against {fingerprint(self.against.checkpoint)[:12]}"
+
+    def _kl(self) -> dict[str, Any]:
+        """The entry of kl, measured now or before."""
+        own, other, read = self.subject, self.against, self.read
+        assert read is not None and other is not None, "prepared has them for kl"
+        log = own.folder.log(KL)
+        if KL not in log:
+            since, adapter = time.monotonic(), next(iter(own.adapters.listed), None)
+            dtypes = own.dtype, other.dtype
+            figures = measure(own.checkpoint, other.checkpoint, read, dtypes, adapter, own.kv, self._bar)
+            log.append({"key": KL, **figures}, time.monotonic() - since)
+        figures = {name: value for name, value in log.lines[KL].items() if name != "key"}
+        return {
+            **figures, "n": figures["sequences"], "tokens": read.count, "seconds": round(log.seconds, 3),
+            "text": read.name, "versions": versions() | {"task": self._kl_version},
+            "settings": own.identity()["model"], "published": None,
+        }  # fmt: skip
+
+    @contextmanager
+    def _bar(self, total: int) -> Iterator[Progress]:
+        done = 0
+
+        def progress(work: int) -> None:
+            nonlocal done
+            done += work
+            self.subject.watch(f"{KL}: measuring {self.subject.name}", PARTS * done // total, PARTS, "parts")
+
+        yield progress

@@ -1,0 +1,124 @@
+"""What a task has come to: an entry of DIR/summary.json, and a summary as text."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from mlx_qwen35.console.progress import duration
+from mlx_qwen35.console.table import align
+from mlx_qwen35.evaluate.compare import mean_and_error
+from mlx_qwen35.evaluate.items import Line
+from mlx_qwen35.evaluate.task import Published
+from mlx_qwen35.machine.versions import versions
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a task came to on one model.
+
+    n: questions. score: 0 to 1, the mean; standard_error: of it, None for one question. cut_at_limit: answers that the
+    most tokens ended. tokens: generated ones; prompt_tokens, image_tokens: read ones. seconds: of all processes.
+    versions: of the task, and of what asked it, by name. settings: of the answers. more: further figures, by name.
+    """
+
+    n: int
+    score: float
+    standard_error: float | None
+    cut_at_limit: int
+    tokens: int
+    prompt_tokens: int
+    image_tokens: int
+    seconds: float
+    versions: Mapping[str, str]
+    settings: Mapping[str, Any]
+    published: Published | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+def outcome(
+    lines: Sequence[Line],
+    seconds: float,
+    version: str,
+    settings: Mapping[str, Any],
+    published: Published | None = None,
+) -> Outcome:
+    """Of a task's lines, each with its score."""
+    score, error = mean_and_error([line["score"] for line in lines])
+
+    def total(name: str) -> int:
+        return sum(line.get(name, 0) for line in lines)
+
+    return Outcome(
+        len(lines), score, error, total("cut_at_limit"), total("tokens"), total("prompt_tokens"),
+        total("image_tokens"), round(seconds, 3), versions() | {"task": version}, settings, published,
+    )  # fmt: skip
+
+
+def entry(found: Outcome) -> dict[str, Any]:
+    """An outcome as JSON has it."""
+    told = asdict(found)
+    return told.pop("more") | told
+
+
+# --- as text ---------------------------------------------------------------------------------------------------------
+
+
+def described(summary: Mapping[str, Any]) -> str:
+    """A summary in a few lines: scores with one standard error, in percent, as tables have them."""
+    tasks: Mapping[str, Mapping[str, Any]] = summary["tasks"]
+    lines = []
+    for name, own in tasks.items():
+        if "kl" in own:
+            lines += [
+                f"{name}: KL divergence from {summary['against']} {_figure(own['kl'], own['kl_error'])} nats, same "
+                f"most likely token {100 * own['top1']:.2f} %, on {own['positions']:,} tokens of "
+                f"{own['text']}"
+            ]
+    if scored := {name: own for name, own in tasks.items() if "score" in own}:
+        rows: list[Sequence[str]] = [("task", "questions", "score, %", "cut", "tokens", "time", "published, %")]
+        for name, own in scored.items():
+            rows.append(_row(name, own))
+            if other := own.get("against"):
+                rows.append(_row(f"  {summary['against']}", other))
+        lines += align(rows)
+    for name, own in scored.items():
+        lines += _paired(name, own["paired"], summary["against"]) if "paired" in own else []
+        if own["cut_at_limit"]:
+            most = own["settings"].get("max_tokens")
+            lines.append(
+                f"{name}: {own['cut_at_limit']:,} of {own['n']:,} answers were cut at {most} tokens, and count as they "
+                "stand. Give more by --max-tokens, in another folder"
+            )
+    return "\n".join(lines)
+
+
+def _row(name: str, own: Mapping[str, Any]) -> Sequence[str]:
+    published = own["published"]
+    return (
+        name, f"{own['n']:,}", _score(own), f"{own['cut_at_limit']:,}",
+        f"{own['tokens']:,}", duration(own["seconds"]), f"{100 * published['score']:.1f}" if published else "",
+    )  # fmt: skip
+
+
+def _score(own: Mapping[str, Any]) -> str:
+    """In percent, or in a unit of its own."""
+    if unit := own.get("unit"):
+        return f"{own['score']:.4g} {unit}"
+    return _percent(own["score"], own["standard_error"])
+
+
+def _paired(name: str, own: Mapping[str, Any], against: str) -> list[str]:
+    error = own["standard_error"]
+    told = f" ± {100 * error:.1f}" if error is not None else ""
+    return [
+        f"{name}: {100 * own['difference']:+.1f}{told} points against {against} on the same questions and seeds; "
+        f"{len(own['better']):,} better, {len(own['worse']):,} worse"
+    ]
+
+
+def _percent(share: float, error: float | None) -> str:
+    return f"{100 * share:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
+def _figure(value: float, error: float | None) -> str:
+    return f"{value:.5f}" + ("" if error is None else f" ± {error:.5f}")
