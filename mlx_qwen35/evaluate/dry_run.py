@@ -24,7 +24,7 @@ from mlx_qwen35.machine.memory import usable_bytes
 ELSEWHERE = parse_chip("Apple M1")  # the slowest: what hours are computed for where this machine is no Mac
 LAYERWISE = 200e6  # bytes that kl takes beside a layer and the streams (measure/layerwise.py)
 # Tokens of an answer with thinking, as others have counted or guessed them; of other tasks nothing is known.
-TYPICAL = {"mmlu_pro": 3500, "gpqa_diamond": 12000, "ifeval": 2500, "mmmu_val": 3500}
+TYPICAL = {"mmlu_pro": 3500, "gpqa_diamond": 12000, "ifeval": 2500, "mmmu_val": 3500, "mmmu": 3500}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from mlx_qwen35.evaluate.items import Line, RunFolder
 from mlx_qwen35.evaluate.kl import KL, Sequences, check_tokenizers, measure, sequences
 from mlx_qwen35.evaluate.names import Wanted, find
 from mlx_qwen35.evaluate.options import OF_ANSWERS, EvalOptions
+from mlx_qwen35.evaluate.report import write_report
 from mlx_qwen35.evaluate.subject import Subject, Watch, unwatched
 from mlx_qwen35.evaluate.summary import entry
 from mlx_qwen35.load import LoadOptions
@@ -150,6 +151,7 @@ class Evaluation:
                 stack.enter_context(own.folder.held())
                 own.folder.claim(own.identity(), self._versions(asked if own is other else self.wanted))
             entries, lines = self._asked(self.subject)
+            theirs: Mapping[str, Sequence[Line]] = {}
             if other:
                 others, theirs = self._asked(other, asked)
                 for name, told in others.items():
@@ -159,6 +161,7 @@ class Evaluation:
                 "versions": versions(), "tasks": entries,
             }  # fmt: skip
             self.subject.folder.write_summary(summary)
+            write_report(self.subject.folder.folder, summary, lines, theirs)
         return summary
 
     def _asked(

@@ -8,6 +8,7 @@ from typing import Any
 from mlx_qwen35.engine.options import GenerationOptions, PromptOptions
 from mlx_qwen35.engine.presets import MOST_SEED, Sampling
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.media.options import VisionOptions
 from mlx_qwen35.options import Option, check_fields, option, options_of
 from mlx_qwen35.values import shown
 
@@ -16,6 +17,7 @@ OF_ANSWERS: dict[str, Option] = {  # how a model answers; what is not given is t
     **{name: options_of(GenerationOptions)[name] for name in
        ("preset", "max_tokens", "thinking_budget", "loop_guard", "mtp", "mtp_depth")},
     **{name: own for name, own in options_of(Sampling).items() if not own.python_only},
+    **{name: options_of(VisionOptions)[name] for name in ("min_pixels", "max_pixels")},
 }  # fmt: skip
 
 
@@ -38,8 +40,8 @@ class EvalOptions:
 
     tasks: Sequence[str] | None = option(
         help="what is asked: kl (how far the model is from --against on a text), nano (the bundled model's own "
-        "questions), quick, tasks of lm-eval, or a task of your own, FILE.yaml; several with commas", check=_tasks,
-        metavar="NAMES",
+        "questions), quick, tasks of lm-eval, mmmu=FOLDER and further sets of image questions, or a task of your own, "
+        "FILE.yaml; several with commas", check=_tasks, metavar="NAMES",
     )  # fmt: skip
     out: str | None = option(
         help="folder to write: a line for each answer, and summary.json; a run that was ended goes on", check=_path,

@@ -27,7 +27,9 @@ from mlx_qwen35.options import options_of, spelled
 from mlx_qwen35.prompt.processor import Processor
 
 Watch = Callable[[str, int, int, str], object]  # what is done, how much of it, of how much, in which unit
-KEPT = ("preset", "thinking_budget", "reasoning_effort", "loop_guard", "stop", "system_prompt")  # told as they are
+KEPT = (  # told as they are
+    "preset", "thinking_budget", "reasoning_effort", "loop_guard", "stop", "system_prompt", "min_pixels", "max_pixels",
+)  # fmt: skip
 FREE = ("mtp", "mtp_depth")  # what may change when a run goes on: drafts change no answer
 SAMPLE = 32  # questions, evenly spread, that settings are told of
 

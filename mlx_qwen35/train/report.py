@@ -19,6 +19,7 @@ from mlx_qwen35.checkpoint.adapter import Pair
 from mlx_qwen35.checkpoint.folder import written
 from mlx_qwen35.checkpoint.names import MTP
 from mlx_qwen35.console.progress import duration
+from mlx_qwen35.console.report import last, quoted
 from mlx_qwen35.console.table import markdown, size
 from mlx_qwen35.machine.chip import brand
 from mlx_qwen35.model.model import Model
@@ -32,7 +33,6 @@ from mlx_qwen35.train.samples import MOST_TOKENS, Answers, Question, answers, qu
 REPORT, PICTURE = "report.md", "losses.png"
 PACKAGES = ("mlx-qwen35", "mlx")
 MOST_LOSSES = 20  # rows of the table of losses
-MOST_SHOWN = 400  # characters of a question or an answer
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,6 @@ def report(
         _use(run, name),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
-
-
-def last(source: str) -> str:
-    """A Hugging Face id as it is, of a path its last part: a report tells no folders of this machine."""
-    path = Path(source).expanduser()
-    return path.resolve().name if path.exists() or source.count("/") != 1 else source
 
 
 def machine() -> str:
@@ -190,17 +184,9 @@ def _samples(earlier: Before, now: Answers) -> str:
     ]
     for question, old, new in zip(earlier.asked, earlier.answers.texts, now.texts, strict=True):
         said = {"data": question.right, "before": old, "after": new}
-        lines = [f"- {name}: {_quoted(text)}" for name, text in said.items()]
-        parts.append("\n".join([f"Line {question.line}: {_quoted(question.shown)}\n", *lines]))
+        lines = [f"- {name}: {quoted(text)}" for name, text in said.items()]
+        parts.append("\n".join([f"Line {question.line}: {quoted(question.shown)}\n", *lines]))
     return "\n\n".join(parts)
-
-
-def _quoted(text: str) -> str:
-    """A text as code on one line, with its beginning if it is long."""
-    line = text.replace("\n", "⏎")
-    line = line if len(line) <= MOST_SHOWN else f"{line[:MOST_SHOWN]}…"
-    fence = "``" if "`" in line else "`"
-    return f"{fence} {line} {fence}" if fence == "``" else f"`{line}`" if line else "(nothing)"
 
 
 def _drafts(earlier: Answers, now: Answers, along: Answers | None) -> str:

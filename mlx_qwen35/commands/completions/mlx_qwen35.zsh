@@ -205,7 +205,7 @@ _shtab_mlx_qwen35_eval_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "(- : *)--version[show program\'s version number and exit]"
   "--quiet[write nothing but errors to standard error]"
-  "--tasks[what is asked\: kl (how far the model is from --against on a text), nano (the bundled model\'s own questions), quick, tasks of lm-eval, or a task of your own, FILE.yaml\; several with commas]:NAMES:"
+  "--tasks[what is asked\: kl (how far the model is from --against on a text), nano (the bundled model\'s own questions), quick, tasks of lm-eval, mmmu\=FOLDER and further sets of image questions, or a task of your own, FILE.yaml\; several with commas]:NAMES:"
   "--out[folder to write\: a line for each answer, and summary.json\; a run that was ended goes on]:FOLDER:_files -/"
   "--against[another model that is asked the same, as the source of a quantized one\; it gets no adapter, and keys and values in the dtype]:MODEL:_mlx_qwen35_models"
   "--text[text file that kl is measured on (default\: for nano its bundled items)]:FILE:_files"
@@ -240,6 +240,8 @@ _shtab_mlx_qwen35_eval_options=(
   "--min-tokens-to-keep[tokens that min-p keeps at the least]:N:"
   "--xtc-probability[how often XTC applies\: then tokens above the threshold are excluded, except the least probable of them\; 0 is off]:P:"
   "--xtc-threshold[probability above which XTC excludes a token]:P:"
+  "--min-pixels[least pixels of an image, height x width\; a smaller one is enlarged (default\: the checkpoint\'s)]:N:"
+  "--max-pixels[most pixels of an image, height x width\; a larger one is reduced (default\: by this machine\'s memory)]:N:"
   "--json[print the summary, or what --dry-run finds, as JSON in the place of the text, or with FILE write it there too]"
 )
 
