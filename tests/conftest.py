@@ -32,6 +32,7 @@ from mlx_qwen35.backend import CUDA, backend
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.random import geometry, write_random_checkpoint
+from mlx_qwen35.console.notices import be_quiet
 from mlx_qwen35.load import load_model
 from mlx_qwen35.machine import chip as machine
 from mlx_qwen35.model.model import Model
@@ -93,6 +94,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for mark, lacks in lacking.items():
             if lacks and item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason={"gpu": "needs a GPU", "cuda": "needs an NVIDIA GPU"}[mark]))
+
+
+@pytest.fixture(autouse=True)
+def speaks() -> Iterator[None]:
+    """A command line with --quiet that a test reads is that test's alone."""
+    yield
+    be_quiet(False)
 
 
 @pytest.fixture(scope="session")

@@ -161,3 +161,18 @@ def written(what: str) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError("disk_full", f"the disk has no room for {what}. Make room") from error
         raise InputError("output_unwritable", f"{what} could not be written: {error}. Choose another folder") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file of text: it holds all of the text, or what it held before. InputError where the disk fails."""
+    hidden = path.with_name(f".{path.name}.writing")
+    with written(str(path)):
+        try:
+            with hidden.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(hidden, path)
+        except BaseException:
+            hidden.unlink(missing_ok=True)
+            raise

@@ -171,8 +171,8 @@ def find_task(name: str) -> HarnessTask:
     if importlib.util.find_spec(PACKAGE) is None:
         raise InputError(
             "package_missing",
-            f"the task {name} needs lm-eval, whose tasks are not installed: {INSTALL}. Without it there are kl, nano "
-            "and tasks of your own, FILE.yaml",
+            f"the task {name} needs lm-eval, whose tasks are not installed: {INSTALL}. Without it there are kl, nano, "
+            "sets of image questions (mmmu=FOLDER) and tasks of your own, FILE.yaml",
         )
     logging.getLogger(PACKAGE).setLevel(logging.ERROR)
     if Path(name).suffix:

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mlx_qwen35.checkpoint.folder import written
+from mlx_qwen35.checkpoint.folder import write_whole, written
 from mlx_qwen35.console.streams import read_file
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.machine.disk import held
@@ -175,18 +175,3 @@ def differences(found: Mapping[str, Any], own: Mapping[str, Any], where: str = "
             yield from differences(before, now, f"{where}{name}.")
         elif before != now:
             yield f"{where}{name} was {shown(before)} and is {shown(now)}"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file of text: it holds all of the text, or what it held before. InputError where the disk fails."""
-    hidden = path.with_name(f".{path.name}.writing")
-    with written(str(path)):
-        try:
-            with hidden.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(hidden, path)
-        except BaseException:
-            hidden.unlink(missing_ok=True)
-            raise

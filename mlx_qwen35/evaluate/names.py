@@ -7,14 +7,13 @@ from pathlib import Path
 from mlx_qwen35.checkpoint.hub import NANO
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.evaluate.harness import find_task, is_of_harness
-from mlx_qwen35.evaluate.image_sets import SETS, image_task
+from mlx_qwen35.evaluate.image_sets import image_task
 from mlx_qwen35.evaluate.kl import KL
 from mlx_qwen35.evaluate.local import SUFFIXES, bundled, read_task
 from mlx_qwen35.evaluate.task import Task
 
 # The list `quick`: questions of each, which together take an M1 a night, and tell scores to 3 to 5 points.
 QUICK = {"mmlu_pro": 140, "ifeval": 100, "mmmu_val": 60}
-OURS = f"there are {KL}, {NANO}, {', '.join(SETS)} (each NAME=FOLDER) and tasks of your own, FILE.yaml"
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,17 @@ APART = 0.16  # of a row, between its middle and each of two models
 ROOM = 10  # percent that a label needs
 
 
+def drawable(summary: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """The tasks whose score is a share."""
+    return {name: own for name, own in summary["tasks"].items() if "score" in own and "unit" not in own}
+
+
 def draw(path: Path, summary: Mapping[str, Any]) -> plot.Figure:
     """A PNG file: a row for each task with its score, standard error and published figure; of two models, if so many.
 
-    summary: with one scored task at least.
+    summary: with one task at least that is `drawable`.
     """
-    tasks = {name: own for name, own in summary["tasks"].items() if "score" in own}
+    tasks = drawable(summary)
     note = f"{', '.join(f'{name} {version}' for name, version in summary['versions'].items())}; {summary['machine']}."
     note += "\nLines: one standard error over the questions."
     if any(own["published"] for own in tasks.values()):
@@ -59,7 +64,7 @@ def _published(axes: plot.Axes, tasks: Mapping[str, Mapping[str, Any]]) -> None:
 
 def claim(summary: Mapping[str, Any]) -> str:
     """The title: the score of one task, or how far two models are apart."""
-    tasks = {name: own for name, own in summary["tasks"].items() if "score" in own}
+    tasks = drawable(summary)
     model = last(summary["model"])
     gaps = [100 * own["paired"]["difference"] for own in tasks.values() if "paired" in own]
     if gaps:

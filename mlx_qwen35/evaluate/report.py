@@ -5,11 +5,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mlx_qwen35.checkpoint.folder import write_whole
 from mlx_qwen35.console.progress import duration
 from mlx_qwen35.console.report import last, quoted
 from mlx_qwen35.console.table import markdown
 from mlx_qwen35.evaluate import plot
-from mlx_qwen35.evaluate.items import Line, write_whole
+from mlx_qwen35.evaluate.items import Line
+from mlx_qwen35.evaluate.summary import difference_text, percent, score_text, with_error
 
 REPORT, PICTURE = "report.md", "scores.png"
 CUT = 0.02  # share of answers that the most tokens ended, from which on a score is not the model's
@@ -29,7 +31,7 @@ def write_report(
 
     There is no picture where matplotlib is not installed, or nothing was scored.
     """
-    drawn = bool(scored(summary)) and find_spec("matplotlib") is not None
+    drawn = bool(plot.drawable(summary)) and find_spec("matplotlib") is not None
     if drawn:
         plot.draw(folder / PICTURE, summary)
     write_whole(folder / REPORT, report(summary, lines, others, folder.resolve().name, drawn))
@@ -50,7 +52,7 @@ def report(
     """The report's text. name: of the folder. drawn: whether the picture is."""
     tasks, against = scored(summary), summary["against"] and last(summary["against"])
     picture = f"![Scores]({PICTURE})" if drawn else ""
-    if tasks and not drawn:
+    if plot.drawable(summary) and not drawn:
         picture = "The picture of the scores needs matplotlib: `pip install 'mlx-qwen35[plot]'`."
     sections = [
         f"# {name}: an evaluation of {last(summary['model'])}",
@@ -66,11 +68,6 @@ def report(
 
 def _named(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items() if name != "task")
-
-
-def percent(share: float, error: float | None) -> str:
-    """A score and its standard error, in percent."""
-    return f"{100 * share:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 # --- sections --------------------------------------------------------------------------------------------------------
@@ -106,7 +103,7 @@ def _scores(tasks: Entries, model: str, against: str | None) -> str:
 def _row(own: Mapping[str, Any], pictures: bool) -> list[str]:
     published = own["published"]
     return [
-        f"{own['n']:,}", percent(own["score"], own["standard_error"]), f"{own['cut_at_limit']:,}",
+        f"{own['n']:,}", score_text(own), f"{own['cut_at_limit']:,}",
         f"{own['prompt_tokens']:,}", *([f"{own['image_tokens']:,}"] if pictures else []), f"{own['tokens']:,}",
         duration(own["seconds"]), f"{100 * published['score']:.1f}" if published else "",
     ]  # fmt: skip
@@ -124,7 +121,7 @@ def _cut(name: str, own: Mapping[str, Any]) -> list[str]:
 
 def _distance(tasks: Entries, against: str | None) -> str:
     rows = [
-        [f"{own['kl']:.5f} ± {own['kl_error']:.5f}", f"{100 * own['top1']:.2f} ± {100 * own['top1_error']:.2f}",
+        [with_error(own["kl"], own["kl_error"], ".5f"), percent(own["top1"], own["top1_error"], ".2f"),
          f"{own['positions']:,}", own["text"], duration(own["seconds"])]
         for own in tasks.values()
     ]  # fmt: skip
@@ -141,7 +138,7 @@ def _paired(
     if not pairs:
         return ""
     rows = [
-        [name, f"{own['n']:,}", f"{100 * own['difference']:+.1f}" + _error(own["standard_error"]),
+        [name, f"{own['n']:,}", difference_text(tasks[name]),
          f"{len(own['better']):,}", f"{len(own['worse']):,}", f"{100 * own['changed'] / own['n']:.1f}"]
         for name, own in pairs.items()
     ]  # fmt: skip
@@ -157,10 +154,6 @@ def _paired(
         if len(changed) > CHANGED:
             parts.append(f"{len(changed) - CHANGED:,} more: see `summary.json`.")
     return "\n\n".join(parts)
-
-
-def _error(error: float | None) -> str:
-    return "" if error is None else f" ± {100 * error:.1f}"
 
 
 def _changed(keys: Sequence[str], lines: Sequence[Line], others: Sequence[Line], against: str | None) -> str:

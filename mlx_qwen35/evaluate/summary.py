@@ -70,7 +70,7 @@ def described(summary: Mapping[str, Any]) -> str:
     for name, own in tasks.items():
         if "kl" in own:
             lines += [
-                f"{name}: KL divergence from {summary['against']} {_figure(own['kl'], own['kl_error'])} nats, same "
+                f"{name}: KL divergence from {summary['against']} {with_error(own['kl'], own['kl_error'], '.5f')} nats, same "
                 f"most likely token {100 * own['top1']:.2f} %, on {own['positions']:,} tokens of "
                 f"{own['text']}"
             ]
@@ -82,7 +82,7 @@ def described(summary: Mapping[str, Any]) -> str:
                 rows.append(_row(f"  {summary['against']}", other))
         lines += align(rows)
     for name, own in scored.items():
-        lines += _paired(name, own["paired"], summary["against"]) if "paired" in own else []
+        lines += _paired(name, own, summary["against"]) if "paired" in own else []
         if own["cut_at_limit"]:
             most = own["settings"].get("max_tokens")
             lines.append(
@@ -95,30 +95,38 @@ def described(summary: Mapping[str, Any]) -> str:
 def _row(name: str, own: Mapping[str, Any]) -> Sequence[str]:
     published = own["published"]
     return (
-        name, f"{own['n']:,}", _score(own), f"{own['cut_at_limit']:,}",
+        name, f"{own['n']:,}", score_text(own), f"{own['cut_at_limit']:,}",
         f"{own['tokens']:,}", duration(own["seconds"]), f"{100 * published['score']:.1f}" if published else "",
     )  # fmt: skip
 
 
-def _score(own: Mapping[str, Any]) -> str:
-    """In percent, or in a unit of its own."""
+def score_text(own: Mapping[str, Any]) -> str:
+    """A task's score with its standard error, in percent, or in a unit of its own."""
     if unit := own.get("unit"):
-        return f"{own['score']:.4g} {unit}"
-    return _percent(own["score"], own["standard_error"])
+        return f"{with_error(own['score'], own['standard_error'], '.4g')} {unit}"
+    return percent(own["score"], own["standard_error"])
+
+
+def difference_text(own: Mapping[str, Any]) -> str:
+    """A task's paired difference with its standard error, in points, positive where the model is better."""
+    paired, scale, digits = own["paired"], 1 if "unit" in own else 100, "+.4g" if "unit" in own else "+.1f"
+    error = paired["standard_error"]
+    return with_error(scale * paired["difference"], None if error is None else scale * error, digits)
+
+
+def percent(share: float, error: float | None, digits: str = ".1f") -> str:
+    """A share and its standard error, in percent."""
+    return with_error(100 * share, None if error is None else 100 * error, digits)
+
+
+def with_error(value: float, error: float | None, digits: str) -> str:
+    """A figure ± its standard error. digits: a format, as ".1f"."""
+    return f"{value:{digits}}" + ("" if error is None else f" ± {error:{digits.removeprefix('+')}}")
 
 
 def _paired(name: str, own: Mapping[str, Any], against: str) -> list[str]:
-    error = own["standard_error"]
-    told = f" ± {100 * error:.1f}" if error is not None else ""
+    paired, points = own["paired"], "" if "unit" in own else " points"
     return [
-        f"{name}: {100 * own['difference']:+.1f}{told} points against {against} on the same questions and seeds; "
-        f"{len(own['better']):,} better, {len(own['worse']):,} worse"
+        f"{name}: {difference_text(own)}{points} against {against} on the same questions and seeds; "
+        f"{len(paired['better']):,} better, {len(paired['worse']):,} worse"
     ]
-
-
-def _percent(share: float, error: float | None) -> str:
-    return f"{100 * share:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
-
-
-def _figure(value: float, error: float | None) -> str:
-    return f"{value:.5f}" + ("" if error is None else f" ± {error:.5f}")

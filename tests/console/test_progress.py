@@ -45,7 +45,9 @@ def stderr(monkeypatch):
 
 
 def begun(stream: io.StringIO) -> None:
+    until = time.monotonic() + 60
     while not stream.getvalue():
+        assert time.monotonic() < until, "nothing is shown"
         time.sleep(0.001)
 
 
