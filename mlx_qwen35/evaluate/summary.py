@@ -70,7 +70,8 @@ def described(summary: Mapping[str, Any]) -> str:
     for name, own in tasks.items():
         if "kl" in own:
             lines += [
-                f"{name}: KL divergence from {summary['against']} {with_error(own['kl'], own['kl_error'], '.5f')} nats, "
+                f"{name}: KL divergence from {summary['against']} "
+                f"{with_error(own['kl'], own['kl_error'], '.5f')} nats, "
                 f"same most likely token {100 * own['top1']:.2f} %, on {own['positions']:,} tokens of "
                 f"{own['text']}"
             ]
