@@ -41,14 +41,14 @@ class Attention(nn.Module):
         self.heads = config.num_heads
 
     def project(
-        self, x: mx.array, rotary: tuple[mx.array, mx.array], adapters: ActiveAdapters | None
+        self, x: mx.array, rotary: tuple[mx.array, mx.array], adapters: ActiveAdapters | None = None
     ) -> list[mx.array]:
         """x (F, n, D) -> q and k, both rotated, and v, each (F, H, n, D / H)."""
         F, n, _ = x.shape
         q, k, v = self.qkv(x, adapters).reshape(F, n, 3, self.heads, -1).transpose(2, 0, 3, 1, 4)
         return [rotate(q, rotary), rotate(k, rotary), v]
 
-    def __call__(self, q: mx.array, k: mx.array, v: mx.array, adapters: ActiveAdapters | None) -> mx.array:
+    def __call__(self, q: mx.array, k: mx.array, v: mx.array, adapters: ActiveAdapters | None = None) -> mx.array:
         F, _, n, D = q.shape
         out = attention(q, k, v, D**-0.5, causal=False)
         return self.proj(out.swapaxes(1, 2).reshape(F, n, -1), adapters)
@@ -62,7 +62,7 @@ class MLP(nn.Module):
         self.linear_fc1 = weights.linear("linear_fc1")
         self.linear_fc2 = weights.linear("linear_fc2")
 
-    def __call__(self, inputs: mx.array, adapters: ActiveAdapters | None) -> mx.array:
+    def __call__(self, inputs: mx.array, adapters: ActiveAdapters | None = None) -> mx.array:
         x = self.linear_fc1(inputs, adapters).astype(mx.float32)
         x = x * sigmoid(math.sqrt(8 / math.pi) * x * (1.0 + 0.044715 * x * x))
         return self.linear_fc2(x.astype(inputs.dtype), adapters)
@@ -79,7 +79,7 @@ class Block(nn.Module):
         self.mlp = MLP(weights.at("mlp"))
 
     def __call__(
-        self, tiles: list[mx.array], rotary: list[tuple[mx.array, mx.array]], adapters: ActiveAdapters | None
+        self, tiles: list[mx.array], rotary: list[tuple[mx.array, mx.array]], adapters: ActiveAdapters | None = None
     ) -> list[mx.array]:
         """tiles: (F, n, D) each, together all patches of F frames. rotary: the table of each tile.
 
@@ -110,7 +110,7 @@ class Merger(nn.Module):
         self.linear_fc2 = weights.linear("linear_fc2")
         self.squares = config.spatial_merge_size**2
 
-    def __call__(self, x: mx.array, adapters: ActiveAdapters | None) -> mx.array:
+    def __call__(self, x: mx.array, adapters: ActiveAdapters | None = None) -> mx.array:
         """x (F, n, D) -> (F, n / 4, text D)"""
         F, n, _ = x.shape
         inner = self.linear_fc1(self.norm(x).reshape(F, n // self.squares, -1), adapters).astype(mx.float32)
@@ -176,7 +176,7 @@ class VisionEncoder(nn.Module):
         return mx.concatenate(merged, axis=1)
 
     def _embed(
-        self, patches: mx.array, indices: mx.array, weights: mx.array, adapters: ActiveAdapters | None
+        self, patches: mx.array, indices: mx.array, weights: mx.array, adapters: ActiveAdapters | None = None
     ) -> mx.array:
         """Patch embedding plus the position table, interpolated in float32."""
         taps = (self.pos_embed[indices[:, tap]] * weights[:, tap, None] for tap in range(4))

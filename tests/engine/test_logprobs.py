@@ -158,7 +158,8 @@ def test_half_types_are_reckoned_in_float32(rng):
 def test_a_row_that_fails_has_one_for_each_of_its_tokens(nano, monkeypatch):
     logits = Model.logits
     monkeypatch.setattr(  # the second row's, in every pass
-        Model, "logits", lambda self, hidden: logits(self, hidden) * mx.where(mx.arange(len(hidden)) == 1, mx.nan, 1)
+        Model, "logits",
+        lambda self, hidden, *_: logits(self, hidden) * mx.where(mx.arange(len(hidden)) == 1, mx.nan, 1),
         .reshape(-1, *[1] * (hidden.ndim - 1))
     )  # fmt: skip
     good, failed = batch_generate(*nano, [ASK, "Hello"], logprobs=True)
