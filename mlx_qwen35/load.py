@@ -1,7 +1,7 @@
 """A checkpoint's folder or id -> the model and its processor."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -229,7 +229,7 @@ def load_model(
         warn_shortened_products()
     weights = read_weights(altered, names, dtype, progress)
     model = Model(config, weights, limit, kv)
-    later = checkpoint.replacing({name: whole[name] for name in whole if name.startswith((VISION, MTP))})
+    opened = adapters.opening(VISION, MTP)
     del weights, altered, whole  # so that each layer frees the arrays as stored once it is evaluated
     done, total = 0, _nbytes(model)
     for part in (model.embed_tokens, *([] if config.tie_word_embeddings else [model.lm_head]), *model.layers):
@@ -246,11 +246,15 @@ def load_model(
     enabled_kernels(model)  # the self-checks run now, not in the middle of an answer
     is_exact(config.rope, mx.default_device().type)
     warn_unfit_layers(model)
+
+    def later() -> Checkpoint:  # what is unloaded must not be held by it
+        return checkpoint.replacing(opened())
+
     mtp_head = model.mtp = _draft_head(later, dtype, model.adapters)
     if has_vision(checkpoint):  # the lambda must not hold the model, which would then hold itself
-        encoder, beside = loaded_bytes(later, vision_names(later), dtype), model.adapters
+        encoder, beside = loaded_bytes(later(), vision_names(checkpoint), dtype), model.adapters
         model.vision = LazyPart(
-            lambda: beside.stack(load_vision_encoder(later, dtype, mtp_head, limit)), encoder,
+            lambda: beside.stack(load_vision_encoder(later(), dtype, mtp_head, limit)), encoder,
             fingerprint=functools.cache(lambda: vision_fingerprint(checkpoint)),
         )  # fmt: skip
     model.fingerprint = functools.cache(lambda: fingerprint(checkpoint))
@@ -259,14 +263,17 @@ def load_model(
     return model
 
 
-def _draft_head(checkpoint: Checkpoint, dtype: mx.Dtype, adapters: AdapterSet) -> LazyPart[MultiTokenPrediction] | None:
-    """The draft head, not loaded yet; None for a checkpoint without one."""
+def _draft_head(
+    later: Callable[[], Checkpoint], dtype: mx.Dtype, adapters: AdapterSet
+) -> LazyPart[MultiTokenPrediction] | None:
+    """The draft head, not loaded yet; None for a checkpoint without one. later: opens the checkpoint to read from."""
+    checkpoint = later()
     config, fault = checkpoint.config.text, checkpoint.mtp_head_fault
     if not fault and not (config.mtp_num_hidden_layers and checkpoint.has(MTP)):
         return None
     names = [stored for stored, _ in checkpoint.part(mtp_shapes(config))]
     nbytes = 0 if fault else loaded_bytes(checkpoint, names, dtype)
-    return LazyPart(lambda: adapters.stack(load_draft_head(checkpoint, names, dtype)), nbytes, fault)
+    return LazyPart(lambda: adapters.stack(load_draft_head(later(), names, dtype)), nbytes, fault)
 
 
 def load_draft_head(checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype) -> MultiTokenPrediction:

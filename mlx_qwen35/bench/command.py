@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any, NoReturn
 
 from mlx_qwen35.backend import backend
-from mlx_qwen35.bench import heatmap, needle, plot, serve, serve_model, serve_report
+from mlx_qwen35.bench import heatmap, needle, plot, serve, serve_model, serve_report, train
 from mlx_qwen35.bench.measure import OURS, PEERS, Beside, Settings, measure, started, summarize
 from mlx_qwen35.bench.report import as_json, describe_machine, format_table
 from mlx_qwen35.bench.worker import blas
@@ -55,6 +55,8 @@ OF_NEEDLES = ("memory_limit", "kv_bits", "kv_rotate")  # options of load that ha
 IDLE = {  # what is measured -> options that have no effect on it
     "needle": (*SPEED, "clients"), "serve": (*OF_NEEDLES, "rope_scaling", "prefill_step_size", "plot"),
     "speed": (*OF_NEEDLES, "clients"),
+    "train": (*OF_NEEDLES, "rope_scaling", "prefill_step_size", "decode_tokens", "clients", "adapter", "adapter_scale",
+              "plot"),
 }  # fmt: skip
 
 
@@ -115,15 +117,19 @@ def parser() -> Parser:
         "--serve", action="store_true", help="in place of the speed measure the server: requests a second, the time to "
         "the first token, and a session that grows, beside mlx-lm's server with --compare mlx-lm",
     )  # fmt: skip
+    other.add_argument(
+        "--train", action="store_true", help="in place of the speed measure a step of training: tokens a second, and "
+        "memory at its highest, beside mlx-lm's trainer with --compare mlx-lm",
+    )  # fmt: skip
     parser.add_argument("--clients", type=_lengths, metavar="N,N", help="with --serve: how many ask at once "
                         "(default: 1,2,4,8)")  # fmt: skip
     parser.add_argument(
-        "--prompt-lengths", type=_lengths, metavar="N,N", help="tokens of each prompt (default: 128,1024; of --serve, "
-        "which takes one length, 256)",
+        "--prompt-lengths", type=_lengths, metavar="N,N", help="tokens of each prompt, of --train of a row "
+        "(default: 128,1024; of --train 256,1024; of --serve, which takes one length, 256)",
     )  # fmt: skip
     for option, default, meaning in (
         ("--decode-tokens", "32", "tokens timed after the first; of each answer with --serve"),
-        ("--repeats", "5; of needles 1, of --serve 3", "rounds; each program runs once in each, or all is asked"),
+        ("--repeats", "5; of needles 1, of others 3", "rounds; each program runs once in each, or all is asked"),
         ("--prefill-step-size", "1024", "prompt tokens of a prefill chunk"),
     ):
         parser.add_argument(option, type=_positive, metavar="N", help=f"{meaning} (default: {default})")
@@ -158,9 +164,9 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 def _check_effects(options: argparse.Namespace) -> None:
     """Refuse options that what is measured has no use for."""
-    kind = "needle" if options.needle else "serve" if options.serve else "speed"
+    kind = next((kind for kind in ("needle", "serve", "train") if getattr(options, kind)), "speed")
     if given := [as_flag(name) for name in IDLE[kind] if getattr(options, name) is not None]:
-        where = "with --needle or --serve alone" if kind == "speed" else f"without {as_flag(kind)}"
+        where = "with --needle, --serve or --train alone" if kind == "speed" else f"without {as_flag(kind)}"
         raise InputError("option_no_effect", f"{given[0]} must be given {where}: it would have no effect")
     check_one_adapter(options)
     LoadOptions(**given_options(options, [LoadOptions]))
@@ -194,6 +200,8 @@ def bench(options: argparse.Namespace) -> dict[str, str]:
             name += f", --rope-scaling {options.rope_scaling}"
         if beside := _beside(options, folder):
             name += f", adapter {beside.described}"
+        if options.train:
+            return _train(options, folder, name, step)
         return (_serve if options.serve else _speed)(options, folder, name, step, beside)
 
 
@@ -297,6 +305,24 @@ def _serve(
     machine, rows = describe_machine({OURS: environment}), serve_report.summarize(runs)
     if not write_json(options.json, as_json(machine, model, settings, rows, runs, failures)):
         print(serve_report.format_tables(machine, model, settings, rows))
+    return failures
+
+
+def _train(options: argparse.Namespace, folder: Path, model: str, step: Step) -> dict[str, str]:
+    peers, failures = train.peers(options.compare or ()), dict[str, str]()
+    dtype = dtype_name(choose_dtype(open_checkpoint(folder), options.dtype))
+    settings = train.Settings(options.prompt_lengths or (256, 1024), options.repeats or 3, dtype)
+    step.say("loading the programs")
+    loading = {name: {"train": True} for name in (OURS, *peers)}
+    with started((OURS, *peers), folder, dtype, failures, loading) as workers:
+        runs = [] if OURS in failures else train.measure(workers, settings, failures, step.say)
+        environments = {worker.name: worker.environment for worker in workers}
+    if OURS in failures:
+        raise InputError("bench_failed", f"{OURS} could not train {model}: {failures[OURS]}")
+    step.end()
+    machine, rows = describe_machine(environments), train.summarize(runs)
+    if not write_json(options.json, as_json(machine, model, settings, rows, runs, failures)):
+        print(train.format_table(machine, model, settings, rows))
     return failures
 
 

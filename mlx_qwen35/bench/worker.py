@@ -3,7 +3,8 @@ stdin. OPTIONS is a JSON object of the program's loader: of ours rope_scaling, a
 them, of mlx-lm adapter, a folder.
 
 The first line of output says that the model is loaded; each further one answers a request. {"prompt", "decode", "step"}
-runs the model once, {"products": passes} times the linear maps alone. A failure ends the process with its traceback.
+runs the model once, {"products": passes} times the linear maps alone. With the option "train" the program trains, see
+train_worker.py: {"tokens", "steps"} makes steps. A failure ends the process with its traceback.
 
 The file is run as a script, not as a module, so that a program imports nothing of the others.
 
@@ -19,6 +20,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -206,9 +208,21 @@ def max_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def training() -> Any:
+    """The module train_worker.py, without its package, which imports our program."""
+    spec = spec_from_file_location("train_worker", Path(__file__).with_name("train_worker.py"))
+    assert spec is not None and spec.loader is not None, "it stands beside this file"
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def answer(program: Any, vocabulary: int, request: dict[str, Any]) -> dict[str, Any]:
     if "products" in request:
         return program.products(request["products"])
+    if "steps" in request:
+        rows = training().rows(request["tokens"], request["steps"], vocabulary)
+        return program.train(rows) | {"max_rss_bytes": max_rss_bytes()}
     generator = random.Random(0)
     prompt = [generator.randrange(vocabulary // 2) for _ in range(request["prompt"])]  # special tokens come last
     return program.run(prompt, request["decode"], request["step"]) | {"max_rss_bytes": max_rss_bytes()}
@@ -218,7 +232,8 @@ def serve(name: str, folder: Path, dtype: str, options: dict[str, Any], replies:
     """options: those of the program's loader."""
     config = json.loads((folder / "config.json").read_text())
     vocabulary = config.get("text_config", config)["vocab_size"]
-    program = LOADERS[name](folder, dtype, **options)
+    loaders = training().LOADERS if options.pop("train", False) else LOADERS
+    program = loaders[name](folder, dtype, **options)
     torch = sys.modules.get("torch") if name == "transformers" else None
     print(json.dumps({"blas": blas(), "torch_threads": torch and torch.get_num_threads()}), file=replies)
     for line in sys.stdin:

@@ -246,9 +246,9 @@ def check_model_fits(
     plan = plan_memory(checkpoint, this_machine(text, dtype, limit), SHORT, adapters=adapters)
     if plan.fits:
         return
-    need = f"{name} needs {_gb(plan.text)}, of which {_gb(plan.weights)} are its text weights"
-    need += f", and {_gb(plan.adapters)} adapters" if plan.adapters else ""
-    has = f"a model may take {_gb(plan.machine.limit)}"
+    need = f"{name} needs {in_gb(plan.text)}, of which {in_gb(plan.weights)} are its text weights"
+    need += f", and {in_gb(plan.adapters)} adapters" if plan.adapters else ""
+    has = f"a model may take {in_gb(plan.machine.limit)}"
     fits_packed = plan.text - plan.weights * (1 - PACKED) <= plan.machine.limit
     if checkpoint.raw and not checkpoint.config.quantization and fits_packed:
         way = f"Convert it to 4 bit, about 3 times smaller:\n  {to_4bit(name)}"
@@ -257,7 +257,7 @@ def check_model_fits(
     raise InputError("memory_exceeded", f"{need}; {has}", way)
 
 
-def _gb(count: float) -> str:
+def in_gb(count: float) -> str:
     """3.1 GB, of small models 0.0031 GB."""
     return f"{count / 1e9:.{1 if count >= 1e8 else 4}f} GB"
 
@@ -268,8 +268,8 @@ def check_vision_encoder_fits(config: TextConfig, dtype: mx.Dtype, limit: int, e
     if used + encoder_bytes + machine.kept > machine.limit:
         raise InputError(
             "memory_exceeded",
-            f"the vision encoder needs {_gb(encoder_bytes)}; a model may take {_gb(machine.limit)}, of "
-            f"which {_gb(used)} are in use. Choose a folder with fewer bits, or shorten the conversation",
+            f"the vision encoder needs {in_gb(encoder_bytes)}; a model may take {in_gb(machine.limit)}, of "
+            f"which {in_gb(used)} are in use. Choose a folder with fewer bits, or shorten the conversation",
         )
 
 

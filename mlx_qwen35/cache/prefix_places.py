@@ -11,7 +11,7 @@ import numpy as np
 from mlx_qwen35.cache.prefix import RANKS
 from mlx_qwen35.cache.prefix_tokens import Prefix, Shown
 
-UNFIT = (LookupError, ValueError, TypeError, OverflowError, RecursionError)  # what a header may raise
+UNFIT = (AttributeError, LookupError, ValueError, TypeError, OverflowError, RecursionError)  # what a header may raise
 
 
 @dataclass

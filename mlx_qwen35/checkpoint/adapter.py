@@ -81,7 +81,7 @@ def read_adapter(path: str | Path, checkpoint: Checkpoint, scale: float = 1.0) -
     weights_not_finite; option_invalid and option_no_effect for the scale.
     """
     scale = number(spelled("adapter_scale"), scale, "a number from -1,000 to 1,000", -1000, 1000)
-    folder = _folder(path)
+    folder = adapter_folder(path)
     config = config_of(folder)
     if "peft_type" in config:
         parts = adapter_peft.parts_of(folder, config)
@@ -104,20 +104,27 @@ def read_adapter(path: str | Path, checkpoint: Checkpoint, scale: float = 1.0) -
         )
     fingerprint = _fingerprint(parts, scale)
     pairs, magnitudes = _low_rank(parts, scale, checkpoint.config.text.tie_word_embeddings)
-    replaced = {name: array for (name, _), array in _arrays(parts, [WHOLE]).items()}
+    stored = {name: parts.tensors[name, WHOLE].entry for name, kind in parts.tensors if kind == WHOLE}
+    replaced = whole_arrays(stored, parts.mlx)
     if leaves:
         replaced[HEAD] = lazy_arrays(checkpoint, [TABLE])[TABLE]
-    stored = {name: parts.tensors[name, WHOLE].entry for name, kind in parts.tensors if kind == WHOLE}
     return Adapter(folder, parts.format, pairs, replaced, magnitudes, fingerprint, stored)
 
 
-def _folder(path: str | Path) -> Path:
+def adapter_folder(path: str | Path) -> Path:
+    """The folder that a path names, whether it is there or not. InputError adapter_not_found for a path of none."""
     if not isinstance(path, str | Path) or not str(path).strip() or "\0" in str(path):
         raise InputError("adapter_not_found", f"an adapter must be given as the path of its folder, got {shown(path)}")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:  # ~nobody
         raise InputError("adapter_not_found", f"{path} must be the path of an adapter's folder: {error}") from error
+
+
+def whole_arrays(stored: Mapping[str, Entry], mlx: bool) -> dict[str, mx.array]:
+    """Whole tensors by name, in raw layout, read from disk when computed. mlx: they are stored in MLX's layout."""
+    arrays = open_arrays(stored)
+    return {name: to_raw(name, array, is_zero_centred(name)) for name, array in arrays.items()} if mlx else arrays
 
 
 def fused(weight: mx.array, pair: Pair | None, magnitude: mx.array | None = None) -> mx.array:
@@ -182,9 +189,7 @@ def _arrays(parts: Parts, kinds: Collection[str]) -> dict[tuple[str, str], mx.ar
     arrays = {}
     for (name, kind), stored in tensors.items():
         array = opened[f"{name} {kind}"]
-        if kind == WHOLE:
-            array = to_raw(name, array, is_zero_centred(name)) if parts.mlx else array
-        elif kind != MAGNITUDE:
+        if kind != MAGNITUDE:
             array = mx.contiguous(array.T) if stored.transposed else array.flatten(1)
         arrays[name, kind] = array
     return arrays

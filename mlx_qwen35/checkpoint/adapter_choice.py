@@ -1,13 +1,15 @@
 """Which adapters are loaded with a model, under which names, and which of them a request gets that names none."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_qwen35.checkpoint.adapter import Adapter, read_adapter
+from mlx_qwen35.checkpoint.adapter import Adapter, adapter_folder, read_adapter, whole_arrays
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.options import spelled
@@ -61,7 +63,7 @@ def _pairs(option: str, items: list[str]) -> dict[str, str | Path]:
     found: dict[str, str | Path] = {}
     for item in items:
         name, equals, path = item.partition("=")
-        if not equals or Path(item).exists():
+        if not equals or os.path.exists(item):
             name, path = folder_name(item), item
         check_name(name)
         if not path or name in found:
@@ -72,7 +74,7 @@ def _pairs(option: str, items: list[str]) -> dict[str, str | Path]:
 
 
 def folder_name(path: str | Path) -> str:
-    return Path(path).expanduser().resolve().name
+    return os.path.basename(os.path.realpath(adapter_folder(path)))
 
 
 def check_beside(name: str, adapter: Adapter, alone: bool) -> None:
@@ -85,8 +87,8 @@ def check_beside(name: str, adapter: Adapter, alone: bool) -> None:
     if adapter.replaced and not alone:
         raise not_beside(
             name, adapter.path,
-            f"whole tensors ({len(adapter.replaced)}), which every request would see: it can only be loaded alone, as "
-            "adapter=PATH",
+            f"whole tensors ({len(adapter.replaced)}), which every request would see: it can only be loaded alone, by "
+            f"{spelled('adapter')} with its folder",
         )  # fmt: skip
 
 
@@ -121,6 +123,12 @@ class Chosen:
         if whole:
             self.adapters[self.default] = replace(self.adapters[self.default], replaced={})
         return whole
+
+    def opening(self, *prefixes: str) -> Callable[[], dict[str, mx.array]]:
+        """Opens the whole tensors whose names begin so, anew each time: what was read of them before is not held."""
+        own = self.adapters.get(self.default)
+        stored = {name: entry for name, entry in own.stored.items() if name.startswith(prefixes)} if own else {}
+        return partial(whole_arrays, stored, own is not None and own.format != "peft")
 
 
 def look_at(given: Given | None, scale: float, headers: Checkpoint) -> None:

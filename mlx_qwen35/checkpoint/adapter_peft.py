@@ -6,7 +6,7 @@ tensors: target_modules may hold the mere ends of names.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from mlx_qwen35.checkpoint.adapter_parts import (
     invalid,
     reading,
 )
+from mlx_qwen35.checkpoint.adapter_patterns import Patterns
 from mlx_qwen35.checkpoint.folder import is_file
 from mlx_qwen35.checkpoint.names import MTP, TEXT, hugging_face_name
 from mlx_qwen35.checkpoint.tensors import Entry, open_header
@@ -56,7 +57,6 @@ _CHANGES = {  # what the refused fields stand for, in words
     "target_parameters": "low-rank parts of bare parameters", "trainable_token_indices": "rows of single tokens",
     "use_bdlora": "BD-LoRA, with matrices of blocks", "use_qalora": "QA-LoRA, which pools its input",
 }  # fmt: skip
-_PATTERN = 1000  # characters of a regular expression
 
 
 def parts_of(folder: Path, config: Mapping[str, Any]) -> Parts:
@@ -153,27 +153,30 @@ def _check_prefixes(folder: Path, entries: Mapping[str, Entry]) -> None:
 
 
 class _Scales:
-    """Rank and scale of each module. InputError for values that are none, or expressions that do not compile."""
+    """Rank and scale of each module. InputError for values that are none, or expressions that are not followed."""
 
     def __init__(self, config: Fields):
+        self._patterns = Patterns()
         self._rank, self._alpha = config.whole("r", 1, WIDTH), config.number("lora_alpha", -1e9, 1e9)
         self._root = config.has("use_rslora") and config.get("use_rslora", bool)
         ranks, alphas = (Fields(config.object(n) or {}, n) for n in ("rank_pattern", "alpha_pattern"))
-        self._ranks = [(_compiled(ranks, key), ranks.whole(key, 1, WIDTH)) for key in ranks.values]
-        self._alphas = [(_compiled(alphas, key), alphas.number(key, -1e9, 1e9)) for key in alphas.values]
+        self._ranks = [(self._compiled(ranks, key), ranks.whole(key, 1, WIDTH)) for key in ranks.values]
+        self._alphas = [(self._compiled(alphas, key), alphas.number(key, -1e9, 1e9)) for key in alphas.values]
 
     def of(self, module: str) -> Declared:
         """Of a module, by its name in transformers: the first expression that fits the end of the name counts."""
-        rank = next((rank for pattern, rank in self._ranks if pattern.match(module)), self._rank)
-        alpha = next((alpha for pattern, alpha in self._alphas if pattern.match(module)), self._alpha)
+        try:
+            rank = next((rank for fits, rank in self._ranks if fits(module)), self._rank)
+            alpha = next((alpha for fits, alpha in self._alphas if fits(module)), self._alpha)
+        except ValueError as error:
+            raise InputError(
+                "config_field_invalid", f"{CONFIG}: rank_pattern and alpha_pattern must be simpler: {error}"
+            ) from error
         return Declared(rank, alpha / (math.sqrt(rank) if self._root else rank))
 
-
-def _compiled(patterns: Fields, key: str) -> re.Pattern[str]:
-    """The expression that peft makes of a key (peft/utils/other.py, get_pattern_key)."""
-    try:
-        if len(key) > _PATTERN:
-            raise ValueError(f"it has more than {_PATTERN} characters")
-        return re.compile(rf"(.*\.)?({key})$")
-    except (re.error, ValueError, OverflowError, RecursionError) as error:
-        raise patterns.invalid(key, f"below an expression that fits names ({error})", patterns.values[key]) from error
+    def _compiled(self, patterns: Fields, key: str) -> Callable[[str], bool]:
+        try:
+            return self._patterns.compiled(key)
+        except (re.error, ValueError, OverflowError, RecursionError) as error:
+            told = f"below an expression that fits names ({error})"
+            raise patterns.invalid(key, told, patterns.values[key]) from error

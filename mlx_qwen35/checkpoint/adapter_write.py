@@ -5,8 +5,8 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from mlx_qwen35.checkpoint import adapter_mlx, adapter_peft
 from mlx_qwen35.checkpoint.adapter import Pair
 from mlx_qwen35.checkpoint.adapter_parts import CONFIG
 from mlx_qwen35.checkpoint.dtypes import DTYPES
-from mlx_qwen35.checkpoint.folder import is_file
+from mlx_qwen35.checkpoint.folder import is_file, written
 from mlx_qwen35.checkpoint.names import MTP, TABLE, TEXT, VISION
 from mlx_qwen35.checkpoint.tensors import open_header
 from mlx_qwen35.errors import InputError
@@ -49,7 +49,7 @@ def write_adapter(
     files = _peft(own, model, dropout) if format == "peft" else _mlx(own, model, dropout)
     if head := {name: pair for name, pair in pairs.items() if name.startswith(MTP)}:
         files |= _draft_head(head)
-    with _telling(Path(folder)):
+    with written(f"the adapter {folder}"):
         _put(Path(folder).expanduser(), files)
 
 
@@ -183,15 +183,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _telling(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError("disk_full", f"the disk has no room for the adapter {folder}. Make room") from error
-        raise InputError(
-            "output_unwritable", f"the adapter {folder} could not be written: {error}. Choose another folder"
-        ) from error

@@ -1,7 +1,10 @@
-"""The files of a checkpoint folder: those of the weights, and the error where there are none."""
+"""The files of a checkpoint folder: those of the weights, the error where there are none, and where one is not written.
+"""
 
+import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from mlx_qwen35.errors import InputError
@@ -147,3 +150,14 @@ def _without_weights(folder: Path, names: list[str]) -> InputError:
     else:
         more = "Download it again, whole"
     return InputError("weights_missing", f"{rule}. {more}")
+
+
+@contextmanager
+def written(what: str) -> Iterator[None]:
+    """The block writes `what`, as "the adapter out". Raises InputError disk_full, output_unwritable for an OSError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError("disk_full", f"the disk has no room for {what}. Make room") from error
+        raise InputError("output_unwritable", f"{what} could not be written: {error}. Choose another folder") from error

@@ -13,7 +13,7 @@ from mlx_qwen35.console.parser import Parser
 from mlx_qwen35.console.run import as_command, require_model
 from mlx_qwen35.evaluate.dry_run import look_ahead
 from mlx_qwen35.evaluate.evaluation import prepared
-from mlx_qwen35.evaluate.options import OF_ANSWERS, OF_MODEL, EvalOptions
+from mlx_qwen35.evaluate.options import OF_ANSWERS, EvalOptions
 from mlx_qwen35.evaluate.shown import Shown
 from mlx_qwen35.evaluate.summary import described
 from mlx_qwen35.load import LoadOptions
@@ -36,9 +36,8 @@ def parser() -> Parser:
             "--model Qwen/Qwen3.5-4B --tasks house.yaml --dry-run",
         ),
     )
-    load = options_of(LoadOptions)
     add_options(parser, options_of(EvalOptions).values())
-    add_options(parser.add_argument_group("model"), [load[name] for name in OF_MODEL])
+    add_options(parser.add_argument_group("model"), options_of(LoadOptions).values())
     group = parser.add_argument_group("answers (default: as the task has it, else the published preset)")
     add_options(group, OF_ANSWERS.values())
     add_json(parser, "the summary, or what --dry-run finds,")

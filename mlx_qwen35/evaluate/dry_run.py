@@ -19,7 +19,7 @@ from mlx_qwen35.evaluate.names import Wanted
 from mlx_qwen35.evaluate.run import chosen, keyed
 from mlx_qwen35.evaluate.subject import SAMPLE, Subject
 from mlx_qwen35.machine.chip import parse_chip, this_chip
-from mlx_qwen35.machine.memory import limit_of, usable_bytes
+from mlx_qwen35.machine.memory import usable_bytes
 
 ELSEWHERE = parse_chip("Apple M1")  # the slowest: what hours are computed for where this machine is no Mac
 LAYERWISE = 200e6  # bytes that kl takes beside a layer and the streams (measure/layerwise.py)
@@ -105,7 +105,7 @@ def _of_kl(subject: Subject, read: Sequences) -> Outlook:
 
 
 def _plan(subject: Subject, context: int) -> MemoryPlan:
-    limit = usable_bytes(limit_of(subject.load.memory_limit))
+    limit = usable_bytes(subject.limit)
     machine = this_machine(subject.checkpoint.config.text, subject.dtype, limit, subject.kv)
     return plan_memory(subject.checkpoint, machine, context, adapters=subject.adapters.listed)
 

@@ -13,7 +13,7 @@ from mlx_qwen35.evaluate.compare import paired
 from mlx_qwen35.evaluate.items import Line, RunFolder
 from mlx_qwen35.evaluate.kl import KL, Sequences, check_tokenizers, measure, sequences
 from mlx_qwen35.evaluate.names import Wanted, find
-from mlx_qwen35.evaluate.options import OF_ANSWERS, OF_MODEL, EvalOptions
+from mlx_qwen35.evaluate.options import OF_ANSWERS, EvalOptions
 from mlx_qwen35.evaluate.report import write_report
 from mlx_qwen35.evaluate.subject import Subject, Watch, unwatched
 from mlx_qwen35.evaluate.summary import entry
@@ -44,7 +44,7 @@ def evaluate(
         out: a folder that is absent or empty, or holds this very run, which goes on: what was answered is not asked
             again. Killed at any moment and gone on with, a run ends with the same files of answers as one that was not.
         watch: called as watch(what, done, total, unit) while weights are read and questions are asked.
-        options: of `EvalOptions`, of `load` (but for keep_vision), and how a model answers: preset, max_tokens,
+        options: of `EvalOptions`, of `load`, and how a model answers: preset, max_tokens,
             enable_thinking, thinking_budget, loop_guard, mtp, mtp_depth and the options of sampling.
 
     Returns what `out`/summary.json holds. "tasks": name -> n, score (0 to 1), standard_error, cut_at_limit (answers
@@ -65,7 +65,7 @@ def evaluate(
 def split(given: Mapping[str, Any]) -> tuple[LoadOptions, EvalOptions, dict[str, Any]]:
     """Options by name -> those of load, of the evaluation, and of answers, checked."""
     parts: list[dict[str, Any]] = [{}, {}, {}]
-    groups = [options_of(EvalOptions), {name: options_of(LoadOptions)[name] for name in OF_MODEL}, OF_ANSWERS]
+    groups = [options_of(EvalOptions), options_of(LoadOptions), OF_ANSWERS]
     for name, value in given.items():
         place = next((number for number, group in enumerate(groups) if name in group), None)
         if place is None:
@@ -122,7 +122,7 @@ def prepared(
     if kl:
         assert against is not None, "it was asked for above"
         read = sequences(subject.checkpoint, options.text, options.items)
-        check_tokenizers(subject.checkpoint, against.checkpoint, options.text, options.items)
+        check_tokenizers(read, against.checkpoint, options.text, options.items)
     return Evaluation(options, subject, against, wanted, read)
 
 

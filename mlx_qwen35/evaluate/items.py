@@ -13,9 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mlx_qwen35.checkpoint.folder import written
 from mlx_qwen35.console.streams import read_file
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.machine.disk import held, telling, write_whole
+from mlx_qwen35.machine.disk import held
 from mlx_qwen35.options import spelled
 from mlx_qwen35.values import shown
 
@@ -51,7 +52,7 @@ class Lines:
     def append(self, line: Line) -> None:
         """Write a line, and wait until it is on the disk."""
         text = json.dumps(line, ensure_ascii=False).encode() + b"\n"
-        with telling(self.path), self.path.open("r+b" if self.path.is_file() else "w+b") as file:
+        with written(str(self.path)), self.path.open("r+b" if self.path.is_file() else "w+b") as file:
             file.truncate(self._end)
             file.seek(self._end)
             file.write(text)
@@ -169,3 +170,18 @@ def differences(found: Mapping[str, Any], own: Mapping[str, Any], where: str = "
             yield from differences(before, now, f"{where}{name}.")
         elif before != now:
             yield f"{where}{name} was {shown(before)} and is {shown(now)}"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file of text: it holds all of the text, or what it held before. InputError where the disk fails."""
+    hidden = path.with_name(f".{path.name}.writing")
+    with written(str(path)):
+        try:
+            with hidden.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(hidden, path)
+        except BaseException:
+            hidden.unlink(missing_ok=True)
+            raise

@@ -94,11 +94,11 @@ def measure(
     return asdict(divergence(theirs, ours, read.tokens, read.first, **bars))
 
 
-def check_tokenizers(checkpoint: Checkpoint, against: Checkpoint, text: str | None, items: int | None) -> None:
-    """InputError models_differ where the two read other tokens of the same text."""
-    if sequences(checkpoint, text, items) != sequences(against, text, items):
+def check_tokenizers(read: Sequences, against: Checkpoint, text: str | None, items: int | None) -> None:
+    """InputError models_differ where another model reads other tokens of the same text."""
+    if read != sequences(against, text, items):
         raise InputError(
             "models_differ",
-            f"two forms of one model must have one tokenizer; those of {checkpoint.folder} and {against.folder} give "
-            "other tokens of the same text",
+            f"two forms of one model must have one tokenizer; that of {against.folder} gives other tokens of the same "
+            "text",
         )

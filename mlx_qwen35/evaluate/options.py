@@ -8,12 +8,10 @@ from typing import Any
 from mlx_qwen35.engine.options import GenerationOptions, PromptOptions
 from mlx_qwen35.engine.presets import MOST_SEED, Sampling
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.load import LoadOptions
 from mlx_qwen35.media.options import VisionOptions
 from mlx_qwen35.options import Option, check_fields, option, options_of
 from mlx_qwen35.values import shown
 
-OF_MODEL = tuple(name for name in options_of(LoadOptions) if name != "keep_vision")
 OF_ANSWERS: dict[str, Option] = {  # how a model answers; what is not given is the task's, or the published preset's
     **{name: options_of(PromptOptions)[name] for name in ("enable_thinking",)},
     **{name: options_of(GenerationOptions)[name] for name in

@@ -9,8 +9,7 @@ from mlx_qwen35.console.progress import duration
 from mlx_qwen35.console.report import last, quoted
 from mlx_qwen35.console.table import markdown
 from mlx_qwen35.evaluate import plot
-from mlx_qwen35.evaluate.items import Line
-from mlx_qwen35.machine.disk import write_whole
+from mlx_qwen35.evaluate.items import Line, write_whole
 
 REPORT, PICTURE = "report.md", "scores.png"
 CUT = 0.02  # share of answers that the most tokens ended, from which on a score is not the model's
@@ -71,7 +70,16 @@ def _named(versions: Mapping[str, str]) -> str:
 
 def percent(share: float, error: float | None) -> str:
     """A score and its standard error, in percent."""
-    return f"{100 * share:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+    return f"{100 * share:.1f}{_points(error)}"
+
+
+def _points(error: float | None, places: int = 1) -> str:
+    return "" if error is None else _error(100 * error, places)
+
+
+def _error(error: float | None, places: int) -> str:
+    """A standard error behind its figure; nothing of one question, which has none."""
+    return "" if error is None else f" ± {error:.{places}f}"
 
 
 # --- sections --------------------------------------------------------------------------------------------------------
@@ -125,7 +133,7 @@ def _cut(name: str, own: Mapping[str, Any]) -> list[str]:
 
 def _distance(tasks: Entries, against: str | None) -> str:
     rows = [
-        [f"{own['kl']:.5f} ± {own['kl_error']:.5f}", f"{100 * own['top1']:.2f} ± {100 * own['top1_error']:.2f}",
+        [f"{own['kl']:.5f}{_error(own['kl_error'], 5)}", f"{100 * own['top1']:.2f}{_points(own['top1_error'], 2)}",
          f"{own['positions']:,}", own["text"], duration(own["seconds"])]
         for own in tasks.values()
     ]  # fmt: skip
@@ -142,7 +150,7 @@ def _paired(
     if not pairs:
         return ""
     rows = [
-        [name, f"{own['n']:,}", f"{100 * own['difference']:+.1f}" + _error(own["standard_error"]),
+        [name, f"{own['n']:,}", f"{100 * own['difference']:+.1f}{_points(own['standard_error'])}",
          f"{len(own['better']):,}", f"{len(own['worse']):,}", f"{100 * own['changed'] / own['n']:.1f}"]
         for name, own in pairs.items()
     ]  # fmt: skip
@@ -158,10 +166,6 @@ def _paired(
         if len(changed) > CHANGED:
             parts.append(f"{len(changed) - CHANGED:,} more: see `summary.json`.")
     return "\n\n".join(parts)
-
-
-def _error(error: float | None) -> str:
-    return "" if error is None else f" ± {100 * error:.1f}"
 
 
 def _changed(keys: Sequence[str], lines: Sequence[Line], others: Sequence[Line], against: str | None) -> str:

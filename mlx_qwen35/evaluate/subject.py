@@ -7,27 +7,30 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_qwen35.checkpoint.adapter_choice import choose
+from mlx_qwen35.checkpoint.adapter_choice import Chosen, choose
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.dtypes import dtype_name
 from mlx_qwen35.checkpoint.fingerprint import fingerprint, vision_fingerprint
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.engine.prepared import Prepared, prepare
-from mlx_qwen35.engine.presets import Sampling
+from mlx_qwen35.engine.presets import PRESETS, Sampling
+from mlx_qwen35.errors import InputError
 from mlx_qwen35.evaluate.asking import Asker, merged
 from mlx_qwen35.evaluate.items import Line, RunFolder
 from mlx_qwen35.evaluate.run import Judge, ask, chosen, keyed
 from mlx_qwen35.evaluate.summary import Outcome, outcome
 from mlx_qwen35.evaluate.task import Asked, Task
-from mlx_qwen35.load import LoadOptions, choose_dtype, has_vision, load
+from mlx_qwen35.load import LoadOptions, choose_dtype, has_vision, load_model
+from mlx_qwen35.machine.memory import limit_of
 from mlx_qwen35.machine.versions import versions
-from mlx_qwen35.options import options_of
+from mlx_qwen35.options import options_of, spelled
 from mlx_qwen35.prompt.processor import Processor
 
 Watch = Callable[[str, int, int, str], object]  # what is done, how much of it, of how much, in which unit
 KEPT = (  # told as they are
     "preset", "thinking_budget", "reasoning_effort", "loop_guard", "stop", "system_prompt", "min_pixels", "max_pixels",
 )  # fmt: skip
+FREE = ("mtp", "mtp_depth")  # what may change when a run goes on: drafts change no answer
 SAMPLE = 32  # questions, evenly spread, that settings are told of
 
 
@@ -58,17 +61,24 @@ class Subject:
         self.folder = RunFolder(out)
         place = found or resolve(load.model, load.revision)
         self.checkpoint: Checkpoint = open_checkpoint(place, rope_scaling=load.rope_scaling)
+        if load.keep_vision and not has_vision(self.checkpoint):
+            raise InputError(
+                "vision_missing",
+                f"{spelled('keep_vision')} must not be given: {self.name} has no vision encoder to keep",
+            )
         self.adapters = choose(load.adapter, load.adapter_scale, self.checkpoint)
+        self.limit = limit_of(load.memory_limit)  # bytes that the model may take
         self.kv = load.kv_format(self.checkpoint.config.text.head_dim)
         self.dtype: mx.Dtype = choose_dtype(self.checkpoint, load.dtype)
 
     @cached_property
     def asker(self) -> Asker:
         """The loaded model, ready to be asked."""
-        held = ("dtype", "memory_limit", "kv_bits", "kv_rotate", "adapter", "adapter_scale", "rope_scaling")
-        options = {name: getattr(self.load, name) for name in held}
-        model, processor = load(self.checkpoint.folder, progress=self._reads, **options)
-        return Asker(model, processor, self.given, self.rows)
+        beside = Chosen(dict(self.adapters.adapters), self.adapters.default)  # loading takes tensors out of it
+        model = load_model(self.checkpoint, self.dtype, self.name, self._reads, self.limit, self.kv, beside)
+        if model.vision:
+            model.vision.keep = self.load.keep_vision
+        return Asker(model, self.processor, self.given, self.rows)
 
     def _reads(self, done: int, total: int) -> None:
         self.watch(f"loading {self.name}", done, total, "B")
@@ -81,11 +91,12 @@ class Subject:
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on, as JSON has it."""
         own, seen = self.checkpoint, has_vision(self.checkpoint)
+        settings = {name: value for name, value in self.given.items() if name not in FREE}
         return {
             "model": {"weights": fingerprint(own)[:16], "vision": vision_fingerprint(own)[:16] if seen else None,
                       "dtype": dtype_name(self.dtype), "kv_bits": self.kv.name},
             "adapters": {name: adapter.fingerprint for name, adapter in self.adapters.adapters.items()},
-            "settings": {**self.given, "seed": self.seed, "adapter_scale": self.load.adapter_scale,
+            "settings": {**settings, "seed": self.seed, "adapter_scale": self.load.adapter_scale,
                          "rope_scaling": self.load.rope_scaling},
             "versions": versions(),
         }  # fmt: skip
@@ -126,7 +137,9 @@ class Subject:
         names = [name for name, declared in options_of(Sampling).items() if not declared.python_only]
         sampling = {name: getattr(own.plans[0].sampling, name) for name in names}
         kept = {name: value for name, value in own.options.items() if name in KEPT}
-        return {"enable_thinking": own.prompt.thinking, "max_tokens": own.plans[0].limit, **sampling, **kept}
+        preset = PRESETS[own.options.get("preset", "thinking" if own.prompt.thinking else "instruct")]
+        most = own.options.get("max_tokens", preset.max_tokens)  # where the context has room for them
+        return {"enable_thinking": own.prompt.thinking, "max_tokens": most, **sampling, **kept}
 
     def prepared(self, asked: Asked) -> Prepared:
         """A question as the engine gets it; no weights are read. InputError where it cannot be asked."""
@@ -137,7 +150,8 @@ class Subject:
     @cached_property
     def processor(self) -> Processor:
         """Between messages and tokens; it is there before the weights are."""
-        return Processor.from_folder(self.checkpoint.folder, self.checkpoint.config, has_vision(self.checkpoint))
+        own = self.checkpoint
+        return Processor.from_folder(own.folder, own.config, has_vision(own), self.limit)
 
 
 def distinct(values: Sequence[Any]) -> list[Any]:

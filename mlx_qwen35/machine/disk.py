@@ -1,6 +1,5 @@
-"""Folders and files that a run writes: one process at a time, and errors of the disk as the user can mend them."""
+"""A folder that one process at a time works in."""
 
-import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -32,31 +31,3 @@ def held(folder: Path, out: Path, does: str) -> Iterator[None]:
         ) from error
     finally:
         os.close(lock)
-
-
-@contextmanager
-def telling(path: Path) -> Iterator[None]:
-    """InputError where the disk fails: disk_full, output_unwritable. path: what is written."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError("disk_full", f"the disk has no room for {path}. Make room, and start again") from error
-        raise InputError(
-            "output_unwritable", f"{path} could not be written: {error}. Check permissions, or choose another folder"
-        ) from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file of text: it holds all of the text, or what it held before. InputError where the disk fails."""
-    hidden = path.with_name(f".{path.name}.writing")
-    with telling(path):
-        try:
-            with hidden.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(hidden, path)
-        except BaseException:
-            hidden.unlink(missing_ok=True)
-            raise

@@ -69,7 +69,8 @@ def model(body: Fields, service: Service) -> str:
 
 def _names_adapter(name: str, service: Service) -> bool:
     """Whether a name that is not served means an adapter, which no answer of the model alone may stand for."""
-    return name.startswith(f"{service.name}:") or name.rpartition(":")[2] in filter(None, service.models.values())
+    ids = [f":{adapter}" for adapter in service.models.values() if adapter]
+    return name.startswith(f"{service.name}:") or f":{name}".endswith(tuple(ids))
 
 
 def unknown_model(service: Service) -> ApiError:

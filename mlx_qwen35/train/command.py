@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.checkpoint.hub import look
@@ -16,6 +17,7 @@ from mlx_qwen35.options import listed, options_of
 from mlx_qwen35.train.dry_run import look_ahead
 from mlx_qwen35.train.options import RunOptions, TrainOptions
 from mlx_qwen35.train.shown import Shown, summary
+from mlx_qwen35.train.state import RunFolder
 from mlx_qwen35.train.training import prepared, train
 
 COMMAND = "mlx_qwen35.train"
@@ -74,6 +76,8 @@ def _look(args: argparse.Namespace, options: TrainOptions, given: dict[str, Any]
     """Print what --dry-run finds."""
     if idle := [name for name in ("resume", "report") if getattr(args, name) is not None]:
         raise InputError("option_no_effect", f"{listed(idle)} has no effect with --dry-run; leave it out")
+    if args.adapter:
+        RunFolder(Path(args.adapter).expanduser()).check(resume=True)
     load = LoadOptions(**given)
     assert load.model is not None
     with Shown() as shown, look(load.model, load.revision, texts=True) as folder:

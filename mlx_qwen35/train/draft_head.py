@@ -70,6 +70,7 @@ def draft_gradients(
         return DraftLoss(found.loss, len(targets), {})
     back, dx = Backward({name: parameters[name] for name in names}), mx.zeros_like(drafted)
     back.dx = dx.reshape(-1, dx.shape[-1]).at[at].add(found.hidden).reshape(dx.shape)
+    back.scale = found.scale
     back.through(run, None, names, further=False)
     return DraftLoss(found.loss, len(targets), back.sums)
 

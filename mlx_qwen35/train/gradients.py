@@ -21,6 +21,8 @@ from mlx_qwen35.train.loss import LARGEST, piecewise_loss
 from mlx_qwen35.train.rows import Row
 from mlx_qwen35.train.traced import active
 
+SIZES = (LARGEST, LARGEST / 1024)  # of float16 gradients before a layer; the second where the first becomes infinite
+
 Parameters = Mapping[str, Pair]  # what is trained, float32: name of a weight -> its low-rank part
 Gradients = dict[str, tuple[mx.array, mx.array]]  # of A and of B, by the weight's name
 
@@ -87,7 +89,7 @@ def batch_loss(
         assert found.hidden is not None
         dx = mx.zeros_like(hidden).reshape(-1, hidden.shape[-1])
         dx[batch.rows] = found.hidden
-        back.dx = dx.reshape(hidden.shape)
+        back.dx, back.scale = dx.reshape(hidden.shape), found.scale
         back.through(lambda x, pairs: model.norm(x), x, [])
         del found, dx, x
         for i in range(depth - 1, lowest - 1, -1):
@@ -125,16 +127,19 @@ class Backward:
         further: bool = True,
     ) -> None:  # fmt: skip
         """From behind function(x, parameters of these names) to before it. further: whether that gradient is wanted."""
-        self._rescale()
         inputs = [x] if further and x is not None else []
 
         def traced(*arrays: mx.array) -> list[mx.array]:
             pairs = paired(self.parameters, names, arrays[len(inputs) :])
             return [function(arrays[0] if inputs else x, pairs)]
 
-        with gradients():
-            _, found = mx.vjp(traced, [*inputs, *arrays_of(self.parameters, names)], [self.dx])
-        mx.eval(found)
+        for largest in SIZES:
+            self._rescale(largest)
+            with gradients():
+                _, found = mx.vjp(traced, [*inputs, *arrays_of(self.parameters, names)], [self.dx])
+            mx.eval(found)
+            if self.dx.dtype != mx.float16 or all(mx.isfinite(array).all().item() for array in found):
+                break
         if inputs:
             self.dx = found[0]
         self.add(names, found[len(inputs) :])
@@ -146,13 +151,14 @@ class Backward:
             self.sums[name] = a + found[2 * i] / self.scale, b + found[2 * i + 1] / self.scale
         mx.eval([self.sums[name] for name in names])
 
-    def _rescale(self) -> None:
-        """Half precision ends at 6e-8 and 65,504. A power of two changes no digit."""
+    def _rescale(self, wanted: float) -> None:
+        """Half precision ends at 6e-8 and 65,504. A power of two changes no digit. wanted: size of the largest."""
         if self.dx.dtype == mx.float16:
             largest = float(mx.abs(self.dx).max())
             if 0 < largest < math.inf:
-                factor = 2.0 ** round(math.log2(LARGEST / largest))
-                self.dx, self.scale = self.dx * factor, self.scale * factor
+                factor = 2.0 ** round(math.log2(wanted / largest))
+                self.dx = (self.dx.astype(mx.float32) * factor).astype(mx.float16)  # the factor may be no float16
+                self.scale *= factor
 
 
 def arrays_of(parameters: Parameters, names: Sequence[str]) -> list[mx.array]:

@@ -1,9 +1,11 @@
 """Where rows of training data come from: a file with a JSON object a line, or a program's list."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.fields import without_duplicates
@@ -42,13 +44,11 @@ class LineFile:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            self.total = path.stat().st_size
-        except OSError as error:
-            raise InputError("data_missing", f"{path} must be readable: {error.strerror}") from error
+        with self._open() as file:
+            self.total = os.fstat(file.fileno()).st_size
 
     def __iter__(self) -> Iterator[Entry]:
-        with self.path.open("rb") as file:
+        with self._open() as file:
             number = place = 0
             while line := file.readline(LINE_BYTES + 1):
                 number += 1
@@ -57,12 +57,20 @@ class LineFile:
                 place += len(line)
 
     def read(self, place: int, number: int) -> Mapping[str, Any]:
-        with self.path.open("rb") as file:
+        with self._open() as file:
             file.seek(place)
             return self._parsed(file.readline(LINE_BYTES + 1), number)
 
     def name(self, number: int) -> str:
         return f"{self.path}, line {number}"
+
+    @contextmanager
+    def _open(self) -> Iterator[BinaryIO]:
+        try:
+            with self.path.open("rb") as file:
+                yield file
+        except OSError as error:
+            raise InputError("data_missing", f"{self.path} must be readable: {error.strerror}") from error
 
     def _parsed(self, line: bytes, number: int) -> Mapping[str, Any]:
         if len(line) > LINE_BYTES:

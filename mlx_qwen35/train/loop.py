@@ -211,8 +211,9 @@ class Training:
     def _add(self, batch: Sequence[Row], text: Sums, head: Sums) -> None:
         """Add loss and gradients of a batch."""
         options = self.options
-        parameters, embeddings = self.state.parameters, self.embed(batch)
+        parameters = self.state.parameters
         with LOCK:
+            embeddings = self.embed(batch)
             found = batch_loss(
                 self.model, of_text(parameters), batch, embeddings=embeddings, pieces=options.pieces
             )

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_qwen35.backend import backend, gradients
+from mlx_qwen35.budget.training import SLICE
 from mlx_qwen35.kernels.cpu import PIECE
 from mlx_qwen35.kernels.elementwise import exp
 
-SLICE = 1 << 22  # logits of which a GPU makes probabilities at a time
 LARGEST = 64.0  # size that float16 gradients are brought to, so that their small elements do not vanish
 
 Head = Callable[..., mx.array]  # (hidden (n, D), *parameters) -> logits (n, V)
@@ -19,8 +19,9 @@ class PiecewiseLoss(NamedTuple):
     """The sum of -log p of the targets, and its gradients. Evaluated."""
 
     loss: float
-    hidden: mx.array | None  # (n, D) like the hidden states; None where no gradients are wanted
+    hidden: mx.array | None  # (n, D) like the hidden states, times `scale`; None where no gradients are wanted
     parameters: Sequence[mx.array]  # of the head's parameters; empty where no gradients are wanted
+    scale: float = 1.0  # LARGEST where the logits are float16
 
 
 def piecewise_loss(
@@ -37,7 +38,7 @@ def piecewise_loss(
     pieces: hidden states whose logits are in memory at a time: each piece is evaluated by itself. backward: whether
     gradients are wanted.
     """
-    loss, rows = 0.0, []
+    loss, rows, scale = 0.0, [], 1.0
     totals = [mx.zeros_like(array) for array in parameters] if backward else []
     for start in range(0, len(targets), pieces):
         piece, wanted = hidden[start : start + pieces], targets[start : start + pieces]
@@ -48,14 +49,14 @@ def piecewise_loss(
             continue
         with gradients():  # of a linear map: its product is not computed again
             _, found = mx.vjp(lambda *given: [head(*given)], [piece, *parameters], [d_logits])
-        found = [own / LARGEST for own in found] if d_logits.dtype == mx.float16 else found
+        scale = LARGEST if d_logits.dtype == mx.float16 else 1.0
         del d_logits
         rows.append(found[0])
-        totals = [total + own for total, own in zip(totals, found[1:], strict=True)]
+        totals = [total + own / scale for total, own in zip(totals, found[1:], strict=True)]
         mx.eval(rows[-1], totals)
     if not backward:
         return PiecewiseLoss(loss, None, ())
-    return PiecewiseLoss(loss, mx.concatenate(rows) if rows else hidden, totals)
+    return PiecewiseLoss(loss, mx.concatenate(rows) if rows else hidden, totals, scale)
 
 
 def cross_entropy(logits: mx.array, targets: mx.array, backward: bool) -> tuple[mx.array, mx.array | None]:

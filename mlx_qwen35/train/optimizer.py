@@ -40,7 +40,8 @@ def updated(
 ) -> tuple[dict[str, Pair], Moments]:
     """The parameters and moments behind step `step`, from 1 on, evaluated; all that is given stays as it is.
 
-    gradients: of the mean, clipped. moments: of the step before; empty before the first.
+    gradients: of the mean, clipped; parameters without any stay the same. moments: of the step before; empty before
+    the first.
     """
     optimizer = _optimizer(options, rate)
     count = mx.array(step - 1, mx.uint64)
@@ -51,7 +52,8 @@ def updated(
     )
     kept = {name: optimizer.state[name] for name in gradients}
     mx.eval(new, kept)
-    return {name: Pair(new[name]["a"], new[name]["b"], pair.scale) for name, pair in parameters.items()}, kept
+    made = {name: Pair(own["a"], own["b"], parameters[name].scale) for name, own in new.items()}
+    return {**parameters, **made}, {**moments, **kept}
 
 
 def _optimizer(options: TrainOptions, rate: float) -> optimizers.Optimizer:

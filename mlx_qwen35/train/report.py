@@ -16,6 +16,7 @@ from typing import Any
 
 from mlx_qwen35.backend import backend, system_memory
 from mlx_qwen35.checkpoint.adapter import Pair
+from mlx_qwen35.checkpoint.folder import written
 from mlx_qwen35.checkpoint.names import MTP
 from mlx_qwen35.console.progress import duration
 from mlx_qwen35.console.report import last, quoted
@@ -62,7 +63,8 @@ def after(
     if drawn:
         plot.draw(out / PICTURE, run, f"{_named(run)} {machine()}")
     file = out / REPORT
-    file.write_text(report(earlier, now, along, run, pairs, out.name, drawn), encoding="utf-8")
+    with written(str(file)):
+        file.write_text(report(earlier, now, along, run, pairs, out.name, drawn), encoding="utf-8")
     return file
 
 

@@ -1,10 +1,11 @@
 """Rows of training data, as inference will see them: tokens, and which of them are targets.
 
-`open_rows` reads a whole file once: it checks every line, counts tokens and targets, and keeps some 40 bytes of each
+`open_rows` reads a whole file once: it checks every line, counts tokens and targets, and keeps some 50 bytes of each
 row. A row is read and rendered again whenever it is asked for, so that a file may be larger than memory.
 """
 
 import hashlib
+import zlib
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_qwen35.budget.encoding import at_once
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.options import VisionOptions
 from mlx_qwen35.prompt.processor import Processor
@@ -48,7 +50,7 @@ class Report:
     lines: that are not empty. rows: that are trained. tokens, targets: of all rows, after cutting.
     cut, skipped: rows that were cut, and rows left out since no target was left of them.
     answers, thinking: answers and texts that are learnt, and those of them with reasoning.
-    images, visual: images and videos in the rows, and their tokens.
+    images, visual: images and videos in the rows, and their tokens. patches: the most that are encoded at a time.
     longest: tokens of the longest row before it was cut. unread: names of columns that nothing reads.
     """
 
@@ -62,6 +64,7 @@ class Report:
     thinking: int = 0
     images: int = 0
     visual: int = 0
+    patches: int = 0
     longest: int = 0
     unread: tuple[str, ...] = ()
 
@@ -83,6 +86,7 @@ class RowFile:
         self._places, self._lines = array("q"), array("l")
         self._answers = array("i"), array("i")  # of each row, first and last + 1
         self._lengths, self._targets, self._shows = array("i"), array("i"), array("b")
+        self._sums = array("I")
         self.report, self.fingerprint = Report(), ""
 
     def read(self, progress: Progress) -> "RowFile":
@@ -98,8 +102,7 @@ class RowFile:
                     report.skipped += 1
                 else:
                     self._add(place, rendered, row)
-                    digest.update(np.array(row.tokens, np.int32).tobytes() + bytes(row.targets))
-                    digest.update("".join(placed.media.digest for placed in row.media).encode())
+                    digest.update(_taught(row))
             progress(done, self._source.total)
         report.unread, self.fingerprint = tuple(sorted(unread)), digest.hexdigest()
         self.lengths, self.targets = (np.array(own, np.int32) for own in (self._lengths, self._targets))
@@ -107,8 +110,8 @@ class RowFile:
 
     def _add(self, place: int, rendered: Rendered, row: Row) -> None:
         report, targets = self.report, sum(row.targets)
-        columns = (self._places, self._lines, *self._answers, self._lengths, self._targets, self._shows)
-        values = (place, row.line, *rendered.answers, len(row.tokens), targets, bool(row.media))
+        columns = (self._places, self._lines, *self._answers, self._lengths, self._targets, self._shows, self._sums)
+        values = (place, row.line, *rendered.answers, len(row.tokens), targets, bool(row.media), _sum(row))
         for column, value in zip(columns, values, strict=True):
             column.append(value)
         report.rows += 1
@@ -120,6 +123,7 @@ class RowFile:
         report.thinking += sum(run.thinking for run in learnt)
         report.images += len(row.media)
         report.visual += sum(placed.media.tokens for placed in row.media)
+        report.patches = max(report.patches, *(at_once(placed.media.grid) for placed in row.media), 0)
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -128,7 +132,7 @@ class RowFile:
         number, answers = self._lines[index], (self._answers[0][index], self._answers[1][index])
         values = self._source.read(self._places[index], number)
         row = next((self._row(rendered, number) for rendered, _ in self._rendered(number, values, answers)), None)
-        if row is None or (len(row.tokens), sum(row.targets)) != (self._lengths[index], self._targets[index]):
+        if row is None or _sum(row) != self._sums[index]:
             raise InputError("data_invalid", f"{self._source.name(number)}: the row has changed since it was checked")
         return row
 
@@ -170,6 +174,17 @@ class RowFile:
             targets[i] = True
         media = tuple(placed for placed in rendered.media if placed.placeholders[-1].stop <= stop)
         return Row(tokens[:stop], tuple(targets), media, number, len(tokens) - stop)
+
+
+def _taught(row: Row) -> bytes:
+    """Tokens, targets and pixels of a row."""
+    shown = "".join(placed.media.digest for placed in row.media)
+    return np.array(row.tokens, np.int32).tobytes() + bytes(row.targets) + shown.encode()
+
+
+def _sum(row: Row) -> int:
+    """A checksum, which tells a row that has changed."""
+    return zlib.crc32(_taught(row))
 
 
 def open_rows(

@@ -5,6 +5,7 @@ beside its data: parameters, the optimizer's moments, the step, which gives the 
 A log is written ahead of the state that it belongs to; what goes beyond the state is cut off when a run goes on.
 """
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ import mlx.core as mx
 
 from mlx_qwen35.cache.session_file import SessionFile, Stored
 from mlx_qwen35.checkpoint.adapter import Pair
+from mlx_qwen35.checkpoint.folder import written
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.machine.disk import held
 from mlx_qwen35.options import spelled
@@ -201,6 +203,8 @@ class Lines:
     """A file of JSON lines, each of a step, open for the next ones.
 
     Of what is there it keeps the lines up to a step. complete: whether these must be there for every step from 1 on.
+
+    InputError: run_invalid where it is not as it was; disk_full, output_unwritable.
     """
 
     def __init__(self, path: Path, step: int, complete: bool = True):
@@ -219,17 +223,21 @@ class Lines:
                 "run_invalid", f"{path} must hold a line for each step up to {step}, and was changed. Put it back, or "
                 "train into another folder",
             )  # fmt: skip
-        self._file = path.open("r+b" if path.is_file() else "w+b")
-        self._file.truncate(sum(len(line) + 1 for line in kept))
-        self._file.seek(0, os.SEEK_END)
+        with written(str(path)):
+            self._file = path.open("r+b" if path.is_file() else "w+b", buffering=0)
+            self._file.truncate(sum(len(line) + 1 for line in kept))
+            self._file.seek(0, os.SEEK_END)
 
     def append(self, values: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(values).encode() + b"\n")
-        self._file.flush()
+        line = json.dumps(values).encode() + b"\n"
+        with written(str(self.path)):
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, "a line was cut")
 
     def flush(self) -> None:
         """Wait until all lines are on the disk."""
-        os.fsync(self._file.fileno())
+        with written(str(self.path)):
+            os.fsync(self._file.fileno())
 
     def read(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.path.read_bytes().splitlines()]

@@ -8,6 +8,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_qwen35.budget.plan import Machine, this_machine
+from mlx_qwen35.budget.training import TrainingNeeds, TrainingPlan, check_training_fits, plan_training
 from mlx_qwen35.checkpoint.adapter import Adapter, Pair, read_adapter
 from mlx_qwen35.checkpoint.adapter_write import write_adapter
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -25,7 +27,7 @@ from mlx_qwen35.options import listed, spelled
 from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.train.images import Embeddings
 from mlx_qwen35.train.loop import Training, Watcher
-from mlx_qwen35.train.options import TrainOptions
+from mlx_qwen35.train.options import RANK, TrainOptions
 from mlx_qwen35.train.order import Order
 from mlx_qwen35.train.parameters import LAYERS, Parts, first_values, trained_parts
 from mlx_qwen35.train.report import after, before
@@ -71,8 +73,28 @@ class Prepared:
         return {"train": self.rows} | ({"valid": self.valid} if self.valid else {})
 
     @property
+    def machine(self) -> Machine:
+        return this_machine(self.checkpoint.config.text, self.dtype, self.limit)
+
+    @property
+    def needs(self) -> TrainingNeeds:
+        """What the run asks of memory."""
+        options, files = self.options, self.files.values()
+        return TrainingNeeds(
+            self.parts, max(int(file.lengths.max()) for file in files), options.batch_size, options.pieces,
+            options.optimizer, accumulates=options.accumulate > 1, keeps_best=self.valid is not None,
+            rank=(options.rank or RANK) if self.begin is None else None,
+            patches=max(file.report.patches for file in files),
+        )  # fmt: skip
+
+    @property
+    def plan(self) -> TrainingPlan:
+        """Of its memory."""
+        return plan_training(self.checkpoint, self.machine, self.needs)
+
+    @property
     def notes(self) -> list[str]:
-        """What of the data is not learnt, in sentences."""
+        """What of the data is not learnt, and what of an adapter is left out, in sentences."""
         notes, most = [], f"{spelled('max_length')} {self.options.max_length:,}"
         for split, file in self.files.items():
             own = file.report
@@ -82,6 +104,11 @@ class Prepared:
                 notes.append(f"{split}.jsonl: {own.skipped:,} rows are left out, since {most} leaves them no target")
             if own.unread:
                 notes.append(f"{split}.jsonl: nothing reads the columns {', '.join(own.unread)}")
+        if self.begin and any(name.startswith(MTP) for name in self.begin.pairs.keys() - self.parts.keys()):
+            notes.append(
+                f"the draft head's parts of {self.begin.path} are left out; {spelled('draft_head', True)} trains them "
+                "further"
+            )
         return notes
 
     def write(self, out: Path, parameters: Mapping[str, Pair]) -> None:
@@ -95,7 +122,7 @@ class Prepared:
             "options": options,
             "data": {f"{split}.jsonl": file.fingerprint for split, file in self.files.items()},
             "model": {"weights": fingerprint(self.checkpoint), "dtype": dtype_name(self.dtype)},
-            "adapter": self.begin and self.begin.fingerprint,
+            "the adapter that it began with": self.begin and self.begin.fingerprint,
             "versions": versions(),
         }
         return json.loads(json.dumps(found))
@@ -146,7 +173,9 @@ def prepared(
             f"{listed(idle)} has no effect without validation: {where} has no valid.jsonl. Add one, or leave it out",
         )
     dtype = choose_dtype(checkpoint, given.dtype)
-    return Prepared(str(given.model), where, options, checkpoint, processor, dtype, limit, parts, begin, train, valid)
+    found = Prepared(str(given.model), where, options, checkpoint, processor, dtype, limit, parts, begin, train, valid)
+    check_training_fits(checkpoint, found.machine, found.needs, found.model)
+    return found
 
 
 def train(
@@ -213,7 +242,7 @@ def train(
             reads("asking the model before it is trained", 0, 0, "")
         asked = before(loaded, found.processor, found.valid or found.rows) if report else None
         training.run()
-        run = run_of(training, found.model, str(found.data), None, mx.get_peak_memory())
+        run = run_of(training, found.model, str(found.data), found.plan.peak, mx.get_peak_memory())
         if asked:
             after(asked, run, loaded, found.processor, training.state.chosen, folder.out)
     return Trained.of(training, run)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,18 +12,20 @@ from adapters import golden_adapters as goldens
 from adapters.random_adapters import dequantized, every_map, fused_into, made
 from image_memory import noise  # of examples
 from memory_use import active
+from mlx.utils import tree_flatten
 from parity import vision_cases
 from refusing import refused
 
 from mlx_qwen35 import generate, load
 from mlx_qwen35.backend import CPU, assume
 from mlx_qwen35.budget.plan import mac, plan_memory, this_machine
-from mlx_qwen35.checkpoint.adapter import Adapter
+from mlx_qwen35.checkpoint.adapter import Adapter, whole_arrays
 from mlx_qwen35.checkpoint.adapter_choice import Chosen, choose
 from mlx_qwen35.checkpoint.adapter_write import write_adapter
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.checkpoint.names import HEAD, MTP, TABLE, TEXT, VISION
+from mlx_qwen35.checkpoint.tensors import open_header
 from mlx_qwen35.load import load_model
 from mlx_qwen35.model.model import Model, Visual
 from mlx_qwen35.prompt.positions import positions
@@ -210,16 +213,23 @@ def whole(checkpoint: Checkpoint, *ends: str) -> dict[str, mx.array]:
     return {name: mx.array(rng.normal(size=shape).astype(np.float32) * 0.1) for name, shape in shapes.items()}
 
 
+def on_disk(folder: Path, checkpoint: Checkpoint, *ends: str) -> dict[str, Any]:
+    """The same as an adapter has them, and where they are stored."""
+    mx.save_safetensors(str(folder / "whole.safetensors"), whole(checkpoint, *ends))
+    stored = open_header(folder / "whole.safetensors").entries
+    return {"replaced": whole_arrays(stored, mlx=False), "stored": stored}
+
+
 ENDS = ("input_layernorm.weight", "linear_attn.norm.weight", "k_proj.weight", "A_log", "merger.norm.weight")
 
 
 @pytest.mark.core(1)
 @PLACES
 @pytest.mark.parametrize("stored", ["packed", "tiny"])
-def test_whole_tensors_take_the_place_of_the_checkpoints_and_are_not_packed(stored, place, request):
+def test_whole_tensors_take_the_place_of_the_checkpoints_and_are_not_packed(stored, place, request, tmp_path):
     checkpoint = request.getfixturevalue(stored)
     adapter = made(
-        every_map(checkpoint), only=lambda name: not name.endswith(ENDS), replaced=whole(checkpoint, *ENDS)
+        every_map(checkpoint), only=lambda name: not name.endswith(ENDS), **on_disk(tmp_path, checkpoint, *ENDS)
     )
     with assume(place):
         model, inside = loaded(checkpoint, adapter), loaded(fused_into(checkpoint, adapter))
@@ -305,6 +315,17 @@ def test_what_was_read_of_an_adapter_is_let_go(tiny, exact):
         model.adapters.add("a", made(every_map(tiny)))
         model.adapters.stack(model)
         assert active() - before == model.adapters.nbytes
+
+
+def test_whole_tensors_of_what_is_unloaded_are_let_go(tiny, exact, tmp_path):
+    model = loaded(tiny, made(every_map(tiny), **on_disk(tmp_path, tiny, "linear_fc1.weight", "mtp.fc.weight")))
+    before = active()
+    for part in (model.vision, model.mtp):
+        weights = sum(array.nbytes for _, array in tree_flatten(part.part.parameters()))
+        assert active() - before >= weights
+        del weights
+        part.unload()
+        assert active() == before
 
 
 def test_a_model_without_room_for_its_adapter_is_refused_before_it_is_read(tiny):

@@ -1,6 +1,7 @@
 """What is wrong with an adapter's folder is one InputError, before weights of the model are read."""
 
 import json
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -14,7 +15,10 @@ from adapters.editing import CONFIG, MLX, PEFT, edited, tensors_file
 from parity.cases import Case
 from refusing import refused
 
+from mlx_qwen35.checkpoint import adapter_patterns
 from mlx_qwen35.checkpoint.adapter import read_adapter
+from mlx_qwen35.checkpoint.adapter_choice import check_adapter, choose
+from mlx_qwen35.checkpoint.adapter_patterns import Patterns
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 
 UP = "base_model.model.model.language_model.layers.0.mlp.up_proj.lora_"
@@ -40,6 +44,22 @@ def folder(checkpoint: Checkpoint, tmp_path: Path) -> Callable[[str], Path]:
 def test_a_path_that_is_none_is_refused(path: Any, checkpoint: Checkpoint) -> None:
     with refused("adapter_not_found"):
         read_adapter(path, checkpoint)
+
+
+@pytest.mark.parametrize("path", ["a\0b", "~nobody-of-this-name/adapter", "a" * 5000, "loop"])
+@pytest.mark.parametrize("of_command", [False, True])
+def test_a_path_that_is_none_has_no_name_either(
+    path: str, of_command: bool, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    with refused("adapter_not_found"):
+        choose(check_adapter("adapter", [path] if of_command else path), 1.0, checkpoint)
+
+
+def test_a_path_with_a_name_may_be_longer_than_any(checkpoint: Checkpoint) -> None:
+    with refused("adapter_not_found"):
+        choose(check_adapter("adapter", ["own=" + "a" * 5000]), 1.0, checkpoint)
 
 
 def test_folders_without_an_adapter_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -249,13 +269,47 @@ def test_float64_is_read(folder: Callable[[str], Path], checkpoint: Checkpoint) 
     assert pair.a.dtype == mx.float32 and pair.a[1, 255].item() == 511
 
 
-@pytest.mark.parametrize("pattern", ["(", "[", "a" * 2000])
+@pytest.mark.parametrize(
+    "pattern", ["(", "[", "a)|(b", "a" * 2000, "(" * 30 + ")" * 30, "a(?=b)", "(?!a).*", r".*\bq_proj"]
+)
 def test_patterns_that_are_no_expression_are_refused(
     pattern: str, folder: Callable[[str], Path], checkpoint: Checkpoint
 ) -> None:
     path = edited(folder("peft-plain"), alpha_pattern={pattern: 3})
     with refused("adapter_invalid", "alpha_pattern"):
         read_adapter(path, checkpoint)
+
+
+@pytest.mark.parametrize("pattern", ["([a-z_.0-9]+)+!", "(.|.)*" * 99 + "!", "((((.?){99}){99}){99}){99}!"])
+def test_a_pattern_that_fits_in_many_ways_takes_no_longer(
+    pattern: str, folder: Callable[[str], Path], checkpoint: Checkpoint
+) -> None:
+    path = folder("peft-plain")
+    same = {name: pair.scale for name, pair in read_adapter(path, checkpoint).pairs.items()}
+    found = read_adapter(edited(path, alpha_pattern={pattern: 3}), checkpoint)
+    assert {name: pair.scale for name, pair in found.pairs.items()} == same
+
+
+def test_patterns_that_take_too_many_steps_are_refused(
+    folder: Callable[[str], Path], checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter_patterns, "STEPS", 1000)
+    with refused("adapter_invalid", "alpha_pattern"):
+        read_adapter(edited(folder("peft-plain"), alpha_pattern={f"{i}.*": 3 for i in range(99)}), checkpoint)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["q_proj", "q.proj", ".*", ".*q_proj", "layers.*.q_proj", "^model", "^model.*", "(q|k)_proj", "proj$", "x{}", "a{1",
+     r"layers\.([0-3]|1\d)\..*", r"layers\.\d+\.self_attn\.[qk]_proj", "(?:a|self)_attn.q_proj", "q?q?q_proj", "",
+     "|q_proj", "[^a-p]_proj", "[]q]_proj", ".*?[.]q_p{1}ro{0,2}j", "q_p{2,}roj", "(q_|p|r|o|j){,9}", "(q_|p|r|o|j){5}",
+     "(|x)+q_proj", "(q_proj)*", r"\w+", r"\w+(\.\w+)*", "(^m|o|d|e|l|.)+", "(a?){70}q_proj", "((.?){9}){9}", r".*\.$",
+     "q_proj|(.*x)"],
+)  # fmt: skip
+def test_a_pattern_fits_what_re_fits(pattern: str) -> None:
+    fits = Patterns().compiled(pattern)
+    names = ["model.layers.1.self_attn.q_proj", "model.layers.12.self_attn.k_proj", "q_proj", "x{}", "a{1", "model."]
+    assert [fits(name) for name in names] == [bool(re.match(rf"(.*\.)?({pattern})$", name)) for name in names]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from refusing import refused
 from mlx_qwen35.cache.prefix import QUERY, READING, SYSTEM, TURN, Entry, PrefixLibrary
 from mlx_qwen35.cache.prefix_files import COLUMNS, STATES, PrefixFiles
 from mlx_qwen35.cache.prefix_folder import ASIDE
-from mlx_qwen35.cache.prefix_places import Place, Places
+from mlx_qwen35.cache.prefix_places import UNFIT, Place, Places
 from mlx_qwen35.cache.prefix_tokens import Prefix, Shown
 from mlx_qwen35.cache.session_file import SessionFile, Taken
 from mlx_qwen35.errors import InputError
@@ -275,6 +275,12 @@ def test_a_damaged_file_is_set_aside_and_the_rest_is_used(tmp_path, model, damag
         assert newest.name in line and (tmp_path / (newest.name + ASIDE)).exists()
     with files(tmp_path, model):
         assert not list(tmp_path.glob(f"*{ASIDE}"))
+
+
+def test_a_header_that_names_no_adapter_is_told_as_one(tmp_path):
+    header = {"parent": '""', "tokens": "[1]", "media": "[]", "adapter": "77"}
+    with pytest.raises(UNFIT):
+        Places({}).add("0", header, tmp_path.stat())
 
 
 def test_a_file_that_cannot_be_read_for_a_time_is_kept(tmp_path, model):

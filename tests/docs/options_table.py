@@ -11,6 +11,7 @@ from mlx_qwen35.commands.generate import CommandOptions
 from mlx_qwen35.commands.obtain import RecipeOptions
 from mlx_qwen35.engine.options import GenerationOptions, PromptOptions
 from mlx_qwen35.engine.presets import Sampling
+from mlx_qwen35.evaluate.options import OF_ANSWERS, EvalOptions
 from mlx_qwen35.load import LoadOptions
 from mlx_qwen35.media.options import VisionOptions
 from mlx_qwen35.options import Option, options_of
@@ -34,7 +35,7 @@ _KINDS = {int: "integer", float: "number", bool: "switch", str: "text"}
 def page(path: Path) -> str:
     """The whole page, with the table as it must be."""
     before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    lines = _server_lines() if path.stem == "server" else chain(_lines(), _training_lines())
+    lines = _server_lines() if path.stem == "server" else chain(_lines(), _training_lines(), _evaluation_lines())
     return f"{before}{BEGIN}{chr(10).join(lines)}\n{END}{rest.partition(END)[2]}"
 
 
@@ -65,6 +66,19 @@ def _training_lines() -> Iterator[str]:
     yield "| command line | Python | value | meaning |"
     yield "|---|---|---|---|"
     for title, options in parts.items():
+        yield f"| **{title}** | | | |"
+        for option in options:
+            yield _row(option, in_python=option.name != "dry_run")
+
+
+def _evaluation_lines() -> Iterator[str]:
+    yield from ("", "## Options of eval", "")
+    yield "Further ones are those of `load`, above, and of sampling. In Python all are arguments of `evaluate`."
+    yield ""
+    yield "| command line | Python | value | meaning |"
+    yield "|---|---|---|---|"
+    answers = [option for name, option in OF_ANSWERS.items() if name not in options_of(Sampling)]
+    for title, options in {"the run": options_of(EvalOptions).values(), "answers": answers}.items():
         yield f"| **{title}** | | | |"
         for option in options:
             yield _row(option, in_python=option.name != "dry_run")

@@ -13,7 +13,8 @@ LETTERS = {
     "$\\boxed{\\text{B}}$": "B", "Thus the correct option is **B**.": "B", '{"answer": "B"}': "B",
     "The final answer is: **B) blue**": "B", "The answer is\n\nB": "B", "**Answer: D. green**": "D",
     "The answer is A at first. No, the answer is C.": "C", "A\n\nThe picture shows the sea.": "A",
-    "Perhaps (A)? Rather (B)": "B", "It is a dark green thing": "C", "A": "A", "I cannot tell": None, "A thing": None, "": None, "E": None,
+    "Perhaps (A)? Rather (B)": "B",
+    "It is a dark green thing": "C", "A": "A", "I cannot tell": None, "A thing": None, "": None, "E": None,
 }  # fmt: skip
 
 

@@ -83,6 +83,14 @@ def test_an_answer_without_an_adapter_stands_for_none_that_was_asked_for(server,
     assert CLIENT.get(f"{server.url}/v1/models/{name}").status_code == 404
 
 
+def test_a_name_with_a_colon_is_known_behind_another_model_s():
+    with serving(lambda: nano_with(**{"a:7": made(1)})) as running:
+        for name in ("a:7", "other:a:7"):
+            assert running.post("/v1/chat/completions", BODY | {"model": name}).status_code == 404
+        assert chat(running, "other:7")["model"] == "nano"
+        assert content(chat(running, "nano:a:7")) == SAID["nano:a"]
+
+
 @pytest.mark.parametrize("name", [None, "gpt-4o", "nano"])
 def test_any_other_name_is_answered_by_the_model_alone(server, name):
     answer = chat(server, name)

@@ -20,7 +20,7 @@ from mlx_qwen35.convert import convert
 from mlx_qwen35.kernels import cpu
 from mlx_qwen35.load import load_model
 from mlx_qwen35.model.model import Model
-from mlx_qwen35.train.gradients import BatchLoss, Gradients, batch_loss
+from mlx_qwen35.train.gradients import Backward, BatchLoss, Gradients, batch_loss
 from mlx_qwen35.train.rows import Row
 
 CLOSE = 1e-4  # of the largest element of a map's gradient; float32 leaves 2e-5
@@ -209,3 +209,20 @@ def test_half_precision_has_the_same_gradients_but_for_its_digits(model: Model, 
     digits = 2**-11 if dtype == mx.float16 else 2**-8
     assert all(array.dtype == mx.float32 for own in ours.gradients.values() for array in own)
     assert max(differences(ours.gradients, whole.gradients)) < 30 * digits
+
+
+@pytest.mark.parametrize("size", [3e-7, 1e-2, 60000.0])
+def test_gradients_in_float16_of_any_size_keep_their_digits_and_zeros(size):
+    back, dx = Backward({}), mx.array([size, 0.0, -size / 4], mx.float16)
+    back.dx = dx
+    for _ in range(3):
+        back.through(lambda x, pairs: 0.01 * x, mx.ones(3, mx.float16), [])
+    got, expected = back.dx.astype(mx.float32) / back.scale, 1e-6 * dx.astype(mx.float32)
+    assert mx.allclose(got, expected, rtol=5e-3, atol=0)
+
+
+def test_gradients_that_a_layer_makes_larger_than_float16_are_computed_once_more_smaller():
+    back = Backward({})
+    back.dx = mx.array([1e-3, 0.0, -0.25], mx.float16)
+    back.through(lambda x, pairs: 30_000 * x, mx.ones(3, mx.float16), [])
+    assert mx.allclose(back.dx.astype(mx.float32) / back.scale, mx.array([30.0, 0.0, -7500.0]), rtol=5e-3, atol=0)

@@ -303,3 +303,27 @@ def test_arrays_and_pictures_of_a_program_are_images(nano: Processor):
     pixels = np.full((64, 96, 3), 7, np.uint8)
     rows = rows_of([{**ROW, "image": pixels}, {**ROW, "images": [Image.fromarray(pixels)]}], nano, 500)
     assert len({row.media[0].media.digest for row in rows}) == 1
+
+
+def test_a_row_that_changes_after_it_was_checked_is_refused(tmp_path: Path, nano: Processor):
+    for first, second in (({"text": "ab cd"}, {"text": "ab ce"}), (ROW, {"prompt": "a", "completion": "c"})):
+        before = train(write(tmp_path, first), nano)
+        write(tmp_path, second)
+        assert list(train(tmp_path, nano).lengths) == list(before.lengths)
+        with refused("data_invalid", "line 1", "changed"):
+            before[0]
+
+
+def test_an_image_that_changes_after_it_was_checked_is_refused(tmp_path: Path, nano: Processor):
+    picture(tmp_path, "a.png")
+    rows = train(write(tmp_path, ROW | {"image": "a.png"}), nano)
+    picture(tmp_path, "a.png", shade=101)
+    with refused("data_invalid", "changed"):
+        rows[0]
+
+
+def test_a_file_that_goes_away_is_refused(tmp_path: Path, nano: Processor):
+    rows = train(write(tmp_path, ROW), nano)
+    (tmp_path / "train.jsonl").unlink()
+    with refused("data_missing", "train.jsonl"):
+        rows[0]

@@ -1,6 +1,8 @@
 """What a run has saved: whole states, the log, and what is refused to be gone on with."""
 
 import os
+import resource
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,3 +165,24 @@ def test_a_log_that_lacks_steps_is_refused(tmp_path, text):
     with refused("run_invalid", path):
         Lines(path, 2)
     assert path.read_text() == text
+
+
+def test_a_log_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "log.jsonl").mkdir()
+    with refused("output_unwritable", "log.jsonl"):
+        Lines(tmp_path / "log.jsonl", -1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with Lines(tmp_path / "short.jsonl", -1) as log:
+            log.append({"step": 1})
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+            with refused("disk_full", "short.jsonl"):
+                log.append({"step": 2})
+            with refused("output_unwritable", "short.jsonl"):
+                log.append({"step": 3})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    with Lines(tmp_path / "short.jsonl", 1) as log:
+        assert log.read() == [{"step": 1}]

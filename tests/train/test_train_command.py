@@ -69,6 +69,10 @@ def test_the_time_of_a_known_chip_is_computed_from_operations(data):
     assert one * PREFILL * 2.3e12 / 5 == pytest.approx(layers + head, rel=0.2)  # validation and the rules beside it
     assert seconds(found, parse_chip("Apple M1 Max")) == pytest.approx(one / 3.4)
     assert seconds(found, parse_chip("Apple M99")) is None
+    along = prepared(LoadOptions("nano"), data, TrainOptions(steps=5, validate_every=2, draft_head=True))
+    drafts = seconds(along, parse_chip("Apple M1")) - one
+    own = sum(part.out * part.width for name, part in along.parts.items() if name.startswith("mtp."))
+    assert drafts * PREFILL * 2.3e12 / 5 == pytest.approx(3 * 2 * own * tokens + head, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +89,7 @@ def test_the_time_of_a_known_chip_is_computed_from_operations(data):
         ("model_not_found", ["--model", "none/", "--data", "DATA", "--adapter", "OUT"]),
         ("data_missing", ["--model", "nano", "--data", "OUT", "--adapter", "OUT"]),
         ("target_refused", ["--model", "nano", "--data", "DATA", "--adapter", "DATA"]),
+        ("target_refused", ["--model", "nano", "--data", "DATA", "--adapter", "DATA", "--dry-run"]),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line_and_nothing_is_written(data, tmp_path, capsys, code, arguments):

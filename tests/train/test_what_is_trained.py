@@ -97,6 +97,12 @@ def test_the_parts_of_an_adapter_are_trained_further_with_their_ranks_and_scales
     assert mx.array_equal(own.a, begin.pairs[name].a) and mx.array_equal(own.b, begin.pairs[name].b)
 
 
+def test_the_heads_part_of_an_adapter_is_trained_further_where_the_head_is_the_table():
+    assert CONFIG.tie_word_embeddings
+    pairs = {f"{TEXT}embed_tokens.weight": pair(512, 256), "lm_head.weight": pair(512, 256)}
+    assert trained_parts(CONFIG, TrainOptions(from_adapter="a"), adapter(pairs=pairs)).keys() == pairs.keys()
+
+
 @pytest.mark.parametrize(
     "more",
     [
@@ -174,6 +180,17 @@ def test_a_step_of_any_optimizer_goes_down_and_leaves_what_it_was_given(optimize
             assert mx.array_equal(again[name].a, own.a) and mx.array_equal(again[name].b, own.b)
     for name, own in before.items():
         assert all(np.array_equal(a, b) for a, b in zip(kept[name], own[:2], strict=True))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_parameters_without_gradients_stay_as_they_are(optimizer):
+    options, state = TrainOptions(optimizer=optimizer), {"w": pair(), "v": pair(8, 3)}
+    gradients = {name: (own.a, own.b) for name, own in state.items()}
+    state, moments = updated(options, 0.01, 1, state, gradients, {})
+    for before in ({}, moments):
+        new, after = updated(options, 0.01, 2, state, {"w": gradients["w"]}, before)
+        assert new["v"] is state["v"] and after.get("v") is before.get("v") and list(new) == list(state)
+        assert not mx.array_equal(new["w"].a, state["w"].a)
 
 
 # --- sums ------------------------------------------------------------------------------------------------------------
