@@ -159,8 +159,8 @@ def test_a_row_that_fails_has_one_for_each_of_its_tokens(nano, monkeypatch):
     logits = Model.logits
     monkeypatch.setattr(  # the second row's, in every pass
         Model, "logits",
-        lambda self, hidden, *_: logits(self, hidden) * mx.where(mx.arange(len(hidden)) == 1, mx.nan, 1),
-        .reshape(-1, *[1] * (hidden.ndim - 1))
+        lambda self, hidden, *_: logits(self, hidden) * mx.where(mx.arange(len(hidden)) == 1, mx.nan, 1)
+        .reshape(-1, *[1] * (hidden.ndim - 1)),
     )  # fmt: skip
     good, failed = batch_generate(*nano, [ASK, "Hello"], logprobs=True)
     assert failed.finish_reason == "error" and len(failed.logprobs) == len(failed.tokens) == 1

@@ -211,6 +211,7 @@ def test_nano_has_its_known_scores_on_pictures_that_its_tasks_draw(tmp_path):
     assert all(line["image_tokens"] == 4 for line in lines) and found["image_tokens"] == 4 * len(lines)
 
 
+@pytest.mark.full
 def test_questions_about_the_example_pictures_are_all_answered_by_nano(tmp_path):
     found = evaluate("nano", str(ROOT / "examples/evaluate/pictures.yaml"), tmp_path / "out")
     assert found["tasks"]["pictures"]["score"] == 1.0

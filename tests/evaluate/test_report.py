@@ -71,6 +71,8 @@ def test_kl_has_a_section_of_its_own():
     kl = {"kl": 0.0043, "kl_error": 0.0009, "top1": 0.9915, "top1_error": 0.003, "positions": 708, "text": "a book",
           "seconds": 3.0, "settings": {"dtype": "float32"}, "versions": {"task": "8 sequences"}, "n": 8}  # fmt: skip
     assert "| 0.00430 ± 0.00090 | 99.15 ± 0.30 | 708 | a book | 3 s |" in told(lines_of([1.0]), lines_of([1.0]), kl=kl)
+    alone = kl | {"kl_error": None, "top1_error": None}
+    assert "| 0.00430 | 99.15 | 708 |" in told(lines_of([1.0]), lines_of([1.0]), kl=alone)
 
 
 def test_the_picture_is_drawn_beside_the_report_or_said_to_be_missing(tmp_path, monkeypatch):
