@@ -35,7 +35,7 @@ def test_generate_is_the_function_after_any_order_of_imports(order):
     assert python("; ".join([*lines, check, both])) == "yes\n"
 
 
-HEAVY = {"transformers", "mlx_lm", "mlx_vlm", "torch", "llguidance"}
+HEAVY = {"transformers", "mlx_lm", "mlx_vlm", "torch", "llguidance", "lm_eval", "datasets"}
 ANSWER = """
 import sys
 from mlx_qwen35 import generate, load
