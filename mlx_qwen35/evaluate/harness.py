@@ -23,7 +23,7 @@ import numpy as np
 
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.evaluate.items import Line
-from mlx_qwen35.evaluate.published import NAMED, Named, is_published
+from mlx_qwen35.evaluate.published import NAMED, Named, published_of
 from mlx_qwen35.evaluate.run import chosen, keyed
 from mlx_qwen35.evaluate.subject import Subject
 from mlx_qwen35.evaluate.summary import Outcome, outcome
@@ -103,7 +103,7 @@ class HarnessTask:
         lines = [_merged([told[key] for key in keys]) for keys in lm.keys.values()]
         own = outcome(
             lines, log.seconds, self.version, subject.settings(self, items),
-            self.published if is_published(subject.checkpoint.config.text) else None,
+            published_of(self.published, subject.checkpoint.config.text),
         )  # fmt: skip
         return self._told(lines, own, found)
 

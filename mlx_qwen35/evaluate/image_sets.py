@@ -14,13 +14,13 @@ from typing import Any
 
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.evaluate.choices import LETTERS, letter, page_similarity, same_list, same_number, same_text
+from mlx_qwen35.evaluate.published import CARD
 from mlx_qwen35.evaluate.questions import Picture, Row, find_folder, read_rows
 from mlx_qwen35.evaluate.task import Asked, Item, Published
 from mlx_qwen35.options import spelled
 from mlx_qwen35.values import is_number, shown
 
 RULES = 1  # number of the rules of judgement, to be raised with each change of them
-CARD = "model card of Qwen3.5-4B, self-reported"
 NOTE = "the card tells neither prompt nor settings; a language model may have read the answers"
 PIXELS = {"min_pixels": 1280 * 28 * 28, "max_pixels": 5120 * 28 * 28}  # of Qwen's own code
 CHOOSE = "Please select the correct answer from the options above."

@@ -39,6 +39,7 @@ NAMED: Mapping[str, Named] = {
 }  # fmt: skip
 
 
-def is_published(config: TextConfig) -> bool:
-    """Whether a model is of the size that the figures were published of."""
-    return (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (32, 2560, 248320)
+def published_of(figure: Published | None, config: TextConfig) -> Published | None:
+    """The figure of a task to show beside a model's score: those of the card beside a model of the 4B's size alone."""
+    is_4b = (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (32, 2560, 248320)
+    return figure if figure is None or figure.source != CARD or is_4b else None

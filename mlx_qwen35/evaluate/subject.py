@@ -17,6 +17,7 @@ from mlx_qwen35.engine.presets import PRESETS, Sampling
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.evaluate.asking import Asker, merged
 from mlx_qwen35.evaluate.items import Line, RunFolder
+from mlx_qwen35.evaluate.published import published_of
 from mlx_qwen35.evaluate.run import Judge, ask, chosen, keyed
 from mlx_qwen35.evaluate.summary import Outcome, outcome
 from mlx_qwen35.evaluate.task import Asked, Task
@@ -114,7 +115,8 @@ class Subject:
         asked = {key: lambda item=item: task.ask(item) for key, item in some.items()}
         lines = self.ask(task.name, asked, lambda key, answer: float(task.judge(some[key], answer)))
         seconds = self.folder.log(task.name).seconds
-        return lines, outcome(lines, seconds, task.version, self.settings(task, items), task.published)
+        published = published_of(task.published, self.checkpoint.config.text)
+        return lines, outcome(lines, seconds, task.version, self.settings(task, items), published)
 
     def settings(self, task: Task, items: int | None = None) -> dict[str, Any]:
         """What questions are answered with, every default filled in; a list where it is not the same for all.

@@ -1,8 +1,13 @@
 """Scores and differences, with their standard errors, against figures computed by hand."""
 
+from dataclasses import replace
+
 import pytest
 
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.evaluate.compare import mean_and_error, paired
+from mlx_qwen35.evaluate.published import CARD, published_of
 from mlx_qwen35.evaluate.summary import described, entry, outcome
 from mlx_qwen35.evaluate.task import Published
 
@@ -42,3 +47,11 @@ def test_a_summary_holds_what_came_and_what_was_published():
     text = described({"against": None, "tasks": {"sums": told}})
     for fact in ("50.0 ± 28.9", "79.1", "1 of 4 answers", "at 9 tokens"):
         assert fact in text
+
+
+def test_the_cards_figures_stand_beside_the_4b_alone():
+    nano, card = open_checkpoint(resolve("nano")).config.text, Published(0.795, CARD, "")
+    of_4b = replace(nano, layer_types=4 * nano.layer_types, hidden_size=2560, vocab_size=248320)
+    assert published_of(card, nano) is None and published_of(card, of_4b) is card
+    own = Published(0.9, "our house", "")
+    assert published_of(own, nano) is own and published_of(None, nano) is None
