@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mlx_qwen35.checkpoint.converted import hidden, home
+from mlx_qwen35.checkpoint.folder import sync
 from mlx_qwen35.console.notices import tell
 from mlx_qwen35.convert.apart import Reads, check_apart, key_of
 from mlx_qwen35.convert.exchange import exchange
@@ -151,21 +152,13 @@ def remove(path: Path) -> None:
 # --- taking the name -------------------------------------------------------------------------------------------------
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _put_in_place(target: Path) -> None:
     """Give the hidden folder the target's name. The journal names the replaced folder until that is removed."""
     _, work, replaced = written(target)
     full = target.exists() and any(target.iterdir())
     note_placing(work, [target.stat().st_ino] if full else [])
     for path in (*work.iterdir(), work):
-        _sync(path)
+        sync(path)
     if not full:
         os.rename(work, target)
     elif not exchange(work, target):
@@ -175,7 +168,7 @@ def _put_in_place(target: Path) -> None:
         except BaseException:
             os.rename(replaced, target)
             raise
-    _sync(target.parent)
+    sync(target.parent)
     _finish(target)
 
 

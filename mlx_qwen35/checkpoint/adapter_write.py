@@ -16,7 +16,7 @@ from mlx_qwen35.checkpoint import adapter_mlx, adapter_peft
 from mlx_qwen35.checkpoint.adapter import Pair
 from mlx_qwen35.checkpoint.adapter_parts import CONFIG
 from mlx_qwen35.checkpoint.dtypes import DTYPES
-from mlx_qwen35.checkpoint.folder import is_file, written
+from mlx_qwen35.checkpoint.folder import is_file, sync, written
 from mlx_qwen35.checkpoint.names import MTP, TABLE, TEXT, VISION
 from mlx_qwen35.checkpoint.tensors import open_header
 from mlx_qwen35.errors import InputError
@@ -150,7 +150,7 @@ def _put(folder: Path, files: _Files) -> None:
             (folder / name).unlink(missing_ok=True)
         for name in sorted(files, key=lambda name: name != CONFIG):
             os.replace(hidden[name], folder / name)
-        _sync(folder)
+        sync(folder)
     finally:
         for path in hidden.values():
             with suppress(OSError):
@@ -169,17 +169,9 @@ def _write(path: Path, content: bytes | tuple[dict[str, mx.array], dict[str, str
             open_header(path)  # tells a file that is cut
         except (RuntimeError, InputError) as error:
             raise OSError(errno.ENOSPC if _is_full(path) else errno.EIO, str(error)) from error
-    _sync(path)
+    sync(path)
 
 
 def _is_full(path: Path) -> bool:
     status = os.statvfs(path.parent)
     return status.f_bavail * status.f_frsize < 1 << 20
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

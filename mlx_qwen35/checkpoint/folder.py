@@ -163,6 +163,15 @@ def written(what: str) -> Iterator[None]:
         raise InputError("output_unwritable", f"{what} could not be written: {error}. Choose another folder") from error
 
 
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Replace a file of text: it holds all of the text, or what it held before. InputError where the disk fails."""
     hidden = path.with_name(f".{path.name}.writing")
