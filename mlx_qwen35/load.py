@@ -14,12 +14,14 @@ from mlx_qwen35.budget.plan import check_model_fits, check_vision_encoder_fits, 
 from mlx_qwen35.cache.kv_format import FORMS, UNQUANTIZED, KVFormat, check_kv_bits
 from mlx_qwen35.checkpoint.adapter_choice import Chosen, check_adapter, choose, look_at
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mlx_qwen35.checkpoint.config import TextConfig
 from mlx_qwen35.checkpoint.dtypes import COMPUTED, DTYPES, check_dtype
 from mlx_qwen35.checkpoint.fingerprint import fingerprint, vision_fingerprint
 from mlx_qwen35.checkpoint.hub import CHOICES, resolve
 from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION
 from mlx_qwen35.checkpoint.rope_fields import check_rope_scaling
 from mlx_qwen35.checkpoint.shapes import mtp_shapes, text_shapes, vision_shapes
+from mlx_qwen35.checkpoint.share import Share
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.packed_attention import GROUP
 from mlx_qwen35.kernels.products import warn_shortened_products
@@ -33,7 +35,7 @@ from mlx_qwen35.model.model import Model
 from mlx_qwen35.model.mtp import MultiTokenPrediction
 from mlx_qwen35.model.rotary import is_exact
 from mlx_qwen35.model.vision import VisionEncoder
-from mlx_qwen35.model.weights import Progress, read_weights
+from mlx_qwen35.model.weights import Progress, Weights, read_weights
 from mlx_qwen35.options import check_fields, option, spelled
 from mlx_qwen35.prompt.processor import Processor
 from mlx_qwen35.values import shown
@@ -212,15 +214,19 @@ def load_model(
     memory_limit: int | None = None,
     kv: KVFormat = UNQUANTIZED,
     adapters: Chosen | None = None,
+    share: Share | None = None,
+    make: Callable[[TextConfig, Weights, int, KVFormat], Model] = Model,
 ) -> Model:
     """Load the text model. Vision encoder and draft head are loaded at their first use.
 
     memory_limit: bytes; None is what suits the machine. kv: the format of keys and values in its caches. adapters: read
-    and checked; they hold their whole tensors no more when this returns.
+    and checked; they hold their whole tensors no more when this returns. share: what of the text model is held here;
+    None: all of it. make: the class of the model, of the configuration of what is held.
     """
     limit, adapters = usable_bytes(memory_limit), adapters or Chosen()
     whole = adapters.take_whole()
     altered, replaced = checkpoint.replacing(whole), [*whole]
+    altered = share.of(altered) if share else altered
     config = altered.config.text
     names = [stored for stored, _ in altered.part(text_shapes(config))]
     check_model_fits(altered, dtype, limit, name, adapters.listed)
@@ -228,7 +234,7 @@ def load_model(
     if dtype == mx.float32:
         warn_shortened_products()
     weights = read_weights(altered, names, dtype, progress)
-    model = Model(config, weights, limit, kv)
+    model = make(config, weights, limit, kv)
     opened = adapters.opening(VISION, MTP)
     del weights, altered, whole  # so that each layer frees the arrays as stored once it is evaluated
     done, total = 0, _nbytes(model)
@@ -239,7 +245,7 @@ def load_model(
     mx.eval(model.parameters(), model.rotary.frequencies, model.rotary.axes)  # pending work belongs to this thread
     progress(total, total)
     for own, adapter in adapters.adapters.items():
-        model.adapters.add(own, adapter, replaced)
+        model.adapters.add(own, share.of_adapter(adapter, checkpoint) if share else adapter, replaced)
     model.adapters.default = adapters.default
     model.adapters.stack(model)
     mx.clear_cache()

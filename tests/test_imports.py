@@ -34,10 +34,12 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "generate": INPUT | {"measure", "engine"},
     "server": ALL,
     "console": ALL,
-    **dict.fromkeys(("convert", "train", "evaluate"), ALL | {"console"}),
-    "bench": ALL | {"console", "train"},
-    "doctor": ALL | {"console", "convert"},
-    "commands": ALL | {"console", "server", "convert", "train", "evaluate", "doctor", "bench"},
+    **dict.fromkeys(("convert", "train"), ALL | {"console"}),
+    "evaluate": ALL | {"console", "distributed"},
+    "distributed": INPUT | {"load", "engine"},
+    "bench": ALL | {"console", "train", "distributed"},
+    "doctor": ALL | {"console", "convert", "distributed"},
+    "commands": ALL | {"console", "server", "convert", "train", "evaluate", "doctor", "bench", "distributed"},
 }
 
 

@@ -63,9 +63,7 @@ class Snapshot:
 
     def trim(self) -> None:
         """Free the columns that neither it nor a cache or snapshot that shares its arrays uses."""
-        for layer in self._cache.layers:
-            if isinstance(layer, KVCache):
-                layer.compact()
+        self._cache.trim()
 
     @property
     def ends_its_arrays(self) -> bool:
@@ -181,14 +179,19 @@ class Cache:
     @staticmethod
     def joined(caches: Sequence["Cache"]) -> "Cache":
         """A cache of the rows of several caches of one model, without the draft head's."""
+        return caches[0].with_rows_of(caches[1:])
+
+    def with_rows_of(self, others: Sequence["Cache"]) -> "Cache":
+        """A cache of these rows and, behind them, those of other caches of the model, without the draft head's."""
+        caches = [self, *others]
         layers = [type(own[0]).joined(own) for own in zip(*(cache.layers for cache in caches), strict=True)]
         positions = zip(*(cache.position for cache in caches), strict=True)
-        joined = caches[0]._like(layers, CachePosition(*(tuple(chain.from_iterable(own)) for own in positions)))
+        joined = self._like(layers, CachePosition(*(tuple(chain.from_iterable(own)) for own in positions)))
         joined.adapters = tuple(chain.from_iterable(cache.adapters for cache in caches))
         return joined
 
     def _like(self, layers: list[LayerCache], position: CachePosition) -> "Cache":
-        cache = Cache.__new__(Cache)
+        cache = self.__class__.__new__(self.__class__)
         cache.config, cache.dtype, cache.kv = self.config, self.dtype, self.kv
         cache.layers, cache.position, cache.follower = layers, position, None
         cache.adapters = self.adapters
@@ -232,6 +235,12 @@ class Cache:
         for layer in self.layers:
             layer.compact()
         self.evaluate()
+
+    def trim(self) -> None:
+        """Free the columns that neither it nor a cache or snapshot that shares its arrays uses."""
+        for layer in self.layers:
+            if isinstance(layer, KVCache):
+                layer.compact()
 
     # --- contents ---
 

@@ -183,7 +183,7 @@ def check_caches(options: Options, model: Model, adapters: Sequence[str]) -> lis
     if len({id(cache) for cache in caches}) < rows:
         raise InputError("cache_batch_mismatch", f"each of {rows} prompts needs a cache of its own; one is given twice")
     for cache in caches:
-        if (cache.config, cache.dtype, cache.kv) != (model.config, model.dtype, model.kv):
+        if (cache.config, cache.dtype, cache.kv) != (model.held, model.dtype, model.kv):
             raise InputError(
                 "option_invalid",
                 f"cache must come from make_cache() of this model (form of keys and values: {model.kv.name}); it is "

@@ -58,7 +58,7 @@ def plan(
     contexts = [before + len(prompt.tokens) for prompt, before in zip(prompts, cached, strict=True)]
     check_prompts(options, model.config, prompts, contexts)
     chunk = options.get("prefill_step_size") or suitable_chunk(
-        model.config, model.dtype, model.memory_limit, max(contexts), model.kv
+        model.held, model.dtype, model.memory_limit, max(contexts), model.kv
     )
     drafts, room = _drafts_and_room(options, model, chunk, contexts, cached, _wanted(options, prompts))
     plans = fill_in(options, model.config, greedy, prompts, contexts, closing, room=room)
@@ -181,15 +181,15 @@ def _drafts_and_room(
     rows = len(contexts)
     mode, depth = draft_options(options)
     drafts = choose_drafts(model, mode, depth, rows, max(wanted))
-    machine = this_machine(model.config, model.dtype, model.memory_limit, model.kv)
-    without = most_tokens(model.config, machine, chunk, cached)
-    room = most_tokens(model.config, machine, chunk, cached, drafts.depth, drafts.head_bytes)
+    machine = this_machine(model.held, model.dtype, model.memory_limit, model.kv)
+    without = most_tokens(model.held, machine, chunk, cached)
+    room = most_tokens(model.held, machine, chunk, cached, drafts.depth, drafts.head_bytes)
     needed = sum(contexts) + sum(wanted)
     if drafts.depth and not drafts.fixed and room < min(without, needed):
         drafts, room = DraftPolicy(0, reason="memory has no room for drafts beside this context", short=True), without
     answer = (room - sum(contexts)) // rows
     if answer < options.get("max_tokens", 1):
-        smaller = _smaller_forms(model.config, machine, chunk, cached, drafts, room)
+        smaller = _smaller_forms(model.held, machine, chunk, cached, drafts, room)
         refuse_memory(options, room, contexts, drafts, smaller)
     return drafts, answer
 

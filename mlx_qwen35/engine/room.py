@@ -15,9 +15,9 @@ from mlx_qwen35.prompt.prompt import Prompt
 def rows_plan(model: Model) -> RowsPlan:
     """The memory plan of rows on this model, with its adapters, draft head and vision encoder."""
     weights = dict(tree_flatten(model.parameters())).values()
-    machine = this_machine(model.config, model.dtype, model.memory_limit, model.kv)
+    machine = this_machine(model.held, model.dtype, model.memory_limit, model.kv)
     return RowsPlan(
-        model.config, machine,
+        model.held, machine,
         weights=sum(array.nbytes for array in weights) + model.adapters.nbytes,
         head=model.mtp.nbytes if model.mtp else 0,
         encoder=model.vision.nbytes if model.vision else 0,

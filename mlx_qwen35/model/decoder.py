@@ -86,8 +86,21 @@ def run(
 
     at: (B,) integers, one column of each row to return, as (B, 1, D); the last MLP and the norm then compute only that.
     """
+    return norm.of_sum(*through(layers, x, rotary, context, caches, at, pace))[1]
+
+
+def through(
+    layers: Sequence[DecoderLayer],
+    x: mx.array,
+    rotary: Table,
+    context: ForwardContext,
+    caches: Sequence[LayerCache],
+    at: mx.array | None = None,
+    pace: Pace = lambda arrays: None,
+) -> tuple[mx.array, mx.array | None]:
+    """x (B, T, D) -> (x, delta) behind the layers; the residual stream is their sum. The rest as for `run`."""
     delta: mx.array | None = None
     for i, (layer, cache) in enumerate(zip(layers, caches, strict=True), 1):
         x, delta = layer(x, delta, rotary, context, cache, at if i == len(layers) else None)
         pace([x, delta, *cache.arrays()])
-    return norm.of_sum(x, delta)[1]
+    return x, delta

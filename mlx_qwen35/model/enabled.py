@@ -54,7 +54,7 @@ def warn_unfit_layers(model: Model) -> None:
 
 
 def _kernels(model: Model) -> dict[str, _Kernel]:
-    config, dtype, layers = model.config, model.dtype, dict(enumerate(model.layers))
+    config, dtype, layers = model.held, model.dtype, dict(enumerate(model.layers))
     heads, sizes = Heads(*config.delta_heads), Geometry(*config.attention_heads)
     delta = {i: layer.linear_attn.in_proj for i, layer in layers.items() if "linear_attn" in layer}
     full = {i: layer.self_attn.qkv_proj for i, layer in layers.items() if "self_attn" in layer}

@@ -58,6 +58,7 @@ class Model(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = weights.linear("lm_head")
         self.config = config
+        self.held = config  # of its layers and caches: of one of several machines, its own part of `config`
         self.rotary = Rotary(config.rope)
         self.dtype = weights.dtype  # of activations
         self.kv = kv
@@ -72,7 +73,7 @@ class Model(nn.Module):
         adapter: the name of a loaded adapter, which reads all rows, or "base" for none; None: the model's default.
         """
         whole("batch", batch, 1)
-        return Cache(self.config, self.dtype, batch, self.kv, (self.adapters.named(adapter),) * batch)
+        return Cache(self.held, self.dtype, batch, self.kv, (self.adapters.named(adapter),) * batch)
 
     def active(self, cache: Cache) -> ActiveAdapters | None:
         """The adapters of a pass over the rows of a cache; None: no row has one."""

@@ -103,7 +103,7 @@ def _always(model: Model, mtp_head: LazyPart[MultiTokenPrediction], depth: int, 
 
 def _fitting(model: Model, mtp_head: LazyPart[MultiTokenPrediction], depth: int, rows: int) -> DraftPolicy:
     head_bytes = 0 if mtp_head.loaded else mtp_head.nbytes
-    fitting = most_depth(model.config, model.dtype, model.memory_limit, head_bytes, rows, depth)
+    fitting = most_depth(model.held, model.dtype, model.memory_limit, head_bytes, rows, depth)
     if not fitting:
         return DraftPolicy(0, reason="memory has no room for the draft head", short=True)
     return DraftPolicy(fitting, head_bytes=head_bytes, short=fitting < depth)
