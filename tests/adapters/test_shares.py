@@ -50,7 +50,7 @@ def test_an_adapter_of_other_layers_alone_is_loaded_all_the_same(checkpoint):
     assert all(rank.adapters.fingerprint("own") == adapter.fingerprint for rank in ranks)
 
 
-@pytest.mark.full
+@pytest.mark.core(1)
 def test_whole_tensors_of_an_adapter_are_cut_as_the_checkpoints_are(checkpoint, adapter):
     """A head of its own unties the model, as PEFT trains a table."""
     own = [name for name in checkpoint.shapes if name.startswith(TEXT)]

@@ -270,7 +270,7 @@ def memory(model: Model) -> int:
 
 @pytest.mark.core(2)
 @pytest.mark.filterwarnings("ignore:.*kept in float32")
-@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32], ids=str)
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_part_takes_the_memory_that_the_plan_says(form, dtype, opened):
     checkpoint = opened(form)
