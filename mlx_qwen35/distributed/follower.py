@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.cache.layer import CachePosition
 from mlx_qwen35.distributed.channel import Follower, Order
-from mlx_qwen35.distributed.orders import Fail, adapters_of, received, told
+from mlx_qwen35.distributed.orders import adapters_of, received
 from mlx_qwen35.distributed.split import Split
 from mlx_qwen35.distributed.tensor import TensorSplit
 from mlx_qwen35.engine.engine import CLEAR_EVERY
@@ -17,14 +17,11 @@ from mlx_qwen35.model.model import Model, Visual
 from mlx_qwen35.model.pace import Pace
 
 
-def follow(rank: "ObeyingRank", follower: Follower, fail: Fail) -> None:
-    """Obey the orders that come until rank 0 has ended. An exception ends every rank."""
-    try:
-        while order := follower.take():
-            if (answer := rank.obey(order)) is not None:
-                follower.answer(answer)
-    except BaseException as error:
-        fail(told(error))
+def follow(rank: "ObeyingRank", follower: Follower) -> None:
+    """Obey the orders that come until rank 0 has ended. What it raises must end every rank."""
+    while order := follower.take():
+        if (answer := rank.obey(order)) is not None:
+            follower.answer(answer)
 
 
 class ObeyingRank:

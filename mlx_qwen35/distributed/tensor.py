@@ -22,8 +22,9 @@ _SUMMED = {"linear_attn": "out_proj", "self_attn": "o_proj", "mlp": "down_proj"}
 class Summed(nn.Module):
     """A linear map whose inputs are divided over the ranks: its outputs, with what adapters add, summed.
 
-    In the dtype of activations: each product is rounded to it anyway, and of two ranks the one sum of two such numbers
-    has the same bits in float32. Of four ranks it would spare two roundings (CONTRIBUTING: measured in tests).
+    They are summed in the dtype of activations, to which each product is rounded. Of two ranks float32 gives the same
+    bits. Of four it would spare two roundings, for twice the bytes of each sum: logits of a random model in bfloat16
+    are 3.0 % off alone (of their deviation), 4.0 % on four ranks, 3.7 % with sums in float32.
     """
 
     def __init__(self, linear: Linear, group: Group):
