@@ -56,7 +56,7 @@ class ObeyingRank:
         pace = Pace() if fields["paced"] else unpaced
         given = (tokens.shape[1], fields["lengths"], order.arrays.get("positions"), fields["stepwise"])
         with cache.forward(*given, self.model.active(cache)) as context:
-            self._hidden = self.split.run(tokens, visual, context, cache, at, pace)
+            self._hidden = self.split.run(self.model, tokens, visual, context, cache, at, pace)
             mx.eval(self._hidden, cache.held())
         self._passes += 1
         if fields["paced"] or self._passes % CLEAR_EVERY == 0:
@@ -64,13 +64,15 @@ class ObeyingRank:
 
     def _embed(self, order: Order) -> None:
         assert isinstance(self.split, TensorSplit)
-        mx.eval(self.split.embed(*self._given(order), adapters_of(order.fields["adapters"], self.model.adapters)))
+        adapters = adapters_of(order.fields["adapters"], self.model.adapters)
+        mx.eval(self.split.embed(self.model, *self._given(order), adapters))
 
     def _logits(self, order: Order) -> None:
         assert isinstance(self.split, TensorSplit)
         given = order.arrays.get("hidden")
         hidden = self._hidden if given is None else received(given, self.model.dtype)
-        mx.eval(self.split.logits(hidden, adapters_of(order.fields["adapters"], self.model.adapters)))
+        adapters = adapters_of(order.fields["adapters"], self.model.adapters)
+        mx.eval(self.split.logits(self.model, hidden, adapters))
 
     def _given(self, order: Order) -> tuple[mx.array, Visual | None]:
         """The tokens of an order, and zeros at the places of images, whose embeddings rank 0 adds."""

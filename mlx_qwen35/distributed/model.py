@@ -87,7 +87,7 @@ class LeadingModel(Model):
         if context.positions.ndim == 3:  # else they go on from the cache's
             arrays["positions"] = np.array(context.positions)
         self.orders.give("pass", fields, arrays)
-        hidden = self.split.run(tokens, visual, context, cache, at, pace)
+        hidden = self.split.run(self, tokens, visual, context, cache, at, pace)
         mx.eval(hidden, cache.held())
         return hidden
 
@@ -106,7 +106,7 @@ class TensorModel(LeadingModel):
     def embed(self, tokens: mx.array, visual: Visual | None = None, adapters: ActiveAdapters | None = None) -> mx.array:
         with self.orders.together():
             self.orders.give("embed", {"adapters": rows_of(adapters)}, _tokens(tokens, visual))
-            x = self.split.embed(tokens, visual, adapters)
+            x = self.split.embed(self, tokens, visual, adapters)
             mx.eval(x)
             return x
 
@@ -115,7 +115,7 @@ class TensorModel(LeadingModel):
         with self.orders.together():
             arrays = {} if hidden is self._passed() else {"hidden": sent(hidden)}
             self.orders.give("logits", {"adapters": rows_of(adapters)}, arrays)
-            found = self.split.logits(hidden, adapters)
+            found = self.split.logits(self, hidden, adapters)
             mx.eval(found)
             return found
 

@@ -47,7 +47,7 @@ class Between:
     given: list[Order] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     sent_bytes: int = 0
-    reasons: list[BaseException] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.barrier = threading.Barrier(self.size, timeout=SECONDS)
@@ -56,12 +56,12 @@ class Between:
         self.answered: list[Queue[Mapping[str, Any]]] = [Queue() for _ in range(self.size)]
         self.streams: list[Queue[np.ndarray]] = [Queue() for _ in range(self.size)]  # to each rank
 
-    def fail(self, error: BaseException) -> NoReturn:
-        self.reasons.append(error)
+    def fail(self, reason: str) -> NoReturn:
+        self.reasons.append(reason)
         self.barrier.abort()
         for orders in self.orders:
             orders.put(None)
-        raise Ended(repr(error)) from error
+        raise Ended(reason)
 
 
 @dataclass
@@ -178,8 +178,8 @@ def ranks(
     orders = Orders(QueueLeader(between), between.fail)
     holdings = [Holding(share.of_config(text), usable_bytes(None)) for share in shares[1:]]
     make = (tensor_model if tensor else pipeline_model)(text, groups[0], orders, holdings)
-    leading = loaded(shares[0], make)
-    others = []
+    others: list[ObeyingRank] = []
+    found = Ranks(loaded(shares[0], make), others, between)
     for share, group in zip(shares[1:], groups[1:], strict=True):
         model = loaded(share)
         own = TensorSplit(model, group, text.vocab_size) if tensor else PipelineSplit(model, group)
@@ -190,13 +190,13 @@ def ranks(
             follow(other, QueueFollower(between, rank))
         except BaseException as error:
             with suppress(Ended):
-                between.fail(error)
+                between.fail(repr(error))
 
     threads = [threading.Thread(target=run, args=own, daemon=True) for own in enumerate(others, 1)]
     for thread in threads:
         thread.start()
     try:
-        yield Ranks(leading, others, between)
+        yield found
     finally:
         for queue in between.orders:
             queue.put(None)
