@@ -1,6 +1,5 @@
 """A model over several ranks says what it says alone, by both splits."""
 
-from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,7 +13,6 @@ from mlx_qwen35.cache.kv_format import KVFormat
 from mlx_qwen35.checkpoint.adapter_write import write_adapter
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.hub import resolve
-from mlx_qwen35.checkpoint.names import TEXT
 from mlx_qwen35.convert import convert
 from mlx_qwen35.measure.score import likelihoods, score
 from mlx_qwen35.model.model import Model
@@ -162,7 +160,7 @@ def test_quantized_keys_give_the_text_of_one_process(nano, split, kv):
 def adapters(tmp_path_factory) -> dict[str, Path]:
     """Two adapters of the text model."""
     folder = tmp_path_factory.mktemp("adapters")
-    maps = every_map(open_checkpoint(resolve("nano")), TEXT)
+    maps = every_map(open_checkpoint(resolve("nano")))
     for seed, name in enumerate("ab"):
         write_adapter(folder / name, made(maps, seed, strength=0.1).pairs)
     return {name: folder / name for name in "ab"}
@@ -189,12 +187,3 @@ def test_a_packed_folder_gives_the_text_of_one_process(tmp_path, split):
         options = {**WILD, "ignore_chat_template": True}
         texts = [generate(m, processor, "Once", **options).text for m in (alone, ranked.model)]
     assert texts[0] == texts[1]
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("bounds", [(0, 1, 3, 8), (0, 2, 4, 6, 8)])
-def test_three_and_four_ranks_in_a_pipeline_give_the_bits_of_one_process(nano, bounds):
-    layers = [range(*own) for own in pairwise(bounds)]
-    tokens = mx.array([[*range(5, 40)]])
-    with ranks(resolve("nano"), layers) as ranked:
-        assert mx.array_equal(ranked.model(tokens), nano[0](tokens))
