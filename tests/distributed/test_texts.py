@@ -9,6 +9,7 @@ from adapters.random_adapters import every_map, made
 from distributed.ranks import Ranks, ranks
 
 from mlx_qwen35 import Conversation, Processor, batch_generate, generate, load
+from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.cache.kv_format import KVFormat
 from mlx_qwen35.checkpoint.adapter_write import write_adapter
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
@@ -97,7 +98,7 @@ def test_pictures_are_seen_as_by_one_process(nano, ranked, mtp):
     assert alone == together == "A red circle and a blue square."
 
 
-@ONE
+@pytest.mark.full
 @EACH
 def test_a_conversation_that_is_edited_goes_on_as_in_one_process(nano, ranked):
     model, processor = nano
@@ -120,7 +121,7 @@ def test_a_library_gives_the_ranks_what_was_read(nano, ranked):
     assert libraries[0].counts.reused == libraries[1].counts.reused > 0
 
 
-@ONE
+@pytest.mark.full
 @EACH
 def test_texts_are_scored_as_by_one_process(nano, ranked):
     for model in (nano[0], ranked.model):
@@ -171,10 +172,15 @@ def adapters(tmp_path_factory) -> dict[str, Path]:
 def test_rows_of_several_adapters_give_the_texts_of_one_process(nano, adapters, split):
     alone, _ = load("nano", adapter=adapters)
     with ranks(resolve("nano"), split, adapter=adapters) as ranked:
+        logits: list[np.ndarray] = []
         options = {**WILD, "ignore_chat_template": True, "adapter": ["a", "base", "b"], "max_tokens": 6}
         texts = [
             [own.text for own in batch_generate(m, nano[1], ["Once"] * 3, **options)] for m in (alone, ranked.model)
         ]
+        for model in (alone, ranked.model):
+            cache = Cache.joined([model.make_cache(adapter=name) for name in ("a", "base", "b")])
+            logits.append(np.array(model(mx.array([[5, 600, 7]] * 3), cache)))
+    np.testing.assert_allclose(logits[1], logits[0], atol=1e-5 * logits[0].std())
     assert texts[0] == texts[1] and len(set(texts[0])) == 3
 
 

@@ -170,7 +170,7 @@ def test_a_decoded_token_is_two_orders_in_the_tensor_split_and_one_in_a_pipeline
     assert all(size < 400 for size in ranked.between.sizes[-12:])
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 def test_orders_of_several_threads_come_one_after_the_other(ranked):
     alone = ranked.model(mx.array([[1, 2, 3]]))
     mx.eval(alone)
