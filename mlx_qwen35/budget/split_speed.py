@@ -7,11 +7,9 @@ add up twice a layer. In a pipeline one computes after the other, and a row goes
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 
-from mlx_qwen35.budget.roofline import DECODE, token_bytes
-from mlx_qwen35.budget.splitting import PIPELINE, TENSOR, Split
-from mlx_qwen35.checkpoint.checkpoint import Checkpoint
+from mlx_qwen35.budget.roofline import DECODE
+from mlx_qwen35.budget.splitting import TENSOR, Split
 from mlx_qwen35.checkpoint.config import TextConfig
 from mlx_qwen35.machine.chip import Chip
 
