@@ -76,10 +76,10 @@ def join(hosts: Sequence[str] | None = None) -> Ranks:
             if launch:
                 launch.close()
             raise
-        names = [host.name for host in launch.hosts] if launch else list(leader.hosts)
+        others = [host.name for host in launch.hosts[1:]] if launch else leader.hosts[1:]
         if launch:
             launch.settled()
-        _joined = Ranks(place, group, leader, names, launch)
+        _joined = Ranks(place, group, leader, ["this machine", *others], launch)
         atexit.register(leave)
         return _joined
 
