@@ -100,22 +100,12 @@ def prepared(
     wanted = find(options.tasks, options.items)
     asked = [own for own in wanted if own.task]
     kl = len(asked) < len(wanted)
-    if kl and not runs_alone(ranks):
-        raise InputError(
-            "ranks_unsupported",
-            "kl must run on one machine: it reads one layer after the other, and needs no room for a whole model. "
-            "Leave --with out, or kl",
-        )
-    if options.text and not kl:
+    if kl:
+        _check_kl(options, ranks)
+    elif options.text:
         raise InputError("option_no_effect", f"{spelled('text')} has no effect without the task kl; leave it out")
     if answers and not asked:
         raise InputError("option_no_effect", f"{listed(answers)} has no effect on kl, which asks nothing; leave it out")
-    if kl and options.against is None:
-        raise InputError(
-            "option_missing",
-            f"{spelled('against')} must be given for kl: the model that this one is compared with, as the source of a "
-            "quantized one",
-        )
     out = Path(options.out or "").expanduser()
     if options.out:
         RunFolder(out).check()
@@ -135,6 +125,21 @@ def prepared(
         read = sequences(subject.checkpoint, options.text, options.items)
         check_tokenizers(read, against.checkpoint, options.text, options.items)
     return Evaluation(options, subject, against, wanted, read)
+
+
+def _check_kl(options: EvalOptions, ranks: RankOptions) -> None:
+    if not runs_alone(ranks):
+        raise InputError(
+            "ranks_unsupported",
+            "kl must run on one machine: it reads one layer after the other, and needs no room for a whole model. "
+            "Leave it out, or the other machines",
+        )
+    if options.against is None:
+        raise InputError(
+            "option_missing",
+            f"{spelled('against')} must be given for kl: the model that this one is compared with, as the source of a "
+            "quantized one",
+        )
 
 
 @dataclass(frozen=True)
