@@ -131,7 +131,7 @@ class Spreading:
         shares = [share_of(checkpoint, own, rank, size) for rank, own in enumerate(layers)]
         others = [Holding(own.of_config(text), limit) for own, limit in zip(shares[1:], limits[1:], strict=True)]
         make = {PIPELINE: pipeline_model, TENSOR: tensor_model}[kind]
-        orders = Orders(self.ranks.leader, self.ranks.leader.heartbeat.lost)
+        orders = Orders(self.ranks.leader, self._lost)
         self._give("load", {
             "name": name, "dtype": dtype_name(dtype),
             "layers": [[own.start, own.stop] for own in ranges] if kind == PIPELINE else None,
@@ -167,6 +167,10 @@ class Spreading:
             model.memory_limit = max(1, bisect.bisect_left(range(limit), True, key=too_much) - 1)
 
     # --- orders ---
+
+    def _lost(self, reason: str) -> NoReturn:
+        self.ranks.leader.heartbeat.lost(reason)
+        raise AssertionError("it ends the process")
 
     def _give(self, name: str, fields: Mapping[str, Any]) -> None:
         self.ranks.leader.give(Order(name, fields))
