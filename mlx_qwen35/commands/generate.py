@@ -27,6 +27,7 @@ from mlx_qwen35.console.progress import Step
 from mlx_qwen35.console.run import as_command, refuse_with_ranks, require_model
 from mlx_qwen35.console.safe import safe_name
 from mlx_qwen35.console.streams import read_file, read_input, standard_input
+from mlx_qwen35.distributed.ranks import ranks
 from mlx_qwen35.engine.conversation import Turn
 from mlx_qwen35.engine.encode import one_message
 from mlx_qwen35.engine.generation import start
@@ -109,6 +110,12 @@ def read_prompt(args: argparse.Namespace) -> str:
     if args.prompt is None and standard_input().isatty():
         raise InputError(
             "option_missing", "a prompt must be given: --prompt TEXT, --prompt-file FILE, or text on standard input"
+        )
+    if (joined := ranks()) and not joined.launch:
+        raise InputError(
+            "option_missing",
+            "a prompt must be given by --prompt TEXT or --prompt-file FILE to ranks of mlx.launch, which never passes "
+            "on the end of standard input",
         )
     return read_input()
 

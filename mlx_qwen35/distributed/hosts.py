@@ -1,6 +1,7 @@
 """The other machines: how they are named, whether they can be reached, and by which addresses they reach each other."""
 
 import json
+import os
 import shlex
 import socket
 import subprocess
@@ -121,6 +122,8 @@ def _read(file: Path) -> Hostfile:
 def _addresses(host: Host) -> tuple[str, str]:
     """The address by which a machine reaches this one, and its own. InputError where it cannot be reached."""
     if host.is_here:
+        if not os.access(host.python, os.X_OK):
+            raise _without_python(host)
         return HERE, HERE
     ours, _, theirs, _ = (_look(host).split() + [""] * 4)[:4]
     if theirs:
@@ -159,10 +162,7 @@ def _ssh(host: Host, options: Sequence[str], script: str) -> str:
     except subprocess.TimeoutExpired as error:
         raise unreachable(host, f"it did not answer within {SECONDS:.0f} s") from error
     if ran.returncode == _NO_PYTHON:
-        raise unreachable(
-            host,
-            f"it has no Python at {host.python}, where this machine's is. Say where it is: {host.name}:/PATH/OF/PYTHON",
-        )
+        raise _without_python(host)
     if ran.returncode == _NO_PACKAGE:
         raise unreachable(host, f"its {host.python} has no mlx_qwen35. Install the same version there")
     if ran.returncode:
@@ -172,6 +172,10 @@ def _ssh(host: Host, options: Sequence[str], script: str) -> str:
             f"{said}. It must be reached without a password or a question; see whether this works: ssh {host.name}",
         )
     return ran.stdout
+
+
+def _without_python(host: Host) -> InputError:
+    return unreachable(host, f"it has no Python at {host.python}. Say where it is: {host.name}:/PATH/OF/PYTHON")
 
 
 def unreachable(host: Host, why: str) -> InputError:

@@ -4,6 +4,7 @@ import atexit
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from mlx_qwen35.distributed.control import LeaderEnd
 from mlx_qwen35.distributed.group import Group
 from mlx_qwen35.distributed.hosts import HERE, hostfile_of
 from mlx_qwen35.distributed.launch import Launch
-from mlx_qwen35.distributed.place import Place, check_ring, close_input, this_place
+from mlx_qwen35.distributed.place import SECONDS, Place, check_ring, close_input, this_place
 from mlx_qwen35.distributed.ring import open_group
 from mlx_qwen35.distributed.serving import obey
 from mlx_qwen35.errors import InputError
@@ -133,7 +134,8 @@ def as_rank(command: str, spreads: bool) -> Iterator[None]:
     """
     place = this_place()
     if place and not spreads:
-        if place.rank:
+        if place.rank:  # mlx.launch ends this one once rank 0 has told why, and would end that if this one were first
+            time.sleep(SECONDS)
             _end(2)
         raise InputError(
             "ranks_unsupported",
