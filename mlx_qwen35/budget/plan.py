@@ -203,7 +203,8 @@ def loaded_bytes(checkpoint: Checkpoint, tensors: list[str], dtype: mx.Dtype) ->
         if entry.dtype.startswith("U"):
             total += entry.nbytes
         else:
-            total += entry.nbytes // DTYPE_BYTES[entry.dtype] * (dtype.size if takes_dtype(name) and entry.lazy else 4)
+            cast = takes_dtype(name) and (entry.lazy or entry.partial)
+            total += entry.nbytes // DTYPE_BYTES[entry.dtype] * (dtype.size if cast else 4)
     return total
 
 

@@ -16,6 +16,21 @@ def lazy_arrays(checkpoint: Checkpoint, names: list[str]) -> dict[str, mx.array]
     return arrays | {name: array for name, array in checkpoint.replaced.items() if name in names}
 
 
+def is_read_at_once(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether `lazy_arrays` reads this tensor when it is called: a part of one in a file, that is not empty."""
+    entry = checkpoint.entries[name]
+    return entry.partial and entry.nbytes > 0 and name not in checkpoint.replaced
+
+
+def read_array(checkpoint: Checkpoint, name: str, dtype: mx.Dtype | None) -> mx.array:
+    """A tensor in memory, in raw layout. dtype: of floating point numbers; None: as stored."""
+    array = lazy_arrays(checkpoint, [name])[name]
+    if dtype is not None and mx.issubdtype(array.dtype, mx.floating):
+        array = array.astype(dtype)
+    mx.eval(array)
+    return array
+
+
 def to_raw(name: str, array: mx.array, folded: bool) -> mx.array:
     """An array in MLX's layout -> in raw layout. The 1 is subtracted from folded norms in float32, which is exact."""
     if name.endswith("conv1d.weight"):

@@ -47,7 +47,6 @@ _RULES: Mapping[str, Rule] = {
     "mlp.down_proj": (COLUMNS, None),
 }
 
-_WHOLE: Rule = (ROWS, None)
 _VOCABULARY = (f"{TEXT}embed_tokens", "lm_head")
 
 # What each machine has as much of.
@@ -99,10 +98,31 @@ class Share:
         if not layers or layers.step != 1 or layers.start < 0 or layers.stop > count:
             raise InputError(
                 "split_unfit",
-                f"a machine must hold at least one of the layers 0 to {count - 1}, side by side; got the layers from "
-                f"{layers.start} up to and without {layers.stop}",
+                f"a machine must hold one of the layers 0 to {count - 1} at least, and all of its layers must be side "
+                f"by side; got {layers}",
             )
         return cls(layers, range(0 if layers.start else config.vocab_size))
+
+    @classmethod
+    def pipelines(cls, config: TextConfig, ranges: Sequence[range]) -> list["Share"]:
+        """The shares of all machines, which hold these layers, one range each.
+
+        Raises InputError split_unfit unless the ranges, in their order, are all layers of the model, each once.
+        """
+        if len(ranges) > (count := config.num_hidden_layers):
+            raise InputError(
+                "split_unfit",
+                f"each machine must hold a layer at least; the model has {count}, and there are {len(ranges)} machines",
+                "Leave some out",
+            )
+        shares = [cls.pipeline(config, layers) for layers in ranges]
+        ends = [0, *(layers.stop for layers in ranges)]
+        if [*(layers.start for layers in ranges), count] != ends:
+            told = ", ".join(f"{layers[0]} to {layers[-1]}" for layers in ranges) or "none"
+            raise InputError(
+                "split_unfit", f"the machines must hold the layers 0 to {count - 1} in turn, each once; got {told}"
+            )
+        return shares
 
     def of_config(self, config: TextConfig) -> TextConfig:
         """The configuration of what is held: its layers, heads, widths and rows, as of a smaller model."""
@@ -152,7 +172,7 @@ class Share:
                 yield name, name, value
                 continue
             number, dot, rest = name.removeprefix(_LAYERS).partition(".")
-            if int(number) in self.layers:
+            if number.isdecimal() and int(number) in self.layers:
                 yield f"{_LAYERS}{int(number) - self.layers.start}{dot}{rest}", name, value
 
     def _renamed(self, quantization: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,9 +187,9 @@ class Share:
         module = _module(name)
         if module in ("embed_tokens", "lm_head"):
             return ROWS, [self.rows]
-        axis, widths = _RULES.get(module, _WHOLE)
         if module not in _RULES:
             return ROWS, [range(shape[0])]
+        axis, widths = _RULES[module]
         start, ranges = 0, []
         for width in widths(config) if widths else (shape[axis],):
             own = width // self.parts
@@ -192,7 +212,7 @@ def _check_groups(config: TextConfig, entries: Mapping[str, Entry], parts: int) 
     groups = {
         name: entry.shape[COLUMNS]
         for name, entry in entries.items()
-        if name.endswith(".scales") and _RULES.get(_module(name), _WHOLE)[0] == COLUMNS
+        if name.endswith(".scales") and _RULES.get(_module(name), (ROWS, None))[0] == COLUMNS
     }
     if odd := [f"{name} {count}" for name, count in groups.items() if count % parts]:
         raise _unfit(
@@ -207,7 +227,9 @@ def _divided(config: TextConfig) -> dict[str, int]:
 
 
 def _sliced(array: mx.array, axis: int, ranges: Sequence[range]) -> mx.array:
-    """These ranges of an axis of an array, in memory of their own."""
+    """These ranges of an axis of an array, in memory of their own; the array itself for all of it."""
+    if [*ranges] == [range(array.shape[axis])]:
+        return array
     index = (slice(None),) * axis
     parts = [array[(*index, slice(own.start, own.stop))] for own in ranges]
     return mx.contiguous(parts[0] if len(parts) == 1 else mx.concatenate(parts, axis))

@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from mlx_qwen35.backend import backend
 from mlx_qwen35.checkpoint import float16
-from mlx_qwen35.checkpoint.arrays import check_finite, lazy_arrays
+from mlx_qwen35.checkpoint.arrays import check_finite, is_read_at_once, lazy_arrays, read_array
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.names import HEAD, takes_dtype
 from mlx_qwen35.kernels.low_rank import Maps
@@ -107,7 +107,10 @@ class Weights:
 def read_weights(
     checkpoint: Checkpoint, names: list[str], dtype: mx.Dtype, progress: Progress = lambda done, total: None
 ) -> Weights:
-    """The tensors of these names, lazily read. Tensors beyond the range of float16 stay in float32, with a warning."""
+    """The tensors of these names, lazily read; parts of tensors are read here.
+
+    Tensors beyond the range of float16 stay in float32, with a warning.
+    """
     check_finite(checkpoint, names)
     keep_fp32: dict[str, str] = {}
     if dtype == mx.float16:
@@ -119,7 +122,12 @@ def read_weights(
         )
         if keep_fp32:
             float16.tell(keep_fp32)
-    arrays = lazy_arrays(checkpoint, names)
+    parts = [name for name in names if is_read_at_once(checkpoint, name)]
+    arrays = lazy_arrays(checkpoint, [name for name in names if name not in set(parts)])
+    apart = {name.rpartition(".")[0] for name in keep_fp32}  # modules whose tensors are cast to float32 together
+    for name in _counted(checkpoint, parts, progress):  # each is cast before the next is read
+        cast = takes_dtype(name) and name.rpartition(".")[0] not in apart
+        arrays[name] = read_array(checkpoint, name, dtype if cast else None)
     return Weights(arrays, checkpoint.quantization, dtype, checkpoint.config.text.rms_norm_eps, keep_fp32)
 
 
