@@ -8,7 +8,8 @@ import signal
 import socket
 import struct
 import time
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 
 import mlx.core as mx
 import numpy as np
@@ -17,7 +18,7 @@ from mlx_qwen35.distributed.channel import Order
 from mlx_qwen35.distributed.control import FollowerEnd, LeaderEnd
 from mlx_qwen35.distributed.frames import FrameError, receive
 from mlx_qwen35.distributed.group import Group
-from mlx_qwen35.distributed.heartbeat import Heartbeat, Pace, Peer, sigterm_as_bytes
+from mlx_qwen35.distributed.heartbeat import Heartbeat, Peer, sigterm_as_bytes
 from mlx_qwen35.errors import InputError
 
 TOKEN = 32  # bytes
@@ -26,17 +27,19 @@ _MOST_NAME = 64  # bytes
 _HELLO = struct.Struct(f"!{TOKEN}sHH{_MOST_NAME}s")  # token, rank, which of its connections, name of its machine
 _BOTH = range(2)
 _ORDERS, _BEATS = _BOTH
+Beating = Callable[..., Heartbeat]  # Heartbeat, or with another pace
 _MOST_STRANGERS = 64  # connections at a time that have not shown the token
 
 
-def lead(group: Group, host: str, pace: Pace = Pace()) -> LeaderEnd:
+def lead(group: Group, host: str, beating: Beating = Heartbeat, wait: float = WAIT) -> LeaderEnd:
     """Rank 0's end, once every other rank has connected. host: the address that they reach this machine by.
+    wait: seconds for them.
 
     InputError control_failed where it cannot listen there, or a rank does not come.
     """
     token = secrets.token_bytes(TOKEN)
     try:
-        listener = socket.create_server((host, 0), backlog=2 * group.size)
+        listener = socket.create_server((host, 0), backlog=128)
     except OSError as error:
         _exchange(group, bytes(TOKEN), 0)  # which tells the others
         raise InputError(
@@ -47,28 +50,33 @@ def lead(group: Group, host: str, pace: Pace = Pace()) -> LeaderEnd:
     with listener:
         _exchange(group, token, listener.getsockname()[1])
         door = _Door(listener, token, group.size)
-        door.admit_all(WAIT)
+        door.admit_all(wait)
     hosts = [door.hosts[rank] for rank in range(group.size)]
     orders = {rank: door.inside[rank, _ORDERS] for rank in range(1, group.size)}
     peers = {rank: Peer(hosts[rank], door.inside[rank, _BEATS]) for rank in range(1, group.size)}
-    leader = LeaderEnd(hosts, orders, Heartbeat(0, peers, pace, signals=sigterm_as_bytes()))
+    leader = LeaderEnd(hosts, orders, beating(0, peers, signals=sigterm_as_bytes()))
     leader.give(Order("welcome", {"hosts": hosts}))
     return leader
 
 
-def follow(group: Group, host: str, pace: Pace = Pace()) -> FollowerEnd:
+def follow(group: Group, host: str, beating: Beating = Heartbeat) -> FollowerEnd:
     """The end of any other rank. host: rank 0's address. From here on Ctrl-C is rank 0's affair, and ignored here.
 
     InputError control_failed where rank 0 cannot be reached.
     """
     token, port = _exchange(group, bytes(TOKEN), 0)
+    node = platform.node().encode()[:_MOST_NAME]
     try:
         if not port:
             raise ConnectionError("it cannot listen there")
-        node = platform.node().encode()[:_MOST_NAME]
-        orders, beats = (_connect(host, port, _HELLO.pack(token, group.rank, which, node)) for which in _BOTH)
-        hosts = receive(orders).fields["hosts"]
-        orders.settimeout(None)
+        with ExitStack() as opened:
+            orders, beats = (
+                opened.enter_context(_connect(host, port, _HELLO.pack(token, group.rank, which, node)))
+                for which in _BOTH
+            )
+            hosts = receive(orders).fields["hosts"]
+            orders.settimeout(None)
+            opened.pop_all()
     except (OSError, EOFError, FrameError) as error:
         raise InputError(
             "control_failed",
@@ -78,7 +86,7 @@ def follow(group: Group, host: str, pace: Pace = Pace()) -> FollowerEnd:
     with suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     peers = {0: Peer(hosts[0], beats)}
-    return FollowerEnd(hosts, {0: orders}, Heartbeat(group.rank, peers, pace, signals=sigterm_as_bytes()))
+    return FollowerEnd(hosts, {0: orders}, beating(group.rank, peers, signals=sigterm_as_bytes()))
 
 
 def _exchange(group: Group, token: bytes, port: int) -> tuple[bytes, int]:
@@ -121,6 +129,8 @@ class _Door:
         for stranger in self._strangers:
             stranger.close()
         if self._wanted:
+            for connection in self.inside.values():
+                connection.close()
             missing = " and ".join(str(rank) for rank in sorted({rank for rank, _ in self._wanted}))
             raise InputError(
                 "control_failed",

@@ -35,6 +35,9 @@ class Pace:
     grace: float = 0.5  # from SIGTERM to the end: mlx.launch sends it where a peer was lost, which is told first
 
 
+PACE = Pace()
+
+
 @dataclass(frozen=True)
 class Peer:
     """host: its name, for messages. connection: which nothing but beats and last words go over."""
@@ -81,7 +84,7 @@ class Heartbeat:
         self,
         rank: int,
         peers: Mapping[int, Peer],
-        pace: Pace = Pace(),
+        pace: Pace = PACE,
         end: Callable[[int], object] = os._exit,
         say: Callable[[str], object] = tell,
         signals: socket.socket | None = None,
@@ -89,7 +92,7 @@ class Heartbeat:
         self._rank, self._peers, self._pace, self._end, self._say = rank, dict(peers), pace, end, say
         self._signals, self._ends_at = signals, float("inf")
         self._over, self._lock = threading.Event(), threading.Lock()
-        self._status = FAILED
+        self._status, self._ends = FAILED, False
         self._pending = dict.fromkeys(peers, b"")
         for peer in peers.values():
             peer.connection.setblocking(False)
@@ -98,35 +101,32 @@ class Heartbeat:
 
     def goodbye(self) -> None:
         """Rank 0 ends well: every other rank ends with 0, and says nothing."""
-        self._leave(0)
+        self._settle(0)
+        self._thread.join()
 
     def give_up(self) -> None:
         """Rank 0 ends with an error that it tells itself: every other rank ends with 1, and says nothing."""
-        self._leave(FAILED)
+        self._settle(FAILED)
+        self._thread.join()
 
     def fail(self, reason: str) -> None:
         """Another rank ends with an error: rank 0 tells the reason, and every rank ends with 1. Ends this process."""
-        self._leave(FAILED, reason)
-        self._end(FAILED)
+        self._settle(FAILED, reason, ends=True)
+        self._thread.join()
 
     def lost(self, reason: str) -> None:
         """What the main thread does when a collective or an order breaks: the fault that the beats find is told, or
         this reason if they find none. Ends this process.
         """
-        if self._over.wait(self._pace.silence + self._pace.beat):
-            self._thread.join()  # which ends the process
-        elif self._rank:
-            self.fail(reason)
-        else:
+        if not self._over.wait(self._pace.silence + self._pace.beat):
+            if self._rank:
+                self.fail(reason)
             self._fault(reason)
+        self._thread.join()
 
     def ended_well(self) -> bool:
-        """Whether rank 0 has said goodbye."""
-        return self._over.is_set() and self._status == 0
-
-    def _leave(self, status: int, reason: str = "") -> None:
-        self._settle(status, reason)
-        self._thread.join(self._pace.beat + self._pace.leave)
+        """Whether rank 0 has said goodbye, which is known once the orders end."""
+        return self._over.wait(self._pace.silence + self._pace.beat) and self._status == 0
 
     def _run(self) -> None:
         heard = dict.fromkeys(self._peers, time.monotonic())
@@ -148,7 +148,7 @@ class Heartbeat:
                         heard[key.data] = time.monotonic()
                         self._hear(key.data)
                 self._judge(heard, now)
-        self._drain()
+        self._part()
 
     def _judge(self, heard: Mapping[int, float], now: float) -> None:
         """End where it is time to. now: before the peers were last listened to, however long this process lay still."""
@@ -158,9 +158,8 @@ class Heartbeat:
                     f"{self._named(rank)} has not been heard from for {self._pace.silence:g} s: it hangs, sleeps or "
                     "lacks memory, or the network between is gone"
                 )
-        if now >= self._ends_at and self._settle(FAILED, "it was ended by SIGTERM" if self._rank else ""):
-            self._drain()
-            self._end(128 + signal.SIGTERM)  # as shells have it
+        if now >= self._ends_at:
+            self._settle(128 + signal.SIGTERM, "it was ended by SIGTERM" if self._rank else "", ends=True)
 
     def _hear_signal(self) -> None:
         assert self._signals
@@ -189,49 +188,50 @@ class Heartbeat:
     def _obey(self, rank: int, status: int, reason: str) -> None:
         """Last words of a peer. A reason is for rank 0 to tell; without one it was told, or there is nothing to."""
         if reason:
-            return self._fault(f"{self._named(rank)} failed: {reason}")
-        if self._settle(status):
-            if status == 0:
-                time.sleep(self._pace.leave)  # for the main thread to end by itself
-            self._drain()
-            self._end(status)
+            self._fault(f"{self._named(rank)} failed: {reason}")
+        else:
+            self._settle(FAILED if status else 0, ends=True)
 
     def _fault(self, line: str) -> None:
-        """A peer is lost. Ends this process."""
-        if self._settle(FAILED):
-            if self._rank <= 1:
-                self._say(f"{line}. All ranks have ended")
-            self._drain()
-            self._end(FAILED)
+        """Something broke: rank 0 tells it, rank 1 where that is lost. Ends every process."""
+        self._settle(FAILED, ends=True, line=f"{line}. All ranks have ended" if self._rank <= 1 else "")
 
     def _named(self, rank: int) -> str:
         return f"rank {rank} ({self._peers[rank].host})"
 
-    def _settle(self, status: int, reason: str = "") -> bool:
-        """Tell every peer how it ends, and let the beats stop. Whether this was the first to settle it."""
+    def _settle(self, status: int, reason: str = "", ends: bool = False, line: str = "") -> None:
+        """Once: say the line, tell every peer how it ends, let the beats stop. ends: this process does so, too."""
         with self._lock:
             if self._over.is_set():
-                return False
-            self._status = status
+                return
+            self._status, self._ends = status, ends
             self._over.set()
-        words = {"status": status, "reason": " ".join(reason.split())[:_MOST_REASON]}
-        self._send(json.dumps(words).encode() + b"\n")
-        for peer in self._peers.values():
-            with suppress(OSError):
-                peer.connection.shutdown(socket.SHUT_WR)
-        return True
+            if line:
+                self._say(line)
+            words = {"status": status, "reason": " ".join(reason.split())[:_MOST_REASON]}
+            self._send(json.dumps(words).encode() + b"\n")
+            for peer in self._peers.values():
+                with suppress(OSError):
+                    peer.connection.shutdown(socket.SHUT_WR)
 
     def _send(self, content: bytes) -> None:
         for peer in self._peers.values():
             with suppress(OSError):  # a full buffer: the peer reads nothing; a broken one is seen when it is read
                 peer.connection.send(content)
 
-    def _drain(self) -> None:
-        """Read until every peer has closed its end: what a process leaves unread may cost its peer the last words."""
-        until = time.monotonic() + self._pace.leave
+    def _part(self) -> None:
+        """Read until every peer has closed its end, since what a process leaves unread may cost its peer the last
+        words; then end this process, where that is settled.
+        """
+        with self._lock:  # the last words are sent
+            until = time.monotonic() + self._pace.leave
         for peer in self._peers.values():
-            with suppress(OSError):
+            with suppress(OSError), peer.connection:
                 while (left := until - time.monotonic()) > 0:
                     peer.connection.settimeout(left)
                     if not peer.connection.recv(_MOST_WORDS):
                         break
+        if self._ends:
+            if self._status == 0:
+                time.sleep(self._pace.leave)  # for the main thread to end by itself
+            self._end(self._status)
