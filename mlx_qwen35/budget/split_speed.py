@@ -7,11 +7,9 @@ add up twice a layer. In a pipeline one computes after the other, and a row goes
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 
-from mlx_qwen35.budget.roofline import DECODE, token_bytes
-from mlx_qwen35.budget.splitting import PIPELINE, TENSOR, Split
-from mlx_qwen35.checkpoint.checkpoint import Checkpoint
+from mlx_qwen35.budget.roofline import DECODE
+from mlx_qwen35.budget.splitting import TENSOR, Split
 from mlx_qwen35.checkpoint.config import TextConfig
 from mlx_qwen35.machine.chip import Chip
 
@@ -58,7 +56,9 @@ def pipeline_seconds(nbytes: Sequence[float], rates: Sequence[float], hop: float
     return sum(map(one_seconds, nbytes, rates)) + len(nbytes) * hop
 
 
-def split_seconds(split: Split, parts: Sequence[float], rates: Sequence[float], link: Link, config: TextConfig) -> float:
+def split_seconds(
+    split: Split, parts: Sequence[float], rates: Sequence[float], link: Link, config: TextConfig
+) -> float:
     """Seconds of a token. parts: bytes that a token moves on each machine. config: of the whole model."""
     if split.kind == TENSOR:
         return tensor_seconds(parts, rates, collectives(config), link.all_sum) + link.round_trip / 2  # the order

@@ -60,7 +60,7 @@ class Split:
 
 
 def split_of(backend: str) -> str:
-    """What `auto` means: tensor over jaccl, whose sums take microseconds, else a pipeline, which sends twice a token."""
+    """What `auto` means: tensor over jaccl, whose sums take microseconds; else a pipeline, which sums nothing."""
     return TENSOR if backend == "jaccl" else PIPELINE
 
 

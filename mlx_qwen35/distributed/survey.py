@@ -1,0 +1,276 @@
+"""What each of several machines is and has, and how fast they are together, before a model is loaded.
+
+Rank 0 asks (`Survey`), every rank answers (`answer`). Both sides run the same duty where ranks compute together.
+"""
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_qwen35.backend import backend, device_name, system_memory
+from mlx_qwen35.budget.split_speed import Link
+from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.dtypes import DTYPES
+from mlx_qwen35.checkpoint.fingerprint import fingerprint
+from mlx_qwen35.checkpoint.hub import is_local, published, resolve
+from mlx_qwen35.distributed.channel import Follower, Leader, Order
+from mlx_qwen35.distributed.group import Group
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.kernels.attention import attention_impl
+from mlx_qwen35.machine.chip import this_chip
+from mlx_qwen35.machine.memory import usable_bytes
+from mlx_qwen35.machine.pressure import NORMAL, pressure
+from mlx_qwen35.machine.versions import versions
+from mlx_qwen35.model.layers import Linear
+from mlx_qwen35.quantization import Quantization
+
+ECHOES = 200  # orders whose round trip is measured
+SUMS = 200
+SENDS, SENT = 3, 8 << 20  # arrays that go each way, and bytes of each
+READS, READ = 7, 64 << 20  # products that are timed, and most bytes of the matrix
+RDMA = "/usr/bin/rdma_ctl"
+Fields = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of every machine: a model to look for, and the forms that it would be computed in.
+
+    model: its name, or None. limit: bytes that a model may take on rank 0, or None for what suits each machine.
+    matrix: rows and columns of one whose reading is timed, of the quantization (group_size, bits, mode) or None.
+    """
+
+    model: str | None
+    revision: str | None
+    dtype: str
+    head_dim: int
+    matrix: tuple[int, int]
+    quantization: tuple[int, int, str] | None
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of one machine.
+
+    chip: its name. apple: whether that is an Apple chip whose figures are known. memory, limit, available: bytes that
+    it has, that a model may take, and that are free now (None: not told). short: whether the system says that memory is
+    short. backends: name -> why it cannot be used, "" where it can. fingerprint: of the model; None where it is not on
+    its disk, for the reason `fault`. rate: bytes of weights a second, measured; None on an Apple chip.
+    """
+
+    chip: str
+    apple: bool
+    memory: int
+    limit: int
+    available: int | None
+    short: bool
+    system: str
+    versions: Mapping[str, str]
+    backends: Mapping[str, str]
+    attention_impl: str
+    fingerprint: str | None
+    fault: str
+    rate: float | None = None
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of many, in seconds: the median, the best, and the one that 95 of 100 do not exceed."""
+
+    median: float
+    best: float
+    late: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "Times":
+        found = sorted(seconds)
+        return cls(found[len(found) // 2], found[0], found[min(len(found) - 1, len(found) * 95 // 100)])
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """facts: of every rank. round_trip: of an order and the answers of all. all_sum: of a row of hidden states.
+    bandwidth: bytes a second from each rank to the next, the last one's to rank 0.
+    """
+
+    facts: Sequence[Facts]
+    round_trip: Times
+    all_sum: Times
+    bandwidth: Sequence[float]
+
+    @property
+    def link(self) -> Link:
+        return Link(self.round_trip.median, self.all_sum.median, min(self.bandwidth))
+
+
+# --- every rank ------------------------------------------------------------------------------------------------------
+
+
+def look(question: Question) -> Facts:
+    """The facts of this machine, but for its rate."""
+    chip = this_chip()
+    found, fault = (None, "") if question.model is None else stored(question.model, question.revision)
+    return Facts(
+        chip=chip.name if chip else device_name(mx.default_device().type), apple=bool(chip and backend().watchdog),
+        memory=system_memory(), limit=usable_bytes(question.limit), available=_available(),
+        short=(pressure() or NORMAL) > NORMAL, system=platform.platform(terse=True),
+        versions=versions() | {"Python": platform.python_version()}, backends=backends(),
+        attention_impl=attention_impl(question.head_dim, DTYPES[question.dtype]), fingerprint=found, fault=fault,
+    )  # fmt: skip
+
+
+def stored(model: str, revision: str | None) -> tuple[str | None, str]:
+    """The fingerprint of a checkpoint on this machine's disk, or None and why there is none. Nothing is downloaded."""
+    try:
+        found = resolve(model, revision) if is_local(model, revision) else published(model, revision)
+        if not isinstance(found, Path):
+            return None, f"{model} is not on its disk"
+        return fingerprint(open_checkpoint(found)), ""
+    except InputError as error:
+        return None, error.fault
+
+
+def backends() -> dict[str, str]:
+    """Name -> why ranks cannot be joined by it, "" where they can."""
+    found = {name: "" if mx.distributed.is_available(name) else "this MLX has none" for name in ("ring", "jaccl")}
+    if platform.system() == "Darwin" and not found["jaccl"]:
+        state = _rdma()
+        found["jaccl"] = "" if state == "enabled" else f"rdma_ctl says {state}"
+    return found
+
+
+def _rdma() -> str:
+    """What macOS says of RDMA over Thunderbolt."""
+    try:
+        asked = subprocess.run([RDMA, "status"], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"nothing ({error})"
+    return " ".join(asked.stdout.split()) or "nothing"
+
+
+def _available() -> int | None:
+    """Bytes that programs can take before the system swaps, where it tells (Linux)."""
+    file = Path("/proc/meminfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def read_rate(question: Question) -> float:
+    """Bytes of weights a second that this machine reads for one row, by the product that a model would run."""
+    (rows, columns), dtype = question.matrix, DTYPES[question.dtype]
+    how = Quantization(*question.quantization) if question.quantization else None
+    rows = max(64, min(rows, READ // (columns * (4 if how is None else 1))))
+    if how is None:
+        parts = {"weight": mx.zeros((rows, columns), dtype)}
+    else:
+        scales = mx.uint8 if how.mode != "affine" else dtype
+        parts = {
+            name: mx.zeros(shape, mx.uint32 if name == "weight" else scales)
+            for name, shape in how.parts((rows, columns)).items()
+        }
+    linear, row = Linear(parts, how), mx.ones((1, columns), dtype)
+    seconds = _timed(READS, lambda: mx.eval(linear(row)))
+    return sum(part.nbytes for part in parts.values()) / Times.of(seconds).median
+
+
+def _timed(count: int, run: Callable[[], object]) -> list[float]:
+    """Seconds of each of so many runs, after one that is not counted."""
+    run()
+    seconds = []
+    for _ in range(count):
+        begin = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - begin)
+    return seconds
+
+
+def _sum(group: Group, fields: Fields) -> dict[str, Any]:
+    row = mx.zeros((1, 1, fields["width"]), DTYPES[fields["dtype"]])
+    return {"seconds": _timed(fields["count"], lambda: mx.eval(group.all_sum(row)))}
+
+
+def _send(group: Group, fields: Fields) -> dict[str, Any]:
+    """Send an array from one rank to its neighbour, which says how long it took to come."""
+    source, to, shape = fields["source"], fields["to"], (fields["nbytes"] // 4,)
+    if group.rank == source:
+        array = mx.zeros(shape)
+        mx.eval(array)
+        return {"seconds": _timed(fields["count"], lambda: mx.eval(group.send(array, to)))}
+    if group.rank == to:
+        return {"seconds": _timed(fields["count"], lambda: mx.eval(group.receive(shape, mx.float32, source)))}
+    return {}
+
+
+def _look(group: Group, fields: Fields) -> dict[str, Any]:
+    return asdict(look(_question(fields)))
+
+
+def _rate(group: Group, fields: Fields) -> dict[str, Any]:
+    return {"rate": read_rate(_question(fields["question"])) if group.rank == fields["rank"] else None}
+
+
+def _question(fields: Fields) -> Question:
+    how = fields["quantization"]
+    return Question(**{**fields, "matrix": tuple(fields["matrix"]), "quantization": tuple(how) if how else None})
+
+
+_DUTIES: Mapping[str, Callable[[Group, Fields], dict[str, Any]]] = {
+    "survey.look": _look, "survey.echo": lambda group, fields: {}, "survey.sum": _sum, "survey.send": _send,
+    "survey.rate": _rate,
+}  # fmt: skip
+
+
+def answer(group: Group, follower: Follower, order: Order | None) -> None:
+    """Do what a survey asks of another rank, until rank 0 ends. order: the first one."""
+    while order is not None:
+        follower.answer(_DUTIES[order.name](group, order.fields))
+        order = follower.take()
+
+
+def is_of_survey(order: Order) -> bool:
+    """Whether an order is one of a survey."""
+    return order.name in _DUTIES
+
+
+# --- rank 0 ----------------------------------------------------------------------------------------------------------
+
+
+def survey(
+    group: Group, leader: Leader, question: Question, width: int, step: Callable[[str], object] = lambda what: None
+) -> Surveyed:
+    """Ask every rank and measure, in some seconds. width: of a hidden state. step: told what is done next."""
+
+    def ask(name: str, **fields: Any) -> list[dict[str, Any]]:
+        """What every rank answers, this one first."""
+        leader.give(Order(name, fields))
+        own = _DUTIES[name](group, fields)
+        return [own, *map(dict, leader.answers())]
+
+    step("looking at the machines")
+    facts = [Facts(**told) for told in ask("survey.look", **asdict(question))]
+    step("measuring the link")
+    round_trip = Times.of(_timed(ECHOES, lambda: ask("survey.echo")))
+    all_sum = Times.of(ask("survey.sum", count=SUMS, width=width, dtype=question.dtype)[0]["seconds"])
+    bandwidth = []
+    for source in range(group.size):
+        to = (source + 1) % group.size
+        told = ask("survey.send", source=source, to=to, nbytes=SENT, count=SENDS)[to]
+        bandwidth.append(SENT / Times.of(told["seconds"]).median)
+    step("measuring how fast weights are read")
+    rates = [None if own.apple else _rate_of(ask, rank, question) for rank, own in enumerate(facts)]
+    known = [Facts(**{**asdict(own), "rate": rate}) for own, rate in zip(facts, rates, strict=True)]
+    return Surveyed(known, round_trip, all_sum, bandwidth)
+
+
+def _rate_of(ask: Callable[..., list[dict[str, Any]]], rank: int, question: Question) -> float:
+    """One machine after the other: they may be one."""
+    rate = ask("survey.rate", rank=rank, question=asdict(question))[rank]["rate"]
+    assert isinstance(rate, float)
+    return rate
