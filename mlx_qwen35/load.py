@@ -229,7 +229,8 @@ def load_model(
     altered = share.of(altered) if share else altered
     config = altered.config.text
     names = [stored for stored, _ in altered.part(text_shapes(config))]
-    check_model_fits(altered, dtype, limit, name, adapters.listed)
+    beside = {own: share.of_adapter(one, checkpoint) if share else one for own, one in adapters.adapters.items()}
+    check_model_fits(altered, dtype, limit, name, list(beside.values()))
     set_limits(limit)
     if dtype == mx.float32:
         warn_shortened_products()
@@ -244,8 +245,8 @@ def load_model(
         progress(done, total)
     mx.eval(model.parameters(), model.rotary.frequencies, model.rotary.axes)  # pending work belongs to this thread
     progress(total, total)
-    for own, adapter in adapters.adapters.items():
-        model.adapters.add(own, share.of_adapter(adapter, checkpoint) if share else adapter, replaced)
+    for own, adapter in beside.items():
+        model.adapters.add(own, adapter, replaced)
     model.adapters.default = adapters.default
     model.adapters.stack(model)
     mx.clear_cache()
@@ -258,9 +259,9 @@ def load_model(
 
     mtp_head = model.mtp = _draft_head(later, dtype, model.adapters)
     if has_vision(checkpoint):  # the lambda must not hold the model, which would then hold itself
-        encoder, beside = loaded_bytes(later(), vision_names(checkpoint), dtype), model.adapters
+        encoder, loaded = loaded_bytes(later(), vision_names(checkpoint), dtype), model.adapters
         model.vision = LazyPart(
-            lambda: beside.stack(load_vision_encoder(later(), dtype, mtp_head, limit)), encoder,
+            lambda: loaded.stack(load_vision_encoder(later(), dtype, mtp_head, limit)), encoder,
             fingerprint=functools.cache(lambda: vision_fingerprint(checkpoint)),
         )  # fmt: skip
     model.fingerprint = functools.cache(lambda: fingerprint(checkpoint))

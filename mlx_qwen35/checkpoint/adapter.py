@@ -19,7 +19,7 @@ from mlx_qwen35.checkpoint.arrays import lazy_arrays, to_raw
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.folder import shorten
 from mlx_qwen35.checkpoint.names import HEAD, TABLE, is_zero_centred
-from mlx_qwen35.checkpoint.tensors import Entry, as_array, open_arrays, pieces
+from mlx_qwen35.checkpoint.tensors import Entry, as_array, open_arrays
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.options import spelled
 from mlx_qwen35.values import number, shown
@@ -151,7 +151,7 @@ def _fingerprint(parts: Parts, scale: float) -> str:
         own = parts.declared[name].scale * scale if name in parts.declared else None
         entry = stored.entry
         digest.update(json.dumps([name, kind, stored.transposed, own, entry.dtype, entry.shape]).encode())
-        for piece in pieces(entry):
+        for piece in entry.pieces():
             digest.update(piece)
             if not mx.isfinite(as_array(piece, entry.dtype)).all().item():
                 raise InputError(

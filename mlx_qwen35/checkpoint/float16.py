@@ -28,6 +28,8 @@ def unfit(arrays: Iterable[tuple[str, mx.array]]) -> dict[str, str]:
     """
     found = {}
     for name, array in arrays:
+        if not array.size:  # the table of a machine that has no row of it
+            continue
         high, low = array.max(-1), array.min(-1)
         largest = mx.maximum(high, -low).astype(mx.float32)
         top = float(np.asarray(largest.max()))

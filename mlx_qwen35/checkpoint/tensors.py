@@ -4,12 +4,13 @@ A header is used only after every rule of the format was checked.
 """
 
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -49,6 +50,15 @@ class Entry:
     start: int  # bytes from the beginning of the file
     nbytes: int
     lazy: bool = True  # whether mx.load can open the file
+
+    partial: ClassVar[bool] = False  # whether it is a part of a tensor, see cut.py
+
+    def pieces(self) -> Iterator[bytes]:
+        """The bytes of the tensor, PIECE numbers at a time."""
+        step = PIECE * DTYPE_BYTES[self.dtype]
+        with self.file.open("rb") as stream:
+            for start in range(0, self.nbytes, step):
+                yield read_bytes(self, stream.fileno(), start, min(step, self.nbytes - start))
 
 
 class Header(NamedTuple):
@@ -154,12 +164,12 @@ def _contiguous(tensors: Mapping[str, Mapping[str, Any]]) -> int:
 def open_arrays(entries: Mapping[str, Entry]) -> dict[str, mx.array]:
     """Lazy arrays of these tensors, in the dtype of the file; float64 becomes float32.
 
-    Tensors of a file that MLX cannot open are read at once.
+    Parts of tensors, and tensors of a file that MLX cannot open, are read at once.
     """
     files: dict[Path, Mapping[str, mx.array]] = {}
     arrays = {}
     for name, entry in entries.items():
-        if not entry.lazy:
+        if entry.partial or not entry.lazy:
             arrays[name] = _read(entry)
             continue
         if entry.file not in files:
@@ -185,22 +195,18 @@ def _numbers(data: bytes | bytearray, dtype: str) -> np.ndarray:
 
 
 def _read(entry: Entry) -> mx.array:
-    """The whole tensor, read piece by piece."""
-    parts = [_numbers(data, entry.dtype) for data in pieces(entry)]
-    numbers = np.concatenate(parts) if len(parts) != 1 else parts[0]
+    """All of it, read piece by piece."""
+    numbers = np.empty(math.prod(entry.shape), _ARRAYS[entry.dtype][0] if entry.dtype != "F64" else np.float32)
+    filled = 0
+    for data in entry.pieces():
+        piece = _numbers(data, entry.dtype)
+        numbers[filled : filled + len(piece)], filled = piece, filled + len(piece)
     return mx.view(mx.array(numbers), _ARRAYS[entry.dtype][1]).reshape(entry.shape)
-
-
-def pieces(entry: Entry) -> Iterator[bytes]:
-    """The bytes of a tensor, PIECE numbers at a time."""
-    step = PIECE * DTYPE_BYTES[entry.dtype]
-    with entry.file.open("rb") as stream:
-        for start in range(0, entry.nbytes, step):
-            yield read_bytes(entry, stream.fileno(), start, min(step, entry.nbytes - start))
 
 
 def read_bytes(entry: Entry, file: int, start: int, nbytes: int) -> bytes:
     """Bytes of a tensor from its byte `start` on. file: a descriptor. InputError where the file ends before."""
+    assert not entry.partial, "bytes of a part do not lie side by side"
     data = os.pread(file, nbytes, entry.start + start)
     if len(data) != nbytes:
         where = f"{entry.file} ended in the middle of {entry.stored_name}"
@@ -214,5 +220,5 @@ def same_numbers(a: Entry, b: Entry) -> bool:
         return False
     return all(
         mx.array_equal(as_array(own, a.dtype), as_array(other, b.dtype)).item()
-        for own, other in zip(pieces(a), pieces(b), strict=True)
+        for own, other in zip(a.pieces(), b.pieces(), strict=True)
     )

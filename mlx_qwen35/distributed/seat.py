@@ -1,0 +1,51 @@
+"""What mlx.launch runs on every machine for the option --with: python -m mlx_qwen35.distributed.seat SOCKET
+
+Rank 0's seat gives its place to the process that the user started, which waits at the socket, and stays until that has
+ended. On the other machines it is the rank itself.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from mlx_qwen35.distributed.place import FILES, VARIABLES
+
+END = b"end\n"  # from the process that took the place, when all is well
+
+
+def hand_over(path: str) -> int:
+    """Give the environment of this place to the process at a socket. Its end ends this: 1 where it did not say so, by
+    which mlx.launch ends the other ranks.
+    """
+    found = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    files = {name: Path(found.pop(name)).read_text(encoding="utf-8") for name in FILES if name in found}
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(path)
+        connection.sendall(json.dumps([found, files]).encode() + b"\n")
+        said = b""
+        while got := connection.recv(64):
+            said += got
+    return 0 if said.endswith(END) else 1
+
+
+def close_input() -> None:
+    """mlx.launch writes what it reads to all ranks, and waits actively while it could: it stops where none reads."""
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that the user started
+    close_input()
+    if os.environ["MLX_RANK"] == "0":
+        sys.exit(hand_over(sys.argv[1]))
+    from mlx_qwen35.distributed.loading import serve_rank
+
+    serve_rank()
+
+
+if __name__ == "__main__":
+    main()
