@@ -8,14 +8,15 @@ add up twice a layer. In a pipeline one computes after the other, and a row goes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlx_qwen35.budget.roofline import DECODE
+from mlx_qwen35.budget.plan import plan_memory
+from mlx_qwen35.budget.roofline import DECODE, token_bytes
 from mlx_qwen35.budget.splitting import TENSOR, Split
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.config import TextConfig
 from mlx_qwen35.machine.chip import Chip
 
 SUMS = 2  # of a layer in a tensor split: behind its mixer and behind its MLP
 ENDS = 2  # collectives of a token beside: the embedding's sum, and the gathering of logits
-WORTH = 0.95  # of the seconds of the simpler way, above which another one is not advised
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,15 @@ class Link:
     round_trip: float
     all_sum: float
     bandwidth: float
+
+
+def part_bytes(checkpoint: Checkpoint, split: Split, context: int) -> list[int]:
+    """Bytes that decoding a token moves on each machine at this context, without drafts."""
+    parts = [share.of(checkpoint) for share in split.shares(checkpoint.config.text)]
+    machines = [plan.machine for plan in split.plans]
+    return [
+        token_bytes(part, plan_memory(part, machine, context)) for part, machine in zip(parts, machines, strict=True)
+    ]
 
 
 def rate_of(chip: Chip) -> float:
