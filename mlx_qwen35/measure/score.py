@@ -159,7 +159,7 @@ def predict(
 
 def _piece(model: Model, chunk: int) -> int:
     """How many tokens go through the LM head together, in the memory that a chunk in the layers or sampling takes."""
-    config = model.config
+    config = model.held
     impl = attention_impl(config.head_dim, model.dtype)
     room = prefill_bytes(config, chunk, chunk, model.dtype.size, impl)
     return max(room, SAMPLING_ARRAYS * 4 * config.vocab_size) // (PIECE_ARRAYS * 4 * config.vocab_size)
@@ -177,9 +177,9 @@ def _chunk(model: Model, length: int, given: int | None) -> int:
     if given is not None:
         chunk = min(whole("prefill_step_size", given, 1), length)
     else:
-        chunk = suitable_chunk(model.config, model.dtype, model.memory_limit, length, model.kv)
-    machine = this_machine(model.config, model.dtype, model.memory_limit, model.kv)
-    room = most_tokens(model.config, machine, chunk, [0])
+        chunk = suitable_chunk(model.held, model.dtype, model.memory_limit, length, model.kv)
+    machine = this_machine(model.held, model.dtype, model.memory_limit, model.kv)
+    room = most_tokens(model.held, machine, chunk, [0])
     if length > room:
         raise InputError(
             "memory_exceeded",

@@ -72,6 +72,10 @@ class DecoderLayer(nn.Module):
 Pace = Callable[[list[mx.array]], None]  # called with each layer's x, delta and arrays of its cache; may evaluate them
 
 
+def unpaced(arrays: list[mx.array]) -> None:
+    """The pace of a short pass, which MLX gets as one graph."""
+
+
 def run(
     layers: Sequence[DecoderLayer],
     norm: RMSNorm,
@@ -80,7 +84,7 @@ def run(
     context: ForwardContext,
     caches: Sequence[LayerCache],
     at: mx.array | None = None,
-    pace: Pace = lambda arrays: None,
+    pace: Pace = unpaced,
 ) -> mx.array:
     """x (B, T, D) -> (B, T, D) through the layers, each with its own cache, and the final norm.
 
@@ -96,10 +100,10 @@ def through(
     context: ForwardContext,
     caches: Sequence[LayerCache],
     at: mx.array | None = None,
-    pace: Pace = lambda arrays: None,
+    pace: Pace = unpaced,
+    delta: mx.array | None = None,
 ) -> tuple[mx.array, mx.array | None]:
-    """x (B, T, D) -> (x, delta) behind the layers; the residual stream is their sum. The rest as for `run`."""
-    delta: mx.array | None = None
+    """(x, delta) -> (x, delta) behind the layers, as of a `DecoderLayer`. The rest as for `run`."""
     for i, (layer, cache) in enumerate(zip(layers, caches, strict=True), 1):
         x, delta = layer(x, delta, rotary, context, cache, at if i == len(layers) else None)
         pace([x, delta, *cache.arrays()])

@@ -9,13 +9,14 @@ import numpy as np
 
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.cache.kv_format import UNQUANTIZED, KVFormat
+from mlx_qwen35.cache.layer import ForwardContext
 from mlx_qwen35.cache.prefix import PrefixLibrary, library_bytes
 from mlx_qwen35.checkpoint.config import TextConfig
 from mlx_qwen35.checkpoint.dtypes import dtype_name
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.low_rank import ActiveAdapters
 from mlx_qwen35.machine.memory import MOST_GIGABYTES
-from mlx_qwen35.model.decoder import DecoderLayer, Pace, run
+from mlx_qwen35.model.decoder import DecoderLayer, Pace, run, unpaced
 from mlx_qwen35.model.lazy import LazyPart
 from mlx_qwen35.model.lora import AdapterSet
 from mlx_qwen35.model.mtp import MultiTokenPrediction
@@ -102,7 +103,7 @@ class Model(nn.Module):
         visual: Visual | None = None,
         positions: np.ndarray | None = None,
         at: mx.array | None = None,
-        pace: Pace = lambda arrays: None,
+        pace: Pace = unpaced,
         stepwise: bool = False,
     ) -> mx.array:
         """tokens (B, T) -> (B, T, D) after the final norm.
@@ -127,8 +128,15 @@ class Model(nn.Module):
             )
         adapters = self.active(cache)
         with cache.forward(tokens.shape[1], lengths, positions, stepwise, adapters) as context:
-            x, rotary = self.embed(tokens, visual, adapters), self.rotary.table(context.positions)
-            return run(self.layers, self.norm, x, rotary, context, cache.layers, at, pace)
+            return self._pass(tokens, visual, context, cache, at, pace)
+
+    def _pass(
+        self, tokens: mx.array, visual: Visual | None, context: ForwardContext, cache: Cache, at: mx.array | None,
+        pace: Pace,
+    ) -> mx.array:  # fmt: skip
+        """`hidden`, of checked arguments."""
+        x, rotary = self.embed(tokens, visual, context.adapters), self.rotary.table(context.positions)
+        return run(self.layers, self.norm, x, rotary, context, cache.layers, at, pace)
 
     def embed(
         self, tokens: mx.array, visual: Visual | None = None, adapters: ActiveAdapters | None = None

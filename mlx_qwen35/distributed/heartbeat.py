@@ -1,0 +1,195 @@
+"""Signs of life between rank 0 and each other rank: a peer that dies or hangs ends every rank, with one line in all.
+
+A thread sends a beat a second over a socket of its own and listens for those of its peers. It works while the main
+thread waits in a collective, since MLX gives up Python's lock there. Rank 0 tells of a fault where it can, and rank 1
+where rank 0 is what was lost; the others end in silence.
+"""
+
+import json
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+from mlx_qwen35.values import shown
+
+FAILED = 1  # exit status of every rank after a fault
+_BEAT = b"\n"
+_MOST_WORDS = 1 << 16  # bytes of a line
+_MOST_REASON = 1000  # characters
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds."""
+
+    beat: float = 1.0  # between two beats
+    silence: float = 10.0  # after which a peer counts as lost
+    leave: float = 2.0  # that a process has for its own end after a goodbye, or for sending its last words
+
+
+@dataclass(frozen=True)
+class Peer:
+    """host: its name, for messages. connection: which nothing but beats and last words go over."""
+
+    host: str
+    connection: socket.socket
+
+
+def tell(line: str) -> None:
+    """One line on standard error, from any thread, over a progress line that may stand there."""
+    with suppress(OSError, ValueError):
+        erase = "\r\x1b[K" if sys.stderr.isatty() else ""
+        os.write(sys.stderr.fileno(), f"{erase}mlx_qwen35: {line}\n".encode())
+
+
+class Heartbeat:
+    """The beats of one rank. Rank 0 has every other rank as a peer, the others have rank 0.
+
+    end: ends the process with a status; os._exit, since the main thread may wait in a collective for ever. say: gets
+    the one line.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        peers: Mapping[int, Peer],
+        pace: Pace = Pace(),  # noqa: B008
+        end: Callable[[int], object] = os._exit,
+        say: Callable[[str], object] = tell,
+    ):
+        self._rank, self._peers, self._pace, self._end, self._say = rank, dict(peers), pace, end, say
+        self._over, self._lock = threading.Event(), threading.Lock()
+        self._status = FAILED
+        self._pending = dict.fromkeys(peers, b"")
+        for peer in peers.values():
+            peer.connection.setblocking(False)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def goodbye(self) -> None:
+        """Rank 0 ends well: every other rank ends with 0, and says nothing."""
+        self._leave(0)
+
+    def give_up(self) -> None:
+        """Rank 0 ends with an error that it tells itself: every other rank ends with 1, and says nothing."""
+        self._leave(FAILED)
+
+    def fail(self, reason: str) -> None:
+        """Another rank ends with an error: rank 0 tells the reason, and every rank ends with 1. Ends this process."""
+        self._leave(FAILED, reason)
+        self._end(FAILED)
+
+    def lost(self, reason: str) -> None:
+        """What the main thread does when a collective or an order breaks: the fault that the beats find is told, or
+        this reason if they find none. Ends this process.
+        """
+        if self._over.wait(self._pace.silence + self._pace.beat):
+            self._thread.join()  # which ends the process
+        elif self._rank:
+            self.fail(reason)
+        else:
+            self._fault(reason)
+
+    def ended_well(self) -> bool:
+        """Whether rank 0 has said goodbye."""
+        return self._over.is_set() and self._status == 0
+
+    def _leave(self, status: int, reason: str = "") -> None:
+        self._settle(status, reason)
+        self._thread.join(self._pace.beat + self._pace.leave)
+
+    def _run(self) -> None:
+        heard = dict.fromkeys(self._peers, time.monotonic())
+        with selectors.DefaultSelector() as selector:
+            for rank, peer in self._peers.items():
+                selector.register(peer.connection, selectors.EVENT_READ, rank)
+            while not self._over.is_set():
+                self._send(_BEAT)
+                until = time.monotonic() + self._pace.beat
+                while not self._over.is_set() and (left := until - time.monotonic()) > 0:
+                    for key, _ in selector.select(left):
+                        heard[key.data] = time.monotonic()
+                        self._hear(key.data)
+                for rank in self._peers:  # what has come meanwhile was read just now
+                    if time.monotonic() - heard[rank] > self._pace.silence:
+                        seconds = f"{self._pace.silence:g} s"
+                        self._fault(
+                            f"{self._named(rank)} has not been heard from for {seconds}: it hangs, sleeps or lacks "
+                            "memory, or the network between is gone"
+                        )
+            self._drain()
+
+    def _hear(self, rank: int) -> None:
+        """Read what a peer has sent: lines, empty ones for beats."""
+        try:
+            content = self._peers[rank].connection.recv(_MOST_WORDS)
+        except BlockingIOError:
+            return
+        except OSError:
+            content = b""
+        if not content:
+            return self._fault(f"{self._named(rank)} has ended without a word: it was killed, or lacked memory")
+        *lines, self._pending[rank] = (self._pending[rank] + content)[-_MOST_WORDS:].split(b"\n")
+        for line in filter(None, lines):
+            try:
+                words = json.loads(line)
+                status, reason = int(words["status"]), str(words["reason"])
+            except (ValueError, KeyError, TypeError):
+                return self._fault(f"{self._named(rank)} sent what are no words: {shown(line)}")
+            self._obey(rank, status, reason)
+
+    def _obey(self, rank: int, status: int, reason: str) -> None:
+        """Last words of a peer. A reason is for rank 0 to tell; without one it was told, or there is nothing to."""
+        if reason:
+            return self._fault(f"{self._named(rank)} failed: {reason}")
+        if self._settle(status):
+            if status == 0:
+                time.sleep(self._pace.leave)  # for the main thread to end by itself
+            self._drain()
+            self._end(status)
+
+    def _fault(self, line: str) -> None:
+        """A peer is lost. Ends this process."""
+        if self._settle(FAILED):
+            if self._rank <= 1:
+                self._say(f"{line}. All ranks have ended")
+            self._drain()
+            self._end(FAILED)
+
+    def _named(self, rank: int) -> str:
+        return f"rank {rank} ({self._peers[rank].host})"
+
+    def _settle(self, status: int, reason: str = "") -> bool:
+        """Tell every peer how it ends, and let the beats stop. Whether this was the first to settle it."""
+        with self._lock:
+            if self._over.is_set():
+                return False
+            self._status = status
+            self._over.set()
+        words = {"status": status, "reason": " ".join(reason.split())[:_MOST_REASON]}
+        self._send(json.dumps(words).encode() + b"\n")
+        for peer in self._peers.values():
+            with suppress(OSError):
+                peer.connection.shutdown(socket.SHUT_WR)
+        return True
+
+    def _send(self, content: bytes) -> None:
+        for peer in self._peers.values():
+            with suppress(OSError):  # a full buffer: the peer reads nothing; a broken one is seen when it is read
+                peer.connection.send(content)
+
+    def _drain(self) -> None:
+        """Read until every peer has closed its end: what a process leaves unread may cost its peer the last words."""
+        until = time.monotonic() + self._pace.leave
+        for peer in self._peers.values():
+            with suppress(OSError):
+                while (left := until - time.monotonic()) > 0:
+                    peer.connection.settimeout(left)
+                    if not peer.connection.recv(_MOST_WORDS):
+                        break
