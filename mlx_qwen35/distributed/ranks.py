@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import mlx.core as mx
 
-from mlx_qwen35.distributed.control import FollowerEnd, LeaderEnd, follow, lead
+from mlx_qwen35.distributed.control import LeaderEnd, follow, lead
 from mlx_qwen35.distributed.group import Group
 from mlx_qwen35.distributed.hosts import HERE, hostfile_of
 from mlx_qwen35.distributed.launch import Launch

@@ -1,6 +1,6 @@
 """What each of several machines is and has, and how fast they are together, before a model is loaded.
 
-Rank 0 asks (`Survey`), every rank answers (`answer`). Both sides run the same duty where ranks compute together.
+Rank 0 asks (`survey`), and every other rank obeys. Where ranks compute together all run the same duty.
 """
 
 import platform
@@ -19,7 +19,7 @@ from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.dtypes import DTYPES
 from mlx_qwen35.checkpoint.fingerprint import fingerprint
 from mlx_qwen35.checkpoint.hub import is_local, published, resolve
-from mlx_qwen35.distributed.channel import Follower, Leader, Order
+from mlx_qwen35.distributed.channel import Leader, Order
 from mlx_qwen35.distributed.group import Group
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.kernels.attention import attention_impl
@@ -30,10 +30,10 @@ from mlx_qwen35.machine.versions import versions
 from mlx_qwen35.model.layers import Linear
 from mlx_qwen35.quantization import Quantization
 
-ECHOES = 200  # orders whose round trip is measured
-SUMS = 200
+ECHOES = 100  # orders whose round trip is measured
+SUMS = 100
 SENDS, SENT = 3, 8 << 20  # arrays that go each way, and bytes of each
-READS, READ = 7, 64 << 20  # products that are timed, and most bytes of the matrix
+READS, READ = 5, 32 << 20  # products that are timed, and most bytes of the matrix
 RDMA = "/usr/bin/rdma_ctl"
 Fields = Mapping[str, Any]
 
@@ -42,17 +42,16 @@ Fields = Mapping[str, Any]
 class Question:
     """What is asked of every machine: a model to look for, and the forms that it would be computed in.
 
-    model: its name, or None. limit: bytes that a model may take on rank 0, or None for what suits each machine.
-    matrix: rows and columns of one whose reading is timed, of the quantization (group_size, bits, mode) or None.
+    model: where a machine may have it, folders or an id; empty: none is asked for. matrix: rows and columns of one
+    whose reading is timed, of the quantization (group_size, bits, mode) or None.
     """
 
-    model: str | None
+    model: tuple[str, ...]
     revision: str | None
     dtype: str
     head_dim: int
     matrix: tuple[int, int]
     quantization: tuple[int, int, str] | None
-    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -116,25 +115,31 @@ class Surveyed:
 def look(question: Question) -> Facts:
     """The facts of this machine, but for its rate."""
     chip = this_chip()
-    found, fault = (None, "") if question.model is None else stored(question.model, question.revision)
+    found, fault = stored(question.model, question.revision)
     return Facts(
         chip=chip.name if chip else device_name(mx.default_device().type), apple=bool(chip and backend().watchdog),
-        memory=system_memory(), limit=usable_bytes(question.limit), available=_available(),
+        memory=system_memory(), limit=usable_bytes(None), available=_available(),
         short=(pressure() or NORMAL) > NORMAL, system=platform.platform(terse=True),
         versions=versions() | {"Python": platform.python_version()}, backends=backends(),
         attention_impl=attention_impl(question.head_dim, DTYPES[question.dtype]), fingerprint=found, fault=fault,
     )  # fmt: skip
 
 
-def stored(model: str, revision: str | None) -> tuple[str | None, str]:
-    """The fingerprint of a checkpoint on this machine's disk, or None and why there is none. Nothing is downloaded."""
-    try:
-        found = resolve(model, revision) if is_local(model, revision) else published(model, revision)
-        if not isinstance(found, Path):
-            return None, f"{model} is not on its disk"
-        return fingerprint(open_checkpoint(found)), ""
-    except InputError as error:
-        return None, error.fault
+def stored(places: Sequence[str], revision: str | None) -> tuple[str | None, str]:
+    """The fingerprint of a checkpoint on this machine's disk, or None and why there is none. Nothing is downloaded.
+
+    places: names, of which the first that is there counts.
+    """
+    fault = ""
+    for name in places:
+        try:
+            found = resolve(name) if is_local(name) else published(name, revision)
+            if isinstance(found, Path):
+                return fingerprint(open_checkpoint(found)), ""
+            fault = fault or f"{name} is not in the hub's cache there"
+        except InputError as error:
+            fault = fault or error.fault
+    return None, fault
 
 
 def backends() -> dict[str, str]:
@@ -218,7 +223,8 @@ def _rate(group: Group, fields: Fields) -> dict[str, Any]:
 
 def _question(fields: Fields) -> Question:
     how = fields["quantization"]
-    return Question(**{**fields, "matrix": tuple(fields["matrix"]), "quantization": tuple(how) if how else None})
+    given = {"model": tuple(fields["model"]), "matrix": tuple(fields["matrix"])}
+    return Question(**{**fields, **given, "quantization": tuple(how) if how else None})
 
 
 _DUTIES: Mapping[str, Callable[[Group, Fields], dict[str, Any]]] = {
@@ -227,16 +233,14 @@ _DUTIES: Mapping[str, Callable[[Group, Fields], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def answer(group: Group, follower: Follower, order: Order | None) -> None:
-    """Do what a survey asks of another rank, until rank 0 ends. order: the first one."""
-    while order is not None:
-        follower.answer(_DUTIES[order.name](group, order.fields))
-        order = follower.take()
-
-
 def is_of_survey(order: Order) -> bool:
-    """Whether an order is one of a survey."""
+    """Whether `obey` can do what an order says."""
     return order.name in _DUTIES
+
+
+def obey(group: Group, order: Order) -> dict[str, Any]:
+    """Do on another rank what a survey asks. Return the answer."""
+    return _DUTIES[order.name](group, order.fields)
 
 
 # --- rank 0 ----------------------------------------------------------------------------------------------------------
