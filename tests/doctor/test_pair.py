@@ -1,0 +1,309 @@
+"""mlx_qwen35.doctor --pair: what it advises and refuses from what was found, and what it finds with real processes."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_qwen35.budget.splitting import PIPELINE, TENSOR
+from mlx_qwen35.cache.kv_format import UNQUANTIZED
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mlx_qwen35.checkpoint.fingerprint import fingerprint
+from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.checkpoint.random import geometry, write_headers
+from mlx_qwen35.convert.planned import planned
+from mlx_qwen35.convert.recipes import StorageOptions
+from mlx_qwen35.distributed import survey
+from mlx_qwen35.distributed.survey import Facts, Question, Surveyed, Times, read_rate
+from mlx_qwen35.doctor import main
+from mlx_qwen35.doctor.pair import Paired
+from mlx_qwen35.doctor.pair_show import as_json, sections
+from mlx_qwen35.doctor.pair_ways import ONE, machines_of, milliseconds, ways
+
+HOSTS = ("this machine", "mini.local")
+VERSIONS = {"mlx-qwen35": "1.0", "mlx": "0.32.4", "Python": "3.12.1"}
+
+
+@pytest.fixture(scope="module")
+def of_size(tmp_path_factory: pytest.TempPathFactory):
+    """(member of the family) -> its checkpoint in 4 bit, which exists only as headers."""
+    known: dict[str, Checkpoint] = {}
+
+    def checkpoint(size: str) -> Checkpoint:
+        if size not in known:
+            folder = write_headers(tmp_path_factory.mktemp("headers") / size, geometry(size))
+            known[size] = planned(folder, StorageOptions("4bit"))
+        return known[size]
+
+    return checkpoint
+
+
+def mac_facts(gigabytes: float, chip: str = "M4 Pro", **changed) -> Facts:
+    facts = Facts(
+        chip=f"Apple {chip}", apple=True, memory=int(gigabytes * 2**30), limit=int(gigabytes * 2**30 * 2 / 3),
+        available=None, short=False, system="macOS-26.2-arm64", versions=VERSIONS,
+        backends={"ring": "", "jaccl": "rdma_ctl says disabled"}, attention_impl="fused", fingerprint="a" * 64, fault="",
+    )  # fmt: skip
+    return replace(facts, **changed)
+
+
+TCP, RDMA = (0.6e-3, 0.3e-3), (30e-6, 15e-6)  # seconds of a round trip, and of a sum
+
+
+def found(
+    checkpoint: Checkpoint, *facts: Facts, link=TCP, backend="ring", model: str | None = "Qwen/Qwen3.5-27B",
+    hosts=HOSTS, folder: Path | None = None, **given,
+) -> Paired:  # fmt: skip
+    trip, total = (Times(seconds, seconds, seconds) for seconds in link)
+    surveyed = Surveyed(facts, trip, total, [1e9] * len(facts))
+    limit = facts[0].limit
+    machines = machines_of(facts, hosts, mx.float16, UNQUANTIZED, limit)
+    tried = ways(checkpoint, machines, surveyed, model or "4B", limit)
+    width = checkpoint.config.text.hidden_size
+    return Paired(hosts, hosts[1:], backend, surveyed, model, folder, "float16", width, tried, given)
+
+
+# --- which way -------------------------------------------------------------------------------------------------------
+
+
+def test_the_4b_needs_one_machine_and_no_command_names_two(of_size):
+    paired = found(of_size("4b"), mac_facts(16, "M1"), mac_facts(16, "M1"), model="Qwen/Qwen3.5-4B")
+    assert paired.advised.name == ONE and paired.reasons == []
+    verdict = sections(paired)["verdict"]
+    assert "One machine is enough" in verdict["advice"]
+    assert verdict["command"] == "mlx_qwen35 chat --model Qwen/Qwen3.5-4B"
+
+
+def test_what_outgrows_one_machine_is_a_pipeline_over_tcp(of_size):
+    paired = found(of_size("27b"), mac_facts(16), mac_facts(24))
+    assert paired.advised.name == PIPELINE and paired.ways[0].split is None
+    verdict = sections(paired)["verdict"]
+    assert "needs the machines together" in verdict["advice"] and "tensor would take" in verdict["advice"]
+    assert verdict["command"] == "mlx_qwen35 chat --model Qwen/Qwen3.5-27B --with mini.local --split pipeline"
+
+
+def test_a_tensor_split_is_advised_over_rdma_even_where_one_machine_is_enough(of_size):
+    able = {"backends": {"ring": "", "jaccl": ""}}
+    paired = found(of_size("27b"), mac_facts(48, **able), mac_facts(48, **able), link=RDMA, backend="jaccl")
+    assert paired.advised.name == TENSOR
+    assert "in place of" in sections(paired)["verdict"]["advice"]
+    assert paired.warnings == []
+
+
+def test_a_faster_split_by_less_than_a_tenth_does_not_make_up_for_a_second_machine(of_size):
+    one, _, tensor = found(of_size("27b"), mac_facts(48), mac_facts(48)).ways
+    wait = (one.seconds - tensor.seconds) / 130 + TCP[1]  # of a sum, at which both take as long
+    for share, name in ((0.08, ONE), (0.12, TENSOR)):
+        link = (TCP[0], wait - share * one.seconds / 130)
+        assert found(of_size("27b"), mac_facts(48), mac_facts(48), link=link).advised.name == name
+
+
+def test_options_of_loading_are_in_the_command(of_size):
+    facts = [mac_facts(16), mac_facts(16)]
+    verdict = sections(found(of_size("27b"), *facts, kv_bits="8", model="Qwen/Qwen3.5-27B"))["verdict"]
+    assert "--kv-bits 8" in verdict["command"]
+
+
+def test_milliseconds_have_the_digits_that_matter():
+    assert [milliseconds(s) for s in (1.2345, 0.0567, 0.0041, 0.00012)] == ["1,234 ms", "57 ms", "4.1 ms", "0.12 ms"]
+
+
+# --- reasons and warnings --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mlx", "mlx-qwen35"])
+def test_other_versions_are_a_reason_with_both(of_size, name):
+    other = mac_facts(16, versions=VERSIONS | {name: "0.1"})
+    (reason,) = found(of_size("27b"), mac_facts(16), other).reasons
+    assert all(word in reason for word in (name, VERSIONS[name], "0.1", "mini.local"))
+
+
+def test_another_python_is_none(of_size):
+    assert not found(of_size("27b"), mac_facts(16), mac_facts(16, versions=VERSIONS | {"Python": "3.14"})).reasons
+
+
+def test_a_folder_that_is_not_there_is_a_reason_with_the_command_that_copies_it(of_size):
+    lacking = mac_facts(16, fingerprint=None, fault="there is no folder /packs/27b")
+    paired = found(of_size("27b"), mac_facts(16), lacking, model="/packs/27b", folder=Path("/packs/27b"))
+    (reason,) = paired.reasons
+    assert reason.endswith("rsync -a /packs/27b/ mini.local:/packs/27b/")
+
+
+@pytest.mark.parametrize(
+    ("rank", "command"),
+    [(1, "ssh mini.local hf download Qwen/Qwen3.5-27B"), (0, "hf download Qwen/Qwen3.5-27B")],
+)
+def test_an_id_that_is_not_there_is_a_reason_with_the_command_that_downloads_it(of_size, rank, command):
+    facts = [mac_facts(16), mac_facts(16)]
+    facts[rank] = replace(facts[rank], fingerprint=None, fault="it is not in the hub's cache")
+    (reason,) = found(of_size("27b"), *facts).reasons
+    assert reason.endswith(f"by: {command}")
+
+
+def test_another_model_under_the_same_name_is_a_reason_with_both_fingerprints(of_size):
+    (reason,) = found(of_size("27b"), mac_facts(16), mac_facts(16, fingerprint="b" * 64)).reasons
+    assert "a" * 12 in reason and "b" * 12 in reason
+
+
+def test_what_fits_in_no_way_is_a_reason_for_each_split(of_size):
+    paired = found(of_size("27b"), mac_facts(8), mac_facts(8))
+    assert paired.advised is None and [PIPELINE in paired.reasons[0], TENSOR in paired.reasons[1]] == [True, True]
+    assert "cannot run" in sections(paired)["verdict"]["state"]
+    assert as_json(paired)["advised"] is None
+
+
+@pytest.mark.parametrize(("trip", "warns"), [(2.0e-3, False), (2.1e-3, True)])
+def test_a_round_trip_above_2_ms_is_taken_for_wifi(of_size, trip, warns):
+    paired = found(of_size("27b"), mac_facts(16), mac_facts(16), link=(trip, 0.3e-3))
+    assert any("Wi-Fi" in text for text in paired.warnings) is warns
+
+
+def test_a_machine_that_would_swap_is_a_warning(of_size):
+    free = mac_facts(32, available=10**9)
+    assert any("mini.local would swap" in text for text in found(of_size("27b"), mac_facts(16), free).warnings)
+    assert any(
+        "short on mini.local" in t for t in found(of_size("27b"), mac_facts(16), mac_facts(16, short=True)).warnings
+    )
+
+
+def test_rdma_that_is_not_used_is_a_warning(of_size):
+    able = {"backends": {"ring": "", "jaccl": ""}}
+    for facts, warns in ((able, True), ({}, False)):
+        paired = found(of_size("27b"), mac_facts(16, **able), mac_facts(16, **facts))
+        assert any("distributed_config" in text for text in paired.warnings) is warns
+
+
+def test_ranks_on_one_machine_share_its_memory(of_size):
+    paired = found(of_size("4b"), mac_facts(16), mac_facts(16), hosts=HOSTS[:1] * 2)
+    limits = [plan.machine.limit for plan in paired.ways[1].split.plans]
+    assert limits == [mac_facts(16).limit // 2] * 2
+    assert paired.ways[0].split.plans[0].machine.limit == mac_facts(16).limit
+    assert any("trial" in text for text in paired.warnings)
+
+
+# --- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def test_json_has_what_the_text_has(of_size):
+    value = json.loads(json.dumps(as_json(found(of_size("27b"), mac_facts(16), mac_facts(24)))))
+    assert value["ready"] and value["advised"]["way"] == PIPELINE
+    assert [way["way"] for way in value["ways"]] == [ONE, PIPELINE, TENSOR]
+    one, pipeline, _ = value["ways"]
+    assert one["seconds"] is None and "does not fit" in one["why_not"]
+    assert pipeline["layers"][0][1] == pipeline["layers"][1][0] and pipeline["seconds"] > 0
+    assert [machine["host"] for machine in value["machines"]] == list(HOSTS)
+
+
+def test_times_are_the_median_the_best_and_the_95th_of_a_hundred():
+    assert Times.of([float(n) for n in range(100, 0, -1)]) == Times(51.0, 1.0, 96.0)
+
+
+@pytest.mark.parametrize("quantization", [None, (64, 4, "affine"), (32, 4, "mxfp4")])
+def test_the_rate_of_weights_is_measured_in_the_form_of_the_model(quantization):
+    assert read_rate(Question((), None, "float32", 64, (64, 128), quantization)) > 0
+
+
+def test_a_checkpoint_is_looked_for_at_each_place_and_not_downloaded(tmp_path):
+    found_there, fault = survey.stored([str(tmp_path / "none"), str(resolve("nano"))], None)
+    assert (found_there, fault) == (fingerprint(open_checkpoint(resolve("nano"))), "")
+    missing, fault = survey.stored([str(tmp_path / "none"), "~/nothing/here"], None)
+    assert missing is None and str(tmp_path / "none") in fault
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("--plan", "nano"), "option_conflict"),
+        (("--no-check",), "option_conflict"),
+        (("--mtp",), "option_conflict"),
+        (("--kv-bits", "8"), "option_no_effect"),
+        (("--model", "no/such/folder"), "model_not_found"),
+    ],
+)
+def test_options_that_do_not_go_with_it_are_refused_before_a_machine_is_asked(arguments, code, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--pair", "127.0.0.1", *arguments])
+    assert ended.value.code == 2 and f"[{code}]" in capsys.readouterr().err
+
+
+# --- with processes --------------------------------------------------------------------------------------------------
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "mlx_qwen35.doctor", *arguments]
+    root = Path(survey.__file__).parents[2]
+    path = {"PYTHONPATH": str(root)}
+    return subprocess.run(
+        command,
+        env=os.environ | path | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def test_another_process_of_this_machine_is_measured_and_a_split_advised():
+    done = run("--pair", "127.0.0.1", "--model", "nano", "--json")
+    assert done.returncode == 0, done.stderr
+    value = json.loads(done.stdout)
+    assert value["ready"] and value["backend"] == "ring" and value["advised"]["way"] in (ONE, PIPELINE, TENSOR)
+    assert value["round_trip"]["best"] > 0 < value["all_sum"]["best"] and min(value["bandwidth"]) > 0
+    own, other = value["machines"]
+    assert own["fingerprint"] == other["fingerprint"] == fingerprint(open_checkpoint(resolve("nano")))
+    assert all(way["seconds"] > 0 for way in value["ways"])
+
+
+@pytest.fixture
+def ssh(tmp_path: Path):
+    """(script) -> a PATH whose ssh is this script; by default every machine is this one."""
+
+    def path(script: str) -> str:
+        folder = tmp_path / "bin"
+        folder.mkdir(exist_ok=True)
+        (folder / "ssh").write_text(f"#!/bin/bash\n{script}")
+        (folder / "ssh").chmod(0o755)
+        return f"{folder}:{os.environ['PATH']}"
+
+    return path
+
+
+REMOTE = """
+if [ "$1" = -tt ]; then export HOME="$OTHER_HOME"; fi
+for last; do :; done
+export SSH_CONNECTION='127.0.0.1 1 127.0.0.1 22'
+exec bash -c "$last"
+"""
+
+
+@pytest.mark.full
+def test_a_folder_that_another_machine_lacks_ends_it_with_1(ssh, tmp_path, checkpoint_folder):
+    home, other = tmp_path / "home", tmp_path / "other"
+    other.mkdir()
+    home.mkdir()
+    (home / "model").symlink_to(checkpoint_folder())
+    script = REMOTE.replace("exec bash", "exec env -C / bash").replace(
+        '"$last"', '"${last//' + str(home).replace("/", r"\/") + '/\\/nowhere}"'
+    )
+    done = run("--pair", "mini.local", "--model", str(home / "model"), PATH=ssh(script), OTHER_HOME=str(other))
+    assert done.returncode in (0, 1), done.stderr
+
+
+@pytest.mark.full
+def test_a_machine_that_ssh_does_not_reach_is_named(ssh):
+    done = run("--pair", "mini.local", PATH=ssh("echo 'ssh: Could not resolve hostname mini.local' >&2; exit 255"))
+    assert done.returncode == 2 and "mini.local" in done.stderr and "[peer_unreachable]" in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.full
+def test_machines_that_ssh_reaches_are_looked_at_by_name(ssh, tmp_path):
+    done = run("--pair", "mini.local", "--model", "nano", PATH=ssh(REMOTE), OTHER_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "rank 1, mini.local" in done.stdout and "MB/s from rank 1 to rank 0" in done.stdout
+    assert "chat --model nano" in done.stdout
