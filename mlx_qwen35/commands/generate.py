@@ -18,6 +18,7 @@ from mlx_qwen35.console.options import (
     add_answer_options,
     add_model_options,
     add_options,
+    add_rank_options,
     check_one_adapter,
     given_options,
 )
@@ -86,6 +87,7 @@ def parser() -> Parser:
     own, prompt = options_of(CommandOptions), options_of(PromptOptions)
     add_model_options(parser)
     add_recipe_option(parser)
+    add_rank_options(parser)
     group = parser.add_argument_group("prompt")
     add_options(group.add_mutually_exclusive_group(), [own["prompt"], own["prompt_file"]])
     for name in MEDIA:
@@ -259,7 +261,7 @@ def wait_for(pieces: Iterable[Piece], answer: Request | Turn, step: Step) -> Non
 
 
 def main() -> None:
-    with as_command(COMMAND):
+    with as_command(COMMAND, spreads=True):
         sys.exit(run(parser().parse()))
 
 

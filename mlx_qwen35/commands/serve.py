@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mlx_qwen35.commands.obtain import add_recipe_option, settle
 from mlx_qwen35.console.json_output import add_json, check_json, write_json
 from mlx_qwen35.console.notices import tell
-from mlx_qwen35.console.options import add_model_options, add_options, given_options
+from mlx_qwen35.console.options import add_model_options, add_options, add_rank_options, given_options
 from mlx_qwen35.console.parser import Parser
 from mlx_qwen35.console.progress import Step
 from mlx_qwen35.console.run import as_command, load_model, require_model
@@ -34,6 +34,7 @@ def parser() -> Parser:
     add_model_options(parser, adapters="each is served as MODEL:NAME beside MODEL, which has none")
     add_json(parser, "address, model and limits of a server that is ready")
     add_recipe_option(parser)
+    add_rank_options(parser)
     add_options(parser.add_argument_group("server"), options_of(ServerOptions).values())
     return parser
 
@@ -121,7 +122,7 @@ def _url(host: str, port: int) -> str:
 
 
 def main() -> None:
-    with as_command(COMMAND):
+    with as_command(COMMAND, spreads=True):
         sys.exit(run(parser().parse()))
 
 

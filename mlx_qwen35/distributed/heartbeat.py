@@ -59,7 +59,7 @@ class Heartbeat:
         self,
         rank: int,
         peers: Mapping[int, Peer],
-        pace: Pace = Pace(),  # noqa: B008
+        pace: Pace = Pace(),
         end: Callable[[int], object] = os._exit,
         say: Callable[[str], object] = tell,
     ):

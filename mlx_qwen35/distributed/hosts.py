@@ -168,7 +168,8 @@ def _ssh(host: Host, options: Sequence[str], script: str) -> str:
     if ran.returncode:
         said = (ran.stderr.strip() or ran.stdout.strip() or f"ssh ended with {ran.returncode}").splitlines()[-1].strip()
         raise unreachable(
-            host, f"{said}. It must be reached without a password or a question; see whether this works: ssh {host.name}"
+            host,
+            f"{said}. It must be reached without a password or a question; see whether this works: ssh {host.name}",
         )
     return ran.stdout
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from mlx_qwen35.distributed.hosts import HERE, Host, Hostfile, unreachable
+from mlx_qwen35.distributed.hosts import HERE, Hostfile, unreachable
 from mlx_qwen35.distributed.place import FILES, SECONDS
 from mlx_qwen35.distributed.seat import END
 from mlx_qwen35.errors import InputError
@@ -134,7 +134,7 @@ def _launcher() -> Sequence[str]:
     beside = Path(sys.executable).with_name("mlx.launch")
     found = str(beside) if beside.exists() else shutil.which("mlx.launch")
     if not found:
-        raise InputError("package_missing", f"mlx.launch must be installed, which comes with mlx, beside {sys.executable}")
+        raise InputError("package_missing", f"mlx.launch, which comes with mlx, must be beside {sys.executable}")
     return [found]
 
 
@@ -148,7 +148,3 @@ def free_ports(address: str, count: int) -> int:
                     stack.enter_context(socket.create_server((address, port)))
                 return int(first)
 
-
-def name_of(hosts: Sequence[Host], rank: int) -> str:
-    """How a rank is called in what the user reads."""
-    return "this machine" if rank == 0 else f"another process (rank {rank})" if hosts[rank].is_here else hosts[rank].name

@@ -13,8 +13,8 @@ class RankOptions:
     """Over which machines a model is split, and how."""
 
     hosts: Sequence[str] | None = option(
-        help="split the model over this machine and these, which ssh reaches without a password and which have the same "
-        "model, MLX and mlx_qwen35; HOST:/PATH/OF/PYTHON where Python lies elsewhere there; 127.0.0.1 is another "
+        help="split the model over this machine and these, which ssh reaches without a password, and which have the "
+        "same model, MLX and mlx_qwen35; HOST:/PATH/OF/PYTHON where Python lies elsewhere there; 127.0.0.1 is another "
         "process of this machine; or a file of mlx.distributed_config", flag="with", check=check_hosts,
         metavar="HOST[,HOST]",
     )  # fmt: skip

@@ -11,7 +11,8 @@ from typing import NoReturn
 
 import mlx.core as mx
 
-from mlx_qwen35.distributed.control import LeaderEnd, follow, lead
+from mlx_qwen35.distributed.connecting import follow, lead
+from mlx_qwen35.distributed.control import LeaderEnd
 from mlx_qwen35.distributed.group import Group
 from mlx_qwen35.distributed.hosts import HERE, hostfile_of
 from mlx_qwen35.distributed.launch import Launch

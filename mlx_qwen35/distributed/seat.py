@@ -11,7 +11,7 @@ import socket
 import sys
 from pathlib import Path
 
-from mlx_qwen35.distributed.place import FILES, VARIABLES
+from mlx_qwen35.distributed.place import FILES, VARIABLES, this_place
 
 END = b"end\n"  # from the process that took the place, when all is well
 
@@ -42,9 +42,11 @@ def main() -> None:
     close_input()
     if os.environ["MLX_RANK"] == "0":
         sys.exit(hand_over(sys.argv[1]))
-    from mlx_qwen35.distributed.loading import serve_rank
+    from mlx_qwen35.distributed.ranks import serve
 
-    serve_rank()
+    place = this_place()
+    assert place, "mlx.launch has started this"
+    serve(place)
 
 
 if __name__ == "__main__":

@@ -60,8 +60,9 @@ class Facts:
 
     chip: its name. apple: whether that is an Apple chip whose figures are known. memory, limit, available: bytes that
     it has, that a model may take, and that are free now (None: not told). short: whether the system says that memory is
-    short. backends: name -> why it cannot be used, "" where it can. fingerprint: of the model; None where it is not on
-    its disk, for the reason `fault`. rate: bytes of weights a second, measured; None on an Apple chip.
+    short. device: what MLX computes on, by the backend's name. backends: name -> why it cannot be used, "" where it
+    can. fingerprint: of the model; None where it is not on its disk, for the reason `fault`. rate: bytes of weights a
+    second, measured; None on an Apple chip.
     """
 
     chip: str
@@ -71,6 +72,7 @@ class Facts:
     available: int | None
     short: bool
     system: str
+    device: str
     versions: Mapping[str, str]
     backends: Mapping[str, str]
     attention_impl: str
@@ -120,7 +122,7 @@ def look(question: Question) -> Facts:
         chip=chip.name if chip else device_name(mx.default_device().type), apple=bool(chip and backend().watchdog),
         memory=system_memory(), limit=usable_bytes(None), available=_available(),
         short=(pressure() or NORMAL) > NORMAL, system=platform.platform(terse=True),
-        versions=versions() | {"Python": platform.python_version()}, backends=backends(),
+        device=backend().name, versions=versions() | {"Python": platform.python_version()}, backends=backends(),
         attention_impl=attention_impl(question.head_dim, DTYPES[question.dtype]), fingerprint=found, fault=fault,
     )  # fmt: skip
 

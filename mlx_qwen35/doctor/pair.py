@@ -84,7 +84,7 @@ class Paired:
             revision = self.given.get("revision")
             download = ["hf", "download", str(self.model), *(["--revision", str(revision)] if revision else [])]
             return shlex.join([*(["ssh", host] if rank else []), *download])
-        return shlex.join(["rsync", "-a", f"{self.folder}/", f"{host}:{self.folder}/"])
+        return shlex.join(["rsync", "-aL", f"{self.folder}/", f"{host}:{self.folder}/"])
 
     @property
     def warnings(self) -> list[str]:
@@ -101,6 +101,8 @@ def _different_versions(paired: Paired) -> Iterator[str]:
                     f"{name} must be the same everywhere: {own.versions[name]} here, {facts.versions[name]} on {host}. "
                     f"Install {name} {own.versions[name]} there"
                 )
+        if facts.device != own.device:
+            yield f"MLX must compute on one kind of processor: {own.device} here, {facts.device} on {host}"
 
 
 def _of_link(paired: Paired) -> Iterator[str]:

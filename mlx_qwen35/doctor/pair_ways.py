@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from mlx_qwen35.budget.plan import Machine
-from mlx_qwen35.budget.split_speed import Link, part_bytes, rate_of, split_seconds
+from mlx_qwen35.budget.split_speed import part_bytes, rate_of, split_seconds
 from mlx_qwen35.budget.splitting import PIPELINE, TENSOR, Split, split_model, split_of
 from mlx_qwen35.cache.kv_format import KVFormat
 from mlx_qwen35.checkpoint.adapter import Adapter
@@ -72,8 +72,7 @@ def ways(
             continue
         rates = [_rate(machine.chip, facts) for machine, facts in zip(own, surveyed.facts, strict=False)]
         parts = part_bytes(checkpoint, split, min(CONTEXT, split.context))
-        link = Link(0.0, 0.0, float("inf")) if way == ONE else surveyed.link
-        found.append(Way(way, split, split_seconds(split, parts, rates, link, checkpoint.config.text)))
+        found.append(Way(way, split, split_seconds(split, parts, rates, surveyed.link, checkpoint.config.text)))
     return found
 
 

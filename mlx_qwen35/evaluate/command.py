@@ -8,7 +8,7 @@ from pathlib import Path
 from mlx_qwen35.checkpoint.hub import look
 from mlx_qwen35.console.interrupt import unwound_when_ended
 from mlx_qwen35.console.json_output import STDOUT, add_json, check_json, write_json
-from mlx_qwen35.console.options import add_options, given_options
+from mlx_qwen35.console.options import add_options, add_rank_options, given_options
 from mlx_qwen35.console.parser import Parser
 from mlx_qwen35.console.run import as_command, require_model
 from mlx_qwen35.evaluate.dry_run import look_ahead
@@ -38,6 +38,7 @@ def parser() -> Parser:
     )
     add_options(parser, options_of(EvalOptions).values())
     add_options(parser.add_argument_group("model"), options_of(LoadOptions).values())
+    add_rank_options(parser)
     group = parser.add_argument_group("answers (default: as the task has it, else the published preset)")
     add_options(group, OF_ANSWERS.values())
     add_json(parser, "the summary, or what --dry-run finds,")
@@ -45,7 +46,7 @@ def parser() -> Parser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    with as_command(COMMAND):
+    with as_command(COMMAND, spreads=True):
         args = parser().parse(arguments)
         check_json(args.json)
         require_model(args)
