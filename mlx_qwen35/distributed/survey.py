@@ -33,7 +33,7 @@ from mlx_qwen35.quantization import Quantization
 ECHOES = 100  # orders whose round trip is measured
 SUMS = 100
 SENDS, SENT = 3, 8 << 20  # arrays that go each way, and bytes of each
-READS, READ = 5, 32 << 20  # products that are timed, and most bytes of the matrix
+READS, READ = 5, 16 << 20  # products that are timed, of which the fastest counts, and bytes of their matrix
 RDMA = "/usr/bin/rdma_ctl"
 Fields = Mapping[str, Any]
 
@@ -42,15 +42,15 @@ Fields = Mapping[str, Any]
 class Question:
     """What is asked of every machine: a model to look for, and the forms that it would be computed in.
 
-    model: where a machine may have it, folders or an id; empty: none is asked for. matrix: rows and columns of one
-    whose reading is timed, of the quantization (group_size, bits, mode) or None.
+    model: where a machine may have it, folders or an id; empty: none is asked for. width: of a hidden state.
+    quantization: of its matrices (group_size, bits, mode), or None.
     """
 
     model: tuple[str, ...]
     revision: str | None
     dtype: str
     head_dim: int
-    matrix: tuple[int, int]
+    width: int
     quantization: tuple[int, int, str] | None
 
 
@@ -171,9 +171,9 @@ def _available() -> int | None:
 
 def read_rate(question: Question) -> float:
     """Bytes of weights a second that this machine reads for one row, by the product that a model would run."""
-    (rows, columns), dtype = question.matrix, DTYPES[question.dtype]
+    columns, dtype = question.width, DTYPES[question.dtype]
     how = Quantization(*question.quantization) if question.quantization else None
-    rows = max(64, min(rows, READ // (columns * (4 if how is None else 1))))
+    rows = 8 * READ // (columns * (how.bits if how else 8 * dtype.size))
     if how is None:
         parts = {"weight": mx.zeros((rows, columns), dtype)}
     else:
@@ -184,7 +184,7 @@ def read_rate(question: Question) -> float:
         }
     linear, row = Linear(parts, how), mx.ones((1, columns), dtype)
     seconds = _timed(READS, lambda: mx.eval(linear(row)))
-    return sum(part.nbytes for part in parts.values()) / Times.of(seconds).median
+    return sum(part.nbytes for part in parts.values()) / min(seconds)
 
 
 def _timed(count: int, run: Callable[[], object]) -> list[float]:
@@ -225,8 +225,7 @@ def _rate(group: Group, fields: Fields) -> dict[str, Any]:
 
 def _question(fields: Fields) -> Question:
     how = fields["quantization"]
-    given = {"model": tuple(fields["model"]), "matrix": tuple(fields["matrix"])}
-    return Question(**{**fields, **given, "quantization": tuple(how) if how else None})
+    return Question(**{**fields, "model": tuple(fields["model"]), "quantization": tuple(how) if how else None})
 
 
 _DUTIES: Mapping[str, Callable[[Group, Fields], dict[str, Any]]] = {
@@ -249,9 +248,9 @@ def obey(group: Group, order: Order) -> dict[str, Any]:
 
 
 def survey(
-    group: Group, leader: Leader, question: Question, width: int, step: Callable[[str], object] = lambda what: None
+    group: Group, leader: Leader, question: Question, step: Callable[[str], object] = lambda what: None
 ) -> Surveyed:
-    """Ask every rank and measure, in some seconds. width: of a hidden state. step: told what is done next."""
+    """Ask every rank and measure, in some seconds. step: told what is done next."""
 
     def ask(name: str, **fields: Any) -> list[dict[str, Any]]:
         """What every rank answers, this one first."""
@@ -263,7 +262,7 @@ def survey(
     facts = [Facts(**told) for told in ask("survey.look", **asdict(question))]
     step("measuring the link")
     round_trip = Times.of(_timed(ECHOES, lambda: ask("survey.echo")))
-    all_sum = Times.of(ask("survey.sum", count=SUMS, width=width, dtype=question.dtype)[0]["seconds"])
+    all_sum = Times.of(ask("survey.sum", count=SUMS, width=question.width, dtype=question.dtype)[0]["seconds"])
     bandwidth = []
     for source in range(group.size):
         to = (source + 1) % group.size

@@ -19,13 +19,13 @@ from mlx_qwen35.checkpoint.hub import is_local, look, resolve
 from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.checkpoint.rope_fields import rescaled
 from mlx_qwen35.console.json_output import add_json, check_json, write_json
-from mlx_qwen35.console.options import add_model_options, given_options
+from mlx_qwen35.console.options import add_model_options, add_options, given_options
 from mlx_qwen35.console.parser import Parser
 from mlx_qwen35.console.plot import check_plot
 from mlx_qwen35.console.progress import Step
 from mlx_qwen35.console.run import as_command, load_model
 from mlx_qwen35.console.streams import read_file
-from mlx_qwen35.distributed.hosts import check_hosts
+from mlx_qwen35.distributed.options import RankOptions
 from mlx_qwen35.doctor import check, facts, probe
 from mlx_qwen35.doctor.facts import Facts
 from mlx_qwen35.doctor.pair import pair
@@ -39,9 +39,13 @@ from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import LoadOptions, default_dtype, stored_dtype
 from mlx_qwen35.machine.memory import limit_of
 from mlx_qwen35.model.enabled import enabled_kernels
-from mlx_qwen35.options import as_flag
+from mlx_qwen35.options import as_flag, options_of
 
 COMMAND = "mlx_qwen35.doctor"
+PAIR = (
+    "look at this machine and these, as --with takes them, and at the link between, and say which split of --model "
+    "(default: the 4B in 4 bit) they should run; no weights are read"
+)
 OF_MODEL = ("probe", "revision", "kv_bits", "kv_rotate", "adapter", "adapter_scale")
 
 
@@ -80,11 +84,7 @@ def parser() -> Parser:
     parser.add_argument("--text", type=Path, metavar="FILE", help="a text for --probe (default: a short one)")
     parser.add_argument("--no-check", action="store_true", help="do not measure speed, which takes half a minute")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="with --plan: draw the memory into this PNG file")
-    parser.add_argument(
-        "--pair", type=lambda text: check_hosts("--pair", text), metavar="HOST[,HOST]",
-        help="look at this machine and these, as --with takes them, and at the link between, and say which split of "
-        "--model (default: the 4B in 4 bit) they should run; no weights are read",
-    )  # fmt: skip
+    add_options(parser, [replace(options_of(RankOptions)["hosts"], name="pair", flag="", help=PAIR)])
     parser.add_argument("--verbose", action="store_true", help="with --plan: every recipe and context, and all parts")
     add_json(parser, "the report, or the plan,")
     return parser

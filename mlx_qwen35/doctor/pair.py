@@ -23,7 +23,7 @@ from mlx_qwen35.distributed.hosts import HERE
 from mlx_qwen35.distributed.opening import described
 from mlx_qwen35.distributed.ranks import join, leave
 from mlx_qwen35.distributed.survey import Question, Surveyed, survey
-from mlx_qwen35.doctor.pair_ways import Way, advised, machines_of, ways
+from mlx_qwen35.doctor.pair_ways import Found, Way, advised, ways
 from mlx_qwen35.load import LoadOptions, choose_dtype
 from mlx_qwen35.machine.memory import limit_of
 
@@ -122,17 +122,17 @@ def _of_link(paired: Paired) -> Iterator[str]:
 
 
 def _of_memory(paired: Paired) -> Iterator[str]:
-    way = paired.advised
-    for rank, (host, facts) in enumerate(zip(paired.hosts, paired.surveyed.facts, strict=True)):
+    plans = paired.advised.split.plans if paired.advised and paired.advised.split else ()
+    for host in dict.fromkeys(paired.hosts):
+        facts = paired.surveyed.facts[paired.hosts.index(host)]
+        need = sum(plan.weights for plan in plans if plan.machine.name.startswith(host))
         if facts.short:
             yield f"memory is short on {host} now: close other programs there, or it will swap"
-        elif way and way.split and facts.available is not None and rank < len(way.split.plans):
-            need = sum(plan.weights for own, plan in zip(paired.hosts, way.split.plans, strict=False) if own == host)
-            if need > facts.available:
-                yield (
-                    f"{host} would swap: weights take {in_gb(need)} there, and {in_gb(facts.available)} are free now. "
-                    "Close other programs"
-                )
+        elif facts.available is not None and need > facts.available:
+            yield (
+                f"{host} would swap: weights take {in_gb(need)} there, and {in_gb(facts.available)} are free now. "
+                "Close other programs"
+            )
 
 
 # --- asking ----------------------------------------------------------------------------------------------------------
@@ -153,22 +153,21 @@ def pair(args: argparse.Namespace) -> Paired:
         places, revision = told["model"], told["revision"]
     how = checkpoint.quantization(_MATRIX)
     question = Question(
-        tuple(places), revision, dtype_name(dtype), text.head_dim, (text.intermediate_size, text.hidden_size),
+        tuple(places), revision, dtype_name(dtype), text.head_dim, text.hidden_size,
         (how.group_size, how.bits, how.mode) if how else None,
     )  # fmt: skip
     with Step(f"starting {', '.join(args.pair)}"):
         ranks = join(args.pair)
     try:
         with Step("asking and measuring"):
-            surveyed = survey(ranks.group, ranks.leader, question, text.hidden_size)
+            surveyed = survey(ranks.group, ranks.leader, question)
     except BaseException as error:
         leave(error)
         raise
     leave()
     names = _names(ranks.hosts)
     limit, kv = limit_of(options.memory_limit), options.kv_format(text.head_dim)
-    machines = machines_of(surveyed.facts, names, dtype, kv, limit)
-    found = ways(checkpoint, machines, surveyed, args.model or SAMPLE, limit, adapters.listed)
+    found = ways(Found(checkpoint, surveyed, names, dtype, kv, limit, args.model or SAMPLE, adapters.listed))
     folder = checkpoint.folder.absolute() if args.model and is_local(args.model, args.revision) else None
     return Paired(
         names, args.pair, ranks.place.backend, surveyed, args.model, folder, dtype_name(dtype), text.hidden_size,

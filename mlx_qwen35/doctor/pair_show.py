@@ -94,6 +94,7 @@ def _way(way: Way) -> str:
     layers = " + ".join(str(len(own)) for own in way.split.layers)
     held = " and ".join(f"{size(plan.image)} of {size(plan.machine.limit)}" for plan in way.split.plans)
     split = f" {layers} layers," if way.name == PIPELINE else ""
+    split = f" on {way.split.plans[0].machine.name}," if way.name == ONE else split
     longest = f"up to {way.split.context:,} tokens, which take {held}"
     return f"{milliseconds(way.seconds)} ({speed(1 / way.seconds)} tokens/s),{split} {longest}"
 
@@ -125,6 +126,7 @@ def _way_as_json(way: Way) -> dict[str, Any]:
     return {
         "way": way.name, "fits": split is not None, "why_not": way.fault or None,
         "seconds": way.seconds if split else None,
+        "machines": [plan.machine.name for plan in split.plans] if split else None,
         "layers": [[own.start, own.stop] for own in split.layers] if split else None,
         "longest_context": split.context if split else 0,
         "bytes": [plan.image for plan in split.plans] if split else None,

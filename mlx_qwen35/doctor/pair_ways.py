@@ -1,7 +1,7 @@
 """The ways to run a model on machines that were surveyed: on rank 0's alone, or split. Which is advised, and why."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -37,51 +37,58 @@ def chip_of(facts: Facts) -> Chip | None:
     return parse_chip(facts.chip) if facts.apple else None
 
 
-def machines_of(
-    facts: Sequence[Facts], hosts: Sequence[str], dtype: mx.Dtype, kv: KVFormat, limit: int
-) -> list[Machine]:
-    """What is planned for. Ranks on one machine share what a model may take there. limit: bytes of rank 0's machine.
-
-    hosts: of every rank, the same name for ranks on one machine.
+@dataclass(frozen=True)
+class Found:
+    """What the ways follow from. hosts: of every rank, the same name for ranks on one machine. limit: bytes that a
+    model may take on rank 0's machine. name: of the model, for messages.
     """
-    found = []
-    for rank, (own, host) in enumerate(zip(facts, hosts, strict=True)):
-        chip = chip_of(own)
-        most = (limit if host == hosts[0] else own.limit) // hosts.count(host)
-        name = host if hosts.count(host) == 1 else f"{host}, rank {rank}"
+
+    checkpoint: Checkpoint
+    surveyed: Surveyed
+    hosts: Sequence[str]
+    dtype: mx.Dtype
+    kv: KVFormat
+    limit: int
+    name: str
+    adapters: Sequence[Adapter] = ()
+
+    def machine(self, rank: int, alone: bool) -> Machine:
+        """What is planned for. Ranks on one machine share what a model may take there, unless it is `alone` there."""
+        facts, host = self.surveyed.facts[rank], self.hosts[rank]
+        chip, count = chip_of(facts), self.hosts.count(host)
+        whole = self.limit if host == self.hosts[0] else facts.limit
+        name = host if alone or count == 1 else f"{host}, rank {rank}"
         buffers = command_buffers(chip) if chip else None
-        found.append(Machine(name, most, dtype, own.attention_impl, chip, buffers, kv))
-    return found
+        limit = whole if alone else whole // count
+        return Machine(name, limit, self.dtype, facts.attention_impl, chip, buffers, self.kv)
 
+    def rate(self, rank: int) -> float:
+        """Bytes of weights a second: of a known chip by its figures, else as measured, at best on the machine."""
+        if chip := chip_of(self.surveyed.facts[rank]):
+            return rate_of(chip)
+        own = [
+            facts.rate for facts, host in zip(self.surveyed.facts, self.hosts, strict=True) if host == self.hosts[rank]
+        ]
+        return max(rate for rate in own if rate)
 
-def ways(
-    checkpoint: Checkpoint, machines: Sequence[Machine], surveyed: Surveyed, name: str, whole: int,
-    adapters: Sequence[Adapter] = (),
-) -> list[Way]:  # fmt: skip
-    """Rank 0's machine alone, a pipeline, and a tensor split. whole: bytes that a model may take on rank 0's machine
-    where it is alone.
-    """
-    alone = [replace(machines[0], limit=whole)]
-    tried = ((ONE, PIPELINE, alone), (PIPELINE, PIPELINE, machines), (TENSOR, TENSOR, machines))
-    found = []
-    for way, kind, own in tried:
+    def way(self, name: str, ranks: Sequence[int]) -> Way:
+        """One of the ways, on these ranks."""
+        kind, text = TENSOR if name == TENSOR else PIPELINE, self.checkpoint.config.text
+        machines = [self.machine(rank, alone=name == ONE) for rank in ranks]
         try:
-            split = split_model(kind, checkpoint, own, name, adapters=adapters)
+            split = split_model(kind, self.checkpoint, machines, self.name, adapters=self.adapters)
         except InputError as error:
-            found.append(Way(way, None, 0.0, error.fault))
-            continue
-        rates = [_rate(machine.chip, facts) for machine, facts in zip(own, surveyed.facts, strict=False)]
-        parts = part_bytes(checkpoint, split, min(CONTEXT, split.context))
-        found.append(Way(way, split, split_seconds(split, parts, rates, surveyed.link, checkpoint.config.text)))
-    return found
+            return Way(name, None, 0.0, error.fault)
+        parts = part_bytes(self.checkpoint, split, min(CONTEXT, split.context))
+        return Way(name, split, split_seconds(split, parts, list(map(self.rate, ranks)), self.surveyed.link, text))
 
 
-def _rate(chip: Chip | None, facts: Facts) -> float:
-    """Bytes of weights a second: of a known chip by its figures, else as measured."""
-    if chip:
-        return rate_of(chip)
-    assert facts.rate
-    return facts.rate
+def ways(found: Found) -> list[Way]:
+    """The machine alone on which a token takes the shortest, a pipeline, and a tensor split."""
+    every = range(len(found.hosts))
+    alone = [found.way(ONE, [rank]) for rank in every if found.hosts.index(found.hosts[rank]) == rank]
+    one = min(alone, key=lambda way: (way.split is None, way.seconds))
+    return [one, found.way(PIPELINE, every), found.way(TENSOR, every)]
 
 
 def advised(found: Sequence[Way], backend: str) -> Way | None:
@@ -99,10 +106,13 @@ def reason(way: Way, found: Sequence[Way]) -> str:
     one, *splits = found
     ms = f"{milliseconds(way.seconds)} a token"
     if way.name == ONE:
-        longer = max((other.split.context for other in splits if other.split), default=0)
         assert one.split
+        longer = max((other.split.context for other in splits if other.split), default=0)
         more = f" The machines together have room for {longer:,} tokens." if longer > one.split.context else ""
-        return f"One machine is enough: {ms}, up to {one.split.context:,} tokens; no split is faster.{more}"
+        return (
+            f"One machine is enough, {one.split.plans[0].machine.name}: {ms}, up to {one.split.context:,} tokens; no split "
+            f"is faster by a tenth.{more}"
+        )
     other = next(other for other in splits if other.name != way.name)
     beside = f"; {other.name} would take {milliseconds(other.seconds)}" if other.split else ""
     if one.split:

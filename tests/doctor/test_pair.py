@@ -24,7 +24,7 @@ from mlx_qwen35.distributed.survey import Facts, Question, Surveyed, Times, read
 from mlx_qwen35.doctor import main
 from mlx_qwen35.doctor.pair import Paired
 from mlx_qwen35.doctor.pair_show import as_json, sections
-from mlx_qwen35.doctor.pair_ways import ONE, Way, advised, machines_of, milliseconds, ways
+from mlx_qwen35.doctor.pair_ways import ONE, Found, Way, advised, milliseconds, ways
 
 HOSTS = ("this machine", "mini.local")
 VERSIONS = {"mlx-qwen35": "1.0", "mlx": "0.32.4", "Python": "3.12.1"}
@@ -63,11 +63,10 @@ def surveyed(facts: Sequence[Facts], link=TCP) -> Surveyed:
 
 
 def found(checkpoint: Checkpoint, *facts: Facts, link=TCP, backend="ring", hosts=HOSTS, model="Qwen/27B", **given):
-    limit = facts[0].limit
-    machines = machines_of(facts, hosts, mx.float16, UNQUANTIZED, limit)
-    tried = ways(checkpoint, machines, surveyed(facts, link), model, limit)
+    told = surveyed(facts, link)
+    tried = ways(Found(checkpoint, told, hosts, mx.float16, UNQUANTIZED, facts[0].limit, model))
     width = checkpoint.config.text.hidden_size
-    return Paired(hosts, hosts[1:], backend, surveyed(facts, link), model, None, "float16", width, tried, given)
+    return Paired(hosts, hosts[1:], backend, told, model, None, "float16", width, tried, given)
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +118,19 @@ def test_of_equal_splits_the_one_that_auto_means_is_advised(pipelined, backend, 
     split = pipelined.ways[1].split
     tried = [Way(ONE, None, 0.0, "too large"), Way(PIPELINE, split, 1.0), Way(TENSOR, split, 1.0)]
     assert advised(tried, backend).name == name
+
+
+def test_the_faster_machine_alone_is_advised_where_it_is_enough(of_size):
+    paired = found(of_size("4b"), of_mac(16, "M1"), of_mac(16, "M1 Max"))
+    assert paired.advised.name == ONE and paired.advised.split.plans[0].machine.name == "mini.local"
+    assert "mini.local" in sections(paired)["verdict"]["advice"]
+
+
+def test_ranks_on_one_machine_read_weights_at_its_best_rate(of_size):
+    facts = [of_mac(16, apple=False, device="cpu", attention_impl="cpu", rate=rate) for rate in (1e9, 2e9)]
+    told = Found(of_size("4b"), surveyed(facts), HOSTS[:1] * 2, mx.float32, UNQUANTIZED, facts[0].limit, "4B")
+    assert [told.rate(0), told.rate(1)] == [2e9, 2e9]
+    assert replace(told, hosts=HOSTS).rate(0) == 1e9
 
 
 def test_options_of_loading_are_in_the_command(pipelined):
@@ -224,7 +236,7 @@ def test_times_are_the_median_the_best_and_the_95th_of_a_hundred():
 
 @pytest.mark.parametrize("quantization", [None, (64, 4, "affine"), (32, 4, "mxfp4")])
 def test_the_rate_of_weights_is_measured_in_the_form_of_the_model(quantization):
-    assert read_rate(Question((), None, "float32", 64, (64, 128), quantization)) > 0
+    assert read_rate(Question((), None, "float32", 64, 128, quantization)) > 0
 
 
 def test_a_checkpoint_is_looked_for_at_each_place_and_not_downloaded(tmp_path):
@@ -242,6 +254,7 @@ def test_a_checkpoint_is_looked_for_at_each_place_and_not_downloaded(tmp_path):
         (("--mtp",), "option_conflict"),
         (("--kv-bits", "8"), "option_no_effect"),
         (("--model", "no/such/folder"), "model_not_found"),
+        (("--pair", "-oProxyCommand=x"), "option_invalid"),
     ],
 )
 def test_options_that_do_not_go_with_it_are_refused_before_a_machine_is_asked(arguments, code, capsys):
