@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.commands.obtain import add_recipe_option, load_model
-from mlx_qwen35.commands.output import print_media, print_pieces, tell_cut
-from mlx_qwen35.commands.session import check_session, opened, tell_interrupted
+from mlx_qwen35.commands.output import print_media, print_pieces, spread_json, spread_text, tell_cut
+from mlx_qwen35.commands.session import NO_SESSION, check_session, opened, tell_interrupted
 from mlx_qwen35.console.interrupt import INTERRUPTED
 from mlx_qwen35.console.json_output import STDOUT, check_json, meaning, write_json
 from mlx_qwen35.console.notices import tell
@@ -24,7 +24,7 @@ from mlx_qwen35.console.options import (
 )
 from mlx_qwen35.console.parser import Parser
 from mlx_qwen35.console.progress import Step
-from mlx_qwen35.console.run import as_command, require_model
+from mlx_qwen35.console.run import as_command, refuse_with_ranks, require_model
 from mlx_qwen35.console.safe import safe_name
 from mlx_qwen35.console.streams import read_file, read_input, standard_input
 from mlx_qwen35.engine.conversation import Turn
@@ -151,7 +151,7 @@ def with_media(prompt: str, media: Sequence[tuple[str, Any]], options: dict[str,
     return one_message(prompt, media, options.pop("system_prompt", None), options.pop("pages", None))
 
 
-def print_statistics(result: Result, media: Sequence[Media], verbose: bool) -> None:
+def print_statistics(result: Result, model: Model, media: Sequence[Media], verbose: bool) -> None:
     """What was read and written, how fast, and the memory; with verbose everything."""
     shown = sum(item.tokens for item in media)
     reused = f", {result.cached_tokens} of them read before" if result.cached_tokens else ""
@@ -160,6 +160,7 @@ def print_statistics(result: Result, media: Sequence[Media], verbose: bool) -> N
     ended = "" if end in ("stop", "tool_calls") else f" ({end})"
     details = [f"Ended by: {result.finish_reason}, seed {result.seed}", f"Drafts: {drafts}"]
     details += [f"Adapter: {safe_name(result.adapter)}"] if result.adapter else []
+    details += [spread_text(model)] if model.spread else []
     accepted = [f"Drafts: {100 * drafts.accepted / drafts.drafted:.0f} % accepted"] if drafts.drafted else []
     tell(
         "=" * 10,
@@ -184,6 +185,7 @@ def check_output(args: argparse.Namespace, options: dict[str, Any]) -> None:
 def run(args: argparse.Namespace) -> int:
     require_model(args)
     check_one_adapter(args)
+    refuse_with_ranks(args, "session", NO_SESSION)
     text, options = read_prompt(args), given_options(args)
     check_output(args, options)
     check_there(args.media)
@@ -247,8 +249,9 @@ def print_answer(
 
 def print_result(result: Result, model: Model, media: Sequence[Media], args: argparse.Namespace) -> None:
     found = dataclasses.asdict(result) | {"loop": result.loop and dataclasses.asdict(result.loop)}
+    found |= spread_json(model)
     if not write_json(args.json, found, in_a_line=True):
-        print_statistics(result, media, bool(args.verbose))
+        print_statistics(result, model, media, bool(args.verbose))
     tell_cut(result, model)
 
 

@@ -5,20 +5,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mlx_qwen35.budget.splitting import AUTO
 from mlx_qwen35.checkpoint.hub import CHOICES
 from mlx_qwen35.console.ending import told
 from mlx_qwen35.console.options import given_options
 from mlx_qwen35.console.progress import Step
-from mlx_qwen35.distributed.loading import Spreading
+from mlx_qwen35.distributed.loading import Spreading, runs_alone
 from mlx_qwen35.distributed.options import RankOptions
-from mlx_qwen35.distributed.ranks import Ranks, as_rank, join, ranks
+from mlx_qwen35.distributed.ranks import as_rank, join
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import LoadOptions, load, load_given
 from mlx_qwen35.machine.chip import tune
 from mlx_qwen35.machine.process import check_folder
 from mlx_qwen35.model.model import Model
-from mlx_qwen35.options import on_command_line
+from mlx_qwen35.options import on_command_line, spelled
 from mlx_qwen35.prompt.processor import Processor
 
 
@@ -46,26 +45,25 @@ def load_model(args: argparse.Namespace, folder: Path | None = None) -> tuple[Mo
     name, options = require_model(args), given_options(args, [LoadOptions])
     if folder:
         options |= {"model": folder, "revision": None}
-    joined = joined_ranks(args)
-    with Step(f"loading {name}", "B", timed=True) as progress:
-        if not joined:
-            return load(**options, progress=progress)
-        loads = Spreading(joined, given := LoadOptions(**options), args.split or AUTO, progress.waits)
-        return load_given(given, progress, loads)
-
-
-def joined_ranks(args: argparse.Namespace) -> Ranks | None:
-    """The ranks that this command leads; started now by --with. None: it runs alone.
-
-    Raises InputError option_no_effect for --split in a command that does.
-    """
-    given = RankOptions(**given_options(args, [RankOptions]))
-    if given.hosts:
-        with Step(f"starting {', '.join(given.hosts)}"):
-            return join(given.hosts)
-    found = ranks()
-    if not found and given_options(args, [RankOptions]):
-        raise InputError(
-            "option_no_effect", "--split must be given with --with: one machine holds all of a model. Leave it out"
+    with Step(f"loading {name}", "B", timed=True) as step:
+        machines = RankOptions(**given_options(args, [RankOptions]))
+        if runs_alone(machines):
+            return load(**options, progress=step)
+        with Step(f"starting {', '.join(machines.hosts or ())}"):
+            joined = join(machines.hosts)
+        return load_given(
+            given := LoadOptions(**options), step, Spreading(joined, given, machines.split, step.waits)
         )
-    return found
+
+
+def is_alone(args: argparse.Namespace) -> bool:
+    """Whether this process holds the whole model that a command line names."""
+    return runs_alone(RankOptions(**given_options(args, [RankOptions])))
+
+
+def refuse_with_ranks(args: argparse.Namespace, name: str, why: str) -> None:
+    """InputError ranks_unsupported for an option that was given where several machines hold the model."""
+    if getattr(args, name) is not None and not is_alone(args):
+        raise InputError(
+            "ranks_unsupported", f"{spelled(name)} must not be given with a model over several machines: {why}"
+        )

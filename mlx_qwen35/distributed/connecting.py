@@ -11,12 +11,13 @@ import time
 from contextlib import suppress
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_qwen35.distributed.channel import Order
 from mlx_qwen35.distributed.control import FollowerEnd, LeaderEnd
 from mlx_qwen35.distributed.frames import FrameError, receive
 from mlx_qwen35.distributed.group import Group
-from mlx_qwen35.distributed.heartbeat import Heartbeat, Pace, Peer
+from mlx_qwen35.distributed.heartbeat import Heartbeat, Pace, Peer, sigterm_as_bytes
 from mlx_qwen35.errors import InputError
 
 TOKEN = 32  # bytes
@@ -28,7 +29,7 @@ _ORDERS, _BEATS = _BOTH
 _MOST_STRANGERS = 64  # connections at a time that have not shown the token
 
 
-def lead(group: Group, host: str, pace: Pace = Pace()) -> LeaderEnd:  # noqa: B008
+def lead(group: Group, host: str, pace: Pace = Pace()) -> LeaderEnd:
     """Rank 0's end, once every other rank has connected. host: the address that they reach this machine by.
 
     InputError control_failed where it cannot listen there, or a rank does not come.
@@ -50,12 +51,12 @@ def lead(group: Group, host: str, pace: Pace = Pace()) -> LeaderEnd:  # noqa: B0
     hosts = [door.hosts[rank] for rank in range(group.size)]
     orders = {rank: door.inside[rank, _ORDERS] for rank in range(1, group.size)}
     peers = {rank: Peer(hosts[rank], door.inside[rank, _BEATS]) for rank in range(1, group.size)}
-    leader = LeaderEnd(hosts, orders, Heartbeat(0, peers, pace))
+    leader = LeaderEnd(hosts, orders, Heartbeat(0, peers, pace, signals=sigterm_as_bytes()))
     leader.give(Order("welcome", {"hosts": hosts}))
     return leader
 
 
-def follow(group: Group, host: str, pace: Pace = Pace()) -> FollowerEnd:  # noqa: B008
+def follow(group: Group, host: str, pace: Pace = Pace()) -> FollowerEnd:
     """The end of any other rank. host: rank 0's address. From here on Ctrl-C is rank 0's affair, and ignored here.
 
     InputError control_failed where rank 0 cannot be reached.
@@ -76,14 +77,14 @@ def follow(group: Group, host: str, pace: Pace = Pace()) -> FollowerEnd:  # noqa
         ) from error
     with suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return FollowerEnd(hosts, {0: orders}, Heartbeat(group.rank, {0: Peer(hosts[0], beats)}, pace))
+    peers = {0: Peer(hosts[0], beats)}
+    return FollowerEnd(hosts, {0: orders}, Heartbeat(group.rank, peers, pace, signals=sigterm_as_bytes()))
 
 
 def _exchange(group: Group, token: bytes, port: int) -> tuple[bytes, int]:
     """Rank 0's token and port, on every rank."""
-    found = group.all_gather(mx.array([port, *token], mx.int32))[0].tolist()
-    assert isinstance(found, list)
-    return bytes(found[1:]), found[0]
+    found = np.array(group.all_gather(mx.array([port, *token], mx.int32))[0])
+    return found[1:].astype(np.uint8).tobytes(), int(found[0])
 
 
 def _connect(host: str, port: int, hello: bytes) -> socket.socket:

@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.cache.layer import CachePosition
 from mlx_qwen35.distributed.channel import Follower, Order
-from mlx_qwen35.distributed.orders import Fail, adapters_of, received, told
+from mlx_qwen35.distributed.orders import adapters_of, received
 from mlx_qwen35.distributed.split import Split
 from mlx_qwen35.distributed.tensor import TensorSplit
 from mlx_qwen35.engine.engine import CLEAR_EVERY
@@ -17,14 +17,11 @@ from mlx_qwen35.model.model import Model, Visual
 from mlx_qwen35.model.pace import Pace
 
 
-def follow(rank: "ObeyingRank", follower: Follower, fail: Fail) -> None:
-    """Obey the orders that come until rank 0 has ended. An exception ends every rank."""
-    try:
-        while order := follower.take():
-            if (answer := rank.obey(order)) is not None:
-                follower.answer(answer)
-    except BaseException as error:
-        fail(told(error))
+def follow(rank: "ObeyingRank", follower: Follower) -> None:
+    """Obey the orders that come until rank 0 has ended. What it raises must end every rank."""
+    while order := follower.take():
+        if (answer := rank.obey(order)) is not None:
+            follower.answer(answer)
 
 
 class ObeyingRank:
@@ -59,7 +56,7 @@ class ObeyingRank:
         pace = Pace() if fields["paced"] else unpaced
         given = (tokens.shape[1], fields["lengths"], order.arrays.get("positions"), fields["stepwise"])
         with cache.forward(*given, self.model.active(cache)) as context:
-            self._hidden = self.split.run(tokens, visual, context, cache, at, pace)
+            self._hidden = self.split.run(self.model, tokens, visual, context, cache, at, pace)
             mx.eval(self._hidden, cache.held())
         self._passes += 1
         if fields["paced"] or self._passes % CLEAR_EVERY == 0:
@@ -67,13 +64,15 @@ class ObeyingRank:
 
     def _embed(self, order: Order) -> None:
         assert isinstance(self.split, TensorSplit)
-        mx.eval(self.split.embed(*self._given(order), adapters_of(order.fields["adapters"], self.model.adapters)))
+        adapters = adapters_of(order.fields["adapters"], self.model.adapters)
+        mx.eval(self.split.embed(self.model, *self._given(order), adapters))
 
     def _logits(self, order: Order) -> None:
         assert isinstance(self.split, TensorSplit)
         given = order.arrays.get("hidden")
         hidden = self._hidden if given is None else received(given, self.model.dtype)
-        mx.eval(self.split.logits(hidden, adapters_of(order.fields["adapters"], self.model.adapters)))
+        adapters = adapters_of(order.fields["adapters"], self.model.adapters)
+        mx.eval(self.split.logits(self.model, hidden, adapters))
 
     def _given(self, order: Order) -> tuple[mx.array, Visual | None]:
         """The tokens of an order, and zeros at the places of images, whose embeddings rank 0 adds."""

@@ -39,7 +39,7 @@ def send(connection: socket.socket, order: Order) -> None:
     text = json.dumps({"name": order.name, "fields": dict(order.fields), "arrays": kinds}).encode()
     size = sum(part.nbytes for part in parts)
     _check_sizes(len(text), size)
-    pieces = [HEADER.pack(MARK, len(text), size), text, *(part.reshape(-1).view(np.uint8) for part in parts)]
+    pieces = [HEADER.pack(MARK, len(text), size), text, *(part.reshape(-1).view(np.uint8).data for part in parts)]
     for piece in [b"".join(pieces)] if len(text) + size < _TOGETHER else pieces:
         connection.sendall(piece)
 

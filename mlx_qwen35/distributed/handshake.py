@@ -104,10 +104,14 @@ def _difference(name: str, own: Any, its: Any) -> tuple[str, str, str]:
         return _difference(f"{name} {key}", own.get(key, _ABSENT), its.get(key, _ABSENT))
     if name.startswith(("weights", "adapters")):  # fingerprints: their beginnings tell them apart
         own, its = (value if value is _ABSENT else value[:12] for value in (own, its))
-    return name.removeprefix("held "), *("none" if value is _ABSENT else shown(value) for value in (own, its))
+    return name.removeprefix("held "), _shown(own), _shown(its)
 
 
 _ABSENT = object()
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is _ABSENT else shown(value)
 
 
 def _remedy(compared: str, what: str, first: Facts, other: Facts, host: str) -> str:

@@ -8,6 +8,7 @@ where rank 0 is what was lost; the others end in silence.
 import json
 import os
 import selectors
+import signal
 import socket
 import sys
 import threading
@@ -31,6 +32,7 @@ class Pace:
     beat: float = 1.0  # between two beats
     silence: float = 10.0  # after which a peer counts as lost
     leave: float = 2.0  # that a process has for its own end after a goodbye, or for sending its last words
+    grace: float = 0.5  # from SIGTERM to the end: mlx.launch sends it where a peer was lost, which is told first
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,31 @@ def tell(line: str) -> None:
         os.write(sys.stderr.fileno(), f"{erase}mlx_qwen35: {line}\n".encode())
 
 
+def sigterm_as_bytes() -> socket.socket | None:
+    """Where the numbers of signals are read from now on, SIGTERM's too, which then ends no process by itself: of the
+    main thread, which may wait in a collective, Python asks nothing for that. None where SIGTERM means something else.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        return None
+    read, written = socket.socketpair()
+    for end in (read, written):
+        end.setblocking(False)
+    signal.set_wakeup_fd(written.detach(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, _noted)
+    return read
+
+
+def _noted(*_: object) -> None:
+    """SIGTERM, of which the heartbeat reads."""
+
+
 class Heartbeat:
     """The beats of one rank. Rank 0 has every other rank as a peer, the others have rank 0.
 
     end: ends the process with a status; os._exit, since the main thread may wait in a collective for ever. say: gets
-    the one line.
+    the one line. signals: of `sigterm_as_bytes`.
     """
 
     def __init__(
@@ -62,8 +84,10 @@ class Heartbeat:
         pace: Pace = Pace(),
         end: Callable[[int], object] = os._exit,
         say: Callable[[str], object] = tell,
+        signals: socket.socket | None = None,
     ):
         self._rank, self._peers, self._pace, self._end, self._say = rank, dict(peers), pace, end, say
+        self._signals, self._ends_at = signals, float("inf")
         self._over, self._lock = threading.Event(), threading.Lock()
         self._status = FAILED
         self._pending = dict.fromkeys(peers, b"")
@@ -106,24 +130,42 @@ class Heartbeat:
 
     def _run(self) -> None:
         heard = dict.fromkeys(self._peers, time.monotonic())
+        beats_at = 0.0
         with selectors.DefaultSelector() as selector:
             for rank, peer in self._peers.items():
                 selector.register(peer.connection, selectors.EVENT_READ, rank)
+            if self._signals:
+                selector.register(self._signals, selectors.EVENT_READ)
             while not self._over.is_set():
-                self._send(_BEAT)
-                until = time.monotonic() + self._pace.beat
-                while not self._over.is_set() and (left := until - time.monotonic()) > 0:
-                    for key, _ in selector.select(left):
+                now = time.monotonic()
+                if now >= beats_at:
+                    self._send(_BEAT)
+                    beats_at = now + self._pace.beat
+                for key, _ in selector.select(max(0.0, min(beats_at, self._ends_at) - now)):
+                    if key.data is None:
+                        self._hear_signal()
+                    else:
                         heard[key.data] = time.monotonic()
                         self._hear(key.data)
-                for rank in self._peers:  # what has come meanwhile was read just now
-                    if time.monotonic() - heard[rank] > self._pace.silence:
-                        seconds = f"{self._pace.silence:g} s"
-                        self._fault(
-                            f"{self._named(rank)} has not been heard from for {seconds}: it hangs, sleeps or lacks "
-                            "memory, or the network between is gone"
-                        )
+                self._judge(heard, now)
+        self._drain()
+
+    def _judge(self, heard: Mapping[int, float], now: float) -> None:
+        """End where it is time to. now: before the peers were last listened to, however long this process lay still."""
+        for rank, last in heard.items():
+            if now - last > self._pace.silence:
+                self._fault(
+                    f"{self._named(rank)} has not been heard from for {self._pace.silence:g} s: it hangs, sleeps or "
+                    "lacks memory, or the network between is gone"
+                )
+        if now >= self._ends_at and self._settle(FAILED, "it was ended by SIGTERM" if self._rank else ""):
             self._drain()
+            self._end(128 + signal.SIGTERM)  # as shells have it
+
+    def _hear_signal(self) -> None:
+        assert self._signals
+        if signal.SIGTERM in self._signals.recv(64) and signal.getsignal(signal.SIGTERM) is _noted:
+            self._ends_at = time.monotonic() + self._pace.grace
 
     def _hear(self, rank: int) -> None:
         """Read what a peer has sent: lines, empty ones for beats."""

@@ -16,8 +16,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from mlx_qwen35.distributed.hosts import HERE, Hostfile, unreachable
-from mlx_qwen35.distributed.place import FILES, SECONDS
-from mlx_qwen35.distributed.seat import END
+from mlx_qwen35.distributed.place import END, FILES, SECONDS
 from mlx_qwen35.errors import InputError
 
 _ENDED = re.compile(r"Node with rank (\d+) (?:exited with code (\d+)|was killed)")

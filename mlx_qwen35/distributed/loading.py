@@ -6,24 +6,24 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 
 from mlx_qwen35.budget.chunk import suitable_chunk
 from mlx_qwen35.budget.plan import Machine, this_machine
-from mlx_qwen35.budget.splitting import AUTO, PIPELINE, SPLITS, TENSOR, split_model, split_of
+from mlx_qwen35.budget.splitting import AUTO, PIPELINE, TENSOR, split_model, split_of
 from mlx_qwen35.cache.kv_format import KVFormat
 from mlx_qwen35.checkpoint.adapter_choice import Chosen
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.dtypes import dtype_name
 from mlx_qwen35.distributed.channel import Order
 from mlx_qwen35.distributed.handshake import Facts, agree
-from mlx_qwen35.distributed.hosts import check_hosts
 from mlx_qwen35.distributed.model import Holding, pipeline_model, tensor_model
 from mlx_qwen35.distributed.opening import NEEDS, described, facts_of, room, share_of, weight_bytes
+from mlx_qwen35.distributed.options import RankOptions
 from mlx_qwen35.distributed.orders import Orders
-from mlx_qwen35.distributed.ranks import Ranks, join
+from mlx_qwen35.distributed.ranks import Ranks, join, ranks
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import LoadOptions, load_given, load_model
 from mlx_qwen35.machine.process import check_folder, refuse_fork
@@ -31,7 +31,6 @@ from mlx_qwen35.model.model import Model, Spread
 from mlx_qwen35.model.weights import Progress
 from mlx_qwen35.options import spelled
 from mlx_qwen35.prompt.processor import Processor
-from mlx_qwen35.values import choice
 
 Waiting = Callable[[str], object]  # is told whom rank 0 waits for
 
@@ -65,10 +64,34 @@ def load_distributed(
     """
     refuse_fork()
     check_folder()
-    given = LoadOptions(model, **options)
-    choice(spelled("split"), split, SPLITS)
-    joined = join(None if hosts is None else check_hosts(spelled("hosts"), hosts))
-    return load_given(given, progress, Spreading(joined, given, split, waiting))
+    given, own = LoadOptions(model, **options), RankOptions(hosts, split)
+    return load_given(given, progress, Spreading(join(own.hosts), given, own.split, waiting))
+
+
+def loader(given: LoadOptions, own: RankOptions) -> "Spreading | None":
+    """What loads a model as these options say; None where this process alone holds it."""
+    return None if runs_alone(own) else Spreading(join(own.hosts), given, own.split)
+
+
+def runs_alone(own: RankOptions) -> bool:
+    """Whether this process holds the whole model. InputError option_no_effect for a split of it."""
+    if ranks() or own.hosts:
+        return False
+    if own.split != AUTO:
+        raise InputError(
+            "option_no_effect",
+            f"{spelled('split')} must be given with machines to split over (--with): one holds all of a model here. "
+            "Leave it out",
+        )
+    return True
+
+
+def no_session() -> NoReturn:
+    raise InputError(
+        "ranks_unsupported",
+        "what was read of a conversation is on several machines, each with its part, and a session's file would hold "
+        "that of one. Keep sessions with a model that one machine holds",
+    )
 
 
 _loaded: "weakref.ref[Model] | None" = None  # the model that the ranks hold, while it lives
@@ -108,7 +131,7 @@ class Spreading:
         shares = [share_of(checkpoint, own, rank, size) for rank, own in enumerate(layers)]
         others = [Holding(own.of_config(text), limit) for own, limit in zip(shares[1:], limits[1:], strict=True)]
         make = {PIPELINE: pipeline_model, TENSOR: tensor_model}[kind]
-        orders = Orders(self.ranks.leader, self.ranks.leader.heartbeat.lost)
+        orders = Orders(self.ranks.leader, self._lost)
         self._give("load", {
             "name": name, "dtype": dtype_name(dtype),
             "layers": [[own.start, own.stop] for own in ranges] if kind == PIPELINE else None,
@@ -119,6 +142,7 @@ class Spreading:
         )  # fmt: skip
         weights = [weight_bytes(model), *(own["weights"] for own in self._answers())]
         self._keep_to_least_room(model, limits[0])
+        model.fingerprint = no_session
         model.spread = Spread(kind, tuple(self.ranks.hosts), tuple(weights))
         _loaded = weakref.ref(model)
         return model
@@ -143,6 +167,10 @@ class Spreading:
             model.memory_limit = max(1, bisect.bisect_left(range(limit), True, key=too_much) - 1)
 
     # --- orders ---
+
+    def _lost(self, reason: str) -> NoReturn:
+        self.ranks.leader.heartbeat.lost(reason)
+        raise AssertionError("it ends the process")
 
     def _give(self, name: str, fields: Mapping[str, Any]) -> None:
         self.ranks.leader.give(Order(name, fields))

@@ -48,7 +48,7 @@ class LeadingModel(Model):
         super().__init__(held, weights, memory_limit, kv)
         self.config, self.held = config, replace(held, vocab_size=config.vocab_size)
         self.orders, self.split = orders, split(self)
-        self.library_limit = _library_bytes([Holding(self.held, memory_limit), *others], self.dtype, kv)
+        self._library = library_limit([Holding(self.held, memory_limit), *others], self.dtype, kv)
 
     def make_cache(self, batch: int = 1, adapter: str | None = None) -> Cache:
         whole("batch", batch, 1)
@@ -59,7 +59,7 @@ class LeadingModel(Model):
         """As `Model.make_library`. memory: of what is here; None: as much that no rank's part of it takes more than
         the library of a model of its own would.
         """
-        return PrefixLibrary(self, self.library_limit) if memory is None else super().make_library(memory)
+        return PrefixLibrary(self, self._library) if memory is None else super().make_library(memory)
 
     def hidden(
         self,
@@ -87,7 +87,7 @@ class LeadingModel(Model):
         if context.positions.ndim == 3:  # else they go on from the cache's
             arrays["positions"] = np.array(context.positions)
         self.orders.give("pass", fields, arrays)
-        hidden = self.split.run(tokens, visual, context, cache, at, pace)
+        hidden = self.split.run(self, tokens, visual, context, cache, at, pace)
         mx.eval(hidden, cache.held())
         return hidden
 
@@ -106,7 +106,7 @@ class TensorModel(LeadingModel):
     def embed(self, tokens: mx.array, visual: Visual | None = None, adapters: ActiveAdapters | None = None) -> mx.array:
         with self.orders.together():
             self.orders.give("embed", {"adapters": rows_of(adapters)}, _tokens(tokens, visual))
-            x = self.split.embed(tokens, visual, adapters)
+            x = self.split.embed(self, tokens, visual, adapters)
             mx.eval(x)
             return x
 
@@ -115,7 +115,7 @@ class TensorModel(LeadingModel):
         with self.orders.together():
             arrays = {} if hidden is self._passed() else {"hidden": sent(hidden)}
             self.orders.give("logits", {"adapters": rows_of(adapters)}, arrays)
-            found = self.split.logits(hidden, adapters)
+            found = self.split.logits(self, hidden, adapters)
             mx.eval(found)
             return found
 
@@ -155,7 +155,7 @@ def _tokens(tokens: mx.array, visual: Visual | None) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _library_bytes(ranks: Sequence[Holding], dtype: mx.Dtype, kv: KVFormat) -> int:
+def library_limit(ranks: Sequence[Holding], dtype: mx.Dtype, kv: KVFormat) -> int:
     """Bytes of a library on the first rank, so that no rank's part of it takes more than its own model's would. The
     parts are taken as those of a whole window's keys and values, and states.
     """

@@ -9,7 +9,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -23,7 +23,7 @@ from mlx_qwen35.model.lora import NONE, AdapterSet
 
 MOST_NOTED = 256  # notes that wait for an order, so that caches which no pass follows take no memory for long
 
-Fail = Callable[[str], NoReturn]  # ends every rank, each with a line that tells this reason
+Fail = Callable[[str], object]  # tells of rank 0's error, and ends every rank and this process
 
 
 class Orders:
@@ -48,7 +48,7 @@ class Orders:
                 yield
             except BaseException as error:
                 if self._given != before:
-                    self._fail(told(error))
+                    self._fail(f"{type(error).__name__}: {error}")
                 raise
 
     def give(self, name: str, fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
@@ -74,11 +74,6 @@ class Orders:
         # It may run in any thread, in the middle of anything: it does nothing but append.
         weakref.finalize(cache, self._noted.append, ["drop", number]).atexit = False
         return number
-
-
-def told(error: BaseException) -> str:
-    """What an exception says, in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 # --- values of orders -------------------------------------------------------------------------------------------------

@@ -14,22 +14,22 @@ from mlx_qwen35.model.model import Model, Visual
 
 
 class PipelineSplit:
-    """A rank's part of the pipeline split."""
+    """A rank's part of the pipeline split, see `Split`."""
 
     def __init__(self, model: Model, group: Group):
         """model: of the rank's share, which has a layer at least."""
         assert model.layers, "each rank has a layer"
-        self.model, self.group = model, group
+        self.group, self.dtype = group, model.dtype
 
     def run(
-        self, tokens: mx.array, visual: Visual | None, context: ForwardContext, cache: Cache, at: mx.array | None,
-        pace: Pace,
+        self, model: Model, tokens: mx.array, visual: Visual | None, context: ForwardContext, cache: Cache,
+        at: mx.array | None, pace: Pace,
     ) -> mx.array:  # fmt: skip
         """The stream is sent as one sum, which the next norm would make of its two parts first: rounded to the dtype
         of activations, also where a kernel adds. Zeros take the place of the second part, so that the norm behind it is
         the same operation as in one process, to the bit.
         """
-        model, rank, size = self.model, self.group.rank, self.group.size
+        rank, size = self.group.rank, self.group.size
         (B, T), D, rotary = tokens.shape, model.config.hidden_size, model.rotary.table(context.positions)
         first, last = rank == 0, rank == size - 1
         x = model.embed(tokens, visual, context.adapters) if first else self._received((B, T, D), rank - 1)
@@ -44,4 +44,4 @@ class PipelineSplit:
         return model.norm.of_sum(x, mx.zeros_like(x))[1]
 
     def _received(self, shape: tuple[int, ...], source: int) -> mx.array:
-        return self.group.receive(shape, self.model.dtype, source)
+        return self.group.receive(shape, self.dtype, source)

@@ -9,15 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
 
-import mlx.core as mx
-
 from mlx_qwen35.distributed.connecting import follow, lead
 from mlx_qwen35.distributed.control import LeaderEnd
 from mlx_qwen35.distributed.group import Group
 from mlx_qwen35.distributed.hosts import HERE, hostfile_of
 from mlx_qwen35.distributed.launch import Launch
-from mlx_qwen35.distributed.place import Place, check_ring, this_place
-from mlx_qwen35.distributed.ring import RingGroup
+from mlx_qwen35.distributed.place import Place, check_ring, close_input, this_place
+from mlx_qwen35.distributed.ring import open_group
+from mlx_qwen35.distributed.serving import obey
 from mlx_qwen35.errors import InputError
 
 
@@ -76,10 +75,10 @@ def join(hosts: Sequence[str] | None = None) -> Ranks:
             if launch:
                 launch.close()
             raise
-        names = [host.name for host in launch.hosts] if launch else list(leader.hosts)
+        others = [host.name for host in launch.hosts[1:]] if launch else leader.hosts[1:]
         if launch:
             launch.settled()
-        _joined = Ranks(place, group, leader, names, launch)
+        _joined = Ranks(place, group, leader, ["this machine", *others], launch)
         atexit.register(leave)
         return _joined
 
@@ -88,7 +87,7 @@ def _met(place: Place, watch: Callable[[], object] = lambda: None) -> Group:
     """The ranks, once all are there."""
     if place.ring:
         check_ring(place, watch)
-    return RingGroup(mx.distributed.init(strict=True, backend=place.backend))
+    return open_group(place.backend)
 
 
 def _address(place: Place) -> str:
@@ -99,8 +98,7 @@ def _address(place: Place) -> str:
 
 def serve(place: Place) -> NoReturn:
     """Follow rank 0 until it ends, and end this process. It reads and prints nothing."""
-    from mlx_qwen35.distributed.serving import obey
-
+    close_input()
     group = _met(place)
     with follow(group, _address(place)) as follower:
         obey(group, follower)

@@ -11,9 +11,7 @@ import socket
 import sys
 from pathlib import Path
 
-from mlx_qwen35.distributed.place import FILES, VARIABLES, this_place
-
-END = b"end\n"  # from the process that took the place, when all is well
+from mlx_qwen35.distributed.place import END, FILES, VARIABLES, close_input, this_place
 
 
 def hand_over(path: str) -> int:
@@ -31,18 +29,12 @@ def hand_over(path: str) -> int:
     return 0 if said.endswith(END) else 1
 
 
-def close_input() -> None:
-    """mlx.launch writes what it reads to all ranks, and waits actively while it could: it stops where none reads."""
-    with open(os.devnull, "rb") as nothing:
-        os.dup2(nothing.fileno(), 0)
-
-
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that the user started
     close_input()
     if os.environ["MLX_RANK"] == "0":
         sys.exit(hand_over(sys.argv[1]))
-    from mlx_qwen35.distributed.ranks import serve
+    from mlx_qwen35.distributed.ranks import serve  # late, since rank 0's seat needs none of it
 
     place = this_place()
     assert place, "mlx.launch has started this"

@@ -7,16 +7,19 @@ import mlx.core as mx
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.cache.layer import ForwardContext
 from mlx_qwen35.model.decoder import Pace
-from mlx_qwen35.model.model import Visual
+from mlx_qwen35.model.model import Model, Visual
 
 
 class Split(Protocol):
-    """A rank's part of what the ranks of a model compute together. Every rank calls it alike, in the same order."""
+    """A rank's part of what the ranks of a model compute together. Every rank calls it alike, in the same order.
+
+    It is given the model of the rank's share each time, since rank 0's model holds it.
+    """
 
     def run(
-        self, tokens: mx.array, visual: Visual | None, context: ForwardContext, cache: Cache, at: mx.array | None,
-        pace: Pace,
+        self, model: Model, tokens: mx.array, visual: Visual | None, context: ForwardContext, cache: Cache,
+        at: mx.array | None, pace: Pace,
     ) -> mx.array:  # fmt: skip
-        """A pass, its arguments as of `Model.hidden`; visual holds zeros beside rank 0. (B, T, D) after the final norm
-        on rank 0; elsewhere what must be evaluated.
+        """A pass, its arguments as of `Model.hidden`; visual holds zeros on ranks other than 0. On rank 0 (B, T, D)
+        after the final norm; elsewhere what must be evaluated.
         """

@@ -22,8 +22,9 @@ _SUMMED = {"linear_attn": "out_proj", "self_attn": "o_proj", "mlp": "down_proj"}
 class Summed(nn.Module):
     """A linear map whose inputs are divided over the ranks: its outputs, with what adapters add, summed.
 
-    In the dtype of activations: each product is rounded to it anyway, and of two ranks the one sum of two such numbers
-    has the same bits in float32. Of four ranks it would spare two roundings (CONTRIBUTING: measured in tests).
+    They are summed in the dtype of activations, to which each product is rounded. Of two ranks float32 gives the same
+    bits. Of four it would spare two roundings, for twice the bytes of each sum: logits of a random model in bfloat16
+    are 3.0 % off alone (of their deviation), 4.0 % on four ranks, 3.7 % with sums in float32.
     """
 
     def __init__(self, linear: Linear, group: Group):
@@ -35,11 +36,13 @@ class Summed(nn.Module):
 
 
 class TensorSplit:
-    """A rank's part of the tensor split. The sums are put into its model's layers."""
+    """A rank's part of the tensor split, see `Split`."""
 
     def __init__(self, model: Model, group: Group, vocabulary: int):
-        """model: of the rank's share. vocabulary: rows of the whole table, in blocks of the same size, but the last."""
-        self.model, self.group, self.vocabulary = model, group, vocabulary
+        """model: of the rank's share; the sums are put into its layers. vocabulary: rows of the whole table. Each rank
+        has a block of one size, but the last, which has the rest.
+        """
+        self.group, self.vocabulary = group, vocabulary
         self.block = -(-vocabulary // group.size)
         self.first = group.rank * self.block
         for layer in model.layers:
@@ -47,31 +50,32 @@ class TensorSplit:
                 if part in layer:
                     layer[part][name] = Summed(layer[part][name], group)
 
-    def embed(self, tokens: mx.array, visual: Visual | None, adapters: ActiveAdapters | None) -> mx.array:
+    def embed(
+        self, model: Model, tokens: mx.array, visual: Visual | None, adapters: ActiveAdapters | None
+    ) -> mx.array:  # fmt: skip
         """As `Model.embed`: each row from the rank that has it, and zeros from the others, which change no bit."""
-        rows = len(self.model.embed_tokens.weight)
+        rows = len(model.embed_tokens.weight)
         if not rows:
-            x = mx.zeros((*tokens.shape, self.model.config.hidden_size), self.model.dtype)
+            x = mx.zeros((*tokens.shape, model.config.hidden_size), model.dtype)
         else:
             own = tokens.astype(mx.int32) - self.first
             here = (own >= 0) & (own < rows)
-            x = self.model.embed_tokens.look_up(mx.where(here, own, 0), adapters)
+            x = model.embed_tokens.look_up(mx.where(here, own, 0), adapters)
             x = mx.where(here[..., None], x, 0)
         if visual is not None:
             x[visual.rows, visual.columns] = visual.embeddings.astype(x.dtype)
         return self.group.all_sum(x)
 
     def run(
-        self, tokens: mx.array, visual: Visual | None, context: ForwardContext, cache: Cache, at: mx.array | None,
-        pace: Pace,
+        self, model: Model, tokens: mx.array, visual: Visual | None, context: ForwardContext, cache: Cache,
+        at: mx.array | None, pace: Pace,
     ) -> mx.array:  # fmt: skip
-        model, rotary = self.model, self.model.rotary.table(context.positions)
-        x = self.embed(tokens, visual, context.adapters)
+        x, rotary = self.embed(model, tokens, visual, context.adapters), model.rotary.table(context.positions)
         return run(model.layers, model.norm, x, rotary, context, cache.layers, at, pace)
 
-    def logits(self, hidden: mx.array, adapters: ActiveAdapters | None) -> mx.array:
+    def logits(self, model: Model, hidden: mx.array, adapters: ActiveAdapters | None) -> mx.array:
         """As `Model.logits`: each rank's rows of the head, in blocks of one size."""
-        own = Model.logits(self.model, hidden, adapters)
+        own = Model.logits(model, hidden, adapters)
         if short := self.block - own.shape[-1]:
             own = mx.pad(own, [(0, 0)] * (own.ndim - 1) + [(0, short)])
         blocks = mx.moveaxis(self.group.all_gather(own), 0, -2)

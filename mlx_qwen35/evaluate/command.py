@@ -11,6 +11,8 @@ from mlx_qwen35.console.json_output import STDOUT, add_json, check_json, write_j
 from mlx_qwen35.console.options import add_options, add_rank_options, given_options
 from mlx_qwen35.console.parser import Parser
 from mlx_qwen35.console.run import as_command, require_model
+from mlx_qwen35.distributed.options import RankOptions
+from mlx_qwen35.errors import InputError
 from mlx_qwen35.evaluate.dry_run import look_ahead
 from mlx_qwen35.evaluate.evaluation import prepared
 from mlx_qwen35.evaluate.options import OF_ANSWERS, EvalOptions
@@ -52,13 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         require_model(args)
         options = EvalOptions(**given_options(args, [EvalOptions]))
         load = LoadOptions(**given_options(args, [LoadOptions]))
+        machines = RankOptions(**given_options(args, [RankOptions]))
         answers = {name: value for name, value in vars(args).items() if name in OF_ANSWERS and value is not None}
         if options.dry_run:
+            if machines.hosts:
+                raise InputError("option_no_effect", "--with has no effect on --dry-run, which loads nothing")
             _look(args, load, options, answers)
             return
         out = Path(options.out) if options.out else None
         with unwound_when_ended(), Shown(out) as shown:
-            summary = prepared(load, options, answers, shown.watch).run()
+            summary = prepared(load, options, answers, shown.watch, ranks=machines).run()
         if args.json != STDOUT:
             print(described(summary), flush=True)
         write_json(args.json, summary)

@@ -14,7 +14,7 @@ from mlx_qwen35.commands.chat.reader import PlainReader, Reader
 from mlx_qwen35.commands.chat.screen import PlainScreen, Screen
 from mlx_qwen35.commands.chat.talk import Talk
 from mlx_qwen35.commands.obtain import add_recipe_option, settle
-from mlx_qwen35.commands.session import check_session, open_session
+from mlx_qwen35.commands.session import NO_SESSION, check_session, open_session
 from mlx_qwen35.console.interrupt import unwound_when_ended
 from mlx_qwen35.console.options import (
     add_answer_options,
@@ -24,7 +24,7 @@ from mlx_qwen35.console.options import (
     given_options,
 )
 from mlx_qwen35.console.parser import Parser
-from mlx_qwen35.console.run import as_command, load_model, require_model
+from mlx_qwen35.console.run import as_command, load_model, refuse_with_ranks, require_model
 from mlx_qwen35.console.streams import standard_input
 from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.engine.options import PromptOptions
@@ -93,6 +93,7 @@ def main() -> None:
         name, options = require_model(args), given_options(args)
         if args.quiet and args.verbose:
             raise InputError("option_conflict", "--verbose and --quiet must not be given together. Leave one out")
+        refuse_with_ranks(args, "session", NO_SESSION)
         if args.session:
             check_session(args.session)
         reader, screen = interface(bool(args.hide_thinking), bool(args.verbose))
