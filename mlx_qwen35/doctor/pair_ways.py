@@ -66,10 +66,8 @@ class Found:
         """Bytes of weights a second: of a known chip by its figures, else as measured, at best on the machine."""
         if chip := chip_of(self.surveyed.facts[rank]):
             return rate_of(chip)
-        own = [
-            facts.rate for facts, host in zip(self.surveyed.facts, self.hosts, strict=True) if host == self.hosts[rank]
-        ]
-        return max(rate for rate in own if rate)
+        each = zip(self.surveyed.facts, self.hosts, strict=True)
+        return max(facts.rate for facts, host in each if host == self.hosts[rank] and facts.rate)
 
     def way(self, name: str, ranks: Sequence[int]) -> Way:
         """One of the ways, on these ranks."""
@@ -96,29 +94,34 @@ def advised(found: Sequence[Way], backend: str) -> Way | None:
     one, *splits = found
     fitting = [way for way in splits if way.split]
     best = min(fitting, key=lambda way: (way.seconds, way.name != split_of(backend)), default=None)
-    if one.split and (best is None or best.seconds > WORTH * one.seconds):
-        return one
-    return best
+    if best is None:
+        return one if one.split else None
+    return one if is_long_enough(one, best) and best.seconds > WORTH * one.seconds else best
+
+
+def is_long_enough(one: Way, other: Way) -> bool:
+    """Whether one machine has room for a context of CONTEXT tokens, or for as many as the other way."""
+    return bool(one.split and other.split and one.split.context >= min(CONTEXT, other.split.context))
 
 
 def reason(way: Way, found: Sequence[Way]) -> str:
     """Why it is advised."""
     one, *splits = found
-    ms = f"{milliseconds(way.seconds)} a token"
+    assert way.split
+    takes = f"{milliseconds(way.seconds)} a token, up to {way.split.context:,} tokens"
     if way.name == ONE:
-        assert one.split
         longer = max((other.split.context for other in splits if other.split), default=0)
-        more = f" The machines together have room for {longer:,} tokens." if longer > one.split.context else ""
+        more = f" The machines together have room for {longer:,} tokens." if longer > way.split.context else ""
         return (
-            f"One machine is enough, {one.split.plans[0].machine.name}: {ms}, up to {one.split.context:,} tokens; no split "
-            f"is faster by a tenth.{more}"
+            f"One machine is enough, {way.split.plans[0].machine.name}: {takes}; no split is faster by a tenth.{more}"
         )
     other = next(other for other in splits if other.name != way.name)
     beside = f"; {other.name} would take {milliseconds(other.seconds)}" if other.split else ""
-    if one.split:
-        return f"A {way.name} split is worth it: {ms} in place of {milliseconds(one.seconds)} on one machine{beside}."
-    assert way.split
-    return f"The model needs the machines together: {ms}, up to {way.split.context:,} tokens{beside}."
+    if one.split is None:
+        return f"The model needs the machines together: {way.name} takes {takes}{beside}."
+    if not is_long_enough(one, way):
+        return f"One machine has room for {one.split.context:,} tokens: {way.name} takes {takes}{beside}."
+    return f"A {way.name} split is worth it: {takes}, in place of {milliseconds(one.seconds)} on one machine{beside}."
 
 
 def milliseconds(seconds: float) -> str:

@@ -122,6 +122,7 @@ def test_a_machine_that_is_alone_holds_what_the_plan_of_one_machine_holds(of_siz
     assert split.plans[0] == plan_memory(checkpoint, own, split.context, pixels=PIXELS, mtp=1, chunk=plan.chunk)
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize(
     ("size", "recipe", "gigabytes", "least"),
     [("27b", "4bit", (16, 16), 65_536), ("9b", "8bit", (8, 16), 131_072), ("9b", "bf16", (16, 16), 65_536)],
@@ -230,7 +231,7 @@ def test_the_slowest_part_of_a_tensor_split_counts():
 
 
 def test_parts_of_a_token_add_up_to_the_whole(of_size):
-    checkpoint = of_size("27b", "4bit")
+    checkpoint = of_size("9b", "4bit")
     whole = plan_memory(checkpoint, mac(64), 8192)
     for kind in (PIPELINE, TENSOR):
         split = split_model(kind, checkpoint, [mac(24), mac(16)], "27B")
@@ -240,8 +241,18 @@ def test_parts_of_a_token_add_up_to_the_whole(of_size):
         assert sum(parts) < whole.weights + whole.kv + whole.state  # an untied table is no output matrix
 
 
+@pytest.mark.full
+def test_the_published_run_over_jaccl_takes_as_long_as_is_computed(of_size):
+    """27B in 4 bit, two M4 Pro: 17.0 tokens a second (ml-explore/mlx-lm#990)."""
+    checkpoint, machines = of_size("27b", "4bit"), [mac(48, chip="M4 Pro")] * 2
+    split = split_model(TENSOR, checkpoint, machines, "27B")
+    parts, rates = part_bytes(checkpoint, split, 1024), [rate_of(parse_chip("Apple M4 Pro"))] * 2
+    seconds = split_seconds(split, parts, rates, Link(30e-6, 15e-6, 1e9), checkpoint.config.text)
+    assert seconds == pytest.approx(1 / 17.0, rel=0.1)
+
+
 def test_a_slow_link_costs_a_tensor_split_its_sums_and_a_pipeline_its_hops(of_size):
-    checkpoint, machines = of_size("27b", "4bit"), [mac(24, chip="M4 Pro")] * 2
+    checkpoint, machines = of_size("9b", "4bit"), [mac(24, chip="M4 Pro")] * 2
     text, rate = checkpoint.config.text, rate_of(parse_chip("Apple M4 Pro"))
     link, none = Link(0.6e-3, 0.3e-3, 1e9), Link(0, 0, float("inf"))
     grown = {}
@@ -250,6 +261,6 @@ def test_a_slow_link_costs_a_tensor_split_its_sums_and_a_pipeline_its_hops(of_si
         parts = part_bytes(checkpoint, split, 8192)
         slow, fast = (split_seconds(split, parts, [rate] * 2, one, text) for one in (link, none))
         grown[kind] = slow - fast
-    assert collectives(text) == 130
-    assert grown[TENSOR] == pytest.approx(130 * 0.3e-3 + 0.3e-3)
+    assert collectives(text) == 66
+    assert grown[TENSOR] == pytest.approx(66 * 0.3e-3 + 0.3e-3)
     assert grown[PIPELINE] == pytest.approx(2 * (0.3e-3 + 2 * text.hidden_size * 2 / 1e9))

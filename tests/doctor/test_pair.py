@@ -24,7 +24,7 @@ from mlx_qwen35.distributed.survey import Facts, Question, Surveyed, Times, read
 from mlx_qwen35.doctor import main
 from mlx_qwen35.doctor.pair import Paired
 from mlx_qwen35.doctor.pair_show import as_json, sections
-from mlx_qwen35.doctor.pair_ways import ONE, Found, Way, advised, milliseconds, ways
+from mlx_qwen35.doctor.pair_ways import ONE, Found, Way, advised, milliseconds, reason, ways
 
 HOSTS = ("this machine", "mini.local")
 VERSIONS = {"mlx-qwen35": "1.0", "mlx": "0.32.4", "Python": "3.12.1"}
@@ -71,8 +71,8 @@ def found(checkpoint: Checkpoint, *facts: Facts, link=TCP, backend="ring", hosts
 
 @pytest.fixture(scope="module")
 def pipelined(of_size) -> Paired:
-    """The 27B in 4 bit, which outgrows the first of two Macs."""
-    return found(of_size("27b"), of_mac(16), of_mac(24))
+    """The 27B in 4 bit, which outgrows each of two Macs."""
+    return found(of_size("27b"), of_mac(16), of_mac(16))
 
 
 def now(paired: Paired, *facts: Facts, link=TCP, **changed) -> Paired:
@@ -87,7 +87,7 @@ def test_the_4b_needs_one_machine_and_no_command_names_two(of_size):
     paired = found(of_size("4b"), of_mac(16, "M1"), of_mac(16, "M1"), model="Qwen/Qwen3.5-4B")
     assert paired.advised.name == ONE and paired.reasons == []
     verdict = sections(paired)["verdict"]
-    assert "One machine is enough" in verdict["advice"]
+    assert "One is enough, this machine" in verdict["advice"]
     assert verdict["command"] == "mlx_qwen35 chat --model Qwen/Qwen3.5-4B"
 
 
@@ -100,7 +100,7 @@ def test_what_outgrows_one_machine_is_a_pipeline_over_tcp(pipelined):
 
 def test_a_tensor_split_is_advised_over_rdma_even_where_one_machine_is_enough(of_size):
     able = {"backends": {"ring": "", "jaccl": ""}}
-    paired = found(of_size("27b"), of_mac(48, **able), of_mac(48, **able), link=RDMA, backend="jaccl")
+    paired = found(of_size("9b"), of_mac(48, **able), of_mac(48, **able), link=RDMA, backend="jaccl")
     assert paired.advised.name == TENSOR
     assert "in place of" in sections(paired)["verdict"]["advice"]
     assert paired.warnings == []
@@ -111,6 +111,15 @@ def test_a_split_that_is_faster_by_less_than_a_tenth_is_not_worth_a_second_machi
     split = pipelined.ways[1].split
     tried = [Way(ONE, split, 1.0), Way(PIPELINE, split, 1.1), Way(TENSOR, split, seconds)]
     assert advised(tried, "ring").name == name
+
+
+@pytest.mark.parametrize(("tokens", "name"), [(8192, ONE), (7168, PIPELINE)])
+def test_one_machine_without_room_for_a_useful_context_is_not_enough(pipelined, tokens, name):
+    split = pipelined.ways[1].split
+    alone = replace(split, plans=tuple(replace(plan, context=tokens) for plan in split.plans))
+    tried = [Way(ONE, alone, 1.0), Way(PIPELINE, split, 1.1), Way(TENSOR, None, 0.0, "too large")]
+    assert advised(tried, "ring").name == name
+    assert name == ONE or "One machine has room for 7,168 tokens" in reason(advised(tried, "ring"), tried)
 
 
 @pytest.mark.parametrize(("backend", "name"), [("ring", PIPELINE), ("jaccl", TENSOR)])
@@ -147,13 +156,13 @@ def test_milliseconds_have_the_digits_that_matter():
 @pytest.mark.parametrize("name", ["mlx", "mlx-qwen35"])
 def test_other_versions_are_a_reason_with_both(pipelined, name):
     other = of_mac(16, versions=VERSIONS | {name: "0.1"})
-    (reason,) = now(pipelined, of_mac(16), other).reasons
-    assert all(word in reason for word in (name, VERSIONS[name], "0.1", "mini.local"))
+    (told,) = now(pipelined, of_mac(16), other).reasons
+    assert all(word in told for word in (name, VERSIONS[name], "0.1", "mini.local"))
 
 
 def test_another_kind_of_processor_is_a_reason(pipelined):
-    (reason,) = now(pipelined, of_mac(16), of_mac(16, device="cpu")).reasons
-    assert "metal here" in reason and "cpu on mini.local" in reason
+    (told,) = now(pipelined, of_mac(16), of_mac(16, device="cpu")).reasons
+    assert "metal here" in told and "cpu on mini.local" in told
 
 
 def test_another_python_is_none(pipelined):
@@ -162,8 +171,8 @@ def test_another_python_is_none(pipelined):
 
 def test_a_folder_that_is_not_there_is_a_reason_with_the_command_that_copies_it(pipelined):
     lacking = of_mac(16, fingerprint=None, fault="there is no folder /packs/27b")
-    (reason,) = now(pipelined, of_mac(16), lacking, model="/packs/27b", folder=Path("/packs/27b")).reasons
-    assert reason.endswith("rsync -aL /packs/27b/ mini.local:/packs/27b/")
+    (told,) = now(pipelined, of_mac(16), lacking, model="/packs/27b", folder=Path("/packs/27b")).reasons
+    assert told.endswith("rsync -aL /packs/27b/ mini.local:/packs/27b/")
 
 
 @pytest.mark.parametrize(
@@ -173,17 +182,17 @@ def test_a_folder_that_is_not_there_is_a_reason_with_the_command_that_copies_it(
 def test_an_id_that_is_not_there_is_a_reason_with_the_command_that_downloads_it(pipelined, rank, command):
     facts = [of_mac(16), of_mac(16)]
     facts[rank] = replace(facts[rank], fingerprint=None, fault="it is not in the hub's cache")
-    (reason,) = now(pipelined, *facts, given={"revision": "v1"}).reasons
-    assert reason.endswith(f"by: {command}")
+    (told,) = now(pipelined, *facts, given={"revision": "v1"}).reasons
+    assert told.endswith(f"by: {command}")
 
 
 def test_another_model_under_the_same_name_is_a_reason_with_both_fingerprints(pipelined):
-    (reason,) = now(pipelined, of_mac(16), of_mac(16, fingerprint="b" * 64)).reasons
-    assert "a" * 12 in reason and "b" * 12 in reason
+    (told,) = now(pipelined, of_mac(16), of_mac(16, fingerprint="b" * 64)).reasons
+    assert "a" * 12 in told and "b" * 12 in told
 
 
 def test_what_fits_in_no_way_is_a_reason_for_each_split(of_size):
-    paired = found(of_size("27b"), of_mac(8), of_mac(8))
+    paired = found(of_size("9b"), of_mac(3), of_mac(3))
     assert paired.advised is None and [PIPELINE in paired.reasons[0], TENSOR in paired.reasons[1]] == [True, True]
     assert "cannot run" in sections(paired)["verdict"]["state"]
     assert as_json(paired)["advised"] is None
@@ -234,6 +243,7 @@ def test_times_are_the_median_the_best_and_the_95th_of_a_hundred():
     assert Times.of([float(n) for n in range(100, 0, -1)]) == Times(51.0, 1.0, 96.0)
 
 
+@pytest.mark.core(1)
 @pytest.mark.parametrize("quantization", [None, (64, 4, "affine"), (32, 4, "mxfp4")])
 def test_the_rate_of_weights_is_measured_in_the_form_of_the_model(quantization):
     assert read_rate(Question((), None, "float32", 64, 128, quantization)) > 0
