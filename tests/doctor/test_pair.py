@@ -87,7 +87,7 @@ def test_the_4b_needs_one_machine_and_no_command_names_two(of_size):
     paired = found(of_size("4b"), of_mac(16, "M1"), of_mac(16, "M1"), model="Qwen/Qwen3.5-4B")
     assert paired.advised.name == ONE and paired.reasons == []
     verdict = sections(paired)["verdict"]
-    assert "One is enough, this machine" in verdict["advice"]
+    assert "One machine is enough, this machine" in verdict["advice"]
     assert verdict["command"] == "mlx_qwen35 chat --model Qwen/Qwen3.5-4B"
 
 
