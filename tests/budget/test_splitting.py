@@ -106,11 +106,13 @@ def test_adapters_take_room_in_the_layers_that_they_change():
     machines = [machine(60), machine(58)]
     bare, with_one = (pipeline_split(checkpoint, machines, adapters=own) for own in ([], [adapter]))
     assert with_one.context == by_hand(checkpoint, machines, with_one.layers, 0, [adapter])
-    taken = [
-        plan_memory(share.of(checkpoint), own, 1024, adapters=[share.of_adapter(adapter, checkpoint)]).adapters
+    loaded = [
+        plan_memory(share.of(checkpoint), own, 1024, adapters=[share.of_adapter(adapter, checkpoint)])
         for share, own in zip(with_one.shares(checkpoint.config.text), machines, strict=True)
     ]
+    taken = [plan.adapters for plan in loaded]
     assert [plan.adapters for plan in with_one.plans] == taken and sum(taken) > 0
+    assert [plan.weights for plan in with_one.plans] == [plan.weights for plan in loaded]
     assert not any(plan.adapters for plan in bare.plans)
 
 
