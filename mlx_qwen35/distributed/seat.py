@@ -6,6 +6,7 @@ ended. On the other machines it is the rank itself.
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -16,17 +17,22 @@ from mlx_qwen35.distributed.place import END, FILES, VARIABLES, close_input, thi
 
 def hand_over(path: str) -> int:
     """Give the environment of this place to the process at a socket. Its end ends this: 1 where it did not say so, by
-    which mlx.launch ends the other ranks.
+    which mlx.launch ends the other ranks. Then its folder, where the socket is, is removed here.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     found = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     files = {name: Path(found.pop(name)).read_text(encoding="utf-8") for name in FILES if name in found}
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(path)
-        connection.sendall(json.dumps([found, files]).encode() + b"\n")
-        said = b""
-        while got := connection.recv(64):
-            said += got
-    return 0 if said.endswith(END) else 1
+    said = b""
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(path)
+            connection.sendall(json.dumps([found, files]).encode() + b"\n")
+            while got := connection.recv(64):
+                said += got
+    finally:
+        if said != END:
+            shutil.rmtree(Path(path).parent, ignore_errors=True)
+    return 0 if said == END else 1
 
 
 def main() -> None:
