@@ -8,14 +8,16 @@ add up twice a layer. In a pipeline one computes after the other, and a row goes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlx_qwen35.budget.roofline import DECODE
+from mlx_qwen35.budget.plan import plan_memory
+from mlx_qwen35.budget.roofline import DECODE, token_bytes
 from mlx_qwen35.budget.splitting import TENSOR, Split
+from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.config import TextConfig
 from mlx_qwen35.machine.chip import Chip
 
 SUMS = 2  # of a layer in a tensor split: behind its mixer and behind its MLP
+HANDOVER = 1e-4  # seconds until a GPU has handed an array to the link and goes on: fits the one published run
 ENDS = 2  # collectives of a token beside: the embedding's sum, and the gathering of logits
-WORTH = 0.95  # of the seconds of the simpler way, above which another one is not advised
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,15 @@ class Link:
     round_trip: float
     all_sum: float
     bandwidth: float
+
+
+def part_bytes(checkpoint: Checkpoint, split: Split, context: int) -> list[int]:
+    """Bytes that decoding a token moves on each machine at this context, without drafts."""
+    parts = [share.of(checkpoint) for share in split.shares(checkpoint.config.text)]
+    machines = [plan.machine for plan in split.plans]
+    return [
+        token_bytes(part, plan_memory(part, machine, context)) for part, machine in zip(parts, machines, strict=True)
+    ]
 
 
 def rate_of(chip: Chip) -> float:
@@ -52,13 +63,16 @@ def tensor_seconds(nbytes: Sequence[float], rates: Sequence[float], sums: int, a
 
 
 def pipeline_seconds(nbytes: Sequence[float], rates: Sequence[float], hop: float) -> float:
-    """All parts, and a hop behind each: the last one leads back to the first. hop: seconds."""
-    return sum(map(one_seconds, nbytes, rates)) + len(nbytes) * hop
+    """All parts, and of several a hop behind each: the last one leads back to the first. hop: seconds."""
+    return sum(map(one_seconds, nbytes, rates)) + (len(nbytes) * hop if len(nbytes) > 1 else 0)
 
 
-def split_seconds(split: Split, parts: Sequence[float], rates: Sequence[float], link: Link, config: TextConfig) -> float:
+def split_seconds(
+    split: Split, parts: Sequence[float], rates: Sequence[float], link: Link, config: TextConfig
+) -> float:
     """Seconds of a token. parts: bytes that a token moves on each machine. config: of the whole model."""
+    wait = 0.0 if all(plan.machine.on_cpu for plan in split.plans) else HANDOVER
     if split.kind == TENSOR:
-        return tensor_seconds(parts, rates, collectives(config), link.all_sum) + link.round_trip / 2  # the order
+        return tensor_seconds(parts, rates, collectives(config), link.all_sum + wait) + link.round_trip / 2  # an order
     row = 2 * config.hidden_size * split.plans[0].machine.dtype.size  # the residual stream, and what is to be added
-    return pipeline_seconds(parts, rates, link.round_trip / 2 + row / link.bandwidth)
+    return pipeline_seconds(parts, rates, link.round_trip / 2 + row / link.bandwidth + wait)

@@ -30,8 +30,8 @@ from mlx_qwen35.budget.plan import (
 )  # fmt: skip
 from mlx_qwen35.checkpoint.adapter import Adapter
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
-from mlx_qwen35.checkpoint.config import FULL, LINEAR
-from mlx_qwen35.checkpoint.names import TEXT, VISION
+from mlx_qwen35.checkpoint.config import FULL, LINEAR, TextConfig
+from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION
 from mlx_qwen35.checkpoint.shapes import text_shapes
 from mlx_qwen35.checkpoint.share import Share
 from mlx_qwen35.errors import InputError
@@ -58,9 +58,15 @@ class Split:
         """Tokens."""
         return self.plans[0].context
 
+    def shares(self, config: TextConfig) -> list[Share]:
+        """What each machine holds of the model of this configuration."""
+        if self.kind == TENSOR:
+            return [Share.tensor(config, rank, len(self.plans)) for rank in range(len(self.plans))]
+        return [Share.pipeline(config, layers) for layers in self.layers]
+
 
 def split_of(backend: str) -> str:
-    """What `auto` means: tensor over jaccl, whose sums take microseconds, else a pipeline, which sends twice a token."""
+    """What `auto` means: tensor over jaccl, whose sums take microseconds; else a pipeline, which sums nothing."""
     return TENSOR if backend == "jaccl" else PIPELINE
 
 
@@ -73,8 +79,8 @@ def split_model(
     machines: rank 0's first; all compute in one dtype and in one form of keys and values. name: of the model, for
     messages. mtp, adapters: as for `plan_memory`.
 
-    Raises InputError memory_exceeded, with what each machine needs and has; option_invalid for more machines than
-    layers.
+    Raises InputError memory_exceeded, with what each machine needs and has; split_unfit for more machines than layers,
+    and for a number of machines that heads or packed weights do not divide by.
     """
     found = pipeline_split if kind == PIPELINE else tensor_split
     seen = (PIXELS, 0) if checkpoint.has(VISION) else (0,)
@@ -114,7 +120,7 @@ def pipeline_split(
     text = checkpoint.config.text
     if len(machines) > text.num_hidden_layers:
         raise InputError(
-            "option_invalid",
+            "split_unfit",
             f"a pipeline must have a layer for each machine: the model has {text.num_hidden_layers}, and there are "
             f"{len(machines)} machines. Leave some out",
         )
@@ -191,6 +197,7 @@ class _Held:
                     kind == FULL, kind == LINEAR,
                 )
             )  # fmt: skip
+        self._norm = loaded_bytes(checkpoint, [f"{TEXT}norm.weight"], dtype)
         self._before = list(accumulate(layers, _Layer.plus, initial=_Layer()))
         self._kinds = {kind: replace(text, layer_types=(kind,)) for kind in (FULL, LINEAR)}
         self._chunk = plan_memory(checkpoint, machines[0], min(CHUNK_OF, text.max_position_embeddings)).chunk
@@ -201,15 +208,16 @@ class _Held:
         """What `plan_memory` says of a checkpoint of these layers, with all else on rank 0."""
         whole, machine = self._whole[rank], self._machines[rank]
         held = self._before[layers.stop].plus(self._before[layers.start], -1)
+        weights, adapters = held.weights + self._norm, held.adapters
         if rank == 0:  # all but the other layers
-            own = self._before[-1].plus(held, -1)
-            held = held._replace(weights=whole.weights - own.weights, adapters=whole.adapters - own.adapters)
+            others = self._before[-1].plus(held, -1)
+            weights, adapters = whole.weights - others.weights, whole.adapters - others.adapters
         size, text = machine.dtype.size, self._checkpoint.config.text
         drafting = text.mtp_num_hidden_layers if self._mtp and rank == 0 else 0
         full = self._kinds[FULL]
         return MemoryPlan(
             machine, context, self._chunk,
-            weights=held.weights, adapters=held.adapters, drafts=whole.drafts * (rank == 0),
+            weights=weights, adapters=adapters, drafts=whole.drafts * (rank == 0),
             kv=(held.full + drafting) * kv_bytes(full, context, size, kv=machine.kv),
             state=2 * (1 + self._mtp) * held.linear * state_bytes(self._kinds[LINEAR], size),
             prefill=self._prefill(machine, bool(held.full), bool(held.linear), context),
@@ -234,21 +242,30 @@ def tensor_split(
 ) -> Split:  # fmt: skip
     """Equal parts of every layer, with the longest context that fits each machine, in steps of 1,024 tokens.
 
-    Where a part does not fit, the split at SHORT tokens. For the rest see `split_model`. Raises InputError where the
-    heads, or the groups of packed weights, do not divide by the number of machines.
+    Where a part does not fit, the split at SHORT tokens. For the rest see `split_model`. Raises InputError split_unfit
+    where the heads, or the groups of packed weights, do not divide by the number of machines.
     """
     text, count = checkpoint.config.text, len(machines)
     shares = [Share.tensor(text, rank, count) for rank in range(count)]
-    parts = [share.of(checkpoint) for share in shares]
+    parts = [_without_ends(share.of(checkpoint)) if rank else share.of(checkpoint) for rank, share in enumerate(shares)]
     own = [[share.of_adapter(adapter, checkpoint) for adapter in adapters] for share in shares]
+    whole = plan_memory(checkpoint, machines[0], min(CHUNK_OF, text.max_position_embeddings))
 
-    chunk = plan_memory(checkpoint, machines[0], min(CHUNK_OF, text.max_position_embeddings)).chunk
+    def planned(rank: int, context: int) -> MemoryPlan:
+        plan = plan_memory(
+            parts[rank], machines[rank], context, pixels=pixels * (rank == 0), chunk=whole.chunk, mtp=mtp,
+            adapters=own[rank],
+        )  # fmt: skip
+        return replace(plan, sampling=whole.sampling) if rank == 0 else plan  # of the whole vocabulary
 
-    def plans(context: int) -> tuple[MemoryPlan, ...]:
-        return tuple(
-            plan_memory(part, machine, context, pixels=pixels * (rank == 0), chunk=chunk, mtp=mtp, adapters=own[rank])
-            for rank, (part, machine) in enumerate(zip(parts, machines, strict=True))
-        )
+    plans = [planned(rank, STEP) for rank in range(count)]
+    most = min(longest_context(part, plan, plan.machine.kv, mtp) for part, plan in zip(parts, plans, strict=True))
+    layers = (range(text.num_hidden_layers),) * count
+    return Split(TENSOR, layers, tuple(planned(rank, most or SHORT) for rank in range(count)))
 
-    most = min(longest_context(part, plan, plan.machine.kv, mtp) for part, plan in zip(parts, plans(STEP), strict=True))
-    return Split(TENSOR, (range(text.num_hidden_layers),) * count, plans(most or SHORT))
+
+def _without_ends(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint without vision encoder and draft head, which are rank 0's."""
+    entries = {name: entry for name, entry in checkpoint.entries.items() if not name.startswith((VISION, MTP))}
+    text = replace(checkpoint.config.text, mtp_num_hidden_layers=0)
+    return replace(checkpoint, config=replace(checkpoint.config, text=text), entries=entries)

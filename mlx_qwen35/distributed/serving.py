@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mlx_qwen35.checkpoint.dtypes import DTYPES, dtype_name
+from mlx_qwen35.distributed import survey
 from mlx_qwen35.distributed.channel import Follower, Order
 from mlx_qwen35.distributed.follower import ObeyingRank
 from mlx_qwen35.distributed.group import Group
@@ -45,6 +46,8 @@ class _Rank:
         own: dict[str, Callable[[Mapping[str, Any]], Answer]] = {
             "open": self._open, "load": self._load, "room": self._room, "unload": self._unload,
         }  # fmt: skip
+        if survey.is_of_survey(order):
+            return survey.obey(self._group, order)
         if order.name in own:
             return own[order.name](order.fields)
         assert self._obeying, "a model was loaded"

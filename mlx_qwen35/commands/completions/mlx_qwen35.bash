@@ -19,7 +19,7 @@ _shtab_mlx_qwen35_models_remove_option_strings=(-h --help --version --quiet --re
 _shtab_mlx_qwen35_models_fit_option_strings=(-h --help --version --quiet --memory --chip --json)
 _shtab_mlx_qwen35_models_option_strings=(-h --help --version --quiet --all --json)
 _shtab_mlx_qwen35_bench_option_strings=(-h --help --version --quiet --model --geometry --revision --dtype --adapter --adapter-scale --rope-scaling --memory-limit --kv-bits --kv-rotate --needle --serve --train --clients --prompt-lengths --decode-tokens --repeats --prefill-step-size --compare --json --plot)
-_shtab_mlx_qwen35_doctor_option_strings=(-h --help --version --quiet --model --revision --dtype --memory-limit --kv-bits --kv-rotate --adapter --adapter-scale --rope-scaling --plan --context --mtp --probe --text --no-check --plot --verbose --json)
+_shtab_mlx_qwen35_doctor_option_strings=(-h --help --version --quiet --model --revision --dtype --memory-limit --kv-bits --kv-rotate --adapter --adapter-scale --rope-scaling --plan --context --mtp --probe --text --no-check --plot --pair --verbose --json)
 _shtab_mlx_qwen35_completion_option_strings=(-h --help --version --quiet)
 _shtab_mlx_qwen35_option_strings=(-h --help --version)
 

@@ -196,6 +196,7 @@ _shtab_mlx_qwen35_doctor_options=(
   "--text[a text for --probe (default\: a short one)]:FILE:_files"
   "--no-check[do not measure speed, which takes half a minute]"
   "--plot[with --plan\: draw the memory into this PNG file]:FILE:_files"
+  "--pair[look at this machine and these, as --with takes them, and at the link between, and say which split of --model (default\: the 4B in 4 bit) they should run\; no weights are read]:HOST[,HOST]:"
   "--verbose[with --plan\: every recipe and context, and all parts]"
   "--json[print the report, or the plan, as JSON in the place of the text, or with FILE write it there too]"
 )
