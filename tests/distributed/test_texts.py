@@ -64,7 +64,7 @@ def test_greedy_text_is_that_of_one_process(nano, ranked):
     assert alone == together == "92"
 
 
-@pytest.mark.core(2)
+@ONE
 @EACH
 @pytest.mark.parametrize("mtp", ["off", "on"])
 def test_sampled_text_with_penalties_and_stop_strings_is_that_of_one_process(nano, ranked, mtp):
@@ -72,7 +72,7 @@ def test_sampled_text_with_penalties_and_stop_strings_is_that_of_one_process(nan
     assert alone == together and len(alone) > 20
 
 
-@ONE
+@pytest.mark.full
 @EACH
 def test_a_prompt_in_chunks_gives_the_text_of_one_process(nano, ranked):
     alone, together = both(nano, ranked, asked(SUM), **SHORT, prefill_step_size=5)

@@ -43,12 +43,13 @@ def alive() -> int:
     return sum(isinstance(own, MirroredCache) for own in gc.get_objects())
 
 
-def test_other_ranks_have_as_many_caches_as_rank_0_behind_a_thousand_snapshots(ranked):
+@pytest.mark.core(1)
+def test_other_ranks_have_as_many_caches_as_rank_0_behind_thousands_of_snapshots(ranked):
     cache, kept = ranked.model.make_cache(), []
-    for i in range(1000):
+    for i in range(2000):
         snapshot = cache.snapshot()
         cache.restore(snapshot)
-        if i % 250 == 0:
+        if i % 500 == 0:
             ranked.model(mx.array([[5 + i % 7]]), cache)
             kept.append(snapshot)
     del snapshot
@@ -57,7 +58,7 @@ def test_other_ranks_have_as_many_caches_as_rank_0_behind_a_thousand_snapshots(r
     assert ranked.counted() == [alive()] == [1]
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 def test_conversations_leave_no_cache_on_other_ranks(ranked, nano):
     before = ranked.counted()
     talk = Conversation(ranked.model, nano[1], temp=0, max_tokens=4, enable_thinking=False)
