@@ -16,7 +16,7 @@ from mlx_qwen35.checkpoint.config import TextConfig
 from mlx_qwen35.machine.chip import Chip
 
 SUMS = 2  # of a layer in a tensor split: behind its mixer and behind its MLP
-HANDOVER = 1e-4  # seconds until a GPU has handed an array to the link and goes on: fits the one published run
+HANDOVER = 1e-4  # seconds until a GPU has handed an array to the link and goes on: chosen to fit the one published run
 ENDS = 2  # collectives of a token beside: the embedding's sum, and the gathering of logits
 
 

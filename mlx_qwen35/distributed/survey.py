@@ -247,10 +247,8 @@ def obey(group: Group, order: Order) -> dict[str, Any]:
 # --- rank 0 ----------------------------------------------------------------------------------------------------------
 
 
-def survey(
-    group: Group, leader: Leader, question: Question, step: Callable[[str], object] = lambda what: None
-) -> Surveyed:
-    """Ask every rank and measure, in some seconds. step: told what is done next."""
+def survey(group: Group, leader: Leader, question: Question) -> Surveyed:
+    """Ask every rank and measure, in some seconds."""
 
     def ask(name: str, **fields: Any) -> list[dict[str, Any]]:
         """What every rank answers, this one first."""
@@ -258,9 +256,7 @@ def survey(
         own = _DUTIES[name](group, fields)
         return [own, *map(dict, leader.answers())]
 
-    step("looking at the machines")
     facts = [Facts(**told) for told in ask("survey.look", **asdict(question))]
-    step("measuring the link")
     round_trip = Times.of(_timed(ECHOES, lambda: ask("survey.echo")))
     all_sum = Times.of(ask("survey.sum", count=SUMS, width=question.width, dtype=question.dtype)[0]["seconds"])
     bandwidth = []
@@ -268,7 +264,6 @@ def survey(
         to = (source + 1) % group.size
         told = ask("survey.send", source=source, to=to, nbytes=SENT, count=SENDS)[to]
         bandwidth.append(SENT / Times.of(told["seconds"]).median)
-    step("measuring how fast weights are read")
     rates = [None if own.apple else _rate_of(ask, rank, question) for rank, own in enumerate(facts)]
     known = [Facts(**{**asdict(own), "rate": rate}) for own, rate in zip(facts, rates, strict=True)]
     return Surveyed(known, round_trip, all_sum, bandwidth)
