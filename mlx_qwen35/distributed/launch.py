@@ -15,8 +15,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from mlx_qwen35.distributed import handover
+from mlx_qwen35.distributed.handover import END, FILES
 from mlx_qwen35.distributed.hosts import HERE, Hostfile, unreachable
-from mlx_qwen35.distributed.place import END, FILES, SECONDS
+from mlx_qwen35.distributed.place import SECONDS
 from mlx_qwen35.errors import InputError
 
 _ENDED = re.compile(r"Node with rank (\d+) (?:exited with code (\d+)|was killed)")
@@ -49,12 +51,13 @@ class Launch:
     def _start(self, hostfile: Hostfile) -> subprocess.Popen[bytes]:
         file = self._folder / "hosts.json"
         file.write_text(json.dumps(hostfile.as_json()))
-        pythons = "".join(f"{rank}) python={shlex.quote(host.python)};; " for rank, host in enumerate(hostfile.hosts))
-        seat = f'exec "$python" -m mlx_qwen35.distributed.seat {shlex.quote(str(self._folder / "seat"))}'
+        seats = [[sys.executable, "-P", handover.__file__, str(self._folder / "seat")]]
+        seats += [[host.python, "-m", "mlx_qwen35.distributed.seat"] for host in hostfile.hosts[1:]]
+        cases = "".join(f"{rank}) exec {shlex.join(seat)};; " for rank, seat in enumerate(seats))
         port = free_ports(hostfile.addresses[0][0] if hostfile.addresses[0] else HERE, len(hostfile.hosts))
         options = ["--hostfile", str(file), "--backend", hostfile.backend, "--starting-port", str(port)]
         return subprocess.Popen(
-            [*_launcher(), *options, "--", "/bin/sh", "-c", f"case $MLX_RANK in {pythons}esac; {seat}"],
+            [*_launcher(), *options, "--", "/bin/sh", "-c", f"case $MLX_RANK in {cases}esac"],
             stdin=subprocess.PIPE, stdout=self._said, stderr=self._said,
             start_new_session=True,  # Ctrl-C and the terminal are this process's
         )  # fmt: skip
@@ -88,7 +91,7 @@ class Launch:
             raise InputError("peer_unreachable", f"mlx.launch must start the ranks, and has ended: {self._told()}")
 
     def settled(self) -> None:
-        """Every rank is there. See `seat.close_input`."""
+        """Every rank is there. See `handover.close_input`."""
         assert self._process.stdin
         with suppress(OSError):
             self._process.stdin.write(b"\n")

@@ -12,9 +12,6 @@ from pathlib import Path
 from mlx_qwen35.errors import InputError
 
 SECONDS = 60.0  # that ranks may differ in when they come
-VARIABLES = ("MLX_RANK", "MLX_HOSTFILE", "MLX_IBV_DEVICES", "MLX_JACCL_COORDINATOR", "MLX_JACCL_RING")
-END = b"end\n"  # what rank 0's seat is told by the process that took its place, when all is well
-FILES = ("MLX_HOSTFILE", "MLX_IBV_DEVICES")  # of these, names of files
 
 
 @dataclass(frozen=True)
@@ -51,12 +48,6 @@ def _listed(variable: str) -> list[list[str]]:
         return list(json.loads(text)) if text else []
     except (KeyError, OSError, ValueError):
         return []
-
-
-def close_input() -> None:
-    """mlx.launch writes what it reads to all ranks, and waits actively while it could: it stops where none reads."""
-    with open(os.devnull, "rb") as nothing:
-        os.dup2(nothing.fileno(), 0)
 
 
 def check_ring(place: Place, watch: Callable[[], object] = lambda: None, seconds: float = SECONDS) -> None:

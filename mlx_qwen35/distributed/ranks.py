@@ -13,9 +13,10 @@ from typing import NoReturn
 from mlx_qwen35.distributed.connecting import follow, lead
 from mlx_qwen35.distributed.control import LeaderEnd
 from mlx_qwen35.distributed.group import Group
+from mlx_qwen35.distributed.handover import close_input
 from mlx_qwen35.distributed.hosts import HERE, hostfile_of
 from mlx_qwen35.distributed.launch import Launch
-from mlx_qwen35.distributed.place import SECONDS, Place, check_ring, close_input, this_place
+from mlx_qwen35.distributed.place import SECONDS, Place, check_ring, this_place
 from mlx_qwen35.distributed.ring import open_group
 from mlx_qwen35.distributed.serving import obey
 from mlx_qwen35.errors import InputError
