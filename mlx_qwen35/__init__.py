@@ -21,6 +21,7 @@ if not interrupt.IS_UMBRELLA:  # the help of the command mlx_qwen35 comes at onc
         from mlx_qwen35 import backend  # noqa: F401 (third, for a machine on which MLX cannot be loaded)
 
     from mlx_qwen35.cache.cache import Cache, Snapshot
+    from mlx_qwen35.distributed.loading import load_distributed
     from mlx_qwen35.engine.conversation import Conversation
     from mlx_qwen35.engine.logprobs import TokenLogprob, TopLogprob
     from mlx_qwen35.engine.options import Options
@@ -45,6 +46,6 @@ if not interrupt.IS_UMBRELLA:  # the help of the command mlx_qwen35 comes at onc
 __all__ = [
     "PRESETS", "Answer", "Cache", "Conversation", "Cut", "Document", "InputError", "Media", "Model", "Options",
     "Piece", "Processor", "Prompt", "Result", "Sampling", "Score", "Session", "Snapshot", "TokenLogprob", "ToolCall",
-    "TopLogprob", "VisionOptions", "__version__", "batch_generate", "generate", "load", "open_pdf", "parse_answer",
-    "read_image", "score", "stream_generate",
+    "TopLogprob", "VisionOptions", "__version__", "batch_generate", "generate", "load", "load_distributed", "open_pdf",
+    "parse_answer", "read_image", "score", "stream_generate",
 ]  # fmt: skip

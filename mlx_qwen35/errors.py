@@ -123,7 +123,12 @@ CODES = {
     "task_unknown": "there is no evaluation task of this name",
     "task_invalid": "the file of a task, or of its questions, does not hold what one must",
     # several machines
+    "peer_unreachable": "another machine, or another rank, cannot be reached or lacks what it needs",
+    "ranks_unsupported": "a command, or an option, is for one process alone, and several ranks were started",
     "split_unfit": "a model's heads, widths or layers cannot be divided so over machines",
+    "ring_failed": "MLX cannot join the machines",
+    "control_failed": "the other machines cannot reach rank 0 beside MLX's collectives",
+    "ranks_differ": "machines that hold one model have different versions, checkpoints or settings",
     # conversion and measurement
     "target_refused": "the folder to write is a file, is not empty, or holds something else than a checkpoint",
     "target_overlaps_source": "what is read and what is written or removed are not apart",

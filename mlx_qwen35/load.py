@@ -3,7 +3,9 @@
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -154,25 +156,44 @@ def load(
     given = LoadOptions(
         model, revision, dtype, memory_limit, keep_vision, kv_bits, kv_rotate, adapter, adapter_scale, rope_scaling
     )
-    limit = limit_of(given.memory_limit)
+    return load_given(given, progress)
+
+
+class Loads(Protocol):
+    """Makes a model of a checkpoint, as `load_model` does."""
+
+    def __call__(
+        self, checkpoint: Checkpoint, dtype: mx.Dtype, name: str, progress: Progress, memory_limit: int, kv: KVFormat,
+        adapters: Chosen,
+    ) -> Model: ...  # fmt: skip
+
+
+def load_given(given: LoadOptions, progress: Progress, loads: Loads | None = None) -> tuple[Model, Processor]:
+    """`load`, of checked options. loads: makes the model where it is not all on this machine, and says whether it fits;
+    None: `load_model`.
+    """
+    limit, name = limit_of(given.memory_limit), str(given.model)
 
     def checked(folder: Path) -> Checkpoint:
         checkpoint = open_checkpoint(folder, rope_scaling=given.rope_scaling)
         if given.keep_vision and not has_vision(checkpoint):
             raise InputError(
-                "vision_missing", f"{spelled('keep_vision')} must not be given: {model} has no vision encoder to keep"
+                "vision_missing", f"{spelled('keep_vision')} must not be given: {name} has no vision encoder to keep"
             )
         given.kv_format(checkpoint.config.text.head_dim)
-        check_model_fits(checkpoint, choose_dtype(checkpoint, given.dtype), limit, str(model))
+        if loads is None:
+            check_model_fits(checkpoint, choose_dtype(checkpoint, given.dtype), limit, name)
         return checkpoint
 
-    folder = resolve(model, revision, lambda headers: look_at(given.adapter, given.adapter_scale, checked(headers)))
+    assert given.model is not None
+    judge = partial(look_at, given.adapter, given.adapter_scale)
+    folder = resolve(given.model, given.revision, lambda headers: judge(checked(headers)))
     checkpoint = checked(folder)
     adapters = choose(given.adapter, given.adapter_scale, checkpoint)
     processor = Processor.from_folder(folder, checkpoint.config, has_vision(checkpoint), limit)
     kv = given.kv_format(checkpoint.config.text.head_dim)
     dtype = choose_dtype(checkpoint, given.dtype)
-    loaded = load_model(checkpoint, dtype, str(model), progress, limit, kv, adapters)
+    loaded = (loads or load_model)(checkpoint, dtype, name, progress, limit, kv, adapters)
     if loaded.vision:
         loaded.vision.keep = given.keep_vision
     return loaded, processor

@@ -33,7 +33,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "engine": INPUT | {"measure"},
     "generate": INPUT | {"measure", "engine"},
     "server": ALL,
-    "console": ALL,
+    "console": ALL | {"distributed"},
     **dict.fromkeys(("convert", "train"), ALL | {"console"}),
     "evaluate": ALL | {"console", "distributed"},
     "distributed": INPUT | {"load", "engine"},

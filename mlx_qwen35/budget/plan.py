@@ -33,6 +33,7 @@ SAMPLING_ARRAYS = 8  # float32, of the vocabulary's size, while a token is sampl
 WORKING_SET = 2 / 3  # of a Mac's memory: what macOS recommends for the GPU up to 32 GB
 PACKED = 1 / 3.3  # of the bytes of 16-bit weights: what the recipe 4bit leaves of them
 SHORT = 256  # tokens of the shortest useful context
+PIXELS = 1 << 20  # of the image that is planned for
 
 
 @dataclass(frozen=True)
@@ -160,12 +161,16 @@ def plan_memory(
 def _of_context(checkpoint: Checkpoint, machine: Machine, context: int, chunk: int, mtp: int) -> dict[str, Any]:
     """The parts of a plan that depend on the context."""
     text, size = checkpoint.config.text, machine.dtype.size
-    quantized = bool(checkpoint.quantization(f"{TEXT}layers.0.mlp.gate_proj.weight"))
     return {
         "kv": kv_bytes(text, context, size, text.mtp_num_hidden_layers if mtp else 0, machine.kv),
-        "prefill": most_prefill_bytes(text, machine, context, chunk, quantized and machine.on_cpu),
+        "prefill": most_prefill_bytes(text, machine, context, chunk, unpacks(checkpoint) and machine.on_cpu),
         "growth": growth_bytes(text, context, size, machine.kv),
     }
+
+
+def unpacks(checkpoint: Checkpoint) -> bool:
+    """Whether the matrices of its layers are quantized, so that a CPU dequantizes them in a prefill."""
+    return bool(checkpoint.quantization(f"{TEXT}layers.0.mlp.gate_proj.weight"))
 
 
 def longest_context(checkpoint: Checkpoint, plan: MemoryPlan, kv: KVFormat, mtp: int = 0) -> int:

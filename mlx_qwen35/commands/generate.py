@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.commands.obtain import add_recipe_option, load_model
-from mlx_qwen35.commands.output import print_media, print_pieces, tell_cut
-from mlx_qwen35.commands.session import check_session, opened, tell_interrupted
+from mlx_qwen35.commands.output import print_media, print_pieces, spread_json, spread_text, tell_cut
+from mlx_qwen35.commands.session import NO_SESSION, check_session, opened, tell_interrupted
 from mlx_qwen35.console.interrupt import INTERRUPTED
 from mlx_qwen35.console.json_output import STDOUT, check_json, meaning, write_json
 from mlx_qwen35.console.notices import tell
@@ -18,14 +18,16 @@ from mlx_qwen35.console.options import (
     add_answer_options,
     add_model_options,
     add_options,
+    add_rank_options,
     check_one_adapter,
     given_options,
 )
 from mlx_qwen35.console.parser import Parser
 from mlx_qwen35.console.progress import Step
-from mlx_qwen35.console.run import as_command, require_model
+from mlx_qwen35.console.run import as_command, refuse_with_ranks, require_model
 from mlx_qwen35.console.safe import safe_name
 from mlx_qwen35.console.streams import read_file, read_input, standard_input
+from mlx_qwen35.distributed.ranks import ranks
 from mlx_qwen35.engine.conversation import Turn
 from mlx_qwen35.engine.encode import one_message
 from mlx_qwen35.engine.generation import start
@@ -86,6 +88,7 @@ def parser() -> Parser:
     own, prompt = options_of(CommandOptions), options_of(PromptOptions)
     add_model_options(parser)
     add_recipe_option(parser)
+    add_rank_options(parser)
     group = parser.add_argument_group("prompt")
     add_options(group.add_mutually_exclusive_group(), [own["prompt"], own["prompt_file"]])
     for name in MEDIA:
@@ -107,6 +110,12 @@ def read_prompt(args: argparse.Namespace) -> str:
     if args.prompt is None and standard_input().isatty():
         raise InputError(
             "option_missing", "a prompt must be given: --prompt TEXT, --prompt-file FILE, or text on standard input"
+        )
+    if (joined := ranks()) and not joined.launch:
+        raise InputError(
+            "option_missing",
+            "a prompt must be given by --prompt TEXT or --prompt-file FILE to ranks of mlx.launch, which never passes "
+            "on the end of standard input",
         )
     return read_input()
 
@@ -149,7 +158,7 @@ def with_media(prompt: str, media: Sequence[tuple[str, Any]], options: dict[str,
     return one_message(prompt, media, options.pop("system_prompt", None), options.pop("pages", None))
 
 
-def print_statistics(result: Result, media: Sequence[Media], verbose: bool) -> None:
+def print_statistics(result: Result, model: Model, media: Sequence[Media], verbose: bool) -> None:
     """What was read and written, how fast, and the memory; with verbose everything."""
     shown = sum(item.tokens for item in media)
     reused = f", {result.cached_tokens} of them read before" if result.cached_tokens else ""
@@ -158,6 +167,7 @@ def print_statistics(result: Result, media: Sequence[Media], verbose: bool) -> N
     ended = "" if end in ("stop", "tool_calls") else f" ({end})"
     details = [f"Ended by: {result.finish_reason}, seed {result.seed}", f"Drafts: {drafts}"]
     details += [f"Adapter: {safe_name(result.adapter)}"] if result.adapter else []
+    details += [spread_text(model)] if model.spread else []
     accepted = [f"Drafts: {100 * drafts.accepted / drafts.drafted:.0f} % accepted"] if drafts.drafted else []
     tell(
         "=" * 10,
@@ -182,6 +192,7 @@ def check_output(args: argparse.Namespace, options: dict[str, Any]) -> None:
 def run(args: argparse.Namespace) -> int:
     require_model(args)
     check_one_adapter(args)
+    refuse_with_ranks(args, "session", NO_SESSION)
     text, options = read_prompt(args), given_options(args)
     check_output(args, options)
     check_there(args.media)
@@ -245,8 +256,9 @@ def print_answer(
 
 def print_result(result: Result, model: Model, media: Sequence[Media], args: argparse.Namespace) -> None:
     found = dataclasses.asdict(result) | {"loop": result.loop and dataclasses.asdict(result.loop)}
+    found |= spread_json(model)
     if not write_json(args.json, found, in_a_line=True):
-        print_statistics(result, media, bool(args.verbose))
+        print_statistics(result, model, media, bool(args.verbose))
     tell_cut(result, model)
 
 
@@ -259,7 +271,7 @@ def wait_for(pieces: Iterable[Piece], answer: Request | Turn, step: Step) -> Non
 
 
 def main() -> None:
-    with as_command(COMMAND):
+    with as_command(COMMAND, spreads=True):
         sys.exit(run(parser().parse()))
 
 

@@ -69,13 +69,15 @@ def load_model(args: argparse.Namespace, command: str) -> tuple[Model, Processor
         try:
             return run.load_model(args)
         except InputError as error:
+            if not run.is_alone(args):
+                raise
             folder = _instead(args, error, command)
     return run.load_model(args, folder)
 
 
 def settle(args: argparse.Namespace, command: str) -> Path | None:
     """The folder to load in place of the model's name, made if need be; None: the name itself. Loads nothing."""
-    if (folder := _settled(args)) or is_local(args.model, args.revision):
+    if (folder := _settled(args)) or is_local(args.model, args.revision) or not run.is_alone(args):
         return folder
     try:
         with look(args.model, args.revision) as headers:
@@ -128,7 +130,7 @@ def _settled(args: argparse.Namespace) -> Path | None:
         if not found:
             _check_adapters(args)
         return _told(found, "") if found else _converted(name, args.recipe, revision)
-    if is_local(name, revision):
+    if is_local(name, revision) or not run.is_alone(args):
         return None
     found = _kept(args)
     if not found or _Loading(args).fits_unpacked(open_checkpoint(found.folder)):

@@ -4,11 +4,13 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from typing import Any
 
 from mlx_qwen35.checkpoint.rope_fields import wider
 from mlx_qwen35.console.notices import tell
 from mlx_qwen35.console.progress import Step
-from mlx_qwen35.console.safe import safe
+from mlx_qwen35.console.safe import safe, safe_name
+from mlx_qwen35.console.table import size
 from mlx_qwen35.engine.result import Result
 from mlx_qwen35.media.preprocess import Media, Page
 from mlx_qwen35.model.model import Model
@@ -74,6 +76,21 @@ def print_pieces(pieces: Iterable[Piece], waiting: Step) -> None:
     finally:
         if last and last.kind != CALL_END:  # before what goes to standard error
             print("\n</think>" if inside else "", flush=True)
+
+
+def spread_json(model: Model) -> dict[str, Any]:
+    """How a model is spread over several machines, as the JSON of a command has it; nothing for one machine."""
+    spread = model.spread
+    return {"split": spread.split, "rank_weight_bytes": list(spread.weight_bytes)} if spread else {}
+
+
+def spread_text(model: Model) -> str:
+    """The same in a line; "" for one machine."""
+    if not model.spread:
+        return ""
+    split, hosts, sizes = model.spread
+    parts = ", ".join(f"{size(nbytes)} on {safe_name(host)}" for host, nbytes in zip(hosts, sizes, strict=True))
+    return f"Split: {split}, weights {parts}"
 
 
 def tell_cut(result: Result, model: Model, shorter: str = "shorten the prompt") -> None:

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_qwen35.commands.obtain import add_recipe_option, settle
+from mlx_qwen35.commands.output import spread_json
+from mlx_qwen35.commands.session import NO_SESSION
 from mlx_qwen35.console.json_output import add_json, check_json, write_json
 from mlx_qwen35.console.notices import tell
-from mlx_qwen35.console.options import add_model_options, add_options, given_options
+from mlx_qwen35.console.options import add_model_options, add_options, add_rank_options, given_options
 from mlx_qwen35.console.parser import Parser
 from mlx_qwen35.console.progress import Step
-from mlx_qwen35.console.run import as_command, load_model, require_model
+from mlx_qwen35.console.run import as_command, load_model, refuse_with_ranks, require_model
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.options import options_of, spelled
 from mlx_qwen35.server.options import ServerOptions
@@ -34,6 +36,7 @@ def parser() -> Parser:
     add_model_options(parser, adapters="each is served as MODEL:NAME beside MODEL, which has none")
     add_json(parser, "address, model and limits of a server that is ready")
     add_recipe_option(parser)
+    add_rank_options(parser)
     add_options(parser.add_argument_group("server"), options_of(ServerOptions).values())
     return parser
 
@@ -43,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     options = ServerOptions(**given_options(args, [ServerOptions]))
     if args.quiet and options.log_text:
         raise InputError("option_conflict", "--log-text and --quiet must not be given together. Leave one out")
+    refuse_with_ranks(args, "session_dir", NO_SESSION)
+    refuse_with_ranks(args, "idle_unload", "the other machines' memory would not be given back")
     check_json(args.json)
     try:
         from mlx_qwen35.server.app import make_app
@@ -93,7 +98,8 @@ def found_of(service: "Service", url: str) -> dict[str, object]:
     memory = service.model.memory_limit if service.model else None
     limits = {"context": service.context, "answers_at_a_time": service.rows, "memory_bytes": memory}
     adapters = {"adapters": [name for name in service.models.values() if name]}
-    return {"url": f"{url}/v1", "page": f"{url}/", "model": service.default, **adapters, **limits}
+    spread = spread_json(service.model) if service.model else {}
+    return {"url": f"{url}/v1", "page": f"{url}/", "model": service.default, **adapters, **limits, **spread}
 
 
 def terms(service: "Service", is_open: bool) -> str:
@@ -121,7 +127,7 @@ def _url(host: str, port: int) -> str:
 
 
 def main() -> None:
-    with as_command(COMMAND):
+    with as_command(COMMAND, spreads=True):
         sys.exit(run(parser().parse()))
 
 

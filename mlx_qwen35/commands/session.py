@@ -14,6 +14,8 @@ from mlx_qwen35.engine.session import Session
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.prompt.processor import Processor
 
+NO_SESSION = "what was read is on several machines, and what is saved would be the part of one"
+
 
 def check_session(path: Path) -> None:
     """Refuse a file that is no session, or in use, before the model is loaded."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from mlx_qwen35.distributed.options import RankOptions
 from mlx_qwen35.engine.options import GROUPS, GenerationOptions
 from mlx_qwen35.engine.presets import Sampling
 from mlx_qwen35.errors import InputError
@@ -80,6 +81,10 @@ def add_model_options(parser: argparse.ArgumentParser, adapters: str = "") -> No
     add_options(
         parser.add_argument_group("model"), [option for name, option in options.items() if name != "keep_vision"]
     )
+
+
+def add_rank_options(parser: argparse.ArgumentParser) -> None:
+    add_options(parser.add_argument_group("several machines"), options_of(RankOptions).values())
 
 
 def check_one_adapter(args: argparse.Namespace) -> None:

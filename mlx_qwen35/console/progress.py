@@ -78,6 +78,10 @@ class Step:
         self._what, self._timed = _on_one_line(what), False
         self._tell([], new=True)
 
+    def waits(self, whom: str) -> None:
+        """It waits for somebody else."""
+        self.say(f"waiting for {whom}")
+
     def end(self) -> None:
         """Show nothing more. Ending twice is fine."""
         self._end.set()

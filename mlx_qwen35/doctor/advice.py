@@ -116,11 +116,15 @@ def _bits(row: Row) -> str:
 
 
 def _command(planned: Planned, words: Sequence[str], takes: Collection[str], **advised: str) -> str:
-    """A command to paste into a shell, with what it takes of the options that the plan was computed with.
+    return command(planned.given, words, takes, **advised)
+
+
+def command(given: Mapping[str, object], words: Sequence[str], takes: Collection[str], **advised: str) -> str:
+    """A command to paste into a shell, with what it takes of the options that were given.
 
     advised: more options, which come before given ones of the same name.
     """
-    given = {name: value for name, value in planned.given.items() if name in takes and value and name not in advised}
-    each = [(name, value if isinstance(value, list) else [value]) for name, value in (given | advised).items()]
+    kept = {name: value for name, value in given.items() if name in takes and value and name not in advised}
+    each = [(name, value if isinstance(value, list) else [value]) for name, value in (kept | advised).items()]
     options = [(as_flag(name), *(() if one is True else (str(one),))) for name, values in each for one in values]
     return shlex.join(["mlx_qwen35", *words, *chain(*options)])

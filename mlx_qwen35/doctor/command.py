@@ -19,14 +19,18 @@ from mlx_qwen35.checkpoint.hub import is_local, look, resolve
 from mlx_qwen35.checkpoint.random import geometry
 from mlx_qwen35.checkpoint.rope_fields import rescaled
 from mlx_qwen35.console.json_output import add_json, check_json, write_json
-from mlx_qwen35.console.options import add_model_options, given_options
+from mlx_qwen35.console.options import add_model_options, add_options, given_options
 from mlx_qwen35.console.parser import Parser
 from mlx_qwen35.console.plot import check_plot
 from mlx_qwen35.console.progress import Step
 from mlx_qwen35.console.run import as_command, load_model
 from mlx_qwen35.console.streams import read_file
+from mlx_qwen35.distributed.options import RankOptions
 from mlx_qwen35.doctor import check, facts, probe
 from mlx_qwen35.doctor.facts import Facts
+from mlx_qwen35.doctor.pair import pair
+from mlx_qwen35.doctor.pair_show import as_json as pair_json
+from mlx_qwen35.doctor.pair_show import sections as pair_sections
 from mlx_qwen35.doctor.picture import draw_planned
 from mlx_qwen35.doctor.plan import CONTEXT, plan_model
 from mlx_qwen35.doctor.plan_json import as_json
@@ -35,20 +39,27 @@ from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import LoadOptions, default_dtype, stored_dtype
 from mlx_qwen35.machine.memory import limit_of
 from mlx_qwen35.model.enabled import enabled_kernels
-from mlx_qwen35.options import as_flag
+from mlx_qwen35.options import as_flag, options_of
 
 COMMAND = "mlx_qwen35.doctor"
+PAIR = (
+    "look at this machine and these, as --with takes them, and at the link between, and say which split of --model "
+    "(default: the 4B in 4 bit) they should run; no weights are read"
+)
 OF_MODEL = ("probe", "revision", "kv_bits", "kv_rotate", "adapter", "adapter_scale")
 
 
 def parser() -> Parser:
     parser = Parser(
         prog=COMMAND,
-        usage="%(prog)s [--model MODEL | --plan MODEL] [options]",
+        usage="%(prog)s [--model MODEL | --plan MODEL] [--pair HOST[,HOST]] [options]",
         description="Print the machine, the kernels that run on it, the dtype and chunk lengths that are chosen, and "
         "the speed: text to paste into an issue. Without --model, layers of the 4B with random weights in 4 bit are "
         "measured.",
-        examples=("", "--plan Qwen/Qwen3.5-4B", "--plan nano --context 4096 --mtp", "--model nano --no-check"),
+        examples=(
+            "", "--plan Qwen/Qwen3.5-4B", "--plan nano --context 4096 --mtp", "--model nano --no-check",
+            "--pair mini.local --model Qwen/Qwen3.5-9B",
+        ),
     )
     add_model_options(parser, adapters="all are loaded and counted, and what is measured has the one that is alone")
     parser.add_argument(
@@ -73,6 +84,7 @@ def parser() -> Parser:
     parser.add_argument("--text", type=Path, metavar="FILE", help="a text for --probe (default: a short one)")
     parser.add_argument("--no-check", action="store_true", help="do not measure speed, which takes half a minute")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="with --plan: draw the memory into this PNG file")
+    add_options(parser, [replace(options_of(RankOptions)["hosts"], name="pair", flag="", help=PAIR)])
     parser.add_argument("--verbose", action="store_true", help="with --plan: every recipe and context, and all parts")
     add_json(parser, "the report, or the plan,")
     return parser
@@ -101,6 +113,24 @@ def show_plan(args: argparse.Namespace) -> None:
         show_planned(planned, Console(file=sys.stdout), args.verbose)
     if args.plot:
         draw_planned(args.plot, planned)
+
+
+def show_pair(args: argparse.Namespace) -> None:
+    """Print what --pair finds. It ends with 1 where the machines cannot run the model together."""
+    of_others = ("plan", "context", "mtp", "plot", "verbose", "probe", "text", "no_check")
+    if others := [as_flag(name) for name in of_others if getattr(args, name)]:
+        raise InputError(
+            "option_conflict",
+            f"{', '.join(others)} must not be given with --pair, which looks at several machines and loads nothing. "
+            "Leave one out",
+        )
+    if not args.model and (idle := [as_flag(name) for name in OF_MODEL if getattr(args, name)]):
+        raise InputError("option_no_effect", f"{', '.join(idle)} must be given with --model, which --pair looks for")
+    found = pair(args)
+    if not write_json(args.json, pair_json(found)):
+        show(pair_sections(found))
+    if found.reasons:
+        raise SystemExit(1)
 
 
 def examine(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, Facts]:
@@ -174,8 +204,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with as_command(COMMAND):
         args = parser().parse(arguments)
         check_json(args.json)
-        if args.plan:
+        if args.plan and not args.pair:
             show_plan(args)
+            return
+        if args.pair:
+            show_pair(args)
             return
         report = examine(args, given)
         if not write_json(args.json, report):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_qwen35.budget.plan import Machine, MemoryPlan, longest_context, mac, plan_memory, this_machine
+from mlx_qwen35.budget.plan import PIXELS, Machine, MemoryPlan, longest_context, mac, plan_memory, this_machine
 from mlx_qwen35.budget.roofline import decode_speed, prefill_speed, token_bytes
 from mlx_qwen35.cache.kv_format import FORMS, UNQUANTIZED, KVFormat
 from mlx_qwen35.checkpoint.adapter import Adapter
@@ -23,7 +23,6 @@ from mlx_qwen35.load import choose_dtype, stored_dtype
 MACS = ((8, "M1"), (16, "M1"), (32, "M1 Pro"))  # GB, and the slowest chip that a Mac with so much was sold with
 CONTEXT = 8192  # tokens that are planned for where nothing is said
 CONTEXTS = (CONTEXT, 32_768, 131_072)
-PIXELS = 1 << 20  # of the image that is planned for
 LEAST = 200_000_000  # bytes of a token, below which launches take the time, of which the formula knows nothing
 AS_IS = "as it is"
 

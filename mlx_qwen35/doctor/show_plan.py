@@ -6,14 +6,14 @@ from textwrap import wrap
 from rich.console import Console
 from rich.text import Text
 
-from mlx_qwen35.budget.plan import Machine, MemoryPlan
+from mlx_qwen35.budget.plan import PIXELS, Machine, MemoryPlan
 from mlx_qwen35.budget.roofline import DECODE, PREFILL
 from mlx_qwen35.checkpoint.dtypes import dtype_name
 from mlx_qwen35.console.safe import safe, safe_name
 from mlx_qwen35.console.table import align, size
 from mlx_qwen35.doctor.advice import advice, advised, speed
 from mlx_qwen35.doctor.bars import bar, coloured, legend
-from mlx_qwen35.doctor.plan import AS_IS, PIXELS, Planned, Row, longest_contexts
+from mlx_qwen35.doctor.plan import AS_IS, Planned, Row, longest_contexts
 
 ROOM = 20  # columns, below which what is left beside names and figures is no bar: it has a line of its own
 _PARTS = (

@@ -8,9 +8,11 @@ from pathlib import Path
 from mlx_qwen35.checkpoint.hub import look
 from mlx_qwen35.console.interrupt import unwound_when_ended
 from mlx_qwen35.console.json_output import STDOUT, add_json, check_json, write_json
-from mlx_qwen35.console.options import add_options, given_options
+from mlx_qwen35.console.options import add_options, add_rank_options, given_options
 from mlx_qwen35.console.parser import Parser
 from mlx_qwen35.console.run import as_command, require_model
+from mlx_qwen35.distributed.options import RankOptions
+from mlx_qwen35.errors import InputError
 from mlx_qwen35.evaluate.dry_run import look_ahead
 from mlx_qwen35.evaluate.evaluation import prepared
 from mlx_qwen35.evaluate.options import OF_ANSWERS, EvalOptions
@@ -38,6 +40,7 @@ def parser() -> Parser:
     )
     add_options(parser, options_of(EvalOptions).values())
     add_options(parser.add_argument_group("model"), options_of(LoadOptions).values())
+    add_rank_options(parser)
     group = parser.add_argument_group("answers (default: as the task has it, else the published preset)")
     add_options(group, OF_ANSWERS.values())
     add_json(parser, "the summary, or what --dry-run finds,")
@@ -45,19 +48,22 @@ def parser() -> Parser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    with as_command(COMMAND):
+    with as_command(COMMAND, spreads=True):
         args = parser().parse(arguments)
         check_json(args.json)
         require_model(args)
         options = EvalOptions(**given_options(args, [EvalOptions]))
         load = LoadOptions(**given_options(args, [LoadOptions]))
+        machines = RankOptions(**given_options(args, [RankOptions]))
         answers = {name: value for name, value in vars(args).items() if name in OF_ANSWERS and value is not None}
         if options.dry_run:
+            if machines.hosts:
+                raise InputError("option_no_effect", "--with has no effect on --dry-run, which loads nothing")
             _look(args, load, options, answers)
             return
         out = Path(options.out) if options.out else None
         with unwound_when_ended(), Shown(out) as shown:
-            summary = prepared(load, options, answers, shown.watch).run()
+            summary = prepared(load, options, answers, shown.watch, ranks=machines).run()
         if args.json != STDOUT:
             print(described(summary), flush=True)
         write_json(args.json, summary)

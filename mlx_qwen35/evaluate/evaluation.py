@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.checkpoint.fingerprint import fingerprint
+from mlx_qwen35.distributed.loading import runs_alone
+from mlx_qwen35.distributed.options import RankOptions
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.evaluate.compare import paired
 from mlx_qwen35.evaluate.harness import HarnessTask
@@ -16,7 +18,7 @@ from mlx_qwen35.evaluate.kl import KL, Sequences, check_tokenizers, measure, seq
 from mlx_qwen35.evaluate.names import Wanted, find
 from mlx_qwen35.evaluate.options import OF_ANSWERS, EvalOptions
 from mlx_qwen35.evaluate.report import write_report
-from mlx_qwen35.evaluate.subject import Subject, Watch, unwatched
+from mlx_qwen35.evaluate.subject import ALONE, Subject, Watch, unwatched
 from mlx_qwen35.evaluate.summary import entry
 from mlx_qwen35.load import LoadOptions
 from mlx_qwen35.machine.chip import brand
@@ -45,8 +47,8 @@ def evaluate(
         out: a folder that is absent or empty, or holds this very run, which goes on: what was answered is not asked
             again. Killed at any moment and gone on with, a run ends with the same files of answers as one that was not.
         watch: called as watch(what, done, total, unit) while weights are read and questions are asked.
-        options: of `EvalOptions`, of `load`, and how a model answers: preset, max_tokens,
-            enable_thinking, thinking_budget, loop_guard, mtp, mtp_depth and the options of sampling.
+        options: of `EvalOptions`, of `load`, hosts and split of `load_distributed`, and how a model answers: preset,
+            max_tokens, enable_thinking, thinking_budget, loop_guard, mtp, mtp_depth and the options of sampling.
 
     Returns what `out`/summary.json holds. "tasks": name -> n, score (0 to 1), standard_error, cut_at_limit (answers
     that the most tokens ended), tokens, seconds, versions, settings, published (a figure and its source, or None); of
@@ -59,23 +61,23 @@ def evaluate(
     """
     refuse_fork()
     check_folder()
-    load, own, answers = split({"model": model, "tasks": tasks, "out": out, **options})
-    return prepared(load, own, answers, watch).run()
+    load, own, machines, answers = split({"model": model, "tasks": tasks, "out": out, **options})
+    return prepared(load, own, answers, watch, ranks=machines).run()
 
 
-def split(given: Mapping[str, Any]) -> tuple[LoadOptions, EvalOptions, dict[str, Any]]:
-    """Options by name -> those of load, of the evaluation, and of answers, checked."""
-    parts: list[dict[str, Any]] = [{}, {}, {}]
-    groups = [options_of(EvalOptions), options_of(LoadOptions), OF_ANSWERS]
+def split(given: Mapping[str, Any]) -> tuple[LoadOptions, EvalOptions, RankOptions, dict[str, Any]]:
+    """Options by name -> those of load, of the evaluation, of machines, and of answers, checked."""
+    parts: list[dict[str, Any]] = [{}, {}, {}, {}]
+    groups = [options_of(EvalOptions), options_of(LoadOptions), options_of(RankOptions), OF_ANSWERS]
     for name, value in given.items():
         place = next((number for number, group in enumerate(groups) if name in group), None)
         if place is None:
             check_keywords({name: value}, ())  # refuses it
         elif value is not None:
             parts[int(place or 0)][name] = value
-    own, load, answers = parts
+    own, load, machines, answers = parts
     checked = {name: OF_ANSWERS[name].checked(spelled(name), value) for name, value in answers.items()}
-    return LoadOptions(**load), EvalOptions(**own), checked
+    return LoadOptions(**load), EvalOptions(**own), RankOptions(**machines), checked
 
 
 def prepared(
@@ -84,8 +86,10 @@ def prepared(
     answers: Mapping[str, Any],
     watch: Watch = unwatched,
     found: tuple[Path | None, Path | None] = (None, None),
+    ranks: RankOptions = ALONE,
 ) -> "Evaluation":
     """Read headers, tokenizers and questions, no weights. found: the folders of the two models, where they are known.
+    ranks: the machines that both are split over, one after the other.
 
     Raises InputError for whatever of them cannot be used, and for options without effect.
     """
@@ -96,26 +100,22 @@ def prepared(
     wanted = find(options.tasks, options.items)
     asked = [own for own in wanted if own.task]
     kl = len(asked) < len(wanted)
-    if options.text and not kl:
+    if kl:
+        _check_kl(options, ranks)
+    elif options.text:
         raise InputError("option_no_effect", f"{spelled('text')} has no effect without the task kl; leave it out")
     if answers and not asked:
         raise InputError("option_no_effect", f"{listed(answers)} has no effect on kl, which asks nothing; leave it out")
-    if kl and options.against is None:
-        raise InputError(
-            "option_missing",
-            f"{spelled('against')} must be given for kl: the model that this one is compared with, as the source of a "
-            "quantized one",
-        )
     out = Path(options.out or "").expanduser()
     if options.out:
         RunFolder(out).check()
-    subject = Subject(load, answers, options.batch_size, options.seed, out, watch, found[0])
+    subject = Subject(load, answers, options.batch_size, options.seed, out, watch, found[0], ranks)
     against = None
     if options.against is not None:
         plain = replace(
             load, model=options.against, revision=None, adapter=None, adapter_scale=1.0, kv_bits=None, kv_rotate=False
         )
-        against = Subject(plain, answers, options.batch_size, options.seed, out / AGAINST, watch, found[1])
+        against = Subject(plain, answers, options.batch_size, options.seed, out / AGAINST, watch, found[1], ranks)
     for own in asked:
         assert own.task is not None
         subject.settings(own.task, own.items)  # whatever is wrong with options or questions is told now
@@ -125,6 +125,21 @@ def prepared(
         read = sequences(subject.checkpoint, options.text, options.items)
         check_tokenizers(read, against.checkpoint, options.text, options.items)
     return Evaluation(options, subject, against, wanted, read)
+
+
+def _check_kl(options: EvalOptions, ranks: RankOptions) -> None:
+    if not runs_alone(ranks):
+        raise InputError(
+            "ranks_unsupported",
+            "kl must run on one machine: it reads one layer after the other, and needs no room for a whole model. "
+            "Leave it out, or the other machines",
+        )
+    if options.against is None:
+        raise InputError(
+            "option_missing",
+            f"{spelled('against')} must be given for kl: the model that this one is compared with, as the source of a "
+            "quantized one",
+        )
 
 
 @dataclass(frozen=True)
@@ -156,10 +171,12 @@ class Evaluation:
                 others, theirs = self._asked(other, asked)
                 for name, told in others.items():
                     entries[name] |= {AGAINST: told, "paired": asdict(paired(lines[name], theirs[name]))}
-            summary = {
+            summary: dict[str, Any] = {
                 "model": self.subject.name, "against": self.against and self.against.name, "machine": brand(),
                 "versions": versions(), "tasks": entries,
             }  # fmt: skip
+            if spread := self.subject.spread:
+                summary |= {"split": spread.split, "rank_weight_bytes": list(spread.weight_bytes)}
             self.subject.folder.write_summary(summary)
             write_report(self.subject.folder.folder, summary, lines, theirs)
         return summary

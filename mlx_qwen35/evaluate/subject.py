@@ -12,6 +12,8 @@ from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.dtypes import dtype_name
 from mlx_qwen35.checkpoint.fingerprint import fingerprint, vision_fingerprint
 from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.distributed.loading import loader, runs_alone
+from mlx_qwen35.distributed.options import RankOptions
 from mlx_qwen35.engine.prepared import Prepared, prepare
 from mlx_qwen35.engine.presets import PRESETS, Sampling
 from mlx_qwen35.errors import InputError
@@ -24,9 +26,11 @@ from mlx_qwen35.evaluate.task import Asked, Task
 from mlx_qwen35.load import LoadOptions, choose_dtype, has_vision, load_model
 from mlx_qwen35.machine.memory import limit_of
 from mlx_qwen35.machine.versions import versions
+from mlx_qwen35.model.model import Spread
 from mlx_qwen35.options import options_of, spelled
 from mlx_qwen35.prompt.processor import Processor
 
+ALONE = RankOptions()  # on one machine, or the ranks of mlx.launch
 Watch = Callable[[str, int, int, str], object]  # what is done, how much of it, of how much, in which unit
 KEPT = (  # told as they are
     "preset", "thinking_budget", "reasoning_effort", "loop_guard", "stop", "system_prompt", "min_pixels", "max_pixels",
@@ -43,7 +47,8 @@ class Subject:
     """A model, whose weights are read when the first question is asked.
 
     load: how it is loaded. given: options of `generate` that the user gave. rows: most questions at a time. seed: of
-    the run. found: its folder, where that is known; a Hugging Face id is downloaded otherwise.
+    the run. found: its folder, where that is known; a Hugging Face id is downloaded otherwise. ranks: the machines that
+    it is split over.
     """
 
     def __init__(
@@ -55,11 +60,13 @@ class Subject:
         out: Path,
         watch: Watch = unwatched,
         found: Path | None = None,
+        ranks: RankOptions = ALONE,
     ):
         assert load.model is not None
         self.load, self.given, self.rows, self.seed, self.watch = load, dict(given), rows, seed, watch
-        self.name = str(load.model)
+        self.name, self.ranks = str(load.model), ranks
         self.folder = RunFolder(out)
+        self.spread: Spread | None = None  # over machines, once it is loaded
         place = found or resolve(load.model, load.revision)
         self.checkpoint: Checkpoint = open_checkpoint(place, rope_scaling=load.rope_scaling)
         if load.keep_vision and not has_vision(self.checkpoint):
@@ -76,7 +83,9 @@ class Subject:
     def asker(self) -> Asker:
         """The loaded model, ready to be asked."""
         beside = Chosen(dict(self.adapters.adapters), self.adapters.default)  # loading takes tensors out of it
-        model = load_model(self.checkpoint, self.dtype, self.name, self._reads, self.limit, self.kv, beside)
+        loads = loader(self.load, self.ranks) or load_model
+        model = loads(self.checkpoint, self.dtype, self.name, self._reads, self.limit, self.kv, beside)
+        self.spread = model.spread
         if model.vision:
             model.vision.keep = self.load.keep_vision
         return Asker(model, self.processor, self.given, self.rows)
@@ -98,7 +107,7 @@ class Subject:
                       "dtype": dtype_name(self.dtype), "kv_bits": self.kv.name},
             "adapters": {name: adapter.fingerprint for name, adapter in self.adapters.adapters.items()},
             "settings": {**settings, "seed": self.seed, "adapter_scale": self.load.adapter_scale,
-                         "rope_scaling": self.load.rope_scaling},
+                         "rope_scaling": self.load.rope_scaling, **self._split()},
             "versions": versions(),
         }  # fmt: skip
 
@@ -130,7 +139,11 @@ class Subject:
         for name in dict.fromkeys(name for own in found for name in own):
             values = [own[name] for own in found if name in own]
             told[name] = values[0] if all(value == values[0] for value in values) else distinct(values)
-        return told | {"seed": self.seed}
+        return told | {"seed": self.seed} | self._split()
+
+    def _split(self) -> dict[str, str]:
+        """How the model is split over machines; nothing for one."""
+        return {} if runs_alone(self.ranks) else {"split": self.ranks.split}
 
     def _settings(self, asked: Asked) -> dict[str, Any]:
         if asked.choices:

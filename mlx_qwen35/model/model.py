@@ -35,6 +35,14 @@ class Visual(NamedTuple):
     embeddings: mx.array  # (n, D)
 
 
+class Spread(NamedTuple):
+    """How a model is spread over several machines, rank 0's first. split: "tensor" or "pipeline"."""
+
+    split: str
+    hosts: tuple[str, ...]  # their names
+    weight_bytes: tuple[int, ...]  # of the text model's arrays on each
+
+
 def _no_checkpoint() -> str:
     raise InputError("option_invalid", "a session needs a model that load() made, which knows its checkpoint")
 
@@ -67,6 +75,7 @@ class Model(nn.Module):
         self.vision: LazyPart[VisionEncoder] | None = None
         self.mtp: LazyPart[MultiTokenPrediction] | None = None
         self.fingerprint: Callable[[], str] = _no_checkpoint  # set by load, see checkpoint/fingerprint.py
+        self.spread: Spread | None = None  # over several machines; None: all of it is here
 
     def make_cache(self, batch: int = 1, adapter: str | None = None) -> Cache:
         """An empty cache for a batch of so many rows, at least 1.

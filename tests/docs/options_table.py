@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mlx_qwen35.commands.generate import CommandOptions
 from mlx_qwen35.commands.obtain import RecipeOptions
+from mlx_qwen35.distributed.options import RankOptions
 from mlx_qwen35.engine.options import GenerationOptions, PromptOptions
 from mlx_qwen35.engine.presets import Sampling
 from mlx_qwen35.evaluate.options import OF_ANSWERS, EvalOptions
@@ -23,6 +24,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 BEGIN, END = "<!-- options: generated, see tests/docs -->\n", "<!-- end -->"
 TITLES: dict[str, tuple[type, ...]] = {
     "model": (LoadOptions, RecipeOptions),
+    "several machines": (RankOptions,),
     "prompt and output": (CommandOptions, PromptOptions),
     "generation": (GenerationOptions,),
     "sampling": (Sampling,),

@@ -14,11 +14,17 @@ from mlx_qwen35.commands.chat.reader import PlainReader, Reader
 from mlx_qwen35.commands.chat.screen import PlainScreen, Screen
 from mlx_qwen35.commands.chat.talk import Talk
 from mlx_qwen35.commands.obtain import add_recipe_option, settle
-from mlx_qwen35.commands.session import check_session, open_session
+from mlx_qwen35.commands.session import NO_SESSION, check_session, open_session
 from mlx_qwen35.console.interrupt import unwound_when_ended
-from mlx_qwen35.console.options import add_answer_options, add_model_options, add_options, given_options
+from mlx_qwen35.console.options import (
+    add_answer_options,
+    add_model_options,
+    add_options,
+    add_rank_options,
+    given_options,
+)
 from mlx_qwen35.console.parser import Parser
-from mlx_qwen35.console.run import as_command, load_model, require_model
+from mlx_qwen35.console.run import as_command, load_model, refuse_with_ranks, require_model
 from mlx_qwen35.console.streams import standard_input
 from mlx_qwen35.engine.conversation import Conversation
 from mlx_qwen35.engine.options import PromptOptions
@@ -56,6 +62,7 @@ def parser() -> Parser:
     prompt = options_of(PromptOptions)
     add_model_options(parser, adapters="/set adapter takes one, where several are loaded")
     add_recipe_option(parser)
+    add_rank_options(parser)
     group = parser.add_argument_group("prompt")
     shown = [prompt["system_prompt"], prompt["enable_thinking"]]
     add_answer_options(parser, group, shown, without=("logprobs", "top_logprobs", "tool_choice", "parallel_tool_calls"))
@@ -81,11 +88,12 @@ def interface(hide_thinking: bool, verbose: bool) -> tuple[Reader, Screen]:
 
 
 def main() -> None:
-    with as_command(COMMAND), unwound_when_ended():
+    with as_command(COMMAND, spreads=True), unwound_when_ended():
         args = parser().parse()
         name, options = require_model(args), given_options(args)
         if args.quiet and args.verbose:
             raise InputError("option_conflict", "--verbose and --quiet must not be given together. Leave one out")
+        refuse_with_ranks(args, "session", NO_SESSION)
         if args.session:
             check_session(args.session)
         reader, screen = interface(bool(args.hide_thinking), bool(args.verbose))

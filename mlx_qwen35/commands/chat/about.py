@@ -18,7 +18,7 @@ def describe(name: str, model: Model) -> str:
             dtype = str(layer.weight.dtype).removeprefix("mlx.core.")
             kinds[f"{layer.quantization.bits}-bit" if layer.quantization else dtype] += layer.weight.nbytes
     arrays: Any = tree_flatten(model.parameters())
-    size = sum(array.nbytes for _, array in arrays)
+    size = sum(model.spread.weight_bytes if model.spread else (array.nbytes for _, array in arrays))
     number = f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
     kind = max(kinds, key=lambda kind: kinds[kind])
     parts = [name, kind, number, f"context {model.config.max_position_embeddings:,}", *described(model)]

@@ -5,7 +5,7 @@ import mlx.core as mx
 from mlx_qwen35.checkpoint.dtypes import dtype_name
 from mlx_qwen35.commands.chat.settings import changed
 from mlx_qwen35.commands.chat.talk import Talk, media_of
-from mlx_qwen35.commands.output import media_lines
+from mlx_qwen35.commands.output import media_lines, spread_text
 
 
 def info(talk: Talk, _: str) -> None:
@@ -18,6 +18,7 @@ def info(talk: Talk, _: str) -> None:
         ("model", f"{talk.name}, {dtype_name(model.dtype)}"),
         *(("adapter", f"{conversation.adapter or 'none'}, of {', '.join(model.adapters.names)}")
           for _ in model.adapters.names[:1]),
+        *(("machines", spread_text(model).removeprefix("Split: ")) for _ in [model.spread] if model.spread),
         ("context", f"{used:,} of {window:,} tokens, {100 * used / window:.1f} %"),
         ("snapshots", f"{len(snapshots)}, {_megabytes(taken)}"),
         ("memory", f"{_gigabytes(mx.get_active_memory())}, at most so far {_gigabytes(mx.get_peak_memory())}, "
