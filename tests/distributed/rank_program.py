@@ -31,6 +31,9 @@ def fault(kind: str) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
         case "failed":
             raise ValueError("a layer\nis missing")
+        case "noisy":
+            os.write(2, b"[ring] Socket 3 was closed by the peer\nnative\n[jaccl] Recv failed\n")
+            print("Python's", file=sys.stderr)
         case "interrupted":
             os.kill(os.getpid(), signal.SIGINT)
         case "terminated":

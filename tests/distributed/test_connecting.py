@@ -5,8 +5,9 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from queue import Queue
 
 import mlx.core as mx
 import numpy as np
@@ -118,11 +119,14 @@ def test_strangers_are_turned_away_and_do_no_harm(pool):
     def meet_strangers(array: np.ndarray) -> None:
         port, token = int(array[0]), array[1:].astype(np.uint8).tobytes()
         for words in (
-            b"", b"GET / HTTP/1.1\r\n\r\n", token[:-1] + b"?" * 70, b"\0" * 4096, token[:20],
-            token + b"\0\7\0\0" + bytes(64), token + b"\0\1\0\2" + bytes(64), token + b"\0\0\0\0" + bytes(64),
+            b"", b"GET / HTTP/1.1\r\n\r\n", b"\0" * 4096, token[:20],
+            bytes(TOKEN) + b"\0\1\0\0" + bytes(64), token + b"\0\7\0\0" + bytes(64),
+            token + b"\0\1\0\2" + bytes(64), token + b"\0\0\0\0" + bytes(64),
         ):  # fmt: skip
             held.append(socket.create_connection((HERE, port)))
             held[-1].sendall(words)
+            if words:
+                held[-1].shutdown(socket.SHUT_WR)  # so that the test ends where one is let in
         for _ in range(100):  # that say nothing, and come before the ranks
             held.append(socket.create_connection((HERE, port)))
 
@@ -136,6 +140,28 @@ def test_strangers_are_turned_away_and_do_no_harm(pool):
         with suppress(ConnectionResetError):
             assert stranger.recv(100) == b""
         stranger.close()
+
+
+def test_of_many_strangers_those_that_came_first_are_turned_away_at_once(pool):
+    ports: Queue[int] = Queue()
+    may_come = threading.Event()
+
+    class Late(Rank):
+        def all_gather(self, array: mx.array) -> mx.array:
+            found = super().all_gather(array)
+            assert may_come.wait(20)
+            return found
+
+    ring = Ring(2, lambda array: ports.put(int(array[0])))
+    leading, following = pool.submit(Rank(ring, 0).lead), pool.submit(Late(ring, 1).follow_to_the_end)
+    with ExitStack() as stack:
+        port = ports.get(timeout=20)
+        strangers = [stack.enter_context(socket.create_connection((HERE, port), 20)) for _ in range(80)]
+        assert strangers[0].recv(1) == b""
+        may_come.set()
+        with leading.result(30):
+            pass
+    assert following.result(30) == []
 
 
 def test_nobody_is_let_in_once_all_ranks_are_there(pool):

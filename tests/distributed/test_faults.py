@@ -95,6 +95,12 @@ def test_ranks_end_in_silence_after_a_stall_of_5_seconds_and_ctrl_c_in_a_followe
 
 
 @pytest.mark.full
+def test_of_what_is_written_to_standard_error_only_the_lines_of_mlxs_backends_are_left_out(tmp_path):
+    ended = run(tmp_path, 2, "noisy")
+    assert sorted(ended.lines) == ["Python's", "native"] and ended.statuses == [0, 0]
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("kind, statuses, told", [
     ("interrupted0", [-2, 0, 0], "KeyboardInterrupt"), ("terminated0", [143, 1, 1], ""),
     ("failed0", [1, 1, 1], "is missing"),
