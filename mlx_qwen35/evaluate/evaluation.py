@@ -1,8 +1,7 @@
 """`evaluate`: from models, tasks and a folder to a summary."""
 
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from mlx_qwen35.errors import InputError
 from mlx_qwen35.evaluate.compare import paired
 from mlx_qwen35.evaluate.harness import HarnessTask
 from mlx_qwen35.evaluate.items import Line, RunFolder
-from mlx_qwen35.evaluate.kl import KL, Sequences, check_tokenizers, measure, sequences
+from mlx_qwen35.evaluate.kl import KL, Sequences, check_tokenizers, figures, measure, sequences
 from mlx_qwen35.evaluate.names import Wanted, find
 from mlx_qwen35.evaluate.options import OF_ANSWERS, EvalOptions
 from mlx_qwen35.evaluate.report import write_report
@@ -22,7 +21,7 @@ from mlx_qwen35.load import LoadOptions
 from mlx_qwen35.machine.chip import brand
 from mlx_qwen35.machine.process import check_folder, refuse_fork
 from mlx_qwen35.machine.versions import versions
-from mlx_qwen35.measure.layerwise import Progress
+from mlx_qwen35.measure.layerwise import Layerwise
 from mlx_qwen35.options import check_keywords, listed, options_of, spelled
 
 AGAINST = "against"  # the folder within DIR with the other model's answers, and its entry in a summary
@@ -194,26 +193,14 @@ class Evaluation:
         """The entry of kl, measured now or before."""
         own, other, read = self.subject, self.against, self.read
         assert read is not None and other is not None, "prepared has them for kl"
-        log = own.folder.log(KL)
-        if KL not in log:
-            since, adapter = time.monotonic(), next(iter(own.adapters.listed), None)
-            dtypes = own.dtype, other.dtype
-            figures = measure(own.checkpoint, other.checkpoint, read, dtypes, adapter, own.kv, self._bar)
-            log.append({"key": KL, **figures}, time.monotonic() - since)
-        figures = {name: value for name, value in log.lines[KL].items() if name != "key"}
+        model = Layerwise(own.checkpoint, own.dtype, kv=own.kv, adapter=next(iter(own.adapters.listed), None))
+        found = figures(measure(
+            model, Layerwise(other.checkpoint, other.dtype), read, own.folder.log(KL),
+            lambda done, total: own.watch(f"{KL}: measuring {own.name}", PARTS * done // total, PARTS, "parts"),
+        ))  # fmt: skip
+        seconds = round(own.folder.log(KL).seconds, 3)
         return {
-            **figures, "n": figures["sequences"], "tokens": read.count, "seconds": round(log.seconds, 3),
+            **found, "n": found["sequences"], "tokens": read.count, "seconds": seconds,
             "text": read.name, "versions": versions() | {"task": self._kl_version},
             "settings": own.identity()["model"], "published": None,
         }  # fmt: skip
-
-    @contextmanager
-    def _bar(self, total: int) -> Iterator[Progress]:
-        done = 0
-
-        def progress(work: int) -> None:
-            nonlocal done
-            done += work
-            self.subject.watch(f"{KL}: measuring {self.subject.name}", PARTS * done // total, PARTS, "parts")
-
-        yield progress

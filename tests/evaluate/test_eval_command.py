@@ -13,9 +13,10 @@ import pytest
 from refusing import refused
 
 from mlx_qwen35.convert import convert
-from mlx_qwen35.evaluate import evaluate
+from mlx_qwen35.evaluate import evaluate, kl
 from mlx_qwen35.evaluate.command import main
 from mlx_qwen35.evaluate.kl import sequences
+from mlx_qwen35.measure.layerwise import Layerwise
 
 NANO = json.loads((Path(__file__).parents[2] / "mlx_qwen35/nano/evaluation.json").read_text())["scores"]
 KL, ERROR, TOP1 = 4.73e-3, 0.44e-3, 0.9896  # docs/convert.md, of nano's recipe 4bit on all bundled items
@@ -40,7 +41,8 @@ def test_a_model_differs_from_itself_by_nothing(tmp_path, capsys):
     main(arguments)
     assert "0.00000 nats, same most likely token 100.00 %" in capsys.readouterr().out
     found = json.loads((out / "summary.json").read_text())["tasks"]["kl"]
-    assert (found["kl"], found["top1"], found["n"]) == (0.0, 1.0, 1) and found["versions"]["task"].startswith("1 seq")
+    assert (found["kl"], found["top1"], found["n"]) == (0.0, 1.0, 1)
+    assert found["versions"]["task"].startswith("nano's bundled items")
     assert told_by(capsys, *arguments)["tasks"]["kl"] == found  # measured once
 
 
@@ -60,6 +62,36 @@ def test_a_pack_on_a_text_is_further_away_than_its_source(packed, tmp_path):
     (tmp_path / "text.txt").write_text("Another text, of the same name. " * 20)
     with refused("resume_differs", "tasks.kl", "text.txt"):
         evaluate(packed, ["kl"], tmp_path / "out", **given)
+
+
+def test_a_measurement_that_was_ended_goes_on_behind_its_last_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr(kl, "PIECE", 60)
+    given = {"against": "nano", "kv_bits": "4", "items": 3}
+    whole = evaluate("nano", "kl", tmp_path / "whole", **given)["tasks"]["kl"]
+    file, out = tmp_path / "whole" / "kl.jsonl", tmp_path / "out"
+    lines = file.read_bytes().splitlines(keepends=True)
+    measured, embed = [], Layerwise.embed
+
+    def end(what, done, total, unit):
+        if (out / "kl.jsonl").is_file():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate("nano", "kl", out, watch=end, **given)
+    kept = (out / "kl.jsonl").read_bytes()
+    assert 0 < len(kept.splitlines()) < 3 and b"".join(lines).startswith(kept)
+
+    def embedding(self, batches):
+        measured.extend(row for batch in batches for row in batch.rows)
+        return embed(self, batches)
+
+    monkeypatch.setattr(Layerwise, "embed", embedding)
+    again = evaluate("nano", "kl", out, **given)["tasks"]["kl"]
+    assert len(measured) == 2 * (3 - len(kept.splitlines()))  # by both models
+    assert (out / "kl.jsonl").read_bytes() == file.read_bytes()
+    assert again | {"seconds": 0} == whole | {"seconds": 0} and whole["kl"] > 0
+    more = evaluate("nano", "kl", out, **given | {"items": 4})["tasks"]["kl"]
+    assert more["n"] == 4
 
 
 @pytest.mark.full
