@@ -66,8 +66,8 @@ def _of_task(subject: Subject, wanted: Wanted) -> Outlook:
     assert wanted.task is not None
     task, config = wanted.task, subject.checkpoint.config
     items = chosen(keyed(task), wanted.items)
-    asked = [task.ask(item) for item in chosen(items, SAMPLE)]
-    made = [subject.prepared(own) for own in asked]
+    some = {item.key: task.ask(item) for item in chosen(items, SAMPLE)}
+    asked, made = [*some.values()], [subject.prepared(key, own) for key, own in some.items()]
     prompts = [len(own.prompt.tokens) for own in made]
     most = max(0 if own.choices else one.plans[0].limit for own, one in zip(asked, made, strict=True))
     typical = TYPICAL.get(task.name) if made[0].prompt.thinking else None

@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx_qwen35.checkpoint.fingerprint import fingerprint
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.evaluate.asking import OF_IMAGES, shows_media
 from mlx_qwen35.evaluate.compare import paired
 from mlx_qwen35.evaluate.harness import HarnessTask
 from mlx_qwen35.evaluate.items import Line, RunFolder
@@ -17,6 +18,7 @@ from mlx_qwen35.evaluate.options import OF_ANSWERS, EvalOptions
 from mlx_qwen35.evaluate.report import write_report
 from mlx_qwen35.evaluate.subject import Subject, Watch, unwatched
 from mlx_qwen35.evaluate.summary import entry
+from mlx_qwen35.evaluate.task import Task
 from mlx_qwen35.load import LoadOptions
 from mlx_qwen35.machine.chip import brand
 from mlx_qwen35.machine.process import check_folder, refuse_fork
@@ -115,15 +117,29 @@ def prepared(
             load, model=options.against, revision=None, adapter=None, adapter_scale=1.0, kv_bits=None, kv_rotate=False
         )
         against = Subject(plain, answers, options.batch_size, options.seed, out / AGAINST, watch, found[1])
-    for own in asked:
-        assert own.task is not None
-        subject.settings(own.task, own.items)  # whatever is wrong with options or questions is told now
+    told = [subject.settings(own.task, own.items) for own in asked if own.task]  # what is wrong is told now
+    _check_effects(answers, [own.task for own in asked if own.task], told)
     read = None
     if kl:
         assert against is not None, "it was asked for above"
         read = sequences(subject.checkpoint, options.text, options.items)
         check_tokenizers(read, against.checkpoint, options.text, options.items)
     return Evaluation(options, subject, against, wanted, read)
+
+
+def _check_effects(answers: Mapping[str, Any], tasks: Sequence[Task], told: Iterable[Mapping[str, Any]]) -> None:
+    """InputError for options of answers that change none. told: the settings of the tasks."""
+    of_images = [name for name in answers if name in OF_IMAGES]
+    others = [name for name in answers if name not in OF_IMAGES]
+    if others and tasks and not any("max_tokens" in own for own in told):
+        raise InputError(
+            "option_no_effect",
+            f"{listed(others)} has no effect on likelihoods, which are read without reasoning; leave it out",
+        )
+    if of_images and tasks and not any(shows_media(task.ask(item)) for task in tasks for item in task.items()):
+        raise InputError(
+            "option_no_effect", f"{listed(of_images)} has no effect: no question shows an image. Leave it out"
+        )
 
 
 @dataclass(frozen=True)
