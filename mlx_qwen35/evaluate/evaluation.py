@@ -27,7 +27,7 @@ from mlx_qwen35.measure.layerwise import Layerwise
 from mlx_qwen35.options import check_keywords, listed, options_of, spelled
 
 AGAINST = "against"  # the folder within DIR with the other model's answers, and its entry in a summary
-PARTS = 1000  # of a measurement, whose work has no unit
+PARTS = 100  # of a measurement
 
 
 def evaluate(
@@ -212,7 +212,7 @@ class Evaluation:
         model = Layerwise(own.checkpoint, own.dtype, kv=own.kv, adapter=next(iter(own.adapters.listed), None))
         found = figures(measure(
             model, Layerwise(other.checkpoint, other.dtype), read, own.folder.log(KL),
-            lambda done, total: own.watch(f"{KL}: measuring {own.name}", PARTS * done // total, PARTS, "parts"),
+            lambda done, total: own.watch(f"{KL}: measuring {own.name}", PARTS * done // total, PARTS, "%"),
         ))  # fmt: skip
         seconds = round(own.folder.log(KL).seconds, 3)
         return {

@@ -24,6 +24,7 @@ from mlx_qwen35.engine.options import GROUPS
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.evaluate.task import Asked, Item, Published
 from mlx_qwen35.fields import without_duplicates
+from mlx_qwen35.media.fetch import is_remote
 from mlx_qwen35.options import check_keywords, spelled
 from mlx_qwen35.values import is_number, is_whole, shown
 
@@ -95,7 +96,8 @@ class LocalTask:
         line, options = item.data, {**self._options, **item.data.get("options", {})}
         if images := line.get("images"):
             options["images"] = [str(self._folder / image) for image in images]
-        return Asked(line.get("messages") or line["question"], options, line.get("choices", ()))
+        messages = [_placed(message, self._folder) for message in line.get("messages", ())]
+        return Asked(messages or line["question"], options, line.get("choices", ()))
 
     def judge(self, item: Item, answer: str) -> float:
         right = item.data["answer"]
@@ -199,7 +201,7 @@ def _question(file: Path, number: int, text: str, match: str) -> dict[str, Any]:
 def _check_images(where: str, folder: Path, line: Mapping[str, Any]) -> None:
     if "images" in line and "messages" in line:
         raise _invalid(where, "images go with question; messages have their own parts of type image")
-    for path in (folder / image for image in line.get("images", ())):
+    for path in _pictures(folder, line):
         if not path.is_file():
             raise InputError("media_not_found", f"{where}: each image must be a file; there is no {path}")
 
@@ -207,11 +209,29 @@ def _check_images(where: str, folder: Path, line: Mapping[str, Any]) -> None:
 def _pictures(folder: Path, line: Mapping[str, Any]) -> Iterator[Path]:
     """The files that a question shows."""
     yield from (folder / image for image in line.get("images", ()))
-    contents = (message.get("content") for message in line.get("messages", ()) if isinstance(message, dict))
-    for part in (part for content in contents if isinstance(content, list) for part in content):
-        source = part.get("image") if isinstance(part, dict) else None
-        if isinstance(source, str) and "://" not in source[:10] and Path(source).is_file():
-            yield Path(source)
+    for part in (part for message in line.get("messages", ()) for part in _parts(message)):
+        if _is_file(part):
+            yield folder / part["image"]
+
+
+def _parts(message: Any) -> Sequence[Any]:
+    """The parts of a message whose content is a list."""
+    content = message.get("content") if isinstance(message, dict) else None
+    return content if isinstance(content, list) else []
+
+
+def _is_file(part: Any) -> bool:
+    """Whether a part of a message is an image by its path, and not by an address or its bytes."""
+    source = part.get("image") if isinstance(part, dict) else None
+    return isinstance(source, str) and not is_remote(source)
+
+
+def _placed(message: Any, folder: Path) -> Any:
+    """A message whose images are found from any folder."""
+    if not any(map(_is_file, _parts(message))):
+        return message
+    parts = [part | {"image": str(folder / part["image"])} if _is_file(part) else part for part in _parts(message)]
+    return message | {"content": parts}
 
 
 def _check_patterns(where: str, rights: Sequence[str]) -> None:

@@ -95,7 +95,8 @@ class Subject:
         own, seen = self.checkpoint, has_vision(self.checkpoint)
         settings = {name: value for name, value in self.given.items() if name not in FREE}
         return {
-            "model": {"weights": fingerprint(own)[:16], "vision": vision_fingerprint(own)[:16] if seen else None,
+            "model": {"weights": fingerprint(own)[:16], "text": self.processor.tokenizer.fingerprint,
+                      "vision": vision_fingerprint(own)[:16] if seen else None,
                       "dtype": dtype_name(self.dtype), "kv_bits": self.kv.name},
             "adapters": {name: adapter.fingerprint for name, adapter in self.adapters.adapters.items()},
             "settings": {**settings, "seed": self.seed, "adapter_scale": self.load.adapter_scale,

@@ -61,7 +61,7 @@ def test_a_pack_on_a_text_is_further_away_than_its_source(packed, tmp_path):
     found = evaluate(packed, ["kl"], tmp_path / "out", **given)["tasks"]["kl"]
     assert 1e-4 < found["kl"] < 1 and found["top1"] < 1 and (found["sequences"], found["text"]) == (1, "text.txt")
     (tmp_path / "text.txt").write_text("Another text, of the same name. " * 20)
-    with refused("resume_differs", "tasks.kl", "text.txt"):
+    with refused("resume_differs", "task kl", "text.txt"):
         evaluate(packed, ["kl"], tmp_path / "out", **given)
 
 

@@ -87,7 +87,7 @@ def test_other_questions_are_asked_when_a_file_changes(tmp_path):
         (tmp_path / name).write_bytes((TASKS / name).read_bytes())
     evaluate("nano", str(tmp_path / "sums.yaml"), tmp_path / "out", items=2)
     (tmp_path / "sums.jsonl").write_text((tmp_path / "sums.jsonl").read_text().replace("34 + 58", "35 + 58"))
-    with refused("resume_differs", "tasks.sums"):
+    with refused("resume_differs", "task sums"):
         evaluate("nano", str(tmp_path / "sums.yaml"), tmp_path / "out", items=2)
 
 

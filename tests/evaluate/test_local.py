@@ -62,13 +62,24 @@ def test_the_version_changes_with_the_task_and_with_its_questions(write):
 
 def test_the_version_changes_with_the_bytes_of_a_picture(write, tmp_path):
     (tmp_path / "a.png").write_bytes(b"a")
-    part = [{"type": "image", "image": str(tmp_path / "a.png")}]
+    part = [{"type": "image", "image": "a.png"}]
     rows = [{"question": "Who?", "answer": "a", "images": ["a.png"]},
             {"messages": [{"role": "user", "content": part}], "answer": "a"}]  # fmt: skip
     for row in rows:
         before = read_task(write([row])).version
         (tmp_path / "a.png").write_bytes(b"b" + (tmp_path / "a.png").read_bytes())
         assert read_task(write([row])).version != before
+
+
+def test_images_of_messages_are_found_beside_the_questions(write, tmp_path):
+    given = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "Who?"}]
+    row = {"messages": [{"role": "user", "content": given}, {"role": "user", "content": "Who?"}], "answer": "a"}
+    with refused("media_not_found", "line 1", tmp_path / "a.png"):
+        read_task(write([row]))
+    (tmp_path / "a.png").write_bytes(b"")
+    task = read_task(write([row]))
+    first, second = task.ask(task.items()[0]).prompt
+    assert first["content"] == [given[0] | {"image": str(tmp_path / "a.png")}, given[1]] and second["content"] == "Who?"
 
 
 GOOD = {"question": "Who?", "answer": "nano"}
@@ -98,7 +109,8 @@ def test_a_field_that_stands_twice_is_refused(write):
         ([{"question": "Who?"}], {}, "line 1"), ([GOOD | {"messages": []}], {}, "line 1"),
         ([GOOD | {"answer": 92}], {}, "92"), ([GOOD | {"choices": "ab"}], {}, "choices"),
         ([GOOD, '{"question": "a", "question": "b", "answer": "c"}'], {}, "line 2"),
-        ([GOOD | {"answer": " "}], {}, "blank"), ([GOOD | {"answer": ["a", ""]}], {}, "blank"), ([GOOD | {"choices": ["a", "b"]}], {}, "choices"),
+        ([GOOD | {"answer": " "}], {}, "blank"), ([GOOD | {"answer": ["a", ""]}], {}, "blank"),
+        ([GOOD | {"choices": ["a", "b"]}], {}, "choices"),
         ([GOOD | {"options": {"top_k": -1}}], {}, "top_k"), ([GOOD | {"answer": "("}], {"match": "regex"}, "line 1"),
     ],
 )  # fmt: skip
