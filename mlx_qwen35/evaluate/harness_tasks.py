@@ -18,6 +18,7 @@ import numpy as np
 from mlx_qwen35.checkpoint.hub import failures
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.evaluate.harness import HarnessTask
+from mlx_qwen35.evaluate.harness_requests import quiet
 from mlx_qwen35.evaluate.published import NAMED, Named
 
 PACKAGE, INSTALL = "lm_eval", "pip install 'mlx-qwen35[eval]'"
@@ -110,9 +111,13 @@ def _beside(folder: Path, spec: Mapping[str, Any]) -> list[Path]:
 @contextmanager
 def _hub(asked: bool) -> Iterator[bool]:
     """Whether the hub answers, where it is asked. Otherwise what was downloaded before is read in the block, at once:
-    the library of data sets would ask ten times over.
+    the library of data sets would ask again and again. Its bars are shown for downloads alone.
     """
-    if not asked or _answers():
+    if not asked:
+        with quiet():
+            yield True
+        return
+    if _answers():
         yield True
         return
     import datasets

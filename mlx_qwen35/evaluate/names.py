@@ -46,7 +46,8 @@ def find(words: Sequence[str], items: int | None) -> list[Wanted]:
             found[own.name.casefold()] = own
     if absent:  # all that is missing is told together
         advice = dict.fromkeys(advice for error in absent for advice in error.args[2:])
-        raise InputError(absent[0].code, "; ".join(error.fault for error in absent), ". ".join(advice))
+        code = "hub_failed" if any(error.code == "hub_failed" for error in absent) else "package_missing"
+        raise InputError(code, "; ".join(error.fault for error in absent), ". ".join(advice))
     return [*found.values()]
 
 
