@@ -5,6 +5,7 @@ Numbers may be scalars of numpy and MLX; all become Python's own.
 
 import reprlib
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.errors import InputError
@@ -60,6 +61,23 @@ def choice(name: str, value: Any, known: Collection[str]) -> str:
     if not isinstance(value, str) or value not in known:
         raise InputError("option_invalid", f"{name} must be one of {', '.join(known)}, got {shown(value)}")
     return value
+
+
+def names(name: str, value: Any, what: str) -> tuple[str, ...]:
+    """The names in a text, with commas between them, or in a list, each once. what: of what they are, with examples."""
+    found = value.split(",") if isinstance(value, str) else value
+    listed = isinstance(found, list | tuple) and all(isinstance(own, str) for own in found)
+    kept = tuple(dict.fromkeys(own.strip() for own in found)) if listed else ()
+    if not all(kept) or not kept:
+        raise InputError("option_invalid", f"{name} must be names of {what}; got {shown(value)}")
+    return kept
+
+
+def path(name: str, value: Any) -> str:
+    """The path in `value` as text."""
+    if not isinstance(value, str | Path) or not str(value).strip():
+        raise InputError("option_invalid", f"{name} must be a path, got {shown(value)}")
+    return str(value)
 
 
 def from_load(name: str, value: Any, kind: type) -> None:

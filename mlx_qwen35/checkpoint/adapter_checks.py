@@ -5,7 +5,7 @@ import math
 from mlx_qwen35.checkpoint.adapter_parts import BASE, MAGNITUDE, WHOLE, A, B, Parts, invalid
 from mlx_qwen35.checkpoint.adapter_peft import DRAFT_HEAD
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
-from mlx_qwen35.checkpoint.folder import shorten
+from mlx_qwen35.checkpoint.folder import shorten, trained_on
 from mlx_qwen35.checkpoint.names import HEAD, MTP, TABLE, VISION
 from mlx_qwen35.checkpoint.shapes import Shapes, is_matrix, mtp_shapes, text_shapes, vision_shapes
 from mlx_qwen35.checkpoint.tensors import FLOATS, same_numbers
@@ -96,7 +96,7 @@ def _mismatch(parts: Parts, checkpoint: Checkpoint, fault: str) -> InputError:
     return InputError(
         "adapter_mismatch",
         f"the adapter {parts.folder} does not fit {checkpoint.folder}: {fault}",
-        "Load it with the model that it was trained on",
+        f"Load it with the model that it was trained on{trained_on(parts.folder)}",
     )
 
 

@@ -121,7 +121,7 @@ def _adapter(names: Iterable[str]) -> list[str]:
     return [name for name in names if name in _ADAPTER]
 
 
-def _base(folder: Path) -> str:
+def trained_on(folder: Path) -> str:
     """What an adapter's configuration says of the model that it was trained on, in brackets; "" for nothing."""
     try:
         config = read_json(folder / "adapter_config.json")
@@ -137,8 +137,8 @@ def _without_weights(folder: Path, names: list[str]) -> InputError:
         return InputError(
             "adapter_unmerged",
             f"{folder} holds an adapter ({adapter[0]}) and not a model",
-            f"Give the model that it was trained on{_base(folder)}, and this folder as {spelled('adapter')}. To make "
-            f"one model of both: mlx_qwen35.convert --hf-path MODEL --adapter {folder} --mlx-path OUT",
+            f"Give the model that it was trained on{trained_on(folder)}, and this folder as {spelled('adapter')}. To "
+            f"make one model of both: mlx_qwen35.convert --hf-path MODEL --adapter {folder} --mlx-path OUT",
         )
     rule = f"weights are read from {SINGLE} or from the files that {INDEX} names, and {folder} has neither"
     if other := _ending(names, ".safetensors"):

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from mlx_qwen35.model.model import Model
 from mlx_qwen35.options import options_of, spelled
 from mlx_qwen35.prompt.processor import Processor
 
+OF_IMAGES = ("min_pixels", "max_pixels")
 THINKING = {"preset", "enable_thinking", "thinking_budget", "reasoning_effort"}
 # What a user's choice takes the place of among a task's own options.
 REPLACED = {
@@ -31,10 +33,32 @@ def seed_of(task: str, key: str, seed: int) -> int:
     return zlib.crc32(f"{seed} {task} {key}".encode())
 
 
-def merged(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's own options of `generate` under those that the user gave."""
+def merged(asked: Asked, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A question's own options of `generate` under those that the user gave, without those of images where there is
+    none: of a task's questions some may show one.
+    """
     replaced = {name for choice, names in REPLACED.items() if choice in given for name in names}
-    return {name: value for name, value in own.items() if name not in replaced} | dict(given)
+    found = {name: value for name, value in asked.options.items() if name not in replaced} | dict(given)
+    return found if shows_media(asked) else {name: value for name, value in found.items() if name not in OF_IMAGES}
+
+
+def shows_media(asked: Asked) -> bool:
+    """Whether a question has images or videos, in its options or in its messages."""
+    contents = [] if isinstance(asked.prompt, str) else [message.get("content") for message in asked.prompt]
+    parts = [part for content in contents if isinstance(content, list | tuple) for part in content]
+    given = any(asked.options.get(name) for name in ("images", "videos"))
+    return given or any(isinstance(part, Mapping) and part.get("type") != "text" for part in parts)
+
+
+@contextmanager
+def about(key: str) -> Iterator[None]:
+    """Errors in the block name the question, but for those of options, which are of all questions."""
+    try:
+        yield
+    except InputError as error:
+        if error.code.startswith("option_"):
+            raise
+        raise InputError(error.code, f"question {key}: {error.fault}", *error.args[2:]) from error
 
 
 class Question(NamedTuple):
@@ -72,9 +96,12 @@ class Asker:
         try:
             while waiting or running:
                 while waiting and len(running) < self.rows:
-                    if waiting.asked.choices:
-                        yield self._chosen(waiting)
-                    elif own := self._begun(waiting, [*running.values()]):
+                    with about(waiting.key):
+                        line = self._chosen(waiting) if waiting.asked.choices else None
+                        own = None if line else self._begun(waiting, [*running.values()])
+                    if line:
+                        yield line
+                    elif own:
                         engine.add(own.request)
                         running[id(own.request)] = own
                     else:
@@ -89,7 +116,7 @@ class Asker:
 
     def options(self, asked: Asked) -> dict[str, Any]:
         """The options of `generate` that a question is asked with, but for its seed."""
-        return merged(asked.options, self.given)
+        return merged(asked, self.given)
 
     def _begun(self, question: Question, others: Sequence["_Running"]) -> "_Running | None":
         """Ready for the engine; None while memory has no room for its longest answer beside the others'."""
@@ -100,8 +127,8 @@ class Asker:
             if own.request.limited_by == "memory":
                 raise InputError(
                     "memory_exceeded",
-                    f"memory has room for {own.request.limit:,} tokens of an answer to question {question.key}, and "
-                    "the settings allow more, so that the answer would depend on the machine. Lower "
+                    f"memory has room for {own.request.limit:,} tokens of an answer, and the settings allow more, so "
+                    "that the answer would depend on the machine. Lower "
                     f"{spelled('max_tokens')}, choose a folder with fewer bits, or {spelled('kv_bits', '8')}",
                 )
         except InputError as error:

@@ -4,11 +4,9 @@ Where nothing is found the answer is wrong; nothing is guessed. A language model
 use one, finds more of them, so that these scores are some points lower.
 """
 
-import ast
 import re
 import string
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -66,7 +64,7 @@ def letter(answer: str, choices: Sequence[str]) -> str | None:
     if (place := _named(part, choices)) is not None:
         return letters[place]
     whole = _MARKS.sub("", answer)
-    alone = rf"(?<![\w'])([{letters.replace('A', '').replace('I', '')}])(?![\w'])"  # "A" and "I" are words too
+    alone = rf"(?<![\w'])([{letters}])(?<![AI])(?![\w'])"  # "A" and "I" are words too
     for pattern in (rf"\(([{letters}])\)", rf"(?m)^\s*([{letters}])[).:]?\s*$", alone):
         if found := re.findall(pattern, part) or re.findall(pattern, whole):
             return str(found[-1])
@@ -125,9 +123,8 @@ def same_list(answer: str, right: str) -> bool:
 def _numbers(text: str) -> list[float] | None:
     written = _LIST.findall(text)
     try:
-        value: Any = ast.literal_eval(written[-1]) if written else None
-        return None if value is None else [round(float(one), 6) for one in value]
-    except (ValueError, SyntaxError, TypeError):
+        return [round(float(one.strip(" '\"")), 6) for one in written[-1][1:-1].split(",")] if written else None
+    except ValueError:
         return None
 
 

@@ -5,15 +5,27 @@ from typing import Any
 
 from mlx_qwen35.engine.encode import encode
 from mlx_qwen35.engine.options import PromptOptions, check_options
-from mlx_qwen35.evaluate.task import Prompt
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.evaluate.task import Prompt as Question
 from mlx_qwen35.measure.score import Score, likelihoods, split
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.options import options_of
 from mlx_qwen35.prompt.processor import Processor
+from mlx_qwen35.prompt.prompt import Prompt
+
+
+def check_choices(prompt: Prompt) -> None:
+    """InputError where choices stand behind images: likelihoods are those of text behind text."""
+    if prompt.media:
+        raise InputError(
+            "task_invalid",
+            "choices are compared behind text alone, and the question shows an image. Leave choices out: list them in "
+            "the question, and have the answer written",
+        )
 
 
 def scores(
-    model: Model, processor: Processor, prompt: Prompt, texts: Sequence[str], options: Mapping[str, Any]
+    model: Model, processor: Processor, prompt: Question, texts: Sequence[str], options: Mapping[str, Any]
 ) -> list[Score]:
     """Of each text behind the prompt, which is read once, without reasoning. No text depends on the others.
 
@@ -27,7 +39,9 @@ def scores(
         if not given.get("ignore_chat_template"):
             given["enable_thinking"] = False
         asked: Any = prompt
-        tokens = list(encode(processor, asked, check_options(given)).tokens)
+        read = encode(processor, asked, check_options(given))
+        check_choices(read)
+        tokens = list(read.tokens)
         pairs = [(tokens, list(processor.tokenizer.encode(text, add_special_tokens=False))) for text in texts]
     behind: dict[tuple[int, ...], list[int]] = {}  # context -> places of the texts behind it
     for place, (context, _) in enumerate(pairs):

@@ -14,7 +14,7 @@ from mlx_qwen35.console.progress import duration
 from mlx_qwen35.console.table import align, size
 from mlx_qwen35.engine.room import encoding_bytes
 from mlx_qwen35.evaluate.evaluation import Evaluation
-from mlx_qwen35.evaluate.kl import KL, Sequences
+from mlx_qwen35.evaluate.kl import KL, PIECE, Sequences
 from mlx_qwen35.evaluate.names import Wanted
 from mlx_qwen35.evaluate.run import chosen, keyed
 from mlx_qwen35.evaluate.subject import SAMPLE, Subject
@@ -66,8 +66,8 @@ def _of_task(subject: Subject, wanted: Wanted) -> Outlook:
     assert wanted.task is not None
     task, config = wanted.task, subject.checkpoint.config
     items = chosen(keyed(task), wanted.items)
-    asked = [task.ask(item) for item in chosen(items, SAMPLE)]
-    made = [subject.prepared(own) for own in asked]
+    some = {item.key: task.ask(item) for item in chosen(items, SAMPLE)}
+    asked, made = [*some.values()], [subject.prepared(key, own) for key, own in some.items()]
     prompts = [len(own.prompt.tokens) for own in made]
     most = max(0 if own.choices else one.plans[0].limit for own, one in zip(asked, made, strict=True))
     typical = TYPICAL.get(task.name) if made[0].prompt.thinking else None
@@ -88,13 +88,13 @@ def _of_task(subject: Subject, wanted: Wanted) -> Outlook:
 
 
 def _of_kl(subject: Subject, read: Sequences) -> Outlook:
-    """Both models go through their layers, one in memory at a time."""
+    """Both models go through their layers, one in memory at a time, with a piece of the text."""
     config, bytes_each = subject.checkpoint.config.text, subject.dtype.size
     layers = [0] * config.num_hidden_layers
     for name, shape in text_shapes(config).items():
         if ".layers." in name:
             layers[int(name.split(".layers.")[1].split(".")[0])] += math.prod(shape)
-    memory = bytes_each * (max(layers) + 2 * read.count * config.hidden_size) + int(LAYERWISE)
+    memory = bytes_each * (max(layers) + 2 * min(read.count, PIECE) * config.hidden_size) + int(LAYERWISE)
     plan = _plan(subject, max(map(len, read.tokens)))
     chip = plan.machine.chip or ELSEWHERE
     speed = prefill_speed(config, plan.context, chip)

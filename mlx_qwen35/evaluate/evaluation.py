@@ -1,8 +1,7 @@
 """`evaluate`: from models, tasks and a folder to a summary."""
 
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,24 +10,26 @@ from mlx_qwen35.checkpoint.fingerprint import fingerprint
 from mlx_qwen35.distributed.loading import runs_alone
 from mlx_qwen35.distributed.options import RankOptions
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.evaluate.asking import OF_IMAGES, shows_media
 from mlx_qwen35.evaluate.compare import paired
 from mlx_qwen35.evaluate.harness import HarnessTask
 from mlx_qwen35.evaluate.items import Line, RunFolder
-from mlx_qwen35.evaluate.kl import KL, Sequences, check_tokenizers, measure, sequences
+from mlx_qwen35.evaluate.kl import KL, Sequences, check_tokenizers, figures, measure, sequences
 from mlx_qwen35.evaluate.names import Wanted, find
 from mlx_qwen35.evaluate.options import OF_ANSWERS, EvalOptions
 from mlx_qwen35.evaluate.report import write_report
 from mlx_qwen35.evaluate.subject import ALONE, Subject, Watch, unwatched
 from mlx_qwen35.evaluate.summary import entry
+from mlx_qwen35.evaluate.task import Task
 from mlx_qwen35.load import LoadOptions
 from mlx_qwen35.machine.chip import brand
 from mlx_qwen35.machine.process import check_folder, refuse_fork
 from mlx_qwen35.machine.versions import versions
-from mlx_qwen35.measure.layerwise import Progress
+from mlx_qwen35.measure.layerwise import Layerwise
 from mlx_qwen35.options import check_keywords, listed, options_of, spelled
 
 AGAINST = "against"  # the folder within DIR with the other model's answers, and its entry in a summary
-PARTS = 1000  # of a measurement, whose work has no unit
+PARTS = 100  # of a measurement
 
 
 def evaluate(
@@ -116,9 +117,8 @@ def prepared(
             load, model=options.against, revision=None, adapter=None, adapter_scale=1.0, kv_bits=None, kv_rotate=False
         )
         against = Subject(plain, answers, options.batch_size, options.seed, out / AGAINST, watch, found[1], ranks)
-    for own in asked:
-        assert own.task is not None
-        subject.settings(own.task, own.items)  # whatever is wrong with options or questions is told now
+    told = [subject.settings(own.task, own.items) for own in asked if own.task]  # what is wrong is told now
+    _check_effects(answers, [own.task for own in asked if own.task], told)
     read = None
     if kl:
         assert against is not None, "it was asked for above"
@@ -139,6 +139,21 @@ def _check_kl(options: EvalOptions, ranks: RankOptions) -> None:
             "option_missing",
             f"{spelled('against')} must be given for kl: the model that this one is compared with, as the source of a "
             "quantized one",
+        )
+
+
+def _check_effects(answers: Mapping[str, Any], tasks: Sequence[Task], told: Iterable[Mapping[str, Any]]) -> None:
+    """InputError for options of answers that change none. told: the settings of the tasks."""
+    of_images = [name for name in answers if name in OF_IMAGES]
+    others = [name for name in answers if name not in OF_IMAGES]
+    if others and tasks and not any("max_tokens" in own for own in told):
+        raise InputError(
+            "option_no_effect",
+            f"{listed(others)} has no effect on likelihoods, which are read without reasoning; leave it out",
+        )
+    if of_images and tasks and not any(shows_media(task.ask(item)) for task in tasks for item in task.items()):
+        raise InputError(
+            "option_no_effect", f"{listed(of_images)} has no effect: no question shows an image. Leave it out"
         )
 
 
@@ -211,26 +226,14 @@ class Evaluation:
         """The entry of kl, measured now or before."""
         own, other, read = self.subject, self.against, self.read
         assert read is not None and other is not None, "prepared has them for kl"
-        log = own.folder.log(KL)
-        if KL not in log:
-            since, adapter = time.monotonic(), next(iter(own.adapters.listed), None)
-            dtypes = own.dtype, other.dtype
-            figures = measure(own.checkpoint, other.checkpoint, read, dtypes, adapter, own.kv, self._bar)
-            log.append({"key": KL, **figures}, time.monotonic() - since)
-        figures = {name: value for name, value in log.lines[KL].items() if name != "key"}
+        model = Layerwise(own.checkpoint, own.dtype, kv=own.kv, adapter=next(iter(own.adapters.listed), None))
+        found = figures(measure(
+            model, Layerwise(other.checkpoint, other.dtype), read, own.folder.log(KL),
+            lambda done, total: own.watch(f"{KL}: measuring {own.name}", PARTS * done // total, PARTS, "%"),
+        ))  # fmt: skip
+        seconds = round(own.folder.log(KL).seconds, 3)
         return {
-            **figures, "n": figures["sequences"], "tokens": read.count, "seconds": round(log.seconds, 3),
+            **found, "n": found["sequences"], "tokens": read.count, "seconds": seconds,
             "text": read.name, "versions": versions() | {"task": self._kl_version},
             "settings": own.identity()["model"], "published": None,
         }  # fmt: skip
-
-    @contextmanager
-    def _bar(self, total: int) -> Iterator[Progress]:
-        done = 0
-
-        def progress(work: int) -> None:
-            nonlocal done
-            done += work
-            self.subject.watch(f"{KL}: measuring {self.subject.name}", PARTS * done // total, PARTS, "parts")
-
-        yield progress

@@ -4,35 +4,22 @@ Of a task's own settings `until` holds, for the text behind the reasoning. Its s
 were made for models that do not think. The published ones take their place, unless the user gives others.
 """
 
-import difflib
-import hashlib
-import importlib.util
-import json
-import logging
 import math
-import random
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mlx_qwen35.errors import InputError
+from mlx_qwen35.evaluate.harness_requests import Chat, asked, quiet
 from mlx_qwen35.evaluate.items import Line
-from mlx_qwen35.evaluate.published import NAMED, Named, published_of
+from mlx_qwen35.evaluate.published import Named, published_of
 from mlx_qwen35.evaluate.run import chosen, keyed
 from mlx_qwen35.evaluate.subject import Subject
 from mlx_qwen35.evaluate.summary import Outcome, outcome
 from mlx_qwen35.evaluate.task import Asked, Item, Published
 
-PACKAGE, INSTALL = "lm_eval", "pip install 'mlx-qwen35[eval]'"
-OF_FILE = re.compile(r"^(dataset_path|output_type|include|group|custom_dataset|class)\s*:", re.MULTILINE)
-SEED, OTHER_SEED = 0, 1234  # with which lm-eval's command chooses examples and orders choices
-LOCAL = ("json", "csv", "text", "parquet")  # the `datasets` library's names of files of these kinds
+EXAMPLES = 1234  # the seed with which lm-eval's command chooses them
 WHOLE = "bits_per_byte"  # what is told of whole texts
 
 
@@ -62,12 +49,10 @@ class HarnessTask:
 
     def ask(self, item: Item) -> Asked:
         """The first thing that the model is asked about a document."""
-        from mlx_qwen35.evaluate.harness_model import Chat, asked
-
         name, number = item.data
         task = self._tasks[name]
         document, chat = task.eval_docs[number], {"apply_chat_template": True, "chat_template": Chat.of}
-        task.set_fewshot_seed(OTHER_SEED)
+        task.set_fewshot_seed(EXAMPLES)
         prompt = task.fewshot_context(
             document, num_fewshot=task.config.num_fewshot or 0, fewshot_as_multiturn=True,
             gen_prefix=task.doc_to_prefix(document), **chat,
@@ -83,13 +68,13 @@ class HarnessTask:
         """Ask a model. items: how many; None: all. Lines have lm-eval's judgement of their document as their score."""
         from lm_eval.evaluator import evaluate
 
-        from mlx_qwen35.evaluate.harness_model import Harness, quiet
+        from mlx_qwen35.evaluate.harness_model import Harness
 
         some = chosen(keyed(self), items)
         numbers = {name: [item.data[1] for item in some if item.data[0] == name] for name in self._tasks}
         tasks = {name: self._tasks[name] for name, own in numbers.items() if own}
         for task in tasks.values():
-            task.set_fewshot_seed(OTHER_SEED)
+            task.set_fewshot_seed(EXAMPLES)
         lm = Harness(subject, self.name, numbers, len(self._tasks) > 1)
         with quiet():
             found: Any = evaluate(
@@ -150,118 +135,3 @@ def _merged(lines: Sequence[Line]) -> Line:
         for name in ("tokens", "prompt_tokens", "image_tokens", "cut_at_limit")
     }
     return {**lines[0], **counts, "cut_at_limit": bool(counts["cut_at_limit"])}
-
-
-# --- which task -------------------------------------------------------------------------------------------------------
-
-
-def is_of_harness(file: Path) -> bool:
-    """Whether a file of a task is lm-eval's, and not one of ours."""
-    try:
-        return OF_FILE.search(file.expanduser().read_text(encoding="utf-8")) is not None
-    except (OSError, ValueError):
-        return False
-
-
-def find_task(name: str) -> HarnessTask:
-    """A task by its name here or in lm-eval, or by a file of its form, whose relative data_files stand beside it.
-
-    Raises InputError: package_missing, task_unknown, task_invalid; hub_failed where its data cannot be had.
-    """
-    if importlib.util.find_spec(PACKAGE) is None:
-        raise InputError(
-            "package_missing",
-            f"the task {name} needs lm-eval, whose tasks are not installed: {INSTALL}. Without it there are kl, nano, "
-            "sets of image questions (mmmu=FOLDER) and tasks of your own, FILE.yaml",
-        )
-    logging.getLogger(PACKAGE).setLevel(logging.ERROR)
-    if Path(name).suffix:
-        return _of_file(Path(name).expanduser())
-    named = NAMED.get(name)
-    tasks = _loaded(name, _manager(named), named.task if named else name)
-    told = "; ".join(f"{own} {task.VERSION}" for own, task in tasks.items())
-    return HarnessTask(name, tasks, f"lm-eval {version(PACKAGE)}: {told}", named)
-
-
-def _manager(named: Named | None) -> Any:
-    """Looks through lm-eval's files of tasks, all of which take ten seconds."""
-    from lm_eval import tasks
-
-    if named is None:
-        return tasks.TaskManager()
-    return tasks.TaskManager(include_defaults=False, include_path=str(Path(tasks.__file__).parent / named.folder))
-
-
-def _of_file(file: Path) -> HarnessTask:
-    import yaml
-    from lm_eval.tasks import TaskManager
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    try:
-        spec = load_yaml(file)
-    except (OSError, ValueError, ImportError, AttributeError, yaml.YAMLError) as error:
-        raise InputError("task_invalid", f"{file} must be a task of lm-eval: {error}") from error
-    data = _beside(file.parent, spec)
-    written = json.dumps(load_yaml(file, resolve_func=False), sort_keys=True, default=str)  # with what it includes
-    digest = hashlib.sha256(written.replace(str(file.parent.resolve()), "").encode())
-    for path in [*data, *(sorted(file.parent.glob("*.py")) if "!function" in file.read_text() else ())]:
-        digest.update(path.read_bytes())
-    name = str(spec.get("task" if isinstance(spec.get("task"), str) else "group", file.stem))
-    tasks = _loaded(name, TaskManager(include_defaults=False), spec if data else str(file))
-    return HarnessTask(name, tasks, f"lm-eval {version(PACKAGE)}: {digest.hexdigest()[:12]}")
-
-
-def _beside(folder: Path, spec: Mapping[str, Any]) -> list[Path]:
-    """The local files of a task's data, whose paths become whole ones."""
-    own, found = spec.get("dataset_kwargs"), list[Path]()
-
-    def whole(value: Any) -> Any:  # addresses and patterns stay as they are
-        if isinstance(value, Mapping):
-            return {name: whole(inner) for name, inner in value.items()}
-        if isinstance(value, list):
-            return [whole(inner) for inner in value]
-        if not isinstance(value, str) or "://" in value or set(value) & set("*?["):
-            return value
-        if not (folder / value).is_file():
-            if spec.get("dataset_path") not in LOCAL:
-                return value
-            raise InputError("task_invalid", f"data_files must be beside the task's file; there is no {folder / value}")
-        found.append(folder / value)
-        return str((folder / value).resolve())
-
-    if isinstance(own, dict) and "data_files" in own:
-        own["data_files"] = whole(own["data_files"])
-    return found
-
-
-def _loaded(name: str, manager: Any, spec: Any) -> dict[str, Any]:
-    """Tasks of lm-eval by name, with their data. The order of choices is drawn here, as by lm-eval's own command."""
-    if isinstance(spec, str) and not Path(spec).suffix and spec not in manager.task_index:
-        near = difflib.get_close_matches(name, {*NAMED, *manager.all_tasks}, 3)
-        raise InputError(
-            "task_unknown",
-            f"there is no task {name}, here or in lm-eval {version(PACKAGE)}"
-            + (f"; near it are {', '.join(near)}" if near else ""),
-        )
-    random.seed(SEED)
-    np.random.seed(OTHER_SEED)
-    try:
-        tasks: dict[str, Any] = manager.load([spec])["tasks"]
-    except ImportError as error:
-        raise InputError(
-            "package_missing", f"the task {name} of lm-eval needs a package that is not installed ({error}): {INSTALL}"
-        ) from error
-    except OSError as error:
-        raise InputError(
-            "hub_failed",
-            f"the questions of {name} could not be read: {error}. They are no part of this program: lm-eval's tasks "
-            "have theirs from the hub, once, where the network is there and HF_HUB_OFFLINE is not set; a closed data "
-            "set needs consent to its terms on its page there, and `hf auth login`",
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError("task_invalid", f"lm-eval cannot use the task {name}: {error}") from error
-    if unsafe := [own for own, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]:
-        raise InputError(
-            "task_invalid", f"{unsafe[0]} runs code that the model writes, which is not done here. Leave it out"
-        )
-    return tasks

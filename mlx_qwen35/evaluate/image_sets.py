@@ -195,6 +195,7 @@ def _omnidocbench(row: Row) -> Question | None:
     info, blocks = row.values.get("page_info"), row.values.get("layout_dets")
     if not isinstance(info, dict) or not isinstance(info.get("image_path"), str) or not isinstance(blocks, list):
         raise row.wrong("it must have page_info.image_path and layout_dets, as OmniDocBench.json has them")
+    blocks = [own for own in blocks if isinstance(own, dict)]
     texts = [own for own in blocks if isinstance(own.get("text"), str) and own["text"] and not own.get("ignore")]
     texts.sort(key=lambda own: own["order"] if is_number(own.get("order")) else float("inf"))
     counted = [own["text"] for own in texts if own.get("category_type") in COUNTED]

@@ -168,10 +168,12 @@ class RunFolder:
 
 
 def differences(found: Mapping[str, Any], own: Mapping[str, Any], where: str = "") -> Iterator[str]:
-    """What differs between two nested mappings, as "settings.temp was 1 and is 0"."""
+    """What differs between two records of a run, as "--temp was 1 and is 0"."""
     for name in {**found, **own}:
         before, now = found.get(name), own.get(name)
         if isinstance(before, dict) and isinstance(now, dict):
-            yield from differences(before, now, f"{where}{name}.")
+            yield from differences(before, now, name)
         elif before != now:
-            yield f"{where}{name} was {shown(before)} and is {shown(now)}"
+            what = {"settings": spelled(name), "tasks": f"the task {name}", "": name}.get(where, f"{where} {name}")
+            was, is_now = ("not given" if value is None else shown(value) for value in (before, now))
+            yield f"{what} was {was} and is {is_now}"

@@ -1,7 +1,7 @@
 """Tasks of one's own: a YAML or JSON file that names a file of questions.
 
     questions: house.jsonl              # beside this file; a JSON object a line
-    match: contains                     # exact (the default), contains or regex
+    match: contains                     # exact (the default), contains (whole words) or regex
     options: {max_tokens: 64, enable_thinking: false}
 
 A question: {"question": "What is 34 + 58?", "answer": "92"}. In the place of "question" there may be "messages", a
@@ -12,7 +12,7 @@ whole conversation. "answer" may be a list of which one must match. More fields:
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -23,6 +23,8 @@ from mlx_qwen35.console.streams import read_file
 from mlx_qwen35.engine.options import GROUPS
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.evaluate.task import Asked, Item, Published
+from mlx_qwen35.fields import without_duplicates
+from mlx_qwen35.media.fetch import is_remote
 from mlx_qwen35.options import check_keywords, spelled
 from mlx_qwen35.values import is_number, is_whole, shown
 
@@ -35,9 +37,14 @@ def _plain(text: str) -> str:
     return " ".join(text.split())
 
 
+def _holds(text: str, words: str) -> bool:
+    """Whether whole words or numbers stand in a text: 4 is not in 14. Writing without blanks has no whole words."""
+    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text, re.ASCII) is not None
+
+
 MATCHES: Mapping[str, Callable[[str, str], bool]] = {  # (answer, what is right) -> whether it is
     "exact": lambda answer, right: _plain(answer) == _plain(right),
-    "contains": lambda answer, right: _plain(right) in _plain(answer),
+    "contains": lambda answer, right: _holds(_plain(answer), _plain(right)),
     "regex": lambda answer, right: re.search(right, answer) is not None,
 }
 
@@ -89,7 +96,8 @@ class LocalTask:
         line, options = item.data, {**self._options, **item.data.get("options", {})}
         if images := line.get("images"):
             options["images"] = [str(self._folder / image) for image in images]
-        return Asked(line.get("messages") or line["question"], options, line.get("choices", ()))
+        messages = [_placed(message, self._folder) for message in line.get("messages", ())]
+        return Asked(messages or line["question"], options, line.get("choices", ()))
 
     def judge(self, item: Item, answer: str) -> float:
         right = item.data["answer"]
@@ -106,16 +114,19 @@ def read_task(file: Path) -> LocalTask:
     if not isinstance(found.get("questions"), str) or not found["questions"]:
         raise _invalid(file, f"questions must name a file of questions, got {shown(found.get('questions'))}")
     name, match = found.get("task", file.stem), found.get("match", "exact")
-    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
-        raise _invalid(file, f"task must be a name of letters, digits, '_', '-' and '.', got {shown(name)}")
+    if not isinstance(name, str):
+        raise _invalid(file, f"task must be a name, got {shown(name)}")
     if match not in MATCHES:
         raise _invalid(file, f"match must be one of {', '.join(MATCHES)}, got {shown(match)}")
     _check_options(f"{file}: options", found.get("options", {}))
     questions = file.parent / found["questions"]
     written = read_file(f"{file}: questions", questions)
-    version = hashlib.sha256(f"{text}\0{written}".encode()).hexdigest()[:12]
+    lines = _questions(questions, written, match)
+    digest = hashlib.sha256(f"{text}\0{written}".encode())
+    for picture in sorted({path for line in lines for path in _pictures(questions.parent, line)}):
+        digest.update(hashlib.sha256(picture.read_bytes()).digest())
     return LocalTask(
-        name, _questions(questions, written, match), version=version, folder=questions.parent, match=match,
+        name, lines, version=digest.hexdigest()[:12], folder=questions.parent, match=match,
         options=found.get("options"), published=_published(file, found.get("published")),
     )  # fmt: skip
 
@@ -140,11 +151,14 @@ def _parsed(file: Path, text: str) -> dict[str, Any]:
     import yaml  # it comes with huggingface_hub
 
     try:
-        found = yaml.safe_load(text)
+        found, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise _invalid(file, f"it is no YAML: {_plain(str(error))}") from error
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or node is None:
         raise _invalid(file, f"it must hold fields, as questions: FILE, got {shown(found)}")
+    names = [str(field.value) for field, _ in node.value]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise _invalid(file, f"each field must stand once; {twice[0]} is there twice")
     return found
 
 
@@ -158,9 +172,9 @@ def _questions(file: Path, text: str, match: str) -> list[dict[str, Any]]:
 def _question(file: Path, number: int, text: str, match: str) -> dict[str, Any]:
     where = f"{file}, line {number}"
     try:
-        line = json.loads(text)
+        line = json.loads(text, object_pairs_hook=without_duplicates)
     except ValueError as error:
-        raise _invalid(where, f"it is no JSON: {error}") from error
+        raise _invalid(where, f"it must be JSON: {error}") from error
     if not isinstance(line, dict):
         raise _invalid(where, f"it must be a JSON object, got {shown(line)}")
     for name, value in line.items():
@@ -171,8 +185,14 @@ def _question(file: Path, number: int, text: str, match: str) -> dict[str, Any]:
             raise _invalid(where, f"{name} must be {rule}, got {shown(value)}")
     if ("question" in line) == ("messages" in line) or "answer" not in line:
         raise _invalid(where, "it must have an answer, and either question or messages")
+    rights = [line["answer"]] if isinstance(line["answer"], str) else line["answer"]
+    if not all(map(str.strip, rights)):
+        raise _invalid(where, "an answer must not be blank")
     if match == "regex":
-        _check_patterns(where, line["answer"])
+        _check_patterns(where, rights)
+    choices = line.get("choices")
+    if choices and not any(MATCHES[match](choice, right) for choice in choices for right in rights):
+        raise _invalid(where, f"the answer must be one of the choices, got {shown(line['answer'])}")
     _check_options(f"{where}: options", line.get("options", {}))
     _check_images(where, file.parent, line)
     return line
@@ -181,13 +201,41 @@ def _question(file: Path, number: int, text: str, match: str) -> dict[str, Any]:
 def _check_images(where: str, folder: Path, line: Mapping[str, Any]) -> None:
     if "images" in line and "messages" in line:
         raise _invalid(where, "images go with question; messages have their own parts of type image")
-    for path in (folder / image for image in line.get("images", ())):
+    for path in _pictures(folder, line):
         if not path.is_file():
             raise InputError("media_not_found", f"{where}: each image must be a file; there is no {path}")
 
 
-def _check_patterns(where: str, right: str | list[str]) -> None:
-    for pattern in [right] if isinstance(right, str) else right:
+def _pictures(folder: Path, line: Mapping[str, Any]) -> Iterator[Path]:
+    """The files that a question shows."""
+    yield from (folder / image for image in line.get("images", ()))
+    for part in (part for message in line.get("messages", ()) for part in _parts(message)):
+        if _is_file(part):
+            yield folder / part["image"]
+
+
+def _parts(message: Any) -> Sequence[Any]:
+    """The parts of a message whose content is a list."""
+    content = message.get("content") if isinstance(message, dict) else None
+    return content if isinstance(content, list) else []
+
+
+def _is_file(part: Any) -> bool:
+    """Whether a part of a message is an image by its path, and not by an address or its bytes."""
+    source = part.get("image") if isinstance(part, dict) else None
+    return isinstance(source, str) and not is_remote(source)
+
+
+def _placed(message: Any, folder: Path) -> Any:
+    """A message whose images are found from any folder."""
+    if not any(map(_is_file, _parts(message))):
+        return message
+    parts = [part | {"image": str(folder / part["image"])} if _is_file(part) else part for part in _parts(message)]
+    return message | {"content": parts}
+
+
+def _check_patterns(where: str, rights: Sequence[str]) -> None:
+    for pattern in rights:
         try:
             re.compile(pattern)
         except re.error as error:

@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 from mlx_qwen35.engine.options import GenerationOptions, PromptOptions
 from mlx_qwen35.engine.presets import MOST_SEED, Sampling
-from mlx_qwen35.errors import InputError
 from mlx_qwen35.media.options import VisionOptions
 from mlx_qwen35.options import Option, check_fields, option, options_of
-from mlx_qwen35.values import shown
+from mlx_qwen35.values import names, path
 
 OF_ANSWERS: dict[str, Option] = {  # how a model answers; what is not given is the task's, or the published preset's
     **{name: options_of(PromptOptions)[name] for name in ("enable_thinking",)},
@@ -21,19 +19,6 @@ OF_ANSWERS: dict[str, Option] = {  # how a model answers; what is not given is t
 }  # fmt: skip
 
 
-def _tasks(name: str, value: Any) -> tuple[str, ...]:
-    found = value.split(",") if isinstance(value, str) else value
-    if not isinstance(found, list | tuple) or not found or not all(isinstance(own, str) and own for own in found):
-        raise InputError("option_invalid", f"{name} must be names of tasks, as kl,nano; got {shown(value)}")
-    return tuple(dict.fromkeys(own.strip() for own in found))
-
-
-def _path(name: str, value: Any) -> str:
-    if not isinstance(value, str | Path) or not str(value):
-        raise InputError("option_invalid", f"{name} must be a path, got {shown(value)}")
-    return str(value)
-
-
 @dataclass(frozen=True)
 class EvalOptions:
     """What a model is asked, and where the answers go."""
@@ -41,18 +26,18 @@ class EvalOptions:
     tasks: Sequence[str] | None = option(
         help="what is asked: kl (how far the model is from --against on a text), nano (the bundled model's own "
         "questions), quick, tasks of lm-eval, mmmu=FOLDER and further sets of image questions, or a task of your own, "
-        "FILE.yaml; several with commas", check=_tasks, metavar="NAMES",
+        "FILE.yaml; several with commas", check=partial(names, what="tasks, as kl,nano"), metavar="NAMES",
     )  # fmt: skip
     out: str | None = option(
-        help="folder to write: a line for each answer, and summary.json; a run that was ended goes on", check=_path,
+        help="folder to write: a line for each answer, and summary.json; a run that was ended goes on", check=path,
         metavar="FOLDER",
     )  # fmt: skip
     against: str | None = option(
         help="another model that is asked the same, as the source of a quantized one; it gets no adapter, and keys and "
-        "values in the dtype", check=_path, metavar="MODEL",
+        "values in the dtype", check=path, metavar="MODEL",
     )  # fmt: skip
     text: str | None = option(
-        help="text file that kl is measured on (default: for nano its bundled items)", check=_path, metavar="FILE"
+        help="text file that kl is measured on (default: for nano its bundled items)", check=path, metavar="FILE"
     )
     items: int | None = option(
         help="so many questions of each task, evenly spread; of kl windows of 512 tokens (default: all; of kl 8)",

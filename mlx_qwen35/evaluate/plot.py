@@ -68,8 +68,9 @@ def claim(summary: Mapping[str, Any]) -> str:
     model = last(summary["model"])
     gaps = [100 * own["paired"]["difference"] for own in tasks.values() if "paired" in own]
     if gaps:
+        where = f" on {len(gaps)} tasks" if len(gaps) > 1 else ""
         ends = dict.fromkeys(f"{gap:+.1f}" for gap in (min(gaps), max(gaps)))
-        return f"{model}: {' to '.join(ends)} points against {last(summary['against'])}"
+        return f"{model}: {' to '.join(ends)} points against {last(summary['against'])}{where}"
     if len(tasks) == 1:
         (name, own), = tasks.items()
         return f"{model}: {100 * own['score']:.1f} % of {name}"

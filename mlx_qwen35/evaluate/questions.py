@@ -158,21 +158,24 @@ def _embedded(value: Any, file: Path, row: int, column: str) -> Any:
     return Picture(file, _digest(content), row, column) if content else value
 
 
-@lru_cache(8)
-def _column(file: Path, group: int, column: str) -> Any:
-    from pyarrow.parquet import ParquetFile
-
-    return ParquetFile(file).read_row_group(group, [column])[column]
+@lru_cache(1)
+def _group(file: Path, group: int) -> dict[str, Any]:
+    """The columns of a group of rows that were read; one group is in memory at a time."""
+    return {}
 
 
 def _bytes(file: Path, column: str, row: int) -> bytes:
     from pyarrow.parquet import ParquetFile
 
-    sizes, group = ParquetFile(file).metadata, 0
+    table = ParquetFile(file)
+    sizes, group = table.metadata, 0
     while row >= sizes.row_group(group).num_rows:
         row -= sizes.row_group(group).num_rows
         group += 1
-    return bytes(_column(file, group, column)[row].as_py()["bytes"])
+    columns = _group(file, group)
+    if column not in columns:
+        columns[column] = table.read_row_group(group, [column])[column]
+    return bytes(columns[column][row].as_py()["bytes"])
 
 
 def _lines(file: Path) -> Iterator[Mapping[str, Any]]:

@@ -18,6 +18,8 @@ CUT = 0.02  # share of answers that the most tokens ended, from which on a score
 CHANGED = 20  # questions that are shown of those that two models answered otherwise
 SHOWN = 100  # characters of their answers
 
+CERTAIN = "An error of 0 is no certainty: of n answers that are all alike, up to 3 in n may be others elsewhere (95 %)."
+
 Entries = Mapping[str, Mapping[str, Any]]  # tasks of a summary, by name
 
 
@@ -88,9 +90,11 @@ def _scores(tasks: Entries, model: str, against: str | None) -> str:
     told = ["Scores are ± one standard error over the questions. Cut: answers that the most tokens ended."]
     if pictures:
         told.append(
-            "Answers about images were judged by rules, without a language model: scores are some points lower than "
-            "where one reads the answers."
+            "Answers about images were judged by rules. Published scores of sets of images, whose answers a language "
+            "model reads, are some points higher."
         )
+    if any(entry["standard_error"] == 0 for own in tasks.values() for entry in (own, own.get("against")) if entry):
+        told.append(CERTAIN)
     published = {name: own["published"] for name, own in tasks.items() if own["published"]}
     sources = [
         f"- {name}, {100 * own['score']:.1f} %: {own['source']}{'; ' if own['note'] else ''}{own['note']}"
@@ -147,6 +151,8 @@ def _paired(
         "The same questions and seeds. The error is that of the differences, question by question.",
         markdown(["task", "questions", "points", "better", "worse", "changed, %"], rows),
     ]
+    if not all(own["changed"] for own in pairs.values()):
+        parts.append(CERTAIN)
     for name, own in pairs.items():
         changed = [*own["worse"], *own["better"]]
         if changed:

@@ -17,7 +17,8 @@ from mlx_qwen35.distributed.options import RankOptions
 from mlx_qwen35.engine.prepared import Prepared, prepare
 from mlx_qwen35.engine.presets import PRESETS, Sampling
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.evaluate.asking import Asker, merged
+from mlx_qwen35.evaluate.asking import THINKING, Asker, about, merged
+from mlx_qwen35.evaluate.choosing import check_choices
 from mlx_qwen35.evaluate.items import Line, RunFolder
 from mlx_qwen35.evaluate.published import published_of
 from mlx_qwen35.evaluate.run import Judge, ask, chosen, keyed
@@ -103,7 +104,8 @@ class Subject:
         own, seen = self.checkpoint, has_vision(self.checkpoint)
         settings = {name: value for name, value in self.given.items() if name not in FREE}
         return {
-            "model": {"weights": fingerprint(own)[:16], "vision": vision_fingerprint(own)[:16] if seen else None,
+            "model": {"weights": fingerprint(own)[:16], "text": self.processor.tokenizer.fingerprint,
+                      "vision": vision_fingerprint(own)[:16] if seen else None,
                       "dtype": dtype_name(self.dtype), "kv_bits": self.kv.name},
             "adapters": {name: adapter.fingerprint for name, adapter in self.adapters.adapters.items()},
             "settings": {**settings, "seed": self.seed, "adapter_scale": self.load.adapter_scale,
@@ -132,9 +134,9 @@ class Subject:
 
         InputError for options that contradict each other, and for a question that cannot be asked.
         """
-        asked = [task.ask(item) for item in chosen(chosen(keyed(task), items), SAMPLE)]
-        kinds = {repr([own.choices != (), merged(own.options, self.given)]): own for own in asked}
-        found = [self._settings(own) for own in kinds.values()]
+        asked = {item.key: task.ask(item) for item in chosen(chosen(keyed(task), items), SAMPLE)}
+        kinds = {repr([bool(own.choices), merged(own, self.given)]): key for key, own in asked.items()}
+        found = [self._settings(key, asked[key]) for key in kinds.values()]
         told: dict[str, Any] = {}
         for name in dict.fromkeys(name for own in found for name in own):
             values = [own[name] for own in found if name in own]
@@ -145,10 +147,10 @@ class Subject:
         """How the model is split over machines; nothing for one."""
         return {} if runs_alone(self.ranks) else {"split": self.ranks.split}
 
-    def _settings(self, asked: Asked) -> dict[str, Any]:
+    def _settings(self, key: str, asked: Asked) -> dict[str, Any]:
+        own = self.prepared(key, asked)
         if asked.choices:
             return {"likelihood": True, "enable_thinking": False}
-        own = self.prepared(asked)
         names = [name for name, declared in options_of(Sampling).items() if not declared.python_only]
         sampling = {name: getattr(own.plans[0].sampling, name) for name in names}
         kept = {name: value for name, value in own.options.items() if name in KEPT}
@@ -156,13 +158,17 @@ class Subject:
         most = own.options.get("max_tokens", preset.max_tokens)  # where the context has room for them
         return {"enable_thinking": own.prompt.thinking, "max_tokens": most, **sampling, **kept}
 
-    def prepared(self, asked: Asked) -> Prepared:
+    def prepared(self, key: str, asked: Asked) -> Prepared:
         """A question as the engine gets it; no weights are read. InputError where it cannot be asked."""
         prompt: Any = asked.prompt
-        options: Any = merged(asked.options, self.given)
+        options: Any = merged(asked, self.given)
         if asked.choices:  # they are read without reasoning, whatever is given
-            options.pop("enable_thinking", None)
-        return prepare(self.checkpoint.config.text, self.processor, prompt, 1, None, **options)
+            options = {name: value for name, value in options.items() if name not in THINKING}
+        with about(key):
+            found = prepare(self.checkpoint.config.text, self.processor, prompt, 1, None, **options)
+            if asked.choices:
+                check_choices(found.prompt)
+        return found
 
     @cached_property
     def processor(self) -> Processor:

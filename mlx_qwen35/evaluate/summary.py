@@ -129,5 +129,5 @@ def _paired(name: str, own: Mapping[str, Any], against: str) -> list[str]:
     paired, points = own["paired"], "" if "unit" in own else " points"
     return [
         f"{name}: {difference_text(own)}{points} against {against} on the same questions and seeds; "
-        f"{len(paired['better']):,} better, {len(paired['worse']):,} worse"
+        + (f"{len(paired['better']):,} better, {len(paired['worse']):,} worse" if paired["changed"] else "none changed")
     ]

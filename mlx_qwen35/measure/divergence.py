@@ -56,6 +56,17 @@ def divergence(
 
     Raises InputError when the two models differ in config, or no token is predicted.
     """
+    return summary(*divergences(source, quantized, tokens, first, bar))
+
+
+def divergences(
+    source: Layerwise,
+    quantized: Layerwise,
+    tokens: Sequence[Sequence[int]],
+    first: Sequence[int] | None = None,
+    bar: Bar = _unseen,
+) -> tuple["Positions", tuple[float, ...]]:
+    """What `divergence` is a summary of: the predictions at each position, and the error of each layer."""
     if source.config != quantized.config:
         folders = f"{source.checkpoint.folder} and {quantized.checkpoint.folder}"
         raise InputError("models_differ", f"two forms of one model have one config; those of {folders} differ")
@@ -72,7 +83,7 @@ def divergence(
         for model, states in zip(models, streams, strict=True):
             rows.append(counted.normed(model, states))
             states.clear()
-        return summary(compare(source, quantized, rows[0], rows[1], counted, progress), tuple(errors))
+        return compare(source, quantized, rows[0], rows[1], counted, progress), tuple(errors)
 
 
 def _relative_error(source: list[mx.array], quantized: list[mx.array]) -> float:

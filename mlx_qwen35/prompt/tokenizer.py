@@ -6,6 +6,7 @@ post-processor from the files. Normalizer, pre-tokenizer and decoder are its own
 Truncation and padding of tokenizer.json are left out: a prompt is never cut.
 """
 
+import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -52,6 +53,11 @@ class Tokenizer:
 
     def __init__(self, backend: "Backend", special_tokens: Mapping[str, str], chat_template: Any = None):
         self.backend, self.special_tokens, self.chat_template = backend, special_tokens, chat_template
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with tokenizer.json and with the chat template."""
+        return hashlib.sha256(f"{self.backend.to_str()}\0{self.chat_template!r}".encode()).hexdigest()[:16]
 
     @property
     def eos_token_ids(self) -> frozenset[int]:

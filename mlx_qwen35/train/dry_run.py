@@ -47,7 +47,7 @@ def seconds(found: Prepared, chip: Chip | None) -> float | None:
     total *= found.steps / len(found.order)
     if found.valid is not None:
         share = min(1.0, (found.options.validation_rows or math.inf) / len(found.valid))
-        times = 1 + math.ceil(found.steps / found.options.validate_every)
+        times = 1 + math.ceil(found.steps / found.options.validated_every)
         total += times * share * operations(config, found.valid, passes=1)
     return total / (PREFILL * chip.flops)
 

@@ -17,6 +17,7 @@ import mlx.core as mx
 from mlx_qwen35.checkpoint.adapter import Pair
 from mlx_qwen35.checkpoint.names import MTP
 from mlx_qwen35.console.interrupt import uninterrupted
+from mlx_qwen35.console.notices import tell
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.machine.awake import Awake
 from mlx_qwen35.machine.process import LOCK
@@ -127,8 +128,9 @@ class Training:
         Raises InputError loss_not_finite, which saves nothing.
         """
         with ExitStack() as stack:
-            self._log = self._open(stack, LOG)
-            self._seconds = self._open(stack, SECONDS, complete=False)
+            self._log, self._seconds = (self._open(stack, name) for name in (LOG, SECONDS))
+            if self.lost:
+                tell(f"{self._log.path} has lost {self.lost:,} of {self.state.step:,} steps; the report lacks them too")
             awake = Awake()
             stack.callback(awake.set, False)
             awake.set(True)
@@ -144,10 +146,10 @@ class Training:
             self._save()
             self._tell("ends")
 
-    def _open(self, stack: ExitStack, name: str, complete: bool = True) -> Lines:
+    def _open(self, stack: ExitStack, name: str) -> Lines:
         state = self.state
         begun = state.step if state.step or state.best else -1
-        return stack.enter_context(Lines(self.folder.folder / name, begun, complete))
+        return stack.enter_context(Lines(self.folder.folder / name, begun))
 
     def _tell(self, what: str, *values: Any) -> None:
         for watcher in self.watchers:
@@ -156,6 +158,11 @@ class Training:
     def log(self) -> list[dict[str, Any]]:
         """The lines of the log up to where the run stands."""
         return [line for line in self._log.read() if line["step"] <= self.state.step]
+
+    @property
+    def lost(self) -> int:
+        """Steps that the log does not have, as where it was removed. Nothing but the report needs them."""
+        return self.state.step - sum(line["step"] > 0 for line in self.log())
 
     def seconds(self) -> dict[int, float]:
         """What each step took, of those that are known."""
@@ -194,7 +201,7 @@ class Training:
             self.options, rate, number, self.state.parameters, gradients, self.state.moments
         )
         state = replace(self.state, step=number, parameters=parameters, moments=moments)
-        if self.valid is not None and (number % self.options.validate_every == 0 or number == self.steps):
+        if self.valid is not None and (number % self.options.validated_every == 0 or number == self.steps):
             loss = line["validation"] = self._validation(parameters)
             state = replace(state, stale=state.stale + 1)
             if state.best is None or loss < state.best.loss:
@@ -205,7 +212,8 @@ class Training:
         """Note a step, and take its state, whole."""
         self._log.append(line)
         self._seconds.append({"step": line["step"], "seconds": round(seconds, 3)})
-        self.state = replace(state, seconds=state.seconds + seconds)
+        peak = max(state.peak, mx.get_peak_memory())
+        self.state = replace(state, seconds=state.seconds + seconds, peak=peak)
         self._tell("stepped", line, seconds)
 
     def _add(self, batch: Sequence[Row], text: Sums, head: Sums) -> None:

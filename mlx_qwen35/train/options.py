@@ -1,31 +1,18 @@
 """What a caller may ask of a training run."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 from mlx_qwen35.checkpoint.adapter_write import FORMATS
 from mlx_qwen35.engine.presets import MOST_SEED
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.options import check_fields, option, spelled
-from mlx_qwen35.values import shown
+from mlx_qwen35.values import names, path
 
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adam", "sgd", "adafactor", "muon")
 RANK = 8  # of a low-rank part, where none is chosen
-
-
-def _targets(name: str, value: Any) -> tuple[str, ...]:
-    found = value.split(",") if isinstance(value, str) else value
-    if not isinstance(found, list | tuple) or not found or not all(isinstance(own, str) and own for own in found):
-        raise InputError("option_invalid", f"{name} must be names of maps, as q_proj,v_proj; got {shown(value)}")
-    return tuple(dict.fromkeys(own.strip() for own in found))
-
-
-def _path(name: str, value: Any) -> str:
-    if not isinstance(value, str | Path) or not str(value):
-        raise InputError("option_invalid", f"{name} must be a folder, got {shown(value)}")
-    return str(value)
+EVERY = 50  # steps between validations, likewise
 
 
 @dataclass(frozen=True)
@@ -39,11 +26,12 @@ class TrainOptions:
     alpha: float | None = option(help="the scale is alpha / rank (default: 2 x rank)", least=0, above=True, most=1e6)
     targets: tuple[str, ...] | None = option(
         help="maps to train, by the end of their names, as q_proj,v_proj,mlp.up_proj; embed_tokens and lm_head too "
-        "(default: all maps of the text model's layers)", check=_targets, metavar="NAMES",
+        "(default: all maps of the text model's layers)", metavar="NAMES",
+        check=partial(names, what="maps, as q_proj,v_proj"),
     )  # fmt: skip
     layers: int | None = option(help="train the last N layers alone (default: all)", least=1, metavar="N")
     from_adapter: str | None = option(
-        help="begin with the low-rank parts of this adapter, and train those", check=_path, metavar="FOLDER"
+        help="begin with the low-rank parts of this adapter, and train those", check=path, metavar="FOLDER"
     )
     draft_head: bool = option(False, help="train the draft head along, on the same rows, so that drafts still fit")
     max_length: int = option(
@@ -68,8 +56,8 @@ class TrainOptions:
     clip: float = option(
         1.0, help="a longer gradient is scaled to this norm, over all maps; 0: none (default: 1)", least=0, most=1e9
     )
-    validate_every: int = option(
-        50, help="steps between validations, where the data has a valid.jsonl (default: 50)", least=1, metavar="N"
+    validate_every: int | None = option(
+        help=f"steps between validations, where the data has a valid.jsonl (default: {EVERY})", least=1, metavar="N"
     )
     validation_rows: int | None = option(help="validate on the first N rows (default: all)", least=1, metavar="N")
     patience: int | None = option(
@@ -83,6 +71,11 @@ class TrainOptions:
     adapter_format: str = option(
         "peft", help="files of the adapter: PEFT's or mlx-lm's (default: peft)", choices=FORMATS
     )
+
+    @property
+    def validated_every(self) -> int:
+        """Steps between validations."""
+        return self.validate_every or EVERY
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -110,10 +103,10 @@ class RunOptions:
     """What a run reads and writes."""
 
     data: str | None = option(
-        help="folder with train.jsonl, and valid.jsonl if there is one", check=_path, metavar="FOLDER"
+        help="folder with train.jsonl, and valid.jsonl if there is one", check=path, metavar="FOLDER"
     )
     adapter: str | None = option(
-        help="folder to write: the adapter, and run/ to go on with", check=_path, metavar="FOLDER"
+        help="folder to write: the adapter, and run/ to go on with", check=path, metavar="FOLDER"
     )
     resume: bool = option(False, help="go on with the run in --adapter; a run that was killed ends as if it was not")
     report: bool = option(

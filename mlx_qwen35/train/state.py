@@ -23,6 +23,7 @@ from mlx_qwen35.errors import InputError
 from mlx_qwen35.machine.disk import held
 from mlx_qwen35.options import spelled
 from mlx_qwen35.train.optimizer import Moments
+from mlx_qwen35.values import is_whole
 
 RUN = "run"  # the folder within OUT
 LOG, SECONDS, IMAGES = "log.jsonl", "seconds.jsonl", "images"
@@ -42,7 +43,8 @@ class Best(NamedTuple):
 class RunState:
     """Where a run stands behind a step. Nothing in it changes: the next step makes another one.
 
-    stale: validations since the best. seconds: of training, over all processes that had a part in it.
+    stale: validations since the best. seconds: of training, over all processes that had a part in it. peak: bytes of
+    memory, of the one that took the most.
     """
 
     step: int
@@ -51,6 +53,7 @@ class RunState:
     best: Best | None = None
     stale: int = 0
     seconds: float = 0.0
+    peak: int = 0
 
     @property
     def chosen(self) -> Mapping[str, Pair]:
@@ -113,7 +116,7 @@ class RunFolder:
         if best is not None and best.parameters is not state.parameters:
             arrays |= _flat("best", best.parameters)
         record = {
-            "step": state.step, "stale": state.stale, "seconds": state.seconds,
+            "step": state.step, "stale": state.stale, "seconds": state.seconds, "peak": state.peak,
             "best": best and [best.step, best.loss], "identity": identity,
             "scales": {name: pair.scale for name, pair in state.parameters.items()},
         }  # fmt: skip
@@ -169,7 +172,8 @@ def _state(record: Mapping[str, Any], arrays: Mapping[str, mx.array]) -> RunStat
     if best is not None:
         own = any(key.startswith("best|") for key in arrays)
         best = Best(best[0], best[1], pairs("best") if own else parameters)
-    return RunState(record["step"], parameters, moments, best, record["stale"], record["seconds"])
+    told = {name: record[name] for name in ("stale", "seconds", "peak")}
+    return RunState(record["step"], parameters, moments, best, **told)
 
 
 def _damaged(path: Path, fault: str) -> InputError:
@@ -202,30 +206,25 @@ def _difference(name: str, found: Any, own: Any) -> str:
 class Lines:
     """A file of JSON lines, each of a step, open for the next ones.
 
-    Of what is there it keeps the lines up to a step. complete: whether these must be there for every step from 1 on.
+    Of what is there it keeps the whole lines up to a step, in their order; a run goes on without those that are lost.
 
-    InputError: run_invalid where it is not as it was; disk_full, output_unwritable.
+    InputError: disk_full, output_unwritable.
     """
 
-    def __init__(self, path: Path, step: int, complete: bool = True):
-        self.path, kept = path, []
-        *whole, _ = path.read_bytes().split(b"\n") if path.is_file() else [b""]
-        try:
-            for line in whole:
-                if json.loads(line)["step"] > step:
-                    break
-                kept.append(line)
-            steps = [json.loads(line)["step"] for line in kept]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError("run_invalid", f"{path} must hold a line a step, and was changed ({error})") from error
-        if complete and [own for own in steps if own] != list(range(1, step + 1)):
-            raise InputError(
-                "run_invalid", f"{path} must hold a line for each step up to {step}, and was changed. Put it back, or "
-                "train into another folder",
-            )  # fmt: skip
+    def __init__(self, path: Path, step: int):
+        self.path, lines, last = path, [], -1
+        found = path.read_bytes() if path.is_file() else b""
+        for line in found.splitlines(keepends=True):
+            own = _step_of(line)
+            if own is not None and last < own <= step:
+                lines.append(line)
+                last = own
+        kept = b"".join(lines)
         with written(str(path)):
             self._file = path.open("r+b" if path.is_file() else "w+b", buffering=0)
-            self._file.truncate(sum(len(line) + 1 for line in kept))
+            if not found.startswith(kept):
+                self._file.write(kept)
+            self._file.truncate(len(kept))
             self._file.seek(0, os.SEEK_END)
 
     def append(self, values: Mapping[str, Any]) -> None:
@@ -247,3 +246,12 @@ class Lines:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line of a log; None where it is no whole one."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if line.endswith(b"\n") and is_whole(step) else None

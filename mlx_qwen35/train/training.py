@@ -166,16 +166,36 @@ def prepared(
 
     train, valid = rows("train"), rows("valid")
     assert train is not None, "open_rows refuses a folder without train.jsonl"
-    idle = [name for name in ("patience", "validation_rows") if valid is None and getattr(options, name) is not None]
-    if idle:
-        raise InputError(
-            "option_no_effect",
-            f"{listed(idle)} has no effect without validation: {where} has no valid.jsonl. Add one, or leave it out",
-        )
     dtype = choose_dtype(checkpoint, given.dtype)
     found = Prepared(str(given.model), where, options, checkpoint, processor, dtype, limit, parts, begin, train, valid)
+    _check_effects(found)
     check_training_fits(checkpoint, found.machine, found.needs, found.model)
     return found
+
+
+def _check_effects(found: Prepared) -> None:
+    """InputError for options that would have no effect on this run."""
+    options, steps = found.options, found.steps
+    idle = [name for name in ("patience", "validate_every", "validation_rows") if getattr(options, name) is not None]
+    if found.valid is None and idle:
+        raise InputError(
+            "option_no_effect",
+            f"{listed(idle)} has no effect without validation: {found.data} has no valid.jsonl. Add one, or leave it "
+            "out",
+        )
+    times = (steps - 1) // options.validated_every  # validations between the first step and the last
+    if options.patience is not None and options.patience > times:
+        raise InputError(
+            "option_no_effect",
+            f"{spelled('patience', options.patience)} has no effect: {times} validations stand between the first of "
+            f"{steps:,} steps and the last. Validate more often by {spelled('validate_every')}, or leave it out",
+        )
+    if options.warmup >= steps:
+        raise InputError(
+            "option_conflict",
+            f"{spelled('warmup')} must be less than the {steps:,} steps of the run, got {options.warmup:,}: the "
+            f"learning rate would not reach {options.learning_rate:g}. Warm up for fewer, or train for longer",
+        )
 
 
 def train(
@@ -242,8 +262,8 @@ def train(
             reads("asking the model before it is trained", 0, 0, "")
         asked = before(loaded, found.processor, found.valid or found.rows) if report else None
         training.run()
-        quantized, measured = bool(found.checkpoint.config.quantization), mx.get_peak_memory()
-        run = run_of(training, found.model, str(found.data), found.plan.peak, measured, quantized)
+        quantized = bool(found.checkpoint.config.quantization)
+        run = run_of(training, found.model, str(found.data), found.plan.peak, quantized)
         if asked:
             after(asked, run, loaded, found.processor, training.state.chosen, folder.out)
     return Trained.of(training, run)

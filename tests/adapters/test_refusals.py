@@ -406,6 +406,6 @@ def test_no_weight_of_the_model_is_read(folder: Callable[[str], Path], checkpoin
         file.unlink()
     assert read_adapter(folder("peft-plain"), opened).pairs
     path = folder("peft-plain")
-    with refused("adapter_mismatch"):
+    with refused("adapter_mismatch", "trained on (tiny)"):
         read_adapter(edited(path, {UP_A: mx.zeros((1, 1))}), opened)
     assert tensors_file(path).is_file()

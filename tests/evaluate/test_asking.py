@@ -99,10 +99,18 @@ def test_a_preset_s_settings_reach_the_sampler_and_the_summary(nano, preset, tmp
 
 def test_what_the_user_gives_wins_over_a_task_s_options():
     own = {**OPTIONS, "preset": "coding", "top_k": 3, "stop": ["x"]}
-    assert merged(own, {}) == own
-    assert merged(own, {"max_tokens": 9}) == own | {"max_tokens": 9}
-    assert merged(own, {"preset": "instruct"}) == {"preset": "instruct", "stop": ["x"]}
-    assert merged(own, {"enable_thinking": False}) == OPTIONS | {"enable_thinking": False, "top_k": 3, "stop": ["x"]}
+    asked = Asked("Who?", own)
+    assert merged(asked, {}) == own
+    assert merged(asked, {"max_tokens": 9}) == own | {"max_tokens": 9}
+    assert merged(asked, {"preset": "instruct"}) == {"preset": "instruct", "stop": ["x"]}
+    assert merged(asked, {"enable_thinking": False}) == OPTIONS | {"enable_thinking": False, "top_k": 3, "stop": ["x"]}
+
+
+def test_sizes_of_images_hold_for_the_questions_that_show_one():
+    given, part = {"max_pixels": 4096}, {"type": "image", "image": "a.png"}
+    shown = [Asked("Who?", {"images": ["a.png"]}), Asked([{"role": "user", "content": [part]}])]
+    assert all(merged(asked, given)["max_pixels"] == 4096 for asked in shown)
+    assert merged(Asked("Who?", given), given) == {}
 
 
 def test_the_most_probable_of_the_choices_is_the_answer(nano):
@@ -141,8 +149,8 @@ def test_fewer_questions_run_at_a_time_where_memory_has_no_room_for_their_longes
 
 def test_an_answer_that_memory_would_shorten_is_refused(alone, nano):
     model, processor = load("nano", memory_limit=0.05)
-    for own, told in (({"preset": "instruct"}, "question sum0"), ({"max_tokens": 200_000}, "max_tokens")):
-        with refused("memory_exceeded", told):
+    for own, told in (({"preset": "instruct"}, "max_tokens"), ({"max_tokens": 200_000}, "max_tokens")):
+        with refused("memory_exceeded", "question sum0", told):
             next(Asker(model, processor, own, 2).answers(questions(Sums(2))))
 
 

@@ -4,6 +4,13 @@ import pytest
 
 from mlx_qwen35.evaluate.choices import edit_distance, letter, page_similarity, same_list, same_number, same_text
 
+
+def test_a_question_of_one_choice_and_lists_without_end_are_read():
+    assert letter("B", ["red"]) is None and letter("(A)", ["red"]) == "A"
+    assert same_list("[1, '2', 3.0]", "[1, 2, 3]") and not same_list(f"[{'9' * 5000}]", "[1]")
+    assert not same_list("[one]", "[1]") and not same_list(f"[{'-' * 9999}1]", "[1]")
+
+
 COLOURS = ["red", "blue", "a dark green", "green"]
 
 LETTERS = {

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from PIL import Image
 from refusing import refused
 
 from mlx_qwen35.convert import convert
-from mlx_qwen35.evaluate import evaluate
+from mlx_qwen35.evaluate import evaluate, kl
 from mlx_qwen35.evaluate.command import main
 from mlx_qwen35.evaluate.kl import sequences
+from mlx_qwen35.measure.layerwise import Layerwise
 
 NANO = json.loads((Path(__file__).parents[2] / "mlx_qwen35/nano/evaluation.json").read_text())["scores"]
 KL, ERROR, TOP1 = 4.73e-3, 0.44e-3, 0.9896  # docs/convert.md, of nano's recipe 4bit on all bundled items
@@ -40,7 +42,8 @@ def test_a_model_differs_from_itself_by_nothing(tmp_path, capsys):
     main(arguments)
     assert "0.00000 nats, same most likely token 100.00 %" in capsys.readouterr().out
     found = json.loads((out / "summary.json").read_text())["tasks"]["kl"]
-    assert (found["kl"], found["top1"], found["n"]) == (0.0, 1.0, 1) and found["versions"]["task"].startswith("1 seq")
+    assert (found["kl"], found["top1"], found["n"]) == (0.0, 1.0, 1)
+    assert found["versions"]["task"].startswith("nano's bundled items")
     assert told_by(capsys, *arguments)["tasks"]["kl"] == found  # measured once
 
 
@@ -58,8 +61,39 @@ def test_a_pack_on_a_text_is_further_away_than_its_source(packed, tmp_path):
     found = evaluate(packed, ["kl"], tmp_path / "out", **given)["tasks"]["kl"]
     assert 1e-4 < found["kl"] < 1 and found["top1"] < 1 and (found["sequences"], found["text"]) == (1, "text.txt")
     (tmp_path / "text.txt").write_text("Another text, of the same name. " * 20)
-    with refused("resume_differs", "tasks.kl", "text.txt"):
+    with refused("resume_differs", "task kl", "text.txt"):
         evaluate(packed, ["kl"], tmp_path / "out", **given)
+
+
+@pytest.mark.full
+def test_a_measurement_that_was_ended_goes_on_behind_its_last_piece(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(kl, "PIECE", 60)
+    given = {"against": "nano", "items": 3}
+    whole = evaluate(packed, "kl", tmp_path / "whole", **given)["tasks"]["kl"]
+    file, out = tmp_path / "whole" / "kl.jsonl", tmp_path / "out"
+    lines = file.read_bytes().splitlines(keepends=True)
+    measured, embed = [], Layerwise.embed
+
+    def end(what, done, total, unit):
+        if (out / "kl.jsonl").is_file():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(packed, "kl", out, watch=end, **given)
+    kept = (out / "kl.jsonl").read_bytes()
+    assert 0 < len(kept.splitlines()) < 3 and b"".join(lines).startswith(kept)
+
+    def embedding(self, batches):
+        measured.extend(row for batch in batches for row in batch.rows)
+        return embed(self, batches)
+
+    monkeypatch.setattr(Layerwise, "embed", embedding)
+    again = evaluate(packed, "kl", out, **given)["tasks"]["kl"]
+    assert len(measured) == 2 * (3 - len(kept.splitlines()))  # by both models
+    assert (out / "kl.jsonl").read_bytes() == file.read_bytes()
+    assert again | {"seconds": 0} == whole | {"seconds": 0} and whole["kl"] > 0
+    more = evaluate(packed, "kl", out, **given | {"items": 4})["tasks"]["kl"]
+    assert more["n"] == 4
 
 
 @pytest.mark.full
@@ -152,6 +186,10 @@ def test_a_dry_run_tells_questions_tokens_hours_and_memory_and_reads_no_weights(
         ("option_missing", "--model nano --tasks nano"), ("option_missing", "--model nano --tasks kl --out OUT"),
         ("option_no_effect", "--model nano --tasks nano --text FILE --out OUT"),
         ("option_no_effect", "--model nano --tasks kl --against nano --temp 1 --out OUT"),
+        ("option_no_effect", "--model nano --tasks CHOICES --preset thinking --out OUT"),
+        ("option_no_effect", "--model nano --tasks nano --max-pixels 9999 --out OUT"),
+        ("task_invalid", "--model nano --tasks SHOWN --out OUT"),
+        ("prompt_empty", "--model nano --tasks EMPTY --out OUT"),
         ("option_conflict", "--model nano --tasks nano --preset coding --no-enable-thinking --out OUT"),
         ("option_conflict", "--model nano --tasks nano --adapter a --adapter b --out OUT"),
         ("option_invalid", "--model nano --tasks nano --items 0 --out OUT"),
@@ -170,8 +208,16 @@ def test_what_is_wrong_is_told_in_one_line_and_nothing_is_written(tmp_path, caps
     for file in files:
         file.write_text("questions: house.jsonl")
     (tmp_path / "in" / "house.jsonl").write_text('{"question": "Who?", "answer": "nano"}\n')
+    choices = {"question": "Who?", "choices": ["a", "b"], "answer": "a"}
+    given = {"choices": [choices, choices], "shown": [choices | {"images": ["a.png"]}],
+             "empty": [{"question": "", "answer": "a"}]}  # fmt: skip
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "in" / "a.png")
+    for name, rows in given.items():
+        (tmp_path / "in" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "in" / f"{name}.yaml").write_text(f"questions: {name}.jsonl")
     twice = ",".join(map(str, files))
     places = {"OUT": tmp_path / "out", "FILE": files[0], "FILE,FILE2": twice, "FOLDER": tmp_path / "in"}
+    places |= {name.upper(): tmp_path / "in" / f"{name}.yaml" for name in given}
     with pytest.raises(SystemExit) as ended:
         main([str(places.get(word, word)) for word in words.split()])
     told = capsys.readouterr()

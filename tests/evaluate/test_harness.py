@@ -12,7 +12,8 @@ from mlx_qwen35 import Model, load
 from mlx_qwen35.engine.presets import PRESETS
 from mlx_qwen35.engine.sampling import Sampler
 from mlx_qwen35.evaluate import evaluate
-from mlx_qwen35.evaluate.harness import find_task
+from mlx_qwen35.evaluate.harness_tasks import find_task
+from mlx_qwen35.evaluate.names import find
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval (pip install 'mlx-qwen35[eval]')")
 
@@ -86,7 +87,7 @@ def test_other_questions_are_asked_when_a_file_changes(tmp_path):
         (tmp_path / name).write_bytes((TASKS / name).read_bytes())
     evaluate("nano", str(tmp_path / "sums.yaml"), tmp_path / "out", items=2)
     (tmp_path / "sums.jsonl").write_text((tmp_path / "sums.jsonl").read_text().replace("34 + 58", "35 + 58"))
-    with refused("resume_differs", "tasks.sums"):
+    with refused("resume_differs", "task sums"):
         evaluate("nano", str(tmp_path / "sums.yaml"), tmp_path / "out", items=2)
 
 
@@ -157,47 +158,25 @@ def test_a_preset_reaches_the_sampler_and_the_report(name, tmp_path, monkeypatch
     assert told["max_tokens"] > 30_000  # not the 1 of the task; as far as nano's context goes
 
 
-# --- what lm-eval asks ------------------------------------------------------------------------------------------------
-
-
-def test_messages_and_images_survive():
-    from lm_eval.api.instance import Instance
-    from PIL import Image
-
-    from mlx_qwen35.evaluate.harness_model import Chat, asked
-
-    red, blue = (Image.new("RGB", (32, 32), colour) for colour in ("red", "blue"))
-    chat = Chat.of([{"role": "system", "content": "Look."}, {"role": "user", "content": "Is <image> like <image>?"}])
-    own = asked([Instance("generate_until", {}, (chat, {"until": "\n\n"}, {"visual": [red, blue]}), 0)])
-    text = {"type": "text", "text": "Is "}
-    assert own.prompt[0] == {"role": "system", "content": "Look."} and own.options == {"stop": ["\n\n"]}
-    assert own.prompt[1]["content"] == [
-        text, {"type": "image", "image": red}, {"type": "text", "text": " like "}, {"type": "image", "image": blue},
-        {"type": "text", "text": "?"},
-    ]  # fmt: skip
-    bare = Chat.of([{"role": "user", "content": "Which?"}])
-    own = asked([Instance("generate_until", {}, (bare, {}, {"visual": [red]}), 0)])
-    assert own.prompt[0]["content"] == [{"type": "image", "image": red}, {"type": "text", "text": "Which?"}]
-    with refused("task_invalid", "2", "1 images"):
-        asked([Instance("generate_until", {}, (chat, {}, {"visual": [red]}), 0)])
-
-
-def test_an_answer_that_was_begun_goes_on():
-    from lm_eval.api.instance import Instance
-
-    from mlx_qwen35.evaluate.harness_model import Chat, asked
-
-    begun = [{"role": "user", "content": "1+2?"}, {"role": "assistant", "content": "It is"}]
-    own = asked([Instance("generate_until", {}, (Chat.of(begun, add_generation_prompt=False), {"until": []}), 0)])
-    assert (own.prompt, own.options) == (begun, {"continue_final_message": True})
-
-
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def test_without_network_the_message_says_where_data_come_from():
-    with refused("hub_failed", "gpqa_diamond", "HF_HUB_OFFLINE"):
+@pytest.fixture
+def no_hub(monkeypatch):
+    """As with HF_HUB_OFFLINE=1."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def test_without_network_the_message_says_where_data_come_from(no_hub):
+    with refused("hub_failed", "gpqa_diamond", "not on this machine", "HF_HUB_OFFLINE"):
         find_task("gpqa_diamond")
+
+
+def test_all_that_a_list_of_tasks_lacks_is_told_together(no_hub):
+    with refused("hub_failed", "mmlu_pro", "mmmu_val"):
+        find(["quick"], None)
 
 
 @pytest.mark.parametrize(

@@ -158,13 +158,20 @@ def test_lines_behind_a_state_and_cut_lines_are_taken_off(tmp_path):
         assert [line["step"] for line in log.read()] == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("text", ["", '{"step": 1}\n', '{"step": 1}\n{"step": 3}\n', "[]\n", "{\n"])
-def test_a_log_that_lacks_steps_is_refused(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("", ""), ('{"step": 1}\n', '{"step": 1}\n'), ('{"step": 0}\n[]\n{"step": 2}\n', '{"step": 0}\n{"step": 2}\n'),
+        ('{"step": 2}\n{"step": 1}\n', '{"step": 2}\n'), ("{\n", ""), ('{"step": "1"}\n', ""),
+    ],
+)  # fmt: skip
+def test_of_a_log_that_was_damaged_the_whole_lines_are_kept(tmp_path, text, kept):
     path = tmp_path / "log.jsonl"
     path.write_text(text)
-    with refused("run_invalid", path):
-        Lines(path, 2)
-    assert path.read_text() == text
+    with Lines(path, 2) as log:
+        assert path.read_text() == kept
+        log.append({"step": 3})
+    assert path.read_text() == kept + '{"step": 3}\n'
 
 
 def test_a_log_that_cannot_be_written_is_told(tmp_path):

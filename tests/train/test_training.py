@@ -98,7 +98,7 @@ def test_rows_with_images_are_trained_and_their_embeddings_are_kept(tmp_path):
         for number in range(2)
     ]  # fmt: skip
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    trained = run(folder, tmp_path / "out", epochs=20, batch_size=2)
+    trained = run(folder, tmp_path / "out", epochs=20, batch_size=2, validate_every=None)
     losses = [step.loss for step in trained.run.steps]
     assert trained.run.counts["train"].images == 2 and losses[-1] < 0.7 * losses[0]
     assert len(list((tmp_path / "out" / "run" / "images").iterdir())) == 2
@@ -110,7 +110,33 @@ def test_a_run_that_has_ended_is_resumed_without_another_step(tmp_path, data):
     before = bytes_of(tmp_path / "out")
     (tmp_path / "out" / "adapter_model.safetensors").unlink()
     again = run(data, tmp_path / "out", resume=True, watchers=[Stopper("step 1")])
-    assert bytes_of(tmp_path / "out") == before and again.run.steps == ended.run.steps
+    assert bytes_of(tmp_path / "out") == before and again.run.steps == ended.run.steps and again.peak == ended.peak
+
+
+@pytest.mark.full
+def test_a_run_goes_on_without_its_log_and_says_what_is_lost(tmp_path, data, capsys):
+    whole = run(data, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(data, tmp_path / "out", watchers=[Stopper("step 3")])
+    (tmp_path / "out" / "run" / "log.jsonl").unlink()
+    again = run(data, tmp_path / "out", resume=True)
+    assert bytes_of(tmp_path / "out")[0] == bytes_of(tmp_path / "whole")[0] and again.steps == 4
+    assert [step.step for step in again.run.steps] == [3, 4] and "lost 2 of 4 steps" in again.run.ended
+    assert again.run.steps[-1].loss == whole.run.steps[-1].loss and "log.jsonl has lost 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("code", "options", "facts"),
+    [
+        ("option_no_effect", {"patience": 2}, ["patience=2", "1 validations", "4 steps"]),
+        ("option_no_effect", {"epochs": 0.5, "patience": 1}, ["patience=1", "0 validations"]),
+        ("option_conflict", {"warmup": 4}, ["warmup", "4 steps"]),
+    ],
+)
+def test_options_without_effect_on_a_run_are_refused(tmp_path, data, code, options, facts):
+    with refused(code, *facts):
+        run(data, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_numbers_that_are_not_finite_end_a_run_and_leave_what_was_saved(tmp_path, data):
