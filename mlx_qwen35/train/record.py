@@ -45,7 +45,7 @@ class Run:
 
     model, data: as they were named. options: a frozen dataclass of options. counts: by split. best: the step whose
     adapter was kept; None: the last. ended: why it ended, as a sentence. peak, planned: bytes of memory. quantized:
-    whether the model is.
+    whether the model is. lost: steps that the log does not have any more.
     """
 
     model: str
@@ -59,6 +59,7 @@ class Run:
     peak: int | None = None
     planned: int | None = None
     quantized: bool = False
+    lost: int = 0
 
     @property
     def kept(self) -> Validation | None:
@@ -82,7 +83,7 @@ class Run:
                 return f"Validation loss fell from {first_text} to {last_text} in {many(kept.step, 'step')}"
             return f"Validation loss did not fall below the {loss_text(first)} before the first step"
         if not self.steps:
-            return "No step was made"
+            return "The losses are lost" if self.lost else "No step was made"
         count, tenth = len(self.steps), -(-len(self.steps) // 10)
         first, last = mean_loss(self.steps[:tenth]), mean_loss(self.steps[-tenth:])
         begin, end = ("the first", "the last") if tenth == 1 else (f"the first {tenth:,}", f"the last {tenth:,}")

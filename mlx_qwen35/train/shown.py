@@ -125,7 +125,7 @@ def summary(trained: Trained) -> str:
         rows, most = run.counts["train"].rows, run.options.max_length
         lines.append(f"{cut:,} of {rows:,} rows were longer than --max-length {most:,}, and lost their ends")
     lines.append(
-        f"{many(len(run.steps), 'step')}, {trained.tokens:,} tokens, {trained.targets:,} targets in "
+        f"{many(trained.steps, 'step')}, {trained.tokens:,} tokens, {trained.targets:,} targets in "
         f"{duration(trained.seconds)}: {trained.tokens / max(trained.seconds, 1e-3):,.0f} tokens/s; peak memory "
         f"{size(trained.peak)}" + (f" (planned {size(run.planned)})" if run.planned else "")
     )

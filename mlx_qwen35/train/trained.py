@@ -74,5 +74,5 @@ def run_of(training: Training, model: str, data: str, planned: int | None, quant
         [Step(line["step"], line["loss"], line["learning_rate"], line["targets"], line["tokens"],
               seconds.get(line["step"], 0.0)) for line in lines if line["step"]],
         [Validation(line["step"], line["validation"]) for line in lines if "validation" in line],
-        best and best.step, ended, training.state.peak, planned, quantized,
+        best and best.step, ended, training.state.peak, planned, quantized, training.lost,
     )  # fmt: skip
