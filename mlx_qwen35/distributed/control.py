@@ -19,8 +19,6 @@ from mlx_qwen35.distributed.heartbeat import Heartbeat
 from mlx_qwen35.distributed.ring import is_collective
 from mlx_qwen35.errors import InputError
 
-_ANSWER = "answer"
-
 
 class _End:
     """What both ends have: hosts (names of all ranks' machines) and a heartbeat. Left by `with`."""
@@ -44,6 +42,14 @@ class _End:
             self.heartbeat.lost(f"rank {rank} ({self.hosts[rank]}) sent what is no order: {error}")
             raise
 
+    def fail(self, error: BaseException) -> None:
+        """An error that the other ranks cannot go on after: it is told, and ends every rank and this process. Of a
+        broken collective the cause is told, if there is one.
+        """
+        if is_collective(error):
+            self.heartbeat.lost(f"a collective broke: {error}")
+        self.heartbeat.fail(_described(error))
+
     def _close(self) -> None:
         for connection in self._orders.values():
             connection.close()
@@ -56,7 +62,7 @@ class LeaderEnd(_End):
 
     def __init__(self, hosts: Sequence[str], orders: Mapping[int, socket.socket], heartbeat: Heartbeat):
         super().__init__(hosts, orders, heartbeat)
-        self._lock = threading.Lock()
+        self._lock, self._given = threading.Lock(), 0
 
     def give(self, order: Order) -> None:
         """Send an order to every other rank. It waits only while the system holds no more for a rank that is behind.
@@ -64,17 +70,20 @@ class LeaderEnd(_End):
         ValueError for what no order can hold: fields that JSON has not, arrays of other dtypes, more than 1 GiB.
         """
         with self._lock:
+            self._given += 1
             for rank, connection in self._orders.items():
                 with self._speaking_to(rank):
                     send(connection, order)
 
     def answers(self) -> Sequence[Mapping[str, Any]]:
-        """The next answer of every other rank, in the order of ranks. Waits for them."""
-        found = []
-        for rank, connection in self._orders.items():
-            with self._speaking_to(rank):
-                found.append(receive(connection).fields)
-        return found
+        """The answer of every other rank to the last order, in the order of ranks. Waits for them."""
+        return [self._answer(rank, connection) for rank, connection in self._orders.items()]
+
+    def _answer(self, rank: int, connection: socket.socket) -> Mapping[str, Any]:
+        with self._speaking_to(rank):
+            while (answer := receive(connection)).name != str(self._given):  # rank 0 never asked for an earlier one
+                pass
+            return answer.fields
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if is_collective(error):
@@ -89,10 +98,13 @@ class LeaderEnd(_End):
 class FollowerEnd(_End):
     """The end of any other rank, a Follower. Left by an error it has rank 0 tell of it, and ends the process with 1."""
 
+    _taken = 1  # orders: the welcome was the first. An answer has the number of its order for a name
+
     def take(self) -> Order | None:
         """The next order; waits for it. None once rank 0 has ended well."""
         with self._speaking_to(0):
             try:
+                self._taken += 1
                 return receive(self._orders[0])
             except (OSError, EOFError):
                 if self.heartbeat.ended_well():
@@ -102,13 +114,11 @@ class FollowerEnd(_End):
     def answer(self, fields: Mapping[str, Any]) -> None:
         """Answer rank 0, values that JSON can hold."""
         with self._speaking_to(0):
-            send(self._orders[0], Order(_ANSWER, fields))
+            send(self._orders[0], Order(str(self._taken), fields))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if is_collective(error):
-            self.heartbeat.lost(f"a collective broke: {error}")
-        elif error is not None:
-            self.heartbeat.fail(_described(error))
+        if error is not None:
+            self.fail(error)
         self._close()
 
 
