@@ -26,7 +26,7 @@ class Leader(Protocol):
         """Send an order to every other rank. It does not wait for them. From any thread, one order after the other."""
 
     def answers(self) -> Sequence[Mapping[str, Any]]:
-        """The answer of every other rank to the last order, in the order of ranks. Waits for them."""
+        """The next answer of every other rank, in the order of ranks. Waits for them."""
 
 
 class Follower(Protocol):

@@ -19,6 +19,8 @@ from mlx_qwen35.distributed.heartbeat import Heartbeat
 from mlx_qwen35.distributed.ring import is_collective
 from mlx_qwen35.errors import InputError
 
+_ANSWER = "answer"
+
 
 class _End:
     """What both ends have: hosts (names of all ranks' machines) and a heartbeat. Left by `with`."""
@@ -62,7 +64,7 @@ class LeaderEnd(_End):
 
     def __init__(self, hosts: Sequence[str], orders: Mapping[int, socket.socket], heartbeat: Heartbeat):
         super().__init__(hosts, orders, heartbeat)
-        self._lock, self._given = threading.Lock(), 0
+        self._lock, self._unread = threading.Lock(), 0
 
     def give(self, order: Order) -> None:
         """Send an order to every other rank. It waits only while the system holds no more for a rank that is behind.
@@ -70,20 +72,27 @@ class LeaderEnd(_End):
         ValueError for what no order can hold: fields that JSON has not, arrays of other dtypes, more than 1 GiB.
         """
         with self._lock:
-            self._given += 1
             for rank, connection in self._orders.items():
                 with self._speaking_to(rank):
                     send(connection, order)
 
     def answers(self) -> Sequence[Mapping[str, Any]]:
-        """The answer of every other rank to the last order, in the order of ranks. Waits for them."""
-        return [self._answer(rank, connection) for rank, connection in self._orders.items()]
+        """The next answer of every other rank, in the order of ranks. Waits for them."""
+        for _ in range(self._unread):
+            self._next_answers()
+        self._unread = 0
+        return self._next_answers()
 
-    def _answer(self, rank: int, connection: socket.socket) -> Mapping[str, Any]:
-        with self._speaking_to(rank):
-            while (answer := receive(connection)).name != str(self._given):  # rank 0 never asked for an earlier one
-                pass
-            return answer.fields
+    def leave_answers(self) -> None:
+        """Nobody will ask for the next answers: they are skipped."""
+        self._unread += 1
+
+    def _next_answers(self) -> list[Mapping[str, Any]]:
+        found = []
+        for rank, connection in self._orders.items():
+            with self._speaking_to(rank):
+                found.append(receive(connection).fields)
+        return found
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if is_collective(error):
@@ -98,13 +107,10 @@ class LeaderEnd(_End):
 class FollowerEnd(_End):
     """The end of any other rank, a Follower. Left by an error it has rank 0 tell of it, and ends the process with 1."""
 
-    _taken = 1  # orders: the welcome was the first. An answer has the number of its order for a name
-
     def take(self) -> Order | None:
         """The next order; waits for it. None once rank 0 has ended well."""
         with self._speaking_to(0):
             try:
-                self._taken += 1
                 return receive(self._orders[0])
             except (OSError, EOFError):
                 if self.heartbeat.ended_well():
@@ -114,7 +120,7 @@ class FollowerEnd(_End):
     def answer(self, fields: Mapping[str, Any]) -> None:
         """Answer rank 0, values that JSON can hold."""
         with self._speaking_to(0):
-            send(self._orders[0], Order(str(self._taken), fields))
+            send(self._orders[0], Order(_ANSWER, fields))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if error is not None:

@@ -128,6 +128,7 @@ class Launch:
                     break
                 except subprocess.TimeoutExpired:
                     self._kill(number)
+            self._kill(signal.SIGKILL)  # a rank that is stopped, for which mlx.launch did not wait
             assert self._process.stdin
             with suppress(OSError):
                 self._process.stdin.close()

@@ -143,10 +143,14 @@ class Spreading:
             "name": name, "dtype": dtype_name(dtype),
             "layers": [[own.start, own.stop] for own in ranges] if kind == PIPELINE else None,
         })  # fmt: skip
-        model = load_model(
-            checkpoint, dtype, name, progress, limits[0], kv, adapters, shares[0],
-            make(text, self.ranks.group, orders, others),
-        )  # fmt: skip
+        try:
+            model = load_model(
+                checkpoint, dtype, name, progress, limits[0], kv, adapters, shares[0],
+                make(text, self.ranks.group, orders, others),
+            )  # fmt: skip
+        except BaseException:
+            self.ranks.leader.leave_answers()
+            raise
         weights = [weight_bytes(model), *(own["weights"] for own in self._answers())]
         self._keep_to_least_room(model, limits[0])
         model.fingerprint = no_session
