@@ -37,6 +37,7 @@ def hand_over(path: str) -> int:
                 said += got
     finally:
         if said != END:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # mlx.launch may send it now, and nothing ends this half way
             shutil.rmtree(Path(path).parent, ignore_errors=True)
             _kill_what_hangs()
     return 0 if said == END else 1

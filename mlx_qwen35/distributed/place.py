@@ -8,7 +8,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,12 +91,12 @@ def check_ring(place: Place, watch: Callable[[], object] = lambda: None, seconds
                 if right is None:
                     wait(after, "cannot be reached at")
                     right = _reached(place, after)
+                    opened.enter_context(right or nullcontext())
                 else:
                     wait(before, "does not reach this one from")
                 if left is None and select.select([listener], [], [], 0.02 if right is None else 0.2)[0]:
                     left = _heard(listener, _hello(place, place.rank))
-            opened.enter_context(right)
-            opened.enter_context(left)
+                    opened.enter_context(left or nullcontext())
         left.sendall(_MET)  # none may mistake the ring's port for this one: all go on once both neighbours have met
         while not select.select([right], [], [], 0.2)[0]:
             wait(after, "has not met its neighbours at")

@@ -82,6 +82,7 @@ def test_a_stranger_at_a_port_is_taken_for_no_rank():
         first = pool.submit(check_ring, Place(0, 2, "ring", ring), seconds=20)
         while stranger.connect_ex((HERE, port)):
             pass
+        stranger.settimeout(20)
         stranger.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n\r\n\r\n\r\n")
         with suppress(ConnectionResetError):
             assert stranger.recv(1) == b""
