@@ -290,6 +290,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.full
 def test_another_process_of_this_machine_is_measured_and_a_split_advised():
     done = run("--pair", "127.0.0.1", "--model", "nano", "--json")
     assert done.returncode == 0, done.stderr
