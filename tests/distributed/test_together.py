@@ -44,12 +44,12 @@ def alive() -> int:
 
 
 @pytest.mark.core(1)
-def test_other_ranks_have_as_many_caches_as_rank_0_behind_thousands_of_snapshots(ranked):
+def test_other_ranks_have_as_many_caches_as_rank_0_behind_hundreds_of_snapshots(ranked):
     cache, kept = ranked.model.make_cache(), []
-    for i in range(2000):
+    for i in range(600):
         snapshot = cache.snapshot()
         cache.restore(snapshot)
-        if i % 500 == 0:
+        if i % 250 == 0:
             ranked.model(mx.array([[5 + i % 7]]), cache)
             kept.append(snapshot)
     del snapshot
