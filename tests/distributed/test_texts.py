@@ -107,7 +107,7 @@ def test_chunks_that_end_within_a_picture_give_the_text_of_one_process(nano, ran
     alone, together = both(nano, ranked, "What do you see?", **options)
     assert alone == together == "A red circle and a blue square."
     passes = [order for order in ranked.between.given[given:] if order.name == "pass"]
-    assert sum("rows" in order.arrays for order in passes) > 2, "one picture, in several passes"
+    assert sum("rows" in order.arrays for order in passes) > 1, "one picture, in several passes"
 
 
 @pytest.mark.full
