@@ -2,6 +2,7 @@
 
 import bisect
 import gc
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -138,7 +139,11 @@ class Spreading:
             checkpoint, dtype, name, progress, limits[0], kv, adapters, shares[0],
             make(text, self.ranks.group, orders, others),
         )  # fmt: skip
-        weights = [weight_bytes(model), *(own["weights"] for own in self._answers())]
+        told = self._answers()
+        for host, one in zip(self.ranks.hosts[1:], told, strict=True):
+            for text in one["warned"]:  # tensors of its part that float16 cannot hold, say
+                warnings.warn(f"{host}: {text}", RuntimeWarning, stacklevel=2)
+        weights = [weight_bytes(model), *(own["weights"] for own in told)]
         self._keep_to_least_room(model, limits[0])
         model.fingerprint = no_session
         model.spread = Spread(kind, tuple(self.ranks.hosts), tuple(weights))

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 from refusing import refused
 
 from mlx_qwen35 import Session
@@ -41,7 +42,7 @@ def over(**said: Mapping[str, Any]) -> tuple[Spreading, Other]:
     """nano over this rank and one that answers like it, but for what is given."""
     answers: dict[str, Mapping[str, Any]] = {
         "open": {"facts": facts_of(NANO, Chosen()).as_json(), "dtype": "float32"},
-        "load": {"weights": 7}, "room": {"tokens": [10**9] * len(NEEDS)}, "chunk": {"chunk": 1024},
+        "load": {"weights": 7, "warned": []}, "room": {"tokens": [10**9] * len(NEEDS)}, "chunk": {"chunk": 1024},
     }  # fmt: skip
     other = Other(answers | said)
     ranks = Ranks(Place(0, 2, "ring"), cast(Any, SimpleNamespace(rank=0, size=2)), cast(Any, other), ["here", "mini"])
@@ -83,6 +84,11 @@ def test_where_no_layer_of_rank_0_keeps_tokens_each_row_has_room_for_what_the_ot
     assert FULL not in model.held.layer_types
     assert all(own <= 1100 * rows for own, (rows, _) in zip(room(model, 32, 10**10), NEEDS, strict=True))
     assert model.memory_limit == least
+
+
+def test_what_another_rank_warns_of_is_told_with_its_name():
+    with pytest.warns(RuntimeWarning, match="mini: 1 tensor kept in float32"):
+        loaded(over(load={"weights": 7, "warned": ["1 tensor kept in float32"]})[0])
 
 
 def test_chunks_are_the_shortest_that_a_rank_chooses():
