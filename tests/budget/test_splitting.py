@@ -172,6 +172,14 @@ def test_each_part_of_a_tensor_split_is_planned_as_the_smaller_model_that_is_loa
 
 
 @pytest.mark.parametrize("kind", [PIPELINE, TENSOR])
+def test_chunks_are_planned_as_the_machine_with_the_shortest_chooses_them(of_size, kind):
+    checkpoint, machines = of_size("27b", "4bit"), [mac(64), mac(16)]
+    long, short = (plan_memory(checkpoint, one, CHUNK_OF).chunk for one in machines)
+    split = split_model(kind, checkpoint, machines, "27B")
+    assert {plan.chunk for plan in split.plans} == {short} and short < long
+
+
+@pytest.mark.parametrize("kind", [PIPELINE, TENSOR])
 def test_what_fits_no_two_machines_is_refused_with_what_each_needs_and_has(of_size, kind):
     with refused("memory_exceeded", "27B", "11.5 GB", "M1, 16 GB", kind) as caught:
         split_model(kind, of_size("27b"), [mac(16), mac(16)], "27B")
