@@ -4,7 +4,6 @@ import hmac
 import platform
 import secrets
 import selectors
-import signal
 import socket
 import struct
 import time
@@ -22,7 +21,7 @@ from mlx_qwen35.distributed.heartbeat import Heartbeat, Peer, sigterm_as_bytes
 from mlx_qwen35.errors import InputError
 
 TOKEN = 32  # bytes
-WAIT = 30.0  # seconds for the connections of all ranks
+WAIT = 10.0  # seconds for the connections of all ranks
 _MOST_NAME = 64  # bytes
 _HELLO = struct.Struct(f"!{TOKEN}sHH{_MOST_NAME}s")  # token, rank, which of its connections, name of its machine
 _BOTH = range(2)
@@ -60,7 +59,7 @@ def lead(group: Group, host: str, beating: Beating = Heartbeat, wait: float = WA
 
 
 def follow(group: Group, host: str, beating: Beating = Heartbeat) -> FollowerEnd:
-    """The end of any other rank. host: rank 0's address. From here on Ctrl-C is rank 0's affair, and ignored here.
+    """The end of any other rank. host: rank 0's address.
 
     InputError control_failed where rank 0 cannot be reached.
     """
@@ -83,8 +82,6 @@ def follow(group: Group, host: str, beating: Beating = Heartbeat) -> FollowerEnd
             f"rank {group.rank} cannot reach rank 0 at {host}, port {port}: {error}",
             "A firewall of rank 0's machine may refuse Python's connections: allow them",
         ) from error
-    with suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
     peers = {0: Peer(hosts[0], beats)}
     return FollowerEnd(hosts, {0: orders}, beating(group.rank, peers, signals=sigterm_as_bytes()))
 

@@ -110,8 +110,11 @@ class Heartbeat:
         self._thread.join()
 
     def fail(self, reason: str) -> None:
-        """Another rank ends with an error: rank 0 tells the reason, and every rank ends with 1. Ends this process."""
-        self._settle(FAILED, reason, ends=True)
+        """This rank ends with an error: rank 0 tells the reason, and every rank ends with 1. Ends this process."""
+        if self._rank:
+            self._settle(FAILED, reason, ends=True)
+        else:
+            self._fault(f"rank 0 failed: {' '.join(reason.split())[:_MOST_REASON]}")
         self._thread.join()
 
     def lost(self, reason: str) -> None:
