@@ -15,6 +15,7 @@ from mlx_qwen35.evaluate.compare import paired
 from mlx_qwen35.evaluate.harness import HarnessTask
 from mlx_qwen35.evaluate.items import Line, RunFolder
 from mlx_qwen35.evaluate.kl import KL, Sequences, check_tokenizers, figures, measure, sequences
+from mlx_qwen35.evaluate.labels import labels
 from mlx_qwen35.evaluate.names import Wanted, find
 from mlx_qwen35.evaluate.options import OF_ANSWERS, EvalOptions
 from mlx_qwen35.evaluate.report import write_report
@@ -179,22 +180,31 @@ class Evaluation:
         with ExitStack() as stack:
             for own in filter(None, (self.subject, other)):
                 stack.enter_context(own.folder.held())
-                own.folder.claim(own.identity(), self._versions(asked if own is other else self.wanted))
+                own.folder.claim(own.identity(), self.versions_of(asked if own is other else self.wanted))
             entries, lines = self._asked(self.subject)
             theirs: Mapping[str, Sequence[Line]] = {}
             if other:
                 others, theirs = self._asked(other, asked)
                 for name, told in others.items():
-                    entries[name] |= {AGAINST: told, "paired": asdict(paired(lines[name], theirs[name]))}
+                    entries[name] |= {AGAINST: told, "paired": asdict(
+                        paired(lines[name], theirs[name], "unit" in told)
+                    )}
             summary: dict[str, Any] = {
-                "model": self.subject.name, "against": self.against and self.against.name, "machine": brand(),
-                "versions": versions(), "tasks": entries,
+                "model": self.subject.name, "against": self.against and self.against.name, "loaded": self._loaded(),
+                "machine": brand(), "versions": versions(), "tasks": entries,
             }  # fmt: skip
             if spread := self.subject.spread:
                 summary |= {"split": spread.split, "rank_weight_bytes": list(spread.weight_bytes)}
             self.subject.folder.write_summary(summary)
             write_report(self.subject.folder.folder, summary, lines, theirs)
         return summary
+
+    def _loaded(self) -> dict[str, Any]:
+        """What tells each model from others, and from the other: "name" is what a report calls it."""
+        own = {"model": self.subject, AGAINST: self.against}
+        told = [(one.name, one.loaded()) for one in own.values() if one]
+        found = [{"name": name, **loaded} for name, (_, loaded) in zip(labels(told), told, strict=True)]
+        return dict(zip(own, [*found, None], strict=False))
 
     def _asked(
         self, own: Subject, wanted: Sequence[Wanted] | None = None
@@ -214,7 +224,8 @@ class Evaluation:
         own.let_go()
         return entries, lines
 
-    def _versions(self, wanted: Iterable[Wanted]) -> dict[str, str]:
+    def versions_of(self, wanted: Iterable[Wanted]) -> dict[str, str]:
+        """What must be the same of each task for a run to go on."""
         return {own.name: own.task.version if own.task else self._kl_version for own in wanted}
 
     @property
@@ -235,5 +246,5 @@ class Evaluation:
         return {
             **found, "n": found["sequences"], "tokens": read.count, "seconds": seconds,
             "text": read.name, "versions": versions() | {"task": self._kl_version},
-            "settings": own.identity()["model"], "published": None,
+            "settings": own.loaded(), "published": None,
         }  # fmt: skip
