@@ -14,8 +14,8 @@ from typing import Any
 
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.evaluate.asking import NO_ROOM
-from mlx_qwen35.evaluate.harness_errors import name_documents, of_task, right_results
-from mlx_qwen35.evaluate.harness_requests import Chat, TooLong, asked, quiet
+from mlx_qwen35.evaluate.harness_errors import check_metrics, name_documents, of_task, right_results
+from mlx_qwen35.evaluate.harness_requests import ROLLING, Chat, TooLong, asked, quiet
 from mlx_qwen35.evaluate.items import Line
 from mlx_qwen35.evaluate.published import Named, published_of
 from mlx_qwen35.evaluate.run import brief, chosen, keyed
@@ -24,7 +24,7 @@ from mlx_qwen35.evaluate.summary import Outcome, outcome
 from mlx_qwen35.evaluate.task import TOO_LONG, Asked, Item, Published
 
 EXAMPLES = 1234  # the seed with which lm-eval's command chooses them
-ROLLING, WHOLE = "loglikelihood_rolling", "bits_per_byte"  # whole texts, and what is told of them
+WHOLE = "bits_per_byte"  # what is told of whole texts
 Place = tuple[str, int]  # a document: the name of its task in lm-eval, and its number there
 
 
@@ -88,6 +88,8 @@ class HarnessTask:
         """Make all that is expected, and judge a right answer to the first question: what would fail behind the last
         question is told before the first. InputError task_invalid, with file and question.
         """
+        for task in self._tasks.values():
+            check_metrics(task, self._where)
         for item in self.items():
             name, number = item.data
             self._tasks[name].doc_to_target(self._tasks[name].eval_docs[number])

@@ -3,12 +3,14 @@
 Such a task may run code of its own, which may raise anything; lm-eval, jinja2 and datasets have errors without a place.
 """
 
+import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
 from mlx_qwen35.errors import InputError
+from mlx_qwen35.evaluate.harness_requests import ROLLING
 
 # Methods of lm-eval's tasks that take a document, first or by its name, and run what the task brings.
 OF_DOCUMENT = ("fewshot_context", "construct_requests", "process_results", "doc_to_target")
@@ -59,13 +61,26 @@ def _place(task: Any, document: Any, where: str) -> str:
     return where if number is None else f"{where}, question {number}"
 
 
+def check_metrics(task: Any, where: str) -> None:
+    """InputError task_invalid for a metric that lm-eval does not know, which it would call all the same."""
+    from lm_eval.api.registry import metric_registry
+
+    functions = {} if callable(task.config.process_results) else getattr(task, "_metric_fn_list", {})
+    for name, function in functions.items():
+        if function is None:
+            near = difflib.get_close_matches(name, map(str, metric_registry.keys()), 1)
+            raise InputError(
+                "task_invalid", f"{where}: lm-eval has no metric {name}" + (f"; near it is {near[0]}" if near else "")
+            )
+
+
 def right_results(task: Any, requests: Sequence[Any]) -> list[Any]:
     """What lm-eval would get from a model that is right, for the requests about one document."""
     return [_right(task, own) for own in requests]
 
 
 def _right(task: Any, request: Any) -> Any:
-    if request.request_type == "loglikelihood_rolling":
+    if request.request_type == ROLLING:
         return -1.0
     if request.request_type == "loglikelihood":
         return -1.0, True

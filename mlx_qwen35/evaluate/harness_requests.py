@@ -14,6 +14,7 @@ from mlx_qwen35.evaluate.items import Line
 from mlx_qwen35.evaluate.subject import Subject
 from mlx_qwen35.evaluate.task import TOO_LONG, Asked
 
+ROLLING = "loglikelihood_rolling"  # requests about whole texts
 IMAGE = "<image>"  # where lm-eval's prompts have an image
 END = "<|im_end|>"  # before a text that has nothing before it, unless the tokenizer names another end token
 
@@ -85,6 +86,7 @@ class Answers:
         """The lines of sets of requests, those of a set about one prompt. Raises TooLong once the others are asked."""
         self.asking = True
         places = [(task, self._numbers[task][document]) for task, document in (_place(own[0]) for own in sets)]
+        whole = {"answer": ""} if sets[0][0].request_type == ROLLING else {}  # its text is no answer
         questions: dict[str, Callable[[], Asked]] = {}
         for own, (task, number) in zip(sets, places, strict=True):
             key = f"{f'{task}/' if self._many else ''}{number}-{_digest(own)}"
@@ -93,7 +95,7 @@ class Answers:
             questions[key] = lambda own=own: asked(own, self._end)  # type: ignore[misc]
             self.keys.setdefault((task, number), []).append(key)
         with redirect_stderr(stderr):
-            lines = self._subject.ask(self._task, questions, lambda key, answer: {"score": None})
+            lines = self._subject.ask(self._task, questions, lambda key, answer: {"score": None} | whole)
         long = {place for place, line in zip(places, lines, strict=True) if line["finish_reason"] == TOO_LONG}
         if long:
             raise TooLong(long)
@@ -111,7 +113,7 @@ def quiet() -> Iterator[None]:
 def asked(requests: Sequence[Request], end: str = END) -> Asked:
     """What the model is asked, for requests about one prompt. InputError task_invalid where it cannot be."""
     own = requests[0]
-    if own.request_type == "loglikelihood_rolling":
+    if own.request_type == ROLLING:
         return Asked(end, {"ignore_chat_template": True}, [own.args[0]])
     prompt, options = _prompt(own, end)
     if own.request_type == "loglikelihood":

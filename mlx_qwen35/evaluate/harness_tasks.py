@@ -84,22 +84,23 @@ def _of_file(file: Path) -> HarnessTask:
             f"{file} must be one task; it is a group of lm-eval, which is not taken. Give its tasks or their files, "
             f"with commas: {spelled('tasks', ','.join(map(str, listed)))}",
         )
-    data = _beside(file.parent, spec)
+    data = _beside(file, spec)
     written = json.dumps(load_yaml(file, resolve_func=False), sort_keys=True, default=str)  # with what it includes
     digest = hashlib.sha256(written.replace(str(file.parent.resolve()), "").encode())
     for path in [*data, *(sorted(file.parent.glob("*.py")) if "!function" in file.read_text() else ())]:
         digest.update(path.read_bytes())
     name = str(spec.get("task", file.stem))
-    with of_task(str(file)):
-        tasks = _loaded(name, TaskManager(include_defaults=False), spec if data else str(file), str(file))
+    where = str(file) + (f", with {', '.join(path.name for path in data)}" if data else "")
+    with of_task(where):
+        tasks = _loaded(name, TaskManager(include_defaults=False), spec if data else str(file), where)
         found = HarnessTask(name, tasks, f"lm-eval {version(PACKAGE)}: {digest.hexdigest()[:12]}", file=file)
         found.check()
     return found
 
 
-def _beside(folder: Path, spec: Mapping[str, Any]) -> list[Path]:
+def _beside(file: Path, spec: Mapping[str, Any]) -> list[Path]:
     """The local files of a task's data, whose paths become whole ones."""
-    own, found = spec.get("dataset_kwargs"), list[Path]()
+    folder, own, found = file.parent, spec.get("dataset_kwargs"), list[Path]()
 
     def whole(value: Any) -> Any:  # addresses and patterns stay as they are
         if isinstance(value, Mapping):
@@ -111,7 +112,7 @@ def _beside(folder: Path, spec: Mapping[str, Any]) -> list[Path]:
         if not (folder / value).is_file():
             if spec.get("dataset_path") not in LOCAL:
                 return value
-            raise InputError("task_invalid", f"data_files must be beside the task's file; there is no {folder / value}")
+            raise InputError("task_invalid", f"{file}: data_files must be beside it; there is no {folder / value}")
         found.append(folder / value)
         return str((folder / value).resolve())
 
@@ -181,6 +182,9 @@ def _loaded(name: str, manager: Any, spec: Any, where: str) -> dict[str, Any]:
 
 
 def _opened(where: str, manager: Any, spec: Any) -> dict[str, Any]:
+    from datasets.utils.logging import set_verbosity
+
+    set_verbosity(logging.CRITICAL)  # what it logs of an error is told by ours
     try:
         with _hub(asked=isinstance(spec, str)) as answers:
             return dict(manager.load([spec])["tasks"])

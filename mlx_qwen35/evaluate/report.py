@@ -13,6 +13,7 @@ from mlx_qwen35.evaluate import plot
 from mlx_qwen35.evaluate.items import Line
 from mlx_qwen35.evaluate.labels import names
 from mlx_qwen35.evaluate.summary import (
+    certain_text,
     difference_text,
     lower_text,
     percent,
@@ -25,8 +26,6 @@ REPORT, PICTURE = "report.md", "scores.png"
 CUT = 0.02  # share of answers that the most tokens ended, from which on a score is not the model's
 CHANGED = 20  # questions that are shown of those that two models answered otherwise
 SHOWN = 100  # characters of their answers
-
-CERTAIN = "An error of 0 is no certainty: of n answers that are all alike, up to 3 in n may be others elsewhere (95 %)."
 
 Entries = Mapping[str, Mapping[str, Any]]  # tasks of a summary, by name
 
@@ -103,8 +102,7 @@ def _scores(tasks: Entries, model: str, against: str) -> str:
             "Answers about images were judged by rules. Published scores of sets of images, whose answers a language "
             "model reads, are some points higher."
         )
-    if any(entry["standard_error"] == 0 for own in tasks.values() for entry in (own, own.get("against")) if entry):
-        told.append(CERTAIN)
+    told += certain_text(tasks.values())
     published = {name: own["published"] for name, own in tasks.items() if own["published"]}
     sources = [
         f"- {name}, {100 * own['score']:.1f} %: {own['source']}{'; ' if own['note'] else ''}{own['note']}"
@@ -166,8 +164,6 @@ def _paired(
         "differences, question by question.",
         markdown(["task", "questions", "difference", "better", "worse", "changed, %"], rows),
     ]
-    if not all(own["changed"] for own in pairs.values()):
-        parts.append(CERTAIN)
     for name, own in pairs.items():
         changed = [*own["worse"], *own["better"]]
         if changed:
@@ -179,12 +175,13 @@ def _paired(
 
 def _changed(keys: Sequence[str], lines: Sequence[Line], others: Sequence[Line], against: str) -> str:
     pairs = {own["key"]: (own, other) for own, other in zip(lines, others, strict=True)}
-    rows = [
-        [key, *(f"{line['score']:.2f}" for line in pairs[key]), _cell(pairs[key][0].get("expected", "")),
-         *(_cell(line["answer"]) for line in pairs[key])]
-        for key in keys[:CHANGED]
-    ]  # fmt: skip
-    return markdown(["question", "score", f"of {against}", "expected", "answer", f"of {against}"], rows)
+    texts = any("expected" in line for line in lines)  # and not likelihoods of whole texts
+    rows = []
+    for key in keys[:CHANGED]:
+        said = [_cell(pairs[key][0].get("expected", "")), *(_cell(line["answer"]) for line in pairs[key])]
+        rows.append([key, *(f"{line['score']:.2f}" for line in pairs[key]), *(said if texts else [])])
+    header = ["question", "score", f"of {against}"]
+    return markdown([*header, *(["expected", "answer", f"of {against}"] if texts else [])], rows)
 
 
 def _cell(text: str) -> str:

@@ -1,6 +1,6 @@
 """What a task has come to: an entry of DIR/summary.json, and a summary as text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -92,6 +92,7 @@ def described(summary: Mapping[str, Any]) -> str:
         lines += lower_text(name, own)
         for who, entry in ((name, own), (f"{name}, {against}", own.get("against"))):
             lines += _cut(who, entry) + too_long_text(who, entry) if entry else []
+    lines += certain_text(scored.values())
     return "\n".join(lines)
 
 
@@ -123,6 +124,16 @@ def difference_text(own: Mapping[str, Any]) -> str:
 def lower_text(name: str, own: Mapping[str, Any]) -> list[str]:
     """Says of a task with a unit that less is better."""
     return [f"{name}: lower is better, in {_words(own['unit'])}"] if "unit" in own else []
+
+
+def certain_text(tasks: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What an error of 0 means, where a score or a difference has one."""
+    own = [part for task in tasks for part in (task, task.get("against"), task.get("paired")) if part]
+    if all(part["standard_error"] != 0 for part in own):
+        return []
+    return [
+        "An error of 0 is no certainty: of n answers that are all alike, up to 3 in n may be others elsewhere (95 %)."
+    ]
 
 
 def too_long_text(name: str, own: Mapping[str, Any]) -> list[str]:
