@@ -62,7 +62,9 @@ def look_ahead(found: Evaluation) -> "Looked":
     asked = [own for own in found.wanted if own.task]
     for subject in filter(None, (found.subject, found.against)):
         own = found.wanted if subject is found.subject else asked
-        begun = own and found.options.out and subject.folder.begun(subject.identity(), found.versions_of(own))
+        begun = bool(found.options.out) and subject.folder.has_answers
+        if begun:  # by a run that can go on
+            subject.folder.begun(subject.identity(), found.versions_of(own))
         for wanted in own:
             lines = subject.folder.log(wanted.name).lines if begun else {}
             if wanted.task is not None:

@@ -53,9 +53,10 @@ def evaluate(
             max_tokens, enable_thinking, thinking_budget, loop_guard, mtp, mtp_depth and the options of sampling.
 
     Returns what `out`/summary.json holds. "tasks": name -> n, score (0 to 1), standard_error, cut_at_limit (answers
-    that the most tokens ended), tokens, seconds, versions, settings, published (a figure and its source, or None); of
-    kl "kl" in nats and "top1" as a share, with "kl_error" and "top1_error". With against: "against", the same of the
-    other model, and "paired", the difference question by question.
+    that the most tokens ended), too_long (questions that the context has no room for), tokens, seconds, versions,
+    settings, published (a figure and its source, or None); of kl "kl" in nats and "top1" as a share, with "kl_error"
+    and "top1_error". With against: "against", the same of the other model, and "paired", the difference question by
+    question. "loaded": what each model is called in the report, its weights, and how it was loaded.
 
     Raises InputError: whatever `load` and `generate` can be refused for; task_unknown, task_invalid, package_missing;
     target_refused, target_busy, disk_full where the folder cannot be written; resume_differs where it holds another
@@ -133,7 +134,7 @@ def _check_kl(options: EvalOptions, ranks: RankOptions) -> None:
         raise InputError(
             "ranks_unsupported",
             "kl must run on one machine: it reads one layer after the other, and needs no room for a whole model. "
-            "Leave it out, or the other machines",
+            f"Leave it out, or run it by itself, without {spelled('hosts')} and mlx.launch",
         )
     if options.against is None:
         raise InputError(

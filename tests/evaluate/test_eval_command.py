@@ -199,7 +199,7 @@ def test_kl_over_several_machines_is_refused_with_its_reason(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(words.split())
     told = capsys.readouterr().err
-    assert "kl" in told and "one machine" in told and told.endswith("[ranks_unsupported]\n")
+    assert "kl must run on one machine" in told and "without --with" in told and told.endswith("[ranks_unsupported]\n")
 
 
 @pytest.mark.parametrize(
