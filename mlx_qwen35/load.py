@@ -185,7 +185,6 @@ def load_given(given: LoadOptions, progress: Progress, loads: Loads | None = Non
             check_model_fits(checkpoint, choose_dtype(checkpoint, given.dtype), limit, name)
         return checkpoint
 
-    assert given.model is not None
     judge = partial(look_at, given.adapter, given.adapter_scale)
     folder = resolve(given.model, given.revision, lambda headers: judge(checked(headers)))
     checkpoint = checked(folder)

@@ -52,7 +52,7 @@ OF_MODEL = ("probe", "revision", "kv_bits", "kv_rotate", "adapter", "adapter_sca
 def parser() -> Parser:
     parser = Parser(
         prog=COMMAND,
-        usage="%(prog)s [--model MODEL | --plan MODEL] [--pair HOST[,HOST]] [options]",
+        usage="%(prog)s [--model MODEL | --plan MODEL] [--pair HOST] [options]",
         description="Print the machine, the kernels that run on it, the dtype and chunk lengths that are chosen, and "
         "the speed: text to paste into an issue. Without --model, layers of the 4B with random weights in 4 bit are "
         "measured.",
