@@ -4,11 +4,10 @@ import hmac
 import platform
 import secrets
 import selectors
-import signal
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 
 import mlx.core as mx
@@ -22,7 +21,7 @@ from mlx_qwen35.distributed.heartbeat import Heartbeat, Peer, sigterm_as_bytes
 from mlx_qwen35.errors import InputError
 
 TOKEN = 32  # bytes
-WAIT = 30.0  # seconds for the connections of all ranks
+WAIT = 10.0  # seconds for the connections of all ranks
 _MOST_NAME = 64  # bytes
 _HELLO = struct.Struct(f"!{TOKEN}sHH{_MOST_NAME}s")  # token, rank, which of its connections, name of its machine
 _BOTH = range(2)
@@ -31,9 +30,12 @@ Beating = Callable[..., Heartbeat]  # Heartbeat, or with another pace
 _MOST_STRANGERS = 64  # connections at a time that have not shown the token
 
 
-def lead(group: Group, host: str, beating: Beating = Heartbeat, wait: float = WAIT) -> LeaderEnd:
+def lead(
+    group: Group, host: str, beating: Beating = Heartbeat, wait: float = WAIT, others: Sequence[str] | None = None
+) -> LeaderEnd:
     """Rank 0's end, once every other rank has connected. host: the address that they reach this machine by.
-    wait: seconds for them.
+    wait: seconds for them. others: how the user calls their machines, where this process has started them; None: as
+    they call themselves, and what they write is seen.
 
     InputError control_failed where it cannot listen there, or a rank does not come.
     """
@@ -51,16 +53,17 @@ def lead(group: Group, host: str, beating: Beating = Heartbeat, wait: float = WA
         _exchange(group, token, listener.getsockname()[1])
         door = _Door(listener, token, group.size)
         door.admit_all(wait)
-    hosts = [door.hosts[rank] for rank in range(group.size)]
+    hosts = [door.hosts[0], *(others or (door.hosts[rank] for rank in range(1, group.size)))]
     orders = {rank: door.inside[rank, _ORDERS] for rank in range(1, group.size)}
     peers = {rank: Peer(hosts[rank], door.inside[rank, _BEATS]) for rank in range(1, group.size)}
-    leader = LeaderEnd(hosts, orders, beating(0, peers, signals=sigterm_as_bytes()))
+    heartbeat = beating(0, peers, signals=sigterm_as_bytes(), unseen=others is not None)
+    leader = LeaderEnd(hosts, orders, heartbeat)
     leader.give(Order("welcome", {"hosts": hosts}))
     return leader
 
 
 def follow(group: Group, host: str, beating: Beating = Heartbeat) -> FollowerEnd:
-    """The end of any other rank. host: rank 0's address. From here on Ctrl-C is rank 0's affair, and ignored here.
+    """The end of any other rank. host: rank 0's address.
 
     InputError control_failed where rank 0 cannot be reached.
     """
@@ -83,8 +86,6 @@ def follow(group: Group, host: str, beating: Beating = Heartbeat) -> FollowerEnd
             f"rank {group.rank} cannot reach rank 0 at {host}, port {port}: {error}",
             "A firewall of rank 0's machine may refuse Python's connections: allow them",
         ) from error
-    with suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
     peers = {0: Peer(hosts[0], beats)}
     return FollowerEnd(hosts, {0: orders}, beating(group.rank, peers, signals=sigterm_as_bytes()))
 

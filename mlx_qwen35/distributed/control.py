@@ -44,6 +44,14 @@ class _End:
             self.heartbeat.lost(f"rank {rank} ({self.hosts[rank]}) sent what is no order: {error}")
             raise
 
+    def fail(self, error: BaseException) -> None:
+        """An error that the other ranks cannot go on after: it is told, and ends every rank and this process. Of a
+        broken collective the cause is told, if there is one.
+        """
+        if is_collective(error):
+            self.heartbeat.lost(f"a collective broke: {error}")
+        self.heartbeat.fail(_described(error))
+
     def _close(self) -> None:
         for connection in self._orders.values():
             connection.close()
@@ -56,7 +64,7 @@ class LeaderEnd(_End):
 
     def __init__(self, hosts: Sequence[str], orders: Mapping[int, socket.socket], heartbeat: Heartbeat):
         super().__init__(hosts, orders, heartbeat)
-        self._lock = threading.Lock()
+        self._lock, self._unread = threading.Lock(), 0
 
     def give(self, order: Order) -> None:
         """Send an order to every other rank. It waits only while the system holds no more for a rank that is behind.
@@ -70,6 +78,16 @@ class LeaderEnd(_End):
 
     def answers(self) -> Sequence[Mapping[str, Any]]:
         """The next answer of every other rank, in the order of ranks. Waits for them."""
+        for _ in range(self._unread):
+            self._next_answers()
+        self._unread = 0
+        return self._next_answers()
+
+    def leave_answers(self) -> None:
+        """Nobody will ask for the next answers: they are skipped."""
+        self._unread += 1
+
+    def _next_answers(self) -> list[Mapping[str, Any]]:
         found = []
         for rank, connection in self._orders.items():
             with self._speaking_to(rank):
@@ -105,10 +123,8 @@ class FollowerEnd(_End):
             send(self._orders[0], Order(_ANSWER, fields))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if is_collective(error):
-            self.heartbeat.lost(f"a collective broke: {error}")
-        elif error is not None:
-            self.heartbeat.fail(_described(error))
+        if error is not None:
+            self.fail(error)
         self._close()
 
 

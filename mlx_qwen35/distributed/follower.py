@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.cache.layer import CachePosition
-from mlx_qwen35.distributed.channel import Follower, Order
+from mlx_qwen35.distributed.channel import Order
 from mlx_qwen35.distributed.orders import adapters_of, received
 from mlx_qwen35.distributed.split import Split
 from mlx_qwen35.distributed.tensor import TensorSplit
@@ -15,13 +15,6 @@ from mlx_qwen35.engine.engine import CLEAR_EVERY
 from mlx_qwen35.model.decoder import unpaced
 from mlx_qwen35.model.model import Model, Visual
 from mlx_qwen35.model.pace import Pace
-
-
-def follow(rank: "ObeyingRank", follower: Follower) -> None:
-    """Obey the orders that come until rank 0 has ended. What it raises must end every rank."""
-    while order := follower.take():
-        if (answer := rank.obey(order)) is not None:
-            follower.answer(answer)
 
 
 class ObeyingRank:

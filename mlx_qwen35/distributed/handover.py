@@ -10,8 +10,11 @@ import shutil
 import signal
 import socket
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
+PATIENCE = 10.0  # seconds for mlx.launch to end the other ranks
 END = b"end\n"  # what the process that took the place says when all is well
 VARIABLES = ("MLX_RANK", "MLX_HOSTFILE", "MLX_IBV_DEVICES", "MLX_JACCL_COORDINATOR", "MLX_JACCL_RING")
 FILES = ("MLX_HOSTFILE", "MLX_IBV_DEVICES")  # of these, names of files
@@ -19,7 +22,8 @@ FILES = ("MLX_HOSTFILE", "MLX_IBV_DEVICES")  # of these, names of files
 
 def hand_over(path: str) -> int:
     """Give the environment of this place to the process at a socket. Its end ends this: 1 where it did not say so, by
-    which mlx.launch ends the other ranks. Then its folder, where the socket is, is removed here.
+    which mlx.launch ends the other ranks. Then its folder, where the socket is, is removed here, and what mlx.launch
+    cannot end is killed.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     found = {name: os.environ[name] for name in VARIABLES if name in os.environ}
@@ -34,7 +38,20 @@ def hand_over(path: str) -> int:
     finally:
         if said != END:
             shutil.rmtree(Path(path).parent, ignore_errors=True)
+            _kill_what_hangs()
     return 0 if said == END else 1
+
+
+def _kill_what_hangs() -> None:
+    """A child, once this has ended: mlx.launch waits for ever for a rank that is stopped, or a machine that hangs."""
+    if os.fork():
+        return
+    launch, until = os.getpgrp(), time.monotonic() + PATIENCE
+    with suppress(ProcessLookupError):
+        while time.monotonic() < until:
+            os.kill(launch, 0)
+            time.sleep(0.1)
+    os.killpg(launch, signal.SIGKILL)
 
 
 def close_input() -> None:

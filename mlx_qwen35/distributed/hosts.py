@@ -58,13 +58,15 @@ def check_hosts(name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(words, list | tuple) or not words or not all(isinstance(word, str) for word in words):
         raise InputError("option_invalid", f"{name} must be names of machines, as mini.local; got {shown(value)}")
     found = tuple(word.strip() for word in words)
-    for word in found:
-        host = host_of(word).name
-        if not host or host.startswith("-") or not host.isprintable() or " " in host:
+    hosts = [host_of(word) for word in found]
+    for host, word in zip(hosts, found, strict=True):
+        own = host.name
+        if not own or own.startswith("-") or not own.isprintable() or " " in own:
             raise InputError(
                 "option_invalid", f"{name} must be names that ssh knows, as mini.local or me@mini.local; got {word!r}"
             )
-    twice = next((word for word in found if not host_of(word).is_here and found.count(word) > 1), None)
+    machines = [host.name.rpartition("@")[2] for host in hosts if not host.is_here]
+    twice = next((own for own in machines if machines.count(own) > 1), None)
     if twice:
         raise InputError("option_invalid", f"{name} must name each machine once, got {twice} more than once")
     return found
@@ -113,7 +115,7 @@ def _read(file: Path) -> Hostfile:
             f"{file} must name at least two machines, this one first, and the backend ring or jaccl; it names "
             f"{len(names)}, and {backend}",
         )
-    others = [host_of(name) for name in names[1:]]
+    others = [host_of(word) for word in check_hosts(str(file), names[1:])]
     for host in others:
         _addresses(host)
     return Hostfile(backend, [Host(HERE, sys.executable), *others], addresses, devices, tuple(told.get("envs", ())))
@@ -166,10 +168,11 @@ def _ssh(host: Host, options: Sequence[str], script: str) -> str:
     if ran.returncode == _NO_PACKAGE:
         raise unreachable(host, f"its {host.python} has no mlx_qwen35. Install the same version there")
     if ran.returncode:
-        said = (ran.stderr.strip() or ran.stdout.strip() or f"ssh ended with {ran.returncode}").splitlines()[-1].strip()
+        said = (ran.stderr.strip() or ran.stdout.strip() or f"ssh ended with {ran.returncode}").splitlines()[-1]
         raise unreachable(
             host,
-            f"{said}. It must be reached without a password or a question; see whether this works: ssh {host.name}",
+            f"{said.strip(' .')}. It must be reached without a password or a question; see whether this works: "
+            f"ssh {host.name}",
         )
     return ran.stdout
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -21,7 +22,9 @@ from mlx_qwen35.distributed.hosts import HERE, Hostfile, unreachable
 from mlx_qwen35.distributed.place import SECONDS
 from mlx_qwen35.errors import InputError
 
-_ENDED = re.compile(r"Node with rank (\d+) (?:exited with code (\d+)|was killed)")
+_ENDED = re.compile(r"Node with rank (\d+) exited with code (-?\d+)")
+_LONGEST = 70  # characters of a folder: the name of a socket in it may have 103 on macOS
+_PORTS = range(10_000, 32_000)
 _COLOURS = re.compile(r"\033\[[0-9;]*m")
 
 
@@ -35,7 +38,8 @@ class Launch:
         """Raises InputError peer_unreachable, which names the machine, where one of them cannot be started."""
         self.hosts = hostfile.hosts
         self._stack = ExitStack()
-        self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="mlx_qwen35-")))
+        place = None if len(tempfile.gettempdir()) <= _LONGEST else "/tmp"
+        self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="mlx_qwen35-", dir=place)))
         self._said = self._stack.enter_context((self._folder / "said").open("w+b"))
         listener = self._stack.enter_context(socket.socket(socket.AF_UNIX))
         listener.bind(str(self._folder / "seat"))
@@ -59,21 +63,35 @@ class Launch:
         return subprocess.Popen(
             [*_launcher(), *options, "--", "/bin/sh", "-c", f"case $MLX_RANK in {cases}esac"],
             stdin=subprocess.PIPE, stdout=self._said, stderr=self._said,
+            env=os.environ | {
+                "TMPDIR": str(self._folder),  # mlx.launch leaves files behind for each rank
+                "PATH": f"{self._without_input('ssh')}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+            },
             start_new_session=True,  # Ctrl-C and the terminal are this process's
         )  # fmt: skip
+
+    def _without_input(self, program: str) -> Path:
+        """A folder with a program that reads nothing, for the reason of `handover.close_input`."""
+        folder = self._folder / "bin"
+        folder.mkdir()
+        if found := shutil.which(program):
+            (folder / program).write_text(f'#!/bin/sh\nexec {shlex.quote(found)} "$@" </dev/null\n')
+            (folder / program).chmod(0o700)
+        return folder
 
     def _taken(self, listener: socket.socket) -> socket.socket:
         """The connection with rank 0's seat, whose place this process has then."""
         until = time.monotonic() + SECONDS
-        while True:
+        line = b""
+        while not line:
             self.watch()
-            with suppress(TimeoutError):
-                seat, _ = listener.accept()
-                break
             if time.monotonic() > until:
                 raise InputError("peer_unreachable", f"mlx.launch must start within {SECONDS:.0f} s; {self._told()}")
-        with seat.makefile("rb") as lines:
-            variables, files = json.loads(lines.readline())
+            with suppress(TimeoutError):
+                seat, _ = listener.accept()
+                with seat.makefile("rb") as lines:
+                    line = lines.readline()
+        variables, files = json.loads(line)
         for name, text in files.items():
             (self._folder / name).write_text(text, encoding="utf-8")
             variables[name] = str(self._folder / name)
@@ -86,7 +104,7 @@ class Launch:
         """InputError peer_unreachable where a seat has ended. It names the machine and what was said there."""
         text = self._text()
         if found := _ENDED.search(text):
-            raise unreachable(self.hosts[int(found[1])], self._told())
+            raise unreachable(self.hosts[int(found[1])], self._told(f"it ended with code {found[2]}"))
         if self._process.poll() is not None:
             raise InputError("peer_unreachable", f"mlx.launch must start the ranks, and has ended: {self._told()}")
 
@@ -101,10 +119,10 @@ class Launch:
         size = self._said.seek(0, os.SEEK_END)
         return _COLOURS.sub("", os.pread(self._said.fileno(), size, 0).decode(errors="replace"))
 
-    def _told(self) -> str:
+    def _told(self, otherwise: str = "nothing was said of why") -> str:
         """The last line that a rank or ssh has written, without mlx.launch's own."""
         lines = [line.strip() for line in self._text().splitlines() if line.strip() and not line.startswith("[")]
-        return lines[-1] if lines else "nothing was said of why"
+        return lines[-1] if lines else otherwise
 
     def close(self) -> None:
         """End the seats; the others end by rank 0's last order. What is still there after seconds is killed."""
@@ -122,6 +140,7 @@ class Launch:
                     break
                 except subprocess.TimeoutExpired:
                     self._kill(number)
+            self._kill(signal.SIGKILL)  # a rank that is stopped, for which mlx.launch did not wait
             assert self._process.stdin
             with suppress(OSError):
                 self._process.stdin.close()
@@ -141,12 +160,18 @@ def _launcher() -> Sequence[str]:
 
 
 def free_ports(address: str, count: int) -> int:
-    """The first of so many ports in a row that are free at an address of this machine."""
-    while True:
-        with ExitStack() as stack:
-            first = stack.enter_context(socket.create_server((address, 0))).getsockname()[1]
-            with suppress(OSError, OverflowError):
-                for port in range(first + 1, first + count):
-                    stack.enter_context(socket.create_server((address, port)))
-                return int(first)
+    """The first of so many ports in a row that are free at an address of this machine. InputError where none are.
 
+    None of those that systems give to connections (from 32768 on): while a rank tries to reach a port where none
+    listens yet, its own end would get that port in the end, and be connected with itself.
+    """
+    fault = ""
+    for first in random.sample(_PORTS, 50):
+        try:
+            with ExitStack() as stack:
+                for port in range(first, first + count):
+                    stack.enter_context(socket.create_server((address, port)))
+            return first
+        except OSError as error:
+            fault = error.strerror or str(error)
+    raise InputError("address_unusable", f"this machine must be able to listen on {address}: {fault}")

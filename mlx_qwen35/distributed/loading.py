@@ -27,7 +27,7 @@ from mlx_qwen35.distributed.orders import Orders
 from mlx_qwen35.distributed.ranks import Ranks, join, ranks
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import LoadOptions, load_given, load_model
-from mlx_qwen35.machine.process import check_folder, refuse_fork
+from mlx_qwen35.machine.process import LOCK, check_folder, refuse_fork
 from mlx_qwen35.model.model import Model, Spread
 from mlx_qwen35.model.weights import Progress
 from mlx_qwen35.options import spelled
@@ -111,6 +111,13 @@ class Spreading:
         self, checkpoint: Checkpoint, dtype: mx.Dtype, name: str, progress: Progress, memory_limit: int, kv: KVFormat,
         adapters: Chosen,
     ) -> Model:  # fmt: skip
+        with LOCK:  # so that no other order comes between one and its answers
+            return self._agreed(checkpoint, dtype, name, progress, memory_limit, kv, adapters)
+
+    def _agreed(
+        self, checkpoint: Checkpoint, dtype: mx.Dtype, name: str, progress: Progress, memory_limit: int, kv: KVFormat,
+        adapters: Chosen,
+    ) -> Model:  # fmt: skip
         _check_alone()
         told = self._asked("open", described(self.given, checkpoint, adapters))
         own = facts_of(checkpoint, adapters, memory_limit)
@@ -130,19 +137,23 @@ class Spreading:
         shares = split_model(kind, checkpoint, machines, name, adapters=adapters.listed).shares(text)
         others = [Holding(own.of_config(text), limit) for own, limit in zip(shares[1:], limits[1:], strict=True)]
         make = {PIPELINE: pipeline_model, TENSOR: tensor_model}[kind]
-        orders = Orders(self.ranks.leader, self._lost)
+        orders = Orders(self.ranks.leader, self.ranks.leader.fail)
         self._give("load", {
             "name": name, "dtype": dtype_name(dtype),
             "layers": [[own.layers.start, own.layers.stop] for own in shares] if kind == PIPELINE else None,
         })  # fmt: skip
-        model = load_model(
-            checkpoint, dtype, name, progress, limits[0], kv, adapters, shares[0],
-            make(text, self.ranks.group, orders, others),
-        )  # fmt: skip
+        try:
+            model = load_model(
+                checkpoint, dtype, name, progress, limits[0], kv, adapters, shares[0],
+                make(text, self.ranks.group, orders, others),
+            )  # fmt: skip
+        except BaseException:
+            self.ranks.leader.leave_answers()
+            raise
         told = self._answers()
         for host, one in zip(self.ranks.hosts[1:], told, strict=True):
-            for text in one["warned"]:  # tensors of its part that float16 cannot hold, say
-                warnings.warn(f"{host}: {text}", RuntimeWarning, stacklevel=2)
+            for warned in one["warned"]:  # tensors of its part that float16 cannot hold, say
+                warnings.warn(f"{host}: {warned}", RuntimeWarning, stacklevel=2)
         weights = [weight_bytes(model), *(own["weights"] for own in told)]
         self._keep_to_least_room(model, limits[0])
         model.fingerprint = no_session
@@ -176,10 +187,6 @@ class Spreading:
             model.memory_limit = max(1, bisect.bisect_left(range(limit), True, key=too_much) - 1)
 
     # --- orders ---
-
-    def _lost(self, reason: str) -> NoReturn:
-        self.ranks.leader.heartbeat.lost(reason)
-        raise AssertionError("it ends the process")
 
     def _give(self, name: str, fields: Mapping[str, Any]) -> None:
         self.ranks.leader.give(Order(name, fields))

@@ -5,6 +5,8 @@ caches is noted, and goes with the next order: the other ranks do it before they
 """
 
 import itertools
+import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,8 +24,9 @@ from mlx_qwen35.machine.process import LOCK
 from mlx_qwen35.model.lora import NONE, AdapterSet
 
 MOST_NOTED = 256  # notes that wait for an order, so that caches which no pass follows take no memory for long
+IDLE = 1.0  # seconds without an order after which what was noted is given by itself
 
-Fail = Callable[[str], object]  # tells of rank 0's error, and ends every rank and this process
+Fail = Callable[[BaseException], object]  # tells of rank 0's error, and ends every rank and this process
 
 
 class Orders:
@@ -34,6 +37,7 @@ class Orders:
         self._numbers = itertools.count()
         self._noted: deque[list[Any]] = deque()
         self._given = 0
+        threading.Thread(target=_keep_up, args=(weakref.ref(self),), name="orders", daemon=True).start()
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -48,7 +52,7 @@ class Orders:
                 yield
             except BaseException as error:
                 if self._given != before:
-                    self._fail(f"{type(error).__name__}: {error}")
+                    self._fail(error)
                 raise
 
     def give(self, name: str, fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
@@ -68,12 +72,31 @@ class Orders:
         if len(self._noted) >= MOST_NOTED:
             self.give("keep", {}, {})
 
+    def keep_up(self, given: int) -> int:
+        """Give what was noted where no order has followed since so many were given; how many are given now."""
+        if self._noted and self._given == given:
+            with self.together():
+                self.give("keep", {}, {})
+        return self._given
+
     def number(self, cache: Cache) -> int:
         """The number of a new cache. Once nobody holds the cache, the other ranks drop theirs."""
         number = next(self._numbers)
         # It may run in any thread, in the middle of anything: it does nothing but append.
         weakref.finalize(cache, self._noted.append, ["drop", number]).atexit = False
         return number
+
+
+def _keep_up(orders: "weakref.ref[Orders]") -> None:
+    """So that other ranks hold no memory for caches that rank 0 let go of while no order comes."""
+    given = 0
+    while found := orders():
+        try:
+            given = found.keep_up(given)
+        except OSError:  # the ranks have parted
+            return
+        del found
+        time.sleep(IDLE)
 
 
 # --- values of orders -------------------------------------------------------------------------------------------------

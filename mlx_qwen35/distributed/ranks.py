@@ -2,11 +2,12 @@
 
 import atexit
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -17,7 +18,7 @@ from mlx_qwen35.distributed.handover import close_input
 from mlx_qwen35.distributed.hosts import HERE, hostfile_of
 from mlx_qwen35.distributed.launch import Launch
 from mlx_qwen35.distributed.place import SECONDS, Place, check_ring, this_place
-from mlx_qwen35.distributed.ring import open_group
+from mlx_qwen35.distributed.ring import ended_after, is_collective, open_group
 from mlx_qwen35.distributed.serving import obey
 from mlx_qwen35.errors import InputError
 
@@ -33,6 +34,7 @@ class Ranks:
     launch: Launch | None = None
 
 
+MEETING = 15.0  # seconds that ranks which have met may take to join
 _joined: Ranks | None = None  # of this process: MLX joins ranks once
 _LOCK = threading.Lock()
 
@@ -52,9 +54,9 @@ def join(hosts: Sequence[str] | None = None) -> Ranks:
     """
     global _joined
     with _LOCK:
-        if _joined:
-            return _joined
         place, launch = this_place(), None
+        if _joined and not (hosts and place and _joined.launch is None):
+            return _joined
         if hosts and place:
             raise InputError(
                 "option_conflict",
@@ -70,14 +72,15 @@ def join(hosts: Sequence[str] | None = None) -> Ranks:
             )
         if place.rank:
             serve(place)
+        others = [host.name for host in launch.hosts[1:]] if launch else [f"rank {own}" for own in range(1, place.size)]
         try:
-            group = _met(place, launch.watch if launch else lambda: None)
-            leader = lead(group, _address(place))
+            with _meeting(place, others, launch.watch if launch else lambda: None) as group:
+                leader = lead(group, _address(place), others=others if launch else None)
         except BaseException:
             if launch:
                 launch.close()
             raise
-        others = [host.name for host in launch.hosts[1:]] if launch else leader.hosts[1:]
+        others = others if launch else list(leader.hosts[1:])
         if launch:
             launch.settled()
         _joined = Ranks(place, group, leader, ["this machine", *others], launch)
@@ -85,11 +88,24 @@ def join(hosts: Sequence[str] | None = None) -> Ranks:
         return _joined
 
 
-def _met(place: Place, watch: Callable[[], object] = lambda: None) -> Group:
-    """The ranks, once all are there."""
+@contextmanager
+def _meeting(place: Place, others: Sequence[str], watch: Callable[[], object] = lambda: None) -> Iterator[Group]:
+    """The ranks, once all are there. In the block the control channel is opened; with that this process is bound to end
+    in time, since nothing but the heartbeat finds a rank that is lost. others: names for the message.
+    """
     if place.ring:
         check_ring(place, watch)
-    return open_group(place.backend)
+    seconds = MEETING if place.ring else SECONDS
+    line = f"mlx_qwen35: {' or '.join(others)} has ended or hangs: the ranks did not join within {seconds:g} s"
+    try:
+        with ended_after(seconds + 5 * bool(place.rank), line):  # rank 0 tells it first
+            yield open_group(place.backend)
+    except RuntimeError as error:
+        if not is_collective(error):
+            raise
+        raise InputError(
+            "peer_unreachable", f"{' or '.join(others)} has ended before the ranks had joined: {error}"
+        ) from error
 
 
 def _address(place: Place) -> str:
@@ -101,8 +117,11 @@ def _address(place: Place) -> str:
 def serve(place: Place) -> NoReturn:
     """Follow rank 0 until it ends, and end this process. It reads and prints nothing."""
     close_input()
-    group = _met(place)
-    with follow(group, _address(place)) as follower:
+    with suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is rank 0's affair
+    with _meeting(place, ["rank 0"]) as group:
+        follower = follow(group, _address(place))
+    with follower:
         obey(group, follower)
     _end(0)
 

@@ -4,6 +4,7 @@ Both compute on MLX's CPU stream, wherever their arrays come from; MLX waits for
 work, and have the same bits on every rank over the ring.
 """
 
+import faulthandler
 import os
 import signal
 import subprocess
@@ -56,8 +57,9 @@ def is_collective(error: BaseException | None) -> bool:
 def open_group(backend: str) -> RingGroup:
     """The ranks that mlx.launch has started with this one. backend: one of BACKENDS.
 
-    It waits for the other ranks for ever, in MLX, where no signal or thread of Python runs: Ctrl-C ends the process at
-    once meanwhile. From here on MLX's own lines about lost connections are kept from standard error.
+    It waits for the other ranks for ever, in MLX, where no signal or thread of Python runs (`ended_after` ends that):
+    Ctrl-C ends the process at once meanwhile. From here on MLX's own lines about lost connections are kept from
+    standard error.
 
     InputError ring_failed, with what MLX says and what to do.
     """
@@ -86,6 +88,24 @@ def _remedy(reason: str, backend: str) -> str:
     if "environment" in reason or "Rank" in reason:
         return _START
     return "RDMA needs Thunderbolt 5 and macOS 26.2: --backend ring works without" if backend == "jaccl" else _START
+
+
+@contextmanager
+def ended_after(seconds: float, line: str) -> Iterator[None]:
+    """Where the block takes longer, the process ends with 1 and this line on standard error, whatever it waits for.
+
+    The thread of faulthandler ends it, which needs no lock of Python's; a shell tells the line once that has spoken.
+    """
+    script = 'grep -q . && printf "%s\\n" "$1" >&2'
+    with subprocess.Popen(
+        ["/bin/sh", "-c", script, "sh", line], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+    ) as teller:
+        assert teller.stdin
+        faulthandler.dump_traceback_later(seconds, file=teller.stdin, exit=True)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
 
 @contextmanager

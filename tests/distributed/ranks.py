@@ -17,7 +17,7 @@ from mlx_qwen35.checkpoint.adapter_choice import choose
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.share import Share
 from mlx_qwen35.distributed.channel import Order
-from mlx_qwen35.distributed.follower import ObeyingRank, follow
+from mlx_qwen35.distributed.follower import ObeyingRank
 from mlx_qwen35.distributed.model import Holding, pipeline_model, tensor_model
 from mlx_qwen35.distributed.orders import Orders, received, sent
 from mlx_qwen35.distributed.pipeline import PipelineSplit
@@ -56,8 +56,8 @@ class Between:
         self.answered: list[Queue[Mapping[str, Any]]] = [Queue() for _ in range(self.size)]
         self.streams: list[Queue[np.ndarray]] = [Queue() for _ in range(self.size)]  # to each rank
 
-    def fail(self, reason: str) -> NoReturn:
-        self.reasons.append(reason)
+    def fail(self, error: BaseException) -> NoReturn:
+        self.reasons.append(reason := repr(error))
         self.barrier.abort()
         for orders in self.orders:
             orders.put(None)
@@ -155,6 +155,18 @@ class Ranks:
         self._kept = self.model.make_cache()  # of which `wait` asks
 
 
+def obey(between: Between, rank: int, other: ObeyingRank) -> None:
+    """What a rank that is not 0 does."""
+    follower = QueueFollower(between, rank)
+    try:
+        while order := follower.take():
+            if (answer := other.obey(order)) is not None:
+                follower.answer(answer)
+    except BaseException as error:
+        with suppress(Ended):
+            between.fail(error)
+
+
 @contextmanager
 def ranks(
     folder: Path, split: Sequence[range] | int, *, dtype: mx.Dtype = mx.float32, kv: KVFormat = UNQUANTIZED,
@@ -185,14 +197,7 @@ def ranks(
         own = TensorSplit(model, group, text.vocab_size) if tensor else PipelineSplit(model, group)
         others.append(ObeyingRank(model, own, share.layers.start))
 
-    def run(rank: int, other: ObeyingRank) -> None:
-        try:
-            follow(other, QueueFollower(between, rank))
-        except BaseException as error:
-            with suppress(Ended):
-                between.fail(repr(error))
-
-    threads = [threading.Thread(target=run, args=own, daemon=True) for own in enumerate(others, 1)]
+    threads = [threading.Thread(target=obey, args=(between, *own), daemon=True) for own in enumerate(others, 1)]
     for thread in threads:
         thread.start()
     try:

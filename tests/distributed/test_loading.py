@@ -37,6 +37,9 @@ class Other:
     def answers(self) -> Sequence[Mapping[str, Any]]:
         return [self.said[self.given[-1].name]]
 
+    def fail(self, error: BaseException) -> None:
+        raise AssertionError("rank 0 fails behind no order here") from error
+
 
 def over(**said: Mapping[str, Any]) -> tuple[Spreading, Other]:
     """nano over this rank and one that answers like it, but for what is given."""
