@@ -88,7 +88,7 @@ class Interrupting:
 def test_ctrl_c_keeps_the_text_so_far_and_the_conversation_goes_on(ranked, nano, at, mtp):
     if not ranked.between.tensor:
         at //= 18  # sums and gathers of a pass of the tensor split
-    talk, said = Conversation(ranked.model, nano[1], temp=0, max_tokens=12, mtp=mtp), []
+    talk, said = Conversation(ranked.model, nano[1], temp=0, max_tokens=24, mtp=mtp), []
     turn = talk.send(SUM)
     ranked.between.met = interrupting = Interrupting(max(2, at))
     with pytest.raises(KeyboardInterrupt):
@@ -99,7 +99,7 @@ def test_ctrl_c_keeps_the_text_so_far_and_the_conversation_goes_on(ranked, nano,
     kept = [dict(message) for message in talk.messages]
     if said:
         assert kept[-1].get("reasoning_content", "") + kept[-1]["content"] in "".join(map(str, said))
-    alone = Conversation(*nano, temp=0, max_tokens=12, mtp=mtp)
+    alone = Conversation(*nano, temp=0, max_tokens=24, mtp=mtp)
     alone.messages = [dict(message) for message in kept]
     assert talk.send(WHO).text == alone.send(WHO).text
     assert ranked.counted() == [alive()]
