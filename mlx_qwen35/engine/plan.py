@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mlx_qwen35.budget.chunk import suitable_chunk
 from mlx_qwen35.budget.plan import Machine, kv_bytes, most_tokens, this_machine
 from mlx_qwen35.cache.kv_format import KVFormat
 from mlx_qwen35.checkpoint.config import TextConfig
@@ -57,9 +56,7 @@ def plan(
     """
     contexts = [before + len(prompt.tokens) for prompt, before in zip(prompts, cached, strict=True)]
     check_prompts(options, model.config, prompts, contexts)
-    chunk = options.get("prefill_step_size") or suitable_chunk(
-        model.held, model.dtype, model.memory_limit, max(contexts), model.kv
-    )
+    chunk = options.get("prefill_step_size") or model.chunk(max(contexts))
     drafts, room = _drafts_and_room(options, model, chunk, contexts, cached, _wanted(options, prompts))
     plans = fill_in(options, model.config, greedy, prompts, contexts, closing, room=room)
     return [replace(own, prefill_step_size=chunk, drafts=drafts) for own in plans]

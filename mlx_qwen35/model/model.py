@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_qwen35.budget.chunk import suitable_chunk
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.cache.kv_format import UNQUANTIZED, KVFormat
 from mlx_qwen35.cache.layer import ForwardContext
@@ -70,7 +71,7 @@ class Model(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = weights.linear("lm_head")
         self.config = config
-        self.held = config  # of its layers and caches: of one of several machines, its own part of `config`
+        self.held = config  # of what is here, for caches and plans of memory: on one of several machines, its part
         self.rotary = Rotary(config.rope)
         self.dtype = weights.dtype  # of activations
         self.kv = kv
@@ -87,6 +88,10 @@ class Model(nn.Module):
         """
         whole("batch", batch, 1)
         return Cache(self.held, self.dtype, batch, self.kv, (self.adapters.named(adapter),) * batch)
+
+    def chunk(self, context: int) -> int:
+        """Tokens of a chunk of a prefill up to this context, see `suitable_chunk`."""
+        return suitable_chunk(self.held, self.dtype, self.memory_limit, context, self.kv)
 
     def active(self, cache: Cache) -> ActiveAdapters | None:
         """The adapters of a pass over the rows of a cache; None: no row has one."""
