@@ -85,6 +85,13 @@ def test_a_failing_ranks_reason_is_told_once_and_by_rank_0(star):
     assert not star[1].said and not star[2].said
 
 
+def test_an_error_of_rank_0_behind_an_order_is_told_at_once_and_ends_all(star):
+    star[0].beats.fail("MemoryError: (pipeline.py:3)")
+    assert [rank.ends() for rank in star] == [FAILED] * 3
+    assert star[0].said == ["rank 0 failed: MemoryError: (pipeline.py:3). All ranks have ended"]
+    assert not star[1].said and not star[2].said
+
+
 def test_a_peer_that_dies_is_told_once_and_by_rank_0(star):
     star[1].peers[0].shutdown(socket.SHUT_RDWR)
     assert [star[0].ends(), star[2].ends()] == [FAILED, FAILED]
