@@ -4,6 +4,7 @@ GB are 10^9 bytes. MLX's own limit makes an allocation wait, but never refuses o
 """
 
 import bisect
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -306,7 +307,9 @@ def most_depth(config: TextConfig, dtype: mx.Dtype, limit: int, head_bytes: int,
 def most_tokens(
     config: TextConfig, machine: Machine, chunk: int, cached: Sequence[int], depth: int = 0, head_bytes: int = 0
 ) -> int:
-    """How many tokens the caches of several rows may grow to in the free memory, all together, a window each at most.
+    """How many tokens the caches of several rows may grow to in the free memory, all together.
+
+    sys.maxsize where no layer keeps tokens.
 
     cached: tokens that each holds already. depth: tokens drafted at a time, at most; head_bytes: of the draft head; 0
     once it is loaded.
@@ -318,11 +321,10 @@ def most_tokens(
     state = rows * 2 * (1 + depth) * state_bytes(config, size)
     free = max(0, machine.limit - mx.get_active_memory() - once - state - machine.kept - head_bytes)
     step = kv_bytes(config, KVCache.STEP, size, config.mtp_num_hidden_layers if depth else 0, machine.kv)
-    windows = rows * config.max_position_embeddings
     if not step:
-        return windows
+        return sys.maxsize
     unpacked = unpacked_bytes(config, size, machine.kv, machine.attention_impl)
     prefilled = step + KVCache.STEP * unpacked
     grown = step + growth_bytes(config, KVCache.STEP, size, machine.kv)
     steps = min((free - sum(cached) * unpacked) // prefilled, (free + once - sampling) // grown)
-    return min(windows, sum(cached) + KVCache.STEP * max(0, int(steps) - (rows - 1)))
+    return sum(cached) + KVCache.STEP * max(0, int(steps) - (rows - 1))

@@ -168,7 +168,7 @@ class Spreading:
 
     def _keep_to_least_room(self, model: Model, limit: int) -> None:
         """Lower rank 0's limit until what it has room for fits on every rank. Where none of its layers keeps tokens, so
-        that its memory tells nothing of them, the tokens of a row are bounded instead.
+        that its memory tells nothing of them, their number is bounded instead.
         """
         window = model.config.max_position_embeddings
         chunk = model.chunk(window)
@@ -178,12 +178,11 @@ class Spreading:
         def too_much(limit: int) -> bool:
             return any(own > most for own, most in zip(room(model, chunk, limit), least, strict=True))
 
-        if not too_much(limit):
-            return
-        if FULL not in model.held.layer_types:
-            most = min(tokens // rows for tokens, (rows, _) in zip(least, NEEDS, strict=True))
-            model.held = replace(model.held, max_position_embeddings=max(1, most))
-        else:
+        capped = [min(own, rows * window) for own, (rows, _) in zip(room(model, chunk, limit), NEEDS, strict=True)]
+        short = [most for own, most in zip(capped, least, strict=True) if own > most]
+        if short and FULL not in model.held.layer_types:
+            model.room = min(short)
+        elif short:
             model.memory_limit = max(1, bisect.bisect_left(range(limit), True, key=too_much) - 1)
 
     # --- orders ---

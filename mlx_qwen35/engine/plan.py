@@ -179,8 +179,8 @@ def _drafts_and_room(
     mode, depth = draft_options(options)
     drafts = choose_drafts(model, mode, depth, rows, max(wanted))
     machine = this_machine(model.held, model.dtype, model.memory_limit, model.kv)
-    without = most_tokens(model.held, machine, chunk, cached)
-    room = most_tokens(model.held, machine, chunk, cached, drafts.depth, drafts.head_bytes)
+    without = min(model.room, most_tokens(model.held, machine, chunk, cached))
+    room = min(model.room, most_tokens(model.held, machine, chunk, cached, drafts.depth, drafts.head_bytes))
     needed = sum(contexts) + sum(wanted)
     if drafts.depth and not drafts.fixed and room < min(without, needed):
         drafts, room = DraftPolicy(0, reason="memory has no room for drafts beside this context", short=True), without

@@ -176,7 +176,7 @@ def _chunk(model: Model, length: int, given: int | None) -> int:
         )
     chunk = model.chunk(length) if given is None else min(whole("prefill_step_size", given, 1), length)
     machine = this_machine(model.held, model.dtype, model.memory_limit, model.kv)
-    room = most_tokens(model.held, machine, chunk, [0])
+    room = min(model.room, most_tokens(model.held, machine, chunk, [0]))
     if length > room:
         raise InputError(
             "memory_exceeded",

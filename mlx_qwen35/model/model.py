@@ -1,5 +1,6 @@
 """The model: tokens and image embeddings -> layers -> norm -> logits."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -79,6 +80,7 @@ class Model(nn.Module):
         self.vision: LazyPart[VisionEncoder] | None = None
         self.mtp: LazyPart[MultiTokenPrediction] | None = None
         self.fingerprint: Callable[[], str] = _no_checkpoint  # set by load, see checkpoint/fingerprint.py
+        self.room = sys.maxsize  # tokens of all rows that other machines have room for, where memory here does not tell
         self.spread: Spread | None = None  # over several machines; None: all of it is here
 
     def make_cache(self, batch: int = 1, adapter: str | None = None) -> Cache:

@@ -19,6 +19,7 @@ from mlx_qwen35.distributed.loading import Spreading
 from mlx_qwen35.distributed.opening import NEEDS, described, facts_of, open_described, room
 from mlx_qwen35.distributed.place import Place
 from mlx_qwen35.distributed.ranks import Ranks
+from mlx_qwen35.engine.generation import start
 from mlx_qwen35.load import LoadOptions, load_given
 
 NANO = open_checkpoint(resolve("nano"))
@@ -79,14 +80,17 @@ def test_rank_0_has_room_for_no_more_than_the_other_rank():
     assert max(found) > 3000  # and for not much less
 
 
-def test_where_no_layer_of_rank_0_keeps_tokens_each_row_has_room_for_what_the_other_rank_has():
-    spreading, _ = over(room={"tokens": [5000, 5000, 9600, 8800]})
+def test_where_no_layer_of_rank_0_keeps_tokens_it_has_room_for_as_many_as_the_other_rank():
+    spreading, _ = over(room={"tokens": [4000, 4000, 9600, 8800]})
     least = 6_000_000  # bytes, of which nano's table takes a part
     spreading = replace(spreading, given=replace(spreading.given, memory_limit=least / 1e9))
-    model = loaded(spreading)
-    assert FULL not in model.held.layer_types
-    assert all(own <= 1100 * rows for own, (rows, _) in zip(room(model, 32, 10**10), NEEDS, strict=True))
-    assert model.memory_limit == least
+    model, processor = load_given(spreading.given, lambda done, total: None, spreading)
+    assert FULL not in model.held.layer_types and model.memory_limit == least
+    model.memory_limit = 10**10
+    (request,) = start(model, processor, [[5] * 100], mtp="off").requests
+    assert (request.limit, request.limited_by) == (3900, "memory")
+    with refused("memory_exceeded", "4,000"):
+        start(model, processor, [[5] * 100], mtp="off", max_tokens=5000)
 
 
 def test_what_another_rank_warns_of_is_told_with_its_name():
