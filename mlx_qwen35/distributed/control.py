@@ -5,6 +5,7 @@ reach them by a collective. A connection that does not begin with the token is c
 connections: one for orders and answers, one for the heartbeat. What goes over them is not encrypted, as in MLX's ring.
 """
 
+import signal
 import socket
 import threading
 import traceback
@@ -129,7 +130,7 @@ class FollowerEnd(_End):
 
 
 def _is_quiet_exit(error: BaseException) -> bool:
-    return isinstance(error, SystemExit) and not error.code
+    return isinstance(error, SystemExit) and error.code in (None, 0, 128 + signal.SIGINT)
 
 
 def _described(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from mlx_qwen35.machine.terminal import terminal_as_it_is
+from mlx_qwen35.machine.terminal import sane_terminal
 from mlx_qwen35.values import shown
 
 FAILED = 1  # exit status of every rank after a fault
@@ -92,7 +92,7 @@ class Heartbeat:
         signals: socket.socket | None = None,
         unseen: bool = False,
     ):
-        self._restore, self._unseen = terminal_as_it_is(), unseen
+        self._unseen = unseen
         self._rank, self._peers, self._pace, self._end, self._say = rank, dict(peers), pace, end, say
         self._signals, self._ends_at = signals, float("inf")
         self._over, self._lock = threading.Event(), threading.Lock()
@@ -214,7 +214,7 @@ class Heartbeat:
             self._status, self._ends = status, ends
             self._over.set()
             if ends:
-                self._restore()
+                sane_terminal()
             if line:
                 self._say(line)
             words = {"status": status, "reason": " ".join(reason.split())[:_MOST_REASON], "told": line}

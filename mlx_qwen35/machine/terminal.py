@@ -1,17 +1,16 @@
-"""The terminal that this process was started from, as a process leaves it that ends at once."""
+"""The terminal of a process that ends at once, without the end of whatever has changed it."""
 
 import os
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 
 _VISIBLE = b"\x1b[?2004l\x1b[?25h"  # no marks around what is pasted, and a cursor
 
 
-def terminal_as_it_is() -> Callable[[], None]:
-    """What makes the terminal of standard input as it is now: of a prompt it may show nothing that is typed. From any
-    thread, and without a terminal it does nothing.
+def sane_terminal() -> None:
+    """Have the terminal of standard input show what is typed, and hand it over by lines, as a shell expects it. From
+    any thread; without a terminal it does nothing.
     """
     try:
         import termios
@@ -19,14 +18,14 @@ def terminal_as_it_is() -> Callable[[], None]:
         terminal = sys.stdin.fileno()
         settings = termios.tcgetattr(terminal)
     except (ImportError, AttributeError, OSError, ValueError, termios.error):
-        return lambda: None
-
-    def restore() -> None:
+        return
+    before = [*settings]
+    settings[0] |= termios.ICRNL | termios.IXON | termios.BRKINT
+    settings[1] |= termios.OPOST | termios.ONLCR
+    settings[3] |= termios.ECHO | termios.ICANON | termios.ISIG | termios.IEXTEN
+    settings[3] &= ~termios.NOFLSH
+    if settings != before:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})  # which stops a process in the background
         with suppress(OSError, termios.error):
-            changed = termios.tcgetattr(terminal) != settings
             termios.tcsetattr(terminal, termios.TCSANOW, settings)
-            if changed:
-                os.write(terminal, _VISIBLE)
-
-    return restore
+            os.write(terminal, _VISIBLE)

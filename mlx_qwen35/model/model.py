@@ -44,6 +44,9 @@ class Spread(NamedTuple):
     hosts: tuple[str, ...]  # their names
     weight_bytes: tuple[int, ...]  # of the text model's arrays on each
 
+    def __str__(self) -> str:
+        return f"{self.split} over {len(self.hosts)} machines"
+
 
 def _no_checkpoint() -> str:
     raise InputError("option_invalid", "a session needs a model that load() made, which knows its checkpoint")

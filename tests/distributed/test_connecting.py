@@ -106,7 +106,19 @@ def test_orders_reach_every_rank_in_their_order_and_answers_come_in_that_of_rank
     assert leader.hosts == (platform.node(),) * 4
 
 
-@pytest.mark.parametrize("error", [None, KeyboardInterrupt(), SystemExit(0)])
+def test_answers_that_nobody_asks_for_are_skipped(pool):
+    leader, followers = together(pool, Ring(3))
+    with leader:
+        for number in range(3):
+            leader.give(Order("count", {"number": number}, {"x": np.full(3, number, np.int32)}))
+        for _ in range(2):
+            leader.leave_answers()
+        assert leader.answers() == [{"rank": rank, "sum": 6.0} for rank in (1, 2)]
+    for follower in followers:
+        follower.result(30)
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt(), SystemExit(0), SystemExit(130)])
 def test_the_others_take_none_once_rank_0_has_ended_well(pool, error):
     leader, followers = together(pool, Ring(2))
     leader.__exit__(error and type(error), error, None)

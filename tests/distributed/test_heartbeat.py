@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from mlx_qwen35.distributed.heartbeat import FAILED, Heartbeat, Pace, Peer
-from mlx_qwen35.machine.terminal import terminal_as_it_is
+from mlx_qwen35.machine.terminal import sane_terminal
 
 QUICK = Pace(beat=0.02, silence=0.4, leave=0.1, grace=0.05)
 SECONDS = 20  # after which a test fails that waits for an end
@@ -82,6 +82,13 @@ def test_a_failing_ranks_reason_is_told_once_and_by_rank_0(star):
     star[2].beats.fail("ValueError: of\ntwo lines (x.py:3)")
     assert [rank.ends() for rank in star] == [FAILED] * 3
     assert star[0].said == ["rank 2 (host2) failed: ValueError: of two lines (x.py:3). All ranks have ended"]
+    assert not star[1].said and not star[2].said
+
+
+def test_an_error_of_rank_0_behind_an_order_is_told_at_once_and_ends_all(star):
+    star[0].beats.fail("MemoryError: (pipeline.py:3)")
+    assert [rank.ends() for rank in star] == [FAILED] * 3
+    assert star[0].said == ["rank 0 failed: MemoryError: (pipeline.py:3). All ranks have ended"]
     assert not star[1].said and not star[2].said
 
 
@@ -156,16 +163,15 @@ def test_what_rank_1_has_told_is_told_again_where_nobody_saw_it(mute, says):
     assert rank.said == ["rank 0 (host0) was stopped"] * says
 
 
-def test_a_terminal_of_which_a_prompt_hides_what_is_typed_is_left_as_it_was(monkeypatch):
+def test_a_terminal_in_which_a_prompt_hides_what_is_typed_shows_it_again(monkeypatch):
     master, terminal = os.openpty()
-    before = termios.tcgetattr(terminal)
+    before = termios.tcgetattr(terminal)[3]
     with os.fdopen(terminal) as stdin, os.fdopen(master):
         monkeypatch.setattr(sys, "stdin", stdin)
-        restore = terminal_as_it_is()
         tty.setraw(terminal)
-        assert termios.tcgetattr(terminal) != before
-        restore()
-        assert termios.tcgetattr(terminal) == before
+        assert termios.tcgetattr(terminal)[3] != before
+        sane_terminal()
+        assert termios.tcgetattr(terminal)[3] == before
 
 
 def test_a_broken_collective_tells_what_the_beats_found(star):

@@ -1,8 +1,12 @@
 """Which rank a process is, how machines are named, and whether they reach each other."""
 
+import hashlib
 import json
+import socket
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -58,6 +62,45 @@ def test_a_backend_without_neighbours_is_refused(ranked, monkeypatch):
         this_place()
 
 
+@pytest.mark.parametrize(("rank", "hostfile"), [(0, [1, 2]), (0, {"a": 1}), (2, [["a:1"], ["b:2"]]), (1, None)])
+def test_a_place_that_is_none_is_refused(ranked, rank, hostfile):
+    ranked(rank, hostfile)
+    with refused("option_invalid", "MLX_HOSTFILE"):
+        this_place()
+
+
+def test_ports_of_ranks_are_none_that_systems_give_to_connections():
+    assert all(10_000 <= free_ports(HERE, 3) < 32_768 for _ in range(20))
+    with refused("address_unusable", "192.0.2.1"):
+        free_ports("192.0.2.1", 2)
+
+
+def test_a_stranger_at_a_port_is_taken_for_no_rank():
+    port = free_ports(HERE, 2)
+    ring = [f"{HERE}:{port}", f"{HERE}:{port + 1}"]
+    with ThreadPoolExecutor() as pool, socket.socket() as stranger:
+        first = pool.submit(check_ring, Place(0, 2, "ring", ring), seconds=20)
+        while stranger.connect_ex((HERE, port)):
+            pass
+        stranger.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n\r\n\r\n\r\n")
+        with suppress(ConnectionResetError):
+            assert stranger.recv(1) == b""
+        check_ring(Place(1, 2, "ring", ring), seconds=20)
+        first.result()
+
+
+def test_a_neighbour_that_hangs_is_told_with_its_address():
+    port = free_ports(HERE, 2)
+    ring = [f"{HERE}:{port}", f"{HERE}:{port + 1}"]
+    with socket.create_server((HERE, port + 1)), ThreadPoolExecutor() as pool, socket.socket() as other:
+        first = pool.submit(check_ring, Place(0, 2, "ring", ring), seconds=1)
+        while other.connect_ex((HERE, port)):
+            pass
+        other.sendall(hashlib.sha256(f"0 of {ring}".encode()).digest())
+        with refused("peer_unreachable", "rank 1 has not met its neighbours", f"{HERE}:{port + 1}"):
+            first.result()
+
+
 def test_ranks_that_reach_each_other_go_on_together():
     port = free_ports(HERE, 3)
     ring = [f"{HERE}:{port + rank}" for rank in range(3)]
@@ -91,7 +134,7 @@ def test_who_waits_in_vain_hears_of_it_at_once():
         check_ring(Place(0, 2, "ring", [f"{HERE}:{port}", f"{HERE}:{port + 1}"]), watch)
 
 
-@pytest.mark.parametrize("given", ["", "mini.local,", ",", "-oProxyCommand=x", "a b", "mini,mini", 7, []])
+@pytest.mark.parametrize("given", ["", "mini.local,", ",", "-oProxyCommand=x", "a b", "mini,mini", "me@mini,mini", 7])
 def test_names_that_are_none_are_refused(given):
     with refused("option_invalid"):
         check_hosts("--with", given)
@@ -149,7 +192,8 @@ def test_a_file_of_distributed_config_gives_devices_and_backend(tmp_path):
     assert found["hosts"][0]["ssh"] == HERE  # the first is this machine
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"hosts": 1}', json.dumps({"backend": "mpi", "hosts": HOSTS})])
+@pytest.mark.parametrize("text", ["", "[]", '{"hosts": 1}', json.dumps({"backend": "mpi", "hosts": HOSTS}),
+                                  json.dumps([HOSTS[0], HOSTS[1] | {"ssh": "-oProxyCommand=x"}])])
 def test_a_file_that_is_none_is_refused(tmp_path: Path, text: str):
     (tmp_path / "hosts.json").write_text(text)
     with refused("option_invalid"):

@@ -3,6 +3,7 @@
 import gc
 import signal
 import threading
+import time
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -56,6 +57,18 @@ def test_other_ranks_have_as_many_caches_as_rank_0_behind_hundreds_of_snapshots(
     assert ranked.counted() == [alive()] * len(ranked.others)
     del kept, cache
     assert ranked.counted() == [alive()] == [1]
+
+
+@pytest.mark.core(1)
+def test_other_ranks_drop_a_cache_that_rank_0_lets_go_of_without_a_further_order(ranked):
+    cache = ranked.model.make_cache()
+    ranked.model(mx.array([[5]]), cache)
+    del cache
+    gc.collect()
+    until = time.monotonic() + 20
+    while any(other.caches for other in ranked.others) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(other.caches for other in ranked.others)
 
 
 @pytest.mark.full
