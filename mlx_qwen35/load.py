@@ -185,7 +185,6 @@ def load_given(given: LoadOptions, progress: Progress, loads: Loads | None = Non
             check_model_fits(checkpoint, choose_dtype(checkpoint, given.dtype), limit, name)
         return checkpoint
 
-    assert given.model is not None
     judge = partial(look_at, given.adapter, given.adapter_scale)
     folder = resolve(given.model, given.revision, lambda headers: judge(checked(headers)))
     checkpoint = checked(folder)
@@ -251,12 +250,14 @@ def load_model(
     config = altered.config.text
     names = [stored for stored, _ in altered.part(text_shapes(config))]
     beside = {own: share.of_adapter(one, checkpoint) if share else one for own, one in adapters.adapters.items()}
-    check_model_fits(altered, dtype, limit, name, list(beside.values()))
+    held = share.planned(checkpoint.config.text) if share else config
+    check_model_fits(altered, dtype, limit, name, list(beside.values()), held)
     set_limits(limit)
     if dtype == mx.float32:
         warn_shortened_products()
     weights = read_weights(altered, names, dtype, progress)
     model = make(config, weights, limit, kv)
+    model.held = held
     opened = adapters.opening(VISION, MTP)
     del weights, altered, whole  # so that each layer frees the arrays as stored once it is evaluated
     done, total = 0, _nbytes(model)

@@ -26,6 +26,9 @@ class Sums:
         a, b = item.data
         return Asked(f"What is {a} + {b}?", {**self.options, "enable_thinking": self._thinks and a % 2 == 0})
 
+    def expected(self, item: Item) -> str:
+        return str(sum(item.data))
+
     def judge(self, item: Item, answer: str) -> float:
         return float(answer.strip() == str(sum(item.data)))
 
@@ -48,6 +51,9 @@ class Scripted(Sums):
     def _start(self, before: mx.array) -> int:
         self.first = getattr(self, "first", len(before))
         return self.first
+
+    def expected(self, item: Item) -> str:
+        return self._right
 
     def judge(self, item: Item, answer: str) -> float:
         return float(answer.strip() == self._right)

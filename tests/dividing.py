@@ -57,10 +57,10 @@ def of_sums(ranks: Sequence[Model], tokens: mx.array) -> mx.array:
         ]
         x, start = mx.zeros((*tokens.shape, ranks[0].held.hidden_size)), 0
         for rank, _, context in passes:
-            own = tokens - start
-            there = (own >= 0) & (own < rank.held.vocab_size)
+            own, rows = tokens - start, len(rank.embed_tokens.weight)
+            there = (own >= 0) & (own < rows)
             x = x + mx.where(there[..., None], rank.embed(mx.where(there, own, 0), None, context.adapters), 0)
-            start += rank.held.vocab_size
+            start += rows
         for i, layer in enumerate(ranks[0].layers):
             normed = layer.input_layernorm(x)
             for rank, cache, context in passes:

@@ -37,7 +37,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     **dict.fromkeys(("convert", "train"), ALL | {"console"}),
     "evaluate": ALL | {"console", "distributed"},
     "distributed": INPUT | {"load", "engine"},
-    "bench": ALL | {"console", "train", "distributed"},
+    "bench": ALL | {"console", "train"},
     "doctor": ALL | {"console", "convert", "distributed"},
     "commands": ALL | {"console", "server", "convert", "train", "evaluate", "doctor", "bench", "distributed"},
 }

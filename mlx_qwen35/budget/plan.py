@@ -4,6 +4,7 @@ GB are 10^9 bytes. MLX's own limit makes an allocation wait, but never refuses o
 """
 
 import bisect
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -126,14 +127,17 @@ def plan_memory(
     chunk: int | None = None,
     mtp: int = 0,
     adapters: Sequence[Adapter] = (),
+    held: TextConfig | None = None,
 ) -> MemoryPlan:
     """The plan of one conversation up to `context` tokens.
 
     pixels: height x width of an image in it. chunk: tokens of a chunk; None: by the machine. mtp: how many tokens are
     drafted at a time; 0: the draft head is not loaded. adapters: all that are loaded. A checkpoint counts their whole
-    tensors, see `Checkpoint.replacing`.
+    tensors, see `Checkpoint.replacing`. held: of caches and logits beside a part of a model, see `Share.planned`; None:
+    as of the checkpoint.
     """
     text, size = checkpoint.config.text, machine.dtype.size
+    held = held or text
     encoder = encoding = 0
     vision = checkpoint.config.vision
     if pixels and vision is not None and checkpoint.has(VISION):
@@ -144,27 +148,29 @@ def plan_memory(
     if chunk is None:
         room = prefill_room(machine.limit)
         chunk = chunk_length(
-            text, context, room, size, machine.attention_impl, machine.chip, machine.buffers, machine.kv
+            held, context, room, size, machine.attention_impl, machine.chip, machine.buffers, machine.kv
         )
     return MemoryPlan(
         machine, context, chunk,
         weights=loaded_bytes(checkpoint, names(checkpoint, text_shapes(text)), machine.dtype),
         drafts=loaded_bytes(checkpoint, names(checkpoint, mtp_shapes(text)) if mtp else [], machine.dtype),
         adapters=adapter_bytes(checkpoint, adapters, machine.dtype, joined=not machine.on_cpu),
-        state=2 * (1 + mtp) * state_bytes(text, size),
-        sampling=SAMPLING_ARRAYS * 4 * text.vocab_size, buffers=machine.kept,
+        state=2 * (1 + mtp) * state_bytes(held, size),
+        sampling=SAMPLING_ARRAYS * 4 * held.vocab_size, buffers=machine.kept,
         vision_encoder=encoder, encoding=encoding,
-        **_of_context(checkpoint, machine, context, chunk, mtp),
+        **_of_context(held, machine, context, chunk, mtp, unpacks(checkpoint)),
     )  # fmt: skip
 
 
-def _of_context(checkpoint: Checkpoint, machine: Machine, context: int, chunk: int, mtp: int) -> dict[str, Any]:
+def _of_context(
+    held: TextConfig, machine: Machine, context: int, chunk: int, mtp: int, quantized: bool
+) -> dict[str, Any]:  # fmt: skip
     """The parts of a plan that depend on the context."""
-    text, size = checkpoint.config.text, machine.dtype.size
+    size = machine.dtype.size
     return {
-        "kv": kv_bytes(text, context, size, text.mtp_num_hidden_layers if mtp else 0, machine.kv),
-        "prefill": most_prefill_bytes(text, machine, context, chunk, unpacks(checkpoint) and machine.on_cpu),
-        "growth": growth_bytes(text, context, size, machine.kv),
+        "kv": kv_bytes(held, context, size, held.mtp_num_hidden_layers if mtp else 0, machine.kv),
+        "prefill": most_prefill_bytes(held, machine, context, chunk, quantized and machine.on_cpu),
+        "growth": growth_bytes(held, context, size, machine.kv),
     }
 
 
@@ -173,16 +179,18 @@ def unpacks(checkpoint: Checkpoint) -> bool:
     return bool(checkpoint.quantization(f"{TEXT}layers.0.mlp.gate_proj.weight"))
 
 
-def longest_context(checkpoint: Checkpoint, plan: MemoryPlan, kv: KVFormat, mtp: int = 0) -> int:
+def longest_context(
+    checkpoint: Checkpoint, plan: MemoryPlan, kv: KVFormat, mtp: int = 0, held: TextConfig | None = None
+) -> int:
     """The most tokens, in steps of 1,024, of a conversation that fits the machine of a plan, in chunks as the plan's.
 
-    kv: the form of its keys and values, instead of the plan's. mtp: as for `plan_memory`.
+    kv: the form of its keys and values, instead of the plan's. mtp, held: as for `plan_memory`.
     """
-    machine = replace(plan.machine, kv=kv)
-    contexts = range(1024, checkpoint.config.text.max_position_embeddings + 1, 1024)
+    machine, text, quantized = replace(plan.machine, kv=kv), held or checkpoint.config.text, unpacks(checkpoint)
+    contexts = range(1024, text.max_position_embeddings + 1, 1024)
 
     def too_long(context: int) -> bool:
-        return not replace(plan, **_of_context(checkpoint, machine, context, plan.chunk, mtp)).fits
+        return not replace(plan, **_of_context(text, machine, context, plan.chunk, mtp, quantized)).fits
 
     return 1024 * bisect.bisect_left(contexts, True, key=too_long)
 
@@ -245,11 +253,15 @@ def most_prefill_bytes(text: TextConfig, machine: Machine, context: int, chunk: 
 
 
 def check_model_fits(
-    checkpoint: Checkpoint, dtype: mx.Dtype, limit: int, name: str, adapters: Sequence[Adapter] = ()
-) -> None:
-    """Refuse a model without room for even a short context, before its weights are read. The message says what fits."""
+    checkpoint: Checkpoint, dtype: mx.Dtype, limit: int, name: str, adapters: Sequence[Adapter] = (),
+    held: TextConfig | None = None,
+) -> None:  # fmt: skip
+    """Refuse a model without room for even a short context, before its weights are read. The message says what fits.
+
+    adapters, held: as for `plan_memory`.
+    """
     text = checkpoint.config.text
-    plan = plan_memory(checkpoint, this_machine(text, dtype, limit), SHORT, adapters=adapters)
+    plan = plan_memory(checkpoint, this_machine(text, dtype, limit), SHORT, adapters=adapters, held=held)
     if plan.fits:
         return
     need = f"{name} needs {in_gb(plan.text)}, of which {in_gb(plan.weights)} are its text weights"
@@ -297,6 +309,8 @@ def most_tokens(
 ) -> int:
     """How many tokens the caches of several rows may grow to in the free memory, all together.
 
+    sys.maxsize where no layer keeps tokens.
+
     cached: tokens that each holds already. depth: tokens drafted at a time, at most; head_bytes: of the draft head; 0
     once it is loaded.
     """
@@ -308,7 +322,7 @@ def most_tokens(
     free = max(0, machine.limit - mx.get_active_memory() - once - state - machine.kept - head_bytes)
     step = kv_bytes(config, KVCache.STEP, size, config.mtp_num_hidden_layers if depth else 0, machine.kv)
     if not step:
-        return rows * config.max_position_embeddings
+        return sys.maxsize
     unpacked = unpacked_bytes(config, size, machine.kv, machine.attention_impl)
     prefilled = step + KVCache.STEP * unpacked
     grown = step + growth_bytes(config, KVCache.STEP, size, machine.kv)

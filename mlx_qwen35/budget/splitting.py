@@ -33,13 +33,13 @@ from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.config import FULL, LINEAR, TextConfig
 from mlx_qwen35.checkpoint.names import MTP, TEXT, VISION
 from mlx_qwen35.checkpoint.shapes import text_shapes
-from mlx_qwen35.checkpoint.share import Share
+from mlx_qwen35.checkpoint.share import Share, check_machines
 from mlx_qwen35.errors import InputError
 
 PIPELINE, TENSOR, AUTO = "pipeline", "tensor", "auto"
 SPLITS = (TENSOR, PIPELINE, AUTO)
 STEP = 1024  # tokens, in which the longest context is counted
-CHUNK_OF = 8192  # tokens of the context whose chunks are reckoned with: rank 0 chooses them, for all
+CHUNK_OF = 8192  # tokens of the context whose chunks are reckoned with: the shortest that a machine wants, for all
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Split:
         """What each machine holds of the model of this configuration."""
         if self.kind == TENSOR:
             return [Share.tensor(config, rank, len(self.plans)) for rank in range(len(self.plans))]
-        return [Share.pipeline(config, layers) for layers in self.layers]
+        return Share.pipelines(config, self.layers)
 
 
 def split_of(backend: str) -> str:
@@ -118,12 +118,7 @@ def pipeline_split(
     Where nothing fits, the split at SHORT tokens whose plans come nearest. For the rest see `split_model`.
     """
     text = checkpoint.config.text
-    if len(machines) > text.num_hidden_layers:
-        raise InputError(
-            "split_unfit",
-            f"a pipeline must have a layer for each machine: the model has {text.num_hidden_layers}, and there are "
-            f"{len(machines)} machines. Leave some out",
-        )
+    check_machines(text, len(machines))
     held = _Held(checkpoint, machines, pixels, mtp, adapters)
     contexts = [SHORT, *range(STEP, text.max_position_embeddings + 1, STEP)]
 
@@ -200,7 +195,7 @@ class _Held:
         self._norm = loaded_bytes(checkpoint, [f"{TEXT}norm.weight"], dtype)
         self._before = list(accumulate(layers, _Layer.plus, initial=_Layer()))
         self._kinds = {kind: replace(text, layer_types=(kind,)) for kind in (FULL, LINEAR)}
-        self._chunk = plan_memory(checkpoint, machines[0], min(CHUNK_OF, text.max_position_embeddings)).chunk
+        self._chunk = _chunk(checkpoint, machines)
         self._unpacks = unpacks(checkpoint)
         self._prefill = functools.cache(self._prefill_bytes)
 
@@ -249,17 +244,18 @@ def tensor_split(
     shares = [Share.tensor(text, rank, count) for rank in range(count)]
     parts = [_without_ends(share.of(checkpoint)) if rank else share.of(checkpoint) for rank, share in enumerate(shares)]
     own = [[share.of_adapter(adapter, checkpoint) for adapter in adapters] for share in shares]
-    whole = plan_memory(checkpoint, machines[0], min(CHUNK_OF, text.max_position_embeddings))
+    held, chunk = [share.planned(text) for share in shares], _chunk(checkpoint, machines)
 
     def planned(rank: int, context: int) -> MemoryPlan:
-        plan = plan_memory(
-            parts[rank], machines[rank], context, pixels=pixels * (rank == 0), chunk=whole.chunk, mtp=mtp,
-            adapters=own[rank],
+        return plan_memory(
+            parts[rank], machines[rank], context, pixels=pixels * (rank == 0), chunk=chunk, mtp=mtp,
+            adapters=own[rank], held=held[rank],
         )  # fmt: skip
-        return replace(plan, sampling=whole.sampling) if rank == 0 else plan  # of the whole vocabulary
 
-    plans = [planned(rank, STEP) for rank in range(count)]
-    most = min(longest_context(part, plan, plan.machine.kv, mtp) for part, plan in zip(parts, plans, strict=True))
+    most = min(
+        longest_context(parts[rank], planned(rank, STEP), machine.kv, mtp, held[rank])
+        for rank, machine in enumerate(machines)
+    )
     layers = (range(text.num_hidden_layers),) * count
     return Split(TENSOR, layers, tuple(planned(rank, most or SHORT) for rank in range(count)))
 
@@ -267,5 +263,13 @@ def tensor_split(
 def _without_ends(checkpoint: Checkpoint) -> Checkpoint:
     """A checkpoint without vision encoder and draft head, which are rank 0's."""
     entries = {name: entry for name, entry in checkpoint.entries.items() if not name.startswith((VISION, MTP))}
-    text = replace(checkpoint.config.text, mtp_num_hidden_layers=0)
-    return replace(checkpoint, config=replace(checkpoint.config, text=text), entries=entries)
+    return replace(checkpoint, entries=entries)
+
+
+# --- both ------------------------------------------------------------------------------------------------------------
+
+
+def _chunk(checkpoint: Checkpoint, machines: Sequence[Machine]) -> int:
+    """Tokens of a chunk that suits every machine."""
+    context = min(CHUNK_OF, checkpoint.config.text.max_position_embeddings)
+    return min(plan_memory(checkpoint, machine, context).chunk for machine in machines)

@@ -26,13 +26,15 @@ CHOICES = (
 _FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
 
 
-def resolve(name: str | Path, revision: str | None = None, judge: Callable[[Path], object] | None = None) -> Path:
+def resolve(
+    name: str | Path | None, revision: str | None = None, judge: Callable[[Path], object] | None = None
+) -> Path:
     """The folder of a checkpoint, downloaded with huggingface_hub when `name` is an id that is not a local folder.
 
     Downloads show a progress bar, resume, and stay in huggingface_hub's cache; HF_HUB_OFFLINE=1 uses the cache alone.
     Warns where a local folder has the bundled model's name.
     judge: called with a folder of headers before anything is downloaded; it raises InputError to prevent the download.
-    Raises InputError when there is neither such a folder nor such a repository, or the hub cannot be reached.
+    Raises InputError when there is neither such a folder nor such a repository, None too, or the hub cannot be reached.
     """
     folder = _local(name, revision)
     if folder is not None:
@@ -79,7 +81,7 @@ def _complete(folder: Path, found: "Published", revision: str | None) -> None:
         raise hub_error(found.name, revision, error) from error
 
 
-def _local(name: str | Path, revision: str | None) -> Path | None:
+def _local(name: str | Path | None, revision: str | None) -> Path | None:
     """The folder, or None where the name can only be an id."""
     if not isinstance(name, str | os.PathLike):
         raise InputError("model_not_found", f"a checkpoint must be {CHOICES}; got {shown(name)}")

@@ -109,13 +109,8 @@ class Share:
 
         Raises InputError split_unfit unless the ranges, in their order, are all layers of the model, each once.
         """
-        if len(ranges) > (count := config.num_hidden_layers):
-            raise InputError(
-                "split_unfit",
-                f"each machine must hold a layer at least; the model has {count}, and there are {len(ranges)} machines",
-                "Leave some out",
-            )
-        shares = [cls.pipeline(config, layers) for layers in ranges]
+        check_machines(config, len(ranges))
+        count, shares = config.num_hidden_layers, [cls.pipeline(config, layers) for layers in ranges]
         ends = [0, *(layers.stop for layers in ranges)]
         if [*(layers.start for layers in ranges), count] != ends:
             told = ", ".join(f"{layers[0]} to {layers[-1]}" for layers in ranges) or "none"
@@ -129,6 +124,14 @@ class Share:
         divided: dict[str, Any] = {name: number // self.parts for name, number in _divided(config).items()}
         kinds = config.layer_types[self.layers.start : self.layers.stop]
         return replace(config, layer_types=kinds, vocab_size=len(self.rows), **divided)
+
+    def planned(self, config: TextConfig) -> TextConfig:
+        """As `of_config`, for plans of memory. Each machine of a tensor split has the logits of the whole vocabulary.
+        The first has the draft head, whose keys and values are of all heads: they count as layers of what is held.
+        """
+        drafting = 0 if self.layers.start or self.part else config.mtp_num_hidden_layers * self.parts
+        rows = config.vocab_size if self.parts > 1 else len(self.rows)
+        return replace(self.of_config(config), vocab_size=rows, mtp_num_hidden_layers=drafting)
 
     def of(self, checkpoint: Checkpoint) -> Checkpoint:
         """A checkpoint as a smaller model's, whose tensors are cut as they are read. The vision encoder and the draft
@@ -196,6 +199,16 @@ class Share:
             ranges.append(range(start + self.part * own, start + (self.part + 1) * own))
             start += width
         return axis, ranges
+
+
+def check_machines(config: TextConfig, machines: int) -> None:
+    """InputError split_unfit where a pipeline has not a layer for each machine."""
+    if machines > (count := config.num_hidden_layers):
+        raise InputError(
+            "split_unfit",
+            f"each machine must hold a layer at least; the model has {count}, and there are {machines} machines",
+            "Leave some out",
+        )
 
 
 def _module(name: str) -> str:

@@ -110,7 +110,8 @@ def terms(service: "Service", is_open: bool) -> str:
     key = "none" if is_open else "asked for"
     size = f"context: {service.context:,} tokens; answers at a time: {service.rows}; memory: {memory:.1f} GB"
     models = f"; models: {', '.join(service.models)}" if len(service.models) > 1 else ""
-    found = f"{size}; key: {key}{models}"
+    spread = f"; {service.model.spread}" if service.model and service.model.spread else ""
+    found = f"{size}; key: {key}{models}{spread}"
     if is_loopback(service.options.host):
         return found
     return f"{found}; other machines reach it by its address, or an --allowed-host"

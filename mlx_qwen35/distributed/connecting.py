@@ -7,7 +7,7 @@ import selectors
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 
 import mlx.core as mx
@@ -30,9 +30,12 @@ Beating = Callable[..., Heartbeat]  # Heartbeat, or with another pace
 _MOST_STRANGERS = 64  # connections at a time that have not shown the token
 
 
-def lead(group: Group, host: str, beating: Beating = Heartbeat, wait: float = WAIT) -> LeaderEnd:
+def lead(
+    group: Group, host: str, beating: Beating = Heartbeat, wait: float = WAIT, others: Sequence[str] | None = None
+) -> LeaderEnd:
     """Rank 0's end, once every other rank has connected. host: the address that they reach this machine by.
-    wait: seconds for them.
+    wait: seconds for them. others: how the user calls their machines, where this process has started them; None: as
+    they call themselves, and what they write is seen.
 
     InputError control_failed where it cannot listen there, or a rank does not come.
     """
@@ -50,10 +53,11 @@ def lead(group: Group, host: str, beating: Beating = Heartbeat, wait: float = WA
         _exchange(group, token, listener.getsockname()[1])
         door = _Door(listener, token, group.size)
         door.admit_all(wait)
-    hosts = [door.hosts[rank] for rank in range(group.size)]
+    hosts = [door.hosts[0], *(others or (door.hosts[rank] for rank in range(1, group.size)))]
     orders = {rank: door.inside[rank, _ORDERS] for rank in range(1, group.size)}
     peers = {rank: Peer(hosts[rank], door.inside[rank, _BEATS]) for rank in range(1, group.size)}
-    leader = LeaderEnd(hosts, orders, beating(0, peers, signals=sigterm_as_bytes()))
+    heartbeat = beating(0, peers, signals=sigterm_as_bytes(), unseen=others is not None)
+    leader = LeaderEnd(hosts, orders, heartbeat)
     leader.give(Order("welcome", {"hosts": hosts}))
     return leader
 

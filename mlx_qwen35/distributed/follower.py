@@ -34,7 +34,7 @@ class ObeyingRank:
         """Do what an order says, and what was noted before it; its answer, if it wants one."""
         obeyed: dict[str, Callable[[Order], Mapping[str, Any] | None]] = {
             "pass": self._pass, "embed": self._embed, "logits": self._logits, "keep": lambda order: None,
-            "first_not_finite": self._first_not_finite,
+            "first_not_finite": self._first_not_finite, "chunk": self._chunk,
         }  # fmt: skip
         for name, number, *values in order.fields["noted"]:
             self._note(name, number, *values)
@@ -78,6 +78,9 @@ class ObeyingRank:
     def _first_not_finite(self, order: Order) -> Mapping[str, Any]:
         found = self.caches[order.fields["cache"]].first_not_finite(order.fields["row"])
         return {"layer": None if found is None else self.first_layer + found}
+
+    def _chunk(self, order: Order) -> Mapping[str, Any]:
+        return {"chunk": self.model.chunk(order.fields["context"])}
 
     # --- caches ---
 

@@ -1,8 +1,9 @@
 """What ranks must have in common, looked at before weights are read.
 
-Equal must be: the versions of this package and of MLX, what MLX computes on (the GPU's make or the CPU), the text
-model's configuration, its quantization and weights, the adapters, and how the model is held (dtype, keys and values,
-rotary embedding). Chips, memory, paths, and vision encoder and draft head, which rank 0 alone has, may differ.
+Equal must be: the versions of this package and of MLX, this package's code, what MLX computes on (the GPU's make or the
+CPU), the text model's configuration, its quantization and weights, the adapters, and how the model is held (dtype, keys
+and values, rotary embedding). Chips, memory, paths, and vision encoder and draft head, which rank 0 alone has, may
+differ.
 """
 
 import json
@@ -17,7 +18,7 @@ from mlx_qwen35.checkpoint.checkpoint import Checkpoint
 from mlx_qwen35.checkpoint.fingerprint import fingerprint
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.machine.memory import usable_bytes
-from mlx_qwen35.machine.versions import versions
+from mlx_qwen35.machine.versions import code_fingerprint, versions
 from mlx_qwen35.values import shown
 
 
@@ -25,9 +26,10 @@ from mlx_qwen35.values import shown
 class Facts:
     """Of one rank. All values are such that JSON can hold them.
 
-    versions: by package. device: what MLX computes on, by the backend's name. config: of the text model, by field.
-    quantization: as config.json has it. weights: the fingerprint. adapters: their fingerprints by name. held: how the
-    model is to be held, such as dtype and kv_bits. memory: bytes that the model may take. folder: of the checkpoint.
+    versions: by package. code: the fingerprint of this package's. device: what MLX computes on, by the backend's name.
+    config: of the text model, by field. quantization: as config.json has it. weights: the fingerprint. adapters: their
+    fingerprints by name. held: how the model is to be held, such as dtype and kv_bits. memory: bytes that the model may
+    take. folder: of the checkpoint.
     """
 
     versions: Mapping[str, str]
@@ -35,6 +37,7 @@ class Facts:
     config: Mapping[str, Any]
     quantization: Mapping[str, Any]
     weights: str
+    code: str = ""
     adapters: Mapping[str, str] = field(default_factory=dict)
     held: Mapping[str, Any] = field(default_factory=dict)
     memory: int = 0
@@ -54,7 +57,7 @@ class Facts:
             {
                 "versions": versions(), "device": backend().name, "config": asdict(checkpoint.config.text),
                 "quantization": checkpoint.config.quantization, "weights": fingerprint(checkpoint),
-                "adapters": prints, "held": held or {}, "memory": usable_bytes(limit),
+                "code": code_fingerprint(), "adapters": prints, "held": held or {}, "memory": usable_bytes(limit),
                 "folder": str(checkpoint.folder),
             }
         )  # fmt: skip
@@ -63,7 +66,7 @@ class Facts:
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Of what `as_json` made, in whatever version: fields that are not there count as empty, others are left."""
         values = json.loads(json.dumps(values))  # tuples are lists, as they are behind the channel
-        empty = {"device": "", "weights": "", "folder": "", "memory": 0}
+        empty = {"device": "", "weights": "", "code": "", "folder": "", "memory": 0}
         return cls(**{name: values.get(name, empty.get(name, {})) for name in (each.name for each in fields(cls))})
 
     def as_json(self) -> dict[str, Any]:
@@ -85,7 +88,7 @@ def agree(facts: Sequence[Facts], hosts: Sequence[str]) -> Agreed:
     """
     first = facts[0]
     for rank, other in enumerate(facts):
-        for compared in ("versions", "device", "config", "quantization", "weights", "adapters", "held"):
+        for compared in ("versions", "code", "device", "config", "quantization", "weights", "adapters", "held"):
             if getattr(first, compared) != getattr(other, compared):
                 what, own, its = _difference(compared, getattr(first, compared), getattr(other, compared))
                 raise InputError(
@@ -102,7 +105,7 @@ def _difference(name: str, own: Any, its: Any) -> tuple[str, str, str]:
     if isinstance(own, dict) and isinstance(its, dict):
         key = next(key for key in (own | its) if own.get(key, _ABSENT) != its.get(key, _ABSENT))
         return _difference(f"{name} {key}", own.get(key, _ABSENT), its.get(key, _ABSENT))
-    if name.startswith(("weights", "adapters")):  # fingerprints: their beginnings tell them apart
+    if name.startswith(("weights", "code", "adapters")):  # fingerprints: their beginnings tell them apart
         own, its = (value if value is _ABSENT else value[:12] for value in (own, its))
     return name.removeprefix("held "), _shown(own), _shown(its)
 
@@ -117,7 +120,12 @@ def _shown(value: Any) -> str:
 def _remedy(compared: str, what: str, first: Facts, other: Facts, host: str) -> str:
     if compared == "versions":
         package = what.removeprefix("versions ")
-        return f"On {host}: pip install {package}=={first.versions.get(package, '')}"
+        own = first.versions.get(package, "")
+        if package == "mlx-qwen35":
+            return f"Install {own} on {host}, from where it was installed here"
+        return f"On {host}: pip install {package}=={own}"
+    if compared == "code":
+        return f"Both say the same version, and are of different commits: install on {host} what is installed here"
     if compared == "device":
         return "MLX must be installed for the same kind of processor on all machines"
     if compared == "adapters":

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
+from mlx_qwen35.machine.terminal import sane_terminal
 from mlx_qwen35.values import shown
 
 FAILED = 1  # exit status of every rank after a fault
@@ -77,7 +78,8 @@ class Heartbeat:
     """The beats of one rank. Rank 0 has every other rank as a peer, the others have rank 0.
 
     end: ends the process with a status; os._exit, since the main thread may wait in a collective for ever. say: gets
-    the one line. signals: of `sigterm_as_bytes`.
+    the one line. signals: of `sigterm_as_bytes`. unseen: whether nobody sees what other ranks write, so that rank 0
+    tells what they have told too.
     """
 
     def __init__(
@@ -88,7 +90,9 @@ class Heartbeat:
         end: Callable[[int], object] = os._exit,
         say: Callable[[str], object] = tell,
         signals: socket.socket | None = None,
+        unseen: bool = False,
     ):
+        self._unseen = unseen
         self._rank, self._peers, self._pace, self._end, self._say = rank, dict(peers), pace, end, say
         self._signals, self._ends_at = signals, float("inf")
         self._over, self._lock = threading.Event(), threading.Lock()
@@ -183,17 +187,17 @@ class Heartbeat:
         for line in filter(None, lines):
             try:
                 words = json.loads(line)
-                status, reason = int(words["status"]), str(words["reason"])
-            except (ValueError, KeyError, TypeError):
+                status, reason, told = int(words["status"]), str(words["reason"]), str(words.get("told", ""))
+            except (ValueError, KeyError, TypeError, AttributeError):
                 return self._fault(f"{self._named(rank)} sent what are no words: {shown(line)}")
-            self._obey(rank, status, reason)
+            self._obey(rank, status, reason, told)
 
-    def _obey(self, rank: int, status: int, reason: str) -> None:
+    def _obey(self, rank: int, status: int, reason: str, told: str) -> None:
         """Last words of a peer. A reason is for rank 0 to tell; without one it was told, or there is nothing to."""
         if reason:
             self._fault(f"{self._named(rank)} failed: {reason}")
         else:
-            self._settle(FAILED if status else 0, ends=True)
+            self._settle(FAILED if status else 0, ends=True, line=told if self._unseen else "")
 
     def _fault(self, line: str) -> None:
         """Something broke: rank 0 tells it, rank 1 where that is lost. Ends every process."""
@@ -209,9 +213,11 @@ class Heartbeat:
                 return
             self._status, self._ends = status, ends
             self._over.set()
+            if ends:
+                sane_terminal()
             if line:
                 self._say(line)
-            words = {"status": status, "reason": " ".join(reason.split())[:_MOST_REASON]}
+            words = {"status": status, "reason": " ".join(reason.split())[:_MOST_REASON], "told": line}
             self._send(json.dumps(words).encode() + b"\n")
             for peer in self._peers.values():
                 with suppress(OSError):

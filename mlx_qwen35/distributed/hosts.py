@@ -61,7 +61,7 @@ def check_hosts(name: str, value: Any) -> tuple[str, ...]:
     hosts = [host_of(word) for word in found]
     for host, word in zip(hosts, found, strict=True):
         own = host.name
-        if not own or own.startswith("-") or not own.isprintable() or " " in own:
+        if not own or own.startswith("-") or own.endswith("@") or not own.isprintable() or " " in own:
             raise InputError(
                 "option_invalid", f"{name} must be names that ssh knows, as mini.local or me@mini.local; got {word!r}"
             )
@@ -171,7 +171,7 @@ def _ssh(host: Host, options: Sequence[str], script: str) -> str:
         said = (ran.stderr.strip() or ran.stdout.strip() or f"ssh ended with {ran.returncode}").splitlines()[-1]
         raise unreachable(
             host,
-            f"{said.strip(' .')}. It must be reached without a password or a question; see whether this works: "
+            f"{said.strip(' .')}; it must be reached without a password or a question; see whether this works: "
             f"ssh {host.name}",
         )
     return ran.stdout

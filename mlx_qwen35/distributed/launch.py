@@ -63,9 +63,21 @@ class Launch:
         return subprocess.Popen(
             [*_launcher(), *options, "--", "/bin/sh", "-c", f"case $MLX_RANK in {cases}esac"],
             stdin=subprocess.PIPE, stdout=self._said, stderr=self._said,
-            env=os.environ | {"TMPDIR": str(self._folder)},  # mlx.launch leaves files behind for each rank
+            env=os.environ | {
+                "TMPDIR": str(self._folder),  # mlx.launch leaves files behind for each rank
+                "PATH": f"{self._without_input('ssh')}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+            },
             start_new_session=True,  # Ctrl-C and the terminal are this process's
         )  # fmt: skip
+
+    def _without_input(self, program: str) -> Path:
+        """A folder with a program that reads nothing, for the reason of `handover.close_input`."""
+        folder = self._folder / "bin"
+        folder.mkdir()
+        if found := shutil.which(program):
+            (folder / program).write_text(f'#!/bin/sh\nexec {shlex.quote(found)} "$@" </dev/null\n')
+            (folder / program).chmod(0o700)
+        return folder
 
     def _taken(self, listener: socket.socket) -> socket.socket:
         """The connection with rank 0's seat, whose place this process has then."""

@@ -2,6 +2,7 @@
 
 import bisect
 import gc
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,17 +11,17 @@ from typing import Any, NoReturn
 
 import mlx.core as mx
 
-from mlx_qwen35.budget.chunk import suitable_chunk
 from mlx_qwen35.budget.plan import Machine, this_machine
 from mlx_qwen35.budget.splitting import AUTO, PIPELINE, TENSOR, split_model, split_of
 from mlx_qwen35.cache.kv_format import KVFormat
 from mlx_qwen35.checkpoint.adapter_choice import Chosen
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint
+from mlx_qwen35.checkpoint.config import FULL
 from mlx_qwen35.checkpoint.dtypes import dtype_name
 from mlx_qwen35.distributed.channel import Order
 from mlx_qwen35.distributed.handshake import Facts, agree
 from mlx_qwen35.distributed.model import Holding, pipeline_model, tensor_model
-from mlx_qwen35.distributed.opening import NEEDS, described, facts_of, room, share_of, weight_bytes
+from mlx_qwen35.distributed.opening import NEEDS, described, facts_of, room, weight_bytes
 from mlx_qwen35.distributed.options import RankOptions
 from mlx_qwen35.distributed.orders import Orders
 from mlx_qwen35.distributed.ranks import Ranks, join, ranks
@@ -130,18 +131,16 @@ class Spreading:
         kv: KVFormat, adapters: Chosen,
     ) -> Model:  # fmt: skip
         global _loaded
-        text, size = checkpoint.config.text, self.ranks.group.size
+        text = checkpoint.config.text
         kind = split_of(self.ranks.place.backend) if self.split == AUTO else self.split
         machines = self._machines(this_machine(text, dtype, limits[0], kv), limits)
-        ranges = split_model(kind, checkpoint, machines, name, adapters=adapters.listed).layers
-        layers = ranges if kind == PIPELINE else [None] * size
-        shares = [share_of(checkpoint, own, rank, size) for rank, own in enumerate(layers)]
+        shares = split_model(kind, checkpoint, machines, name, adapters=adapters.listed).shares(text)
         others = [Holding(own.of_config(text), limit) for own, limit in zip(shares[1:], limits[1:], strict=True)]
         make = {PIPELINE: pipeline_model, TENSOR: tensor_model}[kind]
         orders = Orders(self.ranks.leader, self.ranks.leader.fail)
         self._give("load", {
             "name": name, "dtype": dtype_name(dtype),
-            "layers": [[own.start, own.stop] for own in ranges] if kind == PIPELINE else None,
+            "layers": [[own.layers.start, own.layers.stop] for own in shares] if kind == PIPELINE else None,
         })  # fmt: skip
         try:
             model = load_model(
@@ -151,7 +150,11 @@ class Spreading:
         except BaseException:
             self.ranks.leader.leave_answers()
             raise
-        weights = [weight_bytes(model), *(own["weights"] for own in self._answers())]
+        told = self._answers()
+        for host, one in zip(self.ranks.hosts[1:], told, strict=True):
+            for warned in one["warned"]:  # tensors of its part that float16 cannot hold, say
+                warnings.warn(f"{host}: {warned}", RuntimeWarning, stacklevel=2)
+        weights = [weight_bytes(model), *(own["weights"] for own in told)]
         self._keep_to_least_room(model, limits[0])
         model.fingerprint = no_session
         model.spread = Spread(kind, tuple(self.ranks.hosts), tuple(weights))
@@ -164,9 +167,11 @@ class Spreading:
         return [replace(own, name=name, limit=limit) for name, limit in zip(names, limits, strict=True)]
 
     def _keep_to_least_room(self, model: Model, limit: int) -> None:
-        """Lower rank 0's limit until what it has room for fits on every rank."""
+        """Lower rank 0's limit until what it has room for fits on every rank. Where none of its layers keeps tokens, so
+        that its memory tells nothing of them, their number is bounded instead.
+        """
         window = model.config.max_position_embeddings
-        chunk = suitable_chunk(model.held, model.dtype, limit, window, model.kv)
+        chunk = model.chunk(window)
         told = [own["tokens"] for own in self._asked("room", {"chunk": chunk})]
         least = [min(rows * window, *own) for (rows, _), *own in zip(NEEDS, *told, strict=True)]
 
@@ -174,7 +179,10 @@ class Spreading:
             return any(own > most for own, most in zip(room(model, chunk, limit), least, strict=True))
 
         capped = [min(own, rows * window) for own, (rows, _) in zip(room(model, chunk, limit), NEEDS, strict=True)]
-        if any(own > most for own, most in zip(capped, least, strict=True)):
+        short = [most for own, most in zip(capped, least, strict=True) if own > most]
+        if short and FULL not in model.held.layer_types:
+            model.room = min(short)
+        elif short:
             model.memory_limit = max(1, bisect.bisect_left(range(limit), True, key=too_much) - 1)
 
     # --- orders ---

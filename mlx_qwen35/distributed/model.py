@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -38,7 +38,7 @@ class Holding:
 class LeadingModel(Model):
     """A model whose other parts are on other ranks, which obey its orders. Made by `tensor_model`, `pipeline_model`.
 
-    `config` is the whole model's, `held` that of what is here, with the whole vocabulary.
+    `config` is the whole model's, `held` that of what is here.
     """
 
     def __init__(
@@ -46,14 +46,19 @@ class LeadingModel(Model):
         split: Callable[[Model], Split], others: Sequence[Holding],
     ):  # fmt: skip
         super().__init__(held, weights, memory_limit, kv)
-        self.config, self.held = config, replace(held, vocab_size=config.vocab_size)
-        self.orders, self.split = orders, split(self)
-        self._library = library_limit([Holding(self.held, memory_limit), *others], self.dtype, kv)
+        self.config, self.orders, self.split = config, orders, split(self)
+        self._library = library_limit([Holding(held, memory_limit), *others], self.dtype, kv)
 
     def make_cache(self, batch: int = 1, adapter: str | None = None) -> Cache:
         whole("batch", batch, 1)
         adapters = (self.adapters.named(adapter),) * batch
         return MirroredCache(self.orders, self.held, self.dtype, self.kv, adapters)
+
+    def chunk(self, context: int) -> int:
+        """The shortest chunk that a rank chooses: each has its own chip, and memory of its own."""
+        with self.orders.together():
+            told = self.orders.ask("chunk", context=context)
+            return min(super().chunk(context), *(own["chunk"] for own in told))
 
     def make_library(self, memory: float | None = None) -> PrefixLibrary:
         """As `Model.make_library`. memory: of what is here; None: as much that no rank's part of it takes more than

@@ -54,9 +54,9 @@ def join(hosts: Sequence[str] | None = None) -> Ranks:
     """
     global _joined
     with _LOCK:
-        if _joined:
-            return _joined
         place, launch = this_place(), None
+        if _joined and not (hosts and place and _joined.launch is None):
+            return _joined
         if hosts and place:
             raise InputError(
                 "option_conflict",
@@ -75,7 +75,7 @@ def join(hosts: Sequence[str] | None = None) -> Ranks:
         others = [host.name for host in launch.hosts[1:]] if launch else [f"rank {own}" for own in range(1, place.size)]
         try:
             with _meeting(place, others, launch.watch if launch else lambda: None) as group:
-                leader = lead(group, _address(place))
+                leader = lead(group, _address(place), others=others if launch else None)
         except BaseException:
             if launch:
                 launch.close()

@@ -23,7 +23,7 @@ def obey(group: Group, follower: Follower) -> None:
     """Obey rank 0 until it has ended. What it can mend in what it asked for is answered; anything else is raised."""
     rank = _Rank(group)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # rank 0 warns
+        warnings.simplefilter("ignore")  # rank 0 warns, of what was loaded here too
         while order := follower.take():
             try:
                 answer = rank.obey(order)
@@ -69,17 +69,19 @@ class _Rank:
         layers = range(*told["layers"][rank]) if told["layers"] else None
         share = share_of(checkpoint, layers, rank, self._group.size)
         kv = LoadOptions(kv_bits=self._told["kv_bits"], kv_rotate=self._told["kv_rotate"])
-        model = load_model(
-            checkpoint, DTYPES[told["dtype"]], told["name"], kv=kv.kv_format(checkpoint.config.text.head_dim),
-            adapters=opened.adapters, share=share,
-        )  # fmt: skip
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            model = load_model(
+                checkpoint, DTYPES[told["dtype"]], told["name"], kv=kv.kv_format(checkpoint.config.text.head_dim),
+                adapters=opened.adapters, share=share,
+            )  # fmt: skip
         nbytes = weight_bytes(model)  # before the split puts its sums into the layers
         if layers:
             split: Split = PipelineSplit(model, self._group)
         else:
             split = TensorSplit(model, self._group, checkpoint.config.text.vocab_size)
         self._obeying = ObeyingRank(model, split, layers.start if layers else 0)
-        return {"weights": nbytes}
+        return {"weights": nbytes, "warned": [str(one.message) for one in warned]}
 
     def _room(self, told: Mapping[str, Any]) -> Answer:
         assert self._obeying, "a model was loaded"

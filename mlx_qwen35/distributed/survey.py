@@ -108,7 +108,13 @@ class Surveyed:
 
     @property
     def link(self) -> Link:
+        """As it is at the median."""
         return Link(self.round_trip.median, self.all_sum.median, min(self.bandwidth))
+
+    @property
+    def late_link(self) -> Link:
+        """As it is at the 95th percentile."""
+        return Link(self.round_trip.late, self.all_sum.late, min(self.bandwidth))
 
 
 # --- every rank ------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from mlx_qwen35.budget.chunk import suitable_chunk
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.checkpoint.config import TextConfig
 from mlx_qwen35.checkpoint.names import is_zero_centred
@@ -98,7 +97,7 @@ def measure(
         tick()
         cache = model.make_cache()
         begin = time.perf_counter()
-        step = suitable_chunk(model.config, model.dtype, model.memory_limit, length, model.kv)
+        step = model.chunk(length)
         prefill(model, cache, PromptRow([i % model.config.vocab_size for i in range(length)]), step)
         prompt, elapsed = length, time.perf_counter() - begin
         if time.perf_counter() - start + 2 * elapsed > seconds:

@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import compress
@@ -52,7 +54,7 @@ OF_MODEL = ("probe", "revision", "kv_bits", "kv_rotate", "adapter", "adapter_sca
 def parser() -> Parser:
     parser = Parser(
         prog=COMMAND,
-        usage="%(prog)s [--model MODEL | --plan MODEL] [--pair HOST[,HOST]] [options]",
+        usage="%(prog)s [--model MODEL | --plan MODEL] [--pair HOST] [options]",
         description="Print the machine, the kernels that run on it, the dtype and chunk lengths that are chosen, and "
         "the speed: text to paste into an issue. Without --model, layers of the 4B with random weights in 4 bit are "
         "measured.",
@@ -191,12 +193,22 @@ def _read_text(file: Path | None) -> str:
 
 def show(report: Mapping[str, Facts]) -> None:
     """The verdict, then the whole report."""
-    print(*report["verdict"].values(), f"\n{COMMAND}, paste from here\n", sep="\n")
+    verdict = [_between_words(name, text) for name, text in report["verdict"].items()]
+    print(*verdict, f"\n{COMMAND}, paste from here\n", sep="\n")
     for title, section in report.items():
         print(f"{title}")
         for name, text in section.items():
-            print(f"  {name}: {text}")
+            print(_between_words(name, f"  {name}: {text}"))
         print()
+
+
+def _between_words(name: str, line: str) -> str:
+    """In a terminal, lines that end between words; whole where a command in it may be copied."""
+    if not sys.stdout.isatty() or name == "command" or name.startswith("reason"):
+        return line
+    indent = "    " if line.startswith(" ") else ""
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

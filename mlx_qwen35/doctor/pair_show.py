@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mlx_qwen35.budget.split_speed import rate_of
-from mlx_qwen35.budget.splitting import PIPELINE
+from mlx_qwen35.budget.splitting import PIPELINE, split_of
 from mlx_qwen35.console.table import size
 from mlx_qwen35.distributed.survey import Facts as Asked
 from mlx_qwen35.distributed.survey import Times
@@ -50,7 +50,9 @@ def advised_command(paired: Paired) -> str:
     way = paired.advised
     if paired.model is None or way is None:
         return ""
-    split = {} if way.name == ONE else {"with": ",".join(paired.words), "split": way.name}
+    split = {} if way.name == ONE else {"with": ",".join(paired.words)}
+    if way.name not in (ONE, split_of(paired.backend)):
+        split["split"] = way.name
     return command(paired.given, ("chat", "--model", paired.model), LOADING, **split)
 
 

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mlx_qwen35.budget.chunk import suitable_chunk
 from mlx_qwen35.budget.plan import Machine, kv_bytes, most_tokens, this_machine
 from mlx_qwen35.cache.kv_format import KVFormat
 from mlx_qwen35.checkpoint.config import TextConfig
@@ -57,9 +56,7 @@ def plan(
     """
     contexts = [before + len(prompt.tokens) for prompt, before in zip(prompts, cached, strict=True)]
     check_prompts(options, model.config, prompts, contexts)
-    chunk = options.get("prefill_step_size") or suitable_chunk(
-        model.held, model.dtype, model.memory_limit, max(contexts), model.kv
-    )
+    chunk = options.get("prefill_step_size") or model.chunk(max(contexts))
     drafts, room = _drafts_and_room(options, model, chunk, contexts, cached, _wanted(options, prompts))
     plans = fill_in(options, model.config, greedy, prompts, contexts, closing, room=room)
     return [replace(own, prefill_step_size=chunk, drafts=drafts) for own in plans]
@@ -182,8 +179,8 @@ def _drafts_and_room(
     mode, depth = draft_options(options)
     drafts = choose_drafts(model, mode, depth, rows, max(wanted))
     machine = this_machine(model.held, model.dtype, model.memory_limit, model.kv)
-    without = most_tokens(model.held, machine, chunk, cached)
-    room = most_tokens(model.held, machine, chunk, cached, drafts.depth, drafts.head_bytes)
+    without = min(model.room, most_tokens(model.held, machine, chunk, cached))
+    room = min(model.room, most_tokens(model.held, machine, chunk, cached, drafts.depth, drafts.head_bytes))
     needed = sum(contexts) + sum(wanted)
     if drafts.depth and not drafts.fixed and room < min(without, needed):
         drafts, room = DraftPolicy(0, reason="memory has no room for drafts beside this context", short=True), without

@@ -14,11 +14,12 @@ from mlx_qwen35.engine.room import encoding_bytes, rows_plan
 from mlx_qwen35.engine.sequence import Sequence as Request
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.evaluate.choosing import scores
-from mlx_qwen35.evaluate.task import Asked
+from mlx_qwen35.evaluate.task import TOO_LONG, Asked
 from mlx_qwen35.model.model import Model
 from mlx_qwen35.options import options_of, spelled
 from mlx_qwen35.prompt.processor import Processor
 
+NO_ROOM = "context_length_exceeded"  # the code of an error: the context has no room for a question
 OF_IMAGES = ("min_pixels", "max_pixels")
 THINKING = {"preset", "enable_thinking", "thinking_budget", "reasoning_effort"}
 # What a user's choice takes the place of among a task's own options.
@@ -86,7 +87,9 @@ class Asker:
         key, seed; prompt_tokens, and image_tokens where it shows something; tokens: of the answer, reasoning_tokens of
         them of the reasoning; finish_reason: see `Result`; cut_at_limit: whether the most tokens of an answer, or the
         context, ended it; answer: the text behind the reasoning. Of a question with choices finish_reason is "choice",
-        and there are logprobs, of each choice, and greedy, whether greedy decoding would write it.
+        and there are logprobs, of each choice, and greedy, whether greedy decoding would write it; prompt_tokens are
+        those of the choices too. A question that the context has no room for is not asked: it has the finish_reason
+        TOO_LONG.
 
         Raises InputError for a question that the model cannot be asked, and whatever ends a generation.
         """
@@ -96,9 +99,7 @@ class Asker:
         try:
             while waiting or running:
                 while waiting and len(running) < self.rows:
-                    with about(waiting.key):
-                        line = self._chosen(waiting) if waiting.asked.choices else None
-                        own = None if line else self._begun(waiting, [*running.values()])
+                    line, own = self._tried(waiting, [*running.values()])
                     if line:
                         yield line
                     elif own:
@@ -113,6 +114,22 @@ class Asker:
         finally:
             for own in running.values():
                 engine.cancel(own.request)
+
+    def _tried(
+        self, question: Question, others: Sequence["_Running"]
+    ) -> tuple[dict[str, Any] | None, "_Running | None"]:
+        """The line of a question that has no answer to wait for, or what is to run; see `_begun`."""
+        try:
+            with about(question.key):
+                if question.asked.choices:
+                    return self._chosen(question), None
+                return None, self._begun(question, others)
+        except InputError as error:
+            if error.code != NO_ROOM:
+                raise
+        counts = {"prompt_tokens": 0, "tokens": 0, "reasoning_tokens": 0}
+        told = {"finish_reason": TOO_LONG, "cut_at_limit": False, "answer": ""}
+        return {"key": question.key, "seed": question.seed, **counts, **told}, None
 
     def options(self, asked: Asked) -> dict[str, Any]:
         """The options of `generate` that a question is asked with, but for its seed."""
@@ -143,8 +160,9 @@ class Asker:
         found = scores(self.model, self.processor, asked.prompt, asked.choices, self.options(asked))
         sums = [own.sum for own in found]
         best = max(range(len(sums)), key=sums.__getitem__)
+        read = sum(map(len, {own.context for own in found})) + sum(len(own.tokens) for own in found)
         return {
-            "key": question.key, "seed": question.seed, "prompt_tokens": len(found[best].context), "tokens": 0,
+            "key": question.key, "seed": question.seed, "prompt_tokens": read, "tokens": 0,
             "finish_reason": "choice", "cut_at_limit": False, "answer": asked.choices[best], "logprobs": sums,
             "greedy": [own.is_greedy for own in found],
         }  # fmt: skip

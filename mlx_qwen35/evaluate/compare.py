@@ -7,22 +7,29 @@ from dataclasses import dataclass
 from mlx_qwen35.evaluate.items import Line
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean of independent values, and its standard error: sqrt(sum((x - mean)^2) / (n - 1) / n); None for one."""
-    n = len(values)
-    mean = math.fsum(values) / n
+def mean_and_error(values: Sequence[float], weights: Sequence[float] | None = None) -> tuple[float, float | None]:
+    """The mean of independent values, and its standard error: sqrt(sum((x - mean)^2) / (n - 1) / n); None for one.
+
+    weights: of the values, 1 each by default; one at least is above 0. The error is then that of a ratio of two sums,
+    sqrt(n / (n - 1) * sum((w * (x - mean))^2)) / sum(w), over the n values of a weight above 0.
+    """
+    weights = weights or [1.0] * len(values)
+    n, total = sum(weight > 0 for weight in weights), math.fsum(weights)
+    pairs = [*zip(weights, values, strict=True)]
+    mean = math.fsum(weight * value for weight, value in pairs) / total
     if n < 2:
         return mean, None
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
+    squares = math.fsum((weight * (value - mean)) ** 2 for weight, value in pairs)
+    return mean, math.sqrt(squares * n / (n - 1)) / total
 
 
 @dataclass(frozen=True)
 class Paired:
     """A model against another one, question by question.
 
-    difference: of the mean scores, positive where the model is better. standard_error: of the differences; None for
-    one question. better, worse: keys of the questions that the model answered better, or worse. changed: how many they
-    are.
+    difference: of the scores, the model's minus the other's. standard_error: of it, by the differences question by
+    question; None for one. better, worse: keys of the questions that the model answered better, or worse. changed: how
+    many they are.
     """
 
     n: int
@@ -33,13 +40,20 @@ class Paired:
     worse: tuple[str, ...]
 
 
-def paired(lines: Sequence[Line], others: Sequence[Line]) -> Paired:
-    """lines, others: of the same questions in the same order, with seeds that are the same."""
-    gaps = {}
+def weight(line: Line) -> float:
+    """Of a line's score in its task's: 1, but for tasks that weigh texts by their length."""
+    return float(line.get("weight", 1.0))
+
+
+def paired(lines: Sequence[Line], others: Sequence[Line], lower: bool = False) -> Paired:
+    """lines, others: of the same questions in the same order, with seeds that are the same. lower: is better."""
+    gaps, weights = {}, []
     for own, other in zip(lines, others, strict=True):
         assert (own["key"], own.get("seed")) == (other["key"], other.get("seed")), "the same questions"
-        gaps[own["key"]] = own["score"] - other["score"]
-    difference, error = mean_and_error([*gaps.values()])
-    better = tuple(key for key, gap in gaps.items() if gap > 0)
-    worse = tuple(key for key, gap in gaps.items() if gap < 0)
+        weights.append(min(weight(own), weight(other)))
+        gaps[own["key"]] = (own["score"] - other["score"]) * (weights[-1] > 0)
+    difference, error = mean_and_error([*gaps.values()], weights)
+    above = tuple(key for key, gap in gaps.items() if gap > 0)
+    below = tuple(key for key, gap in gaps.items() if gap < 0)
+    better, worse = (below, above) if lower else (above, below)
     return Paired(len(gaps), difference, error, len(better) + len(worse), better, worse)

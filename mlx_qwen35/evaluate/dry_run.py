@@ -12,12 +12,16 @@ from mlx_qwen35.checkpoint.names import VISION
 from mlx_qwen35.checkpoint.shapes import mtp_shapes, text_shapes
 from mlx_qwen35.console.progress import duration
 from mlx_qwen35.console.table import align, size
+from mlx_qwen35.engine.prepared import Prepared
 from mlx_qwen35.engine.room import encoding_bytes
 from mlx_qwen35.evaluate.evaluation import Evaluation
+from mlx_qwen35.evaluate.harness import HarnessTask
+from mlx_qwen35.evaluate.items import Line
 from mlx_qwen35.evaluate.kl import KL, PIECE, Sequences
 from mlx_qwen35.evaluate.names import Wanted
 from mlx_qwen35.evaluate.run import chosen, keyed
 from mlx_qwen35.evaluate.subject import SAMPLE, Subject
+from mlx_qwen35.evaluate.task import Asked, Item, Task
 from mlx_qwen35.machine.chip import parse_chip, this_chip
 from mlx_qwen35.machine.memory import usable_bytes
 
@@ -31,8 +35,9 @@ TYPICAL = {"mmlu_pro": 3500, "gpqa_diamond": 12000, "ifeval": 2500, "mmmu_val": 
 class Outlook:
     """What a task would take on a model.
 
-    questions: of kl, sequences. prompt_tokens, tokens: of all questions and answers; guessed: whether `tokens` is a
-    guess of what answers have, and not the most that they may have. at_once: questions that memory has room for at a
+    questions: those that are left to ask; of kl, sequences. answered: those that the folder has. prompt_tokens, tokens:
+    of all questions that are left, and of their answers; guessed: whether `tokens` is a guess, by the answers that are
+    there or such as others saw, and not the most that they may have. at_once: questions that memory has room for at a
     time. chip: whose published figures seconds are computed from, one question at a time and without drafts; None
     where its peak is not known. memory: bytes, at most. limit: bytes that a model may take.
     """
@@ -40,6 +45,7 @@ class Outlook:
     task: str
     model: str
     questions: int
+    answered: int
     prompt_tokens: int
     tokens: int
     guessed: bool
@@ -53,24 +59,35 @@ class Outlook:
 def look_ahead(found: Evaluation) -> "Looked":
     """What an evaluation on this machine would take."""
     outlooks = []
+    asked = [own for own in found.wanted if own.task]
     for subject in filter(None, (found.subject, found.against)):
-        for wanted in found.wanted:
+        own = found.wanted if subject is found.subject else asked
+        begun = bool(found.options.out) and subject.folder.has_answers
+        if begun:  # by a run that can go on
+            subject.folder.begun(subject.identity(), found.versions_of(own))
+        for wanted in own:
+            lines = subject.folder.log(wanted.name).lines if begun else {}
             if wanted.task is not None:
-                outlooks.append(_of_task(subject, wanted))
-            elif found.read is not None and subject is found.subject:
-                outlooks.append(_of_kl(subject, found.read))
+                outlooks.append(_of_task(subject, wanted, lines))
+            elif found.read is not None:
+                outlooks.append(_of_kl(subject, found.read, lines))
     return Looked(outlooks)
 
 
-def _of_task(subject: Subject, wanted: Wanted) -> Outlook:
+def _of_task(subject: Subject, wanted: Wanted, lines: Mapping[str, Line]) -> Outlook:
+    """lines: of the answers that are there."""
     assert wanted.task is not None
     task, config = wanted.task, subject.checkpoint.config
-    items = chosen(keyed(task), wanted.items)
-    some = {item.key: task.ask(item) for item in chosen(items, SAMPLE)}
-    asked, made = [*some.values()], [subject.prepared(key, own) for key, own in some.items()]
-    prompts = [len(own.prompt.tokens) for own in made]
-    most = max(0 if own.choices else one.plans[0].limit for own, one in zip(asked, made, strict=True))
+    every = chosen(keyed(task), wanted.items)
+    answered = task.answered(lines) if isinstance(task, HarnessTask) else {*lines}
+    items = [item for item in every if item.key not in answered]
+    fitting = _fitting(subject, task, items) or _fitting(subject, task, every)  # there are some: `settings` saw them
+    made = [one for _, one in fitting]
+    prompts = [len(one.prompt.tokens) + _read(subject, own) for own, one in fitting]
+    most = max(0 if own.choices else one.plans[0].limit for own, one in fitting)
     typical = TYPICAL.get(task.name) if made[0].prompt.thinking else None
+    if lines:
+        typical = math.ceil(sum(line["tokens"] for line in lines.values()) / len(lines))
     answer = min(typical or most, most)
     plan = _plan(subject, round(sum(prompts) / len(prompts)) + answer // 2)
     rows = _rows(subject, plan)
@@ -82,13 +99,26 @@ def _of_task(subject: Subject, wanted: Wanted) -> Outlook:
     seconds = tokens / decode_speed(token_bytes(subject.checkpoint, plan), chip)
     seconds += read / (prefill_speed(config.text, max(prompts), chip) or math.inf)
     return Outlook(
-        task.name, subject.name, len(items), read, tokens, typical is not None, at_once, chip.name, seconds,
-        rows.nbytes([needs] * at_once), rows.machine.limit,
+        task.name, subject.name, len(items), len(every) - len(items), read, tokens, typical is not None, at_once,
+        chip.name, seconds, rows.nbytes([needs] * at_once), rows.machine.limit,
     )  # fmt: skip
 
 
-def _of_kl(subject: Subject, read: Sequences) -> Outlook:
+def _fitting(subject: Subject, task: Task, items: Sequence[Item]) -> list[tuple[Asked, Prepared]]:
+    """Some of the questions, as they are asked, without those that the context has no room for."""
+    asked = {item.key: task.ask(item) for item in chosen(items, SAMPLE)}
+    return [(own, made) for key, own in asked.items() if (made := subject.fitting(key, own))]
+
+
+def _read(subject: Subject, asked: Asked) -> int:
+    """Tokens of choices, which are read behind the prompt."""
+    return sum(len(subject.processor.tokenizer.encode(text, add_special_tokens=False)) for text in asked.choices)
+
+
+def _of_kl(subject: Subject, read: Sequences, lines: Mapping[str, Line]) -> Outlook:
     """Both models go through their layers, one in memory at a time, with a piece of the text."""
+    left = [tokens for key, tokens in zip(read.keys, read.tokens, strict=True) if key not in lines]
+    count, done = sum(map(len, left)), len(read.tokens) - len(left)
     config, bytes_each = subject.checkpoint.config.text, subject.dtype.size
     layers = [0] * config.num_hidden_layers
     for name, shape in text_shapes(config).items():
@@ -98,10 +128,10 @@ def _of_kl(subject: Subject, read: Sequences) -> Outlook:
     plan = _plan(subject, max(map(len, read.tokens)))
     chip = plan.machine.chip or ELSEWHERE
     speed = prefill_speed(config, plan.context, chip)
-    seconds = 2 * read.count / speed if speed else None
+    seconds = 2 * count / speed if speed else None
     return Outlook(
-        KL, subject.name, len(read.tokens), read.count, 0, False, 1, chip.name, seconds, memory, plan.machine.limit
-    )  # fmt: skip
+        KL, subject.name, len(left), done, count, 0, False, 1, chip.name, seconds, memory, plan.machine.limit
+    )
 
 
 def _plan(subject: Subject, context: int) -> MemoryPlan:
@@ -135,17 +165,23 @@ class Looked:
 
     def described(self) -> str:
         """The table, and what its figures rest on."""
-        rows: list[Sequence[str]] = [("task", "model", "questions", "read", "written", "at once", "time", "memory")]
+        begun = any(own.answered for own in self.outlooks)
+        head = ("task", "model", *(["answered", "left"] if begun else ["questions"]))
+        rows: list[Sequence[str]] = [(*head, "read", "written", "at once", "time", "memory")]
         for own in self.outlooks:
+            counts = [f"{own.answered:,}"] * begun + [f"{own.questions:,}"]
             written = f"{'about' if own.guessed else 'at most'} {own.tokens:,}" if own.tokens else "0"
             time = "unknown" if own.seconds is None else duration(own.seconds)
             rows.append((
-                own.task, own.model, f"{own.questions:,}", f"{own.prompt_tokens:,}", written, f"{own.at_once:,}", time,
+                own.task, own.model, *counts, f"{own.prompt_tokens:,}", written, f"{own.at_once:,}", time,
                 size(own.memory),
             ))  # fmt: skip
-        lines = [*align(rows, (0, 1)), "", "read, written: tokens of all questions and of all answers"]
-        if any(own.guessed for own in self.outlooks):
+        which = " that are left" * begun
+        lines = [*align(rows, (0, 1)), "", f"read, written: tokens of all questions{which} and of their answers"]
+        if any(own.guessed and not own.answered for own in self.outlooks):
             lines.append("about: by the tokens that such answers were seen to have, which nobody measured here")
+        if any(own.guessed and own.answered and own.tokens for own in self.outlooks):
+            lines.append("about, where some are answered: by the mean of their tokens")
         own = self.outlooks[0]
         here = "" if this_chip() else " (this machine's are not known)"
         lines.append(

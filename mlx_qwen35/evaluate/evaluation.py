@@ -15,6 +15,7 @@ from mlx_qwen35.evaluate.compare import paired
 from mlx_qwen35.evaluate.harness import HarnessTask
 from mlx_qwen35.evaluate.items import Line, RunFolder
 from mlx_qwen35.evaluate.kl import KL, Sequences, check_tokenizers, figures, measure, sequences
+from mlx_qwen35.evaluate.labels import labels
 from mlx_qwen35.evaluate.names import Wanted, find
 from mlx_qwen35.evaluate.options import OF_ANSWERS, EvalOptions
 from mlx_qwen35.evaluate.report import write_report
@@ -52,9 +53,10 @@ def evaluate(
             max_tokens, enable_thinking, thinking_budget, loop_guard, mtp, mtp_depth and the options of sampling.
 
     Returns what `out`/summary.json holds. "tasks": name -> n, score (0 to 1), standard_error, cut_at_limit (answers
-    that the most tokens ended), tokens, seconds, versions, settings, published (a figure and its source, or None); of
-    kl "kl" in nats and "top1" as a share, with "kl_error" and "top1_error". With against: "against", the same of the
-    other model, and "paired", the difference question by question.
+    that the most tokens ended), too_long (questions that the context has no room for), tokens, seconds, versions,
+    settings, published (a figure and its source, or None); of kl "kl" in nats and "top1" as a share, with "kl_error"
+    and "top1_error". With against: "against", the same of the other model, and "paired", the difference question by
+    question. "loaded": what each model is called in the report, its weights, and how it was loaded.
 
     Raises InputError: whatever `load` and `generate` can be refused for; task_unknown, task_invalid, package_missing;
     target_refused, target_busy, disk_full where the folder cannot be written; resume_differs where it holds another
@@ -132,7 +134,7 @@ def _check_kl(options: EvalOptions, ranks: RankOptions) -> None:
         raise InputError(
             "ranks_unsupported",
             "kl must run on one machine: it reads one layer after the other, and needs no room for a whole model. "
-            "Leave it out, or the other machines",
+            f"Leave it out, or run it by itself, without {spelled('hosts')} and mlx.launch",
         )
     if options.against is None:
         raise InputError(
@@ -179,22 +181,31 @@ class Evaluation:
         with ExitStack() as stack:
             for own in filter(None, (self.subject, other)):
                 stack.enter_context(own.folder.held())
-                own.folder.claim(own.identity(), self._versions(asked if own is other else self.wanted))
+                own.folder.claim(own.identity(), self.versions_of(asked if own is other else self.wanted))
             entries, lines = self._asked(self.subject)
             theirs: Mapping[str, Sequence[Line]] = {}
             if other:
                 others, theirs = self._asked(other, asked)
                 for name, told in others.items():
-                    entries[name] |= {AGAINST: told, "paired": asdict(paired(lines[name], theirs[name]))}
+                    entries[name] |= {AGAINST: told, "paired": asdict(
+                        paired(lines[name], theirs[name], "unit" in told)
+                    )}
             summary: dict[str, Any] = {
-                "model": self.subject.name, "against": self.against and self.against.name, "machine": brand(),
-                "versions": versions(), "tasks": entries,
+                "model": self.subject.name, "against": self.against and self.against.name, "loaded": self._loaded(),
+                "machine": brand(), "versions": versions(), "tasks": entries,
             }  # fmt: skip
             if spread := self.subject.spread:
                 summary |= {"split": spread.split, "rank_weight_bytes": list(spread.weight_bytes)}
             self.subject.folder.write_summary(summary)
             write_report(self.subject.folder.folder, summary, lines, theirs)
         return summary
+
+    def _loaded(self) -> dict[str, Any]:
+        """What tells each model from others, and from the other: "name" is what a report calls it."""
+        own = {"model": self.subject, AGAINST: self.against}
+        told = [(one.name, one.loaded()) for one in own.values() if one]
+        found = [{"name": name, **loaded} for name, (_, loaded) in zip(labels(told), told, strict=True)]
+        return dict(zip(own, [*found, None], strict=False))
 
     def _asked(
         self, own: Subject, wanted: Sequence[Wanted] | None = None
@@ -214,7 +225,8 @@ class Evaluation:
         own.let_go()
         return entries, lines
 
-    def _versions(self, wanted: Iterable[Wanted]) -> dict[str, str]:
+    def versions_of(self, wanted: Iterable[Wanted]) -> dict[str, str]:
+        """What must be the same of each task for a run to go on."""
         return {own.name: own.task.version if own.task else self._kl_version for own in wanted}
 
     @property
@@ -235,5 +247,5 @@ class Evaluation:
         return {
             **found, "n": found["sequences"], "tokens": read.count, "seconds": seconds,
             "text": read.name, "versions": versions() | {"task": self._kl_version},
-            "settings": own.identity()["model"], "published": None,
+            "settings": own.loaded(), "published": None,
         }  # fmt: skip

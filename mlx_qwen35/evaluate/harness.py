@@ -5,34 +5,44 @@ were made for models that do not think. The published ones take their place, unl
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from mlx_qwen35.evaluate.harness_requests import Chat, asked, quiet
+from mlx_qwen35.errors import InputError
+from mlx_qwen35.evaluate.asking import NO_ROOM
+from mlx_qwen35.evaluate.harness_errors import check_metrics, name_documents, of_task, right_results
+from mlx_qwen35.evaluate.harness_requests import ROLLING, Chat, TooLong, asked, quiet
 from mlx_qwen35.evaluate.items import Line
 from mlx_qwen35.evaluate.published import Named, published_of
-from mlx_qwen35.evaluate.run import chosen, keyed
+from mlx_qwen35.evaluate.run import brief, chosen, keyed
 from mlx_qwen35.evaluate.subject import Subject
 from mlx_qwen35.evaluate.summary import Outcome, outcome
-from mlx_qwen35.evaluate.task import Asked, Item, Published
+from mlx_qwen35.evaluate.task import TOO_LONG, Asked, Item, Published
 
 EXAMPLES = 1234  # the seed with which lm-eval's command chooses them
 WHOLE = "bits_per_byte"  # what is told of whole texts
+Place = tuple[str, int]  # a document: the name of its task in lm-eval, and its number there
 
 
 class HarnessTask:
     """One task of lm-eval, or a group of them.
 
     tasks: lm-eval's, by name. version: changes with lm-eval, the tasks and, of a file, its text and data. named: says
-    which figure is the score; None: the first metric, behind the last filter.
+    which figure is the score; None: the first metric, behind the last filter. file: the user's own, if it is in one.
     """
 
-    def __init__(self, name: str, tasks: Mapping[str, Any], version: str, named: Named | None = None):
+    def __init__(
+        self, name: str, tasks: Mapping[str, Any], version: str, named: Named | None = None, file: Path | None = None
+    ):
         self.name, self.version, self._tasks, self._named = name, version, tasks, named
         self.published: Published | None = named.published if named else None
+        self._where = str(file or f"the task {name}")
+        for task in tasks.values():
+            name_documents(task, self._where)
 
     def items(self) -> Sequence[Item]:
         """A document is an item. key: its number, behind its task's name in a group."""
@@ -47,8 +57,16 @@ class HarnessTask:
             for number in range(len(task.eval_docs))
         ]
 
+    def answered(self, keys: Iterable[str]) -> set[str]:
+        """The items that lines of a log are of: their keys have a digest of the request behind the item's."""
+        return {key.rpartition("-")[0] for key in keys}
+
     def ask(self, item: Item) -> Asked:
         """The first thing that the model is asked about a document."""
+        requests = self._requests(item)
+        return asked([own for own in requests if own.args[0] == requests[0].args[0]])
+
+    def _requests(self, item: Item) -> list[Any]:
         name, number = item.data
         task = self._tasks[name]
         document, chat = task.eval_docs[number], {"apply_chat_template": True, "chat_template": Chat.of}
@@ -58,74 +76,123 @@ class HarnessTask:
             gen_prefix=task.doc_to_prefix(document), **chat,
         )  # fmt: skip
         made = task.construct_requests(doc=document, ctx=prompt, metadata=(name, number, 1), **chat)
-        requests = made if isinstance(made, list) else [made]
-        return asked([own for own in requests if own.args[0] == requests[0].args[0]])
+        return made if isinstance(made, list) else [made]
+
+    def expected(self, item: Item) -> str:
+        raise AssertionError("lm-eval knows it once it has judged: see run")
 
     def judge(self, item: Item, answer: str) -> float:
         raise AssertionError("lm-eval judges all answers together: see run")
 
+    def check(self) -> None:
+        """Make all that is expected, and judge a right answer to the first question: what would fail behind the last
+        question is told before the first. InputError task_invalid, with file and question.
+        """
+        for task in self._tasks.values():
+            check_metrics(task, self._where)
+        for item in self.items():
+            name, number = item.data
+            self._tasks[name].doc_to_target(self._tasks[name].eval_docs[number])
+        for name, task in self._tasks.items():
+            if callable(task.config.process_results):  # of any form, and not to be had with invented answers
+                continue
+            first = next(item for item in self.items() if item.data[0] == name)
+            with quiet():
+                found = task.process_results(task.eval_docs[0], right_results(task, self._requests(first)))
+            if task.OUTPUT_TYPE != ROLLING and self._metric(name) not in found:
+                raise InputError(
+                    "task_invalid",
+                    f"{self._where}: lm-eval must have the metric of the score for {task.OUTPUT_TYPE}; it has no "
+                    f"{self._metric(name)}",
+                )
+
     def run(self, subject: Subject, items: int | None = None) -> tuple[list[Line], Outcome]:
         """Ask a model. items: how many; None: all. Lines have lm-eval's judgement of their document as their score."""
-        from lm_eval.evaluator import evaluate
-
-        from mlx_qwen35.evaluate.harness_model import Harness
-
-        some = chosen(keyed(self), items)
-        numbers = {name: [item.data[1] for item in some if item.data[0] == name] for name in self._tasks}
-        tasks = {name: self._tasks[name] for name, own in numbers.items() if own}
-        for task in tasks.values():
-            task.set_fewshot_seed(EXAMPLES)
-        lm = Harness(subject, self.name, numbers, len(self._tasks) > 1)
-        with quiet():
-            found: Any = evaluate(
-                lm, {"tasks": tasks, "groups": {}}, samples={name: numbers[name] for name in tasks}, bootstrap_iters=0,
-                apply_chat_template=True, fewshot_as_multiturn=True,
-            )  # fmt: skip
-        scores = {name: self._scores(name, found["samples"][name]) for name in tasks}
+        places: list[Place] = [item.data for item in chosen(keyed(self), items)]
+        found, keys = self._evaluated(subject, places)
+        judged: dict[Place, dict[str, Any]] = {
+            (name, sample["doc_id"]): self._judged(name, sample)
+            for name, samples in found["samples"].items()
+            for sample in samples
+            if self._metric(name) == WHOLE or sample["filter"] == self._filter(samples)
+        }
+        metric, first = self._metric(places[0][0]), next(iter(found["results"]))
+        unit = metric if metric == WHOLE or found["higher_is_better"][first].get(metric) is False else None
+        left_out = {"score": 0.0} | ({"weight": 0.0} if unit else {})
+        more = {key: judged.get(place, left_out) for place in places for key in keys[place]}
         log = subject.folder.log(self.name)
-        judged = {key: scores[task][number] for (task, number), keys in lm.keys.items() for key in keys}
-        told = {line["key"]: line for line in log.arrange([*judged], judged)}
-        lines = [_merged([told[key] for key in keys]) for keys in lm.keys.values()]
+        told = {line["key"]: line for line in log.arrange([*more], more)}
+        lines = [_merged([told[key] for key in keys[place]]) for place in places]
         own = outcome(
             lines, log.seconds, self.version, subject.settings(self, items),
             published_of(self.published, subject.checkpoint.config.text),
         )  # fmt: skip
-        return self._told(lines, own, found)
+        return lines, self._told(own, found, unit)
 
-    def _figure(self, name: str, samples: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-        """Metric and filter of the score of a task."""
+    def _evaluated(self, subject: Subject, places: Sequence[Place]) -> tuple[Any, dict[Place, list[str]]]:
+        """What lm-eval finds of the documents that the context has room for; and the keys of all in the log."""
+        from lm_eval.evaluator import evaluate
+
+        from mlx_qwen35.evaluate.harness_model import Harness
+
+        keys: dict[Place, list[str]] = {}
+        left = list(places)
+        while left:
+            numbers = {name: [number for own, number in left if own == name] for name in self._tasks}
+            tasks = {name: self._tasks[name] for name, own in numbers.items() if own}
+            for task in tasks.values():
+                task.set_fewshot_seed(EXAMPLES)
+            lm = Harness(subject, self.name, numbers, len(self._tasks) > 1)
+            try:
+                with quiet(), of_task(self._where, lambda: lm.asking):  # noqa: B023 - it is called within the turn
+                    return evaluate(
+                        lm, {"tasks": tasks, "groups": {}}, samples={name: numbers[name] for name in tasks},
+                        bootstrap_iters=0, apply_chat_template=True, fewshot_as_multiturn=True,
+                    ), keys | lm.keys  # fmt: skip
+            except TooLong as found:  # what was answered stands in the log
+                keys |= lm.keys
+                left = [place for place in left if place not in found.places]
+        raise InputError(NO_ROOM, f"{self._where}: the model's context has room for none of the questions")
+
+    def _metric(self, name: str) -> str:
+        """Of the score of a task."""
         if self._named:
-            return self._named.metric, self._named.filter
-        metrics = [*self._tasks[name].aggregation()]
-        return WHOLE if WHOLE in metrics else metrics[0], samples[-1]["filter"]
+            return self._named.metric
+        task = self._tasks[name]
+        return WHOLE if task.OUTPUT_TYPE == ROLLING else str(next(iter(task.aggregation())))
 
-    def _scores(self, name: str, samples: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-        """Of each document, by number."""
-        metric, filtered = self._figure(name, samples)
+    def _filter(self, samples: Sequence[Mapping[str, Any]]) -> str:
+        return self._named.filter if self._named else str(samples[-1]["filter"])
+
+    def _judged(self, name: str, sample: Mapping[str, Any]) -> dict[str, Any]:
+        """What joins the line of a document: score, and weight of a whole text, its bytes, or what is expected."""
+        metric, target = self._metric(name), sample["target"]
+        if metric == WHOLE:
+            told = sample.get(WHOLE)
+            total, size = told or (sample["filtered_resps"][0], len(target.encode()))
+            return {"score": -total / size / math.log(2), "weight": size}
+        if isinstance(target, int) and len(sample["arguments"]) > target:  # the number of a choice
+            target = sample["arguments"][target][1]
+        right = brief([*map(str, target)] if isinstance(target, list) else str(target))
         mean_of = self._tasks[name].aggregation()[metric]
-        own = [sample for sample in samples if sample["filter"] == filtered]
-        return {sample["doc_id"]: float(mean_of([sample[metric]])) for sample in own}
+        return {"score": float(mean_of([sample[metric]])), "expected": right}
 
-    def _told(
-        self, lines: list[Line], own: Outcome, found: Mapping[str, Any]
-    ) -> tuple[list[Line], Outcome]:
-        """With lm-eval's own figures. Lines as a comparison needs them: more is better."""
-        metric, filtered = self._figure(next(iter(found["samples"])), next(iter(found["samples"].values())))
+    def _told(self, own: Outcome, found: Mapping[str, Any], unit: str | None) -> Outcome:
+        """With lm-eval's own figures, of the documents that were asked. unit: of a score of which less is better."""
+        first, samples = next(iter(found["samples"].items()))
         figures = {
             name: {key: value for key, value in told.items() if "," in key and isinstance(value, int | float)}
             for name, told in found["results"].items()
         }
-        more: dict[str, Any] = {"metric": f"{metric},{filtered}", "metrics": figures}
+        more: dict[str, Any] = {"metric": f"{self._metric(first)},{self._filter(samples)}", "metrics": figures}
+        more |= {"unit": unit} if unit else {}
         score, error = own.score, own.standard_error
-        if len(figures) == 1 and not math.isclose(score, (whole := figures[next(iter(figures))][more["metric"]])):
-            score, error = whole, None  # no mean of its documents, so that their errors say nothing of it
-        if found["higher_is_better"][next(iter(figures))].get(metric) is False:
-            more["unit"] = metric
-            lines = [{**line, "score": -line["score"]} for line in lines]
+        if len(figures) == 1 and (whole := figures[first].get(more["metric"])) is not None:
+            whole *= 1 if unit else (own.n - own.too_long) / own.n
+            if not math.isclose(score, whole):
+                score, error = whole, None  # no mean of its documents, so that their errors say nothing of it
         packages = {name: version(name) for name in ("lm_eval", "datasets")}
-        return lines, replace(
-            own, score=score, standard_error=error, versions={**own.versions, **packages}, more=more
-        )
+        return replace(own, score=score, standard_error=error, versions={**own.versions, **packages}, more=more)
 
 
 def _merged(lines: Sequence[Line]) -> Line:
@@ -134,4 +201,5 @@ def _merged(lines: Sequence[Line]) -> Line:
         name: sum(line.get(name, 0) for line in lines)
         for name in ("tokens", "prompt_tokens", "image_tokens", "cut_at_limit")
     }
-    return {**lines[0], **counts, "cut_at_limit": bool(counts["cut_at_limit"])}
+    long = {"finish_reason": TOO_LONG} if any(line["finish_reason"] == TOO_LONG for line in lines) else {}
+    return {**lines[0], **counts, "cut_at_limit": bool(counts["cut_at_limit"]), **long}

@@ -12,8 +12,9 @@ from typing import Any, Protocol, Self
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.evaluate.items import Line
 from mlx_qwen35.evaluate.subject import Subject
-from mlx_qwen35.evaluate.task import Asked
+from mlx_qwen35.evaluate.task import TOO_LONG, Asked
 
+ROLLING = "loglikelihood_rolling"  # requests about whole texts
 IMAGE = "<image>"  # where lm-eval's prompts have an image
 END = "<|im_end|>"  # before a text that has nothing before it, unless the tokenizer names another end token
 
@@ -36,6 +37,14 @@ class Chat(str):
         return cls(json.dumps({"messages": list(messages), "go_on": not add_generation_prompt}))
 
 
+class TooLong(Exception):
+    """The context has no room for some documents. places: their tasks' names in lm-eval, and their numbers there."""
+
+    def __init__(self, places: set[tuple[str, int]]):
+        super().__init__(places)
+        self.places = places
+
+
 class Answers:
     """What lm-eval asks of a model, whose answers stand in the log of a run.
 
@@ -48,6 +57,7 @@ class Answers:
         self._subject, self._task, self._numbers, self._many = subject, task, numbers, many
         self._end = subject.processor.tokenizer.special_tokens.get("eos_token", END)
         self.keys: dict[tuple[str, int], list[str]] = {}  # (task, document) -> its questions
+        self.asking = False  # whether an error is none of lm-eval's
 
     def generate_until(self, requests: list[Request], disable_tqdm: bool = False) -> list[str]:
         """The text behind the reasoning, up to one of the strings `until`, which reasoning is not searched for."""
@@ -73,18 +83,24 @@ class Answers:
         return self._subject.name
 
     def _asked(self, sets: Sequence[Sequence[Request]]) -> list[Line]:
-        """The lines of sets of requests, those of a set about one prompt."""
+        """The lines of sets of requests, those of a set about one prompt. Raises TooLong once the others are asked."""
+        self.asking = True
+        places = [(task, self._numbers[task][document]) for task, document in (_place(own[0]) for own in sets)]
+        whole = {"answer": ""} if sets[0][0].request_type == ROLLING else {}  # its text is no answer
         questions: dict[str, Callable[[], Asked]] = {}
-        for own in sets:
-            task, document = _place(own[0])
-            number = self._numbers[task][document]
+        for own, (task, number) in zip(sets, places, strict=True):
             key = f"{f'{task}/' if self._many else ''}{number}-{_digest(own)}"
             while key in questions:  # the same request, to be answered several times
                 key += "+"
             questions[key] = lambda own=own: asked(own, self._end)  # type: ignore[misc]
             self.keys.setdefault((task, number), []).append(key)
         with redirect_stderr(stderr):
-            return self._subject.ask(self._task, questions, lambda key, answer: None)
+            lines = self._subject.ask(self._task, questions, lambda key, answer: {"score": None} | whole)
+        long = {place for place, line in zip(places, lines, strict=True) if line["finish_reason"] == TOO_LONG}
+        if long:
+            raise TooLong(long)
+        self.asking = False
+        return lines
 
 
 @contextmanager
@@ -97,7 +113,7 @@ def quiet() -> Iterator[None]:
 def asked(requests: Sequence[Request], end: str = END) -> Asked:
     """What the model is asked, for requests about one prompt. InputError task_invalid where it cannot be."""
     own = requests[0]
-    if own.request_type == "loglikelihood_rolling":
+    if own.request_type == ROLLING:
         return Asked(end, {"ignore_chat_template": True}, [own.args[0]])
     prompt, options = _prompt(own, end)
     if own.request_type == "loglikelihood":

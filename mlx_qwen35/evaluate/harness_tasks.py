@@ -18,8 +18,10 @@ import numpy as np
 from mlx_qwen35.checkpoint.hub import failures
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.evaluate.harness import HarnessTask
+from mlx_qwen35.evaluate.harness_errors import of_task
 from mlx_qwen35.evaluate.harness_requests import quiet
 from mlx_qwen35.evaluate.published import NAMED, Named
+from mlx_qwen35.options import spelled
 
 PACKAGE, INSTALL = "lm_eval", "pip install 'mlx-qwen35[eval]'"
 OF_FILE = re.compile(r"^(dataset_path|output_type|include|group|custom_dataset|class)\s*:", re.MULTILINE)
@@ -52,7 +54,7 @@ def find_task(name: str) -> HarnessTask:
     if Path(name).suffix:
         return _of_file(Path(name).expanduser())
     named = NAMED.get(name)
-    tasks = _loaded(name, _manager(named), named.task if named else name)
+    tasks = _loaded(name, _manager(named), named.task if named else name, f"the task {name}")
     told = "; ".join(f"{own} {task.VERSION}" for own, task in tasks.items())
     return HarnessTask(name, tasks, f"lm-eval {version(PACKAGE)}: {told}", named)
 
@@ -75,19 +77,30 @@ def _of_file(file: Path) -> HarnessTask:
         spec = load_yaml(file)
     except (OSError, ValueError, ImportError, AttributeError, yaml.YAMLError) as error:
         raise InputError("task_invalid", f"{file} must be a task of lm-eval: {error}") from error
-    data = _beside(file.parent, spec)
+    if "group" in spec or isinstance(spec.get("task"), list):
+        listed = [own.get("task", own) if isinstance(own, Mapping) else own for own in spec.get("task", ())]
+        raise InputError(
+            "task_invalid",
+            f"{file} must be one task; it is a group of lm-eval, which is not taken. Give its tasks or their files, "
+            f"with commas: {spelled('tasks', ','.join(map(str, listed)))}",
+        )
+    data = _beside(file, spec)
     written = json.dumps(load_yaml(file, resolve_func=False), sort_keys=True, default=str)  # with what it includes
     digest = hashlib.sha256(written.replace(str(file.parent.resolve()), "").encode())
     for path in [*data, *(sorted(file.parent.glob("*.py")) if "!function" in file.read_text() else ())]:
         digest.update(path.read_bytes())
-    name = str(spec.get("task" if isinstance(spec.get("task"), str) else "group", file.stem))
-    tasks = _loaded(name, TaskManager(include_defaults=False), spec if data else str(file))
-    return HarnessTask(name, tasks, f"lm-eval {version(PACKAGE)}: {digest.hexdigest()[:12]}")
+    name = str(spec.get("task", file.stem))
+    where = str(file) + (f", with {', '.join(path.name for path in data)}" if data else "")
+    with of_task(where):
+        tasks = _loaded(name, TaskManager(include_defaults=False), spec if data else str(file), where)
+        found = HarnessTask(name, tasks, f"lm-eval {version(PACKAGE)}: {digest.hexdigest()[:12]}", file=file)
+        found.check()
+    return found
 
 
-def _beside(folder: Path, spec: Mapping[str, Any]) -> list[Path]:
+def _beside(file: Path, spec: Mapping[str, Any]) -> list[Path]:
     """The local files of a task's data, whose paths become whole ones."""
-    own, found = spec.get("dataset_kwargs"), list[Path]()
+    folder, own, found = file.parent, spec.get("dataset_kwargs"), list[Path]()
 
     def whole(value: Any) -> Any:  # addresses and patterns stay as they are
         if isinstance(value, Mapping):
@@ -99,7 +112,7 @@ def _beside(folder: Path, spec: Mapping[str, Any]) -> list[Path]:
         if not (folder / value).is_file():
             if spec.get("dataset_path") not in LOCAL:
                 return value
-            raise InputError("task_invalid", f"data_files must be beside the task's file; there is no {folder / value}")
+            raise InputError("task_invalid", f"{file}: data_files must be beside it; there is no {folder / value}")
         found.append(folder / value)
         return str((folder / value).resolve())
 
@@ -145,8 +158,11 @@ def _answers() -> bool:
     return True
 
 
-def _loaded(name: str, manager: Any, spec: Any) -> dict[str, Any]:
-    """Tasks of lm-eval by name, with their data. The order of choices is drawn here, as by lm-eval's own command."""
+def _loaded(name: str, manager: Any, spec: Any, where: str) -> dict[str, Any]:
+    """Tasks of lm-eval by name, with their data. The order of choices is drawn here, as by lm-eval's own command.
+
+    where: the task or its file, for messages.
+    """
     if isinstance(spec, str) and not Path(spec).suffix and spec not in manager.task_index:
         near = difflib.get_close_matches(name, {*NAMED, *manager.all_tasks}, 3)
         raise InputError(
@@ -156,26 +172,34 @@ def _loaded(name: str, manager: Any, spec: Any) -> dict[str, Any]:
         )
     random.seed(SEED)
     np.random.seed(OTHER_SEED)
-    try:
-        with _hub(asked=isinstance(spec, str)) as answers:
-            tasks: dict[str, Any] = manager.load([spec])["tasks"]
-    except ImportError as error:
-        raise InputError(
-            "package_missing", f"the task {name} of lm-eval needs a package that is not installed ({error})", INSTALL
-        ) from error
-    except OSError as error:
-        why = f"could not be read: {error}" if answers else "are not on this machine, and the hub does not answer"
-        raise InputError(
-            "hub_failed",
-            f"the questions of {name} {why}",
-            "They are no part of this program: lm-eval has them from the hub, once, where the network is there and "
-            "HF_HUB_OFFLINE is not set; a closed data set needs consent to its terms on its page there, and `hf auth "
-            "login`",
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError("task_invalid", f"lm-eval cannot use the task {name}: {error}") from error
+    with of_task(where):
+        tasks = _opened(where, manager, spec)
     if unsafe := [own for own, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]:
         raise InputError(
             "task_invalid", f"{unsafe[0]} runs code that the model writes, which is not done here. Leave it out"
         )
     return tasks
+
+
+def _opened(where: str, manager: Any, spec: Any) -> dict[str, Any]:
+    from datasets.utils.logging import set_verbosity
+
+    set_verbosity(logging.CRITICAL)  # what it logs of an error is told by ours
+    try:
+        with _hub(asked=isinstance(spec, str)) as answers:
+            return dict(manager.load([spec])["tasks"])
+    except ImportError as error:
+        raise InputError(
+            "package_missing",
+            f"{where} of lm-eval needs a package that is not installed: {error.name or error}",
+            INSTALL,
+        ) from error
+    except OSError as error:
+        why = f"could not be read: {error}" if answers else "are not on this machine, and the hub does not answer"
+        raise InputError(
+            "hub_failed",
+            f"the questions of {where} {why}",
+            "They are no part of this program: lm-eval has them from the hub, once, where the network is there and "
+            "HF_HUB_OFFLINE is not set; a closed data set needs consent to its terms on its page there, and `hf auth "
+            "login`",
+        ) from error

@@ -54,7 +54,7 @@ Please strictly follow these guidelines to ensure accuracy and consistency in th
 
 @dataclass(frozen=True)
 class Question:
-    """A question about images. right: what is right, for people. judge: answer -> 0 to 1."""
+    """A question about images. right: what is right, text or texts, for people. judge: answer -> 0 to 1."""
 
     text: str
     pictures: Sequence[Picture]
@@ -91,6 +91,10 @@ class ImageTask:
         parts = [{"type": "image", "image": own.source()} for own in item.data.pictures]
         message = {"role": "user", "content": [*parts, {"type": "text", "text": item.data.text}]}
         return Asked([message], self._set.options)
+
+    def expected(self, item: Item) -> str | Sequence[str]:
+        right: str | Sequence[str] = item.data.right
+        return right
 
     def judge(self, item: Item, answer: str) -> float:
         return float(item.data.judge(answer))

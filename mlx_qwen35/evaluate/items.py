@@ -89,13 +89,13 @@ class ItemLog:
         self._lines.append(line)
         self.lines[line["key"]] = line
 
-    def arrange(self, keys: Sequence[str], scores: Mapping[str, float] | None = None) -> list[Line]:
+    def arrange(self, keys: Sequence[str], judged: Mapping[str, Line] | None = None) -> list[Line]:
         """The lines of these questions, in this order, which the file has from now on; others stand behind them.
 
-        scores: of questions that were judged since they were answered, by key.
+        judged: by key, what joins the lines of questions that were judged since they were answered.
         """
-        for key, score in (scores or {}).items():
-            self.lines[key] = {**self.lines[key], "score": score}
+        for key, more in (judged or {}).items():
+            self.lines[key] = {**self.lines[key], **more}
         wanted = dict.fromkeys(keys)
         ordered = [self.lines[key] for key in [*wanted, *(key for key in self.lines if key not in wanted)]]
         if ordered != self._lines.read:
@@ -137,9 +137,22 @@ class RunFolder:
 
         Raises InputError: resume_differs, which says what differs; run_invalid.
         """
+        path, own = self.folder / RUN, {**identity, "tasks": dict(tasks)}
+        found = self.begun(identity, tasks)
+        if found:
+            own["tasks"] = found["tasks"] | own["tasks"]
+        if own != found:
+            write_whole(path, json.dumps(own, indent=2, ensure_ascii=False) + "\n")
+
+    @property
+    def has_answers(self) -> bool:
+        return (self.folder / RUN).is_file() and any(self.folder.glob("*.jsonl"))
+
+    def begun(self, identity: Mapping[str, Any], tasks: Mapping[str, str]) -> dict[str, Any] | None:
+        """What the run was begun with that the folder holds, None where it has no answer yet. Errors: see `claim`."""
         self.check()
         path, own = self.folder / RUN, {**identity, "tasks": dict(tasks)}
-        if begun := path.is_file() and any(self.folder.glob("*.jsonl")):
+        if self.has_answers:
             try:
                 found = dict(json.loads(read_file(RUN, path)))
                 before = dict(found["tasks"])
@@ -156,9 +169,8 @@ class RunFolder:
                     f"{spelled('out')} goes on with the same run only; since the one in {self.folder} was begun, "
                     f"{'; '.join(differ)}. Give what it was begun with, or another folder",
                 )
-            own["tasks"] = before | own["tasks"]
-        if not begun or own != found:
-            write_whole(path, json.dumps(own, indent=2, ensure_ascii=False) + "\n")
+            return found
+        return None
 
     def log(self, task: str) -> ItemLog:
         return ItemLog(self.folder, task, self._seconds)

@@ -99,8 +99,12 @@ class LocalTask:
         messages = [_placed(message, self._folder) for message in line.get("messages", ())]
         return Asked(messages or line["question"], options, line.get("choices", ()))
 
+    def expected(self, item: Item) -> str | Sequence[str]:
+        right: str | Sequence[str] = item.data["answer"]
+        return right
+
     def judge(self, item: Item, answer: str) -> float:
-        right = item.data["answer"]
+        right = self.expected(item)
         return float(any(self._matches(answer, own) for own in ([right] if isinstance(right, str) else right)))
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qwen35.console import plot
-from mlx_qwen35.console.report import last
+from mlx_qwen35.evaluate.labels import names
 
 APART = 0.16  # of a row, between its middle and each of two models
 ROOM = 10  # percent that a label needs
@@ -27,15 +27,16 @@ def draw(path: Path, summary: Mapping[str, Any]) -> plot.Figure:
     if any(own["published"] for own in tasks.values()):
         note += " Published figures are self-reported."
     with plot.picture(path, claim(summary), note, 1.9 + 0.55 * len(tasks)) as (figure, (axes,)):
-        models = {summary["model"]: tasks}
+        series = [tasks]
         if others := {name: own["against"] for name, own in tasks.items() if "against" in own}:
-            models[summary["against"]] = others
-        for place, (model, entries) in enumerate(models.items()):
-            shift = APART * (2 * place - 1) if len(models) > 1 else 0.0
-            _model(axes, last(model), [*tasks], entries, shift, plot.COLOURS[place])
+            series.append(others)
+        for place, entries in enumerate(series):
+            shift = APART * (2 * place - 1) if len(series) > 1 else 0.0
+            _model(axes, names(summary)[place], [*tasks], entries, shift, plot.COLOURS[place])
         _published(axes, tasks)
         axes.set_title("\nscore, %", pad=12)
-        axes.set_yticks(range(len(tasks)), [f"{name}\n{own['n']:,} questions" for name, own in tasks.items()])
+        told = [f"{name}\n{own['n']:,} question{'s' * (own['n'] != 1)}" for name, own in tasks.items()]
+        axes.set_yticks(range(len(tasks)), told)
         axes.set(ylim=(len(tasks) - 0.5, -0.5), xlim=(0, 104))
         plot.round_ticks(axes.xaxis)
         plot.name_above(axes)
@@ -65,12 +66,12 @@ def _published(axes: plot.Axes, tasks: Mapping[str, Mapping[str, Any]]) -> None:
 def claim(summary: Mapping[str, Any]) -> str:
     """The title: the score of one task, or how far two models are apart."""
     tasks = drawable(summary)
-    model = last(summary["model"])
+    model, against = names(summary)
     gaps = [100 * own["paired"]["difference"] for own in tasks.values() if "paired" in own]
     if gaps:
         where = f" on {len(gaps)} tasks" if len(gaps) > 1 else ""
         ends = dict.fromkeys(f"{gap:+.1f}" for gap in (min(gaps), max(gaps)))
-        return f"{model}: {' to '.join(ends)} points against {last(summary['against'])}{where}"
+        return f"{model}: {' to '.join(ends)} points against {against}{where}"
     if len(tasks) == 1:
         (name, own), = tasks.items()
         return f"{model}: {100 * own['score']:.1f} % of {name}"

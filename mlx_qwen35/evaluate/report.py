@@ -7,18 +7,25 @@ from typing import Any
 
 from mlx_qwen35.checkpoint.folder import write_whole
 from mlx_qwen35.console.progress import duration
-from mlx_qwen35.console.report import last, quoted
+from mlx_qwen35.console.report import quoted
 from mlx_qwen35.console.table import markdown
 from mlx_qwen35.evaluate import plot
 from mlx_qwen35.evaluate.items import Line
-from mlx_qwen35.evaluate.summary import difference_text, percent, score_text, with_error
+from mlx_qwen35.evaluate.labels import names
+from mlx_qwen35.evaluate.summary import (
+    certain_text,
+    difference_text,
+    lower_text,
+    percent,
+    score_text,
+    too_long_text,
+    with_error,
+)
 
 REPORT, PICTURE = "report.md", "scores.png"
 CUT = 0.02  # share of answers that the most tokens ended, from which on a score is not the model's
 CHANGED = 20  # questions that are shown of those that two models answered otherwise
 SHOWN = 100  # characters of their answers
-
-CERTAIN = "An error of 0 is no certainty: of n answers that are all alike, up to 3 in n may be others elsewhere (95 %)."
 
 Entries = Mapping[str, Mapping[str, Any]]  # tasks of a summary, by name
 
@@ -52,18 +59,18 @@ def report(
     drawn: bool,
 ) -> str:
     """The report's text. name: of the folder. drawn: whether the picture is."""
-    tasks, against = scored(summary), summary["against"] and last(summary["against"])
+    tasks, (model, against) = scored(summary), names(summary)
     picture = f"![Scores]({PICTURE})" if drawn else ""
     if plot.drawable(summary) and not drawn:
         picture = "The picture of the scores needs matplotlib: `pip install 'mlx-qwen35[plot]'`."
     sections = [
-        f"# {name}: an evaluation of {last(summary['model'])}",
+        f"# {name}: an evaluation of {model}",
         f"Made with {_named(summary['versions'])}, on {summary['machine']}.",
         picture,
-        _scores(tasks, last(summary["model"]), against),
+        _scores(tasks, model, against),
         _distance({name: own for name, own in summary["tasks"].items() if "kl" in own}, against),
-        _paired(tasks, against, lines, others),
-        _settings(summary["tasks"]),
+        _paired(tasks, model, against, lines, others),
+        _settings(summary),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -75,26 +82,27 @@ def _named(versions: Mapping[str, str]) -> str:
 # --- sections --------------------------------------------------------------------------------------------------------
 
 
-def _scores(tasks: Entries, model: str, against: str | None) -> str:
+def _scores(tasks: Entries, model: str, against: str) -> str:
     if not tasks:
         return ""
     pictures = any(own["image_tokens"] for own in tasks.values())
-    header = ["task", *(["model"] if against else []), "questions", "score, %", "cut", "tokens read",
+    header = ["task", *(["model"] if against else []), "questions", "score", "cut", "tokens read",
               *(["of images"] if pictures else []), "written", "time", "published, %"]  # fmt: skip
     rows, remarks = [], []
     for name, own in tasks.items():
         for who, entry in [(model, own), (against, own.get("against"))]:
             if entry:
-                rows.append([name, *([str(who)] if against else []), *_row(entry, pictures)])
-                remarks += _cut(f"{name}, {who}" if against else name, entry)
+                rows.append([name, *([who] if against else []), *_row(entry, pictures)])
+                whose = f"{name}, {who}" if against else name
+                remarks += _cut(whose, entry) + [f"**{text}.**" for text in too_long_text(whose, entry)]
+        remarks += [f"{text}." for text in lower_text(name, own)]
     told = ["Scores are ± one standard error over the questions. Cut: answers that the most tokens ended."]
     if pictures:
         told.append(
             "Answers about images were judged by rules. Published scores of sets of images, whose answers a language "
             "model reads, are some points higher."
         )
-    if any(entry["standard_error"] == 0 for own in tasks.values() for entry in (own, own.get("against")) if entry):
-        told.append(CERTAIN)
+    told += certain_text(tasks.values())
     published = {name: own["published"] for name, own in tasks.items() if own["published"]}
     sources = [
         f"- {name}, {100 * own['score']:.1f} %: {own['source']}{'; ' if own['note'] else ''}{own['note']}"
@@ -123,7 +131,7 @@ def _cut(name: str, own: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _distance(tasks: Entries, against: str | None) -> str:
+def _distance(tasks: Entries, against: str) -> str:
     rows = [
         [with_error(own["kl"], own["kl_error"], ".5f"), percent(own["top1"], own["top1_error"], ".2f"),
          f"{own['positions']:,}", own["text"], duration(own["seconds"])]
@@ -136,7 +144,11 @@ def _distance(tasks: Entries, against: str | None) -> str:
 
 
 def _paired(
-    tasks: Entries, against: str | None, lines: Mapping[str, Sequence[Line]], others: Mapping[str, Sequence[Line]]
+    tasks: Entries,
+    model: str,
+    against: str,
+    lines: Mapping[str, Sequence[Line]],
+    others: Mapping[str, Sequence[Line]],
 ) -> str:
     pairs = {name: own["paired"] for name, own in tasks.items() if "paired" in own}
     if not pairs:
@@ -148,11 +160,10 @@ def _paired(
     ]  # fmt: skip
     parts = [
         f"## Against {against}",
-        "The same questions and seeds. The error is that of the differences, question by question.",
-        markdown(["task", "questions", "points", "better", "worse", "changed, %"], rows),
+        f"The same questions and seeds: the score of {model} minus that of {against}. The error is that of the "
+        "differences, question by question.",
+        markdown(["task", "questions", "difference", "better", "worse", "changed, %"], rows),
     ]
-    if not all(own["changed"] for own in pairs.values()):
-        parts.append(CERTAIN)
     for name, own in pairs.items():
         changed = [*own["worse"], *own["better"]]
         if changed:
@@ -162,23 +173,28 @@ def _paired(
     return "\n\n".join(parts)
 
 
-def _changed(keys: Sequence[str], lines: Sequence[Line], others: Sequence[Line], against: str | None) -> str:
+def _changed(keys: Sequence[str], lines: Sequence[Line], others: Sequence[Line], against: str) -> str:
     pairs = {own["key"]: (own, other) for own, other in zip(lines, others, strict=True)}
-    rows = [
-        [key, *(f"{line['score']:.2f}" for line in pairs[key]), *(_cell(line["answer"]) for line in pairs[key])]
-        for key in keys[:CHANGED]
-    ]
-    return markdown(["question", "score", f"of {against}", "answer", f"of {against}"], rows)
+    texts = any("expected" in line for line in lines)  # and not likelihoods of whole texts
+    rows = []
+    for key in keys[:CHANGED]:
+        said = [_cell(pairs[key][0].get("expected", "")), *(_cell(line["answer"]) for line in pairs[key])]
+        rows.append([key, *(f"{line['score']:.2f}" for line in pairs[key]), *(said if texts else [])])
+    header = ["question", "score", f"of {against}"]
+    return markdown([*header, *(["expected", "answer", f"of {against}"] if texts else [])], rows)
 
 
 def _cell(text: str) -> str:
     return quoted(text, SHOWN).replace("|", "\\|")
 
 
-def _settings(tasks: Entries) -> str:
-    told = [
-        f"- {name} ({own['versions']['task']}): "
-        + ", ".join(f"{setting} {value}" for setting, value in own["settings"].items())
-        for name, own in tasks.items()
-    ]
+def _settings(summary: Mapping[str, Any]) -> str:
+    loaded = [dict(own) for own in summary["loaded"].values() if own]
+    told = [f"- {own.pop('name')}: {_told(own)}" for own in loaded]
+    tasks: Entries = summary["tasks"]
+    told += [f"- {name} ({own['versions']['task']}): {_told(own['settings'])}" for name, own in tasks.items()]
     return "## Settings\n\n" + "\n".join(told)
+
+
+def _told(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())

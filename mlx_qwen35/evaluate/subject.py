@@ -17,11 +17,11 @@ from mlx_qwen35.distributed.options import RankOptions
 from mlx_qwen35.engine.prepared import Prepared, prepare
 from mlx_qwen35.engine.presets import PRESETS, Sampling
 from mlx_qwen35.errors import InputError
-from mlx_qwen35.evaluate.asking import THINKING, Asker, about, merged
+from mlx_qwen35.evaluate.asking import NO_ROOM, THINKING, Asker, about, merged
 from mlx_qwen35.evaluate.choosing import check_choices
 from mlx_qwen35.evaluate.items import Line, RunFolder
 from mlx_qwen35.evaluate.published import published_of
-from mlx_qwen35.evaluate.run import Judge, ask, chosen, keyed
+from mlx_qwen35.evaluate.run import Judge, ask, brief, chosen, keyed
 from mlx_qwen35.evaluate.summary import Outcome, outcome
 from mlx_qwen35.evaluate.task import Asked, Task
 from mlx_qwen35.load import LoadOptions, choose_dtype, has_vision, load_model
@@ -37,6 +37,7 @@ KEPT = (  # told as they are
     "preset", "thinking_budget", "reasoning_effort", "loop_guard", "stop", "system_prompt", "min_pixels", "max_pixels",
 )  # fmt: skip
 FREE = ("mtp", "mtp_depth")  # what may change when a run goes on: drafts change no answer
+USUAL = {"adapter_scale": 1.0, "kv_bits": "16"}  # of what tells how a model is loaded; of the others None
 SAMPLE = 32  # questions, evenly spread, that settings are told of
 
 
@@ -113,6 +114,15 @@ class Subject:
             "versions": versions(),
         }  # fmt: skip
 
+    def loaded(self) -> dict[str, Any]:
+        """Which weights these are, and how they are loaded where that is not the default; as JSON has it."""
+        given = self.load
+        told: dict[str, Any] = {"weights": fingerprint(self.checkpoint)[:16], "dtype": dtype_name(self.dtype)}
+        for name, own in self.adapters.adapters.items():  # one, if any
+            told |= {"adapter": name, "adapter_fingerprint": own.fingerprint[:16], "adapter_scale": given.adapter_scale}
+        told |= {"kv_bits": self.kv.name, "rope_scaling": given.rope_scaling, "revision": given.revision}
+        return {name: value for name, value in told.items() if value != USUAL.get(name)}
+
     def ask(self, task: str, questions: Mapping[str, Callable[[], Asked]], judge: Judge) -> list[Line]:
         """The lines of a task's questions, of which those are asked that the folder does not have; see `run.ask`."""
         return ask(
@@ -124,7 +134,9 @@ class Subject:
         """Ask a task's questions. items: how many; None: all."""
         some = {item.key: item for item in chosen(keyed(task), items)}
         asked = {key: lambda item=item: task.ask(item) for key, item in some.items()}
-        lines = self.ask(task.name, asked, lambda key, answer: float(task.judge(some[key], answer)))
+        lines = self.ask(task.name, asked, lambda key, answer: {
+            "score": float(task.judge(some[key], answer)), "expected": brief(task.expected(some[key])),
+        })  # fmt: skip
         seconds = self.folder.log(task.name).seconds
         published = published_of(task.published, self.checkpoint.config.text)
         return lines, outcome(lines, seconds, task.version, self.settings(task, items), published)
@@ -132,12 +144,18 @@ class Subject:
     def settings(self, task: Task, items: int | None = None) -> dict[str, Any]:
         """What questions are answered with, every default filled in; a list where it is not the same for all.
 
-        InputError for options that contradict each other, and for a question that cannot be asked.
+        InputError for options that contradict each other, for a question that cannot be asked, and where the context
+        has room for none.
         """
         asked = {item.key: task.ask(item) for item in chosen(chosen(keyed(task), items), SAMPLE)}
-        kinds = {repr([bool(own.choices), merged(own, self.given)]): key for key, own in asked.items()}
-        found = [self._settings(key, asked[key]) for key in kinds.values()]
-        told: dict[str, Any] = {}
+        kinds: dict[str, dict[str, Any]] = {}
+        for key, own in asked.items():
+            kind = repr([bool(own.choices), merged(own, self.given)])
+            if kind not in kinds and (made := self.fitting(key, own)):
+                kinds[kind] = self._settings(own, made)
+        if not kinds:
+            self.prepared(*next(iter(asked.items())))  # says how long it is
+        found, told = [*kinds.values()], dict[str, Any]()
         for name in dict.fromkeys(name for own in found for name in own):
             values = [own[name] for own in found if name in own]
             told[name] = values[0] if all(value == values[0] for value in values) else distinct(values)
@@ -147,8 +165,7 @@ class Subject:
         """How the model is split over machines; nothing for one."""
         return {} if runs_alone(self.ranks) else {"split": self.ranks.split}
 
-    def _settings(self, key: str, asked: Asked) -> dict[str, Any]:
-        own = self.prepared(key, asked)
+    def _settings(self, asked: Asked, own: Prepared) -> dict[str, Any]:
         if asked.choices:
             return {"likelihood": True, "enable_thinking": False}
         names = [name for name, declared in options_of(Sampling).items() if not declared.python_only]
@@ -157,6 +174,15 @@ class Subject:
         preset = PRESETS[own.options.get("preset", "thinking" if own.prompt.thinking else "instruct")]
         most = own.options.get("max_tokens", preset.max_tokens)  # where the context has room for them
         return {"enable_thinking": own.prompt.thinking, "max_tokens": most, **sampling, **kept}
+
+    def fitting(self, key: str, asked: Asked) -> Prepared | None:
+        """The same as `prepared`; None where the context has no room for the question."""
+        try:
+            return self.prepared(key, asked)
+        except InputError as error:
+            if error.code != NO_ROOM:
+                raise
+        return None
 
     def prepared(self, key: str, asked: Asked) -> Prepared:
         """A question as the engine gets it; no weights are read. InputError where it cannot be asked."""

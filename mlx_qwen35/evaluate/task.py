@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 Prompt = str | Sequence[Mapping[str, Any]]
+TOO_LONG = "too_long"  # the finish reason of a question that the context has no room for
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,10 @@ class Task(Protocol):
 
     def ask(self, item: Item) -> Asked:
         """What the model is asked. InputError for a question that cannot be, as one whose picture is missing."""
+        ...
+
+    def expected(self, item: Item) -> str | Sequence[str]:
+        """What is right, for people to read; of several texts each is."""
         ...
 
     def judge(self, item: Item, answer: str) -> float:

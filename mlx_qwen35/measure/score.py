@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_qwen35.budget.chunk import prefill_bytes, suitable_chunk
+from mlx_qwen35.budget.chunk import prefill_bytes
 from mlx_qwen35.budget.plan import SAMPLING_ARRAYS, most_tokens, this_machine
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.errors import InputError
@@ -174,12 +174,9 @@ def _chunk(model: Model, length: int, given: int | None) -> int:
             f"a text must have at most {window + 1} tokens to be scored, those of the context and one more; this one "
             f"has {length + 1}. Score it in windows",
         )
-    if given is not None:
-        chunk = min(whole("prefill_step_size", given, 1), length)
-    else:
-        chunk = suitable_chunk(model.held, model.dtype, model.memory_limit, length, model.kv)
+    chunk = model.chunk(length) if given is None else min(whole("prefill_step_size", given, 1), length)
     machine = this_machine(model.held, model.dtype, model.memory_limit, model.kv)
-    room = most_tokens(model.held, machine, chunk, [0])
+    room = min(model.room, most_tokens(model.held, machine, chunk, [0]))
     if length > room:
         raise InputError(
             "memory_exceeded",

@@ -1,5 +1,6 @@
 """The model: tokens and image embeddings -> layers -> norm -> logits."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_qwen35.budget.chunk import suitable_chunk
 from mlx_qwen35.cache.cache import Cache
 from mlx_qwen35.cache.kv_format import UNQUANTIZED, KVFormat
 from mlx_qwen35.cache.layer import ForwardContext
@@ -42,6 +44,9 @@ class Spread(NamedTuple):
     hosts: tuple[str, ...]  # their names
     weight_bytes: tuple[int, ...]  # of the text model's arrays on each
 
+    def __str__(self) -> str:
+        return f"{self.split} over {len(self.hosts)} machines"
+
 
 def _no_checkpoint() -> str:
     raise InputError("option_invalid", "a session needs a model that load() made, which knows its checkpoint")
@@ -67,7 +72,7 @@ class Model(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = weights.linear("lm_head")
         self.config = config
-        self.held = config  # of its layers and caches: of one of several machines, its own part of `config`
+        self.held = config  # of what is here, for caches and plans of memory: on one of several machines, its part
         self.rotary = Rotary(config.rope)
         self.dtype = weights.dtype  # of activations
         self.kv = kv
@@ -75,6 +80,7 @@ class Model(nn.Module):
         self.vision: LazyPart[VisionEncoder] | None = None
         self.mtp: LazyPart[MultiTokenPrediction] | None = None
         self.fingerprint: Callable[[], str] = _no_checkpoint  # set by load, see checkpoint/fingerprint.py
+        self.room = sys.maxsize  # tokens of all rows that other machines have room for, where memory here does not tell
         self.spread: Spread | None = None  # over several machines; None: all of it is here
 
     def make_cache(self, batch: int = 1, adapter: str | None = None) -> Cache:
@@ -84,6 +90,10 @@ class Model(nn.Module):
         """
         whole("batch", batch, 1)
         return Cache(self.held, self.dtype, batch, self.kv, (self.adapters.named(adapter),) * batch)
+
+    def chunk(self, context: int) -> int:
+        """Tokens of a chunk of a prefill up to this context, see `suitable_chunk`."""
+        return suitable_chunk(self.held, self.dtype, self.memory_limit, context, self.kv)
 
     def active(self, cache: Cache) -> ActiveAdapters | None:
         """The adapters of a pass over the rows of a cache; None: no row has one."""

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_qwen35.budget.chunk import suitable_chunk
 from mlx_qwen35.checkpoint.adapter import Adapter, Pair
 from mlx_qwen35.engine.drafts.speculate import DraftPolicy, choose_drafts
 from mlx_qwen35.engine.engine import Engine
@@ -129,7 +128,7 @@ def _answered(
     model: Model, processor: Processor, prompt: Prompt, adapter: str, drafts: DraftPolicy, most: int
 ) -> Request:
     sampler = Sampler(GREEDY, 0, len(prompt.tokens), processor.vocabulary)
-    chunk = suitable_chunk(model.config, model.dtype, model.memory_limit, len(prompt.tokens), model.kv)
+    chunk = model.chunk(len(prompt.tokens))
     request = Request(
         prompt, sampler, most, prefill_step_size=chunk, stop_ids=processor.stop_ids, drafts=drafts, adapter=adapter
     )

@@ -163,10 +163,21 @@ def test_each_part_of_a_tensor_split_is_planned_as_the_smaller_model_that_is_loa
     held = [plan_memory(Share.tensor(text, rank, 2).of(checkpoint), mac(16), 1024).weights for rank in (0, 1)]
     assert [plan.weights for plan in split.plans] == held
     assert split.plans[0].drafts > 0 == split.plans[1].drafts
-    assert split.plans[0].sampling == plan_memory(checkpoint, mac(16), 1024).sampling
+    assert {plan.sampling for plan in split.plans} == {plan_memory(checkpoint, mac(16), 1024).sampling}
+    whole, drafting = (plan_memory(checkpoint, mac(16), split.context, mtp=mtp).kv for mtp in (0, 1))
+    assert [plan.kv for plan in split.plans] == [drafting - whole // 2, whole // 2]  # all heads of the draft head's
     assert split.plans[0].state == split.plans[1].state == plan_memory(checkpoint, mac(16), 1024, mtp=1).state // 2
     longer = [replace(plan, kv=plan.kv + plan.kv // 8) for plan in split.plans]
     assert all(plan.fits for plan in split.plans) and not longer[0].fits
+
+
+@pytest.mark.core(1)
+@pytest.mark.parametrize("kind", [PIPELINE, TENSOR])
+def test_chunks_are_planned_as_the_machine_with_the_shortest_chooses_them(of_size, kind):
+    checkpoint, machines = of_size("9b", "4bit"), [mac(64), mac(16)]
+    long, short = (plan_memory(checkpoint, one, CHUNK_OF).chunk for one in machines)
+    split = split_model(kind, checkpoint, machines, "27B")
+    assert {plan.chunk for plan in split.plans} == {short} and short < long
 
 
 @pytest.mark.parametrize("kind", [PIPELINE, TENSOR])

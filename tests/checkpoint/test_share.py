@@ -227,9 +227,13 @@ def test_a_pipeline_of_a_larger_model_answers_to_the_bit(end, checkpoint_folder)
 
 @pytest.mark.full
 def test_the_halves_of_a_larger_model_answer_as_the_whole_does(checkpoint_folder):
+    """With the reference BLAS of MLX's wheel, logits of transformers in float64 are 2.9e-5 from those of one process at
+    most, and 3.1e-5 from those of the halves; the root mean square of both is 3.7e-6. The two are 1.2e-5 apart, with
+    OpenBLAS 8.6e-6: what one process is off by itself, and no more.
+    """
     checkpoint = open_checkpoint(checkpoint_folder(geometry("mid")))
     tokens = prompt(vocabulary=32000)
-    assert difference(of_sums(divided(checkpoint, 2), tokens), loaded(checkpoint)(tokens)) < 3 * SAME  # eight layers
+    assert difference(of_sums(divided(checkpoint, 2), tokens), loaded(checkpoint)(tokens)) < 3 * SAME
 
 
 @pytest.mark.core(1)

@@ -170,10 +170,10 @@ def obey(between: Between, rank: int, other: ObeyingRank) -> None:
 @contextmanager
 def ranks(
     folder: Path, split: Sequence[range] | int, *, dtype: mx.Dtype = mx.float32, kv: KVFormat = UNQUANTIZED,
-    adapter: Any = None,
+    adapter: Any = None, rope_scaling: str | None = None,
 ) -> Iterator[Ranks]:  # fmt: skip
     """The ranks of a checkpoint. split: the layers of each rank in a pipeline, or the ranks of a tensor split."""
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, rope_scaling=rope_scaling)
     text, tensor = checkpoint.config.text, isinstance(split, int)
     if isinstance(split, int):
         shares = [Share.tensor(text, rank, split) for rank in range(split)]

@@ -31,7 +31,8 @@ def test_ranks_that_differ_in_memory_and_folder_agree(facts):
 
 
 @pytest.mark.parametrize("field, value, told", [
-    ("versions", {"mlx-qwen35": "0.0.1"}, ["mlx-qwen35", "0.0.1", "pip install mlx-qwen35=="]),
+    ("versions", {"mlx-qwen35": "0.0.1"}, ["mlx-qwen35", "0.0.1", "old.local"]),
+    ("code", "0123456789abcdef", ["code", "0123456789ab", "different commits"]),
     ("versions", {"mlx": "0.31.0"}, ["mlx", "0.31.0", "pip install mlx=="]),
     ("device", "metal", ["device", "'cpu'", "'metal'"]),
     ("config", {"hidden_size": 77}, ["config hidden_size", "256", "77"]),

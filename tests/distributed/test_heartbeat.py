@@ -1,13 +1,18 @@
 """Signs of life between ranks, each rank a thread here, with times of their own."""
 
 import json
+import os
 import socket
+import sys
+import termios
 import threading
+import tty
 from collections.abc import Iterator
 
 import pytest
 
 from mlx_qwen35.distributed.heartbeat import FAILED, Heartbeat, Pace, Peer
+from mlx_qwen35.machine.terminal import sane_terminal
 
 QUICK = Pace(beat=0.02, silence=0.4, leave=0.1, grace=0.05)
 SECONDS = 20  # after which a test fails that waits for an end
@@ -16,14 +21,15 @@ SECONDS = 20  # after which a test fails that waits for an end
 class Rank:
     """One end: what it said, and with which status it ended."""
 
-    def __init__(self, rank: int, peers: dict[int, socket.socket]):
+    def __init__(self, rank: int, peers: dict[int, socket.socket], unseen: bool = False):
         self.said: list[str] = []
         self.statuses: list[int] = []
         self.ended = threading.Event()
         self.peers = peers
         self.beats = Heartbeat(
-            rank, {other: Peer(f"host{other}", end) for other, end in peers.items()}, QUICK, self._end, self.said.append
-        )
+            rank, {other: Peer(f"host{other}", end) for other, end in peers.items()}, QUICK, self._end,
+            self.said.append, unseen=unseen,
+        )  # fmt: skip
 
     def _end(self, status: int) -> None:
         self.statuses.append(status)
@@ -48,11 +54,11 @@ def star() -> Iterator[list[Rank]]:
         rank._end(-1)
 
 
-@pytest.fixture
-def mute() -> Iterator[tuple[Rank, socket.socket]]:
+@pytest.fixture(params=[False])
+def mute(request) -> Iterator[tuple[Rank, socket.socket]]:
     """Rank 0, and a peer's end that nobody speaks for."""
     own, its = socket.socketpair()
-    rank = Rank(0, {1: own})
+    rank = Rank(0, {1: own}, request.param)
     yield rank, its
     rank.beats.give_up()
     for end in (own, its):
@@ -147,6 +153,25 @@ def test_words_that_come_in_pieces_are_heard(mute):
     its.sendall(words[9:])
     assert rank.ends() == FAILED
     assert rank.said == ["rank 1 (host1) failed: it lacks memory. All ranks have ended"]
+
+
+@pytest.mark.parametrize("mute, says", [(True, True), (False, False)], indirect=["mute"])
+def test_what_rank_1_has_told_is_told_again_where_nobody_saw_it(mute, says):
+    rank, its = mute
+    its.sendall(json.dumps({"status": 1, "reason": "", "told": "rank 0 (host0) was stopped"}).encode() + b"\n")
+    assert rank.ends() == FAILED
+    assert rank.said == ["rank 0 (host0) was stopped"] * says
+
+
+def test_a_terminal_in_which_a_prompt_hides_what_is_typed_shows_it_again(monkeypatch):
+    master, terminal = os.openpty()
+    before = termios.tcgetattr(terminal)[3]
+    with os.fdopen(terminal) as stdin, os.fdopen(master):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        tty.setraw(terminal)
+        assert termios.tcgetattr(terminal)[3] != before
+        sane_terminal()
+        assert termios.tcgetattr(terminal)[3] == before
 
 
 def test_a_broken_collective_tells_what_the_beats_found(star):

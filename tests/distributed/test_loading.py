@@ -1,23 +1,25 @@
 """What rank 0 does with the others' answers while a model is loaded. The other rank's answers are written here."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 from refusing import refused
 
 from mlx_qwen35 import Session
-from mlx_qwen35.budget.chunk import suitable_chunk
 from mlx_qwen35.checkpoint.adapter_choice import Chosen
 from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
+from mlx_qwen35.checkpoint.config import FULL
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.distributed.channel import Order
 from mlx_qwen35.distributed.loading import Spreading
 from mlx_qwen35.distributed.opening import NEEDS, described, facts_of, open_described, room
 from mlx_qwen35.distributed.place import Place
 from mlx_qwen35.distributed.ranks import Ranks
+from mlx_qwen35.engine.generation import start
 from mlx_qwen35.load import LoadOptions, load_given
 
 NANO = open_checkpoint(resolve("nano"))
@@ -44,7 +46,7 @@ def over(**said: Mapping[str, Any]) -> tuple[Spreading, Other]:
     """nano over this rank and one that answers like it, but for what is given."""
     answers: dict[str, Mapping[str, Any]] = {
         "open": {"facts": facts_of(NANO, Chosen()).as_json(), "dtype": "float32"},
-        "load": {"weights": 7}, "room": {"tokens": [10**9] * len(NEEDS)},
+        "load": {"weights": 7, "warned": []}, "room": {"tokens": [10**9] * len(NEEDS)}, "chunk": {"chunk": 1024},
     }  # fmt: skip
     other = Other(answers | said)
     ranks = Ranks(Place(0, 2, "ring"), cast(Any, SimpleNamespace(rank=0, size=2)), cast(Any, other), ["here", "mini"])
@@ -67,7 +69,7 @@ def test_rank_0_tells_what_each_holds_in_one_split():
 
 def test_rank_0_has_room_for_no_more_than_the_other_rank():
     whole = loaded(over()[0])
-    chunk = suitable_chunk(whole.held, whole.dtype, whole.memory_limit, whole.config.max_position_embeddings)
+    chunk = whole.chunk(whole.config.max_position_embeddings)
     assert room(whole, chunk, whole.memory_limit)[0] > 5000
     limit = whole.memory_limit
     del whole
@@ -76,6 +78,33 @@ def test_rank_0_has_room_for_no_more_than_the_other_rank():
     found = room(small, chunk, small.memory_limit)
     assert all(own <= most for own, most in zip(found, [5000, 5000, 9000, 9000], strict=True))
     assert max(found) > 3000  # and for not much less
+
+
+def test_where_no_layer_of_rank_0_keeps_tokens_it_has_room_for_as_many_as_the_other_rank():
+    spreading, _ = over(room={"tokens": [4000, 4000, 9600, 8800]})
+    least = 6_000_000  # bytes, of which nano's table takes a part
+    spreading = replace(spreading, given=replace(spreading.given, memory_limit=least / 1e9))
+    model, processor = load_given(spreading.given, lambda done, total: None, spreading)
+    assert FULL not in model.held.layer_types and model.memory_limit == least
+    model.memory_limit = 10**10
+    (request,) = start(model, processor, [[5] * 100], mtp="off").requests
+    assert (request.limit, request.limited_by) == (3900, "memory")
+    with refused("memory_exceeded", "4,000"):
+        start(model, processor, [[5] * 100], mtp="off", max_tokens=5000)
+
+
+def test_what_another_rank_warns_of_is_told_with_its_name():
+    with pytest.warns(RuntimeWarning, match="mini: 1 tensor kept in float32"):
+        loaded(over(load={"weights": 7, "warned": ["1 tensor kept in float32"]})[0])
+
+
+def test_chunks_are_the_shortest_that_a_rank_chooses():
+    spreading, other = over()
+    model = loaded(spreading)
+    own = model.chunk(4096)
+    other.said["chunk"] = {"chunk": 48}
+    assert own > 48 == model.chunk(4096)
+    assert other.given[-1].fields["context"] == 4096
 
 
 def test_what_another_machine_refuses_has_its_name_and_code():

@@ -32,7 +32,7 @@ def refusal(**variables: str) -> str:
     return ended.stdout
 
 
-@pytest.mark.core(1)
+@pytest.mark.full
 @pytest.mark.parametrize("hosts, told", [
     ('[["127.0.0.1:{taken}"], ["127.0.0.1:1"]]', "--starting-port"),
     ('[["192.0.2.1:5000"], ["127.0.0.1:1"]]', "--starting-port"),

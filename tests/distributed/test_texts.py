@@ -49,6 +49,7 @@ def both(nano: tuple[Model, Processor], ranked: Ranks, *given, **options) -> tup
     return generate(model, processor, *given, **options).text, generate(ranked.model, processor, *given, **options).text
 
 
+@ONE
 @EACH
 def test_logits_are_those_of_one_process(nano, ranked):
     tokens = mx.array([[*range(5, 40)], [*range(100, 135)]])
@@ -83,7 +84,7 @@ def test_a_prompt_in_chunks_gives_the_text_of_one_process(nano, ranked):
 @EACH
 def test_rows_that_join_and_leave_give_the_texts_of_one_process(nano, ranked):
     prompts, (model, processor) = ["Once", "What is", SUM], nano
-    options = {**WILD, "ignore_chat_template": True, "max_tokens": 24}
+    options = {**WILD, "ignore_chat_template": True, "max_tokens": 16}
     alone, together = (batch_generate(m, processor, prompts, **options) for m in (model, ranked.model))
     assert [own.text for own in alone] == [own.text for own in together]
     assert len({len(own.tokens) for own in alone}) > 1, "rows end at different times"
@@ -96,6 +97,30 @@ def test_pictures_are_seen_as_by_one_process(nano, ranked, mtp):
     options = {"images": [SHAPES], "temp": 0, "mtp": mtp, "enable_thinking": False}
     alone, together = both(nano, ranked, "What do you see?", **options)
     assert alone == together == "A red circle and a blue square."
+
+
+@pytest.mark.full
+@EACH
+@pytest.mark.parametrize("mtp", ["off", "on"])
+def test_chunks_that_end_within_a_picture_give_the_text_of_one_process(nano, ranked, mtp):
+    options = {"images": [SHAPES], "temp": 0, "mtp": mtp, "enable_thinking": False, "prefill_step_size": 5}
+    given = len(ranked.between.given)
+    alone, together = both(nano, ranked, "What do you see?", **options)
+    assert alone == together == "A red circle and a blue square."
+    passes = [order for order in ranked.between.given[given:] if order.name == "pass"]
+    assert sum("rows" in order.arrays for order in passes) > 1, "one picture, in several passes"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("split", SPLITS)
+def test_rescaled_positions_give_the_text_of_one_process(nano, split):
+    """YaRN, whose factor for queries and keys every rank has."""
+    alone, _ = load("nano", rope_scaling="yarn:4")
+    with ranks(resolve("nano"), SPLITS[split], rope_scaling="yarn:4") as ranked:
+        tokens = mx.array([[*range(5, 60)]])
+        logits = [np.array(m(tokens)) for m in (alone, ranked.model, nano[0])]
+    np.testing.assert_allclose(logits[1], logits[0], atol=1e-5 * logits[0].std())
+    assert np.abs(logits[2] - logits[0]).max() > 1e-2
 
 
 @pytest.mark.full
@@ -144,14 +169,12 @@ def test_rejected_drafts_leave_every_rank_where_one_process_is(nano):
         assert any(note[0] == "rollback" for order in ranked.between.given for note in order.fields["noted"])
 
 
-@ONE
-@pytest.mark.parametrize(
-    "split", [2, pytest.param([range(1), range(1, 8)], marks=pytest.mark.full)], ids=["tensor", "pipeline"]
-)
-@pytest.mark.parametrize("kv", ["8", pytest.param("8/4", marks=pytest.mark.full)])
-def test_quantized_keys_give_the_text_of_one_process(nano, split, kv):
-    alone, _ = load("nano", kv_bits=kv)
-    with ranks(resolve("nano"), split, kv=KVFormat.of(kv, False)) as ranked:
+@pytest.mark.full
+@pytest.mark.parametrize("split", [2, [range(1), range(1, 8)]], ids=["tensor", "pipeline"])
+@pytest.mark.parametrize(("kv", "rotate"), [("8", False), ("8/4", False), ("8/4", True), ("4", False), ("4", True)])
+def test_quantized_keys_give_the_text_of_one_process(nano, split, kv, rotate):
+    alone, _ = load("nano", kv_bits=kv, kv_rotate=rotate)
+    with ranks(resolve("nano"), split, kv=KVFormat.of(kv, rotate)) as ranked:
         options = {**WILD, "ignore_chat_template": True}
         texts = [generate(m, nano[1], "Once", **options).text for m in (alone, ranked.model)]
     assert texts[0] == texts[1]

@@ -159,5 +159,43 @@ def test_a_question_that_cannot_be_asked_ends_the_run_with_its_error(nano):
         next(Asker(*nano, {}, 2).answers([Question("1", 1, Asked(""))]))
 
 
+def narrow(own: Subject, window: int) -> Subject:
+    """A subject whose model has a context of so many tokens."""
+    text = replace(own.checkpoint.config.text, max_position_embeddings=window)
+    own.checkpoint = replace(own.checkpoint, config=replace(own.checkpoint.config, text=text))
+    return own
+
+
+class Long(Sums):
+    """Of its questions the second is long, with choices the third; an answer without text is right."""
+
+    def judge(self, item, answer):
+        return super().judge(item, answer) or float(not answer)
+
+    def ask(self, item):
+        asked = super().ask(item)
+        asked = replace(asked, options={**asked.options, "max_tokens": 9})
+        return {"sum1": replace(asked, prompt="1 + " * 100), "sum2": replace(asked, choices=["1", "1 + " * 100])}.get(
+            item.key, asked
+        )
+
+
+def test_a_question_longer_than_the_context_is_counted_as_such_and_the_others_are_asked(tmp_path):
+    whole, ended = tmp_path / "whole", tmp_path / "ended"
+    whole.mkdir(), ended.mkdir()
+    lines, found = narrow(subject(whole), 100).run(Long(4))
+    assert [line["finish_reason"] for line in lines] == ["stop", "too_long", "too_long", "stop"]
+    assert [line["score"] for line in lines] == [1.0, 0.0, 0.0, 1.0] and lines[1]["expected"] == "74"
+    assert (found.n, found.score, found.too_long, found.cut_at_limit) == (4, 0.5, 2, 0)
+    text = (whole / "sums.jsonl").read_bytes()
+    (ended / "sums.jsonl").write_bytes(b"".join(text.splitlines(keepends=True)[:1]))
+    assert narrow(subject(ended), 100).run(Long(4))[0] == lines and (ended / "sums.jsonl").read_bytes() == text
+
+
+def test_a_task_of_which_no_question_fits_is_refused(tmp_path):
+    with refused("context_length_exceeded", "question sum0"):
+        narrow(subject(tmp_path), 10).settings(Sums(2))
+
+
 def test_some_questions_are_spread_evenly():
     assert chosen(range(10), 4) == [0, 2, 5, 7] and chosen(range(3), 5) == chosen(range(3), None) == [0, 1, 2]

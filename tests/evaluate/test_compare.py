@@ -32,6 +32,19 @@ def test_the_paired_difference_is_that_of_a_hand_computed_case():
     assert (found.n, found.changed, found.better, found.worse) == (5, 3, ("0", "3"), ("2",))
 
 
+def test_texts_of_other_lengths_weigh_by_them():
+    # 3 of weight 1, 1 of weight 3: mean 6 / 4 = 1.5; squared distances (1 * 1.5)^2 + (3 * -0.5)^2 = 4.5, * 2, / 4 / 4
+    assert mean_and_error([3.0, 1.0], [1.0, 3.0]) == (1.5, 0.75)
+    assert mean_and_error([3.0, 1.0, 0.0], [1.0, 3.0, 0.0]) == (1.5, 0.75)  # a weight of 0 is no text
+
+
+def test_where_lower_is_better_less_is_better_and_a_text_that_was_not_read_is_left_out():
+    ours = [{"key": str(place), "score": score, "weight": 2.0} for place, score in enumerate([3.0, 1.0, 5.0])]
+    theirs = [line | {"score": 2.0} for line in ours[:2]] + [ours[2] | {"score": 0.0, "weight": 0.0}]
+    found = paired(ours, theirs, lower=True)
+    assert (found.better, found.worse, found.difference) == (("1",), ("0",), 0.0)
+
+
 def test_models_that_answer_alike_differ_by_nothing():
     found = paired(lines("101"), lines("101"))
     assert (found.difference, found.standard_error, found.changed) == (0.0, 0.0, 0)
@@ -44,7 +57,7 @@ def test_a_summary_holds_what_came_and_what_was_published():
     assert (told["seconds"], told["image_tokens"], told["prompt_tokens"]) == (12.5, 4, 7)
     assert told["published"] == {"score": 0.791, "source": "the card", "note": ""}
     assert told["versions"].keys() == {"mlx-qwen35", "mlx", "task"} and told["settings"]["temp"] == 0.0
-    text = described({"against": None, "tasks": {"sums": told}})
+    text = described({"loaded": {"model": {"name": "nano"}, "against": None}, "tasks": {"sums": told}})
     for fact in ("50.0 ± 28.9", "79.1", "1 of 4 answers", "at 9 tokens"):
         assert fact in text
 

@@ -179,6 +179,29 @@ def test_a_dry_run_tells_questions_tokens_hours_and_memory_and_reads_no_weights(
     assert os.listdir(tmp_path) == []
 
 
+def test_a_dry_run_in_a_folder_with_answers_counts_what_is_left(tmp_path, capsys):
+    rows = [{"question": f"What is {number} + 5?", "answer": "12"} for number in (7, 8, 9)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "a.yaml").write_text("questions: a.jsonl\noptions: {max_tokens: 20}")
+    words = ["--model", "nano", "--tasks", tmp_path / "a.yaml", "--out", tmp_path / "out", "--no-enable-thinking"]
+    evaluate("nano", str(tmp_path / "a.yaml"), tmp_path / "out", items=2, enable_thinking=False)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+    (found,) = told_by(capsys, *words, "--dry-run")["tasks"]
+    assert (found["questions"], found["answered"], found["guessed"], found["tokens"]) == (1, 2, True, 3)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+    with pytest.raises(SystemExit):
+        main([*map(str, words), "--dry-run", "--seed", "3"])
+    assert "[resume_differs]" in capsys.readouterr().err
+
+
+def test_kl_over_several_machines_is_refused_with_its_reason(tmp_path, capsys):
+    words = f"--model nano --against nano --tasks kl,nano --with 10.0.0.2 --out {tmp_path / 'out'}"
+    with pytest.raises(SystemExit):
+        main(words.split())
+    told = capsys.readouterr().err
+    assert "kl must run on one machine" in told and "without --with" in told and told.endswith("[ranks_unsupported]\n")
+
+
 @pytest.mark.parametrize(
     ("code", "words"),
     [

@@ -2,6 +2,8 @@
 
 import json
 import socket
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,10 +16,13 @@ from mlx_qwen35.engine.sampling import Sampler
 from mlx_qwen35.evaluate import evaluate
 from mlx_qwen35.evaluate.harness_tasks import find_task
 from mlx_qwen35.evaluate.names import find
+from mlx_qwen35.evaluate.subject import Subject
+from mlx_qwen35.load import LoadOptions
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval (pip install 'mlx-qwen35[eval]')")
 
 pytestmark = pytest.mark.full  # importing lm-eval takes seconds
+ROWS = '{"a": "One?", "b": 1}\n{"a": "Two?", "b": 0}\n'
 TASKS = Path(__file__).parent / "lm_eval"
 ALL = [str(TASKS / f"{name}.yaml") for name in ("sums", "choices", "texts")]
 
@@ -186,12 +191,73 @@ def test_all_that_a_list_of_tasks_lacks_is_told_together(no_hub):
         ("task: a\noutput_type: [\n", "a.yaml"),
         ("task: a\ninclude: none.yaml\n", "none.yaml"),
         ("task: a\noutput_type: sing\ndataset_path: json\n", "sing"),
+        ("group: a\ntask: [sums, {task: choices}]\n", "sums,choices"),
+        (f"include: {TASKS / 'sums.yaml'}\ndoc_to_target: '{{{{zzz}}}}'\n", "'zzz' is undefined"),
+        (f"include: {TASKS / 'sums.yaml'}\nmetric_list: [{{metric: exactmatch, aggregation: mean}}]\n", "exact_match"),
+        (f"include: {TASKS / 'choices.yaml'}\nmetric_list: [{{metric: exact_matc, aggregation: mean}}]\n", "exact_m"),
+        (f"include: {TASKS / 'choices.yaml'}\nmetric_list: [{{metric: bleu}}]\n", "bleu"),
+        ("task: a\ndataset_path: json\ndataset_kwargs: {data_files: {test: torn.jsonl}}\n", "torn.jsonl"),
+        ("task: a\ndataset_path: json\ndataset_kwargs: {data_files: {test: rows.jsonl}}\ntest_split: test\n"
+         "output_type: generate_until\ndoc_to_text: '{{a}}'\ndoc_to_target: '{{1 // b}}'\n", "a.yaml, question 1"),
     ],
 )
 def test_a_file_that_lm_eval_cannot_use_is_refused(tmp_path, text, fact):
+    for name, content in {"sums": (TASKS / "sums.jsonl").read_text(), "torn": '{"a": ', "rows": ROWS}.items():
+        (tmp_path / f"{name}.jsonl").write_text(content)
     (tmp_path / "a.yaml").write_text(text)
-    with refused("task_invalid", fact):
+    with refused("task_invalid", "a.yaml", fact):
         find_task(str(tmp_path / "a.yaml"))
+
+
+def test_a_function_that_fails_on_an_answer_is_told_with_its_file_and_question(tmp_path):
+    (tmp_path / "judge.py").write_text("def judge(doc, results):\n    return {'exact_match': 1 // (doc['b'] - 2)}\n")
+    (tmp_path / "rows.jsonl").write_text(ROWS.replace("0", "2"))
+    (tmp_path / "a.yaml").write_text(
+        "task: a\ndataset_path: json\ndataset_kwargs: {data_files: {test: rows.jsonl}}\ntest_split: test\n"
+        "output_type: generate_until\ndoc_to_text: '{{a}}'\ndoc_to_target: '{{b}}'\n"
+        "process_results: !function judge.judge\nmetric_list: [{metric: exact_match, aggregation: mean}]\n"
+    )
+    with refused("task_invalid", "a.yaml, question 1", "ZeroDivisionError"):
+        evaluate("nano", str(tmp_path / "a.yaml"), tmp_path / "out", enable_thinking=False, max_tokens=4)
+
+
+def test_what_the_models_own_code_raises_is_not_laid_at_the_task_s_door(tmp_path, monkeypatch):
+    def fail(self, *given):
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(Model, "logits", fail)
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        evaluate("nano", ALL[1], tmp_path / "out", items=1)
+
+
+def test_a_package_that_a_task_needs_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "langdetect", None)
+    with refused("package_missing", "ifeval", "langdetect", "pip install 'mlx-qwen35[eval]'"):
+        find_task("ifeval")
+
+
+def test_documents_longer_than_the_context_count_as_wrong_and_whole_texts_are_left_out(tmp_path):
+    rows = [{"question": "What is 1 + 2?", "answer": "3"}, {"question": "1 + " * 200, "answer": "3"}]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": row["question"]}) + "\n" for row in rows))
+    for name, score in {"sums": 0.5, "texts": None}.items():
+        (tmp_path / f"{name}.yaml").write_text((TASKS / f"{name}.yaml").read_text())
+        (out := tmp_path / name).mkdir()
+        subject = Subject(LoadOptions("nano"), {"enable_thinking": False} if score else {}, 2, 0, out)
+        config = subject.checkpoint.config
+        text = replace(config.text, max_position_embeddings=100)
+        subject.checkpoint = replace(subject.checkpoint, config=replace(config, text=text))
+        _, found = find_task(str(tmp_path / f"{name}.yaml")).run(subject)
+        alone = lines(out, name)[0]["score"]
+        assert (found.n, found.too_long, found.score) == (2, 1, score or alone)
+
+
+def test_two_models_differ_on_whole_texts_by_what_their_scores_do(tmp_path):
+    told = evaluate("nano", ALL[2], tmp_path / "out", against="nano", dtype="float16")["tasks"]["texts"]
+    assert told["paired"]["difference"] == pytest.approx(told["score"] - told["against"]["score"], abs=1e-12)
+    assert told["standard_error"] > 0 and told["prompt_tokens"] > 10 and "lower is better" in (
+        tmp_path / "out" / "report.md"
+    ).read_text()
 
 
 def test_a_task_that_nobody_has_is_refused_with_those_near_it():

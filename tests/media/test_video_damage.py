@@ -208,7 +208,8 @@ def test_damage_between_the_pictures_of_a_gif_is_refused():
 
 @pytest.mark.parametrize("data", [lambda: data_of("mp4"), webm, gif, lambda: data_of("avi", codec="mpeg4")])
 def test_bytes_behind_the_end_do_no_harm(data):
-    assert np.array_equal(read(data() + bytes(100)).frames, read(data()).frames)
+    content = data()
+    assert np.array_equal(read(content + bytes(100)).frames, read(content).frames)
 
 
 # --- structure ---

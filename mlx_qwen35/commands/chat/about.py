@@ -11,7 +11,8 @@ from mlx_qwen35.model.model import Model
 
 
 def describe(name: str, model: Model) -> str:
-    """Name, quantization, size in memory, context and adapters, in one short line."""
+    """Name, quantization, size in memory, context, machines where there are several, and adapters, in one short line.
+    """
     kinds: Counter[str] = Counter()
     for layer in model.modules():
         if isinstance(layer, Linear):
@@ -21,7 +22,9 @@ def describe(name: str, model: Model) -> str:
     size = sum(model.spread.weight_bytes if model.spread else (array.nbytes for _, array in arrays))
     number = f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
     kind = max(kinds, key=lambda kind: kinds[kind])
-    parts = [name, kind, number, f"context {model.config.max_position_embeddings:,}", *described(model)]
+    parts = [name, kind, number, f"context {model.config.max_position_embeddings:,}"]
+    parts += [str(model.spread)] if model.spread else []
+    parts += described(model)
     return " · ".join(parts)
 
 
