@@ -274,7 +274,7 @@ def test_a_chat_goes_on_and_back_over_two_ranks(split, tmp_path):
         terminal.type(ASK)
         terminal.wait("92")
         terminal.type("/info")
-        assert re.search(rf"machines +{split}", terminal.wait("machines"))
+        assert re.search(rf"machines +{split}", terminal.wait("weights"))
         terminal.type("/undo")
         terminal.type("What is 12 + 13?")
         terminal.wait("25")
