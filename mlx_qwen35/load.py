@@ -54,8 +54,9 @@ class LoadOptions:
         "bfloat16 on M1 and M2; float32 on a CPU)", choices=tuple(DTYPES), check=check_dtype,
     )  # fmt: skip
     memory_limit: float | None = option(
-        help="memory that the model may take, in GB (10^9 bytes; default: by this machine); a model that does not fit "
-        "is refused before it is downloaded or read", least=0, above=True, most=MOST_GIGABYTES, metavar="GB",
+        help="memory that the model may take on this machine, in GB (10^9 bytes; default: by this machine); a model "
+        "that does not fit is refused before it is downloaded or read", least=0, above=True, most=MOST_GIGABYTES,
+        metavar="GB",
     )  # fmt: skip
     keep_vision: bool = option(
         False, help="keep the vision encoder in memory after the first image; otherwise each prompt releases it"

@@ -1,9 +1,9 @@
 """What ranks must have in common, looked at before weights are read.
 
 Equal must be: the versions of this package and of MLX, this package's code, what MLX computes on (the GPU's make or the
-CPU), the text model's configuration, its quantization and weights, the adapters, and how the model is held (dtype, keys
-and values, rotary embedding). Chips, memory, paths, and vision encoder and draft head, which rank 0 alone has, may
-differ.
+CPU), the text model's configuration with its rotary embedding, its quantization and weights, and the adapters. What
+may differ: chips, memory, paths, and vision encoder and draft head, which rank 0 alone has. Rank 0 says the dtype, and
+the form of keys and values.
 """
 
 import json
@@ -28,8 +28,7 @@ class Facts:
 
     versions: by package. code: the fingerprint of this package's. device: what MLX computes on, by the backend's name.
     config: of the text model, by field. quantization: as config.json has it. weights: the fingerprint. adapters: their
-    fingerprints by name. held: how the model is to be held, such as dtype and kv_bits. memory: bytes that the model may
-    take. folder: of the checkpoint.
+    fingerprints by name. memory: bytes that the model may take. folder: of the checkpoint.
     """
 
     versions: Mapping[str, str]
@@ -39,25 +38,18 @@ class Facts:
     weights: str
     code: str = ""
     adapters: Mapping[str, str] = field(default_factory=dict)
-    held: Mapping[str, Any] = field(default_factory=dict)
     memory: int = 0
     folder: str = ""
 
     @classmethod
-    def of(
-        cls,
-        checkpoint: Checkpoint,
-        adapters: Chosen,
-        held: Mapping[str, Any] | None = None,
-        limit: int | None = None,
-    ) -> Self:
+    def of(cls, checkpoint: Checkpoint, adapters: Chosen, limit: int | None = None) -> Self:
         """This rank's. checkpoint: the whole one. limit: bytes that the user allows; None: by this machine."""
         prints = {name: adapter.fingerprint for name, adapter in adapters.adapters.items()}
         return cls.from_json(
             {
                 "versions": versions(), "device": backend().name, "config": asdict(checkpoint.config.text),
                 "quantization": checkpoint.config.quantization, "weights": fingerprint(checkpoint),
-                "code": code_fingerprint(), "adapters": prints, "held": held or {}, "memory": usable_bytes(limit),
+                "code": code_fingerprint(), "adapters": prints, "memory": usable_bytes(limit),
                 "folder": str(checkpoint.folder),
             }
         )  # fmt: skip
@@ -73,22 +65,14 @@ class Facts:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Agreed:
-    """What all ranks have in common, with the bytes that the model may take on each, in the order of ranks."""
-
-    facts: Facts
-    memory: tuple[int, ...]
-
-
-def agree(facts: Sequence[Facts], hosts: Sequence[str]) -> Agreed:
-    """What ranks with these facts have in common. Both in the order of ranks; hosts: names, for the message.
+def agree(facts: Sequence[Facts], hosts: Sequence[str]) -> None:
+    """Compare what ranks must have in common. Both in the order of ranks; hosts: names, for the message.
 
     InputError ranks_differ for the first rank that differs from rank 0, with what differs, both values and a remedy.
     """
     first = facts[0]
     for rank, other in enumerate(facts):
-        for compared in ("versions", "code", "device", "config", "quantization", "weights", "adapters", "held"):
+        for compared in ("versions", "code", "device", "config", "quantization", "weights", "adapters"):
             if getattr(first, compared) != getattr(other, compared):
                 what, own, its = _difference(compared, getattr(first, compared), getattr(other, compared))
                 raise InputError(
@@ -97,7 +81,6 @@ def agree(facts: Sequence[Facts], hosts: Sequence[str]) -> Agreed:
                     f"has {its}",
                     _remedy(compared, what, first, other, hosts[rank]),
                 )
-    return Agreed(first, tuple(other.memory for other in facts))
 
 
 def _difference(name: str, own: Any, its: Any) -> tuple[str, str, str]:
@@ -107,7 +90,7 @@ def _difference(name: str, own: Any, its: Any) -> tuple[str, str, str]:
         return _difference(f"{name} {key}", own.get(key, _ABSENT), its.get(key, _ABSENT))
     if name.startswith(("weights", "code", "adapters")):  # fingerprints: their beginnings tell them apart
         own, its = (value if value is _ABSENT else value[:12] for value in (own, its))
-    return name.removeprefix("held "), _shown(own), _shown(its)
+    return name, _shown(own), _shown(its)
 
 
 _ABSENT = object()
@@ -130,7 +113,5 @@ def _remedy(compared: str, what: str, first: Facts, other: Facts, host: str) -> 
         return "MLX must be installed for the same kind of processor on all machines"
     if compared == "adapters":
         return f"Copy the adapter's folder from rank 0's machine to {host}"
-    if compared == "held":
-        return f"Start all ranks with the same options on the command line of rank 0, and name {what} there"
     own, its = shlex.quote(f"{first.folder}/"), shlex.quote(f"{host}:{other.folder}/")
     return f"Name one revision of the model, or copy rank 0's folder: rsync -aL --delete {own} {its}"

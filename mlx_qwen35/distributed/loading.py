@@ -21,7 +21,7 @@ from mlx_qwen35.checkpoint.dtypes import dtype_name
 from mlx_qwen35.distributed.channel import Order
 from mlx_qwen35.distributed.handshake import Facts, agree
 from mlx_qwen35.distributed.model import Holding, pipeline_model, tensor_model
-from mlx_qwen35.distributed.opening import NEEDS, described, facts_of, room, weight_bytes
+from mlx_qwen35.distributed.opening import NEEDS, described, room, weight_bytes
 from mlx_qwen35.distributed.options import RankOptions
 from mlx_qwen35.distributed.orders import Orders
 from mlx_qwen35.distributed.ranks import Ranks, join, ranks
@@ -120,8 +120,9 @@ class Spreading:
     ) -> Model:  # fmt: skip
         _check_alone()
         told = self._asked("open", described(self.given, checkpoint, adapters))
-        own = facts_of(checkpoint, adapters, memory_limit)
-        limits = agree([own, *(Facts.from_json(one["facts"]) for one in told)], self.ranks.hosts).memory
+        facts = [Facts.of(checkpoint, adapters, memory_limit), *(Facts.from_json(one["facts"]) for one in told)]
+        agree(facts, self.ranks.hosts)
+        limits = [own.memory for own in facts]
         if self.given.dtype is None and dtype == mx.bfloat16 and any(one["dtype"] == "float16" for one in told):
             dtype = mx.float16  # of a machine without bfloat16's arithmetic
         return self._loaded(checkpoint, dtype, name, progress, limits, kv, adapters)

@@ -14,7 +14,6 @@ from mlx_qwen35.checkpoint.adapter_choice import Chosen, choose
 from mlx_qwen35.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mlx_qwen35.checkpoint.hub import NANO, is_local, resolve
 from mlx_qwen35.checkpoint.share import Share
-from mlx_qwen35.distributed.handshake import Facts
 from mlx_qwen35.errors import InputError
 from mlx_qwen35.load import LoadOptions
 from mlx_qwen35.model.model import Model
@@ -78,11 +77,6 @@ def _here(places: list[str], code: str) -> str:
         path = shlex.quote(f"{places[0]}/")
         raise InputError(code, f"there is no folder {places[0]}", f"Copy it there: rsync -aL {path} HOST:{path}")
     return there[0]
-
-
-def facts_of(checkpoint: Checkpoint, adapters: Chosen, limit: int | None = None) -> Facts:
-    """A rank's facts for the handshake. limit: bytes that the model may take; None: by this machine."""
-    return Facts.of(checkpoint, adapters, limit=limit)
 
 
 def share_of(checkpoint: Checkpoint, layers: range | None, rank: int, size: int) -> Share:

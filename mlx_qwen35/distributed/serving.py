@@ -9,7 +9,8 @@ from mlx_qwen35.distributed import survey
 from mlx_qwen35.distributed.channel import Follower, Order
 from mlx_qwen35.distributed.follower import ObeyingRank
 from mlx_qwen35.distributed.group import Group
-from mlx_qwen35.distributed.opening import Opened, facts_of, open_described, room, share_of, weight_bytes
+from mlx_qwen35.distributed.handshake import Facts
+from mlx_qwen35.distributed.opening import Opened, open_described, room, share_of, weight_bytes
 from mlx_qwen35.distributed.pipeline import PipelineSplit
 from mlx_qwen35.distributed.split import Split
 from mlx_qwen35.distributed.tensor import TensorSplit
@@ -58,7 +59,7 @@ class _Rank:
         self._told, self._opened = told, open_described(told)
         checkpoint = self._opened.checkpoint
         return {
-            "facts": facts_of(checkpoint, self._opened.adapters).as_json(),
+            "facts": Facts.of(checkpoint, self._opened.adapters).as_json(),
             "dtype": dtype_name(choose_dtype(checkpoint, None)),
         }  # fmt: skip
 

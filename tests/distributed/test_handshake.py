@@ -16,7 +16,7 @@ HOSTS = ["big.local", "mini.local", "old.local"]
 @pytest.fixture
 def facts(checkpoint_folder) -> Facts:
     checkpoint = open_checkpoint(checkpoint_folder())
-    return Facts.of(checkpoint, choose(None, 1.0, checkpoint), {"dtype": "float32", "kv_bits": None}, limit=8_000)
+    return Facts.of(checkpoint, choose(None, 1.0, checkpoint), limit=8_000)
 
 
 def test_facts_pass_the_channel_unchanged(facts):
@@ -25,9 +25,7 @@ def test_facts_pass_the_channel_unchanged(facts):
 
 def test_ranks_that_differ_in_memory_and_folder_agree(facts):
     others = [replace(facts, memory=5, folder="/models/x"), replace(facts, memory=9)]
-    agreed = agree([facts, *others], HOSTS)
-    assert agreed.memory == (8_000, 5, 9)
-    assert agreed.facts == facts
+    agree([facts, *others], HOSTS)
 
 
 @pytest.mark.parametrize("field, value, told", [
@@ -40,7 +38,6 @@ def test_ranks_that_differ_in_memory_and_folder_agree(facts):
     ("quantization", {"bits": 4}, ["quantization bits", "none", "4"]),
     ("weights", "0123456789abcdef", ["weights", "0123456789ab", "rsync -aL --delete"]),
     ("adapters", {"tone": "fedcba9876543210"}, ["adapters tone", "none", "fedcba987654", "adapter's folder"]),
-    ("held", {"dtype": "float16"}, ["dtype", "float16", "float32"]),
 ])  # fmt: skip
 def test_ranks_that_differ_are_refused_with_both_values(facts, field, value, told):
     own = getattr(facts, field)
@@ -58,6 +55,6 @@ def test_facts_of_a_version_that_has_other_fields_are_refused_by_its_version(fac
 
 def test_another_model_of_the_same_shape_is_told_by_its_weights(facts, checkpoint_folder):
     checkpoint = open_checkpoint(checkpoint_folder(seed=1))
-    other = Facts.of(checkpoint, choose(None, 1.0, checkpoint), facts.held)
+    other = Facts.of(checkpoint, choose(None, 1.0, checkpoint))
     with refused("ranks_differ", "weights", facts.weights[:12], other.weights[:12], f"mini.local:{checkpoint.folder}/"):
         agree([facts, other], HOSTS)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +16,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from distributed.starting import REACHES, REFUSES, ROOT, SECONDS, answer, environment, processes, run, start, with_ssh
+from dividing import FOURS
+from geometries import changed
 from mlx.utils import tree_flatten
 from PIL import Image
 from refusing import refused
 from terminal import Terminal, needs_tmux
 
 from mlx_qwen35 import generate, load
+from mlx_qwen35.checkpoint.hub import resolve
+from mlx_qwen35.checkpoint.random import write_random_checkpoint
 from mlx_qwen35.commands.generate import main
 from mlx_qwen35.convert import convert
 from mlx_qwen35.distributed.loading import load_distributed
@@ -107,6 +112,38 @@ def test_a_script_goes_on_on_rank_0_alone(tmp_path):
         check=False,
     )  # fmt: skip
     assert (done.stdout, done.stderr) == ("92 tensor\n", "")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("split", SPLITS)
+def test_four_ranks_write_the_tokens_of_one_process(split, tmp_path):
+    folder = tmp_path / "fours"
+    write_random_checkpoint(folder, changed(FOURS, vocab_size=1026), seed=3)  # no multiple of four
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(resolve("nano") / name, folder / name)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nimport mlx.core as mx\nfrom mlx_qwen35 import load, load_distributed\n"
+        "many, folder, split = sys.argv[1:]\n"
+        "model, _ = load_distributed(folder, split=split) if many == 'many' else load(folder)\n"
+        "cache, tokens = model.make_cache(), [7, 50, 900, 1021, 3]\n"
+        "for _ in range(32):\n"
+        "    logits = model(mx.array([tokens[cache.length:]]), cache)\n"
+        "    tokens.append(logits[0, -1].argmax().item())\n"
+        "print(tokens, model.spread and len(model.spread.weight_bytes))\n"
+    )
+    words = [sys.executable, str(script)]
+    launched = ["mlx.launch", "-n", "4", "--backend", "ring", "--", *words, "many", str(folder), split]
+    found = [
+        subprocess.run(
+            command, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SECONDS,
+            check=False,
+        )
+        for command in ([*words, "one", str(folder), split], launched)
+    ]  # fmt: skip
+    one, many = (done.stdout.rpartition(" ") for done in found)
+    assert one[0] and one[0] == many[0], found
+    assert (one[2], many[2]) == ("None\n", "4\n")
 
 
 @pytest.mark.full
