@@ -15,8 +15,9 @@ from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.config import FULL
 from mlx_qwen35.checkpoint.hub import resolve
 from mlx_qwen35.distributed.channel import Order
+from mlx_qwen35.distributed.handshake import Facts
 from mlx_qwen35.distributed.loading import Spreading
-from mlx_qwen35.distributed.opening import NEEDS, described, facts_of, open_described, room
+from mlx_qwen35.distributed.opening import NEEDS, described, open_described, room
 from mlx_qwen35.distributed.place import Place
 from mlx_qwen35.distributed.ranks import Ranks
 from mlx_qwen35.engine.generation import start
@@ -45,7 +46,7 @@ class Other:
 def over(**said: Mapping[str, Any]) -> tuple[Spreading, Other]:
     """nano over this rank and one that answers like it, but for what is given."""
     answers: dict[str, Mapping[str, Any]] = {
-        "open": {"facts": facts_of(NANO, Chosen()).as_json(), "dtype": "float32"},
+        "open": {"facts": Facts.of(NANO, Chosen()).as_json(), "dtype": "float32"},
         "load": {"weights": 7, "warned": []}, "room": {"tokens": [10**9] * len(NEEDS)}, "chunk": {"chunk": 1024},
     }  # fmt: skip
     other = Other(answers | said)
@@ -115,7 +116,7 @@ def test_what_another_machine_refuses_has_its_name_and_code():
 
 
 def test_machines_that_differ_are_refused_before_weights_are_read():
-    facts = facts_of(NANO, Chosen()).as_json()
+    facts = Facts.of(NANO, Chosen()).as_json()
     spreading, other = over(open={"facts": facts | {"versions": {"mlx-qwen35": "0.0.9"}}, "dtype": "float32"})
     with refused("ranks_differ", "mini", "0.0.9"):
         loaded(spreading)
