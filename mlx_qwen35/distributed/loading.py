@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +21,7 @@ from mlx_qwen35.checkpoint.config import FULL
 from mlx_qwen35.checkpoint.dtypes import dtype_name
 from mlx_qwen35.distributed.channel import Order
 from mlx_qwen35.distributed.handshake import Facts, agree
-from mlx_qwen35.distributed.model import Holding, pipeline_model, tensor_model
+from mlx_qwen35.distributed.model import Holding, PipelineModel, TensorModel
 from mlx_qwen35.distributed.opening import NEEDS, described, room, weight_bytes
 from mlx_qwen35.distributed.options import RankOptions
 from mlx_qwen35.distributed.orders import Orders
@@ -137,7 +138,7 @@ class Spreading:
         machines = self._machines(this_machine(text, dtype, limits[0], kv), limits)
         shares = split_model(kind, checkpoint, machines, name, adapters=adapters.listed).shares(text)
         others = [Holding(own.of_config(text), limit) for own, limit in zip(shares[1:], limits[1:], strict=True)]
-        make = {PIPELINE: pipeline_model, TENSOR: tensor_model}[kind]
+        leading = {PIPELINE: PipelineModel, TENSOR: TensorModel}[kind]
         orders = Orders(self.ranks.leader, self.ranks.leader.fail)
         self._give("load", {
             "name": name, "dtype": dtype_name(dtype),
@@ -146,7 +147,7 @@ class Spreading:
         try:
             model = load_model(
                 checkpoint, dtype, name, progress, limits[0], kv, adapters, shares[0],
-                make(text, self.ranks.group, orders, others),
+                partial(leading, text, self.ranks.group, orders, others),
             )  # fmt: skip
         except BaseException:
             self.ranks.leader.leave_answers()

@@ -36,18 +36,24 @@ class Holding:
 
 
 class LeadingModel(Model):
-    """A model whose other parts are on other ranks, which obey its orders. Made by `tensor_model`, `pipeline_model`.
+    """A model whose other parts are on other ranks, which obey its orders.
 
     `config` is the whole model's, `held` that of what is here.
     """
 
     def __init__(
-        self, config: TextConfig, held: TextConfig, weights: Weights, memory_limit: int, kv: KVFormat, orders: Orders,
-        split: Callable[[Model], Split], others: Sequence[Holding],
+        self, config: TextConfig, group: Group, orders: Orders, others: Sequence[Holding], held: TextConfig,
+        weights: Weights, memory_limit: int, kv: KVFormat,
     ):  # fmt: skip
+        """config: of the whole model. The last four are what `load_model` gives to what makes a model."""
         super().__init__(held, weights, memory_limit, kv)
-        self.config, self.orders, self.split = config, orders, split(self)
+        self.config, self.orders = config, orders
+        self.split = self._part(group)
         self._library = library_limit([Holding(held, memory_limit), *others], self.dtype, kv)
+
+    def _part(self, group: Group) -> Split:
+        """Rank 0's part of what the ranks compute together."""
+        raise NotImplementedError
 
     def make_cache(self, batch: int = 1, adapter: str | None = None) -> Cache:
         whole("batch", batch, 1)
@@ -66,19 +72,9 @@ class LeadingModel(Model):
         """
         return PrefixLibrary(self, self._library) if memory is None else super().make_library(memory)
 
-    def hidden(
-        self,
-        tokens: mx.array,
-        cache: Cache | None = None,
-        lengths: Sequence[int] | None = None,
-        visual: Visual | None = None,
-        positions: np.ndarray | None = None,
-        at: mx.array | None = None,
-        pace: Pace = unpaced,
-        stepwise: bool = False,
-    ) -> mx.array:
+    def hidden(self, *given: Any, **named: Any) -> mx.array:
         with self.orders.together():
-            return super().hidden(tokens, cache, lengths, visual, positions, at, pace, stepwise)
+            return super().hidden(*given, **named)
 
     def _pass(
         self, tokens: mx.array, visual: Visual | None, context: ForwardContext, cache: Cache, at: mx.array | None,
@@ -97,11 +93,21 @@ class LeadingModel(Model):
         return hidden
 
 
+class PipelineModel(LeadingModel):
+    """Rank 0's model in the pipeline split."""
+
+    def _part(self, group: Group) -> Split:
+        return PipelineSplit(self, group)
+
+
 class TensorModel(LeadingModel):
     """Rank 0's model in the tensor split, whose table and head are divided too."""
 
     split: TensorSplit
     _passed: Callable[[], mx.array | None] = staticmethod(lambda: None)  # the last pass's hidden states, if they live
+
+    def _part(self, group: Group) -> Split:
+        return TensorSplit(self, group, self.config.vocab_size)
 
     def _pass(self, *given: Any) -> mx.array:
         hidden = super()._pass(*given)
@@ -123,33 +129,6 @@ class TensorModel(LeadingModel):
             found = self.split.logits(self, hidden, adapters)
             mx.eval(found)
             return found
-
-
-Make = Callable[[TextConfig, Weights, int, KVFormat], Model]  # as `load_model` takes it
-
-
-def tensor_model(config: TextConfig, group: Group, orders: Orders, others: Sequence[Holding]) -> Make:
-    """Makes rank 0's model of the tensor split. config: of the whole model."""
-
-    def make(held: TextConfig, weights: Weights, memory_limit: int, kv: KVFormat) -> Model:
-        def split(model: Model) -> Split:
-            return TensorSplit(model, group, config.vocab_size)
-
-        return TensorModel(config, held, weights, memory_limit, kv, orders, split, others)
-
-    return make
-
-
-def pipeline_model(config: TextConfig, group: Group, orders: Orders, others: Sequence[Holding]) -> Make:
-    """Makes rank 0's model of the pipeline split. config: of the whole model."""
-
-    def make(held: TextConfig, weights: Weights, memory_limit: int, kv: KVFormat) -> Model:
-        def split(model: Model) -> Split:
-            return PipelineSplit(model, group)
-
-        return LeadingModel(config, held, weights, memory_limit, kv, orders, split, others)
-
-    return make
 
 
 def _tokens(tokens: mx.array, visual: Visual | None) -> dict[str, np.ndarray]:

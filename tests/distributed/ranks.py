@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from queue import Queue
 from typing import Any, NoReturn
@@ -18,7 +19,7 @@ from mlx_qwen35.checkpoint.checkpoint import open_checkpoint
 from mlx_qwen35.checkpoint.share import Share
 from mlx_qwen35.distributed.channel import Order
 from mlx_qwen35.distributed.follower import ObeyingRank
-from mlx_qwen35.distributed.model import Holding, pipeline_model, tensor_model
+from mlx_qwen35.distributed.model import Holding, PipelineModel, TensorModel
 from mlx_qwen35.distributed.orders import Orders, received, sent
 from mlx_qwen35.distributed.pipeline import PipelineSplit
 from mlx_qwen35.distributed.tensor import TensorSplit
@@ -189,7 +190,7 @@ def ranks(
 
     orders = Orders(QueueLeader(between), between.fail)
     holdings = [Holding(share.of_config(text), usable_bytes(None)) for share in shares[1:]]
-    make = (tensor_model if tensor else pipeline_model)(text, groups[0], orders, holdings)
+    make = partial(TensorModel if tensor else PipelineModel, text, groups[0], orders, holdings)
     others: list[ObeyingRank] = []
     found = Ranks(loaded(shares[0], make), others, between)
     for share, group in zip(shares[1:], groups[1:], strict=True):
